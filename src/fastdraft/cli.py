@@ -1,0 +1,205 @@
+"""The command line: verbs, recipe path, key=value overrides. No logic.
+
+Decides only how arguments are read and how an error ends: one line on stderr and exit code 2 (130 after a signal).
+Nothing heavy is imported before a verb is known, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_STAGES = {
+    "design": "target -> draft architecture and first weights",
+    "prepare": "corpora -> tokenised, packed shards",
+    "pretrain": "text shards -> a language model",
+    "continue_pretrain": "code and text shards -> a model of both",
+    "synthesize": "prompts -> responses that the target writes",
+    "align": "responses -> a draft that predicts this target",
+    "evaluate": "draft x target x tasks -> acceptance, block efficiency",
+    "export": "the draft as runtimes load it",
+    "report": "everything on one page",
+}
+
+_EPILOG = """\
+a first run, a small real target that comes with the package:
+  fastdraft run demo
+your own target:
+  fastdraft inspect meta-llama/Llama-3.1-8B-Instruct      what it is, which drafts fit
+  fastdraft recipes --copy llama-3.1-8b                   a recipe to edit
+  fastdraft check llama-3.1-8b.yaml                       tokens, hours, disk, memory
+  fastdraft run llama-3.1-8b.yaml pretrain.tokens=1B      any key can be set here
+  fastdraft generate runs/llama-3.1-8b --prompt "def quicksort("
+An interrupted run goes on where it stopped when the same command is given again.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, ready for `--help` of every verb."""
+    parser = argparse.ArgumentParser(
+        prog="fastdraft",
+        description="Makes a small draft model for any language model, so that speculative decoding answers faster at no change in output.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    run = _recipe_verb(verbs, "run", "every stage of a recipe, one after the other", _run)
+    run.add_argument("--dry-run", action="store_true", help="check everything and print the forecast, run nothing")
+    _add_redo(run)
+    for name, summary in _STAGES.items():
+        _add_redo(_recipe_verb(verbs, name, f"stage: {summary}", _run))
+    check = _recipe_verb(verbs, "check", "validate a recipe; forecast tokens, time, disk, memory", _check)
+    check.add_argument("--json", action="store_true", help="print the forecast as JSON on stdout")
+    _add_inspect(verbs)
+    _add_preview(verbs)
+    _add_generate(verbs)
+    recipes = verbs.add_parser("recipes", help="list the shipped recipes, or copy one to edit")
+    recipes.add_argument("--copy", metavar="NAME", help="write NAME.yaml into the working directory")
+    recipes.set_defaults(call=_recipes)
+    return parser
+
+
+def _recipe_verb(verbs: Any, name: str, summary: str, call: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"example: fastdraft {name} demo run.seed=1 pretrain.tokens=1M"
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="set any key of the recipe, for example pretrain.tokens=4M")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    parser.set_defaults(call=call)
+    return parser
+
+
+def _add_redo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--redo", metavar="STAGE", action="append", default=[], choices=sorted(_STAGES), help="throw away STAGE and what builds on it first")
+
+
+def _add_inspect(verbs: Any) -> None:
+    parser = verbs.add_parser("inspect", help="a target's anatomy, its vocabulary's traps, candidate drafts with their costs")
+    parser.add_argument("target", metavar="TARGET", help="a model directory, a hub id, or shipped:targets/starter")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(call=_inspect)
+
+
+def _add_preview(verbs: Any) -> None:
+    parser = verbs.add_parser("preview", help="synthetic rows as text, the trained tokens coloured")
+    parser.add_argument("run", metavar="RUN", help="a run's folder such as runs/demo")
+    parser.add_argument("--count", type=int, default=5, help="rows to show (default 5)")
+    parser.set_defaults(call=_preview)
+
+
+def _add_generate(verbs: Any) -> None:
+    parser = verbs.add_parser("generate", help="text streaming out, accepted tokens coloured; speed-up at the end")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder such as runs/demo (gives target and draft)")
+    parser.add_argument("--target", help="target directory or hub id, instead of RUN's")
+    parser.add_argument("--draft", help="draft directory, instead of RUN's")
+    parser.add_argument("--prompt", help="text to continue, or the question with --chat; read from stdin when absent")
+    parser.add_argument("--chat", action="store_true", help="use the chat template; without --prompt, a conversation")
+    parser.add_argument("-k", "--num-speculative-tokens", type=int, default=3, metavar="K", help="tokens proposed per round (default 3)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (default)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, xpu, mps")
+    parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None, help="default: on a terminal")
+    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="also time the target alone (default)")
+    parser.set_defaults(call=_generate)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from fastdraft import pipeline
+    from fastdraft.console import Console
+    from fastdraft.recipe import load_recipe
+
+    if getattr(arguments, "dry_run", False):
+        return _check(arguments)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    only = None if arguments.verb == "run" else [arguments.verb]
+    pipeline.run(recipe, Console(quiet=arguments.quiet), only=only, redo=arguments.redo)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from fastdraft.commands import check
+    from fastdraft.console import Console
+    from fastdraft.recipe import load_recipe
+
+    check.run(load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet), as_json=getattr(arguments, "json", False))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from fastdraft.commands import inspect
+    from fastdraft.console import Console
+
+    inspect.run(arguments.target, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code, console=Console(), as_json=arguments.json)
+
+
+def _preview(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from fastdraft.commands import preview
+    from fastdraft.console import Console
+
+    preview.run(Path(arguments.run), arguments.count, Console())
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from fastdraft.commands import generate
+    from fastdraft.commands.pair import find_pair
+    from fastdraft.console import Console
+
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("verb", "call", "version", "run", "target", "draft")}
+    target, draft = find_pair(arguments.run, arguments.target, arguments.draft)
+    generate.run(target=target, draft=draft, console=Console(), **settings)
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    from fastdraft.commands import recipes
+
+    recipes.run(arguments.copy)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        from fastdraft import __version__
+
+        print(__version__)
+        return 0
+    if not arguments.verb:
+        parser.print_help()
+        return 2
+    return _guarded(arguments)
+
+
+def _guarded(arguments: argparse.Namespace) -> int:
+    """Calls the verb; whatever the user can mend ends in one line."""
+    from fastdraft.artifacts import disk_errors
+    from fastdraft.errors import FastDraftError
+
+    try:
+        with disk_errors(_place(arguments)):
+            arguments.call(arguments)
+    except FastDraftError as error:
+        print(f"fastdraft: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fastdraft: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone: say nothing
+        return 0
+    return 0
+
+
+def _place(arguments: argparse.Namespace) -> Any:
+    from pathlib import Path
+
+    return Path(getattr(arguments, "recipe", None) or ".")

@@ -1,0 +1,48 @@
+"""Finds target and draft for the commands that use a pair: from a run's folder, from two paths, or both.
+
+Decides that a run's best draft is its export, else the checkpoint of its latest finished training stage.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from fastdraft.errors import ArtifactError, RecipeError
+from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path
+
+_DRAFTS = ("export/huggingface", "align/checkpoint", "continue_pretrain/checkpoint", "pretrain/checkpoint", "design/draft")
+
+
+def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[str, str]:
+    """Locations of target and draft; what is given by name wins over what the run says.
+
+    Raises:
+        RecipeError: when neither a run nor both locations are given.
+        ArtifactError: when the run has no recipe or no draft yet.
+    """
+    if run is None:
+        if not (target and draft):
+            raise RecipeError("RUN", "missing", "a run's folder, or both --target and --draft, must be given", "for example fastdraft generate runs/demo")
+        return _location(target), draft
+    return _location(target or _target_of(Path(run))), draft or _draft_of(Path(run))
+
+
+def _location(name: str) -> str:
+    return str(resolve_path(name, "--target")) if name.startswith((SHIPPED, PYTHON)) else name
+
+
+def _target_of(run: Path) -> str:
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        return str(recipe["target"]["model"])
+    except (OSError, yaml.YAMLError, TypeError, KeyError):
+        raise ArtifactError(run, "has no readable recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo") from None
+
+
+def _draft_of(run: Path) -> str:
+    for name in _DRAFTS:
+        if (run / name / "config.json").is_file():
+            return str(run / name)
+    raise ArtifactError(run, "holds no draft yet", "the design stage must have finished", "run `fastdraft run RECIPE` first")

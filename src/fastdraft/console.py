@@ -1,0 +1,171 @@
+"""What the user sees while FastDraft works: lines, tables, progress with rate and ETA; and the wish to stop.
+
+Decides that everything goes to stderr (stdout belongs to results), that progress is a live bar on a terminal and a line
+every few seconds elsewhere, and that the first Ctrl-C or SIGTERM asks stages to save and stop while the second kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from fastdraft.config import format_count
+from fastdraft.errors import Interrupted
+
+PLAIN_SECONDS = 10.0
+
+
+class Stop:
+    """A wish to stop, set by the first SIGINT or SIGTERM; stages look at it between two safe points."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self, where: object) -> None:
+        """Raises:
+        Interrupted: when a stop was asked for. Call it only where everything is saved.
+        """
+        if self.requested:
+            raise Interrupted(where)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[Stop]:
+        """Catches SIGINT and SIGTERM inside the block; a second signal acts as usual."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        names = [signal.SIGINT, signal.SIGTERM]
+        before = {name: signal.getsignal(name) for name in names}
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.requested = True
+            for name in names:
+                signal.signal(name, before[name])
+            print("\nstopping at the next safe point (once more to stop at once)", file=sys.stderr)
+
+        for name in names:
+            signal.signal(name, handle)
+        try:
+            yield self
+        finally:
+            for name in names:
+                signal.signal(name, before[name])
+
+
+def format_seconds(seconds: float) -> str:
+    """95 -> `"1:35"`, 4000 -> `"1:06:40"`."""
+    total = max(0, round(seconds))
+    hours, minutes = total // 3600, total % 3600 // 60
+    return f"{hours}:{minutes:02}:{total % 60:02}" if hours else f"{minutes}:{total % 60:02}"
+
+
+class Progress:
+    """One piece of long work: how much is done, how fast, how long it still takes."""
+
+    def __init__(self, console: Console, title: str, total: float | None, unit: str, completed: float) -> None:
+        self._console, self.title, self.total, self.unit = console, title, total, unit
+        self.completed, self._begin, self._start, self._shown, self.note = completed, completed, time.monotonic(), 0.0, ""
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.update(self.completed + amount, note)
+
+    def update(self, completed: float, note: str = "") -> None:
+        self.completed, self.note = completed, note or self.note
+        now = time.monotonic()
+        if now - self._shown >= (0.2 if self._console.live else PLAIN_SECONDS):
+            self._shown = now
+            self._console.show_progress(self)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Units per second since this process began the work."""
+        return (self.completed - self._begin) / max(self.seconds, 1e-9)
+
+    def line(self, width: int) -> str:
+        """The state in one line of at most `width` characters."""
+        done = format_count(self.completed)
+        share, eta = "", ""
+        if self.total:
+            done += f"/{format_count(self.total)}"
+            share = f"{min(1.0, self.completed / self.total):4.0%} "
+            if self.rate > 0:
+                eta = f" ETA {format_seconds((self.total - self.completed) / self.rate)}"
+        text = f"  {self.title:<17} {share}{done} {self.unit} {format_count(self.rate)}/s{eta}"
+        return (f"{text}  {self.note}" if self.note else text)[:width]
+
+
+class Console:
+    """Where every stage talks to the user; `quiet` silences all but warnings."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet, self.stop = quiet, Stop()
+        self.live = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._open_line = False
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+        if not self.quiet:
+            self._write(text)
+
+    def warn(self, text: str) -> None:
+        """One line that the user should not miss."""
+        self._write(f"warning: {text}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A small table, numbers right-aligned, made to fit 80 columns by its caller."""
+        if not self.quiet:
+            self._write("\n" + format_table(title, columns, rows))
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: float | None, unit: str = "", completed: float = 0) -> Iterator[Progress]:
+        """Follows one piece of work; `completed` is what an earlier process already did."""
+        progress = Progress(self, title, total, unit, completed)
+        try:
+            yield progress
+        finally:
+            if not self.quiet:
+                self._write(progress.line(200 if not self.live else self._width()) + f"  took {format_seconds(progress.seconds)}")
+
+    def show_progress(self, progress: Progress) -> None:
+        if self.quiet:
+            return
+        if self.live:
+            sys.stderr.write("\r\x1b[2K" + progress.line(self._width()))
+            sys.stderr.flush()
+            self._open_line = True
+        else:
+            self._write(progress.line(200))
+
+    def _width(self) -> int:
+        with contextlib.suppress(OSError):
+            return max(20, os.get_terminal_size(sys.stderr.fileno()).columns - 1)
+        return 79
+
+    def _write(self, text: str) -> None:
+        prefix = "\r\x1b[2K" if self._open_line else ""
+        self._open_line = False
+        print(prefix + text, file=sys.stderr, flush=True)
+
+
+def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Plain text, columns parted by two spaces; a column whose cells all start with a digit or sign is right-aligned."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(str(column)), *(len(row[i]) for row in cells), 0) for i, column in enumerate(columns)]
+    right = [bool(cells) and all(not row[i] or row[i].lstrip("+-.~<>")[:1].isdigit() or row[i] in ("-", "nan") for row in cells) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+
+    head = [line([str(c) for c in columns]), "  ".join("-" * w for w in widths)]
+    return "\n".join(([title] if title else []) + head + [line(row) for row in cells])

@@ -1,0 +1,94 @@
+"""Every error that FastDraft raises on purpose, and nothing else.
+
+Decides how a failure reads: one line that names where (a recipe key or a file), what was found there, the rule that it
+breaks and the remedy. The command line prints that line and exits with `exit_code`; the Python API raises it.
+
+    FastDraftError
+    |-- RecipeError        a recipe key is unknown, of the wrong type or out of range
+    |-- DataError          a corpus, prompt or task file is missing, empty or damaged
+    |-- TargetError        a model directory or hub id cannot be loaded or is not supported
+    |-- VocabularyError    two vocabularies that must match do not
+    |-- ArtifactError      a run directory's content is damaged, locked or belongs to another recipe
+    |-- DiskError          no room, or no right to write
+    |-- TrainingError      the numbers went wrong: NaN loss, no trained tokens
+    |-- DeviceError        the asked device is not there
+    |-- MissingExtraError  an optional library is not installed
+    `-- Interrupted        stopped by a signal after everything was saved (exit code 130)
+"""
+
+from __future__ import annotations
+
+
+class FastDraftError(Exception):
+    """A failure that the user can understand and mend.
+
+    Args:
+        where: The recipe key (`design.draft.parameters`) or the file that is wrong.
+        found: What stands there, short.
+        rule: What should be true.
+        remedy: What to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, where: object, found: object, rule: str, remedy: str) -> None:
+        self.where, self.found, self.rule, self.remedy = str(where), str(found), rule, remedy
+        super().__init__(" ".join(f"{self.where}: {self.found}: {rule}; {remedy}".split()))
+
+    def __reduce__(self) -> tuple[type[FastDraftError], tuple[str, str, str, str]]:
+        return type(self), (self.where, self.found, self.rule, self.remedy)
+
+
+class RecipeError(FastDraftError):
+    """A recipe key is unknown, of the wrong type or out of range."""
+
+
+class DataError(FastDraftError):
+    """A corpus, prompt or task file is missing, empty or damaged."""
+
+
+class TargetError(FastDraftError):
+    """A model directory or hub id cannot be loaded or is not supported."""
+
+
+class VocabularyError(FastDraftError):
+    """Two vocabularies that must match do not."""
+
+
+class ArtifactError(FastDraftError):
+    """A run directory's content is damaged, locked or belongs to another recipe."""
+
+
+class DiskError(FastDraftError):
+    """No room on the disk, or no right to write there."""
+
+
+class TrainingError(FastDraftError):
+    """The numbers went wrong: a NaN loss, no trained tokens."""
+
+
+class DeviceError(FastDraftError):
+    """The asked device is not there."""
+
+
+class MissingExtraError(FastDraftError):
+    """An optional library is not installed."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        self.library, self.extra = library, extra
+        super().__init__(library, "not installed", f"this needs the extra '{extra}'", f"pip install 'fastdraft[{extra}]'")
+
+    def __reduce__(self) -> tuple[type[FastDraftError], tuple[str, str]]:  # type: ignore[override]
+        return type(self), (self.library, self.extra)
+
+
+class Interrupted(FastDraftError):
+    """Stopped by a signal after everything was saved; the same command goes on from here."""
+
+    exit_code = 130
+
+    def __init__(self, where: object) -> None:
+        super().__init__(where, "stopped by a signal", "progress is saved", "run the same command again to go on")
+
+    def __reduce__(self) -> tuple[type[FastDraftError], tuple[str]]:  # type: ignore[override]
+        return type(self), (self.where,)

@@ -1,0 +1,136 @@
+"""A recipe: one YAML file that holds every setting of a run.
+
+Decides what sections a recipe has, how it is found (a path, or the name of a shipped one), how `key=value` overrides from
+the command line enter, that a section present means that its stage runs, and what must hold between sections.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from fastdraft.config import Config, load_config
+from fastdraft.errors import RecipeError
+from fastdraft.interfaces import RunConfig, TargetConfig
+from fastdraft.stages.align import AlignConfig
+from fastdraft.stages.design import DesignConfig
+from fastdraft.stages.evaluate import EvaluateConfig
+from fastdraft.stages.export import ExportConfig
+from fastdraft.stages.prepare import PrepareConfig
+from fastdraft.stages.pretrain import ContinuePretrainConfig, PretrainConfig
+from fastdraft.stages.report import ReportConfig
+from fastdraft.stages.synthesize import SynthesizeConfig
+
+SHIPPED_RECIPES = Path(__file__).parent / "recipes"
+
+
+class Recipe(Config):
+    """Everything a run depends on. A stage whose section is absent does not run."""
+
+    run: RunConfig
+    """Name, folder, seed, device."""
+    target: TargetConfig
+    """The model that the draft is made for."""
+    design: DesignConfig | None = Field(default=None)
+    """Target -> draft architecture and first weights."""
+    prepare: PrepareConfig | None = Field(default=None)
+    """Corpora -> tokenised, packed shards."""
+    pretrain: PretrainConfig | None = Field(default=None)
+    """Text shards -> a language model."""
+    continue_pretrain: ContinuePretrainConfig | None = Field(default=None)
+    """The same on a mixture of code and text."""
+    synthesize: SynthesizeConfig | None = Field(default=None)
+    """Prompts -> responses that the target writes."""
+    align: AlignConfig | None = Field(default=None)
+    """Fine-tuning of the draft on what the target wrote."""
+    evaluate: EvaluateConfig | None = Field(default=None)
+    """Draft x target x tasks x K x temperature -> counts."""
+    export: ExportConfig | None = Field(default=None)
+    """The draft as runtimes load it."""
+    report: ReportConfig | None = Field(default=None)
+    """One page about the run."""
+
+    @model_validator(mode="after")
+    def _mixtures_name_prepared_corpora(self) -> Recipe:
+        prepared = {corpus.name for corpus in self.prepare.corpora} if self.prepare else None
+        for section in (self.pretrain, self.continue_pretrain):
+            for name in section.mixture if section and prepared is not None else ():
+                if name not in prepared:  # type: ignore[operator]
+                    raise ValueError(f"mixture names the corpus '{name}', but prepare.corpora has {', '.join(sorted(prepared or ()))}")
+        return self
+
+    def sections(self) -> dict[str, Config]:
+        """The stages' sections that are present, by stage name, in the order in which they run."""
+        return {name: value for name in Recipe.model_fields if name not in ("run", "target") and (value := getattr(self, name)) is not None}
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML: every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True, width=140)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes inside the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED_RECIPES.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file: the path itself, or the shipped recipe of that name (`demo`, `recipes/demo.yaml`).
+
+    Raises:
+        RecipeError: when there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if path.stem in shipped and path.parent.name in ("", "recipes") and path.suffix in ("", ".yaml"):
+        return shipped[path.stem]
+    raise RecipeError(name, "no such file", "must be a recipe file or a shipped recipe", f"shipped ones: {', '.join(shipped)}")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and validates a recipe, `key=value` overrides applied first.
+
+    Raises:
+        RecipeError: in one line, for unreadable YAML or any key that is unknown, missing or out of range.
+    """
+    path = find_recipe(name)
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(path, " ".join(str(error).split())[:160], "must be a YAML file", "correct it") from None
+    if not isinstance(value, dict):
+        raise RecipeError(path, type(value).__name__, "must hold sections such as `run:` and `target:`", "see the shipped recipes")
+    for override in overrides:
+        apply_override(value, override)
+    return load_config(Recipe, value)
+
+
+def apply_override(value: dict[str, Any], override: str) -> None:
+    """Sets one dotted key (`pretrain.tokens=4M`, `prepare.corpora[0].tokens=1M`) in nested settings.
+
+    Raises:
+        RecipeError: when it is not of the form key=value or the path does not fit.
+    """
+    key, equals, text = override.partition("=")
+    parts: list[str | int] = [int(n) if n else p for p, n in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key)]
+    if not equals or not parts:
+        raise RecipeError(override, "not an override", "must be key=value", "for example pretrain.tokens=4M")
+    try:
+        new = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise RecipeError(key, text, "must be a YAML value", "quote it") from None
+    place: Any = value
+    try:
+        for part in parts[:-1]:
+            if isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}
+            place = place[part]
+        place[parts[-1]] = new
+    except (IndexError, KeyError, TypeError):
+        raise RecipeError(key, text, "names no place in this recipe", "check the sections and indices") from None
