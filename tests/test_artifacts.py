@@ -1,0 +1,107 @@
+"""The run directory: complete or not, whose settings, atomic writes, locks, full disks."""
+
+import errno
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from fastdraft import artifacts
+from fastdraft.artifacts import Artifact, RunDirectory, atomic_folder, atomic_path, digest, flatten, read_json, write_atomic, write_json
+from fastdraft.errors import ArtifactError, DiskError
+
+
+def test_an_artifact_is_complete_only_when_its_manifest_stands(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path / "align")
+    artifact.begin({"tokens": 5})
+    assert not artifact.is_complete()
+    artifact.complete(steps=3)
+    assert artifact.is_complete()
+    assert artifact.manifest()["steps"] == 3
+
+
+def test_work_begun_with_other_settings_is_refused_naming_the_keys_that_changed(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path / "align")
+    artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
+    artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
+    with pytest.raises(ArtifactError, match=r"optimizer\.learning_rate \(0\.1 -> 0\.2\).*--redo align"):
+        artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.2}})
+
+
+def test_the_digest_of_an_artifact_changes_with_its_settings(tmp_path: Path) -> None:
+    one, two = Artifact(tmp_path / "one"), Artifact(tmp_path / "two")
+    one.begin({"tokens": 5})
+    two.begin({"tokens": 6})
+    assert one.digest() != two.digest()
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', "\x00\xff"])
+def test_a_damaged_manifest_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        Artifact(tmp_path).manifest()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"old": True})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    with pytest.raises(DiskError, match="no space left"):
+        write_atomic(path, b"new")
+    assert read_json(path) == {"old": True}
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_a_block_that_fails_leaves_neither_file_nor_folder(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "file") as path:
+        path.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "folder") as folder:
+        (folder / "part").write_text("half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_replaces_the_one_before_whole(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / name).write_text(name)
+    assert os.listdir(tmp_path / "folder") == ["two"]
+
+
+def _try_lock(root: str, queue: "multiprocessing.Queue[str]") -> None:
+    try:
+        with RunDirectory(Path(root)).lock():
+            queue.put("locked")
+    except ArtifactError as error:
+        queue.put(str(error))
+
+
+def test_one_process_at_a_time_owns_a_run(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with RunDirectory(tmp_path).lock():
+        process = context.Process(target=_try_lock, args=(str(tmp_path), queue))
+        process.start()
+        assert "in use by another process" in queue.get(timeout=60)
+        process.join()
+    with RunDirectory(tmp_path).lock():
+        pass
+
+
+def test_nested_settings_are_compared_key_by_key() -> None:
+    assert flatten({"a": {"b": [1, {"c": 2}]}, "d": []}) == {"a.b[0]": 1, "a.b[1].c": 2, "d": []}
+
+
+def test_discarding_removes_all(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path / "x")
+    artifact.begin({})
+    artifact.complete()
+    artifact.discard()
+    assert not artifact.path.exists()

@@ -1,0 +1,116 @@
+"""Recipes: shipped ones load, overrides are validated, cross-checks speak in one line, torch stays out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastdraft.config import Config
+from fastdraft.errors import RecipeError
+from fastdraft.recipe import Recipe, apply_override, find_recipe, load_recipe, shipped_recipes
+
+MINIMAL = {"run": {"name": "t"}, "target": {"model": "somewhere"}}
+
+
+def write(path: Path, value: object) -> str:
+    path.write_text(yaml.safe_dump(value), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["demo", "starter", "llama-3.1-8b", "phi-3-mini"])
+def test_every_shipped_recipe_loads(name: str) -> None:
+    assert load_recipe(name).sections()
+
+
+def test_a_shipped_recipe_is_found_by_name_and_as_if_in_a_folder() -> None:
+    assert find_recipe("demo") == find_recipe("recipes/demo.yaml") == shipped_recipes()["demo"]
+
+
+def test_an_unknown_recipe_names_the_shipped_ones() -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml.*shipped ones: .*demo"):
+        find_recipe("nowhere.yaml")
+
+
+def test_a_section_present_means_that_its_stage_runs(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path / "r.yaml", {**MINIMAL, "report": {}}))
+    assert list(recipe.sections()) == ["report"]
+
+
+def test_overrides_reach_nested_keys_and_list_items() -> None:
+    recipe = load_recipe("demo", ["pretrain.tokens=3M", "prepare.corpora[0].tokens=1M", "run.seed=7"])
+    assert recipe.pretrain is not None
+    assert recipe.prepare is not None
+    assert (recipe.pretrain.tokens, recipe.prepare.corpora[0].tokens, recipe.run.seed) == (3_000_000, 1_000_000, 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain.tokns=1", "unknown key"),
+        ("pretrain.tokens=-3", "count such as"),
+        ("nothing", "must be key=value"),
+        ("prepare.corpora[99].tokens=1", "names no place"),
+        ("run.name.deep=1", "names no place"),
+        ("evaluate.num_speculative_tokens=[0]", "num_speculative_tokens"),
+        ("evaluate.temperatures=[-1]", "temperatures"),
+        ("run.seed=x", "run.seed"),
+        ("run.name=../up", "run.name"),
+        ("pretrain.mixture={nowhere: 1}", "names the corpus 'nowhere'"),
+        ("design.draft={kind: shape}", "design.draft"),
+        ("design.draft={kind: budget, parameters: 0}", "design.draft"),
+        ("synthesize.temperatures=[-0.5]", "synthesize.temperatures"),
+        ("align.objective={kind: nothing}", "align.objective"),
+        ("export.num_speculative_tokens=0", "export.num_speculative_tokens"),
+        ("run={}", "run.name: missing"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_the_key(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a: [", "\tx", "run: 5", "just words"])
+def test_what_is_not_a_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_resolved_recipe_loads_to_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    (tmp_path / "resolved.yaml").write_text(recipe.dump(), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "resolved.yaml")) == recipe
+
+
+def test_an_override_may_open_a_section() -> None:
+    value = {"run": {"name": "x"}}
+    apply_override(value, "report.title=Hello")  # type: ignore[arg-type]
+    assert value["report"] == {"title": "Hello"}
+
+
+def test_no_section_has_more_than_twelve_keys_and_every_key_is_documented() -> None:
+    seen: set[type[Config]] = set()
+    todo: list[type[Config]] = [Recipe]
+    from fastdraft.config import _models
+
+    while todo:
+        cls = todo.pop()
+        if cls in seen:
+            continue
+        seen.add(cls)
+        assert len(cls.model_fields) <= 12, cls
+        for name, field in cls.model_fields.items():
+            assert field.description or name == "kind", f"{cls.__name__}.{name} has no docstring"
+            todo.extend(model for model in _models(field.annotation) if issubclass(model, Config))
+
+
+@pytest.mark.parametrize("module", ["fastdraft", "fastdraft.cli", "fastdraft.recipe", "fastdraft.pipeline"])
+def test_importing_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pyarrow', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
