@@ -82,3 +82,65 @@ def small_corpus(tmp_path: Path) -> Path:
     lines = [json.dumps({"text": f"{TEXT[i % len(TEXT)]} Number {i % 350}. " * 3}) for i in range(400)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
+    """A recipe through every stage for a tiny target: seconds on one core. `changes` replaces whole sections."""
+    import yaml
+
+    corpus, code = folder / "text.jsonl", folder / "code"
+    corpus.write_text("".join(json.dumps({"text": f"{TEXT[i % 5]} Number {i}. " * 4}) + "\n" for i in range(300)), encoding="utf-8")
+    code.mkdir(exist_ok=True)
+    for i in range(60):
+        (code / f"module_{i}.py").write_text(f"def function_{i}(value):\n    return value + {i}\n" * 8, encoding="utf-8")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i * 7 % 13}?"}) + "\n" for i in range(80)), encoding="utf-8")
+    tasks = folder / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"id": f"t{i}", "prompt": f"Tell me about number {i} and the fox."}) + "\n" for i in range(6)), encoding="utf-8")
+    training = {"batch_tokens": 512, "checkpoint_every": 5, "validate_every": 10, "optimizer": {"kind": "muon", "learning_rate": 0.003}}
+    recipe: dict[str, object] = {
+        "run": {"name": "tiny", "folder": str(folder / "runs"), "threads": 1, "device": "cpu"},
+        "target": {"model": str(target)},
+        "design": {"draft": {"kind": "shape", "hidden_size": 64, "num_layers": 1, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "tied": True}},
+        "prepare": {
+            "row_length": 64,
+            "validation": 0.1,
+            "shard_tokens": "4k",
+            "corpora": [
+                {"name": "text", "kind": "jsonl", "path": str(corpus), "tokens": "20k"},
+                {"name": "code", "kind": "source_code", "path": str(code), "tokens": "8k"},
+            ],
+        },
+        "pretrain": {"tokens": "8k", "mixture": {"text": 1}, "precision": "fp32", **training},
+        "continue_pretrain": {"tokens": "8k", "mixture": {"code": 2, "text": 1}, "precision": "fp32", **training},
+        "synthesize": {
+            "tokens": "4k",
+            "temperatures": [0, 0.6, 1.0],
+            "max_new_tokens": 24,
+            "batch_rows": 16,
+            "prompts": [
+                {"kind": "jsonl", "name": "instructions", "path": str(prompts), "share": 2},
+                {"kind": "magpie", "name": "magpie", "share": 1},
+                {"kind": "corpus", "name": "code", "corpus": "code", "share": 1, "prompt_tokens": [8, 24]},
+            ],
+        },
+        "align": {"tokens": "6k", "precision": "fp32", **training},
+        "evaluate": {
+            "tasks": [{"kind": "file", "name": "own", "path": str(tasks), "chat": True, "max_new_tokens": 16}],
+            "temperatures": [0, 0.6],
+            "num_speculative_tokens": [1, 2, 3],
+            "exact": {"num_speculative_tokens": [3], "prompts": 3},
+        },
+        "export": {"num_speculative_tokens": 3},
+        "report": {},
+    }
+    recipe.update(changes)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_target: Path) -> Path:
+    """A recipe file through every stage for the tiny target."""
+    return write_recipe(tmp_path, tiny_target)

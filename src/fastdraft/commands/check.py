@@ -1,0 +1,200 @@
+"""`fastdraft check`: refuses the impossible and forecasts the rest, before anything is trained.
+
+Decides what is looked at (target, vocabulary, shape, corpora, prompts, tasks, device, earlier work in the run's folder,
+disk) and what is forecast for each stage (tokens, time, disk, memory) and for the draft (speed-up by acceptance rate).
+Reads configs and file listings, never weights; downloads nothing of a corpus.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdraft import forecast
+from fastdraft.config import format_count
+from fastdraft.console import Console, format_seconds, format_table
+from fastdraft.errors import DiskError, RecipeError
+from fastdraft.interfaces import StageContext
+from fastdraft.pipeline import STAGES, make_context
+from fastdraft.recipe import Recipe
+from fastdraft.stages import design
+
+WRITES = 3
+"""Passes over a task's text: written once by the target, replayed by each checkpoint, part of it decoded exactly."""
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What one stage is expected to take."""
+
+    stage: str
+    state: str
+    """new, unfinished or done."""
+    tokens: int = 0
+    seconds: float = 0.0
+    disk_bytes: float = 0.0
+    memory_bytes: float = 0.0
+
+
+def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
+    """Checks everything and prints the forecast: a table on stdout, or JSON.
+
+    Raises:
+        FastDraftError: in one line, for the first thing that cannot work.
+    """
+    from fastdraft.modeling.loading import pick_device
+
+    context = make_context(recipe, console)
+    device = str(pick_device(recipe.run.device))
+    if recipe.design is None:
+        raise RecipeError("design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe")
+    plan = design.plan(recipe.design, recipe.target)
+    unseen = list(_check_inputs(recipe))
+    states = {stage.name: _state(stage.name, context) for stage in STAGES if context.has(stage.name)}
+    stages = [_forecast(name, state, recipe, plan, device) for name, state in states.items()]
+    free = _free_bytes(recipe.run.root)
+    needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
+    if needed > free:
+        raise DiskError(recipe.run.root, f"{_size(free)} free", f"the run needs about {_size(needed)}", "free some space or set run.folder")
+    if as_json:
+        print(json.dumps(_as_dict(recipe, plan, device, stages, free), indent=1))
+    else:
+        _print(recipe, plan, device, stages, free, unseen)
+
+
+def _check_inputs(recipe: Recipe) -> Iterator[str]:
+    """Looks for every file that a stage will read; yields what can only be seen over the network."""
+    from fastdraft.tasks import load_task
+
+    for number, corpus in enumerate(recipe.prepare.corpora if recipe.prepare else ()):
+        if corpus.kind == "hub":
+            yield f"prepare.corpora[{number}]: {corpus.dataset}"
+        else:
+            corpus.files()
+    for number, prompts in enumerate(recipe.synthesize.prompts if recipe.synthesize else ()):
+        if prompts.kind == "hub":
+            yield f"synthesize.prompts[{number}]: {prompts.dataset}"
+    for task in recipe.evaluate.tasks if recipe.evaluate else ():
+        load_task(task)
+    if recipe.align and not recipe.synthesize:
+        raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
+
+
+def _state(name: str, context: StageContext) -> str:
+    artifact = context.artifact(name)
+    if artifact.is_complete():
+        return "done"
+    return "unfinished" if (artifact.path / "fingerprint.json").exists() else "new"
+
+
+def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: str) -> StageForecast:
+    """One row of the table. Rates are orders of magnitude; a run prints its own."""
+    draft, target, threads = plan.draft, plan.target, recipe.run.threads
+    tokens, seconds, disk, memory = 0, 0.0, 0.0, 0.0
+    checkpoint = forecast.checkpoint_bytes(draft.parameters)
+    if name == "design":
+        disk, memory = checkpoint, forecast.loading_bytes(draft.parameters)
+    elif name == "prepare" and recipe.prepare:
+        tokens = sum(corpus.tokens or 0 for corpus in recipe.prepare.corpora)
+        seconds, disk = forecast.tokenize_seconds(tokens, recipe.prepare.workers), forecast.shard_bytes(tokens, draft.vocab_size)
+    elif name in ("pretrain", "continue_pretrain", "align"):
+        tokens = _training_tokens(name, recipe)
+        seconds = forecast.training_seconds(tokens, draft.read_parameters, device, threads)
+        disk = 2 * checkpoint + 2 * forecast.checkpoint_bytes(draft.parameters, resumable=True)
+        memory = forecast.training_memory_bytes(
+            draft.parameters, draft.vocab_size, draft.hidden_size, draft.intermediate_size, draft.num_layers, _micro_batch(name, recipe, device)
+        )
+    elif name == "synthesize" and recipe.synthesize:
+        tokens = recipe.synthesize.tokens
+        seconds, disk = forecast.writing_seconds(tokens, target.read_parameters, device, threads), forecast.synthetic_bytes(tokens)
+        memory = _target_bytes(recipe, plan, device)
+    elif name == "evaluate" and recipe.evaluate:
+        tokens = _evaluation_tokens(recipe)
+        seconds = WRITES * forecast.writing_seconds(tokens, target.read_parameters, device, threads)
+        disk, memory = forecast.synthetic_bytes(tokens), _target_bytes(recipe, plan, device) + checkpoint
+    elif name == "export":
+        disk, memory = checkpoint, _target_bytes(recipe, plan, device) + checkpoint
+    return StageForecast(name, state, tokens, seconds, disk, memory)
+
+
+def _training_tokens(name: str, recipe: Recipe) -> int:
+    if name != "align":
+        section = getattr(recipe, name)
+        return int(section.tokens)
+    if recipe.align is None:
+        return 0
+    written = recipe.synthesize.tokens if recipe.synthesize else 0
+    return int(recipe.align.tokens or written * (recipe.align.passes or 1))
+
+
+def _micro_batch(name: str, recipe: Recipe, device: str) -> int:
+    return int(getattr(recipe, name).micro_batch_tokens or (4096 if device == "cpu" else 32768))
+
+
+def _evaluation_tokens(recipe: Recipe) -> int:
+    from fastdraft.tasks import load_task
+
+    if recipe.evaluate is None:
+        return 0
+    return sum(len(load_task(task).prompts) * task.max_new_tokens for task in recipe.evaluate.tasks) * len(recipe.evaluate.temperatures)
+
+
+def _target_bytes(recipe: Recipe, plan: design.Plan, device: str) -> float:
+    wide = recipe.target.dtype == "fp32" or (recipe.target.dtype == "auto" and device == "cpu")
+    return forecast.loading_bytes(plan.target.parameters, 4 if wide else 2)
+
+
+def _free_bytes(root: Path) -> int:
+    """Free space where the run will lie; the nearest folder that exists stands for it."""
+    folder = root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _size(count: float) -> str:
+    for suffix, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {suffix}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _as_dict(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int) -> dict[str, Any]:
+    return {
+        "target": {"model": recipe.target.model, **plan.target.as_dict(), "parameters": plan.target.parameters},
+        "draft": {**plan.draft.as_dict(), "parameters": plan.draft.parameters},
+        "cost_ratios": design.cost_ratios(plan.draft, plan.target),
+        "device": device,
+        "free_bytes": free,
+        "stages": [asdict(stage) for stage in stages],
+    }
+
+
+def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int, unseen: list[str]) -> None:
+    rows = [
+        [
+            stage.stage,
+            stage.state,
+            format_count(stage.tokens) if stage.tokens else "-",
+            format_seconds(stage.seconds) if stage.seconds >= 1 else "-",
+            _size(stage.disk_bytes) if stage.disk_bytes else "-",
+            _size(stage.memory_bytes) if stage.memory_bytes else "-",
+        ]
+        for stage in stages
+    ]
+    left = [stage for stage in stages if stage.state != "done"]
+    rows.append(["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""])
+    print(f"target  {recipe.target.model}: {plan.target.family}, {format_count(plan.target.parameters)} parameters, vocabulary {plan.target.vocab_size}")
+    draft, ratios = plan.draft, design.cost_ratios(plan.draft, plan.target)
+    print(f"draft   {format_count(draft.parameters)} parameters: {draft.num_layers} layers, width {draft.hidden_size}, feed-forward {draft.intermediate_size}")
+    print(f"device  {device}; {_size(free)} free in {recipe.run.folder}\n")
+    print(format_table("", ("stage", "state", "tokens", "time, about", "disk", "memory"), rows))
+    gains = ", ".join(f"{forecast.mbsu_at(rate, forecast.PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in (0.3, 0.45, 0.6))
+    print(f"\nmemory-bound speed-up at K = {forecast.PAPER_K} (by bytes read) for an acceptance rate: {gains}")
+    for name in unseen:
+        print(f"not looked at (it lies on the hub): {name}")
+    print("everything that can be checked here fits")

@@ -1,0 +1,145 @@
+"""Which row comes next: a weighted mixture of prepared corpora as a pure function of the row's number.
+
+Decides that the sampler keeps no state (row 12,345 of a run is the same row in every process, so that a resumed run only
+needs its counter), that each 64 rows hold every corpus in its weight to within a row, and that each corpus is walked in a
+fresh permutation per epoch. All randomness is splitmix64 of (seed, number), so it does not depend on a library's version.
+Shape letters: N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdraft.data.shards import PackedCorpus, open_corpus
+from fastdraft.errors import DataError
+
+__all__ = ["MixtureSampler", "PackedCorpus", "open_corpus", "permute"]
+
+U64 = npt.NDArray[np.uint64]
+GROUP, BLOCK = 64, 1 << 16
+"""Rows whose draws are stratified together; rows whose corpus counts are remembered together."""
+FEISTEL_ROUNDS = 6
+
+
+def splitmix(values: U64) -> U64:
+    """The splitmix64 finaliser: a bijection of 64-bit numbers that scatters neighbours (Steele et al., OOPSLA 2014)."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def mix(*parts: int | U64) -> U64:
+    """One 64-bit hash of several numbers or arrays, elementwise."""
+    state: U64 = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        state = splitmix(state ^ splitmix(np.atleast_1d(np.asarray(part, dtype=np.uint64))))
+    return state
+
+
+def permute(indices: npt.ArrayLike, size: int, key: U64) -> npt.NDArray[np.int64]:
+    """A pseudo-random permutation of range(size), evaluated at `indices` only, in constant memory.
+
+    A Feistel network on the next even power of two, walked until it falls inside (cycle walking: Black and Rogaway,
+    CT-RSA 2002). `key` [1] or [N] picks the permutation.
+    """
+    values = np.asarray(indices, dtype=np.uint64).reshape(-1).copy()
+    keys = np.broadcast_to(key, values.shape)
+    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    todo = np.arange(len(values))
+    while len(todo):
+        left, right = values[todo] >> half, values[todo] & low
+        for number in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (splitmix(right ^ splitmix(keys[todo] + np.uint64(number))) & low)
+        values[todo] = (left << half) | right
+        todo = todo[values[todo] >= np.uint64(size)]
+    return values.astype(np.int64)
+
+
+class MixtureSampler:
+    """Rows of several corpora in given shares, addressed by their number in the run.
+
+    Args:
+        corpora: By name; all of one row length.
+        weights: Share of rows by name, any positive scale; names without a weight are not used.
+        seed: Fixes everything.
+
+    Raises:
+        DataError: when a weight names no corpus, no weight is positive, a corpus has no row, or row lengths differ.
+    """
+
+    def __init__(self, corpora: Mapping[str, PackedCorpus], weights: Mapping[str, float], seed: int) -> None:
+        for name, weight in weights.items():
+            if name not in corpora:
+                raise DataError(f"mixture.{name}", "no such corpus", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora")
+            if not weight >= 0:
+                raise DataError(f"mixture.{name}", weight, "a weight must not be negative", "use a positive share")
+        self.names = [name for name in sorted(weights) if weights[name] > 0]
+        if not self.names:
+            raise DataError("mixture", dict(weights), "at least one weight must be positive", "give a corpus a share")
+        self._corpora = [corpora[name] for name in self.names]
+        if any(not corpus.rows for corpus in self._corpora) or len({corpus.row_length for corpus in self._corpora}) > 1:
+            raise DataError("mixture", ", ".join(f"{n}: {c.rows} rows of {c.row_length}" for n, c in zip(self.names, self._corpora, strict=True)),
+                            "corpora need rows of one length", "prepare them again")  # fmt: skip
+        shares = np.cumsum([float(weights[name]) for name in self.names])
+        self._bounds = shares / shares[-1]
+        self._seed, self.row_length = seed, self._corpora[0].row_length
+        self._before: list[npt.NDArray[np.int64]] = [np.zeros(len(self.names), dtype=np.int64)]
+        self._last_block: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    def sources(self, start: int, count: int) -> list[tuple[str, int]]:
+        """(corpus, row in it) of rows start .. start + count - 1."""
+        picks, rows = self._locate(start, count)
+        return [(self.names[pick], row) for pick, row in zip(picks.tolist(), rows.tolist(), strict=True)]
+
+    def rows(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """Rows start .. start + count - 1 of the run: int64 [count, row_length + 1]."""
+        picks, rows = self._locate(start, count)
+        out = np.empty((count, self.row_length + 1), dtype=np.int64)
+        for number, corpus in enumerate(self._corpora):
+            chosen = picks == number
+            out[chosen] = corpus.take(rows[chosen])
+        return out
+
+    def _locate(self, start: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Corpus number [N] and row in that corpus [N]."""
+        picks, occurrences = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        for block in range(start // BLOCK, (start + count - 1) // BLOCK + 1) if count else ():
+            drawn, before = self._block(block), self._counts_before(block)
+            low, high = max(start - block * BLOCK, 0), min(start + count - block * BLOCK, BLOCK)
+            out = slice(block * BLOCK + low - start, block * BLOCK + high - start)
+            picks[out] = drawn[low:high]
+            for number in range(len(self.names)):
+                ranks = np.cumsum(drawn[:high] == number) - 1 + before[number]
+                occurrences[out] = np.where(drawn[low:high] == number, ranks[low:high], occurrences[out])
+        rows = np.empty(count, dtype=np.int64)
+        for number, corpus in enumerate(self._corpora):
+            chosen = picks == number
+            epoch, position = np.divmod(occurrences[chosen], corpus.rows)
+            keys = mix(self._seed, 2, number, epoch.astype(np.uint64))
+            rows[chosen] = permute(position, corpus.rows, keys)
+        return picks, rows
+
+    def _block(self, block: int) -> npt.NDArray[np.int64]:
+        """The corpus of each row of a block: stratified uniform draws, GROUP at a time, in shuffled order."""
+        if self._last_block and self._last_block[0] == block:
+            return self._last_block[1]
+        numbers = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.uint64)
+        keys = mix(self._seed, 0, numbers // np.uint64(GROUP))
+        strata = permute(numbers % np.uint64(GROUP), GROUP, keys)
+        jitter = (mix(self._seed, 1, numbers) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+        drawn = np.minimum(np.searchsorted(self._bounds, (strata + jitter) / GROUP, side="right"), len(self.names) - 1).astype(np.int64)
+        self._last_block = (block, drawn)
+        return drawn
+
+    def _counts_before(self, block: int) -> Any:
+        """Rows of each corpus in all earlier blocks; computed once, in order."""
+        while len(self._before) <= block:
+            drawn = self._block(len(self._before) - 1)
+            self._before.append(self._before[-1] + np.bincount(drawn, minlength=len(self.names)))
+        return self._before[block]

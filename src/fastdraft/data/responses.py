@@ -1,0 +1,166 @@
+"""What the target wrote: one row for each response, kept as Parquet, token ids in and token ids out.
+
+Decides the schema of a row, that a row's id and its prompt's key are content hashes, and that a prompt belongs to the
+validation split by its hash, so that no prompt is ever on both sides and more rows never move an old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastdraft.artifacts import Artifact, atomic_path
+from fastdraft.errors import ArtifactError
+
+Split = Literal["train", "validation"]
+
+VALIDATION_SHARE = 0.05
+MIN_VALIDATION_PROMPTS = 4
+UNITS = "units"
+_METADATA = b"fastdraft"
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("prompt_key", pa.string(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("temperature", pa.float64(), nullable=False),
+        pa.field("top_k", pa.int32(), nullable=False),
+        pa.field("top_p", pa.float64(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class SyntheticRow:
+    """One response of the target with everything that training and replay need of it."""
+
+    row_id: str
+    """Hash of prompt and response ids."""
+    source: str
+    """Name of the prompt source in the recipe."""
+    prompt_key: str
+    """Hash of the prompt ids: equal prompts have equal keys."""
+    prompt_ids: list[int]
+    response_ids: list[int]
+    """Without the prompt; ends with the EOS id when `finish_reason` is `stop`. Training's loss covers exactly these."""
+    logprobs: list[float]
+    """Natural log of each response token's probability under the very distribution it was drawn from; 0 when greedy."""
+    temperature: float
+    top_k: int
+    top_p: float
+    finish_reason: str
+    """`stop` (the target ended its answer) or `length` (the limit on new tokens did)."""
+
+
+def ids_hash(*parts: Sequence[int]) -> str:
+    """Hash of one or more sequences of token ids, 24 hex digits; where one part ends and the next begins counts."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(array("q", part).tobytes())
+    return state.hexdigest()[:24]
+
+
+def write_rows(path: Path, rows: Iterable[SyntheticRow], metadata: Mapping[str, Any] | None = None) -> None:
+    """Writes all rows, and any facts about them, as one Parquet file: all of it or nothing.
+
+    Raises:
+        DiskError: when the disk is full or the folder cannot be written.
+    """
+    listed = list(rows)
+    columns = {field.name: [getattr(row, field.name) for row in listed] for field in fields(SyntheticRow)}
+    schema = _SCHEMA.with_metadata({_METADATA: json.dumps(dict(metadata or {})).encode()})
+    table = pa.Table.from_pydict(columns, schema=schema)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_rows(path: Path) -> list[SyntheticRow]:
+    """All rows of one file, in order.
+
+    Raises:
+        ArtifactError: when the file is missing or damaged.
+    """
+    return [SyntheticRow(**row) for row in _read(path).select(_SCHEMA.names).to_pylist()]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The facts that `write_rows` kept beside the rows.
+
+    Raises:
+        ArtifactError: when the file is missing or damaged.
+    """
+    value: dict[str, Any] = json.loads((_read(path, ["row_id"]).schema.metadata or {}).get(_METADATA, b"{}"))
+    return value
+
+
+def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Some columns of one file, by name.
+
+    Raises:
+        ArtifactError: when the file is missing or damaged.
+    """
+    columns: dict[str, list[Any]] = _read(path, list(names)).to_pydict()
+    return columns
+
+
+def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, memory_map=False, partitioning=None)
+    except (OSError, pa.ArrowException, KeyError) as error:
+        found = "missing" if not path.exists() else f"damaged ({str(error)[:80]})"
+        raise ArtifactError(path, found, "must be a Parquet file of synthetic rows", "redo the stage that wrote it") from None
+
+
+def unit_path(artifact: Artifact, index: int) -> Path:
+    """Where the unit of that index is kept."""
+    return artifact.path / UNITS / f"unit-{index:05}.parquet"
+
+
+def unit_paths(artifact: Artifact) -> list[Path]:
+    """Every unit that is there, in the order of writing."""
+    return sorted((artifact.path / UNITS).glob("unit-*.parquet"), key=lambda path: int(path.stem.removeprefix("unit-")))
+
+
+def read_all(synthesize: Artifact, split: Split | None = None) -> Iterator[SyntheticRow]:
+    """Every row in the order of writing, one unit in memory at a time.
+
+    Args:
+        synthesize: The finished stage's folder.
+        split: `validation` holds about 5 % of the prompts (at least a few), `train` all the others; None gives both.
+
+    Raises:
+        ArtifactError: when a unit is damaged.
+    """
+    paths = unit_paths(synthesize)
+    held = validation_keys(key for path in paths for key in read_columns(path, ["prompt_key"])["prompt_key"]) if split else frozenset()
+    for path in paths:
+        for row in read_rows(path):
+            if split is None or (row.prompt_key in held) == (split == "validation"):
+                yield row
+
+
+def validation_keys(prompt_keys: Iterable[str]) -> frozenset[str]:
+    """Which prompts are held back for validation: those whose hash falls into the first 5 %.
+
+    When these are fewer than 4, the 4 smallest hashes are taken, but never more than half of the prompts.
+    """
+    keys = sorted(set(prompt_keys))
+    limit = f"{round(VALIDATION_SHARE * 2**32):08x}"
+    held = [key for key in keys if key[:8] < limit]
+    if len(held) < MIN_VALIDATION_PROMPTS:
+        held = keys[: min(MIN_VALIDATION_PROMPTS, len(keys) // 2)]
+    return frozenset(held)

@@ -1,0 +1,268 @@
+"""Where documents come from: JSONL, Parquet, text files, source code, hub data sets; and the order they are taken in.
+
+Decides each source's recipe keys, that files are visited in an order drawn from the seed and the file's relative name
+(the same on every system), that long documents are cut at paragraph ends and all pieces pass a shuffle window, so that a
+small token budget is a spread over the corpus, and what of a source enters fingerprints (names and sizes, never times).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fastdraft.config import Config, Count
+from fastdraft.data.packing import split_document
+from fastdraft.data.readers import jsonl_texts, parquet_texts, read_text
+from fastdraft.errors import DataError, MissingExtraError
+from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path
+
+WINDOW_CHARS = 32_000_000
+"""Text held for shuffling; the memory of a source is a small multiple of this, whatever its size."""
+HASHED_FILES, HASHED_BYTES = 64, 1 << 16
+NOT_CODE = ["test", "tests", "test_*.py", "*_test.py", "idle_test", "site-packages", "dist-packages", "node_modules", "__pycache__", ".*"]
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file of a source: where it lies and its name within the source."""
+
+    path: Path
+    name: str
+
+
+class _Source(Config):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The corpus; entries of one name make one corpus, each with its own budget."""
+    tokens: Count | None = Field(default=None, ge=1)
+    """Stop after this many tokens of this entry, validation included; unset takes all."""
+    license: str = ""
+    """Noted in the manifest and the model card; not read otherwise."""
+
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
+        """Whole documents, files in seeded order; calls `skipped` for a file passed over.
+
+        Raises:
+            DataError: when the source is missing, empty or damaged.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The settings and what they point at now, for fingerprints.
+
+        Raises:
+            DataError: when the source is missing or empty.
+        """
+        raise NotImplementedError
+
+
+class _FileSource(_Source):
+    path: str = Field(min_length=1)
+    """A file, a folder or a pattern such as `books/**/*.txt`; `shipped:` and `python:` names too."""
+
+    def files(self) -> list[FoundFile]:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.model_dump(exclude={"license"}), **_describe_files(self.files())}
+
+    def _shuffled(self, seed: int) -> list[Path]:
+        ranked = sorted(self.files(), key=lambda file: (hashlib.blake2b(f"{seed}/{file.name}".encode(), digest_size=16).digest(), file.name))
+        return [file.path for file in ranked]
+
+
+class JsonlSource(_FileSource):
+    """JSON objects, one a line; plain, .gz, .xz or .zst."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    """JSONL."""
+    field: str = "text"
+    """The key that holds the text."""
+
+    def files(self) -> list[FoundFile]:
+        return find_files(self.path, ["*.jsonl", "*.jsonl.gz", "*.jsonl.xz", "*.jsonl.zst"])
+
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
+        for path in self._shuffled(seed):
+            yield from jsonl_texts(path, self.field)
+
+
+class ParquetSource(_FileSource):
+    """Parquet files."""
+
+    kind: Literal["parquet"] = "parquet"
+    """Parquet."""
+    field: str = "text"
+    """The column that holds the text."""
+
+    def files(self) -> list[FoundFile]:
+        return find_files(self.path, ["*.parquet"])
+
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
+        for path in self._shuffled(seed):
+            yield from parquet_texts(path, self.field)
+
+
+class TextSource(_FileSource):
+    """Text files in UTF-8, each one document."""
+
+    kind: Literal["text"] = "text"
+    """Text files."""
+
+    def files(self) -> list[FoundFile]:
+        return find_files(self.path, ["*.txt", "*.md"])
+
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
+        for path in self._shuffled(seed):
+            yield read_text(path)
+
+
+class SourceCodeSource(_FileSource):
+    """A folder of source code, each file one document; files that are not UTF-8 are passed over and counted."""
+
+    kind: Literal["source_code"] = "source_code"
+    """Source code."""
+    patterns: list[str] = Field(default=["*.py"], min_length=1)
+    """File names to take."""
+    exclude: list[str] = NOT_CODE
+    """File or folder names to leave out, anywhere below `path`; tests and installed packages by default."""
+
+    def files(self) -> list[FoundFile]:
+        return [file for file in find_files(self.path, self.patterns) if not self._is_excluded(file.name)] or _nothing(self.path, "no file is left after `exclude`")
+
+    def _is_excluded(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in self.exclude)
+
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
+        for path in self._shuffled(seed):
+            try:
+                yield read_text(path)
+            except DataError:
+                skipped("unreadable or not UTF-8")
+
+
+class HubSource(_Source):
+    """A data set of the Hugging Face hub, streamed; needs the extra `datasets`."""
+
+    kind: Literal["hub"] = "hub"
+    """Hub data set."""
+    dataset: str = Field(min_length=1)
+    """Hub id."""
+    subset: str | None = None
+    """The data set's configuration."""
+    split: str = "train"
+    """The data set's split."""
+    revision: str | None = None
+    """Commit to pin, so that a resumed run reads the same rows."""
+    field: str = "text"
+    """The column that holds the text."""
+
+    def describe(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"license"})
+
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise MissingExtraError("datasets", "datasets") from None
+        where = f"data set {self.dataset}"
+        number = 0
+        try:
+            for row in load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True):
+                number += 1
+                if not isinstance(row.get(self.field), str | None) or self.field not in row:
+                    raise DataError(f"{where} row {number}", f"no text under '{self.field}'", f"has {', '.join(list(row)[:8])}", "set `field` to the one that holds the text")
+                yield row[self.field] or ""
+        except DataError:
+            raise
+        except Exception as error:  # the library raises dozens of types, all of them the network's or the id's fault
+            text = " ".join(str(error).split())[:160]
+            raise DataError(where, f"{type(error).__name__} after {number} rows ({text})", "must be reachable on the hub", "check id, subset, split and network, then run again") from error
+
+
+SourceConfig = Annotated[JsonlSource | ParquetSource | TextSource | SourceCodeSource | HubSource, Field(discriminator="kind")]
+"""One entry of `prepare.corpora`, told apart by `kind`."""
+
+
+def stream(source: _Source, seed: int, skipped: Callable[[str], None] = lambda reason: None, window_chars: int = WINDOW_CHARS) -> Iterator[str]:
+    """The documents of a source as training meets them: pieces of moderate length out of a shuffle window.
+
+    The order depends on the seed and the source alone. Empty documents are left out.
+
+    Raises:
+        DataError: from the source.
+    """
+    draw = random.Random(seed).random
+    window: list[str] = []
+    held = 0
+
+    def take() -> str:
+        nonlocal held
+        place = int(draw() * len(window))
+        window[place], window[-1] = window[-1], window[place]
+        piece = window.pop()
+        held -= len(piece)
+        return piece
+
+    for document in source.documents(seed, skipped):
+        for piece in split_document(document):
+            window.append(piece)
+            held += len(piece)
+        while held > window_chars:
+            yield take()
+    while window:
+        yield take()
+
+
+def find_files(text: str, patterns: list[str], where: str = "path") -> list[FoundFile]:
+    """The files that a recipe's `path` names, sorted by name: a file itself, a folder's files matching `patterns`, or a glob.
+
+    Raises:
+        DataError: when nothing is there.
+    """
+    base, pattern = _split_glob(text)
+    root = resolve_path(base, where)
+    if pattern:
+        paths = {Path(found) for found in glob.glob(str(Path(glob.escape(str(root))) / pattern), recursive=True)}
+    elif root.is_dir():
+        paths = {found for wanted in patterns for found in root.rglob(wanted)}
+    else:
+        return [FoundFile(root, root.name)] if root.is_file() else _nothing(text, "no such file or folder")
+    files = [FoundFile(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
+    return sorted(files, key=lambda file: file.name) or _nothing(text, "no file there" if root.exists() else "no such folder")
+
+
+def _split_glob(text: str) -> tuple[str, str]:
+    """`data/**/*.txt` -> (`data`, `**/*.txt`); a path without wildcards has an empty pattern."""
+    if not glob.has_magic(text) or Path(text).expanduser().exists():
+        return text, ""
+    prefix = next((p for p in (SHIPPED, PYTHON) if text.startswith(p)), "")
+    parts = text.removeprefix(prefix).replace("\\", "/").split("/")
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    base = "/".join(parts[:first]) or ("/" if first else "" if prefix else ".")
+    return prefix + base, "/".join(parts[first:])
+
+
+def _describe_files(files: list[FoundFile]) -> dict[str, Any]:
+    listing, total = hashlib.sha256(), 0
+    for file in files:
+        size = file.path.stat().st_size
+        total += size
+        listing.update(f"{file.name}\t{size}\n".encode())
+        if len(files) <= HASHED_FILES:
+            with open(file.path, "rb") as content:
+                listing.update(content.read(HASHED_BYTES))
+                content.seek(max(0, size - HASHED_BYTES))
+                listing.update(content.read(HASHED_BYTES))
+    return {"files": len(files), "bytes": total, "listing": listing.hexdigest()[:20]}
+
+
+def _nothing(path: str, found: str) -> list[FoundFile]:
+    raise DataError(path, found, "a source needs at least one file", "correct the path or the patterns")

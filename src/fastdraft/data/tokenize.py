@@ -1,0 +1,91 @@
+"""From text to the target's token ids, on all cores, in order.
+
+Decides that documents are encoded without the tokenizer's own additions, that a control token spelled out in a text
+stays text (a web page that says `<|end|>` must not end anything), that a tokenizer's saved truncation and padding are
+off, and which id parts documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdraft.errors import VocabularyError
+
+CONTROL = re.compile(r"<\|.*\|>", re.DOTALL)
+
+
+@contextlib.contextmanager
+def parallel_tokenization(workers: int) -> Iterator[None]:
+    """Lets the tokenizers library use `workers` threads inside the block (0: all cores, 1: none of its own).
+
+    Its thread pool is made at first use and keeps its size for the life of the process; the ids never depend on it.
+    """
+    names = ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
+    if workers > 1:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
+    """The id before every document: BOS, or EOS for a tokenizer without BOS.
+
+    Raises:
+        VocabularyError: when there is neither.
+    """
+    if bos_token_id is not None:
+        return bos_token_id
+    if eos_token_ids:
+        return eos_token_ids[0]
+    raise VocabularyError("tokenizer", "neither BOS nor EOS", "documents need a token between them", "set eos_token in the target's tokenizer_config.json")
+
+
+class DocumentEncoder:
+    """Encodes corpus text with a target's fast tokenizer.
+
+    Args:
+        tokenizer: A transformers fast tokenizer; it is copied, not changed.
+        size: The vocabulary's size; ids must be below it.
+    """
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        from tokenizers import Tokenizer
+
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+        named = set(tokenizer.all_special_ids)
+        for token in description.get("added_tokens", []):
+            token["special"] = bool(token["special"] or token["id"] in named or CONTROL.fullmatch(token["content"]))
+        self._tokenizer = Tokenizer.from_str(json.dumps(description))
+        self._tokenizer.encode_special_tokens = True  # in this library the flag means: encode their text, do not look for them
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._size = size
+
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        """Ids of each text, 1-D, in order; equal for any number of threads.
+
+        Raises:
+            VocabularyError: when the tokenizer gives an id that the model does not have.
+        """
+        fast = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
+        encoded = [np.array(encoding.ids, dtype=np.uint32) for encoding in fast(list(texts), add_special_tokens=False)]
+        top = max((int(ids.max()) for ids in encoded if len(ids)), default=0)
+        if top >= self._size:
+            raise VocabularyError("tokenizer", f"gives id {top}", f"the model's vocabulary has {self._size}", "use the tokenizer that belongs to the target")
+        return encoded

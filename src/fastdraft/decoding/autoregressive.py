@@ -1,0 +1,166 @@
+"""Plain generation, many prompts at a time: the target writes, one token per pass, with the log-prob of each.
+
+Decides that prompts are padded on the left, that one random number per row and step is drawn whether or not the row still
+writes (so that dropping finished rows from the batch leaves the other rows' random numbers alone), and that nothing is
+masked: the text is the model's own.
+
+Shape suffixes: B rows in the batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from fastdraft.decoding.cache import PreallocatedLayer
+from fastdraft.decoding.grouped_attention import grouped_attention
+from fastdraft.functional.sampling import warp
+from fastdraft.interfaces import Generation, Sampling
+
+DROP_SHARE = 0.15
+"""Finished rows are taken out of the batch when they are at least this share of it: dropping copies the cache."""
+PADDING_ID = 0
+
+
+class BatchLayer(PreallocatedLayer):
+    """Keys and values in preallocated buffers from which whole rows can be dropped."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps only these rows of the batch."""
+        if self._buffers is None:
+            return
+        keys, values = self._buffers
+        length, kept = self.get_seq_length(), (len(indices), *keys.shape[1:])
+        fresh = keys.new_empty(kept), values.new_empty(len(indices), *values.shape[1:])
+        fresh[0][:, :, :length], fresh[1][:, :, :length] = keys[indices, :, :length], values[indices, :, :length]
+        self._buffers = fresh
+        self.keys, self.values = fresh[0][:, :, :length], fresh[1][:, :, :length]
+
+
+class _Batch:
+    """The rows that still write: what the next pass needs of them, and where their text goes."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        ids_BT, mask_BT = pad_left(prompts, max_new_tokens)
+        self.model, self.width = model, ids_BT.shape[1]
+        self.ids_BT, self.mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
+        self.positions_BT = (self.mask_BT[:, : self.width].cumsum(-1) - 1).clamp(min=0)
+        self.rows_B = torch.arange(len(prompts), device=model.device)
+        """For each row of the batch its place among the prompts."""
+        self.done_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+        capacity = self.width + max_new_tokens
+        self.cache = Cache(layer_class_to_replicate=partial(BatchLayer, capacity))  # type: ignore[arg-type]
+
+    def logits(self) -> Tensor:
+        """One pass: logits [B, V] behind the last position; only that position goes through the output head."""
+        mask_BT = self.mask_BT[:, : self.width]
+        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        logits_BV: Tensor = self.model(input_ids=self.ids_BT, attention_mask=mask_BT, position_ids=self.positions_BT, **options).logits[:, -1]
+        return logits_BV
+
+    def append(self, token_B: Tensor, done_B: Tensor) -> bool:
+        """Makes `token_B` the next input and drops finished rows when they are many; False when no row is left."""
+        self.done_B = self.done_B | done_B
+        finished = int(self.done_B.sum())
+        if finished == len(self.rows_B):
+            return False
+        self.ids_BT, self.positions_BT, self.width = token_B[:, None], self.positions_BT[:, -1:] + 1, self.width + 1
+        if finished >= DROP_SHARE * len(self.rows_B):
+            keep_B = (~self.done_B).nonzero().squeeze(-1)
+            self.cache.batch_select_indices(keep_B)
+            self.rows_B, self.done_B, self.mask_BT = self.rows_B[keep_B], self.done_B[keep_B], self.mask_BT[keep_B]
+            self.ids_BT, self.positions_BT = self.ids_BT[keep_B], self.positions_BT[keep_B]
+        return True
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_ids: set[int] | frozenset[int],
+    generator: torch.Generator,
+) -> list[Generation]:
+    """One answer for each prompt, reproducible for equal prompts, order, generator state and threads.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Token ids; none may be empty. Prompts of similar length waste the least.
+        sampling: Temperature 0 is greedy and draws no random numbers.
+        max_new_tokens: Most tokens of an answer, the EOS id included.
+        eos_ids: Any of these ends an answer.
+        generator: On the CPU; its state moves on.
+
+    Returns:
+        Answers in the order of `prompts`. Where the model's logits are not finite the answer ends with that step's
+        token and a NaN log-prob.
+
+    Raises:
+        ValueError: for an empty prompt or `max_new_tokens` below 1.
+    """
+    if not prompts:
+        return []
+    if max_new_tokens < 1 or not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs at least one token, and max_new_tokens must be at least 1")
+    count, device = len(prompts), model.device
+    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+    tokens_BT = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+    logprobs_BT = torch.zeros(count, max_new_tokens, device=device)
+    batch = _Batch(model, prompts, max_new_tokens)
+    with grouped_attention(model):
+        for step in range(max_new_tokens):
+            uniform_B = torch.rand(count, generator=generator, dtype=torch.float64).to(device) if sampling.temperature > 0 else None
+            token_B, logprob_B = draw_tokens(batch.logits(), sampling, None if uniform_B is None else uniform_B[batch.rows_B])
+            tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
+            if not batch.append(token_B, torch.isin(token_B, eos) | logprob_B.isnan()):
+                break
+    return [_generation(prompt, t, lp, eos_ids) for prompt, t, lp in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True)]
+
+
+def pad_left(prompts: Sequence[Sequence[int]], extra: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] padded on the left, and their mask [B, T + extra] (1: a real token), both int64."""
+    width = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), width), PADDING_ID, dtype=torch.long)
+    mask_BT = torch.ones(len(prompts), width + extra, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask_BT[row, : width - len(prompt)] = 0
+    return ids_BT, mask_BT
+
+
+def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Next token of each row and the natural log of its probability under the distribution drawn from (0 when greedy).
+
+    Args:
+        logits_BV: Raw logits.
+        sampling: Temperature, top-k, top-p.
+        uniform_B: Float64 in [0, 1), one for each row: the token is the inverse of the cumulative distribution there.
+
+    Returns:
+        Ids and log-probs, each [B]; the log-prob is NaN where the logits are not finite.
+    """
+    if sampling.temperature == 0 or uniform_B is None:
+        best_B = logits_BV.max(-1)
+        return best_B.indices, torch.where(best_B.values.isfinite(), 0.0, math.nan)
+    probs_BV = warp(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
+    cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    total_B1 = cumulative_BV[:, -1:].contiguous()
+    token_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * total_B1, right=True)
+    # Rounding may reach the total itself, behind which no token has mass: the last one with mass stands for it.
+    token_B1 = torch.minimum(token_B1, torch.searchsorted(cumulative_BV, total_B1)).clamp(max=probs_BV.shape[-1] - 1)
+    return token_B1.squeeze(-1), probs_BV.gather(-1, token_B1).squeeze(-1).log()
+
+
+def _generation(prompt: Sequence[int], tokens: list[int], logprobs: list[float], eos_ids: set[int] | frozenset[int]) -> Generation:
+    for position, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), 1):
+        if token in eos_ids or math.isnan(logprob):
+            return Generation(list(prompt), tokens[:position], logprobs[:position], "stop" if token in eos_ids else "length")
+    return Generation(list(prompt), tokens, logprobs, "length")

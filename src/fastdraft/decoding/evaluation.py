@@ -1,0 +1,143 @@
+"""Evaluates one draft against one target: the target's own texts, replay over them, exact runs, and the check between.
+
+Decides what the two ways of evaluation share: the target's texts are written once and every draft is replayed over the
+same ones; an exact run has one seed for each prompt; a greedy exact run must give the target's own text, and where it does
+not, how near the two tokens were in the target's eyes is reported (in low precision, batching alone may flip a tie).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fastdraft.artifacts import digest
+from fastdraft.data.responses import SyntheticRow, ids_hash
+from fastdraft.decoding.figures import CostRatios, CountsTable, Setting, counts_table, result_row
+from fastdraft.decoding.replay import replay
+from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
+from fastdraft.functional.looping import is_looping
+from fastdraft.interfaces import Engine, Generation, Sampling
+from fastdraft.vocabulary import Vocabulary
+
+NEAR_TIE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
+"""Gap in log-prob below which two tokens count as tied, by the target's precision."""
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed that follows from its parts alone, so that the order of work does not matter."""
+    return int(digest(list(parts)), 16) % 2**31
+
+
+def as_row(generation: Generation, sampling: Sampling, source: str) -> SyntheticRow:
+    """A generation in the form in which it is kept and replayed."""
+    key, row_id = ids_hash(generation.prompt_ids), ids_hash(generation.prompt_ids, generation.response_ids)
+    return SyntheticRow(
+        row_id=row_id, source=source, prompt_key=key, prompt_ids=generation.prompt_ids, response_ids=generation.response_ids,
+        logprobs=generation.logprobs, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+        finish_reason=generation.finish_reason,
+    )  # fmt: skip
+
+
+def replay_tables(
+    draft: PreTrainedModel,
+    rows: Sequence[SyntheticRow],
+    num_speculative_tokens: Sequence[int],
+    vocabulary: Vocabulary,
+    draft_temperature: float | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[int, CountsTable]:
+    """For each K the expected counts of every row, by replay."""
+    counts = replay(draft, rows, num_speculative_tokens, vocabulary, draft_temperature, on_batch=on_batch)
+    return {k: counts_table([by_k[k] for by_k in counts]) for k in num_speculative_tokens}
+
+
+def exact_runs(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int,
+    on_prompt: Callable[[int], None] | None = None,
+) -> list[SpeculativeResult]:
+    """Real speculative decoding of each prompt, one after the other."""
+    results = []
+    for index, prompt in enumerate(prompts):
+        results.append(decoder.generate(prompt, sampling, max_new_tokens, derive_seed(seed, index)))
+        if on_prompt:
+            on_prompt(1)
+    return results
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A greedy exact run that left the target's own text."""
+
+    place: int
+    """The first response token that differs."""
+    gap: float
+    """How much more likely, in log-prob, the target finds its favourite of the two tokens when asked again in one pass."""
+    near_tie: bool
+
+
+def greedy_difference(target: PreTrainedModel, own: SyntheticRow, response_ids: Sequence[int]) -> Difference | None:
+    """None when `response_ids` is the target's own greedy text."""
+    pairs = list(zip(own.response_ids, response_ids, strict=False))
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if place is None:
+        return None if len(own.response_ids) == len(response_ids) else Difference(len(pairs), float("inf"), False)
+    ids = torch.tensor([own.prompt_ids + own.response_ids[:place]], device=target.device)
+    with torch.inference_mode():
+        logprobs_V = target(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
+    gap = abs(float(logprobs_V[own.response_ids[place]] - logprobs_V[response_ids[place]]))
+    return Difference(place, gap, gap < NEAR_TIE.get(target.dtype, NEAR_TIE[torch.bfloat16]))
+
+
+def looping_flags(rows: Sequence[SyntheticRow]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """For each row, whether its text ran into a loop."""
+    return np.array([is_looping(row.response_ids) for row in rows], dtype=bool)
+
+
+def evaluate_pair(
+    engine: Engine,
+    draft: PreTrainedModel,
+    prompts: Mapping[str, Sequence[list[int]]],
+    vocabulary: Vocabulary,
+    costs: CostRatios,
+    *,
+    temperatures: Sequence[float] = (0.0, 0.6),
+    num_speculative_tokens: Sequence[int] = tuple(range(1, 9)),
+    max_new_tokens: int = 128,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    draft_temperature: float | None = None,
+    seed: int = 0,
+    name: str = "draft",
+) -> list[dict[str, Any]]:
+    """Any draft of a target's vocabulary, without a run: the engine writes text for each task, replay gives the rows.
+
+    Args:
+        engine: Writes as the target.
+        draft: Any causal language model of the same vocabulary.
+        prompts: Token ids by task name.
+        vocabulary: The shared one.
+        costs: The draft's cost relative to the target's.
+        name: What the rows call this draft (`checkpoint`).
+
+    Returns:
+        Rows as in `results.json`, one for each task, temperature and K.
+    """
+    found = []
+    for task, task_prompts in prompts.items():
+        for temperature in temperatures:
+            sampling = Sampling(temperature, top_k, top_p)
+            written = engine.generate(task_prompts, sampling, max_new_tokens, derive_seed(seed, task, temperature))
+            rows = [as_row(generation, sampling, task) for generation in written]
+            tables = replay_tables(draft, rows, num_speculative_tokens, vocabulary, draft_temperature)
+            looping = looping_flags(rows)
+            found += [result_row(Setting(name, task, "replay", temperature, k), table, looping, costs, seed) for k, table in tables.items()]
+    return found

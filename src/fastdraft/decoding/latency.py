@@ -1,0 +1,93 @@
+"""What one pass of a model costs on this device: the measured side of the cost ratio.
+
+Decides that a cost is the median over many passes with a filled cache, that the target is also timed reading several
+tokens at once (verification), that draft and target take turns so that a slow spell of the machine hits both, and that
+the same precision and device are used as in decoding.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fastdraft.decoding.cache import Reader
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median seconds of one pass after a prefix of `prefix_tokens`, batch 1."""
+
+    draft_seconds: float
+    """The draft reads one token."""
+    target_seconds: dict[int, float]
+    """The target reads this many tokens at once."""
+    prefix_tokens: int
+    device: str
+    draft_dtype: str
+    target_dtype: str
+
+    @property
+    def cost_ratio(self) -> float:
+        """Draft over target, one token each."""
+        return self.draft_seconds / self.target_seconds[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Latency:
+        return cls(**{**value, "target_seconds": {int(width): seconds for width, seconds in value["target_seconds"].items()}})
+
+
+@torch.inference_mode()
+def measure_latency(target: PreTrainedModel, draft: PreTrainedModel, widths: Sequence[int], prefix_tokens: int = 128, repeats: int = 15) -> Latency:
+    """Times single passes of both models.
+
+    Args:
+        widths: How many tokens the target reads at once; 1 is always measured.
+        prefix_tokens: Tokens in the cache before each pass; lowered to fit a short context.
+        repeats: Passes of each kind after two that warm up.
+    """
+    widths = sorted({1, *widths})
+    models = (target, draft)
+    room = min(int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in models) - max(widths)
+    prefix = max(1, min(prefix_tokens, room))
+    readers = [Reader(m, prefix + max(widths)) for m in models]
+    for reader in readers:
+        reader.read(_any_ids(reader, prefix))
+    jobs = [(readers[1], 1), *((readers[0], width) for width in widths)]
+    seconds: list[list[float]] = [[] for _ in jobs]
+    for turn in range(repeats + 2):
+        for job, times in zip(jobs, seconds, strict=True):
+            taken = _one_pass(*job, prefix)
+            if turn >= 2:
+                times.append(taken)
+    draft_seconds, *by_width = [statistics.median(times) for times in seconds]
+    dtypes = [str(m.dtype).removeprefix("torch.") for m in models]
+    return Latency(draft_seconds, dict(zip(widths, by_width, strict=True)), prefix, str(target.device), dtypes[1], dtypes[0])
+
+
+def _one_pass(reader: Reader, width: int, prefix: int) -> float:
+    ids_T = _any_ids(reader, width)
+    _wait(reader.model.device)
+    start = time.perf_counter()
+    reader.read(ids_T, keep=width).argmax(-1).tolist()
+    seconds = time.perf_counter() - start
+    reader.take_back(prefix)
+    return seconds
+
+
+def _any_ids(reader: Reader, count: int) -> torch.Tensor:
+    return torch.arange(5, 5 + count, device=reader.model.device) % reader.model.config.get_text_config(decoder=True).vocab_size
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,156 @@
+"""Replay: what speculative decoding would have done, read off text that the target already wrote.
+
+Decides that one teacher-forced pass of the draft over prompt and response gives each token's probability to be accepted,
+min(1, draft_probs[x] / target_probs[x]), the target's side of it coming from the log-probs recorded when the text was
+written; and that these give the expected counts for every number of proposals (functional/acceptance.py). Rows are
+batched by length under a token budget, only response positions go through the output head, and the logits are held for a
+few rows at a time, so memory does not grow with the vocabulary or the number of rows.
+
+Shape suffixes: B rows of a batch, T positions, N response positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts
+from fastdraft.functional.sampling import mask_ids, warp
+from fastdraft.modeling.loading import split_head
+from fastdraft.vocabulary import Vocabulary
+
+LOGITS_HELD = 2**24
+"""Entries of the logits held at once: 64 MiB in float32."""
+COUNTED_TOGETHER = 256
+"""Texts whose expected counts are worked out together."""
+
+
+class WrittenText(Protocol):
+    """What replay needs to know of a text: the fields of `data.responses.SyntheticRow`."""
+
+    @property
+    def prompt_ids(self) -> list[int]: ...
+    @property
+    def response_ids(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[float]: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+
+
+def replay(
+    draft: PreTrainedModel,
+    rows: Sequence[WrittenText],
+    num_speculative_tokens: Sequence[int],
+    vocabulary: Vocabulary,
+    draft_temperature: float | None = None,
+    batch_tokens: int = 8192,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[dict[int, Counts]]:
+    """Expected counts of a speculative run over each row, for every K; for greedy rows the very counts of the run.
+
+    Args:
+        draft: The draft, in evaluation mode.
+        rows: What the target wrote, with the log-prob of each token under the distribution it was drawn from.
+        num_speculative_tokens: Every K wanted.
+        vocabulary: Tells which ids the draft never proposes.
+        draft_temperature: The draft's own temperature where the target samples; None: the row's. 0 proposes greedily.
+        batch_tokens: Positions in one pass, padding included.
+        on_batch: Called with the number of rows finished since the last call.
+
+    Returns:
+        For each row, in order, a dictionary from K to counts. A row without a response has empty counts.
+    """
+    accepts = accept_probabilities(draft, rows, vocabulary, draft_temperature, batch_tokens, on_batch)
+    starts = range(0, len(accepts), COUNTED_TOGETHER)
+    # Neighbours in length share a recursion, so that short texts do not pay for the longest.
+    order = sorted(range(len(accepts)), key=lambda i: len(accepts[i]))
+    counts: list[dict[int, Counts]] = [{} for _ in accepts]
+    for start in starts:
+        chosen = order[start : start + COUNTED_TOGETHER]
+        for index, found in zip(chosen, batched_expected_counts([accepts[i] for i in chosen], num_speculative_tokens), strict=True):
+            counts[index] = found
+    return counts
+
+
+def block_efficiency(
+    draft: PreTrainedModel, rows: Sequence[WrittenText], num_speculative_tokens: int, vocabulary: Vocabulary, draft_temperature: float | None = None
+) -> float:
+    """Generated tokens for each target pass over all `rows` together, expected; NaN without rows."""
+    k = num_speculative_tokens
+    return add_counts(counts[k] for counts in replay(draft, rows, [k], vocabulary, draft_temperature)).block_efficiency
+
+
+@torch.inference_mode()
+def accept_probabilities(
+    draft: PreTrainedModel,
+    rows: Sequence[WrittenText],
+    vocabulary: Vocabulary,
+    draft_temperature: float | None = None,
+    batch_tokens: int = 8192,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[NDArray[np.float64]]:
+    """For each row, each response token's probability to be accepted if the draft proposes at its place; 0 or 1 when greedy."""
+    accepts: list[NDArray[np.float64]] = [np.zeros(0) for _ in rows]
+    missing = torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device) if vocabulary.missing_ids else None
+    decoder, head_VD = split_head(draft)
+    for chosen in length_batches([len(r.prompt_ids) + len(r.response_ids) for r in rows], batch_tokens):
+        batch = [rows[i] for i in chosen]
+        hidden = _response_hidden(decoder, batch, draft.device)
+        for index, row, hidden_ND in zip(chosen, batch, hidden, strict=True):
+            accepts[index] = _accept(hidden_ND, head_VD, row, missing, draft_temperature)
+        if on_batch:
+            on_batch(len(chosen))
+    return accepts
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of near-equal length whose padded size stays within `batch_tokens` (a longer row goes alone)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _response_hidden(decoder: torch.nn.Module, rows: Sequence[WrittenText], device: torch.device) -> list[Tensor]:
+    """For each row the hidden states from which its response tokens are predicted, [len(response), D]."""
+    texts = [(*row.prompt_ids, *row.response_ids[:-1]) for row in rows]
+    ids_BT = np.zeros((len(rows), max(map(len, texts), default=0)), dtype=np.int64)
+    for line, text in zip(ids_BT, texts, strict=True):
+        line[: len(text)] = text
+    # Padding stands on the right, where a causal model does not look: no attention mask is needed.
+    hidden_BTD = decoder(input_ids=torch.from_numpy(ids_BT).to(device), use_cache=False).last_hidden_state
+    starts = [len(row.prompt_ids) - 1 for row in rows]
+    return [hidden_BTD[b, start : start + len(row.response_ids)] for b, (start, row) in enumerate(zip(starts, rows, strict=True))]
+
+
+def _accept(hidden_ND: Tensor, head_VD: Tensor, row: WrittenText, missing: Tensor | None, draft_temperature: float | None) -> NDArray[np.float64]:
+    temperature = row.temperature if draft_temperature is None or row.temperature == 0 else draft_temperature
+    tokens_N = torch.tensor(row.response_ids, dtype=torch.long, device=hidden_ND.device)
+    target_N = torch.tensor(row.logprobs, dtype=torch.float32, device=hidden_ND.device)
+    step = max(1, LOGITS_HELD // head_VD.shape[0])
+    parts = []
+    for start in range(0, len(tokens_N), step):
+        stop = start + step
+        logits_NV = mask_ids((hidden_ND[start:stop] @ head_VD.T).float(), missing)
+        if temperature == 0:
+            parts.append((logits_NV.argmax(-1) == tokens_N[start:stop]).double())
+            continue
+        logits_NV = warp(logits_NV, temperature, row.top_k, row.top_p)
+        draft_N = logits_NV.gather(-1, tokens_N[start:stop, None]).squeeze(-1) - logits_NV.logsumexp(-1)
+        parts.append((draft_N - target_N[start:stop]).double().clamp(max=0.0).exp())
+    return torch.cat(parts).cpu().numpy() if parts else np.zeros(0)

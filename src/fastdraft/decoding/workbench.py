@@ -1,0 +1,206 @@
+"""The units of work of an evaluation, each kept in a file of its own as soon as it is done.
+
+Decides what is kept and under which name, so that a killed evaluation repeats at most one unit:
+  generations/TASK-T.parquet       the target's own texts
+  replay/CHECKPOINT-TASK-T.npy     expected counts, [K, prompts, columns of counts_to_array]
+  exact/TASK-T-kK.json             counts, response ids and accepted flags of real runs
+  latency.json                     medians of single passes
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from fastdraft.artifacts import read_json, write_atomic, write_json
+from fastdraft.console import Console
+from fastdraft.data.responses import SyntheticRow, read_rows, write_rows
+from fastdraft.decoding.evaluation import as_row, derive_seed, exact_runs, replay_tables
+from fastdraft.decoding.figures import CountsTable, Setting, counts_table
+from fastdraft.decoding.latency import Latency, measure_latency
+from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.errors import ArtifactError
+from fastdraft.interfaces import Engine, Sampling
+from fastdraft.vocabulary import Vocabulary
+
+TOTALS = 7
+"""Columns of `counts_to_array` before the positions."""
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's prompts as token ids."""
+
+    name: str
+    prompt_names: list[str]
+    prompt_ids: list[list[int]]
+    max_new_tokens: int
+    num_skipped: int = 0
+    """Prompts left out because they do not fit the context."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated, and how."""
+
+    tasks: list[EncodedTask]
+    temperatures: list[float]
+    num_speculative_tokens: list[int]
+    exact_num_speculative_tokens: list[int]
+    exact_prompts: int
+    top_k: int = 0
+    top_p: float = 1.0
+    draft_temperature: float | None = None
+    seed: int = 0
+
+    def sampling(self, temperature: float) -> Sampling:
+        return Sampling(temperature, self.top_k, self.top_p)
+
+    @property
+    def settings(self) -> list[tuple[EncodedTask, float]]:
+        """Every task at every temperature."""
+        return [(task, temperature) for task in self.tasks for temperature in self.temperatures]
+
+
+@dataclass(frozen=True)
+class ExactUnit:
+    """Real runs of one task, temperature and K."""
+
+    table: CountsTable
+    response_ids: list[list[int]]
+    accepted: list[list[bool]]
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A plan, the folder that keeps its units, the target and the shared vocabulary."""
+
+    plan: Plan
+    folder: Path
+    console: Console
+    target: PreTrainedModel
+    vocabulary: Vocabulary
+
+    def texts_path(self, task: EncodedTask, temperature: float) -> Path:
+        return self.folder / "generations" / f"{task.name}-{temperature:g}.parquet"
+
+    def texts(self, task: EncodedTask, temperature: float) -> list[SyntheticRow]:
+        """What the target wrote."""
+        return read_rows(self.texts_path(task, temperature))
+
+    def write_texts(self, make_engine: Callable[[Callable[[int], None]], Engine]) -> None:
+        """The target answers every prompt at every temperature, unless it already has.
+
+        Args:
+            make_engine: Makes the engine, given what it is to call after each batch with the number of answers.
+        """
+        missing = [(task, t) for task, t in self.plan.settings if not self.texts_path(task, t).exists()]
+        if not missing:
+            return
+        total = sum(len(task.prompt_ids) for task, _ in self.plan.settings)
+        done = total - sum(len(task.prompt_ids) for task, _ in missing)
+        with self.console.progress("target writes", total, "texts", done) as progress:
+
+            def on_batch(count: int) -> None:
+                progress.advance(count)
+                self.console.stop.check(self.folder)
+
+            engine = make_engine(on_batch)
+            for task, temperature in missing:
+                progress.note = f"{task.name} {temperature:g}"
+                sampling, seed = self.plan.sampling(temperature), derive_seed(self.plan.seed, task.name, temperature)
+                written = engine.generate(task.prompt_ids, sampling, task.max_new_tokens, seed)
+                write_rows(self.texts_path(task, temperature), [as_row(g, sampling, task.name) for g in written])
+
+    def replay_all(self, load_draft: Mapping[str, Callable[[], PreTrainedModel]]) -> dict[Setting, CountsTable]:
+        """Expected counts of every checkpoint; a checkpoint is loaded only if something of it is missing."""
+        tables: dict[Setting, CountsTable] = {}
+        total = len(load_draft) * sum(len(task.prompt_ids) for task, _ in self.plan.settings)
+        with self.console.progress("replay", total, "texts") as progress:
+            for checkpoint, load in load_draft.items():
+                draft: PreTrainedModel | None = None
+                for task, temperature in self.plan.settings:
+                    path = self.folder / "replay" / f"{checkpoint}-{task.name}-{temperature:g}.npy"
+                    if path.exists():
+                        progress.advance(len(task.prompt_ids))
+                    else:
+                        draft = draft or load()
+                        rows = self.texts(task, temperature)
+                        ks = self.plan.num_speculative_tokens
+                        found = replay_tables(draft, rows, ks, self.vocabulary, self.plan.draft_temperature, progress.advance)
+                        _write_tables(path, [found[k] for k in ks])
+                        self.console.stop.check(self.folder)
+                    for k, table in zip(self.plan.num_speculative_tokens, _read_tables(path), strict=True):
+                        tables[Setting(checkpoint, task.name, "replay", temperature, k)] = table[:, : TOTALS + k]
+        return tables
+
+    def exact_all(self, checkpoint: str, draft: Callable[[], PreTrainedModel]) -> dict[Setting, ExactUnit]:
+        """Real speculative decoding of the first prompts of each task with one draft."""
+        units: dict[Setting, ExactUnit] = {}
+        jobs = [(task, t, k) for task, t in self.plan.settings for k in self.plan.exact_num_speculative_tokens] if self.plan.exact_prompts else []
+        total = sum(min(len(task.prompt_ids), self.plan.exact_prompts) for task, _, _ in jobs)
+        if not jobs:
+            return units
+        with self.console.progress("exact runs", total, "texts") as progress:
+            for task, temperature, k in jobs:
+                setting = Setting(checkpoint, task.name, "exact", temperature, k)
+                path = self.folder / "exact" / f"{task.name}-{temperature:g}-k{k}.json"
+                prompts = task.prompt_ids[: self.plan.exact_prompts]
+                if path.exists():
+                    progress.advance(len(prompts))
+                else:
+                    self._exact_unit(path, draft(), task, prompts, temperature, k, progress.advance)
+                    self.console.stop.check(self.folder)
+                units[setting] = _read_exact(path)
+        return units
+
+    def _exact_unit(
+        self, path: Path, draft: PreTrainedModel, task: EncodedTask, prompts: Sequence[list[int]], temperature: float, k: int, on_prompt: Callable[[int], None]
+    ) -> None:
+        decoder = SpeculativeDecoder(self.target, draft, self.vocabulary, k, self.plan.draft_temperature)
+        seed = derive_seed(self.plan.seed, task.name, temperature, k)
+        results = exact_runs(decoder, list(prompts), self.plan.sampling(temperature), task.max_new_tokens, seed, on_prompt)
+        unit = {
+            "counts": counts_table([result.counts for result in results]).tolist(),
+            "response_ids": [result.generation.response_ids for result in results],
+            "accepted": [[int(flag) for flag in result.accepted] for result in results],
+        }
+        write_json(path, unit)
+
+    def latency(self, draft: Callable[[], PreTrainedModel]) -> Latency:
+        """Seconds of single passes, measured once for this evaluation."""
+        path = self.folder / "latency.json"
+        if not path.exists():
+            widths = [k + 1 for k in self.plan.num_speculative_tokens]
+            write_json(path, measure_latency(self.target, draft(), widths).as_dict())
+        return Latency.from_dict(read_json(path))
+
+
+def _write_tables(path: Path, tables: Sequence[CountsTable]) -> None:
+    """Tables of different K have different numbers of positions: zeros fill up to the largest K."""
+    width = max(table.shape[1] for table in tables)
+    stacked = np.stack([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in tables])
+    buffer = io.BytesIO()
+    np.save(buffer, stacked, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
+
+
+def _read_tables(path: Path) -> list[CountsTable]:
+    try:
+        return list(np.load(path, allow_pickle=False))
+    except (ValueError, OSError, EOFError) as error:
+        raise ArtifactError(path, f"damaged ({str(error)[:60]})", "must hold replayed counts", "delete this file and run the same command again") from None
+
+
+def _read_exact(path: Path) -> ExactUnit:
+    unit = read_json(path)
+    try:
+        accepted = [[bool(flag) for flag in flags] for flags in unit["accepted"]]
+        return ExactUnit(np.array(unit["counts"], dtype=np.float64), unit["response_ids"], accepted)
+    except (KeyError, TypeError, ValueError):
+        raise ArtifactError(path, "damaged", "must hold an exact run", "delete this file and run the same command again") from None

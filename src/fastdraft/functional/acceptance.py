@@ -1,0 +1,163 @@
+"""Counts of speculative decoding, and their exact expectation from per-token accept probabilities.
+
+Decides that counts are stored and added while rates are derived when printed, what each count means, and how replay turns
+one accept probability for every token of a text into the expected counts of a run over that text, for any number of
+proposals. Conventions: the first round drafts straight from the prompt; every round proposes K tokens; what stands beyond
+the end of the text is discarded and not counted as accepted; the end-of-sequence token counts as a generated token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What happened in some rounds; whole numbers from a real run, expectations from replay. Add them, then take rates."""
+
+    num_drafts: float = 0.0
+    """Rounds: one proposal of K tokens and one pass of the target each."""
+    num_draft_tokens: float = 0.0
+    """Proposed: K for each round."""
+    num_accepted_tokens: float = 0.0
+    """Proposals that became part of the text."""
+    num_accepted_tokens_per_pos: tuple[float, ...] = ()
+    """The same by place in the round, first proposal first."""
+    num_examined_tokens: float = 0.0
+    """Proposals that were decided on: each accepted one, and the rejected one that ended a round."""
+    num_generated_tokens: float = 0.0
+    """Tokens of the text."""
+    overlap_sum: float = 0.0
+    """Sum over `overlap_tokens` positions of sum_v min(target_probs, draft_probs), or of its estimate."""
+    overlap_tokens: float = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        return add_counts([self, other])
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / proposed. Falls as K grows. NaN without proposals."""
+        return _ratio(self.num_accepted_tokens, self.num_draft_tokens)
+
+    @property
+    def conditional_acceptance_rate(self) -> float:
+        """Accepted / examined: the alpha of Leviathan et al., arXiv 2211.17192."""
+        return _ratio(self.num_accepted_tokens, self.num_examined_tokens)
+
+    @property
+    def block_efficiency(self) -> float:
+        """Generated tokens for each pass of the target."""
+        return _ratio(self.num_generated_tokens, self.num_drafts)
+
+    @property
+    def overlap(self) -> float:
+        """Mean over positions of sum_v min(target_probs, draft_probs)."""
+        return _ratio(self.overlap_sum, self.overlap_tokens)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+def add_counts(counts: Iterable[Counts]) -> Counts:
+    """The sum of any number of counts of the same K; an empty `Counts()` fits any K.
+
+    Raises:
+        ValueError: for counts of different K.
+    """
+    listed = [c for c in counts if c != Counts()]
+    if not listed:
+        return Counts()
+    if len({len(c.num_accepted_tokens_per_pos) for c in listed}) > 1:
+        raise ValueError("counts of different num_speculative_tokens cannot be added")
+    return counts_from_array(np.sum([counts_to_array(c) for c in listed], axis=0))
+
+
+def counts_to_array(counts: Counts) -> NDArray[np.float64]:
+    """A row of numbers for sums and bootstraps: the seven totals in the order of the fields, then one number for each position."""
+    c = counts
+    totals = [c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens, c.num_examined_tokens, c.num_generated_tokens, c.overlap_sum, c.overlap_tokens]
+    return np.array([*totals, *c.num_accepted_tokens_per_pos], dtype=np.float64)
+
+
+def counts_from_array(row: NDArray[np.float64]) -> Counts:
+    """The inverse of `counts_to_array`."""
+    values = [float(value) for value in row]
+    drafts, proposed, accepted, examined, generated, overlap_sum, overlap_tokens = values[:7]
+    return Counts(drafts, proposed, accepted, tuple(values[7:]), examined, generated, overlap_sum, overlap_tokens)
+
+
+def expected_counts(accept: NDArray[np.float64], num_speculative_tokens: int) -> Counts:
+    """Expected counts of a run that emits a given text, from each token's probability to be accepted when drafted.
+
+    Given the text, the accept decisions are independent, and a drafted token x is accepted with probability
+    min(1, draft_probs[x] / target_probs[x]): that is `accept`. A 0/1 array (greedy) gives the very counts of the run.
+
+    Args:
+        accept: One probability for each token of the text, in order; shape n.
+        num_speculative_tokens: K, at least 1.
+    """
+    return batched_expected_counts([accept], [num_speculative_tokens])[0][num_speculative_tokens]
+
+
+def batched_expected_counts(accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]) -> list[dict[int, Counts]]:
+    """`expected_counts` for many texts and many K at once: one dictionary from K to counts for each text.
+
+    The chance visit[i] that a round begins at token i obeys a recursion from the front, the adjoint of
+    f(i) = 1 + sum_{j<K} (a_i...a_{i+j-1})(1 - a_{i+j}) f(i+j+1) + (a_i...a_{i+K-1}) f(i+K+1):
+    a rejection at token m starts the next round at m + 1, the bonus token after K acceptances at i + K + 1. Every count is
+    linear in `visit`. All K and all texts advance together: O(longest text * K) numpy steps, not O(tokens * K).
+    """
+    ks = sorted(set(num_speculative_tokens))
+    if not ks or ks[0] < 1:
+        raise ValueError("num_speculative_tokens must be at least 1")
+    if not accepts:
+        return []
+    lengths = np.array([len(a) for a in accepts])
+    top, longest = ks[-1], int(lengths.max())
+    # Padding accepts nothing, so a run of acceptances ends at the text's end without a special case.
+    padded_BT = np.zeros((len(accepts), longest + top + 1))
+    for row, values in zip(padded_BT, accepts, strict=True):
+        row[: len(values)] = values
+    runs_BTK = _runs(padded_BT, longest, top)
+    return [dict(zip(ks, row, strict=True)) for row in zip(*(_counts_of(padded_BT, runs_BTK, lengths, k) for k in ks), strict=True)]
+
+
+def _runs(padded_BT: NDArray[np.float64], longest: int, top: int) -> NDArray[np.float64]:
+    """[b, i, j]: the chance that tokens i .. i+j are all accepted, given that a round begins at i."""
+    windows_BTK = np.lib.stride_tricks.sliding_window_view(padded_BT, top, axis=1)[:, :longest]
+    return np.cumprod(windows_BTK, axis=2)
+
+
+def _counts_of(padded_BT: NDArray[np.float64], runs_BTK: NDArray[np.float64], lengths: NDArray[np.int64], k: int) -> list[Counts]:
+    batch, longest = runs_BTK.shape[:2]
+    runs_BTK = runs_BTK[:, :, :k]
+    # ends[b, i, j]: a round that begins at i is rejected at its j-th proposal, for j < k; for j = k the bonus token follows.
+    ends_BTE = np.concatenate([np.ones((batch, longest, 1)), runs_BTK], axis=2)
+    ends_BTE[:, :, :k] -= runs_BTK
+    visit_BT = np.zeros((batch, longest + k + 1))
+    visit_BT[:, 0] = 1.0
+    for i in range(longest):
+        visit_BT[:, i + 1 : i + k + 2] += visit_BT[:, i, None] * ends_BTE[:, i]
+    visit_BT = visit_BT[:, :longest]
+    inside_BT = np.arange(longest) < lengths[:, None]
+    visit_BT = visit_BT * inside_BT
+    accepted_BK = np.einsum("bt,btk->bk", visit_BT, runs_BTK)
+    # The proposal at j is decided on when the j before it were accepted and its place lies inside the text.
+    reached_BTK = _reached(runs_BTK)
+    places_TK = np.arange(longest)[:, None] + np.arange(k)
+    examined_B = np.einsum("bt,btk,btk->b", visit_BT, reached_BTK, (places_TK[None] < lengths[:, None, None]).astype(np.float64))
+    drafts_B = visit_BT.sum(1)
+    return [
+        Counts(float(d), float(d * k), float(a.sum()), tuple(map(float, a)), float(e), float(n), float(o), float(n))
+        for d, a, e, n, o in zip(drafts_B, accepted_BK, examined_B, lengths, padded_BT.sum(1), strict=True)
+    ]
+
+
+def _reached(runs_BTK: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[b, i, j]: the chance that the j proposals before the j-th were accepted: 1 for the first."""
+    return np.concatenate([np.ones_like(runs_BTK[:, :, :1]), runs_BTK[:, :, :-1]], axis=2)

@@ -1,0 +1,115 @@
+"""Losses as pure functions of tensors.
+
+Decides how the cross-entropy over a large vocabulary is computed without ever holding tokens x vocabulary logits: rows are
+taken in chunks, and each chunk's share of the gradient is made in the forward pass, while its logits still exist.
+
+Shapes: N tokens, D hidden size, V vocabulary, C tokens of one chunk (`logits_CV`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 28}
+"""Logits of one chunk: as many as stay in a CPU's cache (8 MB of fp32), or as fill an accelerator's units (1 GB)."""
+
+
+def chunked_cross_entropy(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0, chunk: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of `-log softmax(hidden @ head^T)[label] + z_loss * logsumexp^2`.
+
+    The matrix products run in autocast's type where autocast is on (bf16), else in the type of `hidden_ND`; softmax and
+    sums are in fp32 (float64 for float64 input). The z-loss is that of PaLM (arXiv 2204.02311, section 5).
+
+    Args:
+        hidden_ND: last hidden states, float [N, D].
+        head_VD: weight of the output head without bias, float [V, D].
+        labels_N: the wanted next token of each row, int64 [N]; `ignore_index` takes a row out of the loss.
+        ignore_index: label of rows without a loss.
+        z_loss: weight of the squared log-partition, 0 to leave it out.
+        chunk: rows whose logits exist at a time; 0 chooses by device and vocabulary.
+
+    Returns:
+        The sum of the losses in nats (scalar; differentiable once by hidden and head) and the number of trained tokens (int64
+        scalar). Nothing is divided: the caller knows over how many tokens its batch goes.
+    """
+    chunk = chunk or default_chunk(hidden_ND.device.type, head_VD.shape[0])
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head_VD, labels_N, ignore_index, z_loss, chunk, torch.is_grad_enabled()
+    )
+    return loss, (labels_N != ignore_index).sum()
+
+
+def default_chunk(device_type: str, vocab_size: int) -> int:
+    """Rows per chunk: at least 16, at most 8192."""
+    elements = _CHUNK_ELEMENTS["cpu" if device_type == "cpu" else "other"]
+    return max(16, min(8192, elements // vocab_size))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Forward makes the gradients of every chunk; backward only scales them."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, chunk: int, grad: bool
+    ) -> Tensor:
+        device = hidden_ND.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        needs_hidden, needs_head = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
+        with torch.autocast(device, enabled=False):
+            low_VD = head_VD.detach().to(compute)
+            grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+            grad_VD = torch.zeros_like(head_VD, dtype=wide) if needs_head else None
+            total = hidden_ND.new_zeros((), dtype=wide)
+            for start in range(0, hidden_ND.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                low_CD = hidden_ND[rows].detach().to(compute)
+                loss, grad_CV = _chunk_loss(_logits(low_CD, low_VD, wide), labels_N[rows], ignore_index, z_loss, needs_hidden or needs_head)
+                total += loss
+                if grad_CV is not None:
+                    grad_CV = grad_CV.to(compute)
+                if grad_ND is not None and grad_CV is not None:
+                    grad_ND[rows] = grad_CV @ low_VD
+                if grad_VD is not None and grad_CV is not None:
+                    grad_VD += grad_CV.t() @ low_CD
+        ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_ND, grad_VD = ctx.saved_tensors
+        scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in (grad_ND, grad_VD)]
+        return scaled[0], scaled[1], None, None, None, None, None
+
+
+def _logits(low_CD: Tensor, low_VD: Tensor, wide: torch.dtype) -> Tensor:
+    """Logits in `wide`; where the device can, the products of low-precision factors are never rounded below it."""
+    if low_CD.is_cuda and low_CD.dtype != wide:
+        return torch.mm(low_CD, low_VD.t(), out_dtype=wide)
+    return (low_CD @ low_VD.t()).to(wide)
+
+
+def _chunk_loss(logits_CV: Tensor, labels_C: Tensor, ignore_index: int, z_loss: float, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss of a chunk and, made in the memory of its log-probabilities, its gradient by the logits."""
+    trained_C = labels_C != ignore_index
+    safe_C1 = labels_C.where(trained_C, 0)[:, None]
+    label_logit_C = logits_CV.gather(1, safe_C1)[:, 0]
+    logp_CV = torch.log_softmax(logits_CV, dim=-1)
+    label_logp_C = logp_CV.gather(1, safe_C1)[:, 0]
+    lse_C = label_logit_C - label_logp_C
+    loss_C = -label_logp_C + z_loss * lse_C.square()
+    loss = loss_C.where(trained_C, 0).sum()
+    if not grad:
+        return loss, None
+    scale_C = trained_C.to(logits_CV.dtype)
+    grad_CV = logp_CV.exp_().mul_((scale_C * (1 + 2 * z_loss * lse_C))[:, None])
+    grad_CV.scatter_add_(1, safe_C1, -scale_C[:, None])
+    return loss, grad_CV

@@ -1,0 +1,72 @@
+"""From logits to the distribution that text is drawn from: temperature, then top-k, then top-p.
+
+Decides the order of the three (that of Hugging Face transformers, vLLM and OpenVINO), that temperature 0 is the one-hot
+argmax, that ties at the k-th place are all kept, and that everything is computed in float32. Target and draft go
+through the same functions, which is what makes speculative sampling and replay exact.
+
+Shapes: B stands for any leading axes, V for the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def warp(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits of the sampling distribution, float32; removed tokens are -inf.
+
+    Args:
+        logits_BV: Raw logits, any float type.
+        temperature: Divides the logits; must be above 0.
+        top_k: Keeps the k largest, ties included; 0 keeps all.
+        top_p: Keeps the smallest set of most likely tokens that holds at least this mass (Holtzman et al., 1904.09751); 1 keeps all.
+
+    Raises:
+        ValueError: for a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} must be above 0; greedy has no logits to warp")
+    warped_BV = logits_BV.float()
+    if temperature != 1.0:
+        warped_BV = warped_BV / temperature
+    if 0 < top_k < warped_BV.shape[-1]:
+        kth_B1 = warped_BV.topk(top_k, dim=-1).values[..., -1:]
+        warped_BV = warped_BV.masked_fill(warped_BV < kth_B1, -torch.inf)
+    if top_p < 1.0:
+        ordered_BV, index_BV = warped_BV.sort(dim=-1, descending=True, stable=True)
+        probs_BV = ordered_BV.softmax(-1)
+        beyond_BV = probs_BV.cumsum(-1) - probs_BV >= top_p
+        beyond_BV[..., 0] = False
+        warped_BV = warped_BV.masked_fill(beyond_BV.scatter(-1, index_BV, beyond_BV), -torch.inf)
+    return warped_BV
+
+
+def probabilities(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution that the next token is drawn from, float32, shape of `logits_BV`; one-hot at the argmax for temperature 0."""
+    if temperature == 0:
+        return torch.zeros(logits_BV.shape, dtype=torch.float32, device=logits_BV.device).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    return warp(logits_BV, temperature, top_k, top_p).softmax(-1)
+
+
+def log_probabilities(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Natural log of `probabilities`, float32; 0 at the argmax and -inf elsewhere for temperature 0."""
+    if temperature == 0:
+        return probabilities(logits_BV, 0).log()
+    return warp(logits_BV, temperature, top_k, top_p).log_softmax(-1)
+
+
+def mask_ids(logits_BV: Tensor, ids_M: Tensor | None) -> Tensor:
+    """`logits_BV` with the given token ids at -inf, in place; the same tensor when there are none.
+
+    A draft must never propose an id that the tokenizer does not have (the padding of a rounded-up vocabulary).
+    """
+    if ids_M is not None and ids_M.numel():
+        logits_BV.index_fill_(-1, ids_M, -torch.inf)
+    return logits_BV
+
+
+def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token id for each row, shape B; a one-hot row gives its token without touching the random state."""
+    flat_NV = probs_BV.reshape(-1, probs_BV.shape[-1])
+    return torch.multinomial(flat_NV, 1, generator=generator).reshape(probs_BV.shape[:-1])

@@ -1,0 +1,188 @@
+"""Shapes of models: what a target looks like, what a draft inherits from it, what each costs per token.
+
+Decides which model families are supported and how their parameters are counted (without torch; a test holds the counts
+against real modules), and that a draft keeps everything of its target's config but width, depth and heads. A draft
+always attends to its full context: a sliding window saves a small model nothing and its cache cannot be rolled back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastdraft.errors import RecipeError, TargetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+_HEAD_DIM_IN_CONFIG = ("llama", "mistral", "qwen3")
+_ROTARY_FACTORS = ("short_factor", "long_factor")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a dense decoder of one of `FAMILIES`: all that decides its size and cost."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    tied: bool
+    context_length: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def layer_parameters(self) -> int:
+        """Attention, gated feed-forward and two norms of one layer."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.hidden_size * (2 * queries + 2 * keys)
+        biases = self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
+        biases += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.family == "qwen3" else 0)
+        return attention + 3 * self.hidden_size * self.intermediate_size + biases + norms
+
+    @property
+    def embedding_parameters(self) -> int:
+        """One vocabulary matrix: the input embedding, or the head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def body_parameters(self) -> int:
+        """All layers and the last norm: everything but the vocabulary matrices."""
+        return self.num_layers * self.layer_parameters + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; a tied matrix counts once."""
+        return self.body_parameters + self.embedding_parameters * (1 if self.tied else 2)
+
+    @property
+    def read_parameters(self) -> int:
+        """Parameters read for one token: the body and the head; of an untied input embedding only one row is read."""
+        return self.body_parameters + self.embedding_parameters
+
+    def bytes_per_token(self, bits: float) -> float:
+        """Bytes of weights read for one token when each takes `bits` bits."""
+        return self.read_parameters * bits / 8
+
+    def cache_bytes_per_position(self, bits: float = 16) -> float:
+        """Bytes of keys and values held, and read again, for every position of the context."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bits / 8
+
+    @property
+    def flops_per_token(self) -> int:
+        """Multiplications and additions of one token's forward pass, attention over the context left out."""
+        return 2 * self.read_parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for manifests and fingerprints."""
+        return asdict(self)
+
+
+def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") -> Architecture:
+    """The shape that a Hugging Face config describes.
+
+    Raises:
+        TargetError: for a family outside `FAMILIES`.
+    """
+    family = str(getattr(hf_config, "model_type", ""))
+    if family not in FAMILIES:
+        raise TargetError(where, f"model family '{family}'", f"must be one of {', '.join(FAMILIES)}", "choose a target of one of these families")
+    config: Any = hf_config
+    attention_bias = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
+    return Architecture(
+        family=family,
+        vocab_size=int(config.vocab_size),
+        hidden_size=int(config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
+        num_heads=int(config.num_attention_heads),
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
+        intermediate_size=int(config.intermediate_size),
+        tied=bool(config.tie_word_embeddings),
+        context_length=int(config.max_position_embeddings),
+        qkv_bias=family == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
+    )
+
+
+def has_rotary_factors(hf_config: PreTrainedConfig) -> bool:
+    """Whether the rope holds one factor per rotary frequency (longrope), which ties it to the head's width."""
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    return any(rope.get(name) for name in _ROTARY_FACTORS)
+
+
+def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture) -> PreTrainedConfig:
+    """A config of the target's class with the draft's width, depth and heads; all else inherited.
+
+    Vocabulary size, context length, rope and its scaling, norm, activation and special ids stay the target's. Rope
+    factors given per frequency are kept for an equal head width and resampled by relative frequency for another.
+
+    Raises:
+        RecipeError: when the shape contradicts the family's rules.
+    """
+    values = copy.deepcopy(target_config.to_dict())
+    for key in ("layer_types", "max_window_layers", "quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "head_dim"):
+        values.pop(key, None)
+    values |= {
+        "hidden_size": architecture.hidden_size,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.num_heads,
+        "num_key_value_heads": architecture.num_kv_heads,
+        "intermediate_size": architecture.intermediate_size,
+        "tie_word_embeddings": architecture.tied,
+        "sliding_window": None,
+        "dtype": "float32",
+    }
+    if "use_sliding_window" in values:
+        values["use_sliding_window"] = False
+    if architecture.family in _HEAD_DIM_IN_CONFIG:
+        values["head_dim"] = architecture.head_dim
+    _resample_rotary_factors(values, architecture.head_dim)
+    try:
+        return type(target_config)(**values)
+    except Exception as error:  # the config classes raise several kinds of validation errors
+        rule = " ".join(str(error).split())[-200:]
+        raise RecipeError("design.draft", f"hidden {architecture.hidden_size}, {architecture.num_heads} heads", rule, "choose another shape") from error
+
+
+def _resample_rotary_factors(values: dict[str, Any], head_dim: int) -> None:
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    count = int(head_dim * float(rope.get("partial_rotary_factor") or 1.0)) // 2
+    for name in _ROTARY_FACTORS:
+        factors = rope.get(name)
+        if factors and len(factors) != count:
+            rope[name] = resample(factors, count)
+
+
+def resample(values: Sequence[float], count: int) -> list[float]:
+    """`count` values on the same straight-line curve: frequency i of n stands at i/n of the spectrum in either head."""
+    resampled = []
+    for index in range(count):
+        position = min(index * len(values) / count, len(values) - 1)
+        low = int(position)
+        high = min(low + 1, len(values) - 1)
+        resampled.append(values[low] + (values[high] - values[low]) * (position - low))
+    return resampled
+
+
+def count_parameters(hf_config: PreTrainedConfig) -> int:
+    """Parameters of the real module, built on the meta device: no memory, no weights. A tied matrix counts once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    return sum(parameter.numel() for parameter in model.parameters())

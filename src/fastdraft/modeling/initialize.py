@@ -1,0 +1,126 @@
+"""First weights of a draft: random, or with the target's embeddings projected to the draft's width.
+
+Decides the scales: normal with deviation 0.02, the projections that write into the residual stream divided by
+sqrt(2 layers) (GPT-2, section 2.3), norms 1, biases 0. A head this small makes the loss start at the logarithm of the
+vocabulary's size. The draw depends on the seed and the shape only, not on the library's own initialisation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdraft.errors import TargetError
+from fastdraft.modeling.source import weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+STD = 0.02
+_INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_CHUNK = 16_384
+
+
+def build_draft(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A draft with random weights in fp32 on the CPU; equal for equal config and seed."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):  # the library draws too; the caller's random state is not touched
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel, seed: int) -> None:
+    """Overwrites every parameter: matrices normal, biases 0, norms 1."""
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = STD / math.sqrt(2 * model.config.num_hidden_layers)
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim >= 2:
+            std = residual_std if name.endswith(_INTO_RESIDUAL) else STD
+            parameter.normal_(0.0, std, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+@torch.no_grad()
+def set_projected_embeddings(model: PreTrainedModel, location: str, revision: str | None, seed: int) -> None:
+    """Replaces embedding and head by the target's, projected to the draft's width; the body stays as it is.
+
+    Only these two matrices of the target are read. A tied draft takes the embedding.
+
+    Raises:
+        TargetError: when the target has no such matrix or another number of rows.
+    """
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    matrices = read_matrices(location, revision)
+    embedding.copy_(project(_rows(matrices[_EMBEDDING], embedding, location), embedding.shape[1], seed))
+    if head is not embedding:
+        source = matrices.get(_HEAD, matrices[_EMBEDDING])
+        head.copy_(project(_rows(source, head, location), head.shape[1], seed + 1))
+
+
+def read_matrices(location: str, revision: str | None = None) -> dict[str, Tensor]:
+    """The target's embedding [vocabulary, hidden], and its head when it is not tied, without loading anything else.
+
+    Raises:
+        TargetError: when there is no embedding under the usual name.
+    """
+    from safetensors import safe_open
+
+    matrices: dict[str, Tensor] = {}
+    for name, path in weight_files(location, revision, (_EMBEDDING, _HEAD)).items():
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
+                matrices[name] = file.get_tensor(name)
+    if _EMBEDDING not in matrices:
+        raise TargetError(location, f"no {_EMBEDDING}", "initialization: target_embeddings needs it", "use initialization: random")
+    return matrices
+
+
+def project(matrix_VH: Tensor, width: int, seed: int) -> Tensor:
+    """Rows projected on the `width` directions in which they vary most, as a matrix [vocabulary, width] of deviation 0.02.
+
+    Principal components of the centred rows (the mean is common to all tokens and tells none apart), then a random
+    rotation, so that no coordinate of the draft carries most of the variance. Directions beyond the target's own width
+    are zero before the rotation. Exact eigenvectors of the covariance in fp64, gathered by chunks of rows.
+    """
+    rows, hidden = matrix_VH.shape
+    mean_H = torch.zeros(hidden, dtype=torch.float64)
+    for chunk in matrix_VH.split(_CHUNK):
+        mean_H += chunk.double().sum(0) / rows
+    covariance_HH = torch.zeros(hidden, hidden, dtype=torch.float64)
+    for chunk in matrix_VH.split(_CHUNK):
+        centred = chunk.double() - mean_H
+        covariance_HH += centred.T @ centred / rows
+    _, directions_HH = torch.linalg.eigh(covariance_HH)  # ascending eigenvalues
+    kept = min(width, hidden)
+    main_HK = directions_HH[:, -kept:].flip(1)
+    main_HK = main_HK * main_HK.gather(0, main_HK.abs().argmax(0, keepdim=True)).sign()  # eigenvectors have no sign: fix one
+    generator = torch.Generator().manual_seed(seed)
+    rotation_WW, upper_WW = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
+    basis_HW = main_HK @ (rotation_WW * upper_WW.diagonal().sign())[:kept]
+    projected = torch.cat([((chunk.double() - mean_H) @ basis_HW).float() for chunk in matrix_VH.split(_CHUNK)])
+    return projected * (STD / projected.std().clamp_min(1e-12))
+
+
+def _rows(matrix_VH: Tensor, wanted: Tensor, location: str) -> Tensor:
+    if matrix_VH.shape[0] != wanted.shape[0]:
+        raise TargetError(location, f"{matrix_VH.shape[0]} embedding rows", f"the config's vocab_size is {wanted.shape[0]}", "fetch the model again")
+    return matrix_VH
+
+
+def matrices_digest(location: str, revision: str | None = None) -> str:
+    """Stands for the target's embedding and head in a fingerprint: a digest of about a thousand of their rows."""
+    total = hashlib.sha256()
+    for name, matrix in sorted(read_matrices(location, revision).items()):
+        step = max(1, len(matrix) // 1024)
+        total.update(f"{name} {tuple(matrix.shape)} {matrix.dtype}".encode() + matrix[::step].float().contiguous().numpy().tobytes())
+    return total.hexdigest()[:20]

@@ -1,0 +1,253 @@
+"""Models, tokenizers and vocabularies from a directory or the hub, and drafts to a directory.
+
+Decides what may be loaded: safetensors only, fast tokenizers only, the families of `architecture.FAMILIES`, no code from
+the hub unless asked for; and that every way in which loading fails is one line. Tokenizer files travel byte for byte: a
+tokenizer saved again is not recognised by every runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdraft.artifacts import atomic_folder
+from fastdraft.errors import ArtifactError, DeviceError, TargetError
+from fastdraft.interfaces import TargetConfig
+from fastdraft.modeling.architecture import read_architecture
+from fastdraft.modeling.source import check_weights, copy_tokenizer_files, raw_config
+from fastdraft.vocabulary import Vocabulary, build_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "copy_tokenizer_files", "load_config", "load_draft", "load_generation_config", "load_target", "load_tokenizer", "load_vocabulary",
+    "pick_device", "save_draft", "set_threads", "split_head", "vocabulary_of",
+]  # fmt: skip
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a recipe names; `auto` is the accelerator that torch finds, else the CPU.
+
+    Raises:
+        DeviceError: when the device is unknown or not there.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError("run.device", name, "must be auto, cpu, cuda, xpu or mps, or one with an index", "correct the name") from None
+    count = torch.accelerator.device_count() if found and found.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        has = f"this machine's torch sees {count} {device.type} device(s)" if count else f"this machine's torch sees {found or 'no accelerator'}"
+        raise DeviceError("run.device", name, has, "use run.device=auto")
+    return device
+
+
+def set_threads(count: int) -> None:
+    """CPU threads for torch; 0 leaves torch's own choice."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def load_config(location: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model in a supported family; nothing else is read or downloaded.
+
+    Raises:
+        TargetError: missing, unreadable, unreachable, in need of remote code, or of another family.
+    """
+    from transformers import AutoConfig
+
+    raw = raw_config(location, revision)
+    with _one_line(location):
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code and "auto_map" in raw)
+    read_architecture(config, location)
+    return config
+
+
+def load_generation_config(location: str, revision: str | None = None) -> GenerationConfig | None:
+    """The generation config beside a model, None when there is none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(location, revision=revision)
+    except (OSError, ValueError):
+        return None
+
+
+def load_tokenizer(location: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; a fast one, because only these can be compared and copied.
+
+    Raises:
+        TargetError: when it is missing, damaged or has no fast form.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(location).is_dir() and not (Path(location) / "tokenizer.json").is_file() and not (Path(location) / "tokenizer.model").is_file():
+        raise TargetError(location, "no tokenizer.json", "a fast tokenizer is required", "copy the model's tokenizer files here")
+    with _one_line(location), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+    if not getattr(tokenizer, "is_fast", False):
+        raise TargetError(location, f"{type(tokenizer).__name__} is a slow tokenizer", "a fast tokenizer is required", "convert it to tokenizer.json first")
+    return tokenizer
+
+
+def load_vocabulary(target: TargetConfig) -> Vocabulary:
+    """What the draft must share with this target, from config, generation config and tokenizer.
+
+    Raises:
+        TargetError: when one of them cannot be loaded.
+        VocabularyError: when the tokenizer has ids that the model has no row for.
+    """
+    config = load_config(target.location, target.revision, target.trust_remote_code)
+    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
+    return vocabulary_of(tokenizer, config, load_generation_config(target.location, target.revision), target.location)
+
+
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation_config: GenerationConfig | None = None, where: str = "tokenizer"
+) -> Vocabulary:
+    """The vocabulary of loaded parts. A text ends at the tokenizer's EOS or at any EOS of the generation config (else of the config)."""
+    listed = getattr(generation_config, "eos_token_id", None)
+    eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else getattr(config, "eos_token_id", None))]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else getattr(config, "pad_token_id", None)
+    state = tokenizer.backend_tokenizer.to_str()
+    return build_vocabulary(int(config.vocab_size), state, tokenizer.bos_token_id, [i for i in eos if i is not None], pad, where)
+
+
+def _ids(value: Any) -> list[int]:
+    return [] if value is None else [int(value)] if isinstance(value, int) else [int(item) for item in value]
+
+
+def load_target(target: TargetConfig, device: torch.device | str) -> PreTrainedModel:
+    """The target, ready to write: eval mode, on `device`, in the recipe's precision.
+
+    `dtype: auto` is the model's own on an accelerator and fp32 on a CPU, where half precision is slow on most machines and greedy text is exact.
+
+    Raises:
+        TargetError: one line for a missing directory, config or weights, pickled weights, remote code, another family,
+            damaged files, or a hub that cannot be reached.
+    """
+    device = torch.device(device)
+    auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+    dtype = _DTYPES.get(target.dtype, auto)
+    load_config(target.location, target.revision, target.trust_remote_code)
+    check_weights(target.location)
+    with _one_line(target.location):
+        model = _from_pretrained(target.location, dtype, revision=target.revision, trust_remote_code=target.trust_remote_code)
+        return model.to(device).eval()
+
+
+def load_draft(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A draft or checkpoint that FastDraft wrote: eval mode, on `device`.
+
+    Raises:
+        ArtifactError: when a file is missing or damaged.
+    """
+    try:
+        load_config(str(folder))
+        check_weights(str(folder))
+        with _one_line(str(folder)):
+            return _from_pretrained(str(folder), dtype).to(device).eval()
+    except TargetError as error:
+        raise ArtifactError(error.where, error.found, error.rule, "delete its stage's folder and run the stage again") from error
+
+
+def _from_pretrained(location: str, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+    """Loads strictly: a weight missing from the files is an error, never a random matrix."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+    problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
+    if problems:
+        raise TargetError(location, f"no weights for {problems[0]} and {len(problems) - 1} more", "the files must hold every weight", "fetch the model again")
+    return model
+
+
+def save_draft(model: PreTrainedModel, folder: Path, tokenizer_files_from: Path) -> None:
+    """Writes a complete Hugging Face directory that stands whole or not at all.
+
+    Args:
+        model: Its weights are stored in the dtype they have.
+        folder: Replaced when it exists.
+        tokenizer_files_from: A directory whose tokenizer files are copied byte for byte.
+
+    Raises:
+        DiskError: when the disk is full or not writable.
+    """
+    with atomic_folder(folder) as temporary:
+        with _quiet():
+            model.save_pretrained(temporary)
+        for weights in temporary.glob("*.safetensors"):  # safetensors writes for the owner only; a server may be another user
+            shutil.copymode(temporary / "config.json", weights)
+        copy_tokenizer_files(tokenizer_files_from, temporary)
+
+
+def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
+    """The decoder, whose output has `last_hidden_state` [batch, tokens, hidden], and the head's weight [vocabulary, hidden].
+
+    For losses that never hold the logits of all tokens at once.
+    """
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise TargetError(type(model).__name__, "no plain output matrix", "the head must be one matrix without bias", "choose another target")
+    return model.get_decoder(), head.weight
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back the libraries' notices and bars while loading; what matters is checked and raised."""
+    from transformers.utils import logging as notices
+
+    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
+    notices.set_verbosity(logging.ERROR)
+    notices.disable_progress_bar()
+    try:
+        yield
+    finally:
+        notices.set_verbosity(level)
+        if bars:
+            notices.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _one_line(location: str) -> Iterator[None]:
+    """Turns whatever a library raises while loading into one TargetError."""
+    try:
+        yield
+    except (TargetError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # transformers, the hub and safetensors raise dozens of kinds
+        raise _explain(location, error) from error
+
+
+_EXPLANATIONS: list[tuple[str, str, str, str]] = [
+    (r"trust_remote_code|custom code|execute the", "needs Python code of its own", "such code runs only when asked for", "set target.trust_remote_code=true"),
+    (r"gated|401|403|access to model", "closed to you", "the hub must let you read it", "accept its licence there and log in with `hf auth login`"),
+    (r"is not a valid model identifier|404|not a local folder", "neither a folder here nor a model on the hub", "must be one of them", "correct the name"),
+    (r"connect|offline|resolve|timed out|Max retries|cannot find the requested files", "the hub cannot be reached", "the model is not on this machine", "go online or name a folder"),
+    (r"safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ", "damaged or missing weights", "needs whole safetensors files", "fetch the model again"),
+    (r"out of memory|allocate", "does not fit into memory", "the whole model must fit", "use a smaller target.dtype or another device"),
+]
+
+
+def _explain(location: str, error: Exception) -> TargetError:
+    text = f"{type(error).__name__}: {error}"
+    for pattern, found, rule, remedy in _EXPLANATIONS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return TargetError(location, found, rule, remedy)
+    short = " ".join(text.split())[:160]
+    return TargetError(location, short, "the model must load in transformers", "check its files, or try another version of transformers")

@@ -1,0 +1,180 @@
+"""Which shape a draft gets: by a parameter budget, by a preset's name, or the natural shape for a width.
+
+Decides the taste of the search. At a fixed budget depth dominates latency, because layers run one after another, so the
+search prefers few wide layers (about one for each 96 of width) and a feed-forward of about three
+times the width. Widths and feed-forwards are multiples of 64, with 256 preferred: llama.cpp's K-quants need rows
+of 256. The input embedding and the head are untied, except that a draft under 14 M parameters follows a tied target:
+there one vocabulary matrix more would eat the body.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fastdraft.config import format_count
+from fastdraft.errors import RecipeError
+from fastdraft.modeling.architecture import Architecture
+
+TOLERANCE = 0.03
+TIED_BELOW = 14_000_000
+_STEP, _WIDTHS = 64, 4096
+_DEPTHS = (2, 4)  # times the ideal depth; the deeper shapes only where the shallow ones leave a gap between two widths
+_WIDTH_PER_LAYER, _FEED_FORWARD = 96, 3.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published draft's shape, reconstructed from its file size."""
+
+    family: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    parameters: int
+    """With the original target's vocabulary."""
+
+
+PRESETS = {
+    "phi-3-mini-50m": Preset("phi3", 512, 6, 8, 1408, 52_107_776),
+    "llama-3.1-8b-150m": Preset("llama", 512, 6, 8, 1792, 154_147_328),
+}
+
+
+def preset(name: str, target: Architecture) -> Architecture:
+    """A reconstructed FastDraft shape (full multi-head attention, untied) in the target's vocabulary.
+
+    Raises:
+        RecipeError: for an unknown name or a target of another family.
+    """
+    where = "design.draft.name"
+    if name not in PRESETS:
+        raise RecipeError(where, name, f"must be one of {', '.join(PRESETS)}", "choose one of these or kind: budget")
+    shape = PRESETS[name]
+    if shape.family != target.family:
+        raise RecipeError(where, name, f"this preset is for {shape.family} targets, this target is {target.family}", "use kind: budget")
+    return explicit(target, shape.hidden_size, shape.num_layers, shape.intermediate_size, shape.num_heads, shape.num_heads, tied=False)
+
+
+def explicit(
+    target: Architecture, hidden_size: int, num_layers: int, intermediate_size: int, num_heads: int | None, num_kv_heads: int | None, tied: bool | None
+) -> Architecture:
+    """A shape given by numbers; heads and tying left out follow the same rules as the search.
+
+    Raises:
+        RecipeError: when the heads do not divide the width, or the key-value heads the heads.
+    """
+    chosen_heads, chosen_kv_heads, _ = choose_heads(hidden_size, target)
+    heads = num_heads or chosen_heads
+    if num_kv_heads is None:
+        num_kv_heads = chosen_kv_heads if heads == chosen_heads else _kv_heads(heads, target)
+    if hidden_size % heads or (hidden_size // heads) % 2:
+        raise RecipeError("design.draft.num_heads", heads, f"must divide hidden_size {hidden_size} into heads of even width", "change one of them")
+    if heads % num_kv_heads:
+        raise RecipeError("design.draft.num_kv_heads", num_kv_heads, f"must divide num_heads {heads}", "change one of them")
+    shape = replace(
+        target, hidden_size=hidden_size, num_layers=num_layers, intermediate_size=intermediate_size,
+        num_heads=heads, num_kv_heads=num_kv_heads, head_dim=hidden_size // heads, tied=False,
+    )  # fmt: skip
+    return replace(shape, tied=_is_tied(shape, target) if tied is None else tied)
+
+
+def search(target: Architecture, budget: int, num_layers: int | None = None, keep_head_dim: bool = False) -> Architecture:
+    """The best shape within 3 % of a parameter budget.
+
+    Args:
+        target: Gives family, vocabulary, context, biases.
+        budget: Parameters, both vocabulary matrices counted when untied.
+        num_layers: Fixes the depth.
+        keep_head_dim: Prefer the target's head width (a rope with one factor per frequency).
+
+    Raises:
+        RecipeError: when the vocabulary alone exceeds the budget, or no shape comes near it.
+    """
+    base = replace(target, tied=target.tied and budget < TIED_BELOW)
+    smallest = _at_width(base, _STEP, num_layers or 1, _STEP, keep_head_dim)
+    if budget < smallest.parameters * (1 - TOLERANCE):
+        matrices = smallest.parameters - smallest.body_parameters
+        found = f"{format_count(budget)}, of which the vocabulary of {target.vocab_size} alone takes {format_count(matrices)}"
+        least = math.ceil(smallest.parameters / 1000) * 1000
+        raise RecipeError("design.draft.parameters", found, f"must be at least {least} for this vocabulary", "raise the budget")
+    for depth in _DEPTHS:
+        candidates = list(_candidates(base, budget, num_layers, keep_head_dim, depth))
+        fitting = [shape for shape in candidates if abs(shape.parameters - budget) <= TOLERANCE * budget]
+        if fitting:
+            return min(fitting, key=lambda shape: _penalty(shape, target, budget, num_layers))
+    sizes = sorted({shape.parameters for shape in candidates})
+    near = [max((s for s in sizes if s < budget), default=None), min((s for s in sizes if s > budget), default=None)]
+    names = " and ".join(format_count(size) for size in near if size)
+    raise RecipeError("design.draft.parameters", format_count(budget), f"no sensible shape within 3 %; the nearest: {names}", "use one, or kind: shape")
+
+
+def natural(target: Architecture, hidden_size: int, keep_head_dim: bool = False) -> Architecture:
+    """The shape that the search would like best at this width, whatever its size."""
+    step = 256 if hidden_size >= 256 else _STEP
+    feed_forward = max(step, round(_FEED_FORWARD * hidden_size / step) * step)
+    shape = _at_width(replace(target, tied=False), hidden_size, round(_ideal_layers(hidden_size)), feed_forward, keep_head_dim)
+    return replace(shape, tied=_is_tied(shape, target))
+
+
+def choose_heads(hidden_size: int, target: Architecture, keep_head_dim: bool = False) -> tuple[int, int, int]:
+    """Heads, key-value heads and head width for a width.
+
+    Heads are 64 wide from a width of 256 on (the target's own from 1024 on, or whenever its rope asks for it), narrower
+    below so that at least four remain. The target's ratio of heads to key-value heads is kept where it divides and leaves two.
+    """
+    wanted = [target.head_dim] if keep_head_dim or hidden_size >= 1024 else []
+    for head_dim in [*wanted, 64, 32, 16, 8, 4, 2]:
+        few = 2 if keep_head_dim and head_dim == target.head_dim else 4
+        if hidden_size % head_dim == 0 and hidden_size // head_dim >= few:
+            heads = hidden_size // head_dim
+            return heads, _kv_heads(heads, target), head_dim
+    return 1, 1, hidden_size
+
+
+def _kv_heads(heads: int, target: Architecture) -> int:
+    group = max(1, target.num_heads // target.num_kv_heads)
+    while heads % group or (heads // group < 2 and group > 1):
+        group -= 1
+    return heads // group
+
+
+def _is_tied(untied: Architecture, target: Architecture) -> bool:
+    return target.tied and replace(untied, tied=True).parameters < TIED_BELOW
+
+
+def _ideal_layers(hidden_size: int) -> float:
+    return max(2.0, hidden_size / _WIDTH_PER_LAYER)
+
+
+def _at_width(base: Architecture, hidden_size: int, num_layers: int, intermediate_size: int, keep_head_dim: bool) -> Architecture:
+    heads, kv_heads, head_dim = choose_heads(hidden_size, base, keep_head_dim)
+    return replace(
+        base, hidden_size=hidden_size, num_layers=num_layers, intermediate_size=intermediate_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
+    )
+
+
+def _candidates(base: Architecture, budget: int, num_layers: int | None, keep_head_dim: bool, depth: int) -> Iterator[Architecture]:
+    """For every width and depth the two feed-forward sizes around the budget, held between 1 and 8 times the width."""
+    for hidden_size in range(_STEP, _WIDTHS + 1, _STEP):
+        empty = _at_width(base, hidden_size, 1, 0, keep_head_dim)
+        if replace(empty, num_layers=0).parameters > 2 * budget:
+            return
+        for layers in [num_layers] if num_layers else range(1, round(depth * _ideal_layers(hidden_size)) + 1):
+            room = budget - replace(empty, num_layers=layers).parameters
+            per_unit = (replace(empty, intermediate_size=_STEP).layer_parameters - empty.layer_parameters) / _STEP * layers
+            sizes = {math.floor(room / per_unit / step + offset) * step for step in (_STEP, 256) for offset in (0, 1)}
+            for size in sorted({min(max(size, hidden_size), 8 * hidden_size) for size in sizes}):
+                yield replace(empty, num_layers=layers, intermediate_size=size)
+
+
+def _penalty(shape: Architecture, target: Architecture, budget: int, num_layers: int | None) -> float:
+    """Distance from the preferred proportions; a depth given by the user costs nothing."""
+    depth = 0.0 if num_layers else math.log(shape.num_layers / _ideal_layers(shape.hidden_size))
+    aspect = 2 * depth * depth * (1.5 if depth > 0 else 1.0)
+    feed_forward = math.log(shape.intermediate_size / (_FEED_FORWARD * shape.hidden_size)) ** 2
+    uneven = 0.1 * (shape.intermediate_size % 256 != 0) + (0.3 if shape.hidden_size >= 512 else 0.1) * (shape.hidden_size % 256 != 0)
+    uneven += 0.2 * (shape.num_heads == shape.num_kv_heads and target.num_heads > target.num_kv_heads)
+    return aspect + feed_forward + uneven + 2 * abs(shape.parameters - budget) / budget

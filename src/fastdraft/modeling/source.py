@@ -1,0 +1,169 @@
+"""Where a model's files lie: a directory or the hub; which of them are read, checked and copied.
+
+Decides what counts as a local directory, which files make up a tokenizer, and that weights are safetensors or refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdraft.artifacts import disk_errors, file_sha256
+from fastdraft.errors import TargetError
+from fastdraft.modeling.architecture import FAMILIES
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "additional_chat_templates/*",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(location: str) -> bool:
+    """Whether a location without a directory of that name may be a model on the hub.
+
+    Raises:
+        TargetError: when it is neither a directory nor shaped like a hub id.
+    """
+    path = Path(location)
+    if path.is_dir():
+        return False
+    if path.exists():
+        raise TargetError(location, "a file", "must be a model's directory or a hub id", "name the directory that holds config.json")
+    if not _HUB_ID.fullmatch(location):
+        raise TargetError(location, "no such directory", "must be a model's directory or a hub id", "correct the path")
+    return True
+
+
+def local_file(location: str, name: str, revision: str | None = None) -> Path | None:
+    """One file of a model, fetched from the hub when the location is a hub id; None when the model has no such file.
+
+    Raises:
+        TargetError: when the hub cannot be reached or refuses.
+    """
+    if not is_hub_id(location):
+        path = Path(location) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news: the outcome is told below
+    try:
+        return Path(hf_hub_download(location, name, revision=revision))
+    except GatedRepoError as error:
+        raise TargetError(location, "closed to you", "the hub must let you read it", "accept its licence there and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise TargetError(location, "neither a directory here nor a model on the hub", "must be one of them", "correct the name") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise TargetError(location, "no such directory, and the hub cannot be reached", "the model must be at hand", "go online or name a directory") from error
+
+
+def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
+    """The model's config.json, checked for what FastDraft supports.
+
+    Raises:
+        TargetError: missing, not JSON, or of another family (which includes every model that needs code of its own).
+    """
+    path = local_file(location, "config.json", revision)
+    if path is None:
+        raise TargetError(location, "no config.json", "a model's directory must hold one", "name the directory that the model was saved to")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TargetError(path, f"not JSON ({error})", "must be a model's config", "fetch the model again") from None
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if family in FAMILIES:
+        return dict(config)
+    if isinstance(config, dict) and "auto_map" in config:
+        raise TargetError(location, f"family '{family}' needs Python code of its own", f"supported are {', '.join(FAMILIES)}, without remote code", "choose another target")
+    raise TargetError(location, f"model family '{family}'", f"must be one of {', '.join(FAMILIES)}", "choose a target of one of these families")
+
+
+def weight_files(location: str, revision: str | None = None, names: Sequence[str] = ()) -> dict[str, Path]:
+    """Tensor name -> safetensors file that holds it, for all tensors or the asked ones; a hub's files are fetched as needed.
+
+    Raises:
+        TargetError: when there are no safetensors or one is missing.
+    """
+    index = local_file(location, "model.safetensors.index.json", revision)
+    if index is None:
+        whole = local_file(location, "model.safetensors", revision)
+        if whole is None:
+            raise _no_weights(location)
+        return dict.fromkeys(names, whole) if names else {"": whole}
+    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    found: dict[str, Path] = {}
+    for name in names or places:
+        if name in places:
+            path = local_file(location, places[name], revision)
+            if path is None:
+                raise TargetError(location, f"no {places[name]}", "every file of model.safetensors.index.json must be there", "fetch the model again")
+            found[name] = path
+    return found
+
+
+def _no_weights(location: str) -> TargetError:
+    pickled = not is_hub_id(location) and any(path.suffix in (".bin", ".pt", ".pth") for path in Path(location).iterdir())
+    found = "only pickled weights" if pickled else "no model.safetensors"
+    return TargetError(location, found, "weights must be safetensors; pickles can run code", "save the model with safe serialization, or choose another copy")
+
+
+def check_weights(location: str) -> None:
+    """Refuses a directory whose weights are not all there as safetensors; a hub is asked when loading.
+
+    Raises:
+        TargetError: naming what is missing.
+    """
+    if not is_hub_id(location):
+        weight_files(location)
+
+
+def tokenizer_files(source: str | Path, revision: str | None = None) -> list[Path]:
+    """The tokenizer, chat template and special-token files of a model, in a fixed order.
+
+    Raises:
+        TargetError: when there are none.
+    """
+    root = Path(source)
+    if is_hub_id(str(source)):
+        from huggingface_hub import snapshot_download
+
+        try:
+            root = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+        except Exception as error:  # the hub client raises its own and its HTTP library's errors
+            raise TargetError(source, "tokenizer files cannot be fetched", "the hub must be reachable", "go online or name a directory") from error
+    files = [path for pattern in TOKENIZER_FILES for path in sorted(root.glob(pattern)) if path.is_file()]
+    if not files:
+        raise TargetError(source, "no tokenizer files", "a model's directory must hold its tokenizer", "copy the tokenizer files here")
+    return files
+
+
+def copy_tokenizer_files(source: str | Path, folder: Path, revision: str | None = None) -> list[str]:
+    """Copies tokenizer files byte for byte from a directory or the hub; returns their names.
+
+    Raises:
+        TargetError: when there are none. DiskError: when the disk is full.
+    """
+    names = []
+    with disk_errors(folder):
+        for path in tokenizer_files(source, revision):
+            name = f"{path.parent.name}/{path.name}" if path.parent.name == "additional_chat_templates" else path.name
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+            names.append(name)
+    return names
+
+
+def tokenizer_digest(source: str | Path, revision: str | None = None) -> str:
+    """One digest of the bytes of all tokenizer files."""
+    lines = [f"{path.name} {file_sha256(path)}" for path in tokenizer_files(source, revision)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]

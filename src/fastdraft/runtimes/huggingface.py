@@ -1,0 +1,60 @@
+"""The target in transformers, writing text in batches.
+
+Decides how many prompts share a batch, that prompts are sorted by length first so that little is wasted on padding, and
+that the answers come back in the order asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from fastdraft.decoding.autoregressive import generate_batch
+from fastdraft.errors import DataError
+from fastdraft.interfaces import Generation, Sampling
+from fastdraft.vocabulary import Vocabulary
+
+
+class HuggingFaceEngine:
+    """The `Engine` protocol over a transformers model that is already loaded.
+
+    Args:
+        model: In evaluation mode, on its device.
+        vocabulary: Gives the ids that end an answer.
+        batch_rows: Prompts generated together.
+        on_batch: Called with the number of answers finished since the last call.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, batch_rows: int = 64, on_batch: Callable[[int], None] | None = None) -> None:
+        self.model, self.vocabulary, self.batch_rows, self.on_batch = model, vocabulary, batch_rows, on_batch
+
+    @property
+    def context_length(self) -> int:
+        """Most positions that the target was made for."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+        """One answer for each prompt, in order; reproducible for equal prompts, order, seed, batch_rows and threads.
+
+        Raises:
+            DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
+        """
+        for index, prompt in enumerate(prompts):
+            if not prompt or len(prompt) + max_new_tokens > self.context_length:
+                rule = f"must have 1 to {self.context_length - max_new_tokens} tokens (the context of {self.context_length} less max_new_tokens)"
+                raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
+        generator = torch.Generator().manual_seed(seed)
+        eos_ids = frozenset(self.vocabulary.eos_token_ids)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        answers: dict[int, Generation] = {}
+        for start in range(0, len(order), self.batch_rows):
+            chosen = order[start : start + self.batch_rows]
+            written = generate_batch(self.model, [prompts[i] for i in chosen], sampling, max_new_tokens, eos_ids, generator)
+            answers.update(zip(chosen, written, strict=True))
+            if self.on_batch:
+                self.on_batch(len(chosen))
+        return [answers[index] for index in range(len(prompts))]

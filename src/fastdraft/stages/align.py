@@ -1,0 +1,278 @@
+"""align: a draft that predicts this very target, by training on what the target wrote.
+
+Decides where it begins (the latest pre-trained weights), that the loss covers response tokens only by the generator's own boundaries, that
+a share of the steps comes from the pre-training mixture against forgetting, and that the step with the best block efficiency
+on held-out prompts wins, not the one with the lowest loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from fastdraft.config import Config, Count, format_count
+from fastdraft.errors import RecipeError, TrainingError
+from fastdraft.interfaces import StageContext
+from fastdraft.provenance import describe_run
+from fastdraft.training.settings import (
+    AdamWConfig,
+    CosineConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    Precision,
+    ScheduleConfig,
+    SequenceKDConfig,
+    kind_default,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fastdraft.data.responses import SyntheticRow
+    from fastdraft.training.assemble import Resolved
+    from fastdraft.training.batches import AlignmentBatches, PackedBatches, Sample
+    from fastdraft.training.checkpoint import TrainingState
+    from fastdraft.training.step import TrainStep
+    from fastdraft.training.trainer import Trainer, Validation
+
+VALIDATION_ROWS = 128
+DEFAULT_EPOCHS = 3.0
+DEFAULT_NUM_SPECULATIVE_TOKENS = 3
+_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "tensorboard"}
+_MIXTURE_SEED = 0x5EED
+"""Added to the seed, so that alignment sees the mixture's rows in another order than pre-training did."""
+
+
+class AlignConfig(Config):
+    """`align:` — fine-tuning on the target's own text."""
+
+    tokens: Count | None = Field(default=None, gt=0)
+    """Budget in input tokens of synthetic text; instead of epochs."""
+    epochs: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    """Passes over the synthetic text; instead of tokens. Neither given: 3."""
+    pretraining_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps that come from the pre-training mixture: without them the draft forgets what the prompts do not cover."""
+    objective: Annotated[ObjectiveConfig, BeforeValidator(kind_default("sequence_kd"))] = SequenceKDConfig()
+    """sequence_kd: cross-entropy on the target's responses."""
+    batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens of one optimiser step; left out: by the draft's size (16k at 1M parameters, 64k from 50M on) and the budget."""
+    micro_batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens, padding included, that go through the model at once. Left out: 4k on a CPU, 32k elsewhere."""
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
+    """adamw or muon; best the family that pre-training used."""
+    schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("cosine"))] = CosineConfig(warmup=0.03)
+    """cosine to zero, or wsd."""
+    precision: Precision = "auto"
+    """bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
+    checkpoint_every: int | None = Field(default=None, ge=0)
+    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
+    validate_every: int | None = Field(default=None, ge=0)
+    """Steps between measurements of block efficiency, whose best is kept; 0: only at start and end. Left out: ten times a run."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (needs the extra 'tensorboard')."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> AlignConfig:
+        if self.tokens is not None and self.epochs is not None:
+            raise ValueError("tokens and epochs are two ways to say one thing: give one of them")
+        return self
+
+    @property
+    def passes(self) -> float | None:
+        """Epochs, where no token budget is given."""
+        return (self.epochs or DEFAULT_EPOCHS) if self.tokens is None else None
+
+
+def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
+    """What the weights depend on: the start, the synthetic rows, the mixture, these settings, the seed."""
+    mixture = _mixture(context) if config.pretraining_share else None
+    return {
+        "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
+        "seed": context.settings.seed,
+        "start": _start(context)[1],
+        "synthesize": context.artifact("synthesize").digest(),
+        "mixture": mixture,
+        "prepare": context.artifact("prepare").digest() if mixture else None,
+        "num_speculative_tokens": _num_speculative_tokens(context),
+    }
+
+
+def run(config: AlignConfig, context: StageContext) -> None:
+    """Trains, or goes on training, and leaves the best step's weights in `checkpoint/`."""
+    import torch
+
+    from fastdraft.modeling.loading import load_draft, pick_device, save_draft, set_threads
+
+    set_threads(context.settings.threads)
+    device = pick_device(context.settings.device)
+    torch.manual_seed(context.settings.seed)
+    artifact = context.artifact("align")
+    model = load_draft(_start(context)[0], device=device, dtype=torch.float32)
+    trainer, resolved, counts = _build_trainer(config, context, model, device)
+    responses = f"{format_count(counts['rows'])} responses, {counts['rows_cut']} cut to the draft's context"
+    context.console.say(f"  {resolved}, {trainer.source.steps} steps; {responses}")
+    state = trainer.run()
+    save_draft(model, artifact.path / "checkpoint", context.artifact("design").path / "draft")
+    fields = _summary(artifact.path, state)
+    artifact.complete(**fields, **counts, settings=resolved.as_dict(), provenance=describe_run())
+    trainer.checkpoints.discard()
+    before, after = fields["start_block_efficiency"], fields["validation_block_efficiency"]
+    if before is not None and after is not None:
+        best = f"best at step {state.best_step} of {state.step}"
+        context.console.say(f"  block efficiency on held-out prompts: {before:.3f} -> {after:.3f}, {best}")
+
+
+def _build_trainer(
+    config: AlignConfig, context: StageContext, model: PreTrainedModel, device: Any
+) -> tuple[Trainer, Resolved, dict[str, int]]:
+    from fastdraft.data.responses import read_all
+    from fastdraft.training import assemble, rates
+    from fastdraft.training.objective import CrossEntropy
+    from fastdraft.training.trainer import Plan, Trainer
+
+    artifact, synthesize = context.artifact("align"), context.require("synthesize")
+    samples, counts = _samples(list(read_all(synthesize, "train")), model)
+    total = sum(sample.num_tokens for sample in samples)
+    budget = config.tokens or round(total * (config.passes or 1))
+    batch_tokens = config.batch_tokens or rates.batch_tokens("align", assemble.count_parameters(model), budget)
+    resolved = assemble.resolve(
+        config.optimizer, "align", model, device,
+        batch_tokens=batch_tokens, micro_batch_tokens=config.micro_batch_tokens, precision=config.precision,
+    )  # fmt: skip
+    source = _source(config, context, samples, resolved)
+    step = assemble.build_step(model, resolved, CrossEntropy(), device)
+    held_out = _held_out(list(read_all(synthesize, "validation")))
+    if not held_out:
+        context.console.warn("align: no held-out responses, so the last step's weights are kept instead of the best")
+    plan = Plan(
+        title="align",
+        key="align",
+        factor=assemble.rate_factor(config.schedule, source.steps),
+        peak_rate=resolved.learning_rate,
+        validate_every=assemble.validate_every(config.validate_every, source.steps),
+        validate_first=True,
+        checkpoint_every=assemble.checkpoint_every(config.checkpoint_every, source.steps),
+        tensorboard=config.tensorboard,
+    )
+    validate = _Validate(model, step, held_out, context, resolved.micro_batch_tokens) if held_out else None
+    return Trainer(artifact.path, model, step, source, plan, context.console, validate), resolved, counts
+
+
+class _Validate:
+    """Block efficiency and loss on held-out responses."""
+
+    def __init__(
+        self, model: PreTrainedModel, step: TrainStep, rows: list[SyntheticRow], context: StageContext, micro_batch_tokens: int
+    ) -> None:
+        from fastdraft.modeling.loading import load_vocabulary
+        from fastdraft.training.batches import micro_batches, padded_batch
+
+        self._model, self._step = model, step
+        context_length = model.config.max_position_embeddings
+        self._rows = [row for row in rows if len(row.prompt_ids) + len(row.response_ids) <= context_length]
+        self._k, self._vocabulary = _num_speculative_tokens(context), load_vocabulary(context.target)
+        samples, _ = _samples(rows, model)
+        self._batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
+
+    def __call__(self) -> Validation:
+        from fastdraft.decoding.replay import block_efficiency
+        from fastdraft.training.trainer import Validation, mean_loss
+
+        metrics: dict[str, Any] = {"validation_loss": {"responses": mean_loss(self._step, self._batches)}}
+        if not self._rows:
+            return Validation(metrics)
+        score = block_efficiency(self._model, self._rows, self._k, self._vocabulary)
+        return Validation({**metrics, "validation_block_efficiency": score}, score)
+
+
+def _samples(rows: list[SyntheticRow], model: PreTrainedModel) -> tuple[list[Sample], dict[str, int]]:
+    """What is trained on, and how many rows were whole, cut to the draft's context, or dropped because nothing was left.
+
+    Raises:
+        TrainingError: when no response token is left to train on.
+    """
+    from fastdraft.training.batches import Sample, cut_to_context
+
+    samples = [Sample(row.prompt_ids, row.response_ids) for row in rows]
+    kept, num_cut, num_dropped = cut_to_context(samples, model.config.max_position_embeddings)
+    if not kept:
+        rule = "there must be response tokens to train on"
+        raise TrainingError("align", f"0 trained tokens in {len(rows)} responses", rule, "raise synthesize.tokens, or shorten the prompts")
+    return kept, {"rows": len(kept), "rows_cut": num_cut, "rows_dropped": num_dropped}
+
+
+def _source(config: AlignConfig, context: StageContext, samples: list[Sample], resolved: Resolved) -> AlignmentBatches:
+    import numpy as np
+
+    from fastdraft.training.batches import AlignmentBatches, plan_batches
+
+    lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
+    plan = plan_batches(lengths, resolved.batch_tokens, context.settings.seed, epochs=config.passes, tokens=config.tokens)
+    packed = _packed(context, resolved) if config.pretraining_share else None
+    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, config.pretraining_share)
+
+
+def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
+    """Steps of the pre-training mixture, each of as many tokens as a synthetic step."""
+    from fastdraft.data.loader import MixtureSampler, open_corpus
+    from fastdraft.training.batches import PackedBatches
+
+    prepare, mixture = context.require("prepare"), _mixture(context)
+    row_length = int(prepare.manifest()["row_length"])
+    corpora = {corpus: open_corpus(prepare, corpus, "train") for corpus, weight in mixture.items() if weight > 0}
+    sampler = MixtureSampler(corpora, {corpus: mixture[corpus] for corpus in corpora}, context.settings.seed + _MIXTURE_SEED)
+    rows = max(1, resolved.batch_tokens // row_length)
+    return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
+
+
+def _mixture(context: StageContext) -> dict[str, float]:
+    for stage in ("continue_pretrain", "pretrain"):
+        if context.has(stage):
+            return dict(context.section(stage).mixture)
+    rule = "needs the mixture of continue_pretrain or pretrain"
+    raise RecipeError("align.pretraining_share", "no such section", rule, "add one of them or set align.pretraining_share: 0")
+
+
+def _start(context: StageContext) -> tuple[Path, str]:
+    """Folder and digest of the latest weights before alignment."""
+    for stage in ("continue_pretrain", "pretrain"):
+        if context.has(stage):
+            artifact = context.artifact(stage)
+            return artifact.path / "checkpoint", artifact.digest()
+    design = context.artifact("design")
+    return design.path / "draft", design.digest()
+
+
+def _num_speculative_tokens(context: StageContext) -> int:
+    """K at which the best step is chosen: the export's, else 3."""
+    return int(context.section("export").num_speculative_tokens) if context.has("export") else DEFAULT_NUM_SPECULATIVE_TOKENS
+
+
+def _held_out(rows: list[SyntheticRow]) -> list[SyntheticRow]:
+    """At most VALIDATION_ROWS rows, chosen by hash so that every source and temperature is among them."""
+    return sorted((row for row in rows if row.response_ids), key=lambda row: hashlib.sha256(row.row_id.encode()).digest())[:VALIDATION_ROWS]
+
+
+def _summary(folder: Path, state: TrainingState) -> dict[str, Any]:
+    from fastdraft.training.metrics import read_metrics
+    from fastdraft.training.trainer import final_train_loss
+
+    records = read_metrics(folder)
+    validations = {record["step"]: record for record in records if "validation_loss" in record}
+    last = validations.get(state.best_step) or validations.get(state.step) or {}
+    return {
+        "tokens": state.tokens,
+        "trained_tokens": state.trained_tokens,
+        "steps": state.step,
+        "skipped_steps": state.skipped,
+        "best_step": state.best_step if state.best_step >= 0 else state.step,
+        "start_block_efficiency": validations.get(0, {}).get("validation_block_efficiency"),
+        "validation_block_efficiency": state.best_score,
+        "validation_loss": last.get("validation_loss", {}),
+        "train_loss": final_train_loss(records),
+        "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+        "seconds": round(state.seconds, 1),
+    }

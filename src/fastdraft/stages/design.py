@@ -1,0 +1,272 @@
+"""Design: a target's config and vocabulary -> a draft's architecture and first weights, as a Hugging Face directory.
+
+Decides what a draft inherits (family, vocabulary with its padding, tokenizer files byte for byte, context length, rope,
+norm, activation, special ids) and what it does not (width, depth, heads). The manifest's `shape_digest` stands for
+vocabulary, shape and first weights alone: what pre-training depends on, so that one pre-trained draft serves every
+fine-tune of a family; the stage's own fingerprint adds the tokenizer files and special ids that it copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fastdraft.artifacts import digest, file_sha256
+from fastdraft.config import Config, Count, format_count
+from fastdraft.errors import RecipeError, TargetError
+from fastdraft.forecast import PAPER_K, mbsu_at
+from fastdraft.interfaces import StageContext, TargetConfig, resolve_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from fastdraft.modeling.architecture import Architecture
+    from fastdraft.vocabulary import Vocabulary
+
+NAME = "design"
+_INHERITED = ("rope_parameters", "rms_norm_eps", "hidden_act", "max_position_embeddings", "original_max_position_embeddings")
+
+
+class BudgetDraft(Config):
+    """A shape found for a number of parameters, within 3 %; shallow ones are preferred."""
+
+    kind: Literal["budget"] = "budget"
+    parameters: Count
+    """All parameters, the vocabulary's matrices included."""
+    layers: int | None = Field(default=None, ge=1, le=128)
+    """Fixes the depth; null lets the search choose."""
+
+
+class ShapeDraft(Config):
+    """A shape given by numbers."""
+
+    kind: Literal["shape"]
+    hidden_size: int = Field(ge=2)
+    num_layers: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
+    """null: heads 64 wide, narrower in small drafts."""
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """null: in the target's ratio to the heads."""
+    tied: bool | None = None
+    """Whether embedding and head share one matrix; null: only when the target's do and the draft has under 14 M parameters."""
+
+
+class PresetDraft(Config):
+    """A published FastDraft shape, reconstructed from its file size."""
+
+    kind: Literal["preset"]
+    name: Literal["phi-3-mini-50m", "llama-3.1-8b-150m"]
+
+
+class EarlierDraft(Config):
+    """Starts from an earlier draft of the same vocabulary: its shape and its weights."""
+
+    kind: Literal["from"]
+    path: str = Field(min_length=1)
+    """A Hugging Face directory, or the folder of a stage (`runs/NAME/pretrain`)."""
+
+
+DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]
+
+
+class DesignConfig(Config):
+    """`design:` — the draft's shape and first weights."""
+
+    draft: DraftConfig
+    """budget, shape, preset or from."""
+    initialization: Literal["random", "target_embeddings"] = "random"
+    """random as in the paper; target_embeddings projects the target's embedding and head to the draft's width."""
+
+    @model_validator(mode="after")
+    def _from_has_weights(self) -> DesignConfig:
+        if isinstance(self.draft, EarlierDraft) and self.initialization != "random":
+            raise ValueError("initialization does not apply to kind: from, which brings its own weights; leave it out")
+        return self
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built, before any weight exists."""
+
+    target: Architecture
+    draft: Architecture
+    draft_config: PreTrainedConfig
+    vocabulary: Vocabulary
+    source: Path | None
+    """Directory of an earlier draft; None for new weights."""
+
+
+def plan(config: DesignConfig, target: TargetConfig) -> Plan:
+    """Resolves the section against the target's config and tokenizer; reads no weights.
+
+    Raises:
+        TargetError, VocabularyError: when the target cannot serve. RecipeError: when no such draft can exist.
+    """
+    from fastdraft.modeling.architecture import draft_hf_config, read_architecture
+    from fastdraft.modeling.loading import load_config, load_vocabulary
+
+    target_config = load_config(target.location, target.revision, target.trust_remote_code)
+    vocabulary = load_vocabulary(target)
+    shape = read_architecture(target_config, target.location)
+    if isinstance(config.draft, EarlierDraft):
+        source, draft_config = _earlier(config.draft, vocabulary)
+        return Plan(shape, read_architecture(draft_config, str(source)), draft_config, vocabulary, source)
+    draft = resolve_shape(config.draft, target_config)
+    return Plan(shape, draft, draft_hf_config(target_config, draft), vocabulary, None)
+
+
+def resolve_shape(draft: BudgetDraft | ShapeDraft | PresetDraft, target_config: PreTrainedConfig) -> Architecture:
+    """The architecture that a recipe asks for.
+
+    Raises:
+        RecipeError: when it cannot exist in this vocabulary or family.
+    """
+    from fastdraft.modeling import shapes
+    from fastdraft.modeling.architecture import has_rotary_factors, read_architecture
+
+    target = read_architecture(target_config)
+    if isinstance(draft, PresetDraft):
+        return shapes.preset(draft.name, target)
+    if isinstance(draft, ShapeDraft):
+        return shapes.explicit(target, draft.hidden_size, draft.num_layers, draft.intermediate_size, draft.num_heads, draft.num_kv_heads, draft.tied)
+    return shapes.search(target, draft.parameters, draft.layers, has_rotary_factors(target_config))
+
+
+def _earlier(draft: EarlierDraft, vocabulary: Vocabulary) -> tuple[Path, PreTrainedConfig]:
+    """The directory and config of an earlier draft, its vocabulary checked; special tokens may differ between fine-tunes."""
+    from fastdraft.modeling.loading import load_config, load_tokenizer, vocabulary_of
+    from fastdraft.vocabulary import check_same
+
+    where = "design.draft.path"
+    root = resolve_path(draft.path, where)
+    found = [folder for folder in (root, *(root / name for name in ("checkpoint", "huggingface", "draft"))) if (folder / "config.json").is_file()]
+    if not found:
+        raise RecipeError(where, draft.path, "must be a directory with config.json, or a stage's folder", "correct the path")
+    source = found[0]
+    draft_config = load_config(str(source))
+    check_same(vocabulary, vocabulary_of(load_tokenizer(str(source)), draft_config), special_tokens=False, where=where)
+    return source, draft_config
+
+
+def fingerprint(config: DesignConfig, context: StageContext) -> dict[str, Any]:
+    """Shape, vocabulary, first weights, and what is copied from the target; not the target's weights unless they are used."""
+    from fastdraft.modeling.source import tokenizer_digest
+
+    planned = plan(config, context.target)
+    return {
+        "shape": _shape(config, context, planned),
+        "target": planned.target.as_dict(),
+        "tokenizer_files": tokenizer_digest(context.target.location, context.target.revision),
+        "eos_token_ids": list(planned.vocabulary.eos_token_ids),
+    }
+
+
+def _shape(config: DesignConfig, context: StageContext, planned: Plan) -> dict[str, Any]:
+    """All that decides the draft's modules, its token ids and its first weights."""
+    inherited = {key: getattr(planned.draft_config, key, None) for key in _INHERITED}
+    vocabulary = planned.vocabulary
+    shape: dict[str, Any] = {
+        "vocabulary": {"size": vocabulary.size, "digest": vocabulary.digest, "special_digest": vocabulary.special_digest},
+        "architecture": planned.draft.as_dict(),
+        "inherited": inherited,
+    }
+    if planned.source is not None:
+        return shape | {"from": _weights_digest(planned.source)}
+    shape |= {"initialization": config.initialization, "seed": context.settings.seed}
+    if config.initialization == "target_embeddings":
+        from fastdraft.modeling.initialize import matrices_digest
+
+        shape["target_embeddings"] = matrices_digest(context.target.location, context.target.revision)
+    return shape
+
+
+def _weights_digest(folder: Path) -> str:
+    return digest([file_sha256(path) for path in sorted(folder.glob("*.safetensors"))])
+
+
+def run(config: DesignConfig, context: StageContext) -> None:
+    """Writes `draft/`, a Hugging Face directory, and a manifest with sizes and cost ratios.
+
+    Raises:
+        TargetError, VocabularyError, RecipeError, DiskError: each in one line.
+    """
+    from tempfile import TemporaryDirectory
+
+    from fastdraft.modeling.loading import copy_tokenizer_files, save_draft
+    from fastdraft.provenance import describe_run
+
+    artifact = context.artifact(NAME)
+    planned = plan(config, context.target)
+    model = _first_weights(config, context, planned)
+    _set_special_ids(model, planned.vocabulary, context.target)
+    with TemporaryDirectory() as files:
+        copy_tokenizer_files(context.target.location, Path(files), context.target.revision)
+        save_draft(model, artifact.path / "draft", Path(files))
+    ratios = cost_ratios(planned.draft, planned.target)
+    artifact.complete(
+        architecture=planned.draft.as_dict(),
+        parameters=planned.draft.parameters,
+        target={"model": context.target.model, "revision": context.target.revision, "parameters": planned.target.parameters, "architecture": planned.target.as_dict()},
+        cost_ratio_parameters=ratios["parameters"],
+        cost_ratio_bytes=ratios["bytes"],
+        vocabulary=planned.vocabulary.as_dict(),
+        initialization="from" if planned.source else config.initialization,
+        shape_digest=digest(_shape(config, context, planned)),
+        provenance=describe_run(),
+    )
+    _show(context, planned)
+
+
+def _first_weights(config: DesignConfig, context: StageContext, planned: Plan) -> PreTrainedModel:
+    from fastdraft.modeling.initialize import build_draft, set_projected_embeddings
+    from fastdraft.modeling.loading import load_draft
+
+    if planned.source is not None:
+        return load_draft(planned.source)
+    model = build_draft(planned.draft_config, context.settings.seed)
+    if config.initialization == "target_embeddings":
+        set_projected_embeddings(model, context.target.location, context.target.revision, context.settings.seed)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    if counted != planned.draft.parameters:
+        raise TargetError(context.target.location, f"{counted} parameters", f"the formula says {planned.draft.parameters}", "report this config as a bug")
+    return model
+
+
+def _set_special_ids(model: PreTrainedModel, vocabulary: Vocabulary, target: TargetConfig) -> None:
+    """The target's BOS, EOS and padding ids in config and generation config; none of its sampling settings."""
+    from transformers import GenerationConfig
+
+    from fastdraft.modeling.loading import load_config
+
+    target_config: Any = load_config(target.location, target.revision, target.trust_remote_code)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, key, getattr(target_config, key, None))
+    eos = list(vocabulary.eos_token_ids)
+    model.generation_config = GenerationConfig(
+        bos_token_id=vocabulary.bos_token_id, eos_token_id=eos[0] if len(eos) == 1 else eos or None, pad_token_id=vocabulary.pad_token_id
+    )
+
+
+def cost_ratios(draft: Architecture, target: Architecture) -> dict[str, float]:
+    """Draft / target by parameters, and by bytes read per token at equal precision (an untied input embedding is not read)."""
+    return {"parameters": draft.parameters / target.parameters, "bytes": draft.bytes_per_token(8) / target.bytes_per_token(8)}
+
+
+def _show(context: StageContext, planned: Plan) -> None:
+    draft, target = planned.draft, planned.target
+    ratios = cost_ratios(draft, target)
+    rows: list[list[object]] = [
+        ["parameters", format_count(draft.parameters), format_count(target.parameters), f"{ratios['parameters']:.4f}"],
+        ["read per token", format_count(draft.read_parameters), format_count(target.read_parameters), f"{ratios['bytes']:.4f}"],
+        ["layers", draft.num_layers, target.num_layers, ""],
+        ["hidden size", draft.hidden_size, target.hidden_size, ""],
+        ["feed-forward", draft.intermediate_size, target.intermediate_size, ""],
+        ["heads (key-value)", f"{draft.num_heads} ({draft.num_kv_heads})", f"{target.num_heads} ({target.num_kv_heads})", ""],
+    ]
+    context.console.table(f"draft for {context.target.model} ({draft.family}, vocabulary {draft.vocab_size})", ["", "draft", "target", "cost ratio"], rows)
+    gains = [f"{mbsu_at(rate, PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in (0.3, 0.45, 0.6)]
+    context.console.say(f"memory-bound speed-up (by bytes, K = {PAPER_K}) by acceptance rate: {', '.join(gains)}")

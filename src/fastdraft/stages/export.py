@@ -1,0 +1,152 @@
+"""Export: the last checkpoint of a run -> the directory that runtimes load, tested, with a model card.
+
+Decides which draft of a run is exported (the last that was trained), what is tested on the exported files themselves, and
+that a failed test is told and recorded rather than fatal: a draft can be worse than hoped, but never change the output.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from fastdraft.artifacts import Artifact, file_sha256, write_atomic
+from fastdraft.config import Config
+from fastdraft.interfaces import StageContext
+
+if TYPE_CHECKING:
+    from fastdraft.runtimes.huggingface_export import AssistedCheck
+    from fastdraft.vocabulary import Vocabulary
+
+NAME = "export"
+_CHECKPOINTS = {"align": "checkpoint", "continue_pretrain": "checkpoint", "pretrain": "checkpoint", "design": "draft"}
+_PROMPT = "Once upon a time there was a small town by the sea, and in that town"
+_ROWS_PER_CORPUS = 4
+
+
+class ExportConfig(Config):
+    """`export:` — for which runtimes, with which settings pinned."""
+
+    formats: list[Literal["huggingface"]] = Field(default=["huggingface"], min_length=1)
+    """huggingface: safetensors, config, tokenizer; also what vLLM loads and what other formats are converted from."""
+    num_speculative_tokens: int = Field(default=3, ge=1, le=64)
+    """K, pinned in the generation config. The paper serves with 3 to 5."""
+    confidence_threshold: float = Field(default=0.0, ge=0, le=1)
+    """The draft stops proposing below this probability; 0: never, for dynamic lengths bring nothing to drafts this small (FastDraft)."""
+
+    @field_validator("formats")
+    @classmethod
+    def _once(cls, formats: list[str]) -> list[str]:
+        return list(dict.fromkeys(formats))
+
+
+def source_of(context: StageContext) -> tuple[str, Path]:
+    """The stage whose draft is exported, and the draft's directory.
+
+    Raises:
+        ArtifactError: when that stage has not finished.
+    """
+    name = next((stage for stage in _CHECKPOINTS if context.has(stage)), "design")
+    return name, context.require(name).path / _CHECKPOINTS[name]
+
+
+def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
+    """Settings, the exported draft, the target it is tested with, and the figures on its card."""
+    name, _ = source_of(context)
+    results = context.artifact("evaluate").path / "results.json"
+    return {
+        **config.model_dump(),
+        "source": {name: context.require(name).digest()},
+        "target": context.target.model_dump(),
+        "results": file_sha256(results) if results.is_file() else None,
+    }
+
+
+def run(config: ExportConfig, context: StageContext) -> None:
+    """Writes `huggingface/`, loads it back beside the target and records what was found.
+
+    Raises:
+        ArtifactError: when the checkpoint is missing or damaged. VocabularyError: when it is not the target's.
+        TargetError: when the target cannot be loaded. DiskError: when the disk is full.
+    """
+    from fastdraft.modeling.loading import load_config, load_tokenizer, load_vocabulary, set_threads, vocabulary_of
+    from fastdraft.provenance import describe_run
+    from fastdraft.reporting.model_card import render_model_card
+    from fastdraft.reporting.record import read_record
+    from fastdraft.runtimes.huggingface_export import write_huggingface
+    from fastdraft.vocabulary import check_same
+
+    start = time.monotonic()
+    set_threads(context.settings.threads)
+    artifact = context.artifact(NAME)
+    name, checkpoint = source_of(context)
+    vocabulary = load_vocabulary(context.target)
+    check_same(vocabulary, vocabulary_of(load_tokenizer(str(checkpoint)), load_config(str(checkpoint))), special_tokens=False, where=str(checkpoint))
+    folder = artifact.path / "huggingface"
+    files = write_huggingface(checkpoint, folder, config.num_speculative_tokens, config.confidence_threshold)
+    checks = _check(folder, vocabulary, context)
+    write_atomic(folder / "README.md", render_model_card(read_record(context.run), config.num_speculative_tokens, checks))
+    artifact.complete(
+        formats=config.formats,
+        source=name,
+        num_speculative_tokens=config.num_speculative_tokens,
+        confidence_threshold=config.confidence_threshold,
+        files={file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)} for file in (*files, "README.md")},
+        checks=checks,
+        seconds=round(time.monotonic() - start, 1),
+        provenance=describe_run(),
+    )
+    context.console.say(_summary(folder, checks))
+
+
+def _check(folder: Path, vocabulary: Vocabulary, context: StageContext) -> dict[str, Any]:
+    """Assisted generation with the target, and the mass on padding ids; warnings for what is not as it should be."""
+    from fastdraft.modeling.loading import load_target, load_tokenizer, pick_device
+    from fastdraft.runtimes.huggingface_export import PADDING_MASS_LIMIT, check_assisted, load_assistant, padding_mass
+
+    device = pick_device(context.settings.device)
+    target, draft = load_target(context.target, device), load_assistant(folder, device)
+    prompt = [int(token) for token in load_tokenizer(str(folder))(_PROMPT).input_ids]
+    assisted = check_assisted(target, draft, prompt, vocabulary, max_new_tokens=min(48, max(1, target.config.max_position_embeddings - len(prompt) - 8)))
+    mean, largest = padding_mass(draft, vocabulary, [prompt + assisted.response_ids, *_validation_rows(context)])
+    if not assisted.same_text:
+        context.console.warn(f"with the draft, transformers wrote other greedy text than the target alone ({target.dtype}; a near-tie, or a runtime fault)")
+    if mean >= PADDING_MASS_LIMIT:
+        context.console.warn(f"the draft gives {mean:.1e} of its probability to ids without a token (limit {PADDING_MASS_LIMIT:.0e}): train it longer")
+    return _checks(assisted, mean, largest, str(target.dtype).removeprefix("torch."))
+
+
+def _checks(assisted: AssistedCheck, mean: float, largest: float, dtype: str) -> dict[str, Any]:
+    from fastdraft.runtimes.huggingface_export import PADDING_MASS_LIMIT
+
+    return {
+        "assistant_same_greedy_text": assisted.same_text,
+        "assistant_tokens_compared": assisted.num_tokens,
+        "assistant_dtype": dtype,
+        "padding_mass_mean": mean,
+        "padding_mass_max": largest,
+        "padding_mass_limit": PADDING_MASS_LIMIT,
+        "padding_mass_ok": mean < PADDING_MASS_LIMIT,
+    }
+
+
+def _validation_rows(context: StageContext) -> list[list[int]]:
+    """A few held-out rows of every corpus, when corpora were prepared."""
+    prepare: Artifact = context.artifact("prepare")
+    if not prepare.is_complete():
+        return []
+    from fastdraft.data.shards import corpus_names, open_corpus
+
+    rows = []
+    for name in corpus_names(prepare):
+        corpus = open_corpus(prepare, name, "validation")
+        rows += [corpus[index].tolist() for index in range(min(_ROWS_PER_CORPUS, corpus.rows))]
+    return rows
+
+
+def _summary(folder: Path, checks: dict[str, Any]) -> str:
+    same = "equal" if checks["assistant_same_greedy_text"] else "NOT equal"
+    assisted = f"greedy text with and without it {same} over {checks['assistant_tokens_compared']} tokens"
+    return f"{folder}: loads as assistant_model; {assisted}; mean probability on padding ids {checks['padding_mass_mean']:.1e}"

@@ -1,0 +1,233 @@
+"""pretrain and continue_pretrain: packed shards -> a language model. One stage, two sections.
+
+Decides where each begins (pretrain: the designed draft; continue_pretrain: pretrain's weights from before the rate's decay), how a
+token budget becomes steps, and what is left behind: `checkpoint/`, `undecayed/` (WSD only) and `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from fastdraft.artifacts import Artifact
+from fastdraft.config import Config, Count, format_count
+from fastdraft.errors import DataError, RecipeError
+from fastdraft.interfaces import StageContext
+from fastdraft.provenance import describe_run
+from fastdraft.training.settings import AdamWConfig, OptimizerConfig, Precision, ScheduleConfig, WSDConfig, kind_default
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fastdraft.training.assemble import Resolved
+    from fastdraft.training.batches import PackedBatches
+    from fastdraft.training.checkpoint import TrainingState
+    from fastdraft.training.step import TrainStep
+    from fastdraft.training.trainer import Trainer
+
+Name = Literal["pretrain", "continue_pretrain"]
+GOOD_EPOCHS = 4
+_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every", "tensorboard"}
+"""Keys that may change while a run is under way: they do not change what is learned."""
+
+
+class PretrainConfig(Config):
+    """`pretrain:` — next-token training on packed rows."""
+
+    tokens: Count = Field(gt=0)
+    """Budget; the paper: 5B of text, then 7.5B of code and text."""
+    mixture: dict[str, float] = Field(default_factory=lambda: {"text": 1.0}, min_length=1)
+    """Share of each prepared corpus, on any scale."""
+    batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens of one optimiser step; left out: by the draft's size and the budget (16k at 1M parameters, 262k at 50M, 524k at 150M)."""
+    micro_batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens that go through the model at once: memory and speed, not the result. Left out: 4k on a CPU, 32k elsewhere."""
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
+    """adamw or muon."""
+    schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("wsd"))] = WSDConfig()
+    """wsd keeps the weights from before the decay, from which continue_pretrain starts; or cosine."""
+    precision: Precision = "auto"
+    """bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
+    z_loss: float = Field(default=1e-5, ge=0, le=1, allow_inf_nan=False)
+    """Weight of the squared log-partition in the loss (PaLM, arXiv 2204.02311)."""
+    checkpoint_every: int | None = Field(default=None, ge=0)
+    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
+    validate_every: int | None = Field(default=None, ge=0)
+    """Steps between validations; 0: only at the end. Left out: ten times a run."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (needs the extra 'tensorboard')."""
+
+    @model_validator(mode="after")
+    def _budget_holds_a_batch(self) -> PretrainConfig:
+        if self.batch_tokens and self.tokens < self.batch_tokens:
+            raise ValueError(f"tokens ({format_count(self.tokens)}) must be at least one batch ({format_count(self.batch_tokens)})")
+        if any(not 0 <= weight < float("inf") for weight in self.mixture.values()) or not any(self.mixture.values()):
+            raise ValueError("mixture must have shares of 0 or more, one of them above 0")
+        return self
+
+
+class ContinuePretrainConfig(PretrainConfig):
+    """`continue_pretrain:` — the same on a mixture with code, from pretrain's weights."""
+
+    mixture: dict[str, float] = Field(default_factory=lambda: {"code": 2.0, "text": 1.0}, min_length=1)
+    """Share of each prepared corpus; the paper: 2 parts code, 1 part text."""
+    start: Literal["undecayed", "decayed"] = "undecayed"
+    """pretrain's weights from before its rate fell (trained on at the same rate), or its result (an open rate is then halved)."""
+
+
+def fingerprint(config: PretrainConfig, context: StageContext, name: Name) -> dict[str, Any]:
+    """What the weights depend on: the draft's shape, vocabulary and start, the prepared rows, these settings, the seed."""
+    return {
+        "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
+        "seed": context.settings.seed,
+        "start": _start_digest(context, name),
+        "prepare": context.artifact("prepare").digest(),
+    }
+
+
+def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
+    """Trains, or goes on training, until the budget is used; then writes `checkpoint/` and the manifest."""
+    import torch
+
+    from fastdraft.modeling.loading import load_draft, pick_device, save_draft, set_threads
+
+    set_threads(context.settings.threads)
+    device = pick_device(context.settings.device)
+    torch.manual_seed(context.settings.seed)
+    artifact, console = context.artifact(name), context.console
+    model = load_draft(_start_folder(config, context, name), device=device, dtype=torch.float32)
+    trainer, resolved = _build_trainer(config, context, name, model, device)
+    console.say(f"  {resolved}, {trainer.source.steps} steps")
+    state = trainer.run()
+    save_draft(model, artifact.path / "checkpoint", _tokenizer_folder(context))
+    fields = _summary(artifact, state)
+    artifact.complete(**fields, settings=resolved.as_dict(), provenance=describe_run())
+    trainer.checkpoints.discard()
+    losses = ", ".join(f"{corpus} {loss:.3f}" for corpus, loss in fields["validation_loss"].items())
+    console.say(f"  {format_count(state.tokens)} tokens, validation loss: {losses or 'no validation rows'}")
+
+
+def _build_trainer(
+    config: PretrainConfig, context: StageContext, name: Name, model: PreTrainedModel, device: Any
+) -> tuple[Trainer, Resolved]:
+    from fastdraft.modeling.loading import save_draft
+    from fastdraft.training import assemble, rates
+    from fastdraft.training.objective import CrossEntropy
+    from fastdraft.training.trainer import Plan, Trainer
+
+    artifact = context.artifact(name)
+    batch_tokens = config.batch_tokens or rates.batch_tokens("pretrain", assemble.count_parameters(model), config.tokens)
+    halved = isinstance(config, ContinuePretrainConfig) and config.start == "decayed"
+    resolved = assemble.resolve(
+        config.optimizer, "pretrain", model, device,
+        batch_tokens=batch_tokens, micro_batch_tokens=config.micro_batch_tokens, precision=config.precision, halved=halved,
+    )  # fmt: skip
+    source = _source(config, context, name, resolved)
+    _check_context(model, source.row_length)
+    step = assemble.build_step(model, resolved, CrossEntropy(config.z_loss), device)
+    plan = Plan(
+        title=name,
+        key=name,
+        factor=assemble.rate_factor(config.schedule, source.steps),
+        peak_rate=resolved.learning_rate,
+        validate_every=assemble.validate_every(config.validate_every, source.steps),
+        checkpoint_every=assemble.checkpoint_every(config.checkpoint_every, source.steps),
+        undecayed_step=assemble.undecayed_step(config.schedule, source.steps),
+        tensorboard=config.tensorboard,
+    )
+    trainer = Trainer(artifact.path, model, step, source, plan, context.console, _validation(step, context, source.rows_per_micro))
+    trainer.save_undecayed = lambda: save_draft(model, artifact.path / "undecayed", _tokenizer_folder(context))
+    return trainer, resolved
+
+
+def _validation(step: TrainStep, context: StageContext, rows_per_micro: int) -> Any:
+    from fastdraft.training.trainer import Validation
+    from fastdraft.training.validation import corpus_losses
+
+    losses = corpus_losses(step, context.require("prepare"), rows_per_micro)
+    return lambda: Validation({"validation_loss": losses()})
+
+
+def _source(config: PretrainConfig, context: StageContext, name: Name, resolved: Resolved) -> PackedBatches:
+    """Steps of the mixture that use up the budget.
+
+    Raises:
+        DataError: when a corpus has fewer rows than its share of one batch.
+    """
+    from fastdraft.data.loader import MixtureSampler, open_corpus
+    from fastdraft.training.batches import PackedBatches
+
+    prepare = context.require("prepare")
+    row_length = int(prepare.manifest()["row_length"])
+    if resolved.batch_tokens < row_length:
+        rule = f"must hold one row of {row_length} tokens"
+        raise RecipeError(f"{name}.batch_tokens", resolved.batch_tokens, rule, "raise it or lower prepare.row_length")
+    rows = resolved.batch_tokens // row_length
+    steps = max(1, round(config.tokens / (rows * row_length)))
+    used = {corpus: weight for corpus, weight in config.mixture.items() if weight > 0}
+    corpora = {corpus: open_corpus(prepare, corpus, "train") for corpus in used}
+    for corpus, weight in used.items():
+        share = weight / sum(used.values())
+        found = corpora[corpus].rows
+        if found < share * rows:
+            rule, remedy = f"its share of one batch is {share * rows:.0f} rows", f"add data or lower {name}.batch_tokens"
+            raise DataError(f"{name}.mixture.{corpus}", f"{found} rows of {row_length} tokens", rule, remedy)
+        epochs = share * rows * steps / found
+        if epochs > GOOD_EPOCHS:
+            context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little")
+    sampler = MixtureSampler(corpora, used, context.settings.seed)
+    return PackedBatches(sampler, steps, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
+
+
+def _check_context(model: PreTrainedModel, row_length: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and row_length > limit:
+        raise RecipeError("prepare.row_length", row_length, f"must be at most the draft's context of {limit}", "lower it")
+
+
+def _start_digest(context: StageContext, name: Name) -> str:
+    if name == "continue_pretrain" and context.has("pretrain"):
+        return context.artifact("pretrain").digest()
+    design = context.artifact("design")
+    shape = design.manifest().get("shape_digest") if design.is_complete() else None
+    return str(shape or design.digest())
+
+
+def _start_folder(config: PretrainConfig, context: StageContext, name: Name) -> Path:
+    """Where the first weights lie.
+
+    Raises:
+        RecipeError: when un-decayed weights are asked for but pretrain's schedule keeps none.
+    """
+    if name == "pretrain" or not context.has("pretrain"):
+        return context.require("design").path / "draft"
+    before = context.require("pretrain").path
+    if getattr(config, "start", "undecayed") == "decayed":
+        return before / "checkpoint"
+    if not (before / "undecayed").is_dir():
+        rule = "pretrain keeps such weights only with schedule kind wsd"
+        raise RecipeError("continue_pretrain.start", "undecayed", rule, "set start: decayed")
+    return before / "undecayed"
+
+
+def _tokenizer_folder(context: StageContext) -> Path:
+    return context.artifact("design").path / "draft"
+
+
+def _summary(artifact: Artifact, state: TrainingState) -> dict[str, Any]:
+    from fastdraft.training.metrics import read_metrics
+    from fastdraft.training.trainer import final_train_loss
+
+    records = read_metrics(artifact.path)
+    validations = [record["validation_loss"] for record in records if "validation_loss" in record]
+    return {
+        "tokens": state.tokens,
+        "steps": state.step,
+        "skipped_steps": state.skipped,
+        "train_loss": final_train_loss(records),
+        "validation_loss": validations[-1] if validations else {},
+        "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+        "seconds": round(state.seconds, 1),
+    }

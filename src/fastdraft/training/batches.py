@@ -1,0 +1,218 @@
+"""What the loop trains on at each step, as a pure function of the step's number.
+
+Decides that no data position needs saving: a source maps a step to its micro-batches, always the same ones. Pre-training rows
+come packed; synthetic samples are padded on the right (causal attention then needs no mask), each from position 0, and only
+response tokens have a loss.
+
+Shapes: B rows of a micro-batch, T positions, N trained tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: inputs, and where the loss is."""
+
+    input_ids: Tensor
+    """int64 [B, T], right-padded."""
+    labels: Tensor
+    """int64 [N]: the wanted next token at each trained position."""
+    index: Tensor | None = None
+    """int64 [N]: trained positions in the flattened B*T; None when every position is trained."""
+    num_tokens: int = 0
+    """Input tokens without padding."""
+
+    @property
+    def num_trained(self) -> int:
+        return self.labels.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; copies to CUDA run beside the computation."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        return Batch(move(self.input_ids), move(self.labels), None if self.index is None else move(self.index), self.num_tokens)
+
+
+class BatchSource(Protocol):
+    """Steps of training data."""
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens of all steps, without padding."""
+        ...
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of step `step`, 0-based; equal at every call."""
+        ...
+
+
+class RowSampler(Protocol):
+    """Packed rows by a global row number (`data.loader.MixtureSampler`)."""
+
+    def rows(self, start: int, count: int) -> npt.NDArray[np.int64]: ...
+
+
+def packed_batch(rows: npt.NDArray[np.int64]) -> Batch:
+    """Rows of length T+1 as a batch that trains on every position."""
+    tokens = torch.from_numpy(np.ascontiguousarray(rows))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1), None, tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+@dataclass(frozen=True)
+class PackedBatches:
+    """Steps of packed rows: `rows_per_batch` rows a step, `rows_per_micro` at a time."""
+
+    sampler: RowSampler
+    steps: int
+    row_length: int
+    rows_per_batch: int
+    rows_per_micro: int
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.rows_per_batch * self.row_length
+
+    def batches(self, step: int) -> list[Batch]:
+        rows = self.sampler.rows(step * self.rows_per_batch, self.rows_per_batch)
+        return [packed_batch(rows[start : start + self.rows_per_micro]) for start in range(0, len(rows), self.rows_per_micro)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with the response to be learned."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens: the last response token is only predicted."""
+        return len(self.prompt_ids) + len(self.response_ids) - 1
+
+
+def cut_to_context(samples: Sequence[Sample], context_length: int) -> tuple[list[Sample], int, int]:
+    """Samples whose inputs fit into `context_length` positions; the number cut short; the number dropped for want of any loss.
+
+    A sample without a prompt loses its first response token as a label: nothing stands before it.
+    """
+    kept, num_cut, num_dropped = [], 0, 0
+    for sample in samples:
+        room = context_length + 1 - len(sample.prompt_ids)
+        if room < 1 or not sample.response_ids or sample.num_tokens < 1:
+            num_dropped += 1
+            continue
+        num_cut += len(sample.response_ids) > room
+        kept.append(Sample(sample.prompt_ids, sample.response_ids[:room]))
+    return kept, num_cut, num_dropped
+
+
+def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """Samples side by side, padded on the right to the longest; labels are response tokens only, by the stored boundary."""
+    length = max(sample.num_tokens for sample in samples)
+    inputs = np.full((len(samples), length), pad_id, dtype=np.int64)
+    index, labels = [], []
+    for row, sample in enumerate(samples):
+        ids = np.asarray([*sample.prompt_ids, *sample.response_ids], dtype=np.int64)
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        first = max(len(sample.prompt_ids), 1)
+        index.append(row * length + np.arange(first - 1, len(ids) - 1))
+        labels.append(ids[first:])
+    tokens = sum(sample.num_tokens for sample in samples)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(index)), tokens)
+
+
+def micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> list[list[Sample]]:
+    """Splits one step's samples by length into groups whose padded size is at most `micro_batch_tokens` (one sample always fits).
+
+    A group also ends where a sample is under three quarters of the longest, once the group is a quarter full: less padding.
+    """
+    groups: list[list[Sample]] = []
+    for sample in sorted(samples, key=lambda sample: -sample.num_tokens):
+        if groups:
+            longest, size = groups[-1][0].num_tokens, len(groups[-1])
+            full = (size + 1) * longest > micro_batch_tokens
+            wasteful = sample.num_tokens * 4 < longest * 3 and size * longest * 4 >= micro_batch_tokens
+            if not full and not wasteful:
+                groups[-1].append(sample)
+                continue
+        groups.append([sample])
+    return groups
+
+
+def plan_batches(
+    lengths: npt.NDArray[np.int64], batch_tokens: int, seed: int, *, epochs: float | None = None, tokens: int | None = None
+) -> list[npt.NDArray[np.int64]]:
+    """Sample numbers of each step: seeded permutations, one per epoch, cut wherever `batch_tokens` are reached.
+
+    Ends after `epochs` (a fraction is part of an epoch) or after `tokens` input tokens, whichever is given. A step never spans
+    two epochs; the last step of an epoch may be smaller.
+    """
+    limit = int(lengths.sum() * epochs) if epochs is not None else int(tokens or 0)
+    plan: list[npt.NDArray[np.int64]] = []
+    epoch, total = 0, 0
+    while total < limit:
+        order = np.random.default_rng([seed, 0xA119, epoch]).permutation(len(lengths))
+        ends = np.cumsum(lengths[order])
+        start = 0
+        while start < len(order) and total < limit:
+            before = ends[start - 1] if start else 0
+            end = int(np.searchsorted(ends, before + min(batch_tokens, limit - total))) + 1
+            plan.append(order[start : min(end, len(order))])
+            total += int(lengths[plan[-1]].sum())
+            start = end
+        epoch += 1
+    return plan
+
+
+@dataclass(frozen=True)
+class AlignmentBatches:
+    """Steps of synthetic samples with a share of packed pre-training steps spread evenly between them."""
+
+    samples: Sequence[Sample]
+    plan: Sequence[npt.NDArray[np.int64]]
+    """Sample numbers of each synthetic step, from `plan_batches`."""
+    pad_id: int
+    micro_batch_tokens: int
+    packed: PackedBatches | None = None
+    """Source of pre-training steps; None for none."""
+    packed_share: float = 0.0
+    """Share of all steps that are pre-training steps, below 1."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.plan) + self._num_packed
+
+    @property
+    def _num_packed(self) -> int:
+        return round(len(self.plan) * self.packed_share / (1 - self.packed_share)) if self.packed else 0
+
+    @property
+    def tokens(self) -> int:
+        packed: int = self._num_packed * self.packed.rows_per_batch * self.packed.row_length if self.packed else 0
+        return packed + sum(self.samples[int(i)].num_tokens for numbers in self.plan for i in numbers)
+
+    def batches(self, step: int) -> list[Batch]:
+        packed_before = step * self._num_packed // self.steps
+        if self.packed and (step + 1) * self._num_packed // self.steps > packed_before:
+            return self.packed.batches(packed_before)
+        chosen = [self.samples[i] for i in self.plan[step - packed_before]]
+        return [padded_batch(group, self.pad_id) for group in micro_batches(chosen, self.micro_batch_tokens)]

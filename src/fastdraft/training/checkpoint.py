@@ -1,0 +1,204 @@
+"""Everything that a training run needs to go on exactly where it stopped, on disk.
+
+Decides the format: a folder `steps/step-00000100` with weights, optimiser state and random state as safetensors (no pickle), and
+`state.json`, which holds the counters and the checksums of the others. Folders appear whole or not at all; the last two are kept; a
+damaged one is passed over for the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastdraft.artifacts import atomic_folder, file_sha256, read_json, write_json
+from fastdraft.console import Console
+from fastdraft.errors import ArtifactError
+
+FOLDER, KEEP = "steps", 2
+_WEIGHTS, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+
+
+@dataclass
+class TrainingState:
+    """The counters of a run."""
+
+    step: int = 0
+    """Finished steps, skipped ones included."""
+    tokens: int = 0
+    """Input tokens so far, without padding."""
+    trained_tokens: int = 0
+    """Tokens that had a loss."""
+    seconds: float = 0.0
+    """Time spent in steps by all processes together."""
+    skipped: int = 0
+    """Steps left out for a loss or gradient that was not finite."""
+    skipped_in_a_row: int = 0
+    best_step: int = -1
+    """Step of the best validation score; -1 before the first."""
+    best_score: float | None = None
+
+
+class Checkpoints:
+    """The resume checkpoints of one stage, in `folder/steps`."""
+
+    def __init__(self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], console: Console) -> None:
+        self.folder, self._model, self._optimizers, self._console = folder / FOLDER, model, optimizers, console
+        self.saved_step = -1
+        for leftover in self.folder.glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, state: TrainingState) -> None:
+        """Commits the present weights, optimiser and random state under `state.step`, then lets older folders go."""
+        with atomic_folder(self._step_folder(state.step)) as folder:
+            save_file(_copies(dict(self._model.named_parameters())), folder / _WEIGHTS)
+            save_file(_copies(optimizer_tensors(self._model, self._optimizers)), folder / _OPTIMIZER)
+            save_file(_random_tensors(), folder / _RANDOM)
+            files = _describe_files(folder, (_WEIGHTS, _OPTIMIZER, _RANDOM))
+            write_json(folder / _STATE, {"schema": 1, "state": asdict(state), "files": files})
+        self.saved_step = state.step
+        self._prune(state)
+
+    def save_best(self, step: int) -> None:
+        """Keeps the present weights as the best so far; older best ones stay until no kept checkpoint speaks of them."""
+        with atomic_folder(self._best_folder(step)) as folder:
+            save_file(_copies(dict(self._model.named_parameters())), folder / _WEIGHTS)
+            write_json(folder / _STATE, {"schema": 1, "files": _describe_files(folder, (_WEIGHTS,))})
+
+    def load_best(self, step: int) -> None:
+        """Puts the best weights into the model.
+
+        Raises:
+            ArtifactError: when they are damaged.
+        """
+        folder = self._best_folder(step)
+        _check_files(folder, read_json(folder / _STATE))
+        _copy_weights(self._model, load_file(folder / _WEIGHTS))
+
+    def load_latest(self) -> TrainingState:
+        """Restores the newest whole checkpoint; a fresh state when there is none at all.
+
+        Raises:
+            ArtifactError: when there are checkpoints but every one is damaged.
+        """
+        found = sorted(self.folder.glob("step-*"), reverse=True)
+        for folder in found:
+            try:
+                state = self._load(folder)
+            except ArtifactError as error:
+                self._console.warn(f"{error}; trying the one before")
+                continue
+            self.saved_step = state.step
+            return state
+        if found:
+            remedy = f"begin the stage anew with --redo {self.folder.parent.name}"
+            raise ArtifactError(self.folder, "every checkpoint is damaged", "one whole checkpoint is needed to go on", remedy)
+        return TrainingState()
+
+    def discard(self) -> None:
+        """Removes all of them, once the stage is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _load(self, folder: Path) -> TrainingState:
+        record = read_json(folder / _STATE)
+        _check_files(folder, record)
+        try:
+            state = TrainingState(**record["state"])
+            if state.best_step >= 0:
+                _check_files(self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / _STATE))
+            weights, optimizer, random = (load_file(folder / name) for name in (_WEIGHTS, _OPTIMIZER, _RANDOM))
+            _copy_weights(self._model, weights)
+            restore_optimizers(self._model, self._optimizers, optimizer)
+            _restore_random(random)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
+        return state
+
+    def _prune(self, state: TrainingState) -> None:
+        steps = sorted(self.folder.glob("step-*"))
+        for folder in steps[:-KEEP]:
+            shutil.rmtree(folder, ignore_errors=True)
+        needed = {state.best_step}
+        for folder in steps[-KEEP:]:
+            with contextlib.suppress(ArtifactError, KeyError, TypeError):
+                needed.add(read_json(folder / _STATE)["state"]["best_step"])
+        for folder in self.folder.glob("best-*"):
+            if int(folder.name.removeprefix("best-")) not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}"
+
+    def _best_folder(self, step: int) -> Path:
+        return self.folder / f"best-{step:09d}"
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of the optimisers' state as `NUMBER/PARAMETER/KEY`: AdamW's step and moments, Muon's momentum."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for number, optimizer in enumerate(optimizers):
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"optimiser state {key} is no tensor")
+                tensors[f"{number}/{names[parameter]}/{key}"] = value
+    return tensors
+
+
+def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Puts what `optimizer_tensors` gave back in place, bit for bit; AdamW's step counts go where its kind wants them."""
+    parameters = dict(model.named_parameters())
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    for name, value in tensors.items():
+        number, parameter_name, key = name.split("/")
+        optimizer, parameter = optimizers[int(number)], parameters[parameter_name]
+        on_cpu = key == "step" and not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
+        optimizer.state[parameter][key] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _copy_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != tensors.keys():
+        raise KeyError(", ".join(sorted(parameters.keys() ^ tensors.keys())[:3]))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _restore_random(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def _describe_files(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
+
+
+def _check_files(folder: Path, record: Any) -> None:
+    files = record.get("files") if isinstance(record, dict) else None
+    if not files:
+        raise ArtifactError(folder / _STATE, "lists no files", "must name each file with its checksum", "delete this folder")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+            raise ArtifactError(path, "damaged or missing", "must have the checksum written with it", "delete this folder")

@@ -1,0 +1,121 @@
+"""What a target and its draft must share: one vocabulary, padding rows included.
+
+Decides which differences between two vocabularies are fatal and in which words each is told, and how a tokenizer is
+reduced to digests: one of its ordinary tokens (text, ids, merges, splitting rules), one of its special tokens, so that a
+draft may serve every fine-tune that only renames or adds special tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastdraft.artifacts import digest
+from fastdraft.errors import VocabularyError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids that a model scores and what its tokenizer makes of them."""
+
+    size: int
+    """Rows of the embedding as the model's config says, padding rows included."""
+    num_tokens: int
+    """Ids that the tokenizer has a token for."""
+    missing_ids: tuple[int, ...]
+    """Ids below `size` without a token: rows that exist only to pad the matrix. They must never be proposed."""
+    bos_token_id: int | None
+    """The tokenizer's own; None when it has none, whatever the model's config says."""
+    eos_token_ids: tuple[int, ...]
+    """All ids that end a text, the tokenizer's first."""
+    pad_token_id: int | None
+    digest: str
+    """Of the ordinary tokens: text, ids, merges, normalisation and splitting rules."""
+    special_digest: str = ""
+    """Of the special and added tokens and their ids."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-able form for manifests: the missing ids as ranges, for there may be many."""
+        return asdict(self) | {"missing_ids": id_ranges(self.missing_ids), "eos_token_ids": list(self.eos_token_ids)}
+
+
+def id_ranges(ids: Sequence[int]) -> list[list[int]]:
+    """Sorted ids as closed ranges: `(3, 4, 5, 9)` -> `[[3, 5], [9, 9]]`."""
+    ranges: list[list[int]] = []
+    for token_id in sorted(ids):
+        if ranges and ranges[-1][1] == token_id - 1:
+            ranges[-1][1] = token_id
+        else:
+            ranges.append([token_id, token_id])
+    return ranges
+
+
+def build_vocabulary(size: int, tokenizer_state: str, bos: int | None, eos: Sequence[int], pad: int | None, where: str = "tokenizer") -> Vocabulary:
+    """Reduces a tokenizer to what must agree.
+
+    Args:
+        size: `vocab_size` of the model's config.
+        tokenizer_state: The fast tokenizer's complete JSON state (the content of `tokenizer.json`).
+        bos: Id of the token that begins a text, None when there is none.
+        eos: Ids that end a text, in order of preference, repeats allowed.
+        pad: Id of the padding token.
+        where: Named in errors.
+
+    Raises:
+        VocabularyError: when the tokenizer has ids that the model has no row for.
+    """
+    state = json.loads(tokenizer_state)
+    model, added = state["model"], state.get("added_tokens") or []
+    ordinary = _ordinary_ids(model)
+    present = set(ordinary.values()) | {int(token["id"]) for token in added}
+    if present and max(present) >= size:
+        raise VocabularyError(where, f"token id {max(present)}", f"the config's vocab_size is {size}", "take config and tokenizer from the same model")
+    rules = {key: state.get(key) for key in ("normalizer", "pre_tokenizer")}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
+    return Vocabulary(
+        size=size,
+        num_tokens=len(present),
+        missing_ids=tuple(sorted(set(range(size)) - present)),
+        bos_token_id=bos,
+        eos_token_ids=tuple(dict.fromkeys(eos)),
+        pad_token_id=pad,
+        digest=digest([model.get("type"), ordinary, merges, rules]),
+        special_digest=digest(sorted((int(token["id"]), token["content"]) for token in added)),
+    )
+
+
+def _ordinary_ids(model: Mapping[str, Any]) -> dict[str, int]:
+    """Token text -> id of a tokenizer's model; a Unigram model lists its tokens in id order."""
+    entries = model.get("vocab") or {}
+    return dict(entries) if isinstance(entries, dict) else {entry[0]: index for index, entry in enumerate(entries)}
+
+
+def check_same(target: Vocabulary, draft: Vocabulary, *, special_tokens: bool = True, where: str = "draft vocabulary") -> None:
+    """Refuses a draft that could not speak for the target.
+
+    Args:
+        target: The target's vocabulary.
+        draft: The draft's.
+        special_tokens: Whether special tokens, BOS and EOS must agree too; a draft that is about to be trained further
+            for another fine-tune of the family may differ in them.
+        where: Named in errors.
+
+    Raises:
+        VocabularyError: naming the first rule that fails and both values.
+    """
+    remedy = "use a draft that was made for this target's tokenizer"
+    rules: list[tuple[str, object, object]] = [
+        ("vocab_size, padding included, must be equal", draft.size, target.size),
+        ("ordinary tokens, merges and splitting rules must be equal", draft.digest, target.digest),
+    ]
+    if special_tokens:
+        rules += [
+            ("special tokens and their ids must be equal", draft.special_digest, target.special_digest),
+            ("the BOS token must be equal", draft.bos_token_id, target.bos_token_id),
+            ("the EOS tokens must be equal", sorted(draft.eos_token_ids), sorted(target.eos_token_ids)),
+        ]
+    for rule, found, wanted in rules:
+        if found != wanted:
+            raise VocabularyError(where, f"draft {found}, target {wanted}", rule, remedy)

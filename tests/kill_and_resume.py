@@ -1,0 +1,103 @@
+"""Kills a run with SIGKILL at random moments, reruns it, and compares the result with an undisturbed run.
+
+    python tests/kill_and_resume.py --kills 20
+
+Decides pass or fail by content: final weights bit for bit equal, synthetic rows equal, evaluation counts equal. The
+same function, with few kills, is a test in test_pipeline.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import write_recipe, write_target
+
+COMPARED = ("design/draft", "pretrain/checkpoint", "continue_pretrain/checkpoint", "align/checkpoint", "export/huggingface")
+
+
+def command(recipe: Path, name: str) -> list[str]:
+    return [sys.executable, "-m", "fastdraft", "run", str(recipe), f"run.name={name}", "--quiet"]
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False) -> list[str]:
+    """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass."""
+    recipe = write_recipe(folder, write_target(folder / "target"))
+    start = time.monotonic()
+    subprocess.run(command(recipe, "undisturbed"), check=True, timeout=600)
+    seconds = time.monotonic() - start
+    if say:
+        print(f"undisturbed run: {seconds:.1f} s")
+    moments, found, done, number = random.Random(seed), [], 0, 0
+    while done < kills:
+        number += 1
+        done += _disturb(command(recipe, f"disturbed-{number}"), kills - done, seconds, moments, folder / "runs" / f"disturbed-{number}", say)
+        found += differences(folder / "runs" / "undisturbed", folder / "runs" / f"disturbed-{number}")
+    return found
+
+
+def _disturb(arguments: list[str], kills: int, seconds: float, moments: random.Random, run: Path, say: bool) -> int:
+    """Kills one run again and again until it is finished or `kills` are done, then lets it finish; returns the kills."""
+    done = 0
+    while done < kills:
+        process = subprocess.Popen(arguments)
+        life = moments.uniform(1.0, 1.0 + seconds / 2)
+        try:
+            if process.wait(timeout=life) != 0:
+                raise SystemExit("a rerun failed")
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            done += 1
+            if say:
+                stages = [p.name for p in run.iterdir() if (p / "manifest.json").exists()] if run.exists() else []
+                print(f"{run.name}: killed after {life:.1f} s; {len(stages)} stages finished", flush=True)
+    subprocess.run(arguments, check=True, timeout=600)
+    return done
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """What of weights, synthetic rows and counts is not equal."""
+    import json
+
+    found = [
+        f"{name}/model.safetensors"
+        for name in COMPARED
+        if (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
+    ]
+    rows_one, rows_two = rows(one), rows(two)
+    if rows_one != rows_two:
+        found.append(f"synthetic rows ({len(rows_one)} and {len(rows_two)})")
+    if len(set(rows_two)) != len(rows_two):
+        found.append("doubled synthetic rows")
+    results = [json.loads((run / "evaluate" / "results.json").read_text())["rows"] for run in (one, two)]
+    counts = [[{k: v for k, v in row.items() if "latency" not in k} for row in result] for result in results]
+    if counts[0] != counts[1]:
+        found.append("evaluation counts")
+    return found
+
+
+def rows(run: Path) -> list[str]:
+    """Ids of the synthetic rows in the order written."""
+    import pyarrow.parquet as parquet
+
+    return [row for path in sorted((run / "synthesize" / "units").glob("*.parquet")) for row in parquet.read_table(path)["row_id"].to_pylist()]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = kill_and_resume(Path(folder), arguments.kills, arguments.seed, say=True)
+    print("differs: " + "; ".join(found) if found else "equal: weights bit for bit, rows, counts")
+    sys.exit(bool(found))

@@ -1,0 +1,82 @@
+"""The whole pipeline on a tiny target: it runs, skips, refuses, resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import write_recipe
+from kill_and_resume import kill_and_resume
+
+from fastdraft import cli
+from fastdraft.console import Console
+from fastdraft.errors import ArtifactError, FastDraftError
+from fastdraft.pipeline import STAGE_NAMES, downstream, run
+from fastdraft.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
+    """A recipe whose run is finished."""
+    recipe = write_recipe(tmp_path_factory.mktemp("finished"), tiny_target)
+    run(load_recipe(str(recipe)))
+    return recipe
+
+
+def test_one_call_takes_a_target_to_an_exported_draft_and_a_report(finished: Path) -> None:
+    folder = finished.parent / "runs" / "tiny"
+    assert all((folder / name / "manifest.json").is_file() for name in STAGE_NAMES)
+    assert (folder / "export" / "huggingface" / "model.safetensors").is_file()
+    assert "<html" in (folder / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_results_have_the_published_schema(finished: Path) -> None:
+    results = json.loads((finished.parent / "runs" / "tiny" / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    assert results["schema"] == 1
+    assert {"target", "draft", "cost_ratio_parameters", "cost_ratio_bytes", "cost_ratio_latency", "rows"} <= set(results)
+    keys = {
+        "checkpoint", "task", "method", "temperature", "num_speculative_tokens", "num_prompts", "num_drafts", "num_draft_tokens",
+        "num_accepted_tokens", "num_accepted_tokens_per_pos", "num_generated_tokens", "acceptance_rate", "conditional_acceptance_rate",
+        "overlap", "block_efficiency", "mbsu_parameters", "mbsu_bytes", "mbsu_latency",
+    }  # fmt: skip
+    assert all(keys <= set(row) for row in results["rows"])
+    assert {(row["checkpoint"], row["method"]) for row in results["rows"]} == {
+        ("pretrain", "replay"), ("continue_pretrain", "replay"), ("align", "replay"), ("align", "exact")
+    }  # fmt: skip
+
+
+def test_a_second_run_does_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished.parent / "runs").rglob("*.safetensors")}
+    run(load_recipe(str(finished)), Console())
+    assert capsys.readouterr().err.count("already done") == len(STAGE_NAMES)
+    assert before == {path: path.stat().st_mtime_ns for path in (finished.parent / "runs").rglob("*.safetensors")}
+
+
+def test_a_changed_recipe_over_finished_work_is_refused_before_anything_runs(finished: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"tokens.*--redo align"):
+        run(load_recipe(str(finished), ["align.tokens=7k"]))
+
+
+def test_settings_that_no_stage_depends_on_may_change(finished: Path) -> None:
+    run(load_recipe(str(finished), ["pretrain.checkpoint_every=7"]))
+
+
+def test_a_stage_alone_needs_the_ones_before_it(tmp_path: Path, tiny_target: Path) -> None:
+    recipe = load_recipe(str(write_recipe(tmp_path, tiny_target)))
+    with pytest.raises(FastDraftError, match="run `fastdraft .* RECIPE` first"):
+        run(recipe, only=["align"])
+
+
+def test_redoing_a_stage_redoes_what_builds_on_it() -> None:
+    assert downstream(["synthesize"]) == {"synthesize", "align", "evaluate", "export", "report"}
+    assert downstream(["design"]) >= {"prepare", "report"}
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    assert kill_and_resume(tmp_path, kills=3) == []
+
+
+def test_check_and_dry_run_leave_nothing_behind(tmp_path: Path, tiny_target: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_target)
+    assert cli.main(["check", str(recipe)]) == 0
+    assert cli.main(["run", str(recipe), "--dry-run"]) == 0
+    assert not (tmp_path / "runs").exists()
