@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fastdraft.functional.losses import chunked_cross_entropy, default_chunk
 
 
@@ -46,14 +47,16 @@ def test_ignored_rows_get_no_gradient_and_no_loss() -> None:
     labels[:] = -100
     loss, count = chunked_cross_entropy(hidden, head, labels, z_loss=1.0)
     gradients = torch.autograd.grad(loss, (hidden, head))
-    assert loss.item() == 0 and int(count) == 0
+    assert loss.item() == 0
+    assert int(count) == 0
     assert all(gradient.abs().sum() == 0 for gradient in gradients)
 
 
 def test_no_rows_give_a_zero_loss() -> None:
     hidden, head, labels = example(n=8)
     loss, count = chunked_cross_entropy(hidden[:0], head, labels[:0])
-    assert loss.item() == 0 and int(count) == 0
+    assert loss.item() == 0
+    assert int(count) == 0
 
 
 def test_without_gradients_the_value_is_the_same() -> None:
@@ -79,7 +82,8 @@ def test_under_bf16_autocast_the_loss_is_fp32_and_near_the_exact_one() -> None:
     found = torch.autograd.grad(loss, (hidden, head))
     exact = plain(hidden, head, labels, 1e-5)
     expected = torch.autograd.grad(exact, (hidden, head))
-    assert loss.dtype == torch.float32 and all(gradient.dtype == torch.float32 for gradient in found)
+    assert loss.dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in found)
     torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
     for gradient, reference in zip(found, expected, strict=True):
         assert F.cosine_similarity(gradient.flatten(), reference.flatten(), dim=0) > 0.999

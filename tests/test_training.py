@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -13,10 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, Interrupted, MissingExtraError, TrainingError
 from fastdraft.training import rates
-from fastdraft.training.batches import AlignmentBatches, PackedBatches, Sample, cut_to_context, micro_batches, packed_batch, padded_batch, plan_batches
+from fastdraft.training.batches import (
+    AlignmentBatches,
+    PackedBatches,
+    Sample,
+    cut_to_context,
+    micro_batches,
+    packed_batch,
+    padded_batch,
+    plan_batches,
+)
 from fastdraft.training.checkpoint import Checkpoints, TrainingState, optimizer_tensors
 from fastdraft.training.metrics import Metrics, read_metrics
 from fastdraft.training.objective import CrossEntropy
@@ -110,13 +121,15 @@ def kill_at(trainer: Trainer, step: int) -> None:
 def test_wsd_warms_up_stays_and_falls_linearly_towards_zero() -> None:
     factors = [wsd_factor(step, 100, 0.05, 0.2) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert set(factors[5:80]) == {1.0} and decay_start(100, 0.2) == 80
+    assert set(factors[5:80]) == {1.0}
+    assert decay_start(100, 0.2) == 80
     assert factors[80:] == pytest.approx([(20 - i) / 21 for i in range(20)])
 
 
 def test_cosine_warms_up_and_falls_to_its_final_share() -> None:
     factors = [cosine_factor(step, 50, 0.1, 0.1) for step in range(50)]
-    assert factors[4] == 1.0 and all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert factors[4] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(factors))
     assert 0.1 < factors[-1] < 0.11
 
 
@@ -124,7 +137,9 @@ def test_schedules_hold_for_a_single_step_and_for_no_warmup() -> None:
     assert wsd_factor(0, 1, 0.01, 0.25) == 1.0
     assert wsd_factor(0, 1, 0.0, 1.0) == 0.5
     assert 0 < cosine_factor(0, 1, 0.0, 0.0) <= 1
-    assert warmup_steps(100, 0.01) == 1 and warmup_steps(10, 0.01) == 1 and warmup_steps(10, 0.0) == 0
+    assert warmup_steps(100, 0.01) == 1
+    assert warmup_steps(10, 0.01) == 1
+    assert warmup_steps(10, 0.0) == 0
 
 
 def test_open_rates_follow_the_table_at_its_centres_and_lie_between_elsewhere() -> None:
@@ -158,7 +173,8 @@ def test_a_tied_head_is_an_embedding() -> None:
     model = Model()
     model.head.weight = model.model.embed.weight
     groups = split_parameters(model)
-    assert len(groups["embedding"]) == 1 and not groups["head"]
+    assert len(groups["embedding"]) == 1
+    assert not groups["head"]
 
 
 def test_rates_scale_from_each_groups_own_peak() -> None:
@@ -183,7 +199,8 @@ def test_the_mean_is_over_trained_tokens_not_over_micro_batches() -> None:
     step = make_step(Model(), objective=CrossEntropy())
     apart, _, trained = step.gradients([padded_batch([sample], 0) for sample in samples])
     together, _, _ = step.gradients([padded_batch(samples, 0)])
-    assert trained == 6 and apart == pytest.approx(together, rel=1e-6)
+    assert trained == 6
+    assert apart == pytest.approx(together, rel=1e-6)
     assert mean_loss(step, [padded_batch(samples, 0)]) == pytest.approx(together, rel=1e-6)
 
 
@@ -194,12 +211,14 @@ def test_the_whole_gradient_is_clipped_to_one() -> None:
     step = make_step(model)
     _, norm, _ = step.gradients(source().batches(0))
     clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in step.parameters))  # type: ignore[union-attr]
-    assert norm > 1.5 and clipped == pytest.approx(1.0, rel=1e-4)
+    assert norm > 1.5
+    assert clipped == pytest.approx(1.0, rel=1e-4)
 
 
 def test_precision_auto_is_fp32_or_bf16_and_fp32_is_always_plain() -> None:
     cpu = torch.device("cpu")
-    assert autocast_dtype("fp32", cpu) is None and autocast_dtype("bf16", cpu) is torch.bfloat16
+    assert autocast_dtype("fp32", cpu) is None
+    assert autocast_dtype("bf16", cpu) is torch.bfloat16
     assert autocast_dtype("auto", cpu) in (None, torch.bfloat16)
 
 
@@ -211,36 +230,43 @@ def test_bf16_autocast_trains_fp32_weights() -> None:
     for _ in range(10):
         last = step.gradients(source().batches(0))[0]
         step.update(1.0)
-    assert last < first and all(p.dtype == torch.float32 for p in model.parameters())
+    assert last < first
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_only_response_tokens_are_labels_and_each_follows_its_input() -> None:
     batch = padded_batch([Sample([1, 2, 3], [4, 5]), Sample([6], [7, 8, 9, 10])], pad_id=0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
     assert batch.labels.tolist() == [4, 5, 7, 8, 9, 10]
-    assert batch.index is not None and batch.index.tolist() == [2, 3, 4, 5, 6, 7]
-    assert batch.num_tokens == 8 and batch.num_trained == 6
+    assert batch.index is not None
+    assert batch.index.tolist() == [2, 3, 4, 5, 6, 7]
+    assert batch.num_tokens == 8
+    assert batch.num_trained == 6
 
 
 def test_padding_on_the_right_is_never_trained_on_and_changes_no_loss() -> None:
     step = make_step(Model(), objective=CrossEntropy())
     short, long = Sample([1, 2], [3]), Sample([4, 5, 6, 7], [8, 9, 10])
-    together = float(step.loss_sum(padded_batch([short, long], pad_id=0)))
-    other_pad = float(step.loss_sum(padded_batch([short, long], pad_id=22)))
-    alone = sum(float(step.loss_sum(padded_batch([sample], 0))) for sample in (short, long))
-    assert together == other_pad and together == pytest.approx(alone, rel=1e-6)
+    with torch.no_grad():
+        together = float(step.loss_sum(padded_batch([short, long], pad_id=0)))
+        other_pad = float(step.loss_sum(padded_batch([short, long], pad_id=22)))
+        alone = sum(float(step.loss_sum(padded_batch([sample], 0))) for sample in (short, long))
+    assert together == other_pad
+    assert together == pytest.approx(alone, rel=1e-6)
 
 
 def test_packed_rows_train_on_every_position() -> None:
     batch = packed_batch(np.arange(10).reshape(2, 5))
-    assert batch.input_ids.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]] and batch.labels.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
+    assert batch.labels.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
 def test_rows_longer_than_the_context_are_cut_and_those_without_response_dropped() -> None:
     samples = [Sample([1] * 3, [2] * 3), Sample([1] * 3, [2] * 9), Sample([1] * 9, [2]), Sample([1], []), Sample([], [5])]
     kept, num_cut, num_dropped = cut_to_context(samples, context_length=6)
     assert [(len(s.prompt_ids), len(s.response_ids)) for s in kept] == [(3, 3), (3, 4)]
-    assert (num_cut, num_dropped) == (1, 3) and kept[1].num_tokens == 6
+    assert (num_cut, num_dropped) == (1, 3)
+    assert kept[1].num_tokens == 6
 
 
 def test_micro_batches_hold_every_sample_once_within_the_limit() -> None:
@@ -275,8 +301,9 @@ def test_the_pretraining_share_is_spread_evenly_and_no_synthetic_step_is_lost(sh
     plan = plan_batches(np.full(90, 2), 2, seed=0, epochs=1)
     mixed = AlignmentBatches(samples, plan, 0, 64, source(rows_per_micro=4), share)
     packed = [step for step in range(mixed.steps) if mixed.batches(step)[0].index is None]
-    assert len(packed) == round(share * mixed.steps) and mixed.steps - len(packed) == 90
-    gaps = {b - a for a, b in zip(packed, packed[1:], strict=False)}
+    assert len(packed) == round(share * mixed.steps)
+    assert mixed.steps - len(packed) == 90
+    gaps = {b - a for a, b in itertools.pairwise(packed)}
     assert len(gaps) <= 2
     seen = [mixed.batches(step)[0].input_ids[0, 0].item() for step in range(mixed.steps) if step not in packed]
     assert seen == [samples[int(numbers[0])].prompt_ids[0] for numbers in plan]
@@ -286,25 +313,25 @@ def test_the_pretraining_share_is_spread_evenly_and_no_synthetic_step_is_lost(sh
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("killed_at", [0, 3, 7, 8])
 def test_a_killed_run_ends_with_the_very_weights_of_an_undisturbed_one(tmp_path: Path, kind: str, killed_at: int) -> None:
-    undisturbed = make_trainer(tmp_path / "a", kind, Model(dropout=0.2), checkpoint_every=3)
+    undisturbed, killed, resumed = (make_trainer(tmp_path / name, kind, Model(dropout=0.2), checkpoint_every=3) for name in "abb")
     torch.manual_seed(5)
     undisturbed.run()
     torch.manual_seed(5)
-    kill_at(make_trainer(tmp_path / "b", kind, Model(dropout=0.2), checkpoint_every=3), killed_at)
+    kill_at(killed, killed_at)
+    if killed_at >= 3:  # then neither the fresh weights nor the fresh random state may matter
+        with torch.no_grad():
+            for parameter in resumed.model.parameters():
+                parameter.add_(1.0)
     torch.manual_seed(5 if killed_at < 3 else 99)
-    model = Model(dropout=0.2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(float(killed_at >= 3))
-    torch.manual_seed(5 if killed_at < 3 else 99)
-    resumed = make_trainer(tmp_path / "b", kind, model, checkpoint_every=3)
     state = resumed.run()
-    assert state.step == 12 and state.tokens == 12 * 4 * LENGTH
+    assert state.step == 12
+    assert state.tokens == 12 * 4 * LENGTH
     assert_same(weights(undisturbed.model), weights(resumed.model))
     first, second = (optimizer_tensors(t.model, t.step.optimizers) for t in (undisturbed, resumed))
     assert_same(first, second)
     records = [[{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / name)] for name in "ab"]
-    assert records[0] == records[1] and [r["step"] for r in records[0]] == list(range(1, 13))
+    assert records[0] == records[1]
+    assert [r["step"] for r in records[0]] == list(range(1, 13))
 
 
 def test_a_stop_saves_at_the_very_step_and_the_next_run_goes_on(tmp_path: Path) -> None:
@@ -416,10 +443,12 @@ class Poisoned(CrossEntropy):
 def test_a_step_with_a_nan_loss_is_left_out_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(tmp_path, objective=Poisoned({5}))
     state = trainer.run()
-    assert state.skipped == 1 and all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert state.skipped == 1
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert "step 3" in capsys.readouterr().err
     skipped = [r for r in read_metrics(tmp_path) if r.get("skipped")]
-    assert [r["step"] for r in skipped] == [3] and skipped[0]["loss"] is None
+    assert [r["step"] for r in skipped] == [3]
+    assert skipped[0]["loss"] is None
 
 
 def test_three_nan_losses_in_a_row_end_the_run_naming_step_and_rate(tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def best_num_speculative_tokens(rate: float, cost_ratio: float, choices: Sequenc
     return max(choices, key=lambda k: mbsu_at(rate, k, cost_ratio))
 
 
-def predicted_speedup(block_efficiency: float, num_speculative_tokens: int, draft_seconds: float, target_seconds_1: float, target_seconds_k1: float) -> float:
+def predicted_speedup(
+    block_efficiency: float, num_speculative_tokens: int, draft_seconds: float, target_seconds_1: float, target_seconds_k1: float
+) -> float:
     """Wall-clock speed-up from measured costs.
 
     Args:
@@ -84,12 +86,14 @@ def training_rate(parameters: int, device: str = "cpu", threads: int = 0) -> flo
         device: `cpu`, `cuda`, `xpu` or `mps`, with or without an index.
         threads: CPU cores used; 0 for all.
     """
-    kind = device.split(":")[0]
+    kind = device.partition(":")[0]
     cores = (threads or os.cpu_count() or 1) if kind == "cpu" else 1
     return _TRAINING_FLOPS.get(kind, _TRAINING_FLOPS["cpu"]) * cores / (6 * max(parameters, 1))
 
 
-def training_seconds(tokens: float, parameters: int, device: str = "cpu", threads: int = 0, tokens_per_second: float | None = None) -> float:
+def training_seconds(
+    tokens: float, parameters: int, device: str = "cpu", threads: int = 0, tokens_per_second: float | None = None
+) -> float:
     """Seconds to train on `tokens` tokens, from a measured rate when there is one."""
     return tokens / (tokens_per_second or training_rate(parameters, device, threads))
 
@@ -124,7 +128,9 @@ def synthetic_bytes(tokens: float) -> float:
     return tokens * 9.0
 
 
-def training_memory_bytes(parameters: int, vocab_size: int, hidden_size: int, intermediate_size: int, num_layers: int, micro_batch_tokens: int) -> float:
+def training_memory_bytes(  # noqa: PLR0917
+    parameters: int, vocab_size: int, hidden_size: int, intermediate_size: int, num_layers: int, micro_batch_tokens: int
+) -> float:
     """Memory of a training step: fp32 weights, gradients and two moments, activations, and one chunk of logits.
 
     Activations are counted as about 16 values of the width and 4 of the feed-forward for each layer and token in fp32;

@@ -52,7 +52,9 @@ def id_ranges(ids: Sequence[int]) -> list[list[int]]:
     return ranges
 
 
-def build_vocabulary(size: int, tokenizer_state: str, bos: int | None, eos: Sequence[int], pad: int | None, where: str = "tokenizer") -> Vocabulary:
+def build_vocabulary(
+    size: int, tokenizer_state: str, *, bos: int | None, eos: Sequence[int], pad: int | None, where: str = "tokenizer"
+) -> Vocabulary:
     """Reduces a tokenizer to what must agree.
 
     Args:
@@ -71,7 +73,9 @@ def build_vocabulary(size: int, tokenizer_state: str, bos: int | None, eos: Sequ
     ordinary = _ordinary_ids(model)
     present = set(ordinary.values()) | {int(token["id"]) for token in added}
     if present and max(present) >= size:
-        raise VocabularyError(where, f"token id {max(present)}", f"the config's vocab_size is {size}", "take config and tokenizer from the same model")
+        raise VocabularyError(
+            where, f"token id {max(present)}", f"the config's vocab_size is {size}", "take config and tokenizer from the same model"
+        )
     rules = {key: state.get(key) for key in ("normalizer", "pre_tokenizer")}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
     return Vocabulary(

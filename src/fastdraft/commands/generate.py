@@ -78,7 +78,8 @@ class _Writer:
         """
         room = self.decoder.context_length - len(prompt_ids)
         if room < 1:
-            raise DataError("prompt", f"{len(prompt_ids)} tokens", f"the context holds {self.decoder.context_length}", "shorten it, or begin a new conversation")
+            rule = f"the context holds {self.decoder.context_length}"
+            raise DataError("prompt", f"{len(prompt_ids)} tokens", rule, "shorten it, or begin a new conversation")
         return min(room, self.max_new_tokens)
 
     def _show(self, text: str, accepted: bool) -> None:
@@ -121,8 +122,16 @@ def run(
         draft: Directory or hub id of a draft with the same vocabulary.
         prompt: Text to continue, or with `chat` the user's words; None reads stdin.
         chat: Puts the prompt into the target's chat template; without a prompt on a terminal, goes on turn by turn.
+        num_speculative_tokens: K, proposals in each round.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all.
+        top_p: 1 keeps all.
+        max_new_tokens: Length at which an answer is cut; less where the context ends.
+        seed: Of sampling.
+        device: auto, cpu, cuda, xpu or mps.
         color: None colours on a terminal only.
         compare: Also times the target alone, on the last prompt.
+        console: Where figures go.
 
     Raises:
         RecipeError: for a setting out of range.
@@ -130,7 +139,9 @@ def run(
         VocabularyError: when the two do not share a vocabulary.
     """
     _check(temperature, top_k, top_p, max_new_tokens, seed)
-    writer = _open(target, draft, num_speculative_tokens, Sampling(temperature, top_k, top_p), max_new_tokens, seed, device, _colored(color), console)
+    decoder, tokenizer = _open(target, draft, num_speculative_tokens, device)
+    sampling = Sampling(temperature, top_k, top_p)
+    writer = _Writer(decoder, tokenizer, sampling, max_new_tokens, seed, _colored(color), console)
     if chat and prompt is None and sys.stdin.isatty():
         answers = _converse(writer)
     else:
@@ -164,9 +175,7 @@ def _colored(color: bool | None) -> bool:
     return wanted
 
 
-def _open(
-    target: str, draft: str, num_speculative_tokens: int, sampling: Sampling, max_new_tokens: int, seed: int, device: str, color: bool, console: Console
-) -> _Writer:
+def _open(target: str, draft: str, num_speculative_tokens: int, device: str) -> tuple[SpeculativeDecoder, PreTrainedTokenizerBase]:
     """Loads the pair."""
     from fastdraft.decoding.speculative import SpeculativeDecoder
     from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device
@@ -177,7 +186,7 @@ def _open(
     check_same(vocabulary, load_vocabulary(TargetConfig(model=draft)), where=draft)
     model = load_target(config, where)
     decoder = SpeculativeDecoder(model, load_draft(Path(draft), where, model.dtype), vocabulary, num_speculative_tokens)
-    return _Writer(decoder, load_tokenizer(config.location), sampling, max_new_tokens, seed, color, console)
+    return decoder, load_tokenizer(config.location)
 
 
 def _first(writer: _Writer, text: str, chat: bool, warm_up: bool) -> _Answer:
@@ -217,16 +226,19 @@ def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool) -> None:
     if not answers:
         return
     counts, seconds = add_counts(r.counts for answer in answers for r in answer.rounds), sum(answer.seconds for answer in answers)
-    rate = counts.num_generated_tokens / max(seconds, 1e-9)
-    say = writer.console.say
-    say(f"{counts.num_generated_tokens:.0f} tokens in {counts.num_drafts:.0f} target passes: {counts.block_efficiency:.2f} tokens per pass, {rate:.0f} tokens/s")
-    say(f"acceptance rate {counts.acceptance_rate:.3f} at K = {writer.decoder.num_speculative_tokens} ({counts.num_accepted_tokens:.0f} of {counts.num_draft_tokens:.0f})")
+    say, rate = writer.console.say, counts.num_generated_tokens / max(seconds, 1e-9)
+    passes = f"{counts.num_generated_tokens:.0f} tokens in {counts.num_drafts:.0f} target passes"
+    say(f"{passes}: {counts.block_efficiency:.2f} tokens per pass, {rate:.0f} tokens/s")
+    proposals = f"{counts.num_accepted_tokens:.0f} of {counts.num_draft_tokens:.0f} proposals"
+    say(f"acceptance rate {counts.acceptance_rate:.3f} at K = {writer.decoder.num_speculative_tokens} ({proposals})")
     if not compare:
         return
     last = answers[-1]
     alone_ids, alone_seconds = writer.alone(last.prompt_ids)
     with_draft, without = last.seconds / max(1, len(last.token_ids)), alone_seconds / max(1, len(alone_ids))
     verdict = "" if without > with_draft else "; a draft does not pay for this pair on this device"
-    say(f"speed-up against the target alone: {without / with_draft:.2f}x ({1000 * without:.1f} -> {1000 * with_draft:.1f} ms a token){verdict}")
+    change = f"{1000 * without:.1f} -> {1000 * with_draft:.1f} ms a token"
+    say(f"speed-up against the target alone: {without / with_draft:.2f}x ({change}){verdict}")
     if writer.sampling.temperature == 0:
-        say("same text as the target alone" if alone_ids == last.token_ids else "text differs from the target's alone: near-ties in this precision")
+        same = alone_ids == last.token_ids
+        say("same text as the target alone" if same else "text differs from the target's alone: near-ties in this precision")

@@ -37,6 +37,11 @@ class Journal:
             row = self._database.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
             return json.loads(row[0]) if row else None
 
+    def states(self) -> list[dict[str, Any]]:
+        """The states of all corpora begun so far."""
+        with self._errors():
+            return [json.loads(row[0]) for row in self._database.execute("SELECT value FROM state")]
+
     def add(self, digest: bytes) -> bool:
         """Remembers a document's digest; False when it was there already."""
         with self._errors():
@@ -67,6 +72,10 @@ class Journal:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise DiskError(self._path, str(error), "the journal must be writable", "free some space and run the same command again") from error
+            raise DiskError(
+                self._path, str(error), "the journal must be writable", "free some space and run the same command again"
+            ) from error
         except (sqlite3.DatabaseError, ValueError) as error:
-            raise ArtifactError(self._path, f"damaged ({error})", "unfinished work must be whole to go on from it", "redo it with --redo prepare") from error
+            raise ArtifactError(
+                self._path, f"damaged ({error})", "unfinished work must be whole to go on from it", "redo it with --redo prepare"
+            ) from error

@@ -8,6 +8,7 @@ Shape letters: N rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,18 +75,8 @@ class MixtureSampler:
     """
 
     def __init__(self, corpora: Mapping[str, PackedCorpus], weights: Mapping[str, float], seed: int) -> None:
-        for name, weight in weights.items():
-            if name not in corpora:
-                raise DataError(f"mixture.{name}", "no such corpus", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora")
-            if not weight >= 0:
-                raise DataError(f"mixture.{name}", weight, "a weight must not be negative", "use a positive share")
-        self.names = [name for name in sorted(weights) if weights[name] > 0]
-        if not self.names:
-            raise DataError("mixture", dict(weights), "at least one weight must be positive", "give a corpus a share")
+        self.names = _used_names(corpora, weights)
         self._corpora = [corpora[name] for name in self.names]
-        if any(not corpus.rows for corpus in self._corpora) or len({corpus.row_length for corpus in self._corpora}) > 1:
-            raise DataError("mixture", ", ".join(f"{n}: {c.rows} rows of {c.row_length}" for n, c in zip(self.names, self._corpora, strict=True)),
-                            "corpora need rows of one length", "prepare them again")  # fmt: skip
         shares = np.cumsum([float(weights[name]) for name in self.names])
         self._bounds = shares / shares[-1]
         self._seed, self.row_length = seed, self._corpora[0].row_length
@@ -143,3 +134,21 @@ class MixtureSampler:
             drawn = self._block(len(self._before) - 1)
             self._before.append(self._before[-1] + np.bincount(drawn, minlength=len(self.names)))
         return self._before[block]
+
+
+def _used_names(corpora: Mapping[str, PackedCorpus], weights: Mapping[str, float]) -> list[str]:
+    """The corpora with a positive weight, sorted by name, after all checks."""
+    for name, weight in weights.items():
+        if name not in corpora:
+            rule, remedy = f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora"
+            raise DataError(f"mixture.{name}", "no such corpus", rule, remedy)
+        if not 0 <= weight < math.inf:
+            raise DataError(f"mixture.{name}", weight, "a weight must not be negative", "use a positive share")
+    names = sorted(name for name in weights if weights[name] > 0)
+    if not names:
+        raise DataError("mixture", dict(weights), "at least one weight must be positive", "give a corpus a share")
+    lengths = {corpora[name].row_length for name in names}
+    if len(lengths) > 1 or not all(corpora[name].rows for name in names):
+        found = ", ".join(f"{name}: {corpora[name].rows} rows of {corpora[name].row_length}" for name in names)
+        raise DataError("mixture", found, "corpora need rows of one length", "prepare them again")
+    return names

@@ -36,7 +36,9 @@ def open_binary(path: Path) -> IO[bytes]:
             return _open_zst(path)
         return open(path, "rb")
     except OSError as error:
-        raise DataError(path, error.strerror or "unreadable", "the file must exist and be readable", "correct the path or its rights") from None
+        raise DataError(
+            path, error.strerror or "unreadable", "the file must exist and be readable", "correct the path or its rights"
+        ) from None
 
 
 def _open_zst(path: Path) -> IO[bytes]:
@@ -95,7 +97,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path} line {number}", f"byte {error.start} is not UTF-8", "text files must be UTF-8", "convert the file") from None
+                raise DataError(
+                    f"{path} line {number}", f"byte {error.start} is not UTF-8", "text files must be UTF-8", "convert the file"
+                ) from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -110,9 +114,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {number}", f"not JSON ({error})", "each line must be one JSON object", "mend or delete the line") from None
+            raise DataError(
+                f"{path} line {number}", f"not JSON ({error})", "each line must be one JSON object", "mend or delete the line"
+            ) from None
         if not isinstance(row, dict):
-            raise DataError(f"{path} line {number}", f"a JSON {type(row).__name__}", "each line must be one JSON object", "mend or delete the line")
+            raise DataError(
+                f"{path} line {number}", f"a JSON {type(row).__name__}", "each line must be one JSON object", "mend or delete the line"
+            )
         yield number, row
 
 
@@ -124,7 +132,12 @@ def jsonl_texts(path: Path, field: str) -> Iterator[str]:
     """
     for number, row in read_jsonl(path):
         if field not in row:
-            raise DataError(f"{path} line {number}", f"no field '{field}'", f"has {', '.join(map(str, list(row)[:8])) or 'no field'}", "set `field` to the one that holds the text")
+            raise DataError(
+                f"{path} line {number}",
+                f"no field '{field}'",
+                f"has {', '.join(map(str, list(row)[:8])) or 'no field'}",
+                "set `field` to the one that holds the text",
+            )
         yield _text(row[field], f"{path} line {number}", field)
 
 
@@ -140,7 +153,12 @@ def parquet_texts(path: Path, field: str) -> Iterator[str]:
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
-                raise DataError(path, f"no column '{field}'", f"has {', '.join(file.schema_arrow.names[:8])}", "set `field` to the one that holds the text")
+                raise DataError(
+                    path,
+                    f"no column '{field}'",
+                    f"has {', '.join(file.schema_arrow.names[:8])}",
+                    "set `field` to the one that holds the text",
+                )
             number = 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
                 for value in batch.column(0):
@@ -160,7 +178,9 @@ def read_text(path: Path) -> str:
         with open(path, "rb") as file:
             content = file.read().removeprefix(BOM)
     except OSError as error:
-        raise DataError(path, error.strerror or "unreadable", "the file must exist and be readable", "correct the path or its rights") from None
+        raise DataError(
+            path, error.strerror or "unreadable", "the file must exist and be readable", "correct the path or its rights"
+        ) from None
     try:
         return content.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

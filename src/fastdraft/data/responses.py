@@ -6,19 +6,20 @@ validation split by its hash, so that no prompt is ever on both sides and more r
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastdraft.artifacts import Artifact, atomic_path
 from fastdraft.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Split = Literal["train", "validation"]
 
@@ -27,20 +28,14 @@ MIN_VALIDATION_PROMPTS = 4
 UNITS = "units"
 _METADATA = b"fastdraft"
 
-_SCHEMA = pa.schema(
-    [
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("prompt_key", pa.string(), nullable=False),
-        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
-        pa.field("temperature", pa.float64(), nullable=False),
-        pa.field("top_k", pa.int32(), nullable=False),
-        pa.field("top_p", pa.float64(), nullable=False),
-        pa.field("finish_reason", pa.string(), nullable=False),
-    ]
-)
+
+@functools.cache
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    ids, logprobs = pa.list_(pa.int32()), pa.list_(pa.float32())
+    types = {"prompt_ids": ids, "response_ids": ids, "logprobs": logprobs, "temperature": pa.float64(), "top_k": pa.int32(), "top_p": pa.float64()}
+    return pa.schema([pa.field(field.name, types.get(field.name, pa.string()), nullable=False) for field in fields(SyntheticRow)])
 
 
 @dataclass(frozen=True)
@@ -80,12 +75,15 @@ def write_rows(path: Path, rows: Iterable[SyntheticRow], metadata: Mapping[str, 
     Raises:
         DiskError: when the disk is full or the folder cannot be written.
     """
+    import pyarrow as pa
+    from pyarrow import parquet
+
     listed = list(rows)
     columns = {field.name: [getattr(row, field.name) for row in listed] for field in fields(SyntheticRow)}
-    schema = _SCHEMA.with_metadata({_METADATA: json.dumps(dict(metadata or {})).encode()})
+    schema = _schema().with_metadata({_METADATA: json.dumps(dict(metadata or {})).encode()})
     table = pa.Table.from_pydict(columns, schema=schema)
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        parquet.write_table(table, temporary, compression="zstd")
 
 
 def read_rows(path: Path) -> list[SyntheticRow]:
@@ -94,7 +92,7 @@ def read_rows(path: Path) -> list[SyntheticRow]:
     Raises:
         ArtifactError: when the file is missing or damaged.
     """
-    return [SyntheticRow(**row) for row in _read(path).select(_SCHEMA.names).to_pylist()]
+    return [SyntheticRow(**row) for row in _read(path).select(_schema().names).to_pylist()]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -118,8 +116,11 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    import pyarrow as pa
+    from pyarrow import parquet
+
     try:
-        return pq.read_table(path, columns=columns, memory_map=False, partitioning=None)
+        return parquet.read_table(path, columns=columns, memory_map=False, partitioning=None)
     except (OSError, pa.ArrowException, KeyError) as error:
         found = "missing" if not path.exists() else f"damaged ({str(error)[:80]})"
         raise ArtifactError(path, found, "must be a Parquet file of synthetic rows", "redo the stage that wrote it") from None

@@ -68,7 +68,9 @@ class ShardWriter:
                     extra.unlink()
             partial.touch()
             if partial.stat().st_size < self._bytes(open_rows):
-                raise ArtifactError(partial, "shorter than was committed", "unfinished work must be whole to go on from it", "redo it with --redo prepare")
+                raise ArtifactError(
+                    partial, "shorter than was committed", "unfinished work must be whole to go on from it", "redo it with --redo prepare"
+                )
             os.truncate(partial, self._bytes(open_rows))
 
     def state(self) -> dict[str, Any]:
@@ -139,7 +141,8 @@ class PackedCorpus:
             raise IndexError(index)
         shard = bisect_right(self._ends, index)
         start = self._ends[shard] - int(self._shards[shard]["rows"])
-        return self.shard(shard)[index - start].astype(np.int64)
+        row: npt.NDArray[np.int64] = self.shard(shard)[index - start].astype(np.int64)
+        return row
 
     def take(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Rows by number: int64 [n, row_length + 1]."""
@@ -171,6 +174,9 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
     """One split of one prepared corpus.
 
     Args:
+        prepare: The finished prepare stage.
+        corpus: Its name in the recipe.
+        split: train or validation.
         verify: Compare checksums; None does so for corpora up to 256 MB. Sizes are always compared.
 
     Raises:
@@ -180,7 +186,9 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
     manifest = prepare.manifest()
     corpora: dict[str, Any] = manifest["corpora"]
     if corpus not in corpora:
-        raise DataError(f"corpus '{corpus}'", "not prepared", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora")
+        raise DataError(
+            f"corpus '{corpus}'", "not prepared", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora"
+        )
     shards = corpora[corpus][split]["shards"]
     row_bytes = (manifest["row_length"] + 1) * np.dtype(manifest["dtype"]).itemsize
     if verify is None:

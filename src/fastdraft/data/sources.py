@@ -1,8 +1,7 @@
-"""Where documents come from: JSONL, Parquet, text files, source code, hub data sets; and the order they are taken in.
+"""Where documents come from: JSONL, Parquet, text files, source code, hub data sets.
 
 Decides each source's recipe keys, that files are visited in an order drawn from the seed and the file's relative name
-(the same on every system), that long documents are cut at paragraph ends and all pieces pass a shuffle window, so that a
-small token budget is a spread over the corpus, and what of a source enters fingerprints (names and sizes, never times).
+(the same on every system), and what of a source enters fingerprints (names, sizes and samples, never times).
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastdraft.config import Config, Count
-from fastdraft.data.packing import split_document
 from fastdraft.data.readers import jsonl_texts, parquet_texts, read_text
 from fastdraft.errors import DataError, MissingExtraError
 from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path
 
-WINDOW_CHARS = 32_000_000
-"""Text held for shuffling; the memory of a source is a small multiple of this, whatever its size."""
 HASHED_FILES, HASHED_BYTES = 64, 1 << 16
 NOT_CODE = ["test", "tests", "test_*.py", "*_test.py", "idle_test", "site-packages", "dist-packages", "node_modules", "__pycache__", ".*"]
 
@@ -74,7 +69,9 @@ class _FileSource(_Source):
         return {**self.model_dump(exclude={"license"}), **_describe_files(self.files())}
 
     def _shuffled(self, seed: int) -> list[Path]:
-        ranked = sorted(self.files(), key=lambda file: (hashlib.blake2b(f"{seed}/{file.name}".encode(), digest_size=16).digest(), file.name))
+        ranked = sorted(
+            self.files(), key=lambda file: (hashlib.blake2b(f"{seed}/{file.name}".encode(), digest_size=16).digest(), file.name)
+        )
         return [file.path for file in ranked]
 
 
@@ -135,7 +132,9 @@ class SourceCodeSource(_FileSource):
     """File or folder names to leave out, anywhere below `path`; tests and installed packages by default."""
 
     def files(self) -> list[FoundFile]:
-        return [file for file in find_files(self.path, self.patterns) if not self._is_excluded(file.name)] or _nothing(self.path, "no file is left after `exclude`")
+        return [file for file in find_files(self.path, self.patterns) if not self._is_excluded(file.name)] or _nothing(
+            self.path, "no file is left after `exclude`"
+        )
 
     def _is_excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in self.exclude)
@@ -178,47 +177,27 @@ class HubSource(_Source):
             for row in load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True):
                 number += 1
                 if not isinstance(row.get(self.field), str | None) or self.field not in row:
-                    raise DataError(f"{where} row {number}", f"no text under '{self.field}'", f"has {', '.join(list(row)[:8])}", "set `field` to the one that holds the text")
+                    raise DataError(
+                        f"{where} row {number}",
+                        f"no text under '{self.field}'",
+                        f"has {', '.join(list(row)[:8])}",
+                        "set `field` to the one that holds the text",
+                    )
                 yield row[self.field] or ""
         except DataError:
             raise
         except Exception as error:  # the library raises dozens of types, all of them the network's or the id's fault
             text = " ".join(str(error).split())[:160]
-            raise DataError(where, f"{type(error).__name__} after {number} rows ({text})", "must be reachable on the hub", "check id, subset, split and network, then run again") from error
+            raise DataError(
+                where,
+                f"{type(error).__name__} after {number} rows ({text})",
+                "must be reachable on the hub",
+                "check id, subset, split and network, then run again",
+            ) from error
 
 
 SourceConfig = Annotated[JsonlSource | ParquetSource | TextSource | SourceCodeSource | HubSource, Field(discriminator="kind")]
 """One entry of `prepare.corpora`, told apart by `kind`."""
-
-
-def stream(source: _Source, seed: int, skipped: Callable[[str], None] = lambda reason: None, window_chars: int = WINDOW_CHARS) -> Iterator[str]:
-    """The documents of a source as training meets them: pieces of moderate length out of a shuffle window.
-
-    The order depends on the seed and the source alone. Empty documents are left out.
-
-    Raises:
-        DataError: from the source.
-    """
-    draw = random.Random(seed).random
-    window: list[str] = []
-    held = 0
-
-    def take() -> str:
-        nonlocal held
-        place = int(draw() * len(window))
-        window[place], window[-1] = window[-1], window[place]
-        piece = window.pop()
-        held -= len(piece)
-        return piece
-
-    for document in source.documents(seed, skipped):
-        for piece in split_document(document):
-            window.append(piece)
-            held += len(piece)
-        while held > window_chars:
-            yield take()
-    while window:
-        yield take()
 
 
 def find_files(text: str, patterns: list[str], where: str = "path") -> list[FoundFile]:

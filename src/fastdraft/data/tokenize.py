@@ -53,7 +53,9 @@ def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
         return bos_token_id
     if eos_token_ids:
         return eos_token_ids[0]
-    raise VocabularyError("tokenizer", "neither BOS nor EOS", "documents need a token between them", "set eos_token in the target's tokenizer_config.json")
+    raise VocabularyError(
+        "tokenizer", "neither BOS nor EOS", "documents need a token between them", "set eos_token in the target's tokenizer_config.json"
+    )
 
 
 class DocumentEncoder:
@@ -87,5 +89,7 @@ class DocumentEncoder:
         encoded = [np.array(encoding.ids, dtype=np.uint32) for encoding in fast(list(texts), add_special_tokens=False)]
         top = max((int(ids.max()) for ids in encoded if len(ids)), default=0)
         if top >= self._size:
-            raise VocabularyError("tokenizer", f"gives id {top}", f"the model's vocabulary has {self._size}", "use the tokenizer that belongs to the target")
+            raise VocabularyError(
+                "tokenizer", f"gives id {top}", f"the model's vocabulary has {self._size}", "use the tokenizer that belongs to the target"
+            )
         return encoded

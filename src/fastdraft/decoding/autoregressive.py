@@ -117,8 +117,8 @@ def generate_batch(
     batch = _Batch(model, prompts, max_new_tokens)
     with grouped_attention(model):
         for step in range(max_new_tokens):
-            uniform_B = torch.rand(count, generator=generator, dtype=torch.float64).to(device) if sampling.temperature > 0 else None
-            token_B, logprob_B = draw_tokens(batch.logits(), sampling, None if uniform_B is None else uniform_B[batch.rows_B])
+            uniform_B = torch.rand(count, generator=generator, dtype=torch.float64)[batch.rows_B.cpu()] if sampling.temperature > 0 else None
+            token_B, logprob_B = draw_tokens(batch.logits(), sampling, uniform_B)
             tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
             if not batch.append(token_B, torch.isin(token_B, eos) | logprob_B.isnan()):
                 break
@@ -151,9 +151,10 @@ def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None)
         best_B = logits_BV.max(-1)
         return best_B.indices, torch.where(best_B.values.isfinite(), 0.0, math.nan)
     probs_BV = warp(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
-    cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    precision = torch.float32 if probs_BV.device.type == "mps" else torch.float64  # Apple's devices have no float64
+    cumulative_BV = probs_BV.cumsum(-1, dtype=precision)
     total_B1 = cumulative_BV[:, -1:].contiguous()
-    token_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * total_B1, right=True)
+    token_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None].to(total_B1) * total_B1, right=True)
     # Rounding may reach the total itself, behind which no token has mass: the last one with mass stands for it.
     token_B1 = torch.minimum(token_B1, torch.searchsorted(cumulative_BV, total_B1)).clamp(max=probs_BV.shape[-1] - 1)
     return token_B1.squeeze(-1), probs_BV.gather(-1, token_B1).squeeze(-1).log()

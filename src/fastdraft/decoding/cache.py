@@ -20,7 +20,7 @@ from fastdraft.errors import TargetError
 _CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-class PreallocatedLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers comes without types
     """One layer's keys and values: views into buffers of a fixed capacity, so that writing and cropping copy nothing old."""
 
     def __init__(self, capacity: int) -> None:
@@ -60,8 +60,9 @@ def new_cache(model: PreTrainedModel, capacity: int) -> Cache:
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()) - _CROPPABLE
     if kinds:
         rule = "speculative decoding must take back rejected tokens, which only attention layers allow"
-        raise TargetError(model.config.model_type, f"has layers of kind {', '.join(sorted(kinds))}", rule, "choose a Llama, Qwen, Phi-3 or Mistral model")
-    return Cache(layer_class_to_replicate=partial(PreallocatedLayer, capacity))  # type: ignore[arg-type]
+        found = f"has layers of kind {', '.join(sorted(kinds))}"
+        raise TargetError(model.config.model_type, found, rule, "choose a Llama, Qwen, Phi-3 or Mistral model")
+    return Cache(layer_class_to_replicate=partial(PreallocatedLayer, capacity))
 
 
 class Reader:

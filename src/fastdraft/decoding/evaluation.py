@@ -49,6 +49,7 @@ def replay_tables(
     num_speculative_tokens: Sequence[int],
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
+    *,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[int, CountsTable]:
     """For each K the expected counts of every row, by replay."""
@@ -62,6 +63,7 @@ def exact_runs(
     sampling: Sampling,
     max_new_tokens: int,
     seed: int,
+    *,
     on_prompt: Callable[[int], None] | None = None,
 ) -> list[SpeculativeResult]:
     """Real speculative decoding of each prompt, one after the other."""
@@ -126,6 +128,13 @@ def evaluate_pair(
         prompts: Token ids by task name.
         vocabulary: The shared one.
         costs: The draft's cost relative to the target's.
+        temperatures: Of the target; 0 is greedy.
+        num_speculative_tokens: Every K wanted.
+        max_new_tokens: Length at which an answer is cut.
+        top_k: Of both; 0 keeps all.
+        top_p: Of both; 1 keeps all.
+        draft_temperature: The draft's own, where the target samples; None: the target's.
+        seed: Of the texts and the bootstrap.
         name: What the rows call this draft (`checkpoint`).
 
     Returns:

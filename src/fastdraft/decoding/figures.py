@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ def result_row(setting: Setting, table: CountsTable, looping: NDArray[np.bool_],
     """One entry of `rows` in `results.json`.
 
     Args:
+        setting: What the row is about.
         table: Counts of each prompt.
         looping: For each prompt, whether its text ran into a loop (functional/looping.py).
         costs: For the memory-bound speed-ups and the predicted one.
@@ -104,7 +106,7 @@ def difference_rows(tables: Mapping[Setting, CountsTable], seed: int) -> list[di
         if setting.method == "replay":
             by_place.setdefault((setting.task, setting.temperature, setting.num_speculative_tokens), []).append((setting.checkpoint, table))
     for (task, temperature, k), ladder in by_place.items():
-        for (name, before), (next_name, after) in zip(ladder, ladder[1:], strict=False):
+        for (name, before), (next_name, after) in pairwise(ladder):
             pairs = [(table[:, _ACCEPTED], table[:, _PROPOSED]) for table in (before, after)]
             rates = [float(part.sum() / whole.sum()) if whole.sum() else float("nan") for part, whole in pairs]
             low, high = difference_interval(pairs[0], pairs[1], seed)

@@ -47,10 +47,14 @@ class Latency:
 
 
 @torch.inference_mode()
-def measure_latency(target: PreTrainedModel, draft: PreTrainedModel, widths: Sequence[int], prefix_tokens: int = 128, repeats: int = 15) -> Latency:
+def measure_latency(
+    target: PreTrainedModel, draft: PreTrainedModel, widths: Sequence[int], prefix_tokens: int = 128, repeats: int = 15
+) -> Latency:
     """Times single passes of both models.
 
     Args:
+        target: Read one token and each of `widths` at once.
+        draft: Read one token.
         widths: How many tokens the target reads at once; 1 is always measured.
         prefix_tokens: Tokens in the cache before each pass; lowered to fit a short context.
         repeats: Passes of each kind after two that warm up.
@@ -85,7 +89,8 @@ def _one_pass(reader: Reader, width: int, prefix: int) -> float:
 
 
 def _any_ids(reader: Reader, count: int) -> torch.Tensor:
-    return torch.arange(5, 5 + count, device=reader.model.device) % reader.model.config.get_text_config(decoder=True).vocab_size
+    vocab_size = int(reader.model.config.get_text_config(decoder=True).vocab_size)
+    return torch.arange(5, 5 + count, device=reader.model.device) % vocab_size
 
 
 def _wait(device: torch.device) -> None:

@@ -54,6 +54,7 @@ def replay(
     num_speculative_tokens: Sequence[int],
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
+    *,
     batch_tokens: int = 8192,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[dict[int, Counts]]:
@@ -71,7 +72,7 @@ def replay(
     Returns:
         For each row, in order, a dictionary from K to counts. A row without a response has empty counts.
     """
-    accepts = accept_probabilities(draft, rows, vocabulary, draft_temperature, batch_tokens, on_batch)
+    accepts = accept_probabilities(draft, rows, vocabulary, draft_temperature, batch_tokens=batch_tokens, on_batch=on_batch)
     starts = range(0, len(accepts), COUNTED_TOGETHER)
     # Neighbours in length share a recursion, so that short texts do not pay for the longest.
     order = sorted(range(len(accepts)), key=lambda i: len(accepts[i]))
@@ -84,7 +85,11 @@ def replay(
 
 
 def block_efficiency(
-    draft: PreTrainedModel, rows: Sequence[WrittenText], num_speculative_tokens: int, vocabulary: Vocabulary, draft_temperature: float | None = None
+    draft: PreTrainedModel,
+    rows: Sequence[WrittenText],
+    num_speculative_tokens: int,
+    vocabulary: Vocabulary,
+    draft_temperature: float | None = None,
 ) -> float:
     """Generated tokens for each target pass over all `rows` together, expected; NaN without rows."""
     k = num_speculative_tokens
@@ -97,6 +102,7 @@ def accept_probabilities(
     rows: Sequence[WrittenText],
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
+    *,
     batch_tokens: int = 8192,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[NDArray[np.float64]]:
@@ -138,7 +144,9 @@ def _response_hidden(decoder: torch.nn.Module, rows: Sequence[WrittenText], devi
     return [hidden_BTD[b, start : start + len(row.response_ids)] for b, (start, row) in enumerate(zip(starts, rows, strict=True))]
 
 
-def _accept(hidden_ND: Tensor, head_VD: Tensor, row: WrittenText, missing: Tensor | None, draft_temperature: float | None) -> NDArray[np.float64]:
+def _accept(
+    hidden_ND: Tensor, head_VD: Tensor, row: WrittenText, missing: Tensor | None, draft_temperature: float | None
+) -> NDArray[np.float64]:
     temperature = row.temperature if draft_temperature is None or row.temperature == 0 else draft_temperature
     tokens_N = torch.tensor(row.response_ids, dtype=torch.long, device=hidden_ND.device)
     target_N = torch.tensor(row.logprobs, dtype=torch.float32, device=hidden_ND.device)

@@ -22,7 +22,9 @@ SAMPLES_PER_TASK = 2
 LABELS = {"design": "untrained", "pretrain": "PT", "continue_pretrain": "CP", "align": "FT"}
 
 
-def result_rows(bench: Workbench, replayed: Mapping[Setting, CountsTable], exact: Mapping[Setting, ExactUnit], costs: CostRatios) -> list[dict[str, Any]]:
+def result_rows(
+    bench: Workbench, replayed: Mapping[Setting, CountsTable], exact: Mapping[Setting, ExactUnit], costs: CostRatios
+) -> list[dict[str, Any]]:
     """Every row of `results.json`: replay first, then exact, each in the order of the plan."""
     looping = {(task.name, t): looping_flags(bench.texts(task, t)) for task, t in bench.plan.settings}
     seed = bench.plan.seed
@@ -51,8 +53,8 @@ def greedy_check(bench: Workbench, exact: Mapping[Setting, ExactUnit]) -> dict[s
             texts += 1
             found = greedy_difference(bench.target, row, ids)
             if found:
-                place = {"task": setting.task, "prompt": name, "num_speculative_tokens": setting.num_speculative_tokens, "token": found.place}
-                cases.append({**place, "logprob_gap": tidy(found.gap), "near_tie": found.near_tie})
+                place = {"task": setting.task, "prompt": name, "num_speculative_tokens": setting.num_speculative_tokens}
+                cases.append({**place, "token": found.place, "logprob_gap": tidy(found.gap), "near_tie": found.near_tie})
     return {"texts": texts, "different": len(cases), "near_ties": sum(case["near_tie"] for case in cases), "cases": cases}
 
 

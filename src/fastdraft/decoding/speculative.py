@@ -80,6 +80,18 @@ def check_room(prompt_ids: list[int], max_new_tokens: int, context_length: int, 
         raise DataError(where, found, f"the context holds {context_length} tokens", "shorten the prompt or lower max_new_tokens")
 
 
+@dataclass(frozen=True)
+class _Text:
+    """A text while it is being written: what both models have read of it, its ids, how it is drawn."""
+
+    target: Reader
+    draft: Reader
+    ids: Tensor
+    """[T], with room for the answer and a round beyond it."""
+    sampling: Sampling
+    generator: torch.Generator
+
+
 class SpeculativeDecoder:
     """Writes text as the target does, with fewer passes of the target.
 
@@ -96,7 +108,12 @@ class SpeculativeDecoder:
     """
 
     def __init__(
-        self, target: PreTrainedModel, draft: PreTrainedModel, vocabulary: Vocabulary, num_speculative_tokens: int, draft_temperature: float | None = None
+        self,
+        target: PreTrainedModel,
+        draft: PreTrainedModel,
+        vocabulary: Vocabulary,
+        num_speculative_tokens: int,
+        draft_temperature: float | None = None,
     ) -> None:
         if num_speculative_tokens < 1:
             raise RecipeError("num_speculative_tokens", num_speculative_tokens, "must be at least 1", "3 to 5 suits most drafts")
@@ -131,37 +148,37 @@ class SpeculativeDecoder:
         k, device = self.num_speculative_tokens, self.target.device
         generator = torch.Generator(device=device).manual_seed(seed)
         capacity = len(prompt_ids) + max_new_tokens + k + 1
-        target, draft = Reader(self.target, capacity), Reader(self.draft, capacity)
         ids_T = torch.empty(capacity, dtype=torch.long, device=device)
         ids_T[: len(prompt_ids)] = torch.tensor(prompt_ids, device=device)
+        text = _Text(Reader(self.target, capacity), Reader(self.draft, capacity), ids_T, sampling, generator)
         length, end = len(prompt_ids), len(prompt_ids) + max_new_tokens
         while length < end:
             with torch.inference_mode():
-                found = self._round(target, draft, ids_T, length, end, sampling, generator)
+                found = self._round(text, length, end)
             yield found
             length += len(found.tokens)
             if found.tokens[-1] in self._eos:
                 return
 
-    def _round(self, target: Reader, draft: Reader, ids_T: Tensor, length: int, end: int, sampling: Sampling, generator: torch.Generator) -> Round:
+    def _round(self, text: _Text, length: int, end: int) -> Round:
         """One proposal and verification; writes the new tokens into `ids_T` and leaves both readers one token behind the text's end.
 
         After K acceptances the draft has not read its own last proposal; it reads it next time together with the bonus token.
         """
-        k = self.num_speculative_tokens
-        draft_probs_KV = self._propose(draft, ids_T, length, sampling, generator)
-        logits_EV = target.read(ids_T[target.length : length + k], keep=k + 1)
+        k, ids_T, sampling = self.num_speculative_tokens, text.ids, text.sampling
+        draft_probs_KV = self._propose(text, length)
+        logits_EV = text.target.read(ids_T[text.target.length : length + k], keep=k + 1)
         proposed_K = ids_T[length : length + k]
         if sampling.temperature == 0:
             target_probs_EV = None
             num_accepted, final_1 = verify_greedy(logits_EV.argmax(-1), proposed_K)
         else:
             target_probs_EV = probabilities(logits_EV, sampling.temperature, sampling.top_k, sampling.top_p)
-            num_accepted, final_1 = verify(target_probs_EV, draft_probs_KV, proposed_K, generator)
+            num_accepted, final_1 = verify(target_probs_EV, draft_probs_KV, proposed_K, text.generator)
         ids_T[length + num_accepted] = final_1[0]
         tokens = self._inside(ids_T[length : length + num_accepted + 1].tolist(), end - length)
-        target.take_back(length + num_accepted)
-        draft.take_back(length + num_accepted)
+        text.target.take_back(length + num_accepted)
+        text.draft.take_back(length + num_accepted)
         # The one refused stands at num_accepted; if the text ended before it, nobody asked.
         examined = min(num_accepted + 1, k, len(tokens))
         accepted = min(num_accepted, len(tokens))
@@ -172,18 +189,18 @@ class SpeculativeDecoder:
         overlap = torch.minimum(target_probs_EV[:examined], draft_probs_KV[:examined]).sum().item()
         return Round(tokens, logprobs, accepted, examined, overlap, k)
 
-    def _propose(self, draft: Reader, ids_T: Tensor, length: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    def _propose(self, text: _Text, length: int) -> Tensor:
         """Writes K proposals at `length` and after; the distributions that they were drawn from, [K, V] (empty rows when greedy)."""
-        greedy = sampling.temperature == 0
+        draft, ids_T, sampling = text.draft, text.ids, text.sampling
         temperature = sampling.temperature if self.draft_temperature is None else self.draft_temperature
         drawn_from: list[Tensor] = []
         for place in range(length, length + self.num_speculative_tokens):
             logits_1V = mask_ids(draft.read(ids_T[draft.length : place]), self._missing)
-            if greedy:
+            if sampling.temperature == 0:
                 ids_T[place] = logits_1V[0].argmax(-1)
                 continue
             probs_1V = probabilities(logits_1V, temperature, sampling.top_k, sampling.top_p)
-            ids_T[place] = torch.multinomial(probs_1V[0], 1, generator=generator)[0]
+            ids_T[place] = torch.multinomial(probs_1V[0], 1, generator=text.generator)[0]
             drawn_from.append(probs_1V)
         return torch.cat(drawn_from) if drawn_from else torch.empty(0)
 

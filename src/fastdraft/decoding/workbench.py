@@ -118,59 +118,60 @@ class Workbench:
                 write_rows(self.texts_path(task, temperature), [as_row(g, sampling, task.name) for g in written])
 
     def replay_all(self, load_draft: Mapping[str, Callable[[], PreTrainedModel]]) -> dict[Setting, CountsTable]:
-        """Expected counts of every checkpoint; a checkpoint is loaded only if something of it is missing."""
-        tables: dict[Setting, CountsTable] = {}
-        total = len(load_draft) * sum(len(task.prompt_ids) for task, _ in self.plan.settings)
-        with self.console.progress("replay", total, "texts") as progress:
-            for checkpoint, load in load_draft.items():
-                draft: PreTrainedModel | None = None
-                for task, temperature in self.plan.settings:
-                    path = self.folder / "replay" / f"{checkpoint}-{task.name}-{temperature:g}.npy"
-                    if path.exists():
-                        progress.advance(len(task.prompt_ids))
-                    else:
-                        draft = draft or load()
-                        rows = self.texts(task, temperature)
-                        ks = self.plan.num_speculative_tokens
-                        found = replay_tables(draft, rows, ks, self.vocabulary, self.plan.draft_temperature, progress.advance)
-                        _write_tables(path, [found[k] for k in ks])
-                        self.console.stop.check(self.folder)
-                    for k, table in zip(self.plan.num_speculative_tokens, _read_tables(path), strict=True):
-                        tables[Setting(checkpoint, task.name, "replay", temperature, k)] = table[:, : TOTALS + k]
-        return tables
+        """Expected counts of every checkpoint; its loader is called only if something of it is missing, and should remember the model."""
+        jobs = [(checkpoint, task, temperature) for checkpoint in load_draft for task, temperature in self.plan.settings]
+        missing = [job for job in jobs if not self._replay_path(*job).exists()]
+        total, left = (sum(len(task.prompt_ids) for _, task, _ in some) for some in (jobs, missing))
+        ks = self.plan.num_speculative_tokens
+        if missing:
+            with self.console.progress("replay", total, "texts", total - left) as progress:
+                for checkpoint, task, temperature in missing:
+                    draft, rows = load_draft[checkpoint](), self.texts(task, temperature)
+                    found = replay_tables(draft, rows, ks, self.vocabulary, self.plan.draft_temperature, on_batch=progress.advance)
+                    _write_tables(self._replay_path(checkpoint, task, temperature), [found[k] for k in ks])
+                    self.console.stop.check(self.folder)
+        return {
+            Setting(checkpoint, task.name, "replay", temperature, k): table[:, : TOTALS + k]
+            for checkpoint, task, temperature in jobs
+            for k, table in zip(ks, _read_tables(self._replay_path(checkpoint, task, temperature)), strict=True)
+        }
+
+    def _replay_path(self, checkpoint: str, task: EncodedTask, temperature: float) -> Path:
+        return self.folder / "replay" / f"{checkpoint}-{task.name}-{temperature:g}.npy"
 
     def exact_all(self, checkpoint: str, draft: Callable[[], PreTrainedModel]) -> dict[Setting, ExactUnit]:
         """Real speculative decoding of the first prompts of each task with one draft."""
-        units: dict[Setting, ExactUnit] = {}
-        jobs = [(task, t, k) for task, t in self.plan.settings for k in self.plan.exact_num_speculative_tokens] if self.plan.exact_prompts else []
-        total = sum(min(len(task.prompt_ids), self.plan.exact_prompts) for task, _, _ in jobs)
-        if not jobs:
-            return units
-        with self.console.progress("exact runs", total, "texts") as progress:
-            for task, temperature, k in jobs:
-                setting = Setting(checkpoint, task.name, "exact", temperature, k)
-                path = self.folder / "exact" / f"{task.name}-{temperature:g}-k{k}.json"
-                prompts = task.prompt_ids[: self.plan.exact_prompts]
-                if path.exists():
-                    progress.advance(len(prompts))
-                else:
-                    self._exact_unit(path, draft(), task, prompts, temperature, k, progress.advance)
+        jobs = {
+            Setting(checkpoint, task.name, "exact", temperature, k): task
+            for task, temperature in self.plan.settings
+            for k in self.plan.exact_num_speculative_tokens
+            if self.plan.exact_prompts
+        }
+        sizes = {setting: min(len(task.prompt_ids), self.plan.exact_prompts) for setting, task in jobs.items()}
+        missing = [setting for setting in jobs if not self._exact_path(setting).exists()]
+        total, left = sum(sizes.values()), sum(sizes[setting] for setting in missing)
+        if missing:
+            with self.console.progress("exact runs", total, "texts", total - left) as progress:
+                for setting in missing:
+                    self._exact_unit(setting, jobs[setting], draft(), progress.advance)
                     self.console.stop.check(self.folder)
-                units[setting] = _read_exact(path)
-        return units
+        return {setting: _read_exact(self._exact_path(setting)) for setting in jobs}
 
-    def _exact_unit(
-        self, path: Path, draft: PreTrainedModel, task: EncodedTask, prompts: Sequence[list[int]], temperature: float, k: int, on_prompt: Callable[[int], None]
-    ) -> None:
+    def _exact_path(self, setting: Setting) -> Path:
+        return self.folder / "exact" / f"{setting.task}-{setting.temperature:g}-k{setting.num_speculative_tokens}.json"
+
+    def _exact_unit(self, setting: Setting, task: EncodedTask, draft: PreTrainedModel, on_prompt: Callable[[int], None]) -> None:
+        k, sampling = setting.num_speculative_tokens, self.plan.sampling(setting.temperature)
         decoder = SpeculativeDecoder(self.target, draft, self.vocabulary, k, self.plan.draft_temperature)
-        seed = derive_seed(self.plan.seed, task.name, temperature, k)
-        results = exact_runs(decoder, list(prompts), self.plan.sampling(temperature), task.max_new_tokens, seed, on_prompt)
+        seed = derive_seed(self.plan.seed, task.name, setting.temperature, k)
+        prompts = task.prompt_ids[: self.plan.exact_prompts]
+        results = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, on_prompt=on_prompt)
         unit = {
             "counts": counts_table([result.counts for result in results]).tolist(),
             "response_ids": [result.generation.response_ids for result in results],
             "accepted": [[int(flag) for flag in result.accepted] for result in results],
         }
-        write_json(path, unit)
+        write_json(self._exact_path(setting), unit)
 
     def latency(self, draft: Callable[[], PreTrainedModel]) -> Latency:
         """Seconds of single passes, measured once for this evaluation."""
@@ -194,7 +195,8 @@ def _read_tables(path: Path) -> list[CountsTable]:
     try:
         return list(np.load(path, allow_pickle=False))
     except (ValueError, OSError, EOFError) as error:
-        raise ArtifactError(path, f"damaged ({str(error)[:60]})", "must hold replayed counts", "delete this file and run the same command again") from None
+        found = f"damaged ({str(error)[:60]})"
+        raise ArtifactError(path, found, "must hold replayed counts", "delete this file and run the same command again") from None
 
 
 def _read_exact(path: Path) -> ExactUnit:

@@ -80,8 +80,8 @@ def add_counts(counts: Iterable[Counts]) -> Counts:
 def counts_to_array(counts: Counts) -> NDArray[np.float64]:
     """A row of numbers for sums and bootstraps: the seven totals in the order of the fields, then one number for each position."""
     c = counts
-    totals = [c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens, c.num_examined_tokens, c.num_generated_tokens, c.overlap_sum, c.overlap_tokens]
-    return np.array([*totals, *c.num_accepted_tokens_per_pos], dtype=np.float64)
+    totals = [c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens, c.num_examined_tokens, c.num_generated_tokens]
+    return np.array([*totals, c.overlap_sum, c.overlap_tokens, *c.num_accepted_tokens_per_pos], dtype=np.float64)
 
 
 def counts_from_array(row: NDArray[np.float64]) -> Counts:
@@ -130,7 +130,8 @@ def batched_expected_counts(accepts: Sequence[NDArray[np.float64]], num_speculat
 def _runs(padded_BT: NDArray[np.float64], longest: int, top: int) -> NDArray[np.float64]:
     """[b, i, j]: the chance that tokens i .. i+j are all accepted, given that a round begins at i."""
     windows_BTK = np.lib.stride_tricks.sliding_window_view(padded_BT, top, axis=1)[:, :longest]
-    return np.cumprod(windows_BTK, axis=2)
+    runs_BTK: NDArray[np.float64] = np.cumprod(windows_BTK, axis=2, dtype=np.float64)
+    return runs_BTK
 
 
 def _counts_of(padded_BT: NDArray[np.float64], runs_BTK: NDArray[np.float64], lengths: NDArray[np.int64], k: int) -> list[Counts]:

@@ -45,7 +45,7 @@ def warp(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1
 def probabilities(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The distribution that the next token is drawn from, float32, shape of `logits_BV`; one-hot at the argmax for temperature 0."""
     if temperature == 0:
-        return torch.zeros(logits_BV.shape, dtype=torch.float32, device=logits_BV.device).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
+        return torch.zeros_like(logits_BV, dtype=torch.float32).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
     return warp(logits_BV, temperature, top_k, top_p).softmax(-1)
 
 

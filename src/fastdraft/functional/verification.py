@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 
-def verify(target_probs_EV: Tensor, draft_probs_KV: Tensor, proposed_K: Tensor, generator: torch.Generator | None = None) -> tuple[int, Tensor]:
+def verify(
+    target_probs_EV: Tensor, draft_probs_KV: Tensor, proposed_K: Tensor, generator: torch.Generator | None = None
+) -> tuple[int, Tensor]:
     """The number of proposals kept, and the token after them.
 
     Args:

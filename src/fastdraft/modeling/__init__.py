@@ -1,0 +1,1 @@
+"""Models: shapes and their costs, first weights, loading and saving, what a target's vocabulary hides."""

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 _HEAD_DIM_IN_CONFIG = ("llama", "mistral", "qwen3")
+_NOT_INHERITED = (
+    "layer_types", "max_window_layers", "head_dim", "quantization_config", "auto_map", "_name_or_path", "transformers_version",
+    "torch_dtype",
+)  # fmt: skip
 _ROTARY_FACTORS = ("short_factor", "long_factor")
 
 
@@ -96,7 +100,8 @@ def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") 
     """
     family = str(getattr(hf_config, "model_type", ""))
     if family not in FAMILIES:
-        raise TargetError(where, f"model family '{family}'", f"must be one of {', '.join(FAMILIES)}", "choose a target of one of these families")
+        rule = f"must be one of {', '.join(FAMILIES)}"
+        raise TargetError(where, f"model family '{family}'", rule, "choose a target of one of these families")
     config: Any = hf_config
     attention_bias = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
     return Architecture(
@@ -132,7 +137,7 @@ def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture)
         RecipeError: when the shape contradicts the family's rules.
     """
     values = copy.deepcopy(target_config.to_dict())
-    for key in ("layer_types", "max_window_layers", "quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "head_dim"):
+    for key in _NOT_INHERITED:
         values.pop(key, None)
     values |= {
         "hidden_size": architecture.hidden_size,
@@ -153,7 +158,8 @@ def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture)
         return type(target_config)(**values)
     except Exception as error:  # the config classes raise several kinds of validation errors
         rule = " ".join(str(error).split())[-200:]
-        raise RecipeError("design.draft", f"hidden {architecture.hidden_size}, {architecture.num_heads} heads", rule, "choose another shape") from error
+        found = f"hidden {architecture.hidden_size}, {architecture.num_heads} heads"
+        raise RecipeError("design.draft", found, rule, "choose another shape") from error
 
 
 def _resample_rotary_factors(values: dict[str, Any], head_dim: int) -> None:

@@ -94,10 +94,10 @@ def project(matrix_VH: Tensor, width: int, seed: int) -> Tensor:
     """
     rows, hidden = matrix_VH.shape
     mean_H = torch.zeros(hidden, dtype=torch.float64)
-    for chunk in matrix_VH.split(_CHUNK):
+    for chunk in torch.split(matrix_VH, _CHUNK):
         mean_H += chunk.double().sum(0) / rows
     covariance_HH = torch.zeros(hidden, hidden, dtype=torch.float64)
-    for chunk in matrix_VH.split(_CHUNK):
+    for chunk in torch.split(matrix_VH, _CHUNK):
         centred = chunk.double() - mean_H
         covariance_HH += centred.T @ centred / rows
     _, directions_HH = torch.linalg.eigh(covariance_HH)  # ascending eigenvalues
@@ -107,13 +107,14 @@ def project(matrix_VH: Tensor, width: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rotation_WW, upper_WW = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
     basis_HW = main_HK @ (rotation_WW * upper_WW.diagonal().sign())[:kept]
-    projected = torch.cat([((chunk.double() - mean_H) @ basis_HW).float() for chunk in matrix_VH.split(_CHUNK)])
+    projected = torch.cat([((chunk.double() - mean_H) @ basis_HW).float() for chunk in torch.split(matrix_VH, _CHUNK)])
     return projected * (STD / projected.std().clamp_min(1e-12))
 
 
 def _rows(matrix_VH: Tensor, wanted: Tensor, location: str) -> Tensor:
     if matrix_VH.shape[0] != wanted.shape[0]:
-        raise TargetError(location, f"{matrix_VH.shape[0]} embedding rows", f"the config's vocab_size is {wanted.shape[0]}", "fetch the model again")
+        rule = f"the config's vocab_size is {wanted.shape[0]}"
+        raise TargetError(location, f"{matrix_VH.shape[0]} embedding rows", rule, "fetch the model again")
     return matrix_VH
 
 

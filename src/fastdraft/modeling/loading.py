@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "copy_tokenizer_files", "load_config", "load_draft", "load_generation_config", "load_target", "load_tokenizer", "load_vocabulary",
-    "pick_device", "save_draft", "set_threads", "split_head", "vocabulary_of",
+    "pick_device", "quiet", "save_draft", "set_threads", "split_head", "vocabulary_of",
 ]  # fmt: skip
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,8 +51,8 @@ def pick_device(name: str) -> torch.device:
         raise DeviceError("run.device", name, "must be auto, cpu, cuda, xpu or mps, or one with an index", "correct the name") from None
     count = torch.accelerator.device_count() if found and found.type == device.type else 0
     if device.type != "cpu" and (device.index or 0) >= count:
-        has = f"this machine's torch sees {count} {device.type} device(s)" if count else f"this machine's torch sees {found or 'no accelerator'}"
-        raise DeviceError("run.device", name, has, "use run.device=auto")
+        has = f"{count} {device.type} device(s)" if count else str(found or "no accelerator")
+        raise DeviceError("run.device", name, f"this machine's torch sees {has}", "use run.device=auto")
     return device
 
 
@@ -65,14 +65,20 @@ def set_threads(count: int) -> None:
 def load_config(location: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model in a supported family; nothing else is read or downloaded.
 
+    Args:
+        location: A directory or a hub id.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Changes nothing: transformers implements every supported family itself, and a model's own copy
+            of that code is never run, so that target and draft share one implementation.
+
     Raises:
         TargetError: missing, unreadable, unreachable, in need of remote code, or of another family.
     """
     from transformers import AutoConfig
 
-    raw = raw_config(location, revision)
+    raw_config(location, revision)
     with _one_line(location):
-        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code and "auto_map" in raw)
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
     read_architecture(config, location)
     return config
 
@@ -97,10 +103,11 @@ def load_tokenizer(location: str, revision: str | None = None, trust_remote_code
 
     if Path(location).is_dir() and not (Path(location) / "tokenizer.json").is_file() and not (Path(location) / "tokenizer.model").is_file():
         raise TargetError(location, "no tokenizer.json", "a fast tokenizer is required", "copy the model's tokenizer files here")
-    with _one_line(location), _quiet():
+    with _one_line(location), quiet():
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "is_fast", False):
-        raise TargetError(location, f"{type(tokenizer).__name__} is a slow tokenizer", "a fast tokenizer is required", "convert it to tokenizer.json first")
+        found = f"{type(tokenizer).__name__} is a slow tokenizer"
+        raise TargetError(location, found, "a fast tokenizer is required", "convert it to tokenizer.json first")
     return tokenizer
 
 
@@ -117,14 +124,21 @@ def load_vocabulary(target: TargetConfig) -> Vocabulary:
 
 
 def vocabulary_of(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation_config: GenerationConfig | None = None, where: str = "tokenizer"
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig | None = None,
+    where: str = "tokenizer",
 ) -> Vocabulary:
-    """The vocabulary of loaded parts. A text ends at the tokenizer's EOS or at any EOS of the generation config (else of the config)."""
+    """The vocabulary of loaded parts.
+
+    A text ends at the tokenizer's EOS or at any EOS of the generation config (without one, of the config).
+    """
     listed = getattr(generation_config, "eos_token_id", None)
     eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else getattr(config, "eos_token_id", None))]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else getattr(config, "pad_token_id", None)
     state = tokenizer.backend_tokenizer.to_str()
-    return build_vocabulary(int(config.vocab_size), state, tokenizer.bos_token_id, [i for i in eos if i is not None], pad, where)
+    ends = [token_id for token_id in eos if token_id is not None]
+    return build_vocabulary(int(config.vocab_size), state, bos=tokenizer.bos_token_id, eos=ends, pad=pad, where=where)
 
 
 def _ids(value: Any) -> list[int]:
@@ -134,7 +148,8 @@ def _ids(value: Any) -> list[int]:
 def load_target(target: TargetConfig, device: torch.device | str) -> PreTrainedModel:
     """The target, ready to write: eval mode, on `device`, in the recipe's precision.
 
-    `dtype: auto` is the model's own on an accelerator and fp32 on a CPU, where half precision is slow on most machines and greedy text is exact.
+    `dtype: auto` is the model's own on an accelerator and fp32 on a CPU, where half precision is slow on most machines
+    and makes greedy text inexact.
 
     Raises:
         TargetError: one line for a missing directory, config or weights, pickled weights, remote code, another family,
@@ -146,7 +161,7 @@ def load_target(target: TargetConfig, device: torch.device | str) -> PreTrainedM
     load_config(target.location, target.revision, target.trust_remote_code)
     check_weights(target.location)
     with _one_line(target.location):
-        model = _from_pretrained(target.location, dtype, revision=target.revision, trust_remote_code=target.trust_remote_code)
+        model = _from_pretrained(target.location, dtype, revision=target.revision, trust_remote_code=False)
         return model.to(device).eval()
 
 
@@ -169,11 +184,13 @@ def _from_pretrained(location: str, dtype: torch.dtype | str, **options: Any) ->
     """Loads strictly: a weight missing from the files is an error, never a random matrix."""
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+    strict = {"use_safetensors": True, "output_loading_info": True}
+    with quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **strict, **options)
     problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
     if problems:
-        raise TargetError(location, f"no weights for {problems[0]} and {len(problems) - 1} more", "the files must hold every weight", "fetch the model again")
+        others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise TargetError(location, f"no weights for {problems[0]}{others}", "every weight must be there", "fetch the model again")
     return model
 
 
@@ -189,7 +206,7 @@ def save_draft(model: PreTrainedModel, folder: Path, tokenizer_files_from: Path)
         DiskError: when the disk is full or not writable.
     """
     with atomic_folder(folder) as temporary:
-        with _quiet():
+        with quiet():
             model.save_pretrained(temporary)
         for weights in temporary.glob("*.safetensors"):  # safetensors writes for the owner only; a server may be another user
             shutil.copymode(temporary / "config.json", weights)
@@ -203,12 +220,13 @@ def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
     """
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise TargetError(type(model).__name__, "no plain output matrix", "the head must be one matrix without bias", "choose another target")
+        rule = "the head must be one matrix without bias"
+        raise TargetError(type(model).__name__, "no plain output matrix", rule, "choose another target")
     return model.get_decoder(), head.weight
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Holds back the libraries' notices and bars while loading; what matters is checked and raised."""
     from transformers.utils import logging as notices
 
@@ -234,20 +252,36 @@ def _one_line(location: str) -> Iterator[None]:
         raise _explain(location, error) from error
 
 
-_EXPLANATIONS: list[tuple[str, str, str, str]] = [
-    (r"trust_remote_code|custom code|execute the", "needs Python code of its own", "such code runs only when asked for", "set target.trust_remote_code=true"),
-    (r"gated|401|403|access to model", "closed to you", "the hub must let you read it", "accept its licence there and log in with `hf auth login`"),
-    (r"is not a valid model identifier|404|not a local folder", "neither a folder here nor a model on the hub", "must be one of them", "correct the name"),
-    (r"connect|offline|resolve|timed out|Max retries|cannot find the requested files", "the hub cannot be reached", "the model is not on this machine", "go online or name a folder"),
-    (r"safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ", "damaged or missing weights", "needs whole safetensors files", "fetch the model again"),
-    (r"out of memory|allocate", "does not fit into memory", "the whole model must fit", "use a smaller target.dtype or another device"),
+_NOT_ALLOWED = ("closed to you", "the hub must let you read it", "accept its licence there and log in with `hf auth login`")
+_UNREACHABLE = ("the hub cannot be reached", "the model is not on this machine", "go online or name a folder")
+_EXPLANATIONS: list[tuple[str, tuple[str, str, str]]] = [
+    (
+        r"trust_remote_code|custom code|execute the",
+        ("needs Python code of its own", "such code runs only when asked for", "set target.trust_remote_code=true"),
+    ),
+    (r"gated|401|403|access to model", _NOT_ALLOWED),
+    (
+        r"is not a valid model identifier|404|not a local folder",
+        ("neither a folder here nor a model on the hub", "must be one of them", "correct the name"),
+    ),
+    (r"connect|offline|resolve|timed out|Max retries|cannot find the requested files", _UNREACHABLE),
+    (
+        r"safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ",
+        ("damaged or missing weights", "needs whole safetensors files", "fetch the model again"),
+    ),
+    (
+        r"mismatched_sizes|size mismatch",
+        ("weights of other shapes than config.json says", "both must come from one model", "fetch the model again"),
+    ),
+    (r"out of memory|allocate", ("does not fit into memory", "the whole model must fit", "use a smaller target.dtype or another device")),
 ]
+"""What a library's message means for the user: found, rule, remedy."""
 
 
 def _explain(location: str, error: Exception) -> TargetError:
     text = f"{type(error).__name__}: {error}"
-    for pattern, found, rule, remedy in _EXPLANATIONS:
+    for pattern, explanation in _EXPLANATIONS:
         if re.search(pattern, text, re.IGNORECASE):
-            return TargetError(location, found, rule, remedy)
+            return TargetError(location, *explanation)
     short = " ".join(text.split())[:160]
     return TargetError(location, short, "the model must load in transformers", "check its files, or try another version of transformers")

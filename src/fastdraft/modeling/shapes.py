@@ -55,11 +55,26 @@ def preset(name: str, target: Architecture) -> Architecture:
     shape = PRESETS[name]
     if shape.family != target.family:
         raise RecipeError(where, name, f"this preset is for {shape.family} targets, this target is {target.family}", "use kind: budget")
-    return explicit(target, shape.hidden_size, shape.num_layers, shape.intermediate_size, shape.num_heads, shape.num_heads, tied=False)
+    return explicit(
+        target,
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        intermediate_size=shape.intermediate_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_heads,
+        tied=False,
+    )
 
 
 def explicit(
-    target: Architecture, hidden_size: int, num_layers: int, intermediate_size: int, num_heads: int | None, num_kv_heads: int | None, tied: bool | None
+    target: Architecture,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    intermediate_size: int,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    tied: bool | None = None,
 ) -> Architecture:
     """A shape given by numbers; heads and tying left out follow the same rules as the search.
 
@@ -71,7 +86,8 @@ def explicit(
     if num_kv_heads is None:
         num_kv_heads = chosen_kv_heads if heads == chosen_heads else _kv_heads(heads, target)
     if hidden_size % heads or (hidden_size // heads) % 2:
-        raise RecipeError("design.draft.num_heads", heads, f"must divide hidden_size {hidden_size} into heads of even width", "change one of them")
+        rule = f"must divide hidden_size {hidden_size} into heads of even width"
+        raise RecipeError("design.draft.num_heads", heads, rule, "change one of them")
     if heads % num_kv_heads:
         raise RecipeError("design.draft.num_kv_heads", num_kv_heads, f"must divide num_heads {heads}", "change one of them")
     shape = replace(
@@ -108,7 +124,8 @@ def search(target: Architecture, budget: int, num_layers: int | None = None, kee
     sizes = sorted({shape.parameters for shape in candidates})
     near = [max((s for s in sizes if s < budget), default=None), min((s for s in sizes if s > budget), default=None)]
     names = " and ".join(format_count(size) for size in near if size)
-    raise RecipeError("design.draft.parameters", format_count(budget), f"no sensible shape within 3 %; the nearest: {names}", "use one, or kind: shape")
+    rule = f"no sensible shape within 3 %; the nearest: {names}"
+    raise RecipeError("design.draft.parameters", format_count(budget), rule, "use one of these, or kind: shape")
 
 
 def natural(target: Architecture, hidden_size: int, keep_head_dim: bool = False) -> Architecture:
@@ -151,9 +168,8 @@ def _ideal_layers(hidden_size: int) -> float:
 
 def _at_width(base: Architecture, hidden_size: int, num_layers: int, intermediate_size: int, keep_head_dim: bool) -> Architecture:
     heads, kv_heads, head_dim = choose_heads(hidden_size, base, keep_head_dim)
-    return replace(
-        base, hidden_size=hidden_size, num_layers=num_layers, intermediate_size=intermediate_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
-    )
+    wide = replace(base, hidden_size=hidden_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    return replace(wide, num_layers=num_layers, intermediate_size=intermediate_size)
 
 
 def _candidates(base: Architecture, budget: int, num_layers: int | None, keep_head_dim: bool, depth: int) -> Iterator[Architecture]:

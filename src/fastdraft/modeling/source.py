@@ -58,13 +58,15 @@ def local_file(location: str, name: str, revision: str | None = None) -> Path | 
     try:
         return Path(hf_hub_download(location, name, revision=revision))
     except GatedRepoError as error:
-        raise TargetError(location, "closed to you", "the hub must let you read it", "accept its licence there and log in with `hf auth login`") from error
+        remedy = "accept its licence there and log in with `hf auth login`"
+        raise TargetError(location, "closed to you", "the hub must let you read it", remedy) from error
     except RepositoryNotFoundError as error:
         raise TargetError(location, "neither a directory here nor a model on the hub", "must be one of them", "correct the name") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise TargetError(location, "no such directory, and the hub cannot be reached", "the model must be at hand", "go online or name a directory") from error
+        found = "no such directory, and the hub cannot be reached"
+        raise TargetError(location, found, "the model must be at hand", "go online or name a directory") from error
 
 
 def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
@@ -83,9 +85,9 @@ def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
     family = config.get("model_type") if isinstance(config, dict) else None
     if family in FAMILIES:
         return dict(config)
-    if isinstance(config, dict) and "auto_map" in config:
-        raise TargetError(location, f"family '{family}' needs Python code of its own", f"supported are {', '.join(FAMILIES)}, without remote code", "choose another target")
-    raise TargetError(location, f"model family '{family}'", f"must be one of {', '.join(FAMILIES)}", "choose a target of one of these families")
+    own_code = " needs Python code of its own" if isinstance(config, dict) and "auto_map" in config else ""
+    rule = f"must be one of {', '.join(FAMILIES)}"
+    raise TargetError(location, f"model family '{family}'{own_code}", rule, "choose a target of one of these families")
 
 
 def weight_files(location: str, revision: str | None = None, names: Sequence[str] = ()) -> dict[str, Path]:
@@ -106,7 +108,8 @@ def weight_files(location: str, revision: str | None = None, names: Sequence[str
         if name in places:
             path = local_file(location, places[name], revision)
             if path is None:
-                raise TargetError(location, f"no {places[name]}", "every file of model.safetensors.index.json must be there", "fetch the model again")
+                rule = "every file of model.safetensors.index.json must be there"
+                raise TargetError(location, f"no {places[name]}", rule, "fetch the model again")
             found[name] = path
     return found
 
@@ -114,7 +117,8 @@ def weight_files(location: str, revision: str | None = None, names: Sequence[str
 def _no_weights(location: str) -> TargetError:
     pickled = not is_hub_id(location) and any(path.suffix in (".bin", ".pt", ".pth") for path in Path(location).iterdir())
     found = "only pickled weights" if pickled else "no model.safetensors"
-    return TargetError(location, found, "weights must be safetensors; pickles can run code", "save the model with safe serialization, or choose another copy")
+    rule = "weights must be safetensors, because pickles can run code"
+    return TargetError(location, found, rule, "save the model as safetensors, or choose another copy")
 
 
 def check_weights(location: str) -> None:
@@ -140,7 +144,8 @@ def tokenizer_files(source: str | Path, revision: str | None = None) -> list[Pat
         try:
             root = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(TOKENIZER_FILES)))
         except Exception as error:  # the hub client raises its own and its HTTP library's errors
-            raise TargetError(source, "tokenizer files cannot be fetched", "the hub must be reachable", "go online or name a directory") from error
+            found = "tokenizer files cannot be fetched"
+            raise TargetError(source, found, "the hub must be reachable", "go online or name a directory") from error
     files = [path for pattern in TOKENIZER_FILES for path in sorted(root.glob(pattern)) if path.is_file()]
     if not files:
         raise TargetError(source, "no tokenizer files", "a model's directory must hold its tokenizer", "copy the tokenizer files here")

@@ -7,99 +7,135 @@ speed-up against K with the best K marked, acceptance against position, and the 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastdraft.artifacts import digest
 from fastdraft.config import format_count
 from fastdraft.reporting.document import Chart
 from fastdraft.reporting.drawing import INK, LADDER, MUTED, PAPER, Label, drawing, label_ends, plain_ticks, task_colour, to_svg
-from fastdraft.reporting.results import Results, interval, number, per_position, stage_label, temperature_name
+from fastdraft.reporting.paper import PAPER_ROWS, PAPER_TASKS
+from fastdraft.reporting.results import SPEEDUPS, Results, interval, k_name, number, per_position, stage_label, temperature_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Points = list[tuple[float, float]]
+Rung = tuple[float | None, tuple[float, float] | None]
+"""An acceptance rate and its interval."""
 
 
-def ladder_chart(results: Results, temperature: float) -> Chart:
-    """Acceptance rate of every task after each checkpoint, with 95 % intervals."""
-    k, checkpoints = results.headline_k, results.checkpoints
-    title = f"Acceptance rate, {temperature_name(temperature)}"
-    with drawing(right=84) as (figure, axes):
-        labels, top = [], 0.0
-        for index, task in enumerate(results.tasks):
-            colour, points = task_colour(task, results.tasks), []
-            for x, checkpoint in enumerate(checkpoints):
-                row = results.row(checkpoint, task, temperature, k)
-                rate, around = number(row, "acceptance_rate"), interval(row, "acceptance_rate")
-                if rate is None:
-                    continue
-                points.append((float(x), rate))
-                top = max(top, rate, around[1] if around else 0.0)
+def ladder_charts(results: Results, temperatures: Sequence[float], paper: bool) -> tuple[Chart, ...]:
+    """Acceptance rate of every task after each checkpoint; one chart per temperature, then the paper's pairs, all on one scale."""
+    ladders: dict[str, dict[str, list[Rung]]] = {}
+    for temperature in temperatures:
+        ladders[temperature_name(temperature).capitalize()] = {
+            task: [_rung(results.row(c, task, temperature, results.headline_k)) for c in results.checkpoints] for task in results.tasks
+        }
+    if paper:
+        for pair, rates in PAPER_ROWS.items():
+            ladders[f"Paper: {pair}"] = {
+                task: [(rates[c][task], None) if c in rates else (None, None) for c in results.checkpoints]
+                for task in results.tasks
+                if task in PAPER_TASKS
+            }
+    values = [
+        value
+        for ladder in ladders.values()
+        for rungs in ladder.values()
+        for rate, around in rungs
+        for value in (rate, around[1] if around else None)
+        if value
+    ]
+    top, names = _nice_top(max(values, default=1.0)), [stage_label(checkpoint) for checkpoint in results.checkpoints]
+    return tuple(_ladder_chart(f"ladder-{i}", title, ladder, names, top) for i, (title, ladder) in enumerate(ladders.items()))
+
+
+def _rung(item: Mapping[str, Any] | None) -> Rung:
+    return number(item, "acceptance_rate"), interval(item, "acceptance_rate")
+
+
+def _ladder_chart(key: str, title: str, ladder: Mapping[str, Sequence[Rung]], names: Sequence[str], top: float) -> Chart:
+    with drawing(right=80) as (figure, axes):
+        labels, tasks = [], list(ladder)
+        for index, (task, rungs) in enumerate(ladder.items()):
+            colour = task_colour(task, tasks)
+            points = [(float(x), rate) for x, (rate, _) in enumerate(rungs) if rate is not None]
+            for x, (_, around) in enumerate(rungs):
                 if around:
-                    at = x + (index - (len(results.tasks) - 1) / 2) * 0.025
-                    axes.plot([at, at], around, color=colour, linewidth=1.2, alpha=0.55)
+                    at = x + (index - (len(tasks) - 1) / 2) * 0.03
+                    axes.plot([at, at], around, color=colour, linewidth=1.4, alpha=0.5, solid_capstyle="butt")
             if points:
                 _line(axes, points, colour, markers=True)
-                labels.append(Label(task, *points[-1], colour))
-        axes.set_xticks(range(len(checkpoints)), [stage_label(name) for name in checkpoints])
-        axes.set_xlim(-0.12, len(checkpoints) - 1 + 0.12)
-        axes.set_ylim(0, _nice_top(top))
+                labels.append(Label(task[:13], *points[-1], colour))
+        axes.set_xticks(range(len(names)), list(names))
+        axes.set_xlim(-0.14, len(names) - 1 + 0.14)
+        axes.set_ylim(0, top)
         label_ends(axes, labels)
-        return Chart(to_svg(figure, f"ladder-{temperature:g}".replace(".", "_"), title), title, title)
+        return Chart(to_svg(figure, key, f"Acceptance rate by checkpoint: {title}"), title, f"Acceptance rate by checkpoint: {title}")
 
 
-def against_k_chart(results: Results, task: str, temperature: float, key: str, name: str, limits: tuple[float, float]) -> Chart:
+def against_k_chart(results: Results, task: str, temperature: float, *, key: str, name: str, limits: tuple[float, float]) -> Chart:
     """`key` of every checkpoint against K for one task; the K with the highest value is marked on each line."""
     with drawing(right=26) as (figure, axes):
         labels, ks = [], results.ks(None, task, temperature)
         for checkpoint in results.checkpoints:
             colour = _ladder(checkpoint)
             rows = [results.row(checkpoint, task, temperature, k) for k in results.ks(checkpoint, task, temperature)]
-            points = [(k, value) for row in rows if (k := number(row, "num_speculative_tokens")) is not None and (value := number(row, key)) is not None]
+            points = [
+                (k, value)
+                for row in rows
+                if (k := number(row, "num_speculative_tokens")) is not None and (value := number(row, key)) is not None
+            ]
             if not points:
                 continue
             _line(axes, points, colour, markers=len(points) < 3)
             _band(axes, rows, key, colour)
             labels.append(Label(stage_label(checkpoint), *points[-1], colour))
-            if key.startswith("mbsu"):
+            if key in SPEEDUPS:
                 _mark_best(axes, points, colour, written=checkpoint == results.final)
         axes.set_ylim(*limits)
         axes.set_xticks(ks)
         axes.set_xlabel("K, draft tokens per round")
-        if key.startswith("mbsu"):
+        if key in SPEEDUPS:
             axes.axhline(1, color=MUTED, linewidth=1, dashes=(4, 3))
         label_ends(axes, labels)
         alt = f"{name} against K on {task}, {temperature_name(temperature)}"
-        return Chart(to_svg(figure, f"{key}-{task}-{temperature:g}".replace(".", "_"), alt), task, alt)
+        return Chart(to_svg(figure, f"{_slug(key)}-{_slug(task)}", alt), task, alt)
 
 
-def positions_chart(results: Results, task: str, temperature: float) -> Chart:
-    """Share of rounds in which the proposal at each position was accepted, from the largest K."""
-    with drawing(right=26) as (figure, axes):
-        labels, top, length = [], 0.0, 1
-        for checkpoint in results.checkpoints:
-            ks = results.ks(checkpoint, task, temperature)
-            shares = per_position(results.row(checkpoint, task, temperature, ks[-1])) if ks else []
-            if not shares:
-                continue
-            points: Points = [(i + 1.0, share) for i, share in enumerate(shares)]
-            _line(axes, points, _ladder(checkpoint), markers=True)
-            labels.append(Label(stage_label(checkpoint), *points[-1], _ladder(checkpoint)))
-            top, length = max(top, *shares), max(length, len(shares))
-        axes.set_ylim(0, _nice_top(max(top, 0.05)))
-        axes.set_xticks(range(1, length + 1))
+def positions_charts(results: Results, tasks: Sequence[str], temperature: float) -> tuple[Chart, ...]:
+    """For each task the share of rounds in which the proposal at each position was accepted, from the largest K, all on one scale."""
+    shares = {
+        (task, c): per_position(results.row(c, task, temperature, ks[-1]))
+        for task in tasks
+        for c in results.checkpoints
+        if (ks := results.ks(c, task, temperature))
+    }
+    top = _nice_top(max((share for found in shares.values() for share in found), default=1.0))
+    return tuple(_positions_chart(task, {c: found for (name, c), found in shares.items() if name == task and found}, top) for task in tasks)
+
+
+def _positions_chart(task: str, shares: Mapping[str, Sequence[float]], top: float) -> Chart:
+    with drawing(right=10) as (figure, axes):
+        for checkpoint, found in shares.items():
+            _line(axes, [(i + 1.0, share) for i, share in enumerate(found)], _ladder(checkpoint), markers=True)
+        axes.set_ylim(0, top)
+        axes.set_xticks(range(1, max((len(found) for found in shares.values()), default=1) + 1))
         axes.set_xlabel("position in the round")
-        label_ends(axes, labels)
-        alt = f"Share of rounds in which each position was accepted on {task}, {temperature_name(temperature)}"
-        return Chart(to_svg(figure, f"positions-{task}-{temperature:g}".replace(".", "_"), alt), task, alt)
+        alt = f"Share of rounds in which each position was accepted on {task}"
+        return Chart(to_svg(figure, f"positions-{_slug(task)}", alt), task, alt)
 
 
 def loss_chart(stage: str, lines: Sequence[Mapping[str, Any]], title: str) -> Chart | None:
     """Training loss (as logged, and smoothed) and validation loss per corpus against trained tokens."""
     train = _series(lines, "loss")
     names = list(dict.fromkeys(name for line in lines for name in _losses(line)))
-    validation = {name: [(x, y) for line in lines if (x := number(line, "tokens", "step")) is not None and (y := _losses(line).get(name))] for name in names}
+    validation = {
+        name: [(x, y) for line in lines if (x := number(line, "tokens", "step")) is not None and (y := _losses(line).get(name))]
+        for name in names
+    }
     if len(train) < 2 and not any(len(points) > 1 for points in validation.values()):
         return None
     with drawing(right=52) as (figure, axes):
@@ -123,14 +159,19 @@ def validation_chart(stage: str, lines: Sequence[Mapping[str, Any]], best_step: 
     points = _series(lines, "validation_block_efficiency")
     if len(points) < 2:
         return None
-    steps = {step: (x, y) for line in lines if (step := number(line, "step")) is not None for x, y in _series([line], "validation_block_efficiency")}
+    steps = {
+        step: (x, y)
+        for line in lines
+        if (step := number(line, "step")) is not None
+        for x, y in _series([line], "validation_block_efficiency")
+    }
     with drawing(right=52) as (figure, axes):
         _line(axes, points, LADDER["align"], markers=len(points) < 30)
         low, high = min(y for _, y in points), max(y for _, y in points)
         axes.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.22 * (high - low) + 0.02)
         _token_axis(axes)
         if best_step in steps:
-            x, y = steps[best_step]  # type: ignore[index]
+            x, y = steps[best_step]
             _mark(axes, x, y, LADDER["align"])
             axes.annotate(f"kept: {y:.2f}", (x, y), xytext=(0, 9), textcoords="offset points", ha="center", color=INK, fontsize=10)
         alt = f"{title}: validation block efficiency against tokens"
@@ -149,7 +190,8 @@ def smooth(points: Points, share: float = 0.04) -> Points:
 
 def limits_of(results: Results, key: str, temperature: float) -> tuple[float, float]:
     """One vertical range for all tasks, so that their charts can be compared."""
-    values = [value for row in results.select(temperature=temperature) if (value := number(row, key)) is not None]
+    rows = results.select(temperature=temperature)
+    values = [value for row in rows for value in (number(row, key), *(interval(row, key) or ())) if value is not None]
     low, high = min([1.0, *values]), max([1.2, *values])
     return max(0.0, math.floor((low - 0.02) * 10) / 10), high + 0.14 * (high - low)
 
@@ -167,7 +209,7 @@ def _losses(line: Mapping[str, Any]) -> dict[str, float]:
     return {} if value is None else {"validation": value}
 
 
-def _line(axes: Axes, points: Points, colour: str, markers: bool = False, width: float = 1.9, alpha: float = 1.0) -> None:
+def _line(axes: Axes, points: Points, colour: str, *, markers: bool = False, width: float = 1.9, alpha: float = 1.0) -> None:
     axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=width, alpha=alpha,
               marker="o" if markers else "", markersize=4.5, markeredgecolor=PAPER, markeredgewidth=1.0)  # fmt: skip
 
@@ -175,7 +217,9 @@ def _line(axes: Axes, points: Points, colour: str, markers: bool = False, width:
 def _band(axes: Axes, rows: Sequence[Mapping[str, Any] | None], key: str, colour: str) -> None:
     around = [(k, *pair) for row in rows if (pair := interval(row, key)) and (k := number(row, "num_speculative_tokens")) is not None]
     if len(around) > 1:
-        axes.fill_between([k for k, _, _ in around], [low for _, low, _ in around], [high for _, _, high in around], color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(
+            [k for k, _, _ in around], [low for _, low, _ in around], [high for _, _, high in around], color=colour, alpha=0.13, linewidth=0
+        )
 
 
 def _mark(axes: Axes, x: float, y: float, colour: str) -> None:
@@ -187,7 +231,7 @@ def _mark_best(axes: Axes, points: Points, colour: str, written: bool) -> None:
     _mark(axes, x, y, colour)
     if written:
         side = "left" if x <= points[0][0] + 1 else "right" if x >= points[-1][0] - 1 else "center"
-        axes.annotate(f"{y:.2f}× at K = {x:g}", (x, y), xytext=(0, 8), textcoords="offset points", ha=side, color=INK, fontsize=10)
+        axes.annotate(f"{y:.2f}× at {k_name(x)}", (x, y), xytext=(0, 8), textcoords="offset points", ha=side, color=INK, fontsize=10)
 
 
 def _loss_axes(axes: Axes, values: Sequence[float]) -> None:
@@ -209,7 +253,11 @@ def _token_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value) if value > 0 else "0"))
     axes.set_xlabel("tokens trained")
-    axes.margins(x=0.01)
+    axes.set_xlim(0, axes.get_xlim()[1] / 1.03)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") + f"-{digest(text)[:4]}"
 
 
 def _ladder(checkpoint: str) -> str:

@@ -6,19 +6,53 @@ Decides the wording; the definitions follow Leviathan et al. (arXiv 2211.17192) 
 from __future__ import annotations
 
 DEFINITIONS: tuple[tuple[str, str], ...] = (
-    ("K", "Number of tokens that the draft proposes per round (num_speculative_tokens). Papers write gamma; Hugging Face and OpenVINO say num_assistant_tokens."),
-    ("Round", "One propose-and-verify step: K draft passes, then one target pass. It emits the accepted proposals and one token of the target."),
-    ("Acceptance rate (AR)", "Accepted / proposed tokens, counts added over all prompts. It falls as K grows, so it is only comparable at equal K."),
-    ("Conditional acceptance rate", "Accepted / examined tokens: proposals behind a rejected one are not examined. This is alpha of Leviathan et al."),
-    ("Overlap", "The sum over the vocabulary of the smaller of the two probabilities: the chance that one proposal is accepted when sampling."),
-    ("Block efficiency", "Generated tokens / rounds: tokens per target pass. The first round drafts straight from the prompt, and EOS counts as a generated token."),
+    (
+        "K",
+        "Number of tokens that the draft proposes per round (num_speculative_tokens). Papers write gamma; Hugging Face "
+        "and OpenVINO say num_assistant_tokens.",
+    ),
+    (
+        "Round",
+        "One propose-and-verify step: K draft passes, then one target pass. It emits the accepted proposals and one token of the target.",
+    ),
+    (
+        "Acceptance rate (AR)",
+        "Accepted / proposed tokens, counts added over all prompts. It falls as K grows, so it is only comparable at equal K.",
+    ),
+    (
+        "Conditional acceptance rate",
+        "Accepted / examined tokens: proposals behind a rejected one are not examined. This is alpha of Leviathan et al.",
+    ),
+    (
+        "Overlap",
+        "The sum over the vocabulary of the smaller of the two probabilities: the chance that one proposal is accepted when sampling.",
+    ),
+    (
+        "Block efficiency",
+        "Generated tokens / rounds: tokens per target pass. The first round drafts straight from the prompt, and EOS "
+        "counts as a generated token.",
+    ),
     (
         "Memory-bound speed-up (MBSU)",
-        "Block efficiency / (K·c + 1), where c is the cost of one draft pass over one target pass. By parameters it is the same on every machine; by bytes it counts the "
+        "Block efficiency / (K·c + 1), where c is the cost of one draft pass over one target pass. By parameters it is "
+        "the same on every machine; by bytes it counts the "
         "weights read per token (an untied input embedding is not read); by latency it uses times measured where the evaluation ran.",
     ),
-    ("Exact and replay", "Exact runs the lossless decoder. Replay passes text that the target wrote once through the draft and gives the expected counts for every K."),
+    (
+        "Predicted wall clock",
+        "Block efficiency / (K·d + v), from times measured where the evaluation ran: d is one draft pass and v one target pass over "
+        "K + 1 tokens, both divided by one target pass over a single token.",
+    ),
+    (
+        "Exact and replay",
+        "Exact runs the lossless decoder. Replay passes text that the target wrote once through the draft and gives the "
+        "expected counts for every K.",
+    ),
     ("95 % interval", "Bootstrap over prompts."),
-    ("PT, CP, FT", "The checkpoints after pre-training on text, after continued pre-training on code and text, and after fine-tuning on text that the target wrote."),
+    (
+        "PT, CP, FT",
+        "The checkpoints after pre-training on text, after continued pre-training on code and text, and after "
+        "fine-tuning on text that the target wrote.",
+    ),
 )
 """Name and definition, in reading order."""

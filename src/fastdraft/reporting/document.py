@@ -39,9 +39,9 @@ class Table:
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which columns hold figures only, and so are aligned to the right."""
+        """Which columns hold figures only, and so are aligned to the right; never the first, which names the row."""
         body = [row for row in self.rows if row.kind != "group"]
-        return tuple(bool(body) and all(_is_figure(row.cells[i].text) for row in body) for i in range(len(self.columns)))
+        return tuple(i > 0 and bool(body) and all(_is_figure(row.cells[i].text) for row in body) for i in range(len(self.columns)))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 300, 204
+WIDTH, HEIGHT = 254, 186
 """Size of one chart in CSS pixels."""
 
 INK, MUTED, GRID, PAPER = "#010101", "#010102", "#010103", "#010104"
@@ -32,10 +32,10 @@ _VARIABLES = {
 }  # fmt: skip
 _TASK_HUES = {"code": 0, "text": 1, "summarization": 2, "instructions": 3}
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "fastdraft", "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.labelsize": 9.5,
+    "svg.fonttype": "none", "svg.hashsalt": "fastdraft", "font.family": "DejaVu Sans", "font.size": 10.5, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.labelsize": 10,
     "text.color": INK, "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "ytick.major.size": 0, "ytick.minor.size": 0, "xtick.major.size": 3,
+    "xtick.labelsize": 10, "ytick.labelsize": 10, "ytick.major.size": 0, "ytick.minor.size": 0, "xtick.major.size": 3,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.facecolor": "none",
     "figure.facecolor": "none", "lines.linewidth": 1.8, "lines.solid_capstyle": "round", "axes.unicode_minus": True,
 }  # fmt: skip
@@ -67,12 +67,23 @@ def drawing(width: int = WIDTH, height: int = HEIGHT, right: int = 56) -> Iterat
 
 def label_ends(axes: Axes, labels: Sequence[Label], gap: float = 12.5) -> None:
     """Writes each label right of its line's end, pushed apart so that none covers another. Call it after the limits are set."""
+    axes.get_xlim(), axes.get_ylim()  # matplotlib settles its automatic limits only when they are asked for
     ordered = sorted(labels, key=lambda label: label.y)
     wanted = [float(axes.transData.transform((label.x, label.y))[1]) for label in ordered]
     for label, y in zip(ordered, spread(wanted, gap), strict=True):
         x = float(axes.transData.transform((label.x, label.y))[0]) + 6
         at = axes.transAxes.inverted().transform((x, y))
-        axes.text(float(at[0]), float(at[1]), label.text, color=label.colour, va="center", ha="left", transform=axes.transAxes, clip_on=False, fontsize=10)
+        axes.text(
+            float(at[0]),
+            float(at[1]),
+            label.text,
+            color=label.colour,
+            va="center",
+            ha="left",
+            transform=axes.transAxes,
+            clip_on=False,
+            fontsize=10,
+        )
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
@@ -131,7 +142,9 @@ def _clean(svg: str, key: str, alt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*</defs>", "", svg)
     view = re.search(r'viewBox="([^"]+)"', svg)
-    head = f'<svg class="chart" role="img" aria-label={quoteattr(alt)} viewBox="{view[1] if view else ""}" xmlns="http://www.w3.org/2000/svg">'
+    head = (
+        f'<svg class="chart" role="img" aria-label={quoteattr(alt)} viewBox="{view[1] if view else ""}" xmlns="http://www.w3.org/2000/svg">'
+    )
     svg = head + svg[svg.index(">") + 1 :]
     svg = svg.replace("xlink:href=", "href=")
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))

@@ -5,15 +5,30 @@ Decides that a card claims nothing that the run did not measure: sections withou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastdraft.config import format_count
+from fastdraft.reporting.definitions import DEFINITIONS
+from fastdraft.reporting.document import Table, row
+from fastdraft.reporting.page import escape_markdown, markdown_table
 from fastdraft.reporting.record import RunRecord
 from fastdraft.reporting.report import shape_of, target_name
-from fastdraft.reporting.results import Results, interval, number, stage_label, temperature_name
+from fastdraft.reporting.results import Results, interval, k_name, number, stage_label, temperature_name
+from fastdraft.reporting.summary import show
+from fastdraft.reporting.verdict import give_verdict
 
-_TAGS = "tags: [speculative-decoding, draft-model, fastdraft]"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHOWN_DEFINITIONS = ("K", "Acceptance rate (AR)", "Block efficiency", "Memory-bound speed-up (MBSU)")
+
+
+def model_card(manifests: Mapping[str, dict[str, Any]], results: dict[str, Any] | None) -> str:
+    """The card from manifests by stage and the content of `results.json`."""
+    exported = manifests.get("export", {})
+    checks = exported.get("checks")
+    k = int(number(exported, "num_speculative_tokens") or 3)
+    return render_model_card(RunRecord("", manifests, results), k, checks if isinstance(checks, Mapping) else {})
 
 
 def render_model_card(record: RunRecord, num_speculative_tokens: int, checks: Mapping[str, Any]) -> str:
@@ -25,28 +40,52 @@ def render_model_card(record: RunRecord, num_speculative_tokens: int, checks: Ma
         checks: What the export stage found in the exported files.
     """
     target = target_name(record.manifests, record.results)
-    parts = [_front_matter(target), _introduction(record, target), _usage(target, num_speculative_tokens), _figures(record, num_speculative_tokens)]
-    parts += [_training(record), _checks(checks), _limits()]
+    parts = [
+        _front_matter(target),
+        _introduction(record, target),
+        _usage(target, num_speculative_tokens),
+        _figures(record, num_speculative_tokens),
+    ]
+    parts += [_training(record), _checks(checks), _limits(), _provenance(record)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _front_matter(target: str) -> str:
-    base = [f"base_model: {target}"] if target.count("/") == 1 and not target.startswith((".", "/", "~")) and ":" not in target else []
-    return "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", _TAGS, *base, "---"])
+    base = [f"base_model: {target}"] if _is_hub_id(target) else []
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            *base,
+            "tags:",
+            "- speculative-decoding",
+            "- draft-model",
+            "- fastdraft",
+            "---",
+        ]
+    )
 
 
 def _introduction(record: RunRecord, target: str) -> str:
     design = record.manifests.get("design", {})
     parameters = number(design, "parameters")
-    size = f"{format_count(parameters)} parameters, " if parameters else ""
-    return (
-        f"# A draft model for {target}\n\nA small language model ({size}{shape_of(design)}) with exactly the vocabulary of `{target}`. It proposes "
-        "tokens that the target checks (speculative decoding), so the target answers faster and its output does not change. It is of no use alone. "
-        "Made with FastDraft, after the method of [arXiv 2411.11055](https://arxiv.org/abs/2411.11055)."
+    size = ", ".join(part for part in (f"{format_count(parameters)} parameters" if parameters else "", shape_of(design)) if part)
+    name = escape_markdown(target)
+    lines = [f"# A draft model for {name}", f"A small language model{f' ({size})' if size else ''} with exactly the vocabulary of {name}."]
+    lines[1] += (
+        " It proposes tokens that the target checks (speculative decoding), so the target answers faster and its output "
+        "does not change. It is of no use alone."
+    )
+    lines[1] += " Made with FastDraft, after the method of [arXiv 2411.11055](https://arxiv.org/abs/2411.11055)."
+    verdict = give_verdict(record.results)
+    return "\n\n".join(
+        [*lines, *([f"**{escape_markdown(verdict.sentence)}** {escape_markdown(verdict.detail)}"] if verdict.tone != "none" else [])]
     )
 
 
 def _usage(target: str, k: int) -> str:
+    target = target if _is_hub_id(target) else "path/to/the/target"
     return f"""## Use
 
 ```python
@@ -56,38 +95,55 @@ tokenizer = AutoTokenizer.from_pretrained("{target}")
 target = AutoModelForCausalLM.from_pretrained("{target}")
 draft = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(target.generate(**inputs, assistant_model=draft, max_new_tokens=64)[0]))
+output = target.generate(**inputs, assistant_model=draft, do_sample=False, max_new_tokens=64)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-`generation_config.json` pins {k} proposed tokens per round. With vLLM:
-`vllm serve {target} --speculative-config '{{"method": "draft_model", "model": "path/to/this/folder", "num_speculative_tokens": {k}}}'`."""
+`generation_config.json` pins {k} proposed tokens per round; transformers assists one sequence at a time. With vLLM:
+
+```
+vllm serve {target} --speculative-config '{{"method": "draft_model", "model": "path/to/this/folder", "num_speculative_tokens": {k}}}'
+```"""
 
 
 def _figures(record: RunRecord, k: int) -> str:
     results = Results(record.results or {})
     rows = []
     for task, temperature in results.settings():
-        row = results.row(results.final, task, temperature, k)
-        if row is None:
+        at_k, best = results.row(results.final, task, temperature, k), results.best(results.final, task, temperature)
+        if at_k is None:
             continue
-        bounds = interval(row, "block_efficiency")
-        spread = f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
-        cells = [_figure(row, "acceptance_rate"), _figure(row, "block_efficiency") + spread, _figure(row, "mbsu_parameters"), _figure(row, "mbsu_bytes")]
-        rows.append(f"| {task} | {temperature_name(temperature)} | {' | '.join(cells)} |")
+        spread = [
+            f" ({form.format(pair[0])} to {form.format(pair[1])})" if (pair := interval(at_k, key)) else ""
+            for key, form in (("acceptance_rate", "{:.3f}"), ("block_efficiency", "{:.2f}"))
+        ]
+        cells = [show(number(at_k, "acceptance_rate")) + spread[0], show(number(at_k, "block_efficiency"), "{:.2f}") + spread[1]]
+        cells += [show(number(at_k, key), "{:.2f}") for key in ("mbsu_parameters", "mbsu_bytes")]
+        at_best = (
+            f"{number(best, 'mbsu_parameters') or 0:.2f} ({k_name(number(best, 'num_speculative_tokens'))})" if best is not None else "-"
+        )
+        rows.append(row(task, temperature_name(temperature), *cells, at_best))
     if not rows:
-        return "## Figures\n\nThis draft was not evaluated at this number of tokens."
-    head = f"| task | target | acceptance rate, K = {k} | tokens per target pass | MBSU, parameters | MBSU, bytes |\n|---|---|---|---|---|---|"
-    ratios = [f"{ratio:.4f} by {basis}" for basis in ("parameters", "bytes") if (ratio := results.cost_ratio(basis)) is not None]
-    note = (
-        "Acceptance rate: accepted / proposed tokens. Tokens per target pass: block efficiency, 95 % intervals in brackets. MBSU: memory-bound speed-up, block "
-        f"efficiency / (K c + 1), c being the draft's cost over the target's ({', '.join(ratios)}). Wall-clock speed-up depends on machine and runtime: measure it."
+        return f"## Figures\n\nThis draft was not evaluated at {k_name(k)}."
+    columns = (
+        "Task",
+        "Target",
+        f"Acceptance rate, {k_name(k)}",
+        "Tokens per target pass",
+        "MBSU, parameters",
+        "MBSU, bytes",
+        "MBSU at best K",
     )
-    return "\n".join(["## Figures", "", head, *rows, "", note])
-
-
-def _figure(row: Mapping[str, Any], key: str) -> str:
-    value = number(row, key)
-    return "-" if value is None else f"{value:.3f}" if key == "acceptance_rate" else f"{value:.2f}"
+    ratios = [f"{ratio:.3g} by {name}" for name in ("parameters", "bytes") if (ratio := results.cost_ratio(f"mbsu_{name}")) is not None]
+    note = (
+        "95 % intervals in brackets. "
+        + (f"Cost ratio c: {', '.join(ratios)}. " if ratios else "")
+        + "Wall-clock speed-up depends on machine and runtime: measure it."
+    )
+    definitions = "\n".join(
+        f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in DEFINITIONS if name in _SHOWN_DEFINITIONS
+    )
+    return f"## Figures\n\n{markdown_table(Table(columns, tuple(rows), note=note))}\n\n{definitions}"
 
 
 def _training(record: RunRecord) -> str:
@@ -99,9 +155,12 @@ def _training(record: RunRecord) -> str:
     corpora = record.manifests.get("prepare", {}).get("corpora") or {}
     for name, corpus in corpora.items():
         for source in corpus.get("sources") or []:
-            licence = source.get("license") or "licence not stated in the recipe"
-            count = number(source, "tokens")
-            lines.append(f"- corpus {name}: {source.get('from') or source.get('kind')} ({licence}{f', {format_count(count)} tokens' if count else ''})")
+            licence, count = source.get("license") or "licence not recorded", number(source, "tokens")
+            where = escape_markdown(str(source.get("from") or source.get("kind")))
+            lines.append(
+                f"- corpus {escape_markdown(str(name))}: {where} "
+                f"({escape_markdown(str(licence))}{f', {format_count(count)} tokens' if count else ''})"
+            )
     written = number(record.manifests.get("synthesize"), "tokens")
     if written is not None:
         lines.append(f"- written by the target for alignment: {format_count(written)} tokens")
@@ -115,13 +174,41 @@ def _checks(checks: Mapping[str, Any]) -> str:
     compared, dtype = checks.get("assistant_tokens_compared"), checks.get("assistant_dtype")
     mass, verdict = number(checks, "padding_mass_mean") or 0.0, "under" if checks.get("padding_mass_ok") else "NOT under"
     return (
-        f"## Tests of these files\n\n- Greedy text of the target with this draft as `assistant_model` {same} to the target's alone ({compared} tokens, {dtype}).\n"
-        f"- Mean probability on padding ids, which no tokenizer can decode: {mass:.1e}, {verdict} {checks.get('padding_mass_limit', 1e-4):.0e}."
+        f"## Tests of these files\n\n- Greedy text of the target with this draft as `assistant_model` {same} to the "
+        f"target's alone ({compared} tokens, {dtype}).\n"
+        f"- Mean probability on padding ids, which no tokenizer can decode: {mass:.1e}, {verdict} "
+        f"{checks.get('padding_mass_limit', 1e-4):.0e}."
     )
 
 
 def _limits() -> str:
     return (
-        "## Limits\n\nFew proposals are accepted on text unlike the training corpora, other languages included; the output stays the target's. "
-        "The licences of the target and of the corpora decide how this draft may be used."
+        "## Limits\n\nFew proposals are accepted on text unlike the training corpora, other languages included; the "
+        "output stays the target's. "
+        "The draft serves this target and fine-tunes with the same vocabulary; after a fine-tune acceptance falls until "
+        "the draft is aligned anew. "
+        "This card sets no licence: those of the target and of the corpora decide how this draft may be used."
     )
+
+
+def _provenance(record: RunRecord) -> str:
+    origins = [
+        origin for manifest in record.manifests.values() if isinstance(origin := manifest.get("provenance"), Mapping) and origin.get("time")
+    ]
+    if not origins:
+        return ""
+    last = max(origins, key=lambda origin: str(origin["time"]))
+    libraries = last.get("libraries")
+    versions = ", ".join(f"{name} {version}" for name, version in libraries.items()) if isinstance(libraries, Mapping) else ""
+    facts = [
+        ("finished", last.get("time")),
+        ("command", last.get("command")),
+        ("system", last.get("system")),
+        ("python", last.get("python")),
+        ("libraries", versions),
+    ]
+    return "\n".join(["## Provenance", "", *(f"- {name}: {escape_markdown(str(value))}" for name, value in facts if value)])
+
+
+def _is_hub_id(target: str) -> bool:
+    return bool(_HUB_ID.fullmatch(target))

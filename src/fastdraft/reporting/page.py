@@ -28,14 +28,25 @@ def render_html(report: Report) -> str:
 
 def render_markdown(report: Report) -> str:
     """The same content as Markdown tables; drawings are left out, their figures stand in the tables."""
-    parts = [f"# {_escape(report.title)}", _escape(report.subtitle), f"**{_escape(report.verdict)}**", _escape(report.verdict_detail)]
-    parts.append("\n".join(f"- {_escape(name)}: {_escape(value)}" for name, value in report.facts))
+    parts = [
+        f"# {escape_markdown(report.title)}",
+        escape_markdown(report.subtitle),
+        f"**{escape_markdown(report.verdict)}**",
+        escape_markdown(report.verdict_detail),
+    ]
+    parts.append("\n".join(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in report.facts))
     if report.tiles:
-        parts.append("\n".join(f"- {_escape(tile.label)}: **{_escape(tile.value)}**" + (f" ({_escape(tile.detail)})" if tile.detail else "") for tile in report.tiles))
+        parts.append(
+            "\n".join(
+                f"- {escape_markdown(tile.label)}: **{escape_markdown(tile.value)}**"
+                + (f" ({escape_markdown(tile.detail)})" if tile.detail else "")
+                for tile in report.tiles
+            )
+        )
     parts += [_section(section) for section in report.sections]
     if report.omitted:
-        parts.append("## Not in this report\n\n" + "\n".join(f"- {_escape(line)}" for line in report.omitted))
-    parts.append(_escape(report.footer))
+        parts.append("## Not in this report\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in report.omitted))
+    parts.append(escape_markdown(report.footer))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -44,12 +55,12 @@ def markdown_table(table: Table) -> str:
     lines = ["| " + " | ".join(_cell(column) for column in table.columns) + " |"]
     lines.append("| " + " | ".join("---:" if numeric else "---" for numeric in table.numeric) + " |")
     lines += [_row(row) for row in table.rows]
-    parts = [f"**{_escape(table.caption)}**" if table.caption else "", "\n".join(lines), _escape(table.note)]
+    parts = [f"**{escape_markdown(table.caption)}**" if table.caption else "", "\n".join(lines), escape_markdown(table.note)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _section(section: Section) -> str:
-    parts = [f"## {_escape(section.title)}", _escape(section.lead), *(_block(block) for block in section.blocks)]
+    parts = [f"## {escape_markdown(section.title)}", escape_markdown(section.lead), *(_block(block) for block in section.blocks)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -57,13 +68,17 @@ def _block(block: Block) -> str:
     if isinstance(block, Table):
         return markdown_table(block)
     if isinstance(block, Text):
-        return _escape(block.text)
+        return escape_markdown(block.text)
     if isinstance(block, Sample):
         text = "".join(f"[{piece}]" if accepted else piece for piece, accepted in block.pieces)
-        return f"**{_escape(block.task)}** ({_escape(block.about)})\n\nPrompt:\n\n{_fence(block.prompt)}\n\nAnswer, accepted tokens in brackets:\n\n{_fence(text)}"
+        return (
+            f"**{escape_markdown(block.task)}** "
+            f"({escape_markdown(block.about)})\n\nPrompt:\n\n{_fence(block.prompt)}\n\nAnswer, accepted tokens in "
+            f"brackets:\n\n{_fence(text)}"
+        )
     if isinstance(block, Details):
         inside = _fence(block.text) if block.text else markdown_table(block.table) if block.table else ""
-        return f"<details><summary>{_escape(block.summary)}</summary>\n\n{inside}\n\n</details>"
+        return f"<details><summary>{escape_markdown(block.summary)}</summary>\n\n{inside}\n\n</details>"
     assert isinstance(block, Charts)
     return ""
 
@@ -82,10 +97,11 @@ def _figure(cell: Cell) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(_escape(text).split())
+    return " ".join(escape_markdown(text).split())
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Text in which no character is markup."""
     return _MARKDOWN_SPECIAL.sub(r"\\\1", text)
 
 

@@ -11,12 +11,12 @@ PAPER_TASKS = {"summarization": "CNN-DM", "text": "TinyStories", "instructions":
 """Our task -> the set on which the paper measured it."""
 
 PAPER_ROWS: dict[str, dict[str, dict[str, float]]] = {
-    "Phi-3-mini, 50M draft": {
+    "Phi-3-mini 50M": {
         "pretrain": {"summarization": 0.311, "text": 0.277, "instructions": 0.245, "code": 0.229},
         "continue_pretrain": {"summarization": 0.304, "text": 0.287, "instructions": 0.226, "code": 0.561},
         "align": {"summarization": 0.369, "text": 0.306, "instructions": 0.370, "code": 0.562},
     },
-    "Llama-3.1-8B, 150M draft": {
+    "Llama-3.1-8B 150M": {
         "pretrain": {"summarization": 0.280, "text": 0.227, "instructions": 0.247, "code": 0.248},
         "continue_pretrain": {"summarization": 0.280, "text": 0.235, "instructions": 0.273, "code": 0.606},
         "align": {"summarization": 0.307, "text": 0.266, "instructions": 0.334, "code": 0.649},

@@ -78,7 +78,9 @@ def read_results(path: Path) -> dict[str, Any] | None:
         return None
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ArtifactError(path, "not a mapping", "must hold an evaluation's results", "run `fastdraft evaluate` again with --redo evaluate")
+        raise ArtifactError(
+            path, "not a mapping", "must hold an evaluation's results", "run `fastdraft evaluate` again with --redo evaluate"
+        )
     return value
 
 
@@ -111,4 +113,8 @@ def _read_samples(path: Path) -> list[dict[str, Any]]:
 
 def _read_timings(path: Path) -> dict[str, float]:
     value = read_json(path) if path.is_file() else {}
-    return {str(name): float(seconds) for name, seconds in value.items() if isinstance(seconds, (int, float))} if isinstance(value, dict) else {}
+    return (
+        {str(name): float(seconds) for name, seconds in value.items() if isinstance(seconds, (int, float))}
+        if isinstance(value, dict)
+        else {}
+    )

@@ -29,14 +29,14 @@ def compose_report(record: RunRecord, title: str | None = None) -> Report:
     """The report about one run, ready to be rendered."""
     verdict = give_verdict(record.results)
     found = [chapter(record) for chapter in CHAPTERS]
-    omitted = [f"Stage {stage}: not finished in this run." for stage in record.missing]
+    omitted = [f"Stage {stage}: not run, or not finished." for stage in record.missing]
     return Report(
         title=title or f"Draft report: {record.name}",
         subtitle=_subtitle(record),
         verdict=verdict.sentence,
         verdict_detail=verdict.detail,
         tone=verdict.tone,
-        tiles=tiles(record.results, record.manifests),
+        tiles=tiles(record),
         sections=tuple(item for item in found if isinstance(item, Section)),
         omitted=(*omitted, *(item for item in found if isinstance(item, str))),
         footer=_footer(record),
@@ -61,7 +61,13 @@ def shape_of(design: Mapping[str, Any]) -> str:
     shape = design.get("architecture")
     if not isinstance(shape, Mapping):
         return ""
-    names = (("num_layers", "layers"), ("hidden_size", "hidden"), ("intermediate_size", "FFN"), ("num_heads", "heads"), ("vocab_size", "vocabulary"))
+    names = (
+        ("num_layers", "layers"),
+        ("hidden_size", "hidden"),
+        ("intermediate_size", "FFN"),
+        ("num_heads", "heads"),
+        ("vocab_size", "vocabulary"),
+    )
     parts = [f"{words} {value:g}" for key, words in names if (value := number(shape, key)) is not None]
     return ", ".join(([str(shape["family"])] if shape.get("family") else []) + parts)
 

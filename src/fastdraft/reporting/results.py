@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 Figures = Mapping[str, Any]
@@ -32,22 +33,22 @@ class Results:
 
     raw: Mapping[str, Any]
 
-    @property
+    @cached_property
     def rows(self) -> list[Figures]:
         """Every row that is a mapping."""
         return [item for item in self.raw.get("rows") or [] if isinstance(item, Mapping)]
 
-    @property
+    @cached_property
     def checkpoints(self) -> list[str]:
         """Checkpoints in the order of training, unknown names last."""
         return _ordered((str(item.get("checkpoint")) for item in self.rows), tuple(STAGE_LABELS))
 
-    @property
+    @cached_property
     def tasks(self) -> list[str]:
         """Tasks, the shipped ones first."""
         return _ordered((str(item.get("task")) for item in self.rows), TASK_ORDER)
 
-    @property
+    @cached_property
     def temperatures(self) -> list[float]:
         return sorted({t for item in self.rows if (t := number(item, "temperature")) is not None})
 
@@ -72,9 +73,18 @@ class Results:
 
     def ks(self, checkpoint: str | None = None, task: str | None = None, temperature: float | None = None) -> list[int]:
         """The K values that have a row."""
-        return sorted({int(k) for item in self.select(checkpoint, task, temperature) if (k := number(item, "num_speculative_tokens")) is not None})
+        return sorted(
+            {int(k) for item in self.select(checkpoint, task, temperature) if (k := number(item, "num_speculative_tokens")) is not None}
+        )
 
-    def select(self, checkpoint: str | None = None, task: str | None = None, temperature: float | None = None, k: int | None = None, method: str | None = None) -> list[Figures]:
+    def select(
+        self,
+        checkpoint: str | None = None,
+        task: str | None = None,
+        temperature: float | None = None,
+        k: int | None = None,
+        method: str | None = None,
+    ) -> list[Figures]:
         """Rows that match every given value."""
         wanted = {"checkpoint": checkpoint, "task": task, "temperature": temperature, "num_speculative_tokens": k, "method": method}
         return [item for item in self.rows if all(value is None or item.get(key) == value for key, value in wanted.items())]
@@ -84,7 +94,7 @@ class Results:
         found = self.select(checkpoint, task, temperature, k)
         return min(found, key=lambda item: item.get("method") != "replay") if found else None
 
-    @property
+    @cached_property
     def speedups(self) -> list[str]:
         """The kinds of speed-up that these rows hold."""
         return [key for key in SPEEDUPS if any(number(item, key) is not None for item in self.rows)]
@@ -141,6 +151,11 @@ def per_position(item: Mapping[str, Any] | None) -> list[float]:
 def stage_label(checkpoint: str) -> str:
     """`align` -> `FT`, as in the paper's tables."""
     return STAGE_LABELS.get(checkpoint, checkpoint)
+
+
+def k_name(k: float | None) -> str:
+    """`K = 3`, kept on one line."""
+    return f"K\u00a0=\u00a0{k:g}" if k is not None else "K unknown"
 
 
 def temperature_name(temperature: float | None) -> str:

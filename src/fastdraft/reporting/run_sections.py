@@ -9,13 +9,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from fastdraft.config import format_count
 from fastdraft.console import format_seconds
 from fastdraft.reporting.charts import loss_chart, validation_chart
 from fastdraft.reporting.definitions import DEFINITIONS
 from fastdraft.reporting.document import Block, Charts, Details, Row, Sample, Section, Table, Text, row
 from fastdraft.reporting.record import STAGES, TRAINING, RunRecord
-from fastdraft.reporting.results import number, temperature_name
+from fastdraft.reporting.results import k_name, number, temperature_name
 from fastdraft.reporting.summary import show
 
 TITLES = {"pretrain": "Pre-training (PT)", "continue_pretrain": "Continued pre-training (CP)", "align": "Alignment (FT)"}
@@ -27,26 +29,38 @@ def training_section(record: RunRecord) -> Section | str:
     if not stages:
         return "Training curves: no training stage has finished."
     drawn = [loss_chart(stage, record.metrics.get(stage, []), TITLES[stage]) for stage in stages]
-    drawn += [validation_chart(stage, record.metrics.get(stage, []), number(record.manifests[stage], "best_step"), f"{TITLES[stage]}: validation block efficiency") for stage in stages]
+    drawn += [
+        validation_chart(stage, record.metrics.get(stage, []), number(record.manifests[stage], "best_step"), "FT: tokens per target pass")
+        for stage in stages
+    ]
     charts = tuple(chart for chart in drawn if chart is not None)
-    caption = "Cross-entropy in nats per token, logarithmic axis; grey is the training loss and its running mean, colours are held-out text per corpus."
+    caption = (
+        "Cross-entropy in nats per token, logarithmic axis; grey is the training loss and its running mean, colours are "
+        "held-out text per corpus."
+    )
     blocks: list[Block] = [Charts(charts, caption)] if charts else [Text("No metrics were logged.", "muted")]
-    blocks.append(Table(("Stage", "Tokens", "Steps", "Train loss", "Validation", "Tokens/s", "Time"), tuple(_training_row(stage, record.manifests[stage]) for stage in stages)))
+    blocks.append(
+        Table(
+            ("Stage", "Tokens", "Steps", "Train loss", "Validation loss", "Tokens/s", "Time"),
+            tuple(_training_row(stage, record.manifests[stage]) for stage in stages),
+        )
+    )
     return Section("Training", "training", tuple(blocks))
 
 
 def data_section(record: RunRecord) -> Section | str:
     """What was trained on: the prepared corpora and the text that the target wrote."""
-    blocks: list[Block] = []
-    for name, table in (("Corpora", corpora_table(record.manifests.get("prepare"))), ("Synthetic data", synthetic_table(record.manifests.get("synthesize")))):
-        blocks.append(table if table is not None else Text(f"{name}: this stage has not finished.", "muted"))
-    if not any(isinstance(block, Table) for block in blocks):
+    prepare, synthetic = record.manifests.get("prepare", {}), record.manifests.get("synthesize", {})
+    named = {"prepared corpora": corpora_table(prepare), "sources": sources_table(prepare), "synthetic data": synthetic_table(synthetic)}
+    tables = [table for table in named.values() if table is not None]
+    if not tables:
         return "Data: neither prepare nor synthesize has finished."
-    synthetic = record.manifests.get("synthesize", {})
-    for key, title in (("by_source", "Rows by source"), ("by_temperature", "Rows by temperature")):
+    for key, title in (("by_source", "By source"), ("by_temperature", "By temperature")):
         if isinstance(synthetic.get(key), Mapping) and synthetic[key]:
-            blocks.append(_breakdown(synthetic[key], title))
-    return Section("Data", "data", tuple(blocks))
+            tables.append(_breakdown(synthetic[key], title))
+    missing = [name for name, table in named.items() if table is None]
+    lines = [Text(f"Not recorded in this run: {', '.join(missing)}.", "muted")] if missing else []
+    return Section("Data", "data", (*tables, *lines))
 
 
 def corpora_table(manifest: Mapping[str, Any] | None) -> Table | None:
@@ -56,14 +70,37 @@ def corpora_table(manifest: Mapping[str, Any] | None) -> Table | None:
         return None
     rows = []
     for name, corpus in corpora.items():
-        corpus = corpus if isinstance(corpus, Mapping) else {}
-        train, validation = (corpus.get(split) if isinstance(corpus.get(split), Mapping) else {} for split in ("train", "validation"))
-        duplicates = corpus.get("duplicates", (train or {}).get("duplicates"))
-        cells = [_count(number(train, "documents")), _count(number(train, "tokens")), _count(number(train, "rows")), _count(number(validation, "tokens"))]
-        rows.append(row(str(name), *cells, _count(number({"duplicates": duplicates}, "duplicates"))))
+        train, validation = (_mapping(_mapping(corpus).get(split)) for split in ("train", "validation"))
+        cells = [
+            _count(number(train, "documents")),
+            _count(number(train, "tokens")),
+            _count(number(train, "rows")),
+            _count(number(validation, "tokens")),
+        ]
+        rows.append(row(str(name), *cells, _count(number(_mapping(corpus), "duplicates"))))
     length = number(manifest, "row_length")
     note = f"Packed into rows of {length:g} tokens." if length is not None else ""
-    return Table(("Corpus", "Documents", "Tokens", "Rows", "Validation tokens", "Duplicates removed"), tuple(rows), "Prepared corpora", note)
+    return Table(
+        ("Corpus", "Documents", "Tokens", "Rows", "Validation tokens", "Duplicates removed"), tuple(rows), "Prepared corpora", note
+    )
+
+
+def sources_table(manifest: Mapping[str, Any] | None) -> Table | None:
+    """Where the corpora come from, with the licence that the recipe names."""
+    corpora = (manifest or {}).get("corpora")
+    rows = []
+    for name, corpus in corpora.items() if isinstance(corpora, Mapping) else ():
+        for source in (corpus.get("sources") or []) if isinstance(corpus, Mapping) else []:
+            if isinstance(source, Mapping):
+                rows.append(
+                    row(
+                        str(name),
+                        str(source.get("from") or source.get("kind", "-")),
+                        str(source.get("license") or "not recorded"),
+                        _count(number(source, "tokens")),
+                    )
+                )
+    return Table(("Corpus", "Source", "Licence", "Tokens taken"), tuple(rows), "Sources") if rows else None
 
 
 def synthetic_table(manifest: Mapping[str, Any] | None) -> Table | None:
@@ -72,11 +109,17 @@ def synthetic_table(manifest: Mapping[str, Any] | None) -> Table | None:
         return None
     asked = number(manifest, "asked") or 0.0
     filtered = manifest.get("filtered") if isinstance(manifest.get("filtered"), Mapping) else {}
-    entries = [("written", number(manifest, "written")), *((f"filtered: {name}", number(filtered, name)) for name in filtered or {}), ("failed", number(manifest, "failed"))]
+    entries = [
+        ("written", number(manifest, "written")),
+        *((f"filtered: {name}", number(filtered, name)) for name in filtered or {}),
+        ("failed", number(manifest, "failed")),
+    ]
     rows = [row(name, show(count, "{:,.0f}"), f"{count / asked:.1%}" if asked and count is not None else "-") for name, count in entries]
     total = sum(count or 0.0 for _, count in entries)
     tokens, engine = number(manifest, "tokens"), manifest.get("engine")
-    note = ". ".join([*([f"{format_count(tokens)} response tokens"] if tokens is not None else []), *([f"engine {engine}"] if engine else [])])
+    note = ". ".join(
+        [*([f"{format_count(tokens)} response tokens"] if tokens is not None else []), *([f"Engine: {engine}"] if engine else [])]
+    )
     if total != asked:
         note += f". These parts add up to {total:,.0f}, not to what was asked"
     rows.insert(0, row("asked", f"{asked:,.0f}", "100.0%", kind="strong"))
@@ -90,14 +133,21 @@ def samples_section(record: RunRecord) -> Section | str:
     blocks = []
     for item in record.samples:
         pieces = tuple((str(piece.get("text", "")), bool(piece.get("accepted"))) for piece in item["pieces"] if isinstance(piece, Mapping))
-        accepted = sum(flag for _, flag in pieces)
+        share = sum(len(text) for text, accepted in pieces if accepted) / max(1, sum(len(text) for text, _ in pieces))
         k = number(item, "num_speculative_tokens")
-        facts = [temperature_name(number(item, "temperature")), f"K = {k:g}" if k is not None else "", f"{accepted} of {len(pieces)} tokens from the draft"]
-        rounds = len(pieces) - accepted
-        if rounds > 0:
-            facts.append(f"about {len(pieces) / rounds:.2f} tokens per target pass")
+        facts = [
+            temperature_name(number(item, "temperature")),
+            k_name(k) if k is not None else "",
+            f"{share:.0%} of the text from the draft",
+        ]
         blocks.append(Sample(str(item.get("task", "")), ", ".join(fact for fact in facts if fact), str(item.get("prompt", "")), pieces))
-    return Section("Samples", "samples", tuple(blocks), "Marked tokens were proposed by the draft and accepted; the others are the target's own. The text is the same without a draft.")
+    return Section(
+        "Samples",
+        "samples",
+        tuple(blocks),
+        "Marked tokens were proposed by the draft and accepted; the others are the target's own. Greedy text is the "
+        "same without a draft, sampled text has the same distribution.",
+    )
 
 
 def provenance_section(record: RunRecord) -> Section | str:
@@ -105,25 +155,34 @@ def provenance_section(record: RunRecord) -> Section | str:
     if not record.manifests:
         return "Provenance: no stage has finished."
     order = [stage for stage in STAGES if stage in record.manifests]
-    timed = any(number(record.manifests[stage], "seconds") is not None for stage in order)
+    timed = any(record.seconds(stage) is not None for stage in order)
     rows = []
     for stage in order:
-        manifest, seconds = record.manifests[stage], number(record.manifests[stage], "seconds")
+        manifest, seconds = record.manifests[stage], record.seconds(stage)
         origin = _provenance(manifest)
-        rows.append(row(stage, *([format_seconds(seconds) if seconds is not None else "-"] if timed else []), str(origin.get("time", "-")), str(manifest.get("fingerprint", "-"))))
+        rows.append(
+            row(
+                stage,
+                *([format_seconds(seconds) if seconds is not None else "-"] if timed else []),
+                str(origin.get("time", "-")).replace("T", " ").removesuffix("+00:00"),
+                str(manifest.get("fingerprint", "-")),
+            )
+        )
     blocks: list[Block] = [Table(("Stage", *(["Time"] if timed else []), "Finished (UTC)", "Fingerprint"), tuple(rows))]
     machine = _machine_table(record)
     if machine.rows:
         blocks.append(machine)
     if record.recipe is not None:
         blocks.append(Details("Resolved recipe", text=record.recipe))
-    blocks += [Details(f"Manifest of {stage}", text=json.dumps(_short(record.manifests[stage]), indent=1, ensure_ascii=False)) for stage in order]
+    blocks += [
+        Details(f"Manifest of {stage}", text=json.dumps(_short(record.manifests[stage]), indent=1, ensure_ascii=False)) for stage in order
+    ]
     return Section("Provenance", "provenance", tuple(blocks))
 
 
 def definitions_section(record: RunRecord) -> Section:
     """What every figure means."""
-    return Section("What the figures mean", "definitions", (Table(("Figure", "Definition"), tuple(row(name, text) for name, text in DEFINITIONS)),))
+    return Section("Definitions", "definitions", (Table(("Figure", "Definition"), tuple(row(name, text) for name, text in DEFINITIONS)),))
 
 
 def _training_row(stage: str, manifest: Mapping[str, Any]) -> Row:
@@ -132,9 +191,18 @@ def _training_row(stage: str, manifest: Mapping[str, Any]) -> Row:
     validation = ", ".join(f"{name} {value:.3f}".strip() for name, value in named if isinstance(value, (int, float)))
     efficiency, seconds = number(manifest, "validation_block_efficiency"), number(manifest, "seconds")
     if efficiency is not None:
-        validation = ", ".join(part for part in (validation, f"{efficiency:.2f} tokens per target pass") if part)
-    cells = [_count(number(manifest, "tokens")), show(number(manifest, "steps"), "{:,.0f}"), show(number(manifest, "train_loss")), validation or "-"]
-    return row(TITLES[stage], *cells, _count(number(manifest, "tokens_per_second")), format_seconds(seconds) if seconds is not None else "-")
+        start = number(manifest, "start_block_efficiency")
+        gain = (f"{start:.2f} → " if start is not None else "") + f"{efficiency:.2f} tokens per target pass"
+        validation = ", ".join(part for part in (validation, gain) if part)
+    cells = [
+        _count(number(manifest, "tokens")),
+        show(number(manifest, "steps"), "{:,.0f}"),
+        show(number(manifest, "train_loss")),
+        validation or "-",
+    ]
+    return row(
+        TITLES[stage], *cells, _count(number(manifest, "tokens_per_second")), format_seconds(seconds) if seconds is not None else "-"
+    )
 
 
 def _breakdown(counts: Mapping[str, Any], title: str) -> Table:
@@ -142,17 +210,33 @@ def _breakdown(counts: Mapping[str, Any], title: str) -> Table:
     if not nested:
         return Table(("", "Rows"), tuple(row(str(name), show(number(counts, name), "{:,.0f}")) for name in counts), title)
     keys = [key for key in dict.fromkeys(key for item in nested for key in item) if any(number(item, key) is not None for item in nested)]
-    rows = tuple(row(str(name), *(show(number(item, key), "{:,.0f}") for key in keys)) for name, item in counts.items() if isinstance(item, Mapping))
+    rows = tuple(
+        row(str(name), *(show(number(item, key), "{:,.0f}") for key in keys)) for name, item in counts.items() if isinstance(item, Mapping)
+    )
     return Table(("", *(key.replace("_", " ") for key in keys)), rows, title)
 
 
 def _machine_table(record: RunRecord) -> Table:
+    """Where and with what the last stage ran, and the settings on which the numbers depend."""
     last = next((origin for stage in reversed(STAGES) if (origin := _provenance(record.manifests.get(stage, {})))), {})
-    libraries = last.get("libraries")
-    facts = [(name, last.get(name)) for name in ("command", "python", "system", "cpus", "device", "threads")]
-    if isinstance(libraries, Mapping):
-        facts.append(("libraries", ", ".join(f"{name} {version}" for name, version in libraries.items())))
-    return Table(("", ""), tuple(row(name, str(value)) for name, value in facts if value is not None), "Machine and versions of the last stage")
+    facts = {name: last.get(name) for name in ("command", "python", "system", "cpus")} | _run_settings(record.recipe)
+    libraries = ", ".join(f"{name} {version}" for name, version in _mapping(last.get("libraries")).items())
+    rows = [row(name, str(value)) for name, value in facts.items() if value is not None]
+    return Table(("", ""), (*rows, *([row("libraries", libraries)] if libraries else [])), "Machine, versions and seed")
+
+
+def _run_settings(recipe: str | None) -> dict[str, Any]:
+    """Seed, device and threads from the resolved recipe."""
+    try:
+        section = _mapping(_mapping(yaml.safe_load(recipe or "")).get("run"))
+    except yaml.YAMLError:
+        return {}
+    threads = section.get("threads")
+    return {"seed": section.get("seed"), "device": section.get("device"), "threads": "chosen by torch" if threads == 0 else threads}
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _provenance(manifest: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastdraft.reporting.results import Results, number, stage_label, temperature_name
+from fastdraft.reporting.results import Results, k_name, number, stage_label, temperature_name
 
 SummaryTable = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, columns, rows: the arguments of `Console.table`."""
@@ -40,7 +40,7 @@ def _table(figures: Results, temperature: float) -> SummaryTable | None:
     if not rows or final is None:
         return None
     last = stage_label(final)[:8]
-    title = f"Acceptance rate at K = {k}, {temperature_name(temperature)}; then {last} at its best K"
+    title = f"Acceptance rate at {k_name(k)}, {temperature_name(temperature)}; then {last} at its best K"
     columns = ["task", *(stage_label(checkpoint)[:8] for checkpoint in checkpoints), "tokens/pass", "best K", "MBSU", "predicted"]
     return title, columns, rows
 

@@ -15,7 +15,7 @@ from fastdraft.config import format_count
 from fastdraft.console import format_seconds
 from fastdraft.reporting.document import Tile
 from fastdraft.reporting.record import RunRecord
-from fastdraft.reporting.results import SPEEDUPS, Figures, Results, number, stage_label, temperature_name
+from fastdraft.reporting.results import SPEEDUPS, Figures, Results, k_name, number, stage_label, temperature_name
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,11 @@ def give_verdict(raw: Mapping[str, Any] | None) -> Verdict:
     """The verdict on `results.json`; tone `none` when there is nothing to judge."""
     results = Results(raw or {})
     if not results.speedups or results.final is None:
-        return Verdict("This draft has not been evaluated yet: nothing can be said about its speed-up.", "Run `fastdraft evaluate` on its recipe.", "none")
+        return Verdict(
+            "This draft has not been evaluated yet: nothing can be said about its speed-up.",
+            "Run `fastdraft evaluate` on its recipe.",
+            "none",
+        )
     key = results.speedups[0]
     best = best_rows(results, key)
     gains = [_phrase(task, item, key) for task, item in best.items() if _value(item, key) > 1]
@@ -56,15 +60,37 @@ def tiles(record: RunRecord) -> tuple[Tile, ...]:
         of = number(target if isinstance(target, Mapping) else None, "parameters")
         found.append(Tile("Draft parameters", format_count(parameters), f"the target has {format_count(of)}" if of else ""))
     names = ("parameters", "bytes", "latency")
-    ratios = [(name, ratio) for name in names if (ratio := number(record.results, f"cost_ratio_{name}") or number(design, f"cost_ratio_{name}")) is not None]
+    ratios = [
+        (name, ratio)
+        for name in names
+        if (ratio := number(record.results, f"cost_ratio_{name}") or number(design, f"cost_ratio_{name}")) is not None
+    ]
     if ratios:
-        found.append(Tile("Cost ratio by " + ratios[0][0], f"{ratios[0][1]:.3g}", ", ".join(f"{ratio:.3g} by {name}" for name, ratio in ratios[1:])))
-    tokens = {stage: count for stage in ("pretrain", "continue_pretrain", "align") if (count := number(record.manifests.get(stage), "tokens")) is not None}
+        found.append(
+            Tile("Cost ratio by " + ratios[0][0], f"{ratios[0][1]:.3g}", ", ".join(f"{ratio:.3g} by {name}" for name, ratio in ratios[1:]))
+        )
+    tokens = {
+        stage: count
+        for stage in ("pretrain", "continue_pretrain", "align")
+        if (count := number(record.manifests.get(stage), "tokens")) is not None
+    }
     if tokens:
-        found.append(Tile("Trained on", f"{format_count(sum(tokens.values()))} tokens", ", ".join(f"{stage_label(s)} {format_count(n)}" for s, n in tokens.items())))
+        found.append(
+            Tile(
+                "Trained on",
+                f"{format_count(sum(tokens.values()))} tokens",
+                ", ".join(f"{stage_label(s)} {format_count(n)}" for s, n in tokens.items()),
+            )
+        )
     seconds = [value for stage in record.manifests if (value := record.seconds(stage)) is not None]
     if seconds:
-        found.append(Tile("Time", format_seconds(sum(seconds)), "hours:minutes:seconds" if sum(seconds) >= 3600 else "minutes:seconds, all stages so far"))
+        found.append(
+            Tile(
+                "Time",
+                format_seconds(sum(seconds)),
+                "hours:minutes:seconds" if sum(seconds) >= 3600 else "minutes:seconds, all stages so far",
+            )
+        )
     return tuple(found)
 
 
@@ -85,7 +111,7 @@ def _value(item: Figures, key: str) -> float:
 
 def _phrase(task: str, item: Figures, key: str) -> str:
     efficiency, k = number(item, "block_efficiency") or 0.0, number(item, "num_speculative_tokens") or 0.0
-    return f"{_value(item, key):.2f}× on\u00a0{task} ({efficiency:.2f},\u00a0K\u00a0=\u00a0{k:g})"
+    return f"{_value(item, key):.2f}× on\u00a0{task} ({efficiency:.2f},\u00a0{k_name(k)})"
 
 
 def _explained(sentence: str) -> str:
@@ -95,19 +121,26 @@ def _explained(sentence: str) -> str:
 
 def _detail(results: Results, key: str) -> str:
     text = (
-        f"This is the memory-bound speed-up {SPEEDUPS[key]} at {temperature_name(results.headline_temperature)}, checkpoint {stage_label(results.final or '')}: "
+        f"This is the memory-bound speed-up {SPEEDUPS[key]} at {temperature_name(results.headline_temperature)}, "
+        f"checkpoint {stage_label(results.final or '')}: "
         "counted acceptance combined with relative cost, not a wall-clock measurement."
     )
     measured = next((name for name in ("predicted_speedup", "mbsu_latency") if name in results.speedups), None)
     best = best_rows(results, measured) if measured else {}
     if measured is None or not best or measured == key:
         return text
-    over = [f"{_value(item, measured):.2f}× on {task} (K\u00a0=\u00a0{number(item, 'num_speculative_tokens') or 0:g})" for task, item in best.items() if _value(item, measured) > 1]
+    over = [
+        f"{_value(item, measured):.2f}× on {task} ({k_name(number(item, 'num_speculative_tokens'))})"
+        for task, item in best.items()
+        if _value(item, measured) > 1
+    ]
     under = [task for task, item in best.items() if _value(item, measured) <= 1]
     by = "With the times measured where this evaluation ran, the prediction is"
     if not over:
         return f"{text} {by} under 1 on every task: do not use a draft on that machine."
-    return f"{text} {by} {listing(over)}" + (f", and under 1 on {listing(under)}: do not use a draft there on that machine." if under else ".")
+    return f"{text} {by} {listing(over)}" + (
+        f", and under 1 on {listing(under)}: do not use a draft there on that machine." if under else "."
+    )
 
 
 def _task_tiles(results: Results) -> list[Tile]:
@@ -118,6 +151,6 @@ def _task_tiles(results: Results) -> list[Tile]:
     found = []
     for task in [task for task in results.tasks if task in best]:
         speedup, k = _value(best[task], key), number(best[task], "num_speculative_tokens") or 0
-        detail = f"{number(best[task], 'block_efficiency') or 0:.2f} tokens per target pass, K\u00a0=\u00a0{k:g}"
+        detail = f"{number(best[task], 'block_efficiency') or 0:.2f} tokens per target pass, {k_name(k)}"
         found.append(Tile(task.capitalize(), f"{speedup:.2f}×", detail, "good" if speedup > 1 else "bad"))
     return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdraft.modeling.loading import load_draft, save_draft
+from fastdraft.modeling.loading import load_draft, quiet, save_draft
 from fastdraft.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -63,10 +63,13 @@ def load_assistant(folder: Path, device: torch.device | str = "cpu") -> PreTrain
     """The exported draft loaded as a user would load it, without any of our own code."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
 
 
-def check_assisted(target: PreTrainedModel, draft: PreTrainedModel, prompt_ids: Sequence[int], vocabulary: Vocabulary, max_new_tokens: int = 48) -> AssistedCheck:
+def check_assisted(
+    target: PreTrainedModel, draft: PreTrainedModel, prompt_ids: Sequence[int], vocabulary: Vocabulary, max_new_tokens: int = 48
+) -> AssistedCheck:
     """Greedy text of the target alone and with the draft as `assistant_model`, for one prompt.
 
     In half precision or at exact ties the two may differ, because a pass over several tokens rounds differently from a
@@ -75,9 +78,11 @@ def check_assisted(target: PreTrainedModel, draft: PreTrainedModel, prompt_ids: 
     prompt = torch.tensor([list(prompt_ids)], device=target.device)
     settings = _greedy(vocabulary, max_new_tokens)
     mask = torch.ones_like(prompt)
-    alone = target.generate(prompt, attention_mask=mask, generation_config=settings)[0, prompt.shape[1] :].tolist()
-    assisted = target.generate(prompt, attention_mask=mask, generation_config=settings, assistant_model=draft)[0, prompt.shape[1] :].tolist()
-    return AssistedCheck(alone == assisted, len(alone), alone)
+    with quiet():
+        alone = target.generate(prompt, attention_mask=mask, generation_config=settings)
+        assisted = target.generate(prompt, attention_mask=mask, generation_config=settings, assistant_model=draft)
+    response = alone[0, prompt.shape[1] :].tolist()
+    return AssistedCheck(response == assisted[0, prompt.shape[1] :].tolist(), len(response), response)
 
 
 def _greedy(vocabulary: Vocabulary, max_new_tokens: int) -> GenerationConfig:
@@ -86,7 +91,9 @@ def _greedy(vocabulary: Vocabulary, max_new_tokens: int) -> GenerationConfig:
 
     eos: Any = list(vocabulary.eos_token_ids) or None
     pad = vocabulary.pad_token_id if vocabulary.pad_token_id is not None else (eos or [0])[0]
-    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad, bos_token_id=vocabulary.bos_token_id)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad, bos_token_id=vocabulary.bos_token_id
+    )
 
 
 @torch.inference_mode()
@@ -94,6 +101,8 @@ def padding_mass(draft: PreTrainedModel, vocabulary: Vocabulary, texts: Sequence
     """Mean and largest probability that the draft gives, at temperature 1, to all ids without a token together.
 
     Args:
+        draft: In eval mode.
+        vocabulary: Names the ids without a token.
         texts: Token ids of texts; each is read from its beginning, at most 512 tokens of it.
     """
     missing = list(vocabulary.missing_ids)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastdraft.vocabulary import Vocabulary
 
 NAME = "design"
+_TOO_LARGE = 0.35  # by bytes: above it even an acceptance rate of 0.6 gains less than 1.4 times at K = 3
 _INHERITED = ("rope_parameters", "rms_norm_eps", "hidden_act", "max_position_embeddings", "original_max_position_embeddings")
 
 
@@ -132,7 +133,7 @@ def resolve_shape(draft: BudgetDraft | ShapeDraft | PresetDraft, target_config: 
     if isinstance(draft, PresetDraft):
         return shapes.preset(draft.name, target)
     if isinstance(draft, ShapeDraft):
-        return shapes.explicit(target, draft.hidden_size, draft.num_layers, draft.intermediate_size, draft.num_heads, draft.num_kv_heads, draft.tied)
+        return shapes.explicit(target, **draft.model_dump(exclude={"kind"}))
     return shapes.search(target, draft.parameters, draft.layers, has_rotary_factors(target_config))
 
 
@@ -143,7 +144,9 @@ def _earlier(draft: EarlierDraft, vocabulary: Vocabulary) -> tuple[Path, PreTrai
 
     where = "design.draft.path"
     root = resolve_path(draft.path, where)
-    found = [folder for folder in (root, *(root / name for name in ("checkpoint", "huggingface", "draft"))) if (folder / "config.json").is_file()]
+    found = [
+        folder for folder in (root, *(root / name for name in ("checkpoint", "huggingface", "draft"))) if (folder / "config.json").is_file()
+    ]
     if not found:
         raise RecipeError(where, draft.path, "must be a directory with config.json, or a stage's folder", "correct the path")
     source = found[0]
@@ -210,7 +213,12 @@ def run(config: DesignConfig, context: StageContext) -> None:
     artifact.complete(
         architecture=planned.draft.as_dict(),
         parameters=planned.draft.parameters,
-        target={"model": context.target.model, "revision": context.target.revision, "parameters": planned.target.parameters, "architecture": planned.target.as_dict()},
+        target={
+            "model": context.target.model,
+            "revision": context.target.revision,
+            "parameters": planned.target.parameters,
+            "architecture": planned.target.as_dict(),
+        },
         cost_ratio_parameters=ratios["parameters"],
         cost_ratio_bytes=ratios["bytes"],
         vocabulary=planned.vocabulary.as_dict(),
@@ -232,7 +240,9 @@ def _first_weights(config: DesignConfig, context: StageContext, planned: Plan) -
         set_projected_embeddings(model, context.target.location, context.target.revision, context.settings.seed)
     counted = sum(parameter.numel() for parameter in model.parameters())
     if counted != planned.draft.parameters:
-        raise TargetError(context.target.location, f"{counted} parameters", f"the formula says {planned.draft.parameters}", "report this config as a bug")
+        raise TargetError(
+            context.target.location, f"{counted} parameters", f"the formula says {planned.draft.parameters}", "report this config as a bug"
+        )
     return model
 
 
@@ -267,6 +277,14 @@ def _show(context: StageContext, planned: Plan) -> None:
         ["feed-forward", draft.intermediate_size, target.intermediate_size, ""],
         ["heads (key-value)", f"{draft.num_heads} ({draft.num_kv_heads})", f"{target.num_heads} ({target.num_kv_heads})", ""],
     ]
-    context.console.table(f"draft for {context.target.model} ({draft.family}, vocabulary {draft.vocab_size})", ["", "draft", "target", "cost ratio"], rows)
+    context.console.table(
+        f"draft for {context.target.model} ({draft.family}, vocabulary {draft.vocab_size})", ["", "draft", "target", "cost ratio"], rows
+    )
+    if planned.draft.context_length < target.context_length:
+        context.console.warn(
+            f"the draft's context is {planned.draft.context_length}, the target's {target.context_length}: servers clip to the shorter one"
+        )
+    if ratios["bytes"] > _TOO_LARGE:
+        context.console.warn(f"a draft token costs {ratios['bytes']:.2f} of a target token: this draft can hardly pay; make it smaller")
     gains = [f"{mbsu_at(rate, PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in (0.3, 0.45, 0.6)]
     context.console.say(f"memory-bound speed-up (by bytes, K = {PAPER_K}) by acceptance rate: {', '.join(gains)}")

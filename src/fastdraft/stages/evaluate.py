@@ -97,7 +97,7 @@ class EvaluateConfig(Config):
 def present_checkpoints(config: EvaluateConfig, context: StageContext) -> list[str]:
     """The drafts of this recipe that are to be compared, in the order of training; the last one is the final draft."""
     order = list(FOLDERS)
-    found = [name for name in sorted(config.checkpoints, key=order.index) if context.has(name)]
+    found: list[str] = [name for name in sorted(config.checkpoints, key=order.index) if context.has(name)]
     return found or ["design"]
 
 
@@ -213,9 +213,11 @@ def _encode(task: TaskConfig, context: StageContext, tokenizer: PreTrainedTokeni
     skipped = len(encoded) - len(fitting)
     if not fitting:
         found = f"none of {len(encoded)} prompts has 1 to {room} tokens"
-        raise DataError(f"task '{task.name}'", found, f"prompt and {task.max_new_tokens} new tokens must fit the context of {context_length}", "shorten them")
+        rule = f"prompt and {task.max_new_tokens} new tokens must fit the context of {context_length}"
+        raise DataError(f"task '{task.name}'", found, rule, "shorten the prompts or lower max_new_tokens")
     if skipped:
-        context.console.warn(f"{task.name}: {skipped} of {len(encoded)} prompts skipped: longer than the context of {context_length} less {task.max_new_tokens} new tokens")
+        limit = f"the context of {context_length} less {task.max_new_tokens} new tokens"
+        context.console.warn(f"{task.name}: {skipped} of {len(encoded)} prompts skipped: empty or longer than {limit}")
     return EncodedTask(task.name, [name for name, _ in fitting], [ids for _, ids in fitting], task.max_new_tokens, skipped)
 
 
@@ -254,7 +256,7 @@ def _tell(context: StageContext, results: Mapping[str, Any], table: tuple[str, l
 
 
 def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """13-grams that evaluation texts (prompts and references) share with everything trained on, per task and source; null without training data."""
+    """13-grams that evaluation texts (prompts and references) share with everything trained on; null without training data."""
     from fastdraft.data.contamination import Contamination
     from fastdraft.data.responses import read_all
     from fastdraft.data.shards import open_corpus
@@ -262,8 +264,8 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     prepare, synthesize = (context.artifact(name) if context.has(name) else None for name in ("prepare", "synthesize"))
     if prepare is None and synthesize is None:
         return None
-    texts = {task.name: [_bare_ids(tokenizer, f"{prompt.text}{prompt.reference}") for prompt in load_task(task).prompts] for task in config.tasks}
-    search = Contamination(texts)
+    tasks = [load_task(task) for task in config.tasks]
+    search = Contamination({task.name: [_bare_ids(tokenizer, f"{p.text}{p.reference}") for p in task.prompts] for task in tasks})
     if prepare is not None:
         for corpus in prepare.manifest()["corpora"]:
             search.scan_corpus(open_corpus(prepare, corpus, "train"))

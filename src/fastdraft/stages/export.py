@@ -83,9 +83,15 @@ def run(config: ExportConfig, context: StageContext) -> None:
     artifact = context.artifact(NAME)
     name, checkpoint = source_of(context)
     vocabulary = load_vocabulary(context.target)
-    check_same(vocabulary, vocabulary_of(load_tokenizer(str(checkpoint)), load_config(str(checkpoint))), special_tokens=False, where=str(checkpoint))
+    check_same(
+        vocabulary,
+        vocabulary_of(load_tokenizer(str(checkpoint)), load_config(str(checkpoint))),
+        special_tokens=False,
+        where=str(checkpoint),
+    )
     folder = artifact.path / "huggingface"
     files = write_huggingface(checkpoint, folder, config.num_speculative_tokens, config.confidence_threshold)
+    context.console.stop.check(artifact.path)
     checks = _check(folder, vocabulary, context)
     write_atomic(folder / "README.md", render_model_card(read_record(context.run), config.num_speculative_tokens, checks))
     artifact.complete(
@@ -109,12 +115,18 @@ def _check(folder: Path, vocabulary: Vocabulary, context: StageContext) -> dict[
     device = pick_device(context.settings.device)
     target, draft = load_target(context.target, device), load_assistant(folder, device)
     prompt = [int(token) for token in load_tokenizer(str(folder))(_PROMPT).input_ids]
-    assisted = check_assisted(target, draft, prompt, vocabulary, max_new_tokens=min(48, max(1, target.config.max_position_embeddings - len(prompt) - 8)))
+    assisted = check_assisted(
+        target, draft, prompt, vocabulary, max_new_tokens=min(48, max(1, target.config.max_position_embeddings - len(prompt) - 8))
+    )
     mean, largest = padding_mass(draft, vocabulary, [prompt + assisted.response_ids, *_validation_rows(context)])
     if not assisted.same_text:
-        context.console.warn(f"with the draft, transformers wrote other greedy text than the target alone ({target.dtype}; a near-tie, or a runtime fault)")
+        context.console.warn(
+            f"with the draft, transformers wrote other greedy text than the target alone ({target.dtype}; a near-tie, or a runtime fault)"
+        )
     if mean >= PADDING_MASS_LIMIT:
-        context.console.warn(f"the draft gives {mean:.1e} of its probability to ids without a token (limit {PADDING_MASS_LIMIT:.0e}): train it longer")
+        context.console.warn(
+            f"the draft gives {mean:.1e} of its probability to ids without a token (limit {PADDING_MASS_LIMIT:.0e}): train it longer"
+        )
     return _checks(assisted, mean, largest, str(target.dtype).removeprefix("torch."))
 
 

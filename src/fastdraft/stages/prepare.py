@@ -7,6 +7,7 @@ sources, this section and the seed; neither the target's weights nor the number 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import shutil
@@ -34,6 +35,9 @@ BATCH_CHARS, BATCHES_PER_COMMIT = 1_000_000, 4
 """Text encoded at a time; a commit follows about every million tokens."""
 VALIDATION_ROWS = 8
 """Below this many rows a corpus gives a tenth of its documents to validation, whatever their hash."""
+
+KEPT_TOKENS = 20_000_000
+"""Unfinished work of fewer tokens is removed when a source turns out to be bad."""
 
 
 class PrepareConfig(Config):
@@ -110,19 +114,32 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     journal_path = artifact.path / ".journal" / "journal.sqlite"
     budgets = [entry.tokens for entry in config.corpora]
     total = sum(budget or 0 for budget in budgets) if all(budgets) else None
-    journal = Journal(journal_path)
-    try:
-        builds = [_CorpusBuild(config, context, name, encoder, journal, separator, dtype) for name in config.names]
+    with contextlib.closing(Journal(journal_path)) as journal, _tidy(context, journal):
+        shared = _Shared(encoder, journal, separator, dtype)
+        builds = [_CorpusBuild(config, context, name, shared) for name in config.names]
         done = sum(build.progress.tokens for build in builds)
         with parallel_tokenization(config.workers), context.console.progress("prepare", total, "tokens", completed=done) as bar:
             for build in builds:
                 build.run(bar.advance)
         corpora = {build.name: build.result() for build in builds}
-    finally:
-        journal.close()
     artifact.complete(row_length=config.row_length, dtype=dtype, separator_id=separator, corpora=corpora, provenance=describe_run())
     shutil.rmtree(journal_path.parent, ignore_errors=True)
     _summarize(context, corpora)
+
+
+@contextlib.contextmanager
+def _tidy(context: StageContext, journal: Journal) -> Iterator[None]:
+    """Leaves nothing of a little work that bad data ended, so that a mended corpus can simply be run again.
+
+    More work than that stays: the fault may have been a disk's or the network's.
+    """
+    try:
+        yield
+    except DataError:
+        if sum(state["progress"]["tokens"] for state in journal.states()) < KEPT_TOKENS:
+            journal.close()
+            context.artifact("prepare").discard()
+        raise
 
 
 @dataclass
@@ -154,15 +171,26 @@ class _Batch:
     last: bool
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What all corpora of a run have in common."""
+
+    encoder: DocumentEncoder
+    journal: Journal
+    separator: int
+    dtype: str
+
+
 class _CorpusBuild:
     """One corpus from its sources to closed shards."""
 
-    def __init__(self, config: PrepareConfig, context: StageContext, name: str, encoder: DocumentEncoder, journal: Journal, separator: int, dtype: str) -> None:
-        self.name, self._context, self._encoder, self._journal = name, context, encoder, journal
+    def __init__(self, config: PrepareConfig, context: StageContext, name: str, shared: _Shared) -> None:
+        self.name, self._context, self._encoder, self._journal = name, context, shared.encoder, shared.journal
         self._entries = [entry for entry in config.corpora if entry.name == name]
         self._row_ids, self._threshold = config.row_length + 1, int(config.validation * 2**64)
         self._folder = context.artifact("prepare").path / name
-        self._writers, self._packers = self._restore(max(1, config.shard_tokens // self._row_ids), separator, dtype)
+        rows_per_shard = max(1, config.shard_tokens // self._row_ids)
+        self._writers, self._packers = self._restore(rows_per_shard, shared.separator, shared.dtype)
 
     def _restore(self, rows_per_shard: int, separator: int, dtype: str) -> tuple[dict[str, ShardWriter], dict[str, RowPacker]]:
         import numpy as np
@@ -194,7 +222,7 @@ class _CorpusBuild:
         self._commit(forget=True)
 
     def _read_entry(self, entry: Any, advance: Callable[[float], None]) -> None:
-        from fastdraft.data.sources import stream
+        from fastdraft.data.ordering import stream
 
         skipped: list[str] = []
         seed = self._context.settings.seed
@@ -280,12 +308,19 @@ class _CorpusBuild:
         progress, console = self.progress, self._context.console
         where = getattr(entry, "path", getattr(entry, "dataset", ""))
         if not progress.entry_tokens:
-            raise DataError(f"prepare.corpora '{self.name}' {where}", "no new text", "a source needs at least one document that is not empty", "correct the path or the field")
+            raise DataError(
+                f"prepare.corpora '{self.name}' {where}",
+                "no new text",
+                "a source needs at least one document that is not empty",
+                "correct the path or the field",
+            )
         if entry.tokens is not None and progress.entry_tokens < entry.tokens:
             console.warn(f"{self.name}: {where} ends at {format_count(progress.entry_tokens)} of {format_count(entry.tokens)} tokens")
         if skipped:
             console.warn(f"{self.name}: {skipped} files of {where} passed over (unreadable or not UTF-8)")
-        progress.sources.append({"kind": entry.kind, "from": where, "license": entry.license, "tokens": progress.entry_tokens, "files_skipped": skipped})
+        progress.sources.append(
+            {"kind": entry.kind, "from": where, "license": entry.license, "tokens": progress.entry_tokens, "files_skipped": skipped}
+        )
         progress.entry, progress.taken, progress.entry_tokens = progress.entry + 1, 0, 0
         self._commit()
 
@@ -293,7 +328,12 @@ class _CorpusBuild:
         for split, writer in self._writers.items():
             if not writer.shards:
                 found = f"{self.progress.split_tokens[split]} tokens for {split}"
-                raise DataError(f"prepare.corpora '{self.name}'", found, f"each split needs at least one row of {self._row_ids}", "give it more text or lower prepare.row_length")
+                raise DataError(
+                    f"prepare.corpora '{self.name}'",
+                    found,
+                    f"each split needs at least one row of {self._row_ids}",
+                    "give it more text or lower prepare.row_length",
+                )
 
     def result(self) -> dict[str, Any]:
         """The corpus's part of the manifest."""
@@ -311,7 +351,14 @@ class _CorpusBuild:
 
 def _summarize(context: StageContext, corpora: dict[str, Any]) -> None:
     rows = [
-        [name, format_count(c["train"]["tokens"]), f"{c['train']['rows']}", f"{c['validation']['rows']}", f"{c['train']['documents'] + c['validation']['documents']}", f"{c['duplicates']}"]
+        [
+            name,
+            format_count(c["train"]["tokens"]),
+            f"{c['train']['rows']}",
+            f"{c['validation']['rows']}",
+            f"{c['train']['documents'] + c['validation']['documents']}",
+            f"{c['duplicates']}",
+        ]
         for name, c in corpora.items()
     ]
     context.console.table("", ["corpus", "train tokens", "rows", "validation rows", "documents", "duplicates"], rows)

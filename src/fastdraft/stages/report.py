@@ -14,8 +14,6 @@ from fastdraft.interfaces import StageContext
 from fastdraft.provenance import describe_run
 
 NAME = "report"
-REPLACES_ITSELF = True
-"""A report over a changed run is not lost work: the old one may be discarded without asking."""
 
 
 class ReportConfig(Config):
@@ -26,12 +24,11 @@ class ReportConfig(Config):
 
 
 def fingerprint(config: ReportConfig, context: StageContext) -> dict[str, Any]:
-    """The title, the state of every finished stage, the results, and the shape of reports themselves."""
+    """The title, the state of every finished stage, and the results."""
     from fastdraft.reporting.record import fingerprint_of
 
     results = context.artifact("evaluate").path / "results.json"
     return {
-        "report": 1,
         "title": config.title,
         "stages": fingerprint_of(context.run),
         "results": file_sha256(results) if results.is_file() else None,
@@ -56,7 +53,12 @@ def run(config: ReportConfig, context: StageContext) -> None:
     report = compose_report(record, config.title)
     write_atomic(artifact.path / "report.md", render_markdown(report))
     write_atomic(artifact.path / "report.html", render_html(report))
-    artifact.complete(files=["report.html", "report.md"], sections=[section.anchor for section in report.sections], verdict=report.verdict, provenance=describe_run())
+    artifact.complete(
+        files=["report.html", "report.md"],
+        sections=[section.anchor for section in report.sections],
+        verdict=report.verdict,
+        provenance=describe_run(),
+    )
     for title, columns, rows in summary_tables(record.results or {})[:1]:
         context.console.table(title, columns, rows)
     context.console.say(f"{report.verdict}\nreport: {artifact.path / 'report.html'}")

@@ -35,7 +35,7 @@ def read_prompts(path: Path) -> list[TaskPrompt]:
         raise DataError(path, error.strerror or "unreadable", "the task file must exist and be readable", "correct the path") from None
     prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise DataError(path, "no prompt", "a task needs at least one", "add lines such as {\"prompt\": \"...\"}")
+        raise DataError(path, "no prompt", "a task needs at least one", 'add lines such as {"prompt": "..."}')
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:

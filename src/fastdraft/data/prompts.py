@@ -1,0 +1,174 @@
+"""Where prompts come from: files, hub data sets, the target itself (Magpie), prefixes of a prepared corpus.
+
+Decides each source's recipe keys, that a prompt of an evaluation task is refused as a training prompt however it is spaced
+or capitalised, that empty and repeated prompts are left out, and that the order of a file is drawn from the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fastdraft.config import Config, Count
+from fastdraft.data.readers import jsonl_texts
+from fastdraft.data.sources import HubSource, JsonlSource
+from fastdraft.errors import DataError
+
+
+class _Prompts(Config):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """How manifests and tables call this source."""
+    share: float = Field(default=1.0, gt=0)
+    """Part of the budget's tokens, relative to the other sources."""
+    count: Count | None = Field(default=None, ge=1)
+    """At most this many prompts, after the seeded shuffle; unset takes all."""
+
+
+class TextPrompts(_Prompts):
+    chat: bool = True
+    """Puts each prompt into the target's chat template as a user message, if it has a template; else bare text."""
+
+    def texts(self) -> Iterator[str]:
+        """The prompts as they stand in the source.
+
+        Raises:
+            DataError: when the source is missing or damaged.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The settings and what they point at now, for fingerprints."""
+        raise NotImplementedError
+
+
+class JsonlPrompts(TextPrompts):
+    """JSON objects, one a line; plain, .gz, .xz or .zst."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    """A JSONL file."""
+    path: str = Field(min_length=1)
+    """A file, a folder or a pattern; `shipped:` and `python:` names too."""
+    field: str = "prompt"
+    """The key that holds the prompt."""
+
+    def _source(self) -> JsonlSource:
+        return JsonlSource(name=self.name, path=self.path, field=self.field)
+
+    def texts(self) -> Iterator[str]:
+        for file in self._source().files():
+            yield from jsonl_texts(file.path, self.field)
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.model_dump(), **self._source().describe()}
+
+
+class HubPrompts(TextPrompts):
+    """A data set of the Hugging Face hub, streamed from its beginning; needs the extra `datasets`."""
+
+    kind: Literal["hub"] = "hub"
+    """A hub data set."""
+    dataset: str = Field(min_length=1)
+    """Hub id."""
+    subset: str | None = None
+    """The data set's configuration."""
+    split: str = "train"
+    """The data set's split."""
+    revision: str | None = None
+    """Commit to pin, so that a resumed run reads the same rows."""
+    field: str = "prompt"
+    """The column that holds the prompt."""
+    count: Count | None = Field(default=100_000, ge=1)
+    """Rows read from the beginning of the data set; they are held in memory."""
+
+    def texts(self) -> Iterator[str]:
+        source = HubSource(name=self.name, dataset=self.dataset, subset=self.subset, split=self.split, revision=self.revision, field=self.field)
+        return itertools.islice(source.documents(0), self.count)
+
+    def describe(self) -> dict[str, Any]:
+        return self.model_dump()
+
+
+class MagpiePrompts(_Prompts):
+    """The target writes the instruction itself, given only the chat template's beginning (Magpie, arXiv 2406.08464)."""
+
+    kind: Literal["magpie"] = "magpie"
+    """The target's own instructions."""
+    max_instruction_tokens: int = Field(default=256, ge=8)
+    """Longer instructions are left out."""
+
+
+class CorpusPrompts(_Prompts):
+    """Beginnings of prepared documents, continued without template: how base models write, and code and prose in any model."""
+
+    kind: Literal["corpus"] = "corpus"
+    """Prefixes of a prepared corpus."""
+    corpus: str = Field(min_length=1)
+    """One of `prepare.corpora`; only its training split is used."""
+    prompt_tokens: tuple[int, int] = (16, 128)
+    """Shortest and longest prefix, in tokens; drawn evenly."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CorpusPrompts:
+        if not 1 <= self.prompt_tokens[0] <= self.prompt_tokens[1]:
+            raise ValueError("prompt_tokens must be [shortest, longest] with 1 <= shortest <= longest")
+        return self
+
+
+PromptConfig = Annotated[JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts, Field(discriminator="kind")]
+"""One entry of `synthesize.prompts`, told apart by `kind`."""
+
+
+def normalised(text: str) -> str:
+    """A prompt's text for comparisons: lower case, runs of white space as one blank."""
+    return " ".join(text.lower().split())
+
+
+@dataclass(frozen=True)
+class PromptTexts:
+    """A text source's prompts in the order asked, and how many were refused before the target saw them."""
+
+    texts: list[str]
+    refused: dict[str, int]
+    """`evaluation` (also a prompt of an evaluation task), `empty`, `repeated`."""
+    digest: str
+    """Of the prompts refused because of evaluation: what the result depends on of the tasks."""
+
+
+def select_texts(config: TextPrompts, evaluation: Iterable[str], seed: int) -> PromptTexts:
+    """Reads a text source, refuses evaluation prompts, empty and repeated ones, and shuffles the rest.
+
+    Args:
+        config: The source.
+        evaluation: Normalised texts of every evaluation prompt.
+        seed: Of the shuffle.
+
+    Raises:
+        DataError: when the source is missing, damaged, or nothing is left.
+    """
+    held_out = set(evaluation)
+    seen: set[str] = set()
+    texts: list[str] = []
+    refused = {"evaluation": 0, "empty": 0, "repeated": 0}
+    met: set[str] = set()
+    for text in config.texts():
+        key = normalised(text)
+        reason = "empty" if not key else "evaluation" if key in held_out else "repeated" if key in seen else None
+        if reason == "evaluation":
+            met.add(key)
+        if reason:
+            refused[reason] += 1
+        else:
+            seen.add(key)
+            texts.append(text)
+    if not texts:
+        found = ", ".join(f"{count} {reason}" for reason, count in refused.items() if count) or "no prompt"
+        raise DataError(f"prompts '{config.name}'", found, "at least one prompt must be left", "add prompts or correct `path` and `field`")
+    random.Random(f"{seed}/{config.name}").shuffle(texts)
+    digest = hashlib.sha256("\n".join(sorted(met)).encode()).hexdigest()[:20] if met else ""
+    return PromptTexts(texts[: config.count], refused, digest)

@@ -1,0 +1,134 @@
+"""The plan of what the target is asked: units of prompts, each asked together at one temperature and committed together.
+
+Decides that unit n of a source follows from the recipe, the seed and the source's data alone; that the prompts of a unit
+have similar lengths (they are sorted inside a window of a few units, whose order is drawn from the seed); and that every
+prompt is asked once before any is asked at a second temperature, so that a small budget is spent on many prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastdraft.artifacts import digest
+
+if TYPE_CHECKING:
+    from fastdraft.data.shards import PackedCorpus
+
+UNITS_PER_WINDOW = 8
+"""Prompts are sorted by length within this many units."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Prompts that are asked together, at one temperature."""
+
+    source: str
+    temperature: float
+    prompts: tuple[list[int], ...]
+    """Token ids. For Magpie all are the template's beginning."""
+    chat: bool
+    """The answers have an end of their own."""
+    instruction_tokens: int = 0
+    """For Magpie the most tokens of an instruction that the target writes itself; 0 for every other source."""
+
+
+class UnitPlan:
+    """One source's units, by number.
+
+    Args:
+        name: The source's.
+        size: Number of prompts; None is endless (Magpie).
+        encode: Token ids of prompt i, the same whenever asked.
+        temperatures: Taken in turn, unit by unit.
+        samples: Answers for each prompt at each temperature above 0; greedy is asked once.
+        unit_rows: Prompts in a unit.
+        seed: Of the order in which a window's units come.
+        chat: The answers have an end of their own.
+        instruction_tokens: Above 0 for Magpie, whose prompts are the template's beginning.
+        share: Part of the budget's tokens, relative to other sources.
+    """
+
+    def __init__(
+        self, name: str, size: int | None, encode: Callable[[int], list[int]], temperatures: Sequence[float], samples: int, unit_rows: int, seed: int,
+        chat: bool = True, instruction_tokens: int = 0, share: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.name, self.size, self.encode, self.temperatures, self.samples = name, size, encode, list(temperatures), samples
+        self.unit_rows, self.seed, self.chat, self.instruction_tokens, self.share = unit_rows, seed, chat, instruction_tokens, share
+        self._window: tuple[int, list[list[list[int]]]] = (-1, [])
+        self._turns = self._plan_turns()
+
+    def _plan_turns(self) -> list[list[tuple[int, float]]]:
+        """(chunk, temperature) in the order asked: all chunks once, then all at their next temperature, and so on."""
+        count, chunks = len(self.temperatures), -(-(self.size or 0) // self.unit_rows)
+        turns = [[(chunk, self.temperatures[(chunk + turn) % count]) for chunk in range(chunks)] for turn in range(count * self.samples)]
+        return [[place for place in places if place[1] > 0 or turn < count] for turn, places in enumerate(turns)]
+
+    def unit(self, number: int) -> Unit | None:
+        """The source's unit of that number; None behind the last."""
+        if self.size is None:
+            prompts = tuple(self.encode(0) for _ in range(self.unit_rows))
+            return Unit(self.name, self.temperatures[number % len(self.temperatures)], prompts, self.chat, self.instruction_tokens)
+        for places in self._turns:
+            if number < len(places):
+                chunk, temperature = places[number]
+                return Unit(self.name, temperature, tuple(self._chunk(chunk, self.size)), self.chat, self.instruction_tokens)
+            number -= len(places)
+        return None
+
+    def has_unit(self, number: int) -> bool:
+        """Whether the source has a unit of that number; no prompt is read to tell."""
+        return self.size is None or number < sum(map(len, self._turns))
+
+    def _chunk(self, chunk: int, size: int) -> list[list[int]]:
+        """A window's prompts sorted by length and cut into chunks, the chunks in an order drawn from the seed."""
+        window, place = divmod(chunk, UNITS_PER_WINDOW)
+        if window != self._window[0]:
+            rows = UNITS_PER_WINDOW * self.unit_rows
+            prompts = sorted((self.encode(i) for i in range(window * rows, min(size, (window + 1) * rows))), key=len)
+            chunks = [prompts[start : start + self.unit_rows] for start in range(0, len(prompts), self.unit_rows)]
+            random.Random(f"{self.seed}/{self.name}/{window}").shuffle(chunks)
+            self._window = window, chunks
+        return self._window[1][place]
+
+
+def unit_seed(seed: int, index: int) -> int:
+    """The seed of unit `index`: far from those of its neighbours, below 2**62."""
+    return int(digest(["unit", seed, index])[:15], 16)
+
+
+class CorpusPrefixes:
+    """Prefixes of a prepared corpus, one for each row, at a document's start where the row holds one.
+
+    Args:
+        rows: The training split.
+        separator_id: Stands before every document.
+        prompt_tokens: Shortest and longest prefix.
+        before: Ids that the tokenizer puts before plain text (a BOS id, or none).
+        seed: Of the order of rows and of every draw.
+    """
+
+    def __init__(self, rows: PackedCorpus, separator_id: int, prompt_tokens: tuple[int, int], before: Sequence[int], seed: int) -> None:
+        import numpy as np
+
+        self.rows, self.separator_id, self.prompt_tokens, self.before, self.seed = rows, separator_id, prompt_tokens, list(before), seed
+        self._order = np.random.default_rng([seed, 7]).permutation(rows.rows)
+
+    def __len__(self) -> int:
+        return int(self.rows.rows)
+
+    def __call__(self, index: int) -> list[int]:
+        """Prefix number `index`; shorter than asked only where every document in the row is."""
+        row = [int(token) for token in self.rows[int(self._order[index])]]
+        draw = random.Random(f"{self.seed}/prefix/{index}")
+        length = draw.randint(*self.prompt_tokens)
+        marks = [i for i, token in enumerate(row) if token == self.separator_id]
+        # Pieces between separators as (place before, place behind); the first may be the rest of an earlier row's document.
+        pieces = list(zip([-1, *marks], [*marks, len(row)], strict=True))
+        long = [piece for piece in pieces if piece[1] - piece[0] - 1 >= self.prompt_tokens[0]]
+        documents = [piece for piece in long if piece[0] >= 0]
+        start, stop = draw.choice(documents) if documents else max(long or pieces, key=lambda piece: piece[1] - piece[0])
+        text = row[start + 1 : min(stop, start + 1 + length)] or row[:1]
+        return [*self.before, *text] if start >= 0 else text

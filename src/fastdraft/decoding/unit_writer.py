@@ -1,0 +1,93 @@
+"""One unit of prompts through an engine and the filters: what the target wrote, as rows, with an account of every prompt.
+
+Decides that prompts which leave no room for an answer are counted and not asked, and how Magpie goes: the target writes
+instructions at temperature 1 behind the template's beginning, those that are no use are counted, and the rest are
+answered in a prompt rendered from their text, as a user's would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastdraft.data.chat import render_prompt
+from fastdraft.data.filters import RowCounts, RowFilter, loop_start
+from fastdraft.data.prompts import normalised
+from fastdraft.data.responses import SyntheticRow
+from fastdraft.data.units import Unit
+from fastdraft.interfaces import Engine, Generation, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INSTRUCTION_TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class UnitWriter:
+    """Everything that turns a planned unit into rows."""
+
+    engine: Engine
+    instruction_engine: Engine
+    """Ends a text at the end of the user's turn."""
+    tokenizer: PreTrainedTokenizerBase
+    row_filter: RowFilter
+    max_new_tokens: int
+    context_length: int
+    top_k: int = 0
+    top_p: float = 1.0
+    is_evaluation: Callable[[str], bool] = lambda text: False
+    """Whether a normalised text is a prompt of an evaluation task."""
+
+    def write(self, unit: Unit, seed: int) -> tuple[list[SyntheticRow], RowCounts]:
+        """Asks the target; equal units, seeds and rows written before give equal rows.
+
+        Raises:
+            AssertionError: if a prompt is not accounted for, which would be a fault in this program.
+        """
+        counts = RowCounts(asked=len(unit.prompts))
+        prompts: Sequence[list[int]] = unit.prompts
+        if unit.instruction_tokens:
+            prompts, seed = self._instructions(unit, seed, counts), seed + 1
+        room = self.context_length - self.max_new_tokens
+        fitting = [prompt for prompt in prompts if 0 < len(prompt) <= room]
+        counts.leave_out("prompt_too_long", len(prompts) - len(fitting))
+        sampling = Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
+        answers = self.engine.generate(fitting, sampling, self.max_new_tokens, seed)
+        judged = [self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts) for answer in answers]
+        assert counts.balance() == 0, f"unaccounted rows: {counts}"
+        return [row for row in judged if row], counts
+
+    def _instructions(self, unit: Unit, seed: int, counts: RowCounts) -> list[list[int]]:
+        """Prompts around the instructions that the target invents; those of no use are counted in `counts`."""
+        longest = self.context_length - self.max_new_tokens - len(unit.prompts[0])
+        written = self.instruction_engine.generate(unit.prompts, Sampling(INSTRUCTION_TEMPERATURE), max(1, min(unit.instruction_tokens, longest)), seed)
+        prompts: list[list[int]] = []
+        for generation in written:
+            counts.generated += len(generation.response_ids)
+            reason, text = self._read_instruction(generation)
+            prompt = [] if reason else render_prompt(self.tokenizer, [{"role": "user", "content": text}])
+            if not reason and (prompt in prompts or self.row_filter.has_prompt(prompt)):
+                reason = "instruction_duplicate"
+            if reason:
+                counts.leave_out(reason)
+            else:
+                prompts.append(prompt)
+        return prompts
+
+    def _read_instruction(self, generation: Generation) -> tuple[str | None, str]:
+        """(why it is of no use, its text)."""
+        if generation.finish_reason == "length":
+            looping = loop_start(generation.response_ids) is not None
+            return "instruction_looping" if looping else "instruction_too_long", ""
+        body = generation.response_ids[:-1]
+        special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", {})) | self.row_filter.missing_ids
+        if not special.isdisjoint(body):
+            return "instruction_malformed", ""
+        text = str(self.tokenizer.decode(body)).strip()
+        if not any(character.isalpha() for character in text):
+            return "instruction_empty", ""
+        if self.is_evaluation(normalised(text)):
+            return "instruction_evaluation", ""
+        return None, text

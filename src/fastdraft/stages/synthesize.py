@@ -1,0 +1,323 @@
+"""Synthesize: prompts -> responses that the target writes, as token ids with the log-prob of each.
+
+Decides the order of the work: sources of prompts take turns so that any beginning holds their shares; each unit of prompts
+is asked, filtered and committed as one file (`units/unit-00000.parquet`, its account inside it), so a killed run loses or
+doubles nothing and goes on at the first unit that is missing; the stage ends with the first unit that reaches the budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fastdraft.artifacts import Artifact, file_sha256
+from fastdraft.config import Config, Count, format_count
+from fastdraft.data.filters import Looping, RowCounts
+from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, select_texts
+from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
+from fastdraft.data.units import CorpusPrefixes, UnitPlan, unit_seed
+from fastdraft.errors import ArtifactError, DataError
+from fastdraft.interfaces import StageContext, TargetConfig
+from fastdraft.provenance import describe_run
+from fastdraft.tasks import load_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastdraft.decoding.unit_writer import UnitWriter
+
+DRY_UNITS = 4
+"""A source is given up after this many units in a row of which no row was kept."""
+_TARGET_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+_HASHED_BYTES = 1 << 20
+
+
+class HuggingFaceEngineConfig(Config):
+    """transformers, in this process."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Runs wherever torch runs; reproducible bit for bit for equal threads."""
+
+
+class SynthesizeConfig(Config):
+    """`synthesize:` — what the target is asked, and how it answers."""
+
+    prompts: list[PromptConfig] = Field(min_length=1)
+    """Where prompts come from; `share` divides the budget's tokens."""
+    tokens: Count = Field(default=250_000, ge=1)
+    """Response tokens to write; the unit that reaches it is the last. (FastDraft's own number is not published.)"""
+    temperatures: list[float] = Field(default=[0.0, 0.6, 0.8, 1.0], min_length=1)
+    """Greedy and the paper's three; each prompt is asked at one, then, if the budget lasts, at the next."""
+    samples: int = Field(default=1, ge=1)
+    """Answers for each prompt at each temperature above 0, if the budget lasts; greedy is asked once."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Length at which an answer is cut."""
+    batch_rows: int = Field(default=64, ge=1)
+    """Prompts in a unit: generated together, committed together."""
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps all: the draft learns the whole distribution."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """1 keeps all."""
+    keep_truncated: bool = True
+    """Keeps chat answers cut by max_new_tokens: every token of them is the target's own. false leaves such rows out."""
+    looping: Looping = "cut"
+    """An answer that ends in a loop: cut behind the loop's second round, drop the row, or keep it. A loop teaches nothing new."""
+    engine: HuggingFaceEngineConfig = HuggingFaceEngineConfig()
+    """What runs the target."""
+
+    @field_validator("temperatures")
+    @classmethod
+    def _distinct_temperatures(cls, values: list[float]) -> list[float]:
+        if any(not 0 <= value <= 10 for value in values):
+            raise ValueError("temperatures must be between 0 and 10")
+        return list(dict.fromkeys(values))
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> SynthesizeConfig:
+        names = [source.name for source in self.prompts]
+        if len(set(names)) < len(names):
+            raise ValueError("every entry of prompts needs a name of its own")
+        return self
+
+
+def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
+    """Target, settings, seed, prompts; of the evaluation tasks only which prompts they forbid; prepared corpora where used.
+
+    Raises:
+        DataError: when a prompt or task file is missing.
+    """
+    held_out = _evaluation_texts(context)
+    prompts: dict[str, Any] = {}
+    for source in config.prompts:
+        if isinstance(source, TextPrompts):
+            prompts[source.name] = {**source.describe(), "refused_for_evaluation": select_texts(source, held_out, context.settings.seed).digest}
+        else:
+            prompts[source.name] = source.model_dump(mode="json")
+    uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
+    return {
+        "target": _target_identity(context.target),
+        "settings": config.model_dump(mode="json", exclude={"prompts"}),
+        "prompts": prompts,
+        "seed": context.settings.seed,
+        "prepare": context.artifact("prepare").digest() if uses_corpus else None,
+    }
+
+
+def _target_identity(target: TargetConfig) -> dict[str, Any]:
+    """Name, revision and precision; for a directory its small files' checksums, and sizes and both ends of its weights."""
+    identity: dict[str, Any] = {"model": target.model, "revision": target.revision, "dtype": target.dtype}
+    folder = Path(target.location)
+    if not folder.is_dir():
+        return identity
+    identity["files"] = {name: file_sha256(folder / name)[:20] for name in _TARGET_FILES if (folder / name).is_file()}
+    for path in sorted(folder.glob("*.safetensors")):
+        size, state = path.stat().st_size, hashlib.sha256()
+        with open(path, "rb") as file:
+            state.update(file.read(_HASHED_BYTES))
+            file.seek(max(0, size - _HASHED_BYTES))
+            state.update(file.read(_HASHED_BYTES))
+        identity["files"][path.name] = f"{size} bytes, {state.hexdigest()[:20]}"
+    return identity
+
+
+def _evaluation_texts(context: StageContext) -> set[str]:
+    """Every prompt of every evaluation task, also those beyond a task's `prompts`, normalised."""
+    tasks = getattr(context.sections.get("evaluate"), "tasks", [])
+    return {normalised(prompt.text) for task in tasks for prompt in load_task(task.model_copy(update={"prompts": 2**31})).prompts}
+
+
+@dataclass
+class _Ledger:
+    """What the committed units add up to; the next unit follows from it alone."""
+
+    names: list[str]
+    units: int = 0
+    total: RowCounts = field(default_factory=RowCounts)
+    by_temperature: dict[str, RowCounts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.by_source = {name: RowCounts() for name in self.names}
+        self.units_of = dict.fromkeys(self.names, 0)
+        self.dry = dict.fromkeys(self.names, 0)
+        self.open = dict.fromkeys(self.names, True)
+
+    def add(self, source: str, temperature: float, counts: RowCounts) -> None:
+        """Enters a committed unit."""
+        for account in (self.total, self.by_source[source], self.by_temperature.setdefault(f"{temperature:g}", RowCounts())):
+            account.add(counts)
+        self.units += 1
+        self.units_of[source] += 1
+        self.dry[source] = 0 if counts.written else self.dry[source] + 1
+        self.open[source] &= self.dry[source] < DRY_UNITS
+
+
+def run(config: SynthesizeConfig, context: StageContext) -> None:
+    """Writes units until the budget is reached or every prompt was asked at every temperature.
+
+    Raises:
+        DataError: when no row at all could be kept.
+        ArtifactError: when a committed unit is damaged.
+    """
+    artifact = context.artifact("synthesize")
+    writer, plans, refused = _prepare(config, context)
+    ledger = _Ledger([plan.name for plan in plans])
+    for leftover in (artifact.path / UNITS).glob(".*.tmp"):
+        leftover.unlink()
+    _enter_committed(plans, ledger, writer, artifact)
+    before = ledger.total.generated
+    with context.console.progress("synthesize", config.tokens, "tokens", ledger.total.tokens) as progress:
+        while ledger.total.tokens < config.tokens and (plan := _next_plan(plans, ledger)):
+            _write_unit(plan, ledger, writer, artifact, context)
+            progress.update(ledger.total.tokens, f"{ledger.total.written} rows, {ledger.total.total_filtered} filtered")
+            context.console.stop.check(artifact.path)
+        speed = (ledger.total.generated - before) / progress.seconds if ledger.total.generated > before else None
+    if not ledger.total.written:
+        raise DataError(artifact.path, f"0 of {ledger.total.asked} rows kept ({_reasons(ledger.total)})", "the target must write some text", _remedy(ledger.total))
+    _tell(config, context, ledger, refused)
+    artifact.complete(**_manifest(config, context, ledger, refused, speed), provenance=describe_run())
+
+
+def _next_plan(plans: list[UnitPlan], ledger: _Ledger) -> UnitPlan | None:
+    """The source furthest behind its share that still has a unit."""
+    open_plans = [plan for plan in plans if ledger.open[plan.name] and plan.has_unit(ledger.units_of[plan.name])]
+    return min(open_plans, key=lambda plan: ledger.by_source[plan.name].tokens / plan.share, default=None)
+
+
+def _enter_committed(plans: list[UnitPlan], ledger: _Ledger, writer: UnitWriter, artifact: Artifact) -> None:
+    """Takes over the units of an earlier process, in order, up to the first that is missing."""
+    while (path := unit_path(artifact, ledger.units)).exists():
+        facts, plan = read_metadata(path), _next_plan(plans, ledger)
+        expected = (plan.name, ledger.units_of[plan.name]) if plan else (None, None)
+        if (facts.get("source"), facts.get("number")) != expected:
+            found = f"holds unit {facts.get('number')} of prompts '{facts.get('source')}'"
+            raise ArtifactError(path, found, f"must hold unit {expected[1]} of '{expected[0]}'", "redo it with --redo synthesize")
+        columns = read_columns(path, ["row_id", "prompt_key"])
+        writer.row_filter.remember(columns["row_id"], columns["prompt_key"])
+        ledger.add(facts["source"], facts["temperature"], RowCounts.from_dict(facts["counts"]))
+
+
+def _write_unit(plan: UnitPlan, ledger: _Ledger, writer: UnitWriter, artifact: Artifact, context: StageContext) -> None:
+    """Asks the next unit of this source and commits it."""
+    number = ledger.units_of[plan.name]
+    unit = plan.unit(number)
+    assert unit is not None, "has_unit said that there is one"
+    rows, counts = writer.write(unit, unit_seed(context.settings.seed, ledger.units))
+    facts = {"source": plan.name, "number": number, "temperature": unit.temperature, "counts": counts.as_dict()}
+    write_rows(unit_path(artifact, ledger.units), rows, facts)
+    ledger.add(plan.name, unit.temperature, counts)
+    if not ledger.open[plan.name]:
+        context.console.warn(f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units ({_reasons(counts)}); going on without")
+
+
+def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWriter, list[UnitPlan], dict[str, dict[str, int]]]:
+    """The target with its filters, each source's plan, and the prompts refused by source and reason."""
+    from fastdraft.data.chat import end_of_turn_ids
+    from fastdraft.data.filters import RowFilter
+    from fastdraft.decoding.unit_writer import UnitWriter
+    from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary, pick_device, set_threads
+    from fastdraft.runtimes.huggingface import HuggingFaceEngine
+
+    target = context.target
+    set_threads(context.settings.threads)
+    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
+    held_out = _evaluation_texts(context)
+    plans, refused = _plan_sources(config, context, tokenizer, held_out)
+    vocabulary = load_vocabulary(target)
+    engine = HuggingFaceEngine(load_target(target, pick_device(context.settings.device)), vocabulary, config.batch_rows)
+    turn_ends = end_of_turn_ids(tokenizer) if any(isinstance(source, MagpiePrompts) for source in config.prompts) else frozenset()
+    asking = HuggingFaceEngine(engine.model, replace(vocabulary, eos_token_ids=(*vocabulary.eos_token_ids, *sorted(turn_ends))), config.batch_rows)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    row_filter = RowFilter(vocabulary.missing_ids, vocabulary.eos_token_ids, decode, config.looping, config.keep_truncated)
+    writer = UnitWriter(
+        engine, asking, tokenizer, row_filter, config.max_new_tokens, engine.context_length, config.top_k, config.top_p, held_out.__contains__
+    )
+    return writer, plans, refused
+
+
+def _plan_sources(
+    config: SynthesizeConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, held_out: set[str]
+) -> tuple[list[UnitPlan], dict[str, dict[str, int]]]:
+    from fastdraft.data.chat import has_chat_template, plain_prefix_ids, user_prefix_ids
+    from fastdraft.data.shards import open_corpus
+
+    seed, plans, refused = context.settings.seed, [], {}
+    for source in config.prompts:
+        size: int | None = None
+        chat, instruction_tokens = True, 0
+        if isinstance(source, MagpiePrompts):
+            encode: Callable[[int], list[int]] = partial(_always, user_prefix_ids(tokenizer))
+            size, instruction_tokens = source.count, source.max_instruction_tokens
+        elif isinstance(source, CorpusPrompts):
+            prepare, chat = context.require("prepare"), False
+            prefixes = CorpusPrefixes(open_corpus(prepare, source.corpus, "train"), prepare.manifest()["separator_id"], source.prompt_tokens, plain_prefix_ids(tokenizer), seed)
+            encode, size = prefixes, min(len(prefixes), source.count or len(prefixes))
+        else:
+            chosen = select_texts(source, held_out, seed)
+            chat = source.chat and has_chat_template(tokenizer)
+            encode, size = partial(_encode_text, tokenizer, chosen.texts, chat), len(chosen.texts)
+            refused[source.name] = chosen.refused
+        rows = config.batch_rows
+        plans.append(UnitPlan(source.name, size, encode, config.temperatures, config.samples, rows, seed, chat, instruction_tokens, source.share))
+    return plans, refused
+
+
+def _always(ids: list[int], index: int) -> list[int]:
+    return list(ids)
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: bool, index: int) -> list[int]:
+    from fastdraft.data.chat import prompt_ids
+
+    return prompt_ids(tokenizer, texts[index], chat)
+
+
+def _manifest(config: SynthesizeConfig, context: StageContext, ledger: _Ledger, refused: dict[str, dict[str, int]], speed: float | None) -> dict[str, Any]:
+    total = ledger.total.as_dict()
+    return {
+        **total,
+        "units": ledger.units,
+        "by_source": {name: counts.as_dict() for name, counts in ledger.by_source.items()},
+        "by_temperature": {name: counts.as_dict() for name, counts in sorted(ledger.by_temperature.items(), key=lambda item: float(item[0]))},
+        "refused_prompts": refused,
+        "engine": config.engine.kind,
+        "generated_tokens_per_second": None if speed is None else round(speed, 1),
+        "target": _target_identity(context.target),
+        "sampling": {name: getattr(config, name) for name in ("temperatures", "samples", "top_k", "top_p", "max_new_tokens")},
+    }
+
+
+def _tell(config: SynthesizeConfig, context: StageContext, ledger: _Ledger, refused: dict[str, dict[str, int]]) -> None:
+    """What was written, in one table, and what the user should know."""
+    console = context.console
+    accounts = [*ledger.by_source.items(), ("all", ledger.total)]
+    rows = [[name, c.asked, c.written, c.total_filtered, c.failed, c.tokens, f"{c.stopped / max(c.written, 1):.0%}", c.cut] for name, c in accounts]
+    console.table("", ["prompts", "asked", "written", "filtered", "failed", "tokens", "ended", "loops cut"], rows)
+    if ledger.total.filtered:
+        console.say(f"filtered: {_reasons(ledger.total)}")
+    for name, reasons in refused.items():
+        if any(reasons.values()):
+            console.say(f"prompts '{name}' not asked: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count))
+    if ledger.total.tokens < config.tokens:
+        console.warn(f"all prompts are used up at {format_count(ledger.total.tokens)} of {format_count(config.tokens)} tokens; add prompts or raise synthesize.samples")
+
+
+def _reasons(counts: RowCounts) -> str:
+    reasons = dict(counts.filtered) | ({"failed": counts.failed} if counts.failed else {})
+    return ", ".join(f"{rows} {reason}" for reason, rows in sorted(reasons.items(), key=lambda item: -item[1])) or "none filtered"
+
+
+def _remedy(counts: RowCounts) -> str:
+    if counts.failed > counts.total_filtered:
+        return "its numbers are not finite in this precision: set target.dtype=fp32"
+    if counts.filtered.get("prompt_too_long", 0) * 2 > counts.asked:
+        return "shorten the prompts or lower synthesize.max_new_tokens"
+    return "check prompts and target, or change `looping` and `keep_truncated`"

@@ -1,0 +1,215 @@
+"""The stage align over hand-made responses: what is trained on, which step wins, exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastdraft.artifacts import digest, write_json
+from fastdraft.config import Config, load_config
+from fastdraft.data.responses import SyntheticRow, ids_hash, unit_path, write_rows
+from fastdraft.errors import Interrupted, RecipeError, TrainingError
+from fastdraft.interfaces import StageContext
+from fastdraft.modeling.loading import load_draft
+from fastdraft.stages import align
+from fastdraft.stages.align import AlignConfig
+from fastdraft.stages.pretrain import PretrainConfig
+from fastdraft.training.metrics import read_metrics
+from test_pretrain import StopAfter, make_context
+
+SETTINGS: dict[str, Any] = {
+    "epochs": 2, "batch_tokens": 200, "pretraining_share": 0.2, "precision": "fp32", "checkpoint_every": 3, "validate_every": 4,
+    "optimizer": {"kind": "adamw", "learning_rate": 0.01},
+}  # fmt: skip
+
+
+def make_rows(count: int = 60, prompt: int = 6) -> list[SyntheticRow]:
+    """Responses that count on from the prompt's last id: easy to learn, and greedy, so that replay is exact."""
+    rows = []
+    for number in range(count):
+        length = 4 + number % 9
+        ids = [4 + (number * 11 + i) % 280 for i in range(prompt + length)]
+        prompt_ids, response_ids = ids[:prompt], ids[prompt:]
+        rows.append(
+            SyntheticRow(
+                row_id=ids_hash(prompt_ids, response_ids), source="made", prompt_key=ids_hash(prompt_ids), prompt_ids=prompt_ids, response_ids=response_ids,
+                logprobs=[0.0] * length, temperature=0.0, top_k=0, top_p=1.0, finish_reason="length",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def synthesize(context: StageContext, rows: list[SyntheticRow]) -> None:
+    artifact = context.artifact("synthesize")
+    shutil.rmtree(artifact.path, ignore_errors=True)
+    write_rows(unit_path(artifact, 0), rows)
+    write_json(artifact.path / "fingerprint.json", {"rows": len(rows)})
+    artifact.complete(written=len(rows))
+
+
+@pytest.fixture
+def new_context(tmp_path: Path, tiny_draft: Path) -> Callable[..., StageContext]:
+    def make(name: str = "run", rows: list[SyntheticRow] | None = None, **changes: Any) -> StageContext:
+        merged = {key: value for key, value in {**SETTINGS, **changes}.items() if value is not None}
+        sections: dict[str, Config] = {"pretrain": load_config(PretrainConfig, {"tokens": 100}), "align": load_config(AlignConfig, merged)}
+        context = make_context(tmp_path / name, tiny_draft, sections)
+        pretrained = context.artifact("pretrain")
+        shutil.copytree(tiny_draft, pretrained.path / "checkpoint")
+        write_json(pretrained.path / "fingerprint.json", {"pretrain": 1})
+        pretrained.complete()
+        synthesize(context, make_rows() if rows is None else rows)
+        return context
+
+    return make
+
+
+def run_stage(context: StageContext) -> dict[str, Any]:
+    config = context.section("align")
+    context.artifact("align").begin(align.fingerprint(config, context))
+    align.run(config, context)
+    return context.artifact("align").manifest()
+
+
+def test_alignment_raises_block_efficiency_on_held_out_prompts(new_context: Callable[..., StageContext]) -> None:
+    context = new_context(epochs=20)
+    manifest = run_stage(context)
+    records = read_metrics(context.artifact("align").path)
+    scores = {r["step"]: r["validation_block_efficiency"] for r in records if "validation_block_efficiency" in r}
+    assert manifest["start_block_efficiency"] == scores[0]
+    assert manifest["validation_block_efficiency"] == max(scores.values()) > scores[0]
+    assert manifest["best_step"] == min(step for step, score in scores.items() if score == max(scores.values()))
+    assert manifest["validation_loss"]["responses"] > 0
+    assert (manifest["rows"], manifest["rows_cut"], manifest["rows_dropped"]) == (56, 0, 0)
+    assert (context.artifact("align").path / "checkpoint/tokenizer.json").is_file()
+    assert not (context.artifact("align").path / "steps").exists()
+
+
+def test_the_checkpoint_is_the_step_with_the_best_block_efficiency_not_the_last(
+    new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([1.0, 1.5, 1.2, 1.1, 1.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr("fastdraft.decoding.replay.block_efficiency", lambda *unused: next(scores))
+    manifest = run_stage(context := new_context("a"))
+    assert manifest["best_step"] == 4
+    assert manifest["validation_block_efficiency"] == 1.5
+    start = load_draft(context.artifact("pretrain").path / "checkpoint").state_dict()
+    best = load_draft(context.artifact("align").path / "checkpoint").state_dict()
+    assert any(not bool((start[name] == best[name]).all()) for name in start)
+
+
+def test_when_alignment_only_harms_the_starting_weights_are_kept(
+    new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter(np.linspace(2.0, 1.0, 20))
+    monkeypatch.setattr("fastdraft.decoding.replay.block_efficiency", lambda *unused: float(next(scores)))
+    context = new_context()
+    assert run_stage(context)["best_step"] == 0
+    start = load_draft(context.artifact("pretrain").path / "checkpoint").state_dict()
+    kept = load_draft(context.artifact("align").path / "checkpoint").state_dict()
+    assert all(bool((start[name] == kept[name]).all()) for name in start)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(new_context: Callable[..., StageContext], kind: str) -> None:
+    changes = {"optimizer": {"kind": kind, "learning_rate": 0.01}}
+    first, second = new_context("a", **changes), new_context("b", **changes)
+    expected = run_stage(first)
+    config, rounds = second.section("align"), 0
+    second.artifact("align").begin(align.fingerprint(config, second))
+    while not second.artifact("align").is_complete():
+        rounds += 1
+        with contextlib.suppress(Interrupted):
+            align.run(config, dataclasses.replace(second, console=StopAfter(2)))
+    assert rounds > 2
+    found = second.artifact("align").manifest()
+    for key in ("best_step", "validation_block_efficiency", "train_loss", "tokens", "trained_tokens", "validation_loss"):
+        assert found[key] == expected[key]
+    folders = [context.artifact("align").path / "checkpoint/model.safetensors" for context in (first, second)]
+    assert folders[0].read_bytes() == folders[1].read_bytes()
+
+
+def test_trained_tokens_are_the_response_tokens_of_the_training_split(new_context: Callable[..., StageContext]) -> None:
+    context = new_context(epochs=3, pretraining_share=0)
+    manifest = run_stage(context)
+    from fastdraft.data.responses import read_all
+
+    train = list(read_all(context.artifact("synthesize"), "train"))
+    assert manifest["trained_tokens"] == 3 * sum(len(row.response_ids) for row in train)
+    assert manifest["tokens"] == 3 * sum(len(row.prompt_ids) + len(row.response_ids) - 1 for row in train)
+
+
+def test_a_token_budget_replaces_epochs(new_context: Callable[..., StageContext]) -> None:
+    manifest = run_stage(new_context(epochs=None, tokens=500, pretraining_share=0))
+    assert 500 <= manifest["tokens"] < 520
+
+
+def test_rows_longer_than_the_drafts_context_are_cut_and_counted(new_context: Callable[..., StageContext]) -> None:
+    long = dataclasses.replace(make_rows(1)[0], row_id="long", prompt_key="f" * 24, response_ids=[5] * 300, logprobs=[0.0] * 300)
+    hopeless = dataclasses.replace(make_rows(1)[0], row_id="hopeless", prompt_key="e" * 24, prompt_ids=[5] * 300)
+    manifest = run_stage(new_context(rows=[*make_rows(), long, hopeless], epochs=1))
+    assert (manifest["rows_cut"], manifest["rows_dropped"]) == (1, 1)
+
+
+def test_zero_trained_tokens_is_an_error(new_context: Callable[..., StageContext]) -> None:
+    rows = [dataclasses.replace(row, prompt_ids=[5] * 300) for row in make_rows(12)]
+    with pytest.raises(TrainingError, match="0 trained tokens"):
+        run_stage(new_context(rows=rows))
+
+
+def test_without_held_out_responses_the_last_step_is_kept_with_a_warning(
+    new_context: Callable[..., StageContext], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = run_stage(new_context(rows=make_rows(1)))
+    assert "no held-out responses" in capsys.readouterr().err
+    assert manifest["best_step"] == manifest["steps"]
+
+
+def test_a_mixture_is_needed_only_where_a_share_is_asked_for(tmp_path: Path, tiny_draft: Path) -> None:
+    for share in (0.1, 0.0):
+        config = load_config(AlignConfig, {**SETTINGS, "pretraining_share": share})
+        context = make_context(tmp_path / f"run{share}", tiny_draft, {"align": config})
+        synthesize(context, make_rows())
+        if share:
+            with pytest.raises(RecipeError, match=r"align\.pretraining_share"):
+                run_stage(context)
+        else:
+            assert run_stage(context)["steps"] > 0
+
+
+def test_the_fingerprint_holds_what_the_weights_depend_on(new_context: Callable[..., StageContext]) -> None:
+    context = new_context()
+    base = align.fingerprint(context.section("align"), context)
+    assert json.loads(json.dumps(base)) == base
+    for change in ({"micro_batch_tokens": 16}, {"checkpoint_every": 1}, {"tensorboard": True}):
+        assert digest(align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)) == digest(base)
+    for change in ({"epochs": 1}, {"validate_every": 2}, {"pretraining_share": 0}):
+        assert digest(align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)) != digest(base)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": 100}, "give one of them"),
+        ({"epochs": 0}, "greater than 0"),
+        ({"pretraining_share": 1}, "less than 1"),
+        ({"objective": {"kind": "tv"}}, "sequence_kd"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_config(AlignConfig, {**SETTINGS, **change}, "align")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_with_neither_budget_there_are_three_passes() -> None:
+    assert load_config(AlignConfig, {}).passes == 3
+    assert load_config(AlignConfig, {"tokens": "1M"}).passes is None

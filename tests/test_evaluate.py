@@ -1,0 +1,261 @@
+"""The evaluate stage on a tiny pair: its files, what it resumes, what it checks, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import TEXT, write_target
+from fastdraft.artifacts import RunDirectory, read_json, write_json
+from fastdraft.config import load_config
+from fastdraft.console import Console
+from fastdraft.errors import ArtifactError, DataError, FastDraftError, Interrupted, RecipeError, VocabularyError
+from fastdraft.interfaces import RunConfig, Sampling, StageContext, TargetConfig
+from fastdraft.stages import evaluate
+from fastdraft.stages.evaluate import EvaluateConfig
+
+ROW_KEYS = {
+    "checkpoint", "task", "method", "temperature", "num_speculative_tokens", "num_prompts", "num_drafts", "num_draft_tokens",
+    "num_accepted_tokens", "num_accepted_tokens_per_pos", "num_generated_tokens", "acceptance_rate", "conditional_acceptance_rate", "overlap", "block_efficiency",
+    "mbsu_parameters", "mbsu_bytes", "mbsu_latency",
+}  # fmt: skip
+
+
+def settings(folder: Path, **changes: Any) -> EvaluateConfig:
+    for name in ("first", "second"):
+        lines = [json.dumps({"id": f"{name}{i}", "prompt": f"{text} {i}", "reference": "yes"}) for i, text in enumerate(TEXT)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    value = {
+        "tasks": [
+            {"kind": "file", "name": "first", "path": str(folder / "first.jsonl"), "max_new_tokens": 12},
+            {"kind": "file", "name": "second", "path": str(folder / "second.jsonl"), "max_new_tokens": 8, "chat": True, "prompts": 3},
+        ],
+        "temperatures": [0, 0.6], "num_speculative_tokens": [1, 3], "exact": {"num_speculative_tokens": [3], "prompts": 2},
+    }  # fmt: skip
+    return load_config(EvaluateConfig, value | changes, "evaluate")
+
+
+def context(root: Path, target: Path, config: EvaluateConfig, checkpoints: dict[str, Path]) -> StageContext:
+    for name, source in checkpoints.items():
+        folder = root / name
+        if not folder.exists():
+            shutil.copytree(source, folder / "checkpoint")
+            write_json(folder / "fingerprint.json", {"source": name})
+            write_json(folder / "manifest.json", {"schema": 1, "stage": name})
+    sections = {**dict.fromkeys(checkpoints, config), "evaluate": config}
+    run_config = RunConfig(name="r", threads=1, device="cpu")
+    return StageContext(RunDirectory(root), run_config, TargetConfig(model=str(target)), sections, Console(quiet=True))
+
+
+def run(config: EvaluateConfig, where: StageContext) -> dict[str, Any]:
+    artifact = where.artifact("evaluate")
+    artifact.begin(evaluate.fingerprint(config, where))
+    evaluate.run(config, where)
+    results: dict[str, Any] = read_json(artifact.path / "results.json")
+    return results
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_draft: Path
+) -> tuple[EvaluateConfig, StageContext, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("run")
+    config = settings(root)
+    where = context(root, tiny_target, config, {"pretrain": tiny_draft, "align": tiny_target})
+    return config, where, run(config, where)
+
+
+def test_results_hold_every_row_of_the_plan_with_every_key(finished) -> None:
+    _, _, results = finished
+    assert results["schema"] == 1
+    assert results["draft"] == "align/checkpoint"
+    rows = results["rows"]
+    assert all(set(row) >= ROW_KEYS for row in rows)
+    replayed = {(r["checkpoint"], r["task"], r["temperature"], r["num_speculative_tokens"]) for r in rows if r["method"] == "replay"}
+    assert replayed == {(c, t, T, k) for c in ("pretrain", "align") for t in ("first", "second") for T in (0.0, 0.6) for k in (1, 3)}
+    exact = {(r["checkpoint"], r["task"], r["temperature"], r["num_prompts"]) for r in rows if r["method"] == "exact"}
+    assert exact == {("align", t, T, 2) for t in ("first", "second") for T in (0.0, 0.6)}
+
+
+def test_results_are_strict_json(finished) -> None:
+    text = (finished[1].artifact("evaluate").path / "results.json").read_text(encoding="utf-8")
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_rates_in_a_row_follow_from_its_counts(finished) -> None:
+    for row in finished[2]["rows"]:
+        k, ratio = row["num_speculative_tokens"], finished[2]["cost_ratio_parameters"]
+        assert row["num_draft_tokens"] == pytest.approx(k * row["num_drafts"], abs=1e-4)
+        assert sum(row["num_accepted_tokens_per_pos"]) == pytest.approx(row["num_accepted_tokens"], abs=1e-4)
+        assert row["acceptance_rate"] == pytest.approx(row["num_accepted_tokens"] / row["num_draft_tokens"], abs=1e-5)
+        assert row["block_efficiency"] == pytest.approx(row["num_generated_tokens"] / row["num_drafts"], abs=1e-5)
+        assert row["mbsu_parameters"] == pytest.approx(row["block_efficiency"] / (k * ratio + 1), abs=1e-4)
+        assert row["acceptance_rate_low"] <= row["acceptance_rate"] <= row["acceptance_rate_high"]
+
+
+def test_a_draft_equal_to_the_target_costs_the_same_and_is_mostly_accepted(finished) -> None:
+    results = finished[2]
+    assert results["cost_ratio_parameters"] == results["cost_ratio_bytes"] == 1
+    assert results["cost_ratio_latency"] > 0
+    greedy = [r for r in results["rows"] if r["checkpoint"] == "align" and r["temperature"] == 0 and r["method"] == "exact"]
+    # Not always: this random target writes padding ids too, which no draft may propose.
+    assert all(row["conditional_acceptance_rate"] > 0.7 for row in greedy)
+
+
+def test_exact_and_replay_agree_on_greedy_text(finished) -> None:
+    config, where, _ = finished
+    everything = load_config(EvaluateConfig, config.model_dump() | {"exact": {"num_speculative_tokens": [1, 3], "prompts": 5}})
+    root = where.run.root.parent / "agree"
+    results = run(everything, context(root, Path(where.target.model), everything, {"pretrain": where.run.root / "pretrain" / "checkpoint"}))
+    rows = {(r["method"], r["task"], r["num_speculative_tokens"]): r for r in results["rows"] if r["temperature"] == 0}
+    for task in ("first", "second"):
+        for k in (1, 3):
+            exact, replayed = rows["exact", task, k], rows["replay", task, k]
+            counts = [key for key in ROW_KEYS if key.startswith("num_")]
+            assert [exact[key] for key in counts] == [replayed[key] for key in counts]
+
+
+def test_greedy_exact_text_is_checked_against_the_targets_own(finished) -> None:
+    check = finished[2]["greedy_check"]
+    assert check["texts"] == 4
+    assert check["different"] == 0
+
+
+def test_checkpoints_are_compared_with_an_interval(finished) -> None:
+    rows = finished[2]["differences"]
+    assert {(r["from"], r["to"], r["num_speculative_tokens"]) for r in rows} == {("pretrain", "align", 3)}
+    assert all(r["difference"] > 0 and r["difference_low"] <= r["difference"] <= r["difference_high"] for r in rows)
+
+
+def test_samples_are_pieces_of_the_exact_text(finished) -> None:
+    folder = finished[1].artifact("evaluate").path
+    samples = read_json(folder / "samples.json")
+    assert [s["task"] for s in samples] == ["first", "first", "second", "second"]
+    assert all({"text", "accepted"} == set(piece) for s in samples for piece in s["pieces"])
+
+
+def test_a_second_run_over_finished_units_writes_the_same_results(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, where, results = finished
+    from fastdraft.decoding import workbench
+
+    for name in ("exact_runs", "replay_tables", "measure_latency", "write_rows"):
+        monkeypatch.setattr(workbench, name, lambda *_, **__: pytest.fail("a finished unit was done again"))
+    assert run(config, where) == results
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_counts(finished, tmp_path: Path, tiny_target: Path, tiny_draft: Path) -> None:
+    config, _, undisturbed = finished
+    where = context(tmp_path, tiny_target, config, {"pretrain": tiny_draft, "align": tiny_target})
+    where.console.stop.requested = True
+    with pytest.raises(Interrupted):
+        run(config, where)
+    assert not where.artifact("evaluate").is_complete()
+    where.console.stop.requested = False
+    results = run(config, where)
+    # Equal but for what was measured in seconds.
+    kept = [key for key in results["rows"][0] if "latency" not in key and "speedup" not in key]
+    assert [{k: row[k] for k in kept} for row in results["rows"]] == [{k: row[k] for k in kept} for row in undisturbed["rows"]]
+
+
+def test_a_damaged_unit_is_named(finished, tmp_path: Path) -> None:
+    config, where, _ = finished
+    root = tmp_path / "copy"
+    shutil.copytree(where.run.root, root)
+    (root / "evaluate" / "replay" / "align-first-0.npy").write_bytes(b"nonsense")
+    damaged = context(root, Path(where.target.model), config, {"pretrain": root, "align": root})
+    with pytest.raises(ArtifactError, match=r"align-first-0\.npy"):
+        evaluate.run(config, damaged)
+
+
+def test_prompts_that_do_not_fit_are_left_out_and_told(
+    tmp_path: Path, tiny_target: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"prompt": "short"}), json.dumps({"prompt": "long " * 400})]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    task = {"kind": "file", "name": "mixed", "path": str(tmp_path / "mixed.jsonl"), "max_new_tokens": 4}
+    config = settings(tmp_path, tasks=[task], exact={"prompts": 0}, num_speculative_tokens=[2], temperatures=[0])
+    results = run(config, context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft}))
+    assert [row["num_prompts"] for row in results["rows"]] == [1]
+    assert "1 of 2 prompts skipped" in capsys.readouterr().err
+    only_long = settings(tmp_path, tasks=[{**task, "max_new_tokens": 255}])
+    with pytest.raises(DataError, match="none of 2 prompts"):
+        run(only_long, context(tmp_path / "other", tiny_target, only_long, {"pretrain": tiny_draft}))
+
+
+def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, tiny_target: Path) -> None:
+    other = write_target(tmp_path / "other-model", padded_vocab=330, layers=1, hidden=16)
+    config = settings(tmp_path)
+    with pytest.raises(VocabularyError, match="vocab_size"):
+        run(config, context(tmp_path / "run", tiny_target, config, {"pretrain": other}))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"num_speculative_tokens": [0]}, "between 1 and 64"),
+        ({"temperatures": [-0.5]}, "between 0 and 10"),
+        ({"exact": {"num_speculative_tokens": [0]}}, "between 1 and 64"),
+        ({"tasks": []}, "at least 1"),
+        ({"top_p": 0}, "greater than 0"),
+        ({"tasks": [{"kind": "code"}, {"kind": "code"}]}, "two tasks"),
+        ({"tempratures": [0]}, "temperatures"),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any], found: str) -> None:
+    with pytest.raises(RecipeError, match=found) as raised:
+        settings(tmp_path, **change)
+    assert "\n" not in str(raised.value)
+
+
+def test_any_pair_is_evaluated_without_a_run(tiny_target: Path, tiny_draft: Path) -> None:
+    from fastdraft.decoding.evaluation import evaluate_pair
+    from fastdraft.decoding.figures import CostRatios
+    from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
+    from fastdraft.runtimes.huggingface import HuggingFaceEngine
+
+    config = TargetConfig(model=str(tiny_target))
+    vocabulary = load_vocabulary(config)
+    engine = HuggingFaceEngine(load_target(config, "cpu"), vocabulary)
+    prompts = {"mine": [[5, 6, 7], [8, 9]]}
+    draft, costs = load_draft(tiny_draft), CostRatios(0.1, 0.2)
+    rows = evaluate_pair(engine, draft, prompts, vocabulary, costs, max_new_tokens=6, num_speculative_tokens=[1, 2])
+    assert [(r["temperature"], r["num_speculative_tokens"]) for r in rows] == [(t, k) for t in (0.0, 0.6) for k in (1, 2)]
+    assert all(r["mbsu_latency"] is None and r["mbsu_bytes"] < r["mbsu_parameters"] for r in rows)
+
+
+def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path, tiny_draft: Path) -> None:
+    from fastdraft.decoding.latency import Latency, measure_latency
+    from fastdraft.modeling.loading import load_draft
+
+    latency = measure_latency(load_draft(tiny_target), load_draft(tiny_draft), [2, 4], prefix_tokens=400, repeats=3)
+    assert list(latency.target_seconds) == [1, 2, 4]
+    assert latency.prefix_tokens == 252
+    assert latency.cost_ratio > 0
+    assert Latency.from_dict(json.loads(json.dumps(latency.as_dict()))) == latency
+
+
+def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) -> None:
+    from fastdraft.decoding.evaluation import as_row, greedy_difference
+    from fastdraft.interfaces import Generation
+    from fastdraft.modeling.loading import load_draft
+
+    target = load_draft(tiny_target)
+    row = as_row(Generation([5, 6], [7, 8, 9], [0.0] * 3, "length"), Sampling(0.0), "")
+    assert greedy_difference(target, row, [7, 8, 9]) is None
+    found = greedy_difference(target, row, [7, 10, 9])
+    assert found is not None
+    assert (found.place, found.near_tie) == (1, False)
+    assert np.isfinite(found.gap)
+
+
+def test_the_finished_manifest_tells_what_was_skipped_and_compared(finished) -> None:
+    manifest = finished[1].artifact("evaluate").manifest()
+    assert manifest["tasks"] == {"first": {"prompts": 5, "skipped": 0}, "second": {"prompts": 3, "skipped": 0}}
+    assert manifest["differences"] == finished[2]["differences"]
+    assert manifest["contamination"] is None
+    assert issubclass(Interrupted, FastDraftError)

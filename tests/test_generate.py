@@ -1,0 +1,110 @@
+"""`fastdraft generate`: what goes to stdout, when it is coloured, what it reports and refuses."""
+
+from __future__ import annotations
+
+import io
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import write_target
+from fastdraft.commands import generate
+from fastdraft.console import Console
+from fastdraft.decoding.pieces import PieceStream, text_pieces
+from fastdraft.errors import DataError, FastDraftError, RecipeError, VocabularyError
+from fastdraft.modeling.loading import load_tokenizer
+
+
+def call(target: Path, draft: Path, **changes: Any) -> None:
+    settings = {
+        "prompt": "Once upon a time", "chat": False, "num_speculative_tokens": 3, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
+        "max_new_tokens": 20, "seed": 0, "device": "cpu", "color": None, "compare": False, "console": Console(),
+    }  # fmt: skip
+    generate.run(target=str(target), draft=str(draft), **(settings | changes))
+
+
+def test_stdout_holds_the_targets_text_and_nothing_else(tiny_target: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(tiny_target, tiny_draft, compare=True)
+    with_draft = capsys.readouterr()
+    call(tiny_target, tiny_target, compare=False)
+    assert with_draft.out == capsys.readouterr().out
+    assert "tokens per pass" in with_draft.err
+    assert "speed-up against the target alone" in with_draft.err
+    assert "same text as the target alone" in with_draft.err
+
+
+def test_accepted_tokens_are_coloured_when_asked_for(tiny_target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(tiny_target, tiny_target, color=True)
+    coloured = capsys.readouterr().out
+    call(tiny_target, tiny_target)
+    plain = capsys.readouterr().out
+    assert generate.ACCEPTED in coloured
+    assert "\x1b" not in plain
+    assert coloured.replace(generate.ACCEPTED, "").replace(generate.RESET, "") == plain
+
+
+def test_the_prompt_may_come_from_stdin(
+    tiny_target: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(tiny_target, tiny_draft)
+    given = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time"))
+    call(tiny_target, tiny_draft, prompt=None)
+    assert capsys.readouterr().out == given
+
+
+def test_a_conversation_goes_on_until_the_input_ends(
+    tiny_target: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter(["Hello", "", "And then?"])
+
+    def answer(_: str) -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    call(tiny_target, tiny_draft, prompt=None, chat=True, max_new_tokens=5)
+    found = capsys.readouterr()
+    assert "10 tokens in" in found.err
+    assert found.out.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "found"),
+    [
+        ({"temperature": -1.0}, RecipeError, "--temperature"),
+        ({"top_p": 0.0}, RecipeError, "--top-p"),
+        ({"num_speculative_tokens": 0}, RecipeError, "at least 1"),
+        ({"prompt": "  "}, DataError, "--prompt"),
+        ({"prompt": "word " * 500}, DataError, "context holds 256"),
+        ({"max_new_tokens": 0}, RecipeError, "--max-new-tokens"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    tiny_target: Path, tiny_draft: Path, change: dict[str, Any], error: type[FastDraftError], found: str
+) -> None:
+    with pytest.raises(error, match=found) as raised:
+        call(tiny_target, tiny_draft, **change)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_draft_of_another_vocabulary_is_refused(tiny_target: Path, tmp_path: Path) -> None:
+    with pytest.raises(VocabularyError):
+        call(tiny_target, write_target(tmp_path / "other", padded_vocab=330, layers=1, hidden=16))
+
+
+@pytest.mark.parametrize("text", ["The fox – jumps: 日本語 and naïve 🦊 again", "def f(x):\n    return x  # plain"])
+def test_pieces_join_to_the_text_whatever_bytes_the_tokens_end_in(tiny_target: Path, text: str) -> None:
+    tokenizer = load_tokenizer(str(tiny_target))
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    stream = PieceStream(tokenizer)
+    assert "".join([stream.feed(token) for token in ids] + [stream.finish()]) == text
+    pieces = text_pieces(tokenizer, [*ids, 3], [i % 3 > 0 for i in range(len(ids) + 1)])
+    assert "".join(str(piece["text"]) for piece in pieces) == text
+    assert all(a["accepted"] != b["accepted"] for a, b in pairwise(pieces))

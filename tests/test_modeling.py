@@ -1,0 +1,287 @@
+"""Shapes counted against real modules, the search, first weights, loading and its failures, vocabularies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+from fastdraft.errors import RecipeError, TargetError
+from fastdraft.modeling import initialize, shapes
+from fastdraft.modeling.architecture import Architecture, count_parameters, draft_hf_config, has_rotary_factors, read_architecture, resample
+
+LLAMA_8B = Architecture("llama", 128256, 4096, 32, 32, 8, 128, 14336, False, 131072)
+STARTER = Architecture("llama", 8192, 256, 6, 4, 2, 64, 768, True, 2048)
+PHI_3_MINI = {"vocab_size": 32064, "max_position_embeddings": 4096, "sliding_window": 2047}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 5e5,
+}
+
+
+def _small(cls: Any, **values: Any) -> Any:
+    shape = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return cls(**{**shape, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, **values})
+
+
+def _explicit(config: Any, hidden_size: int, num_layers: int, intermediate_size: int, **heads: Any) -> Architecture:
+    sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "intermediate_size": intermediate_size}
+    return shapes.explicit(read_architecture(config), **sizes, **heads)
+
+
+FAMILY_CONFIGS = [
+    _small(LlamaConfig), _small(LlamaConfig, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    _small(LlamaConfig, head_dim=32), _small(MistralConfig, head_dim=32, sliding_window=16),
+    _small(Qwen2Config), _small(Qwen2Config, tie_word_embeddings=True),
+    _small(Qwen3Config, head_dim=32), _small(Qwen3Config, attention_bias=True, tie_word_embeddings=True), _small(Phi3Config),
+    _small(Phi3Config, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", FAMILY_CONFIGS, ids=lambda c: f"{c.model_type}-{'tied' if c.tie_word_embeddings else 'untied'}")
+def test_the_formula_counts_the_parameters_of_the_real_module(config: Any) -> None:
+    assert read_architecture(config).parameters == count_parameters(config)
+
+
+@pytest.mark.parametrize("config", FAMILY_CONFIGS, ids=lambda c: c.model_type)
+def test_a_draft_of_every_family_has_the_counted_size_and_runs(config: Any) -> None:
+    shape = _explicit(config, 128, 2, 192)
+    draft = draft_hf_config(config, shape)
+    assert count_parameters(draft) == shape.parameters
+    model = initialize.build_draft(draft, seed=0)
+    with torch.inference_mode():
+        assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 96)
+
+
+def test_the_preset_phi_3_mini_50m_has_exactly_52107776_parameters() -> None:
+    target = Phi3Config(**PHI_3_MINI)
+    shape = shapes.preset("phi-3-mini-50m", read_architecture(target))
+    assert count_parameters(draft_hf_config(target, shape)) == shape.parameters == 52_107_776
+    assert (shape.hidden_size, shape.num_layers, shape.intermediate_size, shape.num_heads, shape.num_kv_heads, shape.tied) == (
+        512,
+        6,
+        1408,
+        8,
+        8,
+        False,
+    )
+
+
+def test_the_preset_llama_3_1_8b_150m_has_exactly_154147328_parameters() -> None:
+    target = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=131072, rope_parameters=LLAMA_3_ROPE,
+    )  # fmt: skip
+    shape = shapes.preset("llama-3.1-8b-150m", read_architecture(target))
+    assert count_parameters(target) == read_architecture(target).parameters == 8_030_261_248
+    assert count_parameters(draft_hf_config(target, shape)) == shape.parameters == 154_147_328
+    assert shape.read_parameters / LLAMA_8B.read_parameters == pytest.approx(0.012, abs=5e-4)
+
+
+def test_a_preset_is_refused_for_another_family() -> None:
+    with pytest.raises(RecipeError, match="for phi3 targets, this target is llama"):
+        shapes.preset("phi-3-mini-50m", STARTER)
+
+
+def test_an_unsupported_family_is_refused_by_name() -> None:
+    with pytest.raises(TargetError, match="model family 'gpt2'"):
+        read_architecture(AutoConfig.for_model("gpt2"))
+
+
+def test_a_draft_inherits_all_but_width_depth_and_heads() -> None:
+    target = LlamaConfig(
+        vocab_size=320,
+        max_position_embeddings=131072,
+        rope_parameters=LLAMA_3_ROPE,
+        rms_norm_eps=1e-5,
+        hidden_act="gelu",
+        eos_token_id=[7, 9],
+    )
+    draft = draft_hf_config(target, _explicit(target, 64, 1, 128))
+    for name in (
+        "vocab_size",
+        "max_position_embeddings",
+        "rope_parameters",
+        "rms_norm_eps",
+        "hidden_act",
+        "eos_token_id",
+        "bos_token_id",
+        "model_type",
+    ):
+        assert getattr(draft, name) == getattr(target, name), name
+
+
+def test_a_draft_attends_to_its_full_context() -> None:
+    mistral = _small(MistralConfig, sliding_window=16)
+    qwen = _small(Qwen2Config, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    for target in (mistral, qwen):
+        draft = draft_hf_config(target, _explicit(target, 64, 5, 128))
+        assert draft.sliding_window is None
+        assert set(getattr(draft, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        assert len(getattr(draft, "layer_types", None) or range(5)) == 5
+
+
+def _longrope() -> Any:
+    factors = [1.0 + i / 4 for i in range(48)]
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": factors,
+        "long_factor": [2 * f for f in factors],
+        "original_max_position_embeddings": 4096,
+    }
+    return Phi3Config(**{**PHI_3_MINI, "max_position_embeddings": 131072}, rope_parameters=rope, original_max_position_embeddings=4096)
+
+
+def test_longrope_factors_stay_when_the_head_width_stays() -> None:
+    target = _longrope()
+    assert has_rotary_factors(target)
+    shape = replace(shapes.preset("phi-3-mini-50m", read_architecture(target)), hidden_size=384, num_heads=4, num_kv_heads=4, head_dim=96)
+    assert draft_hf_config(target, shape).rope_parameters["short_factor"] == target.rope_parameters["short_factor"]
+
+
+def test_longrope_factors_are_resampled_for_another_head_width() -> None:
+    target = _longrope()
+    draft = draft_hf_config(target, shapes.preset("phi-3-mini-50m", read_architecture(target)))
+    factors = draft.rope_parameters["short_factor"]
+    assert len(factors) == 32
+    assert factors[0] == 1.0
+    assert factors == sorted(factors)
+    assert count_parameters(draft) == 52_107_776
+
+
+def test_resampling_to_the_same_length_changes_nothing() -> None:
+    assert resample([1.0, 2.0, 4.0], 3) == [1.0, 2.0, 4.0]
+    assert resample([1.0, 3.0], 4) == [1.0, 2.0, 3.0, 3.0]
+
+
+def test_the_search_stays_within_three_percent_and_prefers_few_layers() -> None:
+    for target, budget in (
+        (LLAMA_8B, 150_000_000),
+        (LLAMA_8B, 50_000_000),
+        (STARTER, 1_500_000),
+        (replace(STARTER, vocab_size=32064), 50_000_000),
+    ):
+        shape = shapes.search(target, budget)
+        assert abs(shape.parameters - budget) <= 0.03 * budget
+        assert shape.num_layers <= 8
+        assert shape.hidden_size % 64 == 0
+        assert shape.intermediate_size % 64 == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(20_000_000, 600_000_000))
+def test_any_budget_gives_a_fitting_shape_or_a_named_alternative(budget: int) -> None:
+    try:
+        shape = shapes.search(LLAMA_8B, budget)
+    except RecipeError as error:
+        named = str(error).partition("the nearest: ")[2]
+    else:
+        assert abs(shape.parameters - budget) <= 0.03 * budget
+        assert shape.num_heads % shape.num_kv_heads == 0
+        assert shape.num_heads * shape.head_dim == shape.hidden_size
+        return
+    assert named[0].isdigit()
+
+
+def test_a_fixed_depth_is_kept() -> None:
+    assert shapes.search(LLAMA_8B, 150_000_000, num_layers=3).num_layers == 3
+
+
+def test_a_budget_that_the_vocabulary_exceeds_is_refused_with_the_minimum() -> None:
+    with pytest.raises(RecipeError, match=r"vocabulary of 128256 alone takes 16\.4M: must be at least 16442000"):
+        shapes.search(LLAMA_8B, 10_000_000)
+
+
+def test_only_small_drafts_of_tied_targets_are_tied() -> None:
+    assert shapes.search(STARTER, 1_500_000).tied
+    assert not shapes.search(STARTER, 30_000_000).tied
+    assert not shapes.search(replace(STARTER, tied=False), 1_500_000).tied
+
+
+def test_an_untied_input_embedding_is_not_read() -> None:
+    tied, untied = replace(STARTER, tied=True), replace(STARTER, tied=False)
+    assert untied.parameters - tied.parameters == 8192 * 256
+    assert tied.bytes_per_token(8) == untied.bytes_per_token(8) == tied.parameters
+    assert untied.flops_per_token == 2 * tied.parameters
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(RecipeError, match="must divide hidden_size 128"):
+        shapes.explicit(STARTER, hidden_size=128, num_layers=2, intermediate_size=256, num_heads=3)
+    with pytest.raises(RecipeError, match="must divide num_heads 4"):
+        shapes.explicit(STARTER, hidden_size=128, num_layers=2, intermediate_size=256, num_heads=4, num_kv_heads=3)
+
+
+def _draft_model(tied: bool = False, seed: int = 0) -> Any:
+    target = _small(LlamaConfig, tie_word_embeddings=tied, vocab_size=2000)
+    return initialize.build_draft(draft_hf_config(target, _explicit(target, 128, 4, 256, num_heads=4, num_kv_heads=2, tied=tied)), seed)
+
+
+def test_first_weights_follow_the_seed_and_leave_the_callers_random_state_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = _draft_model(seed=1), _draft_model(seed=1), _draft_model(seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    pairs = zip(first.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_first_weights_have_the_stated_scales_and_the_loss_starts_at_ln_vocabulary() -> None:
+    model = _draft_model()
+    layer = model.model.layers[0]
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
+    assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
+    assert torch.equal(model.model.norm.weight, torch.ones(128))
+    ids = torch.randint(0, 2000, (4, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), ids.roll(-1, 1).flatten())
+    assert loss.item() == pytest.approx(torch.tensor(2000.0).log().item(), abs=0.1)
+
+
+def test_projection_keeps_the_directions_in_which_tokens_differ() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(500, 8, generator=generator)
+    matrix = latent @ torch.randn(8, 64, generator=generator) + 3.0  # rank 8 around a common mean
+    projected = initialize.project(matrix, 16, seed=1)
+    assert projected.shape == (500, 16)
+    assert projected.std().item() == pytest.approx(0.02, rel=1e-3)
+    centred = matrix - matrix.mean(0)
+    before, after = torch.cdist(centred, centred), torch.cdist(projected, projected)
+    assert torch.allclose(after / after.mean(), before / before.mean(), atol=1e-3)
+
+
+def test_projection_to_a_wider_draft_fills_every_column() -> None:
+    projected = initialize.project(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), 32, seed=0)
+    assert projected.shape == (200, 32)
+    assert bool((projected.std(0) > 0).all())
+
+
+def test_projected_embeddings_need_only_the_two_matrices(tiny_target: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_target)
+    model = initialize.build_draft(draft_hf_config(config, _explicit(config, 64, 1, 64, tied=False)), 0)
+    body = model.model.layers[0].mlp.up_proj.weight.clone()
+    head = model.lm_head.weight.clone()
+    initialize.set_projected_embeddings(model, str(tiny_target), None, 0)
+    assert torch.equal(body, model.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(head, model.lm_head.weight)
+    assert model.lm_head.weight.std().item() <= 0.0201

@@ -1,0 +1,276 @@
+"""The stages pretrain and continue_pretrain over a hand-made prepared corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastdraft.artifacts import RunDirectory, digest, file_sha256, write_json
+from fastdraft.config import Config, load_config
+from fastdraft.console import Console
+from fastdraft.errors import DataError, Interrupted, RecipeError
+from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
+from fastdraft.stages import pretrain
+from fastdraft.stages.pretrain import ContinuePretrainConfig, PretrainConfig
+from fastdraft.training.metrics import read_metrics
+
+LENGTH = 16
+SETTINGS: dict[str, Any] = {
+    "tokens": 64 * 10, "batch_tokens": 64, "precision": "fp32", "checkpoint_every": 2, "validate_every": 5,
+    "optimizer": {"kind": "adamw", "learning_rate": 0.01}, "schedule": {"kind": "wsd", "warmup": 0.1, "decay": 0.3},
+}  # fmt: skip
+
+
+def write_prepared(folder: Path, rows: dict[str, int], validation_rows: int = 4) -> None:
+    """A finished prepare artifact: each corpus counts upwards in steps of its own, so that it can be learned."""
+    corpora: dict[str, Any] = {}
+    for number, (name, count) in enumerate(rows.items()):
+        corpora[name] = {}
+        for split, size in (("train", count), ("validation", validation_rows)):
+            starts = np.arange(size)[:, None] * 7
+            ids = 4 + (starts + (number + 1) * np.arange(LENGTH + 1)[None, :]) % 290
+            file = folder / name / f"{split}-00000.bin"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            ids.astype("<u2").tofile(file)
+            shards = [{"file": file.name, "rows": size, "sha256": file_sha256(file)}] if size else []
+            corpora[name][split] = {"rows": size, "tokens": size * (LENGTH + 1), "documents": size, "shards": shards}
+    write_json(folder / "fingerprint.json", {"rows": rows})
+    manifest = {"schema": 1, "stage": "prepare", "fingerprint": "x", "row_length": LENGTH, "dtype": "uint16", "separator_id": 0, "corpora": corpora}
+    write_json(folder / "manifest.json", manifest)
+
+
+def make_context(root: Path, draft: Path, sections: dict[str, Config], rows: dict[str, int] | None = None) -> StageContext:
+    """A run whose design and prepare are done."""
+    if not (root / "design").exists():
+        shutil.copytree(draft, root / "design/draft")
+        write_json(root / "design/fingerprint.json", {"shape": "tiny"})
+        write_json(root / "design/manifest.json", {"schema": 1, "stage": "design", "fingerprint": "x", "shape_digest": "shape"})
+        write_prepared(root / "prepare", rows or {"text": 30, "code": 30})
+    settings = RunConfig(name=root.name, folder=str(root.parent), device="cpu", threads=1)
+    return StageContext(RunDirectory(root), settings, TargetConfig(model=str(draft)), sections, Console(quiet=True))
+
+
+def run_stage(context: StageContext, name: pretrain.Name) -> dict[str, Any]:
+    config = context.section(name)
+    context.artifact(name).begin(pretrain.fingerprint(config, context, name))
+    pretrain.run(config, context, name)
+    return context.artifact(name).manifest()
+
+
+@pytest.fixture
+def new_context(tmp_path: Path, tiny_draft: Path) -> Callable[..., StageContext]:
+    def make(name: str = "run", rows: dict[str, int] | None = None, **changes: Any) -> StageContext:
+        sections = {
+            "pretrain": load_config(PretrainConfig, {**SETTINGS, **changes}),
+            "continue_pretrain": load_config(ContinuePretrainConfig, {**SETTINGS, **changes, "mixture": {"code": 2, "text": 1}}),
+        }
+        return make_context(tmp_path / name, tiny_draft, sections, rows)
+
+    return make
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_pretrain_lowers_the_validation_loss_and_leaves_complete_model_folders(new_context: Callable[..., StageContext]) -> None:
+    context = new_context(tokens=64 * 60)
+    manifest = run_stage(context, "pretrain")
+    records = read_metrics(context.artifact("pretrain").path)
+    losses = [record["validation_loss"] for record in records if "validation_loss" in record]
+    assert losses[-1]["text"] < losses[0]["text"]
+    assert set(losses[0]) == {"text", "code"}
+    assert manifest["steps"] == 60
+    assert manifest["tokens"] == 64 * 60
+    assert manifest["validation_loss"] == losses[-1]
+    assert manifest["settings"]["learning_rate"] == 0.01
+    assert manifest["settings"]["precision"] == "fp32"
+    for name in ("checkpoint", "undecayed"):
+        folder = context.artifact("pretrain").path / name
+        for file in ("config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (folder / file).is_file()
+        assert (folder / "tokenizer.json").read_bytes() == (context.artifact("design").path / "draft/tokenizer.json").read_bytes()
+    assert not (context.artifact("pretrain").path / "steps").exists()
+
+
+def test_continue_pretrain_starts_from_the_undecayed_weights_unless_told_otherwise(new_context: Callable[..., StageContext]) -> None:
+    context = new_context()
+    run_stage(context, "pretrain")
+    before = context.artifact("pretrain").path
+    assert weights_of(before / "undecayed") != weights_of(before / "checkpoint")
+    config = context.section("continue_pretrain")
+    assert pretrain._start_folder(config, context, "continue_pretrain") == before / "undecayed"
+    decayed = config.model_copy(update={"start": "decayed"})
+    assert pretrain._start_folder(decayed, context, "continue_pretrain") == before / "checkpoint"
+    assert run_stage(context, "continue_pretrain")["steps"] == 10
+
+
+def test_continue_pretrain_without_a_pretrain_section_starts_from_the_design(tmp_path: Path, tiny_draft: Path) -> None:
+    config = load_config(ContinuePretrainConfig, SETTINGS)
+    context = make_context(tmp_path / "run", tiny_draft, {"continue_pretrain": config})
+    assert pretrain._start_folder(config, context, "continue_pretrain") == tmp_path / "run/design/draft"
+    assert pretrain.fingerprint(config, context, "continue_pretrain")["start"] == "shape"
+
+
+def test_undecayed_weights_that_pretrain_never_kept_are_refused(new_context: Callable[..., StageContext]) -> None:
+    context = new_context(schedule={"kind": "cosine"})
+    run_stage(context, "pretrain")
+    with pytest.raises(RecipeError, match="set start: decayed"):
+        run_stage(context, "continue_pretrain")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(new_context: Callable[..., StageContext], kind: str) -> None:
+    optimizer = {"kind": kind, "learning_rate": 0.01}
+    first, second = new_context("a", optimizer=optimizer), new_context("b", optimizer=optimizer)
+    run_stage(first, "pretrain")
+    config, rounds = second.section("pretrain"), 0
+    second.artifact("pretrain").begin(pretrain.fingerprint(config, second, "pretrain"))
+    while not second.artifact("pretrain").is_complete():
+        stopping = dataclasses.replace(second, console=StopAfter(3))
+        rounds += 1
+        try:
+            pretrain.run(config, stopping, "pretrain")
+        except Interrupted:
+            assert not second.artifact("pretrain").is_complete()
+    assert rounds == 4
+    for name in ("checkpoint", "undecayed"):
+        assert weights_of(first.artifact("pretrain").path / name) == weights_of(second.artifact("pretrain").path / name)
+
+
+class StopAfter(Console):
+    """A console through which the user asks to stop after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(quiet=True)
+        self.left = steps
+
+    def progress(self, *arguments: Any, **options: Any) -> Any:
+        context = super().progress(*arguments, **options)
+        progress = context.__enter__()
+        advance = progress.advance
+
+        def counted(amount: float = 1, note: str = "") -> None:
+            advance(amount, note)
+            self.left -= 1
+            self.stop.requested = self.left <= 0
+
+        progress.advance = counted  # type: ignore[method-assign]
+        return _Given(progress)
+
+
+class _Given:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __enter__(self) -> Any:
+        return self.value
+
+    def __exit__(self, *unused: object) -> None:
+        pass
+
+
+def test_a_killed_process_continues_and_the_record_has_each_step_once(new_context: Callable[..., StageContext]) -> None:
+    first, second = new_context("a"), new_context("b")
+    run_stage(first, "pretrain")
+    script = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from test_pretrain import *
+from fastdraft.training.trainer import Trainer
+train = Trainer._train
+def killed(self, *arguments):
+    train(self, *arguments)
+    if self.state.step == 7: os._exit(9)
+Trainer._train = killed
+context = make_context(Path(sys.argv[1]), Path(sys.argv[2]), {"pretrain": load_config(PretrainConfig, SETTINGS)})
+run_stage(context, "pretrain")
+"""
+    arguments = [str(second.run.root), second.target.model, str(Path(__file__).parent)]
+    assert subprocess.run([sys.executable, "-c", script, *arguments], check=False, timeout=120).returncode == 9
+    assert read_metrics(second.artifact("pretrain").path)[-1]["step"] == 7
+    run_stage(second, "pretrain")
+    assert weights_of(first.artifact("pretrain").path / "checkpoint") == weights_of(second.artifact("pretrain").path / "checkpoint")
+    steps = [record["step"] for record in read_metrics(second.artifact("pretrain").path) if "loss" in record]
+    assert steps == list(range(1, 11))
+
+
+def test_a_corpus_smaller_than_its_share_of_a_batch_is_refused_in_one_line(new_context: Callable[..., StageContext]) -> None:
+    context = new_context(rows={"text": 3, "code": 30})
+    with pytest.raises(DataError, match=r"pretrain\.mixture\.text: 3 rows of 16 tokens: its share of one batch is 4 rows"):
+        run_stage(context, "pretrain")
+    assert not context.artifact("pretrain").is_complete()
+
+
+def test_a_batch_below_one_row_is_refused(new_context: Callable[..., StageContext]) -> None:
+    with pytest.raises(RecipeError, match="must hold one row of 16 tokens"):
+        run_stage(new_context(batch_tokens=8), "pretrain")
+
+
+def test_a_corpus_read_too_often_is_warned_about(new_context: Callable[..., StageContext], capsys: pytest.CaptureFixture[str]) -> None:
+    run_stage(new_context(rows={"text": 8, "code": 8}), "pretrain")
+    assert "read 5.0 times" in capsys.readouterr().err
+
+
+def test_corpora_without_validation_rows_give_no_validation_loss(tmp_path: Path, new_context: Callable[..., StageContext]) -> None:
+    context = new_context()
+    shutil.rmtree(context.artifact("prepare").path)
+    write_prepared(context.artifact("prepare").path, {"text": 30}, validation_rows=0)
+    assert run_stage(context, "pretrain")["validation_loss"] == {}
+
+
+def test_the_fingerprint_holds_what_the_weights_depend_on_and_nothing_else(new_context: Callable[..., StageContext]) -> None:
+    context = new_context()
+    base = pretrain.fingerprint(context.section("pretrain"), context, "pretrain")
+    assert base["start"] == "shape"
+    assert json.loads(json.dumps(base)) == base
+    for change in ({"micro_batch_tokens": 16}, {"checkpoint_every": 3}, {"validate_every": 1}, {"tensorboard": True}):
+        other = load_config(PretrainConfig, {**SETTINGS, **change})
+        assert digest(pretrain.fingerprint(other, context, "pretrain")) == digest(base)
+    for change in ({"tokens": 640 * 2}, {"precision": "bf16"}, {"z_loss": 0}, {"mixture": {"text": 1, "code": 1}}):
+        other = load_config(PretrainConfig, {**SETTINGS, **change})
+        assert digest(pretrain.fingerprint(other, context, "pretrain")) != digest(base)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": 0}, "tokens"),
+        ({"tokens": 10}, "at least one batch"),
+        ({"mixture": {"text": -1}}, "shares of 0 or more"),
+        ({"mixture": {"text": 0}}, "one of them above 0"),
+        ({"optimizer": {"kind": "sgd"}}, "adamw"),
+        ({"optimizer": {"kind": "adamw", "learning_rate": 0}}, "greater than 0"),
+        ({"optimizer": {"kind": "adamw", "learning_rate": float("nan")}}, "finite number"),
+        ({"optimizer": {"kind": "adamw", "beta1": 0.9}}, "unknown key"),
+        ({"schedule": {"kind": "wsd", "warmup": 0.5, "decay": 0.6}}, "at most 1"),
+        ({"precision": "fp16"}, "bf16"),
+        ({"validate_evry": 3}, "did you mean 'validate_every'"),
+        ({"start": "decayed"}, "unknown key"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_config(PretrainConfig, {**SETTINGS, **change}, "pretrain")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_kind_may_be_left_out_where_one_is_the_default() -> None:
+    config = load_config(PretrainConfig, {"tokens": "1M", "optimizer": {"learning_rate": 1e-3}, "schedule": {"decay": 0.2}})
+    assert (config.optimizer.kind, config.schedule.kind) == ("adamw", "wsd")
+
+
+def test_the_stage_modules_import_without_torch() -> None:
+    code = "import sys; import fastdraft.stages.pretrain, fastdraft.stages.align; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,0 +1,78 @@
+"""Temperature, top-k and top-p: what they keep, what they remove, and how they agree with transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdraft.functional.sampling import draw, log_probabilities, mask_ids, probabilities, warp
+
+
+def test_temperature_zero_is_one_hot_at_the_argmax() -> None:
+    probs = probabilities(torch.tensor([[1.0, 3.0, 2.0], [5.0, 1.0, 1.0]]), 0)
+    assert probs.tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert log_probabilities(torch.tensor([1.0, 3.0]), 0).tolist() == [-torch.inf, 0]
+
+
+def test_temperature_divides_the_logits() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    assert torch.allclose(probabilities(logits, 0.5), (logits / 0.5).softmax(-1))
+
+
+def test_warp_refuses_temperature_zero() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        warp(torch.zeros(3), 0.0)
+
+
+def test_top_k_keeps_k_tokens_and_all_ties_at_the_last_place() -> None:
+    assert (probabilities(torch.tensor([4.0, 3.0, 2.0, 1.0]), 1.0, top_k=2) > 0).tolist() == [True, True, False, False]
+    assert (probabilities(torch.tensor([4.0, 3.0, 3.0, 1.0]), 1.0, top_k=2) > 0).tolist() == [True, True, True, False]
+    assert (probabilities(torch.tensor([4.0, 3.0]), 1.0, top_k=9) > 0).all()
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_the_mass() -> None:
+    logits = torch.tensor([0.1, 0.6, 0.3]).log()
+    assert (probabilities(logits, 1.0, top_p=0.5) > 0).tolist() == [False, True, False]
+    assert (probabilities(logits, 1.0, top_p=0.7) > 0).tolist() == [False, True, True]
+    assert (probabilities(logits, 1.0, top_p=1.0) > 0).all()
+
+
+def test_top_p_always_keeps_the_most_likely_token() -> None:
+    assert probabilities(torch.tensor([[1.0, 5.0], [0.0, 0.0]]), 1.0, top_p=1e-6).sum(-1).tolist() == [1, 1]
+
+
+def test_order_is_temperature_then_top_k_then_top_p_as_in_transformers() -> None:
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    torch.manual_seed(0)
+    logits = torch.randn(64, 50) * 3
+    reference = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(12), TopPLogitsWarper(0.8)])(None, logits.clone())
+    assert torch.allclose(probabilities(logits, 0.7, 12, 0.8), reference.softmax(-1), atol=1e-6)
+
+
+def test_logits_are_left_as_they_were() -> None:
+    logits = torch.randn(4, 9)
+    before = logits.clone()
+    probabilities(logits, 0.5, 3, 0.5)
+    probabilities(logits, 1.0, 3)
+    assert torch.equal(logits, before)
+
+
+def test_half_precision_logits_give_float32_probabilities() -> None:
+    assert probabilities(torch.zeros(3, dtype=torch.bfloat16), 1.0).dtype == torch.float32
+
+
+def test_masked_ids_have_no_probability_and_are_never_the_argmax() -> None:
+    logits = mask_ids(torch.tensor([[0.0, 9.0, 1.0]]), torch.tensor([1]))
+    assert probabilities(logits, 0).tolist() == [[0, 0, 1]]
+    assert probabilities(logits, 1.0)[0, 1] == 0
+    assert mask_ids(logits, None) is logits
+
+
+def test_draw_follows_the_probabilities_and_the_seed() -> None:
+    probs = torch.tensor([[0.2, 0.8], [1.0, 0.0]]).repeat(2000, 1, 1)
+    first, second = (draw(probs, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (2000, 2)
+    assert first[:, 1].sum() == 0
+    assert abs(float(first[:, 0].float().mean()) - 0.8) < 0.04
