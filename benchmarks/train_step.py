@@ -35,10 +35,17 @@ from fastdraft.training.optimizer import build_optimizers
 from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "1.5m": {"family": "llama", "vocab": 8192, "hidden": 128, "layers": 2, "heads": 2, "ffn": 384, "tied": True, "length": 512, "batch": 16_384},
-    "phi-3-mini-50m": {"family": "phi3", "vocab": 32064, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1408, "tied": False, "length": 2048, "batch": 262_144},
+    "1.5m": {
+        "family": "llama", "vocab": 8192, "hidden": 128, "layers": 2, "heads": 2, "ffn": 384,
+        "tied": True, "length": 512, "batch": 16_384,
+    },
+    "phi-3-mini-50m": {
+        "family": "phi3", "vocab": 32064, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1408,
+        "tied": False, "length": 2048, "batch": 262_144,
+    },
     "llama-3.1-8b-150m": {
-        "family": "llama", "vocab": 128256, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1792, "tied": False, "length": 2048, "batch": 524_288,
+        "family": "llama", "vocab": 128256, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1792,
+        "tied": False, "length": 2048, "batch": 524_288,
     },
 }  # fmt: skip
 TARGET_TOKENS = 10e9
@@ -128,11 +135,14 @@ def measure(setting: dict[str, Any], arguments: argparse.Namespace, device: torc
     seconds = timed(whole, arguments.seconds, device)
     memory = peak_memory(device)
     dtype = step.autocast or torch.float32
-    own, square = matmul_rates(model, shape, rows * shape["length"], setting["chunk"], dtype, device)
+    micro = rows * shape["length"]
+    head_rows = min(micro, setting["chunk"] or default_chunk(device.type, shape["vocab"]))
+    own, square = matmul_rates(model, shape["vocab"], micro, head_rows, (dtype, device))
     useful = flops_per_token(model, shape) * tokens / seconds
     return {
-        **setting, "micro_batch_tokens": rows * shape["length"], "batch_tokens": tokens, "length": shape["length"], "precision": str(dtype).removeprefix("torch."),
-        "compile": arguments.compile, "parameters": sum(p.numel() for p in model.parameters()), "tokens_per_second": round(tokens / seconds, 1),
+        **setting, "micro_batch_tokens": micro, "batch_tokens": tokens, "length": shape["length"],
+        "precision": str(dtype).removeprefix("torch."), "compile": arguments.compile,
+        "parameters": sum(p.numel() for p in model.parameters()), "tokens_per_second": round(tokens / seconds, 1),
         "seconds_per_step": seconds, "first_step_seconds": first_seconds, "peak_memory_gb": memory, "tflops": useful / 1e12,
         "matmul_tflops_own_shapes": own / 1e12, "matmul_tflops_square": square / 1e12, "mfu": useful / own, "mfu_square": useful / square,
         "hours_for_10b_tokens": TARGET_TOKENS * seconds / tokens / 3600, "parts": measure_parts(step, batches, shape, arguments, device),
@@ -158,7 +168,9 @@ def random_batch(shape: dict[str, Any], rows: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1), None, rows * shape["length"])
 
 
-def measure_parts(step: TrainStep, batches: list[Batch], shape: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measure_parts(
+    step: TrainStep, batches: list[Batch], shape: dict[str, Any], arguments: argparse.Namespace, device: torch.device
+) -> dict[str, float]:
     """Seconds per optimiser step of the loss alone (head, softmax, their gradients) and of the update alone."""
     batch = batches[0].to(device)
     hidden_ND = torch.randn(batch.num_trained, shape["hidden"], device=device, requires_grad=True)
@@ -215,20 +227,24 @@ def flops_per_token(model: nn.Module, shape: dict[str, Any]) -> float:
     return 6.0 * matrices + 6.0 * shape["layers"] * shape["hidden"] * shape["length"]
 
 
-def matmul_rates(model: nn.Module, shape: dict[str, Any], rows: int, chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+Where = tuple[torch.dtype, torch.device]
+
+
+def matmul_rates(model: nn.Module, vocab: int, rows: int, head_rows: int, where: Where) -> tuple[float, float]:
     """Operations per second of the model's matrix products timed one by one, weighted as the model uses them; and of a square one."""
-    head_rows = min(rows, chunk or default_chunk(device.type, shape["vocab"]))
-    layers = [(rows if module.out_features != shape["vocab"] else head_rows, module.in_features, module.out_features) for module in model.modules() if isinstance(module, nn.Linear)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [(head_rows if module.out_features == vocab else rows, module.in_features, module.out_features) for module in linear]
     operations = seconds = 0.0
     for sizes in sorted(set(layers)):
         weight = layers.count(sizes) * rows / sizes[0]
         operations += weight * 2 * math.prod(sizes)
-        seconds += weight * time_matmul(*sizes, dtype, device)
-    side = 1024 if device.type == "cpu" else 8192
-    return operations / seconds, 2 * side**3 / time_matmul(side, side, side, dtype, device)
+        seconds += weight * time_matmul(sizes, where)
+    side = 1024 if where[1].type == "cpu" else 8192
+    return operations / seconds, 2 * side**3 / time_matmul((side, side, side), where)
 
 
-def time_matmul(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
+def time_matmul(sizes: tuple[int, int, int], where: Where) -> float:
+    (m, k, n), (dtype, device) = sizes, where
     left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     repeats = max(1, int(1e8 // (m * k * n))) if device.type == "cpu" else 20  # so that the launch and the clock do not count
 
@@ -240,12 +256,13 @@ def time_matmul(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device
 
 
 def summary(result: dict[str, Any]) -> str:
-    name = f"{result['preset']:<18} {result['optimizer']:<6} micro {result['micro_batch_tokens']:>6} chunk {result['chunk']:>5} {result['attention']:<6}"
+    name = f"{result['preset']:<18} {result['optimizer']:<6} micro {result['micro_batch_tokens']:>6} chunk {result['chunk']:>5}"
+    name += f" {result['attention']:<6}"
     if "error" in result:
         return f"{name} {result['error']}"
     memory = "" if result["peak_memory_gb"] is None else f"{result['peak_memory_gb']:6.2f} GB "
     parts = result["parts"]
-    shares = f"loss {parts['loss_seconds'] / result['seconds_per_step']:4.0%} update {parts['update_seconds'] / result['seconds_per_step']:4.0%}"
+    shares = " ".join(f"{key.split('_')[0]} {seconds / result['seconds_per_step']:4.0%}" for key, seconds in parts.items())
     return (
         f"{name} {result['tokens_per_second']:>11,.0f} tokens/s {memory}MFU {result['mfu']:4.0%} (square {result['mfu_square']:4.0%}) "
         f"{shares} {result['hours_for_10b_tokens']:8.1f} h for 10 B"

@@ -40,8 +40,9 @@ def make_rows(count: int = 60, prompt: int = 6) -> list[SyntheticRow]:
         prompt_ids, response_ids = ids[:prompt], ids[prompt:]
         rows.append(
             SyntheticRow(
-                row_id=ids_hash(prompt_ids, response_ids), source="made", prompt_key=ids_hash(prompt_ids), prompt_ids=prompt_ids, response_ids=response_ids,
-                logprobs=[0.0] * length, temperature=0.0, top_k=0, top_p=1.0, finish_reason="length",
+                row_id=ids_hash(prompt_ids, response_ids), source="made", prompt_key=ids_hash(prompt_ids),
+                prompt_ids=prompt_ids, response_ids=response_ids, logprobs=[0.0] * length,
+                temperature=0.0, top_k=0, top_p=1.0, finish_reason="length",
             )
         )  # fmt: skip
     return rows

@@ -21,8 +21,8 @@ from fastdraft.stages.evaluate import EvaluateConfig
 
 ROW_KEYS = {
     "checkpoint", "task", "method", "temperature", "num_speculative_tokens", "num_prompts", "num_drafts", "num_draft_tokens",
-    "num_accepted_tokens", "num_accepted_tokens_per_pos", "num_generated_tokens", "acceptance_rate", "conditional_acceptance_rate", "overlap", "block_efficiency",
-    "mbsu_parameters", "mbsu_bytes", "mbsu_latency",
+    "num_accepted_tokens", "num_accepted_tokens_per_pos", "num_generated_tokens", "acceptance_rate", "conditional_acceptance_rate",
+    "overlap", "block_efficiency", "mbsu_parameters", "mbsu_bytes", "mbsu_latency",
 }  # fmt: skip
 
 
@@ -259,3 +259,21 @@ def test_the_finished_manifest_tells_what_was_skipped_and_compared(finished) -> 
     assert manifest["differences"] == finished[2]["differences"]
     assert manifest["contamination"] is None
     assert issubclass(Interrupted, FastDraftError)
+
+
+def test_evaluation_texts_among_the_training_rows_are_counted(tmp_path: Path, tiny_target: Path, tiny_draft: Path) -> None:
+    from fastdraft.data.responses import unit_path, write_rows
+    from fastdraft.decoding.evaluation import as_row
+    from fastdraft.interfaces import Generation
+    from fastdraft.modeling.loading import load_tokenizer
+
+    config = settings(tmp_path, exact={"prompts": 0}, num_speculative_tokens=[2], temperatures=[0])
+    where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft})
+    synthesize = where.artifact("synthesize")
+    seen = load_tokenizer(str(tiny_target))(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
+    write_rows(unit_path(synthesize, 0), [as_row(Generation([5, 6], [*seen, 3], [0.0] * (len(seen) + 1), "stop"), Sampling(0.0), "x")])
+    where = StageContext(where.run, where.settings, where.target, {**where.sections, "synthesize": config}, where.console)
+    found = run(config, where)["contamination"]
+    assert found["first"]["prompts_with_overlap"] == 1
+    assert found["first"]["prompts"] == 5
+    assert 0 < found["first"]["ngrams_matched"] < found["first"]["ngrams"]

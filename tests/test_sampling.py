@@ -76,3 +76,8 @@ def test_draw_follows_the_probabilities_and_the_seed() -> None:
     assert first.shape == (2000, 2)
     assert first[:, 1].sum() == 0
     assert abs(float(first[:, 0].float().mean()) - 0.8) < 0.04
+
+
+def test_draw_never_gives_a_token_without_probability() -> None:
+    probs = torch.tensor([0.0, 1e-3, 0.0, 1e-7, 0.0]).repeat(5000, 1)
+    assert set(draw(probs, torch.Generator().manual_seed(0)).tolist()) <= {1, 3}

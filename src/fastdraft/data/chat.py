@@ -30,11 +30,13 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
         TargetError: when there is no template or it refuses these messages.
     """
     if not has_chat_template(tokenizer):
-        raise TargetError(tokenizer.name_or_path, "no chat template", "chat prompts need one", "use plain prompts (chat: false) or a target with a template")
+        remedy = "leave out prompts of kind magpie, or use a target with a template"
+        raise TargetError(tokenizer.name_or_path, "no chat template", "chat prompts need one", remedy)
     try:
         text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs: whatever they raise is about the template
-        raise TargetError(tokenizer.name_or_path, f"chat template failed ({str(error)[:80]})", "must render one user message", "correct it") from error
+        found = f"chat template failed ({str(error)[:80]})"
+        raise TargetError(tokenizer.name_or_path, found, "must render one user message", "correct it") from error
     return str(text)
 
 
@@ -48,10 +50,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:
-    """Token ids of one prompt: through the template if `chat` and the tokenizer has one, else plain text with the tokenizer's own special tokens."""
+    """Token ids of one prompt: through the template if `chat` and there is one, else plain text with the special tokens usual for it."""
     if chat and has_chat_template(tokenizer):
         return render_prompt(tokenizer, [{"role": "user", "content": text}])
-    return [int(token) for token in tokenizer(text).input_ids]
+    return [int(token) for token in tokenizer(text, verbose=False).input_ids]
 
 
 def plain_prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -82,18 +84,22 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         TargetError: when there is no template, or it does not show where the user's words stand.
     """
     after = _around_user_words(tokenizer)[1]
-    special = set(map(int, tokenizer.all_special_ids)) | set(map(int, getattr(tokenizer, "added_tokens_decoder", {})))
-    ids = _encode(tokenizer, after.lstrip())
-    return frozenset(ids[:1]) & special
+    return frozenset(_encode(tokenizer, after.lstrip())[:1]) & special_ids(tokenizer)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all special and added tokens: none of them is part of what a user types."""
+    return frozenset(map(int, tokenizer.all_special_ids)) | frozenset(map(int, getattr(tokenizer, "added_tokens_decoder", {})))
 
 
 def _around_user_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     text = render_text(tokenizer, [{"role": "user", "content": _MARK}])
     before, mark, after = text.partition(_MARK)
     if not mark:
-        raise TargetError(tokenizer.name_or_path, "chat template drops the user's words", "must contain them once", "leave out prompts of kind magpie")
+        found = "chat template drops the user's words"
+        raise TargetError(tokenizer.name_or_path, found, "must contain them once", "leave out prompts of kind magpie")
     return before, after
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return [int(token) for token in tokenizer(text, add_special_tokens=False).input_ids]
+    return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids]

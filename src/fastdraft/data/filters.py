@@ -58,7 +58,7 @@ class RowCounts:
         return sum(self.filtered.values())
 
     def balance(self) -> int:
-        """asked - written - filtered - failed: 0 unless a row was lost or doubled."""
+        """The rows not accounted for, asked - written - filtered - failed: 0 unless a row was lost or doubled."""
         return self.asked - self.written - self.total_filtered - self.failed
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,16 +92,15 @@ class RowFilter:
 
     Args:
         missing_ids: Ids that the tokenizer has no token for. The target is free to draw them, but such text has no meaning.
-        eos_ids: Ids that end an answer.
         decode: Text of token ids, special tokens left out.
         looping: What happens to a row that ends in a loop: cut behind the loop's second round, drop, or keep.
         keep_truncated: Keeps chat answers that the limit on new tokens ended.
     """
 
     def __init__(
-        self, missing_ids: Iterable[int], eos_ids: Iterable[int], decode: Callable[[list[int]], str], looping: Looping = "cut", keep_truncated: bool = True
+        self, missing_ids: Iterable[int], decode: Callable[[list[int]], str], looping: Looping = "cut", keep_truncated: bool = True
     ) -> None:
-        self.missing_ids, self.eos_ids, self.decode = frozenset(missing_ids), frozenset(eos_ids), decode
+        self.missing_ids, self.decode = frozenset(missing_ids), decode
         self.looping, self.keep_truncated = looping, keep_truncated
         self._rows: set[str] = set()
         self._prompts: set[str] = set()

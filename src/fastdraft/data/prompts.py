@@ -31,6 +31,8 @@ class _Prompts(Config):
 
 
 class TextPrompts(_Prompts):
+    """A source that holds prompts as text."""
+
     chat: bool = True
     """Puts each prompt into the target's chat template as a user message, if it has a template; else bare text."""
 
@@ -87,7 +89,7 @@ class HubPrompts(TextPrompts):
     """Rows read from the beginning of the data set; they are held in memory."""
 
     def texts(self) -> Iterator[str]:
-        source = HubSource(name=self.name, dataset=self.dataset, subset=self.subset, split=self.split, revision=self.revision, field=self.field)
+        source = HubSource(**self.model_dump(include={"name", "dataset", "subset", "split", "revision", "field"}))
         return itertools.islice(source.documents(0), self.count)
 
     def describe(self) -> dict[str, Any]:

@@ -33,8 +33,8 @@ _METADATA = b"fastdraft"
 def _schema() -> pa.Schema:
     import pyarrow as pa
 
-    ids, logprobs = pa.list_(pa.int32()), pa.list_(pa.float32())
-    types = {"prompt_ids": ids, "response_ids": ids, "logprobs": logprobs, "temperature": pa.float64(), "top_k": pa.int32(), "top_p": pa.float64()}
+    types = {"prompt_ids": pa.list_(pa.int32()), "response_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32())}
+    types |= {"temperature": pa.float64(), "top_k": pa.int32(), "top_p": pa.float64()}
     return pa.schema([pa.field(field.name, types.get(field.name, pa.string()), nullable=False) for field in fields(SyntheticRow)])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fastdraft.artifacts import digest
@@ -35,32 +36,32 @@ class Unit:
     """For Magpie the most tokens of an instruction that the target writes itself; 0 for every other source."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class UnitPlan:
-    """One source's units, by number.
+    """One source's units, by number."""
 
-    Args:
-        name: The source's.
-        size: Number of prompts; None is endless (Magpie).
-        encode: Token ids of prompt i, the same whenever asked.
-        temperatures: Taken in turn, unit by unit.
-        samples: Answers for each prompt at each temperature above 0; greedy is asked once.
-        unit_rows: Prompts in a unit.
-        seed: Of the order in which a window's units come.
-        chat: The answers have an end of their own.
-        instruction_tokens: Above 0 for Magpie, whose prompts are the template's beginning.
-        share: Part of the budget's tokens, relative to other sources.
-    """
+    name: str
+    """The source's."""
+    size: int | None
+    """Number of prompts; None is endless (Magpie)."""
+    encode: Callable[[int], list[int]]
+    """Token ids of prompt i, the same whenever asked."""
+    temperatures: Sequence[float]
+    """Taken in turn, unit by unit."""
+    samples: int = 1
+    """Answers for each prompt at each temperature above 0; greedy is asked once."""
+    unit_rows: int = 64
+    seed: int = 0
+    """Of the order in which a window's units come."""
+    chat: bool = True
+    """The answers have an end of their own."""
+    instruction_tokens: int = 0
+    """Above 0 for Magpie, whose prompts are the template's beginning."""
+    share: float = 1.0
+    """Part of the budget's tokens, relative to other sources."""
 
-    def __init__(
-        self, name: str, size: int | None, encode: Callable[[int], list[int]], temperatures: Sequence[float], samples: int, unit_rows: int, seed: int,
-        chat: bool = True, instruction_tokens: int = 0, share: float = 1.0,
-    ) -> None:  # fmt: skip
-        self.name, self.size, self.encode, self.temperatures, self.samples = name, size, encode, list(temperatures), samples
-        self.unit_rows, self.seed, self.chat, self.instruction_tokens, self.share = unit_rows, seed, chat, instruction_tokens, share
-        self._window: tuple[int, list[list[list[int]]]] = (-1, [])
-        self._turns = self._plan_turns()
-
-    def _plan_turns(self) -> list[list[tuple[int, float]]]:
+    @cached_property
+    def _turns(self) -> list[list[tuple[int, float]]]:
         """(chunk, temperature) in the order asked: all chunks once, then all at their next temperature, and so on."""
         count, chunks = len(self.temperatures), -(-(self.size or 0) // self.unit_rows)
         turns = [[(chunk, self.temperatures[(chunk + turn) % count]) for chunk in range(chunks)] for turn in range(count * self.samples)]
@@ -74,7 +75,7 @@ class UnitPlan:
         for places in self._turns:
             if number < len(places):
                 chunk, temperature = places[number]
-                return Unit(self.name, temperature, tuple(self._chunk(chunk, self.size)), self.chat, self.instruction_tokens)
+                return Unit(self.name, temperature, tuple(self._chunk(chunk)), self.chat, self.instruction_tokens)
             number -= len(places)
         return None
 
@@ -82,16 +83,25 @@ class UnitPlan:
         """Whether the source has a unit of that number; no prompt is read to tell."""
         return self.size is None or number < sum(map(len, self._turns))
 
-    def _chunk(self, chunk: int, size: int) -> list[list[int]]:
-        """A window's prompts sorted by length and cut into chunks, the chunks in an order drawn from the seed."""
+    def _chunk(self, chunk: int) -> list[list[int]]:
         window, place = divmod(chunk, UNITS_PER_WINDOW)
-        if window != self._window[0]:
-            rows = UNITS_PER_WINDOW * self.unit_rows
-            prompts = sorted((self.encode(i) for i in range(window * rows, min(size, (window + 1) * rows))), key=len)
-            chunks = [prompts[start : start + self.unit_rows] for start in range(0, len(prompts), self.unit_rows)]
-            random.Random(f"{self.seed}/{self.name}/{window}").shuffle(chunks)
-            self._window = window, chunks
-        return self._window[1][place]
+        if window not in self._windows:
+            self._windows.clear()
+            self._windows[window] = self._window(window)
+        return self._windows[window][place]
+
+    @cached_property
+    def _windows(self) -> dict[int, list[list[list[int]]]]:
+        """The window looked at last, for its other chunks."""
+        return {}
+
+    def _window(self, window: int) -> list[list[list[int]]]:
+        """A window's prompts sorted by length and cut into chunks, the chunks in an order drawn from the seed."""
+        rows = UNITS_PER_WINDOW * self.unit_rows
+        prompts = sorted((self.encode(i) for i in range(window * rows, min(self.size or 0, (window + 1) * rows))), key=len)
+        chunks = [prompts[start : start + self.unit_rows] for start in range(0, len(prompts), self.unit_rows)]
+        random.Random(f"{self.seed}/{self.name}/{window}").shuffle(chunks)
+        return chunks
 
 
 def unit_seed(seed: int, index: int) -> int:

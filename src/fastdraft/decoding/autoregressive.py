@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,14 +55,14 @@ class _Batch:
         """For each row of the batch its place among the prompts."""
         self.done_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
         capacity = self.width + max_new_tokens
-        self.cache = Cache(layer_class_to_replicate=partial(BatchLayer, capacity))  # type: ignore[arg-type]
+        self.cache = Cache(layer_class_to_replicate=partial(BatchLayer, capacity))
 
     def logits(self) -> Tensor:
         """One pass: logits [B, V] behind the last position; only that position goes through the output head."""
         mask_BT = self.mask_BT[:, : self.width]
-        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
-        logits_BV: Tensor = self.model(input_ids=self.ids_BT, attention_mask=mask_BT, position_ids=self.positions_BT, **options).logits[:, -1]
-        return logits_BV
+        inputs = {"input_ids": self.ids_BT, "attention_mask": mask_BT, "position_ids": self.positions_BT}
+        logits_BTV: Tensor = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return logits_BTV[:, -1]
 
     def append(self, token_B: Tensor, done_B: Tensor) -> bool:
         """Makes `token_B` the next input and drops finished rows when they are many; False when no row is left."""
@@ -81,7 +80,7 @@ class _Batch:
 
 
 @torch.inference_mode()
-def generate_batch(
+def generate_batch(  # noqa: PLR0917
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -117,8 +116,8 @@ def generate_batch(
     batch = _Batch(model, prompts, max_new_tokens)
     with grouped_attention(model):
         for step in range(max_new_tokens):
-            uniform_B = torch.rand(count, generator=generator, dtype=torch.float64)[batch.rows_B.cpu()] if sampling.temperature > 0 else None
-            token_B, logprob_B = draw_tokens(batch.logits(), sampling, uniform_B)
+            random_B = torch.rand(count, generator=generator, dtype=torch.float64) if sampling.temperature > 0 else None
+            token_B, logprob_B = draw_tokens(batch.logits(), sampling, None if random_B is None else random_B[batch.rows_B.cpu()])
             tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
             if not batch.append(token_B, torch.isin(token_B, eos) | logprob_B.isnan()):
                 break

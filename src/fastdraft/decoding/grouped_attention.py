@@ -22,14 +22,20 @@ from transformers.masking_utils import sdpa_mask
 NAME = "fastdraft_grouped"
 
 
-def attend(
-    module: torch.nn.Module, query_BHTD: Tensor, key_BNTD: Tensor, value_BNTD: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+def attend(  # noqa: PLR0917 -- called by transformers
+    module: torch.nn.Module,
+    query_BHTD: Tensor,
+    key_BNTD: Tensor,
+    value_BNTD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function; everything but one new token under a mask of one head goes to its own `sdpa`."""
+    """An function of transformers' shape; everything but one new token under a mask of one head goes to its own `sdpa`."""
     groups = getattr(module, "num_key_value_groups", 1)
     one_mask = attention_mask is None or (attention_mask.shape[1] == 1 and attention_mask.shape[2] == 1)
     if groups == 1 or query_BHTD.shape[2] != 1 or not one_mask:
-        return sdpa_attention_forward(module, query_BHTD, key_BNTD, value_BNTD, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
+        return sdpa_attention_forward(module, query_BHTD, key_BNTD, value_BNTD, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
     batch, heads, _, size = query_BHTD.shape
     query_BNGD = query_BHTD.reshape(batch, heads // groups, groups, size)
     mask = None if attention_mask is None else attention_mask.expand(-1, -1, groups, -1)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from fastdraft.decoding.cache import Reader
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.functional.acceptance import Counts, add_counts
-from fastdraft.functional.sampling import mask_ids, probabilities
+from fastdraft.functional.sampling import draw, mask_ids, probabilities
 from fastdraft.functional.verification import verify, verify_greedy
 from fastdraft.interfaces import Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
@@ -200,7 +200,7 @@ class SpeculativeDecoder:
                 ids_T[place] = logits_1V[0].argmax(-1)
                 continue
             probs_1V = probabilities(logits_1V, temperature, sampling.top_k, sampling.top_p)
-            ids_T[place] = torch.multinomial(probs_1V[0], 1, generator=text.generator)[0]
+            ids_T[place] = draw(probs_1V, text.generator)[0]
             drawn_from.append(probs_1V)
         return torch.cat(drawn_from) if drawn_from else torch.empty(0)
 

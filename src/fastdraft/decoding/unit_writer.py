@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastdraft.data.chat import render_prompt
+from fastdraft.data.chat import render_prompt, special_ids
 from fastdraft.data.filters import RowCounts, RowFilter, loop_start
 from fastdraft.data.prompts import normalised
 from fastdraft.data.responses import SyntheticRow
@@ -61,8 +61,9 @@ class UnitWriter:
 
     def _instructions(self, unit: Unit, seed: int, counts: RowCounts) -> list[list[int]]:
         """Prompts around the instructions that the target invents; those of no use are counted in `counts`."""
-        longest = self.context_length - self.max_new_tokens - len(unit.prompts[0])
-        written = self.instruction_engine.generate(unit.prompts, Sampling(INSTRUCTION_TEMPERATURE), max(1, min(unit.instruction_tokens, longest)), seed)
+        room = self.context_length - self.max_new_tokens - len(unit.prompts[0])
+        longest = max(1, min(unit.instruction_tokens, room))
+        written = self.instruction_engine.generate(unit.prompts, Sampling(INSTRUCTION_TEMPERATURE), longest, seed)
         prompts: list[list[int]] = []
         for generation in written:
             counts.generated += len(generation.response_ids)
@@ -82,8 +83,7 @@ class UnitWriter:
             looping = loop_start(generation.response_ids) is not None
             return "instruction_looping" if looping else "instruction_too_long", ""
         body = generation.response_ids[:-1]
-        special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", {})) | self.row_filter.missing_ids
-        if not special.isdisjoint(body):
+        if not (special_ids(self.tokenizer) | self.row_filter.missing_ids).isdisjoint(body):
             return "instruction_malformed", ""
         text = str(self.tokenizer.decode(body)).strip()
         if not any(character.isalpha() for character in text):

@@ -10,6 +10,7 @@ Decides what is kept and under which name, so that a killed evaluation repeats a
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from fastdraft.decoding.evaluation import as_row, derive_seed, exact_runs, repla
 from fastdraft.decoding.figures import CountsTable, Setting, counts_table
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import ArtifactError, TargetError
 from fastdraft.interfaces import Engine, Sampling
 from fastdraft.vocabulary import Vocabulary
 
@@ -115,6 +116,9 @@ class Workbench:
                 progress.note = f"{task.name} {temperature:g}"
                 sampling, seed = self.plan.sampling(temperature), derive_seed(self.plan.seed, task.name, temperature)
                 written = engine.generate(task.prompt_ids, sampling, task.max_new_tokens, seed)
+                if any(not math.isfinite(value) for generation in written for value in generation.logprobs):
+                    found = f"logits that are not finite on task '{task.name}'"
+                    raise TargetError("target.model", found, "the target must compute finite numbers", "set target.dtype to bf16 or fp32")
                 write_rows(self.texts_path(task, temperature), [as_row(g, sampling, task.name) for g in written])
 
     def replay_all(self, load_draft: Mapping[str, Callable[[], PreTrainedModel]]) -> dict[Setting, CountsTable]:

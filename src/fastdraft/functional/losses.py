@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 28}
-"""Logits of one chunk: as many as stay in a CPU's cache (8 MB of fp32), or as fill an accelerator's units (1 GB)."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 27}
+"""Logits of one chunk: as many as stay in a CPU's cache (8 MB of fp32), or as fill an accelerator's units (512 MB)."""
+_CHUNK_ROWS = 256, 8192
+"""Fewer rows, and reading the head's weights and adding to their gradient would cost more than the products."""
 
 
 def chunked_cross_entropy(
@@ -47,9 +49,9 @@ def chunked_cross_entropy(
 
 
 def default_chunk(device_type: str, vocab_size: int) -> int:
-    """Rows per chunk: at least 16, at most 8192."""
+    """Rows per chunk: at least 256, at most 8192."""
     elements = _CHUNK_ELEMENTS["cpu" if device_type == "cpu" else "other"]
-    return max(16, min(8192, elements // vocab_size))
+    return max(_CHUNK_ROWS[0], min(_CHUNK_ROWS[1], elements // vocab_size))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -71,14 +73,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden_ND.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 low_CD = hidden_ND[rows].detach().to(compute)
-                loss, grad_CV = _chunk_loss(_logits(low_CD, low_VD, wide), labels_N[rows], ignore_index, z_loss, needs_hidden or needs_head)
+                logits_CV = _product(low_CD, low_VD.t(), wide)
+                loss, grad_CV = _chunk_loss(logits_CV, labels_N[rows], ignore_index, z_loss, needs_hidden or needs_head)
                 total += loss
                 if grad_CV is not None:
                     grad_CV = grad_CV.to(compute)
                 if grad_ND is not None and grad_CV is not None:
-                    grad_ND[rows] = grad_CV @ low_VD
+                    grad_ND[rows] = _product(grad_CV, low_VD, wide)
                 if grad_VD is not None and grad_CV is not None:
-                    grad_VD += grad_CV.t() @ low_CD
+                    grad_VD += _product(grad_CV.t(), low_CD, wide)
         ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
         return total
 
@@ -90,11 +93,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return scaled[0], scaled[1], None, None, None, None, None
 
 
-def _logits(low_CD: Tensor, low_VD: Tensor, wide: torch.dtype) -> Tensor:
-    """Logits in `wide`; where the device can, the products of low-precision factors are never rounded below it."""
-    if low_CD.is_cuda and low_CD.dtype != wide:
-        return torch.mm(low_CD, low_VD.t(), out_dtype=wide)
-    return (low_CD @ low_VD.t()).to(wide)
+def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    """Matrix product in `wide`; where the device can, the sums over low-precision factors are never rounded below it."""
+    if left.is_cuda and left.dtype != wide and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=wide)
+    return (left @ right).to(wide)
 
 
 def _chunk_loss(logits_CV: Tensor, labels_C: Tensor, ignore_index: int, z_loss: float, grad: bool) -> tuple[Tensor, Tensor | None]:

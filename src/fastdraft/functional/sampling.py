@@ -67,6 +67,14 @@ def mask_ids(logits_BV: Tensor, ids_M: Tensor | None) -> Tensor:
 
 
 def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token id for each row, shape B; a one-hot row gives its token without touching the random state."""
-    flat_NV = probs_BV.reshape(-1, probs_BV.shape[-1])
-    return torch.multinomial(flat_NV, 1, generator=generator).reshape(probs_BV.shape[:-1])
+    """One token id for each row, shape B: the token under which a uniform number falls in the cumulated probabilities.
+
+    One random number a row, where `torch.multinomial` draws one for every token of the vocabulary. Rows need not sum to 1;
+    a token without probability is never drawn.
+    """
+    cumulated_BV = probs_BV.cumsum(-1)
+    total_B1 = cumulated_BV[..., -1:].contiguous()
+    uniform_B1 = torch.rand(total_B1.shape, device=probs_BV.device, generator=generator)
+    token_B1 = torch.searchsorted(cumulated_BV, uniform_B1 * total_B1, right=True)
+    # Rounding may reach the total itself: then the last token that has any probability.
+    return torch.minimum(token_B1, torch.searchsorted(cumulated_BV, total_B1)).squeeze(-1)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdraft.functional.sampling import draw
+
 
 def verify(
     target_probs_EV: Tensor, draft_probs_KV: Tensor, proposed_K: Tensor, generator: torch.Generator | None = None
@@ -36,7 +38,7 @@ def verify(
     final_V = target_probs_EV[num_accepted]
     if num_accepted < len(proposed_K):
         final_V = recovery(final_V, draft_probs_KV[num_accepted])
-    return num_accepted, torch.multinomial(final_V, 1, generator=generator)
+    return num_accepted, draw(final_V[None], generator)
 
 
 def verify_greedy(target_ids_E: Tensor, proposed_K: Tensor) -> tuple[int, Tensor]:

@@ -29,7 +29,9 @@ class HuggingFaceEngine:
 
     name = "huggingface"
 
-    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, batch_rows: int = 64, on_batch: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: Vocabulary, batch_rows: int = 64, on_batch: Callable[[int], None] | None = None
+    ) -> None:
         self.model, self.vocabulary, self.batch_rows, self.on_batch = model, vocabulary, batch_rows, on_batch
 
     @property
@@ -45,7 +47,7 @@ class HuggingFaceEngine:
         """
         for index, prompt in enumerate(prompts):
             if not prompt or len(prompt) + max_new_tokens > self.context_length:
-                rule = f"must have 1 to {self.context_length - max_new_tokens} tokens (the context of {self.context_length} less max_new_tokens)"
+                rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {self.context_length}"
                 raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
         generator = torch.Generator().manual_seed(seed)
         eos_ids = frozenset(self.vocabulary.eos_token_ids)

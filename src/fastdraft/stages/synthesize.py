@@ -8,9 +8,7 @@ doubles nothing and goes on at the first unit that is missing; the stage ends wi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +32,9 @@ if TYPE_CHECKING:
 
 DRY_UNITS = 4
 """A source is given up after this many units in a row of which no row was kept."""
-_TARGET_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+_TARGET_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 _HASHED_BYTES = 1 << 20
 
 
@@ -96,7 +96,8 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
     prompts: dict[str, Any] = {}
     for source in config.prompts:
         if isinstance(source, TextPrompts):
-            prompts[source.name] = {**source.describe(), "refused_for_evaluation": select_texts(source, held_out, context.settings.seed).digest}
+            refused = select_texts(source, held_out, context.settings.seed).digest
+            prompts[source.name] = {**source.describe(), "refused_for_evaluation": refused}
         else:
             prompts[source.name] = source.model_dump(mode="json")
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
@@ -178,7 +179,8 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
             context.console.stop.check(artifact.path)
         speed = (ledger.total.generated - before) / progress.seconds if ledger.total.generated > before else None
     if not ledger.total.written:
-        raise DataError(artifact.path, f"0 of {ledger.total.asked} rows kept ({_reasons(ledger.total)})", "the target must write some text", _remedy(ledger.total))
+        found = f"0 of {ledger.total.asked} rows kept ({_reasons(ledger.total)})"
+        raise DataError(artifact.path, found, "the target must write some text", _remedy(ledger.total))
     _tell(config, context, ledger, refused)
     artifact.complete(**_manifest(config, context, ledger, refused, speed), provenance=describe_run())
 
@@ -230,15 +232,24 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
     plans, refused = _plan_sources(config, context, tokenizer, held_out)
     vocabulary = load_vocabulary(target)
     engine = HuggingFaceEngine(load_target(target, pick_device(context.settings.device)), vocabulary, config.batch_rows)
-    turn_ends = end_of_turn_ids(tokenizer) if any(isinstance(source, MagpiePrompts) for source in config.prompts) else frozenset()
-    asking = HuggingFaceEngine(engine.model, replace(vocabulary, eos_token_ids=(*vocabulary.eos_token_ids, *sorted(turn_ends))), config.batch_rows)
+    magpie = any(isinstance(source, MagpiePrompts) for source in config.prompts)
+    turn_ends = (*vocabulary.eos_token_ids, *(sorted(end_of_turn_ids(tokenizer)) if magpie else ()))
+    asking = HuggingFaceEngine(engine.model, replace(vocabulary, eos_token_ids=turn_ends), config.batch_rows)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    row_filter = RowFilter(vocabulary.missing_ids, vocabulary.eos_token_ids, decode, config.looping, config.keep_truncated)
+    row_filter = RowFilter(vocabulary.missing_ids, decode, config.looping, config.keep_truncated)
     writer = UnitWriter(
-        engine, asking, tokenizer, row_filter, config.max_new_tokens, engine.context_length, config.top_k, config.top_p, held_out.__contains__
+        engine,
+        instruction_engine=asking,
+        tokenizer=tokenizer,
+        row_filter=row_filter,
+        max_new_tokens=config.max_new_tokens,
+        context_length=engine.context_length,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        is_evaluation=held_out.__contains__,
     )
     return writer, plans, refused
 
@@ -246,47 +257,53 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
 def _plan_sources(
     config: SynthesizeConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, held_out: set[str]
 ) -> tuple[list[UnitPlan], dict[str, dict[str, int]]]:
-    from fastdraft.data.chat import has_chat_template, plain_prefix_ids, user_prefix_ids
-    from fastdraft.data.shards import open_corpus
-
+    """Each source's units, and the prompts refused by source and reason."""
     seed, plans, refused = context.settings.seed, [], {}
+    common: dict[str, Any] = {"temperatures": config.temperatures, "samples": config.samples, "unit_rows": config.batch_rows, "seed": seed}
     for source in config.prompts:
-        size: int | None = None
-        chat, instruction_tokens = True, 0
-        if isinstance(source, MagpiePrompts):
-            encode: Callable[[int], list[int]] = partial(_always, user_prefix_ids(tokenizer))
-            size, instruction_tokens = source.count, source.max_instruction_tokens
-        elif isinstance(source, CorpusPrompts):
-            prepare, chat = context.require("prepare"), False
-            prefixes = CorpusPrefixes(open_corpus(prepare, source.corpus, "train"), prepare.manifest()["separator_id"], source.prompt_tokens, plain_prefix_ids(tokenizer), seed)
-            encode, size = prefixes, min(len(prefixes), source.count or len(prefixes))
-        else:
+        if isinstance(source, TextPrompts):
             chosen = select_texts(source, held_out, seed)
-            chat = source.chat and has_chat_template(tokenizer)
-            encode, size = partial(_encode_text, tokenizer, chosen.texts, chat), len(chosen.texts)
             refused[source.name] = chosen.refused
-        rows = config.batch_rows
-        plans.append(UnitPlan(source.name, size, encode, config.temperatures, config.samples, rows, seed, chat, instruction_tokens, source.share))
+            own = _text_plan(source, chosen.texts, tokenizer)
+        else:
+            own = _corpus_plan(source, context, tokenizer) if isinstance(source, CorpusPrompts) else _magpie_plan(source, tokenizer)
+        plans.append(UnitPlan(name=source.name, share=source.share, **common, **own))
     return plans, refused
 
 
-def _always(ids: list[int], index: int) -> list[int]:
-    return list(ids)
+def _text_plan(source: TextPrompts, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    from fastdraft.data.chat import has_chat_template, prompt_ids
+
+    chat = source.chat and has_chat_template(tokenizer)
+    return {"size": len(texts), "chat": chat, "encode": lambda index: prompt_ids(tokenizer, texts[index], chat)}
 
 
-def _encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: bool, index: int) -> list[int]:
-    from fastdraft.data.chat import prompt_ids
+def _corpus_plan(source: CorpusPrompts, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    from fastdraft.data.chat import plain_prefix_ids
+    from fastdraft.data.shards import open_corpus
 
-    return prompt_ids(tokenizer, texts[index], chat)
+    prepare = context.require("prepare")
+    rows, separator = open_corpus(prepare, source.corpus, "train"), prepare.manifest()["separator_id"]
+    prefixes = CorpusPrefixes(rows, separator, source.prompt_tokens, before=plain_prefix_ids(tokenizer), seed=context.settings.seed)
+    return {"size": min(len(prefixes), source.count or len(prefixes)), "chat": False, "encode": prefixes}
 
 
-def _manifest(config: SynthesizeConfig, context: StageContext, ledger: _Ledger, refused: dict[str, dict[str, int]], speed: float | None) -> dict[str, Any]:
-    total = ledger.total.as_dict()
+def _magpie_plan(source: MagpiePrompts, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    from fastdraft.data.chat import user_prefix_ids
+
+    prefix = user_prefix_ids(tokenizer)
+    return {"size": source.count, "encode": lambda index: list(prefix), "instruction_tokens": source.max_instruction_tokens}
+
+
+def _manifest(
+    config: SynthesizeConfig, context: StageContext, ledger: _Ledger, refused: dict[str, dict[str, int]], speed: float | None
+) -> dict[str, Any]:
+    by_temperature = sorted(ledger.by_temperature.items(), key=lambda item: float(item[0]))
     return {
-        **total,
+        **ledger.total.as_dict(),
         "units": ledger.units,
         "by_source": {name: counts.as_dict() for name, counts in ledger.by_source.items()},
-        "by_temperature": {name: counts.as_dict() for name, counts in sorted(ledger.by_temperature.items(), key=lambda item: float(item[0]))},
+        "by_temperature": {name: counts.as_dict() for name, counts in by_temperature},
         "refused_prompts": refused,
         "engine": config.engine.kind,
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
@@ -299,7 +316,10 @@ def _tell(config: SynthesizeConfig, context: StageContext, ledger: _Ledger, refu
     """What was written, in one table, and what the user should know."""
     console = context.console
     accounts = [*ledger.by_source.items(), ("all", ledger.total)]
-    rows = [[name, c.asked, c.written, c.total_filtered, c.failed, c.tokens, f"{c.stopped / max(c.written, 1):.0%}", c.cut] for name, c in accounts]
+    rows = [
+        [name, c.asked, c.written, c.total_filtered, c.failed, format_count(c.tokens), f"{c.stopped / max(c.written, 1):.0%}", c.cut]
+        for name, c in accounts
+    ]
     console.table("", ["prompts", "asked", "written", "filtered", "failed", "tokens", "ended", "loops cut"], rows)
     if ledger.total.filtered:
         console.say(f"filtered: {_reasons(ledger.total)}")
@@ -307,7 +327,8 @@ def _tell(config: SynthesizeConfig, context: StageContext, ledger: _Ledger, refu
         if any(reasons.values()):
             console.say(f"prompts '{name}' not asked: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count))
     if ledger.total.tokens < config.tokens:
-        console.warn(f"all prompts are used up at {format_count(ledger.total.tokens)} of {format_count(config.tokens)} tokens; add prompts or raise synthesize.samples")
+        done = f"{format_count(ledger.total.tokens)} of {format_count(config.tokens)} tokens"
+        console.warn(f"all prompts are used up at {done}; add prompts or raise synthesize.samples")
 
 
 def _reasons(counts: RowCounts) -> str:
