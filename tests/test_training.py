@@ -1,12 +1,9 @@
-"""The loop and its parts: schedules, groups, batches, exact resume, what happens when numbers go wrong."""
+"""The loop: one step's mathematics, exact resume, the best step, what happens when numbers go wrong."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,27 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, Interrupted, MissingExtraError, TrainingError
-from fastdraft.training import rates
+from fastdraft.errors import ArtifactError, DiskError, Interrupted, TrainingError
 from fastdraft.training.batches import (
-    AlignmentBatches,
     PackedBatches,
     Sample,
-    cut_to_context,
-    micro_batches,
-    packed_batch,
     padded_batch,
-    plan_batches,
 )
 from fastdraft.training.checkpoint import Checkpoints, TrainingState, optimizer_tensors
-from fastdraft.training.metrics import Metrics, read_metrics
+from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy
-from fastdraft.training.optimizer import build_optimizers, set_rate, split_parameters
-from fastdraft.training.schedule import cosine_factor, decay_start, warmup_steps, wsd_factor
+from fastdraft.training.optimizer import build_optimizers
+from fastdraft.training.schedule import wsd_factor
 from fastdraft.training.step import TrainStep, autocast_dtype
-from fastdraft.training.trainer import Plan, Trainer, Validation, final_train_loss, mean_loss
+from fastdraft.training.trainer import Plan, Trainer, Validation, mean_loss
 
 VOCAB, HIDDEN, LENGTH = 23, 8, 12
 
@@ -119,71 +111,6 @@ def kill_at(trainer: Trainer, step: int) -> None:
         trainer.run()
 
 
-def test_wsd_warms_up_stays_and_falls_linearly_towards_zero() -> None:
-    factors = [wsd_factor(step, 100, 0.05, 0.2) for step in range(100)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert set(factors[5:80]) == {1.0}
-    assert decay_start(100, 0.2) == 80
-    assert factors[80:] == pytest.approx([(20 - i) / 21 for i in range(20)])
-
-
-def test_cosine_warms_up_and_falls_to_its_final_share() -> None:
-    factors = [cosine_factor(step, 50, 0.1, 0.1) for step in range(50)]
-    assert factors[4] == 1.0
-    assert all(a > b for a, b in itertools.pairwise(factors[4:]))
-    assert 0.1 < factors[-1] < 0.11
-
-
-def test_schedules_hold_for_a_single_step_and_for_no_warmup() -> None:
-    assert wsd_factor(0, 1, 0.01, 0.25) == 1.0
-    assert wsd_factor(0, 1, 0.0, 1.0) == 0.5
-    assert 0 < cosine_factor(0, 1, 0.0, 0.0) <= 1
-    assert warmup_steps(100, 0.01) == 1
-    assert warmup_steps(10, 0.01) == 1
-    assert warmup_steps(10, 0.0) == 0
-
-
-def test_open_rates_follow_the_table_at_its_centres_and_lie_between_elsewhere() -> None:
-    assert rates.learning_rate("pretrain", "adamw", 1_000_000) == 3e-3
-    assert rates.learning_rate("pretrain", "adamw", 50_000_000) == 2e-3
-    assert rates.learning_rate("align", "muon", 150_000_000) == 5e-4
-    assert 2e-3 < rates.learning_rate("pretrain", "adamw", 10_000_000) < 3e-3
-    assert rates.learning_rate("pretrain", "adamw", 10**10) == 1.5e-3
-    assert rates.embedding_learning_rate("pretrain", "adamw", 10**6) is None
-
-
-def test_an_open_batch_size_grows_with_the_draft_and_shrinks_with_the_budget() -> None:
-    assert rates.batch_tokens("pretrain", 50_000_000, 5 * 10**9) == 262_144
-    assert rates.batch_tokens("pretrain", 150_000_000, 5 * 10**9) == 524_288
-    assert rates.batch_tokens("pretrain", 1_500_000, 2_000_000) == 16_384
-    assert rates.batch_tokens("align", 1_500_000, 800_000) == 4096
-
-
-def test_every_weight_is_in_exactly_one_group_and_embeddings_and_gains_do_not_decay() -> None:
-    model = Model()
-    for kind, number in (("adamw", 1), ("muon", 2)):
-        optimizers = build_optimizers(model, kind=kind, learning_rate=1e-2, weight_decay=0.1)  # type: ignore[arg-type]
-        assert len(optimizers) == number
-        found = [(p, group["weight_decay"]) for o in optimizers for group in o.param_groups for p in group["params"]]
-        assert len(found) == len({id(p) for p, _ in found}) == len(list(model.parameters()))
-        decayed = {id(p) for p, decay in found if decay}
-        assert decayed == {id(model.model.matrix.weight), id(model.head.weight)}
-
-
-def test_a_tied_head_is_an_embedding() -> None:
-    model = Model()
-    model.head.weight = model.model.embed.weight
-    groups = split_parameters(model)
-    assert len(groups["embedding"]) == 1
-    assert not groups["head"]
-
-
-def test_rates_scale_from_each_groups_own_peak() -> None:
-    optimizers = build_optimizers(Model(), kind="muon", learning_rate=1e-2, embedding_learning_rate=4e-3)
-    set_rate(optimizers, 0.5)
-    assert [group["lr"] for o in optimizers for group in o.param_groups] == [5e-3, 2e-3, 2e-3]
-
-
 def test_the_micro_batch_size_does_not_change_the_gradient() -> None:
     found = []
     for rows_per_micro in (1, 2, 4):
@@ -233,82 +160,6 @@ def test_bf16_autocast_trains_fp32_weights() -> None:
         step.update(1.0)
     assert last < first
     assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_only_response_tokens_are_labels_and_each_follows_its_input() -> None:
-    batch = padded_batch([Sample([1, 2, 3], [4, 5]), Sample([6], [7, 8, 9, 10])], pad_id=0)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
-    assert batch.labels.tolist() == [4, 5, 7, 8, 9, 10]
-    assert batch.index is not None
-    assert batch.index.tolist() == [2, 3, 4, 5, 6, 7]
-    assert batch.num_tokens == 8
-    assert batch.num_trained == 6
-
-
-def test_padding_on_the_right_is_never_trained_on_and_changes_no_loss() -> None:
-    step = make_step(Model(), objective=CrossEntropy())
-    short, long = Sample([1, 2], [3]), Sample([4, 5, 6, 7], [8, 9, 10])
-    with torch.no_grad():
-        together = float(step.loss_sum(padded_batch([short, long], pad_id=0)))
-        other_pad = float(step.loss_sum(padded_batch([short, long], pad_id=22)))
-        alone = sum(float(step.loss_sum(padded_batch([sample], 0))) for sample in (short, long))
-    assert together == other_pad
-    assert together == pytest.approx(alone, rel=1e-6)
-
-
-def test_packed_rows_train_on_every_position() -> None:
-    batch = packed_batch(np.arange(10).reshape(2, 5))
-    assert batch.input_ids.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
-    assert batch.labels.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
-
-
-def test_rows_longer_than_the_context_are_cut_and_those_without_response_dropped() -> None:
-    samples = [Sample([1] * 3, [2] * 3), Sample([1] * 3, [2] * 9), Sample([1] * 9, [2]), Sample([1], []), Sample([], [5])]
-    kept, num_cut, num_dropped = cut_to_context(samples, context_length=6)
-    assert [(len(s.prompt_ids), len(s.response_ids)) for s in kept] == [(3, 3), (3, 4)]
-    assert (num_cut, num_dropped) == (1, 3)
-    assert kept[1].num_tokens == 6
-
-
-def test_micro_batches_hold_every_sample_once_within_the_limit() -> None:
-    samples = [Sample([0], [1] * n) for n in np.random.default_rng(0).integers(1, 60, 100)]
-    groups = micro_batches(samples, 256)
-    assert sorted(id(s) for g in groups for s in g) == sorted(id(s) for s in samples)
-    assert all(len(g) == 1 or len(g) * max(s.num_tokens for s in g) <= 256 for g in groups)
-    padded = sum(len(g) * max(s.num_tokens for s in g) for g in groups)
-    assert sum(s.num_tokens for s in samples) / padded > 0.8
-
-
-def test_the_plan_takes_every_sample_once_an_epoch_in_an_order_of_its_own() -> None:
-    lengths = np.random.default_rng(1).integers(5, 50, 200)
-    plan = plan_batches(lengths, 400, seed=3, epochs=2.0)
-    assert sorted(np.concatenate(plan).tolist()) == sorted(list(range(200)) * 2)
-    assert max(int(lengths[numbers].sum()) for numbers in plan) < 450
-    again = plan_batches(lengths, 400, seed=3, epochs=2.0)
-    assert all(np.array_equal(a, b) for a, b in zip(plan, again, strict=True))
-    assert not np.array_equal(plan[0], plan_batches(lengths, 400, seed=4, epochs=2.0)[0])
-
-
-def test_a_token_budget_ends_the_plan_within_one_sample() -> None:
-    lengths = np.full(50, 10)
-    for budget in (10, 95, 500, 1234):
-        total = sum(int(lengths[numbers].sum()) for numbers in plan_batches(lengths, 100, 0, tokens=budget))
-        assert budget <= total < budget + 10
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_the_pretraining_share_is_spread_evenly_and_no_synthetic_step_is_lost(share: float) -> None:
-    samples = [Sample([i % 20], [1, 2]) for i in range(90)]
-    plan = plan_batches(np.full(90, 2), 2, seed=0, epochs=1)
-    mixed = AlignmentBatches(samples, plan, 0, 64, source(rows_per_micro=4), share)
-    packed = [step for step in range(mixed.steps) if mixed.batches(step)[0].index is None]
-    assert len(packed) == round(share * mixed.steps)
-    assert mixed.steps - len(packed) == 90
-    gaps = {b - a for a, b in itertools.pairwise(packed)}
-    assert len(gaps) <= 2
-    seen = [mixed.batches(step)[0].input_ids[0, 0].item() for step in range(mixed.steps) if step not in packed]
-    assert seen == [samples[int(numbers[0])].prompt_ids[0] for numbers in plan]
-    assert mixed.tokens == sum(b.num_tokens for step in range(mixed.steps) for b in mixed.batches(step))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -473,47 +324,6 @@ def test_out_of_memory_names_the_key_that_helps(tmp_path: Path) -> None:
         trainer.run()
 
 
-def test_metrics_lose_only_what_lies_after_the_checkpoint_and_torn_lines(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "loss": 1.4}\n{"ste')
-    with Metrics(tmp_path, step=2) as metrics:
-        metrics.write(step=3, loss=math.nan, validation_loss={"text": math.inf})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": None, "validation_loss": {"text": None}}]
-    assert final_train_loss(lines, share=0.5) == 1.5
-
-
-def test_a_fresh_run_begins_a_fresh_record(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 9}\n')
-    with Metrics(tmp_path, step=0):
-        pass
-    assert read_metrics(tmp_path) == []
-
-
-def test_tensorboard_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r"fastdraft\[tensorboard\]"):
-        Metrics(tmp_path, step=0, tensorboard=True)
-
-
-def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[tuple[str, float, int]] = []
-
-    class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            assert purge_step == 1
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written.append((name, value, step))
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    with Metrics(tmp_path, step=0, tensorboard=True) as metrics:
-        metrics.write(step=1, loss=2.0, validation_loss={"text": 3.0})
-    assert written == [("loss", 2.0, 1), ("validation_loss/text", 3.0, 1)]
-
-
 def test_a_finished_run_does_no_further_step(tmp_path: Path) -> None:
     first = make_trainer(tmp_path)
     first.run()
@@ -522,3 +332,15 @@ def test_a_finished_run_does_no_further_step(tmp_path: Path) -> None:
     assert again.run() == first.state
     assert_same(weights(first.model), weights(again.model))
     assert isinstance(again.state, TrainingState)
+
+
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_at(make_trainer(tmp_path, checkpoint_every=3), 4)
+
+    def full(*unused: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fastdraft.training.checkpoint.save_file", full)
+    with pytest.raises(DiskError, match="no space left"):
+        make_trainer(tmp_path, checkpoint_every=3).run()
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["step-000000003"]

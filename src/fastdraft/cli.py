@@ -7,6 +7,7 @@ Nothing heavy is imported before a verb is known, so that `--help` answers at on
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -184,6 +185,8 @@ def _guarded(arguments: argparse.Namespace) -> int:
     from fastdraft.artifacts import disk_errors
     from fastdraft.errors import FastDraftError
 
+    # Threads that spin while they wait starve each other on a machine that does anything else; must be set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with disk_errors(_place(arguments)):
             arguments.call(arguments)

@@ -10,7 +10,7 @@ Shape suffixes: B rows in the batch, T positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -25,6 +25,8 @@ from fastdraft.interfaces import Generation, Sampling
 
 DROP_SHARE = 0.15
 """Finished rows are taken out of the batch when they are at least this share of it: dropping copies the cache."""
+GIVE_UP_EVERY = 16
+"""Tokens between two looks at whether an answer is worth going on with."""
 PADDING_ID = 0
 
 
@@ -87,6 +89,7 @@ def generate_batch(  # noqa: PLR0917
     max_new_tokens: int,
     eos_ids: set[int] | frozenset[int],
     generator: torch.Generator,
+    give_up: Callable[[list[int]], bool] | None = None,
 ) -> list[Generation]:
     """One answer for each prompt, reproducible for equal prompts, order, generator state and threads.
 
@@ -97,6 +100,7 @@ def generate_batch(  # noqa: PLR0917
         max_new_tokens: Most tokens of an answer, the EOS id included.
         eos_ids: Any of these ends an answer.
         generator: On the CPU; its state moves on.
+        give_up: Asked now and then for each unfinished answer so far; True ends it there as if the limit was reached.
 
     Returns:
         Answers in the order of `prompts`. Where the model's logits are not finite the answer ends with that step's
@@ -113,15 +117,31 @@ def generate_batch(  # noqa: PLR0917
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     tokens_BT = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     logprobs_BT = torch.zeros(count, max_new_tokens, device=device)
+    lengths = [max_new_tokens] * count
     batch = _Batch(model, prompts, max_new_tokens)
     with grouped_attention(model):
         for step in range(max_new_tokens):
             random_B = torch.rand(count, generator=generator, dtype=torch.float64) if sampling.temperature > 0 else None
             token_B, logprob_B = draw_tokens(batch.logits(), sampling, None if random_B is None else random_B[batch.rows_B.cpu()])
             tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
-            if not batch.append(token_B, torch.isin(token_B, eos) | logprob_B.isnan()):
+            done_B = torch.isin(token_B, eos) | logprob_B.isnan()
+            if give_up and (step + 1) % GIVE_UP_EVERY == 0:
+                done_B = done_B | _given_up(batch, tokens_BT[:, : step + 1], give_up, lengths).to(device)
+            if not batch.append(token_B, done_B):
                 break
-    return [_generation(prompt, t, lp, eos_ids) for prompt, t, lp in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True)]
+    answers = zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), lengths, strict=True)
+    return [_generation(prompt, tokens[:length], logprobs[:length], eos_ids) for prompt, tokens, logprobs, length in answers]
+
+
+def _given_up(batch: _Batch, tokens_BT: Tensor, give_up: Callable[[list[int]], bool], lengths: list[int]) -> Tensor:
+    """Which rows of the batch end here although nothing in them says so; notes their lengths."""
+    rows, done = batch.rows_B.tolist(), batch.done_B.tolist()
+    texts = tokens_BT[batch.rows_B].tolist()
+    ends = [not finished and give_up(text) for finished, text in zip(done, texts, strict=True)]
+    for row, end, text in zip(rows, ends, texts, strict=True):
+        if end:
+            lengths[row] = len(text)
+    return torch.tensor(ends)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], extra: int = 0) -> tuple[Tensor, Tensor]:

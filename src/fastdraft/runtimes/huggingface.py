@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.errors import DataError
+from fastdraft.functional.looping import is_looping
 from fastdraft.interfaces import Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
 
@@ -25,14 +26,21 @@ class HuggingFaceEngine:
         vocabulary: Gives the ids that end an answer.
         batch_rows: Prompts generated together.
         on_batch: Called with the number of answers finished since the last call.
+        end_loops: Ends an answer that has run into a loop instead of writing it to its limit.
     """
 
     name = "huggingface"
 
     def __init__(
-        self, model: PreTrainedModel, vocabulary: Vocabulary, batch_rows: int = 64, on_batch: Callable[[int], None] | None = None
+        self,
+        model: PreTrainedModel,
+        vocabulary: Vocabulary,
+        batch_rows: int = 64,
+        on_batch: Callable[[int], None] | None = None,
+        *,
+        end_loops: bool = False,
     ) -> None:
-        self.model, self.vocabulary, self.batch_rows, self.on_batch = model, vocabulary, batch_rows, on_batch
+        self.model, self.vocabulary, self.batch_rows, self.on_batch, self.end_loops = model, vocabulary, batch_rows, on_batch, end_loops
 
     @property
     def context_length(self) -> int:
@@ -50,12 +58,12 @@ class HuggingFaceEngine:
                 rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {self.context_length}"
                 raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
         generator = torch.Generator().manual_seed(seed)
-        eos_ids = frozenset(self.vocabulary.eos_token_ids)
+        eos_ids, give_up = frozenset(self.vocabulary.eos_token_ids), is_looping if self.end_loops else None
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         answers: dict[int, Generation] = {}
         for start in range(0, len(order), self.batch_rows):
             chosen = order[start : start + self.batch_rows]
-            written = generate_batch(self.model, [prompts[i] for i in chosen], sampling, max_new_tokens, eos_ids, generator)
+            written = generate_batch(self.model, [prompts[i] for i in chosen], sampling, max_new_tokens, eos_ids, generator, give_up)
             answers.update(zip(chosen, written, strict=True))
             if self.on_batch:
                 self.on_batch(len(chosen))

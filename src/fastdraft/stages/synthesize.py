@@ -67,7 +67,7 @@ class SynthesizeConfig(Config):
     keep_truncated: bool = True
     """Keeps chat answers cut by max_new_tokens: every token of them is the target's own. false leaves such rows out."""
     looping: Looping = "cut"
-    """An answer that ends in a loop: cut behind the loop's second round, drop the row, or keep it. A loop teaches nothing new."""
+    """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
     engine: HuggingFaceEngineConfig = HuggingFaceEngineConfig()
     """What runs the target."""
 
@@ -231,10 +231,13 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
     held_out = _evaluation_texts(context)
     plans, refused = _plan_sources(config, context, tokenizer, held_out)
     vocabulary = load_vocabulary(target)
-    engine = HuggingFaceEngine(load_target(target, pick_device(context.settings.device)), vocabulary, config.batch_rows)
+    end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
+    engine = HuggingFaceEngine(
+        load_target(target, pick_device(context.settings.device)), vocabulary, config.batch_rows, end_loops=end_loops
+    )
     magpie = any(isinstance(source, MagpiePrompts) for source in config.prompts)
     turn_ends = (*vocabulary.eos_token_ids, *(sorted(end_of_turn_ids(tokenizer)) if magpie else ()))
-    asking = HuggingFaceEngine(engine.model, replace(vocabulary, eos_token_ids=turn_ends), config.batch_rows)
+    asking = HuggingFaceEngine(engine.model, replace(vocabulary, eos_token_ids=turn_ends), config.batch_rows, end_loops=True)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -259,15 +262,17 @@ def _plan_sources(
 ) -> tuple[list[UnitPlan], dict[str, dict[str, int]]]:
     """Each source's units, and the prompts refused by source and reason."""
     seed, plans, refused = context.settings.seed, [], {}
-    common: dict[str, Any] = {"temperatures": config.temperatures, "samples": config.samples, "unit_rows": config.batch_rows, "seed": seed}
-    for source in config.prompts:
+    common: dict[str, Any] = {"samples": config.samples, "unit_rows": config.batch_rows, "seed": seed}
+    for place, source in enumerate(config.prompts):
         if isinstance(source, TextPrompts):
             chosen = select_texts(source, held_out, seed)
             refused[source.name] = chosen.refused
             own = _text_plan(source, chosen.texts, tokenizer)
         else:
             own = _corpus_plan(source, context, tokenizer) if isinstance(source, CorpusPrompts) else _magpie_plan(source, tokenizer)
-        plans.append(UnitPlan(name=source.name, share=source.share, **common, **own))
+        start = place % len(config.temperatures)  # sources begin at different temperatures, so that few units hold all of them
+        temperatures = config.temperatures[start:] + config.temperatures[:start]
+        plans.append(UnitPlan(name=source.name, share=source.share, temperatures=temperatures, **common, **own))
     return plans, refused
 
 

@@ -8,12 +8,16 @@ damaged one is passed over for the one before.
 from __future__ import annotations
 
 import contextlib
+import errno
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +27,7 @@ from fastdraft.errors import ArtifactError
 
 FOLDER, KEEP = "steps", 2
 _WEIGHTS, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+_WINDOWS_DISK_FULL = 112
 
 
 @dataclass
@@ -57,9 +62,9 @@ class Checkpoints:
     def save(self, state: TrainingState) -> None:
         """Commits the present weights, optimiser and random state under `state.step`, then lets older folders go."""
         with atomic_folder(self._step_folder(state.step)) as folder:
-            save_file(_copies(dict(self._model.named_parameters())), folder / _WEIGHTS)
-            save_file(_copies(optimizer_tensors(self._model, self._optimizers)), folder / _OPTIMIZER)
-            save_file(_random_tensors(), folder / _RANDOM)
+            _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
+            _write(optimizer_tensors(self._model, self._optimizers), folder / _OPTIMIZER)
+            _write(_random_tensors(), folder / _RANDOM)
             files = _describe_files(folder, (_WEIGHTS, _OPTIMIZER, _RANDOM))
             write_json(folder / _STATE, {"schema": 1, "state": asdict(state), "files": files})
         self.saved_step = state.step
@@ -68,7 +73,7 @@ class Checkpoints:
     def save_best(self, step: int) -> None:
         """Keeps the present weights as the best so far; older best ones stay until no kept checkpoint speaks of them."""
         with atomic_folder(self._best_folder(step)) as folder:
-            save_file(_copies(dict(self._model.named_parameters())), folder / _WEIGHTS)
+            _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
             write_json(folder / _STATE, {"schema": 1, "files": _describe_files(folder, (_WEIGHTS,))})
 
     def load_best(self, step: int) -> None:
@@ -116,7 +121,7 @@ class Checkpoints:
             _copy_weights(self._model, weights)
             restore_optimizers(self._model, self._optimizers, optimizer)
             _restore_random(random)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
         return state
 
@@ -164,8 +169,13 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
         optimizer.state[parameter][key] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
 
 
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # hides the system's error number in its text
+        number = re.search(r"os error (\d+)", str(error))
+        full = number and int(number[1]) in (errno.ENOSPC, _WINDOWS_DISK_FULL)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
 
 
 def _copy_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,113 @@
+"""Synthetic rows on disk: whole or not there, found again exactly, and split by prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastdraft.artifacts import Artifact
+from fastdraft.data.responses import (
+    SyntheticRow,
+    ids_hash,
+    read_all,
+    read_columns,
+    read_metadata,
+    read_rows,
+    unit_path,
+    unit_paths,
+    validation_keys,
+    write_rows,
+)
+from fastdraft.errors import ArtifactError
+
+
+def make_row(number: int, prompt: int | None = None) -> SyntheticRow:
+    prompt_ids = [1, prompt if prompt is not None else number]
+    return SyntheticRow(
+        ids_hash(prompt_ids, [number, 3]), "instructions", ids_hash(prompt_ids), prompt_ids, [number, 3], [-0.5, -0.25], 0.6, 0, 1.0, "stop"
+    )  # fmt: skip
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    rows = [make_row(1), replace(make_row(70_000), logprobs=[0.0, -12.5], temperature=0.0, finish_reason="length"), make_row(2)]
+    write_rows(tmp_path / "rows.parquet", rows)
+    assert read_rows(tmp_path / "rows.parquet") == rows
+
+
+def test_a_file_without_rows_is_a_file(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.parquet", [], {"asked": 4})
+    assert read_rows(tmp_path / "rows.parquet") == []
+    assert read_metadata(tmp_path / "rows.parquet") == {"asked": 4}
+
+
+def test_facts_are_kept_beside_the_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.parquet", [make_row(1)], {"source": "näme", "counts": {"asked": 2}})
+    assert read_metadata(tmp_path / "rows.parquet") == {"source": "näme", "counts": {"asked": 2}}
+
+
+def test_columns_can_be_read_alone(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.parquet", [make_row(1), make_row(2)])
+    assert read_columns(tmp_path / "rows.parquet", ["source"]) == {"source": ["instructions", "instructions"]}
+
+
+def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_rows(tmp_path / name, [make_row(i) for i in range(20)], {"a": 1})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("keep", [0, 10, -20])
+def test_a_damaged_file_is_one_line(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "unit-00000.parquet"
+    write_rows(path, [make_row(i) for i in range(50)])
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match="damaged"):
+        read_rows(path)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="missing"):
+        read_rows(tmp_path / "unit-00000.parquet")
+
+
+def test_the_hash_knows_where_prompt_and_response_part() -> None:
+    assert ids_hash([1, 2], [3]) != ids_hash([1], [2, 3])
+    assert ids_hash([1, 2], [3]) == ids_hash([1, 2], [3])
+
+
+def artifact_with(tmp_path: Path, rows: list[SyntheticRow]) -> Artifact:
+    artifact = Artifact(tmp_path / "synthesize")
+    for unit in range(0, len(rows), 10):
+        write_rows(unit_path(artifact, unit // 10), rows[unit : unit + 10])
+    return artifact
+
+
+def test_all_rows_come_in_the_order_of_writing(tmp_path: Path) -> None:
+    rows = [make_row(i) for i in range(120)]
+    artifact = artifact_with(tmp_path, rows)
+    assert len(unit_paths(artifact)) == 12
+    assert list(read_all(artifact)) == rows
+
+
+def test_the_splits_hold_every_row_once_and_share_no_prompt(tmp_path: Path) -> None:
+    rows = [make_row(i, prompt=i % 100) for i in range(400)]
+    artifact = artifact_with(tmp_path, rows)
+    train, validation = list(read_all(artifact, "train")), list(read_all(artifact, "validation"))
+    assert {row.prompt_key for row in train}.isdisjoint(row.prompt_key for row in validation)
+    assert sorted(row.row_id for row in train + validation) == sorted(row.row_id for row in rows)
+    assert validation
+
+
+def test_about_a_twentieth_of_the_prompts_is_held_back_and_stays_so() -> None:
+    keys = [ids_hash([i]) for i in range(10_000)]
+    held = validation_keys(keys)
+    assert 400 < len(held) < 600
+    assert validation_keys(keys[:5000]) <= held
+
+
+def test_few_prompts_still_give_some_validation_but_never_more_than_half() -> None:
+    assert len(validation_keys(ids_hash([i]) for i in range(20))) >= 4
+    assert len(validation_keys(ids_hash([i]) for i in range(3))) == 1
+    assert validation_keys([ids_hash([1])]) == frozenset()
