@@ -1,6 +1,6 @@
 """Writes docs/recipe.md: every key of a recipe with its type, default and meaning, from the docstrings in the code.
 
-    python docs/generate_recipe_reference.py
+python docs/generate_recipe_reference.py
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from fastdraft.recipe import Recipe
 
 HEAD = """# Every key of a recipe
 
-Generated from the code by `python docs/generate_recipe_reference.py`. Counts may be written `250k`, `2M`, `10B`. Alternatives are told apart
-by `kind`. Any key can be set on the command line: `fastdraft run demo pretrain.tokens=4M "prepare.corpora[0].tokens=1M"`. A stage runs when
-its section is present; unknown keys are refused.
+Generated from the code by `python docs/generate_recipe_reference.py`. Counts may be written `250k`, `2M`, `10B`.
+Alternatives are told apart by `kind`. Any key can be set on the command line:
+`fastdraft run demo pretrain.tokens=4M "prepare.corpora[0].tokens=1M"`. A stage runs when its section is present;
+unknown keys are refused.
 """
 
 
@@ -38,7 +39,9 @@ def type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         kind = annotation.model_fields.get("kind")
         return f"`{{kind: {get_args(kind.annotation)[0]}, ...}}`" if kind and get_args(kind.annotation) else "section"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(getattr(annotation, "__name__", ""), str(annotation))
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
+        getattr(annotation, "__name__", ""), str(annotation)
+    )
 
 
 def models(annotation: Any) -> list[type[BaseModel]]:
@@ -84,7 +87,12 @@ def section(cls: type[BaseModel], title: str, level: int, seen: set[type[BaseMod
             if model not in seen:
                 kind = model.model_fields.get("kind")
                 tag = f" `kind: {get_args(kind.annotation)[0]}`" if kind and get_args(kind.annotation) else ""
-                parts += section(model, f"{title}.{name}{tag}" if level > 2 else f"{title.strip('`')}.{name}{tag}", level + 1 if level < 3 else level, seen)
+                parts += section(
+                    model,
+                    f"{title}.{name}{tag}" if level > 2 else f"{title.strip('`')}.{name}{tag}",
+                    level + 1 if level < 3 else level,
+                    seen,
+                )
     return parts
 
 

@@ -13,7 +13,7 @@ import pytest
 
 TEXT = [
     "Once upon a time there was a small fox who lived by the river and liked to count the stars.",
-    "def add(first, second):\n    \"\"\"Return the sum.\"\"\"\n    return first + second\n",
+    'def add(first, second):\n    """Return the sum."""\n    return first + second\n',
     "The quick brown fox jumps over the lazy dog, again and again, until the dog looks up.",
     "for index in range(10):\n    print(index, index * index)\n",
     "What is the capital of France? The capital of France is Paris, which lies on the Seine.",
@@ -34,9 +34,15 @@ def write_tokenizer(folder: Path, vocab_size: int = 300, chat: bool = True) -> i
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
+    core.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|endoftext|>", pad_token="<|endoftext|>", eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|assistant|>"]
+        tokenizer_object=core,
+        bos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
     )
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
@@ -96,12 +102,24 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i * 7 % 13}?"}) + "\n" for i in range(80)), encoding="utf-8")
     tasks = folder / "tasks.jsonl"
-    tasks.write_text("".join(json.dumps({"id": f"t{i}", "prompt": f"Tell me about number {i} and the fox."}) + "\n" for i in range(6)), encoding="utf-8")
+    tasks.write_text(
+        "".join(json.dumps({"id": f"t{i}", "prompt": f"Tell me about number {i} and the fox."}) + "\n" for i in range(6)), encoding="utf-8"
+    )
     training = {"batch_tokens": 512, "checkpoint_every": 5, "validate_every": 10, "optimizer": {"kind": "muon", "learning_rate": 0.003}}
     recipe: dict[str, object] = {
         "run": {"name": "tiny", "folder": str(folder / "runs"), "threads": 1, "device": "cpu"},
         "target": {"model": str(target)},
-        "design": {"draft": {"kind": "shape", "hidden_size": 64, "num_layers": 1, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "tied": True}},
+        "design": {
+            "draft": {
+                "kind": "shape",
+                "hidden_size": 64,
+                "num_layers": 1,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+                "tied": True,
+            }
+        },
         "prepare": {
             "row_length": 64,
             "validation": 0.1,

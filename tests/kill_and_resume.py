@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,20 +36,24 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False) 
     seconds = time.monotonic() - start
     if say:
         print(f"undisturbed run: {seconds:.1f} s")
-    moments, found, done, number = random.Random(seed), [], 0, 0
+    random_part = random.Random(seed)
+    lives = iter(lambda: random_part.uniform(1.0, 1.0 + seconds / 2), None)
+    found: list[str] = []
+    done = number = 0
     while done < kills:
         number += 1
-        done += _disturb(command(recipe, f"disturbed-{number}"), kills - done, seconds, moments, folder / "runs" / f"disturbed-{number}", say)
-        found += differences(folder / "runs" / "undisturbed", folder / "runs" / f"disturbed-{number}")
+        name = f"disturbed-{number}"
+        done += _disturb(command(recipe, name), kills - done, lives, folder / "runs" / name, say)
+        found += differences(folder / "runs" / "undisturbed", folder / "runs" / name)
     return found
 
 
-def _disturb(arguments: list[str], kills: int, seconds: float, moments: random.Random, run: Path, say: bool) -> int:
+def _disturb(arguments: list[str], kills: int, lives: Iterator[float], run: Path, say: bool) -> int:
     """Kills one run again and again until it is finished or `kills` are done, then lets it finish; returns the kills."""
     done = 0
     while done < kills:
         process = subprocess.Popen(arguments)
-        life = moments.uniform(1.0, 1.0 + seconds / 2)
+        life = next(lives)
         try:
             if process.wait(timeout=life) != 0:
                 raise SystemExit("a rerun failed")
@@ -79,7 +84,7 @@ def differences(one: Path, two: Path) -> list[str]:
     if len(set(rows_two)) != len(rows_two):
         found.append("doubled synthetic rows")
     results = [json.loads((run / "evaluate" / "results.json").read_text())["rows"] for run in (one, two)]
-    counts = [[{k: v for k, v in row.items() if "latency" not in k} for row in result] for result in results]
+    counts = [[{k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in result] for result in results]
     if counts[0] != counts[1]:
         found.append("evaluation counts")
     return found
@@ -87,9 +92,11 @@ def differences(one: Path, two: Path) -> list[str]:
 
 def rows(run: Path) -> list[str]:
     """Ids of the synthetic rows in the order written."""
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
-    return [row for path in sorted((run / "synthesize" / "units").glob("*.parquet")) for row in parquet.read_table(path)["row_id"].to_pylist()]
+    return [
+        row for path in sorted((run / "synthesize" / "units").glob("*.parquet")) for row in parquet.read_table(path)["row_id"].to_pylist()
+    ]
 
 
 if __name__ == "__main__":

@@ -59,12 +59,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path, mon
 
 
 def test_a_block_that_fails_leaves_neither_file_nor_folder(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), atomic_path(tmp_path / "file") as path:
-        path.write_text("half")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "folder") as folder:
-        (folder / "part").write_text("half")
-        raise RuntimeError
+    def file() -> None:
+        with atomic_path(tmp_path / "file") as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    def folder() -> None:
+        with atomic_folder(tmp_path / "folder") as path:
+            (path / "part").write_text("half")
+            raise RuntimeError
+
+    for write in (file, folder):
+        with pytest.raises(RuntimeError):
+            write()
     assert os.listdir(tmp_path) == []
 
 

@@ -50,9 +50,8 @@ def test_greedy_text_of_a_padded_batch_is_that_of_each_prompt_alone_in_transform
 
 def test_a_sliding_window_is_kept_while_the_batch_writes() -> None:
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=6
-    )  # fmt: skip
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=6)
     model = MistralForCausalLM(config).eval()
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17]]
     for prompt, found in zip(prompts, generate(model, prompts, Sampling(0.0)), strict=True):
@@ -134,6 +133,17 @@ def test_logits_that_are_not_finite_end_the_answer_with_a_nan_log_prob(tiny_targ
     for found in generate(model, PROMPTS, Sampling(temperature)):
         assert len(found.response_ids) == 1
         assert math.isnan(found.logprobs[0])
+
+
+def test_an_answer_that_is_given_up_ends_there_and_changes_no_other(model: PreTrainedModel) -> None:
+    whole = generate(model, PROMPTS, Sampling(1.0), tokens=40)
+    chosen = whole[2].response_ids[:5]
+    generator = torch.Generator().manual_seed(0)
+    cut = generate_batch(model, PROMPTS, Sampling(1.0), 40, {3}, generator, lambda ids: ids[:5] == chosen)
+    assert cut[2].response_ids == whole[2].response_ids[: autoregressive.GIVE_UP_EVERY]
+    assert len(cut[2].logprobs) == len(cut[2].response_ids)
+    assert cut[2].finish_reason == "length"
+    assert [g.response_ids for i, g in enumerate(cut) if i != 2] == [g.response_ids for i, g in enumerate(whole) if i != 2]
 
 
 def test_an_empty_prompt_is_refused(model: PreTrainedModel) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import write_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from conftest import write_tokenizer
 from fastdraft.data.chat import (
     end_of_turn_ids,
     has_chat_template,

@@ -11,7 +11,7 @@ from fastdraft.pipeline import STAGES
 
 
 def test_the_verbs_of_the_stages_are_the_stages() -> None:
-    assert cli._STAGES == {stage.name: stage.summary for stage in STAGES}
+    assert {stage.name: stage.summary for stage in STAGES} == cli._STAGES
 
 
 def test_help_of_every_verb_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

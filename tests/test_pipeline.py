@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import write_recipe
-from kill_and_resume import kill_and_resume
 
+from conftest import write_recipe
 from fastdraft import cli
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, FastDraftError
 from fastdraft.pipeline import STAGE_NAMES, downstream, run
 from fastdraft.recipe import load_recipe
+from kill_and_resume import kill_and_resume
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_settings_that_no_stage_depends_on_may_change(finished: Path) -> None:
 
 def test_a_stage_alone_needs_the_ones_before_it(tmp_path: Path, tiny_target: Path) -> None:
     recipe = load_recipe(str(write_recipe(tmp_path, tiny_target)))
-    with pytest.raises(FastDraftError, match="run `fastdraft .* RECIPE` first"):
+    with pytest.raises(FastDraftError, match=r"run `fastdraft .* RECIPE` first"):
         run(recipe, only=["align"])
 
 

@@ -84,9 +84,13 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskError(path, "no space left on the disk", "this file must fit", "free some space and run the same command again") from error
+            raise DiskError(
+                path, "no space left on the disk", "this file must fit", "free some space and run the same command again"
+            ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise DiskError(path, "cannot be written", "the run's folder must be writable", "change its rights or set run.folder") from error
+            raise DiskError(
+                path, "cannot be written", "the run's folder must be writable", "change its rights or set run.folder"
+            ) from error
         raise
 
 
@@ -151,7 +155,9 @@ class Artifact:
         """
         value = read_json(self.path / MANIFEST)
         if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-            raise ArtifactError(self.path / MANIFEST, "another schema", f"must be schema {SCHEMA}", "delete this folder and run its stage again")
+            raise ArtifactError(
+                self.path / MANIFEST, "another schema", f"must be schema {SCHEMA}", "delete this folder and run its stage again"
+            )
         return value
 
     def digest(self) -> str:
@@ -161,7 +167,9 @@ class Artifact:
     def stored_fingerprint(self) -> dict[str, Any]:
         value = read_json(self.path / FINGERPRINT)
         if not isinstance(value, dict):
-            raise ArtifactError(self.path / FINGERPRINT, "not a mapping", "must hold the stage's settings", "delete this folder and run its stage again")
+            raise ArtifactError(
+                self.path / FINGERPRINT, "not a mapping", "must hold the stage's settings", "delete this folder and run its stage again"
+            )
         return value
 
     def differences(self, fingerprint: Mapping[str, Any]) -> list[str]:
@@ -169,7 +177,9 @@ class Artifact:
         if not (self.path / FINGERPRINT).exists():
             return []
         old, new = flatten(self.stored_fingerprint()), flatten(json.loads(json.dumps(fingerprint, default=str)))
-        return [f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        return [
+            f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+        ]
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
         """Claims the folder for these settings, or goes on with work begun under the same ones.
@@ -179,7 +189,12 @@ class Artifact:
         """
         changed = self.differences(fingerprint)
         if changed:
-            raise ArtifactError(self.path, "; ".join(changed[:4]), "this work was done with other settings", f"use another run.name, or redo it with --redo {self.name}")
+            raise ArtifactError(
+                self.path,
+                "; ".join(changed[:4]),
+                "this work was done with other settings",
+                f"use another run.name, or redo it with --redo {self.name}",
+            )
         if not (self.path / FINGERPRINT).exists():
             write_json(self.path / FINGERPRINT, fingerprint)
 
@@ -217,7 +232,9 @@ class RunDirectory:
             try:
                 lock.acquire()
             except Timeout:
-                raise ArtifactError(self.root, "in use by another process", "one process at a time may write a run", "wait for it, or use another run.name") from None
+                raise ArtifactError(
+                    self.root, "in use by another process", "one process at a time may write a run", "wait for it, or use another run.name"
+                ) from None
         try:
             yield
         finally:

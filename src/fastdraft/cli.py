@@ -65,7 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _recipe_verb(verbs: Any, name: str, summary: str, call: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"example: fastdraft {name} demo run.seed=1 pretrain.tokens=1M"
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example: fastdraft {name} demo run.seed=1 pretrain.tokens=1M",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="set any key of the recipe, for example pretrain.tokens=4M")
@@ -75,7 +78,9 @@ def _recipe_verb(verbs: Any, name: str, summary: str, call: Callable[[argparse.N
 
 
 def _add_redo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--redo", metavar="STAGE", action="append", default=[], choices=sorted(_STAGES), help="throw away STAGE and what builds on it first")
+    parser.add_argument(
+        "--redo", metavar="STAGE", action="append", default=[], choices=sorted(_STAGES), help="throw away STAGE and what builds on it first"
+    )
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -119,7 +124,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from fastdraft.recipe import load_recipe
 
     if getattr(arguments, "dry_run", False):
-        return _check(arguments)
+        _check(arguments)
+        return
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     only = None if arguments.verb == "run" else [arguments.verb]
     pipeline.run(recipe, Console(quiet=arguments.quiet), only=only, redo=arguments.redo)
@@ -137,7 +143,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from fastdraft.commands import inspect
     from fastdraft.console import Console
 
-    inspect.run(arguments.target, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code, console=Console(), as_json=arguments.json)
+    inspect.run(
+        arguments.target,
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+        console=Console(),
+        as_json=arguments.json,
+    )
 
 
 def _preview(arguments: argparse.Namespace) -> None:

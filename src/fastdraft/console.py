@@ -162,7 +162,10 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any
     """Plain text, columns parted by two spaces; a column whose cells all start with a digit or sign is right-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(str(column)), *(len(row[i]) for row in cells), 0) for i, column in enumerate(columns)]
-    right = [bool(cells) and all(not row[i] or row[i].lstrip("+-.~<>")[:1].isdigit() or row[i] in ("-", "nan") for row in cells) for i in range(len(columns))]
+    right = [
+        bool(cells) and all(not row[i] or row[i].lstrip("+-.~<>")[:1].isdigit() or row[i] in ("-", "nan") for row in cells)
+        for i in range(len(columns))
+    ]
 
     def line(row: Sequence[str]) -> str:
         return "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()

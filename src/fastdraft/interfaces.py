@@ -89,7 +89,11 @@ class TargetConfig(Config):
     @property
     def location(self) -> str:
         """The directory on this machine, or the hub id."""
-        return str(resolve_path(self.model, "target.model")) if self.model.startswith((SHIPPED, PYTHON)) else str(Path(self.model).expanduser())
+        return (
+            str(resolve_path(self.model, "target.model"))
+            if self.model.startswith((SHIPPED, PYTHON))
+            else str(Path(self.model).expanduser())
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ class StageContext:
         """
         artifact = self.artifact(stage)
         if not artifact.is_complete():
-            raise ArtifactError(artifact.path, "not finished", f"this stage needs the result of '{stage}'", f"run `fastdraft {stage} RECIPE` first")
+            raise ArtifactError(
+                artifact.path, "not finished", f"this stage needs the result of '{stage}'", f"run `fastdraft {stage} RECIPE` first"
+            )
         return artifact
 
     def section(self, stage: str) -> Any:

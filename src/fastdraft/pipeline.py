@@ -110,7 +110,9 @@ def _wanted(recipe: Recipe, only: Iterable[str] | None) -> list[Stage]:
 
 def _refuse_changes(stage: Stage, recipe: Recipe, context: StageContext) -> None:
     artifact = context.artifact(stage.name)
-    if not (artifact.path / "fingerprint.json").exists() or not all(context.artifact(name).is_complete() for name in stage.builds_on if context.has(name)):
+    if not (artifact.path / "fingerprint.json").exists() or not all(
+        context.artifact(name).is_complete() for name in stage.builds_on if context.has(name)
+    ):
         return
     artifact.begin(stage.fingerprint(recipe.sections()[stage.name], context))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _LIBRARIES = ("fastdraft", "torch", "transformers", "tokenizers", "safetensors",
 def describe_run() -> dict[str, Any]:
     """Versions, machine, command and time, ready for a manifest."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(_without_home(argument) for argument in [Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -70,7 +70,9 @@ class Recipe(Config):
 
     def dump(self) -> str:
         """The resolved recipe as YAML: every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True, width=140)
+        return yaml.safe_dump(
+            self.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True, width=140
+        )
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -87,9 +89,9 @@ def find_recipe(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = shipped_recipes()
-    if path.stem in shipped and path.parent.name in ("", "recipes") and path.suffix in ("", ".yaml"):
-        return shipped[path.stem]
+    shipped, stem = shipped_recipes(), path.name.removesuffix(".yaml")
+    if stem in shipped and path.parent.name in ("", "recipes"):
+        return shipped[stem]
     raise RecipeError(name, "no such file", "must be a recipe file or a shipped recipe", f"shipped ones: {', '.join(shipped)}")
 
 

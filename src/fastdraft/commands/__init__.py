@@ -1,0 +1,1 @@
+"""Verbs that are not stages: inspect, check, preview, generate, recipes."""

@@ -63,7 +63,10 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(_as_dict(recipe, plan, device, stages, free), indent=1))
     else:
-        _print(recipe, plan, device, stages, free, unseen)
+        _print(recipe, plan, device, stages, free)
+        for name in unseen:
+            print(f"not looked at (it lies on the hub): {name}")
+        print("everything that can be checked here fits")
 
 
 def _check_inputs(recipe: Recipe) -> Iterator[str]:
@@ -106,7 +109,12 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
         seconds = forecast.training_seconds(tokens, draft.read_parameters, device, threads)
         disk = 2 * checkpoint + 2 * forecast.checkpoint_bytes(draft.parameters, resumable=True)
         memory = forecast.training_memory_bytes(
-            draft.parameters, draft.vocab_size, draft.hidden_size, draft.intermediate_size, draft.num_layers, _micro_batch(name, recipe, device)
+            draft.parameters,
+            draft.vocab_size,
+            draft.hidden_size,
+            draft.intermediate_size,
+            draft.num_layers,
+            _micro_batch(name, recipe, device),
         )
     elif name == "synthesize" and recipe.synthesize:
         tokens = recipe.synthesize.tokens
@@ -174,27 +182,25 @@ def _as_dict(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageF
     }
 
 
-def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int, unseen: list[str]) -> None:
-    rows = [
-        [
-            stage.stage,
-            stage.state,
-            format_count(stage.tokens) if stage.tokens else "-",
-            format_seconds(stage.seconds) if stage.seconds >= 1 else "-",
-            _size(stage.disk_bytes) if stage.disk_bytes else "-",
-            _size(stage.memory_bytes) if stage.memory_bytes else "-",
-        ]
-        for stage in stages
-    ]
-    left = [stage for stage in stages if stage.state != "done"]
-    rows.append(["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""])
-    print(f"target  {recipe.target.model}: {plan.target.family}, {format_count(plan.target.parameters)} parameters, vocabulary {plan.target.vocab_size}")
-    draft, ratios = plan.draft, design.cost_ratios(plan.draft, plan.target)
-    print(f"draft   {format_count(draft.parameters)} parameters: {draft.num_layers} layers, width {draft.hidden_size}, feed-forward {draft.intermediate_size}")
+def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int) -> None:
+    target, draft, ratios = plan.target, plan.draft, design.cost_ratios(plan.draft, plan.target)
+    print(f"target  {recipe.target.model}: {target.family}, {format_count(target.parameters)} parameters, vocabulary {target.vocab_size}")
+    shape = f"{draft.num_layers} layers, width {draft.hidden_size}, feed-forward {draft.intermediate_size}"
+    print(f"draft   {format_count(draft.parameters)} parameters: {shape}")
     print(f"device  {device}; {_size(free)} free in {recipe.run.folder}\n")
-    print(format_table("", ("stage", "state", "tokens", "time, about", "disk", "memory"), rows))
+    left = [stage for stage in stages if stage.state != "done"]
+    total = ["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""]
+    print(format_table("", ("stage", "state", "tokens", "time, about", "disk", "memory"), [*map(_row, stages), total]))
     gains = ", ".join(f"{forecast.mbsu_at(rate, forecast.PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in (0.3, 0.45, 0.6))
     print(f"\nmemory-bound speed-up at K = {forecast.PAPER_K} (by bytes read) for an acceptance rate: {gains}")
-    for name in unseen:
-        print(f"not looked at (it lies on the hub): {name}")
-    print("everything that can be checked here fits")
+
+
+def _row(stage: StageForecast) -> list[str]:
+    return [
+        stage.stage,
+        stage.state,
+        format_count(stage.tokens) if stage.tokens else "-",
+        format_seconds(stage.seconds) if stage.seconds >= 1 else "-",
+        _size(stage.disk_bytes) if stage.disk_bytes else "-",
+        _size(stage.memory_bytes) if stage.memory_bytes else "-",
+    ]

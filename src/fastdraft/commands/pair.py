@@ -24,7 +24,9 @@ def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[s
     """
     if run is None:
         if not (target and draft):
-            raise RecipeError("RUN", "missing", "a run's folder, or both --target and --draft, must be given", "for example fastdraft generate runs/demo")
+            raise RecipeError(
+                "RUN", "missing", "a run's folder, or both --target and --draft, must be given", "for example fastdraft generate runs/demo"
+            )
         return _location(target), draft
     return _location(target or _target_of(Path(run))), draft or _draft_of(Path(run))
 

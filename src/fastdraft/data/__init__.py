@@ -1,0 +1,1 @@
+"""Corpora, packed shards, chat templates, prompts and synthetic rows."""

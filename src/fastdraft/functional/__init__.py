@@ -1,0 +1,1 @@
+"""Pure functions that know only torch: sampling, verification, acceptance, losses."""

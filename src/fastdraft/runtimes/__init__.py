@@ -1,0 +1,1 @@
+"""One file per outside runtime, each the only importer of its library."""

@@ -1,0 +1,1 @@
+"""One file per stage: its settings beside its run(). Stages never import each other."""

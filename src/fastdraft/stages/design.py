@@ -35,7 +35,7 @@ class BudgetDraft(Config):
     """A shape found for a number of parameters, within 3 %; shallow ones are preferred."""
 
     kind: Literal["budget"] = "budget"
-    parameters: Count
+    parameters: Count = Field(gt=0)
     """All parameters, the vocabulary's matrices included."""
     layers: int | None = Field(default=None, ge=1, le=128)
     """Fixes the depth; null lets the search choose."""
@@ -46,8 +46,11 @@ class ShapeDraft(Config):
 
     kind: Literal["shape"]
     hidden_size: int = Field(ge=2)
+    """Width; multiples of 256 keep every quantisation open."""
     num_layers: int = Field(ge=1)
+    """Depth: what latency depends on most."""
     intermediate_size: int = Field(ge=1)
+    """Width of the feed-forward part."""
     num_heads: int | None = Field(default=None, ge=1)
     """null: heads 64 wide, narrower in small drafts."""
     num_kv_heads: int | None = Field(default=None, ge=1)
@@ -61,6 +64,7 @@ class PresetDraft(Config):
 
     kind: Literal["preset"]
     name: Literal["phi-3-mini-50m", "llama-3.1-8b-150m"]
+    """52,107,776 parameters at Phi-3-mini's vocabulary, 154,147,328 at Llama-3.1's."""
 
 
 class EarlierDraft(Config):
