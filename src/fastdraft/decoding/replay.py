@@ -112,7 +112,7 @@ def accept_probabilities(
     decoder, head_VD = split_head(draft)
     for chosen in length_batches([len(r.prompt_ids) + len(r.response_ids) for r in rows], batch_tokens):
         batch = [rows[i] for i in chosen]
-        hidden = _response_hidden(decoder, batch, draft.device)
+        hidden = response_hidden(decoder, batch, draft.device)
         for index, row, hidden_ND in zip(chosen, batch, hidden, strict=True):
             accepts[index] = _accept(hidden_ND, head_VD, row, missing, draft_temperature)
         if on_batch:
@@ -132,7 +132,7 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         yield batch
 
 
-def _response_hidden(decoder: torch.nn.Module, rows: Sequence[WrittenText], device: torch.device) -> list[Tensor]:
+def response_hidden(decoder: torch.nn.Module, rows: Sequence[WrittenText], device: torch.device) -> list[Tensor]:
     """For each row the hidden states from which its response tokens are predicted, [len(response), D]."""
     texts = [(*row.prompt_ids, *row.response_ids[:-1]) for row in rows]
     ids_BT = np.zeros((len(rows), max(map(len, texts), default=0)), dtype=np.int64)

@@ -1,0 +1,57 @@
+"""Log-probs of text that was already written: one teacher-forced pass of a model over prompt and response.
+
+Decides that the distribution is warped as when the text was drawn (temperature, top-k, top-p), so that the result can
+stand where the writer's own log-probs would; that a token which the warping removed gets -inf, never a guess; and that
+only response positions go through the output head, a few rows of logits at a time.
+
+Shape suffixes: N response positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastdraft.decoding.replay import LOGITS_HELD, length_batches, response_hidden
+from fastdraft.functional.sampling import warp
+from fastdraft.interfaces import Generation, Sampling
+from fastdraft.modeling.loading import split_head
+
+
+@torch.inference_mode()
+def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampling, *, batch_tokens: int = 8192) -> list[Generation]:
+    """The same texts with this model's log-probs.
+
+    Args:
+        model: In evaluation mode; usually the target in full precision, where a runtime wrote with fewer bits.
+        written: Texts drawn with `sampling`, in any order.
+        sampling: How they were drawn. Greedy text has log-prob 0 throughout and is returned as it is.
+        batch_tokens: Positions in one pass, padding included.
+
+    Returns:
+        Texts in the order given; a token that this model's own top-k or top-p would have removed has log-prob -inf.
+    """
+    if sampling.temperature == 0:
+        return list(written)
+    scored = list(written)
+    decoder, head_VD = split_head(model)
+    for chosen in length_batches([len(g.prompt_ids) + len(g.response_ids) for g in written], batch_tokens):
+        hidden = response_hidden(decoder, [written[i] for i in chosen], model.device)
+        for index, hidden_ND in zip(chosen, hidden, strict=True):
+            scored[index] = replace(written[index], logprobs=_logprobs(hidden_ND, head_VD, written[index].response_ids, sampling))
+    return scored
+
+
+def _logprobs(hidden_ND: Tensor, head_VD: Tensor, response_ids: list[int], sampling: Sampling) -> list[float]:
+    tokens_N = torch.tensor(response_ids, dtype=torch.long, device=hidden_ND.device)
+    step = max(1, LOGITS_HELD // head_VD.shape[0])
+    found: list[float] = []
+    for start in range(0, len(response_ids), step):
+        logits_NV = warp((hidden_ND[start : start + step] @ head_VD.T).float(), sampling.temperature, sampling.top_k, sampling.top_p)
+        chosen_N = logits_NV.gather(-1, tokens_N[start : start + step, None]).squeeze(-1)
+        found += (chosen_N - logits_NV.logsumexp(-1)).tolist()
+    return found

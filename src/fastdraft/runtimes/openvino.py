@@ -1,0 +1,238 @@
+"""OpenVINO: loading exported models, and the target writing text through its continuous batching.
+
+Decides how OpenVINO is asked for: on which device, with how many threads, and in which of two precisions (the device's
+own fast one, or `exact`: everything in float32, for comparisons token by token); that token ids go in and come out, no
+tokenizer of the runtime between; and that every answer draws from a random number generator of its own, so that it does
+not depend on which other prompts were in the batch.
+
+This file and the others named openvino_* are the only ones that import openvino, openvino_genai, nncf or optimum.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastdraft.errors import ArtifactError, DataError, DeviceError, MissingExtraError
+from fastdraft.functional.looping import is_looping
+from fastdraft.interfaces import Generation, Sampling
+from fastdraft.vocabulary import Vocabulary
+
+Precision = Literal["fast", "exact"]
+"""fast: the device's own choice, on a CPU with an 8-bit KV cache; exact: float32 throughout."""
+MODEL_FILE = "openvino_model.xml"
+GIVE_UP_EVERY = 16
+"""Tokens between two looks at whether an answer is worth going on with."""
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+
+def import_genai() -> Any:
+    """The module openvino_genai.
+
+    Raises:
+        MissingExtraError: when it is not installed.
+    """
+    try:
+        import openvino_genai
+    except ImportError:
+        raise MissingExtraError("openvino-genai", "openvino") from None
+    return openvino_genai
+
+
+def device_properties(device: str, precision: Precision, threads: int = 0) -> dict[str, Any]:
+    """What OpenVINO is told about a device.
+
+    Args:
+        device: OpenVINO's name: CPU, GPU, GPU.1, NPU.
+        precision: See `Precision`; `exact` exists on CPUs, where every part can run in float32.
+        threads: CPU threads; 0 leaves OpenVINO's own choice.
+
+    Raises:
+        DeviceError: when OpenVINO does not see the device, or it cannot be exact.
+    """
+    import_genai()
+    import openvino
+
+    seen = openvino.Core().available_devices
+    if device not in seen and device.split(".")[0] not in {name.split(".")[0] for name in seen}:
+        raise DeviceError("device", device, f"OpenVINO sees {', '.join(seen)} here", "name one of them")
+    if not device.startswith("CPU"):
+        if precision == "exact":
+            raise DeviceError("device", device, "exact (float32) runs need the CPU", "use CPU, or the precision fast")
+        return {}
+    return {**(_EXACT if precision == "exact" else {}), **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+
+
+def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows: int = 256) -> Any:
+    """A ContinuousBatchingPipeline over an exported model.
+
+    Args:
+        folder: An export; see `openvino_export`.
+        device: OpenVINO's name.
+        properties: From `device_properties`, and `draft_model` where there is one.
+        rows: Most answers written at a time.
+
+    Raises:
+        ArtifactError: when OpenVINO cannot load the files.
+    """
+    genai = import_genai()
+    if not (folder / MODEL_FILE).is_file():
+        raise ArtifactError(folder, f"no {MODEL_FILE}", "must be a model exported for OpenVINO", "run fastdraft export with --format openvino")
+    scheduler = genai.SchedulerConfig()
+    scheduler.max_num_seqs = rows
+    try:
+        return genai.ContinuousBatchingPipeline(str(folder), scheduler, device, dict(properties))
+    except RuntimeError as error:
+        raise ArtifactError(folder, short(error), f"OpenVINO must load it on {device}", "export the model again") from error
+
+
+def short(error: Exception) -> str:
+    """The message of an OpenVINO error without its source positions, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.lstrip().startswith(("Exception from", "Check '"))]
+    return (lines[-1] if lines else str(error))[:200]
+
+
+def as_tensor(ids: Sequence[int]) -> Any:
+    """One prompt as OpenVINO takes it: int64 [1, T]."""
+    import openvino
+
+    return openvino.Tensor(np.asarray([ids], dtype=np.int64))
+
+
+def generation_config(sampling: Sampling, max_new_tokens: int, eos_ids: Sequence[int], seed: int) -> Any:
+    """OpenVINO's settings for one answer, leaving nothing to what a model's own generation config says.
+
+    `logprobs` stays 0: OpenVINO then records each token's log-prob under the distribution that it was drawn from (after
+    temperature, top-k, top-p); with 1 it would record that of the raw logits.
+    """
+    config = import_genai().GenerationConfig()
+    config.max_new_tokens = max_new_tokens
+    config.stop_token_ids = set(eos_ids)
+    if eos_ids:
+        config.eos_token_id = eos_ids[0]
+    config.do_sample = sampling.temperature > 0
+    if config.do_sample:
+        config.temperature, config.top_p = sampling.temperature, sampling.top_p
+        config.top_k, config.rng_seed = sampling.top_k, seed
+    return config
+
+
+def answer_seed(seed: int, index: int) -> int:
+    """The seed of one answer among those asked together: equal prompts get different answers."""
+    return random.Random(f"{seed}/{index}").getrandbits(31)
+
+
+class OpenVINOEngine:
+    """The `Engine` protocol over OpenVINO GenAI's continuous batching, in this process.
+
+    Log-probs are OpenVINO's own: of the distribution that each token was drawn from, at the weights and precision that
+    run. Where the log-probs of another precision are wanted, `decoding.scoring` adds them.
+
+    Args:
+        folder: The exported target.
+        vocabulary: Gives the ids that end an answer.
+        context_length: Most positions that the target was made for.
+        batch_rows: Prompts written together.
+        device: OpenVINO's name.
+        precision: fast or exact.
+        threads: CPU threads; 0 leaves OpenVINO's own choice. Results are reproducible for equal threads.
+        end_loops: Ends an answer that has run into a loop instead of writing it to its limit.
+
+    Raises:
+        MissingExtraError: without openvino-genai. DeviceError: for a device that is not there.
+        ArtifactError: when the files cannot be loaded.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        folder: Path,
+        vocabulary: Vocabulary,
+        context_length: int,
+        batch_rows: int = 64,
+        *,
+        device: str = "CPU",
+        precision: Precision = "fast",
+        threads: int = 0,
+        end_loops: bool = False,
+    ) -> None:
+        self.vocabulary, self.context_length, self.end_loops = vocabulary, context_length, end_loops
+        self.pipeline = load_pipeline(folder, device, device_properties(device, precision, threads), batch_rows)
+
+    def with_ends(self, vocabulary: Vocabulary, *, end_loops: bool) -> OpenVINOEngine:
+        """The same loaded model, whose answers end at other ids."""
+        twin = object.__new__(OpenVINOEngine)
+        twin.vocabulary, twin.context_length, twin.end_loops, twin.pipeline = vocabulary, self.context_length, end_loops, self.pipeline
+        return twin
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+        """One answer for each prompt, in order; reproducible for equal prompts, order, seed and threads.
+
+        Raises:
+            DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
+        """
+        for index, prompt in enumerate(prompts):
+            if not prompt or len(prompt) + max_new_tokens > self.context_length:
+                rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {self.context_length}"
+                raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
+        eos_ids = self.vocabulary.eos_token_ids
+        answers = []
+        for index, prompt in enumerate(prompts):
+            config = generation_config(sampling, max_new_tokens, eos_ids, answer_seed(seed, index))
+            answers.append(_Answer(self.pipeline.add_request(index, as_tensor(prompt), config), sampling.temperature == 0))
+        self._write(answers)
+        return [answer.generation(prompt, eos_ids) for answer, prompt in zip(answers, prompts, strict=True)]
+
+    def _write(self, answers: list[_Answer]) -> None:
+        give_up = is_looping if self.end_loops else None
+        steps = 0
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
+            steps += 1
+            if give_up and steps % GIVE_UP_EVERY == 0:
+                for answer in answers:
+                    answer.look(give_up)
+
+
+class _Answer:
+    """One request: what was read of it, and whether it was given up."""
+
+    def __init__(self, handle: Any, greedy: bool) -> None:
+        self.handle, self.greedy = handle, greedy
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.looked_at = 0
+        self.given_up = False
+
+    def read(self) -> None:
+        """Takes over what OpenVINO wrote since the last time."""
+        while self.handle.can_read():
+            for output in self.handle.read().values():
+                self.ids += output.generated_ids
+                self.logprobs += output.generated_log_probs
+
+    def look(self, give_up: Callable[[list[int]], bool]) -> None:
+        """Ends the answer when it is not worth going on with; looked at after every 16 of its own tokens."""
+        if self.given_up:
+            return
+        self.read()
+        # Judged at the same lengths whichever step this is, so that the answer does not depend on the batch.
+        for length in range(self.looked_at + GIVE_UP_EVERY, len(self.ids) + 1, GIVE_UP_EVERY):
+            self.looked_at = length
+            if give_up(self.ids[:length]):
+                self.given_up = True
+                self.ids, self.logprobs = self.ids[:length], self.logprobs[:length]
+                self.handle.cancel()
+                return
+
+    def generation(self, prompt: Sequence[int], eos_ids: Sequence[int]) -> Generation:
+        if not self.given_up:
+            self.read()
+        stopped = bool(self.ids) and self.ids[-1] in eos_ids
+        logprobs = [0.0] * len(self.ids) if self.greedy else self.logprobs
+        return Generation(list(prompt), self.ids, logprobs, "stop" if stopped and not self.given_up else "length")

@@ -1,0 +1,65 @@
+"""The rules by which OpenVINO GenAI takes a draft for a target, checked before either is loaded.
+
+Decides what is compared: OpenVINO itself looks at the length of one encoded sentence and at the ids of BOS, EOS and
+padding, and only after both models were loaded; a difference in vocabulary size or a draft with a shorter context
+crashes or clips later. Works on Hugging Face directories and on exported ones alike, and needs no OpenVINO.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdraft.errors import VocabularyError
+from fastdraft.modeling.loading import load_tokenizer
+from fastdraft.modeling.source import raw_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SENTENCE = "Could you please tell me something about OpenVINO.GenAI?"
+"""What OpenVINO GenAI encodes with both tokenizers."""
+_REMEDY = "use a draft that was made for this target's tokenizer"
+
+
+def check_pair(target: str | Path, draft: str | Path) -> None:
+    """Refuses a draft that OpenVINO could not run for this target.
+
+    Args:
+        target: Directory or hub id of the target, Hugging Face or exported.
+        draft: Directory of the draft, Hugging Face or exported.
+
+    Raises:
+        VocabularyError: naming the first rule that fails and both values.
+        TargetError: when a config or tokenizer cannot be read.
+    """
+    target_config, draft_config = raw_config(str(target)), raw_config(str(draft))
+    _compare("vocab_size, padding included, must be equal", _size(target_config), _size(draft_config), draft)
+    target_tokenizer, draft_tokenizer = load_tokenizer(str(target)), load_tokenizer(str(draft))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        _compare(f"{name} must be equal", getattr(target_tokenizer, name), getattr(draft_tokenizer, name), draft)
+    rule = f"both tokenizers must encode '{SENTENCE}' alike"
+    _compare(rule, _encode(target_tokenizer), _encode(draft_tokenizer), draft)
+    context = {"target": context_length(target_config), "draft": context_length(draft_config)}
+    if context["draft"] < context["target"]:
+        found = f"draft {context['draft']}, target {context['target']}"
+        remedy = "make the draft with the target's context length: its memory is read only as far as the text goes"
+        raise VocabularyError(draft, found, "the draft's context must not be shorter than the target's", remedy)
+
+
+def context_length(config: dict[str, Any]) -> int:
+    """`max_position_embeddings` of a config.json; very many where it names none."""
+    return int(config.get("max_position_embeddings") or 2**31)
+
+
+def _size(config: dict[str, Any]) -> Any:
+    return config.get("vocab_size")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [int(token) for token in tokenizer(SENTENCE).input_ids]
+
+
+def _compare(rule: str, target: object, draft: object, where: str | Path) -> None:
+    if target != draft:
+        raise VocabularyError(where, f"draft {draft}, target {target}", rule, _REMEDY)
