@@ -51,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="check everything and print the forecast, run nothing")
     _add_redo(run)
     for name, summary in _STAGES.items():
-        _add_redo(_recipe_verb(verbs, name, f"stage: {summary}", _run))
+        stage = _recipe_verb(verbs, name, f"stage: {summary}", _run)
+        _add_redo(stage)
+        if name == "export":
+            _add_export(stage)
     check = _recipe_verb(verbs, "check", "validate a recipe; forecast tokens, time, disk, memory", _check)
     check.add_argument("--json", action="store_true", help="print the forecast as JSON on stdout")
     _add_inspect(verbs)
@@ -81,6 +84,17 @@ def _add_redo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--redo", metavar="STAGE", action="append", default=[], choices=sorted(_STAGES), help="throw away STAGE and what builds on it first"
     )
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("any model, without a recipe: fastdraft export DIR --format openvino")
+    group.add_argument("--format", choices=["openvino"], help="the runtime; RECIPE is then a Hugging Face directory or hub id")
+    group.add_argument(
+        "--weights", choices=["fp32", "fp16", "int8", "int4"], default="int8", help="precision of the weights (default int8)"
+    )
+    group.add_argument("--output", metavar="DIR", help="the new folder (default NAME-FORMAT-WEIGHTS)")
+    group.add_argument("--target", metavar="DIR", help="an exported target that the model must serve as a draft")
+    parser.set_defaults(call=_export)
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -129,6 +143,17 @@ def _run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     only = None if arguments.verb == "run" else [arguments.verb]
     pipeline.run(recipe, Console(quiet=arguments.quiet), only=only, redo=arguments.redo)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.format is None:
+        _run(arguments)
+        return
+    from fastdraft.commands import export
+    from fastdraft.console import Console
+
+    settings = {name: getattr(arguments, name) for name in ("format", "weights", "output", "target")}
+    export.run(arguments.recipe, console=Console(quiet=arguments.quiet), **settings)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -74,12 +74,13 @@ class DeviceError(FastDraftError):
 class MissingExtraError(FastDraftError):
     """An optional library is not installed."""
 
-    def __init__(self, library: str, extra: str) -> None:
-        self.library, self.extra = library, extra
-        super().__init__(library, "not installed", f"this needs the extra '{extra}'", f"pip install 'fastdraft[{extra}]'")
+    def __init__(self, library: str, extra: str, command: str = "") -> None:
+        self.library, self.extra, self.command = library, extra, command
+        rule, remedy = f"this needs the extra '{extra}'", f"pip install 'fastdraft[{extra}]'"
+        super().__init__(library, "not installed", rule, command or remedy)
 
-    def __reduce__(self) -> tuple[type[FastDraftError], tuple[str, str]]:  # type: ignore[override]
-        return type(self), (self.library, self.extra)
+    def __reduce__(self) -> tuple[type[FastDraftError], tuple[str, str, str]]:  # type: ignore[override]
+        return type(self), (self.library, self.extra, self.command)
 
 
 class Interrupted(FastDraftError):

@@ -14,7 +14,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = ("fastdraft", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "openvino", "openvino-genai")
+_LIBRARIES = (
+    "fastdraft",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "openvino",
+    "openvino-genai",
+    "nncf",
+    "optimum-intel",
+)
 
 
 def describe_run() -> dict[str, Any]:

@@ -31,13 +31,18 @@ COUNTED_TOGETHER = 256
 """Texts whose expected counts are worked out together."""
 
 
-class WrittenText(Protocol):
-    """What replay needs to know of a text: the fields of `data.responses.SyntheticRow`."""
+class TokenText(Protocol):
+    """A prompt and what was written behind it."""
 
     @property
     def prompt_ids(self) -> list[int]: ...
     @property
     def response_ids(self) -> list[int]: ...
+
+
+class WrittenText(TokenText, Protocol):
+    """What replay needs to know of a text: the fields of `data.responses.SyntheticRow`."""
+
     @property
     def logprobs(self) -> list[float]: ...
     @property
@@ -132,7 +137,7 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         yield batch
 
 
-def response_hidden(decoder: torch.nn.Module, rows: Sequence[WrittenText], device: torch.device) -> list[Tensor]:
+def response_hidden(decoder: torch.nn.Module, rows: Sequence[TokenText], device: torch.device) -> list[Tensor]:
     """For each row the hidden states from which its response tokens are predicted, [len(response), D]."""
     texts = [(*row.prompt_ids, *row.response_ids[:-1]) for row in rows]
     ids_BT = np.zeros((len(rows), max(map(len, texts), default=0)), dtype=np.int64)

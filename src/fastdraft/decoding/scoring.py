@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.decoding.replay import LOGITS_HELD, length_batches, response_hidden
 from fastdraft.functional.sampling import warp
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.interfaces import Engine, Generation, Sampling
 from fastdraft.modeling.loading import split_head
 
 
@@ -55,3 +55,19 @@ def _logprobs(hidden_ND: Tensor, head_VD: Tensor, response_ids: list[int], sampl
         chosen_N = logits_NV.gather(-1, tokens_N[start : start + step, None]).squeeze(-1)
         found += (chosen_N - logits_NV.logsumexp(-1)).tolist()
     return found
+
+
+class ScoringEngine:
+    """An engine whose log-probs are replaced by a model's own: the `Engine` protocol around another engine.
+
+    Args:
+        engine: Writes the text.
+        model: Scores it.
+    """
+
+    def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
+        self.engine, self.model, self.name = engine, model, engine.name
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+        """The engine's answers with the model's log-probs; reproducible as the engine is."""
+        return score(self.model, self.engine.generate(prompts, sampling, max_new_tokens, seed), sampling)

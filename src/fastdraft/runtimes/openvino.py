@@ -58,7 +58,7 @@ def device_properties(device: str, precision: Precision, threads: int = 0) -> di
     import openvino
 
     seen = openvino.Core().available_devices
-    if device not in seen and device.split(".")[0] not in {name.split(".")[0] for name in seen}:
+    if device.partition(".")[0] not in {name.partition(".")[0] for name in seen}:
         raise DeviceError("device", device, f"OpenVINO sees {', '.join(seen)} here", "name one of them")
     if not device.startswith("CPU"):
         if precision == "exact":
@@ -81,7 +81,9 @@ def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows
     """
     genai = import_genai()
     if not (folder / MODEL_FILE).is_file():
-        raise ArtifactError(folder, f"no {MODEL_FILE}", "must be a model exported for OpenVINO", "run fastdraft export with --format openvino")
+        raise ArtifactError(
+            folder, f"no {MODEL_FILE}", "must be a model exported for OpenVINO", "run fastdraft export with --format openvino"
+        )
     scheduler = genai.SchedulerConfig()
     scheduler.max_num_seqs = rows
     try:
@@ -92,7 +94,9 @@ def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows
 
 def short(error: Exception) -> str:
     """The message of an OpenVINO error without its source positions, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.lstrip().startswith(("Exception from", "Check '"))]
+    lines = [
+        line.strip() for line in str(error).splitlines() if line.strip() and not line.lstrip().startswith(("Exception from", "Check '"))
+    ]
     return (lines[-1] if lines else str(error))[:200]
 
 

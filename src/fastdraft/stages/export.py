@@ -2,6 +2,7 @@
 
 Decides which draft of a run is exported (the last that was trained), what is tested on the exported files themselves, and
 that a failed test is told and recorded rather than fatal: a draft can be worse than hoped, but never change the output.
+A conversion for another runtime that does not load or changes greedy text is fatal: that is a fault of the files.
 """
 
 from __future__ import annotations
@@ -26,11 +27,23 @@ _PROMPT = "Once upon a time there was a small town by the sea, and in that town"
 _ROWS_PER_CORPUS = 4
 
 
+class OpenVINOFormat(Config):
+    """Precision of the pair in OpenVINO; the paper serves an int4 target with an int8 draft."""
+
+    target: Literal["none", "fp16", "int8", "int4"] = "int4"
+    """int4 reads the fewest bytes; int8 is kinder to targets below a billion parameters; none exports the draft alone."""
+    draft: Literal["fp16", "int8", "int4"] = "int8"
+    """A small draft loses acceptance in int4."""
+
+
 class ExportConfig(Config):
     """`export:` — for which runtimes, with which settings pinned."""
 
-    formats: list[Literal["huggingface"]] = Field(default=["huggingface"], min_length=1)
-    """huggingface: safetensors, config, tokenizer; also what vLLM loads and what other formats are converted from."""
+    formats: list[Literal["huggingface", "openvino"]] = Field(default=["huggingface"], min_length=1)
+    """huggingface: safetensors, config, tokenizer; what vLLM loads and what others are converted from, so always written.
+    openvino: IR of target and draft; needs the extra `openvino`."""
+    openvino: OpenVINOFormat = OpenVINOFormat()
+    """Used when `formats` names it."""
     num_speculative_tokens: int = Field(default=3, ge=1, le=64)
     """K, pinned in the generation config. The paper serves with 3 to 5."""
     confidence_threshold: float = Field(default=0.0, ge=0, le=1)
@@ -57,7 +70,7 @@ def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     name, _ = source_of(context)
     results = context.artifact("evaluate").path / "results.json"
     return {
-        **config.model_dump(),
+        **config.model_dump(exclude=set() if "openvino" in config.formats else {"openvino"}),
         "source": {name: context.require(name).digest()},
         "target": context.target.model_dump(),
         "results": file_sha256(results) if results.is_file() else None,
@@ -70,6 +83,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
     Raises:
         ArtifactError: when the checkpoint is missing or damaged. VocabularyError: when it is not the target's.
         TargetError: when the target cannot be loaded. DiskError: when the disk is full.
+        MissingExtraError: for formats of a runtime that is not installed.
     """
     from fastdraft.modeling.loading import load_config, load_tokenizer, load_vocabulary, set_threads, vocabulary_of
     from fastdraft.provenance import describe_run
@@ -94,6 +108,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
     context.console.stop.check(artifact.path)
     checks = _check(folder, vocabulary, context)
     write_atomic(folder / "README.md", render_model_card(read_record(context.run), config.num_speculative_tokens, checks))
+    openvino = _openvino(config.openvino, folder, context) if "openvino" in config.formats else None
     artifact.complete(
         formats=config.formats,
         source=name,
@@ -101,10 +116,29 @@ def run(config: ExportConfig, context: StageContext) -> None:
         confidence_threshold=config.confidence_threshold,
         files={file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)} for file in (*files, "README.md")},
         checks=checks,
+        openvino=openvino,
         seconds=round(time.monotonic() - start, 1),
         provenance=describe_run(),
     )
     context.console.say(_summary(folder, checks))
+
+
+def _openvino(settings: OpenVINOFormat, draft: Path, context: StageContext) -> dict[str, Any]:
+    """Writes `openvino/target` and `openvino/draft`, each tried alone, then together; what was found."""
+    from fastdraft.runtimes.openvino_export import export_openvino
+    from fastdraft.runtimes.openvino_pair import check_pair
+
+    root, source = context.artifact(NAME).path / "openvino", context.target
+    found: dict[str, Any] = {"target": settings.target, "draft": settings.draft}
+    check_pair(source.location, draft)
+    pair = None
+    if settings.target != "none":
+        pair = root / "target"
+        found["target_alone"] = export_openvino(source.location, pair, settings.target, revision=source.revision).as_dict()
+        context.console.stop.check(context.artifact(NAME).path)
+    found["pair" if pair else "draft_alone"] = export_openvino(draft, root / "draft", settings.draft, pair=pair).as_dict()
+    context.console.say(f"{root}: OpenVINO loads it; target {settings.target}, draft {settings.draft}")
+    return found
 
 
 def _check(folder: Path, vocabulary: Vocabulary, context: StageContext) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,7 @@ from fastdraft.data.units import CorpusPrefixes, UnitPlan, unit_seed
 from fastdraft.errors import ArtifactError, DataError
 from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
+from fastdraft.runtimes.engines import EngineConfig, HuggingFaceEngineConfig, open_engines
 from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
@@ -36,13 +37,6 @@ _TARGET_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _HASHED_BYTES = 1 << 20
-
-
-class HuggingFaceEngineConfig(Config):
-    """transformers, in this process."""
-
-    kind: Literal["huggingface"] = "huggingface"
-    """Runs wherever torch runs; reproducible bit for bit for equal threads."""
 
 
 class SynthesizeConfig(Config):
@@ -68,7 +62,7 @@ class SynthesizeConfig(Config):
     """Keeps chat answers cut by max_new_tokens: every token of them is the target's own. false leaves such rows out."""
     looping: Looping = "cut"
     """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
-    engine: HuggingFaceEngineConfig = HuggingFaceEngineConfig()
+    engine: EngineConfig = HuggingFaceEngineConfig()
     """What runs the target."""
 
     @field_validator("temperatures")
@@ -222,8 +216,7 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
     from fastdraft.data.chat import end_of_turn_ids
     from fastdraft.data.filters import RowFilter
     from fastdraft.decoding.unit_writer import UnitWriter
-    from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary, pick_device, set_threads
-    from fastdraft.runtimes.huggingface import HuggingFaceEngine
+    from fastdraft.modeling.loading import load_tokenizer, load_vocabulary, set_threads
 
     target = context.target
     set_threads(context.settings.threads)
@@ -231,25 +224,23 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
     held_out = _evaluation_texts(context)
     plans, refused = _plan_sources(config, context, tokenizer, held_out)
     vocabulary = load_vocabulary(target)
-    end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
-    engine = HuggingFaceEngine(
-        load_target(target, pick_device(context.settings.device)), vocabulary, config.batch_rows, end_loops=end_loops
-    )
     magpie = any(isinstance(source, MagpiePrompts) for source in config.prompts)
     turn_ends = (*vocabulary.eos_token_ids, *(sorted(end_of_turn_ids(tokenizer)) if magpie else ()))
-    asking = HuggingFaceEngine(engine.model, replace(vocabulary, eos_token_ids=turn_ends), config.batch_rows, end_loops=True)
+    turns = replace(vocabulary, eos_token_ids=turn_ends)
+    end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
+    engines = open_engines(config.engine, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     row_filter = RowFilter(vocabulary.missing_ids, decode, config.looping, config.keep_truncated)
     writer = UnitWriter(
-        engine,
-        instruction_engine=asking,
+        engines.answering,
+        instruction_engine=engines.instructing,
         tokenizer=tokenizer,
         row_filter=row_filter,
         max_new_tokens=config.max_new_tokens,
-        context_length=engine.context_length,
+        context_length=engines.context_length,
         top_k=config.top_k,
         top_p=config.top_p,
         is_evaluation=held_out.__contains__,
