@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any
 
 from fastdraft.errors import ArtifactError, DiskError
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""What the three functions below call an unfinished file or folder."""
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
 
 
@@ -221,13 +224,19 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Holds the run for this process; the operating system lets go when the process dies.
 
+        What killed processes left half-written is removed: nobody else writes here while the lock is held.
+
         Raises:
-            ArtifactError: when another process holds it.
+            ArtifactError: when another process holds it. DiskError: when the folder cannot be made or written.
         """
         from filelock import FileLock, Timeout
 
         with disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError, FileNotFoundError):
+                rule = "the run's folder must be one that can be made"
+                raise DiskError(self.root, "no folder can be made here", rule, "set another run.folder") from None
             lock = FileLock(str(self.root / ".lock"), timeout=0)
             try:
                 lock.acquire()
@@ -236,6 +245,18 @@ class RunDirectory:
                     self.root, "in use by another process", "one process at a time may write a run", "wait for it, or use another run.name"
                 ) from None
         try:
+            self._remove_unfinished()
             yield
         finally:
             lock.release()
+
+    def _remove_unfinished(self) -> None:
+        for folder, folders, files in os.walk(self.root):
+            for name in filter(_TEMPORARY.fullmatch, [*folders, *files]):
+                path = Path(folder) / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+            folders[:] = [name for name in folders if not _TEMPORARY.fullmatch(name)]
