@@ -130,3 +130,12 @@ def test_a_file_in_the_place_of_the_runs_folder_is_one_clear_error(tmp_path: Pat
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(DiskError, match=r"run\.folder"), RunDirectory(place).lock():
             pass
+
+
+def test_what_only_unfinished_work_needs_is_removed(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path / "x")
+    artifact.begin({})
+    (artifact.path / "steps" / "step-1").mkdir(parents=True)
+    artifact.complete()
+    artifact.remove_scratch()
+    assert sorted(path.name for path in artifact.path.iterdir()) == ["fingerprint.json", "manifest.json"]

@@ -129,3 +129,13 @@ def test_a_folder_in_the_place_of_a_recipe_points_to_the_recipe_inside(tmp_path:
     (tmp_path / "recipe.yaml").write_text("run: {name: x}", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"give .*recipe\.yaml"):
         load_recipe(str(tmp_path))
+
+
+def test_prompts_from_a_corpus_that_is_not_prepared_are_refused() -> None:
+    with pytest.raises(RecipeError, match="names the corpus 'nowhere'"):
+        load_recipe("demo", ["synthesize.prompts[2].corpus=nowhere"])
+
+
+def test_a_run_name_that_makes_no_folder_says_what_a_name_is() -> None:
+    with pytest.raises(RecipeError, match=r"run\.name: 'a b': must be letters, digits"):
+        load_recipe("demo", ["run.name=a b"])

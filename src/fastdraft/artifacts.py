@@ -24,6 +24,8 @@ from fastdraft.errors import ArtifactError, DiskError
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """What the three functions below call an unfinished file or folder."""
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
+SCRATCH = ("steps", ".journal")
+"""Folders of resume checkpoints and journals, of no use once a stage is complete."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -204,6 +206,11 @@ class Artifact:
     def complete(self, **fields: Any) -> None:
         """Writes the manifest: from here on the stage counts as finished."""
         write_json(self.path / MANIFEST, {"schema": SCHEMA, "stage": self.name, "fingerprint": self.digest(), **fields})
+
+    def remove_scratch(self) -> None:
+        """Removes what only an unfinished stage needs; a kill right after the manifest may have left it."""
+        for name in SCRATCH:
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def discard(self) -> None:
         """Removes the stage's work, the manifest first, so that a kill half-way leaves it unfinished."""

@@ -166,6 +166,7 @@ def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
     fresh = not (artifact.path / FINGERPRINT).exists()
     artifact.begin(fingerprint)
     if artifact.is_complete():
+        artifact.remove_scratch()
         context.console.say(f"{stage.name}: already done")
         return False
     context.console.stop.check(artifact.path)

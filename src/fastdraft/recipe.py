@@ -58,6 +58,9 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _mixtures_name_prepared_corpora(self) -> Recipe:
         prepared = {corpus.name for corpus in self.prepare.corpora} if self.prepare else None
+        for prompts in self.synthesize.prompts if self.synthesize else ():
+            if prompts.kind == "corpus" and prompts.corpus not in (prepared or ()):
+                raise ValueError(f"synthesize.prompts names the corpus '{prompts.corpus}', which prepare.corpora does not have")
         for section in (self.pretrain, self.continue_pretrain):
             for name in section.mixture if section and prepared is not None else ():
                 if name not in prepared:  # type: ignore[operator]

@@ -84,8 +84,21 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
             yield f"synthesize.prompts[{number}]: {prompts.dataset}"
     for task in recipe.evaluate.tasks if recipe.evaluate else ():
         load_task(task)
+    if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
+        _check_template(recipe)
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
+
+
+def _check_template(recipe: Recipe) -> None:
+    """Magpie gives the target the beginning of its chat template, so there must be one."""
+    from fastdraft.data.chat import has_chat_template
+    from fastdraft.modeling.loading import load_tokenizer
+
+    target = recipe.target
+    if not has_chat_template(load_tokenizer(target.location, target.revision, target.trust_remote_code)):
+        rule = "kind: magpie needs a chat template, which this target lacks"
+        raise RecipeError("synthesize.prompts", target.model, rule, "take that source out; corpus prompts serve base models")
 
 
 def _state(name: str, context: StageContext) -> str:
