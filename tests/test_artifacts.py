@@ -112,3 +112,30 @@ def test_discarding_removes_all(tmp_path: Path) -> None:
     artifact.complete()
     artifact.discard()
     assert not artifact.path.exists()
+
+
+def test_what_killed_processes_left_half_written_is_removed_under_the_lock(tmp_path: Path) -> None:
+    (tmp_path / "align" / ".checkpoint.4711.tmp" / "inner").mkdir(parents=True)
+    (tmp_path / "align" / ".unit-00001.parquet.12.tmp").write_text("half")
+    kept = [tmp_path / "align" / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")]
+    for path in kept:
+        path.write_text("whole")
+    with RunDirectory(tmp_path).lock():
+        pass
+    assert sorted((tmp_path / "align").iterdir()) == sorted(kept)
+
+
+def test_a_file_in_the_place_of_the_runs_folder_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(DiskError, match=r"run\.folder"), RunDirectory(place).lock():
+            pass
+
+
+def test_what_only_unfinished_work_needs_is_removed(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path / "x")
+    artifact.begin({})
+    (artifact.path / "steps" / "step-1").mkdir(parents=True)
+    artifact.complete()
+    artifact.remove_scratch()
+    assert sorted(path.name for path in artifact.path.iterdir()) == ["fingerprint.json", "manifest.json"]

@@ -5,21 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from conftest import write_recipe, write_target, write_tokenizer
 from fastdraft import cli
-
-
-def edit(path: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
-    """Applies `change` to the recipe at `path`."""
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    change(recipe)
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -178,3 +169,8 @@ def test_a_run_in_use_is_refused(tiny_recipe: Path, capsys: pytest.CaptureFixtur
 
     with RunDirectory(tiny_recipe.parent / "runs" / "tiny").lock():
         assert "in use by another process" in fails(capsys, "design", str(tiny_recipe))
+
+
+def test_magpie_without_a_chat_template_is_refused_by_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, write_target(tmp_path / "base", chat=False))
+    assert "needs a chat template" in fails(capsys, "check", str(recipe))

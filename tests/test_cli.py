@@ -16,9 +16,10 @@ def test_the_verbs_of_the_stages_are_the_stages() -> None:
 
 def test_help_of_every_verb_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for verb in ("run", "check", "inspect", "preview", "generate", "recipes", *cli._STAGES):
+    verbs = ("run", "check", "inspect", "preview", "generate", "recipes", *cli._STAGES)
+    for arguments in ([], *([verb] for verb in verbs)):
         with pytest.raises(SystemExit) as caught:
-            cli.main([verb, "--help"])
+            cli.main([*arguments, "--help"])
         assert caught.value.code == 0
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
@@ -66,3 +67,40 @@ def test_generate_without_a_pair_says_what_to_give(capsys: pytest.CaptureFixture
 def test_generate_from_a_folder_that_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert "recipe.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rn", "demo"], "did you mean 'run'"),
+        (["run"], "required: RECIPE; see fastdraft run --help"),
+        (["run", "demo", "--redo", "algin"], "did you mean 'align'"),
+        (["run", "demo", "--qiet"], "did you mean --quiet"),
+        (["preview", "runs/x", "--count", "many"], "--count: invalid int value: 'many'"),
+        (["inspect", "x", "y=1"], "y: no such argument"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_with_a_remedy(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    told = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert told.startswith("fastdraft: ")
+    assert expected in told
+    assert told.count("\n") == 1
+
+
+def test_overrides_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--quiet", "demo", "align.tokens=x"], ["demo", "run.seed=1", "--quiet", "align.tokens=x"]):
+        assert cli.main(["check", *arguments]) == 2
+        assert "align.tokens: 'x': must be a count" in capsys.readouterr().err
+
+
+def test_the_list_of_recipes_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+
+
+def test_preview_of_a_folder_that_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preview", str(tmp_path / "none")]) == 2
+    assert "must be the folder of a run" in capsys.readouterr().err

@@ -41,3 +41,37 @@ def test_the_first_signal_asks_and_the_handlers_are_put_back() -> None:
         with pytest.raises(Interrupted, match="run the same command again"):
             stop.check("here")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_ended_progress_line_tells_the_time_taken_and_still_fits() -> None:
+    progress = Progress(Console(quiet=True), "continue_pretrain", 61_400, "tokens", 0)
+    progress.completed, progress.note, progress._start = 61_400, "loss 6.96", progress._start - 65
+    assert " in 1:05  loss 6.96" in progress.line(79, ended=True)
+    assert len(progress.line(40, ended=True)) == 40
+
+
+def test_news_on_a_terminal_are_broken_between_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console()
+    console.live = True
+    monkeypatch.setattr(console, "_width", lambda: 30)
+    console.say("  one two three four five six seven eight /a/path/that/is/longer/than/the/terminal")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "    /a/path/that/is/longer/than/the/terminal"
+    assert max(map(len, lines[:-1])) <= 30
+
+
+def test_news_in_a_file_stay_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.live = False
+    console.say("word " * 40)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_wide_headings_are_broken_over_lines_only_where_that_is_needed() -> None:
+    columns = ["task", *(f"{name} tokens for each pass" for name in ("PT", "CP", "FT"))]
+    rows = [["code", "1.01", "1.02", "1.03"]]
+    assert "PT tokens for each pass" in format_table("", columns, rows, width=200)
+    lines = format_table("", columns, rows, width=40).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert lines[-3].split() == ["task", "pass", "pass", "pass"]
+    assert lines[-1].split() == rows[0]

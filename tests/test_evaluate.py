@@ -272,8 +272,24 @@ def test_evaluation_texts_among_the_training_rows_are_counted(tmp_path: Path, ti
     synthesize = where.artifact("synthesize")
     seen = load_tokenizer(str(tiny_target))(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
     write_rows(unit_path(synthesize, 0), [as_row(Generation([5, 6], [*seen, 3], [0.0] * (len(seen) + 1), "stop"), Sampling(0.0), "x")])
+    write_json(synthesize.path / "fingerprint.json", {"made": 1})
+    synthesize.complete()
     where = StageContext(where.run, where.settings, where.target, {**where.sections, "synthesize": config}, where.console)
     found = run(config, where)["contamination"]
     assert found["first"]["prompts_with_overlap"] == 1
     assert found["first"]["prompts"] == 5
     assert 0 < found["first"]["ngrams_matched"] < found["first"]["ngrams"]
+
+
+def test_the_fingerprint_follows_the_targets_files_and_what_was_trained_on(tmp_path: Path, tiny_target: Path, tiny_draft: Path) -> None:
+    config, target = settings(tmp_path), shutil.copytree(tiny_target, tmp_path / "target")
+    where = context(tmp_path / "run", target, config, {"pretrain": tiny_draft})
+    base = evaluate.fingerprint(config, where)
+    assert json.loads(json.dumps(base)) == base == evaluate.fingerprint(config, where)
+    shutil.copy(write_target(tmp_path / "other", seed=9) / "model.safetensors", target)
+    assert evaluate.fingerprint(config, where)["target"] != base["target"], "another fine-tune was saved over it"
+    prepare = where.artifact("prepare")
+    write_json(prepare.path / "fingerprint.json", {"made": 1})
+    prepare.complete()
+    where = StageContext(where.run, where.settings, where.target, {**where.sections, "prepare": config}, where.console)
+    assert evaluate.fingerprint(config, where)["trained_on"] == {"prepare": prepare.digest()}

@@ -12,9 +12,10 @@ import pytest
 
 from conftest import write_target
 from fastdraft.commands import generate
+from fastdraft.commands.pair import find_pair
 from fastdraft.console import Console
 from fastdraft.decoding.pieces import PieceStream, text_pieces
-from fastdraft.errors import DataError, FastDraftError, RecipeError, VocabularyError
+from fastdraft.errors import DataError, DeviceError, FastDraftError, RecipeError, VocabularyError
 from fastdraft.modeling.loading import load_tokenizer
 
 
@@ -108,3 +109,28 @@ def test_pieces_join_to_the_text_whatever_bytes_the_tokens_end_in(tiny_target: P
     pieces = text_pieces(tokenizer, [*ids, 3], [i % 3 > 0 for i in range(len(ids) + 1)])
     assert "".join(str(piece["text"]) for piece in pieces) == text
     assert all(a["accepted"] != b["accepted"] for a, b in pairwise(pieces))
+
+
+def test_a_run_gives_its_target_with_the_revision_and_precision_it_used(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("target: {model: a/b, revision: v2, dtype: bf16}", encoding="utf-8")
+    (tmp_path / "design" / "draft").mkdir(parents=True)
+    (tmp_path / "design" / "draft" / "config.json").write_text("{}", encoding="utf-8")
+    target, draft = find_pair(str(tmp_path), None, None)
+    assert (target.model, target.revision, target.dtype) == ("a/b", "v2", "bf16")
+    assert draft == str(tmp_path / "design" / "draft")
+    assert find_pair(str(tmp_path), "c/d", None)[0].revision is None
+
+
+def test_the_line_end_that_echo_adds_is_no_part_of_the_prompt(
+    tiny_target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(tiny_target, tiny_target, prompt="def add(a")
+    direct = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def add(a\n"))
+    call(tiny_target, tiny_target, prompt=None)
+    assert capsys.readouterr().out == direct
+
+
+def test_a_wrong_device_is_named_by_its_option(tiny_target: Path, tiny_draft: Path) -> None:
+    with pytest.raises(DeviceError, match="--device: abacus"):
+        call(tiny_target, tiny_draft, device="abacus")

@@ -162,3 +162,13 @@ def test_an_unknown_or_absent_device_is_refused() -> None:
         loading.pick_device("gpu9")
     with pytest.raises(DeviceError, match="cuda:99"):
         loading.pick_device("cuda:99")
+
+
+def test_a_loaded_draft_holds_its_own_weights_and_not_its_file(tiny_draft: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_draft, tmp_path / "draft")
+    draft = loading.load_draft(folder)
+    before = [parameter.clone() for parameter in draft.parameters()]
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.write(bytes((folder / "model.safetensors").stat().st_size))
+    assert all(torch.equal(parameter, kept) for parameter, kept in zip(draft.parameters(), before, strict=True))
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in draft.parameters())

@@ -66,6 +66,44 @@ def test_a_stage_alone_needs_the_ones_before_it(tmp_path: Path, tiny_target: Pat
         run(recipe, only=["align"])
 
 
+def test_a_stage_out_of_order_leaves_nothing_behind(tmp_path: Path, tiny_target: Path) -> None:
+    recipe = load_recipe(str(write_recipe(tmp_path, tiny_target)))
+    with pytest.raises(FastDraftError):
+        run(recipe, only=["align"])
+    assert not recipe.run.root.exists()
+
+
+def test_nothing_is_thrown_away_for_a_run_that_is_refused(finished: Path) -> None:
+    report = finished.parent / "runs" / "tiny" / "report" / "report.html"
+    for changes, only, redo in ((["pretrain.tokens=9k"], None, ["align"]), ([], ["evaluate"], ["align"]), ([], None, ["nothing"])):
+        with pytest.raises(FastDraftError):
+            run(load_recipe(str(finished), changes), only=only, redo=redo)
+    assert report.is_file()
+
+
+def test_one_stage_alone_is_refused_too_when_the_recipe_tells_another_story(finished: Path) -> None:
+    kept = (finished.parent / "runs" / "tiny" / "recipe.yaml").read_text(encoding="utf-8")
+    with pytest.raises(ArtifactError, match="--redo pretrain"):
+        run(load_recipe(str(finished), ["pretrain.tokens=9k"]), only=["export"])
+    assert (finished.parent / "runs" / "tiny" / "recipe.yaml").read_text(encoding="utf-8") == kept
+
+
+def test_check_refuses_what_a_run_would_refuse(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", str(finished), "align.tokens=7k"]) == 2
+    assert "--redo align" in capsys.readouterr().err
+    assert cli.main(["check", str(finished), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_report_can_be_made_at_any_time_and_is_made_anew(tmp_path: Path, tiny_target: Path) -> None:
+    path = str(write_recipe(tmp_path, tiny_target))
+    page = run(load_recipe(path), only=["design", "report"]).root / "report" / "report.html"
+    before = page.read_text(encoding="utf-8")
+    run(load_recipe(path, ["report.title=Another"]), only=["report"])
+    assert "Another" in page.read_text(encoding="utf-8")
+    assert "Another" not in before
+
+
 def test_redoing_a_stage_redoes_what_builds_on_it() -> None:
     assert downstream(["synthesize"]) == {"synthesize", "align", "evaluate", "export", "report"}
     assert downstream(["design"]) >= {"prepare", "report"}

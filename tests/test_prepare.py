@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from fastdraft.artifacts import RunDirectory, file_sha256
 from fastdraft.config import load_config
 from fastdraft.console import Console
 from fastdraft.data.journal import Journal
+from fastdraft.data.loader import MixtureSampler
 from fastdraft.data.shards import ShardWriter, open_corpus
 from fastdraft.errors import ArtifactError, DataError, Interrupted, RecipeError
 from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
 from fastdraft.stages import prepare
 from fastdraft.stages.prepare import PrepareConfig
+from fastdraft.training.batches import PackedBatches
 
 
 def context_of(root: Path, target: Path, seed: int = 0) -> StageContext:
@@ -253,6 +256,48 @@ def test_the_fingerprint_holds_what_the_shards_depend_on(tmp_path: Path, tiny_ta
         of(config_of(entry, validation=0.1)),
     ]
     assert all(other != base for other in others)
+
+
+def retold(target: Path, folder: Path, tokenizer: dict[str, Any] | None = None, added: dict[str, Any] | None = None) -> Path:
+    """A copy of a target with changed entries in tokenizer_config.json, or one more added token."""
+    shutil.copytree(target, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | (tokenizer or {})), encoding="utf-8")
+    if added:
+        path = folder / "tokenizer.json"
+        state = json.loads(path.read_text(encoding="utf-8"))
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        state["added_tokens"].append({"id": 300, **flags, **added})
+        path.write_text(json.dumps(state), encoding="utf-8")
+    return folder
+
+
+def test_of_the_special_tokens_only_what_parts_documents_and_what_text_may_hold_matters(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
+    config = config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)})
+
+    def of(target: Path) -> dict[str, Any]:
+        return prepare.fingerprint(config, context_of(tmp_path, target))
+
+    base = of(tiny_target)
+    assert base["separator_id"] == 0
+    assert of(retold(tiny_target, tmp_path / "separator", {"bos_token": "<|user|>"}))["separator_id"] == 1
+    assert of(retold(tiny_target, tmp_path / "special", added={"content": "<|tool|>", "special": True})) == base
+    assert of(retold(tiny_target, tmp_path / "control", added={"content": "<|call|>", "special": False})) == base
+    word = of(retold(tiny_target, tmp_path / "word", added={"content": "river", "special": False}))
+    assert {key for key in base if word[key] != base[key]} == {"added_words"}
+
+
+def test_prepared_rows_are_trained_on_one_token_ahead(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
+    context = context_of(tmp_path / "run", tiny_target)
+    execute(config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}), context)
+    corpus = open_corpus(context.artifact("prepare"), "t", "train")
+    source = PackedBatches(MixtureSampler({"t": corpus}, {"t": 1.0}, 0), 2, corpus.row_length, 4, 2)
+    rows = source.sampler.rows(4, 4)
+    for batch, part in zip(source.batches(1), (rows[:2], rows[2:]), strict=True):
+        assert batch.input_ids.tolist() == part[:, :-1].tolist()
+        assert batch.labels.reshape(2, -1).tolist() == part[:, 1:].tolist()
 
 
 def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:

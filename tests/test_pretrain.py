@@ -205,6 +205,29 @@ run_stage(context, "pretrain")
     assert steps == list(range(1, 11))
 
 
+def test_the_micro_batch_may_change_half_way_without_losing_or_doubling_a_row(new_context: Callable[..., StageContext]) -> None:
+    """Only the order of sums changes: same rows at the same steps, losses equal to rounding."""
+    first, second, smaller = new_context("a"), new_context("b"), new_context("b", micro_batch_tokens=16)
+    run_stage(first, "pretrain")
+    second.artifact("pretrain").begin(pretrain.fingerprint(second.section("pretrain"), second, "pretrain"))
+    with pytest.raises(Interrupted):
+        pretrain.run(second.section("pretrain"), dataclasses.replace(second, console=StopAfter(5)), "pretrain")
+    assert run_stage(smaller, "pretrain")["settings"]["micro_batch_tokens"] == 16
+    whole, parts = (
+        [(r["step"], r["tokens"], r["lr"], r["loss"]) for r in read_metrics(c.artifact("pretrain").path) if "loss" in r]
+        for c in (first, smaller)
+    )
+    assert [record[:3] for record in whole] == [record[:3] for record in parts]
+    assert [record[3] for record in whole] == pytest.approx([record[3] for record in parts], rel=1e-4)
+
+
+def test_an_open_batch_size_holds_a_row_however_small_the_budget(
+    new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdraft.training.rates.batch_tokens", lambda phase, parameters, tokens: 8)
+    assert run_stage(new_context(batch_tokens=None), "pretrain")["settings"]["batch_tokens"] == LENGTH
+
+
 def test_a_corpus_smaller_than_its_share_of_a_batch_is_refused_in_one_line(new_context: Callable[..., StageContext]) -> None:
     context = new_context(rows={"text": 3, "code": 30})
     with pytest.raises(DataError, match=r"pretrain\.mixture\.text: 3 rows of 16 tokens: its share of one batch is 4 rows"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,15 @@ def test_more_rows_than_there_are_shows_each_once(finished: Path) -> None:
     assert len({row.row_id for row in rows}) == len(rows) == 30
 
 
-def test_a_run_without_rows_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no synthetic rows"):
+def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="must be the folder of a run"):
         preview.run(tmp_path, 1, Console(quiet=True))
+
+
+def test_a_run_without_rows_is_one_line(finished: Path) -> None:
+    shutil.rmtree(finished / "synthesize")
+    with pytest.raises(ArtifactError, match="no synthetic rows"):
+        preview.run(finished, 1, Console(quiet=True))
 
 
 def test_a_count_below_one_is_refused(finished: Path) -> None:

@@ -114,3 +114,28 @@ def test_no_section_has_more_than_twelve_keys_and_every_key_is_documented() -> N
 def test_importing_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pyarrow', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_yaml_mistake_names_its_line_and_windows_paths_their_cure(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text('run: {name: x}\ntarget: {model: "C:\\models"}\n', encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"line 2, column 2\d: found unknown escape character .* single quotes"):
+        load_recipe(str(path))
+
+
+def test_a_folder_in_the_place_of_a_recipe_points_to_the_recipe_inside(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is a folder"):
+        load_recipe(str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("run: {name: x}", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"give .*recipe\.yaml"):
+        load_recipe(str(tmp_path))
+
+
+def test_prompts_from_a_corpus_that_is_not_prepared_are_refused() -> None:
+    with pytest.raises(RecipeError, match="names the corpus 'nowhere'"):
+        load_recipe("demo", ["synthesize.prompts[2].corpus=nowhere"])
+
+
+def test_a_run_name_that_makes_no_folder_says_what_a_name_is() -> None:
+    with pytest.raises(RecipeError, match=r"run\.name: 'a b': must be letters, digits"):
+        load_recipe("demo", ["run.name=a b"])

@@ -15,9 +15,10 @@ from fastdraft.artifacts import RunDirectory
 from fastdraft.console import Console, format_table
 from fastdraft.errors import ArtifactError
 from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
-from fastdraft.reporting.charts import smooth
+from fastdraft.reporting.charts import loss_chart, smooth
+from fastdraft.reporting.check_sections import agreement_table
 from fastdraft.reporting.document import Sample, Table, row
-from fastdraft.reporting.drawing import spread
+from fastdraft.reporting.drawing import lifted, spread
 from fastdraft.reporting.model_card import model_card, render_model_card
 from fastdraft.reporting.page import markdown_table, render_html, render_markdown
 from fastdraft.reporting.record import RunRecord, read_metrics, read_record
@@ -260,14 +261,17 @@ def test_checkpoints_that_nobody_trained_are_called_untrained() -> None:
     assert "untrained" in text
 
 
+def test_labels_at_the_foot_of_a_chart_stay_above_its_axis() -> None:
+    assert lifted([-20.0, -8.0, 5.0, 90.0], 2.0, 12.0) == [2.0, 14.0, 26.0, 90.0]
+    assert lifted([], 2.0, 12.0) == []
+
+
 def test_the_summary_fits_80_columns_and_holds_every_task() -> None:
-    tables = summary_tables(results())
-    assert len(tables) == 2
-    assert "temperature 0.6" in tables[0][0]
-    for title, columns, rows in tables:
-        lines = format_table(title, columns, rows).splitlines()
-        assert max(len(line) for line in lines) <= 80
-        assert [cells[0] for cells in rows] == ["code", "summarization", "text", "instructions"]
+    ((title, columns, rows),) = summary_tables(results())
+    assert "(FT) brings at its best K" in title
+    assert max(map(len, format_table(title, columns, rows).splitlines())) <= 80
+    tasks = ("code", "summarization", "text", "instructions")
+    assert [cells[:2] for cells in rows] == [[task, t] for task in tasks for t in ("0", "0.6")]
     assert summary_tables({"rows": []}) == []
 
 
@@ -369,3 +373,25 @@ def test_the_model_card_tells_what_the_export_tested() -> None:
     text = render_model_card(RunRecord("demo"), 3, checks)
     assert "was NOT equal" in text
     assert "NOT under" in text
+
+
+def test_exact_and_replay_over_a_handful_of_prompts_are_not_called_apart() -> None:
+    raw = results()
+    exact = next(item for item in raw["rows"] if item["method"] == "exact")
+    exact |= {"block_efficiency": 5.0, "block_efficiency_low": 4.9, "block_efficiency_high": 5.1}
+
+    def details() -> list[str]:
+        table = agreement_table(Results(raw))
+        assert table is not None
+        return [row.cells[-1].detail for row in table.rows]
+
+    assert "intervals apart" in details()
+    exact["num_prompts"] = 2
+    assert "intervals apart" not in details()
+
+
+def test_losses_in_a_narrow_range_have_figures_on_their_axis() -> None:
+    lines = [{"step": i, "tokens": 1000 * i, "loss": 9.1 - 0.15 * i} for i in range(1, 11)]
+    chart = loss_chart("pretrain", lines, "Pre-training")
+    assert chart is not None
+    assert len(re.findall(r">[789](?:\.\d)?<", chart.svg)) >= 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from fastdraft.functional.sampling import draw, log_probabilities, mask_ids, probabilities, warp
+from fastdraft.functional.sampling import draw, log_probabilities, mask_ids, precise, probabilities, token_at, warp
 
 
 def test_temperature_zero_is_one_hot_at_the_argmax() -> None:
@@ -81,3 +83,22 @@ def test_draw_follows_the_probabilities_and_the_seed() -> None:
 def test_draw_never_gives_a_token_without_probability() -> None:
     probs = torch.tensor([0.0, 1e-3, 0.0, 1e-7, 0.0]).repeat(5000, 1)
     assert set(draw(probs, torch.Generator().manual_seed(0)).tolist()) <= {1, 3}
+
+
+def test_rare_tokens_of_a_large_vocabulary_keep_their_places() -> None:
+    """In float32 a cumulated sum near 1 moves in steps of 6e-8: of these tokens only every sixth could be drawn."""
+    rare, count = 1e-8, 100_000
+    probs = torch.full((count + 1,), rare)
+    probs[0] = 1 - rare * count
+    places = torch.arange(1, count + 1, 997)
+    exact = probs.double()
+    middles = (exact.cumsum(-1)[places] - exact[places] / 2) / exact.sum()
+    assert torch.equal(token_at(probs.expand(len(places), -1), middles), places)
+
+
+def test_devices_without_float64_are_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_fp64, wanted in ((True, torch.float64), (False, torch.float32)):
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, has=has_fp64: SimpleNamespace(has_fp64=has))
+        assert precise(torch.device("xpu", int(has_fp64))) is wanted
+    assert precise(torch.device("mps")) is torch.float32
+    assert precise(torch.device("cpu")) is torch.float64

@@ -249,5 +249,6 @@ def test_magpie_without_a_chat_template_is_refused(folder: Folder, tiny_target: 
     (base / "chat_template.jinja").unlink()
     recipe = folder.recipe(prompts=[{"kind": "magpie", "name": "m"}])
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(base)})})
+    assert recipe.synthesize
     with pytest.raises(FastDraftError, match="no chat template"):
-        folder.run(recipe)
+        synthesize.run(recipe.synthesize, pipeline.make_context(recipe, Console(quiet=True)))

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,11 @@ from typing import Any
 
 from fastdraft.errors import ArtifactError, DiskError
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""What the three functions below call an unfinished file or folder."""
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
+SCRATCH = ("steps", ".journal")
+"""Folders of resume checkpoints and journals, of no use once a stage is complete."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -29,19 +34,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     Raises:
         DiskError: when the disk is full or the folder cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
@@ -202,6 +196,11 @@ class Artifact:
         """Writes the manifest: from here on the stage counts as finished."""
         write_json(self.path / MANIFEST, {"schema": SCHEMA, "stage": self.name, "fingerprint": self.digest(), **fields})
 
+    def remove_scratch(self) -> None:
+        """Removes what only an unfinished stage needs; a kill right after the manifest may have left it."""
+        for name in SCRATCH:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
     def discard(self) -> None:
         """Removes the stage's work, the manifest first, so that a kill half-way leaves it unfinished."""
         (self.path / MANIFEST).unlink(missing_ok=True)
@@ -221,13 +220,19 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Holds the run for this process; the operating system lets go when the process dies.
 
+        What killed processes left half-written is removed: nobody else writes here while the lock is held.
+
         Raises:
-            ArtifactError: when another process holds it.
+            ArtifactError: when another process holds it. DiskError: when the folder cannot be made or written.
         """
         from filelock import FileLock, Timeout
 
         with disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError, FileNotFoundError):
+                rule = "the run's folder must be one that can be made"
+                raise DiskError(self.root, "no folder can be made here", rule, "set another run.folder") from None
             lock = FileLock(str(self.root / ".lock"), timeout=0)
             try:
                 lock.acquire()
@@ -236,6 +241,18 @@ class RunDirectory:
                     self.root, "in use by another process", "one process at a time may write a run", "wait for it, or use another run.name"
                 ) from None
         try:
+            self._remove_unfinished()
             yield
         finally:
             lock.release()
+
+    def _remove_unfinished(self) -> None:
+        for folder, folders, files in os.walk(self.root):
+            for name in filter(_TEMPORARY.fullmatch, [*folders, *files]):
+                path = Path(folder) / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+            folders[:] = [name for name in folders if not _TEMPORARY.fullmatch(name)]

@@ -7,10 +7,12 @@ Nothing heavy is imported before a verb is known, so that `--help` answers at on
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 _STAGES = {
     "design": "target -> draft architecture and first weights",
@@ -24,24 +26,45 @@ _STAGES = {
     "report": "everything on one page",
 }
 
+_INVALID_CHOICE = re.compile(r"argument (\S+): invalid choice: '?([^']*)'? \(choose from (.*)\)")
+
+_DESCRIPTION = """\
+Makes a small draft model for any language model, so that speculative decoding
+answers faster at no change in output.
+"""
 _EPILOG = """\
 a first run, a small real target that comes with the package:
   fastdraft run demo
 your own target:
-  fastdraft inspect meta-llama/Llama-3.1-8B-Instruct      what it is, which drafts fit
-  fastdraft recipes --copy llama-3.1-8b                   a recipe to edit
-  fastdraft check llama-3.1-8b.yaml                       tokens, hours, disk, memory
-  fastdraft run llama-3.1-8b.yaml pretrain.tokens=1B      any key can be set here
+  fastdraft inspect meta-llama/Llama-3.1-8B-Instruct  what it is
+  fastdraft recipes --copy llama-3.1-8b               a recipe to edit
+  fastdraft check llama-3.1-8b.yaml                   tokens, time, disk, memory
+  fastdraft run llama-3.1-8b.yaml pretrain.tokens=1B  any key can be set here
   fastdraft generate runs/llama-3.1-8b --prompt "def quicksort("
-An interrupted run goes on where it stopped when the same command is given again.
+An interrupted run goes on when the same command is given again.
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends a wrong argument as every other error: one line that names the remedy, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        found = _INVALID_CHOICE.fullmatch(message)
+        if found:
+            choices = [choice.strip(" '") for choice in found[3].split(",")]
+            near = difflib.get_close_matches(found[2], choices, n=1)
+            remedy = f"did you mean '{near[0]}'?" if near else f"see {self.prog} --help"
+            message = f"{found[1]}: '{found[2]}': must be one of {', '.join(choices)}; {remedy}"
+        else:
+            message = f"{message.removeprefix('argument ')}; see {self.prog} --help"
+        self.exit(2, f"fastdraft: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, ready for `--help` of every verb."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastdraft",
-        description="Makes a small draft model for any language model, so that speculative decoding answers faster at no change in output.",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,7 +97,8 @@ def _recipe_verb(verbs: Any, name: str, summary: str, call: Callable[[argparse.N
         epilog=f"example: fastdraft {name} demo run.seed=1 pretrain.tokens=1M",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="set any key of the recipe, for example pretrain.tokens=4M")
+    override = "set any key of the recipe, for example pretrain.tokens=4M"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=override)
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.set_defaults(call=call)
     return parser
@@ -125,7 +149,7 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (default)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, xpu, mps")
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None, help="default: on a terminal")
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="also time the target alone (default)")
@@ -191,7 +215,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from fastdraft.commands.pair import find_pair
     from fastdraft.console import Console
 
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("verb", "call", "version", "run", "target", "draft")}
+    ours = ("verb", "call", "version", "run", "target", "draft")
+    settings = {name: value for name, value in vars(arguments).items() if name not in ours}
     target, draft = find_pair(arguments.run, arguments.target, arguments.draft)
     generate.run(target=target, draft=draft, console=Console(), **settings)
 
@@ -202,10 +227,23 @@ def _recipes(arguments: argparse.Namespace) -> None:
     recipes.run(arguments.copy)
 
 
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand on either side of an option, which argparse alone does not allow."""
+    arguments, extra = parser.parse_known_args(argv)
+    unknown = [text for text in extra if text.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        name, options = unknown[0].partition("=")[0], [f"--{key.replace('_', '-')}" for key in vars(arguments)]
+        near = difflib.get_close_matches(name, options, n=1)
+        parser.error(f"{name}: no such argument" + (f": did you mean {near[0]}?" if near else ""))
+    if extra:
+        arguments.overrides = [*arguments.overrides, *extra]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parse(parser, argv)
     if arguments.version:
         from fastdraft import __version__
 
@@ -231,7 +269,8 @@ def _guarded(arguments: argparse.Namespace) -> int:
         print(f"fastdraft: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("fastdraft: stopped; run the same command again to go on", file=sys.stderr)
+        again = "; run the same command again to go on" if hasattr(arguments, "recipe") else ""
+        print(f"{chr(10) if sys.stderr.isatty() else ''}fastdraft: stopped{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone: say nothing

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from fastdraft.config import format_count
 from fastdraft.errors import Interrupted
 
 PLAIN_SECONDS = 10.0
+TABLE_WIDTH = 79
 
 
 class Stop:
@@ -71,7 +73,8 @@ class Progress:
 
     def __init__(self, console: Console, title: str, total: float | None, unit: str, completed: float) -> None:
         self._console, self.title, self.total, self.unit = console, title, total, unit
-        self.completed, self._begin, self._start, self._shown, self.note = completed, completed, time.monotonic(), 0.0, ""
+        self.completed, self._begin, self._start, self.note = completed, completed, time.monotonic(), ""
+        self._shown = 0.0 if console.live else self._start  # in a file, work of seconds is told by its last line alone
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.update(self.completed + amount, note)
@@ -92,14 +95,16 @@ class Progress:
         """Units per second since this process began the work."""
         return (self.completed - self._begin) / max(self.seconds, 1e-9)
 
-    def line(self, width: int) -> str:
-        """The state in one line of at most `width` characters."""
+    def line(self, width: int, ended: bool = False) -> str:
+        """The state in one line of at most `width` characters; when `ended`, the time taken instead of the time left."""
         done = format_count(self.completed)
         share, eta = "", ""
         if self.total:
             done += f"/{format_count(self.total)}"
             share = f"{min(1.0, self.completed / self.total):4.0%} "
-            if self.rate > 0:
+            if ended:
+                eta = f" in {format_seconds(self.seconds)}"
+            elif self.rate > 0:
                 eta = f" ETA {format_seconds((self.total - self.completed) / self.rate)}"
         text = f"  {self.title:<17} {share}{done} {self.unit} {format_count(self.rate)}/s{eta}"
         return (f"{text}  {self.note}" if self.note else text)[:width]
@@ -114,16 +119,21 @@ class Console:
         self._open_line = False
 
     def say(self, text: str) -> None:
-        """One line of news."""
+        """One line of news; a terminal gets it broken between words."""
         if not self.quiet:
-            self._write(text)
+            self._write(self._wrapped(text))
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss."""
-        self._write(f"warning: {text}")
+        self._write(self._wrapped(f"warning: {text}"))
+
+    def _wrapped(self, text: str) -> str:
+        if not self.live:
+            return text
+        return "\n".join(_wrap(line, self._width()) for line in text.split("\n"))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A small table, numbers right-aligned, made to fit 80 columns by its caller."""
+        """A small table, numbers right-aligned, made to fit 80 columns (headings broken where that helps)."""
         if not self.quiet:
             self._write("\n" + format_table(title, columns, rows))
 
@@ -135,7 +145,7 @@ class Console:
             yield progress
         finally:
             if not self.quiet:
-                self._write(progress.line(200 if not self.live else self._width()) + f"  took {format_seconds(progress.seconds)}")
+                self._write(progress.line(self._width() if self.live else 200, ended=True))
 
     def show_progress(self, progress: Progress) -> None:
         if self.quiet:
@@ -158,10 +168,23 @@ class Console:
         print(prefix + text, file=sys.stderr, flush=True)
 
 
-def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Plain text, columns parted by two spaces; a column whose cells all start with a digit or sign is right-aligned."""
+def _wrap(line: str, width: int) -> str:
+    """Breaks between words only, so that paths and commands stay whole; indents what follows."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) if line else line
+
+
+def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = TABLE_WIDTH) -> str:
+    """Plain text, columns parted by two spaces; a column whose cells all start with a digit or sign is right-aligned.
+
+    Headings of several words are broken over lines when the table is wider than `width` characters otherwise.
+    """
     cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(str(column)), *(len(row[i]) for row in cells), 0) for i, column in enumerate(columns)]
+    heads = [[str(column)] for column in columns]
+    body = [max((len(row[i]) for row in cells), default=0) for i in range(len(columns))]
+    if sum(max(wide, len(head[0])) + 2 for wide, head in zip(body, heads, strict=True)) - 2 > width:
+        heads = [textwrap.wrap(head[0], max(wide, 1), break_long_words=False) or [""] for wide, head in zip(body, heads, strict=True)]
+    widths = [max(wide, *map(len, head)) for wide, head in zip(body, heads, strict=True)]
     right = [
         bool(cells) and all(not row[i] or row[i].lstrip("+-.~<>")[:1].isdigit() or row[i] in ("-", "nan") for row in cells)
         for i in range(len(columns))
@@ -170,5 +193,7 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any
     def line(row: Sequence[str]) -> str:
         return "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
 
-    head = [line([str(c) for c in columns]), "  ".join("-" * w for w in widths)]
-    return "\n".join(([title] if title else []) + head + [line(row) for row in cells])
+    height = max((len(head) for head in heads), default=0)
+    head_lines = [line(row) for row in zip(*([""] * (height - len(head)) + head for head in heads), strict=True)]
+    head_lines.append("  ".join("-" * w for w in widths))
+    return "\n".join(([title] if title else []) + head_lines + [line(row) for row in cells])

@@ -6,6 +6,7 @@ Decides the run-wide settings (`run:` and `target:` in a recipe), the `StageCont
 
 from __future__ import annotations
 
+import re
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ def resolve_path(text: str, where: str = "path") -> Path:
 class RunConfig(Config):
     """`run:` — where results go, the seed, the device."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
     """Results go to `FOLDER/NAME`."""
     folder: str = "runs"
     """Folder of all runs, relative to the working directory."""
@@ -61,6 +62,13 @@ class RunConfig(Config):
     """auto, cpu, cuda, xpu, mps, or one of them with an index such as cuda:1."""
     threads: int = Field(default=0, ge=0)
     """CPU threads for torch; 0 lets torch choose. Results are bit-for-bit equal only for equal threads."""
+
+    @field_validator("name")
+    @classmethod
+    def _makes_a_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError("must be letters, digits, '.', '_' and '-', beginning with a letter or digit: it names a folder")
+        return value
 
     @property
     def root(self) -> Path:

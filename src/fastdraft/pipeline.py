@@ -1,23 +1,24 @@
 """The table of stages and how a recipe goes through them. Read this first.
 
-Decides the order of the stages, what each depends on, that finished work is skipped, that unfinished work goes on and
-that work done with other settings is refused before anything runs.
+Decides the order of the stages, what each depends on, that finished work is skipped, that unfinished work goes on, and
+that a missing stage or work done with other settings is refused before anything runs or is thrown away.
 
     design -> prepare -> pretrain -> continue_pretrain -> synthesize -> align -> evaluate -> export -> report
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdraft.artifacts import RunDirectory, read_json, write_atomic, write_json
+from fastdraft.artifacts import FINGERPRINT, RunDirectory, read_json, write_atomic, write_json
 from fastdraft.config import Config
 from fastdraft.console import Console, format_seconds
-from fastdraft.errors import RecipeError
+from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
 from fastdraft.interfaces import StageContext
 from fastdraft.recipe import Recipe
 
@@ -31,6 +32,8 @@ class Stage:
     builds_on: tuple[str, ...] = ()
     module: str = ""
     """Set where one module serves two stages."""
+    remade: bool = False
+    """Shows what there is: needs no earlier stage, and is made anew, not refused, when something changed."""
 
     def _call(self, function: str, config: Config, context: StageContext) -> Any:
         module = importlib.import_module(f"fastdraft.stages.{self.module or self.name}")
@@ -56,7 +59,7 @@ STAGES = (
     Stage("align", "responses -> a draft that predicts this target", ("continue_pretrain", "synthesize")),
     Stage("evaluate", "draft x target x tasks -> acceptance, block efficiency", ("align",)),
     Stage("export", "the draft as runtimes load it", ("evaluate",)),
-    Stage("report", "everything on one page", ("export",)),
+    Stage("report", "everything on one page", ("export",), remade=True),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
@@ -88,55 +91,100 @@ def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] |
         FastDraftError: in one line, whatever the user can mend. Nothing half-written stays behind.
     """
     context = make_context(recipe, console or Console(quiet=True))
-    wanted = _wanted(recipe, only)
+    wanted, redone = _wanted(recipe, only), _redone(redo)
+    _refuse_gaps(wanted, redone, context)
+    start = time.monotonic()
     with context.console.stop.listen(), context.run.lock():
-        for name in downstream(redo):
+        refuse_changes(recipe, context, redone, wanted)
+        for name in redone:
             context.artifact(name).discard()
-        for stage in wanted:  # refuse everything that does not fit before the first of them works
-            _refuse_changes(stage, recipe, context)
         write_atomic(context.run.root / "recipe.yaml", recipe.dump())
-        for stage in wanted:
-            _run_stage(stage, recipe, context)
+        worked = sum([_run_stage(stage, recipe, context) for stage in wanted])
+    if worked > 1:
+        context.console.say(f"{recipe.run.name}: {worked} stages done in {format_seconds(time.monotonic() - start)}")
     return context.run
+
+
+def refuse_changes(recipe: Recipe, context: StageContext, redone: Collection[str] = (), wanted: Collection[Stage] = STAGES) -> None:
+    """Looks at every stage of the recipe, since its run's folder holds the work of one recipe only.
+
+    Args:
+        recipe: As given to `run`.
+        context: Its context.
+        redone: Stages whose work will be thrown away.
+        wanted: Stages that will run; of the others, inputs may be missing (the run was moved to another machine).
+
+    Raises:
+        ArtifactError: when work that stands was done with other settings.
+    """
+    for stage in STAGES:
+        artifact = context.artifact(stage.name)
+        begun = context.has(stage.name) and (artifact.path / FINGERPRINT).exists()
+        if not begun or stage.remade or stage.name in redone:
+            continue
+        if not all(context.artifact(name).is_complete() for name in stage.builds_on if context.has(name)):
+            continue
+        with contextlib.nullcontext() if stage in wanted else contextlib.suppress(DataError, TargetError):
+            artifact.begin(stage.fingerprint(recipe.sections()[stage.name], context))
 
 
 def _wanted(recipe: Recipe, only: Iterable[str] | None) -> list[Stage]:
     present = recipe.sections()
     names = set(present) if only is None else set(only)
     for name in sorted(names - set(present)):
+        if name not in STAGE_NAMES:
+            raise RecipeError("only", name, "no such stage", f"stages: {', '.join(STAGE_NAMES)}")
         raise RecipeError(name, "missing", "a stage runs only when its section is present", f"add `{name}:` to the recipe")
     return [stage for stage in STAGES if stage.name in names]
 
 
-def _refuse_changes(stage: Stage, recipe: Recipe, context: StageContext) -> None:
-    artifact = context.artifact(stage.name)
-    if not (artifact.path / "fingerprint.json").exists() or not all(
-        context.artifact(name).is_complete() for name in stage.builds_on if context.has(name)
-    ):
-        return
-    artifact.begin(stage.fingerprint(recipe.sections()[stage.name], context))
+def _redone(redo: Iterable[str]) -> set[str]:
+    for name in set(redo) - set(STAGE_NAMES):
+        raise RecipeError("redo", name, "no such stage", f"stages: {', '.join(STAGE_NAMES)}")
+    return downstream(redo)
 
 
-def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> None:
-    config, artifact = recipe.sections()[stage.name], context.artifact(stage.name)
-    for name in stage.builds_on:
-        if context.has(name):
+def _refuse_gaps(wanted: Sequence[Stage], redone: Collection[str], context: StageContext) -> None:
+    """What the wanted stages build on must stand already or be wanted too."""
+    coming = {stage.name for stage in wanted}
+    for stage in wanted:
+        for name in stage.builds_on if not stage.remade else ():
+            if not context.has(name) or name in coming:
+                continue
+            if name in redone:
+                rule = f"'{stage.name}' alone does not make it again"
+                raise RecipeError("--redo", f"would throw '{name}' away", rule, "use `fastdraft run RECIPE` with this --redo")
             context.require(name)
-    artifact.begin(stage.fingerprint(config, context))
+
+
+def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
+    """Whether there was anything to do."""
+    config, artifact = recipe.sections()[stage.name], context.artifact(stage.name)
+    fingerprint = stage.fingerprint(config, context)
+    if stage.remade and artifact.differences(fingerprint):
+        artifact.discard()
+    fresh = not (artifact.path / FINGERPRINT).exists()
+    artifact.begin(fingerprint)
     if artifact.is_complete():
+        artifact.remove_scratch()
         context.console.say(f"{stage.name}: already done")
-        return
+        return False
     context.console.stop.check(artifact.path)
     context.console.say(f"{stage.name}: {stage.summary}")
     start = time.monotonic()
-    stage.run(config, context)
-    seconds = time.monotonic() - start
-    _record_seconds(context, stage.name, seconds)
+    try:
+        stage.run(config, context)
+    finally:
+        seconds = time.monotonic() - start
+        with contextlib.suppress(FastDraftError):  # a full disk has been told already, and a damaged file is only a clock
+            _record_seconds(context, stage.name, seconds, fresh)
     context.console.say(f"{stage.name}: done in {format_seconds(seconds)}")
+    return True
 
 
-def _record_seconds(context: StageContext, name: str, seconds: float) -> None:
-    """Adds to `timings.json`: wall-clock seconds of the process that finished each stage."""
+def _record_seconds(context: StageContext, name: str, seconds: float, fresh: bool) -> None:
+    """Adds to `timings.json`: wall-clock seconds of all the processes that worked at each stage, killed ones left out."""
     path = context.run.root / "timings.json"
     timings = read_json(path) if path.exists() else {}
-    write_json(path, {**timings, name: round(seconds, 1)})
+    before = 0.0 if fresh else timings.get(name, 0.0)
+    write_json(path, {**timings, name: round(before + seconds, 1)})

@@ -33,12 +33,17 @@ def describe_run() -> dict[str, Any]:
     """Versions, machine, command and time, ready for a manifest."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(_without_home(argument) for argument in [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(_without_home(argument) for argument in [_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "fastdraft" if name == "__main__.py" else name
 
 
 def _version(name: str) -> str | None:

@@ -58,6 +58,9 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _mixtures_name_prepared_corpora(self) -> Recipe:
         prepared = {corpus.name for corpus in self.prepare.corpora} if self.prepare else None
+        for prompts in self.synthesize.prompts if self.synthesize else ():
+            if prompts.kind == "corpus" and prompts.corpus not in (prepared or ()):
+                raise ValueError(f"synthesize.prompts names the corpus '{prompts.corpus}', which prepare.corpora does not have")
         for section in (self.pretrain, self.continue_pretrain):
             for name in section.mixture if section and prepared is not None else ():
                 if name not in prepared:  # type: ignore[operator]
@@ -89,6 +92,9 @@ def find_recipe(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
+    if path.is_dir():
+        remedy = f"give {path / 'recipe.yaml'}" if (path / "recipe.yaml").is_file() else "give a .yaml file in it"
+        raise RecipeError(name, "is a folder", "must be a recipe file or a shipped recipe", remedy)
     shipped, stem = shipped_recipes(), path.name.removesuffix(".yaml")
     if stem in shipped and path.parent.name in ("", "recipes"):
         return shipped[stem]
@@ -104,6 +110,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, error.problem or error.context
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        remedy = "write Windows paths in single quotes" if "escape" in str(problem) else "correct it"
+        raise RecipeError(path, f"{place}{problem}", "must be a YAML file", remedy) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(path, " ".join(str(error).split())[:160], "must be a YAML file", "correct it") from None
     if not isinstance(value, dict):

@@ -19,7 +19,7 @@ from fastdraft.config import format_count
 from fastdraft.console import Console, format_seconds, format_table
 from fastdraft.errors import DiskError, RecipeError
 from fastdraft.interfaces import StageContext
-from fastdraft.pipeline import STAGES, make_context
+from fastdraft.pipeline import STAGES, make_context, refuse_changes
 from fastdraft.recipe import Recipe
 from fastdraft.stages import design
 
@@ -41,7 +41,7 @@ class StageForecast:
 
 
 def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
-    """Checks everything and prints the forecast: a table on stdout, or JSON.
+    """Checks everything and prints the forecast: a table on stdout (none when the console is quiet), or JSON.
 
     Raises:
         FastDraftError: in one line, for the first thing that cannot work.
@@ -54,6 +54,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
         raise RecipeError("design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe")
     plan = design.plan(recipe.design, recipe.target)
     unseen = list(_check_inputs(recipe))
+    refuse_changes(recipe, context)
     states = {stage.name: _state(stage.name, context) for stage in STAGES if context.has(stage.name)}
     stages = [_forecast(name, state, recipe, plan, device) for name, state in states.items()]
     free = _free_bytes(recipe.run.root)
@@ -62,7 +63,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
         raise DiskError(recipe.run.root, f"{_size(free)} free", f"the run needs about {_size(needed)}", "free some space or set run.folder")
     if as_json:
         print(json.dumps(_as_dict(recipe, plan, device, stages, free), indent=1))
-    else:
+    elif not console.quiet:
         _print(recipe, plan, device, stages, free)
         for name in unseen:
             print(f"not looked at (it lies on the hub): {name}")
@@ -83,8 +84,21 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
             yield f"synthesize.prompts[{number}]: {prompts.dataset}"
     for task in recipe.evaluate.tasks if recipe.evaluate else ():
         load_task(task)
+    if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
+        _check_template(recipe)
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
+
+
+def _check_template(recipe: Recipe) -> None:
+    """Magpie gives the target the beginning of its chat template, so there must be one."""
+    from fastdraft.data.chat import has_chat_template
+    from fastdraft.modeling.loading import load_tokenizer
+
+    target = recipe.target
+    if not has_chat_template(load_tokenizer(target.location, target.revision, target.trust_remote_code)):
+        rule = "kind: magpie needs a chat template, which this target lacks"
+        raise RecipeError("synthesize.prompts", target.model, rule, "take that source out; corpus prompts serve base models")
 
 
 def _state(name: str, context: StageContext) -> str:
@@ -192,7 +206,7 @@ def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageFor
     total = ["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""]
     print(format_table("", ("stage", "state", "tokens", "time, about", "disk", "memory"), [*map(_row, stages), total]))
     gains = ", ".join(f"{forecast.mbsu_at(rate, forecast.PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in (0.3, 0.45, 0.6))
-    print(f"\nmemory-bound speed-up at K = {forecast.PAPER_K} (by bytes read) for an acceptance rate: {gains}")
+    print(f"\nmemory-bound speed-up (bytes read, K = {forecast.PAPER_K}) by acceptance rate:\n  {gains}")
 
 
 def _row(stage: StageForecast) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdraft.console import Console
-from fastdraft.errors import DataError, RecipeError
+from fastdraft.errors import DataError, DeviceError, RecipeError
 from fastdraft.interfaces import Sampling, TargetConfig
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class _Writer:
 
 def run(
     *,
-    target: str,
+    target: str | TargetConfig,
     draft: str,
     prompt: str | None,
     chat: bool,
@@ -118,7 +118,7 @@ def run(
     """Writes one answer, or holds a conversation.
 
     Args:
-        target: Directory or hub id.
+        target: Directory, hub id, or a recipe's `target:` section.
         draft: Directory or hub id of a draft with the same vocabulary.
         prompt: Text to continue, or with `chat` the user's words; None reads stdin.
         chat: Puts the prompt into the target's chat template; without a prompt on a terminal, goes on turn by turn.
@@ -145,11 +145,18 @@ def run(
     if chat and prompt is None and sys.stdin.isatty():
         answers = _converse(writer)
     else:
-        text = prompt if prompt is not None else sys.stdin.read()
+        text = prompt if prompt is not None else _read_prompt(console)
         if not text.strip():
             raise DataError("--prompt", "empty", "there must be a prompt", "give --prompt TEXT or pipe text into the command")
         answers = [_first(writer, text, chat, compare)]
     _report(writer, answers, compare)
+
+
+def _read_prompt(console: Console) -> str:
+    """The whole of stdin without the line end that `echo` and the Enter key put behind it."""
+    if sys.stdin.isatty():
+        console.say("write the prompt; end it with Ctrl-D on a line of its own (Windows: Ctrl-Z and Enter)")
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, seed: int) -> None:
@@ -175,18 +182,24 @@ def _colored(color: bool | None) -> bool:
     return wanted
 
 
-def _open(target: str, draft: str, num_speculative_tokens: int, device: str) -> tuple[SpeculativeDecoder, PreTrainedTokenizerBase]:
+def _open(
+    target: str | TargetConfig, draft: str, num_speculative_tokens: int, device: str
+) -> tuple[SpeculativeDecoder, PreTrainedTokenizerBase]:
     """Loads the pair."""
     from fastdraft.decoding.speculative import SpeculativeDecoder
     from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device
     from fastdraft.vocabulary import check_same
 
-    config, where = TargetConfig(model=target), pick_device(device)
+    config = target if isinstance(target, TargetConfig) else TargetConfig(model=target)
+    try:
+        where = pick_device(device)
+    except DeviceError as error:
+        raise DeviceError("--device", error.found, error.rule, "use --device auto") from None
     vocabulary = load_vocabulary(config)
     check_same(vocabulary, load_vocabulary(TargetConfig(model=draft)), where=draft)
     model = load_target(config, where)
     decoder = SpeculativeDecoder(model, load_draft(Path(draft), where, model.dtype), vocabulary, num_speculative_tokens)
-    return decoder, load_tokenizer(config.location)
+    return decoder, load_tokenizer(config.location, config.revision, config.trust_remote_code)
 
 
 def _first(writer: _Writer, text: str, chat: bool, warm_up: bool) -> _Answer:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import yaml
 
+from fastdraft.config import load_config
 from fastdraft.errors import ArtifactError, RecipeError
-from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path
+from fastdraft.interfaces import TargetConfig
 
 _DRAFTS = ("export/huggingface", "align/checkpoint", "continue_pretrain/checkpoint", "pretrain/checkpoint", "design/draft")
 
 
-def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[str, str]:
-    """Locations of target and draft; what is given by name wins over what the run says.
+def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[TargetConfig, str]:
+    """Target, with the revision and precision that the run used, and the draft's location.
+
+    What is given by name wins over what the run says.
 
     Raises:
         RecipeError: when neither a run nor both locations are given.
@@ -27,18 +30,14 @@ def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[s
             raise RecipeError(
                 "RUN", "missing", "a run's folder, or both --target and --draft, must be given", "for example fastdraft generate runs/demo"
             )
-        return _location(target), draft
-    return _location(target or _target_of(Path(run))), draft or _draft_of(Path(run))
+        return TargetConfig(model=target), draft
+    return TargetConfig(model=target) if target else _target_of(Path(run)), draft or _draft_of(Path(run))
 
 
-def _location(name: str) -> str:
-    return str(resolve_path(name, "--target")) if name.startswith((SHIPPED, PYTHON)) else name
-
-
-def _target_of(run: Path) -> str:
+def _target_of(run: Path) -> TargetConfig:
     try:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        return str(recipe["target"]["model"])
+        return load_config(TargetConfig, recipe["target"], "target")
     except (OSError, yaml.YAMLError, TypeError, KeyError):
         raise ArtifactError(run, "has no readable recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo") from None
 

@@ -34,13 +34,15 @@ def run(run: Path, count: int = 5, console: Console | None = None) -> None:
         console: Where news go.
 
     Raises:
-        ArtifactError: when the run has no synthetic rows yet.
-        RecipeError: when `count` is below 1 or the folder has no recipe.
+        ArtifactError: when the folder is no run's, or the run has no synthetic rows yet.
+        RecipeError: when `count` is below 1.
     """
     if count < 1:
         raise RecipeError("--count", count, "must be at least 1", "for example --count 5")
     from fastdraft.modeling.loading import load_tokenizer
 
+    if not (run / "recipe.yaml").is_file():
+        raise ArtifactError(run, "has no recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo")
     artifact = RunDirectory(run).artifact("synthesize")
     rows = spread_rows(artifact, count)
     target = load_recipe(str(run / "recipe.yaml")).target

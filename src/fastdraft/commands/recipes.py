@@ -5,10 +5,10 @@ Decides that a recipe's first comment line is its summary and that a copy never 
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from fastdraft.artifacts import write_atomic
-from fastdraft.console import format_table
 from fastdraft.errors import RecipeError
 from fastdraft.recipe import shipped_recipes
 
@@ -21,7 +21,10 @@ def run(copy: str | None = None) -> None:
     """
     shipped = shipped_recipes()
     if copy is None:
-        print(format_table("", ("recipe", "what it makes"), [(name, _summary(path)) for name, path in shipped.items()]))
+        wide = max(map(len, shipped)) + 2
+        for name, path in shipped.items():
+            print(textwrap.fill(_summary(path), 79, initial_indent=name.ljust(wide), subsequent_indent=" " * wide))
+        print("\nedit one: fastdraft recipes --copy NAME; or run it as it is: fastdraft run NAME")
         return
     name = copy.removesuffix(".yaml")
     if name not in shipped:

@@ -6,7 +6,7 @@ and that scanning goes over arrays piece by piece, so that memory is that of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,12 @@ class Contamination:
         for ids in texts:
             self.scan(ids)
 
-    def scan_corpus(self, corpus: PackedCorpus) -> None:
-        """Looks through a prepared corpus, shard by shard."""
+    def scan_corpus(self, corpus: PackedCorpus, on_shard: Callable[[int], None] = lambda count: None) -> None:
+        """Looks through a prepared corpus, shard by shard; calls `on_shard` with the number of ids after each."""
         for number in range(corpus.num_shards):
-            self.scan(corpus.shard(number))
+            shard = corpus.shard(number)
+            self.scan(shard)
+            on_shard(shard.size)
 
     def result(self) -> dict[str, dict[str, Any]]:
         """Per task: prompts, prompts_with_overlap, ngrams (distinct, of all prompts), ngrams_matched."""

@@ -58,6 +58,16 @@ def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
     )
 
 
+def added_words(tokenizer: Any) -> list[tuple[int, str]]:
+    """(id, text) of the added tokens that are looked for in corpus text: ordinary words, neither special nor of a control token's form."""
+    special = set(tokenizer.all_special_ids)
+    return [
+        (int(token_id), token.content)
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
+        if not (token.special or token_id in special or CONTROL.fullmatch(token.content))
+    ]
+
+
 class DocumentEncoder:
     """Encodes corpus text with a target's fast tokenizer.
 
@@ -70,9 +80,9 @@ class DocumentEncoder:
         from tokenizers import Tokenizer
 
         description = json.loads(tokenizer.backend_tokenizer.to_str())
-        named = set(tokenizer.all_special_ids)
+        words = {token_id for token_id, _ in added_words(tokenizer)}
         for token in description.get("added_tokens", []):
-            token["special"] = bool(token["special"] or token["id"] in named or CONTROL.fullmatch(token["content"]))
+            token["special"] = token["id"] not in words
         self._tokenizer = Tokenizer.from_str(json.dumps(description))
         self._tokenizer.encode_special_tokens = True  # in this library the flag means: encode their text, do not look for them
         self._tokenizer.no_truncation()

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from fastdraft.decoding.cache import PreallocatedLayer
 from fastdraft.decoding.grouped_attention import grouped_attention
-from fastdraft.functional.sampling import warp
+from fastdraft.functional.sampling import token_at, warp
 from fastdraft.interfaces import Generation, Sampling
 
 DROP_SHARE = 0.15
@@ -170,13 +170,8 @@ def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None)
         best_B = logits_BV.max(-1)
         return best_B.indices, torch.where(best_B.values.isfinite(), 0.0, math.nan)
     probs_BV = warp(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
-    precision = torch.float32 if probs_BV.device.type == "mps" else torch.float64  # Apple's devices have no float64
-    cumulative_BV = probs_BV.cumsum(-1, dtype=precision)
-    total_B1 = cumulative_BV[:, -1:].contiguous()
-    token_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None].to(total_B1) * total_B1, right=True)
-    # Rounding may reach the total itself, behind which no token has mass: the last one with mass stands for it.
-    token_B1 = torch.minimum(token_B1, torch.searchsorted(cumulative_BV, total_B1)).clamp(max=probs_BV.shape[-1] - 1)
-    return token_B1.squeeze(-1), probs_BV.gather(-1, token_B1).squeeze(-1).log()
+    token_B = token_at(probs_BV, uniform_B)
+    return token_B, probs_BV.gather(-1, token_B[:, None]).squeeze(-1).log()
 
 
 def _generation(prompt: Sequence[int], tokens: list[int], logprobs: list[float], eos_ids: set[int] | frozenset[int]) -> Generation:

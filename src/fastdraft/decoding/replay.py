@@ -161,9 +161,12 @@ def _accept(
         stop = start + step
         logits_NV = mask_ids((hidden_ND[start:stop] @ head_VD.T).float(), missing)
         if temperature == 0:
-            parts.append((logits_NV.argmax(-1) == tokens_N[start:stop]).double())
+            parts.append(logits_NV.argmax(-1) == tokens_N[start:stop])
             continue
         logits_NV = warp(logits_NV, temperature, row.top_k, row.top_p)
         draft_N = logits_NV.gather(-1, tokens_N[start:stop, None]).squeeze(-1) - logits_NV.logsumexp(-1)
-        parts.append((draft_N - target_N[start:stop]).double().clamp(max=0.0).exp())
-    return torch.cat(parts).cpu().numpy() if parts else np.zeros(0)
+        parts.append(draft_N - target_N[start:stop])
+    if not parts:
+        return np.zeros(0)
+    found_N = torch.cat(parts).cpu().double()  # on the CPU, because not every accelerator has float64
+    return (found_N if temperature == 0 else found_N.clamp(max=0.0).exp()).numpy()

@@ -9,6 +9,8 @@ Shapes: B stands for any leading axes, V for the vocabulary.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -66,15 +68,31 @@ def mask_ids(logits_BV: Tensor, ids_M: Tensor | None) -> Tensor:
     return logits_BV
 
 
-def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token id for each row, shape B: the token under which a uniform number falls in the cumulated probabilities.
+def precise(device: torch.device) -> torch.dtype:
+    """The type in which probabilities are cumulated: in float32 the rare tokens of a large vocabulary would melt into their neighbours."""
+    return torch.float64 if _has_float64(device) else torch.float32
 
-    One random number a row, where `torch.multinomial` draws one for every token of the vocabulary. Rows need not sum to 1;
-    a token without probability is never drawn.
+
+@functools.cache
+def _has_float64(device: torch.device) -> bool:
+    if device.type == "xpu":  # integrated and older Arc graphics have none
+        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+    return device.type != "mps"
+
+
+def token_at(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token under which a number in [0, 1) falls in the cumulated probabilities (inverse transform sampling), shape B.
+
+    Rows need not sum to 1; a token without probability is never given.
     """
-    cumulated_BV = probs_BV.cumsum(-1)
+    cumulated_BV = probs_BV.cumsum(-1, dtype=precise(probs_BV.device))
     total_B1 = cumulated_BV[..., -1:].contiguous()
-    uniform_B1 = torch.rand(total_B1.shape, device=probs_BV.device, generator=generator)
-    token_B1 = torch.searchsorted(cumulated_BV, uniform_B1 * total_B1, right=True)
-    # Rounding may reach the total itself: then the last token that has any probability.
-    return torch.minimum(token_B1, torch.searchsorted(cumulated_BV, total_B1)).squeeze(-1)
+    token_B1 = torch.searchsorted(cumulated_BV, uniform_B[..., None].to(total_B1) * total_B1, right=True)
+    # Rounding may reach the total itself, behind which nothing has mass: the last token that has any stands for it.
+    return torch.minimum(token_B1, torch.searchsorted(cumulated_BV, total_B1)).clamp(max=probs_BV.shape[-1] - 1).squeeze(-1)
+
+
+def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token id for each row, shape B: one random number a row, where `torch.multinomial` draws one for every token."""
+    device = probs_BV.device
+    return token_at(probs_BV, torch.rand(probs_BV.shape[:-1], dtype=precise(device), device=device, generator=generator))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdraft.functional.sampling import draw
+from fastdraft.functional.sampling import draw, precise
 
 
 def verify(
@@ -33,7 +33,8 @@ def verify(
     index_K1 = proposed_K[:, None]
     target_K = target_probs_EV[:-1].gather(-1, index_K1).squeeze(-1)
     draft_K = draft_probs_KV.gather(-1, index_K1).squeeze(-1)
-    uniform_K = torch.rand(proposed_K.shape, device=proposed_K.device, generator=generator)
+    device = proposed_K.device
+    uniform_K = torch.rand(proposed_K.shape, dtype=precise(device), device=device, generator=generator)
     num_accepted = leading(uniform_K * draft_K < target_K)
     final_V = target_probs_EV[num_accepted]
     if num_accepted < len(proposed_K):

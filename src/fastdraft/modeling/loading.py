@@ -175,9 +175,16 @@ def load_draft(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         load_config(str(folder))
         check_weights(str(folder))
         with _one_line(str(folder)):
-            return _from_pretrained(str(folder), dtype).to(device).eval()
+            return _own_memory(_from_pretrained(str(folder), dtype)).to(device).eval()
     except TargetError as error:
         raise ArtifactError(error.where, error.found, error.rule, "delete its stage's folder and run the stage again") from error
+
+
+def _own_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """Copies weights that are still views into the file: unaligned for the processor, and Windows would not let the file be replaced."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def _from_pretrained(location: str, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:

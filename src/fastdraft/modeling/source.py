@@ -23,7 +23,32 @@ TOKENIZER_FILES = (
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "additional_chat_templates/*",
 )  # fmt: skip
+_IDENTITY_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_HASHED_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
+
+
+def model_identity(model: str, location: str, revision: str | None, dtype: str) -> dict[str, Any]:
+    """Stands for what a model writes in fingerprints: its name, revision and precision; for a directory also what lies there.
+
+    Small files count whole, weights by their size and both ends: a fine-tune saved over another one is noticed without
+    reading gigabytes.
+    """
+    identity: dict[str, Any] = {"model": model, "revision": revision, "dtype": dtype}
+    folder = Path(location)
+    if not folder.is_dir():
+        return identity
+    identity["files"] = {name: file_sha256(folder / name)[:20] for name in _IDENTITY_FILES if (folder / name).is_file()}
+    for path in sorted(folder.glob("*.safetensors")):
+        size, state = path.stat().st_size, hashlib.sha256()
+        with open(path, "rb") as file:
+            state.update(file.read(_HASHED_BYTES))
+            file.seek(max(0, size - _HASHED_BYTES))
+            state.update(file.read(_HASHED_BYTES))
+        identity["files"][path.name] = f"{size} bytes, {state.hexdigest()[:20]}"
+    return identity
 
 
 def is_hub_id(location: str) -> bool:

@@ -235,15 +235,18 @@ def _mark_best(axes: Axes, points: Points, colour: str, written: bool) -> None:
 
 
 def _loss_axes(axes: Axes, values: Sequence[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     low, high = min(values), max(values)
     axes.set_yscale("log")
     axes.set_ylim(low * 0.94, high * 1.04)
     ticks = [tick for tick in (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12) if low * 0.94 <= tick <= high * 1.04]
     if len(ticks) > 6:
         ticks = ticks[::2]
-    if len(ticks) >= 2:
-        axes.set_yticks(ticks)
-        axes.set_yticks([], minor=True)
+    if len(ticks) < 2:  # a narrow range between those
+        ticks = [float(tick) for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low * 0.94 <= tick <= high * 1.04]
+    axes.set_yticks(ticks)
+    axes.set_yticks([], minor=True)
     plain_ticks(axes.yaxis)
 
 

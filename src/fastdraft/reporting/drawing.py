@@ -66,11 +66,12 @@ def drawing(width: int = WIDTH, height: int = HEIGHT, right: int = 56) -> Iterat
 
 
 def label_ends(axes: Axes, labels: Sequence[Label], gap: float = 12.5) -> None:
-    """Writes each label right of its line's end, pushed apart so that none covers another. Call it after the limits are set."""
+    """Writes each label right of its line's end, none over another or below the axis. Call it after the limits are set."""
     axes.get_xlim(), axes.get_ylim()  # matplotlib settles its automatic limits only when they are asked for
     ordered = sorted(labels, key=lambda label: label.y)
     wanted = [float(axes.transData.transform((label.x, label.y))[1]) for label in ordered]
-    for label, y in zip(ordered, spread(wanted, gap), strict=True):
+    lowest = float(axes.transAxes.transform((0, 0))[1]) + 4
+    for label, y in zip(ordered, lifted(spread(wanted, gap), lowest, gap), strict=True):
         x = float(axes.transData.transform((label.x, label.y))[0]) + 6
         at = axes.transAxes.inverted().transform((x, y))
         axes.text(
@@ -95,6 +96,14 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
             last = groups.pop()
             groups[-1] = groups[-1] + last
     return [_low(group, gap) + i * gap for group in groups for i in range(len(group))]
+
+
+def lifted(positions: Sequence[float], lowest: float, gap: float) -> list[float]:
+    """Ascending positions with those below `lowest` moved up to it, and their neighbours as far as that asks for."""
+    found: list[float] = []
+    for position in positions:
+        found.append(max(position, found[-1] + gap if found else lowest))
+    return found
 
 
 def to_svg(figure: Figure, key: str, alt: str) -> str:

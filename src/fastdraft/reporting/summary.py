@@ -1,6 +1,6 @@
 """The few figures that a terminal shows at the end of a run, in 80 columns.
 
-Decides what fits: one table of acceptance along the ladder, block efficiency and memory-bound speed-up per task.
+Decides what closes a run: one table that says per task and temperature how many tokens to propose and what that brings.
 """
 
 from __future__ import annotations
@@ -8,50 +8,46 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastdraft.reporting.results import Results, k_name, number, stage_label, temperature_name
+from fastdraft.reporting.results import Results, number, stage_label
 
 SummaryTable = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, columns, rows: the arguments of `Console.table`."""
 
 _TASK_WIDTH = 14
+_COUNTED = (("num_speculative_tokens", "{:.0f}"), ("block_efficiency", "{:.2f}"))
+SPEEDUP_COLUMNS = {"mbsu_parameters": "MBSU param", "mbsu_bytes": "MBSU bytes", "predicted_speedup": "wall clock"}
+"""The kinds of speed-up shown, and their headings."""
 
 
 def summary_tables(results: Mapping[str, Any]) -> list[SummaryTable]:
-    """One table per temperature: tasks by acceptance rate of each checkpoint, block efficiency and speed-ups of the last one.
+    """What the exported draft brings: for every task and temperature its best K and the speed-ups there.
 
-    MBSU is by parameters; `predicted` is the wall-clock speed-up that the measured times predict at the same K.
+    Acceptance along the ladder is not repeated here: the evaluate stage has printed it, and the report shows it.
+    MBSU is memory-bound speed-up, by parameters (its best K is shown) and by bytes; `wall clock` is what the measured times
+    predict for this machine at the same K.
 
     Args:
         results: The content of `results.json`.
 
     Returns:
-        At most one table for each temperature, the headline temperature first; nothing when there are no rows.
+        One table, temperatures in rising order within a task; none when there are no rows.
     """
     figures = Results(results)
-    first = figures.headline_temperature
-    order = sorted(figures.temperatures, key=lambda temperature: (temperature != first, temperature))
-    return [table for temperature in order if (table := _table(figures, temperature)) is not None]
+    if figures.final is None:
+        return []
+    rows = [_row(figures, task, temperature) for task in figures.tasks for temperature in figures.temperatures
+            if figures.select(figures.final, task, temperature)]  # fmt: skip
+    if not rows:
+        return []
+    columns = ["task", "T", "best K", "tokens/pass", *SPEEDUP_COLUMNS.values()]
+    return [(f"What the draft ({stage_label(figures.final)}) brings at its best K", columns, rows)]
 
 
-def _table(figures: Results, temperature: float) -> SummaryTable | None:
-    k, final = figures.headline_k, figures.final
-    checkpoints = figures.checkpoints[-3:]
-    rows = [_row(figures, checkpoints, task, temperature) for task in figures.tasks if figures.select(task=task, temperature=temperature)]
-    if not rows or final is None:
-        return None
-    last = stage_label(final)[:8]
-    title = f"Acceptance rate at {k_name(k)}, {temperature_name(temperature)}; then {last} at its best K"
-    columns = ["task", *(stage_label(checkpoint)[:8] for checkpoint in checkpoints), "tokens/pass", "best K", "MBSU", "predicted"]
-    return title, columns, rows
-
-
-def _row(figures: Results, checkpoints: Sequence[str], task: str, temperature: float) -> list[str]:
-    rates = [show(number(figures.row(checkpoint, task, temperature, figures.headline_k), "acceptance_rate")) for checkpoint in checkpoints]
+def _row(figures: Results, task: str, temperature: float) -> list[str]:
     best = figures.best(figures.final, task, temperature)
-    k = number(best, "num_speculative_tokens")
     name = task if len(task) <= _TASK_WIDTH else task[: _TASK_WIDTH - 1] + "…"
-    speedups = [show(number(best, key), "{:.2f}x") for key in ("mbsu_parameters", "predicted_speedup")]
-    return [name, *rates, show(number(best, "block_efficiency"), "{:.2f}"), f"{k:.0f}" if k is not None else "-", *speedups]
+    counts = [show(number(best, key), form) for key, form in _COUNTED]
+    return [name, f"{temperature:g}", *counts, *(show(number(best, key), "{:.2f}x") for key in SPEEDUP_COLUMNS)]
 
 
 def show(value: float | None, form: str = "{:.3f}") -> str:

@@ -111,6 +111,6 @@ def padding_mass(draft: PreTrainedModel, vocabulary: Vocabulary, texts: Sequence
     masses = []
     for ids in texts:
         logits_TV = draft(input_ids=torch.tensor([list(ids[:_CHUNK])], device=draft.device)).logits[0].float()
-        masses.append(logits_TV.softmax(-1)[:, missing].sum(-1).double())
+        masses.append(logits_TV.softmax(-1)[:, missing].sum(-1).cpu().double())  # not every accelerator has float64
     mass = torch.cat(masses)
     return float(mass.mean()), float(mass.max())

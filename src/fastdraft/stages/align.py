@@ -8,6 +8,7 @@ on held-out prompts wins, not the one with the lowest loss.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,10 @@ if TYPE_CHECKING:
 
 VALIDATION_ROWS = 128
 DEFAULT_EPOCHS = 3.0
+DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
+_PRETRAINING = ("continue_pretrain", "pretrain")
+"""Stages that may come before, the latest first."""
 _NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "tensorboard"}
 _MIXTURE_SEED = 0x5EED
 """Added to the seed, so that alignment sees the mixture's rows in another order than pre-training did."""
@@ -53,8 +57,9 @@ class AlignConfig(Config):
     """Budget in input tokens of synthetic text; instead of epochs."""
     epochs: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
     """Passes over the synthetic text; instead of tokens. Neither given: 3."""
-    pretraining_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps that come from the pre-training mixture: without them the draft forgets what the prompts do not cover."""
+    pretraining_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps that come from the pre-training mixture (without one: from all prepared corpora in equal parts): without them
+    the draft forgets what the prompts do not cover. Left out: 0.1, or 0 where the recipe prepares no corpora."""
     objective: Annotated[ObjectiveConfig, BeforeValidator(kind_default("sequence_kd"))] = SequenceKDConfig()
     """sequence_kd: cross-entropy on the target's responses."""
     batch_tokens: Count | None = Field(default=None, gt=0)
@@ -88,7 +93,7 @@ class AlignConfig(Config):
 
 def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
     """What the weights depend on: the start, the synthetic rows, the mixture, these settings, the seed."""
-    mixture = _mixture(context) if config.pretraining_share else None
+    mixture = _mixture(context) if _pretraining_share(config, context) else None
     return {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
         "seed": context.settings.seed,
@@ -134,7 +139,7 @@ def _build_trainer(
     from fastdraft.training.trainer import Plan, Trainer
 
     artifact, synthesize = context.artifact("align"), context.require("synthesize")
-    samples, counts = _samples(list(read_all(synthesize, "train")), model)
+    samples, counts = _samples(read_all(synthesize, "train"), model)
     total = sum(sample.num_tokens for sample in samples)
     budget = config.tokens or round(total * (config.passes or 1))
     batch_tokens = config.batch_tokens or rates.batch_tokens("align", assemble.count_parameters(model), budget)
@@ -188,19 +193,24 @@ class _Validate:
         return Validation({**metrics, "validation_block_efficiency": score}, score)
 
 
-def _samples(rows: list[SyntheticRow], model: PreTrainedModel) -> tuple[list[Sample], dict[str, int]]:
+def _samples(rows: Iterable[SyntheticRow], model: PreTrainedModel) -> tuple[list[Sample], dict[str, int]]:
     """What is trained on, and how many rows were whole, cut to the draft's context, or dropped because nothing was left.
 
     Raises:
         TrainingError: when no response token is left to train on.
     """
+    import numpy as np
+
     from fastdraft.training.batches import Sample, cut_to_context
 
-    samples = [Sample(row.prompt_ids, row.response_ids) for row in rows]
+    # Arrays, not lists: four bytes a token, and the rows' log-probs are let go.
+    samples = [Sample(np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32)) for row in rows]
     kept, num_cut, num_dropped = cut_to_context(samples, model.config.max_position_embeddings)
     if not kept:
         rule = "there must be response tokens to train on"
-        raise TrainingError("align", f"0 trained tokens in {len(rows)} responses", rule, "raise synthesize.tokens, or shorten the prompts")
+        raise TrainingError(
+            "align", f"0 trained tokens in {len(samples)} responses", rule, "raise synthesize.tokens, or shorten the prompts"
+        )
     return kept, {"rows": len(kept), "rows_cut": num_cut, "rows_dropped": num_dropped}
 
 
@@ -211,8 +221,9 @@ def _source(config: AlignConfig, context: StageContext, samples: list[Sample], r
 
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
     plan = plan_batches(lengths, resolved.batch_tokens, context.settings.seed, epochs=config.passes, tokens=config.tokens)
-    packed = _packed(context, resolved) if config.pretraining_share else None
-    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, config.pretraining_share)
+    share = _pretraining_share(config, context)
+    packed = _packed(context, resolved) if share else None
+    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, share)
 
 
 def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
@@ -228,21 +239,35 @@ def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
     return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
 
 
+def _pretraining_share(config: AlignConfig, context: StageContext) -> float:
+    """The share asked for; left open it is 0 only where there is nothing to take it from."""
+    if config.pretraining_share is not None:
+        return config.pretraining_share
+    return DEFAULT_PRETRAINING_SHARE if any(map(context.has, (*_PRETRAINING, "prepare"))) else 0.0
+
+
 def _mixture(context: StageContext) -> dict[str, float]:
-    for stage in ("continue_pretrain", "pretrain"):
+    """That of the last pre-training stage; for a draft that an earlier run pre-trained, every prepared corpus in equal parts."""
+    for stage in _PRETRAINING:
         if context.has(stage):
             return dict(context.section(stage).mixture)
-    rule = "needs the mixture of continue_pretrain or pretrain"
+    if context.has("prepare"):
+        return dict.fromkeys(context.section("prepare").names, 1.0)
+    rule = "needs the mixture of continue_pretrain or pretrain, or prepared corpora"
     raise RecipeError("align.pretraining_share", "no such section", rule, "add one of them or set align.pretraining_share: 0")
 
 
 def _start(context: StageContext) -> tuple[Path, str]:
-    """Folder and digest of the latest weights before alignment."""
-    for stage in ("continue_pretrain", "pretrain"):
+    """Folder and digest of the latest weights before alignment.
+
+    Raises:
+        ArtifactError: when the stage that trains them has not finished.
+    """
+    for stage in _PRETRAINING:
         if context.has(stage):
-            artifact = context.artifact(stage)
+            artifact = context.require(stage)
             return artifact.path / "checkpoint", artifact.digest()
-    design = context.artifact("design")
+    design = context.require("design")
     return design.path / "draft", design.digest()
 
 

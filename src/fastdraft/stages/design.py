@@ -72,7 +72,7 @@ class EarlierDraft(Config):
 
     kind: Literal["from"]
     path: str = Field(min_length=1)
-    """A Hugging Face directory, or the folder of a stage (`runs/NAME/pretrain`)."""
+    """A Hugging Face directory, or the folder of a stage (`runs/NAME/pretrain`; to pre-train further: `runs/NAME/pretrain/undecayed`)."""
 
 
 DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from fastdraft.artifacts import write_json
+from fastdraft.artifacts import Artifact, write_json
 from fastdraft.config import Config
 from fastdraft.errors import DataError
 from fastdraft.interfaces import StageContext, TargetConfig
@@ -102,12 +102,19 @@ def present_checkpoints(config: EvaluateConfig, context: StageContext) -> list[s
 
 
 def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
-    """Settings, task files, target, and every checkpoint compared; not the device, on which only latencies depend."""
+    """Settings, task files, target, every checkpoint compared, and what they were trained on, in which the tasks' texts are looked for.
+
+    Not the device, on which only latencies depend.
+    """
+    from fastdraft.modeling.source import model_identity
+
+    target = context.target
     return {
         **config.model_dump(),
         "tasks": [describe_task(task) for task in config.tasks],
-        "target": context.target.model_dump(),
+        "target": model_identity(target.model, target.location, target.revision, target.dtype),
         "seed": context.settings.seed,
+        "trained_on": {artifact.name: artifact.digest() for artifact in _trained_on(context)},
         "checkpoints": {name: context.require(name).digest() for name in present_checkpoints(config, context)},
     }
 
@@ -259,19 +266,33 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     """13-grams that evaluation texts (prompts and references) share with everything trained on; null without training data."""
     from fastdraft.data.contamination import Contamination
     from fastdraft.data.responses import read_all
-    from fastdraft.data.shards import open_corpus
+    from fastdraft.data.shards import corpus_names, open_corpus
 
-    prepare, synthesize = (context.artifact(name) if context.has(name) else None for name in ("prepare", "synthesize"))
-    if prepare is None and synthesize is None:
+    trained_on = _trained_on(context)
+    if not trained_on:
         return None
     tasks = [load_task(task) for task in config.tasks]
     search = Contamination({task.name: [_bare_ids(tokenizer, f"{p.text}{p.reference}") for p in task.prompts] for task in tasks})
-    if prepare is not None:
-        for corpus in prepare.manifest()["corpora"]:
-            search.scan_corpus(open_corpus(prepare, corpus, "train"))
-    if synthesize is not None:
-        search.scan_many(row.prompt_ids + row.response_ids for row in read_all(synthesize))
+    prepared = [artifact for artifact in trained_on if artifact.name == "prepare"]
+    corpora = [open_corpus(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
+    with context.console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:
+
+        def on_shard(count: int) -> None:
+            progress.advance(count)
+            context.console.stop.check(context.artifact("evaluate").path)
+
+        for corpus in corpora:
+            search.scan_corpus(corpus, on_shard)
+        for artifact in trained_on:
+            if artifact.name == "synthesize":
+                search.scan_many(row.prompt_ids + row.response_ids for row in read_all(artifact))
     return search.result()
+
+
+def _trained_on(context: StageContext) -> list[Artifact]:
+    """The finished artifacts of this recipe that hold training text."""
+    artifacts = [context.artifact(name) for name in ("prepare", "synthesize") if context.has(name)]
+    return [artifact for artifact in artifacts if artifact.is_complete()]
 
 
 def _bare_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

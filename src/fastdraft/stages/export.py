@@ -67,12 +67,15 @@ def source_of(context: StageContext) -> tuple[str, Path]:
 
 def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     """Settings, the exported draft, the target it is tested with, and the figures on its card."""
+    from fastdraft.modeling.source import model_identity
+
     name, _ = source_of(context)
+    target = context.target
     results = context.artifact("evaluate").path / "results.json"
     return {
         **config.model_dump(exclude=set() if "openvino" in config.formats else {"openvino"}),
         "source": {name: context.require(name).digest()},
-        "target": context.target.model_dump(),
+        "target": model_identity(target.model, target.location, target.revision, target.dtype),
         "results": file_sha256(results) if results.is_file() else None,
     }
 
@@ -116,7 +119,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         confidence_threshold=config.confidence_threshold,
         files={file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)} for file in (*files, "README.md")},
         checks=checks,
-        openvino=openvino,
+        **({"openvino": openvino} if openvino else {}),
         seconds=round(time.monotonic() - start, 1),
         provenance=describe_run(),
     )

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from fastdraft import artifacts
 from fastdraft.artifacts import FINGERPRINT, MANIFEST
 from fastdraft.config import Config, Count, format_count
 from fastdraft.data.sources import SourceConfig
 from fastdraft.errors import DataError
-from fastdraft.interfaces import StageContext
+from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
     Raises:
         DataError: when a source of unfinished work is missing.
     """
-    from fastdraft.modeling.loading import load_vocabulary
-
     artifact = context.artifact("prepare")
     stored = artifact.stored_fingerprint().get("corpora", []) if artifact.is_complete() else []
     corpora = []
@@ -91,7 +90,27 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
             else:
                 raise DataError(f"prepare.corpora[{number}] {error.where}", error.found, error.rule, error.remedy) from None
     sizes = config.model_dump(include={"row_length", "validation", "shard_tokens"})
-    return {"vocabulary": load_vocabulary(context.target).digest, "seed": context.settings.seed, **sizes, "corpora": corpora}
+    return {**_encoding(context.target), "seed": context.settings.seed, **sizes, "corpora": corpora}
+
+
+def _encoding(target: TargetConfig) -> dict[str, Any]:
+    """All that the ids depend on: ordinary tokens, added ones that are found in plain text, what parts documents, the ids' width.
+
+    Other special tokens do not matter: they never come out of corpus text, so fine-tunes that differ in them share shards.
+    """
+    from fastdraft.data.shards import token_dtype
+    from fastdraft.data.tokenize import added_words, separator_id
+    from fastdraft.modeling.loading import load_config, load_generation_config, load_tokenizer, vocabulary_of
+
+    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
+    config = load_config(target.location, target.revision, target.trust_remote_code)
+    vocabulary = vocabulary_of(tokenizer, config, load_generation_config(target.location, target.revision), target.location)
+    return {
+        "vocabulary": vocabulary.digest,
+        "added_words": artifacts.digest(added_words(tokenizer)),
+        "separator_id": separator_id(vocabulary.bos_token_id, vocabulary.eos_token_ids),
+        "dtype": token_dtype(vocabulary.size),
+    }
 
 
 def run(config: PrepareConfig, context: StageContext) -> None:
@@ -212,6 +231,8 @@ class _CorpusBuild:
     def run(self, advance: Callable[[float], None]) -> None:
         """Reads what is still to be read of each entry, then closes the shards."""
         if self.progress.done:
+            for writer in self._writers.values():
+                writer.close_shard()  # nothing is open: removes the empty file that `restore` made
             return
         for number in range(self.progress.entry, len(self._entries)):
             self._read_entry(self._entries[number], advance)

@@ -118,7 +118,9 @@ def _build_trainer(
     from fastdraft.training.trainer import Plan, Trainer
 
     artifact = context.artifact(name)
-    batch_tokens = config.batch_tokens or rates.batch_tokens("pretrain", assemble.count_parameters(model), config.tokens)
+    row_length = int(context.require("prepare").manifest()["row_length"])
+    suggested = rates.batch_tokens("pretrain", assemble.count_parameters(model), config.tokens)
+    batch_tokens = config.batch_tokens or max(row_length, suggested)
     halved = isinstance(config, ContinuePretrainConfig) and config.start == "decayed"
     resolved = assemble.resolve(
         config.optimizer, "pretrain", model, device,

@@ -59,6 +59,6 @@ def run(config: ReportConfig, context: StageContext) -> None:
         verdict=report.verdict,
         provenance=describe_run(),
     )
-    for title, columns, rows in summary_tables(record.results or {})[:1]:
+    for title, columns, rows in summary_tables(record.results or {}):
         context.console.table(title, columns, rows)
     context.console.say(f"{report.verdict}\nreport: {artifact.path / 'report.html'}")

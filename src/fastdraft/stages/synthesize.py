@@ -7,14 +7,12 @@ doubles nothing and goes on at the first unit that is missing; the stage ends wi
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from fastdraft.artifacts import Artifact, file_sha256
+from fastdraft.artifacts import Artifact
 from fastdraft.config import Config, Count, format_count
 from fastdraft.data.filters import Looping, RowCounts
 from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, select_texts
@@ -33,10 +31,6 @@ if TYPE_CHECKING:
 
 DRY_UNITS = 4
 """A source is given up after this many units in a row of which no row was kept."""
-_TARGET_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_HASHED_BYTES = 1 << 20
 
 
 class SynthesizeConfig(Config):
@@ -105,20 +99,9 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
 
 
 def _target_identity(target: TargetConfig) -> dict[str, Any]:
-    """Name, revision and precision; for a directory its small files' checksums, and sizes and both ends of its weights."""
-    identity: dict[str, Any] = {"model": target.model, "revision": target.revision, "dtype": target.dtype}
-    folder = Path(target.location)
-    if not folder.is_dir():
-        return identity
-    identity["files"] = {name: file_sha256(folder / name)[:20] for name in _TARGET_FILES if (folder / name).is_file()}
-    for path in sorted(folder.glob("*.safetensors")):
-        size, state = path.stat().st_size, hashlib.sha256()
-        with open(path, "rb") as file:
-            state.update(file.read(_HASHED_BYTES))
-            file.seek(max(0, size - _HASHED_BYTES))
-            state.update(file.read(_HASHED_BYTES))
-        identity["files"][path.name] = f"{size} bytes, {state.hexdigest()[:20]}"
-    return identity
+    from fastdraft.modeling.source import model_identity
+
+    return model_identity(target.model, target.location, target.revision, target.dtype)
 
 
 def _evaluation_texts(context: StageContext) -> set[str]:

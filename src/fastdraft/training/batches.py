@@ -65,6 +65,10 @@ class BatchSource(Protocol):
         ...
 
 
+Ids = Sequence[int] | npt.NDArray[np.int32]
+"""Token ids of a text; arrays where there are many texts."""
+
+
 class RowSampler(Protocol):
     """Packed rows by a global row number (`data.loader.MixtureSampler`)."""
 
@@ -100,8 +104,8 @@ class PackedBatches:
 class Sample:
     """A prompt with the response to be learned."""
 
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
+    prompt_ids: Ids
+    response_ids: Ids
 
     @property
     def num_tokens(self) -> int:
@@ -117,7 +121,7 @@ def cut_to_context(samples: Sequence[Sample], context_length: int) -> tuple[list
     kept, num_cut, num_dropped = [], 0, 0
     for sample in samples:
         room = context_length + 1 - len(sample.prompt_ids)
-        if room < 1 or not sample.response_ids or sample.num_tokens < 1:
+        if room < 1 or not len(sample.response_ids) or sample.num_tokens < 1:
             num_dropped += 1
             continue
         num_cut += len(sample.response_ids) > room
@@ -131,7 +135,7 @@ def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
     inputs = np.full((len(samples), length), pad_id, dtype=np.int64)
     index, labels = [], []
     for row, sample in enumerate(samples):
-        ids = np.asarray([*sample.prompt_ids, *sample.response_ids], dtype=np.int64)
+        ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (sample.prompt_ids, sample.response_ids)])
         inputs[row, : len(ids) - 1] = ids[:-1]
         first = max(len(sample.prompt_ids), 1)
         index.append(row * length + np.arange(first - 1, len(ids) - 1))

@@ -64,7 +64,7 @@ class Checkpoints:
         with atomic_folder(self._step_folder(state.step)) as folder:
             _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
             _write(optimizer_tensors(self._model, self._optimizers), folder / _OPTIMIZER)
-            _write(_random_tensors(), folder / _RANDOM)
+            _write(_random_tensors(self._device), folder / _RANDOM)
             files = _describe_files(folder, (_WEIGHTS, _OPTIMIZER, _RANDOM))
             write_json(folder / _STATE, {"schema": 1, "state": asdict(state), "files": files})
         self.saved_step = state.step
@@ -110,6 +110,10 @@ class Checkpoints:
         """Removes all of them, once the stage is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
     def _load(self, folder: Path) -> TrainingState:
         record = read_json(folder / _STATE)
         _check_files(folder, record)
@@ -120,7 +124,7 @@ class Checkpoints:
             weights, optimizer, random = (load_file(folder / name) for name in (_WEIGHTS, _OPTIMIZER, _RANDOM))
             _copy_weights(self._model, weights)
             restore_optimizers(self._model, self._optimizers, optimizer)
-            _restore_random(random)
+            _restore_random(random, self._device)
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
         return state
@@ -187,17 +191,24 @@ def _copy_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             parameters[name].copy_(tensor)
 
 
-def _random_tensors() -> dict[str, Tensor]:
+def _random_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The random state of the CPU and of the accelerator in use, by kind of device."""
     tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
+    if device.type != "cpu":
+        tensors[device.type] = torch.get_device_module(device).get_rng_state(*_which(device))
     return tensors
 
 
-def _restore_random(tensors: dict[str, Tensor]) -> None:
+def _restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Puts it back; a run moved to another kind of device goes on without that device's old state."""
     torch.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    if device.type != "cpu" and device.type in tensors:
+        torch.get_device_module(device).set_rng_state(tensors[device.type], *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """Apple's module knows one device and takes no argument for it."""
+    return () if device.type == "mps" else (device,)
 
 
 def _describe_files(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:

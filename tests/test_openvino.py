@@ -1,0 +1,286 @@
+"""OpenVINO: exports, the engine, and speculative runs whose counts agree with ours. Skipped where it is not installed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("openvino_genai")
+pytest.importorskip("nncf")
+pytest.importorskip("optimum.exporters.openvino", exc_type=ImportError)
+
+from transformers import PreTrainedModel
+
+from conftest import write_recipe, write_target
+from fastdraft import cli, pipeline
+from fastdraft.data.responses import read_all
+from fastdraft.decoding.autoregressive import generate_batch
+from fastdraft.decoding.replay import replay
+from fastdraft.decoding.scoring import score
+from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.errors import ArtifactError, DataError, DeviceError, RecipeError, VocabularyError
+from fastdraft.functional.acceptance import Counts, add_counts
+from fastdraft.interfaces import Generation, Sampling, TargetConfig
+from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
+from fastdraft.recipe import load_recipe
+from fastdraft.runtimes import openvino_export
+from fastdraft.runtimes.openvino import OpenVINOEngine, answer_seed, as_tensor, device_properties, generation_config, load_pipeline
+from fastdraft.runtimes.openvino_export import export_openvino
+from fastdraft.runtimes.openvino_speculative import SpeculativePipeline, counts_from_metrics, cut_rounds
+from fastdraft.vocabulary import Vocabulary
+
+PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30)]
+K = 3
+
+
+@pytest.fixture(scope="module")
+def exported_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openvino") / "target"
+    export_openvino(tiny_target, folder, "fp32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def near_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target with a little noise: a draft whose proposals are sometimes accepted."""
+    import torch
+
+    from fastdraft.modeling.loading import save_draft
+
+    model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.add_(0.15 * weight.std() * torch.randn(weight.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("near") / "draft"
+    save_draft(model, folder, tiny_target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported_draft(near_draft: Path, exported_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openvino") / "draft"
+    export_openvino(near_draft, folder, "fp32", pair=exported_target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tiny_target: Path) -> Vocabulary:
+    return load_vocabulary(TargetConfig(model=str(tiny_target)))
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target: Path) -> PreTrainedModel:
+    return load_target(TargetConfig(model=str(tiny_target)), "cpu")
+
+
+@pytest.fixture(scope="module")
+def engine(exported_target: Path, vocabulary: Vocabulary) -> OpenVINOEngine:
+    return OpenVINOEngine(exported_target, vocabulary, 256, precision="exact", threads=1)
+
+
+@pytest.fixture(scope="module")
+def speculative(exported_target: Path, exported_draft: Path, vocabulary: Vocabulary) -> SpeculativePipeline:
+    return SpeculativePipeline(exported_target, exported_draft, vocabulary.eos_token_ids, K, precision="exact", threads=1)
+
+
+def greedy(target: PreTrainedModel, prompts: list[list[int]], tokens: int, vocabulary: Vocabulary) -> list[Generation]:
+    import torch
+
+    return generate_batch(target, prompts, Sampling(0.0), tokens, set(vocabulary.eos_token_ids), torch.Generator())
+
+
+def test_an_export_holds_the_source_tokenizer_byte_for_byte(exported_target: Path, tiny_target: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (exported_target / name).read_bytes() == (tiny_target / name).read_bytes()
+    for name in openvino_export.FILES:
+        assert (exported_target / name).is_file()
+
+
+def test_fewer_bits_make_a_smaller_file(tiny_target: Path, exported_target: Path, tmp_path: Path) -> None:
+    size = {"fp32": (exported_target / "openvino_model.bin").stat().st_size}
+    for weights in ("int8", "int4"):
+        openvino_export.export_openvino(tiny_target, tmp_path / weights, weights)
+        size[weights] = (tmp_path / weights / "openvino_model.bin").stat().st_size
+    assert size["int4"] <= size["int8"] < 0.4 * size["fp32"]
+
+
+def test_an_export_that_fails_its_check_leaves_no_folder(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_export, "greedy", lambda folder, prompt, tokens: [7] * tokens)
+    with pytest.raises(ArtifactError, match="differs with the draft, by a log-prob of"):
+        export_openvino(tiny_target, tmp_path / "out", "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pair_that_does_not_fit_is_refused_before_anything_is_converted(
+    exported_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_target(tmp_path / "other", padded_vocab=384)
+    monkeypatch.setattr(openvino_export, "convert", lambda *_: pytest.fail("converted"))
+    with pytest.raises(VocabularyError, match="draft 384, target 320"):
+        export_openvino(other, tmp_path / "out", "int8", pair=exported_target)
+    with pytest.raises(VocabularyError, match="draft 384, target 320"):
+        SpeculativePipeline(exported_target, other, (3,), K)
+
+
+def test_the_command_exports_a_directory_and_says_what_was_found(
+    near_draft: Path, exported_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", str(near_draft), "--format", "openvino", "--output", str(tmp_path / "out"), "--target", str(exported_target)]
+    assert cli.main(arguments) == 0
+    assert "greedy tokens with and without it equal" in "".join(capsys.readouterr())
+    assert (tmp_path / "out" / "openvino_detokenizer.xml").is_file()
+
+
+def test_greedy_text_is_that_of_transformers(engine: OpenVINOEngine, target: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    expected = greedy(target, PROMPTS, 20, vocabulary)
+    assert engine.generate(PROMPTS, Sampling(0.0), 20, seed=0) == expected
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.6), Sampling(0.8, top_k=7), Sampling(0.9, top_p=0.7), Sampling(0.7, 20, 0.9)]
+)
+def test_log_probs_are_of_the_distribution_drawn_from(engine: OpenVINOEngine, target: PreTrainedModel, sampling: Sampling) -> None:
+    written = engine.generate(PROMPTS, sampling, 16, seed=3)
+    for found, exact in zip(written, score(target, written, sampling), strict=True):
+        assert found.logprobs == pytest.approx(exact.logprobs, abs=2e-3)
+
+
+def test_answers_depend_on_seed_and_place_only(engine: OpenVINOEngine) -> None:
+    same = [PROMPTS[0]] * 6
+    first = engine.generate(same, Sampling(1.0), 16, seed=5)
+    assert engine.generate(same, Sampling(1.0), 16, seed=5) == first
+    assert engine.generate(same[:2], Sampling(1.0), 16, seed=5) == first[:2]
+    assert engine.generate(same, Sampling(1.0), 16, seed=6) != first
+    assert len({tuple(g.response_ids) for g in first}) > 1
+    assert answer_seed(5, 0) != answer_seed(5, 1)
+
+
+def test_an_answer_ends_with_the_end_of_sequence_id(engine: OpenVINOEngine, vocabulary: Vocabulary) -> None:
+    written = engine.generate(PROMPTS * 8, Sampling(1.0), 60, seed=0)
+    assert {"stop", "length"} == {g.finish_reason for g in written}
+    for answer in written:
+        ends = [token in vocabulary.eos_token_ids for token in answer.response_ids]
+        assert ends[-1] == (answer.finish_reason == "stop")
+        assert not any(ends[:-1])
+        assert len(answer.logprobs) == len(answer.response_ids)
+
+
+def test_a_loop_is_ended_where_it_shows(engine: OpenVINOEngine, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdraft.runtimes.openvino.is_looping", lambda ids: len(ids) >= 32)
+    impatient = engine.with_ends(vocabulary, end_loops=True)
+    whole = engine.generate(PROMPTS, Sampling(1.0), 80, seed=2)
+    for cut, full in zip(impatient.generate(PROMPTS, Sampling(1.0), 80, seed=2), whole, strict=True):
+        assert cut.response_ids == full.response_ids[:32]
+        assert cut.logprobs == full.logprobs[:32]
+
+
+def test_what_does_not_fit_is_refused(engine: OpenVINOEngine, exported_target: Path, tiny_target: Path) -> None:
+    with pytest.raises(DataError, match="fit into the context of 256"):
+        engine.generate([[5] * 250], Sampling(0.0), 20, seed=0)
+    with pytest.raises(DeviceError, match="OpenVINO sees"):
+        device_properties("TPU", "fast")
+    with pytest.raises(ArtifactError, match=r"no openvino_model\.xml"):
+        load_pipeline(tiny_target, "CPU", {})
+    with pytest.raises(RecipeError, match="must be at least 1"):
+        SpeculativePipeline(exported_target, exported_target, (), 0)
+
+
+def test_greedy_counts_agree_with_our_decoder_and_with_replay(
+    speculative: SpeculativePipeline, target: PreTrainedModel, near_draft: Path, vocabulary: Vocabulary
+) -> None:
+    draft = load_draft(near_draft)
+    expected = greedy(target, PROMPTS, 24, vocabulary)
+    decoder, total = SpeculativeDecoder(target, draft, vocabulary, K), []
+    for prompt, alone in zip(PROMPTS, expected, strict=True):
+        run = speculative.generate(prompt, Sampling(0.0), 24, seed=0)
+        assert run.generation == alone
+        assert run.lossless
+        # OpenVINO's first pass proposes nothing: its token belongs to the prompt.
+        behind = decoder.generate([*prompt, alone.response_ids[0]], Sampling(0.0), len(alone.response_ids) - 1, seed=0)
+        assert run.counts == behind.counts
+        row = SimpleNamespace(
+            prompt_ids=[*prompt, alone.response_ids[0]], response_ids=alone.response_ids[1:],
+            logprobs=alone.logprobs[1:], temperature=0.0, top_k=0, top_p=1.0,
+        )  # fmt: skip
+        assert replay(draft, [row], [K], vocabulary)[0][K].num_accepted_tokens == run.counts.num_accepted_tokens
+        total.append(run.counts)
+    rate = add_counts(total).acceptance_rate
+    assert 0.05 < rate < 0.95, "the pair must accept some and refuse some, or nothing was tested"
+
+
+def test_the_runtimes_own_metrics_give_the_same_rounds(speculative: SpeculativePipeline) -> None:
+    for prompt in PROMPTS:
+        run = speculative.generate(prompt, Sampling(0.0), 24, seed=0, beyond_end=False)
+        config = generation_config(Sampling(0.0), 24, speculative.eos_ids, 0)
+        config.num_assistant_tokens, config.assistant_confidence_threshold = K, 0.0
+        metrics = speculative.pipeline.generate([as_tensor(prompt)], [config])[0].extended_perf_metrics
+        found, exact = counts_from_metrics(metrics, K), speculative.generate(prompt, Sampling(0.0), 24, seed=0).counts
+        assert (found.num_drafts, found.num_generated_tokens) == (exact.num_drafts, exact.num_generated_tokens)
+        assert found.num_generated_tokens == len(run.generation.response_ids) - 1
+        assert 0 <= exact.num_accepted_tokens - found.num_accepted_tokens <= 1
+
+
+def test_a_sampled_run_says_that_it_is_not_the_targets_own(speculative: SpeculativePipeline) -> None:
+    run = speculative.generate(PROMPTS[1], Sampling(0.8), 24, seed=1)
+    assert not run.lossless
+    assert all(map(math.isnan, run.generation.logprobs))
+    assert run.counts.num_generated_tokens == len(run.generation.response_ids) - 1
+
+
+def test_rounds_are_cut_where_the_text_ends() -> None:
+    passes = [[10], [11, 12, 13, 14], [15], [16, 17, 3, 18], [19]]
+    text, rounds = cut_rounds(passes, 99, (3,), 3)
+    assert text == [10, 11, 12, 13, 14, 15, 16, 17, 3]
+    assert [(r.num_accepted, r.num_examined) for r in rounds] == [(3, 3), (0, 1), (3, 3)]
+    text, rounds = cut_rounds(passes, 7, (), 3)
+    assert text == [10, 11, 12, 13, 14, 15, 16]
+    assert [(r.num_accepted, r.num_examined) for r in rounds] == [(3, 3), (0, 1), (1, 1)]
+    assert cut_rounds([[10]], 5, (), 3) == ([10], [])
+    assert add_counts(r.counts for r in rounds) == Counts(3, 9, 4, (2, 1, 1), 5, 6, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def written(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe whose synthesize stage ran on OpenVINO, and its run's folder."""
+    folder = tmp_path_factory.mktemp("recipe")
+    recipe = write_recipe(folder, tiny_target)
+    overrides = ["synthesize.engine={kind: openvino, weights: fp16}", "synthesize.tokens=1500", "synthesize.batch_rows=8"]
+    run = pipeline.run(load_recipe(str(recipe), overrides), only=("design", "prepare", "synthesize"))
+    return recipe, run.root
+
+
+def test_synthesize_writes_accounted_rows(written: tuple[Path, Path]) -> None:
+    artifact = pipeline.RunDirectory(written[1]).artifact("synthesize")
+    manifest, rows = artifact.manifest(), list(read_all(artifact))
+    assert manifest["engine"] == "openvino"
+    assert manifest["asked"] == manifest["written"] + sum(manifest["filtered"].values()) + manifest["failed"]
+    assert len(rows) == len({row.row_id for row in rows}) == manifest["written"]
+    assert all(value == 0 if row.temperature == 0 else value <= 0 for row in rows for value in row.logprobs)
+
+
+def test_synthesize_goes_on_where_it_was_killed(written: tuple[Path, Path]) -> None:
+    recipe, root = written
+    units = sorted((root / "synthesize" / "units").iterdir())
+    before = {path.name: path.read_bytes() for path in units}
+    (root / "synthesize" / "manifest.json").unlink()
+    for path in units[len(units) // 2 :]:
+        path.unlink()
+    overrides = ["synthesize.engine={kind: openvino, weights: fp16}", "synthesize.tokens=1500", "synthesize.batch_rows=8"]
+    pipeline.run(load_recipe(str(recipe), overrides), only=["synthesize"])
+    assert {path.name: path.read_bytes() for path in (root / "synthesize" / "units").iterdir()} == before
+
+
+def test_a_recipe_exports_the_pair(tiny_target: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_target, export={"formats": ["huggingface", "openvino"], "openvino": {"target": "int8"}})
+    value = load_recipe(str(recipe))
+    stripped = value.model_copy(update=dict.fromkeys(("pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "report")))
+    run = pipeline.run(stripped)
+    found = json.loads((run.root / "export" / "manifest.json").read_text(encoding="utf-8"))["openvino"]
+    assert (found["target"], found["draft"], found["pair"]["same_text"]) == ("int8", "int8", True)
+    assert {path.name for path in (run.root / "export" / "openvino").iterdir()} == {"target", "draft"}
