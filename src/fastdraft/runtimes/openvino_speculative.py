@@ -15,6 +15,7 @@ OpenVINO counts otherwise than we do (functional/acceptance.py); seen in release
   `main_model_metrics.raw_metrics.m_batch_sizes`, the tokens written in each pass, is complete, and `counts_from_metrics`
   reads that. When sampling it counts a token too many after each rejection, so `SpeculativePipeline` reads the rounds off
   the tokens as they come.
+- It masks no ids of the draft; a draft that proposes ids without a token loses those proposals.
 
 Greedy text is the target's own. SAMPLED text is not: release 2026.4 accepts a proposal by comparing the draft's
 probability of it with the target's probability of another token, so that the text leans towards the draft and the
