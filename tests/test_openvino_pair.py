@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from conftest import write_target
-from fastdraft.errors import VocabularyError
+from fastdraft import cli
+from fastdraft.commands import check
+from fastdraft.console import Console
+from fastdraft.errors import MissingExtraError, VocabularyError
+from fastdraft.recipe import load_recipe
+from fastdraft.runtimes import engines
 from fastdraft.runtimes.openvino_pair import SENTENCE, check_pair, context_length
 
 
@@ -68,11 +73,25 @@ def test_a_config_without_a_context_length_refuses_nothing() -> None:
 
 
 def test_the_command_line_refuses_a_target_that_is_no_export(tmp_path: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastdraft import cli
-
     write_target(tmp_path / "target")
     capsys.readouterr()
     assert cli.main(["export", str(tiny_draft), "--format", "openvino", "--target", str(tmp_path / "target")]) == 2
     error = capsys.readouterr().err
     assert "openvino" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_check_says_which_library_is_missing_before_anything_runs(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(str(tiny_recipe), ["synthesize.engine={kind: openvino}"])
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "nncf" else True)
+    with pytest.raises(MissingExtraError, match=r"nncf: not installed.*fastdraft\[openvino\]"):
+        check.run(recipe, Console(quiet=True))
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "optimum.intel" else True)
+    with pytest.raises(MissingExtraError, match="--no-deps optimum-intel"):
+        check.run(recipe, Console(quiet=True))
+
+
+def test_an_error_about_a_missing_library_survives_a_pickle() -> None:
+    error = MissingExtraError("optimum-intel", "openvino", "pip install it")
+    kind, arguments = error.__reduce__()
+    assert str(kind(*arguments)) == str(error)

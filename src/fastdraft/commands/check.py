@@ -86,6 +86,10 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         load_task(task)
     if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
         _check_template(recipe)
+    if (recipe.synthesize and recipe.synthesize.engine.kind == "openvino") or (recipe.export and "openvino" in recipe.export.formats):
+        from fastdraft.runtimes.engines import require_openvino
+
+        require_openvino()
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from fastdraft.config import Config
+from fastdraft.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from fastdraft.interfaces import Engine, StageContext
     from fastdraft.vocabulary import Vocabulary
+
+
+INSTALL_CONVERTER = "pip install --no-deps optimum-intel optimum; pip install requests (with its dependencies it brings torchvision)"
 
 
 class HuggingFaceEngineConfig(Config):
@@ -40,6 +45,19 @@ class OpenVINOEngineConfig(Config):
     """OpenVINO's name: CPU, GPU, GPU.1."""
     logprobs: Literal["engine", "target"] = "engine"
     """engine: of the distribution that each token was drawn from; target: of the target in `target.dtype`, by a scoring pass."""
+
+
+def require_openvino() -> None:
+    """Looks whether everything that converting and running needs is installed, without importing it.
+
+    Raises:
+        MissingExtraError: naming the first library that is missing.
+    """
+    for module, library in (("openvino_genai", "openvino-genai"), ("openvino_tokenizers", "openvino-tokenizers"), ("nncf", "nncf")):
+        if find_spec(module) is None:
+            raise MissingExtraError(library, "openvino")
+    if find_spec("optimum") is None or find_spec("optimum.intel") is None:
+        raise MissingExtraError("optimum-intel", "openvino", INSTALL_CONVERTER)
 
 
 EngineConfig = Annotated[HuggingFaceEngineConfig | OpenVINOEngineConfig, Field(discriminator="kind")]

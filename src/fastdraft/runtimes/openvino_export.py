@@ -23,6 +23,7 @@ from fastdraft.errors import ArtifactError, MissingExtraError, TargetError
 from fastdraft.interfaces import Sampling
 from fastdraft.modeling.loading import load_config, load_tokenizer, quiet
 from fastdraft.modeling.source import check_weights, copy_tokenizer_files, raw_config
+from fastdraft.runtimes.engines import INSTALL_CONVERTER
 from fastdraft.runtimes.openvino import (
     MODEL_FILE,
     as_tensor,
@@ -44,7 +45,6 @@ GROUP = 128
 NEAR_TIE = 1e-3
 """Difference of log-probs below which either token counts as the greedy one: float32 differs by about 1e-5."""
 _PROMPT = "Once upon a time there was a small town by the sea, and in that town"
-_NO_DEPS = "pip install --no-deps optimum-intel optimum; pip install requests  (without --no-deps it brings torchvision)"
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _optimum() -> tuple[Any, Any]:
             from optimum.exporters.openvino import main_export
             from optimum.intel import OVConfig
     except (ImportError, RuntimeError) as error:
-        raise MissingExtraError(f"optimum-intel ({short(error)[:80]})", "openvino", _NO_DEPS) from error
+        raise MissingExtraError(f"optimum-intel ({short(error)[:80]})", "openvino", INSTALL_CONVERTER) from error
     return main_export, OVConfig
 
 
