@@ -46,6 +46,7 @@ def run(config: ReportConfig, context: StageContext) -> None:
     from fastdraft.reporting.record import read_record
     from fastdraft.reporting.report import compose_report
     from fastdraft.reporting.summary import summary_tables
+    from fastdraft.reporting.verdict import give_verdict
 
     artifact = context.artifact(NAME)
     context.console.stop.check(artifact.path)
@@ -61,4 +62,7 @@ def run(config: ReportConfig, context: StageContext) -> None:
     )
     for title, columns, rows in summary_tables(record.results or {}):
         context.console.table(title, columns, rows)
-    context.console.say(f"{report.verdict}\nreport: {artifact.path / 'report.html'}")
+    context.console.say(report.verdict)
+    if record.results is not None:
+        context.console.say(give_verdict(record.results).detail)
+    context.console.say(f"report: {artifact.path / 'report.html'}")
