@@ -57,6 +57,11 @@ def small_recipe(folder: Path, target: Path, leave_out: tuple[str, ...] = (), **
     return load_recipe(str(path))
 
 
+def own_prompts(folder: Path) -> dict[str, Any]:
+    """Prompts that need no prepared corpus."""
+    return {"prompts": [{"kind": "jsonl", "name": "instructions", "path": str(folder / "prompts.jsonl")}]}
+
+
 def read(run: RunDirectory, name: str) -> Any:
     return json.loads((run.root / name).read_text(encoding="utf-8"))
 
@@ -108,9 +113,8 @@ def test_an_earlier_draft_serves_another_fine_tune_without_new_pre_training(
     tmp_path: Path, family_draft: Path, fine_tune: Path, corpora: bool
 ) -> None:
     left_out = ("pretrain", "continue_pretrain") if corpora else ("prepare", "pretrain", "continue_pretrain")
-    recipe = small_recipe(tmp_path, fine_tune, left_out, design={"draft": {"kind": "from", "path": str(family_draft)}})
-    if not corpora:
-        recipe = recipe.model_copy(update={"synthesize": recipe.synthesize.model_copy(update={"prompts": recipe.synthesize.prompts[:1]})})  # type: ignore[union-attr]
+    changes = {} if corpora else {"synthesize": own_prompts(tmp_path)}
+    recipe = small_recipe(tmp_path, fine_tune, left_out, design={"draft": {"kind": "from", "path": str(family_draft)}}, **changes)
     run = pipeline.run(recipe)
     assert (run.root / "design/draft/model.safetensors").read_bytes() == (family_draft / "checkpoint/model.safetensors").read_bytes()
     assert read(run, "align/fingerprint.json")["mixture"] == ({"text": 1.0, "code": 1.0} if corpora else None)
@@ -124,8 +128,8 @@ def test_a_share_of_pre_training_asked_for_without_any_corpus_is_refused(tmp_pat
     recipe = small_recipe(
         tmp_path, fine_tune, ("prepare", "pretrain", "continue_pretrain"),
         design={"draft": {"kind": "from", "path": str(family_draft)}}, align={"pretraining_share": 0.1},
+        synthesize=own_prompts(tmp_path),
     )  # fmt: skip
-    recipe = recipe.model_copy(update={"synthesize": recipe.synthesize.model_copy(update={"prompts": recipe.synthesize.prompts[:1]})})  # type: ignore[union-attr]
     with pytest.raises(RecipeError, match=r"align\.pretraining_share.*set align\.pretraining_share: 0"):
         pipeline.run(recipe)
 

@@ -57,7 +57,7 @@ def test_overrides_reach_nested_keys_and_list_items() -> None:
         ("evaluate.temperatures=[-1]", "temperatures"),
         ("run.seed=x", "run.seed"),
         ("run.name=../up", "run.name"),
-        ("pretrain.mixture={nowhere: 1}", "names the corpus 'nowhere'"),
+        ("pretrain.mixture={nowhere: 1}", "pretrain.mixture: nowhere: must be one of prepare.corpora (code, text)"),
         ("design.draft={kind: shape}", "design.draft"),
         ("design.draft={kind: budget, parameters: 0}", "design.draft"),
         ("synthesize.temperatures=[-0.5]", "synthesize.temperatures"),
@@ -132,7 +132,7 @@ def test_a_folder_in_the_place_of_a_recipe_points_to_the_recipe_inside(tmp_path:
 
 
 def test_prompts_from_a_corpus_that_is_not_prepared_are_refused() -> None:
-    with pytest.raises(RecipeError, match="names the corpus 'nowhere'"):
+    with pytest.raises(RecipeError, match=r"synthesize\.prompts\[2\]\.corpus: nowhere: must be one of"):
         load_recipe("demo", ["synthesize.prompts[2].corpus=nowhere"])
 
 

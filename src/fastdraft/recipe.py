@@ -56,15 +56,21 @@ class Recipe(Config):
     """One page about the run."""
 
     @model_validator(mode="after")
-    def _mixtures_name_prepared_corpora(self) -> Recipe:
-        prepared = {corpus.name for corpus in self.prepare.corpora} if self.prepare else None
-        for prompts in self.synthesize.prompts if self.synthesize else ():
-            if prompts.kind == "corpus" and prompts.corpus not in (prepared or ()):
-                raise ValueError(f"synthesize.prompts names the corpus '{prompts.corpus}', which prepare.corpora does not have")
-        for section in (self.pretrain, self.continue_pretrain):
-            for name in section.mixture if section and prepared is not None else ():
-                if name not in prepared:  # type: ignore[operator]
-                    raise ValueError(f"mixture names the corpus '{name}', but prepare.corpora has {', '.join(sorted(prepared or ()))}")
+    def _corpora_are_prepared(self) -> Recipe:
+        """Every corpus that a section names must be one of `prepare.corpora`."""
+        prepared = sorted({corpus.name for corpus in self.prepare.corpora}) if self.prepare else []
+        named = [
+            (f"synthesize.prompts[{number}].corpus", prompts.corpus)
+            for number, prompts in enumerate(self.synthesize.prompts if self.synthesize else ())
+            if prompts.kind == "corpus"
+        ]
+        for stage in ("pretrain", "continue_pretrain"):
+            section = getattr(self, stage)
+            named += [(f"{stage}.mixture", name) for name in section.mixture] if section and self.prepare else []
+        for key, name in named:
+            if name not in prepared:
+                rule = f"must be one of prepare.corpora ({', '.join(prepared) or 'there are none'})"
+                raise RecipeError(key, name, rule, "correct the name, or prepare that corpus")
         return self
 
     def sections(self) -> dict[str, Config]:
