@@ -82,5 +82,5 @@ class Reader:
     def take_back(self, length: int) -> None:
         """Keeps the first `length` tokens only; nothing happens when fewer were read."""
         if length < self.length:
-            self.cache.crop(length)
+            self.cache.crop(length - self.length)  # a negative count is taken back by every release of transformers
             self.length = length
