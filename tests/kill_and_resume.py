@@ -37,7 +37,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False) 
     if say:
         print(f"undisturbed run: {total} changes of its files seen")
     random_part = random.Random(seed)
-    lives = iter(lambda: random_part.randint(1, max(2, 2 * total // (kills + 1))), None)
+    # A quarter of a run at most, so that many kills reach the last stages too; a run that ends early is followed by another.
+    lives = iter(lambda: random_part.randint(1, max(2, 2 * total // (kills + 1), total // 4)), None)
     found: list[str] = []
     done = number = 0
     while done < kills:
