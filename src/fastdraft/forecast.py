@@ -7,7 +7,6 @@ rough machine rates behind "about 5 minutes". Rates are orders of magnitude: a r
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 PAPER_K = 3
 """The num_speculative_tokens at which the paper prints acceptance rates."""
@@ -58,11 +57,6 @@ def mbsu_at(rate: float, num_speculative_tokens: int, cost_ratio: float, known_a
     return mbsu(block_efficiency(acceptance, num_speculative_tokens), num_speculative_tokens, cost_ratio)
 
 
-def best_num_speculative_tokens(rate: float, cost_ratio: float, choices: Sequence[int] = range(1, 9)) -> int:
-    """The K with the largest memory-bound speed-up for an acceptance rate known at K = 3."""
-    return max(choices, key=lambda k: mbsu_at(rate, k, cost_ratio))
-
-
 def predicted_speedup(
     block_efficiency: float, num_speculative_tokens: int, draft_seconds: float, target_seconds_1: float, target_seconds_k1: float
 ) -> float:
@@ -101,11 +95,6 @@ def training_seconds(
 def writing_seconds(tokens: float, parameters: int, device: str = "cpu", threads: int = 0) -> float:
     """Seconds for a model of so many parameters to write `tokens` tokens in batches."""
     return tokens / (3 * _WRITING_SHARE * training_rate(parameters, device, threads))
-
-
-def scoring_seconds(tokens: float, parameters: int, device: str = "cpu", threads: int = 0) -> float:
-    """Seconds to read `tokens` given tokens in one pass each (replay, validation): a third of training them."""
-    return tokens / (3 * training_rate(parameters, device, threads))
 
 
 def tokenize_seconds(tokens: float, workers: int = 0) -> float:

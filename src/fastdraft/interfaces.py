@@ -169,6 +169,18 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> None:
+    """What every engine asks of its prompts.
+
+    Raises:
+        DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
+    """
+    for index, prompt in enumerate(prompts):
+        if not prompt or len(prompt) + max_new_tokens > context_length:
+            rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {context_length}"
+            raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
+
+
 class Engine(Protocol):
     """A runtime that writes text as the target. Implementations: runtimes/."""
 

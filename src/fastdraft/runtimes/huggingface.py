@@ -12,9 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fastdraft.decoding.autoregressive import generate_batch
-from fastdraft.errors import DataError
 from fastdraft.functional.looping import is_looping
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.interfaces import Generation, Sampling, check_prompts
 from fastdraft.vocabulary import Vocabulary
 
 
@@ -53,10 +52,7 @@ class HuggingFaceEngine:
         Raises:
             DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
         """
-        for index, prompt in enumerate(prompts):
-            if not prompt or len(prompt) + max_new_tokens > self.context_length:
-                rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {self.context_length}"
-                raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
+        check_prompts(prompts, max_new_tokens, self.context_length)
         generator = torch.Generator().manual_seed(seed)
         eos_ids, give_up = frozenset(self.vocabulary.eos_token_ids), is_looping if self.end_loops else None
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

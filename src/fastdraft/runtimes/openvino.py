@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastdraft.errors import ArtifactError, DataError, DeviceError, MissingExtraError
+from fastdraft.errors import ArtifactError, DeviceError, MissingExtraError
 from fastdraft.functional.looping import is_looping
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.interfaces import Generation, Sampling, check_prompts
 from fastdraft.vocabulary import Vocabulary
 
 Precision = Literal["fast", "exact"]
@@ -180,10 +180,7 @@ class OpenVINOEngine:
         Raises:
             DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
         """
-        for index, prompt in enumerate(prompts):
-            if not prompt or len(prompt) + max_new_tokens > self.context_length:
-                rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {self.context_length}"
-                raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
+        check_prompts(prompts, max_new_tokens, self.context_length)
         eos_ids = self.vocabulary.eos_token_ids
         answers = []
         for index, prompt in enumerate(prompts):
