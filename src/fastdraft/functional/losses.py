@@ -1,13 +1,16 @@
 """Losses as pure functions of tensors.
 
-Decides how the cross-entropy over a large vocabulary is computed without ever holding tokens x vocabulary logits: rows are
-taken in chunks, and each chunk's share of the gradient is made in the forward pass, while its logits still exist.
+Decides how a loss over a large vocabulary is computed without ever holding tokens x vocabulary logits: rows are taken in
+chunks, and each chunk's share of the gradient is made in the forward pass, while its logits still exist. The cross-entropy
+is here; those against a whole distribution of the target are in functional/distillation.py.
 
 Shapes: N tokens, D hidden size, V vocabulary, C tokens of one chunk (`logits_CV`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +22,11 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 27}
 """Logits of one chunk: as many as stay in a CPU's cache (8 MB of fp32), or as fill an accelerator's units (512 MB)."""
 _CHUNK_ROWS = 256, 8192
 """Fewer rows, and reading the head's weights and adding to their gradient would cost more than the products."""
+
+ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""Logits [C, V] of some rows, which rows these are, whether a gradient is wanted -> their summed loss and its gradient by the logits.
+
+The logits are the callee's to overwrite."""
 
 
 def chunked_cross_entropy(
@@ -41,11 +49,32 @@ def chunked_cross_entropy(
         The sum of the losses in nats (scalar; differentiable once by hidden and head) and the number of trained tokens (int64
         scalar). Nothing is divided: the caller knows over how many tokens its batch goes.
     """
+    chunk_loss = partial(_cross_entropy_of_chunk, labels_N, ignore_index, z_loss)
+    return chunked_loss(hidden_ND, head_VD, chunk_loss, chunk), (labels_N != ignore_index).sum()
+
+
+def chunked_loss(hidden_ND: Tensor, head_VD: Tensor, chunk_loss: ChunkLoss, chunk: int = 0) -> Tensor:
+    """Any loss over rows of `hidden @ head^T` that is a sum over rows, a chunk of logits at a time.
+
+    Args:
+        hidden_ND: last hidden states, float [N, D].
+        head_VD: weight of the output head without bias, float [V, D].
+        chunk_loss: what is done with a chunk's logits, given in fp32 (float64 for float64 input).
+        chunk: rows whose logits exist at a time; 0 chooses by device and vocabulary.
+
+    Returns:
+        The sum over all rows: scalar, fp32 or float64, differentiable once by hidden and head.
+    """
     chunk = chunk or default_chunk(hidden_ND.device.type, head_VD.shape[0])
-    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head_VD, labels_N, ignore_index, z_loss, chunk, torch.is_grad_enabled()
-    )
-    return loss, (labels_N != ignore_index).sum()
+    loss: Tensor = _ChunkedLoss.apply(hidden_ND, head_VD, chunk_loss, chunk, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss
+
+
+def compute_dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """(type of the matrix products: autocast's where it is on; type of logits, softmax and sums: fp32, or float64 for float64)."""
+    device = hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return compute, torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def default_chunk(device_type: str, vocab_size: int) -> int:
@@ -54,18 +83,14 @@ def default_chunk(device_type: str, vocab_size: int) -> int:
     return max(_CHUNK_ROWS[0], min(_CHUNK_ROWS[1], elements // vocab_size))
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     """Forward makes the gradients of every chunk; backward only scales them."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - autograd passes by position
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, chunk: int, grad: bool
-    ) -> Tensor:
-        device = hidden_ND.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, chunk_loss: ChunkLoss, chunk: int, grad: bool) -> Tensor:  # noqa: PLR0917
+        compute, wide = compute_dtypes(hidden_ND)
         needs_hidden, needs_head = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden_ND.device.type, enabled=False):
             low_VD = head_VD.detach().to(compute)
             grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
             grad_VD = torch.zeros_like(head_VD, dtype=wide) if needs_head else None
@@ -73,15 +98,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden_ND.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 low_CD = hidden_ND[rows].detach().to(compute)
-                logits_CV = _product(low_CD, low_VD.t(), wide)
-                loss, grad_CV = _chunk_loss(logits_CV, labels_N[rows], ignore_index, z_loss, needs_hidden or needs_head)
+                loss, grad_CV = chunk_loss(product(low_CD, low_VD.t(), wide), rows, needs_hidden or needs_head)
                 total += loss
                 if grad_CV is not None:
                     grad_CV = grad_CV.to(compute)
                 if grad_ND is not None and grad_CV is not None:
-                    grad_ND[rows] = _product(grad_CV, low_VD, wide)
+                    grad_ND[rows] = product(grad_CV, low_VD, wide)
                 if grad_VD is not None and grad_CV is not None:
-                    grad_VD += _product(grad_CV.t(), low_CD, wide)
+                    grad_VD += product(grad_CV.t(), low_CD, wide)
         ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
         return total
 
@@ -90,18 +114,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = ctx.saved_tensors
         scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in (grad_ND, grad_VD)]
-        return scaled[0], scaled[1], None, None, None, None, None
+        return scaled[0], scaled[1], None, None, None
 
 
-def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
     """Matrix product in `wide`; where the device can, the sums over low-precision factors are never rounded below it."""
     if left.is_cuda and left.dtype != wide and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=wide)
     return (left @ right).to(wide)
 
 
-def _chunk_loss(logits_CV: Tensor, labels_C: Tensor, ignore_index: int, z_loss: float, grad: bool) -> tuple[Tensor, Tensor | None]:
+def _cross_entropy_of_chunk(  # noqa: PLR0917 - the first three are bound
+    labels_N: Tensor, ignore_index: int, z_loss: float, logits_CV: Tensor, rows: slice, grad: bool
+) -> tuple[Tensor, Tensor | None]:
     """Loss of a chunk and, made in the memory of its log-probabilities, its gradient by the logits."""
+    labels_C = labels_N[rows]
     trained_C = labels_C != ignore_index
     safe_C1 = labels_C.where(trained_C, 0)[:, None]
     label_logit_C = logits_CV.gather(1, safe_C1)[:, 0]

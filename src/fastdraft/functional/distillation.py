@@ -1,0 +1,228 @@
+"""Token-level distillation: losses between the target's distribution of the next token and the draft's, as pure functions.
+
+Decides the formulas; that both distributions are taken at temperature 1 and neither is masked (a padding id has the probability
+that the model gives it, since only then is the target's distribution its own); that a target known by its k most likely tokens
+is compared bucket by bucket, those k and one tail that holds all other tokens, in both distributions (so every loss here but the
+cross-entropy is a lower bound of the dense one, and they agree where the tails do); and that logits exist a chunk of rows at a time.
+
+Written t for target_probs, d for draft_probs, the sums over tokens or buckets v:
+    forward_kl  sum t log(t/d)                                     Hinton et al. 1503.02531
+    reverse_kl  sum d log(d/t)                                     MiniLLM 2306.08543
+    jsd         beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d     GKD 2306.13649
+    tvd         1/2 sum |t - d| = 1 - overlap                      DistillSpec 2310.08461: 1 - the chance of acceptance
+    ce_kl       1/2 CE + 1/2 forward_kl                            FastDraft 2411.11055 compares these two with CE
+    ce_tvd      1/2 CE + 1/2 tvd
+    lk_hybrid   l forward_kl + (1-l) tvd, l = exp(-3 overlap) held constant  LK losses 2602.23881
+    lk_log      -log overlap                                       LK losses 2602.23881
+with overlap = sum min(t, d), the chance that speculative sampling accepts the draft's proposal, and CE = -log d[label].
+
+Shapes: N tokens, D hidden size, V vocabulary, K kept tokens, B buckets (V, or K + 1 with the tail last), C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastdraft.functional.losses import IGNORE_INDEX, chunked_loss
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""Log-probs of the target and of the draft, each [..., B] -> nats (or probability) [...]; differentiable by the draft's."""
+
+LK_ETA = 3.0
+"""How fast lk_hybrid moves from KL to TVD as the overlap grows: the paper's best."""
+LOG_FLOOR = -1e4
+"""Stands for log 0 where a bucket is empty, so that 0 * log 0 is 0."""
+
+
+def forward_kl(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
+    """KL(t|d) = sum t log(t/d): the draft must cover all that the target may say (Hinton et al., arXiv 1503.02531)."""
+    return (target_logp.exp() * (target_logp - draft_logp)).sum(-1)
+
+
+def reverse_kl(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
+    """KL(d|t) = sum d log(d/t): the draft must not say what the target would not (MiniLLM, arXiv 2306.08543)."""
+    return (draft_logp.exp() * (draft_logp - target_logp)).sum(-1)
+
+
+def jsd(target_logp: Tensor, draft_logp: Tensor, beta: float = 0.5) -> Tensor:
+    """beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d, 0 < beta < 1 (GKD, arXiv 2306.13649, equation 1).
+
+    Divided by beta it tends to the forward KL as beta goes to 0; divided by 1 - beta to the reverse KL as beta goes to 1.
+    """
+    middle_logp = torch.logaddexp(target_logp + math.log(beta), draft_logp + math.log1p(-beta))
+    return beta * forward_kl(target_logp, middle_logp) + (1 - beta) * forward_kl(draft_logp, middle_logp)
+
+
+def log_overlap(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
+    """log sum min(t, d): of the chance that a proposal of the draft is accepted (Leviathan et al., arXiv 2211.17192)."""
+    return torch.minimum(target_logp, draft_logp).logsumexp(-1)
+
+
+def tvd(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
+    """1/2 sum |t - d|: total variation, 1 - overlap; bounded gradients, which vanish for a draft that is far off."""
+    return 0.5 * (target_logp.exp() - draft_logp.exp()).abs().sum(-1)
+
+
+def lk_hybrid(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
+    """l KL(t|d) + (1-l) TVD, l = exp(-3 overlap) of each token by itself, without gradient (LK losses, arXiv 2602.23881)."""
+    weight = (-LK_ETA * log_overlap(target_logp, draft_logp).detach().exp()).exp()
+    return weight * forward_kl(target_logp, draft_logp) + (1 - weight) * tvd(target_logp, draft_logp)
+
+
+def lk_log(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
+    """-log sum min(t, d): TVD's gradient divided by the overlap, so that it does not vanish (LK losses, arXiv 2602.23881)."""
+    return -log_overlap(target_logp, draft_logp)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """`weight` * divergence + `ce_weight` * cross-entropy of the label, for each token."""
+
+    divergence: Divergence
+    weight: float = 1.0
+    ce_weight: float = 0.0
+
+
+def token_loss(name: str, beta: float = 0.5) -> TokenLoss:
+    """The loss of that name in the list above.
+
+    Args:
+        name: As in the list.
+        beta: Of jsd; the others have none.
+
+    Raises:
+        KeyError: for another name.
+    """
+    losses = {
+        "forward_kl": TokenLoss(forward_kl),
+        "reverse_kl": TokenLoss(reverse_kl),
+        "jsd": TokenLoss(partial(jsd, beta=beta)),
+        "tvd": TokenLoss(tvd),
+        "ce_kl": TokenLoss(forward_kl, 0.5, 0.5),
+        "ce_tvd": TokenLoss(tvd, 0.5, 0.5),
+        "lk_hybrid": TokenLoss(lk_hybrid),
+        "lk_log": TokenLoss(lk_log),
+    }
+    return losses[name]
+
+
+@dataclass(frozen=True)
+class DenseTarget:
+    """The target's distribution over all tokens, made when a chunk asks for it."""
+
+    logits: Callable[[slice], Tensor]
+    """Raw logits [C, V] of some rows; `logits_NV.__getitem__` where they stand already."""
+
+
+@dataclass(frozen=True)
+class SparseTarget:
+    """The target's distribution over its K most likely tokens and one tail."""
+
+    ids_NK: Tensor
+    """Integers; no id twice in a row."""
+    logprobs_NB: Tensor
+    """[N, K + 1], at temperature 1, the tail's mass last."""
+
+    def normalized(self) -> SparseTarget:
+        """The same with rows that add to 1 exactly: what was stored in 16 bits is a little off."""
+        return SparseTarget(self.ids_NK, self.logprobs_NB.log_softmax(-1))
+
+
+TargetDistribution = DenseTarget | SparseTarget
+
+
+def top_k_buckets(logits_NV: Tensor, k: int) -> SparseTarget:
+    """A distribution's K most likely tokens, best first, with their log-probs and the log of the mass of all others."""
+    ids_NK = logits_NV.topk(k, dim=-1).indices
+    return SparseTarget(ids_NK, _bucketed(logits_NV, ids_NK)[0])
+
+
+def _bucketed(logits_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs by bucket [N, K+1], of every token [N, V], and of every token given that it is in the tail [N, V] (-inf outside)."""
+    lse_N1 = logits_NV.logsumexp(-1, keepdim=True)
+    logp_NV = logits_NV - lse_N1
+    rest_NV = logits_NV.scatter(1, ids_NK, -torch.inf)
+    # A tail without tokens has no mass; the smallest float instead of -inf keeps the subtraction below from being NaN.
+    rest_N1 = rest_NV.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(rest_NV.dtype).min / 2)
+    tail_N1 = (rest_N1 - lse_N1).clamp(min=LOG_FLOOR)
+    return torch.cat([logp_NV.gather(1, ids_NK), tail_N1], dim=1), logp_NV, rest_NV.sub_(rest_N1)
+
+
+def chunked_distillation(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    target: TargetDistribution,
+    loss: TokenLoss,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of `loss` between the target's distribution and softmax(hidden @ head^T).
+
+    Matrix products run in autocast's type where it is on, all else in fp32 (float64 for float64 input), as in
+    `chunked_cross_entropy`.
+
+    Args:
+        hidden_ND: the draft's last hidden states, float [N, D].
+        head_VD: weight of its output head without bias, float [V, D].
+        labels_N: the token that follows each row, int64 [N]: the cross-entropy's; `ignore_index` takes a row out of the loss.
+        target: the target's distribution at the same N rows.
+        loss: from `token_loss`.
+        ignore_index: label of rows without a loss.
+        chunk: rows whose logits exist at a time; 0 chooses by device and vocabulary.
+
+    Returns:
+        The sum of the losses (scalar; differentiable once by hidden and head) and the number of trained tokens (int64 scalar).
+    """
+    chunk_loss = partial(_chunk_loss, labels_N, ignore_index, target, loss)
+    return chunked_loss(hidden_ND, head_VD, chunk_loss, chunk), (labels_N != ignore_index).sum()
+
+
+def _chunk_loss(  # noqa: PLR0917 - the first four are bound
+    labels_N: Tensor, ignore_index: int, target: TargetDistribution, loss: TokenLoss, logits_CV: Tensor, rows: slice, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of a chunk and its gradient by the logits.
+
+    With h = d loss / d log-probs, the chain rule through the softmax gives h - d sum(h); a bucket's h goes to its tokens in
+    proportion to their probability given the bucket.
+    """
+    labels_C, wide = labels_N[rows], logits_CV.dtype
+    trained_C = labels_C != ignore_index
+    safe_C1 = labels_C.where(trained_C, 0)[:, None]
+    if isinstance(target, SparseTarget):
+        ids_CK, target_CB = target.ids_NK[rows].long(), target.logprobs_NB[rows].to(wide)
+        draft_CB, logp_CV, rest_CV = _bucketed(logits_CV, ids_CK)
+    else:
+        target_CB = target.logits(rows).to(wide).log_softmax(-1)
+        draft_CB = logp_CV = logits_CV.log_softmax(-1)
+    total, h_CB = _divergence(loss.divergence, target_CB, draft_CB, loss.weight * trained_C, grad)
+    ce_C = loss.ce_weight * trained_C.to(wide)
+    total = total - (ce_C * logp_CV.gather(1, safe_C1)[:, 0]).where(trained_C, 0).sum()
+    if h_CB is None:
+        return total, None
+    grad_CV = logp_CV.exp().mul_((ce_C - h_CB.sum(-1))[:, None])
+    if isinstance(target, SparseTarget):
+        grad_CV.addcmul_(rest_CV.exp_(), h_CB[:, -1:]).scatter_add_(1, ids_CK, h_CB[:, :-1])
+    else:
+        grad_CV += h_CB
+    return total, grad_CV.scatter_add_(1, safe_C1, -ce_C[:, None])
+
+
+def _divergence(
+    divergence: Divergence, target_CB: Tensor, draft_CB: Tensor, weight_C: Tensor, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weighted sum over rows and its gradient by the draft's log-probs; rows of weight 0 have none, whatever they hold."""
+    with torch.set_grad_enabled(grad):
+        leaf_CB = draft_CB.detach().requires_grad_(grad)
+        total = (weight_C * divergence(target_CB, leaf_CB)).where(weight_C != 0, 0).sum()
+    if not grad:
+        return total, None
+    (h_CB,) = torch.autograd.grad(total, leaf_CB)
+    return total.detach(), h_CB.where(weight_C[:, None] != 0, 0)
