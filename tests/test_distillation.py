@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdraft.functional.distillation import (
-    DenseTarget, SparseTarget, TargetDistribution, chunked_distillation, lk_hybrid, token_loss, top_k_buckets,
+    DenseTarget,
+    SparseTarget,
+    TargetDistribution,
+    chunked_distillation,
+    lk_hybrid,
+    token_loss,
+    top_k_buckets,
 )  # fmt: skip
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd", "ce_kl", "ce_tvd", "lk_hybrid", "lk_log")
@@ -159,7 +165,7 @@ def test_when_every_token_is_kept_an_empty_tail_adds_nothing() -> None:
     example = Example(k=11)
     target = example.target(True)
     assert isinstance(target, SparseTarget)
-    assert (target.logprobs_NB[:, -1] == -1e4).all()
+    assert (target.logprobs[:, -1] == -1e4).all()
     for name in LOSSES:
         loss, dense = example.found(name, True), example.found(name, False)
         torch.testing.assert_close(loss, dense)

@@ -73,6 +73,17 @@ class Recipe(Config):
                 raise RecipeError(key, name, rule, "correct the name, or prepare that corpus")
         return self
 
+    @model_validator(mode="after")
+    def _logits_are_stored(self) -> Recipe:
+        """What align is to read, synthesize must write."""
+        objective = self.align.objective if self.align else None
+        if objective and objective.kind == "token_kd" and objective.source == "stored" and self.synthesize:
+            kind = self.synthesize.logits.kind
+            if kind != "top_k":
+                rule = f"needs the target's logits, but synthesize.logits is {kind}"
+                raise RecipeError("align.objective.source", "stored", rule, "set synthesize.logits: {kind: top_k}, or source: target")
+        return self
+
     def sections(self) -> dict[str, Config]:
         """The stages' sections that are present, by stage name, in the order in which they run."""
         return {name: value for name in Recipe.model_fields if name not in ("run", "target") and (value := getattr(self, name)) is not None}

@@ -146,12 +146,24 @@ def read_all(synthesize: Artifact, split: Split | None = None) -> Iterator[Synth
     Raises:
         ArtifactError: when a unit is damaged.
     """
+    for _, _, row in read_placed(synthesize, split):
+        yield row
+
+
+def read_placed(synthesize: Artifact, split: Split | None = None) -> Iterator[tuple[Path, int, SyntheticRow]]:
+    """As `read_all`; each row with its unit and the number of response tokens that stand before it there.
+
+    Raises:
+        ArtifactError: when a unit is damaged.
+    """
     paths = unit_paths(synthesize)
     held = validation_keys(key for path in paths for key in read_columns(path, ["prompt_key"])["prompt_key"]) if split else frozenset()
     for path in paths:
+        before = 0
         for row in read_rows(path):
             if split is None or (row.prompt_key in held) == (split == "validation"):
-                yield row
+                yield path, before, row
+            before += len(row.response_ids)
 
 
 def validation_keys(prompt_keys: Iterable[str]) -> frozenset[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdraft.data.chat import render_prompt, special_ids
@@ -20,6 +21,8 @@ from fastdraft.interfaces import Engine, Generation, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fastdraft.decoding.logit_writer import LogitWriter
 
 INSTRUCTION_TEMPERATURE = 1.0
 
@@ -39,6 +42,17 @@ class UnitWriter:
     top_p: float = 1.0
     is_evaluation: Callable[[str], bool] = lambda text: False
     """Whether a normalised text is a prompt of an evaluation task."""
+    logit_writer: LogitWriter | None = None
+    """Keeps the target's distribution at every response token; None keeps none."""
+
+    def write_logits(self, unit: Path) -> None:
+        """Adds the distributions of a unit whose rows stand, unless that is done or nobody asked for it.
+
+        Raises:
+            TargetError: when the target's numbers are not finite there.
+        """
+        if self.logit_writer:
+            self.logit_writer.write(unit)
 
     def write(self, unit: Unit, seed: int) -> tuple[list[SyntheticRow], RowCounts]:
         """Asks the target; equal units, seeds and rows written before give equal rows.

@@ -51,7 +51,7 @@ def reverse_kl(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
 
 
 def jsd(target_logp: Tensor, draft_logp: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d, 0 < beta < 1 (GKD, arXiv 2306.13649, equation 1).
+    """Jensen-Shannon: beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d, 0 < beta < 1 (GKD, arXiv 2306.13649, equation 1).
 
     Divided by beta it tends to the forward KL as beta goes to 0; divided by 1 - beta to the reverse KL as beta goes to 1.
     """
@@ -60,7 +60,7 @@ def jsd(target_logp: Tensor, draft_logp: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def log_overlap(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """log sum min(t, d): of the chance that a proposal of the draft is accepted (Leviathan et al., arXiv 2211.17192)."""
+    """The log of sum min(t, d), the chance that a proposal of the draft is accepted (Leviathan et al., arXiv 2211.17192)."""
     return torch.minimum(target_logp, draft_logp).logsumexp(-1)
 
 
@@ -70,7 +70,7 @@ def tvd(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
 
 
 def lk_hybrid(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """l KL(t|d) + (1-l) TVD, l = exp(-3 overlap) of each token by itself, without gradient (LK losses, arXiv 2602.23881)."""
+    """Adaptive: l KL(t|d) + (1-l) TVD, l = exp(-3 overlap) of each token by itself, without gradient (LK losses, arXiv 2602.23881)."""
     weight = (-LK_ETA * log_overlap(target_logp, draft_logp).detach().exp()).exp()
     return weight * forward_kl(target_logp, draft_logp) + (1 - weight) * tvd(target_logp, draft_logp)
 
@@ -124,14 +124,14 @@ class DenseTarget:
 class SparseTarget:
     """The target's distribution over its K most likely tokens and one tail."""
 
-    ids_NK: Tensor
-    """Integers; no id twice in a row."""
-    logprobs_NB: Tensor
+    ids: Tensor
+    """Integers [N, K]; no id twice in a row."""
+    logprobs: Tensor
     """[N, K + 1], at temperature 1, the tail's mass last."""
 
     def normalized(self) -> SparseTarget:
         """The same with rows that add to 1 exactly: what was stored in 16 bits is a little off."""
-        return SparseTarget(self.ids_NK, self.logprobs_NB.log_softmax(-1))
+        return SparseTarget(self.ids, self.logprobs.log_softmax(-1))
 
 
 TargetDistribution = DenseTarget | SparseTarget
@@ -197,7 +197,7 @@ def _chunk_loss(  # noqa: PLR0917 - the first four are bound
     trained_C = labels_C != ignore_index
     safe_C1 = labels_C.where(trained_C, 0)[:, None]
     if isinstance(target, SparseTarget):
-        ids_CK, target_CB = target.ids_NK[rows].long(), target.logprobs_NB[rows].to(wide)
+        ids_CK, target_CB = target.ids[rows].long(), target.logprobs[rows].to(wide)
         draft_CB, logp_CV, rest_CV = _bucketed(logits_CV, ids_CK)
     else:
         target_CB = target.logits(rows).to(wide).log_softmax(-1)
@@ -215,9 +215,7 @@ def _chunk_loss(  # noqa: PLR0917 - the first four are bound
     return total, grad_CV.scatter_add_(1, safe_C1, -ce_C[:, None])
 
 
-def _divergence(
-    divergence: Divergence, target_CB: Tensor, draft_CB: Tensor, weight_C: Tensor, grad: bool
-) -> tuple[Tensor, Tensor | None]:
+def _divergence(divergence: Divergence, target_CB: Tensor, draft_CB: Tensor, weight_C: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
     """Weighted sum over rows and its gradient by the draft's log-probs; rows of weight 0 have none, whatever they hold."""
     with torch.set_grad_enabled(grad):
         leaf_CB = draft_CB.detach().requires_grad_(grad)

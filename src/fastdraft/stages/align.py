@@ -2,21 +2,23 @@
 
 Decides where it begins (the latest pre-trained weights), that the loss covers response tokens only by the generator's own boundaries, that
 a share of the steps comes from the pre-training mixture against forgetting, and that the step with the best block efficiency
-on held-out prompts wins, not the one with the lowest loss.
+on held-out prompts wins, not the one with the lowest loss. What is taught is the objective: the target's tokens, or its distribution
+at each of them, from the loaded target or as synthesize stored it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from fastdraft.artifacts import Artifact
 from fastdraft.config import Config, Count, format_count
-from fastdraft.errors import RecipeError, TrainingError
-from fastdraft.interfaces import StageContext
+from fastdraft.errors import RecipeError, TrainingError, VocabularyError
+from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
 from fastdraft.training.settings import (
     AdamWConfig,
@@ -26,6 +28,7 @@ from fastdraft.training.settings import (
     Precision,
     ScheduleConfig,
     SequenceKDConfig,
+    TokenKDConfig,
     kind_default,
 )  # fmt: skip
 
@@ -34,8 +37,9 @@ if TYPE_CHECKING:
 
     from fastdraft.data.responses import SyntheticRow
     from fastdraft.training.assemble import Resolved
-    from fastdraft.training.batches import AlignmentBatches, PackedBatches, Sample
+    from fastdraft.training.batches import AlignmentBatches, PackedBatches, ResponseLogits, Sample
     from fastdraft.training.checkpoint import TrainingState
+    from fastdraft.training.objective import Objective
     from fastdraft.training.step import TrainStep
     from fastdraft.training.trainer import Trainer, Validation
 
@@ -61,7 +65,7 @@ class AlignConfig(Config):
     """Share of the steps that come from the pre-training mixture (without one: from all prepared corpora in equal parts): without them
     the draft forgets what the prompts do not cover. Left out: 0.1, or 0 where the recipe prepares no corpora."""
     objective: Annotated[ObjectiveConfig, BeforeValidator(kind_default("sequence_kd"))] = SequenceKDConfig()
-    """sequence_kd: cross-entropy on the target's responses."""
+    """sequence_kd: cross-entropy on the target's responses; token_kd: the target's distribution at each token of them."""
     batch_tokens: Count | None = Field(default=None, gt=0)
     """Tokens of one optimiser step; left out: by the draft's size (16k at 1M parameters, 64k from 50M on) and the budget."""
     micro_batch_tokens: Count | None = Field(default=None, gt=0)
@@ -94,6 +98,7 @@ class AlignConfig(Config):
 def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
     """What the weights depend on: the start, the synthetic rows, the mixture, these settings, the seed."""
     mixture = _mixture(context) if _pretraining_share(config, context) else None
+    teaching = {"target": _target_identity(context.target)} if _needs_target(config) else {}
     return {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
         "seed": context.settings.seed,
@@ -102,7 +107,18 @@ def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
         "mixture": mixture,
         "prepare": context.artifact("prepare").digest() if mixture else None,
         "num_speculative_tokens": _num_speculative_tokens(context),
+        **teaching,
     }
+
+
+def _needs_target(config: AlignConfig) -> bool:
+    return isinstance(config.objective, TokenKDConfig) and config.objective.source == "target"
+
+
+def _target_identity(target: TargetConfig) -> dict[str, Any]:
+    from fastdraft.modeling.source import model_identity
+
+    return model_identity(target.model, target.location, target.revision, target.dtype)
 
 
 def run(config: AlignConfig, context: StageContext) -> None:
@@ -135,11 +151,10 @@ def _build_trainer(
 ) -> tuple[Trainer, Resolved, dict[str, int]]:
     from fastdraft.data.responses import read_all
     from fastdraft.training import assemble, rates
-    from fastdraft.training.objective import CrossEntropy
     from fastdraft.training.trainer import Plan, Trainer
 
     artifact, synthesize = context.artifact("align"), context.require("synthesize")
-    samples, counts = _samples(read_all(synthesize, "train"), model)
+    samples, counts = _samples(_responses(config, synthesize, model), model)
     total = sum(sample.num_tokens for sample in samples)
     budget = config.tokens or round(total * (config.passes or 1))
     batch_tokens = config.batch_tokens or rates.batch_tokens("align", assemble.count_parameters(model), budget)
@@ -148,7 +163,7 @@ def _build_trainer(
         batch_tokens=batch_tokens, micro_batch_tokens=config.micro_batch_tokens, precision=config.precision,
     )  # fmt: skip
     source = _source(config, context, samples, resolved)
-    step = assemble.build_step(model, resolved, CrossEntropy(), device)
+    step = assemble.build_step(model, resolved, _objective(config, context, model, device), device)
     held_out = _held_out(list(read_all(synthesize, "validation")))
     if not held_out:
         context.console.warn("align: no held-out responses, so the last step's weights are kept instead of the best")
@@ -166,20 +181,51 @@ def _build_trainer(
     return Trainer(artifact.path, model, step, source, plan, context.console, validate), resolved, counts
 
 
+def _objective(config: AlignConfig, context: StageContext, model: PreTrainedModel, device: Any) -> Objective:
+    """What the recipe's objective teaches, with the target loaded where it is asked at every step.
+
+    Raises:
+        VocabularyError: when the target scores other ids than the draft.
+    """
+    from fastdraft.functional.distillation import token_loss
+    from fastdraft.modeling.loading import load_target, split_head
+    from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
+
+    objective = config.objective
+    if not isinstance(objective, TokenKDConfig):
+        return CrossEntropy()
+    loss = token_loss(objective.loss, objective.beta or 0.5)
+    if objective.source == "stored":
+        return TokenDistillation(loss)
+    target = LoadedTarget(*split_head(load_target(context.target, device)))
+    _same_vocabulary("target.model", target.head.shape[0], model)
+    return TokenDistillation(loss, target)
+
+
+def _same_vocabulary(where: str, size: int, model: PreTrainedModel) -> None:
+    wanted = int(model.config.vocab_size)
+    if size != wanted:
+        rule = f"the draft's vocabulary has {wanted}; both must be the target's"
+        raise VocabularyError(where, f"distributions over {size} ids", rule, "redo the run from design on with this target")
+
+
 class _Validate:
-    """Block efficiency and loss on held-out responses."""
+    """Block efficiency and cross-entropy on held-out responses, whatever the objective."""
 
     def __init__(
         self, model: PreTrainedModel, step: TrainStep, rows: list[SyntheticRow], context: StageContext, micro_batch_tokens: int
     ) -> None:
+        from dataclasses import replace
+
         from fastdraft.modeling.loading import load_vocabulary
         from fastdraft.training.batches import micro_batches, padded_batch
+        from fastdraft.training.objective import CrossEntropy
 
-        self._model, self._step = model, step
+        self._model, self._step = model, replace(step, objective=CrossEntropy())
         context_length = model.config.max_position_embeddings
         self._rows = [row for row in rows if len(row.prompt_ids) + len(row.response_ids) <= context_length]
         self._k, self._vocabulary = _num_speculative_tokens(context), load_vocabulary(context.target)
-        samples, _ = _samples(rows, model)
+        samples, _ = _samples(((row, None) for row in rows), model)
         self._batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
 
     def __call__(self) -> Validation:
@@ -193,7 +239,25 @@ class _Validate:
         return Validation({**metrics, "validation_block_efficiency": score}, score)
 
 
-def _samples(rows: Iterable[SyntheticRow], model: PreTrainedModel) -> tuple[list[Sample], dict[str, int]]:
+def _responses(config: AlignConfig, synthesize: Artifact, model: PreTrainedModel) -> Iterator[tuple[SyntheticRow, ResponseLogits | None]]:
+    """The training rows, each with its stored logits where the objective wants them.
+
+    Raises:
+        ArtifactError: when the logits are missing, damaged or another unit's.
+        VocabularyError: when they are over other ids than the draft's.
+    """
+    from fastdraft.data.responses import read_all
+    from fastdraft.data.sparse_logits import read_with_logits
+
+    if not isinstance(config.objective, TokenKDConfig) or config.objective.source == "target":
+        yield from ((row, None) for row in read_all(synthesize, "train"))
+        return
+    for row, logits in read_with_logits(synthesize, "train"):
+        _same_vocabulary(str(logits.unit.path), logits.unit.facts["vocab_size"], model)
+        yield row, logits
+
+
+def _samples(rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]], model: PreTrainedModel) -> tuple[list[Sample], dict[str, int]]:
     """What is trained on, and how many rows were whole, cut to the draft's context, or dropped because nothing was left.
 
     Raises:
@@ -204,7 +268,7 @@ def _samples(rows: Iterable[SyntheticRow], model: PreTrainedModel) -> tuple[list
     from fastdraft.training.batches import Sample, cut_to_context
 
     # Arrays, not lists: four bytes a token, and the rows' log-probs are let go.
-    samples = [Sample(np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32)) for row in rows]
+    samples = [Sample(np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32), logits) for row, logits in rows]
     kept, num_cut, num_dropped = cut_to_context(samples, model.config.max_position_embeddings)
     if not kept:
         rule = "there must be response tokens to train on"

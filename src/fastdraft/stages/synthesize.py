@@ -3,12 +3,13 @@
 Decides the order of the work: sources of prompts take turns so that any beginning holds their shares; each unit of prompts
 is asked, filtered and committed as one file (`units/unit-00000.parquet`, its account inside it), so a killed run loses or
 doubles nothing and goes on at the first unit that is missing; the stage ends with the first unit that reaches the budget.
+Where logits are asked for, a unit's stand in a file beside it before the next unit begins (data/sparse_logits.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,7 +20,7 @@ from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, T
 from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
 from fastdraft.data.units import CorpusPrefixes, UnitPlan, unit_seed
 from fastdraft.errors import ArtifactError, DataError
-from fastdraft.interfaces import StageContext, TargetConfig
+from fastdraft.interfaces import Engine, StageContext, TargetConfig
 from fastdraft.provenance import describe_run
 from fastdraft.runtimes.engines import EngineConfig, HuggingFaceEngineConfig, open_engines
 from fastdraft.tasks import load_task
@@ -27,10 +28,28 @@ from fastdraft.tasks import load_task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastdraft.decoding.logit_writer import LogitWriter
     from fastdraft.decoding.unit_writer import UnitWriter
 
 DRY_UNITS = 4
 """A source is given up after this many units in a row of which no row was kept."""
+
+
+class NoLogitsConfig(Config):
+    """Only the tokens: all that sequence-level distillation needs."""
+
+    kind: Literal["none"] = "none"
+
+
+class TopKLogitsConfig(Config):
+    """At every response token the target's most likely tokens and the mass of all others, at temperature 1, by a scoring pass."""
+
+    kind: Literal["top_k"] = "top_k"
+    k: int = Field(default=64, ge=1, le=1024)
+    """Tokens kept. About 4 bytes each: 258 to 274 bytes a response token for 64."""
+
+
+LogitsConfig = Annotated[NoLogitsConfig | TopKLogitsConfig, Field(discriminator="kind")]
 
 
 class SynthesizeConfig(Config):
@@ -58,6 +77,8 @@ class SynthesizeConfig(Config):
     """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
     engine: EngineConfig = HuggingFaceEngineConfig()
     """What runs the target."""
+    logits: LogitsConfig = NoLogitsConfig()
+    """none, or top_k: the target's distributions beside its tokens, for token-level distillation without the target."""
 
     @field_validator("temperatures")
     @classmethod
@@ -91,7 +112,8 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
     return {
         "target": _target_identity(context.target),
-        "settings": config.model_dump(mode="json", exclude={"prompts"}),
+        # Without `logits: none`, so that rows written before there was a choice still count as the same work.
+        "settings": config.model_dump(mode="json", exclude={"prompts", *(("logits",) if config.logits.kind == "none" else ())}),
         "prompts": prompts,
         "seed": context.settings.seed,
         "prepare": context.artifact("prepare").digest() if uses_corpus else None,
@@ -176,6 +198,7 @@ def _enter_committed(plans: list[UnitPlan], ledger: _Ledger, writer: UnitWriter,
         if (facts.get("source"), facts.get("number")) != expected:
             found = f"holds unit {facts.get('number')} of prompts '{facts.get('source')}'"
             raise ArtifactError(path, found, f"must hold unit {expected[1]} of '{expected[0]}'", "redo it with --redo synthesize")
+        writer.write_logits(path)  # a process may have ended between a unit's rows and their logits
         columns = read_columns(path, ["row_id", "prompt_key"])
         writer.row_filter.remember(columns["row_id"], columns["prompt_key"])
         ledger.add(facts["source"], facts["temperature"], RowCounts.from_dict(facts["counts"]))
@@ -189,6 +212,7 @@ def _write_unit(plan: UnitPlan, ledger: _Ledger, writer: UnitWriter, artifact: A
     rows, counts = writer.write(unit, unit_seed(context.settings.seed, ledger.units))
     facts = {"source": plan.name, "number": number, "temperature": unit.temperature, "counts": counts.as_dict()}
     write_rows(unit_path(artifact, ledger.units), rows, facts)
+    writer.write_logits(unit_path(artifact, ledger.units))
     ledger.add(plan.name, unit.temperature, counts)
     if not ledger.open[plan.name]:
         context.console.warn(f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units ({_reasons(counts)}); going on without")
@@ -227,8 +251,24 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
         top_k=config.top_k,
         top_p=config.top_p,
         is_evaluation=held_out.__contains__,
+        logit_writer=_logit_writer(config, context, engines.answering),
     )
     return writer, plans, refused
+
+
+def _logit_writer(config: SynthesizeConfig, context: StageContext, engine: Engine) -> LogitWriter | None:
+    """Scores with the model that the engine has loaded, else with the target loaded beside it."""
+    if not isinstance(config.logits, TopKLogitsConfig):
+        return None
+    from transformers import PreTrainedModel
+
+    from fastdraft.decoding.logit_writer import LogitWriter
+    from fastdraft.modeling.loading import load_target, pick_device
+
+    model = getattr(engine, "model", None)
+    if not isinstance(model, PreTrainedModel):
+        model = load_target(context.target, pick_device(context.settings.device))
+    return LogitWriter(model, config.logits.k)
 
 
 def _plan_sources(
@@ -285,6 +325,7 @@ def _manifest(
         "by_temperature": {name: counts.as_dict() for name, counts in by_temperature},
         "refused_prompts": refused,
         "engine": config.engine.kind,
+        "logits": config.logits.model_dump(),
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
         "target": _target_identity(context.target),
         "sampling": {name: getattr(config, name) for name in ("temperatures", "samples", "top_k", "top_p", "max_new_tokens")},

@@ -2,7 +2,7 @@
 
 Decides that no data position needs saving: a source maps a step to its micro-batches, always the same ones. Pre-training rows
 come packed; synthetic samples are padded on the right (causal attention then needs no mask), each from position 0, and only
-response tokens have a loss.
+response tokens have a loss. What the target's stored logits say of those tokens travels with them.
 
 Shapes: B rows of a micro-batch, T positions, N trained tokens.
 """
@@ -18,6 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastdraft.data.sparse_logits import SparseLogits
+from fastdraft.functional.distillation import SparseTarget
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -31,6 +34,8 @@ class Batch:
     """int64 [N]: trained positions in the flattened B*T; None when every position is trained."""
     num_tokens: int = 0
     """Input tokens without padding."""
+    target: SparseTarget | None = None
+    """The target's distribution at each trained position, where it was stored."""
 
     @property
     def num_trained(self) -> int:
@@ -44,7 +49,9 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-        return Batch(move(self.input_ids), move(self.labels), None if self.index is None else move(self.index), self.num_tokens)
+        index = None if self.index is None else move(self.index)
+        target = SparseTarget(move(self.target.ids), move(self.target.logprobs)) if self.target else None
+        return Batch(move(self.input_ids), move(self.labels), index, self.num_tokens, target)
 
 
 class BatchSource(Protocol):
@@ -100,12 +107,20 @@ class PackedBatches:
         return [packed_batch(rows[start : start + self.rows_per_micro]) for start in range(0, len(rows), self.rows_per_micro)]
 
 
+class ResponseLogits(Protocol):
+    """The target's stored distributions at the tokens of one response; read when a batch needs them."""
+
+    def read(self, start: int, stop: int) -> SparseLogits: ...
+
+
 @dataclass(frozen=True)
 class Sample:
     """A prompt with the response to be learned."""
 
     prompt_ids: Ids
     response_ids: Ids
+    logits: ResponseLogits | None = None
+    """Of all samples of a step or of none."""
 
     @property
     def num_tokens(self) -> int:
@@ -125,7 +140,7 @@ def cut_to_context(samples: Sequence[Sample], context_length: int) -> tuple[list
             num_dropped += 1
             continue
         num_cut += len(sample.response_ids) > room
-        kept.append(Sample(sample.prompt_ids, sample.response_ids[:room]))
+        kept.append(Sample(sample.prompt_ids, sample.response_ids[:room], sample.logits))
     return kept, num_cut, num_dropped
 
 
@@ -141,7 +156,19 @@ def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
         index.append(row * length + np.arange(first - 1, len(ids) - 1))
         labels.append(ids[first:])
     tokens = sum(sample.num_tokens for sample in samples)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(index)), tokens)
+    labels_N, index_N = torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(index))
+    return Batch(torch.from_numpy(inputs), labels_N, index_N, tokens, _stored_target(samples))
+
+
+def _stored_target(samples: Sequence[Sample]) -> SparseTarget | None:
+    """The distributions that belong to the labels of `padded_batch`, in its order."""
+    parts = [
+        sample.logits.read(max(1 - len(sample.prompt_ids), 0), len(sample.response_ids)) for sample in samples if sample.logits is not None
+    ]
+    if not parts:
+        return None
+    ids, logprobs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "logprobs"))
+    return SparseTarget(torch.from_numpy(ids), torch.from_numpy(logprobs)).normalized()
 
 
 def micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> list[list[Sample]]:

@@ -1,17 +1,21 @@
 """What the draft is taught: a loss over hidden states, the door for every way of distillation.
 
 Decides the one interface that the loop knows. An objective is given the draft's last hidden states at the trained positions and
-the head, never whole logits, so that it can go through the vocabulary in chunks.
+the head, never whole logits, so that it can go through the vocabulary in chunks. Decides too where the target's distribution comes
+from in token-level distillation: what a batch brings with it, else the loaded target, else there is none and the label must do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fastdraft.functional.losses import chunked_cross_entropy
+from fastdraft.functional.distillation import DenseTarget, TargetDistribution, TokenLoss, chunked_distillation
+from fastdraft.functional.losses import chunked_cross_entropy, compute_dtypes, product
 from fastdraft.training.batches import Batch
 
 
@@ -34,3 +38,39 @@ class CrossEntropy:
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
         return chunked_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss, chunk=self.chunk)[0]
+
+
+@dataclass(frozen=True)
+class TokenDistillation:
+    """A loss between the target's distribution and the draft's at every trained position."""
+
+    token_loss: TokenLoss
+    target: LoadedTarget | None = None
+    """Asked for every batch; None: a batch brings its own distribution, or has cross-entropy (rows of the pre-training mixture)."""
+    chunk: int = 0
+    """Rows of logits at a time; 0 chooses by device."""
+
+    def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+        distribution: TargetDistribution | None = self.target.distribution(batch) if self.target else batch.target
+        if distribution is None:
+            return CrossEntropy(chunk=self.chunk).loss(hidden_ND, head_VD, batch)
+        return chunked_distillation(hidden_ND, head_VD, batch.labels, distribution, self.token_loss, chunk=self.chunk)[0]
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """The target beside the draft; it sees the draft's inputs and runs in the step's autocast."""
+
+    decoder: nn.Module | Callable[..., Any]
+    head: Tensor
+    """Weight of its output head [V, E]: as many rows as the draft's."""
+
+    @torch.no_grad()
+    def distribution(self, batch: Batch) -> DenseTarget:
+        """At the trained positions; logits are made chunk by chunk, from hidden states that stand for the whole batch."""
+        hidden_NE = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        if batch.index is not None:
+            hidden_NE = hidden_NE.index_select(0, batch.index)
+        compute, wide = compute_dtypes(hidden_NE)
+        low_NE, low_EV = hidden_NE.to(compute), self.head.detach().to(compute).t()
+        return DenseTarget(lambda rows: product(low_NE[rows], low_EV, wide))

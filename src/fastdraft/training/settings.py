@@ -81,8 +81,30 @@ class SequenceKDConfig(Config):
     kind: Literal["sequence_kd"] = "sequence_kd"
 
 
-ObjectiveConfig = Annotated[SequenceKDConfig, Field()]
-"""One kind so far; token-level losses become further members, told apart by `kind`."""
+TokenLossName = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "ce_kl", "ce_tvd", "lk_hybrid", "lk_log"]
+
+
+class TokenKDConfig(Config):
+    """Distils the target's distribution at every token, not only the token that it chose (functional/distillation.py)."""
+
+    kind: Literal["token_kd"] = "token_kd"
+    loss: TokenLossName = "forward_kl"
+    """forward_kl, reverse_kl, jsd, tvd, ce_kl (half cross-entropy, half KL), ce_tvd, lk_hybrid (KL, then tvd) or lk_log (-log of the
+    chance of acceptance)."""
+    source: Literal["target", "stored"] = "target"
+    """target: loaded beside the draft, all tokens compared, on the pre-training mixture too. stored: what `synthesize.logits` kept; the
+    mixture's steps have cross-entropy."""
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    """Of jsd: the target's weight in the mean of both distributions; left out: 0.5."""
+
+    @model_validator(mode="after")
+    def _beta_belongs_to_jsd(self) -> TokenKDConfig:
+        if self.beta is not None and self.loss != "jsd":
+            raise ValueError("beta belongs to loss: jsd; leave it out")
+        return self
+
+
+ObjectiveConfig = Annotated[SequenceKDConfig | TokenKDConfig, Field(discriminator="kind")]
 
 
 def kind_default(kind: str) -> Any:

@@ -1,0 +1,96 @@
+"""The target's distributions over text that it already wrote: one teacher-forced pass, kept beside the text.
+
+Decides that a distribution is taken at temperature 1 with nothing removed or masked, in the target's own precision, whatever
+the text was drawn with and by; that a unit whose logits stand is left alone; and that only a few rows of logits exist at a time.
+
+Shape suffixes: N response positions, V vocabulary, K kept tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastdraft.data.responses import read_rows
+from fastdraft.data.sparse_logits import SparseLogits, logits_path, rows_digest, write_sparse_logits
+from fastdraft.decoding.replay import LOGITS_HELD, TokenText, length_batches, response_hidden
+from fastdraft.errors import RecipeError, TargetError
+from fastdraft.functional.distillation import top_k_buckets
+from fastdraft.modeling.loading import split_head
+
+
+@torch.inference_mode()
+def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, batch_tokens: int = 8192) -> list[SparseLogits]:
+    """The k most likely tokens at every response position of each row, and the mass of all others.
+
+    Args:
+        model: The target, in evaluation mode.
+        rows: Texts with a prompt, in any order.
+        k: Below the size of the vocabulary.
+        batch_tokens: Positions in one pass, padding included.
+
+    Returns:
+        One for each row, in the order given.
+    """
+    found: list[SparseLogits | None] = [None] * len(rows)
+    decoder, head_VD = split_head(model)
+    for chosen in length_batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], batch_tokens):
+        hidden = response_hidden(decoder, [rows[i] for i in chosen], model.device)
+        for index, hidden_ND in zip(chosen, hidden, strict=True):
+            found[index] = _kept(hidden_ND, head_VD, k)
+    return [logits for logits in found if logits is not None]
+
+
+def _kept(hidden_ND: Tensor, head_VD: Tensor, k: int) -> SparseLogits:
+    step = max(1, LOGITS_HELD // head_VD.shape[0])
+    parts = [top_k_buckets((rows_ND @ head_VD.T).float(), k) for rows_ND in torch.split(hidden_ND, step)]
+    ids_NK = torch.cat([part.ids for part in parts]).to(torch.int32)
+    return SparseLogits(ids_NK.cpu().numpy(), torch.cat([part.logprobs for part in parts]).cpu().numpy())
+
+
+@dataclass(frozen=True)
+class LogitWriter:
+    """Writes the logits of a unit of rows into the file beside it.
+
+    Raises:
+        RecipeError: when `k` leaves no token for the tail.
+    """
+
+    model: PreTrainedModel
+    k: int
+
+    def __post_init__(self) -> None:
+        vocab_size = self.vocab_size
+        if self.k >= vocab_size:
+            rule = f"must be below the {vocab_size} ids of the target's vocabulary"
+            raise RecipeError("synthesize.logits.k", str(self.k), rule, "lower it; 64 is usual")
+
+    @property
+    def vocab_size(self) -> int:
+        """Padding ids included: the target gives them a probability too."""
+        return int(split_head(self.model)[1].shape[0])
+
+    def write(self, unit: Path) -> None:
+        """Scores the rows of a finished unit, unless its logits stand already.
+
+        Raises:
+            TargetError: when the target's numbers are not finite.
+            DiskError: when the disk is full or the folder cannot be written.
+        """
+        path = logits_path(unit)
+        if path.exists():
+            return
+        rows = read_rows(unit)
+        found = sparse_logits(self.model, rows, self.k)
+        empty = SparseLogits(np.zeros((0, self.k), dtype=np.int32), np.zeros((0, self.k + 1), dtype=np.float32))
+        logits = SparseLogits(*(np.concatenate([getattr(part, name) for part in (empty, *found)]) for name in ("ids", "logprobs")))
+        if not np.isfinite(logits.logprobs).all():
+            found_there = f"logits that are not finite in the scoring pass of {unit.name}"
+            raise TargetError("target.model", found_there, "the target must compute finite numbers", "set target.dtype to bf16 or fp32")
+        write_sparse_logits(path, logits, self.vocab_size, rows_digest([row.row_id for row in rows]))
