@@ -11,6 +11,7 @@ one safetensors file beside its rows, in the order of the rows, written at once 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from fastdraft.artifacts import Artifact, digest, write_atomic
 from fastdraft.data.responses import Split, SyntheticRow, read_columns, read_placed
 from fastdraft.errors import ArtifactError
 
-_RECORDS, _SUFFIX = "records", ".logits.safetensors"
+_RECORDS, _FACTS, _SUFFIX = "records", "facts", ".logits.safetensors"
 _LOW_BITS = 16
 _SMALLEST = -1e4
 """Log-probs below are kept as this: no probability either way, and finite in float16."""
@@ -82,8 +83,8 @@ def write_sparse_logits(path: Path, logits: SparseLogits, vocab_size: int, rows:
     logprobs = np.maximum(logits.logprobs, _SMALLEST)
     records["logprobs"], records["tail"] = logprobs[:, :k], logprobs[:, k]
     content = records.view(np.uint8).reshape(len(logits), records.dtype.itemsize)
-    facts = {"k": str(k), "vocab_size": str(vocab_size), "rows": rows}
-    write_atomic(path, save({_RECORDS: content}, metadata=facts))
+    facts = json.dumps({"k": k, "vocab_size": vocab_size, "rows": rows})
+    write_atomic(path, save({_RECORDS: content}, metadata={_FACTS: facts}))  # one entry: their order in the file is not fixed
 
 
 def _high_bits(vocab_size: int) -> int:
@@ -128,13 +129,14 @@ class StoredLogits:
 
         try:
             with safe_open(self.path, "np") as file:
-                facts = file.metadata()
+                facts = json.loads(file.metadata()[_FACTS])
                 part = file.get_slice(_RECORDS)
                 tokens, width = part.get_shape()
-                known = {"tokens": tokens, "k": int(facts["k"]), "vocab_size": int(facts["vocab_size"]), "rows": facts["rows"]}
+                known = {"tokens": tokens, "k": int(facts["k"]), "vocab_size": int(facts["vocab_size"]), "rows": str(facts["rows"])}
                 if width != record_type(known["k"], known["vocab_size"]).itemsize or part.get_dtype() != "U8":
                     raise ValueError(f"{width} bytes a token")
-                return part[start : min(stop, tokens)], known
+                stop = min(stop, tokens)  # safetensors has no empty slices
+                return (part[start:stop] if start < stop else np.zeros((0, width), dtype=np.uint8)), known
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, MemoryError) as error:
             raise self._damaged(str(error)[:80] if self.path.exists() else "") from None
 

@@ -1,0 +1,207 @@
+"""Token-level distillation through the stages: every loss from both sources, the mixture's rows, refusals, resuming."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from conftest import write_recipe, write_target
+from fastdraft import pipeline
+from fastdraft.artifacts import Artifact, digest
+from fastdraft.config import load_config
+from fastdraft.console import Console
+from fastdraft.data.responses import unit_paths
+from fastdraft.data.sparse_logits import logits_path, read_with_logits
+from fastdraft.errors import ArtifactError, Interrupted, RecipeError, VocabularyError
+from fastdraft.functional.distillation import token_loss
+from fastdraft.interfaces import TargetConfig
+from fastdraft.modeling.loading import load_draft, load_target, split_head
+from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.stages import align
+from fastdraft.stages.align import AlignConfig
+from fastdraft.training.batches import Sample, packed_batch, padded_batch
+from fastdraft.training.metrics import read_metrics
+from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
+from fastdraft.training.settings import TokenLossName
+from test_pretrain import StopAfter
+
+LOSSES = get_args(TokenLossName)
+BEFORE = ("design", "prepare", "pretrain", "synthesize")
+
+
+class Folder:
+    """A run up to synthesize, made once, with logits; align runs in copies of it."""
+
+    def __init__(self, root: Path, target: Path) -> None:
+        self.root = root
+        value = yaml.safe_load(write_recipe(root, target).read_text(encoding="utf-8"))
+        for stage in ("continue_pretrain", "evaluate", "export", "report"):
+            value.pop(stage)
+        value["synthesize"] |= {"tokens": "2k", "logits": {"kind": "top_k", "k": 32}, "prompts": [value["synthesize"]["prompts"][2]]}
+        value["pretrain"]["tokens"] = "4k"
+        self.path = root / "recipe.yaml"
+        self.path.write_text(yaml.safe_dump(value), encoding="utf-8")
+        self.made = pipeline.run(load_recipe(str(self.path)), only=BEFORE).root
+
+    def recipe(self, name: str, objective: dict[str, Any], **changes: Any) -> Recipe:
+        values = {"tokens": "3k", "pretraining_share": 0, "validate_every": 0, "batch_tokens": 300, **changes}
+        overrides = [f"align.{key}={json.dumps(value)}" for key, value in values.items()]
+        recipe = load_recipe(str(self.path), [f"run.name={name}", f"align.objective={json.dumps(objective)}", *overrides])
+        for stage in BEFORE:
+            if not (recipe.run.root / stage).exists():
+                shutil.copytree(self.made / stage, recipe.run.root / stage)
+        return recipe
+
+    def align(self, name: str, objective: dict[str, Any], **changes: Any) -> Artifact:
+        return pipeline.run(self.recipe(name, objective, **changes), only=["align"]).artifact("align")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return Folder(tmp_path_factory.mktemp("distil"), tiny_target)
+
+
+def losses(artifact: Artifact) -> list[float]:
+    return [record["loss"] for record in read_metrics(artifact.path) if "loss" in record]
+
+
+@pytest.mark.parametrize("source", ["target", "stored"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_from_either_source_improves_in_training(folder: Folder, loss: str, source: str) -> None:
+    artifact = folder.align(f"{loss}-{source}", {"kind": "token_kd", "loss": loss, "source": source})
+    found, manifest = losses(artifact), artifact.manifest()
+    assert np.isfinite(found).all()
+    assert np.mean(found[-3:]) < np.mean(found[:3])
+    assert manifest["skipped_steps"] == 0
+    assert manifest["validation_loss"]["responses"] > 0
+    assert (artifact.path / "checkpoint/model.safetensors").is_file()
+
+
+def test_stored_and_loaded_targets_begin_with_nearly_the_same_loss(folder: Folder) -> None:
+    dense, sparse = (
+        losses(folder.align(f"same-{source}", {"kind": "token_kd", "loss": "forward_kl", "source": source}, tokens=300))[0]
+        for source in ("target", "stored")
+    )
+    assert sparse < dense
+    assert sparse == pytest.approx(dense, rel=0.2)
+
+
+def test_names_in_the_recipe_are_the_losses_that_there_are() -> None:
+    assert all(token_loss(name).weight > 0 for name in LOSSES)
+    with pytest.raises(KeyError):
+        token_loss("cross_entropy")
+
+
+def test_a_batchs_stored_rows_belong_to_its_labels(folder: Folder) -> None:
+    placed = list(read_with_logits(Artifact(folder.made / "synthesize")))[:5]
+    samples = [Sample(row.prompt_ids, row.response_ids[: 3 + i], logits) for i, (row, logits) in enumerate(placed)]
+    samples.append(Sample([], placed[0][0].response_ids, placed[0][1]))
+    batch = padded_batch(samples, 0)
+    assert batch.target is not None
+    expected = [logits.read(0, 3 + i) for i, (_, logits) in enumerate(placed)]
+    expected.append(placed[0][1].read(1, len(placed[0][0].response_ids)))
+    np.testing.assert_array_equal(batch.target.ids, np.concatenate([part.ids for part in expected]))
+    assert len(batch.target.ids) == batch.num_trained
+    torch.testing.assert_close(batch.target.logprobs.exp().sum(-1), torch.ones(batch.num_trained))
+
+
+def test_a_loaded_target_gives_its_own_distribution_at_the_trained_positions_padding_ids_included(tiny_target: Path) -> None:
+    model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    batch = padded_batch([Sample([5, 6, 7], [8, 9]), Sample([10], [11, 12, 13, 14])], 0)
+    logits = LoadedTarget(*split_head(model)).distribution(batch).logits
+    with torch.no_grad():
+        whole = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.index]
+    torch.testing.assert_close(torch.cat([logits(slice(0, 4)), logits(slice(4, 9))]), whole, rtol=1e-4, atol=1e-4)
+    assert whole.shape[1] == 320
+    assert torch.isfinite(whole[:, 300:]).all()
+
+
+def test_rows_of_the_mixture_have_cross_entropy_unless_the_target_is_there_to_ask(tiny_target: Path, tiny_draft: Path) -> None:
+    draft, target = load_draft(tiny_draft), load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    batch = packed_batch(np.arange(60, dtype=np.int64).reshape(2, 30))
+    decoder, head = split_head(draft)
+    with torch.no_grad():
+        hidden = decoder(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)
+        plain = CrossEntropy().loss(hidden, head, batch)
+        stored = TokenDistillation(token_loss("forward_kl")).loss(hidden, head, batch)
+        asked = TokenDistillation(token_loss("forward_kl"), LoadedTarget(*split_head(target))).loss(hidden, head, batch)
+    assert stored == plain
+    assert asked != plain
+
+
+@pytest.mark.parametrize("source", ["target", "stored"])
+def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(folder: Folder, source: str) -> None:
+    objective, changes = {"kind": "token_kd", "loss": "lk_hybrid", "source": source}, {"tokens": "2k", "pretraining_share": 0.3}
+    expected = folder.align(f"whole-{source}", objective, **changes)
+    recipe, rounds = folder.recipe(f"stopped-{source}", objective, **changes), 0
+    context = pipeline.make_context(recipe, Console(quiet=True))
+    config, artifact = context.section("align"), context.artifact("align")
+    artifact.begin(align.fingerprint(config, context))
+    while not artifact.is_complete():
+        rounds += 1
+        with contextlib.suppress(Interrupted):
+            align.run(config, dataclasses.replace(context, console=StopAfter(2)))
+    assert rounds > 2
+    weights = "checkpoint/model.safetensors"
+    assert (artifact.path / weights).read_bytes() == (expected.path / weights).read_bytes()
+
+
+def test_stored_without_stored_logits_is_refused_before_anything_runs(folder: Folder) -> None:
+    overrides = ["synthesize.logits={kind: none}", "align.objective={kind: token_kd, source: stored}"]
+    with pytest.raises(RecipeError, match=r"align\.objective\.source: stored: needs the target's logits.*source: target"):
+        load_recipe(str(folder.path), overrides)
+
+
+def test_a_unit_whose_logits_are_gone_is_named(folder: Folder) -> None:
+    recipe = folder.recipe("gone", {"kind": "token_kd", "source": "stored"})
+    logits_path(unit_paths(Artifact(recipe.run.root / "synthesize"))[0]).unlink()
+    with pytest.raises(ArtifactError, match=r"unit-00000\.logits\.safetensors: missing"):
+        pipeline.run(recipe, only=["align"])
+
+
+def test_a_target_over_other_ids_is_refused(folder: Folder, tmp_path: Path, tiny_draft: Path) -> None:
+    other = write_target(tmp_path / "other", padded_vocab=336)
+    recipe = folder.recipe("other", {"kind": "token_kd"})
+    context = pipeline.make_context(recipe, Console(quiet=True))
+    context = dataclasses.replace(context, target=TargetConfig(model=str(other)))
+    with pytest.raises(VocabularyError, match="distributions over 336 ids"):
+        align._objective(context.section("align"), context, load_draft(tiny_draft), torch.device("cpu"))
+
+
+def test_the_fingerprint_holds_the_objective_and_the_target_only_where_it_teaches(folder: Folder) -> None:
+    def fingerprint(objective: dict[str, Any]) -> dict[str, Any]:
+        recipe = folder.recipe("fingerprint", objective)
+        return align.fingerprint(recipe.sections()["align"], pipeline.make_context(recipe, Console(quiet=True)))  # type: ignore[arg-type]
+
+    taught = [{"kind": "token_kd"}, {"kind": "token_kd", "loss": "tvd"}, {"kind": "token_kd", "source": "stored"}, {"kind": "sequence_kd"}]
+    found = [fingerprint(objective) for objective in taught]
+    assert len({digest(one) for one in found}) == 4
+    assert ["target" in one for one in found] == [True, True, False, False]
+    assert found[3]["config"]["objective"] == {"kind": "sequence_kd"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ({"kind": "token_kd", "loss": "hinge"}, "forward_kl"),
+        ({"kind": "token_kd", "source": "nowhere"}, "'target' or 'stored'"),
+        ({"kind": "token_kd", "loss": "tvd", "beta": 0.5}, "beta belongs to loss: jsd"),
+        ({"kind": "token_kd", "loss": "jsd", "beta": 1}, "less than 1"),
+        ({"kind": "hidden_states"}, "sequence_kd"),
+        ({"loss": "tvd"}, "unknown key"),
+    ],
+)
+def test_impossible_objectives_are_refused_in_one_line(objective: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_config(AlignConfig, {"objective": objective}, "align")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
