@@ -17,6 +17,7 @@ import yaml
 from conftest import write_recipe, write_target
 from fastdraft import pipeline
 from fastdraft.artifacts import Artifact, digest
+from fastdraft.commands import check
 from fastdraft.config import load_config
 from fastdraft.console import Console
 from fastdraft.data.responses import unit_paths
@@ -205,3 +206,21 @@ def test_impossible_objectives_are_refused_in_one_line(objective: dict[str, Any]
         load_config(AlignConfig, {"objective": objective}, "align")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_forecast_counts_the_loaded_target_and_the_stored_logits(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for number, overrides in enumerate(
+        (
+            ["synthesize.logits={kind: none}", "align.objective={kind: sequence_kd}"],
+            ["synthesize.logits={kind: top_k, k: 64}", "align.objective={kind: token_kd, source: stored}"],
+            ["synthesize.logits={kind: none}", "align.objective={kind: token_kd, source: target}"],
+        )
+    ):
+        check.run(load_recipe(str(folder.path), [f"run.name=forecast-{number}", *overrides]), Console(quiet=True), as_json=True)
+        found.append({stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]})
+    plain, stored, loaded = found
+    assert stored["synthesize"]["disk_bytes"] == plain["synthesize"]["disk_bytes"] + 2000 * 258
+    assert stored["align"] == plain["align"]
+    assert loaded["align"]["memory_bytes"] > plain["align"]["memory_bytes"]
+    assert loaded["align"]["seconds"] > plain["align"]["seconds"]

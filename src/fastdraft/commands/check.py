@@ -134,10 +134,16 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
             draft.num_layers,
             _micro_batch(name, recipe, device),
         )
+        if name == "align" and _asks_target(recipe):
+            seconds += forecast.scoring_seconds(tokens, target.read_parameters, device, threads)
+            memory += _target_bytes(recipe, plan, device)
     elif name == "synthesize" and recipe.synthesize:
         tokens = recipe.synthesize.tokens
         seconds, disk = forecast.writing_seconds(tokens, target.read_parameters, device, threads), forecast.synthetic_bytes(tokens)
         memory = _target_bytes(recipe, plan, device)
+        if recipe.synthesize.logits.kind == "top_k":
+            seconds += forecast.scoring_seconds(tokens, target.read_parameters, device, threads)
+            disk += tokens * _record_bytes(recipe.synthesize.logits.k, target.vocab_size)
     elif name == "evaluate" and recipe.evaluate:
         tokens = _evaluation_tokens(recipe)
         seconds = WRITES * forecast.writing_seconds(tokens, target.read_parameters, device, threads)
@@ -145,6 +151,19 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
     elif name == "export":
         disk, memory = checkpoint, _target_bytes(recipe, plan, device) + checkpoint
     return StageForecast(name, state, tokens, seconds, disk, memory)
+
+
+def _record_bytes(k: int, vocab_size: int) -> int:
+    """Disk for the stored logits of one token."""
+    from fastdraft.data.sparse_logits import record_type
+
+    return record_type(k, vocab_size).itemsize
+
+
+def _asks_target(recipe: Recipe) -> bool:
+    """Whether align has the target loaded."""
+    objective = recipe.align.objective if recipe.align else None
+    return objective is not None and objective.kind == "token_kd" and objective.source == "target"
 
 
 def _training_tokens(name: str, recipe: Recipe) -> int:

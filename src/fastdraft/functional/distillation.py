@@ -29,13 +29,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastdraft.functional.losses import IGNORE_INDEX, chunked_loss
+from fastdraft.functional.losses import IGNORE_INDEX, chunked_loss, default_chunk
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Log-probs of the target and of the draft, each [..., B] -> nats (or probability) [...]; differentiable by the draft's."""
 
 LK_ETA = 3.0
 """How fast lk_hybrid moves from KL to TVD as the overlap grows: the paper's best."""
+CHUNK_SHARE, CHUNK_ROWS = 4, 256
+"""About four times as many tensors of a chunk's size stand at once as in cross-entropy, so chunks have a quarter of its rows, but not fewer
+than this."""
 LOG_FLOOR = -1e4
 """Stands for log 0 where a bucket is empty, so that 0 * log 0 is 0."""
 
@@ -181,6 +184,7 @@ def chunked_distillation(
     Returns:
         The sum of the losses (scalar; differentiable once by hidden and head) and the number of trained tokens (int64 scalar).
     """
+    chunk = chunk or max(CHUNK_ROWS, default_chunk(hidden_ND.device.type, head_VD.shape[0]) // CHUNK_SHARE)
     chunk_loss = partial(_chunk_loss, labels_N, ignore_index, target, loss)
     return chunked_loss(hidden_ND, head_VD, chunk_loss, chunk), (labels_N != ignore_index).sum()
 
