@@ -22,7 +22,8 @@ from fastdraft.data.sparse_logits import SparseLogits, logits_path, rows_digest,
 from fastdraft.decoding.replay import LOGITS_HELD, TokenText, length_batches, response_hidden
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import top_k_buckets
-from fastdraft.modeling.loading import split_head
+from fastdraft.interfaces import Engine, StageContext
+from fastdraft.modeling.loading import load_target, pick_device, split_head
 
 
 @torch.inference_mode()
@@ -94,3 +95,15 @@ class LogitWriter:
             found_there = f"logits that are not finite in the scoring pass of {unit.name}"
             raise TargetError("target.model", found_there, "the target must compute finite numbers", "set target.dtype to bf16 or fp32")
         write_sparse_logits(path, logits, self.vocab_size, rows_digest([row.row_id for row in rows]))
+
+
+def open_logit_writer(k: int, engine: Engine, context: StageContext) -> LogitWriter:
+    """A writer over the model that the engine has loaded; where it runs elsewhere, over the target loaded beside it.
+
+    Raises:
+        RecipeError: when `k` leaves no token for the tail. TargetError: when the target cannot be loaded.
+    """
+    model = getattr(engine, "model", None)
+    if not isinstance(model, PreTrainedModel):
+        model = load_target(context.target, pick_device(context.settings.device))
+    return LogitWriter(model, k)

@@ -3,7 +3,6 @@
 Decides the order of the work: sources of prompts take turns so that any beginning holds their shares; each unit of prompts
 is asked, filtered and committed as one file (`units/unit-00000.parquet`, its account inside it), so a killed run loses or
 doubles nothing and goes on at the first unit that is missing; the stage ends with the first unit that reaches the budget.
-Where logits are asked for, a unit's stand in a file beside it before the next unit begins (data/sparse_logits.py).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, T
 from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
 from fastdraft.data.units import CorpusPrefixes, UnitPlan, unit_seed
 from fastdraft.errors import ArtifactError, DataError
-from fastdraft.interfaces import Engine, StageContext, TargetConfig
+from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
 from fastdraft.runtimes.engines import EngineConfig, HuggingFaceEngineConfig, open_engines
 from fastdraft.tasks import load_task
@@ -28,7 +27,6 @@ from fastdraft.tasks import load_task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastdraft.decoding.logit_writer import LogitWriter
     from fastdraft.decoding.unit_writer import UnitWriter
 
 DRY_UNITS = 4
@@ -71,14 +69,14 @@ class SynthesizeConfig(Config):
     """0 keeps all: the draft learns the whole distribution."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """1 keeps all."""
+    logits: LogitsConfig = NoLogitsConfig()
+    """none, or top_k: the target's distributions beside its tokens, for token-level distillation without the target."""
     keep_truncated: bool = True
     """Keeps chat answers cut by max_new_tokens: every token of them is the target's own. false leaves such rows out."""
     looping: Looping = "cut"
     """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
     engine: EngineConfig = HuggingFaceEngineConfig()
     """What runs the target."""
-    logits: LogitsConfig = NoLogitsConfig()
-    """none, or top_k: the target's distributions beside its tokens, for token-level distillation without the target."""
 
     @field_validator("temperatures")
     @classmethod
@@ -222,6 +220,7 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
     """The target with its filters, each source's plan, and the prompts refused by source and reason."""
     from fastdraft.data.chat import end_of_turn_ids
     from fastdraft.data.filters import RowFilter
+    from fastdraft.decoding.logit_writer import open_logit_writer
     from fastdraft.decoding.unit_writer import UnitWriter
     from fastdraft.modeling.loading import load_tokenizer, load_vocabulary, set_threads
 
@@ -251,24 +250,9 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
         top_k=config.top_k,
         top_p=config.top_p,
         is_evaluation=held_out.__contains__,
-        logit_writer=_logit_writer(config, context, engines.answering),
+        logit_writer=open_logit_writer(config.logits.k, engines.answering, context) if config.logits.kind == "top_k" else None,
     )
     return writer, plans, refused
-
-
-def _logit_writer(config: SynthesizeConfig, context: StageContext, engine: Engine) -> LogitWriter | None:
-    """Scores with the model that the engine has loaded, else with the target loaded beside it."""
-    if not isinstance(config.logits, TopKLogitsConfig):
-        return None
-    from transformers import PreTrainedModel
-
-    from fastdraft.decoding.logit_writer import LogitWriter
-    from fastdraft.modeling.loading import load_target, pick_device
-
-    model = getattr(engine, "model", None)
-    if not isinstance(model, PreTrainedModel):
-        model = load_target(context.target, pick_device(context.settings.device))
-    return LogitWriter(model, config.logits.k)
 
 
 def _plan_sources(
@@ -325,9 +309,9 @@ def _manifest(
         "by_temperature": {name: counts.as_dict() for name, counts in by_temperature},
         "refused_prompts": refused,
         "engine": config.engine.kind,
-        "logits": config.logits.model_dump(),
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
         "target": _target_identity(context.target),
+        "logits": config.logits.model_dump(),
         "sampling": {name: getattr(config, name) for name in ("temperatures", "samples", "top_k", "top_p", "max_new_tokens")},
     }
 
