@@ -60,6 +60,9 @@ def default(field: Any) -> str:
         return "-"
     if isinstance(value, BaseModel):
         return f"`{{kind: {value.kind}}}`" if hasattr(value, "kind") else "its defaults"
+    if isinstance(value, list) and value and all(isinstance(entry, BaseModel) for entry in value):
+        entries = (", ".join(f"{key}: {setting}" for key, setting in entry.model_dump().items()) for entry in value)
+        return f"`[{', '.join(f'{{{entry}}}' for entry in entries)}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -82,6 +82,45 @@ def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("tiny-draft"), layers=1, hidden=16, seed=1)
 
 
+@pytest.fixture(scope="session")
+def near_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target with a little noise: a draft whose proposals are sometimes accepted."""
+    import torch
+
+    from fastdraft.interfaces import TargetConfig
+    from fastdraft.modeling.loading import load_target, save_draft
+
+    model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.add_(0.15 * weight.std() * torch.randn(weight.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("near") / "draft"
+    save_draft(model, folder, tiny_target)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target as OpenVINO runs it, fp32."""
+    from fastdraft.runtimes.openvino_export import export_openvino
+
+    folder = tmp_path_factory.mktemp("openvino") / "target"
+    export_openvino(tiny_target, folder, "fp32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_draft(near_draft: Path, exported_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The near draft as OpenVINO runs it with that target, fp32."""
+    from fastdraft.runtimes.openvino_export import export_openvino
+
+    folder = tmp_path_factory.mktemp("openvino") / "draft"
+    export_openvino(near_draft, folder, "fp32", pair=exported_target)
+    return folder
+
+
 @pytest.fixture
 def small_corpus(tmp_path: Path) -> Path:
     """A JSONL corpus of 400 short documents, some of them equal."""
@@ -137,6 +176,7 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
             "temperatures": [0, 0.6, 1.0],
             "max_new_tokens": 24,
             "batch_rows": 16,
+            "engine": {"kind": "huggingface"},  # needs no converting: seconds on one core, and the same everywhere
             "prompts": [
                 {"kind": "jsonl", "name": "instructions", "path": str(prompts), "share": 2},
                 {"kind": "magpie", "name": "magpie", "share": 1},

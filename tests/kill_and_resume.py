@@ -1,15 +1,19 @@
 """Kills a run with SIGKILL at random moments, reruns it, and compares the result with an undisturbed run.
 
     python tests/kill_and_resume.py --kills 20
+    python tests/kill_and_resume.py --kills 12 --openvino
 
-Decides pass or fail by content: final weights bit for bit equal, synthetic rows equal, evaluation counts equal. The
-same function, with few kills, is a test in test_pipeline.py.
+Decides pass or fail by content: final weights bit for bit equal, synthetic rows equal, evaluation counts equal. With
+--openvino the target writes through OpenVINO, the pair is exported for it and its wall clock is measured: then the rows of
+benchmark.json must be equal in everything but times too, none lost or doubled. The same function, with few kills and
+without OpenVINO, is a test in test_pipeline.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import subprocess
@@ -19,10 +23,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import write_recipe, write_target
 
+TIMES = ("second", "speedup", "quotient")
+"""Parts of the names of what a clock decides in a row of benchmark.json."""
+OPENVINO = {
+    "export": {"formats": ["huggingface", "openvino"], "openvino": {"target": "int8"}, "num_speculative_tokens": 3},
+    # One K: which of several is the best, and so is swept, is for the clock to say.
+    "benchmark": {
+        "weights": [{"target": "int8", "draft": "int8"}, {"target": "int8", "draft": "fp16"}],
+        "prompts": 2,
+        "num_speculative_tokens": [2],
+        "sweep": {"prompt_tokens": [16], "max_new_tokens": [8, 16], "concurrency": [1, 2]},
+        "repeats": 2,
+    },
+}
+"""Sections of the tiny recipe with --openvino."""
 COMPARED = ("design/draft", "pretrain/checkpoint", "continue_pretrain/checkpoint", "align/checkpoint", "export/huggingface")
 
 
@@ -30,9 +50,20 @@ def command(recipe: Path, name: str) -> list[str]:
     return [sys.executable, "-m", "fastdraft", "run", str(recipe), f"run.name={name}", "--quiet"]
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False) -> list[str]:
+def written_recipe(folder: Path, openvino: bool) -> Path:
+    """The tiny recipe, on transformers alone or through OpenVINO and its benchmark."""
+    target = write_target(folder / "target")
+    recipe = write_recipe(folder, target, **(OPENVINO if openvino else {}))
+    if openvino:
+        value = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        value["synthesize"]["engine"] = {"kind": "openvino"}
+        recipe.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+    return recipe
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False, openvino: bool = False) -> list[str]:
     """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass."""
-    recipe = write_recipe(folder, write_target(folder / "target"))
+    recipe = written_recipe(folder, openvino)
     total = _changes_until_end(subprocess.Popen(command(recipe, "undisturbed")), folder / "runs" / "undisturbed")
     if say:
         print(f"undisturbed run: {total} changes of its files seen")
@@ -61,7 +92,7 @@ def _disturb(arguments: list[str], kills: int, lives: Iterator[int], run: Path, 
         if say:
             stages = [p.name for p in run.iterdir() if (p / "manifest.json").exists()] if run.exists() else []
             print(f"{run.name}: killed at change {life}; {len(stages)} stages finished", flush=True)
-    subprocess.run(arguments, check=True, timeout=600)
+    subprocess.run(arguments, check=True, timeout=1800)
     return done
 
 
@@ -96,9 +127,7 @@ def _listing(run: Path) -> list[tuple[str, int, int]]:
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """What of weights, synthetic rows and counts is not equal."""
-    import json
-
+    """What of weights, synthetic rows, counts and measured rows is not equal."""
     found = [
         f"{name}/model.safetensors"
         for name in COMPARED
@@ -113,7 +142,23 @@ def differences(one: Path, two: Path) -> list[str]:
     counts = [[{k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in result] for result in results]
     if counts[0] != counts[1]:
         found.append("evaluation counts")
+    measured = [benchmark_rows(run) for run in (one, two)]
+    if measured[0] != measured[1]:
+        found.append(f"benchmark rows ({len(measured[0])} and {len(measured[1])})")
+    if len(set(measured[1])) != len(measured[1]):
+        found.append("doubled benchmark rows")
+    if list(two.rglob("converted")):
+        found.append("the converted target was left behind")
     return found
+
+
+def benchmark_rows(run: Path) -> list[str]:
+    """The measured rows without what a clock decides, in the order written; none where nothing was measured."""
+    path = run / "benchmark" / "benchmark.json"
+    if not path.is_file():
+        return []
+    measured = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return [json.dumps({k: v for k, v in row.items() if not any(part in k for part in TIMES)}, sort_keys=True) for row in measured]
 
 
 def rows(run: Path) -> list[str]:
@@ -129,8 +174,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--openvino", action="store_true", help="synthesize, export and benchmark through OpenVINO")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = kill_and_resume(Path(folder), arguments.kills, arguments.seed, say=True)
-    print("differs: " + "; ".join(found) if found else "equal: weights bit for bit, rows, counts")
+        found = kill_and_resume(Path(folder), arguments.kills, arguments.seed, say=True, openvino=arguments.openvino)
+    measured = ", measured rows but for their times" if arguments.openvino else ""
+    print("differs: " + "; ".join(found) if found else f"equal: weights bit for bit, rows, counts{measured}")
     sys.exit(bool(found))

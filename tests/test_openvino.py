@@ -1,11 +1,12 @@
-"""OpenVINO: exports, the engine, and speculative runs whose counts agree with ours. Skipped where it is not installed."""
+"""OpenVINO: exports, the engine that writes as the target, and its silence. Skipped where it is not installed."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,54 +22,18 @@ from conftest import write_recipe, write_target
 from fastdraft import cli, pipeline
 from fastdraft.data.responses import read_all
 from fastdraft.decoding.autoregressive import generate_batch
-from fastdraft.decoding.replay import replay
 from fastdraft.decoding.scoring import score
-from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.errors import ArtifactError, DataError, DeviceError, RecipeError, VocabularyError
-from fastdraft.functional.acceptance import Counts, add_counts
+from fastdraft.errors import ArtifactError, DataError, DeviceError, VocabularyError
 from fastdraft.interfaces import Generation, Sampling, TargetConfig
-from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
+from fastdraft.modeling.loading import load_target, load_vocabulary
 from fastdraft.recipe import load_recipe
 from fastdraft.runtimes import openvino_export
-from fastdraft.runtimes.openvino import OpenVINOEngine, answer_seed, as_tensor, device_properties, generation_config, load_pipeline
+from fastdraft.runtimes.openvino import OpenVINOEngine, answer_seed, device_properties, load_pipeline, silence_telemetry
 from fastdraft.runtimes.openvino_export import export_openvino
-from fastdraft.runtimes.openvino_speculative import SpeculativePipeline, counts_from_metrics, cut_rounds
+from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair
 from fastdraft.vocabulary import Vocabulary
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30)]
-K = 3
-
-
-@pytest.fixture(scope="module")
-def exported_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("openvino") / "target"
-    export_openvino(tiny_target, folder, "fp32")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def near_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The target with a little noise: a draft whose proposals are sometimes accepted."""
-    import torch
-
-    from fastdraft.modeling.loading import save_draft
-
-    model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.add_(0.15 * weight.std() * torch.randn(weight.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("near") / "draft"
-    save_draft(model, folder, tiny_target)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported_draft(near_draft: Path, exported_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("openvino") / "draft"
-    export_openvino(near_draft, folder, "fp32", pair=exported_target)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +51,50 @@ def engine(exported_target: Path, vocabulary: Vocabulary) -> OpenVINOEngine:
     return OpenVINOEngine(exported_target, vocabulary, 256, precision="exact", threads=1)
 
 
-@pytest.fixture(scope="module")
-def speculative(exported_target: Path, exported_draft: Path, vocabulary: Vocabulary) -> SpeculativePipeline:
-    return SpeculativePipeline(exported_target, exported_draft, vocabulary.eos_token_ids, K, precision="exact", threads=1)
-
-
 def greedy(target: PreTrainedModel, prompts: list[list[int]], tokens: int, vocabulary: Vocabulary) -> list[Generation]:
     import torch
 
     return generate_batch(target, prompts, Sampling(0.0), tokens, set(vocabulary.eos_token_ids), torch.Generator())
+
+
+NETWORK = """
+import multiprocessing, socket, sys
+from pathlib import Path
+
+calls = []
+socket.socket.connect = lambda *arguments: calls.append(arguments)
+socket.getaddrinfo = lambda *arguments, **_: calls.append(arguments) or []
+multiprocessing.Process.start = lambda process: calls.append(process)  # in which openvino_telemetry sends
+from fastdraft.runtimes import openvino_export
+
+openvino_export.convert(sys.argv[1], Path(sys.argv[2]), "int8")
+assert "nncf" in sys.modules and "optimum.exporters.openvino" in sys.modules and "openvino.tools.ovc" in sys.modules
+print("calls", calls)
+"""
+
+
+def test_a_conversion_sends_nothing_and_leaves_the_users_consent_alone(tiny_target: Path, tmp_path: Path) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    for folder in (home, out):
+        folder.mkdir()
+    away = ("HF_HUB_OFFLINE", "CI", "TF_BUILD", "JENKINS_URL", "NNCF_CI", "NNCF_DEV")  # as on a user's machine
+    environment = {name: value for name, value in os.environ.items() if name not in away}
+    environment |= {"HOME": str(home), "LOCALAPPDATA": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", NETWORK, str(tiny_target), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "calls []"
+    assert not list(home.glob("[iI]ntel*")), "the identifier and the statistics of openvino_telemetry"
+
+
+def test_telemetry_that_was_imported_before_sends_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TelemetrySender:
+        def send(self, backend: object, message: object) -> None:
+            pytest.fail("sent")
+
+    monkeypatch.setitem(sys.modules, "openvino_telemetry.utils.sender", SimpleNamespace(TelemetrySender=TelemetrySender))
+    silence_telemetry()
+    TelemetrySender().send("backend", "message")
 
 
 def test_an_export_holds_the_source_tokenizer_byte_for_byte(exported_target: Path, tiny_target: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_is_converted(
     with pytest.raises(VocabularyError, match="draft 384, target 320"):
         export_openvino(other, tmp_path / "out", "int8", pair=exported_target)
     with pytest.raises(VocabularyError, match="draft 384, target 320"):
-        SpeculativePipeline(exported_target, other, (3,), K)
+        OpenVINOPair(exported_target, other, (3,))
 
 
 def test_the_command_exports_a_directory_and_says_what_was_found(
@@ -190,70 +190,13 @@ def test_a_loop_is_ended_where_it_shows(engine: OpenVINOEngine, vocabulary: Voca
         assert cut.logprobs == full.logprobs[:32]
 
 
-def test_what_does_not_fit_is_refused(engine: OpenVINOEngine, exported_target: Path, tiny_target: Path) -> None:
+def test_what_does_not_fit_is_refused(engine: OpenVINOEngine, tiny_target: Path) -> None:
     with pytest.raises(DataError, match="fit into the context of 256"):
         engine.generate([[5] * 250], Sampling(0.0), 20, seed=0)
     with pytest.raises(DeviceError, match="OpenVINO sees"):
         device_properties("TPU", "fast")
     with pytest.raises(ArtifactError, match=r"no openvino_model\.xml"):
         load_pipeline(tiny_target, "CPU", {})
-    with pytest.raises(RecipeError, match="must be at least 1"):
-        SpeculativePipeline(exported_target, exported_target, (), 0)
-
-
-def test_greedy_counts_agree_with_our_decoder_and_with_replay(
-    speculative: SpeculativePipeline, target: PreTrainedModel, near_draft: Path, vocabulary: Vocabulary
-) -> None:
-    draft = load_draft(near_draft)
-    vocabulary = replace(vocabulary, missing_ids=())  # OpenVINO masks none of the draft's ids
-    expected = greedy(target, PROMPTS, 24, vocabulary)
-    decoder, total = SpeculativeDecoder(target, draft, vocabulary, K), []
-    for prompt, alone in zip(PROMPTS, expected, strict=True):
-        run = speculative.generate(prompt, Sampling(0.0), 24, seed=0)
-        assert run.generation == alone
-        assert run.lossless
-        # OpenVINO's first pass proposes nothing: its token belongs to the prompt.
-        behind = decoder.generate([*prompt, alone.response_ids[0]], Sampling(0.0), len(alone.response_ids) - 1, seed=0)
-        assert run.counts == behind.counts
-        row = SimpleNamespace(
-            prompt_ids=[*prompt, alone.response_ids[0]], response_ids=alone.response_ids[1:],
-            logprobs=alone.logprobs[1:], temperature=0.0, top_k=0, top_p=1.0,
-        )  # fmt: skip
-        assert replay(draft, [row], [K], vocabulary)[0][K].num_accepted_tokens == run.counts.num_accepted_tokens
-        total.append(run.counts)
-    rate = add_counts(total).acceptance_rate
-    assert 0.05 < rate < 0.95, "the pair must accept some and refuse some, or nothing was tested"
-
-
-def test_the_runtimes_own_metrics_give_the_same_rounds(speculative: SpeculativePipeline) -> None:
-    for prompt in PROMPTS:
-        run = speculative.generate(prompt, Sampling(0.0), 24, seed=0, beyond_end=False)
-        config = generation_config(Sampling(0.0), 24, speculative.eos_ids, 0)
-        config.num_assistant_tokens, config.assistant_confidence_threshold = K, 0.0
-        metrics = speculative.pipeline.generate([as_tensor(prompt)], [config])[0].extended_perf_metrics
-        found, exact = counts_from_metrics(metrics, K), speculative.generate(prompt, Sampling(0.0), 24, seed=0).counts
-        assert (found.num_drafts, found.num_generated_tokens) == (exact.num_drafts, exact.num_generated_tokens)
-        assert found.num_generated_tokens == len(run.generation.response_ids) - 1
-        assert 0 <= exact.num_accepted_tokens - found.num_accepted_tokens <= 1
-
-
-def test_a_sampled_run_says_that_it_is_not_the_targets_own(speculative: SpeculativePipeline) -> None:
-    run = speculative.generate(PROMPTS[1], Sampling(0.8), 24, seed=1)
-    assert not run.lossless
-    assert all(map(math.isnan, run.generation.logprobs))
-    assert run.counts.num_generated_tokens == len(run.generation.response_ids) - 1
-
-
-def test_rounds_are_cut_where_the_text_ends() -> None:
-    passes = [[10], [11, 12, 13, 14], [15], [16, 17, 3, 18], [19]]
-    text, rounds = cut_rounds(passes, 99, (3,), 3)
-    assert text == [10, 11, 12, 13, 14, 15, 16, 17, 3]
-    assert [(r.num_accepted, r.num_examined) for r in rounds] == [(3, 3), (0, 1), (3, 3)]
-    text, rounds = cut_rounds(passes, 7, (), 3)
-    assert text == [10, 11, 12, 13, 14, 15, 16]
-    assert [(r.num_accepted, r.num_examined) for r in rounds] == [(3, 3), (0, 1), (1, 1)]
-    assert cut_rounds([[10]], 5, (), 3) == ([10], [])
-    assert add_counts(r.counts for r in rounds) == Counts(3, 9, 4, (2, 1, 1), 5, 6, 4, 5)
 
 
 @pytest.fixture(scope="module")

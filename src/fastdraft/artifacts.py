@@ -24,8 +24,8 @@ from fastdraft.errors import ArtifactError, DiskError
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """What the three functions below call an unfinished file or folder."""
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
-SCRATCH = ("steps", ".journal")
-"""Folders of resume checkpoints and journals, of no use once a stage is complete."""
+SCRATCH = ("steps", ".journal", "converted")
+"""Folders of resume checkpoints, journals and converted copies of the target, of no use once a stage is complete."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

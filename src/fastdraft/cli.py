@@ -23,6 +23,7 @@ _STAGES = {
     "align": "responses -> a draft that predicts this target",
     "evaluate": "draft x target x tasks -> acceptance, block efficiency",
     "export": "the draft as runtimes load it",
+    "benchmark": "the exported pair on this device's clock, beside the prediction",
     "report": "everything on one page",
 }
 
@@ -78,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_redo(stage)
         if name == "export":
             _add_export(stage)
+        if name == "benchmark":
+            stage.epilog = "example: fastdraft benchmark demo benchmark.repeats=5 'benchmark.num_speculative_tokens=[2,3,4]'"
     check = _recipe_verb(verbs, "check", "validate a recipe; forecast tokens, time, disk, memory", _check)
     check.add_argument("--json", action="store_true", help="print the forecast as JSON on stdout")
     _add_inspect(verbs)
@@ -127,7 +130,30 @@ def _add_inspect(verbs: Any) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--measure", action="store_true", help="time the target and drafts of these shapes on this device, untrained")
+    _add_measure(parser)
     parser.set_defaults(call=_inspect)
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "with --measure",
+        "Builds the target (unless TARGET is an exported model) and each candidate draft with random weights in a temporary "
+        "folder, times single passes, and forecasts the speed-up for three acceptance rates and every K: size and depth can be "
+        "chosen before anything is trained. A few minutes; disk and memory of about the target in int4 and three of its layers in "
+        "float32. Set TMPDIR to use another disk.",
+        argument_default=argparse.SUPPRESS,
+    )
+    weights = ["fp32", "fp16", "int8", "int4"]
+    group.add_argument("--runtime", choices=["openvino"], help="whose passes (default openvino)")
+    group.add_argument("--weights", choices=weights, help="the target's precision (default int4)")
+    group.add_argument("--draft-weights", choices=weights, help="the drafts' precision (default int8)")
+    drafts = "HIDDENxLAYERS, as 512x6, or folders of exported drafts (default: the listed candidates)"
+    group.add_argument("--draft", nargs="+", metavar="SHAPE", help=drafts)
+    group.add_argument("--device", metavar="NAME", help="OpenVINO's name (default CPU)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: OpenVINO's choice)")
+    group.add_argument("--num-speculative-tokens", type=int, nargs="+", metavar="K", help="tokens proposed per round (default 1 2 3 4 5)")
+    group.add_argument("--prefix", type=int, metavar="TOKENS", help="tokens in the cache before each pass (default 128)")
 
 
 def _add_preview(verbs: Any) -> None:
@@ -190,6 +216,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from fastdraft.commands import inspect
+    from fastdraft.commands.inspect_measure import settings_of
     from fastdraft.console import Console
 
     inspect.run(
@@ -198,6 +225,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         trust_remote_code=arguments.trust_remote_code,
         console=Console(),
         as_json=arguments.json,
+        measuring=settings_of(vars(arguments)),
     )
 
 

@@ -3,7 +3,7 @@
 Decides the order of the stages, what each depends on, that finished work is skipped, that unfinished work goes on, and
 that a missing stage or work done with other settings is refused before anything runs or is thrown away.
 
-    design -> prepare -> pretrain -> continue_pretrain -> synthesize -> align -> evaluate -> export -> report
+    design -> prepare -> pretrain -> continue_pretrain -> synthesize -> align -> evaluate -> export -> benchmark -> report
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ STAGES = (
     Stage("align", "responses -> a draft that predicts this target", ("continue_pretrain", "synthesize")),
     Stage("evaluate", "draft x target x tasks -> acceptance, block efficiency", ("align",)),
     Stage("export", "the draft as runtimes load it", ("evaluate",)),
-    Stage("report", "everything on one page", ("export",), remade=True),
+    Stage("benchmark", "the exported pair on this device's clock, beside the prediction", ("export",)),
+    Stage("report", "everything on one page", ("export", "benchmark"), remade=True),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 

@@ -18,6 +18,7 @@ from fastdraft.config import Config, load_config
 from fastdraft.errors import RecipeError
 from fastdraft.interfaces import RunConfig, TargetConfig
 from fastdraft.stages.align import AlignConfig
+from fastdraft.stages.benchmark import BenchmarkConfig
 from fastdraft.stages.design import DesignConfig
 from fastdraft.stages.evaluate import EvaluateConfig
 from fastdraft.stages.export import ExportConfig
@@ -52,6 +53,8 @@ class Recipe(Config):
     """Draft x target x tasks x K x temperature -> counts."""
     export: ExportConfig | None = Field(default=None)
     """The draft as runtimes load it."""
+    benchmark: BenchmarkConfig | None = Field(default=None)
+    """The exported pair on this device's clock, beside the prediction."""
     report: ReportConfig | None = Field(default=None)
     """One page about the run."""
 

@@ -22,9 +22,12 @@ from fastdraft.interfaces import StageContext
 from fastdraft.pipeline import STAGES, make_context, refuse_changes
 from fastdraft.recipe import Recipe
 from fastdraft.stages import design
+from fastdraft.stages.benchmark import BenchmarkConfig
 
 WRITES = 3
 """Passes over a task's text: written once by the target, replayed by each checkpoint, part of it decoded exactly."""
+CONVERTING_SECONDS, BYTES_PER_SECOND, TOKEN_SECONDS = 15.0, 1e10, 5e-4
+"""Of a benchmark, roughly: one export; weights read a second when one text is written; what a token costs besides."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,36 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         from fastdraft.runtimes.engines import require_openvino
 
         require_openvino()
+    if recipe.benchmark:
+        _check_benchmark(recipe)
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
+
+
+def _check_benchmark(recipe: Recipe) -> None:
+    """What a benchmark needs must be there: an export, OpenVINO, the device, a task's files, room for K proposals in the context."""
+    from fastdraft.modeling.source import raw_config
+    from fastdraft.runtimes.engines import require_openvino
+    from fastdraft.runtimes.openvino import device_properties
+    from fastdraft.tasks import load_task
+
+    config = recipe.benchmark
+    if config is None:
+        return
+    if recipe.export is None:
+        raise RecipeError("benchmark", "no export section", "what is exported is measured", "add `export:` to the recipe")
+    require_openvino()
+    for device in dict.fromkeys((config.device, config.draft_device or config.device)):
+        device_properties(device, config.precision)
+    context, most = (
+        raw_config(recipe.target.location, recipe.target.revision).get("max_position_embeddings"),
+        max(config.num_speculative_tokens),
+    )
+    for task in config.tasks_of(recipe.sections()):
+        load_task(task)
+        if context and task.max_new_tokens + most + 1 >= context:
+            found = f"task '{task.name}' writes {task.max_new_tokens} tokens with K = {most}"
+            raise RecipeError("benchmark", found, f"prompt, answer and one round must fit the context of {context}", "lower max_new_tokens")
 
 
 def _check_template(recipe: Recipe) -> None:
@@ -150,6 +181,8 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
         disk, memory = forecast.synthetic_bytes(tokens), _target_bytes(recipe, plan, device) + checkpoint
     elif name == "export":
         disk, memory = checkpoint, _target_bytes(recipe, plan, device) + checkpoint
+    elif name == "benchmark" and recipe.benchmark:
+        tokens, seconds, disk, memory = _benchmark(recipe, recipe.benchmark, plan)
     return StageForecast(name, state, tokens, seconds, disk, memory)
 
 
@@ -186,6 +219,23 @@ def _evaluation_tokens(recipe: Recipe) -> int:
     if recipe.evaluate is None:
         return 0
     return sum(len(load_task(task).prompts) * task.max_new_tokens for task in recipe.evaluate.tasks) * len(recipe.evaluate.temperatures)
+
+
+def _benchmark(recipe: Recipe, config: BenchmarkConfig, plan: design.Plan) -> tuple[int, float, float, float]:
+    """Tokens, seconds, bytes on disk and in memory: every setting in turn, the untimed run besides."""
+    tasks, sweep = config.tasks_of(recipe.sections()), config.sweep
+    settings = 1 + len(config.num_speculative_tokens) + len(config.confidence_thresholds)
+    per_pair = settings * len(config.temperatures) * config.prompts * sum(task.max_new_tokens for task in tasks)
+    usual, at_once = min(task.max_new_tokens for task in tasks), max([0, *sweep.concurrency])
+    swept = config.prompts * (len(sweep.prompt_tokens) * usual + sum(sweep.max_new_tokens))
+    swept += max(config.prompts, at_once) * len(sweep.concurrency) * usual
+    tokens = (1 + config.repeats) * (per_pair * len(config.weights) + 2 * swept)
+    target = plan.target.bytes_per_token(8)
+    exports = 2 * len(config.weights)
+    seconds = CONVERTING_SECONDS * exports + tokens * (target / BYTES_PER_SECOND + TOKEN_SECONDS)
+    held = 2 * forecast.loading_bytes(plan.target.parameters, 1) + forecast.loading_bytes(plan.draft.parameters, 1)
+    disk = len(config.weights) * forecast.loading_bytes(plan.target.parameters + plan.draft.parameters, 1)
+    return tokens, seconds, disk, max(held, forecast.loading_bytes(plan.target.parameters))
 
 
 def _target_bytes(recipe: Recipe, plan: design.Plan, device: str) -> float:

@@ -2,7 +2,7 @@
 
 Decides which candidates are shown (the natural shape at six widths, the presets that fit) and how costs are counted: by
 parameters, and by bytes read per token at equal precision and for an int8 draft beside an int4 target. Reads config and
-tokenizer only; no weights. Results go to stdout, in 80 columns.
+tokenizer only; no weights. Results go to stdout, in 80 columns. With `--measure`, costs are measured too: inspect_measure.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastdraft.commands.inspect_measure import MeasureSettings, measure
 from fastdraft.config import format_count
 from fastdraft.console import Console, format_table
 from fastdraft.errors import RecipeError
@@ -85,24 +86,44 @@ class Inspection:
     candidates: list[Candidate]
 
 
-def run(location: str, *, revision: str | None = None, trust_remote_code: bool = False, console: Console, as_json: bool = False) -> None:
-    """Prints anatomy, vocabulary traps and candidate drafts of a target.
+def run(
+    location: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    console: Console,
+    as_json: bool = False,
+    measuring: MeasureSettings | None = None,
+) -> None:
+    """Prints anatomy, vocabulary traps and candidate drafts of a target; then, when asked for, what they cost on this device.
 
     Args:
         location: A directory, a hub id, or `shipped:targets/starter`.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Allows a tokenizer with code of its own.
-        console: For notes; results go to stdout.
+        console: For notes and progress; results go to stdout.
         as_json: JSON instead of text.
+        measuring: How passes are to be measured; None measures nothing.
 
     Raises:
         TargetError: when the target cannot be read or is not supported.
         VocabularyError: when its tokenizer and config contradict each other.
+        FastDraftError: when measuring fails; see `inspect_measure.measure`.
     """
-    inspection = inspect(TargetConfig(model=location, revision=revision, trust_remote_code=trust_remote_code))
+    target = TargetConfig(model=location, revision=revision, trust_remote_code=trust_remote_code)
+    inspection = inspect(target)
     if not inspection.candidates:
         console.warn("no draft would cost less than half of this target: a draft cannot pay here")
-    print(json.dumps(_as_dict(inspection), indent=1) if as_json else _text(inspection))
+    if not as_json:
+        print(_text(inspection), flush=True)
+    measured = None
+    if measuring is not None:
+        shapes = [candidate.draft for candidate in inspection.candidates]
+        measured = measure(target.location, inspection.config, shapes, measuring, console, revision=revision)
+    if as_json:
+        print(json.dumps({**_as_dict(inspection), **({"measured": measured.as_dict()} if measured else {})}, indent=1))
+    elif measured:
+        print("\n" + measured.text())
 
 
 def inspect(target: TargetConfig) -> Inspection:

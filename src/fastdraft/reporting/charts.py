@@ -7,21 +7,33 @@ speed-up against K with the best K marked, acceptance against position, and the 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.artifacts import digest
 from fastdraft.config import format_count
 from fastdraft.reporting.document import Chart
-from fastdraft.reporting.drawing import INK, LADDER, MUTED, PAPER, Label, drawing, label_ends, plain_ticks, task_colour, to_svg
+from fastdraft.reporting.drawing import (
+    INK,
+    LADDER,
+    MUTED,
+    Label,
+    Points,
+    draw_line,
+    draw_mark,
+    draw_range,
+    drawing,
+    label_ends,
+    plain_ticks,
+    slug,
+    task_colour,
+    to_svg,
+)  # fmt: skip
 from fastdraft.reporting.paper import PAPER_ROWS, PAPER_TASKS
 from fastdraft.reporting.results import SPEEDUPS, Results, interval, k_name, number, per_position, stage_label, temperature_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Points = list[tuple[float, float]]
 Rung = tuple[float | None, tuple[float, float] | None]
 """An acceptance rate and its interval."""
 
@@ -65,9 +77,9 @@ def _ladder_chart(key: str, title: str, ladder: Mapping[str, Sequence[Rung]], na
             for x, (_, around) in enumerate(rungs):
                 if around:
                     at = x + (index - (len(tasks) - 1) / 2) * 0.03
-                    axes.plot([at, at], around, color=colour, linewidth=1.4, alpha=0.5, solid_capstyle="butt")
+                    draw_range(axes, at, around, colour)
             if points:
-                _line(axes, points, colour, markers=True)
+                draw_line(axes, points, colour, markers=True)
                 labels.append(Label(task[:13], *points[-1], colour))
         axes.set_xticks(range(len(names)), list(names))
         axes.set_xlim(-0.14, len(names) - 1 + 0.14)
@@ -90,7 +102,7 @@ def against_k_chart(results: Results, task: str, temperature: float, *, key: str
             ]
             if not points:
                 continue
-            _line(axes, points, colour, markers=len(points) < 3)
+            draw_line(axes, points, colour, markers=len(points) < 3)
             _band(axes, rows, key, colour)
             labels.append(Label(stage_label(checkpoint), *points[-1], colour))
             if key in SPEEDUPS:
@@ -102,7 +114,7 @@ def against_k_chart(results: Results, task: str, temperature: float, *, key: str
             axes.axhline(1, color=MUTED, linewidth=1, dashes=(4, 3))
         label_ends(axes, labels)
         alt = f"{name} against K on {task}, {temperature_name(temperature)}"
-        return Chart(to_svg(figure, f"{_slug(key)}-{_slug(task)}", alt), task, alt)
+        return Chart(to_svg(figure, f"{slug(key)}-{slug(task)}", alt), task, alt)
 
 
 def positions_charts(results: Results, tasks: Sequence[str], temperature: float) -> tuple[Chart, ...]:
@@ -120,12 +132,12 @@ def positions_charts(results: Results, tasks: Sequence[str], temperature: float)
 def _positions_chart(task: str, shares: Mapping[str, Sequence[float]], top: float) -> Chart:
     with drawing(right=10) as (figure, axes):
         for checkpoint, found in shares.items():
-            _line(axes, [(i + 1.0, share) for i, share in enumerate(found)], _ladder(checkpoint), markers=True)
+            draw_line(axes, [(i + 1.0, share) for i, share in enumerate(found)], _ladder(checkpoint), markers=True)
         axes.set_ylim(0, top)
         axes.set_xticks(range(1, max((len(found) for found in shares.values()), default=1) + 1))
         axes.set_xlabel("position in the round")
         alt = f"Share of rounds in which each position was accepted on {task}"
-        return Chart(to_svg(figure, f"positions-{_slug(task)}", alt), task, alt)
+        return Chart(to_svg(figure, f"positions-{slug(task)}", alt), task, alt)
 
 
 def loss_chart(stage: str, lines: Sequence[Mapping[str, Any]], title: str) -> Chart | None:
@@ -141,11 +153,11 @@ def loss_chart(stage: str, lines: Sequence[Mapping[str, Any]], title: str) -> Ch
     with drawing(right=52) as (figure, axes):
         labels = []
         if train:
-            _line(axes, train, MUTED, width=0.7, alpha=0.4)
-            _line(axes, smooth(train), MUTED, width=1.5)
+            draw_line(axes, train, MUTED, width=0.7, alpha=0.4)
+            draw_line(axes, smooth(train), MUTED, width=1.5)
             labels.append(Label("train", *smooth(train)[-1], MUTED))
         for name, points in validation.items():
-            _line(axes, points, task_colour(name, names), markers=len(points) < 14)
+            draw_line(axes, points, task_colour(name, names), markers=len(points) < 14)
             labels.append(Label(name[:11], *points[-1], task_colour(name, names)))
         _loss_axes(axes, [y for _, y in train] + [y for points in validation.values() for _, y in points])
         _token_axis(axes)
@@ -166,13 +178,13 @@ def validation_chart(stage: str, lines: Sequence[Mapping[str, Any]], best_step: 
         for x, y in _series([line], "validation_block_efficiency")
     }
     with drawing(right=52) as (figure, axes):
-        _line(axes, points, LADDER["align"], markers=len(points) < 30)
+        draw_line(axes, points, LADDER["align"], markers=len(points) < 30)
         low, high = min(y for _, y in points), max(y for _, y in points)
         axes.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.22 * (high - low) + 0.02)
         _token_axis(axes)
         if best_step in steps:
             x, y = steps[best_step]
-            _mark(axes, x, y, LADDER["align"])
+            draw_mark(axes, x, y, LADDER["align"])
             axes.annotate(f"kept: {y:.2f}", (x, y), xytext=(0, 9), textcoords="offset points", ha="center", color=INK, fontsize=10)
         alt = f"{title}: validation block efficiency against tokens"
         return Chart(to_svg(figure, f"validation-{stage}", alt), title, alt)
@@ -209,11 +221,6 @@ def _losses(line: Mapping[str, Any]) -> dict[str, float]:
     return {} if value is None else {"validation": value}
 
 
-def _line(axes: Axes, points: Points, colour: str, *, markers: bool = False, width: float = 1.9, alpha: float = 1.0) -> None:
-    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=width, alpha=alpha,
-              marker="o" if markers else "", markersize=4.5, markeredgecolor=PAPER, markeredgewidth=1.0)  # fmt: skip
-
-
 def _band(axes: Axes, rows: Sequence[Mapping[str, Any] | None], key: str, colour: str) -> None:
     around = [(k, *pair) for row in rows if (pair := interval(row, key)) and (k := number(row, "num_speculative_tokens")) is not None]
     if len(around) > 1:
@@ -222,13 +229,9 @@ def _band(axes: Axes, rows: Sequence[Mapping[str, Any] | None], key: str, colour
         )
 
 
-def _mark(axes: Axes, x: float, y: float, colour: str) -> None:
-    axes.plot([x], [y], marker="o", markersize=8, color=colour, markeredgecolor=PAPER, markeredgewidth=1.6, zorder=5, clip_on=False)
-
-
 def _mark_best(axes: Axes, points: Points, colour: str, written: bool) -> None:
     x, y = max(points, key=lambda point: (point[1], -point[0]))
-    _mark(axes, x, y, colour)
+    draw_mark(axes, x, y, colour)
     if written:
         side = "left" if x <= points[0][0] + 1 else "right" if x >= points[-1][0] - 1 else "center"
         axes.annotate(f"{y:.2f}× at {k_name(x)}", (x, y), xytext=(0, 8), textcoords="offset points", ha=side, color=INK, fontsize=10)
@@ -257,10 +260,6 @@ def _token_axis(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value) if value > 0 else "0"))
     axes.set_xlabel("tokens trained")
     axes.set_xlim(0, axes.get_xlim()[1] / 1.03)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") + f"-{digest(text)[:4]}"
 
 
 def _ladder(checkpoint: str) -> str:

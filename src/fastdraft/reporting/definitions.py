@@ -56,3 +56,22 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
     ),
 )
 """Name and definition, in reading order."""
+
+BENCHMARK_DEFINITIONS: tuple[tuple[str, str], ...] = (
+    (
+        "Measured speed-up",
+        "Seconds per token without the draft / with it: the same prompts, settings and device, whole answers with the first token "
+        "included, runs in turn. Median over repeats; the range is over repeats, each without against with.",
+    ),
+    (
+        "Behind the first token",
+        "Decode speed-up: the same behind the first token. Reading the prompt, which a draft cannot shorten, is left out.",
+    ),
+    (
+        "Quotient",
+        "Measured / predicted wall clock, or measured / memory-bound speed-up by bytes: how much of the promise the clock keeps.",
+    ),
+    ("Time to first token", "From handing over the prompt to the first token: both models read the prompt. Median over answers."),
+    ("Time per output token", "Seconds per token behind the first one. Median over answers."),
+)
+"""The same for what a benchmark measures."""

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
+from fastdraft.artifacts import digest
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Points = list[tuple[float, float]]
 WIDTH, HEIGHT = 254, 186
 """Size of one chart in CSS pixels."""
 
@@ -52,7 +55,7 @@ class Label:
 
 
 @contextmanager
-def drawing(width: int = WIDTH, height: int = HEIGHT, right: int = 56) -> Iterator[tuple[Figure, Axes]]:
+def drawing(width: int = WIDTH, height: int = HEIGHT, right: int = 56, left: int = 32) -> Iterator[tuple[Figure, Axes]]:
     """A figure with one pair of axes in the house style; `right` pixels stay free for labels at the ends of lines."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -61,8 +64,24 @@ def drawing(width: int = WIDTH, height: int = HEIGHT, right: int = 56) -> Iterat
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         FigureCanvasSVG(figure)
-        left, bottom, top = 32, 35, 12
+        bottom, top = 35, 12
         yield figure, figure.add_axes((left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height))
+
+
+def draw_line(axes: Axes, points: Points, colour: str, *, markers: bool = False, width: float = 1.9, alpha: float = 1.0) -> None:
+    """One series."""
+    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=width, alpha=alpha,
+              marker="o" if markers else "", markersize=4.5, markeredgecolor=PAPER, markeredgewidth=1.0)  # fmt: skip
+
+
+def draw_range(axes: Axes, x: float, around: tuple[float, float], colour: str, alpha: float = 0.5) -> None:
+    """An upright bar from the lower to the higher value."""
+    axes.plot([x, x], around, color=colour, linewidth=1.4, alpha=alpha, solid_capstyle="butt")
+
+
+def draw_mark(axes: Axes, x: float, y: float, colour: str) -> None:
+    """A point that stands out."""
+    axes.plot([x], [y], marker="o", markersize=8, color=colour, markeredgecolor=PAPER, markeredgewidth=1.6, zorder=5, clip_on=False)
 
 
 def label_ends(axes: Axes, labels: Sequence[Label], gap: float = 12.5) -> None:
@@ -128,6 +147,11 @@ def task_colour(task: str, tasks: Sequence[str]) -> str:
         return HUES[_TASK_HUES[task]]
     others = [name for name in tasks if name not in _TASK_HUES]
     return HUES[(4 + others.index(task)) % len(HUES)] if task in others else HUES[-1]
+
+
+def slug(text: str) -> str:
+    """Letters and digits that name a drawing, different for different texts."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") + f"-{digest(text)[:4]}"
 
 
 def plain_ticks(axis: Any, form: str = "{:g}") -> None:

@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdraft.config import format_count
+from fastdraft.reporting.benchmark_results import Benchmark
+from fastdraft.reporting.benchmark_sections import launch_hint, setting
+from fastdraft.reporting.benchmark_tables import compact_table
+from fastdraft.reporting.benchmark_verdict import headline
 from fastdraft.reporting.definitions import DEFINITIONS
 from fastdraft.reporting.document import Table, row
 from fastdraft.reporting.page import escape_markdown, markdown_table
@@ -17,18 +21,17 @@ from fastdraft.reporting.record import RunRecord
 from fastdraft.reporting.report import shape_of, target_name
 from fastdraft.reporting.results import Results, interval, k_name, number, stage_label, temperature_name
 from fastdraft.reporting.summary import show
-from fastdraft.reporting.verdict import give_verdict
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN_DEFINITIONS = ("K", "Acceptance rate (AR)", "Block efficiency", "Memory-bound speed-up (MBSU)")
 
 
-def model_card(manifests: Mapping[str, dict[str, Any]], results: dict[str, Any] | None) -> str:
-    """The card from manifests by stage and the content of `results.json`."""
+def model_card(manifests: Mapping[str, dict[str, Any]], results: dict[str, Any] | None, benchmark: dict[str, Any] | None = None) -> str:
+    """The card from manifests by stage and the contents of `results.json` and `benchmark.json`."""
     exported = manifests.get("export", {})
     checks = exported.get("checks")
     k = int(number(exported, "num_speculative_tokens") or 3)
-    return render_model_card(RunRecord("", manifests, results), k, checks if isinstance(checks, Mapping) else {})
+    return render_model_card(RunRecord("", manifests, results, benchmark), k, checks if isinstance(checks, Mapping) else {})
 
 
 def render_model_card(record: RunRecord, num_speculative_tokens: int, checks: Mapping[str, Any]) -> str:
@@ -44,6 +47,7 @@ def render_model_card(record: RunRecord, num_speculative_tokens: int, checks: Ma
         _front_matter(target),
         _introduction(record, target),
         _usage(target, num_speculative_tokens),
+        _wall_clock(record),
         _figures(record, num_speculative_tokens),
     ]
     parts += [_training(record), _checks(checks), _limits(), _provenance(record)]
@@ -78,7 +82,7 @@ def _introduction(record: RunRecord, target: str) -> str:
         "does not change. It is of no use alone."
     )
     lines[1] += " Made with FastDraft, after the method of [arXiv 2411.11055](https://arxiv.org/abs/2411.11055)."
-    verdict = give_verdict(record.results)
+    verdict = headline(record)
     return "\n\n".join(
         [*lines, *([f"**{escape_markdown(verdict.sentence)}** {escape_markdown(verdict.detail)}"] if verdict.tone != "none" else [])]
     )
@@ -104,6 +108,17 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 vllm serve {target} --speculative-config '{{"method": "draft_model", "model": "path/to/this/folder", "num_speculative_tokens": {k}}}'
 ```"""
+
+
+def _wall_clock(record: RunRecord) -> str:
+    """The measured speed-up, how it was measured, and how to get it; empty without a benchmark."""
+    benchmark = Benchmark(record.benchmark or {})
+    if not benchmark.tasks:
+        return ""
+    hint = launch_hint(benchmark)
+    parts = ["## Wall clock", escape_markdown(setting(benchmark)), markdown_table(compact_table(benchmark))]
+    parts += [f"With OpenVINO GenAI, exported as measured:\n\n```python\n{hint}\n```"] if hint else []
+    return "\n\n".join(parts)
 
 
 def _figures(record: RunRecord, k: int) -> str:

@@ -12,13 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fastdraft.artifacts import FINGERPRINT, RunDirectory, read_json
 from fastdraft.errors import ArtifactError
 from fastdraft.reporting.results import number
 
-STAGES = ("design", "prepare", "pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "export")
+STAGES = ("design", "prepare", "pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "export", "benchmark")
+OPTIONAL = ("benchmark",)
+"""Stages that nobody misses in a recipe without them."""
 TRAINING = ("pretrain", "continue_pretrain", "align")
-RECIPE, TIMINGS = "recipe.yaml", "timings.json"
+RECIPE, TIMINGS, BENCHMARK = "recipe.yaml", "timings.json", "benchmark.json"
+BENCHMARK_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class RunRecord:
     manifests: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """By stage, finished stages only."""
     results: dict[str, Any] | None = None
+    benchmark: dict[str, Any] | None = None
+    """The content of `benchmark.json`."""
     metrics: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Lines of `metrics.jsonl` by training stage, ordered by step."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -44,23 +51,32 @@ class RunRecord:
 
     @property
     def missing(self) -> list[str]:
-        """Stages that have not finished."""
-        return [stage for stage in STAGES if stage not in self.manifests]
+        """Stages that have not finished; an optional one only when the recipe has its section."""
+        return [stage for stage in STAGES if stage not in self.manifests and (stage not in OPTIONAL or self.asks_for(stage))]
+
+    def asks_for(self, stage: str) -> bool:
+        """Whether the recipe has a section for this stage."""
+        try:
+            recipe = yaml.safe_load(self.recipe or "")
+        except yaml.YAMLError:
+            return False
+        return isinstance(recipe, dict) and recipe.get(stage) is not None
 
 
 def read_record(run: RunDirectory) -> RunRecord:
     """Everything a report shows about `run`.
 
     Raises:
-        ArtifactError: when a manifest or the results are damaged.
+        ArtifactError: when a manifest, the results or the benchmark are damaged.
     """
     manifests = {stage: run.artifact(stage).manifest() for stage in STAGES if run.artifact(stage).is_complete()}
     evaluated = "evaluate" in manifests
-    folder = run.artifact("evaluate").path
+    folder, benchmarked = run.artifact("evaluate").path, "benchmark" in manifests
     return RunRecord(
         name=run.root.name,
         manifests=manifests,
         results=read_results(folder / "results.json") if evaluated else None,
+        benchmark=read_benchmark(run.artifact("benchmark").path / BENCHMARK) if benchmarked else None,
         metrics={stage: read_metrics(run.artifact(stage).path / "metrics.jsonl") for stage in TRAINING if stage in manifests},
         samples=_read_samples(folder / "samples.json") if evaluated else [],
         recipe=(run.root / RECIPE).read_text(encoding="utf-8", errors="replace") if (run.root / RECIPE).is_file() else None,
@@ -74,13 +90,19 @@ def read_results(path: Path) -> dict[str, Any] | None:
     Raises:
         ArtifactError: when it is damaged.
     """
-    if not path.is_file():
-        return None
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise ArtifactError(
-            path, "not a mapping", "must hold an evaluation's results", "run `fastdraft evaluate` again with --redo evaluate"
-        )
+    return _read_mapping(path, "an evaluation's results", "evaluate")
+
+
+def read_benchmark(path: Path) -> dict[str, Any] | None:
+    """The content of `benchmark.json`; None when there is no such file.
+
+    Raises:
+        ArtifactError: when it is damaged, or of another schema.
+    """
+    value = _read_mapping(path, "a benchmark's figures", "benchmark")
+    if value is not None and value.get("schema") != BENCHMARK_SCHEMA:
+        rule, remedy = f"must be schema {BENCHMARK_SCHEMA}", "run `fastdraft benchmark` again with --redo benchmark"
+        raise ArtifactError(path, f"schema {value.get('schema')}", rule, remedy)
     return value
 
 
@@ -103,6 +125,15 @@ def fingerprint_of(run: RunDirectory) -> dict[str, Any]:
     """The state of every finished stage, for the report's own fingerprint."""
     done = [run.artifact(stage) for stage in STAGES if run.artifact(stage).is_complete()]
     return {artifact.name: artifact.digest() if (artifact.path / FINGERPRINT).is_file() else "unknown" for artifact in done}
+
+
+def _read_mapping(path: Path, content: str, stage: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ArtifactError(path, "not a mapping", f"must hold {content}", f"run `fastdraft {stage}` again with --redo {stage}")
+    return value
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:

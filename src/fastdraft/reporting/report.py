@@ -11,23 +11,26 @@ from typing import Any
 
 from fastdraft.config import format_count
 from fastdraft.reporting.acceptance_sections import differences_section, ladder_section, positions_section, speedup_section
+from fastdraft.reporting.benchmark_results import Benchmark
+from fastdraft.reporting.benchmark_sections import wall_clock_section
+from fastdraft.reporting.benchmark_verdict import headline, measured_with
 from fastdraft.reporting.check_sections import checks_section
 from fastdraft.reporting.document import Report, Section
 from fastdraft.reporting.record import RunRecord
 from fastdraft.reporting.results import number
 from fastdraft.reporting.run_sections import data_section, definitions_section, provenance_section, samples_section, training_section
-from fastdraft.reporting.verdict import give_verdict, tiles
+from fastdraft.reporting.tiles import tiles
 
-CHAPTERS: tuple[Callable[[RunRecord], Section | str], ...] = (
-    speedup_section, ladder_section, differences_section, positions_section, samples_section,
+CHAPTERS: tuple[Callable[[RunRecord], Section | str | None], ...] = (
+    wall_clock_section, speedup_section, ladder_section, differences_section, positions_section, samples_section,
     checks_section, training_section, data_section, provenance_section, definitions_section,
 )  # fmt: skip
-"""In reading order; each gives a section, or the line that says why there is none."""
+"""In reading order; each gives a section, or the line that says why there is none, or nothing where none is expected."""
 
 
 def compose_report(record: RunRecord, title: str | None = None) -> Report:
     """The report about one run, ready to be rendered."""
-    verdict = give_verdict(record.results)
+    verdict = headline(record)
     found = [chapter(record) for chapter in CHAPTERS]
     omitted = [f"Stage {stage}: not run, or not finished." for stage in record.missing]
     return Report(
@@ -80,7 +83,8 @@ def _facts(record: RunRecord) -> tuple[tuple[str, str], ...]:
     design = record.manifests.get("design", {})
     parameters = number(design, "parameters")
     draft = ", ".join(part for part in (f"{format_count(parameters)} parameters" if parameters else "", shape_of(design)) if part)
-    facts = [("Target", target_name(record.manifests, record.results)), ("Draft", draft), ("Run", record.name)]
+    clock = measured_with(Benchmark(record.benchmark)) if record.benchmark is not None else ""
+    facts = [("Target", target_name(record.manifests, record.results)), ("Draft", draft), ("Measured with", clock), ("Run", record.name)]
     return tuple((name, value) for name, value in facts if value)
 
 

@@ -8,7 +8,7 @@ speed-up of the chosen kind. Unknown extra keys are ignored and missing ones tol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,12 +41,12 @@ class Results:
     @cached_property
     def checkpoints(self) -> list[str]:
         """Checkpoints in the order of training, unknown names last."""
-        return _ordered((str(item.get("checkpoint")) for item in self.rows), tuple(STAGE_LABELS))
+        return ordered((str(item.get("checkpoint")) for item in self.rows), tuple(STAGE_LABELS))
 
     @cached_property
     def tasks(self) -> list[str]:
         """Tasks, the shipped ones first."""
-        return _ordered((str(item.get("task")) for item in self.rows), TASK_ORDER)
+        return ordered((str(item.get("task")) for item in self.rows), TASK_ORDER)
 
     @cached_property
     def temperatures(self) -> list[float]:
@@ -163,6 +163,7 @@ def temperature_name(temperature: float | None) -> str:
     return "greedy" if temperature == 0 else f"temperature {temperature:g}" if temperature is not None else "-"
 
 
-def _ordered(names: Iterator[str], order: tuple[str, ...]) -> list[str]:
+def ordered(names: Iterable[str], order: tuple[str, ...]) -> list[str]:
+    """Each name once: those of `order` first, in its order, then the others as they come."""
     seen = list(dict.fromkeys(names))
     return [name for name in order if name in seen] + [name for name in seen if name not in order]

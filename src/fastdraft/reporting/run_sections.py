@@ -14,7 +14,7 @@ import yaml
 from fastdraft.config import format_count
 from fastdraft.console import format_seconds
 from fastdraft.reporting.charts import loss_chart, validation_chart
-from fastdraft.reporting.definitions import DEFINITIONS
+from fastdraft.reporting.definitions import BENCHMARK_DEFINITIONS, DEFINITIONS
 from fastdraft.reporting.document import Block, Charts, Details, Row, Sample, Section, Table, Text, row
 from fastdraft.reporting.record import STAGES, TRAINING, RunRecord
 from fastdraft.reporting.results import k_name, number, temperature_name
@@ -182,7 +182,8 @@ def provenance_section(record: RunRecord) -> Section | str:
 
 def definitions_section(record: RunRecord) -> Section:
     """What every figure means."""
-    return Section("Definitions", "definitions", (Table(("Figure", "Definition"), tuple(row(name, text) for name, text in DEFINITIONS)),))
+    shown = DEFINITIONS + (BENCHMARK_DEFINITIONS if record.benchmark is not None else ())
+    return Section("Definitions", "definitions", (Table(("Figure", "Definition"), tuple(row(name, text) for name, text in shown)),))
 
 
 def _training_row(stage: str, manifest: Mapping[str, Any]) -> Row:

@@ -11,10 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastdraft.config import format_count
-from fastdraft.console import format_seconds
-from fastdraft.reporting.document import Tile
-from fastdraft.reporting.record import RunRecord
 from fastdraft.reporting.results import SPEEDUPS, Figures, Results, k_name, number, stage_label, temperature_name
 
 
@@ -27,8 +23,13 @@ class Verdict:
     tone: Literal["good", "mixed", "bad", "none"]
 
 
-def give_verdict(raw: Mapping[str, Any] | None) -> Verdict:
-    """The verdict on `results.json`; tone `none` when there is nothing to judge."""
+def give_verdict(raw: Mapping[str, Any] | None, *, prediction: bool = True) -> Verdict:
+    """The verdict on `results.json`; tone `none` when there is nothing to judge.
+
+    Args:
+        raw: Its content.
+        prediction: Whether to add what the times measured during the evaluation predict; of no use beside a real clock.
+    """
     results = Results(raw or {})
     if not results.speedups or results.final is None:
         return Verdict(
@@ -44,54 +45,11 @@ def give_verdict(raw: Mapping[str, Any] | None) -> Verdict:
     at = f"at this cost ratio ({ratio:.3g})" if ratio is not None else "at this cost ratio"
     if not gains:
         sentence = f"Do not use this draft {at}: its memory-bound speed-up stays under 1 even at the best K, {listing(losses)}."
-        return Verdict(_explained(sentence), _detail(results, key), "bad")
+        return Verdict(_explained(sentence), _detail(results, key, prediction), "bad")
     sentence = f"At its best K the draft reaches {listing(gains)}"
     if losses:
         sentence += f", but stays under 1 with {listing(losses)}: do not use a draft there {at}"
-    return Verdict(_explained(f"{sentence}."), _detail(results, key), "mixed" if losses else "good")
-
-
-def tiles(record: RunRecord) -> tuple[Tile, ...]:
-    """The summary: one tile per task (at most four), then the draft, its cost, its training and its time."""
-    results, design = Results(record.results or {}), record.manifests.get("design", {})
-    found = _task_tiles(results)[:4]
-    parameters, target = number(design, "parameters"), design.get("target")
-    if parameters is not None:
-        of = number(target if isinstance(target, Mapping) else None, "parameters")
-        found.append(Tile("Draft parameters", format_count(parameters), f"the target has {format_count(of)}" if of else ""))
-    names = ("parameters", "bytes", "latency")
-    ratios = [
-        (name, ratio)
-        for name in names
-        if (ratio := number(record.results, f"cost_ratio_{name}") or number(design, f"cost_ratio_{name}")) is not None
-    ]
-    if ratios:
-        found.append(
-            Tile("Cost ratio by " + ratios[0][0], f"{ratios[0][1]:.3g}", ", ".join(f"{ratio:.3g} by {name}" for name, ratio in ratios[1:]))
-        )
-    tokens = {
-        stage: count
-        for stage in ("pretrain", "continue_pretrain", "align")
-        if (count := number(record.manifests.get(stage), "tokens")) is not None
-    }
-    if tokens:
-        found.append(
-            Tile(
-                "Trained on",
-                f"{format_count(sum(tokens.values()))} tokens",
-                ", ".join(f"{stage_label(s)} {format_count(n)}" for s, n in tokens.items()),
-            )
-        )
-    seconds = [value for stage in record.manifests if (value := record.seconds(stage)) is not None]
-    if seconds:
-        found.append(
-            Tile(
-                "Time",
-                format_seconds(sum(seconds)),
-                "hours:minutes:seconds" if sum(seconds) >= 3600 else "minutes:seconds, all stages so far",
-            )
-        )
-    return tuple(found)
+    return Verdict(_explained(f"{sentence}."), _detail(results, key, prediction), "mixed" if losses else "good")
 
 
 def best_rows(results: Results, key: str) -> dict[str, Figures]:
@@ -119,7 +77,7 @@ def _explained(sentence: str) -> str:
     return sentence.replace(",\u00a0K", " tokens per target pass, K", 1)
 
 
-def _detail(results: Results, key: str) -> str:
+def _detail(results: Results, key: str, prediction: bool) -> str:
     text = (
         f"This is the memory-bound speed-up {SPEEDUPS[key]} at {temperature_name(results.headline_temperature)}, "
         f"checkpoint {stage_label(results.final or '')}: "
@@ -127,7 +85,7 @@ def _detail(results: Results, key: str) -> str:
     )
     measured = next((name for name in ("predicted_speedup", "mbsu_latency") if name in results.speedups), None)
     best = best_rows(results, measured) if measured else {}
-    if measured is None or not best or measured == key:
+    if not prediction or measured is None or not best or measured == key:
         return text
     over = [
         f"{_value(item, measured):.2f}× on {task} ({k_name(number(item, 'num_speculative_tokens'))})"
@@ -141,16 +99,3 @@ def _detail(results: Results, key: str) -> str:
     return f"{text} {by} {listing(over)}" + (
         f", and under 1 on {listing(under)}: do not use a draft there on that machine." if under else "."
     )
-
-
-def _task_tiles(results: Results) -> list[Tile]:
-    if not results.speedups:
-        return []
-    key = results.speedups[0]
-    best = best_rows(results, key)
-    found = []
-    for task in [task for task in results.tasks if task in best]:
-        speedup, k = _value(best[task], key), number(best[task], "num_speculative_tokens") or 0
-        detail = f"{number(best[task], 'block_efficiency') or 0:.2f} tokens per target pass, {k_name(k)}"
-        found.append(Tile(task.capitalize(), f"{speedup:.2f}×", detail, "good" if speedup > 1 else "bad"))
-    return found

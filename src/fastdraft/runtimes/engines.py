@@ -1,28 +1,41 @@
-"""Which runtime writes as the target, as a recipe names it, and how it is opened.
+"""Which runtime writes as the target, as a recipe names it or as `auto` finds it, and how it is opened.
 
-Decides the keys of `synthesize.engine` and that two engines over one loaded target are opened: one that answers, one that
-ends a text at the end of the user's turn (Magpie). Imports no runtime before one is opened.
+Decides the keys of `synthesize.engine`; what `auto` stands for on this machine (OpenVINO on a CPU where it is installed, else
+transformers; but begun text is finished by the engine that began it, since a run's rows come from one distribution); and that
+two engines over one loaded target are opened: one that answers, one that ends a text at the end of the user's turn (Magpie).
+Imports no runtime before one is opened.
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
+from fastdraft.artifacts import FINGERPRINT
 from fastdraft.config import Config
-from fastdraft.errors import MissingExtraError
+from fastdraft.errors import ArtifactError, MissingExtraError
 
 if TYPE_CHECKING:
+    from fastdraft.artifacts import Artifact
     from fastdraft.interfaces import Engine, StageContext
     from fastdraft.vocabulary import Vocabulary
 
 
 INSTALL_CONVERTER = "pip install --no-deps optimum-intel optimum; pip install requests (with its dependencies it brings torchvision)"
+_STAGE = "synthesize"
+_CONVERTED = "converted"
+"""Scratch of the stage (see `artifacts.SCRATCH`): the target as OpenVINO runs it."""
+
+
+class AutoEngineConfig(Config):
+    """OpenVINO on a CPU where it is installed, else transformers; `fastdraft check` and the manifest say which."""
+
+    kind: Literal["auto"] = "auto"
+    """OpenVINO then runs the target in int8, or in the precision that `target.dtype` names. Begun work keeps its engine."""
 
 
 class HuggingFaceEngineConfig(Config):
@@ -60,7 +73,90 @@ def require_openvino() -> None:
         raise MissingExtraError("optimum-intel", "openvino", INSTALL_CONVERTER)
 
 
-EngineConfig = Annotated[HuggingFaceEngineConfig | OpenVINOEngineConfig, Field(discriminator="kind")]
+EngineConfig = Annotated[AutoEngineConfig | HuggingFaceEngineConfig | OpenVINOEngineConfig, Field(discriminator="kind")]
+ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig
+_CHOSEN: TypeAdapter[ChosenEngine] = TypeAdapter(Annotated[ChosenEngine, Field(discriminator="kind")])
+_OPENVINO_FOR: dict[str, ChosenEngine] = {
+    "auto": OpenVINOEngineConfig(),
+    "fp32": OpenVINOEngineConfig(weights="fp32", precision="exact"),
+    "bf16": OpenVINOEngineConfig(weights="fp16"),
+    "fp16": OpenVINOEngineConfig(weights="fp16"),
+}
+"""What `auto` runs for a `target.dtype`: a precision that the recipe names is kept."""
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine that writes, and why it is this one."""
+
+    settings: ChosenEngine
+    reason: str
+    """A clause for the user."""
+    by_recipe: bool = False
+    """The recipe names it: nothing may take its place."""
+
+    def __str__(self) -> str:
+        """For example `openvino (int8): on a CPU the fastest that is installed`."""
+        settings = self.settings
+        weights = f" ({settings.weights}, {settings.device})" if isinstance(settings, OpenVINOEngineConfig) else ""
+        return f"{settings.kind}{weights}: {self.reason}"
+
+
+def choose_engine(settings: EngineConfig, context: StageContext) -> EngineChoice:
+    """Settles `auto`; called before the fingerprint, so that it names the engine that really writes.
+
+    Args:
+        settings: The recipe's `engine`.
+        context: Names the device, the target's precision and the folder in which work may have begun.
+
+    Raises:
+        DeviceError: for a `run.device` that is unknown or not there.
+        ArtifactError: when unfinished work was begun by OpenVINO, which is not installed here.
+    """
+    if not isinstance(settings, AutoEngineConfig):
+        return EngineChoice(settings, "as the recipe says", by_recipe=True)
+    artifact = context.artifact(_STAGE)
+    begun = _begun(artifact)
+    if begun is not None and artifact.is_complete():
+        return EngineChoice(begun, "it wrote what is there")
+    if isinstance(begun, OpenVINOEngineConfig):
+        _require_to_go_on(artifact)
+    choice = _fastest_here(context)
+    return choice if begun in (None, choice.settings) else EngineChoice(begun, "it began what is there")
+
+
+def _fastest_here(context: StageContext) -> EngineChoice:
+    from fastdraft.modeling.loading import pick_device
+
+    device = pick_device(context.settings.device)
+    if device.type != "cpu":
+        return EngineChoice(HuggingFaceEngineConfig(), f"the target runs on {device}")
+    try:
+        require_openvino()
+    except MissingExtraError as error:
+        reason = f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.remedy}"
+        return EngineChoice(HuggingFaceEngineConfig(), reason)
+    return EngineChoice(_OPENVINO_FOR[context.target.dtype], "the fastest on a CPU")
+
+
+def _begun(artifact: Artifact) -> ChosenEngine | None:
+    """The engine of work that was begun; None when there is none, or none that this release knows."""
+    if not (artifact.path / FINGERPRINT).exists():
+        return None
+    settings = artifact.stored_fingerprint().get("settings")
+    try:
+        return _CHOSEN.validate_python(settings.get("engine") if isinstance(settings, dict) else None)
+    except ValidationError:
+        return None
+
+
+def _require_to_go_on(artifact: Artifact) -> None:
+    try:
+        require_openvino()
+    except MissingExtraError as error:
+        found = f"settings.engine.kind (openvino -> huggingface, for {error.library} is not installed here)"
+        rule = "the engine that began this text must finish it"
+        raise ArtifactError(artifact.path, found, rule, f"{error.remedy}; or redo it with --redo {_STAGE}") from None
 
 
 @dataclass(frozen=True)
@@ -75,12 +171,12 @@ class Engines:
 
 
 def open_engines(
-    settings: EngineConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary, *, batch_rows: int, end_loops: bool
+    settings: ChosenEngine, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary, *, batch_rows: int, end_loops: bool
 ) -> Engines:
     """Loads the target once and opens both engines over it.
 
     Args:
-        settings: The recipe's `engine`.
+        settings: From `choose_engine`.
         context: Names the target, the device, the threads and, for an export, the folder.
         vocabulary: Says which ids end an answer.
         turns: The same for an instruction.
@@ -127,12 +223,10 @@ def _open_openvino(
 
 
 def _exported_target(settings: OpenVINOEngineConfig, context: StageContext) -> Path:
-    """The target's export beside the units: converted once, found again by a process that goes on."""
+    """The target's export beside the units, until the stage is complete: converted once, found again by a process that goes on."""
     from fastdraft.runtimes.openvino_export import export_openvino
 
-    folder = context.artifact("synthesize").path / f"target-{settings.weights}"
-    for leftover in folder.parent.glob(".target-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    folder = context.artifact(_STAGE).path / _CONVERTED / settings.weights
     if not folder.is_dir():
         context.console.say(f"converting the target for OpenVINO ({settings.weights})")
         export_openvino(context.target.location, folder, settings.weights, revision=context.target.revision)

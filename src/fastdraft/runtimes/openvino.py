@@ -2,15 +2,17 @@
 
 Decides how OpenVINO is asked for: on which device, with how many threads, and in which of two precisions (the device's
 own fast one, or `exact`: everything in float32, for comparisons token by token); that token ids go in and come out, no
-tokenizer of the runtime between; and that every answer draws from a random number generator of its own, so that it does
-not depend on which other prompts were in the batch.
+tokenizer of the runtime between; that every answer draws from a random number generator of its own, so that it does
+not depend on which other prompts were in the batch; and that none of these libraries reports usage from this process.
 
 This file and the others named openvino_* are the only ones that import openvino, openvino_genai, nncf or optimum.
 """
 
 from __future__ import annotations
 
+import functools
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +29,29 @@ Precision = Literal["fast", "exact"]
 MODEL_FILE = "openvino_model.xml"
 GIVE_UP_EVERY = 16
 """Tokens between two looks at whether an answer is worth going on with."""
+WHOLE_PROMPTS = 2**31 - 1
+"""Tokens of one pass where no prompt may be cut into pieces."""
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+
+def silence_telemetry() -> None:
+    """Keeps OpenVINO, its converter and nncf from sending usage data from this process.
+
+    `openvino_telemetry` comes with them and, unless the user's file ~/intel/openvino_telemetry says no (or CI=true), sends
+    events to Google Analytics when openvino is imported, a model converted or weights compressed: 59 for one export. All of them
+    do without the package where it cannot be imported, so it is made unimportable here; the user's consent is neither read nor
+    written. Where it was imported before, its sender is replaced. Environment variables are no way: openvino's part knows
+    only CI, nncf's its own NNCF_CI. optimum-intel and transformers send nothing of their own while converting a directory.
+    """
+    name = "openvino_telemetry"
+    sender = sys.modules.get(f"{name}.utils.sender")
+    if sender is not None:
+        sender.TelemetrySender.send = lambda *_: None
+    else:
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
+silence_telemetry()  # before anything of OpenVINO can be imported: every importer in this package imports this file first
 
 
 def import_genai() -> Any:
@@ -43,6 +67,22 @@ def import_genai() -> Any:
     return openvino_genai
 
 
+@functools.cache
+def core() -> Any:
+    """The one `openvino.Core` of this process, which lives as long as it.
+
+    Each Core loads a CPU plugin of its own, which sets the signal stack and puts the one before back when it goes. Two that do not go
+    in reverse order leave a stack that is gone: the next signal, Ctrl-C included, is then a segmentation fault (2026.4).
+
+    Raises:
+        MissingExtraError: when OpenVINO is not installed.
+    """
+    import_genai()
+    import openvino
+
+    return openvino.Core()
+
+
 def device_properties(device: str, precision: Precision, threads: int = 0) -> dict[str, Any]:
     """What OpenVINO is told about a device.
 
@@ -55,9 +95,7 @@ def device_properties(device: str, precision: Precision, threads: int = 0) -> di
         DeviceError: when OpenVINO does not see the device, or it cannot be exact.
     """
     import_genai()
-    import openvino
-
-    seen = openvino.Core().available_devices
+    seen = core().available_devices
     if device.partition(".")[0] not in {name.partition(".")[0] for name in seen}:
         raise DeviceError("device", device, f"OpenVINO sees {', '.join(seen)} here", "name one of them")
     if not device.startswith("CPU"):
@@ -67,7 +105,7 @@ def device_properties(device: str, precision: Precision, threads: int = 0) -> di
     return {**(_EXACT if precision == "exact" else {}), **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
 
 
-def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows: int = 256) -> Any:
+def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows: int = 256, tokens_per_pass: int = 0) -> Any:
     """A ContinuousBatchingPipeline over an exported model.
 
     Args:
@@ -75,21 +113,30 @@ def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows
         device: OpenVINO's name.
         properties: From `device_properties`, and `draft_model` where there is one.
         rows: Most answers written at a time.
+        tokens_per_pass: Most tokens that one pass reads; longer prompts are cut. 0: OpenVINO's own choice, 256.
 
     Raises:
         ArtifactError: when OpenVINO cannot load the files.
     """
     genai = import_genai()
-    if not (folder / MODEL_FILE).is_file():
-        raise ArtifactError(
-            folder, f"no {MODEL_FILE}", "must be a model exported for OpenVINO", "run fastdraft export with --format openvino"
-        )
+    check_exported(folder)
     scheduler = genai.SchedulerConfig()
     scheduler.max_num_seqs = rows
+    if tokens_per_pass:
+        scheduler.max_num_batched_tokens = tokens_per_pass
     try:
         return genai.ContinuousBatchingPipeline(str(folder), scheduler, device, dict(properties))
     except RuntimeError as error:
         raise ArtifactError(folder, short(error), f"OpenVINO must load it on {device}", "export the model again") from error
+
+
+def check_exported(folder: Path) -> None:
+    """Raises:
+    ArtifactError: when a folder holds no exported model.
+    """
+    if not (folder / MODEL_FILE).is_file():
+        remedy = "run fastdraft export with --format openvino"
+        raise ArtifactError(folder, f"no {MODEL_FILE}", "must be a model exported for OpenVINO", remedy)
 
 
 def short(error: Exception) -> str:

@@ -16,25 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from fastdraft.artifacts import atomic_folder
 from fastdraft.errors import ArtifactError, MissingExtraError, TargetError
 from fastdraft.interfaces import Sampling
 from fastdraft.modeling.loading import load_config, load_tokenizer, quiet
 from fastdraft.modeling.source import check_weights, copy_tokenizer_files, raw_config
 from fastdraft.runtimes.engines import INSTALL_CONVERTER
-from fastdraft.runtimes.openvino import (
-    MODEL_FILE,
-    as_tensor,
-    device_properties,
-    generation_config,
-    import_genai,
-    load_pipeline,
-    short,
-)
+from fastdraft.runtimes.openvino import MODEL_FILE, core, import_genai, short
 from fastdraft.runtimes.openvino_pair import check_pair, context_length
-from fastdraft.runtimes.openvino_speculative import SpeculativePipeline
+from fastdraft.runtimes.openvino_ties import TieJudge, explain_differences
+from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
 FILES = (MODEL_FILE, "openvino_tokenizer.xml", "openvino_detokenizer.xml", "config.json")
@@ -137,7 +128,7 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
         raise MissingExtraError("nncf", "openvino") from None
     import openvino
 
-    model = openvino.Core().read_model(model_file)
+    model = core().read_model(model_file)
     if weights == "int8":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     else:
@@ -156,23 +147,17 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
     """Loads both, writes 32 greedy tokens without and with the draft, in float32, and compares.
 
     Raises:
-        ArtifactError: when a file does not load, nothing is written, or the texts differ by more than a near-tie.
+        ArtifactError: when a file does not load, or the texts differ by more than a near-tie. DeviceError: when OpenVINO fails.
     """
     prompt = [int(token) for token in load_tokenizer(str(target))(_PROMPT).input_ids]
     room = min(context_length(raw_config(str(folder))) for folder in (target, draft)) - len(prompt) - 8
     tokens = max(1, min(TOKENS, room))
     alone = greedy(target, prompt, tokens)
-    with_draft = SpeculativePipeline(target, draft, (), num_speculative_tokens=3, precision="exact").generate(
-        prompt, Sampling(0.0), tokens, 0, beyond_end=False
-    )
-    text = with_draft.generation.response_ids
-    if not alone:
-        raise ArtifactError(target, "wrote no token", "the exported model must write text", "export it again")
+    with_draft = OpenVINOPair(target, draft, (), precision="exact").at(3).write([prompt], Sampling(0.0), tokens, 0).texts[0]
+    text = with_draft.response_ids
     gap = None
     if text != alone:
-        first, second = [*alone, -1], [*text, -1]
-        place = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-        gap = _gap(target, [*prompt, *alone[:place]], first[place], second[place])
+        [(_, place, gap)] = explain_differences(TieJudge(target), [prompt], [alone], [text])
         if not gap < NEAR_TIE:
             found = f"token {place + 1} of {tokens} differs with the draft, by a log-prob of {gap:.2g}"
             raise ArtifactError(draft, found, f"greedy text must be the same (differences below {NEAR_TIE} pass)", "export it again")
@@ -181,33 +166,7 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
 
 def greedy(folder: Path, prompt: list[int], tokens: int) -> list[int]:
     """What an exported model writes alone: float32, past any end-of-sequence token."""
-    pipeline = load_pipeline(folder, "CPU", device_properties("CPU", "exact"))
-    result = pipeline.generate([as_tensor(prompt)], [generation_config(Sampling(0.0), tokens, (), 0)])
-    return [int(token) for token in result[0].m_generation_ids[0]]
-
-
-def next_logprobs(folder: Path, ids: list[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Log-probs [V] of an exported model behind a text, float32, without any pipeline."""
-    import openvino
-
-    model = openvino.Core().compile_model(folder / MODEL_FILE, "CPU", device_properties("CPU", "exact"))
-    length = len(ids)
-    values = {"input_ids": ids, "attention_mask": [1] * length, "position_ids": list(range(length))}
-    inputs = {name: np.asarray([row], dtype=np.int64) for name, row in values.items()}
-    names = {name for port in model.inputs for name in port.get_names()}
-    inputs = {name: value for name, value in inputs.items() if name in names}
-    if "beam_idx" in names:
-        inputs["beam_idx"] = np.zeros(1, dtype=np.int32)
-    logits = np.asarray(model.create_infer_request().infer(inputs)["logits"], dtype=np.float64)[0, -1]
-    shifted = logits - logits.max()
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
-
-
-def _gap(folder: Path, ids: list[int], first: int, second: int) -> float:
-    if min(first, second) < 0:
-        return float("inf")
-    logprobs = next_logprobs(folder, ids)
-    return float(abs(logprobs[first] - logprobs[second]))
+    return OpenVINOTarget(folder, (), precision="exact").write([prompt], Sampling(0.0), tokens, 0).texts[0].response_ids
 
 
 def _optimum() -> tuple[Any, Any]:

@@ -1,19 +1,26 @@
-"""The report stage: reads every manifest of the run and writes `report.html` and `report.md`.
+"""The report stage: reads every manifest of the run and writes `report.html` and `report.md`, after a benchmark `model_card.md` too.
 
 Decides nothing about the figures (reporting/ does); it decides when a report is out of date: whenever any finished
-stage of the run, or its results, changed. Making it costs seconds, so it is made anew rather than resumed.
+stage of the run, or its results, changed. Making it costs seconds, so it is made anew rather than resumed. The card
+beside the exported draft was written before the clock ran and stays as its manifest describes it; this one knows more.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import textwrap
+from typing import TYPE_CHECKING, Any
 
 from fastdraft.artifacts import file_sha256, write_atomic
 from fastdraft.config import Config
 from fastdraft.interfaces import StageContext
 from fastdraft.provenance import describe_run
 
+if TYPE_CHECKING:
+    from fastdraft.reporting.record import RunRecord
+
 NAME = "report"
+CARD = "model_card.md"
+WIDTH = 79
 
 
 class ReportConfig(Config):
@@ -25,28 +32,28 @@ class ReportConfig(Config):
 
 def fingerprint(config: ReportConfig, context: StageContext) -> dict[str, Any]:
     """The title, the state of every finished stage, and the results."""
-    from fastdraft.reporting.record import fingerprint_of
+    from fastdraft.reporting.record import BENCHMARK, fingerprint_of
 
-    results = context.artifact("evaluate").path / "results.json"
+    results, benchmark = context.artifact("evaluate").path / "results.json", context.artifact("benchmark").path / BENCHMARK
     return {
         "title": config.title,
         "stages": fingerprint_of(context.run),
         "results": file_sha256(results) if results.is_file() else None,
+        **({"benchmark": file_sha256(benchmark)} if benchmark.is_file() else {}),
     }
 
 
 def run(config: ReportConfig, context: StageContext) -> None:
-    """Writes both files and prints the summary table and the path.
+    """Writes the files and prints the summary tables, the path and, last, the verdict.
 
     Raises:
-        ArtifactError: when a manifest or the results are damaged.
+        ArtifactError: when a manifest, the results or the benchmark are damaged.
         DiskError: when the files cannot be written.
     """
+    from fastdraft.reporting.model_card import model_card
     from fastdraft.reporting.page import render_html, render_markdown
     from fastdraft.reporting.record import read_record
     from fastdraft.reporting.report import compose_report
-    from fastdraft.reporting.summary import summary_tables
-    from fastdraft.reporting.verdict import give_verdict
 
     artifact = context.artifact(NAME)
     context.console.stop.check(artifact.path)
@@ -54,15 +61,40 @@ def run(config: ReportConfig, context: StageContext) -> None:
     report = compose_report(record, config.title)
     write_atomic(artifact.path / "report.md", render_markdown(report))
     write_atomic(artifact.path / "report.html", render_html(report))
+    files = ["report.html", "report.md"]
+    if record.benchmark is not None:
+        write_atomic(artifact.path / CARD, model_card(record.manifests, record.results, record.benchmark))
+        files.append(CARD)
     artifact.complete(
-        files=["report.html", "report.md"],
+        files=files,
         sections=[section.anchor for section in report.sections],
         verdict=report.verdict,
         provenance=describe_run(),
     )
-    for title, columns, rows in summary_tables(record.results or {}):
-        context.console.table(title, columns, rows)
-    context.console.say(report.verdict)
-    if record.results is not None:
-        context.console.say(give_verdict(record.results).detail)
+    _print_tables(record, context)
     context.console.say(f"report: {artifact.path / 'report.html'}")
+    if record.benchmark is not None:
+        context.console.say(f"model card with these figures, to publish beside the draft: {artifact.path / CARD}")
+    _print_verdict(record, context)
+
+
+def _print_tables(record: RunRecord, context: StageContext) -> None:
+    from fastdraft.reporting.summary import measured_tables, summary_tables
+
+    measured = measured_tables(record.benchmark or {})
+    for title, columns, rows in (*summary_tables(record.results or {}, prediction=not measured), *measured):
+        context.console.table(title, columns, rows)
+
+
+def _print_verdict(record: RunRecord, context: StageContext) -> None:
+    """What the verdict rests on, then the verdict itself as the last word, both in 80 columns."""
+    from fastdraft.reporting.benchmark_verdict import headline
+
+    verdict = headline(record)
+    if verdict.tone != "none":
+        context.console.say(_wrapped(verdict.detail))
+    context.console.say(_wrapped(verdict.sentence))
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -3,6 +3,7 @@
 Decides the order of the work: sources of prompts take turns so that any beginning holds their shares; each unit of prompts
 is asked, filtered and committed as one file (`units/unit-00000.parquet`, its account inside it), so a killed run loses or
 doubles nothing and goes on at the first unit that is missing; the stage ends with the first unit that reaches the budget.
+Which engine writes is settled before the fingerprint, which names it: a run's text is written by one engine from end to end.
 """
 
 from __future__ import annotations
@@ -12,22 +13,31 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fastdraft.artifacts import Artifact
+from fastdraft.artifacts import FINGERPRINT, Artifact, write_json
 from fastdraft.config import Config, Count, format_count
 from fastdraft.data.filters import Looping, RowCounts
 from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, select_texts
 from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
 from fastdraft.data.units import CorpusPrefixes, UnitPlan, unit_seed
-from fastdraft.errors import ArtifactError, DataError
+from fastdraft.errors import ArtifactError, DataError, DeviceError, MissingExtraError, TargetError
 from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
-from fastdraft.runtimes.engines import EngineConfig, HuggingFaceEngineConfig, open_engines
+from fastdraft.runtimes.engines import (
+    AutoEngineConfig,
+    ChosenEngine,
+    EngineConfig,
+    Engines,
+    HuggingFaceEngineConfig,
+    choose_engine,
+    open_engines,
+)
 from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastdraft.decoding.unit_writer import UnitWriter
+    from fastdraft.vocabulary import Vocabulary
 
 DRY_UNITS = 4
 """A source is given up after this many units in a row of which no row was kept."""
@@ -75,8 +85,8 @@ class SynthesizeConfig(Config):
     """Keeps chat answers cut by max_new_tokens: every token of them is the target's own. false leaves such rows out."""
     looping: Looping = "cut"
     """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
-    engine: EngineConfig = HuggingFaceEngineConfig()
-    """What runs the target."""
+    engine: EngineConfig = AutoEngineConfig()
+    """What runs the target: auto, huggingface or openvino."""
 
     @field_validator("temperatures")
     @classmethod
@@ -94,11 +104,15 @@ class SynthesizeConfig(Config):
 
 
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
-    """Target, settings, seed, prompts; of the evaluation tasks only which prompts they forbid; prepared corpora where used.
+    """Target, engine, settings, seed, prompts; of the evaluation tasks only which prompts they forbid; prepared corpora where used.
 
     Raises:
-        DataError: when a prompt or task file is missing.
+        DataError: when a prompt or task file is missing. ArtifactError: when this machine cannot go on with the engine that began.
     """
+    return _fingerprint(config, context, choose_engine(config.engine, context).settings)
+
+
+def _fingerprint(config: SynthesizeConfig, context: StageContext, engine: ChosenEngine) -> dict[str, Any]:
     held_out = _evaluation_texts(context)
     prompts: dict[str, Any] = {}
     for source in config.prompts:
@@ -111,7 +125,10 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
     return {
         "target": _target_identity(context.target),
         # Without `logits: none`, so that rows written before there was a choice still count as the same work.
-        "settings": config.model_dump(mode="json", exclude={"prompts", *(("logits",) if config.logits.kind == "none" else ())}),
+        "settings": {
+            **config.model_dump(mode="json", exclude={"prompts", *(("logits",) if config.logits.kind == "none" else ())}),
+            "engine": engine.model_dump(mode="json"),
+        },
         "prompts": prompts,
         "seed": context.settings.seed,
         "prepare": context.artifact("prepare").digest() if uses_corpus else None,
@@ -163,7 +180,7 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         ArtifactError: when a committed unit is damaged.
     """
     artifact = context.artifact("synthesize")
-    writer, plans, refused = _prepare(config, context)
+    writer, plans, refused, engine = _prepare(config, context)
     ledger = _Ledger([plan.name for plan in plans])
     for leftover in (artifact.path / UNITS).glob(".*.tmp"):
         leftover.unlink()
@@ -179,7 +196,9 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         found = f"0 of {ledger.total.asked} rows kept ({_reasons(ledger.total)})"
         raise DataError(artifact.path, found, "the target must write some text", _remedy(ledger.total))
     _tell(config, context, ledger, refused)
-    artifact.complete(**_manifest(config, context, ledger, refused, speed), provenance=describe_run())
+    artifact.complete(**_manifest(config, context, ledger, refused, speed), engine=engine.kind, provenance=describe_run())
+    del writer  # lets go of the converted target: on Windows an open file cannot be removed
+    artifact.remove_scratch()
 
 
 def _next_plan(plans: list[UnitPlan], ledger: _Ledger) -> UnitPlan | None:
@@ -216,8 +235,8 @@ def _write_unit(plan: UnitPlan, ledger: _Ledger, writer: UnitWriter, artifact: A
         context.console.warn(f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units ({_reasons(counts)}); going on without")
 
 
-def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWriter, list[UnitPlan], dict[str, dict[str, int]]]:
-    """The target with its filters, each source's plan, and the prompts refused by source and reason."""
+def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWriter, list[UnitPlan], dict[str, dict[str, int]], ChosenEngine]:
+    """The target with its filters, each source's plan, the prompts refused by source and reason, and the engine that writes."""
     from fastdraft.data.chat import end_of_turn_ids
     from fastdraft.data.filters import RowFilter
     from fastdraft.decoding.logit_writer import open_logit_writer
@@ -233,8 +252,7 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
     magpie = any(isinstance(source, MagpiePrompts) for source in config.prompts)
     turn_ends = (*vocabulary.eos_token_ids, *(sorted(end_of_turn_ids(tokenizer)) if magpie else ()))
     turns = replace(vocabulary, eos_token_ids=turn_ends)
-    end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
-    engines = open_engines(config.engine, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
+    engine, engines = _open(config, context, vocabulary, turns)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -252,7 +270,23 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
         is_evaluation=held_out.__contains__,
         logit_writer=open_logit_writer(config.logits.k, engines.answering, context) if config.logits.kind == "top_k" else None,
     )
-    return writer, plans, refused
+    return writer, plans, refused, engine
+
+
+def _open(config: SynthesizeConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary) -> tuple[ChosenEngine, Engines]:
+    """The chosen engine, opened; where it was not the recipe's choice and cannot run this target, transformers in its place."""
+    choice, artifact = choose_engine(config.engine, context), context.artifact("synthesize")
+    end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
+    context.console.say(f"engine {choice}")
+    try:
+        return choice.settings, open_engines(choice.settings, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
+    except (TargetError, MissingExtraError, ArtifactError, DeviceError) as error:
+        if choice.by_recipe or choice.settings.kind == "huggingface" or unit_path(artifact, 0).exists():
+            raise
+        context.console.warn(f"OpenVINO cannot run this target, so transformers writes: {error}")
+    engine = HuggingFaceEngineConfig()
+    write_json(artifact.path / FINGERPRINT, _fingerprint(config, context, engine))  # nothing is written yet
+    return engine, open_engines(engine, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
 
 
 def _plan_sources(
@@ -308,7 +342,6 @@ def _manifest(
         "by_source": {name: counts.as_dict() for name, counts in ledger.by_source.items()},
         "by_temperature": {name: counts.as_dict() for name, counts in by_temperature},
         "refused_prompts": refused,
-        "engine": config.engine.kind,
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
         "target": _target_identity(context.target),
         "logits": config.logits.model_dump(),

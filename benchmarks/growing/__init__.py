@@ -1,0 +1,1 @@
+"""Growing a trained model without changing its outputs; benchmarks/grow.py is its command."""

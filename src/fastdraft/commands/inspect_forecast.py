@@ -1,0 +1,159 @@
+"""What measured passes promise: speed-up of each draft for three acceptance rates and every K, as tables, JSON and a sentence.
+
+Decides the forecast, `block_efficiency * t_target(1) / (K * t_draft + t_target(K + 1))` with one constant chance of
+acceptance for each further token, and when the advice is to use no draft: when no K reaches more than 1. Needs no
+runtime; inspect_measure.py brings the seconds.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastdraft.config import format_count
+from fastdraft.console import format_table
+from fastdraft.forecast import PAPER_K, block_efficiency, conditional_acceptance_rate, predicted_speedup
+
+if TYPE_CHECKING:
+    from fastdraft.modeling.architecture import Architecture
+
+RATES = (0.3, 0.45, 0.6)
+
+
+@dataclass(frozen=True)
+class DraftCost:
+    """What one draft would bring."""
+
+    name: str
+    architecture: Architecture
+    weights: str
+    random: bool
+    seconds: float
+    """Of one token."""
+    bytes_ratio: float
+    """Bytes read per token, draft over target, at the weights measured."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that was measured, and what follows from it."""
+
+    runtime: dict[str, Any]
+    """Name, version, device, device_name, threads."""
+    prefix_tokens: int
+    repeats: int
+    target_weights: str
+    target_random: bool
+    """Whether its weights were drawn; an exported target is timed itself."""
+    target_seconds: dict[int, float]
+    """By the number of tokens read at once: 1, and K + 1 for every K."""
+    drafts: list[DraftCost]
+    num_speculative_tokens: tuple[int, ...]
+    """Rising."""
+
+    def speedup(self, draft: DraftCost, rate: float, num_speculative_tokens: int) -> float:
+        """Forecast at one K for an acceptance rate (accepted / proposed) known at K = 3."""
+        efficiency = block_efficiency(conditional_acceptance_rate(rate), num_speculative_tokens)
+        of_target = self.target_seconds
+        return predicted_speedup(efficiency, num_speculative_tokens, draft.seconds, of_target[1], of_target[num_speculative_tokens + 1])
+
+    def best_k(self, draft: DraftCost, rate: float) -> int:
+        return max(self.num_speculative_tokens, key=lambda k: self.speedup(draft, rate, k))
+
+    def best(self, rate: float) -> tuple[DraftCost, int, float]:
+        """The draft with the highest forecast, its K and the forecast."""
+        found = [(draft, self.best_k(draft, rate)) for draft in self.drafts]
+        return max(((draft, k, self.speedup(draft, rate, k)) for draft, k in found), key=lambda item: item[2])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`; seconds, and rates as keys."""
+        return {
+            "runtime": self.runtime,
+            "prefix_tokens": self.prefix_tokens,
+            "repeats": self.repeats,
+            "target": {
+                "weights": self.target_weights,
+                "random": self.target_random,
+                "seconds": {str(width): seconds for width, seconds in self.target_seconds.items()},
+            },
+            "drafts": [self._draft_dict(draft) for draft in self.drafts],
+            "best": {str(rate): self._best_dict(rate) for rate in RATES},
+            "sentence": self.sentence(),
+        }
+
+    def _draft_dict(self, draft: DraftCost) -> dict[str, Any]:
+        return {
+            "name": draft.name,
+            "architecture": draft.architecture.as_dict(),
+            "parameters": draft.architecture.parameters,
+            "weights": draft.weights,
+            "random": draft.random,
+            "seconds": draft.seconds,
+            "cost_ratio_latency": draft.seconds / self.target_seconds[1],
+            "cost_ratio_bytes": draft.bytes_ratio,
+            "predicted_speedup": {str(rate): {str(k): self.speedup(draft, rate, k) for k in self.num_speculative_tokens} for rate in RATES},
+        }
+
+    def _best_dict(self, rate: float) -> dict[str, Any]:
+        draft, k, speedup = self.best(rate)
+        return {"draft": draft.name, "num_speculative_tokens": k, "predicted_speedup": speedup, "use_a_draft": speedup > 1}
+
+    def sentence(self) -> str:
+        """Which draft for which acceptance rate, or none."""
+        parts = []
+        for rate in RATES:
+            draft, k, speedup = self.best(rate)
+            verdict = f"{draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast"
+            parts.append(f"At an acceptance rate of {rate:g}, " + (f"{verdict}." if speedup > 1 else f"do not use a draft: {verdict}."))
+        if all(self.best(rate)[2] <= 1 for rate in RATES):
+            parts.insert(0, "Do not use a draft here.")
+        return " ".join(parts)
+
+    def text(self) -> str:
+        """Tables in 80 columns and the closing sentences."""
+        return "\n\n".join([self._passes(), self._costs(), self._gains(), textwrap.fill(self.sentence(), 79)])
+
+    def _passes(self) -> str:
+        r, kind = self.runtime, "random weights of this shape" if self.target_random else "the exported model"
+        threads = f"{r['threads']} threads" if r["threads"] else "OpenVINO's choice of threads"
+        note = (
+            f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {threads}; target in {self.target_weights}, {kind}; "
+            f"behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns."
+        )
+        times = [f"{1e3 * seconds:.3g}" for seconds in self.target_seconds.values()]
+        shares = [f"{seconds / self.target_seconds[1]:.2f}" for seconds in self.target_seconds.values()]
+        rows = [["milliseconds", *times], ["over one token", *shares]]
+        table = format_table("Measured: one target pass over several tokens", ["tokens", *map(str, self.target_seconds)], rows)
+        return f"{table}\n{textwrap.fill(note, 79)}"
+
+    def _costs(self) -> str:
+        columns = ["draft", "parameters", "hidden", "layers", "FFN", "weights", "ms/token", "c latency", "c bytes"]
+        rows = []
+        for draft in self.drafts:
+            a, ratio = draft.architecture, draft.seconds / self.target_seconds[1]
+            shape = [a.hidden_size, a.num_layers, a.intermediate_size]
+            figures = [draft.weights, f"{1e3 * draft.seconds:.3g}", f"{ratio:.4f}", f"{draft.bytes_ratio:.4f}"]
+            rows.append([_short(draft.name), format_count(a.parameters), *shape, *figures])
+        note = "c: cost of a draft token over a target token, by the clock and by the bytes read at these weights."
+        return format_table("Measured: one draft token", columns, rows) + "\n" + textwrap.fill(note, 79)
+
+    def _gains(self) -> str:
+        rows = []
+        for draft in self.drafts:
+            for rate in RATES:
+                gains = [f"{self.speedup(draft, rate, k):.2f}" for k in self.num_speculative_tokens]
+                rows.append([_short(draft.name), f"{rate:g}", *gains, self.best_k(draft, rate)])
+        note = (
+            f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a constant chance for each "
+            "further token. What OpenVINO GenAI does around the passes comes on top: a real pair gains less, most of all where a pass "
+            "takes few milliseconds. `fastdraft benchmark` measures a real pair."
+        )
+        table = format_table(
+            "Forecast: speed-up by measured passes", ["draft", "rate", *(f"K={k}" for k in self.num_speculative_tokens), "best K"], rows
+        )
+        return f"{table}\n{textwrap.fill(note, 79)}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else f"...{name[-11:]}"
