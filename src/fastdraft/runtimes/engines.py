@@ -7,15 +7,19 @@ ends a text at the end of the user's turn (Magpie). Imports no runtime before on
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fastdraft.config import Config
-from fastdraft.errors import MissingExtraError
+from fastdraft.data.openai_format import serves_replay
+from fastdraft.errors import MissingExtraError, RecipeError
+from fastdraft.interfaces import Sampling
 
 if TYPE_CHECKING:
     from fastdraft.interfaces import Engine, StageContext
@@ -47,6 +51,62 @@ class OpenVINOEngineConfig(Config):
     """engine: of the distribution that each token was drawn from; target: of the target in `target.dtype`, by a scoring pass."""
 
 
+class OpenAIEngineConfig(Config):
+    """Servers with an OpenAI-compatible API (vLLM, SGLang, llama.cpp, OVMS, transformers): of the target's own files only config and
+    tokenizer are needed here. Needs the extra `server`.
+    """
+
+    kind: Literal["openai"]
+    """Asks over HTTP; as reproducible as the server is."""
+    servers: list[str] = Field(min_length=1)
+    """Base addresses, such as http://127.0.0.1:8000/v1; several of one model share the work."""
+    model: str = ""
+    """The target's name at the servers; empty: the only one that they serve."""
+    api: Literal["auto", "completions", "chat"] = "auto"
+    """completions takes every prompt, as token ids where the server can; chat only single user messages; auto: completions if there."""
+    logprobs: Literal["processed", "raw", "none", "target"] = "none"
+    """What the servers' log-probs are of: processed, the sampled distribution (vLLM: --logprobs-mode processed_logprobs); raw, the
+    logits, of use at temperature 1 without truncation only; none: kept without; target: of target.model's weights, by a scoring pass."""
+    concurrency: int = Field(default=16, ge=1, le=1024)
+    """Questions under way at each server."""
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds for one whole answer."""
+    retries: int = Field(default=6, ge=0, le=100)
+    """Times that a question is asked again, each time after a longer pause: 6 bear a server that is away for about a minute."""
+    api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Name of the environment variable that holds the key, if there is one; its value is never written anywhere."""
+
+    @field_validator("servers")
+    @classmethod
+    def _addresses(cls, values: list[str]) -> list[str]:
+        for value in values:
+            try:
+                parts = urlsplit(value)
+                usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            except ValueError:
+                parts, usable = urlsplit(""), False
+            if parts.username or parts.password or parts.query or parts.fragment:
+                raise RecipeError("synthesize.engine.servers", "an address with a key in it", "keys are not for recipes", "use api_key_env")
+            if not usable:
+                raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
+        return list(dict.fromkeys(value.rstrip("/") for value in values))
+
+    def check_sampling(self, temperatures: Sequence[float], top_k: int, top_p: float) -> None:
+        """Raises:
+        RecipeError: when raw log-probs would have to stand for those of another distribution.
+        """
+        wrong = [t for t in temperatures if t > 0 and not serves_replay("raw", Sampling(t, top_k, top_p))]
+        if self.logprobs == "raw" and wrong:
+            found = f"raw at temperature {wrong[0]:g}{', truncated' if top_k or top_p < 1 else ''}"
+            rule = "raw log-probs are those of the sampled distribution only at temperature 1 without top_k and top_p"
+            remedy = "set it to none, to target (scored by the weights), or to processed where the server gives those"
+            raise RecipeError("synthesize.engine.logprobs", found, rule, remedy)
+
+
+TRANSPORT = frozenset({"servers", "concurrency", "timeout", "retries", "api_key_env"})
+"""Keys of an engine on which the text does not depend."""
+
+
 def require_openvino() -> None:
     """Looks whether everything that converting and running needs is installed, without importing it.
 
@@ -60,7 +120,12 @@ def require_openvino() -> None:
         raise MissingExtraError("optimum-intel", "openvino", INSTALL_CONVERTER)
 
 
-EngineConfig = Annotated[HuggingFaceEngineConfig | OpenVINOEngineConfig, Field(discriminator="kind")]
+EngineConfig = Annotated[HuggingFaceEngineConfig | OpenVINOEngineConfig | OpenAIEngineConfig, Field(discriminator="kind")]
+
+
+def uses_weights(settings: EngineConfig) -> bool:
+    """Whether the target's weights must be on this machine."""
+    return not isinstance(settings, OpenAIEngineConfig) or settings.logprobs == "target"
 
 
 @dataclass(frozen=True)
@@ -92,6 +157,8 @@ def open_engines(
     """
     if isinstance(settings, OpenVINOEngineConfig):
         return _open_openvino(settings, context, vocabulary, turns, batch_rows=batch_rows, end_loops=end_loops)
+    if isinstance(settings, OpenAIEngineConfig):
+        return _open_openai(settings, context, vocabulary, turns)
     from fastdraft.modeling.loading import load_target, pick_device
     from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
@@ -124,6 +191,41 @@ def _open_openvino(
     if settings.logprobs == "target":
         answering = ScoringEngine(engine, load_target(context.target, pick_device(context.settings.device)))
     return Engines(answering, engine.with_ends(turns, end_loops=True), engine.context_length)
+
+
+def _open_openai(settings: OpenAIEngineConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary) -> Engines:
+    from functools import partial
+
+    from fastdraft.modeling.loading import load_config, load_target, load_tokenizer, pick_device
+    from fastdraft.runtimes.openai_requests import Servers
+    from fastdraft.runtimes.openai_server import OpenAIEngine
+
+    target, stage = context.target, context.artifact("synthesize").path
+    config = load_config(target.location, target.revision, target.trust_remote_code)
+    servers = Servers(
+        settings.servers,
+        concurrency=settings.concurrency,
+        timeout=settings.timeout,
+        retries=settings.retries,
+        api_key_env=settings.api_key_env,
+        check=partial(context.console.stop.check, stage),
+    )
+    engine = OpenAIEngine(
+        servers,
+        load_tokenizer(target.location, target.revision, target.trust_remote_code),
+        vocabulary,
+        int(getattr(config, "max_position_embeddings", 2**31)),
+        model=settings.model,
+        api=settings.api,
+        logprobs="none" if settings.logprobs == "target" else settings.logprobs,
+        say=context.console.say,
+    )
+    answering: Engine = engine
+    if settings.logprobs == "target":
+        from fastdraft.decoding.scoring import ScoringEngine
+
+        answering = ScoringEngine(engine, load_target(target, pick_device(context.settings.device)))
+    return Engines(answering, engine.with_ends(turns), engine.context_length)
 
 
 def _exported_target(settings: OpenVINOEngineConfig, context: StageContext) -> Path:

@@ -21,7 +21,7 @@ from fastdraft.data.units import CorpusPrefixes, UnitPlan, unit_seed
 from fastdraft.errors import ArtifactError, DataError
 from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
-from fastdraft.runtimes.engines import EngineConfig, HuggingFaceEngineConfig, open_engines
+from fastdraft.runtimes.engines import TRANSPORT, EngineConfig, HuggingFaceEngineConfig, OpenAIEngineConfig, open_engines, uses_weights
 from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ class SynthesizeConfig(Config):
             raise ValueError("every entry of prompts needs a name of its own")
         return self
 
+    @model_validator(mode="after")
+    def _logprobs_fit_the_sampling(self) -> SynthesizeConfig:
+        if isinstance(self.engine, OpenAIEngineConfig):
+            self.engine.check_sampling(self.temperatures, self.top_k, self.top_p)
+        return self
+
 
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
     """Target, settings, seed, prompts; of the evaluation tasks only which prompts they forbid; prepared corpora where used.
@@ -90,18 +96,18 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
             prompts[source.name] = source.model_dump(mode="json")
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
     return {
-        "target": _target_identity(context.target),
-        "settings": config.model_dump(mode="json", exclude={"prompts"}),
+        "target": _target_identity(config, context.target),
+        "settings": config.model_dump(mode="json", exclude={"prompts": True, "engine": set(TRANSPORT)}),
         "prompts": prompts,
         "seed": context.settings.seed,
         "prepare": context.artifact("prepare").digest() if uses_corpus else None,
     }
 
 
-def _target_identity(target: TargetConfig) -> dict[str, Any]:
+def _target_identity(config: SynthesizeConfig, target: TargetConfig) -> dict[str, Any]:
     from fastdraft.modeling.source import model_identity
 
-    return model_identity(target.model, target.location, target.revision, target.dtype)
+    return model_identity(target.model, target.location, target.revision, target.dtype, weights=uses_weights(config.engine))
 
 
 def _evaluation_texts(context: StageContext) -> set[str]:
@@ -286,7 +292,7 @@ def _manifest(
         "refused_prompts": refused,
         "engine": config.engine.kind,
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
-        "target": _target_identity(context.target),
+        "target": _target_identity(config, context.target),
         "sampling": {name: getattr(config, name) for name in ("temperatures", "samples", "top_k", "top_p", "max_new_tokens")},
     }
 
