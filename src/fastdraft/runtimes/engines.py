@@ -7,7 +7,7 @@ ends a text at the end of the user's turn (Magpie). Imports no runtime before on
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from fastdraft.config import Config
 from fastdraft.data.openai_format import serves_replay
 from fastdraft.errors import MissingExtraError, RecipeError
-from fastdraft.interfaces import Sampling
+from fastdraft.interfaces import Generation, Sampling
 
 if TYPE_CHECKING:
     from fastdraft.interfaces import Engine, StageContext
@@ -139,8 +139,32 @@ class Engines:
     """Most positions of a prompt and its answer."""
 
 
+class NoEngine:
+    """Stands where every answer is there already: asking it would be a fault in this program."""
+
+    name = "none"
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+        """Raises:
+        AssertionError: always.
+        """
+        raise AssertionError("nothing is to be asked")
+
+
+def no_engines(context_length: int) -> Engines:
+    """For answers that stand already."""
+    return Engines(NoEngine(), NoEngine(), context_length)
+
+
 def open_engines(
-    settings: EngineConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary, *, batch_rows: int, end_loops: bool
+    settings: EngineConfig,
+    context: StageContext,
+    vocabulary: Vocabulary,
+    turns: Vocabulary,
+    *,
+    batch_rows: int,
+    end_loops: bool,
+    on_answer: Callable[[int], None] | None = None,
 ) -> Engines:
     """Loads the target once and opens both engines over it.
 
@@ -151,6 +175,7 @@ def open_engines(
         turns: The same for an instruction.
         batch_rows: Prompts written together.
         end_loops: Ends an answer that has run into a loop.
+        on_answer: Called with the number of answers finished, by engines that can tell.
 
     Raises:
         FastDraftError: when the target cannot be loaded, converted or run there.
@@ -158,7 +183,7 @@ def open_engines(
     if isinstance(settings, OpenVINOEngineConfig):
         return _open_openvino(settings, context, vocabulary, turns, batch_rows=batch_rows, end_loops=end_loops)
     if isinstance(settings, OpenAIEngineConfig):
-        return _open_openai(settings, context, vocabulary, turns)
+        return _open_openai(settings, context, vocabulary, turns, on_answer)
     from fastdraft.modeling.loading import load_target, pick_device
     from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
@@ -193,14 +218,16 @@ def _open_openvino(
     return Engines(answering, engine.with_ends(turns, end_loops=True), engine.context_length)
 
 
-def _open_openai(settings: OpenAIEngineConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary) -> Engines:
+def _open_openai(
+    settings: OpenAIEngineConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary, on_answer: Callable[[int], None] | None
+) -> Engines:
     from functools import partial
 
     from fastdraft.modeling.loading import load_config, load_target, load_tokenizer, pick_device
     from fastdraft.runtimes.openai_requests import Servers
     from fastdraft.runtimes.openai_server import OpenAIEngine
 
-    target, stage = context.target, context.artifact("synthesize").path
+    target = context.target
     config = load_config(target.location, target.revision, target.trust_remote_code)
     servers = Servers(
         settings.servers,
@@ -208,7 +235,7 @@ def _open_openai(settings: OpenAIEngineConfig, context: StageContext, vocabulary
         timeout=settings.timeout,
         retries=settings.retries,
         api_key_env=settings.api_key_env,
-        check=partial(context.console.stop.check, stage),
+        check=partial(context.console.stop.check, context.run.root),
     )
     engine = OpenAIEngine(
         servers,
@@ -218,6 +245,7 @@ def _open_openai(settings: OpenAIEngineConfig, context: StageContext, vocabulary
         model=settings.model,
         api=settings.api,
         logprobs="none" if settings.logprobs == "target" else settings.logprobs,
+        on_answer=on_answer,
         say=context.console.say,
     )
     answering: Engine = engine

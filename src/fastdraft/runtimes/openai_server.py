@@ -300,9 +300,7 @@ class OpenAIEngine:
             follows = other is None or (abs(other - plain) > _EQUAL if what == "temperature" else other > -_EQUAL)
             if not follows:
                 rule = f"logprobs: processed needs those of the sampled distribution, but these do not follow the {what}"
-                remedy = (
-                    "start the server so (vLLM: --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs to none or target"
-                )
+                remedy = "start the server so (vLLM: --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs=none"
                 raise TargetError(self.servers.names, "log-probs of the raw logits", rule, remedy)
             self._proven.add(what)
 

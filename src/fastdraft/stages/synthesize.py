@@ -15,13 +15,22 @@ from pydantic import Field, field_validator, model_validator
 from fastdraft.artifacts import Artifact
 from fastdraft.config import Config, Count, format_count
 from fastdraft.data.filters import Looping, RowCounts
-from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, select_texts
+from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, refused_transcripts, select_texts
 from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
-from fastdraft.data.units import CorpusPrefixes, UnitPlan, unit_seed
+from fastdraft.data.transcripts import TranscriptPrompts
+from fastdraft.data.units import CorpusPrefixes, Plan, StandingPlan, UnitPlan, unit_seed
 from fastdraft.errors import ArtifactError, DataError
 from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
-from fastdraft.runtimes.engines import TRANSPORT, EngineConfig, HuggingFaceEngineConfig, OpenAIEngineConfig, open_engines, uses_weights
+from fastdraft.runtimes.engines import (
+    TRANSPORT,
+    EngineConfig,
+    HuggingFaceEngineConfig,
+    OpenAIEngineConfig,
+    no_engines,
+    open_engines,
+    uses_weights,
+)
 from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
@@ -75,9 +84,14 @@ class SynthesizeConfig(Config):
 
     @model_validator(mode="after")
     def _logprobs_fit_the_sampling(self) -> SynthesizeConfig:
-        if isinstance(self.engine, OpenAIEngineConfig):
+        if isinstance(self.engine, OpenAIEngineConfig) and self.asks:
             self.engine.check_sampling(self.temperatures, self.top_k, self.top_p)
         return self
+
+    @property
+    def asks(self) -> bool:
+        """Whether the target is asked anything: not where all answers stand already."""
+        return any(not isinstance(source, TranscriptPrompts) for source in self.prompts)
 
 
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
@@ -92,6 +106,8 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
         if isinstance(source, TextPrompts):
             refused = select_texts(source, held_out, context.settings.seed).digest
             prompts[source.name] = {**source.describe(), "refused_for_evaluation": refused}
+        elif isinstance(source, TranscriptPrompts):
+            prompts[source.name] = {**source.describe(), "refused_for_evaluation": refused_transcripts(source, held_out)}
         else:
             prompts[source.name] = source.model_dump(mode="json")
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
@@ -107,7 +123,7 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
 def _target_identity(config: SynthesizeConfig, target: TargetConfig) -> dict[str, Any]:
     from fastdraft.modeling.source import model_identity
 
-    return model_identity(target.model, target.location, target.revision, target.dtype, weights=uses_weights(config.engine))
+    return model_identity(target.model, target.location, target.revision, target.dtype, weights=config.asks and uses_weights(config.engine))
 
 
 def _evaluation_texts(context: StageContext) -> set[str]:
@@ -168,13 +184,13 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
     artifact.complete(**_manifest(config, context, ledger, refused, speed), provenance=describe_run())
 
 
-def _next_plan(plans: list[UnitPlan], ledger: _Ledger) -> UnitPlan | None:
+def _next_plan(plans: list[Plan], ledger: _Ledger) -> Plan | None:
     """The source furthest behind its share that still has a unit."""
     open_plans = [plan for plan in plans if ledger.open[plan.name] and plan.has_unit(ledger.units_of[plan.name])]
     return min(open_plans, key=lambda plan: ledger.by_source[plan.name].tokens / plan.share, default=None)
 
 
-def _enter_committed(plans: list[UnitPlan], ledger: _Ledger, writer: UnitWriter, artifact: Artifact) -> None:
+def _enter_committed(plans: list[Plan], ledger: _Ledger, writer: UnitWriter, artifact: Artifact) -> None:
     """Takes over the units of an earlier process, in order, up to the first that is missing."""
     while (path := unit_path(artifact, ledger.units)).exists():
         facts, plan = read_metadata(path), _next_plan(plans, ledger)
@@ -187,7 +203,7 @@ def _enter_committed(plans: list[UnitPlan], ledger: _Ledger, writer: UnitWriter,
         ledger.add(facts["source"], facts["temperature"], RowCounts.from_dict(facts["counts"]))
 
 
-def _write_unit(plan: UnitPlan, ledger: _Ledger, writer: UnitWriter, artifact: Artifact, context: StageContext) -> None:
+def _write_unit(plan: Plan, ledger: _Ledger, writer: UnitWriter, artifact: Artifact, context: StageContext) -> None:
     """Asks the next unit of this source and commits it."""
     number = ledger.units_of[plan.name]
     unit = plan.unit(number)
@@ -200,12 +216,12 @@ def _write_unit(plan: UnitPlan, ledger: _Ledger, writer: UnitWriter, artifact: A
         context.console.warn(f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units ({_reasons(counts)}); going on without")
 
 
-def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWriter, list[UnitPlan], dict[str, dict[str, int]]]:
+def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWriter, list[Plan], dict[str, dict[str, int]]]:
     """The target with its filters, each source's plan, and the prompts refused by source and reason."""
     from fastdraft.data.chat import end_of_turn_ids
     from fastdraft.data.filters import RowFilter
     from fastdraft.decoding.unit_writer import UnitWriter
-    from fastdraft.modeling.loading import load_tokenizer, load_vocabulary, set_threads
+    from fastdraft.modeling.loading import load_config, load_tokenizer, load_vocabulary, set_threads
 
     target = context.target
     set_threads(context.settings.threads)
@@ -217,7 +233,10 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
     turn_ends = (*vocabulary.eos_token_ids, *(sorted(end_of_turn_ids(tokenizer)) if magpie else ()))
     turns = replace(vocabulary, eos_token_ids=turn_ends)
     end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
-    engines = open_engines(config.engine, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
+    if config.asks:
+        engines = open_engines(config.engine, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
+    else:
+        engines = no_engines(int(load_config(target.location, target.revision).max_position_embeddings))
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -239,15 +258,19 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
 
 def _plan_sources(
     config: SynthesizeConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, held_out: set[str]
-) -> tuple[list[UnitPlan], dict[str, dict[str, int]]]:
+) -> tuple[list[Plan], dict[str, dict[str, int]]]:
     """Each source's units, and the prompts refused by source and reason."""
-    seed, plans, refused = context.settings.seed, [], {}
+    seed, plans, refused = context.settings.seed, list[Plan](), {}
     common: dict[str, Any] = {"samples": config.samples, "unit_rows": config.batch_rows, "seed": seed}
     for place, source in enumerate(config.prompts):
         if isinstance(source, TextPrompts):
             chosen = select_texts(source, held_out, seed)
             refused[source.name] = chosen.refused
             own = _text_plan(source, chosen.texts, tokenizer)
+        elif isinstance(source, TranscriptPrompts):
+            standing, refused[source.name] = _standing_plan(source, context, tokenizer, held_out, config.batch_rows)
+            plans.append(standing)
+            continue
         else:
             own = _corpus_plan(source, context, tokenizer) if isinstance(source, CorpusPrompts) else _magpie_plan(source, tokenizer)
         start = place % len(config.temperatures)  # sources begin at different temperatures, so that few units hold all of them
@@ -261,6 +284,18 @@ def _text_plan(source: TextPrompts, texts: list[str], tokenizer: PreTrainedToken
 
     chat = source.chat and has_chat_template(tokenizer)
     return {"size": len(texts), "chat": chat, "encode": lambda index: prompt_ids(tokenizer, texts[index], chat)}
+
+
+def _standing_plan(
+    source: TranscriptPrompts, context: StageContext, tokenizer: PreTrainedTokenizerBase, held_out: set[str], unit_rows: int
+) -> tuple[StandingPlan, dict[str, int]]:
+    """A log's units, and the answers refused by reason."""
+    from fastdraft.data.transcripts import read_transcripts
+    from fastdraft.modeling.loading import load_vocabulary
+
+    seed = context.settings.seed
+    log = read_transcripts(source, tokenizer, load_vocabulary(context.target), seed, lambda text: normalised(text) in held_out)
+    return StandingPlan(source.name, log.rows, share=source.share, unit_rows=unit_rows, seed=seed), log.refused
 
 
 def _corpus_plan(source: CorpusPrompts, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -290,7 +325,7 @@ def _manifest(
         "by_source": {name: counts.as_dict() for name, counts in ledger.by_source.items()},
         "by_temperature": {name: counts.as_dict() for name, counts in by_temperature},
         "refused_prompts": refused,
-        "engine": config.engine.kind,
+        "engine": config.engine.kind if config.asks else "none",
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
         "target": _target_identity(config, context.target),
         "sampling": {name: getattr(config, name) for name in ("temperatures", "samples", "top_k", "top_p", "max_new_tokens")},
