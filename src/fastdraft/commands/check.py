@@ -11,13 +11,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastdraft import forecast
 from fastdraft.config import format_count
 from fastdraft.console import Console, format_seconds, format_table
-from fastdraft.errors import DiskError, RecipeError
+from fastdraft.errors import DiskError, MissingExtraError, RecipeError
 from fastdraft.interfaces import StageContext
 from fastdraft.pipeline import STAGES, make_context, refuse_changes
 from fastdraft.recipe import Recipe
@@ -82,6 +83,8 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
     for number, prompts in enumerate(recipe.synthesize.prompts if recipe.synthesize else ()):
         if prompts.kind == "hub":
             yield f"synthesize.prompts[{number}]: {prompts.dataset}"
+        elif prompts.kind == "transcripts":
+            prompts.files()
     for task in recipe.evaluate.tasks if recipe.evaluate else ():
         load_task(task)
     if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
@@ -90,6 +93,8 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         from fastdraft.runtimes.engines import require_openvino
 
         require_openvino()
+    if recipe.synthesize and recipe.synthesize.engine.kind == "openai" and find_spec("httpx") is None:
+        raise MissingExtraError("httpx", "server")
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
 

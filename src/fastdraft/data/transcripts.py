@@ -191,7 +191,7 @@ def _sampling(where: str, told: Mapping[str, Any], config: TranscriptLog) -> Sam
 
 @dataclass(frozen=True)
 class Transcripts:
-    """A log's answers in seeded order, and how many were refused before they were looked at."""
+    """A log's answers, and how many were refused before they were looked at."""
 
     rows: list[Transcript]
     refused: dict[str, int] = field(default_factory=dict)
@@ -204,6 +204,8 @@ def read_transcripts(
     vocabulary: Vocabulary,
     seed: int,
     is_evaluation: Callable[[str], bool] = lambda text: False,
+    *,
+    shuffled: bool = True,
 ) -> Transcripts:
     """Every answer of a log as the target's own text in token ids.
 
@@ -211,8 +213,9 @@ def read_transcripts(
         config: The log.
         tokenizer: The target's.
         vocabulary: Says which ids end an answer.
-        seed: Of the order.
+        seed: Of the order, and of which answers `count` leaves.
         is_evaluation: Whether a text is a prompt of an evaluation task.
+        shuffled: Brings the answers into seeded order; false keeps the log's.
 
     Raises:
         DataError: when a line is damaged or no answer is left.
@@ -239,8 +242,10 @@ def read_transcripts(
     if not rows:
         found = ", ".join(f"{count} {reason}" for reason, count in refused.items() if count) or "no answer"
         raise DataError(f"transcripts '{config.name}'", found, "at least one answer must be left", "add answers or correct `path`")
-    random.Random(f"{seed}/{config.name}").shuffle(rows)
-    return Transcripts(rows[: config.count], refused)
+    order = list(range(len(rows)))
+    random.Random(f"{seed}/{config.name}").shuffle(order)
+    chosen = order[: config.count]
+    return Transcripts([rows[place] for place in (chosen if shuffled else sorted(chosen))], refused)
 
 
 def _prompt_ids(entry: Entry, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -100,7 +100,7 @@ def logged_rows(
     log: TranscriptLog, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, seed: int, texts: StandingTexts
 ) -> list[SyntheticRow]:
     """A log's answers as rows; those of no use are counted in `texts`."""
-    read = read_transcripts(log, tokenizer, vocabulary, seed)
+    read = read_transcripts(log, tokenizer, vocabulary, seed, shuffled=False)
     for reason, count in read.refused.items():
         for _ in range(count):
             texts.leave_out(reason)
@@ -135,13 +135,14 @@ def take(
     Raises:
         DataError: when no row serves.
     """
-    seen: set[str] = set()
+    seen: set[tuple[str, float, int, float]] = set()
     fitting = []
     for row in rows:
         too_long = len(row.prompt_ids) + len(row.response_ids) > context_length
         reason = "too_long" if too_long else "empty" if not row.response_ids else "trained_on" if row.prompt_key in trained else ""
-        reason = reason or ("duplicate" if row.row_id in seen else "")
-        seen.add(row.row_id)
+        key = (row.row_id, row.temperature, row.top_k, row.top_p)
+        reason = reason or ("duplicate" if key in seen else "")
+        seen.add(key)
         if reason:
             texts.leave_out(reason)
         else:
