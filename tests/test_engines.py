@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,24 @@ from fastdraft import pipeline
 from fastdraft.artifacts import Artifact, read_json, write_json
 from fastdraft.console import Console
 from fastdraft.data.responses import unit_paths
+from fastdraft.data.transcripts import TranscriptPrompts
 from fastdraft.errors import ArtifactError, Interrupted, MissingExtraError, TargetError
 from fastdraft.interfaces import StageContext
 from fastdraft.modeling import loading
 from fastdraft.modeling.architecture import FAMILIES
 from fastdraft.recipe import Recipe, load_recipe
 from fastdraft.runtimes import engines
-from fastdraft.runtimes.engines import AutoEngineConfig, Engines, HuggingFaceEngineConfig, OpenVINOEngineConfig, choose_engine
+from fastdraft.runtimes.engines import (
+    TRANSPORT,
+    AutoEngineConfig,
+    Engines,
+    HuggingFaceEngineConfig,
+    OpenAIEngineConfig,
+    OpenVINOEngineConfig,
+    choose_engine,
+    uses_weights,
+)
+from fastdraft.stages.synthesize import TopKLogitsConfig
 
 
 def missing() -> None:
@@ -109,6 +121,63 @@ def test_the_fingerprint_names_the_engine_that_really_writes(recipe: Recipe) -> 
     assert stage.fingerprint(recipe.synthesize, context_of(recipe)) == stage.fingerprint(explicit, context_of(recipe))
     other = recipe.synthesize.model_copy(update={"engine": HuggingFaceEngineConfig()})
     assert stage.fingerprint(recipe.synthesize, context_of(recipe)) != stage.fingerprint(other, context_of(recipe))
+
+
+def served(*servers: str, **changes: Any) -> OpenAIEngineConfig:
+    return OpenAIEngineConfig(kind="openai", servers=list(servers) or ["http://127.0.0.1:1/v1"], **changes)
+
+
+def test_only_a_server_does_without_the_targets_weights() -> None:
+    assert all(map(uses_weights, (AutoEngineConfig(), HuggingFaceEngineConfig(), OpenVINOEngineConfig(), served(logprobs="target"))))
+    assert not any(uses_weights(served(logprobs=kind)) for kind in ("processed", "raw", "none"))
+
+
+def fingerprint(recipe: Recipe, **changes: Any) -> dict[str, Any]:
+    stage = next(stage for stage in pipeline.STAGES if stage.name == "synthesize")
+    assert recipe.synthesize
+    return stage.fingerprint(recipe.synthesize.model_copy(update=changes), context_of(recipe))
+
+
+def test_a_servers_fingerprint_holds_neither_transport_nor_weights(recipe: Recipe) -> None:
+    one = fingerprint(recipe, engine=served("http://127.0.0.1:1/v1"))
+    assert one == fingerprint(recipe, engine=served("http://127.0.0.1:2/v1", concurrency=3, retries=0, timeout=1.0, api_key_env="KEY"))
+    assert one["settings"]["engine"]["kind"] == "openai"
+    assert TRANSPORT.isdisjoint(one["settings"]["engine"])
+    assert "model.safetensors" not in one["target"]["files"]
+    scored = fingerprint(recipe, engine=served(logprobs="target"))
+    assert "model.safetensors" in scored["target"]["files"]
+    assert one != scored
+
+
+def test_stored_logits_need_the_weights_whoever_writes(recipe: Recipe, tmp_path: Path) -> None:
+    changes = {"engine": served(), "logits": TopKLogitsConfig(k=8)}
+    assert "model.safetensors" in fingerprint(recipe, **changes)["target"]["files"]
+    bare = Path(shutil.copytree(recipe.target.location, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    moved = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(bare)})})
+    assert fingerprint(moved, engine=served())["target"]["dtype"] is None
+    with pytest.raises(TargetError, match=r"no model\.safetensors: synthesize\.logits: top_k scores.*kind: none") as caught:
+        fingerprint(moved, **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("installed")
+def test_where_only_logs_are_taken_no_engine_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"prompt": "x", "response": "y", "temperature": 0}\n', encoding="utf-8")
+    logs = {"prompts": [TranscriptPrompts(kind="transcripts", name="log", path=str(log))]}
+    found = fingerprint(recipe, **logs)
+    assert found["settings"]["engine"] == {"kind": "none"}
+    assert found["target"]["dtype"] is None
+    assert found == fingerprint(recipe, **logs, engine=HuggingFaceEngineConfig())
+
+
+@pytest.mark.usefixtures("installed")
+def test_auto_does_not_take_over_what_a_server_began(recipe: Recipe) -> None:
+    context = context_of(recipe)
+    artifact = begin(context, served().model_dump(mode="json", exclude=set(TRANSPORT)))
+    assert choose_engine(AutoEngineConfig(), context).settings == OpenVINOEngineConfig()
+    with pytest.raises(ArtifactError, match=r"settings\.engine\.kind \(openai -> openvino\)"):
+        artifact.begin({"settings": {"engine": choose_engine(AutoEngineConfig(), context).settings.model_dump(mode="json")}})
 
 
 @pytest.mark.usefixtures("installed")

@@ -165,8 +165,11 @@ class Generation:
     response_ids: list[int]
     """Without the prompt; ends with the EOS id when `finish_reason` is `stop`."""
     logprobs: list[float]
-    """Natural log of the probability of each response id under the very distribution it was drawn from; 0 when greedy."""
+    """Natural log of the probability of each response id under the very distribution it was drawn from; 0 when greedy.
+    Empty where a server does not tell it: such text can be trained on, and replayed only where no probability is asked."""
     finish_reason: Literal["stop", "length"]
+    fault: str = ""
+    """Why this answer is no use as a row, in one word; empty for every good one."""
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> None:

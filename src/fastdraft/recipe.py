@@ -87,6 +87,18 @@ class Recipe(Config):
                 raise RecipeError("align.objective.source", "stored", rule, "set synthesize.logits: {kind: top_k}, or source: target")
         return self
 
+    @model_validator(mode="after")
+    def _texts_have_an_engine(self) -> Recipe:
+        """`evaluate.texts: engine` means the engine that wrote for synthesize, or one that the recipe names."""
+        if self.evaluate and self.evaluate.texts.kind == "engine":
+            if not self.synthesize:
+                rule = "means synthesize.engine, but there is no such section"
+                raise RecipeError("evaluate.texts", "engine", rule, "add `synthesize:`, or set another kind of texts")
+            if not self.synthesize.asks and self.synthesize.engine.kind == "auto":
+                rule = "synthesize takes logs and asks no engine, so that none is settled"
+                raise RecipeError("evaluate.texts", "engine", rule, "name the engine in synthesize.engine, or set texts: target")
+        return self
+
     def sections(self) -> dict[str, Config]:
         """The stages' sections that are present, by stage name, in the order in which they run."""
         return {name: value for name in Recipe.model_fields if name not in ("run", "target") and (value := getattr(self, name)) is not None}

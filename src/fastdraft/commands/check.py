@@ -11,17 +11,19 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastdraft import forecast
 from fastdraft.config import format_count
 from fastdraft.console import Console, format_seconds, format_table
-from fastdraft.errors import DiskError, RecipeError
+from fastdraft.errors import DiskError, MissingExtraError, RecipeError
 from fastdraft.interfaces import StageContext
 from fastdraft.pipeline import STAGES, make_context, refuse_changes
 from fastdraft.recipe import Recipe
-from fastdraft.stages import design
+from fastdraft.runtimes.engines import choose_engine, require_openvino
+from fastdraft.stages import design, evaluate, synthesize
 from fastdraft.stages.benchmark import BenchmarkConfig
 
 WRITES = 3
@@ -68,6 +70,8 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
         print(json.dumps(_as_dict(recipe, plan, device, stages, free), indent=1))
     elif not console.quiet:
         _print(recipe, plan, device, stages, free)
+        if recipe.synthesize and _asks_engine(recipe):
+            print(f"engine of synthesize: {choose_engine(recipe.synthesize.engine, context)}")
         for name in unseen:
             print(f"not looked at (it lies on the hub): {name}")
         print("everything that can be checked here fits")
@@ -85,24 +89,42 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
     for number, prompts in enumerate(recipe.synthesize.prompts if recipe.synthesize else ()):
         if prompts.kind == "hub":
             yield f"synthesize.prompts[{number}]: {prompts.dataset}"
+        elif prompts.kind == "transcripts":
+            prompts.files()
     for task in recipe.evaluate.tasks if recipe.evaluate else ():
         load_task(task)
     if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
         _check_template(recipe)
-    if (recipe.synthesize and recipe.synthesize.engine.kind == "openvino") or (recipe.export and "openvino" in recipe.export.formats):
-        from fastdraft.runtimes.engines import require_openvino
-
+    if recipe.export and "openvino" in recipe.export.formats:
         require_openvino()
+    _check_engine(recipe)
     if recipe.benchmark:
         _check_benchmark(recipe)
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
 
 
+def _check_engine(recipe: Recipe) -> None:
+    """What writes, or scores what others wrote, must be here."""
+    config = recipe.synthesize
+    if config is None:
+        return
+    if _asks_engine(recipe) and config.engine.kind == "openvino":
+        require_openvino()
+    if _asks_engine(recipe) and config.engine.kind == "openai" and find_spec("httpx") is None:
+        raise MissingExtraError("httpx", "server")
+    synthesize.require_weights(config, recipe.target)
+
+
+def _asks_engine(recipe: Recipe) -> bool:
+    """Whether `synthesize.engine` is asked anything, by synthesize or by evaluate."""
+    by_evaluate = recipe.evaluate is not None and recipe.evaluate.texts.kind == "engine"
+    return recipe.synthesize is not None and (recipe.synthesize.asks or by_evaluate)
+
+
 def _check_benchmark(recipe: Recipe) -> None:
     """What a benchmark needs must be there: an export, OpenVINO, the device, a task's files, room for K proposals in the context."""
     from fastdraft.modeling.source import raw_config
-    from fastdraft.runtimes.engines import require_openvino
     from fastdraft.runtimes.openvino import device_properties
     from fastdraft.tasks import load_task
 
@@ -170,15 +192,18 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
             memory += _target_bytes(recipe, plan, device)
     elif name == "synthesize" and recipe.synthesize:
         tokens = recipe.synthesize.tokens
-        seconds, disk = forecast.writing_seconds(tokens, target.read_parameters, device, threads), forecast.synthetic_bytes(tokens)
-        memory = _target_bytes(recipe, plan, device)
+        disk = forecast.synthetic_bytes(tokens)
+        if recipe.synthesize.asks and recipe.synthesize.engine.kind != "openai":  # how fast a server is cannot be told
+            seconds = forecast.writing_seconds(tokens, target.read_parameters, device, threads)
+        memory = _target_bytes(recipe, plan, device) if recipe.synthesize.needs_weights else 0
         if recipe.synthesize.logits.kind == "top_k":
             seconds += forecast.scoring_seconds(tokens, target.read_parameters, device, threads)
             disk += tokens * _record_bytes(recipe.synthesize.logits.k, target.vocab_size)
     elif name == "evaluate" and recipe.evaluate:
         tokens = _evaluation_tokens(recipe)
         seconds = WRITES * forecast.writing_seconds(tokens, target.read_parameters, device, threads)
-        disk, memory = forecast.synthetic_bytes(tokens), _target_bytes(recipe, plan, device) + checkpoint
+        needs_weights = evaluate.needs_weights(recipe.evaluate, recipe.sections())
+        disk, memory = forecast.synthetic_bytes(tokens), checkpoint + (_target_bytes(recipe, plan, device) if needs_weights else 0)
     elif name == "export":
         disk, memory = checkpoint, _target_bytes(recipe, plan, device) + checkpoint
     elif name == "benchmark" and recipe.benchmark:
@@ -216,8 +241,8 @@ def _micro_batch(name: str, recipe: Recipe, device: str) -> int:
 def _evaluation_tokens(recipe: Recipe) -> int:
     from fastdraft.tasks import load_task
 
-    if recipe.evaluate is None:
-        return 0
+    if recipe.evaluate is None or recipe.evaluate.texts.kind not in ("target", "engine"):
+        return 0  # how long texts are that stand already shows when they are read
     return sum(len(load_task(task).prompts) * task.max_new_tokens for task in recipe.evaluate.tasks) * len(recipe.evaluate.temperatures)
 
 

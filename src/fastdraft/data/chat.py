@@ -77,6 +77,18 @@ def user_prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _encode(tokenizer, _around_user_words(tokenizer)[0])
 
 
+def user_words(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str | None:
+    """What a user says in a rendered prompt, for servers that render it themselves; None unless rendering gives these very ids."""
+    if not has_chat_template(tokenizer):
+        return None
+    before, after = _around_user_words(tokenizer)
+    text = str(tokenizer.decode(list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if not (text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after)):
+        return None
+    words = text[len(before) : len(text) - len(after)]
+    return words if render_prompt(tokenizer, [{"role": "user", "content": words}]) == list(prompt) else None
+
+
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The special token that the template puts right after the user's words, if there is one.
 

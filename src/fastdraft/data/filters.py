@@ -117,6 +117,9 @@ class RowFilter:
     def judge(self, generation: Generation, source: str, sampling: Sampling, chat: bool, counts: RowCounts) -> SyntheticRow | None:
         """The row to write, or None; adds the outcome to `counts` (all but `asked`)."""
         counts.generated += len(generation.response_ids)
+        if generation.fault:
+            counts.leave_out(generation.fault)
+            return None
         if any(map(math.isnan, generation.logprobs)):
             counts.failed += 1
             return None

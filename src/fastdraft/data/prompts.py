@@ -1,4 +1,4 @@
-"""Where prompts come from: files, hub data sets, the target itself (Magpie), prefixes of a prepared corpus.
+"""Where prompts come from: files, hub data sets, the target itself (Magpie), prefixes of a prepared corpus, logs of the target.
 
 Decides each source's recipe keys, that a prompt of an evaluation task is refused as a training prompt however it is spaced
 or capitalised, that empty and repeated prompts are left out, and that the order of a file is drawn from the seed.
@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from fastdraft.config import Config, Count
 from fastdraft.data.readers import jsonl_texts
 from fastdraft.data.sources import HubSource, JsonlSource
+from fastdraft.data.transcripts import TranscriptLog, TranscriptPrompts, read_entries
 from fastdraft.errors import DataError
 
 
@@ -122,7 +123,7 @@ class CorpusPrompts(_Prompts):
         return self
 
 
-PromptConfig = Annotated[JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts, Field(discriminator="kind")]
+PromptConfig = Annotated[JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts | TranscriptPrompts, Field(discriminator="kind")]
 """One entry of `synthesize.prompts`, told apart by `kind`."""
 
 
@@ -174,3 +175,10 @@ def select_texts(config: TextPrompts, evaluation: Iterable[str], seed: int) -> P
     random.Random(f"{seed}/{config.name}").shuffle(texts)
     digest = hashlib.sha256("\n".join(sorted(met)).encode()).hexdigest()[:20] if met else ""
     return PromptTexts(texts[: config.count], refused, digest)
+
+
+def refused_transcripts(config: TranscriptLog, evaluation: Iterable[str]) -> str:
+    """Digest of the log's prompts that are evaluation prompts too; empty without any."""
+    held_out = set(evaluation)
+    met = {key for entry in read_entries(config) if (key := normalised(entry.text)) in held_out} if held_out else set()
+    return hashlib.sha256("\n".join(sorted(met)).encode()).hexdigest()[:20] if met else ""

@@ -52,12 +52,18 @@ class SyntheticRow:
     response_ids: list[int]
     """Without the prompt; ends with the EOS id when `finish_reason` is `stop`. Training's loss covers exactly these."""
     logprobs: list[float]
-    """Natural log of each response token's probability under the very distribution it was drawn from; 0 when greedy."""
+    """Natural log of each response token's probability under the very distribution it was drawn from; 0 when greedy.
+    Empty where it is not known (a server or a log that does not tell it)."""
     temperature: float
     top_k: int
     top_p: float
     finish_reason: str
     """`stop` (the target ended its answer) or `length` (the limit on new tokens did)."""
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether replay can tell what speculative sampling would have accepted: greedy text, or log-probs of every token."""
+        return self.temperature == 0 or len(self.logprobs) == len(self.response_ids)
 
 
 def ids_hash(*parts: Sequence[int]) -> str:

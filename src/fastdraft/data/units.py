@@ -11,12 +11,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fastdraft.artifacts import digest
+from fastdraft.interfaces import Generation, Sampling
 
 if TYPE_CHECKING:
     from fastdraft.data.shards import PackedCorpus
+    from fastdraft.data.transcripts import Transcript
 
 UNITS_PER_WINDOW = 8
 """Prompts are sorted by length within this many units."""
@@ -34,6 +36,10 @@ class Unit:
     """The answers have an end of their own."""
     instruction_tokens: int = 0
     """For Magpie the most tokens of an instruction that the target writes itself; 0 for every other source."""
+    answers: tuple[Generation, ...] = ()
+    """Answers that stand already (transcripts), one for each prompt: nothing is asked."""
+    sampling: Sampling | None = None
+    """How these were drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +108,48 @@ class UnitPlan:
         chunks = [prompts[start : start + self.unit_rows] for start in range(0, len(prompts), self.unit_rows)]
         random.Random(f"{self.seed}/{self.name}/{window}").shuffle(chunks)
         return chunks
+
+
+class Plan(Protocol):
+    """One source's units, by number: what `UnitPlan` and `StandingPlan` have in common."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def share(self) -> float: ...
+    def unit(self, number: int) -> Unit | None: ...
+    def has_unit(self, number: int) -> bool: ...
+
+
+class StandingPlan:
+    """Units of answers that stand already, each drawn in one way.
+
+    Args:
+        name: The source's.
+        rows: The answers, in seeded order.
+        share: Part of the budget's tokens.
+        unit_rows: Answers in a unit.
+        seed: Of the order of the units.
+    """
+
+    def __init__(self, name: str, rows: Sequence[Transcript], *, share: float, unit_rows: int, seed: int) -> None:
+        self.name, self.share = name, share
+        alike: dict[tuple[Sampling, bool], list[Generation]] = {}
+        for row in rows:
+            alike.setdefault((row.sampling, row.chat), []).append(row.generation)
+        chunks = [(key, group[i : i + unit_rows]) for key, group in alike.items() for i in range(0, len(group), unit_rows)]
+        random.Random(f"{seed}/{name}").shuffle(chunks)
+        self._units = [
+            Unit(name, key[0].temperature, tuple(a.prompt_ids for a in chunk), key[1], answers=tuple(chunk), sampling=key[0])
+            for key, chunk in chunks
+        ]
+
+    def unit(self, number: int) -> Unit | None:
+        """The unit of that number; None behind the last."""
+        return self._units[number] if number < len(self._units) else None
+
+    def has_unit(self, number: int) -> bool:
+        return number < len(self._units)
 
 
 def unit_seed(seed: int, index: int) -> int:

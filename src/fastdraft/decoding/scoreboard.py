@@ -51,7 +51,7 @@ def greedy_check(bench: Workbench, exact: Mapping[Setting, ExactUnit]) -> dict[s
             continue
         for row, ids, name in zip(own[setting.task], unit.response_ids, names[setting.task], strict=False):
             texts += 1
-            found = greedy_difference(bench.target, row, ids)
+            found = greedy_difference(bench.loaded_target, row, ids)
             if found:
                 place = {"task": setting.task, "prompt": name, "num_speculative_tokens": setting.num_speculative_tokens}
                 cases.append({**place, "token": found.place, "logprob_gap": tidy(found.gap), "near_tie": found.near_tie})

@@ -61,6 +61,8 @@ class UnitWriter:
             AssertionError: if a prompt is not accounted for, which would be a fault in this program.
         """
         counts = RowCounts(asked=len(unit.prompts))
+        if unit.answers:
+            return self._take(unit, counts)
         prompts: Sequence[list[int]] = unit.prompts
         if unit.instruction_tokens:
             prompts, seed = self._instructions(unit, seed, counts), seed + 1
@@ -70,6 +72,15 @@ class UnitWriter:
         sampling = Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
         answers = self.engine.generate(fitting, sampling, self.max_new_tokens, seed)
         judged = [self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts) for answer in answers]
+        assert counts.balance() == 0, f"unaccounted rows: {counts}"
+        return [row for row in judged if row], counts
+
+    def _take(self, unit: Unit, counts: RowCounts) -> tuple[list[SyntheticRow], RowCounts]:
+        """Answers that stand already, through the same filters."""
+        fitting = [answer for answer in unit.answers if len(answer.prompt_ids) + len(answer.response_ids) <= self.context_length]
+        counts.leave_out("too_long", len(unit.answers) - len(fitting))
+        sampling = unit.sampling or Sampling(unit.temperature)
+        judged = [self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts) for answer in fitting]
         assert counts.balance() == 0, f"unaccounted rows: {counts}"
         return [row for row in judged if row], counts
 

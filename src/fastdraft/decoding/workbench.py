@@ -26,7 +26,7 @@ from fastdraft.decoding.figures import CountsTable, Setting, counts_table
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import ArtifactError, TargetError
-from fastdraft.interfaces import Engine, Sampling
+from fastdraft.interfaces import Engine, Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
 
 TOTALS = 7
@@ -58,14 +58,17 @@ class Plan:
     top_p: float = 1.0
     draft_temperature: float | None = None
     seed: int = 0
+    only: tuple[tuple[str, float], ...] = ()
+    """Tasks and temperatures where not every task has every temperature: texts that stood already."""
 
     def sampling(self, temperature: float) -> Sampling:
         return Sampling(temperature, self.top_k, self.top_p)
 
     @property
     def settings(self) -> list[tuple[EncodedTask, float]]:
-        """Every task at every temperature."""
-        return [(task, temperature) for task in self.tasks for temperature in self.temperatures]
+        """Every task at every temperature, or at those of `only`."""
+        everything = [(task, temperature) for task in self.tasks for temperature in self.temperatures]
+        return [(task, temperature) for task, temperature in everything if not self.only or (task.name, temperature) in self.only]
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,25 @@ class Workbench:
     plan: Plan
     folder: Path
     console: Console
-    target: PreTrainedModel
+    target: PreTrainedModel | None
+    """None where texts stand already and nothing is decoded or timed."""
     vocabulary: Vocabulary
+
+    @property
+    def loaded_target(self) -> PreTrainedModel:
+        """For the work that cannot do without it.
+
+        Raises:
+            AssertionError: without one, which would be a fault in this program.
+        """
+        assert self.target is not None, "this needs the target's weights"
+        return self.target
+
+    def keep_texts(self, rows: Mapping[tuple[str, float], Sequence[SyntheticRow]]) -> None:
+        """Takes texts that stand already, by task and temperature, as those that the target would write here."""
+        for task, temperature in self.plan.settings:
+            if not self.texts_path(task, temperature).exists():
+                write_rows(self.texts_path(task, temperature), rows[task.name, temperature])
 
     def texts_path(self, task: EncodedTask, temperature: float) -> Path:
         return self.folder / "generations" / f"{task.name}-{temperature:g}.parquet"
@@ -116,10 +136,26 @@ class Workbench:
                 progress.note = f"{task.name} {temperature:g}"
                 sampling, seed = self.plan.sampling(temperature), derive_seed(self.plan.seed, task.name, temperature)
                 written = engine.generate(task.prompt_ids, sampling, task.max_new_tokens, seed)
+                self._refuse_unusable(task, temperature, written)
                 if any(not math.isfinite(value) for generation in written for value in generation.logprobs):
                     found = f"logits that are not finite on task '{task.name}'"
                     raise TargetError("target.model", found, "the target must compute finite numbers", "set target.dtype to bf16 or fp32")
                 write_rows(self.texts_path(task, temperature), [as_row(g, sampling, task.name) for g in written])
+
+    def _refuse_unusable(self, task: EncodedTask, temperature: float, written: Sequence[Generation]) -> None:
+        """Raises:
+        TargetError: when a served target's answers are not whole, or lack the log-probs that replay needs.
+        """
+        where, count = f"task '{task.name}'", len(written)
+        faults = [generation.fault for generation in written if generation.fault]
+        if faults:
+            remedy = "use a server that gives token ids (vLLM, llama.cpp, SGLang), or evaluate.texts with kind synthesize"
+            raise TargetError(where, f"{len(faults)} of {count} answers: {faults[0]}", "every prompt needs the target's own tokens", remedy)
+        unknown = sum(len(generation.logprobs) != len(generation.response_ids) for generation in written)
+        if unknown and temperature > 0 and self.plan.draft_temperature != 0:
+            rule = "replay of sampled text needs the log-prob of every token under the sampled distribution"
+            remedy = "set synthesize.engine.logprobs to processed or target, evaluate.temperatures=[0], or evaluate.draft_sampling=greedy"
+            raise TargetError(where, f"{unknown} of {count} answers without log-probs", rule, remedy)
 
     def replay_all(self, load_draft: Mapping[str, Callable[[], PreTrainedModel]]) -> dict[Setting, CountsTable]:
         """Expected counts of every checkpoint; its loader is called only if something of it is missing, and should remember the model."""
@@ -166,7 +202,7 @@ class Workbench:
 
     def _exact_unit(self, setting: Setting, task: EncodedTask, draft: PreTrainedModel, on_prompt: Callable[[int], None]) -> None:
         k, sampling = setting.num_speculative_tokens, self.plan.sampling(setting.temperature)
-        decoder = SpeculativeDecoder(self.target, draft, self.vocabulary, k, self.plan.draft_temperature)
+        decoder = SpeculativeDecoder(self.loaded_target, draft, self.vocabulary, k, self.plan.draft_temperature)
         seed = derive_seed(self.plan.seed, task.name, setting.temperature, k)
         prompts = task.prompt_ids[: self.plan.exact_prompts]
         results = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, on_prompt=on_prompt)
@@ -182,7 +218,7 @@ class Workbench:
         path = self.folder / "latency.json"
         if not path.exists():
             widths = [k + 1 for k in self.plan.num_speculative_tokens]
-            write_json(path, measure_latency(self.target, draft(), widths).as_dict())
+            write_json(path, measure_latency(self.loaded_target, draft(), widths).as_dict())
         return Latency.from_dict(read_json(path))
 
 

@@ -30,18 +30,18 @@ _HASHED_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 
 
-def model_identity(model: str, location: str, revision: str | None, dtype: str) -> dict[str, Any]:
+def model_identity(model: str, location: str, revision: str | None, dtype: str, *, weights: bool = True) -> dict[str, Any]:
     """Stands for what a model writes in fingerprints: its name, revision and precision; for a directory also what lies there.
 
     Small files count whole, weights by their size and both ends: a fine-tune saved over another one is noticed without
-    reading gigabytes.
+    reading gigabytes. `weights` false leaves them out, for work that does not touch them: they need not be here at all.
     """
-    identity: dict[str, Any] = {"model": model, "revision": revision, "dtype": dtype}
+    identity: dict[str, Any] = {"model": model, "revision": revision, "dtype": dtype if weights else None}
     folder = Path(location)
     if not folder.is_dir():
         return identity
     identity["files"] = {name: file_sha256(folder / name)[:20] for name in _IDENTITY_FILES if (folder / name).is_file()}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")) if weights else ():
         size, state = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:
             state.update(file.read(_HASHED_BYTES))

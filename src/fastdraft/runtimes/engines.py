@@ -1,23 +1,27 @@
 """Which runtime writes as the target, as a recipe names it or as `auto` finds it, and how it is opened.
 
 Decides the keys of `synthesize.engine`; what `auto` stands for on this machine (OpenVINO on a CPU where it is installed, else
-transformers; but begun text is finished by the engine that began it, since a run's rows come from one distribution); and that
-two engines over one loaded target are opened: one that answers, one that ends a text at the end of the user's turn (Magpie).
-Imports no runtime before one is opened.
+transformers, never a server; but begun text is finished by the engine that began it, since a run's rows come from one
+distribution); which engines need the target's weights here; and that two engines over one loaded target are opened: one that
+answers, one that ends a text at the end of the user's turn (Magpie). Imports no runtime before one is opened.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from fastdraft.artifacts import FINGERPRINT
 from fastdraft.config import Config
-from fastdraft.errors import ArtifactError, MissingExtraError
+from fastdraft.data.openai_format import serves_replay
+from fastdraft.errors import ArtifactError, MissingExtraError, RecipeError
+from fastdraft.interfaces import Generation, Sampling
 
 if TYPE_CHECKING:
     from fastdraft.artifacts import Artifact
@@ -60,6 +64,64 @@ class OpenVINOEngineConfig(Config):
     """engine: of the distribution that each token was drawn from; target: of the target in `target.dtype`, by a scoring pass."""
 
 
+class OpenAIEngineConfig(Config):
+    """Servers with an OpenAI-compatible API (vLLM, SGLang, llama.cpp, OVMS, transformers): of the target's own files only config and
+    tokenizer are needed here. Needs the extra `server`.
+    """
+
+    kind: Literal["openai"]
+    """Asks over HTTP; as reproducible as the server is."""
+    servers: list[str] = Field(min_length=1)
+    """Base addresses, such as http://127.0.0.1:8000/v1; several of one model share the work."""
+    model: str = ""
+    """The target's name at the servers; empty: the only one that they serve."""
+    api: Literal["auto", "completions", "chat"] = "auto"
+    """completions takes every prompt, as token ids where the server can; chat only single user messages; auto: completions if there."""
+    logprobs: Literal["processed", "raw", "none", "target"] = "none"
+    """What the servers' log-probs are of: processed, the sampled distribution (vLLM: --logprobs-mode processed_logprobs); raw, the
+    logits, of use at temperature 1 without truncation only; none: kept without; target: of target.model's weights, by a scoring pass."""
+    concurrency: int = Field(default=16, ge=1, le=1024)
+    """Questions under way at each server."""
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds for one whole answer."""
+    retries: int = Field(default=6, ge=0, le=100)
+    """Times that a question is asked again, each time after a longer pause: 6 bear a server that is away for about a minute."""
+    api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Name of the environment variable that holds the key, if there is one; its value is never written anywhere."""
+
+    @field_validator("servers")
+    @classmethod
+    def _addresses(cls, values: list[str]) -> list[str]:
+        for value in values:
+            try:
+                parts = urlsplit(value)
+                usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            except ValueError:
+                parts, usable = urlsplit(""), False
+            if parts.username or parts.password or parts.query or parts.fragment:
+                raise RecipeError("synthesize.engine.servers", "an address with a key in it", "keys are not for recipes", "use api_key_env")
+            if not usable:
+                raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
+        return list(dict.fromkeys(value.rstrip("/") for value in values))
+
+    def check_sampling(self, temperatures: Sequence[float], top_k: int, top_p: float) -> None:
+        """Raises:
+        RecipeError: when raw log-probs would have to stand for those of another distribution.
+        """
+        wrong = [t for t in temperatures if t > 0 and not serves_replay("raw", Sampling(t, top_k, top_p))]
+        if self.logprobs == "raw" and wrong:
+            found = f"raw at temperature {wrong[0]:g}{', truncated' if top_k or top_p < 1 else ''}"
+            rule = "raw log-probs are those of the sampled distribution only at temperature 1 without top_k and top_p"
+            remedy = "set it to none, to target (scored by the weights), or to processed where the server gives those"
+            raise RecipeError("synthesize.engine.logprobs", found, rule, remedy)
+
+
+TRANSPORT = frozenset({"servers", "concurrency", "timeout", "retries", "api_key_env"})
+"""Keys of an engine on which the text does not depend."""
+NOBODY = "none"
+"""Stands for the engine where every answer is there already."""
+
+
 def require_openvino() -> None:
     """Looks whether everything that converting and running needs is installed, without importing it.
 
@@ -73,10 +135,12 @@ def require_openvino() -> None:
         raise MissingExtraError("optimum-intel", "openvino", INSTALL_CONVERTER)
 
 
-EngineConfig = Annotated[AutoEngineConfig | HuggingFaceEngineConfig | OpenVINOEngineConfig, Field(discriminator="kind")]
-ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig
-_CHOSEN: TypeAdapter[ChosenEngine] = TypeAdapter(Annotated[ChosenEngine, Field(discriminator="kind")])
-_OPENVINO_FOR: dict[str, ChosenEngine] = {
+ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig | OpenAIEngineConfig
+EngineConfig = Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="kind")]
+_Local = HuggingFaceEngineConfig | OpenVINOEngineConfig
+"""What `auto` may stand for: it never asks a server."""
+_LOCAL: TypeAdapter[_Local] = TypeAdapter(Annotated[_Local, Field(discriminator="kind")])
+_OPENVINO_FOR: dict[str, OpenVINOEngineConfig] = {
     "auto": OpenVINOEngineConfig(),
     "fp32": OpenVINOEngineConfig(weights="fp32", precision="exact"),
     "bf16": OpenVINOEngineConfig(weights="fp16"),
@@ -139,13 +203,13 @@ def _fastest_here(context: StageContext) -> EngineChoice:
     return EngineChoice(_OPENVINO_FOR[context.target.dtype], "the fastest on a CPU")
 
 
-def _begun(artifact: Artifact) -> ChosenEngine | None:
-    """The engine of work that was begun; None when there is none, or none that this release knows."""
+def _begun(artifact: Artifact) -> _Local | None:
+    """The engine of work that was begun; None when there is none, or none that `auto` could stand for."""
     if not (artifact.path / FINGERPRINT).exists():
         return None
     settings = artifact.stored_fingerprint().get("settings")
     try:
-        return _CHOSEN.validate_python(settings.get("engine") if isinstance(settings, dict) else None)
+        return _LOCAL.validate_python(settings.get("engine") if isinstance(settings, dict) else None)
     except ValidationError:
         return None
 
@@ -159,6 +223,11 @@ def _require_to_go_on(artifact: Artifact) -> None:
         raise ArtifactError(artifact.path, found, rule, f"{error.remedy}; or redo it with --redo {_STAGE}") from None
 
 
+def uses_weights(settings: EngineConfig) -> bool:
+    """Whether the target's weights must be on this machine; `auto` only stands for engines that load them."""
+    return not isinstance(settings, OpenAIEngineConfig) or settings.logprobs == "target"
+
+
 @dataclass(frozen=True)
 class Engines:
     """What synthesize asks."""
@@ -170,8 +239,33 @@ class Engines:
     """Most positions of a prompt and its answer."""
 
 
+class NoEngine:
+    """Stands where every answer is there already: asking it would be a fault in this program."""
+
+    name = NOBODY
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+        """Raises:
+        AssertionError: always.
+        """
+        raise AssertionError("nothing is to be asked")
+
+
+def no_engines(context_length: int) -> Engines:
+    """For answers that stand already."""
+    return Engines(NoEngine(), NoEngine(), context_length)
+
+
 def open_engines(
-    settings: ChosenEngine, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary, *, batch_rows: int, end_loops: bool
+    settings: ChosenEngine,
+    context: StageContext,
+    vocabulary: Vocabulary,
+    turns: Vocabulary,
+    *,
+    batch_rows: int,
+    end_loops: bool,
+    on_answer: Callable[[int], None] | None = None,
+    stage: str = _STAGE,
 ) -> Engines:
     """Loads the target once and opens both engines over it.
 
@@ -182,22 +276,36 @@ def open_engines(
         turns: The same for an instruction.
         batch_rows: Prompts written together.
         end_loops: Ends an answer that has run into a loop.
+        on_answer: Called with the number of answers finished since the last call.
+        stage: Whose folder holds the target's export, as its scratch.
 
     Raises:
         FastDraftError: when the target cannot be loaded, converted or run there.
     """
     if isinstance(settings, OpenVINOEngineConfig):
-        return _open_openvino(settings, context, vocabulary, turns, batch_rows=batch_rows, end_loops=end_loops)
+        return _open_openvino(
+            settings, context, vocabulary, turns, batch_rows=batch_rows, end_loops=end_loops, on_answer=on_answer, stage=stage
+        )
+    if isinstance(settings, OpenAIEngineConfig):
+        return _open_openai(settings, context, vocabulary, turns, on_answer)
     from fastdraft.modeling.loading import load_target, pick_device
     from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
     model = load_target(context.target, pick_device(context.settings.device))
-    answering = HuggingFaceEngine(model, vocabulary, batch_rows, end_loops=end_loops)
+    answering = HuggingFaceEngine(model, vocabulary, batch_rows, on_answer, end_loops=end_loops)
     return Engines(answering, HuggingFaceEngine(model, turns, batch_rows, end_loops=True), answering.context_length)
 
 
 def _open_openvino(
-    settings: OpenVINOEngineConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary, *, batch_rows: int, end_loops: bool
+    settings: OpenVINOEngineConfig,
+    context: StageContext,
+    vocabulary: Vocabulary,
+    turns: Vocabulary,
+    *,
+    batch_rows: int,
+    end_loops: bool,
+    on_answer: Callable[[int], None] | None,
+    stage: str,
 ) -> Engines:
     from fastdraft.decoding.scoring import ScoringEngine
     from fastdraft.modeling.loading import load_target, pick_device
@@ -207,10 +315,11 @@ def _open_openvino(
 
     device_properties(settings.device, settings.precision)  # refuses before minutes of converting
     engine = OpenVINOEngine(
-        _exported_target(settings, context),
+        _exported_target(settings, context, stage),
         vocabulary,
         context_length(raw_config(context.target.location, context.target.revision)),
         batch_rows,
+        on_answer,
         device=settings.device,
         precision=settings.precision,
         threads=context.settings.threads,
@@ -222,11 +331,49 @@ def _open_openvino(
     return Engines(answering, engine.with_ends(turns, end_loops=True), engine.context_length)
 
 
-def _exported_target(settings: OpenVINOEngineConfig, context: StageContext) -> Path:
+def _open_openai(
+    settings: OpenAIEngineConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary, on_answer: Callable[[int], None] | None
+) -> Engines:
+    from functools import partial
+
+    from fastdraft.modeling.loading import load_config, load_target, load_tokenizer, pick_device
+    from fastdraft.runtimes.openai_requests import Servers
+    from fastdraft.runtimes.openai_server import OpenAIEngine
+
+    target = context.target
+    config = load_config(target.location, target.revision, target.trust_remote_code)
+    servers = Servers(
+        settings.servers,
+        concurrency=settings.concurrency,
+        timeout=settings.timeout,
+        retries=settings.retries,
+        api_key_env=settings.api_key_env,
+        check=partial(context.console.stop.check, context.run.root),
+    )
+    engine = OpenAIEngine(
+        servers,
+        load_tokenizer(target.location, target.revision, target.trust_remote_code),
+        vocabulary,
+        int(getattr(config, "max_position_embeddings", 2**31)),
+        model=settings.model,
+        api=settings.api,
+        logprobs="none" if settings.logprobs == "target" else settings.logprobs,
+        on_answer=on_answer,
+        say=context.console.say,
+    )
+    answering: Engine = engine
+    if settings.logprobs == "target":
+        from fastdraft.decoding.scoring import ScoringEngine
+
+        answering = ScoringEngine(engine, load_target(target, pick_device(context.settings.device)))
+    return Engines(answering, engine.with_ends(turns), engine.context_length)
+
+
+def _exported_target(settings: OpenVINOEngineConfig, context: StageContext, stage: str) -> Path:
     """The target's export beside the units, until the stage is complete: converted once, found again by a process that goes on."""
     from fastdraft.runtimes.openvino_export import export_openvino
 
-    folder = context.artifact(_STAGE).path / _CONVERTED / settings.weights
+    folder = context.artifact(stage).path / _CONVERTED / settings.weights
     if not folder.is_dir():
         context.console.say(f"converting the target for OpenVINO ({settings.weights})")
         export_openvino(context.target.location, folder, settings.weights, revision=context.target.revision)

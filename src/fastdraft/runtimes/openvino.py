@@ -188,6 +188,7 @@ class OpenVINOEngine:
         vocabulary: Gives the ids that end an answer.
         context_length: Most positions that the target was made for.
         batch_rows: Prompts written together.
+        on_batch: Called with the number of answers finished since the last call.
         device: OpenVINO's name.
         precision: fast or exact.
         threads: CPU threads; 0 leaves OpenVINO's own choice. Results are reproducible for equal threads.
@@ -206,19 +207,21 @@ class OpenVINOEngine:
         vocabulary: Vocabulary,
         context_length: int,
         batch_rows: int = 64,
+        on_batch: Callable[[int], None] | None = None,
         *,
         device: str = "CPU",
         precision: Precision = "fast",
         threads: int = 0,
         end_loops: bool = False,
     ) -> None:
-        self.vocabulary, self.context_length, self.end_loops = vocabulary, context_length, end_loops
+        self.vocabulary, self.context_length, self.on_batch, self.end_loops = vocabulary, context_length, on_batch, end_loops
         self.pipeline = load_pipeline(folder, device, device_properties(device, precision, threads), batch_rows)
 
     def with_ends(self, vocabulary: Vocabulary, *, end_loops: bool) -> OpenVINOEngine:
         """The same loaded model, whose answers end at other ids."""
         twin = object.__new__(OpenVINOEngine)
         twin.vocabulary, twin.context_length, twin.end_loops, twin.pipeline = vocabulary, self.context_length, end_loops, self.pipeline
+        twin.on_batch = None
         return twin
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
@@ -234,6 +237,8 @@ class OpenVINOEngine:
             config = generation_config(sampling, max_new_tokens, eos_ids, answer_seed(seed, index))
             answers.append(_Answer(self.pipeline.add_request(index, as_tensor(prompt), config), sampling.temperature == 0))
         self._write(answers)
+        if self.on_batch:
+            self.on_batch(len(prompts))
         return [answer.generation(prompt, eos_ids) for answer, prompt in zip(answers, prompts, strict=True)]
 
     def _write(self, answers: list[_Answer]) -> None:

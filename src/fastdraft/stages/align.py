@@ -223,7 +223,7 @@ class _Validate:
 
         self._model, self._step = model, replace(step, objective=CrossEntropy())
         context_length = model.config.max_position_embeddings
-        self._rows = [row for row in rows if len(row.prompt_ids) + len(row.response_ids) <= context_length]
+        self._rows = [row for row in rows if row.is_replayable and len(row.prompt_ids) + len(row.response_ids) <= context_length]
         self._k, self._vocabulary = _num_speculative_tokens(context), load_vocabulary(context.target)
         samples, _ = _samples(((row, None) for row in rows), model)
         self._batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]

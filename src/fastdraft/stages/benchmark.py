@@ -87,7 +87,7 @@ class BenchmarkConfig(Config):
     weights: list[WeightsPair] = Field(default=[WeightsPair()], min_length=1)
     """The first is the deployed one: best K, verdict and sweeps are its; others show what another precision would cost and gain."""
     tasks: list[TaskConfig] | None = Field(default=None, min_length=1)
-    """As in `evaluate.tasks`; null: those, or the four shipped ones where nothing is evaluated."""
+    """As in `evaluate.tasks`; null: those, or the four shipped ones where it has none."""
     prompts: int = Field(default=8, ge=1)
     """Of each task, from the front: ranges over the repeats tell whether they suffice."""
     num_speculative_tokens: list[int] = Field(default=[1, 2, 3, 4, 5], min_length=1)
@@ -148,8 +148,8 @@ class BenchmarkConfig(Config):
         """
         if self.tasks is not None:
             return self.tasks
-        evaluate: Any = sections.get("evaluate")
-        return list(evaluate.tasks) if evaluate else [ShippedTask(kind=kind) for kind in SHIPPED_TASKS]
+        evaluated = list(getattr(sections.get("evaluate"), "tasks", []))
+        return evaluated or [ShippedTask(kind=kind) for kind in SHIPPED_TASKS]
 
 
 def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any]:

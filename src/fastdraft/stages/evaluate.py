@@ -8,24 +8,27 @@ is kept in units (decoding/workbench.py), so that a killed run goes on where it 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fastdraft.artifacts import Artifact, write_json
 from fastdraft.config import Config
+from fastdraft.data.texts import EngineTexts, LoggedTexts, TargetTexts, TextsConfig, bare_kind
 from fastdraft.errors import DataError
-from fastdraft.interfaces import StageContext, TargetConfig
+from fastdraft.interfaces import Engine, StageContext, TargetConfig
 from fastdraft.tasks import TaskConfig, describe_task, load_task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fastdraft.decoding.figures import CostRatios
     from fastdraft.decoding.latency import Latency
+    from fastdraft.decoding.standing_texts import StandingTexts
     from fastdraft.decoding.workbench import EncodedTask, Plan
+    from fastdraft.runtimes.engines import ChosenEngine
 
 Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
 Number = TypeVar("Number", int, float)
@@ -55,10 +58,12 @@ class ExactConfig(Config):
 class EvaluateConfig(Config):
     """`evaluate:` — on what, and how, drafts are compared."""
 
-    tasks: list[TaskConfig] = Field(min_length=1)
-    """Shipped tasks by kind (code, summarization, text, instructions) or `kind: file`."""
+    tasks: list[TaskConfig] = Field(default=[])
+    """Shipped tasks by kind (code, summarization, text, instructions) or `kind: file`; needed unless `texts` stand already."""
+    texts: Annotated[TextsConfig, BeforeValidator(bare_kind)] = TargetTexts()
+    """Where the target's texts come from, over which drafts are replayed: the target itself, its servers, held-out rows, logs."""
     temperatures: list[float] = Field(default=[0.0, 0.6], min_length=1)
-    """Of the target; 0 is greedy."""
+    """At which the target answers the tasks; 0 is greedy."""
     num_speculative_tokens: list[int] = Field(default=[1, 2, 3, 4, 5, 6, 7, 8], min_length=1)
     """Every K that replay covers: one pass of the draft serves them all."""
     checkpoints: list[Checkpoint] = Field(default=["pretrain", "continue_pretrain", "align"], min_length=1)
@@ -71,6 +76,8 @@ class EvaluateConfig(Config):
     """Of target and draft; 1 keeps all."""
     draft_temperature: float | None = Field(default=None, ge=0)
     """The draft's own temperature where the target samples; any value is lossless; null: the target's."""
+    draft_sampling: Literal["sampled", "greedy"] = "sampled"
+    """greedy: the draft proposes its likeliest token even where the target samples, as vLLM does by default."""
     batch_rows: int = Field(default=64, ge=1)
     """Prompts that the target answers together."""
 
@@ -93,6 +100,19 @@ class EvaluateConfig(Config):
             raise ValueError(f"two tasks are called '{doubled}'; give one a name of its own")
         return tasks
 
+    @model_validator(mode="after")
+    def _something_to_do(self) -> EvaluateConfig:
+        if not self.tasks and self.texts.kind in ("target", "engine"):
+            raise ValueError("tasks must name at least 1 task, unless texts are of kind synthesize or transcripts")
+        if self.draft_sampling == "greedy" and self.draft_temperature:
+            raise ValueError("draft_sampling: greedy means draft_temperature: 0; give one of them")
+        return self
+
+    @property
+    def proposing_temperature(self) -> float | None:
+        """Of the draft where the target samples; None: the target's."""
+        return 0.0 if self.draft_sampling == "greedy" else self.draft_temperature
+
 
 def present_checkpoints(config: EvaluateConfig, context: StageContext) -> list[str]:
     """The drafts of this recipe that are to be compared, in the order of training; the last one is the final draft."""
@@ -112,11 +132,45 @@ def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]
     return {
         **config.model_dump(),
         "tasks": [describe_task(task) for task in config.tasks],
-        "target": model_identity(target.model, target.location, target.revision, target.dtype),
+        "texts": _describe_texts(config.texts, context),
+        "target": model_identity(
+            target.model, target.location, target.revision, target.dtype, weights=needs_weights(config, context.sections)
+        ),
         "seed": context.settings.seed,
         "trained_on": {artifact.name: artifact.digest() for artifact in _trained_on(context)},
         "checkpoints": {name: context.require(name).digest() for name in present_checkpoints(config, context)},
     }
+
+
+def _describe_texts(texts: TextsConfig, context: StageContext) -> dict[str, Any]:
+    """With the log's files, or the engine that really writes."""
+    from fastdraft.runtimes.engines import TRANSPORT
+
+    if isinstance(texts, LoggedTexts):
+        return texts.describe()
+    engine = {"engine": _chosen_engine(context).model_dump(mode="json", exclude=set(TRANSPORT))} if isinstance(texts, EngineTexts) else {}
+    return {**texts.model_dump(), **engine}
+
+
+def _chosen_engine(context: StageContext) -> ChosenEngine:
+    """The engine of synthesize; where that is `auto`, the one that wrote the training rows."""
+    from fastdraft.runtimes.engines import choose_engine
+
+    return choose_engine(context.section("synthesize").engine, context).settings
+
+
+def needs_weights(config: EvaluateConfig, sections: Mapping[str, Any]) -> bool:
+    """Whether the target's weights must be on this machine.
+
+    Args:
+        config: The recipe's `evaluate`.
+        sections: All of the recipe's, by stage.
+    """
+    from fastdraft.runtimes.engines import uses_weights
+
+    if isinstance(config.texts, EngineTexts):
+        return uses_weights(sections["synthesize"].engine)
+    return isinstance(config.texts, TargetTexts) or config.texts.logprobs == "target"
 
 
 def run(config: EvaluateConfig, context: StageContext) -> None:
@@ -130,29 +184,37 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     """
     from functools import cache, partial
 
+    import torch
+
     from fastdraft.decoding import scoreboard
     from fastdraft.decoding.workbench import Workbench
     from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device, set_threads
     from fastdraft.provenance import describe_run
-    from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
     start, artifact, console = time.monotonic(), context.artifact("evaluate"), context.console
     set_threads(context.settings.threads)
     device = pick_device(context.settings.device)
     folders = {name: context.require(name).path / FOLDERS[name] for name in present_checkpoints(config, context)}
     _check_vocabularies(context, folders)
-    target, vocabulary = load_target(context.target, device), load_vocabulary(context.target)
+    target = load_target(context.target, device) if isinstance(config.texts, TargetTexts) else None
+    vocabulary = load_vocabulary(context.target)
     tokenizer = load_tokenizer(context.target.location, context.target.revision, context.target.trust_remote_code)
-    plan = _plan(config, context, tokenizer, _context_length(context, folders))
+    context_length = _context_length(context, folders)
+    standing = _standing_texts(config, context, tokenizer, context_length)
+    plan = _plan(config, context, tokenizer, context_length, standing)
     bench = Workbench(plan, artifact.path, console, target, vocabulary)
     # Same device and precision for both: that is what is decoded with and what latency compares.
-    loaders = {name: cache(partial(load_draft, folder, device, target.dtype)) for name, folder in folders.items()}
+    dtype = target.dtype if target is not None else torch.float32
+    loaders = {name: cache(partial(load_draft, folder, device, dtype)) for name, folder in folders.items()}
     final = list(loaders)[-1]
 
-    bench.write_texts(lambda on_batch: HuggingFaceEngine(target, vocabulary, config.batch_rows, on_batch))
+    if standing is not None:
+        bench.keep_texts(standing.rows)
+    else:
+        bench.write_texts(partial(_engine, config, context, target))
     replayed = bench.replay_all(loaders)
-    exact = bench.exact_all(final, loaders[final])
-    costs = _costs(context, folders[final], bench.latency(loaders[final]))
+    exact = bench.exact_all(final, loaders[final]) if target is not None else {}
+    costs = _costs(context, folders[final], bench.latency(loaders[final]) if target is not None else None)
     results = {
         "schema": 1,
         "target": context.target.model,
@@ -161,7 +223,8 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         "rows": scoreboard.result_rows(bench, replayed, exact, costs),
         "differences": scoreboard.headline_differences(replayed, plan.num_speculative_tokens, plan.seed),
         "greedy_check": scoreboard.greedy_check(bench, exact),
-        "contamination": _contamination(config, context, tokenizer),
+        "contamination": None if standing is not None else _contamination(config, context, tokenizer),
+        "texts": {"kind": config.texts.kind, "left_out": standing.left_out if standing is not None else {}},
     }
     write_json(artifact.path / "results.json", results)
     write_json(artifact.path / "samples.json", scoreboard.samples(bench, exact, tokenizer))
@@ -169,6 +232,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     tasks = {task.name: {"prompts": len(task.prompt_ids), "skipped": task.num_skipped} for task in plan.tasks}
     found = {name: results[name] for name in ("differences", "greedy_check", "contamination")}
     artifact.complete(tasks=tasks, **found, seconds=round(time.monotonic() - start, 1), provenance=describe_run())
+    artifact.remove_scratch()
 
 
 def _check_vocabularies(context: StageContext, folders: Mapping[str, Path]) -> None:
@@ -191,19 +255,56 @@ def _context_length(context: StageContext, folders: Mapping[str, Path]) -> int:
     return min(int(c.max_position_embeddings) for c in (target, *(load_config(str(folder)) for folder in folders.values())))
 
 
-def _plan(config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Plan:
-    """All prompts as token ids, and the settings."""
-    from fastdraft.decoding.workbench import Plan
+def _engine(config: EvaluateConfig, context: StageContext, target: PreTrainedModel | None, on_batch: Callable[[int], None]) -> Engine:
+    """What writes the tasks' texts: the loaded target, or the engine of synthesize."""
+    from fastdraft.modeling.loading import load_vocabulary
 
+    vocabulary = load_vocabulary(context.target)
+    if target is not None:
+        from fastdraft.runtimes.huggingface import HuggingFaceEngine
+
+        return HuggingFaceEngine(target, vocabulary, config.batch_rows, on_batch)
+    from fastdraft.runtimes.engines import open_engines
+
+    shared: dict[str, Any] = {"batch_rows": config.batch_rows, "end_loops": False, "on_answer": on_batch, "stage": "evaluate"}
+    return open_engines(_chosen_engine(context), context, vocabulary, vocabulary, **shared).answering
+
+
+def _standing_texts(
+    config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> StandingTexts | None:
+    """Texts that nobody has to write any more; None where somebody has to."""
+    from fastdraft.decoding.standing_texts import gather
+
+    if isinstance(config.texts, (TargetTexts, EngineTexts)):
+        return None
+    return gather(config.texts, context, tokenizer, context_length, greedy_draft=config.proposing_temperature == 0)
+
+
+def _plan(
+    config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, context_length: int, standing: StandingTexts | None
+) -> Plan:
+    """All prompts as token ids, and the settings."""
+    from fastdraft.decoding.workbench import EncodedTask, Plan
+
+    if standing is None:
+        tasks = [_encode(task, context, tokenizer, context_length) for task in config.tasks]
+    else:
+        tasks = [
+            EncodedTask(name, [row.row_id for row in rows], [row.prompt_ids for row in rows], max(len(row.response_ids) for row in rows))
+            for name, rows in standing.tasks.items()
+        ]
+    only = tuple(standing.rows) if standing is not None else ()
     return Plan(
-        tasks=[_encode(task, context, tokenizer, context_length) for task in config.tasks],
-        temperatures=config.temperatures,
+        tasks=tasks,
+        temperatures=sorted({temperature for _, temperature in only}) if only else config.temperatures,
+        only=only,
         num_speculative_tokens=config.num_speculative_tokens,
         exact_num_speculative_tokens=config.exact.num_speculative_tokens,
         exact_prompts=config.exact.prompts,
         top_k=config.top_k,
         top_p=config.top_p,
-        draft_temperature=config.draft_temperature,
+        draft_temperature=config.proposing_temperature,
         seed=context.settings.seed,
     )
 
@@ -228,7 +329,7 @@ def _encode(task: TaskConfig, context: StageContext, tokenizer: PreTrainedTokeni
     return EncodedTask(task.name, [name for name, _ in fitting], [ids for _, ids in fitting], task.max_new_tokens, skipped)
 
 
-def _costs(context: StageContext, folder: Path, latency: Latency) -> CostRatios:
+def _costs(context: StageContext, folder: Path, latency: Latency | None) -> CostRatios:
     """The final draft's cost for one token over the target's: parameters, bytes at equal precision, measured time."""
     from fastdraft.decoding.figures import CostRatios
     from fastdraft.modeling.architecture import read_architecture

@@ -8,7 +8,7 @@ Which engine writes is settled before the fingerprint, which names it: a run's t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -16,31 +16,34 @@ from pydantic import Field, field_validator, model_validator
 from fastdraft.artifacts import FINGERPRINT, Artifact, write_json
 from fastdraft.config import Config, Count, format_count
 from fastdraft.data.filters import Looping, RowCounts
-from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, select_texts
+from fastdraft.data.ledger import DRY_UNITS, Ledger
+from fastdraft.data.plans import Planner, describe_sources
+from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, normalised
 from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
-from fastdraft.data.units import CorpusPrefixes, UnitPlan, unit_seed
+from fastdraft.data.transcripts import TranscriptPrompts
+from fastdraft.data.units import Plan, unit_seed
 from fastdraft.errors import ArtifactError, DataError, DeviceError, MissingExtraError, TargetError
 from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
 from fastdraft.runtimes.engines import (
+    NOBODY,
+    TRANSPORT,
     AutoEngineConfig,
     ChosenEngine,
     EngineConfig,
     Engines,
     HuggingFaceEngineConfig,
+    OpenAIEngineConfig,
     choose_engine,
+    no_engines,
     open_engines,
+    uses_weights,
 )
 from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from fastdraft.decoding.unit_writer import UnitWriter
     from fastdraft.vocabulary import Vocabulary
-
-DRY_UNITS = 4
-"""A source is given up after this many units in a row of which no row was kept."""
 
 
 class NoLogitsConfig(Config):
@@ -50,7 +53,9 @@ class NoLogitsConfig(Config):
 
 
 class TopKLogitsConfig(Config):
-    """At every response token the target's most likely tokens and the mass of all others, at temperature 1, by a scoring pass."""
+    """At every response token the target's most likely tokens and the mass of all others, at temperature 1, by a scoring pass of the
+    target's weights: they must be here, also where a server or a log gives the text.
+    """
 
     kind: Literal["top_k"] = "top_k"
     k: int = Field(default=64, ge=1, le=1024)
@@ -86,7 +91,7 @@ class SynthesizeConfig(Config):
     looping: Looping = "cut"
     """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
     engine: EngineConfig = AutoEngineConfig()
-    """What runs the target: auto, huggingface or openvino."""
+    """What runs the target: auto, huggingface, openvino, or openai for a server."""
 
     @field_validator("temperatures")
     @classmethod
@@ -102,74 +107,79 @@ class SynthesizeConfig(Config):
             raise ValueError("every entry of prompts needs a name of its own")
         return self
 
+    @model_validator(mode="after")
+    def _logprobs_fit_the_sampling(self) -> SynthesizeConfig:
+        if isinstance(self.engine, OpenAIEngineConfig) and self.asks:
+            self.engine.check_sampling(self.temperatures, self.top_k, self.top_p)
+        return self
+
+    @property
+    def asks(self) -> bool:
+        """Whether the target is asked anything: not where all answers stand already."""
+        return any(not isinstance(source, TranscriptPrompts) for source in self.prompts)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the target's weights must be on this machine: they write, or score what others wrote."""
+        return self.logits.kind == "top_k" or (self.asks and uses_weights(self.engine))
+
 
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
     """Target, engine, settings, seed, prompts; of the evaluation tasks only which prompts they forbid; prepared corpora where used.
 
     Raises:
-        DataError: when a prompt or task file is missing. ArtifactError: when this machine cannot go on with the engine that began.
+        DataError: when a prompt or task file is missing. TargetError: when weights are needed and missing.
+        ArtifactError: when this machine cannot go on with the engine that began.
     """
-    return _fingerprint(config, context, choose_engine(config.engine, context).settings)
+    return _fingerprint(config, context, choose_engine(config.engine, context).settings if config.asks else None)
 
 
-def _fingerprint(config: SynthesizeConfig, context: StageContext, engine: ChosenEngine) -> dict[str, Any]:
-    held_out = _evaluation_texts(context)
-    prompts: dict[str, Any] = {}
-    for source in config.prompts:
-        if isinstance(source, TextPrompts):
-            refused = select_texts(source, held_out, context.settings.seed).digest
-            prompts[source.name] = {**source.describe(), "refused_for_evaluation": refused}
-        else:
-            prompts[source.name] = source.model_dump(mode="json")
+def _fingerprint(config: SynthesizeConfig, context: StageContext, engine: ChosenEngine | None) -> dict[str, Any]:
+    """With the engine that really writes, without its transport; None: nobody is asked."""
+    require_weights(config, context.target)
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
     return {
-        "target": _target_identity(context.target),
+        "target": _target_identity(config, context.target),
         # Without `logits: none`, so that rows written before there was a choice still count as the same work.
         "settings": {
             **config.model_dump(mode="json", exclude={"prompts", *(("logits",) if config.logits.kind == "none" else ())}),
-            "engine": engine.model_dump(mode="json"),
+            "engine": engine.model_dump(mode="json", exclude=set(TRANSPORT)) if engine else {"kind": NOBODY},
         },
-        "prompts": prompts,
+        "prompts": describe_sources(config.prompts, _evaluation_texts(context), context.settings.seed),
         "seed": context.settings.seed,
         "prepare": context.artifact("prepare").digest() if uses_corpus else None,
     }
 
 
-def _target_identity(target: TargetConfig) -> dict[str, Any]:
+def require_weights(config: SynthesizeConfig, target: TargetConfig) -> None:
+    """Refuses work that needs the target's weights where they are not, before any of it is claimed.
+
+    Raises:
+        TargetError: naming what is missing.
+    """
+    from fastdraft.modeling.source import check_weights
+
+    if not config.needs_weights:
+        return
+    try:
+        check_weights(target.location)
+    except TargetError as error:
+        if config.asks and uses_weights(config.engine):
+            raise
+        rule = "synthesize.logits: top_k scores all text with the target's weights, whoever wrote it"
+        raise TargetError(target.location, error.found, rule, "put them there, or set synthesize.logits: {kind: none}") from None
+
+
+def _target_identity(config: SynthesizeConfig, target: TargetConfig) -> dict[str, Any]:
     from fastdraft.modeling.source import model_identity
 
-    return model_identity(target.model, target.location, target.revision, target.dtype)
+    return model_identity(target.model, target.location, target.revision, target.dtype, weights=config.needs_weights)
 
 
 def _evaluation_texts(context: StageContext) -> set[str]:
     """Every prompt of every evaluation task, also those beyond a task's `prompts`, normalised."""
     tasks = getattr(context.sections.get("evaluate"), "tasks", [])
     return {normalised(prompt.text) for task in tasks for prompt in load_task(task.model_copy(update={"prompts": 2**31})).prompts}
-
-
-@dataclass
-class _Ledger:
-    """What the committed units add up to; the next unit follows from it alone."""
-
-    names: list[str]
-    units: int = 0
-    total: RowCounts = field(default_factory=RowCounts)
-    by_temperature: dict[str, RowCounts] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.by_source = {name: RowCounts() for name in self.names}
-        self.units_of = dict.fromkeys(self.names, 0)
-        self.dry = dict.fromkeys(self.names, 0)
-        self.open = dict.fromkeys(self.names, True)
-
-    def add(self, source: str, temperature: float, counts: RowCounts) -> None:
-        """Enters a committed unit."""
-        for account in (self.total, self.by_source[source], self.by_temperature.setdefault(f"{temperature:g}", RowCounts())):
-            account.add(counts)
-        self.units += 1
-        self.units_of[source] += 1
-        self.dry[source] = 0 if counts.written else self.dry[source] + 1
-        self.open[source] &= self.dry[source] < DRY_UNITS
 
 
 def run(config: SynthesizeConfig, context: StageContext) -> None:
@@ -181,13 +191,13 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
     """
     artifact = context.artifact("synthesize")
     writer, plans, refused, engine = _prepare(config, context)
-    ledger = _Ledger([plan.name for plan in plans])
+    ledger = Ledger(plans)
     for leftover in (artifact.path / UNITS).glob(".*.tmp"):
         leftover.unlink()
-    _enter_committed(plans, ledger, writer, artifact)
+    _enter_committed(ledger, writer, artifact)
     before = ledger.total.generated
     with context.console.progress("synthesize", config.tokens, "tokens", ledger.total.tokens) as progress:
-        while ledger.total.tokens < config.tokens and (plan := _next_plan(plans, ledger)):
+        while ledger.total.tokens < config.tokens and (plan := ledger.next_plan()):
             _write_unit(plan, ledger, writer, artifact, context)
             progress.update(ledger.total.tokens, f"{ledger.total.written} rows, {ledger.total.total_filtered} filtered")
             context.console.stop.check(artifact.path)
@@ -196,21 +206,16 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         found = f"0 of {ledger.total.asked} rows kept ({_reasons(ledger.total)})"
         raise DataError(artifact.path, found, "the target must write some text", _remedy(ledger.total))
     _tell(config, context, ledger, refused)
-    artifact.complete(**_manifest(config, context, ledger, refused, speed), engine=engine.kind, provenance=describe_run())
+    name = engine.kind if engine else NOBODY
+    artifact.complete(**_manifest(config, context, ledger, refused, speed), engine=name, provenance=describe_run())
     del writer  # lets go of the converted target: on Windows an open file cannot be removed
     artifact.remove_scratch()
 
 
-def _next_plan(plans: list[UnitPlan], ledger: _Ledger) -> UnitPlan | None:
-    """The source furthest behind its share that still has a unit."""
-    open_plans = [plan for plan in plans if ledger.open[plan.name] and plan.has_unit(ledger.units_of[plan.name])]
-    return min(open_plans, key=lambda plan: ledger.by_source[plan.name].tokens / plan.share, default=None)
-
-
-def _enter_committed(plans: list[UnitPlan], ledger: _Ledger, writer: UnitWriter, artifact: Artifact) -> None:
+def _enter_committed(ledger: Ledger, writer: UnitWriter, artifact: Artifact) -> None:
     """Takes over the units of an earlier process, in order, up to the first that is missing."""
     while (path := unit_path(artifact, ledger.units)).exists():
-        facts, plan = read_metadata(path), _next_plan(plans, ledger)
+        facts, plan = read_metadata(path), ledger.next_plan()
         expected = (plan.name, ledger.units_of[plan.name]) if plan else (None, None)
         if (facts.get("source"), facts.get("number")) != expected:
             found = f"holds unit {facts.get('number')} of prompts '{facts.get('source')}'"
@@ -221,7 +226,7 @@ def _enter_committed(plans: list[UnitPlan], ledger: _Ledger, writer: UnitWriter,
         ledger.add(facts["source"], facts["temperature"], RowCounts.from_dict(facts["counts"]))
 
 
-def _write_unit(plan: UnitPlan, ledger: _Ledger, writer: UnitWriter, artifact: Artifact, context: StageContext) -> None:
+def _write_unit(plan: Plan, ledger: Ledger, writer: UnitWriter, artifact: Artifact, context: StageContext) -> None:
     """Asks the next unit of this source and commits it."""
     number = ledger.units_of[plan.name]
     unit = plan.unit(number)
@@ -235,7 +240,9 @@ def _write_unit(plan: UnitPlan, ledger: _Ledger, writer: UnitWriter, artifact: A
         context.console.warn(f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units ({_reasons(counts)}); going on without")
 
 
-def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWriter, list[UnitPlan], dict[str, dict[str, int]], ChosenEngine]:
+def _prepare(
+    config: SynthesizeConfig, context: StageContext
+) -> tuple[UnitWriter, list[Plan], dict[str, dict[str, int]], ChosenEngine | None]:
     """The target with its filters, each source's plan, the prompts refused by source and reason, and the engine that writes."""
     from fastdraft.data.chat import end_of_turn_ids
     from fastdraft.data.filters import RowFilter
@@ -247,8 +254,18 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
     set_threads(context.settings.threads)
     tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
     held_out = _evaluation_texts(context)
-    plans, refused = _plan_sources(config, context, tokenizer, held_out)
     vocabulary = load_vocabulary(target)
+    planner = Planner(
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        held_out=held_out,
+        temperatures=config.temperatures,
+        samples=config.samples,
+        unit_rows=config.batch_rows,
+        seed=context.settings.seed,
+        prepared=lambda: context.require("prepare"),
+    )
+    plans = planner.plan(config.prompts)
     magpie = any(isinstance(source, MagpiePrompts) for source in config.prompts)
     turn_ends = (*vocabulary.eos_token_ids, *(sorted(end_of_turn_ids(tokenizer)) if magpie else ()))
     turns = replace(vocabulary, eos_token_ids=turn_ends)
@@ -270,11 +287,15 @@ def _prepare(config: SynthesizeConfig, context: StageContext) -> tuple[UnitWrite
         is_evaluation=held_out.__contains__,
         logit_writer=open_logit_writer(config.logits.k, engines.answering, context) if config.logits.kind == "top_k" else None,
     )
-    return writer, plans, refused, engine
+    return writer, plans, planner.refused, engine
 
 
-def _open(config: SynthesizeConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary) -> tuple[ChosenEngine, Engines]:
+def _open(
+    config: SynthesizeConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary
+) -> tuple[ChosenEngine | None, Engines]:
     """The chosen engine, opened; where it was not the recipe's choice and cannot run this target, transformers in its place."""
+    if not config.asks:
+        return None, _nobody(context.target)
     choice, artifact = choose_engine(config.engine, context), context.artifact("synthesize")
     end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
     context.console.say(f"engine {choice}")
@@ -289,51 +310,15 @@ def _open(config: SynthesizeConfig, context: StageContext, vocabulary: Vocabular
     return engine, open_engines(engine, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
 
 
-def _plan_sources(
-    config: SynthesizeConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, held_out: set[str]
-) -> tuple[list[UnitPlan], dict[str, dict[str, int]]]:
-    """Each source's units, and the prompts refused by source and reason."""
-    seed, plans, refused = context.settings.seed, [], {}
-    common: dict[str, Any] = {"samples": config.samples, "unit_rows": config.batch_rows, "seed": seed}
-    for place, source in enumerate(config.prompts):
-        if isinstance(source, TextPrompts):
-            chosen = select_texts(source, held_out, seed)
-            refused[source.name] = chosen.refused
-            own = _text_plan(source, chosen.texts, tokenizer)
-        else:
-            own = _corpus_plan(source, context, tokenizer) if isinstance(source, CorpusPrompts) else _magpie_plan(source, tokenizer)
-        start = place % len(config.temperatures)  # sources begin at different temperatures, so that few units hold all of them
-        temperatures = config.temperatures[start:] + config.temperatures[:start]
-        plans.append(UnitPlan(name=source.name, share=source.share, temperatures=temperatures, **common, **own))
-    return plans, refused
+def _nobody(target: TargetConfig) -> Engines:
+    """For answers that stand already: all that is asked of the target is how long they may be."""
+    from fastdraft.modeling.loading import load_config
 
-
-def _text_plan(source: TextPrompts, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    from fastdraft.data.chat import has_chat_template, prompt_ids
-
-    chat = source.chat and has_chat_template(tokenizer)
-    return {"size": len(texts), "chat": chat, "encode": lambda index: prompt_ids(tokenizer, texts[index], chat)}
-
-
-def _corpus_plan(source: CorpusPrompts, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    from fastdraft.data.chat import plain_prefix_ids
-    from fastdraft.data.shards import open_corpus
-
-    prepare = context.require("prepare")
-    rows, separator = open_corpus(prepare, source.corpus, "train"), prepare.manifest()["separator_id"]
-    prefixes = CorpusPrefixes(rows, separator, source.prompt_tokens, before=plain_prefix_ids(tokenizer), seed=context.settings.seed)
-    return {"size": min(len(prefixes), source.count or len(prefixes)), "chat": False, "encode": prefixes}
-
-
-def _magpie_plan(source: MagpiePrompts, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    from fastdraft.data.chat import user_prefix_ids
-
-    prefix = user_prefix_ids(tokenizer)
-    return {"size": source.count, "encode": lambda index: list(prefix), "instruction_tokens": source.max_instruction_tokens}
+    return no_engines(int(load_config(target.location, target.revision).max_position_embeddings))
 
 
 def _manifest(
-    config: SynthesizeConfig, context: StageContext, ledger: _Ledger, refused: dict[str, dict[str, int]], speed: float | None
+    config: SynthesizeConfig, context: StageContext, ledger: Ledger, refused: dict[str, dict[str, int]], speed: float | None
 ) -> dict[str, Any]:
     by_temperature = sorted(ledger.by_temperature.items(), key=lambda item: float(item[0]))
     return {
@@ -343,13 +328,13 @@ def _manifest(
         "by_temperature": {name: counts.as_dict() for name, counts in by_temperature},
         "refused_prompts": refused,
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
-        "target": _target_identity(context.target),
+        "target": _target_identity(config, context.target),
         "logits": config.logits.model_dump(),
         "sampling": {name: getattr(config, name) for name in ("temperatures", "samples", "top_k", "top_p", "max_new_tokens")},
     }
 
 
-def _tell(config: SynthesizeConfig, context: StageContext, ledger: _Ledger, refused: dict[str, dict[str, int]]) -> None:
+def _tell(config: SynthesizeConfig, context: StageContext, ledger: Ledger, refused: dict[str, dict[str, int]]) -> None:
     """What was written, in one table, and what the user should know."""
     console = context.console
     accounts = [*ledger.by_source.items(), ("all", ledger.total)]

@@ -1,0 +1,121 @@
+"""Logs of a target: every shape of line, what is taken from it, and what is told of lines that are no use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdraft.data.chat import prompt_ids
+from fastdraft.data.transcripts import TranscriptLog, read_transcripts
+from fastdraft.errors import DataError
+from fastdraft.interfaces import Generation, Sampling, TargetConfig
+from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
+from fastdraft.runtimes.huggingface import HuggingFaceEngine
+
+
+@pytest.fixture(scope="module")
+def written(tiny_target: Path) -> Generation:
+    """One sampled answer of the target."""
+    config = TargetConfig(model=str(tiny_target))
+    engine = HuggingFaceEngine(load_target(config, "cpu"), load_vocabulary(config))
+    prompt = prompt_ids(load_tokenizer(str(tiny_target)), "What is a fox?", True)
+    return engine.generate([prompt], Sampling(0.7), 12, 1)[0]
+
+
+def read(folder: Path, target: Path, *lines: object, **settings: Any) -> Any:
+    path = folder / "log.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    config = TranscriptLog(**{"kind": "transcripts", "name": "log", "path": str(path), "logprobs": "processed", **settings})
+    return read_transcripts(config, load_tokenizer(str(target)), load_vocabulary(TargetConfig(model=str(target))), 0)
+
+
+def shapes(written: Generation, text: str) -> dict[str, dict[str, Any]]:
+    """One answer in every shape of line that is understood."""
+    messages = [{"role": "user", "content": "What is a fox?"}]
+    ids = {"token_ids": written.response_ids, "finish_reason": written.finish_reason}
+    legacy = {**ids, "text": text, "logprobs": {"tokens": ["?"] * len(written.logprobs), "token_logprobs": written.logprobs}}
+    named = {"tokens": [f"token_id:{i}" for i in written.response_ids], "token_logprobs": written.logprobs}
+    content = [{"id": i, "token": "?", "logprob": p} for i, p in zip(written.response_ids, written.logprobs, strict=True)]
+    sglang = {"output_token_logprobs": [[p, i, "?"] for i, p in zip(written.response_ids, written.logprobs, strict=True)]}
+    message = {"message": {"role": "assistant", "content": text}, "finish_reason": written.finish_reason}
+    request = {"messages": messages, "temperature": 0.7}
+    return {
+        "chat and choices": {"messages": messages, "temperature": 0.7, "choices": [legacy]},
+        "chat and response": {
+            "messages": messages,
+            "temperature": 0.7,
+            "response": {"choices": [{**message, "logprobs": {"content": content}}]},
+        },
+        "request and response": {"request": request, "response": {"choices": [{**message, "meta_info": sglang}]}},
+        "batch": {"body": request, "response": {"status_code": 200, "body": {"choices": [{**legacy, "logprobs": named}]}}},
+        "prompt ids": {"prompt": written.prompt_ids, "temperature": 0.7, "choices": [legacy]},
+        "logged prompt ids": {"prompt": "lost", "prompt_token_ids": written.prompt_ids, "temperature": 0.7, "choices": [legacy]},
+        "plain lists": {"messages": messages, "temperature": 0.7, "response": text, **ids, "logprobs": written.logprobs},
+    }
+
+
+@pytest.mark.parametrize(
+    "shape", ["chat and choices", "chat and response", "request and response", "batch", "prompt ids", "logged prompt ids", "plain lists"]
+)
+def test_every_shape_of_line_gives_the_answer_that_was_written(tmp_path: Path, tiny_target: Path, written: Generation, shape: str) -> None:
+    text = load_tokenizer(str(tiny_target)).decode(written.response_ids, skip_special_tokens=True)
+    rows = read(tmp_path, tiny_target, shapes(written, text)[shape]).rows
+    assert len(rows) == 1
+    assert rows[0].generation == written
+    assert rows[0].sampling == Sampling(0.7)
+
+
+def test_a_conversation_that_ends_with_the_assistant_is_an_answer(tmp_path: Path, tiny_target: Path) -> None:
+    turns = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One fox."}, {"role": "user", "content": "More."}]
+    row = read(tmp_path, tiny_target, {"messages": [*turns, {"role": "assistant", "content": "the stars"}]}, temperature=1.0).rows[0]
+    tokenizer = load_tokenizer(str(tiny_target))
+    assert tokenizer.decode(row.generation.response_ids) == "the stars<|end|>"
+    assert "One fox." in tokenizer.decode(row.generation.prompt_ids)
+    assert row.generation.logprobs == [], "nobody told them"
+
+
+def test_a_request_that_bends_the_distribution_keeps_no_logprobs(tmp_path: Path, tiny_target: Path, written: Generation) -> None:
+    line = shapes(written, "x")["chat and choices"]
+    assert read(tmp_path, tiny_target, {**line, "repetition_penalty": 1.2}).rows[0].generation.logprobs == []
+    assert read(tmp_path, tiny_target, {**line, "repetition_penalty": 1.0}).rows[0].generation.logprobs == written.logprobs
+
+
+def test_raw_logprobs_count_at_temperature_one_only(tmp_path: Path, tiny_target: Path, written: Generation) -> None:
+    line = shapes(written, "x")["chat and choices"]
+    assert read(tmp_path, tiny_target, line, logprobs="raw").rows[0].generation.logprobs == []
+    assert read(tmp_path, tiny_target, {**line, "temperature": 1}, logprobs="raw").rows[0].generation.logprobs == written.logprobs
+
+
+def test_text_that_does_not_come_back_exactly_is_told(tmp_path: Path, tiny_target: Path) -> None:
+    line = {"prompt": "The fox", "temperature": 1, "choices": [{"text": "half a \ufffd", "finish_reason": "length"}]}
+    assert read(tmp_path, tiny_target, line).rows[0].generation.fault == "not_round_trip"
+    special = {"prompt": "The fox", "temperature": 1, "choices": [{"text": "says <|user|>", "finish_reason": "length"}]}
+    assert read(tmp_path, tiny_target, special).rows[0].generation.fault == "not_round_trip"
+    tool = {
+        "messages": [{"role": "user", "content": "x"}],
+        "temperature": 1,
+        "choices": [{"message": {"tool_calls": [{}]}, "finish_reason": "tool_calls"}],
+    }
+    assert read(tmp_path, tiny_target, tool).rows[0].generation.fault == "finish_tool_calls"
+    counted = {**line, "choices": [{"text": " the stars", "finish_reason": "length"}], "usage": {"completion_tokens": 9}}
+    assert read(tmp_path, tiny_target, counted).rows[0].generation.fault == "not_round_trip"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"prompt": "x", "choices": [{"text": "y", "finish_reason": "stop"}]}, "no temperature"),
+        ({"prompt": "x", "temperature": 1}, "must hold"),
+        ({"text": "x"}, "must hold"),
+        ({"messages": [{"role": "user"}], "response": "y", "temperature": 1}, "message without text"),
+        ({"prompt": "x", "response": "y", "temperature": "hot"}, "must be numbers"),
+        ([1], "JSON list"),
+    ],
+)
+def test_a_line_that_cannot_be_understood_is_named(tmp_path: Path, tiny_target: Path, line: object, words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        read(tmp_path, tiny_target, {"prompt": "a", "temperature": 0, "response": "fox"}, line)
+    assert "line 2" in str(caught.value)
