@@ -77,8 +77,19 @@ def test_the_tables_fit_80_columns_and_name_the_best_draft(shape: Architecture) 
 
 def test_a_draft_that_never_pays_is_advised_against(shape: Architecture) -> None:
     found = measurement(shape, 0.09)
-    assert found.sentence().startswith("Do not use a draft here.")
+    assert found.sentence().startswith("Do not use a draft here: ")
     assert not any(best["use_a_draft"] for best in found.as_dict()["best"].values())
+
+
+def test_a_draft_pays_above_the_acceptance_rate_at_which_its_forecast_is_1(shape: Architecture) -> None:
+    found = measurement(shape, 0.02, 0.09, 0.2)
+    cheap, dear, hopeless = (found.break_even(draft) for draft in found.drafts)
+    assert cheap is not None
+    assert dear is not None
+    assert 0 < cheap < dear < 1
+    assert hopeless is None
+    assert found.speedup(found.drafts[0], cheap, found.best_k(found.drafts[0], cheap)) == pytest.approx(1)
+    assert found.as_dict()["drafts"][2]["break_even_acceptance_rate"] is None
 
 
 def test_settings_without_measure_are_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import write_recipe
 from fastdraft import cli
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, FastDraftError
+from fastdraft.errors import ArtifactError, FastDraftError, MissingExtraError
 from fastdraft.pipeline import STAGE_NAMES, downstream, run
 from fastdraft.recipe import load_recipe
 from kill_and_resume import kill_and_resume
@@ -52,6 +52,17 @@ def test_a_second_run_does_nothing(finished: Path, capsys: pytest.CaptureFixture
     run(load_recipe(str(finished)), Console())
     assert capsys.readouterr().err.count("already done") == len(NAMES)
     assert before == {path: path.stat().st_mtime_ns for path in (finished.parent / "runs").rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("sections", [["export.formats=[openvino]"], ["benchmark={}"]])
+def test_a_library_that_a_late_stage_needs_is_asked_for_before_the_first_one_runs(
+    sections: list[str], tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdraft.runtimes.engines.find_spec", lambda name: None)
+    recipe = load_recipe(str(write_recipe(tmp_path, tiny_target)), sections)
+    with pytest.raises(MissingExtraError, match=r"openvino"):
+        run(recipe)
+    assert not (tmp_path / "runs" / "tiny" / "design").exists()
 
 
 def test_a_changed_recipe_over_finished_work_is_refused_before_anything_runs(finished: Path) -> None:

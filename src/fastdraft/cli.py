@@ -140,8 +140,8 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         "with --measure",
         "Builds the target (unless TARGET is an exported model) and each candidate draft with random weights in a temporary "
         "folder, times single passes, and forecasts the speed-up for three acceptance rates and every K: size and depth can be "
-        "chosen before anything is trained. A few minutes; disk and memory of about the target in int4 and three of its layers in "
-        "float32. Set TMPDIR to use another disk.",
+        "chosen before anything is trained. A 3.8 B target takes 3 minutes on two cores, 7 GB of memory and 5 GB of disk, where TMPDIR "
+        "(on Windows TEMP) says.",
         argument_default=argparse.SUPPRESS,
     )
     weights = ["fp32", "fp16", "int8", "int4"]

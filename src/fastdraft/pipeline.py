@@ -45,6 +45,14 @@ class Stage:
         fingerprint: dict[str, Any] = self._call("fingerprint", config, context)
         return fingerprint
 
+    def check_installed(self, config: Config) -> None:
+        """Raises:
+        MissingExtraError: when the stage needs a library that is not there.
+        """
+        check = getattr(importlib.import_module(f"fastdraft.stages.{self.module or self.name}"), "check_installed", None)
+        if check:
+            check(config)
+
     def run(self, config: Config, context: StageContext) -> None:
         """Does the stage's work, going on with what an earlier process left."""
         self._call("run", config, context)
@@ -94,6 +102,9 @@ def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] |
     context = make_context(recipe, console or Console(quiet=True))
     wanted, redone = _wanted(recipe, only), _redone(redo)
     _refuse_gaps(wanted, redone, context)
+    for stage in wanted:
+        if stage.name in redone or not context.artifact(stage.name).is_complete():
+            stage.check_installed(recipe.sections()[stage.name])  # now, and not after hours of training
     start = time.monotonic()
     with context.console.stop.listen(), context.run.lock():
         refuse_changes(recipe, context, redone, wanted)

@@ -66,6 +66,17 @@ class Measurement:
         found = [(draft, self.best_k(draft, rate)) for draft in self.drafts]
         return max(((draft, k, self.speedup(draft, rate, k)) for draft, k in found), key=lambda item: item[2])
 
+    def break_even(self, draft: DraftCost) -> float | None:
+        """The acceptance rate (at K = 3) above which the draft gains at its best K; None when at no rate below 1."""
+        low, high = 0.0, 1.0
+        if self.speedup(draft, high, self.best_k(draft, high)) <= 1:
+            return None
+        for _ in range(30):
+            middle = (low + high) / 2
+            gains = self.speedup(draft, middle, self.best_k(draft, middle)) > 1
+            low, high = (low, middle) if gains else (middle, high)
+        return high
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; seconds, and rates as keys."""
         return {
@@ -92,6 +103,7 @@ class Measurement:
             "seconds": draft.seconds,
             "cost_ratio_latency": draft.seconds / self.target_seconds[1],
             "cost_ratio_bytes": draft.bytes_ratio,
+            "break_even_acceptance_rate": self.break_even(draft),
             "predicted_speedup": {str(rate): {str(k): self.speedup(draft, rate, k) for k in self.num_speculative_tokens} for rate in RATES},
         }
 
@@ -104,10 +116,13 @@ class Measurement:
         parts = []
         for rate in RATES:
             draft, k, speedup = self.best(rate)
-            verdict = f"{draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast"
-            parts.append(f"At an acceptance rate of {rate:g}, " + (f"{verdict}." if speedup > 1 else f"do not use a draft: {verdict}."))
+            advice = "" if speedup > 1 else "do not use a draft: "
+            forecast = f"{draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast."
+            parts.append(f"At an acceptance rate of {rate:g}, {advice}{forecast}")
         if all(self.best(rate)[2] <= 1 for rate in RATES):
-            parts.insert(0, "Do not use a draft here.")
+            draft, k, speedup = self.best(RATES[-1])
+            best = f"the best, {draft.name} at K = {k}, reaches {speedup:.2f}."
+            return f"Do not use a draft here: even at an acceptance rate of {RATES[-1]:g} {best}"
         return " ".join(parts)
 
     def text(self) -> str:
@@ -116,7 +131,7 @@ class Measurement:
 
     def _passes(self) -> str:
         r, kind = self.runtime, "random weights of this shape" if self.target_random else "the exported model"
-        threads = f"{r['threads']} threads" if r["threads"] else "OpenVINO's choice of threads"
+        threads = f"{r['threads']} thread{'s' * (r['threads'] > 1)}" if r["threads"] else "OpenVINO's choice of threads"
         note = (
             f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {threads}; target in {self.target_weights}, {kind}; "
             f"behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns."
@@ -128,14 +143,16 @@ class Measurement:
         return f"{table}\n{textwrap.fill(note, 79)}"
 
     def _costs(self) -> str:
-        columns = ["draft", "parameters", "hidden", "layers", "FFN", "weights", "ms/token", "c latency", "c bytes"]
+        columns = ["draft", "parameters", "FFN", "weights", "ms/token", "c latency", "c bytes", "pays above"]
         rows = []
         for draft in self.drafts:
-            a, ratio = draft.architecture, draft.seconds / self.target_seconds[1]
-            shape = [a.hidden_size, a.num_layers, a.intermediate_size]
-            figures = [draft.weights, f"{1e3 * draft.seconds:.3g}", f"{ratio:.4f}", f"{draft.bytes_ratio:.4f}"]
-            rows.append([_short(draft.name), format_count(a.parameters), *shape, *figures])
-        note = "c: cost of a draft token over a target token, by the clock and by the bytes read at these weights."
+            a, ratio, rate = draft.architecture, draft.seconds / self.target_seconds[1], self.break_even(draft)
+            figures = [f"{1e3 * draft.seconds:.3g}", f"{ratio:.4f}", f"{draft.bytes_ratio:.4f}", "-" if rate is None else f"{rate:.2f}"]
+            rows.append([_short(draft.name), format_count(a.parameters), a.intermediate_size, draft.weights, *figures])
+        note = (
+            "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by the bytes read at these weights. "
+            "pays above: the acceptance rate from which it gains at its best K; - where it never does."
+        )
         return format_table("Measured: one draft token", columns, rows) + "\n" + textwrap.fill(note, 79)
 
     def _gains(self) -> str:
@@ -146,12 +163,12 @@ class Measurement:
                 rows.append([_short(draft.name), f"{rate:g}", *gains, self.best_k(draft, rate)])
         note = (
             f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a constant chance for each "
-            "further token. What OpenVINO GenAI does around the passes comes on top: a real pair gains less, most of all where a pass "
-            "takes few milliseconds. `fastdraft benchmark` measures a real pair."
+            "further token. At one rate the cheapest draft wins, but a larger one is accepted more often. What OpenVINO GenAI does "
+            "around the passes comes on top: a real pair gains less, most of all where a pass takes few milliseconds; `fastdraft "
+            "benchmark` measures it."
         )
-        table = format_table(
-            "Forecast: speed-up by measured passes", ["draft", "rate", *(f"K={k}" for k in self.num_speculative_tokens), "best K"], rows
-        )
+        columns = ["draft", "rate", *(f"K={k}" for k in self.num_speculative_tokens), "best K"]
+        table = format_table("Forecast: speed-up by measured passes", columns, rows)
         return f"{table}\n{textwrap.fill(note, 79)}"
 
 

@@ -5,14 +5,14 @@ turned into paged attention, compiled with the properties of `device_properties`
 (on a CPU bfloat16 where it has it), dynamic quantisation and the 8-bit KV cache are the same. The cache is in tensors of
 ours: every pass starts behind the same prefix, whatever was written before, so it never grows and is never refilled.
 
-Decides also the order of the passes: that of decoding. A round is K draft tokens and then a target pass over K + 1; a
-round goes untimed before the timed one, and a target pass before the timed one alone. So each model finds the
+Decides also the order of the passes: that of decoding. A round is K draft tokens and then a target pass over K + 1; equal
+rounds go untimed before the timed ones, and target passes over one token before those timed alone. So each model finds the
 processor's caches as the other left them (a small model that has them to itself is twice as fast), and no pass pays for a
-change of shape that decoding does not make either. All kinds come once in every turn, so that a slow spell hits all;
-figures are medians over the turns behind two that warm up.
+change of shape that decoding does not make either. All kinds come in every turn, so that a slow moment of the machine hits
+all; figures are medians over the turns behind two that warm up.
 
 What GenAI adds around a pass is not in these figures: scheduling, choosing tokens, filling the inputs, and a draft pass
-over two tokens instead of one after a round in which all were accepted.
+over two tokens instead of one after a round in which all were accepted. docs/openvino.md has how much that is.
 """
 
 from __future__ import annotations

@@ -152,6 +152,15 @@ class BenchmarkConfig(Config):
         return evaluated or [ShippedTask(kind=kind) for kind in SHIPPED_TASKS]
 
 
+def check_installed(config: BenchmarkConfig) -> None:
+    """Raises:
+    MissingExtraError: without OpenVINO.
+    """
+    from fastdraft.runtimes.engines import require_openvino
+
+    require_openvino()
+
+
 def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any]:
     """Settings, task files, the export, the target, threads and seed."""
     from fastdraft.modeling.source import model_identity

@@ -55,6 +55,16 @@ class ExportConfig(Config):
         return list(dict.fromkeys(formats))
 
 
+def check_installed(config: ExportConfig) -> None:
+    """Raises:
+    MissingExtraError: when a format needs a library that is not there.
+    """
+    if "openvino" in config.formats:
+        from fastdraft.runtimes.engines import require_openvino
+
+        require_openvino()
+
+
 def source_of(context: StageContext) -> tuple[str, Path]:
     """The stage whose draft is exported, and the draft's directory.
 
