@@ -140,6 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.of.connections.add(self.connection)
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # whoever asked has gone
+            super().handle()
+
     def finish(self) -> None:
         self.of.connections.discard(self.connection)
         with suppress(OSError):

@@ -54,13 +54,21 @@ def test_a_second_run_does_nothing(finished: Path, capsys: pytest.CaptureFixture
     assert before == {path: path.stat().st_mtime_ns for path in (finished.parent / "runs").rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("sections", [["export.formats=[openvino]"], ["benchmark={}"]])
+@pytest.mark.parametrize(
+    ("sections", "extra"),
+    [
+        (["export.formats=[openvino]"], "openvino"),
+        (["benchmark={}"], "openvino"),
+        (["synthesize.engine={kind: openvino}"], "openvino"),
+        (["synthesize.engine={kind: openai, servers: ['http://127.0.0.1:1/v1']}"], "server"),
+    ],
+)
 def test_a_library_that_a_late_stage_needs_is_asked_for_before_the_first_one_runs(
-    sections: list[str], tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+    sections: list[str], extra: str, tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastdraft.runtimes.engines.find_spec", lambda name: None)
     recipe = load_recipe(str(write_recipe(tmp_path, tiny_target)), sections)
-    with pytest.raises(MissingExtraError, match=r"openvino"):
+    with pytest.raises(MissingExtraError, match=rf"fastdraft\[{extra}\]"):
         run(recipe)
     assert not (tmp_path / "runs" / "tiny" / "design").exists()
 

@@ -11,14 +11,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastdraft import forecast
 from fastdraft.config import format_count
 from fastdraft.console import Console, format_seconds, format_table
-from fastdraft.errors import DiskError, MissingExtraError, RecipeError
+from fastdraft.errors import DiskError, RecipeError
 from fastdraft.interfaces import StageContext
 from fastdraft.pipeline import STAGES, make_context, refuse_changes
 from fastdraft.recipe import Recipe
@@ -93,6 +92,8 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
             prompts.files()
     for task in recipe.evaluate.tasks if recipe.evaluate else ():
         load_task(task)
+    if recipe.evaluate and recipe.evaluate.texts.kind == "transcripts":
+        recipe.evaluate.texts.files()
     if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
         _check_template(recipe)
     if recipe.export and "openvino" in recipe.export.formats:
@@ -106,14 +107,9 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
 
 def _check_engine(recipe: Recipe) -> None:
     """What writes, or scores what others wrote, must be here."""
-    config = recipe.synthesize
-    if config is None:
-        return
-    if _asks_engine(recipe) and config.engine.kind == "openvino":
-        require_openvino()
-    if _asks_engine(recipe) and config.engine.kind == "openai" and find_spec("httpx") is None:
-        raise MissingExtraError("httpx", "server")
-    synthesize.require_weights(config, recipe.target)
+    if recipe.synthesize:
+        synthesize.check_installed(recipe.synthesize)
+        synthesize.require_weights(recipe.synthesize, recipe.target)
 
 
 def _asks_engine(recipe: Recipe) -> bool:

@@ -135,6 +135,18 @@ def require_openvino() -> None:
         raise MissingExtraError("optimum-intel", "openvino", INSTALL_CONVERTER)
 
 
+def require_installed(settings: EngineConfig) -> None:
+    """Looks whether what the named engine needs is installed; `auto` takes what there is.
+
+    Raises:
+        MissingExtraError: naming the first library that is missing.
+    """
+    if isinstance(settings, OpenVINOEngineConfig):
+        require_openvino()
+    if isinstance(settings, OpenAIEngineConfig) and find_spec("httpx") is None:
+        raise MissingExtraError("httpx", "server")
+
+
 ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig | OpenAIEngineConfig
 EngineConfig = Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="kind")]
 _Local = HuggingFaceEngineConfig | OpenVINOEngineConfig

@@ -37,6 +37,7 @@ from fastdraft.runtimes.engines import (
     choose_engine,
     no_engines,
     open_engines,
+    require_installed,
     uses_weights,
 )
 from fastdraft.tasks import load_task
@@ -122,6 +123,13 @@ class SynthesizeConfig(Config):
     def needs_weights(self) -> bool:
         """Whether the target's weights must be on this machine: they write, or score what others wrote."""
         return self.logits.kind == "top_k" or (self.asks and uses_weights(self.engine))
+
+
+def check_installed(config: SynthesizeConfig) -> None:
+    """Raises:
+    MissingExtraError: when the engine needs a library that is not there.
+    """
+    require_installed(config.engine)
 
 
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
