@@ -160,7 +160,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json(200, {"object": "list", "data": [{"id": self.of.name, "object": "model"}]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        size = int(self.headers["content-length"])
+        sent = self.rfile.read(size)
+        if len(sent) < size:  # whoever asked has gone
+            self.close_connection = True
+            return None
+        body = json.loads(sent)
         if not self._welcome():
             return None
         self.of.asked.append(body)
