@@ -255,6 +255,8 @@ def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageFor
     print(f"target  {recipe.target.model}: {target.family}, {format_count(target.parameters)} parameters, vocabulary {target.vocab_size}")
     shape = f"{draft.num_layers} layers, width {draft.hidden_size}, feed-forward {draft.intermediate_size}"
     print(f"draft   {format_count(draft.parameters)} parameters: {shape}")
+    if plan.reason:
+        print(f"        of the family {draft.family}: {plan.reason}")
     print(f"device  {device}; {_size(free)} free in {recipe.run.folder}\n")
     left = [stage for stage in stages if stage.state != "done"]
     total = ["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""]

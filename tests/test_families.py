@@ -1,0 +1,143 @@
+"""Every family of targets through the whole chain, tiny: loaded, counted, designed for, trained for, written by, replayed, verified, exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from family_fixture import TARGETS, noisy, write_family
+from fastdraft.artifacts import RunDirectory
+from fastdraft.config import load_config as read_section
+from fastdraft.console import Console
+from fastdraft.decoding.replay import replay
+from fastdraft.decoding.scoring import score
+from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.functional.acceptance import add_counts
+from fastdraft.interfaces import RunConfig, Sampling, StageContext, TargetConfig
+from fastdraft.modeling import loading
+from fastdraft.modeling.architecture import read_architecture
+from fastdraft.modeling.counting import count_model
+from fastdraft.modeling.head import output_head
+from fastdraft.runtimes.huggingface import HuggingFaceEngine
+from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant, write_huggingface
+from fastdraft.stages import design
+from fastdraft.training import assemble
+from fastdraft.training.batches import Batch
+from fastdraft.training.objective import CrossEntropy
+from fastdraft.training.settings import AdamWConfig
+
+K = 3
+GREEDY, SAMPLED = Sampling(0.0), Sampling(1.0)
+PROMPTS = [[7 + (i * 37 + j * 11) % 280 for i in range(length)] for j, length in enumerate((3, 12, 30))]
+PAST_LONGROPE = [[7 + (i * 37 + j * 11) % 280 for i in range(length)] for j, length in enumerate((18, 24, 30))]
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """Name, directory and loaded model of one family."""
+    folder = write_family(tmp_path_factory.mktemp(request.param), request.param)
+    return request.param, folder, loading.load_target(TargetConfig(model=str(folder)), "cpu")
+
+
+def _prompts(name: str) -> list[list[int]]:
+    return PAST_LONGROPE if "longrope" in name else PROMPTS
+
+
+def _design(root: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+    draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
+    config = read_section(design.DesignConfig, {"draft": draft}, "design")
+    context = StageContext(RunDirectory(root), RunConfig(name="test"), TargetConfig(model=str(folder)), {}, Console(quiet=True))
+    artifact = context.artifact("design")
+    artifact.begin(design.fingerprint(config, context))
+    design.run(config, context)
+    return artifact.path / "draft", artifact.manifest()
+
+
+def test_the_counted_parameters_are_the_loaded_models_own(target: tuple[str, Path, Any]) -> None:
+    _, folder, model = target
+    shape = read_architecture(loading.load_config(str(folder)))
+    counted = count_model(model)
+    assert (shape.parameters, shape.read_parameters, shape.tied) == (counted.stored, counted.read, counted.tied)
+    assert shape.bytes_per_token(8) == counted.read
+
+
+def test_hidden_states_and_head_give_the_models_own_logits(target: tuple[str, Path, Any]) -> None:
+    _, _, model = target
+    decoder, head = output_head(model)
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[0]
+        assert torch.allclose(head.logits(decoder(input_ids=ids, use_cache=False).last_hidden_state[0]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(target: tuple[str, Path, Any]) -> None:
+    name, folder, model = target
+    vocabulary = loading.load_vocabulary(TargetConfig(model=str(folder)))
+    assert vocabulary.eos_token_ids == (3, 5)
+    draft, prompts = noisy(model), _prompts(name)
+    written = HuggingFaceEngine(model, vocabulary, 8).generate(prompts, GREEDY, 24, 0)
+    decoder = SpeculativeDecoder(model, draft, vocabulary, K)
+    exact = [decoder.generate(prompt, GREEDY, 24, 0) for prompt in prompts]
+    assert [result.generation.response_ids for result in exact] == [row.response_ids for row in written]
+    assert [_alone(model, prompt, vocabulary.eos_token_ids) for prompt in prompts] == [row.response_ids for row in written]
+    rows = [_Row(row, 0.0) for row in written]
+    replayed = replay(draft, rows, [K], vocabulary)
+    assert [counts[K].num_drafts for counts in replayed] == [result.counts.num_drafts for result in exact]
+    total = add_counts(counts[K] for counts in replayed)
+    assert 0 < total.num_accepted_tokens == add_counts(result.counts for result in exact).num_accepted_tokens < total.num_draft_tokens
+
+
+def test_log_probs_of_written_text_are_found_again_by_scoring(target: tuple[str, Path, Any]) -> None:
+    name, folder, model = target
+    vocabulary = loading.load_vocabulary(TargetConfig(model=str(folder)))
+    written = HuggingFaceEngine(model, vocabulary, 8).generate(_prompts(name), SAMPLED, 16, 1)
+    for row, scored in zip(written, score(model, written, SAMPLED), strict=True):
+        assert scored.logprobs == pytest.approx(row.logprobs, abs=2e-3)
+
+
+def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(target: tuple[str, Path, Any], tmp_path: Path) -> None:
+    name, folder, model = target
+    checkpoint, manifest = _design(tmp_path / "run", folder)
+    draft = loading.load_draft(checkpoint)
+    assert manifest["parameters"] == sum(p.numel() for p in draft.parameters())
+    assert manifest["target"]["parameters"] == count_model(model).stored
+    assert draft.config.vocab_size == 320
+    assert draft.config.max_position_embeddings == 160
+    assert _trained(draft)
+    vocabulary = loading.load_vocabulary(TargetConfig(model=str(folder)))
+    loading.save_draft(draft, tmp_path / "checkpoint", checkpoint)
+    write_huggingface(tmp_path / "checkpoint", tmp_path / "huggingface", K, 0.0)
+    assert check_assisted(model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24).same_text
+
+
+def _trained(draft: Any) -> bool:
+    """One step lowers the loss of its own batch."""
+    settings = assemble.resolve(
+        AdamWConfig(kind="adamw", learning_rate=0.01), "pretrain", draft, torch.device("cpu"), batch_tokens=64, micro_batch_tokens=64,
+        precision="fp32",
+    )  # fmt: skip
+    step = assemble.build_step(draft, settings, CrossEntropy(), torch.device("cpu"))
+    ids = torch.tensor(PROMPTS[2])[None]
+    batch = Batch(ids[:, :-1], ids[0, 1:])
+    before, _, _ = step.gradients([batch])
+    step.update(1.0)
+    after, _, _ = step.gradients([batch])
+    return after < before
+
+
+def _alone(model: Any, prompt: list[int], eos: tuple[int, ...]) -> list[int]:
+    """What transformers itself writes, with its own caches."""
+    ids = torch.tensor([prompt])
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": list(eos), "pad_token_id": 0}
+    return list(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist())
+
+
+class _Row:
+    """A written text as replay reads it."""
+
+    def __init__(self, written: Any, temperature: float) -> None:
+        self.prompt_ids, self.response_ids, self.logprobs = written.prompt_ids, written.response_ids, written.logprobs
+        self.temperature, self.top_k, self.top_p = temperature, 0, 1.0
