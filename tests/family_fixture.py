@@ -93,9 +93,10 @@ def write_family(folder: Path, name: str) -> Path:
     torch.manual_seed(0)
     model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(6)
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        for parameter in model.parameters():  # a tied model whose embedding is large says its last token again
+            if parameter.ndim >= 2 and not (tied and parameter is model.get_input_embeddings().weight):
+                parameter.mul_(20 if tied else 6)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[3, 5], pad_token_id=0)
     model.save_pretrained(folder)
     return folder

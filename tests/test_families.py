@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
     decoder = SpeculativeDecoder(model, draft, vocabulary, K)
     exact = [decoder.generate(prompt, GREEDY, 24, 0) for prompt in prompts]
     assert [result.generation.response_ids for result in exact] == [row.response_ids for row in written]
+    assert len({token for row in written for token in row.response_ids}) > 8
     assert [_alone(model, prompt, vocabulary.eos_token_ids) for prompt in prompts] == [row.response_ids for row in written]
     rows = [_Row(row, 0.0) for row in written]
     replayed = replay(draft, rows, [K], vocabulary)
@@ -111,6 +113,21 @@ def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(target: tup
     loading.save_draft(draft, tmp_path / "checkpoint", checkpoint)
     write_huggingface(tmp_path / "checkpoint", tmp_path / "huggingface", K, 0.0)
     assert check_assisted(model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24).same_text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-rope-dynamic", "mistral-window", "gemma2"])
+def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(name: str, tmp_path: Path) -> None:
+    folder = write_family(tmp_path, name)
+    model = loading.load_target(TargetConfig(model=str(folder)), "cpu")
+    endless = replace(loading.load_vocabulary(TargetConfig(model=str(folder))), eos_token_ids=())
+    [written] = HuggingFaceEngine(model, endless, 8).generate(PROMPTS[2:], GREEDY, 130, 0)
+    for k in (1, 4):
+        found = SpeculativeDecoder(model, noisy(model), endless, k).generate(PROMPTS[2], GREEDY, 130, 0)
+        assert found.generation.response_ids == written.response_ids
+        assert found.counts.num_draft_tokens == k * found.counts.num_drafts
+        [replayed] = replay(noisy(model), [_Row(written, 0.0)], [k], endless)
+        assert replayed[k].num_drafts == found.counts.num_drafts
+        assert replayed[k].num_accepted_tokens == found.counts.num_accepted_tokens
 
 
 def _trained(draft: Any) -> bool:
