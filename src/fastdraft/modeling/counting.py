@@ -40,16 +40,19 @@ def auto_class(hf_config: PreTrainedConfig) -> Any:
 
 def count(hf_config: PreTrainedConfig) -> Counted:
     """Counts the modules that a config describes."""
-    return _count(type(hf_config), hf_config.to_json_string(use_diff=False))
+    text: str = hf_config.to_json_string(use_diff=False)
+    return _count(hf_config.model_type, text)
 
 
 @lru_cache(maxsize=32)
-def _count(config_class: type[PreTrainedConfig], text: str) -> Counted:
+def _count(family: str, text: str) -> Counted:
     import json
 
     import torch
+    from transformers import AutoConfig
 
-    hf_config = config_class.from_dict(json.loads(text))
+    values = {name: value for name, value in json.loads(text).items() if name != "model_type"}
+    hf_config = AutoConfig.for_model(family, **values)
     with torch.device("meta"):
         model = auto_class(hf_config).from_config(hf_config)
     return count_model(model)

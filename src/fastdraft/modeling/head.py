@@ -23,26 +23,28 @@ if TYPE_CHECKING:
 class OutputHead:
     """softcap * tanh((hidden @ weight^T + bias) * scale / softcap); a softcap of 0 caps nothing."""
 
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
+    weight: Tensor
+    """[V, D]."""
+    bias: Tensor | None = None
+    """[V]."""
     scale: float = 1.0
     softcap: float = 0.0
 
     @property
     def vocab_size(self) -> int:
         """V, padding rows included."""
-        return int(self.weight_VD.shape[0])
+        return int(self.weight.shape[0])
 
     @property
     def is_plain(self) -> bool:
         """Whether logits are one matrix product and nothing else."""
-        return self.bias_V is None and self.scale == 1.0 and self.softcap == 0.0
+        return self.bias is None and self.scale == 1.0 and self.softcap == 0.0
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V]; the product in the model's own type, as the model does it, the result in fp32."""
-        logits_NV = hidden_ND @ self.weight_VD.T
-        if self.bias_V is not None:
-            logits_NV = logits_NV + self.bias_V
+        logits_NV = hidden_ND @ self.weight.T
+        if self.bias is not None:
+            logits_NV = logits_NV + self.bias
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap:
@@ -76,4 +78,4 @@ def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
     if not head.is_plain:
         rule = "the head must be one matrix without bias, cap or scale"
         raise TargetError(type(model).__name__, "its logits are more than one product", rule, "design a new draft, which is")
-    return decoder, head.weight_VD
+    return decoder, head.weight

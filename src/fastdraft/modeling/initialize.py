@@ -25,7 +25,7 @@ _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _EMBEDDINGS = (
     _EMBEDDING, "transformer.wte.weight", "wte.weight", "gpt_neox.embed_in.weight", "model.language_model.embed_tokens.weight",
-    "language_model.model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight", "model.language_model.model.embed_tokens.weight",
 )  # fmt: skip
 _HEADS = (_HEAD, "embed_out.weight", "language_model.lm_head.weight")
 """Names of the two matrices in the families' files, the draft's own first."""

@@ -115,16 +115,18 @@ def _config(config: PreTrainedConfig, architecture: Architecture) -> list[str]:
         )
     if has_rotary_factors(config):
         traps.append(
-            "Rope with one factor per frequency (longrope): draft heads keep the target's width where they can; else factors are resampled. "
-            "It changes once a text is longer than its first context: text across that line may differ between runtimes."
+            "Rope with one factor per frequency (longrope): draft heads keep the target's width where they can; else factors are resampled."
+            " It changes once a text is longer than its first context: text across that line may differ between runtimes."
         )
     if architecture.stored and architecture.read < 0.9 * architecture.parameters and getattr(text, "num_experts_per_tok", None):
         traps.append(
-            f"Mixture of experts: a token reads {format_count(architecture.read)} of {format_count(architecture.parameters)} parameters, but "
-            "verifying several tokens reads more experts: gains are below those predicted from bytes, so measure them."
+            f"Mixture of experts: a token reads {format_count(architecture.read)} of {format_count(architecture.parameters)} parameters, "
+            "but verifying several tokens reads more experts: gains are below those predicted from bytes, so measure them."
         )
     if getattr(text, "attn_logit_softcapping", None):
-        traps.append("Attention scores are capped: attention is computed step by step here, because torch's fused kernels leave the cap out.")
+        traps.append(
+            "Attention scores are capped: attention is computed step by step here, because torch's fused kernels leave the cap out."
+        )
     if getattr(config, "quantization_config", None):
         traps.append("The target's weights are quantised: its library must be installed to run it; the draft is not quantised.")
     if getattr(config, "auto_map", None):

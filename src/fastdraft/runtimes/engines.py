@@ -1,8 +1,9 @@
 """Which runtime writes as the target, as a recipe names it or as `auto` finds it, and how it is opened.
 
-Decides the keys of `synthesize.engine`; what `auto` stands for on this machine (OpenVINO on a CPU where it is installed, else
-transformers; but begun text is finished by the engine that began it, since a run's rows come from one distribution); and that
-two engines over one loaded target are opened: one that answers, one that ends a text at the end of the user's turn (Magpie).
+Decides the keys of `synthesize.engine`; what `auto` stands for on this machine (OpenVINO on a CPU where it is installed and its
+converter takes the target's family, else transformers; but begun text is finished by the engine that began it, since a run's
+rows come from one distribution); and that two engines over one loaded target are opened: one that answers, one that ends a text
+at the end of the user's turn (Magpie).
 Imports no runtime before one is opened.
 """
 
@@ -18,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fastdraft.artifacts import FINGERPRINT
 from fastdraft.config import Config
 from fastdraft.errors import ArtifactError, MissingExtraError
+from fastdraft.modeling.families import MULTIMODAL
 
 if TYPE_CHECKING:
     from fastdraft.artifacts import Artifact
@@ -83,6 +85,8 @@ _OPENVINO_FOR: dict[str, ChosenEngine] = {
     "fp16": OpenVINOEngineConfig(weights="fp16"),
 }
 """What `auto` runs for a `target.dtype`: a precision that the recipe names is kept."""
+NOT_CONVERTED = ("gemma", "gemma2", "gemma3_text", *MULTIMODAL)
+"""Families that optimum-intel 2.2 does not convert as text models beside transformers 5: transformers writes for these."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def choose_engine(settings: EngineConfig, context: StageContext) -> EngineChoice
 
 def _fastest_here(context: StageContext) -> EngineChoice:
     from fastdraft.modeling.loading import pick_device
+    from fastdraft.modeling.source import raw_config
 
     device = pick_device(context.settings.device)
     if device.type != "cpu":
@@ -136,6 +141,9 @@ def _fastest_here(context: StageContext) -> EngineChoice:
     except MissingExtraError as error:
         reason = f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.remedy}"
         return EngineChoice(HuggingFaceEngineConfig(), reason)
+    family = raw_config(context.target.location, context.target.revision)["model_type"]
+    if family in NOT_CONVERTED:
+        return EngineChoice(HuggingFaceEngineConfig(), f"the converter to OpenVINO does not take {family}")
     return EngineChoice(_OPENVINO_FOR[context.target.dtype], "the fastest on a CPU")
 
 

@@ -1,9 +1,10 @@
 """Design: a target's config and vocabulary -> a draft's architecture and first weights, as a Hugging Face directory.
 
 Decides what a draft inherits (vocabulary with its padding, tokenizer files byte for byte, context length, rope, special ids;
-family, norm and activation where the family scales down, see modeling/families.py) and what it does not (width, depth, heads). The manifest's `shape_digest` stands for
-vocabulary, shape and first weights alone: what pre-training depends on, so that one pre-trained draft serves every
-fine-tune of a family; the stage's own fingerprint adds the tokenizer files and special ids that it copies.
+family, norm and activation where the family scales down, see modeling/families.py) and what it does not (width, depth,
+heads). The manifest's `shape_digest` stands for vocabulary, shape and first weights alone: what pre-training depends on, so
+that one pre-trained draft serves every fine-tune of a family; the stage's own fingerprint adds the tokenizer files and
+special ids that it copies.
 """
 
 from __future__ import annotations
