@@ -89,6 +89,7 @@ def write_family(folder: Path, name: str) -> Path:
     from fastdraft.modeling.counting import auto_class
 
     config = family_config(name)
+    folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
     torch.manual_seed(0)
     model = auto_class(config).from_config(config, dtype=torch.float32)

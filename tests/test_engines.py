@@ -90,6 +90,12 @@ def test_auto_is_transformers_for_a_family_that_is_not_converted(recipe: Recipe,
     assert "does not take gemma2" in choice.reason
 
 
+def test_openvino_for_a_family_that_is_not_converted_is_refused_before_any_work(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "gemma3"})
+    with pytest.raises(TargetError, match="family gemma3: the converter to OpenVINO takes text models of other families"):
+        engines.require_convertible(str(tmp_path))
+
+
 def test_on_an_accelerator_auto_is_transformers(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "pick_device", lambda name: torch.device("cuda"))
     assert choose_engine(AutoEngineConfig(), context_of(recipe)).settings == HuggingFaceEngineConfig()

@@ -89,10 +89,16 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         load_task(task)
     if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
         _check_template(recipe)
-    if (recipe.synthesize and recipe.synthesize.engine.kind == "openvino") or (recipe.export and "openvino" in recipe.export.formats):
-        from fastdraft.runtimes.engines import require_openvino
+    writes = recipe.synthesize is not None and recipe.synthesize.engine.kind == "openvino"
+    exported = recipe.export is not None and "openvino" in recipe.export.formats
+    if writes or exported:
+        from fastdraft.runtimes.engines import require_convertible, require_openvino
 
         require_openvino()
+        if (recipe.synthesize and recipe.synthesize.engine.kind == "openvino") or (
+            recipe.export and recipe.export.openvino.target != "none"
+        ):
+            require_convertible(recipe.target.location, recipe.target.revision)
     if recipe.benchmark:
         _check_benchmark(recipe)
     if recipe.align and not recipe.synthesize:
@@ -102,8 +108,9 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
 def _check_benchmark(recipe: Recipe) -> None:
     """What a benchmark needs must be there: an export, OpenVINO, the device, a task's files, room for K proposals in the context."""
     from fastdraft.modeling.source import raw_config
-    from fastdraft.runtimes.engines import require_openvino
+    from fastdraft.runtimes.engines import require_convertible, require_openvino
     from fastdraft.runtimes.openvino import device_properties
+    from fastdraft.runtimes.openvino_pair import context_length
     from fastdraft.tasks import load_task
 
     config = recipe.benchmark
@@ -114,13 +121,12 @@ def _check_benchmark(recipe: Recipe) -> None:
     require_openvino()
     for device in dict.fromkeys((config.device, config.draft_device or config.device)):
         device_properties(device, config.precision)
-    context, most = (
-        raw_config(recipe.target.location, recipe.target.revision).get("max_position_embeddings"),
-        max(config.num_speculative_tokens),
-    )
+    require_convertible(recipe.target.location, recipe.target.revision)
+    context = context_length(raw_config(recipe.target.location, recipe.target.revision))
+    most = max(config.num_speculative_tokens)
     for task in config.tasks_of(recipe.sections()):
         load_task(task)
-        if context and task.max_new_tokens + most + 1 >= context:
+        if task.max_new_tokens + most + 1 >= context:
             found = f"task '{task.name}' writes {task.max_new_tokens} tokens with K = {most}"
             raise RecipeError("benchmark", found, f"prompt, answer and one round must fit the context of {context}", "lower max_new_tokens")
 

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fastdraft.artifacts import FINGERPRINT
 from fastdraft.config import Config
-from fastdraft.errors import ArtifactError, MissingExtraError
+from fastdraft.errors import ArtifactError, MissingExtraError, TargetError
 from fastdraft.modeling.families import MULTIMODAL
 
 if TYPE_CHECKING:
@@ -73,6 +73,26 @@ def require_openvino() -> None:
             raise MissingExtraError(library, "openvino")
     if find_spec("optimum") is None or find_spec("optimum.intel") is None:
         raise MissingExtraError("optimum-intel", "openvino", INSTALL_CONVERTER)
+
+
+def require_convertible(location: str, revision: str | None = None) -> None:
+    """Looks whether OpenVINO's converter takes a target's family, before anything is trained for it.
+
+    Raises:
+        TargetError: when it does not.
+    """
+    family = _unconverted(location, revision)
+    if family:
+        rule = "the converter to OpenVINO takes text models of other families"
+        raise TargetError(location, f"family {family}", rule, "leave out `benchmark`, and write export.openvino.target=none")
+
+
+def _unconverted(location: str, revision: str | None) -> str:
+    """The family of a target that is not converted; empty for one that is."""
+    from fastdraft.modeling.source import raw_config
+
+    family = str(raw_config(location, revision)["model_type"])
+    return family if family in NOT_CONVERTED else ""
 
 
 EngineConfig = Annotated[AutoEngineConfig | HuggingFaceEngineConfig | OpenVINOEngineConfig, Field(discriminator="kind")]
@@ -131,7 +151,6 @@ def choose_engine(settings: EngineConfig, context: StageContext) -> EngineChoice
 
 def _fastest_here(context: StageContext) -> EngineChoice:
     from fastdraft.modeling.loading import pick_device
-    from fastdraft.modeling.source import raw_config
 
     device = pick_device(context.settings.device)
     if device.type != "cpu":
@@ -141,8 +160,8 @@ def _fastest_here(context: StageContext) -> EngineChoice:
     except MissingExtraError as error:
         reason = f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.remedy}"
         return EngineChoice(HuggingFaceEngineConfig(), reason)
-    family = raw_config(context.target.location, context.target.revision)["model_type"]
-    if family in NOT_CONVERTED:
+    family = _unconverted(context.target.location, context.target.revision)
+    if family:
         return EngineChoice(HuggingFaceEngineConfig(), f"the converter to OpenVINO does not take {family}")
     return EngineChoice(_OPENVINO_FOR[context.target.dtype], "the fastest on a CPU")
 

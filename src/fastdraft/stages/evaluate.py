@@ -185,10 +185,12 @@ def _check_vocabularies(context: StageContext, folders: Mapping[str, Path]) -> N
 
 def _context_length(context: StageContext, folders: Mapping[str, Path]) -> int:
     """Tokens that the target and every draft can read."""
+    from fastdraft.modeling.families import text_config
     from fastdraft.modeling.loading import load_config
 
     target = load_config(context.target.location, context.target.revision, context.target.trust_remote_code)
-    return min(int(c.max_position_embeddings) for c in (target, *(load_config(str(folder)) for folder in folders.values())))
+    configs = (target, *(load_config(str(folder)) for folder in folders.values()))
+    return min(int(text_config(config).max_position_embeddings) for config in configs)
 
 
 def _plan(config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Plan:
