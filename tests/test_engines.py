@@ -19,9 +19,9 @@ from fastdraft.data.transcripts import TranscriptPrompts
 from fastdraft.errors import ArtifactError, Interrupted, MissingExtraError, TargetError
 from fastdraft.interfaces import StageContext
 from fastdraft.modeling import loading
-from fastdraft.modeling.architecture import FAMILIES
+from fastdraft.modeling.families import TARGET_FAMILIES
 from fastdraft.recipe import Recipe, load_recipe
-from fastdraft.runtimes import engines
+from fastdraft.runtimes import engines, openvino_families
 from fastdraft.runtimes.engines import (
     TRANSPORT,
     AutoEngineConfig,
@@ -33,6 +33,9 @@ from fastdraft.runtimes.engines import (
     uses_weights,
 )
 from fastdraft.stages.synthesize import TopKLogitsConfig
+
+PARTS = ("qwen2_vl_text", "qwen2_5_vl_text")
+"""Families that only stand inside others."""
 
 
 def missing() -> None:
@@ -92,6 +95,19 @@ def test_without_openvino_auto_is_transformers_and_says_what_to_install(recipe: 
 
 
 @pytest.mark.usefixtures("installed")
+def test_auto_is_transformers_for_a_family_that_is_not_converted(recipe: Recipe, installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdraft.modeling.source.raw_config", lambda *_: {"model_type": "gemma2"})
+    choice = choose_engine(AutoEngineConfig(), context_of(recipe))
+    assert choice.settings == HuggingFaceEngineConfig()
+    assert "does not take gemma2" in choice.reason
+
+
+def test_openvino_for_a_family_that_is_not_converted_is_refused_before_any_work(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "gemma3"})
+    with pytest.raises(TargetError, match="family gemma3: the converter to OpenVINO takes text models of other families"):
+        openvino_families.require_convertible(str(tmp_path))
+
+
 def test_on_an_accelerator_auto_is_transformers(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "pick_device", lambda name: torch.device("cuda"))
     assert choose_engine(AutoEngineConfig(), context_of(recipe)).settings == HuggingFaceEngineConfig()
@@ -267,6 +283,6 @@ def test_every_supported_family_can_be_converted() -> None:
     import optimum.exporters.openvino.model_configs  # noqa: F401 - enters the families that OpenVINO's exporter knows
     from optimum.exporters.tasks import TasksManager
 
-    for family in FAMILIES:
-        tasks = TasksManager.get_supported_tasks_for_model_type(family.replace("_", "-"), exporter="openvino", library_name="transformers")
+    for family in set(TARGET_FAMILIES) - {*openvino_families.NOT_CONVERTED, *PARTS}:
+        tasks = TasksManager.get_supported_tasks_for_model_type(family, exporter="openvino", library_name="transformers")
         assert "text-generation-with-past" in tasks, family

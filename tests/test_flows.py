@@ -11,6 +11,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
+import family_fixture
 from conftest import TEXT, write_recipe, write_tokenizer
 from fastdraft import pipeline
 from fastdraft.artifacts import RunDirectory
@@ -78,6 +79,16 @@ def test_every_family_is_trained_decoded_exactly_and_exported(tmp_path: Path, fa
     config = read(run, "export/huggingface/config.json")
     assert (config["model_type"], config["vocab_size"], config["max_position_embeddings"]) == (family, 320, 256)
     assert config.get("sliding_window") is None
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen2-vl", "mixtral"])
+def test_targets_whose_draft_is_a_llama_go_through_every_stage(tmp_path: Path, name: str) -> None:
+    run = pipeline.run(small_recipe(tmp_path, family_fixture.write_family(tmp_path / "target", name), ("continue_pretrain",)))
+    results = read(run, "evaluate/results.json")
+    assert results["greedy_check"] == {"texts": 3, "different": 0, "near_ties": 0, "cases": []}
+    assert read(run, "export/manifest.json")["checks"]["assistant_same_greedy_text"]
+    assert read(run, "export/huggingface/config.json")["model_type"] == read(run, "design/manifest.json")["family"]["draft"] == "llama"
+    assert (run.root / "report" / "report.html").is_file()
 
 
 def test_a_base_model_without_chat_template_goes_through_every_stage(tmp_path: Path) -> None:

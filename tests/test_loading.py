@@ -102,7 +102,7 @@ def _broken(source: Path, folder: Path, kind: str) -> Path:
     else:
         config = json.loads((folder / "config.json").read_text())
         change = {
-            "family": {"model_type": "gpt2"},
+            "family": {"model_type": "mamba"},
             "remote code": {"model_type": "mine", "auto_map": {"AutoConfig": "a.B"}},
             "wrong shape": {"hidden_size": 64},
         }
@@ -120,7 +120,7 @@ def _broken(source: Path, folder: Path, kind: str) -> Path:
         ("truncated", "damaged or missing weights"),
         ("missing tensor", "no weights for"),
         ("missing shard", "no model-00001-of-00002"),
-        ("family", "model family 'gpt2'"),
+        ("family", "model family 'mamba'"),
         ("remote code", "needs Python code of its own"),
         ("wrong shape", "weights of other shapes"),
     ],

@@ -22,6 +22,7 @@ from fastdraft.interfaces import StageContext
 from fastdraft.pipeline import STAGES, make_context, refuse_changes
 from fastdraft.recipe import Recipe
 from fastdraft.runtimes.engines import choose_engine, require_openvino
+from fastdraft.runtimes.openvino_families import require_convertible
 from fastdraft.stages import design, evaluate, synthesize
 from fastdraft.stages.benchmark import BenchmarkConfig
 
@@ -96,20 +97,24 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         recipe.evaluate.texts.files()
     if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
         _check_template(recipe)
-    if recipe.export and "openvino" in recipe.export.formats:
-        require_openvino()
-    _check_engine(recipe)
+    _check_runtimes(recipe)
     if recipe.benchmark:
         _check_benchmark(recipe)
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
 
 
-def _check_engine(recipe: Recipe) -> None:
-    """What writes, or scores what others wrote, must be here."""
+def _check_runtimes(recipe: Recipe) -> None:
+    """What writes, scores what others wrote, or takes the export, must be here and take the target."""
+    if recipe.export and "openvino" in recipe.export.formats:
+        require_openvino()
+        if recipe.export.openvino.target != "none":
+            require_convertible(recipe.target.location, recipe.target.revision)
     if recipe.synthesize:
         synthesize.check_installed(recipe.synthesize)
         synthesize.require_weights(recipe.synthesize, recipe.target)
+        if recipe.synthesize.engine.kind == "openvino":
+            require_convertible(recipe.target.location, recipe.target.revision)
 
 
 def _asks_engine(recipe: Recipe) -> bool:
@@ -122,6 +127,7 @@ def _check_benchmark(recipe: Recipe) -> None:
     """What a benchmark needs must be there: an export, OpenVINO, the device, a task's files, room for K proposals in the context."""
     from fastdraft.modeling.source import raw_config
     from fastdraft.runtimes.openvino import device_properties
+    from fastdraft.runtimes.openvino_pair import context_length
     from fastdraft.tasks import load_task
 
     config = recipe.benchmark
@@ -132,13 +138,12 @@ def _check_benchmark(recipe: Recipe) -> None:
     require_openvino()
     for device in dict.fromkeys((config.device, config.draft_device or config.device)):
         device_properties(device, config.precision)
-    context, most = (
-        raw_config(recipe.target.location, recipe.target.revision).get("max_position_embeddings"),
-        max(config.num_speculative_tokens),
-    )
+    require_convertible(recipe.target.location, recipe.target.revision)
+    context = context_length(raw_config(recipe.target.location, recipe.target.revision))
+    most = max(config.num_speculative_tokens)
     for task in config.tasks_of(recipe.sections()):
         load_task(task)
-        if context and task.max_new_tokens + most + 1 >= context:
+        if task.max_new_tokens + most + 1 >= context:
             found = f"task '{task.name}' writes {task.max_new_tokens} tokens with K = {most}"
             raise RecipeError("benchmark", found, f"prompt, answer and one round must fit the context of {context}", "lower max_new_tokens")
 
@@ -295,6 +300,8 @@ def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageFor
     print(f"target  {recipe.target.model}: {target.family}, {format_count(target.parameters)} parameters, vocabulary {target.vocab_size}")
     shape = f"{draft.num_layers} layers, width {draft.hidden_size}, feed-forward {draft.intermediate_size}"
     print(f"draft   {format_count(draft.parameters)} parameters: {shape}")
+    if plan.reason:
+        print(f"        of the family {draft.family}: {plan.reason}")
     print(f"device  {device}; {_size(free)} free in {recipe.run.folder}\n")
     left = [stage for stage in stages if stage.state != "done"]
     total = ["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""]

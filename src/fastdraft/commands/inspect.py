@@ -164,10 +164,14 @@ def find_candidates(config: PreTrainedConfig) -> list[Candidate]:
 
 
 def _as_dict(inspection: Inspection) -> dict[str, Any]:
+    from fastdraft.modeling.families import draft_family, why_draft_family
+
+    family = inspection.architecture.family
     return {
         "target": inspection.name,
         "parameters": inspection.parameters,
         "architecture": inspection.architecture.as_dict(),
+        "draft_family": {"family": draft_family(family), "reason": why_draft_family(family)},
         "bytes_per_token_int4": inspection.architecture.bytes_per_token(4),
         "flops_per_token": inspection.architecture.flops_per_token,
         "vocabulary": inspection.vocabulary.as_dict(),
@@ -179,22 +183,32 @@ def _as_dict(inspection: Inspection) -> dict[str, Any]:
 
 def _text(inspection: Inspection) -> str:
     traps = [textwrap.fill(trap, 78, initial_indent="- ", subsequent_indent="  ") for trap in inspection.traps] or ["- none found"]
-    parts = [_anatomy(inspection), "\n".join(["Traps", *traps])]
+    parts = [_anatomy(inspection), _family(inspection), "\n".join(["Traps", *traps])]
     if inspection.candidates:
         parts += [_costs(inspection), _gains(inspection)]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _family(inspection: Inspection) -> str:
+    """Which family a draft has, where it is not the target's own."""
+    from fastdraft.modeling.families import draft_family, why_draft_family
+
+    reason = why_draft_family(inspection.architecture.family)
+    line = f"Drafts are of the family {draft_family(inspection.architecture.family)}: {reason}."
+    return textwrap.fill(line, 78) if reason else ""
 
 
 def _anatomy(inspection: Inspection) -> str:
     a, v = inspection.architecture, inspection.vocabulary
-    rope: dict[str, Any] = getattr(inspection.config, "rope_parameters", None) or {}
+    rope = _rope(inspection)
+    active = f", {format_count(a.read)} read per token" if a.read and a.read < 0.9 * (a.parameters - a.embedding_parameters) else ""
     reads = ", ".join(f"{_bytes(a.bytes_per_token(bits))} {name}" for bits, name in ((4, "int4"), (8, "int8"), (16, "bf16")))
     rows = [
         ("family", a.family),
-        ("parameters", f"{format_count(inspection.parameters)} ({inspection.parameters:,}), {'tied' if a.tied else 'untied'}"),
+        ("parameters", f"{format_count(inspection.parameters)} ({inspection.parameters:,}), {'tied' if a.tied else 'untied'}{active}"),
         ("layers", f"{a.num_layers}, hidden {a.hidden_size}, feed-forward {a.intermediate_size}"),
         ("attention", f"{a.num_heads} heads of {a.head_dim}, {a.num_kv_heads} key-value heads"),
-        ("context", f"{a.context_length}, rope {rope.get('rope_type', 'default')}, theta {rope.get('rope_theta', 0):g}"),
+        ("context", f"{a.context_length}, {rope}"),
         (
             "vocabulary",
             f"{v.size} rows, {v.num_tokens} tokens, {(2 - a.tied) * a.embedding_parameters / a.parameters:.1%} of the parameters",
@@ -205,6 +219,15 @@ def _anatomy(inspection: Inspection) -> str:
         ("cache", f"{_bytes(1024 * a.cache_bytes_per_position())} for 1024 tokens in bf16"),
     ]
     return "\n".join([inspection.name, *(f"  {name:<18} {text}" for name, text in rows)])
+
+
+def _rope(inspection: Inspection) -> str:
+    """The rope in a few words; of several the one of the layers that see everything."""
+    from fastdraft.modeling.families import text_config
+
+    rope: dict[str, Any] = getattr(text_config(inspection.config), "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope
+    return f"rope {rope.get('rope_type', 'default')}, theta {rope.get('rope_theta', 0):g}" if rope else "no rope"
 
 
 def _costs(inspection: Inspection) -> str:

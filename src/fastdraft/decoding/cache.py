@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fastdraft.errors import TargetError
+from fastdraft.modeling.families import text_config
 
 _CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -57,11 +58,11 @@ def new_cache(model: PreTrainedModel, capacity: int) -> Cache:
     Raises:
         TargetError: when the model keeps a state that cannot be taken back (recurrent or linear attention layers).
     """
-    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()) - _CROPPABLE
+    kinds = set(getattr(text_config(model.config), "layer_types", None) or ()) - _CROPPABLE
     if kinds:
         rule = "speculative decoding must take back rejected tokens, which only attention layers allow"
         found = f"has layers of kind {', '.join(sorted(kinds))}"
-        raise TargetError(model.config.model_type, found, rule, "choose a Llama, Qwen, Phi-3 or Mistral model")
+        raise TargetError(model.config.model_type, found, rule, "choose a target whose layers are all attention")
     return Cache(layer_class_to_replicate=partial(PreallocatedLayer, capacity))
 
 

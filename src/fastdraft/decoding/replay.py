@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts
 from fastdraft.functional.sampling import mask_ids, warp
-from fastdraft.modeling.loading import split_head
+from fastdraft.modeling.head import OutputHead, output_head
 from fastdraft.vocabulary import Vocabulary
 
 LOGITS_HELD = 2**24
@@ -114,12 +114,12 @@ def accept_probabilities(
     """For each row, each response token's probability to be accepted if the draft proposes at its place; 0 or 1 when greedy."""
     accepts: list[NDArray[np.float64]] = [np.zeros(0) for _ in rows]
     missing = torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device) if vocabulary.missing_ids else None
-    decoder, head_VD = split_head(draft)
+    decoder, head = output_head(draft)
     for chosen in length_batches([len(r.prompt_ids) + len(r.response_ids) for r in rows], batch_tokens):
         batch = [rows[i] for i in chosen]
         hidden = response_hidden(decoder, batch, draft.device)
         for index, row, hidden_ND in zip(chosen, batch, hidden, strict=True):
-            accepts[index] = _accept(hidden_ND, head_VD, row, missing, draft_temperature)
+            accepts[index] = _accept(hidden_ND, head, row, missing, draft_temperature)
         if on_batch:
             on_batch(len(chosen))
     return accepts
@@ -150,16 +150,16 @@ def response_hidden(decoder: torch.nn.Module, rows: Sequence[TokenText], device:
 
 
 def _accept(
-    hidden_ND: Tensor, head_VD: Tensor, row: WrittenText, missing: Tensor | None, draft_temperature: float | None
+    hidden_ND: Tensor, head: OutputHead, row: WrittenText, missing: Tensor | None, draft_temperature: float | None
 ) -> NDArray[np.float64]:
     temperature = row.temperature if draft_temperature is None or row.temperature == 0 else draft_temperature
     tokens_N = torch.tensor(row.response_ids, dtype=torch.long, device=hidden_ND.device)
     target_N = torch.tensor(row.logprobs, dtype=torch.float32, device=hidden_ND.device)
-    step = max(1, LOGITS_HELD // head_VD.shape[0])
+    step = max(1, LOGITS_HELD // head.vocab_size)
     parts = []
     for start in range(0, len(tokens_N), step):
         stop = start + step
-        logits_NV = mask_ids((hidden_ND[start:stop] @ head_VD.T).float(), missing)
+        logits_NV = mask_ids(head.logits(hidden_ND[start:stop]), missing)
         if temperature == 0:
             parts.append(logits_NV.argmax(-1) == tokens_N[start:stop])
             continue

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from fastdraft.decoding.replay import LOGITS_HELD, length_batches, response_hidden
 from fastdraft.functional.sampling import warp
 from fastdraft.interfaces import Engine, Generation, Sampling
-from fastdraft.modeling.loading import split_head
+from fastdraft.modeling.head import OutputHead, output_head
 
 
 @torch.inference_mode()
@@ -38,20 +38,20 @@ def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampl
     if sampling.temperature == 0:
         return list(written)
     scored = list(written)
-    decoder, head_VD = split_head(model)
+    decoder, head = output_head(model)
     for chosen in length_batches([len(g.prompt_ids) + len(g.response_ids) for g in written], batch_tokens):
         hidden = response_hidden(decoder, [written[i] for i in chosen], model.device)
         for index, hidden_ND in zip(chosen, hidden, strict=True):
-            scored[index] = replace(written[index], logprobs=_logprobs(hidden_ND, head_VD, written[index].response_ids, sampling))
+            scored[index] = replace(written[index], logprobs=_logprobs(hidden_ND, head, written[index].response_ids, sampling))
     return scored
 
 
-def _logprobs(hidden_ND: Tensor, head_VD: Tensor, response_ids: list[int], sampling: Sampling) -> list[float]:
+def _logprobs(hidden_ND: Tensor, head: OutputHead, response_ids: list[int], sampling: Sampling) -> list[float]:
     tokens_N = torch.tensor(response_ids, dtype=torch.long, device=hidden_ND.device)
-    step = max(1, LOGITS_HELD // head_VD.shape[0])
+    step = max(1, LOGITS_HELD // head.vocab_size)
     found: list[float] = []
     for start in range(0, len(response_ids), step):
-        logits_NV = warp((hidden_ND[start : start + step] @ head_VD.T).float(), sampling.temperature, sampling.top_k, sampling.top_p)
+        logits_NV = warp(head.logits(hidden_ND[start : start + step]), sampling.temperature, sampling.top_k, sampling.top_p)
         chosen_N = logits_NV.gather(-1, tokens_N[start : start + step, None]).squeeze(-1)
         found += (chosen_N - logits_NV.logsumexp(-1)).tolist()
     return found

@@ -165,8 +165,9 @@ class SpeculativeDecoder:
 
         After K acceptances the draft has not read its own last proposal; it reads it next time together with the bonus token.
         """
-        k, ids_T, sampling = self.num_speculative_tokens, text.ids, text.sampling
-        draft_probs_KV = self._propose(text, length)
+        ids_T, sampling = text.ids, text.sampling
+        k = self._proposals(length)
+        draft_probs_KV = self._propose(text, length, k)
         logits_EV = text.target.read(ids_T[text.target.length : length + k], keep=k + 1)
         proposed_K = ids_T[length : length + k]
         if sampling.temperature == 0:
@@ -183,18 +184,22 @@ class SpeculativeDecoder:
         examined = min(num_accepted + 1, k, len(tokens))
         accepted = min(num_accepted, len(tokens))
         if target_probs_EV is None:
-            return Round(tokens, [0.0] * len(tokens), accepted, examined, float(accepted), k)
+            return Round(tokens, [0.0] * len(tokens), accepted, examined, float(accepted), self.num_speculative_tokens)
         chosen = ids_T[length : length + len(tokens), None]
         logprobs = target_probs_EV[: len(tokens)].gather(-1, chosen).squeeze(-1).log().tolist()
         overlap = torch.minimum(target_probs_EV[:examined], draft_probs_KV[:examined]).sum().item()
-        return Round(tokens, logprobs, accepted, examined, overlap, k)
+        return Round(tokens, logprobs, accepted, examined, overlap, self.num_speculative_tokens)
 
-    def _propose(self, text: _Text, length: int) -> Tensor:
-        """Writes K proposals at `length` and after; the distributions that they were drawn from, [K, V] (empty rows when greedy)."""
+    def _proposals(self, length: int) -> int:
+        """How many of the K proposals are really made: those beyond the models' context would be discarded, and some cannot be read."""
+        return min(self.num_speculative_tokens, self.context_length - length)
+
+    def _propose(self, text: _Text, length: int, num_proposals: int) -> Tensor:
+        """Writes the proposals at `length` and after; the distributions that they were drawn from, [K, V] (empty rows when greedy)."""
         draft, ids_T, sampling = text.draft, text.ids, text.sampling
         temperature = sampling.temperature if self.draft_temperature is None else self.draft_temperature
         drawn_from: list[Tensor] = []
-        for place in range(length, length + self.num_speculative_tokens):
+        for place in range(length, length + num_proposals):
             logits_1V = mask_ids(draft.read(ids_T[draft.length : place]), self._missing)
             if sampling.temperature == 0:
                 ids_T[place] = logits_1V[0].argmax(-1)

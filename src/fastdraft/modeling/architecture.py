@@ -1,34 +1,36 @@
 """Shapes of models: what a target looks like, what a draft inherits from it, what each costs per token.
 
-Decides which model families are supported and how their parameters are counted (without torch; a test holds the counts
-against real modules), and that a draft keeps everything of its target's config but width, depth and heads. A draft
-always attends to its full context: a sliding window saves a small model nothing and its cache cannot be rolled back.
+Decides how parameters are counted (for the families that drafts have by a formula, which a test holds against real
+modules; for all others on the modules themselves), and that a draft of its target's family keeps everything of the config
+but width, depth and heads, while a Llama for another family keeps vocabulary, context, rope and special ids. A draft always
+attends to its full context: a sliding window saves a small model nothing and its cache cannot be rolled back.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastdraft.errors import RecipeError, TargetError
+from fastdraft.modeling.families import DRAFT_FAMILIES, TEXT_FAMILIES, draft_family, llama_values, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 _HEAD_DIM_IN_CONFIG = ("llama", "mistral", "qwen3")
 _NOT_INHERITED = (
     "layer_types", "max_window_layers", "head_dim", "quantization_config", "auto_map", "_name_or_path", "transformers_version",
     "torch_dtype",
 )  # fmt: skip
 _ROTARY_FACTORS = ("short_factor", "long_factor")
+_WIDEST_LLAMA_HEAD = 128
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a dense decoder of one of `FAMILIES`: all that decides its size and cost."""
+    """The shape of a decoder of one of `TEXT_FAMILIES`: all that decides its size and cost."""
 
     family: str
     vocab_size: int
@@ -43,10 +45,16 @@ class Architecture:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    stored: int = 0
+    """Parameters as counted on the modules, where the family has no formula here; 0: by the formula."""
+    read: int = 0
+    """Of these, the ones read for one token: of routed experts only those that it is sent to."""
 
     @property
     def layer_parameters(self) -> int:
-        """Attention, gated feed-forward and two norms of one layer."""
+        """Attention, gated feed-forward and two norms of one layer; a mean where layers were counted."""
+        if self.stored:
+            return self.body_parameters // self.num_layers
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.hidden_size * (2 * queries + 2 * keys)
         biases = self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
@@ -61,13 +69,15 @@ class Architecture:
 
     @property
     def body_parameters(self) -> int:
-        """All layers and the last norm: everything but the vocabulary matrices."""
+        """All layers and the last norm: everything but the vocabulary matrices; of counted ones what a token reads."""
+        if self.stored:
+            return self.read - self.embedding_parameters
         return self.num_layers * self.layer_parameters + self.hidden_size
 
     @property
     def parameters(self) -> int:
         """All parameters; a tied matrix counts once."""
-        return self.body_parameters + self.embedding_parameters * (1 if self.tied else 2)
+        return self.stored or self.body_parameters + self.embedding_parameters * (1 if self.tied else 2)
 
     @property
     def read_parameters(self) -> int:
@@ -87,24 +97,35 @@ class Architecture:
         """Multiplications and additions of one token's forward pass, attention over the context left out."""
         return 2 * self.read_parameters
 
+    @property
+    def draft_base(self) -> Architecture:
+        """What a draft of this target starts from: the same vocabulary, context and head layout in the draft's family."""
+        family = draft_family(self.family)
+        if family == self.family:
+            return self
+        return replace(
+            self, family=family, head_dim=min(self.head_dim, _WIDEST_LLAMA_HEAD), qkv_bias=False, output_bias=False, mlp_bias=False,
+            stored=0, read=0,
+        )  # fmt: skip
+
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for manifests and fingerprints."""
-        return asdict(self)
+        """The fields, for manifests and fingerprints; counts only where they were made."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("stored", "read")}
 
 
 def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") -> Architecture:
-    """The shape that a Hugging Face config describes.
+    """The shape of the text part that a Hugging Face config describes.
 
     Raises:
-        TargetError: for a family outside `FAMILIES`.
+        TargetError: for a family outside `TEXT_FAMILIES`.
     """
-    family = str(getattr(hf_config, "model_type", ""))
-    if family not in FAMILIES:
-        rule = f"must be one of {', '.join(FAMILIES)}"
+    config: Any = text_config(hf_config)
+    family = str(getattr(config, "model_type", ""))
+    if family not in TEXT_FAMILIES:
+        rule = f"must be one of {', '.join(TEXT_FAMILIES)}"
         raise TargetError(where, f"model family '{family}'", rule, "choose a target of one of these families")
-    config: Any = hf_config
     attention_bias = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
-    return Architecture(
+    shape = Architecture(
         family=family,
         vocab_size=int(config.vocab_size),
         hidden_size=int(config.hidden_size),
@@ -112,33 +133,47 @@ def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") 
         num_heads=int(config.num_attention_heads),
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        intermediate_size=int(config.intermediate_size),
+        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         tied=bool(config.tie_word_embeddings),
         context_length=int(config.max_position_embeddings),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
     )
+    return shape if family in DRAFT_FAMILIES and config is hf_config else _counted(shape, hf_config)
+
+
+def _counted(shape: Architecture, hf_config: PreTrainedConfig) -> Architecture:
+    """The shape with what the modules say: for a draft's family only whether the matrices are tied, for others the counts too."""
+    from fastdraft.modeling.counting import count
+
+    counted = count(hf_config)
+    if shape.family in DRAFT_FAMILIES:
+        return replace(shape, tied=counted.tied)
+    return replace(shape, tied=counted.tied, stored=counted.stored, read=counted.read)
 
 
 def has_rotary_factors(hf_config: PreTrainedConfig) -> bool:
     """Whether the rope holds one factor per rotary frequency (longrope), which ties it to the head's width."""
-    rope = getattr(hf_config, "rope_parameters", None) or {}
+    rope = getattr(text_config(hf_config), "rope_parameters", None) or {}
     return any(rope.get(name) for name in _ROTARY_FACTORS)
 
 
 def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture) -> PreTrainedConfig:
-    """A config of the target's class with the draft's width, depth and heads; all else inherited.
+    """A config of the draft's family with its width, depth and heads; all else inherited from the target's text part.
 
-    Vocabulary size, context length, rope and its scaling, norm, activation and special ids stay the target's. Rope
-    factors given per frequency are kept for an equal head width and resampled by relative frequency for another.
+    Vocabulary size, context length, rope and its scaling and special ids stay the target's, and in the target's own
+    family norm and activation too. Rope factors given per frequency are kept for an equal head width and resampled by
+    relative frequency for another.
 
     Raises:
         RecipeError: when the shape contradicts the family's rules.
     """
-    values = copy.deepcopy(target_config.to_dict())
-    for key in _NOT_INHERITED:
-        values.pop(key, None)
+    from transformers import LlamaConfig
+
+    text = text_config(target_config)
+    own = architecture.family == text.model_type
+    values = _own_values(text) if own else llama_values(text)
     values |= {
         "hidden_size": architecture.hidden_size,
         "num_hidden_layers": architecture.num_layers,
@@ -146,20 +181,28 @@ def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture)
         "num_key_value_heads": architecture.num_kv_heads,
         "intermediate_size": architecture.intermediate_size,
         "tie_word_embeddings": architecture.tied,
-        "sliding_window": None,
         "dtype": "float32",
     }
-    if "use_sliding_window" in values:
-        values["use_sliding_window"] = False
     if architecture.family in _HEAD_DIM_IN_CONFIG:
         values["head_dim"] = architecture.head_dim
     _resample_rotary_factors(values, architecture.head_dim)
     try:
-        return type(target_config)(**values)
+        return type(text)(**values) if own else LlamaConfig(**values)
     except Exception as error:  # the config classes raise several kinds of validation errors
         rule = " ".join(str(error).split())[-200:]
         found = f"hidden {architecture.hidden_size}, {architecture.num_heads} heads"
         raise RecipeError("design.draft", found, rule, "choose another shape") from error
+
+
+def _own_values(text: PreTrainedConfig) -> dict[str, Any]:
+    """The target's config without what a draft does not inherit; windows are off."""
+    values: dict[str, Any] = copy.deepcopy(text.to_dict())
+    for key in _NOT_INHERITED:
+        values.pop(key, None)
+    values["sliding_window"] = None
+    if "use_sliding_window" in values:
+        values["use_sliding_window"] = False
+    return values
 
 
 def _resample_rotary_factors(values: dict[str, Any], head_dim: int) -> None:
@@ -185,10 +228,7 @@ def resample(values: Sequence[float], count: int) -> list[float]:
 
 
 def count_parameters(hf_config: PreTrainedConfig) -> int:
-    """Parameters of the real module, built on the meta device: no memory, no weights. A tied matrix counts once."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """Parameters of the real module's text part, built on the meta device: no memory, no weights. A tied matrix counts once."""
+    from fastdraft.modeling.counting import count
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return count(hf_config).stored

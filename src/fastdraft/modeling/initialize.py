@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 STD = 0.02
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDINGS = (
+    _EMBEDDING, "transformer.wte.weight", "wte.weight", "gpt_neox.embed_in.weight", "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight", "model.language_model.model.embed_tokens.weight",
+)  # fmt: skip
+_HEADS = (_HEAD, "embed_out.weight", "language_model.lm_head.weight")
+"""Names of the two matrices in the families' files, the draft's own first."""
 _CHUNK = 16_384
 
 
@@ -76,10 +82,11 @@ def read_matrices(location: str, revision: str | None = None) -> dict[str, Tenso
     from safetensors import safe_open
 
     matrices: dict[str, Tensor] = {}
-    for name, path in weight_files(location, revision, (_EMBEDDING, _HEAD)).items():
+    for name, path in weight_files(location, revision, (*_EMBEDDINGS, *_HEADS)).items():
+        kind = _EMBEDDING if name in _EMBEDDINGS else _HEAD
         with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
-                matrices[name] = file.get_tensor(name)
+            if kind not in matrices and name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
+                matrices[kind] = file.get_tensor(name)
     if _EMBEDDING not in matrices:
         raise TargetError(location, f"no {_EMBEDDING}", "initialization: target_embeddings needs it", "use initialization: random")
     return matrices

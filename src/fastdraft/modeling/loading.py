@@ -1,6 +1,6 @@
 """Models, tokenizers and vocabularies from a directory or the hub, and drafts to a directory.
 
-Decides what may be loaded: safetensors only, fast tokenizers only, the families of `architecture.FAMILIES`, no code from
+Decides what may be loaded: safetensors only, fast tokenizers only, the families of `families.TARGET_FAMILIES`, no code from
 the hub unless asked for; and that every way in which loading fails is one line. Tokenizer files travel byte for byte: a
 tokenizer saved again is not recognised by every runtime.
 """
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from fastdraft.artifacts import atomic_folder
 from fastdraft.errors import ArtifactError, DeviceError, TargetError
 from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling.architecture import read_architecture
+from fastdraft.modeling.counting import auto_class
+from fastdraft.modeling.families import special_id, text_config
+from fastdraft.modeling.head import split_head
 from fastdraft.modeling.source import check_weights, copy_tokenizer_files, raw_config
 from fastdraft.vocabulary import Vocabulary, build_vocabulary
 
@@ -134,11 +136,11 @@ def vocabulary_of(
     A text ends at the tokenizer's EOS or at any EOS of the generation config (without one, of the config).
     """
     listed = getattr(generation_config, "eos_token_id", None)
-    eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else getattr(config, "eos_token_id", None))]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else getattr(config, "pad_token_id", None)
+    eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else special_id(config, "eos_token_id"))]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else special_id(config, "pad_token_id")
     state = tokenizer.backend_tokenizer.to_str()
     ends = [token_id for token_id in eos if token_id is not None]
-    return build_vocabulary(int(config.vocab_size), state, bos=tokenizer.bos_token_id, eos=ends, pad=pad, where=where)
+    return build_vocabulary(int(text_config(config).vocab_size), state, bos=tokenizer.bos_token_id, eos=ends, pad=pad, where=where)
 
 
 def _ids(value: Any) -> list[int]:
@@ -158,7 +160,6 @@ def load_target(target: TargetConfig, device: torch.device | str) -> PreTrainedM
     device = torch.device(device)
     auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     dtype = _DTYPES.get(target.dtype, auto)
-    load_config(target.location, target.revision, target.trust_remote_code)
     check_weights(target.location)
     with _one_line(target.location):
         model = _from_pretrained(target.location, dtype, revision=target.revision, trust_remote_code=False)
@@ -172,7 +173,6 @@ def load_draft(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         ArtifactError: when a file is missing or damaged.
     """
     try:
-        load_config(str(folder))
         check_weights(str(folder))
         with _one_line(str(folder)):
             return _own_memory(_from_pretrained(str(folder), dtype)).to(device).eval()
@@ -188,12 +188,16 @@ def _own_memory(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _from_pretrained(location: str, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
-    """Loads strictly: a weight missing from the files is an error, never a random matrix."""
-    from transformers import AutoModelForCausalLM
+    """Loads strictly: a weight missing from the files is an error, never a random matrix.
 
+    A model that caps its attention scores computes them step by step, because torch's fused attention leaves the cap out.
+    """
+    config = load_config(location, options.get("revision"))
+    if getattr(text_config(config), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"
     strict = {"use_safetensors": True, "output_loading_info": True}
     with quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **strict, **options)
+        model, report = auto_class(config).from_pretrained(location, dtype=dtype, **strict, **options)
     problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
     if problems:
         others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -218,18 +222,6 @@ def save_draft(model: PreTrainedModel, folder: Path, tokenizer_files_from: Path)
         for weights in temporary.glob("*.safetensors"):  # safetensors writes for the owner only; a server may be another user
             shutil.copymode(temporary / "config.json", weights)
         copy_tokenizer_files(tokenizer_files_from, temporary)
-
-
-def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
-    """The decoder, whose output has `last_hidden_state` [batch, tokens, hidden], and the head's weight [vocabulary, hidden].
-
-    For losses that never hold the logits of all tokens at once.
-    """
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        rule = "the head must be one matrix without bias"
-        raise TargetError(type(model).__name__, "no plain output matrix", rule, "choose another target")
-    return model.get_decoder(), head.weight
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ def explicit(
     Raises:
         RecipeError: when the heads do not divide the width, or the key-value heads the heads.
     """
-    chosen_heads, chosen_kv_heads, _ = choose_heads(hidden_size, target)
+    chosen_heads, chosen_kv_heads, _ = choose_heads(hidden_size, target.draft_base)
     heads = num_heads or chosen_heads
     if num_kv_heads is None:
         num_kv_heads = chosen_kv_heads if heads == chosen_heads else _kv_heads(heads, target)
@@ -91,7 +91,7 @@ def explicit(
     if heads % num_kv_heads:
         raise RecipeError("design.draft.num_kv_heads", num_kv_heads, f"must divide num_heads {heads}", "change one of them")
     shape = replace(
-        target, hidden_size=hidden_size, num_layers=num_layers, intermediate_size=intermediate_size,
+        target.draft_base, hidden_size=hidden_size, num_layers=num_layers, intermediate_size=intermediate_size,
         num_heads=heads, num_kv_heads=num_kv_heads, head_dim=hidden_size // heads, tied=False,
     )  # fmt: skip
     return replace(shape, tied=_is_tied(shape, target) if tied is None else tied)
@@ -109,7 +109,7 @@ def search(target: Architecture, budget: int, num_layers: int | None = None, kee
     Raises:
         RecipeError: when the vocabulary alone exceeds the budget, or no shape comes near it.
     """
-    base = replace(target, tied=target.tied and budget < TIED_BELOW)
+    base = replace(target.draft_base, tied=target.tied and budget < TIED_BELOW)
     smallest = _at_width(base, _STEP, num_layers or 1, _STEP, keep_head_dim)
     if budget < smallest.parameters * (1 - TOLERANCE):
         matrices = smallest.parameters - smallest.body_parameters
@@ -132,7 +132,7 @@ def natural(target: Architecture, hidden_size: int, keep_head_dim: bool = False)
     """The shape that the search would like best at this width, whatever its size."""
     step = 256 if hidden_size >= 256 else _STEP
     feed_forward = max(step, round(_FEED_FORWARD * hidden_size / step) * step)
-    shape = _at_width(replace(target, tied=False), hidden_size, round(_ideal_layers(hidden_size)), feed_forward, keep_head_dim)
+    shape = _at_width(replace(target.draft_base, tied=False), hidden_size, round(_ideal_layers(hidden_size)), feed_forward, keep_head_dim)
     return replace(shape, tied=_is_tied(shape, target))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastdraft.artifacts import disk_errors, file_sha256
 from fastdraft.errors import TargetError
-from fastdraft.modeling.architecture import FAMILIES
+from fastdraft.modeling.families import TARGET_FAMILIES
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -108,10 +108,10 @@ def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
     except ValueError as error:
         raise TargetError(path, f"not JSON ({error})", "must be a model's config", "fetch the model again") from None
     family = config.get("model_type") if isinstance(config, dict) else None
-    if family in FAMILIES:
+    if family in TARGET_FAMILIES:
         return dict(config)
     own_code = " needs Python code of its own" if isinstance(config, dict) and "auto_map" in config else ""
-    rule = f"must be one of {', '.join(FAMILIES)}"
+    rule = f"must be one of {', '.join(TARGET_FAMILIES)}"
     raise TargetError(location, f"model family '{family}'{own_code}", rule, "choose a target of one of these families")
 
 

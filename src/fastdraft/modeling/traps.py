@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from fastdraft.config import format_count
 from fastdraft.modeling.architecture import Architecture, has_rotary_factors
+from fastdraft.modeling.families import special_id, text_config
 from fastdraft.vocabulary import Vocabulary, id_ranges
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def _ends(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 def _beginnings(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[str]:
     traps = []
-    bos, listed = vocabulary.bos_token_id, getattr(config, "bos_token_id", None)
+    bos, listed = vocabulary.bos_token_id, special_id(config, "bos_token_id")
     first = tokenizer("a").input_ids[:1]
     if bos is None:
         traps.append(
@@ -104,7 +106,8 @@ def _config(config: PreTrainedConfig, architecture: Architecture) -> list[str]:
     traps = []
     if architecture.hidden_size % _QUANT_ROW or architecture.intermediate_size % _QUANT_ROW:
         traps.append(f"The target's own rows are not all multiples of {_QUANT_ROW}: llama.cpp's K-quants do not fit it.")
-    window = getattr(config, "sliding_window", None)
+    text = text_config(config)
+    window = getattr(text, "sliding_window", None)
     if window and window < architecture.context_length:
         traps.append(
             f"Sliding window of {window} in a context of {architecture.context_length}: the draft attends to everything, "
@@ -113,6 +116,16 @@ def _config(config: PreTrainedConfig, architecture: Architecture) -> list[str]:
     if has_rotary_factors(config):
         traps.append(
             "Rope with one factor per frequency (longrope): draft heads keep the target's width where they can; else factors are resampled."
+            " It changes once a text is longer than its first context: text across that line may differ between runtimes."
+        )
+    if architecture.stored and architecture.read < 0.9 * architecture.parameters and getattr(text, "num_experts_per_tok", None):
+        traps.append(
+            f"Mixture of experts: a token reads {format_count(architecture.read)} of {format_count(architecture.parameters)} parameters, "
+            "but verifying several tokens reads more experts: gains are below those predicted from bytes, so measure them."
+        )
+    if getattr(text, "attn_logit_softcapping", None):
+        traps.append(
+            "Attention scores are capped: attention is computed step by step here, because torch's fused kernels leave the cap out."
         )
     if getattr(config, "quantization_config", None):
         traps.append("The target's weights are quantised: its library must be installed to run it; the draft is not quantised.")

@@ -1,9 +1,10 @@
 """Which runtime writes as the target, as a recipe names it or as `auto` finds it, and how it is opened.
 
-Decides the keys of `synthesize.engine`; what `auto` stands for on this machine (OpenVINO on a CPU where it is installed, else
-transformers, never a server; but begun text is finished by the engine that began it, since a run's rows come from one
-distribution); which engines need the target's weights here; and that two engines over one loaded target are opened: one that
-answers, one that ends a text at the end of the user's turn (Magpie). Imports no runtime before one is opened.
+Decides the keys of `synthesize.engine`; what `auto` stands for on this machine (OpenVINO on a CPU where it is installed and its
+converter takes the target's family, else transformers, never a server; but begun text is finished by the engine that began it,
+since a run's rows come from one distribution); which engines need the target's weights here; and that two engines over one
+loaded target are opened: one that answers, one that ends a text at the end of the user's turn (Magpie). Imports no runtime
+before one is opened.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastdraft.config import Config
 from fastdraft.data.openai_format import serves_replay
 from fastdraft.errors import ArtifactError, MissingExtraError, RecipeError
 from fastdraft.interfaces import Generation, Sampling
+from fastdraft.runtimes.openvino_families import unconverted_family
 
 if TYPE_CHECKING:
     from fastdraft.artifacts import Artifact
@@ -212,6 +214,9 @@ def _fastest_here(context: StageContext) -> EngineChoice:
     except MissingExtraError as error:
         reason = f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.remedy}"
         return EngineChoice(HuggingFaceEngineConfig(), reason)
+    family = unconverted_family(context.target.location, context.target.revision)
+    if family:
+        return EngineChoice(HuggingFaceEngineConfig(), f"the converter to OpenVINO does not take {family}")
     return EngineChoice(_OPENVINO_FOR[context.target.dtype], "the fastest on a CPU")
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.functional.looping import is_looping
 from fastdraft.interfaces import Generation, Sampling, check_prompts
+from fastdraft.modeling.families import text_config
 from fastdraft.vocabulary import Vocabulary
 
 
@@ -44,7 +45,7 @@ class HuggingFaceEngine:
     @property
     def context_length(self) -> int:
         """Most positions that the target was made for."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
+        return int(getattr(text_config(self.model.config), "max_position_embeddings", 2**31))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
         """One answer for each prompt, in order; reproducible for equal prompts, order, seed, batch_rows and threads.

@@ -7,7 +7,8 @@ themselves: assisted greedy text against the target alone, and the draft's proba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,11 +79,29 @@ def check_assisted(
     prompt = torch.tensor([list(prompt_ids)], device=target.device)
     settings = _greedy(vocabulary, max_new_tokens)
     mask = torch.ones_like(prompt)
-    with quiet():
+    with quiet(), _text_positions(draft):
         alone = target.generate(prompt, attention_mask=mask, generation_config=settings)
         assisted = target.generate(prompt, attention_mask=mask, generation_config=settings, assistant_model=draft)
     response = alone[0, prompt.shape[1] :].tolist()
     return AssistedCheck(response == assisted[0, prompt.shape[1] :].tolist(), len(response), response)
+
+
+@contextlib.contextmanager
+def _text_positions(draft: PreTrainedModel) -> Iterator[None]:
+    """Gives the draft the positions in the text, one number for each token, where the target counts on several axes (Qwen2-VL).
+
+    transformers hands the target's positions on as they are, and a text model cannot read those for pictures.
+    """
+
+    def on_one_axis(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        positions = kwargs.get("position_ids")
+        return args, kwargs if positions is None or positions.ndim < 3 else {**kwargs, "position_ids": positions[0]}
+
+    hook = draft.register_forward_pre_hook(on_one_axis, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _greedy(vocabulary: Vocabulary, max_new_tokens: int) -> GenerationConfig:

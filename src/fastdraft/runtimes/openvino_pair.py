@@ -48,12 +48,13 @@ def check_pair(target: str | Path, draft: str | Path) -> None:
 
 
 def context_length(config: dict[str, Any]) -> int:
-    """`max_position_embeddings` of a config.json; very many where it names none."""
-    return int(config.get("max_position_embeddings") or 2**31)
+    """Positions that a config.json, or its text part, says a model has; very many where it names none."""
+    text = config.get("text_config") or config
+    return int(text.get("max_position_embeddings") or text.get("n_positions") or 2**31)
 
 
 def _size(config: dict[str, Any]) -> Any:
-    return config.get("vocab_size")
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,9 +1,10 @@
 """Design: a target's config and vocabulary -> a draft's architecture and first weights, as a Hugging Face directory.
 
-Decides what a draft inherits (family, vocabulary with its padding, tokenizer files byte for byte, context length, rope,
-norm, activation, special ids) and what it does not (width, depth, heads). The manifest's `shape_digest` stands for
-vocabulary, shape and first weights alone: what pre-training depends on, so that one pre-trained draft serves every
-fine-tune of a family; the stage's own fingerprint adds the tokenizer files and special ids that it copies.
+Decides what a draft inherits (vocabulary with its padding, tokenizer files byte for byte, context length, rope, special ids;
+family, norm and activation where the family scales down, see modeling/families.py) and what it does not (width, depth,
+heads). The manifest's `shape_digest` stands for vocabulary, shape and first weights alone: what pre-training depends on, so
+that one pre-trained draft serves every fine-tune of a family; the stage's own fingerprint adds the tokenizer files and
+special ids that it copies.
 """
 
 from __future__ import annotations
@@ -104,6 +105,15 @@ class Plan:
     source: Path | None
     """Directory of an earlier draft; None for new weights."""
 
+    @property
+    def reason(self) -> str:
+        """Why the draft's family is not the target's, as a clause; empty when it is."""
+        from fastdraft.modeling.families import why_draft_family
+
+        if self.draft.family == self.target.family:
+            return ""
+        return why_draft_family(self.target.family) or "the earlier draft is one"
+
 
 def plan(config: DesignConfig, target: TargetConfig) -> Plan:
     """Resolves the section against the target's config and tokenizer; reads no weights.
@@ -143,6 +153,7 @@ def resolve_shape(draft: BudgetDraft | ShapeDraft | PresetDraft, target_config: 
 
 def _earlier(draft: EarlierDraft, vocabulary: Vocabulary) -> tuple[Path, PreTrainedConfig]:
     """The directory and config of an earlier draft, its vocabulary checked; special tokens may differ between fine-tunes."""
+    from fastdraft.modeling.families import DRAFT_FAMILIES
     from fastdraft.modeling.loading import load_config, load_tokenizer, vocabulary_of
     from fastdraft.vocabulary import check_same
 
@@ -155,6 +166,9 @@ def _earlier(draft: EarlierDraft, vocabulary: Vocabulary) -> tuple[Path, PreTrai
         raise RecipeError(where, draft.path, "must be a directory with config.json, or a stage's folder", "correct the path")
     source = found[0]
     draft_config = load_config(str(source))
+    if draft_config.model_type not in DRAFT_FAMILIES:
+        rule = f"a draft's family must be one of {', '.join(DRAFT_FAMILIES)}"
+        raise RecipeError(where, f"family {draft_config.model_type}", rule, "design a new draft")
     check_same(vocabulary, vocabulary_of(load_tokenizer(str(source)), draft_config), special_tokens=False, where=where)
     return source, draft_config
 
@@ -217,6 +231,7 @@ def run(config: DesignConfig, context: StageContext) -> None:
     artifact.complete(
         architecture=planned.draft.as_dict(),
         parameters=planned.draft.parameters,
+        family={"draft": planned.draft.family, "target": planned.target.family, "reason": planned.reason},
         target={
             "model": context.target.model,
             "revision": context.target.revision,
@@ -254,11 +269,12 @@ def _set_special_ids(model: PreTrainedModel, vocabulary: Vocabulary, target: Tar
     """The target's BOS, EOS and padding ids in config and generation config; none of its sampling settings."""
     from transformers import GenerationConfig
 
+    from fastdraft.modeling.families import special_id
     from fastdraft.modeling.loading import load_config
 
     target_config: Any = load_config(target.location, target.revision, target.trust_remote_code)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, key, getattr(target_config, key, None))
+        setattr(model.config, key, special_id(target_config, key))
     eos = list(vocabulary.eos_token_ids)
     model.generation_config = GenerationConfig(
         bos_token_id=vocabulary.bos_token_id, eos_token_id=eos[0] if len(eos) == 1 else eos or None, pad_token_id=vocabulary.pad_token_id
@@ -284,6 +300,8 @@ def _show(context: StageContext, planned: Plan) -> None:
     context.console.table(
         f"draft for {context.target.model} ({draft.family}, vocabulary {draft.vocab_size})", ["", "draft", "target", "cost ratio"], rows
     )
+    if planned.reason:
+        context.console.say(f"the draft is of the family {draft.family}, not {target.family}: {planned.reason}")
     if planned.draft.context_length < target.context_length:
         context.console.warn(
             f"the draft's context is {planned.draft.context_length}, the target's {target.context_length}: servers clip to the shorter one"

@@ -199,15 +199,14 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     target = load_target(context.target, device) if isinstance(config.texts, TargetTexts) else None
     vocabulary = load_vocabulary(context.target)
     tokenizer = load_tokenizer(context.target.location, context.target.revision, context.target.trust_remote_code)
-    context_length = _context_length(context, folders)
-    standing = _standing_texts(config, context, tokenizer, context_length)
-    plan = _plan(config, context, tokenizer, context_length, standing)
+    room = _context_length(context, folders)
+    standing = _standing_texts(config, context, tokenizer, room)
+    plan = _plan(config, context, tokenizer, room, standing)
     bench = Workbench(plan, artifact.path, console, target, vocabulary)
     # Same device and precision for both: that is what is decoded with and what latency compares.
-    dtype = target.dtype if target is not None else torch.float32
+    dtype = target.dtype if target else torch.float32
     loaders = {name: cache(partial(load_draft, folder, device, dtype)) for name, folder in folders.items()}
     final = list(loaders)[-1]
-
     if standing is not None:
         bench.keep_texts(standing.rows)
     else:
@@ -249,10 +248,11 @@ def _check_vocabularies(context: StageContext, folders: Mapping[str, Path]) -> N
 
 def _context_length(context: StageContext, folders: Mapping[str, Path]) -> int:
     """Tokens that the target and every draft can read."""
+    from fastdraft.modeling.families import text_config
     from fastdraft.modeling.loading import load_config
 
     target = load_config(context.target.location, context.target.revision, context.target.trust_remote_code)
-    return min(int(c.max_position_embeddings) for c in (target, *(load_config(str(folder)) for folder in folders.values())))
+    return min(int(text_config(c).max_position_embeddings) for c in (target, *(load_config(str(f)) for f in folders.values())))
 
 
 def _engine(config: EvaluateConfig, context: StageContext, target: PreTrainedModel | None, on_batch: Callable[[int], None]) -> Engine:

@@ -156,15 +156,15 @@ def _openvino(settings: OpenVINOFormat, draft: Path, context: StageContext) -> d
 
 def _check(folder: Path, vocabulary: Vocabulary, context: StageContext) -> dict[str, Any]:
     """Assisted generation with the target, and the mass on padding ids; warnings for what is not as it should be."""
+    from fastdraft.modeling.families import text_config
     from fastdraft.modeling.loading import load_target, load_tokenizer, pick_device
     from fastdraft.runtimes.huggingface_export import PADDING_MASS_LIMIT, check_assisted, load_assistant, padding_mass
 
     device = pick_device(context.settings.device)
     target, draft = load_target(context.target, device), load_assistant(folder, device)
     prompt = [int(token) for token in load_tokenizer(str(folder))(_PROMPT).input_ids]
-    assisted = check_assisted(
-        target, draft, prompt, vocabulary, max_new_tokens=min(48, max(1, target.config.max_position_embeddings - len(prompt) - 8))
-    )
+    room = int(text_config(target.config).max_position_embeddings) - len(prompt) - 8
+    assisted = check_assisted(target, draft, prompt, vocabulary, max_new_tokens=min(48, max(1, room)))
     mean, largest = padding_mass(draft, vocabulary, [prompt + assisted.response_ids, *_validation_rows(context)])
     if not assisted.same_text:
         context.console.warn(

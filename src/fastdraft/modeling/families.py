@@ -1,0 +1,94 @@
+"""Which families of models may be targets, where their text part lies, and which family a draft of each gets.
+
+Decides that a draft has the target's own family only where that family shrinks to any width and depth without a loss and
+transformers, OpenVINO, llama.cpp and vLLM all run the small one with attention to its whole context; else it is a Llama,
+with the reason as one clause. The draft shares the target's vocabulary, which is all that the runtimes ask for.
+Knows names and config fields only.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+DRAFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Gated decoders with RMS norm; shapes, first weights and learning rates are made for these."""
+
+_GEMMA = "{} ties norms and embedding scale to its width, and runtimes fix its windows by layer number while a draft attends to everything"
+_EXPERTS = "a mixture of experts pays by its width, and a draft is narrow: a dense one reads as little"
+_SCALED = "{} carries multipliers that were tuned for its own width"
+_AXES = "{} counts positions on three axes for pictures, and a draft reads text"
+_ALWAYS_LLAMA = {
+    "gemma": "{} ties norms and embedding scale to its width, and its head is always its embedding",
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": "{} learns a vector for each position, so that places beyond the training rows would stay untrained",
+    "gpt_neox": "{} has no gated feed-forward and no shared key-value heads, for which FastDraft's shapes and rates are made",
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "granite": _SCALED,
+    "cohere": "{} scales its logits and runs attention and feed-forward side by side, for which FastDraft's shapes are not made",
+    "cohere2": "{} scales its logits and leaves positions out of every fourth layer, for which FastDraft's shapes are not made",
+    "qwen2_vl_text": _AXES,
+    "qwen2_5_vl_text": _AXES,
+}
+TEXT_FAMILIES = (*DRAFT_FAMILIES, *_ALWAYS_LLAMA)
+MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
+"""Configs that hold a text model; its family must be one of `TEXT_FAMILIES`."""
+TARGET_FAMILIES = (*TEXT_FAMILIES, *MULTIMODAL)
+"""Every `model_type` that a target's config.json may have; each is tested through the whole chain."""
+
+_NAMES = {
+    "gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "granite": "Granite",
+    "cohere": "Cohere", "cohere2": "Cohere 2", "qwen2_vl_text": "Qwen2-VL", "qwen2_5_vl_text": "Qwen2.5-VL",
+}  # fmt: skip
+_PLAIN_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+def text_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the part that reads and writes text; the config itself where there is no other part."""
+    return hf_config.get_text_config(decoder=True)
+
+
+def special_id(config: PreTrainedConfig, name: str) -> Any:
+    """A special id, or a list of them, of a config or else of its text part; None when neither names one."""
+    found = getattr(config, name, None)
+    return found if found is not None else getattr(text_config(config), name, None)
+
+
+def draft_family(family: str) -> str:
+    """The family of a draft for a target's text part of this family."""
+    return family if family in DRAFT_FAMILIES else "llama"
+
+
+def why_draft_family(family: str) -> str:
+    """Why a draft for this family is a Llama, as a clause; empty where it has the target's own family."""
+    return _ALWAYS_LLAMA.get(family, "").format(_NAMES.get(family, family))
+
+
+def llama_values(text: PreTrainedConfig) -> dict[str, Any]:
+    """What a Llama draft takes from a target of another family: vocabulary, context, special ids, rope, precision of its norm."""
+    epsilon = next((float(getattr(text, name)) for name in ("rms_norm_eps", "layer_norm_eps") if getattr(text, name, None)), 1e-5)
+    return {
+        "vocab_size": int(text.vocab_size),
+        "max_position_embeddings": int(text.max_position_embeddings),
+        "rms_norm_eps": epsilon,
+        "rope_parameters": plain_rope(text),
+        **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+
+
+def plain_rope(text: PreTrainedConfig) -> dict[str, Any]:
+    """The rope of the layers that see the whole context, without what a Llama does not have (several axes, a part of each head)."""
+    found: Any = copy.deepcopy(getattr(text, "rope_parameters", None) or {})
+    found = found.get("full_attention") or found
+    for name in ("mrope_section", "mrope_interleaved", "partial_rotary_factor"):
+        found.pop(name, None)
+    theta = float(found.get("rope_theta") or 10_000.0)
+    if found.get("rope_type", "default") not in _PLAIN_ROPES or "sliding_attention" in found:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {**found, "rope_type": found.get("rope_type", "default"), "rope_theta": theta}

@@ -1,0 +1,246 @@
+"""Every family of targets through the whole chain, tiny: counted, designed for, trained for, written by, replayed, exported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig
+
+from family_fixture import MIXED, SHAPE, TARGETS, family_config, noisy, write_family
+from fastdraft.artifacts import RunDirectory
+from fastdraft.commands import inspect
+from fastdraft.config import load_config as read_section
+from fastdraft.console import Console
+from fastdraft.decoding.replay import replay
+from fastdraft.decoding.scoring import score
+from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.errors import RecipeError, TargetError
+from fastdraft.functional.acceptance import add_counts
+from fastdraft.interfaces import RunConfig, Sampling, StageContext, TargetConfig
+from fastdraft.modeling import loading, shapes
+from fastdraft.modeling.architecture import draft_hf_config, read_architecture
+from fastdraft.modeling.counting import count_model
+from fastdraft.modeling.families import TARGET_FAMILIES, draft_family, text_config, why_draft_family
+from fastdraft.modeling.head import output_head, split_head
+from fastdraft.modeling.initialize import read_matrices
+from fastdraft.runtimes.huggingface import HuggingFaceEngine
+from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant, write_huggingface
+from fastdraft.stages import design
+from fastdraft.training import assemble
+from fastdraft.training.batches import Batch
+from fastdraft.training.objective import CrossEntropy
+from fastdraft.training.settings import AdamWConfig
+
+K = 3
+GREEDY, SAMPLED = Sampling(0.0), Sampling(1.0)
+PROMPTS = [[7 + (i * 37 + j * 11) % 280 for i in range(length)] for j, length in enumerate((3, 12, 30))]
+PAST_LONGROPE = [[7 + (i * 37 + j * 11) % 280 for i in range(length)] for j, length in enumerate((18, 24, 30))]
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """Name, directory and loaded model of one family."""
+    folder = write_family(tmp_path_factory.mktemp(request.param), request.param)
+    return request.param, folder, loading.load_target(_target(folder), "cpu")
+
+
+def _prompts(name: str) -> list[list[int]]:
+    return PAST_LONGROPE if "longrope" in name else PROMPTS
+
+
+def _design(root: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+    draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
+    config = read_section(design.DesignConfig, {"draft": draft}, "design")
+    context = StageContext(RunDirectory(root), RunConfig(name="test"), _target(folder), {}, Console(quiet=True))
+    artifact = context.artifact("design")
+    artifact.begin(design.fingerprint(config, context))
+    design.run(config, context)
+    return artifact.path / "draft", artifact.manifest()
+
+
+def test_the_counted_parameters_are_the_loaded_models_own(target: tuple[str, Path, Any]) -> None:
+    _, folder, model = target
+    shape = read_architecture(loading.load_config(str(folder)))
+    counted = count_model(model)
+    assert (shape.parameters, shape.read_parameters, shape.tied) == (counted.stored, counted.read, counted.tied)
+    assert shape.bytes_per_token(8) == counted.read
+
+
+def test_embedding_and_head_are_found_in_the_files(target: tuple[str, Path, Any]) -> None:
+    _, folder, model = target
+    matrices = read_matrices(str(folder))
+    assert torch.equal(matrices["model.embed_tokens.weight"], model.get_input_embeddings().weight)
+    if not count_model(model).tied:
+        assert torch.equal(matrices["lm_head.weight"], model.get_output_embeddings().weight)
+
+
+def test_hidden_states_and_head_give_the_models_own_logits(target: tuple[str, Path, Any]) -> None:
+    _, _, model = target
+    decoder, head = output_head(model)
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[0]
+        assert torch.allclose(head.logits(decoder(input_ids=ids, use_cache=False).last_hidden_state[0]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(target: tuple[str, Path, Any]) -> None:
+    name, folder, model = target
+    vocabulary = loading.load_vocabulary(_target(folder))
+    assert vocabulary.eos_token_ids == (3, 5)
+    draft, prompts = noisy(model), _prompts(name)
+    written = HuggingFaceEngine(model, vocabulary, 8).generate(prompts, GREEDY, 24, 0)
+    decoder = SpeculativeDecoder(model, draft, vocabulary, K)
+    exact = [decoder.generate(prompt, GREEDY, 24, 0) for prompt in prompts]
+    assert [result.generation.response_ids for result in exact] == [row.response_ids for row in written]
+    assert len({token for row in written for token in row.response_ids}) > 8
+    assert [_alone(model, prompt, vocabulary.eos_token_ids) for prompt in prompts] == [row.response_ids for row in written]
+    rows = [_Row(row, 0.0) for row in written]
+    replayed = replay(draft, rows, [K], vocabulary)
+    assert [counts[K].num_drafts for counts in replayed] == [result.counts.num_drafts for result in exact]
+    total = add_counts(counts[K] for counts in replayed)
+    assert 0 < total.num_accepted_tokens == add_counts(result.counts for result in exact).num_accepted_tokens < total.num_draft_tokens
+
+
+def test_log_probs_of_written_text_are_found_again_by_scoring(target: tuple[str, Path, Any]) -> None:
+    name, folder, model = target
+    vocabulary = loading.load_vocabulary(_target(folder))
+    written = HuggingFaceEngine(model, vocabulary, 8).generate(_prompts(name), SAMPLED, 16, 1)
+    for row, scored in zip(written, score(model, written, SAMPLED), strict=True):
+        assert scored.logprobs == pytest.approx(row.logprobs, abs=2e-3)
+
+
+def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(target: tuple[str, Path, Any], tmp_path: Path) -> None:
+    name, folder, model = target
+    checkpoint, manifest = _design(tmp_path / "run", folder)
+    draft = loading.load_draft(checkpoint)
+    assert manifest["parameters"] == sum(p.numel() for p in draft.parameters())
+    assert manifest["target"]["parameters"] == count_model(model).stored
+    assert manifest["family"]["draft"] == draft.config.model_type
+    assert bool(manifest["family"]["reason"]) == (manifest["family"]["draft"] != manifest["family"]["target"])
+    assert draft.config.vocab_size == 320
+    assert draft.config.max_position_embeddings == 160
+    assert _trained(draft)
+    vocabulary = loading.load_vocabulary(_target(folder))
+    loading.save_draft(draft, tmp_path / "checkpoint", checkpoint)
+    write_huggingface(tmp_path / "checkpoint", tmp_path / "huggingface", K, 0.0)
+    assert check_assisted(model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24).same_text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-rope-dynamic", "mistral-window", "gemma2"])
+def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(name: str, tmp_path: Path) -> None:
+    folder = write_family(tmp_path, name)
+    model = loading.load_target(_target(folder), "cpu")
+    endless = replace(loading.load_vocabulary(_target(folder)), eos_token_ids=())
+    [written] = HuggingFaceEngine(model, endless, 8).generate(PROMPTS[2:], GREEDY, 130, 0)
+    for k in (1, 4):
+        found = SpeculativeDecoder(model, noisy(model), endless, k).generate(PROMPTS[2], GREEDY, 130, 0)
+        assert found.generation.response_ids == written.response_ids
+        assert found.counts.num_draft_tokens == k * found.counts.num_drafts
+        [replayed] = replay(noisy(model), [_Row(written, 0.0)], [k], endless)
+        assert replayed[k].num_drafts == found.counts.num_drafts
+        assert replayed[k].num_accepted_tokens == found.counts.num_accepted_tokens
+
+
+OWN = {"llama": "llama", "mistral-window": "mistral", "qwen2-mixed": "qwen2", "qwen3": "qwen3", "phi3-longrope": "phi3"}
+NESTED = {"llava-mistral": "mistral", "mistral3": "mistral"}
+LLAMA = {
+    "gemma2": "windows by layer number", "gemma3-text": "windows by layer number", "gemma3-pictures": "windows by layer number",
+    "gemma": "its head is always its embedding", "gpt2": "a vector for each position", "gpt-neox": "no gated feed-forward",
+    "mixtral": "a mixture of experts", "qwen2-moe": "a mixture of experts", "qwen3-moe": "a mixture of experts", "granite": "multipliers",
+    "cohere": "side by side", "cohere2": "scales its logits", "qwen2-vl": "three axes", "qwen2.5-vl": "three axes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OWN, *NESTED, *LLAMA])
+def test_a_draft_has_the_targets_family_or_says_why_not(name: str) -> None:
+    family = read_architecture(family_config(name)).family
+    assert draft_family(family) == {**OWN, **NESTED}.get(name, "llama")
+    reason = why_draft_family(family)
+    assert LLAMA[name] in reason if name in LLAMA else not reason
+
+
+def test_every_family_that_may_be_a_target_is_tested() -> None:
+    configs = [family_config(name) for name in TARGETS]
+    assert {config.model_type for config in configs} | {text_config(config).model_type for config in configs} == set(TARGET_FAMILIES)
+
+
+def test_a_llama_draft_has_the_rope_of_the_layers_that_see_everything() -> None:
+    rope = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    target = Gemma3TextConfig(**{**SHAPE, **MIXED, "rope_parameters": rope})
+    draft = draft_hf_config(target, shapes.natural(read_architecture(target), 64))
+    assert draft.model_type == "llama"
+    assert draft.rope_parameters == {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    neox = draft_hf_config(family_config("gpt-neox"), shapes.natural(read_architecture(family_config("gpt-neox")), 64))
+    assert neox.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+
+
+def test_of_a_mixture_of_experts_a_token_reads_two_of_four_experts() -> None:
+    shape = read_architecture(family_config("mixtral"))
+    attention, router, norms, expert = 2 * 32 * 32 + 2 * 32 * 16, 4 * 32, 2 * 32, 3 * 32 * 48
+    layer = attention + router + norms
+    assert shape.parameters == 2 * 320 * 32 + 2 * (layer + 4 * expert) + 32
+    assert shape.read_parameters == 320 * 32 + 2 * (layer + 2 * expert) + 32
+
+
+def test_of_learned_positions_a_token_reads_none_worth_counting() -> None:
+    shape = read_architecture(family_config("gpt2"))
+    assert shape.parameters - shape.read_parameters == 160 * 32
+
+
+def test_attention_with_capped_scores_does_not_use_fused_kernels(tmp_path: Path) -> None:
+    model = loading.load_target(TargetConfig(model=str(write_family(tmp_path, "gemma2"))), "cpu")
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(TargetError, match="its logits are more than one product"):
+        split_head(model)
+
+
+def test_a_draft_of_a_family_that_is_never_trained_is_refused(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "gpt2")
+    with pytest.raises(RecipeError, match="family gpt2: a draft's family must be one of llama"):
+        design.plan(read_section(design.DesignConfig, {"draft": {"kind": "from", "path": str(folder)}}, "design"), _target(folder))
+
+
+def test_inspect_says_why_the_draft_is_a_llama_and_what_experts_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_family(tmp_path, "mixtral")
+    inspect.run(str(folder), console=Console(quiet=True))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Drafts are of the family llama: a mixture of experts pays by its width" in text
+    assert "verifying several tokens reads more experts" in text
+
+
+def _target(folder: Path) -> TargetConfig:
+    return TargetConfig(model=str(folder))
+
+
+def _trained(draft: Any) -> bool:
+    """One step lowers the loss of its own batch."""
+    settings = assemble.resolve(
+        AdamWConfig(kind="adamw", learning_rate=0.01), "pretrain", draft, torch.device("cpu"), batch_tokens=64, micro_batch_tokens=64,
+        precision="fp32",
+    )  # fmt: skip
+    step = assemble.build_step(draft, settings, CrossEntropy(), torch.device("cpu"))
+    ids = torch.tensor(PROMPTS[2])[None]
+    batch = Batch(ids[:, :-1], ids[0, 1:])
+    before, _, _ = step.gradients([batch])
+    step.update(1.0)
+    after, _, _ = step.gradients([batch])
+    return after < before
+
+
+def _alone(model: Any, prompt: list[int], eos: tuple[int, ...]) -> list[int]:
+    """What transformers itself writes, with its own caches."""
+    ids = torch.tensor([prompt])
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": list(eos), "pad_token_id": 0}
+    return list(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist())
+
+
+class _Row:
+    """A written text as replay reads it."""
+
+    def __init__(self, written: Any, temperature: float) -> None:
+        self.prompt_ids, self.response_ids, self.logprobs = written.prompt_ids, written.response_ids, written.logprobs
+        self.temperature, self.top_k, self.top_p = temperature, 0, 1.0
