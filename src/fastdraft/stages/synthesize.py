@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fastdraft.artifacts import FINGERPRINT, Artifact, write_json
 from fastdraft.config import Config, Count, format_count
+from fastdraft.conversation import Prompt
 from fastdraft.data.filters import Looping, RowCounts
 from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, select_texts
 from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
@@ -36,6 +37,7 @@ from fastdraft.tasks import load_task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastdraft.console import Console
     from fastdraft.decoding.unit_writer import UnitWriter
     from fastdraft.vocabulary import Vocabulary
 
@@ -272,7 +274,7 @@ def _plan_sources(
         if isinstance(source, TextPrompts):
             chosen = select_texts(source, held_out, seed)
             refused[source.name] = chosen.refused
-            own = _text_plan(source, chosen.texts, tokenizer)
+            own = _text_plan(source, chosen.texts, tokenizer, context.console)
         else:
             own = _corpus_plan(source, context, tokenizer) if isinstance(source, CorpusPrompts) else _magpie_plan(source, tokenizer)
         start = place % len(config.temperatures)  # sources begin at different temperatures, so that few units hold all of them
@@ -281,11 +283,16 @@ def _plan_sources(
     return plans, refused
 
 
-def _text_plan(source: TextPrompts, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _text_plan(source: TextPrompts, texts: list[Prompt], tokenizer: PreTrainedTokenizerBase, console: Console) -> dict[str, Any]:
     from fastdraft.data.chat import has_chat_template, prompt_ids
+    from fastdraft.data.dialogue import conversation_plan
 
-    chat = source.chat and has_chat_template(tokenizer)
-    return {"size": len(texts), "chat": chat, "encode": lambda index: prompt_ids(tokenizer, texts[index], chat)}
+    if found := conversation_plan(tokenizer, texts):
+        if found.format.note:
+            console.say(f"prompts '{source.name}': {found.format.note}")
+        return found.fields
+    chat, bare = source.chat and has_chat_template(tokenizer), [str(text) for text in texts]
+    return {"size": len(bare), "chat": chat, "encode": lambda index: prompt_ids(tokenizer, bare[index], chat)}
 
 
 def _corpus_plan(source: CorpusPrompts, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
