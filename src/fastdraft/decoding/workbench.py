@@ -1,6 +1,7 @@
 """The units of work of an evaluation, each kept in a file of its own as soon as it is done.
 
 Decides what is kept and under which name, so that a killed evaluation repeats at most one unit:
+  conversations/TASK.json          prompts of every turn, with the target's own earlier answers
   generations/TASK-T.parquet       the target's own texts
   replay/CHECKPOINT-TASK-T.npy     expected counts, [K, prompts, columns of counts_to_array]
   exact/TASK-T-kK.json             counts, response ids and accepted flags of real runs
@@ -12,7 +13,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.artifacts import read_json, write_atomic, write_json
 from fastdraft.console import Console
+from fastdraft.conversation import Conversation
 from fastdraft.data.responses import SyntheticRow, read_rows, write_rows
 from fastdraft.decoding.evaluation import as_row, derive_seed, exact_runs, replay_tables
 from fastdraft.decoding.figures import CountsTable, Setting, counts_table
@@ -43,6 +45,8 @@ class EncodedTask:
     max_new_tokens: int
     num_skipped: int = 0
     """Prompts left out because they do not fit the context."""
+    conversations: list[tuple[str, Conversation]] = field(default_factory=list)
+    """Name and words of those whose turns are still to be made prompts (decoding/turn_prompts.py)."""
 
 
 @dataclass(frozen=True)

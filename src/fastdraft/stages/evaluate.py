@@ -131,6 +131,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     from functools import cache, partial
 
     from fastdraft.decoding import scoreboard
+    from fastdraft.decoding.turn_prompts import with_turns
     from fastdraft.decoding.workbench import Workbench
     from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device, set_threads
     from fastdraft.provenance import describe_run
@@ -143,13 +144,16 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     _check_vocabularies(context, folders)
     target, vocabulary = load_target(context.target, device), load_vocabulary(context.target)
     tokenizer = load_tokenizer(context.target.location, context.target.revision, context.target.trust_remote_code)
-    plan = _plan(config, context, tokenizer, _context_length(context, folders))
+    context_length = _context_length(context, folders)
+    engine = partial(HuggingFaceEngine, target, vocabulary, config.batch_rows)
+    plan = _plan(config, context, tokenizer, context_length)
+    plan = with_turns(plan, engine, folder=artifact.path, console=console, tokenizer=tokenizer, context_length=context_length)
     bench = Workbench(plan, artifact.path, console, target, vocabulary)
     # Same device and precision for both: that is what is decoded with and what latency compares.
     loaders = {name: cache(partial(load_draft, folder, device, target.dtype)) for name, folder in folders.items()}
     final = list(loaders)[-1]
 
-    bench.write_texts(lambda on_batch: HuggingFaceEngine(target, vocabulary, config.batch_rows, on_batch))
+    bench.write_texts(engine)
     replayed = bench.replay_all(loaders)
     exact = bench.exact_all(final, loaders[final])
     costs = _costs(context, folders[final], bench.latency(loaders[final]))
@@ -214,18 +218,20 @@ def _encode(task: TaskConfig, context: StageContext, tokenizer: PreTrainedTokeni
     from fastdraft.decoding.workbench import EncodedTask
 
     loaded = load_task(task)
-    encoded = [(prompt.id, prompt_ids(tokenizer, prompt.text, loaded.chat)) for prompt in loaded.prompts]
+    talks = [(prompt.id, prompt.conversation) for prompt in loaded.prompts if prompt.conversation]
+    texts = [prompt for prompt in loaded.prompts if not prompt.conversation]
+    encoded = [(prompt.id, prompt_ids(tokenizer, prompt.text, loaded.chat)) for prompt in texts]
     room = context_length - task.max_new_tokens
     fitting = [(name, ids) for name, ids in encoded if 0 < len(ids) <= room]
     skipped = len(encoded) - len(fitting)
-    if not fitting:
+    if not fitting and not talks:
         found = f"none of {len(encoded)} prompts has 1 to {room} tokens"
         rule = f"prompt and {task.max_new_tokens} new tokens must fit the context of {context_length}"
         raise DataError(f"task '{task.name}'", found, rule, "shorten the prompts or lower max_new_tokens")
     if skipped:
         limit = f"the context of {context_length} less {task.max_new_tokens} new tokens"
         context.console.warn(f"{task.name}: {skipped} of {len(encoded)} prompts skipped: empty or longer than {limit}")
-    return EncodedTask(task.name, [name for name, _ in fitting], [ids for _, ids in fitting], task.max_new_tokens, skipped)
+    return EncodedTask(task.name, [name for name, _ in fitting], [ids for _, ids in fitting], task.max_new_tokens, skipped, talks)
 
 
 def _costs(context: StageContext, folder: Path, latency: Latency) -> CostRatios:
@@ -272,7 +278,7 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     if not trained_on:
         return None
     tasks = [load_task(task) for task in config.tasks]
-    search = Contamination({task.name: [_bare_ids(tokenizer, f"{p.text}{p.reference}") for p in task.prompts] for task in tasks})
+    search = Contamination({task.name: [_bare_ids(tokenizer, p.everything) for p in task.prompts] for task in tasks})
     prepared = [artifact for artifact in trained_on if artifact.name == "prepare"]
     corpora = [open_corpus(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
     with context.console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:
