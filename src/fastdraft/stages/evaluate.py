@@ -164,6 +164,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         **_cost_fields(costs),
         "rows": scoreboard.result_rows(bench, replayed, exact, costs),
         "differences": scoreboard.headline_differences(replayed, plan.num_speculative_tokens, plan.seed),
+        "by_position": scoreboard.by_position(bench, loaders, context_length),
         "greedy_check": scoreboard.greedy_check(bench, exact),
         "contamination": _contamination(config, context, tokenizer),
     }
@@ -258,12 +259,16 @@ def _cost_fields(costs: CostRatios) -> dict[str, Any]:
 
 def _tell(context: StageContext, results: Mapping[str, Any], table: tuple[str, list[str], list[list[str]]]) -> None:
     """The table, and what deserves a warning."""
+    from fastdraft.decoding import scoreboard
+
     console, check = context.console, results["greedy_check"]
     console.table(*table)
     if check["texts"]:
         equal = check["texts"] - check["different"]
         ties = f"; {check['near_ties']} of the others are near-ties" if check["different"] else ""
         console.say(f"greedy exact runs equal to the target's own text: {equal} of {check['texts']}{ties}")
+    for sentence in scoreboard.faded(results["by_position"]):
+        console.warn(sentence)
     if check["different"] > check["near_ties"]:
         console.warn("some greedy texts differ from the target's own by more than rounding; see greedy_check in results.json")
 
