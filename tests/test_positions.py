@@ -9,11 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdraft.artifacts import read_json
+from fastdraft.artifacts import read_json, write_json
 from fastdraft.decoding.position_figures import faded_sentence, position_results
 from fastdraft.functional import positions
 from fastdraft.functional.acceptance import counts_to_array, expected_counts
 from fastdraft.functional.positions import bucket_bounds, bucket_of, counts_by_bucket
+from fastdraft.reporting.document import Charts, Section, Table, Text
+from fastdraft.reporting.length_sections import length_section
+from fastdraft.reporting.page import render_markdown
+from fastdraft.reporting.record import RunRecord, read_record
+from fastdraft.reporting.report import compose_report
+from report_fixture import results, write_run
 
 
 def test_buckets_double_from_512_on() -> None:
@@ -95,6 +101,39 @@ def test_a_bucket_with_few_texts_is_not_judged() -> None:
     assert position_results({("align", "code", 0.6): table([0.9, 0.05], texts=5, tokens=10)}, 3, 4096, 0)["faded"] == []
 
 
+def report_of(folder: Path, rates: list[float]) -> RunRecord:
+    """A finished run whose code task has these rates, bucket by bucket."""
+    found = results()
+    tables = {("align", "code", t): table(rates) for t in (0.0, 0.6)} | {("align", "text", 0.6): table(rates[:1])}
+    found["by_position"] = position_results(tables, 3, 131072, 0)
+    run = write_run(folder, ())
+    write_json(run.artifact("evaluate").path / "results.json", found)
+    return read_record(run)
+
+
+def test_the_report_shows_acceptance_along_the_text(tmp_path: Path) -> None:
+    section = length_section(report_of(tmp_path, [0.8, 0.7, 0.1]))
+    assert isinstance(section, Section)
+    charts = [block for block in section.blocks if isinstance(block, Charts)]
+    tables = [block for block in section.blocks if isinstance(block, Table)]
+    words = " ".join(block.text for block in section.blocks if isinstance(block, Text))
+    assert "512–1k" in charts[0].charts[0].svg
+    assert tables[0].columns == ("Task", "0–512", "512–1k", "1k–2k")
+    assert [cell.text == "-" for cell in next(row for row in tables[0].rows if row.cells[0].text == "text").cells[1:]] == [
+        False,
+        True,
+        True,
+    ]
+    assert "from position 1,024 on" in words
+    assert "beyond 2,048 nothing was measured" in words
+
+
+def test_the_report_is_silent_about_positions_of_short_texts(tmp_path: Path) -> None:
+    assert length_section(report_of(tmp_path, [0.8])) is None
+    assert "Acceptance along the text" not in render_markdown(compose_report(report_of(tmp_path, [0.8])))
+    assert "Acceptance along the text" in render_markdown(compose_report(report_of(tmp_path, [0.8, 0.5])))
+
+
 def test_an_evaluation_tells_every_bucket_and_they_add_up_to_the_rows(
     tmp_path: Path, tiny_target: Path, near_draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,11 +143,11 @@ def test_an_evaluation_tells_every_bucket_and_they_add_up_to_the_rows(
     monkeypatch.setattr(positions, "FIRST_BUCKET", 16)
     config = evaluation(tmp_path, temperatures=[0.6], num_speculative_tokens=[2, 4])
     where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_target, "align": near_draft})
-    results = run(config, where)
-    found = results["by_position"]
+    outcome = run(config, where)
+    found = outcome["by_position"]
     assert (found["num_speculative_tokens"], found["context_length"]) == (2, 256)
     assert len({row["from"] for row in found["rows"]}) > 1
-    for total in results["rows"]:
+    for total in outcome["rows"]:
         if total["method"] == "replay" and total["num_speculative_tokens"] == 2:
             mine = [row for row in found["rows"] if all(row[key] == total[key] for key in ("checkpoint", "task", "temperature"))]
             for key in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_examined_tokens", "num_generated_tokens"):
