@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.artifacts import RunDirectory, read_json
-from fastdraft.data.responses import read_all, read_rows
+from fastdraft.data.responses import read_all, read_rows, unit_paths
 from fastdraft.errors import DataError
 from fastdraft.recipe import load_recipe
 from fastdraft.tasks import FileTask, load_task
@@ -62,6 +63,19 @@ def test_every_answer_of_a_conversation_is_trained(finished: RunDirectory, tiny_
         assert text.startswith("<|user|>\nBe brief.\n\nWhat is")
     trained = finished.artifact("align").manifest()
     assert trained["rows"] == len(list(read_all(artifact, "train")))
+
+
+def test_a_stage_that_was_killed_between_units_ends_with_the_very_same_rows(finished: RunDirectory, tmp_path: Path) -> None:
+    recipe = load_recipe(str(finished.root / "recipe.yaml"), [f"run.folder={tmp_path}"])
+    for stage in ("design", "synthesize"):
+        shutil.copytree(finished.root / stage, recipe.run.root / stage)
+    artifact = RunDirectory(recipe.run.root).artifact("synthesize")
+    before = {path.name: read_rows(path) for path in unit_paths(artifact)}
+    (artifact.path / "manifest.json").unlink()
+    for path in unit_paths(artifact)[len(before) // 2 :]:
+        path.unlink()
+    pipeline.run(recipe, only=["synthesize"])
+    assert {path.name: read_rows(path) for path in unit_paths(artifact)} == before
 
 
 def test_turns_of_one_conversation_are_held_out_together(finished: RunDirectory, tiny_target: Path) -> None:
