@@ -32,7 +32,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastdraft.console import format_table
-from fastdraft.data.chat import prompt_ids
+from fastdraft.data.dialogue import first_prompt_ids
 from fastdraft.data.prompts import JsonlPrompts, select_texts
 from fastdraft.decoding.autoregressive import pad_left
 from fastdraft.interfaces import Sampling, TargetConfig
@@ -116,7 +116,8 @@ class Contenders:
 def read_prompts(target: TargetConfig, arguments: argparse.Namespace, room: int) -> Texts:
     """The first prompts that fit, as the target reads them, shortest first."""
     tokenizer = load_tokenizer(target.location)
-    encoded = (prompt_ids(tokenizer, text, chat=True) for text in select_texts(JsonlPrompts(name="p", path=arguments.file), set(), 0).texts)
+    chosen = select_texts(JsonlPrompts(name="p", path=arguments.file), set(), 0).texts
+    encoded = (first_prompt_ids(tokenizer, prompt, chat=True) for prompt in chosen)
     fitting = (ids for ids in encoded if len(ids) <= room)
     return sorted((ids for ids, _ in zip(fitting, range(arguments.prompts), strict=False)), key=len)
 

@@ -111,7 +111,7 @@ def replay(comparison: Comparison, loss: str, folder: Path, console: Console) ->
         with console.progress(f"replay {loss}", len(texts), "tasks", len(texts) - len(missing)) as progress:
             for place, rows in missing.items():
                 buffer = io.BytesIO()
-                np.save(buffer, replay_tables(draft, rows, [k], vocabulary)[k], allow_pickle=False)
+                np.save(buffer, replay_tables(draft, rows, [k], vocabulary).by_k[k], allow_pickle=False)
                 write_atomic(paths[place], buffer.getvalue())
                 progress.advance()
                 console.stop.check(comparison.out)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from fastdraft import pipeline
 from fastdraft.artifacts import RunDirectory
 from fastdraft.commands import preview
+from fastdraft.commands.preview_batches import batch_row, spread_batch_rows
 from fastdraft.console import Console
-from fastdraft.data.responses import SyntheticRow, ids_hash, unit_path, write_rows
-from fastdraft.errors import ArtifactError, RecipeError
+from fastdraft.data.responses import SyntheticRow, ids_hash, read_all, unit_path, write_rows
+from fastdraft.errors import ArtifactError, RecipeError, TrainingError
 from fastdraft.recipe import load_recipe
+from fastdraft.stages.align import training_batches
+from fastdraft.training.batches import Sample, packed_batch, padded_batch
 
 
 def make_row(number: int, prompt_ids: list[int], response_ids: list[int]) -> SyntheticRow:
@@ -72,3 +78,58 @@ def test_a_run_without_rows_is_one_line(finished: Path) -> None:
 def test_a_count_below_one_is_refused(finished: Path) -> None:
     with pytest.raises(RecipeError, match="--count"):
         preview.run(finished, 0, Console(quiet=True))
+
+
+def test_the_share_of_trained_tokens_is_told(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preview.run(finished, 1, Console())
+    row = preview.spread_rows(RunDirectory(finished).artifact("synthesize"), 1)[0]
+    whole = len(row.prompt_ids) + len(row.response_ids)
+    assert f"{len(row.response_ids)} of {whole} tokens trained ({len(row.response_ids) / whole:.0%})" in capsys.readouterr().out
+
+
+def test_a_row_without_trained_tokens_is_an_error(tiny_target: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
+    with pytest.raises(TrainingError, match="0 % trained tokens"):
+        preview.format_row(make_row(1, [5, 6], []), tokenizer, colour=False)
+    batch = padded_batch([Sample([5, 6], [7, 8]), Sample([5, 6, 9, 9], [7])], 0)
+    empty = replace(batch, labels=batch.labels[:2], index=batch.index[:2])  # type: ignore[index]
+    assert batch_row(empty, 0, "row").trained == [False, False, True, True]
+    with pytest.raises(TrainingError, match="row 1: 0 % trained tokens"):
+        batch_row(empty, 1, "row 1")
+
+
+def test_a_row_of_a_padded_batch_is_read_back_token_by_token() -> None:
+    samples = [Sample([5, 6], [7, 8, 3]), Sample([9, 10, 11, 12], [7]), Sample([], [7, 8])]
+    batch = padded_batch(samples, 0)
+    rows = [batch_row(batch, place, "") for place in range(3)]
+    assert [row.token_ids for row in rows] == [[5, 6, 7, 8, 3], [9, 10, 11, 12, 7], [7, 8]]
+    assert [row.trained for row in rows] == [[False] * 2 + [True] * 3, [False] * 4 + [True], [False, True]]
+
+
+def test_packed_rows_are_trained_but_for_their_first_token() -> None:
+    row = batch_row(packed_batch(np.array([[4, 5, 6, 7], [8, 9, 10, 11]])), 1, "")
+    assert (row.token_ids, row.trained) == ([8, 9, 10, 11], [False, True, True, True])
+
+
+def test_the_batches_of_align_are_shown_as_the_draft_reads_them(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(str(tiny_recipe), ["align.batch_tokens=128", "align.pretraining_share=0.3"])
+    stages = ["design", "prepare", "pretrain", "continue_pretrain", "synthesize"]
+    root = pipeline.run(recipe, only=stages).root
+    preview.run(root, 4, Console(quiet=True), "align")
+    shown = capsys.readouterr().out
+    rows = shown.split("--- step")[1:]
+    assert len(rows) == 4
+    assert sum("pre-training mixture" in row for row in rows) >= 1
+    responses = [row for row in rows if ", responses," in row]
+    assert responses
+    assert all(row.count("[[") == row.count("]]") >= 1 for row in rows)
+    written = {tuple(row.response_ids) for row in read_all(RunDirectory(root).artifact("synthesize"), "train")}
+    source = training_batches(recipe.align, pipeline.make_context(recipe, Console(quiet=True)))  # type: ignore[arg-type]
+    for row in spread_batch_rows(source, 6):
+        if "responses" in row.about:
+            assert tuple(token for token, trained in zip(row.token_ids, row.trained, strict=True) if trained) in written
+
+
+def test_the_batches_of_a_run_without_align_are_refused(finished: Path) -> None:
+    with pytest.raises(ArtifactError, match="not finished"):
+        preview.run(finished, 1, Console(quiet=True), "align")

@@ -158,6 +158,10 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
 
 def _add_preview(verbs: Any) -> None:
     parser = verbs.add_parser("preview", help="synthetic rows as text, the trained tokens coloured")
+    parser.add_argument(
+        "--stage", choices=("synthesize", "align"), default="synthesize",
+        help="synthesize: what the target wrote (default); align: rows of the training batches as the draft reads them",
+    )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="a run's folder such as runs/demo")
     parser.add_argument("--count", type=int, default=5, help="rows to show (default 5)")
     parser.set_defaults(call=_preview)
@@ -235,7 +239,7 @@ def _preview(arguments: argparse.Namespace) -> None:
     from fastdraft.commands import preview
     from fastdraft.console import Console
 
-    preview.run(Path(arguments.run), arguments.count, Console())
+    preview.run(Path(arguments.run), arguments.count, Console(), arguments.stage)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

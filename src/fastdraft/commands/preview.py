@@ -1,21 +1,24 @@
-"""Shows synthetic rows as text: what the target was asked, and in colour the tokens that the draft is trained on.
+"""Shows rows as text, in colour the tokens that the draft is trained on: what the target wrote, or align's batches.
 
-Decides that the rows are spread evenly over what was written, and that without a terminal the trained part stands between
-marks instead of in colour. Boundaries are those of the rows' own token ids, the very ones that training uses.
+Decides that the rows are spread evenly over what was written, that without a terminal the trained part stands between
+marks instead of in colour, and that a row without trained tokens is an error. Boundaries are those of the rows' own token ids, the
+very ones that training uses.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fastdraft.artifacts import Artifact, RunDirectory
+from fastdraft.commands.preview_batches import BatchRow, align_rows
 from fastdraft.console import Console
 from fastdraft.data.responses import SyntheticRow, read_columns, read_rows, unit_paths
-from fastdraft.errors import ArtifactError, RecipeError
+from fastdraft.errors import ArtifactError, RecipeError, TrainingError
 from fastdraft.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -25,17 +28,18 @@ _DIM, _GREEN, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 _MARKS = ("[[", "]]")
 
 
-def run(run: Path, count: int = 5, console: Console | None = None) -> None:
+def run(run: Path, count: int = 5, console: Console | None = None, stage: Literal["synthesize", "align"] = "synthesize") -> None:
     """Prints `count` rows of a run to stdout; a run that is still writing shows what it has.
 
     Args:
         run: The run's folder.
         count: Rows to show.
+        stage: synthesize shows what the target wrote, align the rows of its training batches as the draft reads them.
         console: Where news go.
 
     Raises:
         ArtifactError: when the folder is no run's, or the run has no synthetic rows yet.
-        RecipeError: when `count` is below 1.
+        RecipeError: when `count` is below 1. TrainingError: when a row has no trained token.
     """
     if count < 1:
         raise RecipeError("--count", count, "must be at least 1", "for example --count 5")
@@ -43,14 +47,16 @@ def run(run: Path, count: int = 5, console: Console | None = None) -> None:
 
     if not (run / "recipe.yaml").is_file():
         raise ArtifactError(run, "has no recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo")
-    artifact = RunDirectory(run).artifact("synthesize")
-    rows = spread_rows(artifact, count)
-    target = load_recipe(str(run / "recipe.yaml")).target
+    console, recipe = console or Console(quiet=True), load_recipe(str(run / "recipe.yaml"))
+    written = spread_rows(RunDirectory(run).artifact("synthesize"), count)
+    batched = align_rows(run, recipe, count, console) if stage == "align" else []
+    target = recipe.target
     tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    (console or Console(quiet=True)).say("trained tokens are " + ("green" if colour else f"between {_MARKS[0]} and {_MARKS[1]}"))
-    for row in rows:
-        print(format_row(row, tokenizer, colour))
+    console.say("trained tokens are " + ("green" if colour else f"between {_MARKS[0]} and {_MARKS[1]}"))
+    shown = [format_batch_row(row, tokenizer, colour) for row in batched] or [format_row(row, tokenizer, colour) for row in written]
+    for text in shown:
+        print(text)
 
 
 def spread_rows(artifact: Artifact, count: int) -> list[SyntheticRow]:
@@ -79,12 +85,31 @@ def spread_rows(artifact: Artifact, count: int) -> list[SyntheticRow]:
 
 
 def format_row(row: SyntheticRow, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
-    """One row as text, special tokens written out."""
+    """One row as text, special tokens written out.
+
+    Raises:
+        TrainingError: when it has no trained token.
+    """
     facts = f"{row.source}, temperature {row.temperature:g}, {row.finish_reason}, {len(row.prompt_ids)} + {len(row.response_ids)} tokens"
-    prompt, response = _text(tokenizer, row.prompt_ids), _text(tokenizer, row.response_ids)
-    if colour:
-        return f"--- {facts}\n{_DIM}{prompt}{_RESET}{_GREEN}{response}{_RESET}\n"
-    return f"--- {facts}\n{prompt}{_MARKS[0]}{response}{_MARKS[1]}\n"
+    if not row.response_ids:
+        raise TrainingError(f"row {row.row_id}", "0 % trained tokens", "every row must have a response", "redo synthesize")
+    trained = [False] * len(row.prompt_ids) + [True] * len(row.response_ids)
+    return _coloured(facts, [*row.prompt_ids, *row.response_ids], trained, tokenizer, colour)
+
+
+def format_batch_row(row: BatchRow, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+    """One row of a batch as text, special tokens written out."""
+    return _coloured(row.about, row.token_ids, row.trained, tokenizer, colour)
+
+
+def _coloured(facts: str, ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+    """Neighbours of the same kind are decoded together."""
+    before, after = (_GREEN, _RESET) if colour else _MARKS
+    parts = [f"--- {facts}, {sum(trained)} of {len(ids)} tokens trained ({sum(trained) / len(ids):.0%})\n"]
+    for is_trained, places in itertools.groupby(range(len(ids)), key=trained.__getitem__):
+        text = _text(tokenizer, [ids[place] for place in places])
+        parts.append(f"{before}{text}{after}" if is_trained else f"{_DIM}{text}{_RESET}" if colour else text)
+    return "".join(parts) + "\n"
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -56,6 +56,8 @@ class Planner:
     """Gives the finished prepare stage; called for prefixes of a corpus only."""
     refused: dict[str, dict[str, int]] = field(default_factory=dict)
     """Filled while planning: prompts that are not asked, by source and reason."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Filled while planning: a word for the user about a source."""
 
     def plan(self, sources: Sequence[PromptConfig]) -> list[Plan]:
         """Each source's units, in the order of the recipe.
@@ -79,10 +81,15 @@ class Planner:
 
     def _texts(self, source: TextPrompts) -> dict[str, Any]:
         from fastdraft.data.chat import has_chat_template, prompt_ids
+        from fastdraft.data.dialogue import conversation_plan
 
         chosen = select_texts(source, self.held_out, self.seed)
         self.refused[source.name] = chosen.refused
-        texts, chat = chosen.texts, source.chat and has_chat_template(self.tokenizer)
+        if found := conversation_plan(self.tokenizer, chosen.texts):
+            if found.format.note:
+                self.notes[source.name] = found.format.note
+            return found.fields
+        texts, chat = [str(text) for text in chosen.texts], source.chat and has_chat_template(self.tokenizer)
         return {"size": len(texts), "chat": chat, "encode": lambda index: prompt_ids(self.tokenizer, texts[index], chat)}
 
     def _standing(self, source: TranscriptPrompts) -> StandingPlan:

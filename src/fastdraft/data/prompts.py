@@ -1,7 +1,8 @@
 """Where prompts come from: files, hub data sets, the target itself (Magpie), prefixes of a prepared corpus, logs of the target.
 
 Decides each source's recipe keys, that a prompt of an evaluation task is refused as a training prompt however it is spaced
-or capitalised, that empty and repeated prompts are left out, and that the order of a file is drawn from the seed.
+or capitalised, that empty and repeated prompts are left out, and that the order of a file is drawn from the seed. A row
+holds text or a whole conversation.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastdraft.config import Config, Count
-from fastdraft.data.readers import jsonl_texts
+from fastdraft.conversation import Conversation, Prompt, read_conversation
+from fastdraft.data.readers import jsonl_values
 from fastdraft.data.sources import HubSource, JsonlSource
 from fastdraft.data.transcripts import TranscriptLog, TranscriptPrompts, read_entries
 from fastdraft.errors import DataError
@@ -32,18 +34,28 @@ class _Prompts(Config):
 
 
 class TextPrompts(_Prompts):
-    """A source that holds prompts as text."""
+    """A source that holds prompts as text or as conversations."""
 
     chat: bool = True
-    """Puts each prompt into the target's chat template as a user message, if it has a template; else bare text."""
+    """Puts each text into the target's chat template as a user message, if it has a template; else bare text. Conversations always go
+    through the template if there is one."""
 
-    def texts(self) -> Iterator[str]:
-        """The prompts as they stand in the source.
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """(place, text or list of messages) as they stand in the source.
 
         Raises:
             DataError: when the source is missing or damaged.
         """
         raise NotImplementedError
+
+    def prompts(self) -> Iterator[Prompt | None]:
+        """Every row's prompt; None for a conversation that cannot be asked again.
+
+        Raises:
+            DataError: when the source is missing or damaged, or a row holds neither text nor messages.
+        """
+        for where, value in self.values():
+            yield value or "" if isinstance(value, str | None) else read_conversation(value, where)
 
     def describe(self) -> dict[str, Any]:
         """The settings and what they point at now, for fingerprints."""
@@ -58,14 +70,14 @@ class JsonlPrompts(TextPrompts):
     path: str = Field(min_length=1)
     """A file, a folder or a pattern; `shipped:` and `python:` names too."""
     field: str = "prompt"
-    """The key that holds the prompt."""
+    """The key that holds the prompt: text, or a list of messages whose every answer the target gives anew."""
 
     def _source(self) -> JsonlSource:
         return JsonlSource(name=self.name, path=self.path, field=self.field)
 
-    def texts(self) -> Iterator[str]:
+    def values(self) -> Iterator[tuple[str, Any]]:
         for file in self._source().files():
-            yield from jsonl_texts(file.path, self.field)
+            yield from jsonl_values(file.path, self.field)
 
     def describe(self) -> dict[str, Any]:
         return {**self.model_dump(), **self._source().describe()}
@@ -85,13 +97,13 @@ class HubPrompts(TextPrompts):
     revision: str | None = None
     """Commit to pin, so that a resumed run reads the same rows."""
     field: str = "prompt"
-    """The column that holds the prompt."""
+    """The column that holds the prompt: text, or a list of messages whose every answer the target gives anew."""
     count: Count | None = Field(default=100_000, ge=1)
     """Rows read from the beginning of the data set; they are held in memory."""
 
-    def texts(self) -> Iterator[str]:
+    def values(self) -> Iterator[tuple[str, Any]]:
         source = HubSource(**self.model_dump(include={"name", "dataset", "subset", "split", "revision", "field"}))
-        return itertools.islice(source.documents(0), self.count)
+        return itertools.islice(source.values(), self.count)
 
     def describe(self) -> dict[str, Any]:
         return self.model_dump()
@@ -136,9 +148,9 @@ def normalised(text: str) -> str:
 class PromptTexts:
     """A text source's prompts in the order asked, and how many were refused before the target saw them."""
 
-    texts: list[str]
+    texts: list[Prompt]
     refused: dict[str, int]
-    """`evaluation` (also a prompt of an evaluation task), `empty`, `repeated`."""
+    """`evaluation` (also a prompt of an evaluation task), `empty`, `repeated`, `unsupported` (tools, pictures, late system messages)."""
     digest: str
     """Of the prompts refused because of evaluation: what the result depends on of the tasks."""
 
@@ -156,14 +168,17 @@ def select_texts(config: TextPrompts, evaluation: Iterable[str], seed: int) -> P
     """
     held_out = set(evaluation)
     seen: set[str] = set()
-    texts: list[str] = []
+    texts: list[Prompt] = []
     refused = {"evaluation": 0, "empty": 0, "repeated": 0}
     met: set[str] = set()
-    for text in config.texts():
-        key = normalised(text)
-        reason = "empty" if not key else "evaluation" if key in held_out else "repeated" if key in seen else None
+    for text in config.prompts():
+        if text is None:
+            refused["unsupported"] = refused.get("unsupported", 0) + 1
+            continue
+        key, said = _keys(text)
+        reason = "empty" if not any(said) else "evaluation" if not held_out.isdisjoint(said) else "repeated" if key in seen else None
         if reason == "evaluation":
-            met.add(key)
+            met.update(held_out.intersection(said))
         if reason:
             refused[reason] += 1
         else:
@@ -182,3 +197,11 @@ def refused_transcripts(config: TranscriptLog, evaluation: Iterable[str]) -> str
     held_out = set(evaluation)
     met = {key for entry in read_entries(config) if (key := normalised(entry.text)) in held_out} if held_out else set()
     return hashlib.sha256("\n".join(sorted(met)).encode()).hexdigest()[:20] if met else ""
+
+
+def _keys(prompt: Prompt) -> tuple[str, list[str]]:
+    """What tells a prompt from others, and each thing that its user says, normalised."""
+    if isinstance(prompt, Conversation):
+        return normalised(prompt.text), [normalised(words) for words in prompt.users]
+    key = normalised(prompt)
+    return key, [key]

@@ -130,6 +130,16 @@ def jsonl_texts(path: Path, field: str) -> Iterator[str]:
     Raises:
         DataError: when the file is damaged, or a line has no such field or no text under it.
     """
+    for where, value in jsonl_values(path, field):
+        yield _text(value, where, field)
+
+
+def jsonl_values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """(file and line, whatever stands under `field`) of each line.
+
+    Raises:
+        DataError: when the file is damaged, or a line has no such field.
+    """
     for number, row in read_jsonl(path):
         if field not in row:
             raise DataError(
@@ -138,7 +148,7 @@ def jsonl_texts(path: Path, field: str) -> Iterator[str]:
                 f"has {', '.join(map(str, list(row)[:8])) or 'no field'}",
                 "set `field` to the one that holds the text",
             )
-        yield _text(row[field], f"{path} line {number}", field)
+        yield f"{path} line {number}", row[field]
 
 
 def parquet_texts(path: Path, field: str) -> Iterator[str]:

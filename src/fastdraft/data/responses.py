@@ -47,7 +47,7 @@ class SyntheticRow:
     source: str
     """Name of the prompt source in the recipe."""
     prompt_key: str
-    """Hash of the prompt ids: equal prompts have equal keys."""
+    """Hash of the prompt ids, of a conversation those of its first turn: equal prompts have equal keys."""
     prompt_ids: list[int]
     response_ids: list[int]
     """Without the prompt; ends with the EOS id when `finish_reason` is `stop`. Training's loss covers exactly these."""

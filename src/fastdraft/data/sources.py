@@ -167,6 +167,18 @@ class HubSource(_Source):
         return self.model_dump(exclude={"license"})
 
     def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
+        for where, value in self.values():
+            if not isinstance(value, str | None):
+                rule, remedy = f"'{self.field}' must hold text", "set `field` to the column that holds the text"
+                raise DataError(where, f"a {type(value).__name__}", rule, remedy)
+            yield value or ""
+
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """(data set and row, whatever stands in the column `field`) of each row.
+
+        Raises:
+            MissingExtraError: without the library. DataError: when the data set cannot be reached or has no such column.
+        """
         try:
             from datasets import load_dataset
         except ImportError:
@@ -176,14 +188,14 @@ class HubSource(_Source):
         try:
             for row in load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True):
                 number += 1
-                if not isinstance(row.get(self.field), str | None) or self.field not in row:
+                if self.field not in row:
                     raise DataError(
                         f"{where} row {number}",
                         f"no text under '{self.field}'",
                         f"has {', '.join(list(row)[:8])}",
                         "set `field` to the one that holds the text",
                     )
-                yield row[self.field] or ""
+                yield f"{where} row {number}", row[self.field]
         except DataError:
             raise
         except Exception as error:  # the library raises dozens of types, all of them the network's or the id's fault

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from fastdraft.artifacts import digest
+from fastdraft.conversation import Conversation
 from fastdraft.interfaces import Generation, Sampling
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Unit:
     """Answers that stand already (transcripts), one for each prompt: nothing is asked."""
     sampling: Sampling | None = None
     """How these were drawn."""
+    conversations: tuple[Conversation, ...] = ()
+    """Whose first turns `prompts` are, where all turns are asked one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,8 @@ class UnitPlan:
     """The answers have an end of their own."""
     instruction_tokens: int = 0
     """Above 0 for Magpie, whose prompts are the template's beginning."""
+    conversation: Callable[[int], Conversation] | None = None
+    """The conversation that prompt i opens, for sources of conversations."""
     share: float = 1.0
     """Part of the budget's tokens, relative to other sources."""
 
@@ -81,7 +86,10 @@ class UnitPlan:
         for places in self._turns:
             if number < len(places):
                 chunk, temperature = places[number]
-                return Unit(self.name, temperature, tuple(self._chunk(chunk)), self.chat, self.instruction_tokens)
+                chosen = self._chunk(chunk)
+                prompts = tuple(self.encode(i) for i in chosen)
+                conversations = tuple(self.conversation(i) for i in chosen) if self.conversation else ()
+                return Unit(self.name, temperature, prompts, self.chat, self.instruction_tokens, conversations=conversations)
             number -= len(places)
         return None
 
@@ -89,7 +97,8 @@ class UnitPlan:
         """Whether the source has a unit of that number; no prompt is read to tell."""
         return self.size is None or number < sum(map(len, self._turns))
 
-    def _chunk(self, chunk: int) -> list[list[int]]:
+    def _chunk(self, chunk: int) -> list[int]:
+        """Numbers of a chunk's prompts."""
         window, place = divmod(chunk, UNITS_PER_WINDOW)
         if window not in self._windows:
             self._windows.clear()
@@ -97,14 +106,14 @@ class UnitPlan:
         return self._windows[window][place]
 
     @cached_property
-    def _windows(self) -> dict[int, list[list[list[int]]]]:
+    def _windows(self) -> dict[int, list[list[int]]]:
         """The window looked at last, for its other chunks."""
         return {}
 
-    def _window(self, window: int) -> list[list[list[int]]]:
-        """A window's prompts sorted by length and cut into chunks, the chunks in an order drawn from the seed."""
+    def _window(self, window: int) -> list[list[int]]:
+        """Numbers of a window's prompts sorted by length and cut into chunks, the chunks in an order drawn from the seed."""
         rows = UNITS_PER_WINDOW * self.unit_rows
-        prompts = sorted((self.encode(i) for i in range(window * rows, min(self.size or 0, (window + 1) * rows))), key=len)
+        prompts = sorted(range(window * rows, min(self.size or 0, (window + 1) * rows)), key=lambda i: len(self.encode(i)))
         chunks = [prompts[start : start + self.unit_rows] for start in range(0, len(prompts), self.unit_rows)]
         random.Random(f"{self.seed}/{self.name}/{window}").shuffle(chunks)
         return chunks

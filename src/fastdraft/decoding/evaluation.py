@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 from fastdraft.artifacts import digest
 from fastdraft.data.responses import SyntheticRow, ids_hash
 from fastdraft.decoding.figures import CostRatios, CountsTable, Setting, counts_table, result_row
-from fastdraft.decoding.replay import replay
+from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
 from fastdraft.functional.looping import is_looping
+from fastdraft.functional.positions import counts_by_bucket
 from fastdraft.interfaces import Engine, Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
 
+HEADLINE_K = 3
 NEAR_TIE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Gap in log-prob below which two tokens count as tied, by the target's precision."""
 
@@ -43,6 +45,16 @@ def as_row(generation: Generation, sampling: Sampling, source: str) -> Synthetic
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """What replay found over some texts."""
+
+    by_k: dict[int, CountsTable]
+    """Counts of every text, for each K."""
+    by_position: np.ndarray[Any, np.dtype[np.float64]]
+    """Of every text in every bucket of positions (functional/positions.py) at the headline K: [texts, buckets, columns]."""
+
+
 def replay_tables(
     draft: PreTrainedModel,
     rows: Sequence[SyntheticRow],
@@ -51,10 +63,17 @@ def replay_tables(
     draft_temperature: float | None = None,
     *,
     on_batch: Callable[[int], None] | None = None,
-) -> dict[int, CountsTable]:
-    """For each K the expected counts of every row, by replay."""
-    counts = replay(draft, rows, num_speculative_tokens, vocabulary, draft_temperature, on_batch=on_batch)
-    return {k: counts_table([by_k[k] for by_k in counts]) for k in num_speculative_tokens}
+) -> Replayed:
+    """The expected counts of every row, by replay."""
+    accepts = accept_probabilities(draft, rows, vocabulary, draft_temperature, on_batch=on_batch)
+    counts = counts_of_accepts(accepts, num_speculative_tokens)
+    by_position = counts_by_bucket(accepts, [len(row.prompt_ids) for row in rows], nearest(num_speculative_tokens))
+    return Replayed({k: counts_table([by_k[k] for by_k in counts]) for k in num_speculative_tokens}, by_position)
+
+
+def nearest(num_speculative_tokens: Sequence[int]) -> int:
+    """The headline K: 3, or the one nearest to it."""
+    return min(num_speculative_tokens, key=lambda k: (abs(k - HEADLINE_K), k))
 
 
 def exact_runs(
@@ -146,7 +165,7 @@ def evaluate_pair(
             sampling = Sampling(temperature, top_k, top_p)
             written = engine.generate(task_prompts, sampling, max_new_tokens, derive_seed(seed, task, temperature))
             rows = [as_row(generation, sampling, task) for generation in written]
-            tables = replay_tables(draft, rows, num_speculative_tokens, vocabulary, draft_temperature)
+            tables = replay_tables(draft, rows, num_speculative_tokens, vocabulary, draft_temperature).by_k
             looping = looping_flags(rows)
             found += [result_row(Setting(name, task, "replay", temperature, k), table, looping, costs, seed) for k, table in tables.items()]
     return found

@@ -78,6 +78,11 @@ def replay(
         For each row, in order, a dictionary from K to counts. A row without a response has empty counts.
     """
     accepts = accept_probabilities(draft, rows, vocabulary, draft_temperature, batch_tokens=batch_tokens, on_batch=on_batch)
+    return counts_of_accepts(accepts, num_speculative_tokens)
+
+
+def counts_of_accepts(accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]) -> list[dict[int, Counts]]:
+    """For each text a dictionary from K to expected counts, from its accept probabilities."""
     starts = range(0, len(accepts), COUNTED_TOGETHER)
     # Neighbours in length share a recursion, so that short texts do not pay for the longest.
     order = sorted(range(len(accepts)), key=lambda i: len(accepts[i]))

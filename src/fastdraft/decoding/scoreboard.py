@@ -6,18 +6,18 @@ greedy check covers every exact greedy run, and which answers are shown coloured
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.decoding.evaluation import greedy_difference, looping_flags
+from fastdraft.decoding.evaluation import greedy_difference, looping_flags, nearest
 from fastdraft.decoding.figures import CostRatios, CountsTable, Setting, difference_rows, result_row, tidy
 from fastdraft.decoding.pieces import text_pieces
+from fastdraft.decoding.position_figures import faded_sentence, position_results
 from fastdraft.decoding.workbench import ExactUnit, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HEADLINE_K = 3
 SAMPLES_PER_TASK = 2
 LABELS = {"design": "untrained", "pretrain": "PT", "continue_pretrain": "CP", "align": "FT"}
 
@@ -64,6 +64,17 @@ def headline_differences(replayed: Mapping[Setting, CountsTable], num_speculativ
     return difference_rows({s: table for s, table in replayed.items() if s.num_speculative_tokens == k}, seed)
 
 
+def by_position(bench: Workbench, checkpoints: Iterable[str], context_length: int) -> dict[str, Any]:
+    """Acceptance along the text, by replay at the headline K."""
+    k = nearest(bench.plan.num_speculative_tokens)
+    return position_results(bench.positions(checkpoints), k, context_length, bench.plan.seed)
+
+
+def faded(found: Mapping[str, Any]) -> list[str]:
+    """Warnings about a draft whose acceptance dies before the context ends."""
+    return [faded_sentence(case, found["context_length"]) for case in found["faded"]]
+
+
 def samples(bench: Workbench, exact: Mapping[Setting, ExactUnit], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """A few exact answers as pieces of text, each marked accepted or not; the lowest sampled temperature, else greedy."""
     temperature = min((t for t in bench.plan.temperatures if t > 0), default=0.0)
@@ -80,11 +91,6 @@ def samples(bench: Workbench, exact: Mapping[Setting, ExactUnit], tokenizer: Pre
             place = {"task": setting.task, "id": task.prompt_names[index], "temperature": temperature, "num_speculative_tokens": k}
             found.append({**place, "prompt": prompt, "pieces": pieces})
     return found
-
-
-def nearest(num_speculative_tokens: Sequence[int]) -> int:
-    """3, or the K nearest to it."""
-    return min(num_speculative_tokens, key=lambda k: (abs(k - HEADLINE_K), k))
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], num_speculative_tokens: Sequence[int]) -> tuple[str, list[str], list[list[str]]]:

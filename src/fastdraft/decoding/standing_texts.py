@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastdraft.artifacts import Artifact
-from fastdraft.data.responses import SyntheticRow, read_all, read_columns, unit_paths, validation_keys
+from fastdraft.data.responses import SyntheticRow, ids_hash, read_all, read_columns, unit_paths, validation_keys
 from fastdraft.data.texts import HeldOutTexts, LoggedTexts
 from fastdraft.data.transcripts import TranscriptLog, read_transcripts
 from fastdraft.decoding.evaluation import as_row
@@ -92,8 +92,12 @@ def _score(context: StageContext) -> Score:
 
 def trained_prompts(synthesize: Artifact) -> frozenset[str]:
     """Keys of the prompts whose answers the draft was aligned on."""
-    keys = [key for path in unit_paths(synthesize) for key in read_columns(path, ["prompt_key"])["prompt_key"]]
-    return frozenset(keys) - validation_keys(keys)
+    rows: list[tuple[str, str]] = []  # key, and the prompt's own hash: rows of a conversation share the key of its first turn
+    for path in unit_paths(synthesize):
+        columns = read_columns(path, ["prompt_key", "prompt_ids"])
+        rows += zip(columns["prompt_key"], map(ids_hash, columns["prompt_ids"]), strict=True)
+    held_out = validation_keys([key for key, _ in rows])
+    return frozenset(own for key, own in rows if key not in held_out)
 
 
 def logged_rows(

@@ -2,21 +2,25 @@
 
 Decides that prompts which leave no room for an answer are counted and not asked, and how Magpie goes: the target writes
 instructions at temperature 1 behind the template's beginning, those that are no use are counted, and the rest are
-answered in a prompt rendered from their text, as a user's would be.
+answered in a prompt rendered from their text, as a user's would be. Of a conversation every turn is a row (decoding/turns.py), all
+with the key of the first prompt, so that they are held out together or not at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdraft.data.chat import render_prompt, special_ids
+from fastdraft.data.dialogue import DialogueFormat, dialogue_format
 from fastdraft.data.filters import RowCounts, RowFilter, loop_start
 from fastdraft.data.prompts import normalised
-from fastdraft.data.responses import SyntheticRow
+from fastdraft.data.responses import SyntheticRow, ids_hash
 from fastdraft.data.units import Unit
+from fastdraft.decoding.turns import take_turns
 from fastdraft.interfaces import Engine, Generation, Sampling
 
 if TYPE_CHECKING:
@@ -60,6 +64,8 @@ class UnitWriter:
         Raises:
             AssertionError: if a prompt is not accounted for, which would be a fault in this program.
         """
+        if unit.conversations:
+            return self._converse(unit, seed)
         counts = RowCounts(asked=len(unit.prompts))
         if unit.answers:
             return self._take(unit, counts)
@@ -83,6 +89,31 @@ class UnitWriter:
         judged = [self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts) for answer in fitting]
         assert counts.balance() == 0, f"unaccounted rows: {counts}"
         return [row for row in judged if row], counts
+
+    @cached_property
+    def _format(self) -> DialogueFormat:
+        return dialogue_format(self.tokenizer)
+
+    def _converse(self, unit: Unit, seed: int) -> tuple[list[SyntheticRow], RowCounts]:
+        """Every turn of every conversation; asked counts turns."""
+        counts = RowCounts(asked=sum(len(talk.users) for talk in unit.conversations))
+        sampling = Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
+        found = take_turns(
+            self._format,
+            unit.conversations,
+            lambda number, prompts: self.engine.generate(prompts, sampling, self.max_new_tokens, seed + number),
+            room=self.context_length - self.max_new_tokens,
+            missing_ids=self.row_filter.missing_ids,
+        )
+        counts.leave_out("prompt_too_long", found.too_long)
+        counts.leave_out("conversation_ended", found.ended)
+        rows: list[SyntheticRow] = []
+        for turn in found.turns:
+            row = self.row_filter.judge(turn.answer, unit.source, sampling, unit.chat, counts) if turn.answer else None
+            if row:
+                rows.append(replace(row, prompt_key=ids_hash(unit.prompts[turn.conversation])))
+        assert counts.balance() == 0, f"unaccounted rows: {counts}"
+        return rows, counts
 
     def _instructions(self, unit: Unit, seed: int, counts: RowCounts) -> list[list[int]]:
         """Prompts around the instructions that the target invents; those of no use are counted in `counts`."""

@@ -1,8 +1,10 @@
 """The units of work of an evaluation, each kept in a file of its own as soon as it is done.
 
 Decides what is kept and under which name, so that a killed evaluation repeats at most one unit:
+  conversations/TASK.json          prompts of every turn, with the target's own earlier answers
   generations/TASK-T.parquet       the target's own texts
   replay/CHECKPOINT-TASK-T.npy     expected counts, [K, prompts, columns of counts_to_array]
+  positions/CHECKPOINT-TASK-T.npy  the same at the headline K, [prompts, buckets, columns] (functional/positions.py)
   exact/TASK-T-kK.json             counts, response ids and accepted flags of real runs
   latency.json                     medians of single passes
 """
@@ -11,8 +13,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,12 @@ from transformers import PreTrainedModel
 
 from fastdraft.artifacts import read_json, write_atomic, write_json
 from fastdraft.console import Console
+from fastdraft.conversation import Conversation
 from fastdraft.data.responses import SyntheticRow, read_rows, write_rows
 from fastdraft.decoding.evaluation import as_row, derive_seed, exact_runs, replay_tables
 from fastdraft.decoding.figures import CountsTable, Setting, counts_table
 from fastdraft.decoding.latency import Latency, measure_latency
+from fastdraft.decoding.position_figures import Place, Positions
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import ArtifactError, TargetError
 from fastdraft.interfaces import Engine, Generation, Sampling
@@ -43,6 +47,8 @@ class EncodedTask:
     max_new_tokens: int
     num_skipped: int = 0
     """Prompts left out because they do not fit the context."""
+    conversations: list[tuple[str, Conversation]] = field(default_factory=list)
+    """Name and words of those whose turns are still to be made prompts (decoding/turn_prompts.py)."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +152,8 @@ class Workbench:
         """Raises:
         TargetError: when a served target's answers are not whole, or lack the log-probs that replay needs.
         """
+        refuse_faults(task.name, written)
         where, count = f"task '{task.name}'", len(written)
-        faults = [generation.fault for generation in written if generation.fault]
-        if faults:
-            remedy = "use a server that gives token ids (vLLM, llama.cpp, SGLang), or evaluate.texts with kind synthesize"
-            raise TargetError(where, f"{len(faults)} of {count} answers: {faults[0]}", "every prompt needs the target's own tokens", remedy)
         unknown = sum(len(generation.logprobs) != len(generation.response_ids) for generation in written)
         if unknown and temperature > 0 and self.plan.draft_temperature != 0:
             rule = "replay of sampled text needs the log-prob of every token under the sampled distribution"
@@ -160,7 +163,7 @@ class Workbench:
     def replay_all(self, load_draft: Mapping[str, Callable[[], PreTrainedModel]]) -> dict[Setting, CountsTable]:
         """Expected counts of every checkpoint; its loader is called only if something of it is missing, and should remember the model."""
         jobs = [(checkpoint, task, temperature) for checkpoint in load_draft for task, temperature in self.plan.settings]
-        missing = [job for job in jobs if not self._replay_path(*job).exists()]
+        missing = [job for job in jobs if not (self._replay_path(*job).exists() and self._replay_path(*job, "positions").exists())]
         total, left = (sum(len(task.prompt_ids) for _, task, _ in some) for some in (jobs, missing))
         ks = self.plan.num_speculative_tokens
         if missing:
@@ -168,16 +171,22 @@ class Workbench:
                 for checkpoint, task, temperature in missing:
                     draft, rows = load_draft[checkpoint](), self.texts(task, temperature)
                     found = replay_tables(draft, rows, ks, self.vocabulary, self.plan.draft_temperature, on_batch=progress.advance)
-                    _write_tables(self._replay_path(checkpoint, task, temperature), [found[k] for k in ks])
+                    _write_array(self._replay_path(checkpoint, task, temperature, "positions"), found.by_position)
+                    _write_array(self._replay_path(checkpoint, task, temperature), _stacked([found.by_k[k] for k in ks]))
                     self.console.stop.check(self.folder)
         return {
             Setting(checkpoint, task.name, "replay", temperature, k): table[:, : TOTALS + k]
             for checkpoint, task, temperature in jobs
-            for k, table in zip(ks, _read_tables(self._replay_path(checkpoint, task, temperature)), strict=True)
+            for k, table in zip(ks, _read_array(self._replay_path(checkpoint, task, temperature)), strict=True)
         }
 
-    def _replay_path(self, checkpoint: str, task: EncodedTask, temperature: float) -> Path:
-        return self.folder / "replay" / f"{checkpoint}-{task.name}-{temperature:g}.npy"
+    def positions(self, checkpoints: Iterable[str]) -> dict[Place, Positions]:
+        """Counts by position of every checkpoint replayed, task and temperature."""
+        places = [(checkpoint, task, temperature) for checkpoint in checkpoints for task, temperature in self.plan.settings]
+        return {(name, task.name, t): _read_array(self._replay_path(name, task, t, "positions")) for name, task, t in places}
+
+    def _replay_path(self, checkpoint: str, task: EncodedTask, temperature: float, folder: str = "replay") -> Path:
+        return self.folder / folder / f"{checkpoint}-{task.name}-{temperature:g}.npy"
 
     def exact_all(self, checkpoint: str, draft: Callable[[], PreTrainedModel]) -> dict[Setting, ExactUnit]:
         """Real speculative decoding of the first prompts of each task with one draft."""
@@ -222,18 +231,33 @@ class Workbench:
         return Latency.from_dict(read_json(path))
 
 
-def _write_tables(path: Path, tables: Sequence[CountsTable]) -> None:
+def refuse_faults(task: str, written: Sequence[Generation]) -> None:
+    """Raises:
+    TargetError: when a served target's answers to a task are not whole.
+    """
+    faults = [generation.fault for generation in written if generation.fault]
+    if faults:
+        found = f"{len(faults)} of {len(written)} answers: {faults[0]}"
+        remedy = "use a server that gives token ids (vLLM, llama.cpp, SGLang), or evaluate.texts with kind synthesize"
+        raise TargetError(f"task '{task}'", found, "every prompt needs the target's own tokens", remedy)
+
+
+def _stacked(tables: Sequence[CountsTable]) -> Positions:
     """Tables of different K have different numbers of positions: zeros fill up to the largest K."""
     width = max(table.shape[1] for table in tables)
-    stacked = np.stack([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in tables])
+    return np.stack([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in tables])
+
+
+def _write_array(path: Path, values: Positions) -> None:
     buffer = io.BytesIO()
-    np.save(buffer, stacked, allow_pickle=False)
+    np.save(buffer, values, allow_pickle=False)
     write_atomic(path, buffer.getvalue())
 
 
-def _read_tables(path: Path) -> list[CountsTable]:
+def _read_array(path: Path) -> Positions:
     try:
-        return list(np.load(path, allow_pickle=False))
+        values: Positions = np.load(path, allow_pickle=False)
+        return values
     except (ValueError, OSError, EOFError) as error:
         found = f"damaged ({str(error)[:60]})"
         raise ArtifactError(path, found, "must hold replayed counts", "delete this file and run the same command again") from None

@@ -118,16 +118,20 @@ def batched_expected_counts(accepts: Sequence[NDArray[np.float64]], num_speculat
     if not accepts:
         return []
     lengths = np.array([len(a) for a in accepts])
-    top, longest = ks[-1], int(lengths.max())
-    # Padding accepts nothing, so a run of acceptances ends at the text's end without a special case.
-    padded_BT = np.zeros((len(accepts), longest + top + 1))
-    for row, values in zip(padded_BT, accepts, strict=True):
-        row[: len(values)] = values
-    runs_BTK = _runs(padded_BT, longest, top)
+    padded_BT = pad_accepts(accepts, ks[-1])
+    runs_BTK = acceptance_runs(padded_BT, int(lengths.max()), ks[-1])
     return [dict(zip(ks, row, strict=True)) for row in zip(*(_counts_of(padded_BT, runs_BTK, lengths, k) for k in ks), strict=True)]
 
 
-def _runs(padded_BT: NDArray[np.float64], longest: int, top: int) -> NDArray[np.float64]:
+def pad_accepts(accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: int) -> NDArray[np.float64]:
+    """Texts side by side, [B, longest + K + 1]. Padding accepts nothing, so runs of acceptances end at a text's end by themselves."""
+    padded_BT = np.zeros((len(accepts), max(map(len, accepts)) + num_speculative_tokens + 1))
+    for row, values in zip(padded_BT, accepts, strict=True):
+        row[: len(values)] = values
+    return padded_BT
+
+
+def acceptance_runs(padded_BT: NDArray[np.float64], longest: int, top: int) -> NDArray[np.float64]:
     """[b, i, j]: the chance that tokens i .. i+j are all accepted, given that a round begins at i."""
     windows_BTK = np.lib.stride_tricks.sliding_window_view(padded_BT, top, axis=1)[:, :longest]
     runs_BTK: NDArray[np.float64] = np.cumprod(windows_BTK, axis=2, dtype=np.float64)
@@ -135,21 +139,12 @@ def _runs(padded_BT: NDArray[np.float64], longest: int, top: int) -> NDArray[np.
 
 
 def _counts_of(padded_BT: NDArray[np.float64], runs_BTK: NDArray[np.float64], lengths: NDArray[np.int64], k: int) -> list[Counts]:
-    batch, longest = runs_BTK.shape[:2]
+    longest = runs_BTK.shape[1]
     runs_BTK = runs_BTK[:, :, :k]
-    # ends[b, i, j]: a round that begins at i is rejected at its j-th proposal, for j < k; for j = k the bonus token follows.
-    ends_BTE = np.concatenate([np.ones((batch, longest, 1)), runs_BTK], axis=2)
-    ends_BTE[:, :, :k] -= runs_BTK
-    visit_BT = np.zeros((batch, longest + k + 1))
-    visit_BT[:, 0] = 1.0
-    for i in range(longest):
-        visit_BT[:, i + 1 : i + k + 2] += visit_BT[:, i, None] * ends_BTE[:, i]
-    visit_BT = visit_BT[:, :longest]
-    inside_BT = np.arange(longest) < lengths[:, None]
-    visit_BT = visit_BT * inside_BT
+    visit_BT = round_starts(runs_BTK, lengths)
     accepted_BK = np.einsum("bt,btk->bk", visit_BT, runs_BTK)
     # The proposal at j is decided on when the j before it were accepted and its place lies inside the text.
-    reached_BTK = _reached(runs_BTK)
+    reached_BTK = reached(runs_BTK)
     places_TK = np.arange(longest)[:, None] + np.arange(k)
     examined_B = np.einsum("bt,btk,btk->b", visit_BT, reached_BTK, (places_TK[None] < lengths[:, None, None]).astype(np.float64))
     drafts_B = visit_BT.sum(1)
@@ -159,6 +154,22 @@ def _counts_of(padded_BT: NDArray[np.float64], runs_BTK: NDArray[np.float64], le
     ]
 
 
-def _reached(runs_BTK: NDArray[np.float64]) -> NDArray[np.float64]:
+def round_starts(runs_BTK: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[b, i]: the chance that a round begins at token i of text b; 0 beyond its end."""
+    batch, longest, k = runs_BTK.shape
+    # ends[b, i, j]: a round that begins at i is rejected at its j-th proposal, for j < k; for j = k the bonus token follows.
+    ends_BTE = np.concatenate([np.ones((batch, longest, 1)), runs_BTK], axis=2)
+    ends_BTE[:, :, :k] -= runs_BTK
+    visit_BT = np.zeros((batch, longest + k + 1))
+    visit_BT[:, 0] = 1.0
+    for i in range(longest):
+        visit_BT[:, i + 1 : i + k + 2] += visit_BT[:, i, None] * ends_BTE[:, i]
+    visit_BT = visit_BT[:, :longest]
+    inside_BT = np.arange(longest) < lengths[:, None]
+    started_BT: NDArray[np.float64] = visit_BT * inside_BT
+    return started_BT
+
+
+def reached(runs_BTK: NDArray[np.float64]) -> NDArray[np.float64]:
     """[b, i, j]: the chance that the j proposals before the j-th were accepted: 1 for the first."""
     return np.concatenate([np.ones_like(runs_BTK[:, :, :1]), runs_BTK[:, :, :-1]], axis=2)

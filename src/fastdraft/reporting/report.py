@@ -16,13 +16,14 @@ from fastdraft.reporting.benchmark_sections import wall_clock_section
 from fastdraft.reporting.benchmark_verdict import headline, measured_with
 from fastdraft.reporting.check_sections import checks_section
 from fastdraft.reporting.document import Report, Section
+from fastdraft.reporting.length_sections import length_section
 from fastdraft.reporting.record import RunRecord
 from fastdraft.reporting.results import number
 from fastdraft.reporting.run_sections import data_section, definitions_section, provenance_section, samples_section, training_section
 from fastdraft.reporting.tiles import tiles
 
 CHAPTERS: tuple[Callable[[RunRecord], Section | str | None], ...] = (
-    wall_clock_section, speedup_section, ladder_section, differences_section, positions_section, samples_section,
+    wall_clock_section, speedup_section, ladder_section, differences_section, positions_section, length_section, samples_section,
     checks_section, training_section, data_section, provenance_section, definitions_section,
 )  # fmt: skip
 """In reading order; each gives a section, or the line that says why there is none, or nothing where none is expected."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fastdraft.data.chat import prompt_ids
+from fastdraft.data.dialogue import first_prompt_ids
 from fastdraft.errors import DataError
 from fastdraft.tasks import TaskConfig, load_task
 
@@ -56,18 +56,18 @@ class EncodedTask:
 
 
 def encode(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
-    """A task as token ids; prompts without any are left out.
+    """A task as token ids, of a conversation its first turn; prompts without any are left out.
 
     Raises:
         DataError: when the task's file is missing or damaged, or no prompt has a token.
     """
     loaded = load_task(task)
-    encoded = [(prompt, prompt_ids(tokenizer, prompt.text, loaded.chat)) for prompt in loaded.prompts]
+    encoded = [(prompt, first_prompt_ids(tokenizer, prompt.prompt, loaded.chat)) for prompt in loaded.prompts]
     encoded = [(prompt, ids) for prompt, ids in encoded if ids]
     if not encoded:
         raise DataError(f"task '{task.name}'", "no prompt has a token", "a task needs at least one", "use another task")
     texts = [
-        [int(token) for token in tokenizer(f"{prompt.text}{prompt.reference}\n\n", add_special_tokens=False, verbose=False).input_ids]
+        [int(token) for token in tokenizer(f"{prompt.everything}\n\n", add_special_tokens=False, verbose=False).input_ids]
         for prompt, _ in encoded
     ]
     return EncodedTask(task.name, [prompt.id for prompt, _ in encoded], [ids for _, ids in encoded], texts, task.max_new_tokens)

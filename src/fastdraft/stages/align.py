@@ -150,19 +150,11 @@ def _build_trainer(
     config: AlignConfig, context: StageContext, model: PreTrainedModel, device: Any
 ) -> tuple[Trainer, Resolved, dict[str, int]]:
     from fastdraft.data.responses import read_all
-    from fastdraft.training import assemble, rates
+    from fastdraft.training import assemble
     from fastdraft.training.trainer import Plan, Trainer
 
     artifact, synthesize = context.artifact("align"), context.require("synthesize")
-    samples, counts = _samples(_responses(config, synthesize, model), model)
-    total = sum(sample.num_tokens for sample in samples)
-    budget = config.tokens or round(total * (config.passes or 1))
-    batch_tokens = config.batch_tokens or rates.batch_tokens("align", assemble.count_parameters(model), budget)
-    resolved = assemble.resolve(
-        config.optimizer, "align", model, device,
-        batch_tokens=batch_tokens, micro_batch_tokens=config.micro_batch_tokens, precision=config.precision,
-    )  # fmt: skip
-    source = _source(config, context, samples, resolved)
+    source, resolved, counts = _batches(config, context, model, device)
     step = assemble.build_step(model, resolved, _objective(config, context, model, device), device)
     held_out = _held_out(list(read_all(synthesize, "validation")))
     if not held_out:
@@ -179,6 +171,37 @@ def _build_trainer(
     )
     validate = _Validate(model, step, held_out, context, resolved.micro_batch_tokens) if held_out else None
     return Trainer(artifact.path, model, step, source, plan, context.console, validate), resolved, counts
+
+
+def training_batches(config: AlignConfig, context: StageContext) -> AlignmentBatches:
+    """What training reads at each step, for whoever wants to look at it.
+
+    Raises:
+        ArtifactError: when a stage that it builds on has not finished. TrainingError: when nothing is left to train on.
+    """
+    import torch
+
+    from fastdraft.modeling.loading import load_draft
+
+    device = torch.device("cpu")
+    return _batches(config, context, load_draft(_start(context)[0], device=device, dtype=torch.float32), device)[0]
+
+
+def _batches(
+    config: AlignConfig, context: StageContext, model: PreTrainedModel, device: Any
+) -> tuple[AlignmentBatches, Resolved, dict[str, int]]:
+    """The steps, the settings with which they were cut, and what became of the rows."""
+    from fastdraft.training import assemble, rates
+
+    samples, counts = _samples(_responses(config, context.require("synthesize"), model), model)
+    total = sum(sample.num_tokens for sample in samples)
+    budget = config.tokens or round(total * (config.passes or 1))
+    batch_tokens = config.batch_tokens or rates.batch_tokens("align", assemble.count_parameters(model), budget)
+    resolved = assemble.resolve(
+        config.optimizer, "align", model, device,
+        batch_tokens=batch_tokens, micro_batch_tokens=config.micro_batch_tokens, precision=config.precision,
+    )  # fmt: skip
+    return _source(config, context, samples, resolved), resolved, counts
 
 
 def _objective(config: AlignConfig, context: StageContext, model: PreTrainedModel, device: Any) -> Objective:

@@ -17,7 +17,6 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from fastdraft.artifacts import Artifact, write_json
 from fastdraft.config import Config
 from fastdraft.data.texts import EngineTexts, LoggedTexts, TargetTexts, TextsConfig, bare_kind
-from fastdraft.errors import DataError
 from fastdraft.interfaces import Engine, StageContext, TargetConfig
 from fastdraft.tasks import TaskConfig, describe_task, load_task
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from fastdraft.decoding.figures import CostRatios
     from fastdraft.decoding.latency import Latency
     from fastdraft.decoding.standing_texts import StandingTexts
-    from fastdraft.decoding.workbench import EncodedTask, Plan
+    from fastdraft.decoding.workbench import Plan
     from fastdraft.runtimes.engines import ChosenEngine
 
 Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
@@ -187,6 +186,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     import torch
 
     from fastdraft.decoding import scoreboard
+    from fastdraft.decoding.turn_prompts import with_turns
     from fastdraft.decoding.workbench import Workbench
     from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device, set_threads
     from fastdraft.provenance import describe_run
@@ -199,9 +199,11 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     target = load_target(context.target, device) if isinstance(config.texts, TargetTexts) else None
     vocabulary = load_vocabulary(context.target)
     tokenizer = load_tokenizer(context.target.location, context.target.revision, context.target.trust_remote_code)
-    room = _context_length(context, folders)
-    standing = _standing_texts(config, context, tokenizer, room)
-    plan = _plan(config, context, tokenizer, room, standing)
+    context_length = _context_length(context, folders)
+    standing = _standing_texts(config, context, tokenizer, context_length)
+    engine = partial(_engine, config, context, target)
+    plan = _plan(config, context, tokenizer, context_length, standing)
+    plan = with_turns(plan, engine, folder=artifact.path, console=console, tokenizer=tokenizer, context_length=context_length)
     bench = Workbench(plan, artifact.path, console, target, vocabulary)
     # Same device and precision for both: that is what is decoded with and what latency compares.
     dtype = target.dtype if target else torch.float32
@@ -210,7 +212,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     if standing is not None:
         bench.keep_texts(standing.rows)
     else:
-        bench.write_texts(partial(_engine, config, context, target))
+        bench.write_texts(engine)
     replayed = bench.replay_all(loaders)
     exact = bench.exact_all(final, loaders[final]) if target is not None else {}
     costs = _costs(context, folders[final], bench.latency(loaders[final]) if target is not None else None)
@@ -221,6 +223,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         **_cost_fields(costs),
         "rows": scoreboard.result_rows(bench, replayed, exact, costs),
         "differences": scoreboard.headline_differences(replayed, plan.num_speculative_tokens, plan.seed),
+        "by_position": scoreboard.by_position(bench, loaders, context_length),
         "greedy_check": scoreboard.greedy_check(bench, exact),
         "contamination": None if standing is not None else _contamination(config, context, tokenizer),
         "texts": {"kind": config.texts.kind, "left_out": standing.left_out if standing is not None else {}},
@@ -285,10 +288,11 @@ def _plan(
     config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, context_length: int, standing: StandingTexts | None
 ) -> Plan:
     """All prompts as token ids, and the settings."""
+    from fastdraft.decoding.task_prompts import encode_task
     from fastdraft.decoding.workbench import EncodedTask, Plan
 
     if standing is None:
-        tasks = [_encode(task, context, tokenizer, context_length) for task in config.tasks]
+        tasks = [encode_task(task, context.console, tokenizer, context_length) for task in config.tasks]
     else:
         tasks = [
             EncodedTask(name, [row.row_id for row in rows], [row.prompt_ids for row in rows], max(len(row.response_ids) for row in rows))
@@ -307,26 +311,6 @@ def _plan(
         draft_temperature=config.proposing_temperature,
         seed=context.settings.seed,
     )
-
-
-def _encode(task: TaskConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, context_length: int) -> EncodedTask:
-    """A task's prompts that fit the context; those left out are told."""
-    from fastdraft.data.chat import prompt_ids
-    from fastdraft.decoding.workbench import EncodedTask
-
-    loaded = load_task(task)
-    encoded = [(prompt.id, prompt_ids(tokenizer, prompt.text, loaded.chat)) for prompt in loaded.prompts]
-    room = context_length - task.max_new_tokens
-    fitting = [(name, ids) for name, ids in encoded if 0 < len(ids) <= room]
-    skipped = len(encoded) - len(fitting)
-    if not fitting:
-        found = f"none of {len(encoded)} prompts has 1 to {room} tokens"
-        rule = f"prompt and {task.max_new_tokens} new tokens must fit the context of {context_length}"
-        raise DataError(f"task '{task.name}'", found, rule, "shorten the prompts or lower max_new_tokens")
-    if skipped:
-        limit = f"the context of {context_length} less {task.max_new_tokens} new tokens"
-        context.console.warn(f"{task.name}: {skipped} of {len(encoded)} prompts skipped: empty or longer than {limit}")
-    return EncodedTask(task.name, [name for name, _ in fitting], [ids for _, ids in fitting], task.max_new_tokens, skipped)
 
 
 def _costs(context: StageContext, folder: Path, latency: Latency | None) -> CostRatios:
@@ -353,12 +337,16 @@ def _cost_fields(costs: CostRatios) -> dict[str, Any]:
 
 def _tell(context: StageContext, results: Mapping[str, Any], table: tuple[str, list[str], list[list[str]]]) -> None:
     """The table, and what deserves a warning."""
+    from fastdraft.decoding import scoreboard
+
     console, check = context.console, results["greedy_check"]
     console.table(*table)
     if check["texts"]:
         equal = check["texts"] - check["different"]
         ties = f"; {check['near_ties']} of the others are near-ties" if check["different"] else ""
         console.say(f"greedy exact runs equal to the target's own text: {equal} of {check['texts']}{ties}")
+    for sentence in scoreboard.faded(results["by_position"]):
+        console.warn(sentence)
     if check["different"] > check["near_ties"]:
         console.warn("some greedy texts differ from the target's own by more than rounding; see greedy_check in results.json")
 
@@ -373,7 +361,7 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     if not trained_on:
         return None
     tasks = [load_task(task) for task in config.tasks]
-    search = Contamination({task.name: [_bare_ids(tokenizer, f"{p.text}{p.reference}") for p in task.prompts] for task in tasks})
+    search = Contamination({task.name: [_bare_ids(tokenizer, p.everything) for p in task.prompts] for task in tasks})
     prepared = [artifact for artifact in trained_on if artifact.name == "prepare"]
     corpora = [open_corpus(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
     with context.console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:

@@ -274,6 +274,8 @@ def _prepare(
         prepared=lambda: context.require("prepare"),
     )
     plans = planner.plan(config.prompts)
+    for name, note in planner.notes.items():
+        context.console.say(f"prompts '{name}': {note}")
     magpie = any(isinstance(source, MagpiePrompts) for source in config.prompts)
     turn_ends = (*vocabulary.eos_token_ids, *(sorted(end_of_turn_ids(tokenizer)) if magpie else ()))
     turns = replace(vocabulary, eos_token_ids=turn_ends)

@@ -56,9 +56,10 @@ class FileTask(_Task):
     kind: Literal["file"]
     """A JSONL file."""
     path: str = Field(min_length=1)
-    """JSONL with `prompt` and, if wanted, `id` and `reference` in each line."""
+    """JSONL with `prompt` (text) or `messages` (a conversation) and, if wanted, `id` and `reference` in each line. Of a conversation every
+    turn is a prompt, with the target's own greedy answers before it."""
     chat: bool = False
-    """Puts each prompt into the target's chat template as a user message."""
+    """Puts each text into the target's chat template as a user message; conversations always go through it, if there is one."""
 
     @model_validator(mode="before")
     @classmethod

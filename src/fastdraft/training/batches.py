@@ -71,6 +71,10 @@ class BatchSource(Protocol):
         """The micro-batches of step `step`, 0-based; equal at every call."""
         ...
 
+    def is_packed(self, step: int) -> bool:
+        """Whether that step's rows are packed text, trained at every position."""
+        ...
+
 
 Ids = Sequence[int] | npt.NDArray[np.int32]
 """Token ids of a text; arrays where there are many texts."""
@@ -101,6 +105,9 @@ class PackedBatches:
     @property
     def tokens(self) -> int:
         return self.steps * self.rows_per_batch * self.row_length
+
+    def is_packed(self, step: int) -> bool:
+        return True
 
     def batches(self, step: int) -> list[Batch]:
         rows = self.sampler.rows(step * self.rows_per_batch, self.rows_per_batch)
@@ -241,9 +248,12 @@ class AlignmentBatches:
         packed: int = self._num_packed * self.packed.rows_per_batch * self.packed.row_length if self.packed else 0
         return packed + sum(self.samples[int(i)].num_tokens for numbers in self.plan for i in numbers)
 
+    def is_packed(self, step: int) -> bool:
+        return (step + 1) * self._num_packed // self.steps > step * self._num_packed // self.steps
+
     def batches(self, step: int) -> list[Batch]:
         packed_before = step * self._num_packed // self.steps
-        if self.packed and (step + 1) * self._num_packed // self.steps > packed_before:
+        if self.packed and self.is_packed(step):
             return self.packed.batches(packed_before)
         chosen = [self.samples[i] for i in self.plan[step - packed_before]]
         return [padded_batch(group, self.pad_id) for group in micro_batches(chosen, self.micro_batch_tokens)]

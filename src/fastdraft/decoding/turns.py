@@ -1,0 +1,97 @@
+"""Conversations with a target: every turn asked in order, its own earlier answers standing in the prompts of the later ones.
+
+Decides that the answers of a log are never read: what stands before a later turn is what this target says, as when it is served,
+and every trained or replayed token is its own. Turns of the same number are asked together. A conversation ends early where an
+answer leaves no history: it fails, is empty, runs into a loop or stops in the middle of thinking.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from fastdraft.conversation import Conversation
+from fastdraft.data.dialogue import DialogueFormat
+from fastdraft.functional.looping import is_looping
+from fastdraft.interfaces import Generation
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of one conversation."""
+
+    conversation: int
+    """Its place among those asked."""
+    number: int
+    """0 is the first."""
+    prompt_ids: list[int]
+    answer: Generation | None
+    """None where only the prompt was wanted."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What became of every turn: `turns`, `too_long` and `ended` add up to the turns of all conversations."""
+
+    turns: list[Turn]
+    """Those asked, by number, then by conversation."""
+    too_long: int
+    """Turns whose prompt leaves no room for an answer, and those behind them."""
+    ended: int
+    """Turns behind an answer that leaves no history."""
+
+
+def take_turns(
+    form: DialogueFormat,
+    conversations: Sequence[Conversation],
+    ask: Callable[[int, list[list[int]]], list[Generation]],
+    *,
+    room: int,
+    missing_ids: Collection[int] = (),
+    last_answers: bool = True,
+) -> Turns:
+    """Asks conversations turn by turn.
+
+    Args:
+        form: How the target reads them.
+        conversations: What the user says.
+        ask: Gives the target's answers to the prompts of one turn, told its number.
+        room: The most tokens of a prompt.
+        missing_ids: Ids without a token: an answer with one of them ends its conversation.
+        last_answers: Asks for the answers of the last turns too; else their prompts are all that is wanted.
+
+    Raises:
+        TargetError: when the template refuses a conversation.
+    """
+    answers: list[list[str]] = [[] for _ in conversations]
+    open_talks = [place for place, talk in enumerate(conversations) if talk.users]
+    turns, too_long, ended = list[Turn](), 0, 0
+    for number in range(max((len(talk.users) for talk in conversations), default=0)):
+        prompts: dict[int, list[int]] = {}
+        for place in open_talks:
+            ids = form.prompt_ids(conversations[place], answers[place])
+            if 0 < len(ids) <= room:
+                prompts[place] = ids
+            else:
+                too_long += len(conversations[place].users) - number
+        wanted = [place for place in prompts if last_answers or number + 1 < len(conversations[place].users)]
+        written = dict(zip(wanted, ask(number, [prompts[place] for place in wanted]) if wanted else [], strict=True))
+        turns += [Turn(place, number, ids, written.get(place)) for place, ids in prompts.items()]
+        open_talks = []
+        for place, answer in written.items():
+            left = len(conversations[place].users) - number - 1
+            said = _history(form, answer, missing_ids) if left else None
+            if said is not None:
+                answers[place].append(said)
+                open_talks.append(place)
+            else:
+                ended += left
+    return Turns(turns, too_long, ended)
+
+
+def _history(form: DialogueFormat, answer: Generation, missing_ids: Collection[int]) -> str | None:
+    body = answer.response_ids[:-1] if answer.finish_reason == "stop" else answer.response_ids
+    if answer.fault or any(map(math.isnan, answer.logprobs)) or not set(missing_ids).isdisjoint(body) or is_looping(body):
+        return None
+    return form.answer(answer)

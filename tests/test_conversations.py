@@ -1,0 +1,126 @@
+"""Conversations through the stages: trained turn by turn, evaluated with the target's own answers before each turn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from conftest import write_recipe
+from fastdraft import pipeline
+from fastdraft.artifacts import RunDirectory, read_json
+from fastdraft.data.responses import read_all, read_rows, unit_paths
+from fastdraft.errors import DataError
+from fastdraft.recipe import load_recipe
+from fastdraft.tasks import FileTask, load_task
+
+QUESTIONS = ("What is {i}?", "And {i} plus one?", "Why?")
+
+
+def talk(number: int, turns: int = 3, system: str = "Be brief.") -> dict[str, Any]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for question in QUESTIONS[:turns]:
+        messages += [{"role": "user", "content": question.format(i=number)}, {"role": "assistant", "content": "LOGGED"}]
+    return {"id": f"talk{number}", "messages": messages}
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> RunDirectory:
+    """A run that trains and evaluates on conversations."""
+    folder = tmp_path_factory.mktemp("talks")
+    training = write_lines(folder / "training.jsonl", [talk(i, turns=1 + i % 3) for i in range(60)])
+    tasks = write_lines(folder / "own.jsonl", [talk(100), {"id": "bare", "prompt": "Tell me about the fox."}, talk(101, 2, "")])
+    path = write_recipe(folder, tiny_target)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name in ("prepare", "pretrain", "continue_pretrain", "export", "report"):
+        del recipe[name]
+    recipe["synthesize"]["prompts"] = [{"kind": "jsonl", "name": "talks", "path": training, "field": "messages"}]
+    recipe["synthesize"]["tokens"] = "1500"
+    recipe["align"] |= {"tokens": "2k", "pretraining_share": 0}
+    recipe["evaluate"]["tasks"] = [{"kind": "file", "name": "talks", "path": tasks, "max_new_tokens": 12}]
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return pipeline.run(load_recipe(str(path)))
+
+
+def test_every_answer_of_a_conversation_is_trained(finished: RunDirectory, tiny_target: Path) -> None:
+    artifact, tokenizer = finished.artifact("synthesize"), AutoTokenizer.from_pretrained(tiny_target)
+    rows, manifest = list(read_all(artifact)), artifact.manifest()
+    prompts = [tokenizer.decode(row.prompt_ids) for row in rows]
+    assert {text.count("<|user|>") for text in prompts} == {1, 2, 3}
+    assert not any("LOGGED" in text for text in prompts)
+    assert manifest["asked"] == manifest["written"] + sum(manifest["filtered"].values()) + manifest["failed"]
+    for text in prompts:  # every turn but the first stands behind an answer that is a row of its own, or was one but for its end
+        assert text.startswith("<|user|>\nBe brief.\n\nWhat is")
+    trained = finished.artifact("align").manifest()
+    assert trained["rows"] == len(list(read_all(artifact, "train")))
+
+
+def test_a_stage_that_was_killed_between_units_ends_with_the_very_same_rows(finished: RunDirectory, tmp_path: Path) -> None:
+    recipe = load_recipe(str(finished.root / "recipe.yaml"), [f"run.folder={tmp_path}"])
+    for stage in ("design", "synthesize"):
+        shutil.copytree(finished.root / stage, recipe.run.root / stage)
+    artifact = RunDirectory(recipe.run.root).artifact("synthesize")
+    before = {path.name: read_rows(path) for path in unit_paths(artifact)}
+    (artifact.path / "manifest.json").unlink()
+    for path in unit_paths(artifact)[len(before) // 2 :]:
+        path.unlink()
+    pipeline.run(recipe, only=["synthesize"])
+    assert {path.name: read_rows(path) for path in unit_paths(artifact)} == before
+
+
+def test_turns_of_one_conversation_are_held_out_together(finished: RunDirectory, tiny_target: Path) -> None:
+    artifact, tokenizer = finished.artifact("synthesize"), AutoTokenizer.from_pretrained(tiny_target)
+    first = {
+        split: {tokenizer.decode(r.prompt_ids).split("<|end|>")[0] for r in read_all(artifact, split)} for split in ("train", "validation")
+    }  # type: ignore[arg-type]
+    assert first["validation"]
+    assert not first["train"] & first["validation"]
+
+
+def test_every_turn_is_evaluated_behind_the_targets_own_greedy_answers(finished: RunDirectory, tiny_target: Path) -> None:
+    folder, tokenizer = finished.artifact("evaluate").path, AutoTokenizer.from_pretrained(tiny_target)
+    turns = read_json(folder / "conversations" / "talks.json")["turns"]
+    names = ["talk100", "talk100#2", "talk100#3", "talk101", "talk101#2"]
+    assert [turn["name"] for turn in turns] == names[: len(turns)]
+    assert len(turns) >= 3
+    greedy = {tuple(row.prompt_ids): row for row in read_rows(folder / "generations" / "talks-0.parquet")}
+    sampled = [tuple(row.prompt_ids) for row in read_rows(folder / "generations" / "talks-0.6.parquet")]
+    assert list(greedy) == sampled  # the same prompts at every temperature
+    assert len(greedy) == len(turns) + 1
+    by_name = {turn["name"]: turn["prompt_ids"] for turn in turns}
+    for before, after in (("talk100", "talk100#2"), ("talk101", "talk101#2")):
+        if after in by_name:
+            said = tokenizer.decode([i for i in greedy[tuple(by_name[before])].response_ids if i > 3])
+            assert f"<|assistant|>\n{said}<|end|>" in tokenizer.decode(by_name[after])
+    rows = read_json(folder / "results.json")["rows"]
+    assert {row["num_prompts"] for row in rows if row["method"] == "replay"} == {len(greedy)}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"messages": "no"}, "a str"),
+        ({"messages": []}, "nothing that a user says"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "tools"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_one_clear_line(row: dict[str, Any], found: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=found):
+        load_task(FileTask(kind="file", path=write_lines(tmp_path / "t.jsonl", [row])))
+
+
+def test_a_task_may_hold_texts_and_conversations(tmp_path: Path) -> None:
+    task = load_task(FileTask(kind="file", path=write_lines(tmp_path / "t.jsonl", [{"prompt": "a"}, {**talk(7), "reference": "R"}])))
+    assert [prompt.text for prompt in task.prompts] == ["a", "What is 7?"]
+    assert task.prompts[1].conversation is not None
+    assert task.prompts[1].everything == "Be brief.\n\nWhat is 7?\n\nAnd 7 plus one?\n\nWhy?R"
