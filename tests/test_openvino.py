@@ -238,3 +238,13 @@ def test_a_recipe_exports_the_pair(tiny_target: Path, tmp_path: Path) -> None:
     found = json.loads((run.root / "export" / "manifest.json").read_text(encoding="utf-8"))["openvino"]
     assert (found["target"], found["draft"], found["pair"]["same_text"]) == ("int8", "int8", True)
     assert {path.name for path in (run.root / "export" / "openvino").iterdir()} == {"target", "draft"}
+
+
+def test_a_signal_arrives_after_pipelines_came_and_went(exported_target: Path) -> None:
+    code = (
+        "import signal, sys; from pathlib import Path; from fastdraft.runtimes.openvino_export import check_export; "
+        "folder = Path(sys.argv[1]); check_export(folder, folder); "
+        "signal.signal(signal.SIGINT, lambda *_: print('arrived')); signal.raise_signal(signal.SIGINT)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(exported_target)], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout.strip()) == (0, "arrived"), found.stderr

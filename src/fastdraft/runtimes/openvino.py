@@ -22,6 +22,7 @@ import numpy as np
 from fastdraft.errors import ArtifactError, DeviceError, MissingExtraError
 from fastdraft.functional.looping import is_looping
 from fastdraft.interfaces import Generation, Sampling, check_prompts
+from fastdraft.runtimes.openvino_signals import keeping_signal_stack
 from fastdraft.vocabulary import Vocabulary
 
 Precision = Literal["fast", "exact"]
@@ -71,8 +72,7 @@ def import_genai() -> Any:
 def core() -> Any:
     """The one `openvino.Core` of this process, which lives as long as it.
 
-    Each Core loads a CPU plugin of its own, which sets the signal stack and puts the one before back when it goes. Two that do not go
-    in reverse order leave a stack that is gone: the next signal, Ctrl-C included, is then a segmentation fault (2026.4).
+    Each Core loads a CPU plugin of its own; see openvino_signals.py for what that does to signals.
 
     Raises:
         MissingExtraError: when OpenVINO is not installed.
@@ -95,7 +95,8 @@ def device_properties(device: str, precision: Precision, threads: int = 0) -> di
         DeviceError: when OpenVINO does not see the device, or it cannot be exact.
     """
     import_genai()
-    seen = core().available_devices
+    with keeping_signal_stack():
+        seen = core().available_devices
     if device.partition(".")[0] not in {name.partition(".")[0] for name in seen}:
         raise DeviceError("device", device, f"OpenVINO sees {', '.join(seen)} here", "name one of them")
     if not device.startswith("CPU"):
@@ -125,7 +126,8 @@ def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows
     if tokens_per_pass:
         scheduler.max_num_batched_tokens = tokens_per_pass
     try:
-        return genai.ContinuousBatchingPipeline(str(folder), scheduler, device, dict(properties))
+        with keeping_signal_stack():
+            return genai.ContinuousBatchingPipeline(str(folder), scheduler, device, dict(properties))
     except RuntimeError as error:
         raise ArtifactError(folder, short(error), f"OpenVINO must load it on {device}", "export the model again") from error
 

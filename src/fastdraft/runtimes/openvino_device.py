@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from fastdraft.runtimes.openvino import Precision, core, device_properties
+from fastdraft.runtimes.openvino_signals import keeping_signal_stack
 
 
 def describe_device(device: str, precision: Precision = "fast") -> dict[str, str]:
@@ -17,5 +18,6 @@ def describe_device(device: str, precision: Precision = "fast") -> dict[str, str
         MissingExtraError, DeviceError: as for `device_properties`.
     """
     device_properties(device, precision)
-    name = str(core().get_property(device, "FULL_DEVICE_NAME")).strip()
+    with keeping_signal_stack():
+        name = str(core().get_property(device, "FULL_DEVICE_NAME")).strip()
     return {"version": metadata.version("openvino"), "device_name": name}

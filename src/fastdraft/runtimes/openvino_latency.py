@@ -32,6 +32,7 @@ from fastdraft.errors import ArtifactError, RecipeError
 from fastdraft.modeling.source import raw_config
 from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_exported, core, device_properties, short
 from fastdraft.runtimes.openvino_pair import context_length
+from fastdraft.runtimes.openvino_signals import keeping_signal_stack
 
 WARM_TURNS = 2
 SPELL_SECONDS = 0.02
@@ -245,7 +246,8 @@ def _compile(folder: Path, device: str, properties: dict[str, Any]) -> tuple[str
     model = core().read_model(folder / MODEL_FILE)
     weights = weights_of(model)
     paged_attention_transformation(model)
-    return weights, core().compile_model(model, device, properties)
+    with keeping_signal_stack():
+        return weights, core().compile_model(model, device, properties)
 
 
 def weights_of(model: Any) -> str:

@@ -26,6 +26,7 @@ from fastdraft.runtimes.openvino import (
     load_pipeline,
     short,
 )
+from fastdraft.runtimes.openvino_signals import keeping_signal_stack
 
 NPU_PROMPT_TOKENS, NPU_NEW_TOKENS = 1024, 1024
 """An NPU's pipeline is compiled for a fixed longest prompt and answer."""
@@ -186,7 +187,8 @@ class OneByOne:
     def __init__(self, target: Path, device: str, properties: Mapping[str, Any], *, on_npu: bool) -> None:
         check_exported(target)
         try:
-            self.pipeline = import_genai().LLMPipeline(str(target), device, dict(properties))
+            with keeping_signal_stack():
+                self.pipeline = import_genai().LLMPipeline(str(target), device, dict(properties))
         except RuntimeError as error:
             raise ArtifactError(target, short(error), f"OpenVINO must load it on {device}", "export the model again") from error
         self.adapts = on_npu

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastdraft.errors import ArtifactError
 from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_exported, core, device_properties, short
+from fastdraft.runtimes.openvino_signals import keeping_signal_stack
 
 NO_TOKEN = -1
 """Stands for the end of a text that is shorter than the other."""
@@ -37,7 +38,8 @@ class TieJudge:
         properties = device_properties(device, precision)
         check_exported(folder)
         try:
-            model = core().compile_model(folder / MODEL_FILE, device, properties)
+            with keeping_signal_stack():
+                model = core().compile_model(folder / MODEL_FILE, device, properties)
         except RuntimeError as error:
             raise ArtifactError(folder, short(error), f"OpenVINO must load it on {device}", "export the model again") from error
         self._inputs = {name for port in model.inputs for name in port.get_names()}
