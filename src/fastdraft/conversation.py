@@ -34,11 +34,6 @@ Prompt = str | Conversation
 """Text as it stands, or a conversation."""
 
 
-def first_words(prompt: Prompt) -> str:
-    """A text prompt itself; of a conversation what the user says first."""
-    return prompt if isinstance(prompt, str) else next(iter(prompt.users), "")
-
-
 def read_conversation(value: object, where: str) -> Conversation | None:
     """The conversation in a row's `messages`.
 
