@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from fastdraft.decoding.cache import PreallocatedLayer
 from fastdraft.decoding.grouped_attention import grouped_attention
 from fastdraft.functional.sampling import token_at, warp
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.generation import Generation, Sampling
 
 DROP_SHARE = 0.15
 """Finished rows are taken out of the batch when they are at least this share of it: dropping copies the cache."""

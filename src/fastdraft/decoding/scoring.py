@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.decoding.replay import LOGITS_HELD, length_batches, response_hidden
 from fastdraft.functional.sampling import warp
-from fastdraft.interfaces import Engine, Generation, Sampling
+from fastdraft.generation import Engine, Generation, Sampling
 from fastdraft.modeling.head import OutputHead, output_head
 
 

@@ -23,7 +23,7 @@ from fastdraft.errors import DataError, RecipeError
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.sampling import draw, mask_ids, probabilities
 from fastdraft.functional.verification import verify, verify_greedy
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.generation import Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
 
 
