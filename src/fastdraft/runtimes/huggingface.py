@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.functional.looping import is_looping
-from fastdraft.interfaces import Generation, Sampling, check_prompts
+from fastdraft.generation import Generation, Sampling, check_prompts
 from fastdraft.modeling.families import text_config
 from fastdraft.vocabulary import Vocabulary
 
