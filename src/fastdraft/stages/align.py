@@ -211,7 +211,8 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
         VocabularyError: when the target scores other ids than the draft.
     """
     from fastdraft.functional.distillation import token_loss
-    from fastdraft.modeling.loading import load_target, split_head
+    from fastdraft.modeling.head import output_head
+    from fastdraft.modeling.loading import load_target
     from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
 
     objective = config.objective
@@ -220,8 +221,8 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
     loss = token_loss(objective.loss, objective.beta or 0.5)
     if objective.source == "stored":
         return TokenDistillation(loss)
-    target = LoadedTarget(*split_head(load_target(context.target, device)))
-    _same_vocabulary("target.model", target.head.shape[0], model)
+    target = LoadedTarget(*output_head(load_target(context.target, device)))
+    _same_vocabulary("target.model", target.head.vocab_size, model)
     return TokenDistillation(loss, target)
 
 
