@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +27,11 @@ VERIFY_BYTES = 256 << 20
 """Corpora up to this size are checked against their checksums whenever they are opened."""
 
 
+def shard_prefix(split: Split, row_length: int | None = None) -> str:
+    """What the names of a split's shards begin with; rows longer than the others have their length in it."""
+    return split if row_length is None else f"{split}.{row_length}"
+
+
 def token_dtype(vocabulary_size: int) -> str:
     """`uint16` when every id fits, else `uint32`."""
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
@@ -33,13 +39,14 @@ def token_dtype(vocabulary_size: int) -> str:
 
 @dataclass
 class ShardWriter:
-    """Writes one split of one corpus; `state()` is all that a later process needs to go on after the last commit.
+    """Writes the rows of one length of one split of a corpus; `state()` is all that a later process needs to go on after the last commit.
 
     Bytes behind the committed length, and a shard renamed after the last commit, are undone by `restore`.
     """
 
     folder: Path
-    split: str
+    prefix: str
+    """What the shards' names begin with: `shard_prefix`."""
     row_ids: int
     """Ids in a row: row_length + 1."""
     dtype: str
@@ -63,7 +70,7 @@ class ShardWriter:
             if final.exists() and not partial.exists():
                 os.replace(final, partial)
             known = {partial.name, *(shard["file"] for shard in self.shards)}
-            for extra in self.folder.glob(f"{self.split}-*"):
+            for extra in self.folder.glob(f"{self.prefix}-*"):
                 if extra.name not in known:
                     extra.unlink()
             partial.touch()
@@ -108,14 +115,14 @@ class ShardWriter:
             partial.unlink(missing_ok=True)
 
     def _path(self, suffix: str) -> Path:
-        return self.folder / f"{self.split}-{len(self.shards):05}{suffix}"
+        return self.folder / f"{self.prefix}-{len(self.shards):05}{suffix}"
 
     def _bytes(self, rows: int) -> int:
         return rows * self.row_ids * np.dtype(self.dtype).itemsize
 
 
 class PackedCorpus:
-    """Rows of one split of one corpus, read by memory map; the order on disk."""
+    """Rows of one length of one split of one corpus, read by memory map; the order on disk."""
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], row_length: int, dtype: str) -> None:
         self.folder, self.row_length, self._shards = folder, row_length, shards
@@ -171,7 +178,7 @@ def corpus_names(prepare: Artifact) -> list[str]:
 
 
 def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> PackedCorpus:
-    """One split of one prepared corpus.
+    """One split of one prepared corpus; of several row lengths the shortest (`open_lengths` has all).
 
     Args:
         prepare: The finished prepare stage.
@@ -183,6 +190,14 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
         DataError: when there is no corpus of that name.
         ArtifactError: when a shard is missing or damaged.
     """
+    return open_lengths(prepare, corpus, split, verify)[int(prepare.manifest()["row_length"])]
+
+
+def open_lengths(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> dict[int, PackedCorpus]:
+    """One split of one prepared corpus by row length, the shortest first; a length may have no rows.
+
+    Arguments and errors are those of `open_corpus`.
+    """
     manifest = prepare.manifest()
     corpora: dict[str, Any] = manifest["corpora"]
     if corpus not in corpora:
@@ -190,12 +205,20 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
             f"corpus '{corpus}'", "not prepared", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora"
         )
     shards = corpora[corpus][split]["shards"]
-    row_bytes = (manifest["row_length"] + 1) * np.dtype(manifest["dtype"]).itemsize
-    if verify is None:
-        verify = sum(shard["rows"] for shard in shards) * row_bytes <= VERIFY_BYTES
-    for shard in shards:
-        _check_shard(prepare.path / corpus / shard["file"], shard, row_bytes, verify)
-    return PackedCorpus(prepare.path / corpus, shards, manifest["row_length"], manifest["dtype"])
+    found = {}
+    for length in row_lengths(manifest):
+        own = [shard for shard in shards if shard.get("row_length", manifest["row_length"]) == length]
+        row_bytes = (length + 1) * np.dtype(manifest["dtype"]).itemsize
+        check = sum(shard["rows"] for shard in own) * row_bytes <= VERIFY_BYTES if verify is None else verify
+        for shard in own:
+            _check_shard(prepare.path / corpus / shard["file"], shard, row_bytes, check)
+        found[length] = PackedCorpus(prepare.path / corpus, own, length, manifest["dtype"])
+    return found
+
+
+def row_lengths(manifest: Mapping[str, Any]) -> list[int]:
+    """The lengths of a prepare stage's rows, the shortest first."""
+    return [int(length) for length in manifest.get("row_lengths", [manifest["row_length"]])]
 
 
 def _check_shard(path: Path, shard: dict[str, Any], row_bytes: int, verify: bool) -> None:
