@@ -101,10 +101,13 @@ def block_efficiency(
     num_speculative_tokens: int,
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
+    *,
+    batch_tokens: int = 8192,
 ) -> float:
     """Generated tokens for each target pass over all `rows` together, expected; NaN without rows."""
     k = num_speculative_tokens
-    return add_counts(counts[k] for counts in replay(draft, rows, [k], vocabulary, draft_temperature)).block_efficiency
+    counted = replay(draft, rows, [k], vocabulary, draft_temperature, batch_tokens=batch_tokens)
+    return add_counts(counts[k] for counts in counted).block_efficiency
 
 
 @torch.inference_mode()

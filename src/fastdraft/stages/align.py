@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastdraft.training.step import TrainStep
     from fastdraft.training.trainer import Trainer, Validation
 
-VALIDATION_ROWS = 128
+VALIDATION_ROWS, REPLAYED_TOKENS = 128, 8192
 DEFAULT_EPOCHS = 3.0
 DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
@@ -254,12 +254,17 @@ class _Validate:
 
     def __call__(self) -> Validation:
         from fastdraft.decoding.replay import block_efficiency
+        from fastdraft.training.memory import within_memory
         from fastdraft.training.trainer import Validation, mean_loss
 
         metrics: dict[str, Any] = {"validation_loss": {"responses": mean_loss(self._step, self._batches)}}
         if not self._rows:
             return Validation(metrics)
-        score = block_efficiency(self._model, self._rows, self._k, self._vocabulary)
+
+        def replayed(tokens: int) -> float:
+            return block_efficiency(self._model, self._rows, self._k, self._vocabulary, batch_tokens=tokens)
+
+        score = within_memory(replayed, REPLAYED_TOKENS, 1, "align")
         return Validation({**metrics, "validation_block_efficiency": score}, score)
 
 
@@ -381,6 +386,7 @@ def _summary(folder: Path, state: TrainingState) -> dict[str, Any]:
         "trained_tokens": state.trained_tokens,
         "steps": state.step,
         "skipped_steps": state.skipped,
+        "micro_batch_limit": state.micro_batch_limit or None,
         "best_step": state.best_step if state.best_step >= 0 else state.step,
         "start_block_efficiency": validations.get(0, {}).get("validation_block_efficiency"),
         "validation_block_efficiency": state.best_score,

@@ -228,6 +228,7 @@ def _summary(artifact: Artifact, state: TrainingState) -> dict[str, Any]:
         "tokens": state.tokens,
         "steps": state.step,
         "skipped_steps": state.skipped,
+        "micro_batch_limit": state.micro_batch_limit or None,
         "train_loss": final_train_loss(records),
         "validation_loss": validations[-1] if validations else {},
         "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
