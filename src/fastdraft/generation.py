@@ -7,7 +7,7 @@ they run where only torch and transformers are installed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -39,6 +39,19 @@ class Generation:
     finish_reason: Literal["stop", "length"]
     fault: str = ""
     """Why this answer is no use as a row, in one word; empty for every good one."""
+
+
+class RenderedPrompt(list[int]):
+    """A prompt as token ids that still knows the messages it was rendered from, for servers that render messages themselves.
+
+    Args:
+        ids: As this target's template writes the messages.
+        messages: Each with a `role` and a `content`.
+    """
+
+    def __init__(self, ids: Iterable[int], messages: Iterable[Mapping[str, str]]) -> None:
+        super().__init__(ids)
+        self.messages = [dict(message) for message in messages]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> None:

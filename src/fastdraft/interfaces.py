@@ -20,10 +20,11 @@ from fastdraft.artifacts import Artifact, RunDirectory
 from fastdraft.config import Config
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, DataError, RecipeError
-from fastdraft.generation import Engine, Generation, Sampling, check_prompts
+from fastdraft.generation import Engine, Generation, RenderedPrompt, Sampling, check_prompts
 
 __all__ = [
-    "PYTHON", "SHIPPED", "Engine", "Generation", "RunConfig", "Sampling", "StageContext", "TargetConfig", "check_prompts", "resolve_path",
+    "PYTHON", "SHIPPED", "Engine", "Generation", "RenderedPrompt", "RunConfig", "Sampling", "StageContext", "TargetConfig", "check_prompts",
+    "resolve_path",
 ]  # fmt: skip
 
 SHIPPED, PYTHON = "shipped:", "python:"

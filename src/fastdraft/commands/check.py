@@ -244,7 +244,12 @@ def _evaluation_tokens(recipe: Recipe) -> int:
 
     if recipe.evaluate is None or recipe.evaluate.texts.kind not in ("target", "engine"):
         return 0  # how long texts are that stand already shows when they are read
-    return sum(len(load_task(task).prompts) * task.max_new_tokens for task in recipe.evaluate.tasks) * len(recipe.evaluate.temperatures)
+    tokens, temperatures = 0, len(recipe.evaluate.temperatures)
+    for task in recipe.evaluate.tasks:
+        turns = [len(prompt.conversation.users) if prompt.conversation else 1 for prompt in load_task(task).prompts]
+        earlier = sum(turns) - len(turns)  # answered greedily once, for the prompts of the turns behind them
+        tokens += (sum(turns) * temperatures + earlier) * task.max_new_tokens
+    return tokens
 
 
 def _benchmark(recipe: Recipe, config: BenchmarkConfig, plan: design.Plan) -> tuple[int, float, float, float]:

@@ -78,7 +78,8 @@ class OpenAIEngineConfig(Config):
     model: str = ""
     """The target's name at the servers; empty: the only one that they serve."""
     api: Literal["auto", "completions", "chat"] = "auto"
-    """completions takes every prompt, as token ids where the server can; chat only single user messages; auto: completions if there."""
+    """completions takes every prompt, as token ids where the server can; chat takes user messages and conversations, which the server
+    renders itself; auto: completions if there."""
     logprobs: Literal["processed", "raw", "none", "target"] = "none"
     """What the servers' log-probs are of: processed, the sampled distribution (vLLM: --logprobs-mode processed_logprobs); raw, the
     logits, of use at temperature 1 without truncation only; none: kept without; target: of target.model's weights, by a scoring pass."""

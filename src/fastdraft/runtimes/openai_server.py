@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastdraft.data.chat import plain_prefix_ids, user_words
 from fastdraft.data.openai_format import AnswerReader, Choice, LogprobKind, read_choices, serves_replay
 from fastdraft.errors import DataError, TargetError
-from fastdraft.interfaces import Generation, Sampling, check_prompts
+from fastdraft.interfaces import Generation, RenderedPrompt, Sampling, check_prompts
 from fastdraft.runtimes.openai_requests import RefusedError, Servers
 from fastdraft.runtimes.openvino import answer_seed
 from fastdraft.vocabulary import Vocabulary
@@ -117,7 +117,7 @@ class OpenAIEngine:
         way = self.way
         bodies = [self._body(way, prompt, sampling, max_new_tokens, answer_seed(seed, index)) for index, prompt in enumerate(prompts)]
         if not any(bodies):
-            rule = "these servers take messages only: a prompt must be one user message in the target's chat template"
+            rule = "these servers take messages only: a prompt must be a conversation or a user message in the target's chat template"
             raise DataError(
                 "prompts", "none can be sent to /chat/completions", rule, "use prompts with chat: true, or a server with /completions"
             )
@@ -178,10 +178,10 @@ class OpenAIEngine:
                 return None
             body["prompt"] = text
         else:
-            words = user_words(self.tokenizer, prompt)
-            if words is None:
+            messages = self._as_messages(prompt)
+            if messages is None:
                 return None
-            body["messages"] = [{"role": "user", "content": words}]
+            body["messages"] = messages
         if way.extras or (self.logprobs != "none" and sampling.temperature > 0):
             body |= {"logprobs": 1} if way.route == "/completions" else {"logprobs": True, "top_logprobs": 1}
         if way.extras or sampling.top_k:
@@ -202,6 +202,13 @@ class OpenAIEngine:
             return None
         text = str(self.tokenizer.decode(list(prompt[before:]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return text if [int(token) for token in self.tokenizer(text, verbose=False).input_ids] == list(prompt) else None
+
+    def _as_messages(self, prompt: Sequence[int]) -> list[dict[str, str]] | None:
+        """Messages that the server will render to these very ids; None without them."""
+        if isinstance(prompt, RenderedPrompt):
+            return prompt.messages
+        words = user_words(self.tokenizer, prompt)
+        return None if words is None else [{"role": "user", "content": words}]
 
     def _counts_differently(self, way: Way, prompt: list[int], choice: Choice) -> bool:
         if choice.prompt_ids is not None:

@@ -186,7 +186,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     import torch
 
     from fastdraft.decoding import scoreboard
-    from fastdraft.decoding.turn_prompts import with_turns
+    from fastdraft.decoding.turn_prompts import opened_once, with_turns
     from fastdraft.decoding.workbench import Workbench
     from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device, set_threads
     from fastdraft.provenance import describe_run
@@ -201,7 +201,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     tokenizer = load_tokenizer(context.target.location, context.target.revision, context.target.trust_remote_code)
     context_length = _context_length(context, folders)
     standing = _standing_texts(config, context, tokenizer, context_length)
-    engine = partial(_engine, config, context, target)
+    engine = opened_once(partial(_engine, config, context, target))
     plan = _plan(config, context, tokenizer, context_length, standing)
     plan = with_turns(plan, engine, folder=artifact.path, console=console, tokenizer=tokenizer, context_length=context_length)
     bench = Workbench(plan, artifact.path, console, target, vocabulary)
@@ -213,6 +213,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         bench.keep_texts(standing.rows)
     else:
         bench.write_texts(engine)
+    del engine  # with the model that it may hold, and its files: on Windows an open file cannot be removed
     replayed = bench.replay_all(loaders)
     exact = bench.exact_all(final, loaders[final]) if target is not None else {}
     costs = _costs(context, folders[final], bench.latency(loaders[final]) if target is not None else None)
@@ -222,7 +223,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         "draft": folders[final].relative_to(context.run.root).as_posix(),
         **_cost_fields(costs),
         "rows": scoreboard.result_rows(bench, replayed, exact, costs),
-        "differences": scoreboard.headline_differences(replayed, plan.num_speculative_tokens, plan.seed),
+        "differences": scoreboard.headline_differences(bench, replayed),
         "by_position": scoreboard.by_position(bench, loaders, context_length),
         "greedy_check": scoreboard.greedy_check(bench, exact),
         "contamination": None if standing is not None else _contamination(config, context, tokenizer),
