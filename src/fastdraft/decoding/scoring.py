@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdraft.decoding.replay import LOGITS_HELD, length_batches, response_hidden
+from fastdraft.decoding.replay import LOGITS_HELD, pass_by_pass, response_hidden
 from fastdraft.functional.sampling import warp
 from fastdraft.interfaces import Engine, Generation, Sampling
 from fastdraft.modeling.head import OutputHead, output_head
@@ -39,10 +39,13 @@ def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampl
         return list(written)
     scored = list(written)
     decoder, head = output_head(model)
-    for chosen in length_batches([len(g.prompt_ids) + len(g.response_ids) for g in written], batch_tokens):
+
+    def score_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [written[i] for i in chosen], model.device)
         for index, hidden_ND in zip(chosen, hidden, strict=True):
             scored[index] = replace(written[index], logprobs=_logprobs(hidden_ND, head, written[index].response_ids, sampling))
+
+    pass_by_pass(written, batch_tokens, score_piece)
     return scored
 
 
