@@ -18,6 +18,9 @@ from fastdraft.errors import RecipeError
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmbt]?)", re.IGNORECASE)
 
+_SECRET = re.compile(r"(api|access|auth|hf|secret)?_?(key|token|password|secret)", re.IGNORECASE)
+"""Keys whose value is not to be repeated, were a recipe to have them."""
+
 
 class Config(BaseModel):
     """A recipe section: frozen, unknown keys refused, docstrings of the fields are the reference."""
@@ -81,7 +84,8 @@ def recipe_error(error: ValidationError, cls: type[BaseModel], where: str = "") 
         known = _known_keys(cls, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}" if known else "remove it"
-        return RecipeError(key, _short(first["input"]), "unknown key", remedy)
+        found = "a secret" if _SECRET.fullmatch(str(first["loc"][-1])) else _short(first["input"])
+        return RecipeError(key, found, "unknown key", "keys are not for recipes: use api_key_env" if found == "a secret" else remedy)
     if first["type"] == "missing":
         return RecipeError(key, "missing", "this key is required", "add it to the recipe")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")

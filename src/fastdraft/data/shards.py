@@ -18,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.artifacts import Artifact, disk_errors, file_sha256
+from fastdraft.artifacts import Artifact, file_sha256
 from fastdraft.errors import ArtifactError, DataError
+from fastdraft.machine import disk_errors
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")

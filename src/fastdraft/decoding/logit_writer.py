@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.data.responses import read_rows
 from fastdraft.data.sparse_logits import SparseLogits, logits_path, rows_digest, write_sparse_logits
-from fastdraft.decoding.replay import LOGITS_HELD, TokenText, length_batches, response_hidden
+from fastdraft.decoding.replay import LOGITS_HELD, TokenText, pass_by_pass, response_hidden
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import top_k_buckets
 from fastdraft.interfaces import Engine, StageContext
@@ -42,10 +42,13 @@ def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, 
     """
     found: list[SparseLogits | None] = [None] * len(rows)
     decoder, head = output_head(model)
-    for chosen in length_batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], batch_tokens):
+
+    def keep_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [rows[i] for i in chosen], model.device)
         for index, hidden_ND in zip(chosen, hidden, strict=True):
             found[index] = _kept(hidden_ND, head, k)
+
+    pass_by_pass(rows, batch_tokens, keep_piece)
     return [logits for logits in found if logits is not None]
 
 

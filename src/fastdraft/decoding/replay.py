@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts
 from fastdraft.functional.sampling import mask_ids, warp
+from fastdraft.machine import Halving
 from fastdraft.modeling.head import OutputHead, output_head
 from fastdraft.vocabulary import Vocabulary
 
@@ -124,7 +125,8 @@ def accept_probabilities(
     accepts: list[NDArray[np.float64]] = [np.zeros(0) for _ in rows]
     missing = torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device) if vocabulary.missing_ids else None
     decoder, head = output_head(draft)
-    for chosen in length_batches([len(r.prompt_ids) + len(r.response_ids) for r in rows], batch_tokens):
+
+    def replay_piece(chosen: Sequence[int]) -> None:
         batch = [rows[i] for i in chosen]
         hidden = response_hidden(decoder, batch, draft.device)
         for alike in alike_places((row.temperature, row.top_k, row.top_p) for row in batch):
@@ -134,6 +136,8 @@ def accept_probabilities(
                 accepts[chosen[b]] = accept
         if on_batch:
             on_batch(len(chosen))
+
+    pass_by_pass(rows, batch_tokens, replay_piece)
     return accepts
 
 
@@ -143,6 +147,17 @@ def alike_places(keys: Iterable[Hashable]) -> list[list[int]]:
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
     return list(places.values())
+
+
+def pass_by_pass(rows: Sequence[TokenText], batch_tokens: int, work: Callable[[Sequence[int]], None]) -> None:
+    """Calls `work` with the numbers of rows of near-equal length, fewer at a time where memory runs out.
+
+    Raises:
+        NoMemoryError: when a single row does not fit.
+    """
+    halving = Halving("a pass over text")
+    for chosen in length_batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], batch_tokens):
+        halving(chosen, work)
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdraft.decoding.replay import chosen_logprobs, held_slices, length_batches, response_hidden
+from fastdraft.decoding.replay import chosen_logprobs, held_slices, pass_by_pass, response_hidden
 from fastdraft.functional.sampling import warp
 from fastdraft.generation import Engine, Generation, Sampling
 from fastdraft.modeling.head import OutputHead, output_head
@@ -40,11 +40,14 @@ def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampl
         return list(written)
     scored = list(written)
     decoder, head = output_head(model)
-    for chosen in length_batches([len(g.prompt_ids) + len(g.response_ids) for g in written], batch_tokens):
+
+    def score_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [written[i] for i in chosen], model.device)
         logprobs = _logprobs(torch.cat(hidden), head, [token for i in chosen for token in written[i].response_ids], sampling)
         for index in chosen:
             scored[index] = replace(written[index], logprobs=list(islice(logprobs, len(written[index].response_ids))))
+
+    pass_by_pass(written, batch_tokens, score_piece)
     return scored
 
 

@@ -23,6 +23,7 @@ from fastdraft.config import Config
 from fastdraft.data.openai_format import serves_replay
 from fastdraft.errors import ArtifactError, MissingExtraError, RecipeError
 from fastdraft.interfaces import Generation, Sampling
+from fastdraft.machine import Halving
 from fastdraft.runtimes.openvino_families import unconverted_family
 
 if TYPE_CHECKING:
@@ -310,8 +311,10 @@ def open_engines(
     from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
     model = load_target(context.target, pick_device(context.settings.device))
-    answering = HuggingFaceEngine(model, vocabulary, batch_rows, on_answer, end_loops=end_loops)
-    return Engines(answering, HuggingFaceEngine(model, turns, batch_rows, end_loops=True), answering.context_length)
+    halving = Halving(f"{stage}.batch_rows", context.console.warn)
+    answering = HuggingFaceEngine(model, vocabulary, batch_rows, on_answer, end_loops=end_loops, halving=halving)
+    instructing = HuggingFaceEngine(model, turns, batch_rows, end_loops=True, halving=halving)
+    return Engines(answering, instructing, answering.context_length)
 
 
 def _open_openvino(

@@ -18,6 +18,7 @@ from fastdraft.artifacts import Artifact, write_json
 from fastdraft.config import Config
 from fastdraft.data.texts import EngineTexts, LoggedTexts, TargetTexts, TextsConfig, bare_kind
 from fastdraft.interfaces import Engine, StageContext, TargetConfig
+from fastdraft.machine import Halving
 from fastdraft.tasks import TaskConfig, describe_task, load_task
 
 if TYPE_CHECKING:
@@ -267,7 +268,8 @@ def _engine(config: EvaluateConfig, context: StageContext, target: PreTrainedMod
     if target is not None:
         from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
-        return HuggingFaceEngine(target, vocabulary, config.batch_rows, on_batch)
+        halving = Halving("evaluate.batch_rows", context.console.warn)
+        return HuggingFaceEngine(target, vocabulary, config.batch_rows, on_batch, halving=halving)
     from fastdraft.runtimes.engines import open_engines
 
     shared: dict[str, Any] = {"batch_rows": config.batch_rows, "end_loops": False, "on_answer": on_batch, "stage": "evaluate"}
