@@ -47,6 +47,7 @@ def shards_of(root: Path) -> dict[str, str]:
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "BATCH_CHARS", 3000)
     monkeypatch.setattr(build, "COMMIT_CHARS", 12000)
+    monkeypatch.setattr(build, "WINDOW_CHARS", 8000)
 
 
 def test_a_corpus_becomes_rows_of_the_targets_tokens(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:

@@ -58,6 +58,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
     if recipe.design is None:
         raise RecipeError("design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe")
     plan = design.plan(recipe.design, recipe.target)
+    _check_row_lengths(recipe, plan)
     unseen = list(_check_inputs(recipe))
     refuse_changes(recipe, context)
     states = {stage.name: _state(stage.name, context) for stage in STAGES if context.has(stage.name)}
@@ -102,6 +103,19 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         _check_benchmark(recipe)
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
+
+
+def _check_row_lengths(recipe: Recipe, plan: design.Plan) -> None:
+    """A row must fit into the draft's context, and into a batch where its size is given."""
+    limit = getattr(plan.draft_config, "max_position_embeddings", None)
+    longest = max((recipe.prepare.row_length, *recipe.prepare.long_rows)) if recipe.prepare else 0
+    if recipe.prepare and limit and longest > limit:
+        key = "prepare.long_rows" if recipe.prepare.long_rows else "prepare.row_length"
+        raise RecipeError(key, longest, f"must be at most the draft's context of {limit}", "lower it")
+    for name in ("pretrain", "continue_pretrain"):
+        section = getattr(recipe, name)
+        if section and recipe.prepare and section.batch_tokens and section.batch_tokens < longest:
+            raise RecipeError(f"{name}.batch_tokens", section.batch_tokens, f"must hold one row of {longest} tokens", "raise it")
 
 
 def _check_runtimes(recipe: Recipe) -> None:
@@ -236,7 +250,8 @@ def _training_tokens(name: str, recipe: Recipe) -> int:
 
 
 def _micro_batch(name: str, recipe: Recipe, device: str) -> int:
-    return int(getattr(recipe, name).micro_batch_tokens or (4096 if device == "cpu" else 32768))
+    longest = max((recipe.prepare.row_length, *recipe.prepare.long_rows)) if recipe.prepare else 0
+    return max(longest, int(getattr(recipe, name).micro_batch_tokens or (4096 if device == "cpu" else 32768)))
 
 
 def _evaluation_tokens(recipe: Recipe) -> int:

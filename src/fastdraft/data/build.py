@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fastdraft.config import format_count
 from fastdraft.console import Console
 from fastdraft.data.journal import Journal
-from fastdraft.data.ordering import PieceStream, piece_chars
+from fastdraft.data.ordering import WINDOW_CHARS, PieceStream, piece_chars
 from fastdraft.data.packing import RowPacker
 from fastdraft.data.row_lengths import all_lengths, length_for
 from fastdraft.data.shards import SPLITS, ShardWriter, Split, shard_prefix
@@ -180,7 +180,7 @@ class CorpusBuild:
         return sum(shard["rows"] for shard in self._writers[split, length].shards)
 
     def _read_entry(self, entry: Any, advance: Callable[[float], None]) -> None:
-        source = PieceStream(entry, self._seed, self.progress.stream, limit=piece_chars(self._layout.lengths[-1]))
+        source = PieceStream(entry, self._seed, self.progress.stream, WINDOW_CHARS, piece_chars(self._layout.lengths[-1]))
         self._under_way.clear()
         waiting: deque[tuple[_Batch, Future[list[npt.NDArray[np.uint32]]]]] = deque()
         uncommitted = skipped = 0

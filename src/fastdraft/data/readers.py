@@ -17,6 +17,7 @@ from typing import IO, Any, cast
 from fastdraft.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+COMPRESSED = (".gz", ".xz", ".zst")
 PARQUET_ROWS = 1024
 """Rows of a Parquet file held at a time."""
 
@@ -106,6 +107,18 @@ def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
+def _ends_inside_a_line(path: Path) -> bool:
+    """Whether a plain file's last byte is no line end, as after a copy that was cut off."""
+    if path.suffix in COMPRESSED:
+        return False
+    try:
+        with open(path, "rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) != b"\n"
+    except OSError:
+        return False
+
+
 def read_jsonl(path: Path, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line behind line `after` that is not blank.
 
@@ -118,6 +131,9 @@ def read_jsonl(path: Path, after: int = 0) -> Iterator[tuple[int, dict[str, Any]
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if _ends_inside_a_line(path) and number == sum(1 for _ in open_binary(path)):
+                rule, remedy = "the file must be whole", "copy or download it again, or delete its last line"
+                raise DataError(f"{path} line {number}", f"cut off inside a line ({error})", rule, remedy) from None
             raise DataError(
                 f"{path} line {number}", f"not JSON ({error})", "each line must be one JSON object", "mend or delete the line"
             ) from None

@@ -321,13 +321,14 @@ def _source(config: AlignConfig, context: StageContext, samples: list[Sample], r
 
 def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
     """Steps of the pre-training mixture, each of as many tokens as a synthetic step."""
-    from fastdraft.data.loader import MixtureSampler, open_corpus
+    from fastdraft.data.loader import open_mixture
+    from fastdraft.data.shards import row_lengths
     from fastdraft.training.batches import PackedBatches
 
     prepare, mixture = context.require("prepare"), _mixture(context)
-    row_length = int(prepare.manifest()["row_length"])
-    corpora = {corpus: open_corpus(prepare, corpus, "train") for corpus, weight in mixture.items() if weight > 0}
-    sampler = MixtureSampler(corpora, {corpus: mixture[corpus] for corpus in corpora}, context.settings.seed + _MIXTURE_SEED)
+    row_length = row_lengths(prepare.manifest())[-1]
+    used = {corpus: weight for corpus, weight in mixture.items() if weight > 0}
+    sampler = open_mixture(prepare, used, context.settings.seed + _MIXTURE_SEED)
     rows = max(1, resolved.batch_tokens // row_length)
     return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
 

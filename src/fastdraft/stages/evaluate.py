@@ -358,7 +358,7 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     """13-grams that evaluation texts (prompts and references) share with everything trained on; null without training data."""
     from fastdraft.data.contamination import Contamination
     from fastdraft.data.responses import read_all
-    from fastdraft.data.shards import corpus_names, open_corpus
+    from fastdraft.data.shards import corpus_names, open_lengths
 
     trained_on = _trained_on(context)
     if not trained_on:
@@ -366,7 +366,8 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     tasks = [load_task(task) for task in config.tasks]
     search = Contamination({task.name: [_bare_ids(tokenizer, p.everything) for p in task.prompts] for task in tasks})
     prepared = [artifact for artifact in trained_on if artifact.name == "prepare"]
-    corpora = [open_corpus(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
+    lengths = [open_lengths(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
+    corpora = [corpus for by_length in lengths for corpus in by_length.values()]
     with context.console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:
 
         def on_shard(count: int) -> None:
