@@ -107,7 +107,7 @@ def test_a_pass_over_text_that_runs_out_of_memory_gives_the_same_in_halves(
 @pytest.mark.parametrize(
     ("stage", "owner", "name", "error", "remedy"),
     [
-        ("prepare", DocumentEncoder, "__call__", MemoryError, "lower prepare.workers"),
+        ("prepare", DocumentEncoder, "encode", MemoryError, "lower prepare.workers"),
         ("synthesize", torch.nn.Embedding, "forward", lambda: RuntimeError(CPU_FULL), "synthesize.batch_rows"),
         ("evaluate", SpeculativeDecoder, "generate", lambda: torch.OutOfMemoryError("CUDA"), "evaluate.batch_rows"),
     ],
