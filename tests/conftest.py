@@ -224,5 +224,30 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Pa
     next(p for p in value["synthesize"]["prompts"] if p["kind"] == "magpie")["max_instruction_tokens"] = 8  # never ends: is given up
     value["evaluate"].update({"temperatures": [0.6], "num_speculative_tokens": [2], "exact": {"num_speculative_tokens": [2], "prompts": 2}})
     path.write_text(yaml.safe_dump(value), encoding="utf-8")
-    pipeline.run(load_recipe(str(path)))
+    with pytest.MonkeyPatch.context() as patch:
+        _watch_forbidden(patch)
+        pipeline.run(load_recipe(str(path)))
     return path
+
+
+FORBIDDEN: list[str] = []
+"""Connections opened and pickles read while `short_run` was made."""
+
+
+def _watch_forbidden(patch: pytest.MonkeyPatch) -> None:
+    import pickle
+    import socket
+    from collections.abc import Callable
+    from typing import Any
+
+    import torch
+
+    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            FORBIDDEN.append(name)
+            return real(*arguments, **named)
+
+        return call
+
+    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (pickle, "load"), (pickle, "loads"), (torch, "load")):
+        patch.setattr(owner, name, watched(f"{owner.__name__}.{name}", getattr(owner, name)))

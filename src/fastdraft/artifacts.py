@@ -23,6 +23,8 @@ from fastdraft.errors import ArtifactError, DiskError
 from fastdraft.machine import TEMPORARY, disk_errors
 
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
+_HELD: list[Path] = []
+"""Runs that this process has locked."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 SCRATCH = ("steps", ".journal", "converted")
 """Folders of resume checkpoints, journals and converted copies of the target, of no use once a stage is complete."""
@@ -74,8 +76,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """The temporary name. The folder is made, but not the one that holds it: where that has gone, the whole run was moved or deleted."""
-    path.parent.mkdir(exist_ok=True)
+    """The temporary name. Its folder is made, in a run that this process works at only if the folder around it stands:
+    where that has gone, somebody has moved or deleted the whole run, and no part of it may be begun in its old place.
+    """
+    path.parent.mkdir(parents=not any(root in path.parents for root in _HELD), exist_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -180,7 +184,7 @@ class Artifact:
         """Claims the folder for these settings, or goes on with work begun under the same ones.
 
         Raises:
-            ArtifactError: when the folder holds work begun under other settings, or under settings that nobody knows any more.
+            ArtifactError: when the folder holds work begun under other settings.
         """
         changed = self.differences(fingerprint)
         if changed:
@@ -191,12 +195,15 @@ class Artifact:
                 f"use another run.name, or redo it with --redo {self.name}",
             )
         if not (self.path / FINGERPRINT).exists():
-            self._refuse_orphans(fingerprint)
             write_json(self.path / FINGERPRINT, fingerprint)
 
-    def _refuse_orphans(self, fingerprint: Mapping[str, Any]) -> None:
-        """Work without a fingerprint may be of any settings; only a manifest that names these lets it count as theirs."""
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+    def refuse_orphans(self, fingerprint: Mapping[str, Any]) -> None:
+        """Work without a fingerprint may be of any settings; only a manifest that names these lets it count as theirs.
+
+        Raises:
+            ArtifactError: when there is such work.
+        """
+        if (self.path / FINGERPRINT).exists() or not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if self.is_complete() and self.manifest().get("fingerprint") == digest(json.loads(json.dumps(fingerprint, default=str))):
             return
@@ -250,10 +257,12 @@ class RunDirectory:
                 rule = "the run's folder must be one that can be made"
                 raise DiskError(self.root, "no folder can be made here", rule, "set another run.folder") from None
             lock = _acquire_lock(self.root)
+        _HELD.append(self.root)
         try:
             self._remove_unfinished()
             yield
         finally:
+            _HELD.remove(self.root)
             lock.release()
 
     def _remove_unfinished(self) -> None:

@@ -21,6 +21,13 @@ _COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmbt]?)", re.IGNORECASE)
 _SECRET = re.compile(r"(api|access|auth|hf|secret)?_?(key|token|password|secret)", re.IGNORECASE)
 """Keys whose value is not to be repeated, were a recipe to have them."""
 
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{number}" for name in ("com", "lpt") for number in range(10))}
+
+
+def names_a_device(name: str) -> bool:
+    """Whether Windows takes this name, whatever its ending, for a device such as `con` or `lpt1`: no folder can have it there."""
+    return name.split(".", maxsplit=1)[0].casefold() in _DEVICES
+
 
 class Config(BaseModel):
     """A recipe section: frozen, unknown keys refused, docstrings of the fields are the reference."""

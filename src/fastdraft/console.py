@@ -164,7 +164,7 @@ class Console:
             self._write(progress.line(200))
 
     def _width(self) -> int:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             return max(20, os.get_terminal_size(sys.stderr.fileno()).columns - 1)
         return 79
 

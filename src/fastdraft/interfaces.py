@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from fastdraft.artifacts import Artifact, RunDirectory
-from fastdraft.config import Config
+from fastdraft.config import Config, names_a_device
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, DataError, RecipeError
 from fastdraft.generation import Engine, Generation, RenderedPrompt, Sampling, check_prompts
@@ -74,6 +74,8 @@ class RunConfig(Config):
     def _makes_a_folder(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
             raise ValueError("must be letters, digits, '.', '_' and '-', beginning with a letter or digit: it names a folder")
+        if names_a_device(value):
+            raise ValueError("must not be a device of Windows: it names a folder")
         return value
 
     @property

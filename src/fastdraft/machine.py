@@ -162,7 +162,7 @@ class Halving:
 
 def free_memory() -> None:
     """Gives back what a failed pass left; looks for an accelerator only where torch is loaded."""
-    gc.collect()
+    gc.collect(1)  # what a pass leaves is young, and all else a long look
     torch = sys.modules.get("torch")
     accelerator = torch and torch.accelerator.current_accelerator(check_available=True)
     if torch and accelerator and hasattr(torch.get_device_module(accelerator), "empty_cache"):

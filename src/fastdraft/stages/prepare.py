@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fastdraft import artifacts
 from fastdraft.artifacts import FINGERPRINT, MANIFEST
-from fastdraft.config import Config, Count, format_count
+from fastdraft.config import Config, Count, format_count, names_a_device
 from fastdraft.data.sources import SourceConfig
 from fastdraft.errors import DataError
 from fastdraft.interfaces import StageContext, TargetConfig
@@ -52,7 +52,8 @@ class PrepareConfig(Config):
     @classmethod
     def _names_make_folders(cls, entries: list[Any]) -> list[Any]:
         names = {entry.name for entry in entries}
-        if bad := {name for name in names if name.endswith(".") or name.casefold() in (MANIFEST, FINGERPRINT)}:
+        taken = (MANIFEST, FINGERPRINT)
+        if bad := {name for name in names if name.endswith(".") or name.casefold() in taken or names_a_device(name)}:
             raise ValueError(f"a corpus cannot be called '{min(bad)}'")
         if len({name.casefold() for name in names}) < len(names):
             raise ValueError("names of corpora must differ by more than capitals: each is a folder")
