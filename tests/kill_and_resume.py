@@ -119,19 +119,19 @@ def written_recipe(folder: Path, kind: Kind, server: str = "", **changes: Any) -
 
 def _through_server(recipe: dict[str, Any], folder: Path, url: str) -> None:
     """Lets a server write training text and evaluation text, and adds conversations to both."""
-    talks = folder / "talks.jsonl"
-    lines = [{"messages": [{"role": "user", "content": f"{words} {i}?"} for words in ("What is", "And what", "Why")]} for i in range(40)]
-    talks.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    own = folder / "own-talks.jsonl"
-    own.write_text(
-        "".join(json.dumps({"id": f"talk{i}", "messages": [{"role": "user", "content": f"Who is {i}?"}] * 2}) + "\n" for i in range(4)),
-        encoding="utf-8",
-    )
+    talks, own = folder / "talks.jsonl", folder / "own-talks.jsonl"
+    talks.write_text("".join(json.dumps(_talk(f"talk{i}", "What is", "And what", "Why")) + "\n" for i in range(40)), encoding="utf-8")
+    own.write_text("".join(json.dumps(_talk(f"own{i}", "Who is", "Where is")) + "\n" for i in range(4)), encoding="utf-8")
     engine = {"kind": "openai", "servers": [url], "logprobs": "processed", "retries": 100}
     source = {"kind": "jsonl", "name": "talks", "path": str(talks), "field": "messages", "share": 1}
     recipe["synthesize"] |= {"engine": engine, "prompts": [*recipe["synthesize"]["prompts"], source]}
     task = {"kind": "file", "name": "talks", "path": str(own), "chat": True, "max_new_tokens": 12}
     recipe["evaluate"] |= {"texts": "engine", "tasks": [*recipe["evaluate"]["tasks"], task]}
+
+
+def _talk(name: str, *users: str) -> dict[str, Any]:
+    messages = [[{"role": "user", "content": f"{words} {name}?"}, {"role": "assistant", "content": "Logged."}] for words in users]
+    return {"id": name, "messages": [message for turn in messages for message in turn]}
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False, kind: Kind = Kind(), **changes: Any) -> list[str]:
