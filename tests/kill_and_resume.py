@@ -54,7 +54,7 @@ OPENVINO = {
 }
 """Sections of the tiny recipe with --openvino."""
 COMPARED = ("design/draft", "pretrain/checkpoint", "continue_pretrain/checkpoint", "align/checkpoint", "export/huggingface")
-SERVER_KILLED_EVERY = 4
+SERVER_KILLED_EVERY = 3
 """Of the kills of a run, so many bring one of the server too."""
 
 
@@ -206,7 +206,7 @@ class Killing:
 
     def _server_dies(self) -> threading.Thread:
         """Kills the server after a while that falls now into the start of a run, now into its questions."""
-        wait, server = self.random_part.uniform(0, 15), self.server
+        wait, server = self.random_part.uniform(0, 8), self.server
         assert server is not None
 
         def work() -> None:

@@ -103,15 +103,22 @@ async def _logprobs(engine: OpenAIEngine, way: Way, prompt: Sequence[int]) -> st
         body = engine.question(way, prompt, Sampling(1.0), 1, 0) or {}
         if read_choices(await engine.servers.ask(way.route, body))[0].logprobs is None:
             return "none"
-        plain, cold, first = [await engine.first_logprob(way, prompt, s) for s in (Sampling(1.0), Sampling(0.25), Sampling(1.0, 1))]
     except (RefusedError, ValueError):
         return "none"
+    plain, cold, first = [await _likeliest(engine, way, prompt, s) for s in (Sampling(1.0), Sampling(0.25), Sampling(1.0, 1))]
     if plain is None or cold is None or plain > -10 * EQUAL:  # where one token has it all, nothing can be told
         return "given"
-    follows_truncation = first is not None and first > -EQUAL
-    if abs(cold - plain) > EQUAL:
-        return "processed" if follows_truncation or not way.extras else "processed but for truncation"
-    return "raw"
+    if abs(cold - plain) <= EQUAL:
+        return "raw"
+    return "processed" if first is None or first > -EQUAL else "processed but for truncation"
+
+
+async def _likeliest(engine: OpenAIEngine, way: Way, prompt: Sequence[int], sampling: Sampling) -> float | None:
+    """Its log-prob; None where the server does not tell, or does not take such sampling (OpenAI's API knows no top-k)."""
+    try:
+        return await engine.first_logprob(way, prompt, sampling)
+    except RefusedError:
+        return None
 
 
 async def _scores_prompts(engine: OpenAIEngine, way: Way, prompt: Sequence[int]) -> bool:
