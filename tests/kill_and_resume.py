@@ -120,7 +120,7 @@ def written_recipe(folder: Path, kind: Kind, server: str = "", **changes: Any) -
 def _through_server(recipe: dict[str, Any], folder: Path, url: str) -> None:
     """Lets a server write training text and evaluation text, and adds conversations to both."""
     talks, own = folder / "talks.jsonl", folder / "own-talks.jsonl"
-    talks.write_text("".join(json.dumps(_talk(f"talk{i}", "What is", "And what", "Why")) + "\n" for i in range(40)), encoding="utf-8")
+    talks.write_text("".join(json.dumps(_talk(f"talk{i}", "What is", "And what", "Why")) + "\n" for i in range(16)), encoding="utf-8")
     own.write_text("".join(json.dumps(_talk(f"own{i}", "Who is", "Where is")) + "\n" for i in range(4)), encoding="utf-8")
     engine = {"kind": "openai", "servers": [url], "logprobs": "processed", "retries": 100}
     source = {"kind": "jsonl", "name": "talks", "path": str(talks), "field": "messages", "share": 1}
