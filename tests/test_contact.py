@@ -37,7 +37,7 @@ def recipe_for(folder: Path, target: Path, *urls: str, **engine: Any) -> Recipe:
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
     prompts = [prompt for prompt in value["synthesize"]["prompts"] if prompt["kind"] == "jsonl"]
     settings = {"kind": "openai", "servers": list(urls), "timeout": 20.0, **engine} if urls else {"kind": "huggingface"}
-    value["synthesize"] |= {"prompts": prompts, "engine": settings}
+    value["synthesize"] |= {"prompts": prompts, "engine": settings, "temperatures": [0, 1.0]}
     path.write_text(yaml.safe_dump(value), encoding="utf-8")
     return load_recipe(str(path))
 
@@ -104,6 +104,12 @@ def test_the_table_names_every_server_and_ends_in_one_line_for_one_that_is_no_us
 def test_logprobs_that_are_not_what_the_recipe_says_are_refused(tiny_target: Path, tmp_path: Path) -> None:
     with Served(tiny_target, logprobs="raw").running() as one, pytest.raises(TargetError, match="log-probs are raw"):
         check.run(recipe_for(tmp_path, tiny_target, one.url, logprobs="processed"), Console(quiet=True), contact=True)
+
+
+def test_logprobs_of_the_sampled_distribution_serve_as_raw_ones(
+    served: Served, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert contacts(recipe_for(tmp_path, tiny_target, served.url, logprobs="raw"), capsys)[0]["logprobs"] == "processed"
 
 
 def test_a_recipe_without_servers_has_nobody_to_ask(tiny_target: Path, tmp_path: Path) -> None:

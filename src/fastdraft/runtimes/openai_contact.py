@@ -88,7 +88,9 @@ async def _ask(engine: OpenAIEngine, url: str, prompts: Sequence[Sequence[int]],
     choice = read_choices(await engine.servers.ask(way.route, body))[0]
     seconds = time.monotonic() - start
     logprobs = await _logprobs(engine, way, prompt)
-    if settings.logprobs in ("raw", "processed") and logprobs not in (settings.logprobs, "given"):
+    # Processed ones serve as raw ones: a recipe that says raw samples at temperature 1 without truncation only.
+    enough = {"raw": ("raw", "processed", "processed but for truncation", "given"), "processed": ("processed", "given")}
+    if logprobs not in enough.get(settings.logprobs, (logprobs,)):
         rule = f"the recipe says logprobs: {settings.logprobs}"
         remedy = "start the server so (vLLM: --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs to what it gives"
         raise TargetError(url, "answers without log-probs" if logprobs == "none" else f"log-probs are {logprobs}", rule, remedy)
