@@ -54,8 +54,8 @@ OPENVINO = {
 }
 """Sections of the tiny recipe with --openvino."""
 COMPARED = ("design/draft", "pretrain/checkpoint", "continue_pretrain/checkpoint", "align/checkpoint", "export/huggingface")
-SERVER_KILLED_EVERY = 4
-"""Of the kills of a run, so many bring one of the server too."""
+SERVER_KILLED_EVERY = 2
+"""Every so many kills of a run one of the server too."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Kind:
     openvino: bool = False
     http: bool = False
     logits: bool = False
+    short: bool = False
+    """Only what writes and what learns from it: design, synthesize, align."""
 
 
 class Server:
@@ -102,14 +104,18 @@ def command(recipe: Path, name: str) -> list[str]:
     return [sys.executable, "-m", "fastdraft", "run", str(recipe), f"run.name={name}", "--quiet"]
 
 
-def written_recipe(folder: Path, kind: Kind, server: str = "", **changes: Any) -> Path:
+def written_recipe(folder: Path, kind: Kind, server: str = "") -> Path:
     """The tiny recipe, on transformers alone, through OpenVINO and its benchmark, or through a server; with logits or without."""
-    recipe = write_recipe(folder, folder / "target", **(OPENVINO if kind.openvino else {}), **changes)
+    recipe = write_recipe(folder, folder / "target", **(OPENVINO if kind.openvino else {}))
     value = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     if kind.openvino:
         value["synthesize"]["engine"] = {"kind": "openvino"}
     if kind.http:
         _through_server(value, folder, server)
+    if kind.short:  # after the server's sections, which reach into evaluate
+        value = {name: value[name] for name in ("run", "target", "design", "synthesize", "align")}
+        value["synthesize"]["prompts"] = [source for source in value["synthesize"]["prompts"] if source["kind"] == "jsonl"]
+        value["align"] |= {"tokens": "2k", "pretraining_share": 0}
     if kind.logits:
         value["synthesize"]["logits"] = {"kind": "top_k", "k": 16}
         value["align"]["objective"] = {"kind": "token_kd", "loss": "forward_kl", "source": "stored"}
@@ -119,22 +125,24 @@ def written_recipe(folder: Path, kind: Kind, server: str = "", **changes: Any) -
 
 def _through_server(recipe: dict[str, Any], folder: Path, url: str) -> None:
     """Lets a server write training text and evaluation text, and adds conversations to both."""
-    talks = folder / "talks.jsonl"
-    lines = [{"messages": [{"role": "user", "content": f"{words} {i}?"} for words in ("What is", "And what", "Why")]} for i in range(40)]
-    talks.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    own = folder / "own-talks.jsonl"
-    own.write_text(
-        "".join(json.dumps({"id": f"talk{i}", "messages": [{"role": "user", "content": f"Who is {i}?"}] * 2}) + "\n" for i in range(4)),
-        encoding="utf-8",
-    )
+    talks, own = folder / "talks.jsonl", folder / "own-talks.jsonl"
+    talks.write_text("".join(json.dumps(_talk(f"talk{i}", "What is", "And what", "Why")) + "\n" for i in range(16)), encoding="utf-8")
+    own.write_text("".join(json.dumps(_talk(f"own{i}", "Who is", "Where is")) + "\n" for i in range(4)), encoding="utf-8")
     engine = {"kind": "openai", "servers": [url], "logprobs": "processed", "retries": 100}
     source = {"kind": "jsonl", "name": "talks", "path": str(talks), "field": "messages", "share": 1}
-    recipe["synthesize"] |= {"engine": engine, "prompts": [*recipe["synthesize"]["prompts"], source]}
+    # One answer at a time, so that each has a text of its own: fewer of them, in smaller units.
+    fewer = {"tokens": "1500", "batch_rows": 8}
+    recipe["synthesize"] |= {"engine": engine, "prompts": [*recipe["synthesize"]["prompts"], source], **fewer}
     task = {"kind": "file", "name": "talks", "path": str(own), "chat": True, "max_new_tokens": 12}
     recipe["evaluate"] |= {"texts": "engine", "tasks": [*recipe["evaluate"]["tasks"], task]}
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False, kind: Kind = Kind(), **changes: Any) -> list[str]:
+def _talk(name: str, *users: str) -> dict[str, Any]:
+    messages = [[{"role": "user", "content": f"{words} {name}?"}, {"role": "assistant", "content": "Logged."}] for words in users]
+    return {"id": name, "messages": [message for turn in messages for message in turn]}
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False, kind: Kind = Kind()) -> list[str]:
     """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass.
 
     Args:
@@ -143,14 +151,13 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False, 
         seed: Of the moments.
         say: Tells every kill, and at the end how many fell into which stage.
         kind: Of the recipe.
-        changes: Sections of the recipe to replace.
     """
     target = write_target(folder / "target")
     server = Server(target) if kind.http else None
     try:
         if server:
             server.wait()
-        recipe = written_recipe(folder, kind, server.url if server else "", **changes)
+        recipe = written_recipe(folder, kind, server.url if server else "")
         return Killing(recipe, folder / "runs", kills, random.Random(seed), server, say).compare()
     finally:
         if server:
@@ -194,7 +201,7 @@ class Killing:
             # A quarter of a run at most, so that many kills reach the last stages too; a run that ends early is followed by another.
             most = seen[within] if within else max(2, 2 * seen.total() // (self.kills + 1), seen.total() // 4)
             process = subprocess.Popen(arguments)
-            server_dies = self._server_dies() if self.server and done % SERVER_KILLED_EVERY == SERVER_KILLED_EVERY - 1 else None
+            server_dies = self._server_dies() if self.server and done % SERVER_KILLED_EVERY == 0 else None
             _watch(process, run, stages, kill_at=self.random_part.randint(1, most), within=within)
             if server_dies:
                 server_dies.join()
@@ -206,7 +213,7 @@ class Killing:
 
     def _server_dies(self) -> threading.Thread:
         """Kills the server after a while that falls now into the start of a run, now into its questions."""
-        wait, server = self.random_part.uniform(0, 15), self.server
+        wait, server = self.random_part.uniform(0, 6), self.server
         assert server is not None
 
         def work() -> None:
@@ -271,7 +278,7 @@ def differences(one: Path, two: Path) -> list[str]:
     found = [
         f"{name}/model.safetensors"
         for name in COMPARED
-        if (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
+        if (one / name).exists() and (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
     ]
     rows_one, rows_two = rows(one), rows(two)
     if rows_one != rows_two:
@@ -284,8 +291,7 @@ def differences(one: Path, two: Path) -> list[str]:
     left = [path.name for path in two.rglob("*.tmp")]
     if left:
         found.append(f"left behind: {left[:3]}")
-    results = [json.loads((run / "evaluate" / "results.json").read_text())["rows"] for run in (one, two)]
-    counts = [[{k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in result] for result in results]
+    counts = [evaluation_rows(run) for run in (one, two)]
     if counts[0] != counts[1]:
         found.append("evaluation counts")
     measured = [benchmark_rows(run) for run in (one, two)]
@@ -296,6 +302,13 @@ def differences(one: Path, two: Path) -> list[str]:
     if list(two.rglob("converted")):
         found.append("the converted target was left behind")
     return found
+
+
+def evaluation_rows(run: Path) -> list[dict[str, Any]]:
+    """Without what a clock decides; none where nothing was evaluated."""
+    path = run / "evaluate" / "results.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return [{k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in found]
 
 
 def benchmark_rows(run: Path) -> list[str]:

@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
             stage.epilog = "example: fastdraft benchmark demo benchmark.repeats=5 'benchmark.num_speculative_tokens=[2,3,4]'"
     check = _recipe_verb(verbs, "check", "validate a recipe; forecast tokens, time, disk, memory", _check)
     check.add_argument("--json", action="store_true", help="print the forecast as JSON on stdout")
+    check.add_argument("--contact", action="store_true", help="ask the recipe's servers what they serve, with a few one-token questions")
     _add_inspect(verbs)
     _add_preview(verbs)
     _add_generate(verbs)
@@ -217,7 +218,8 @@ def _check(arguments: argparse.Namespace) -> None:
     from fastdraft.console import Console
     from fastdraft.recipe import load_recipe
 
-    check.run(load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet), as_json=getattr(arguments, "json", False))
+    recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet)
+    check.run(recipe, console, as_json=getattr(arguments, "json", False), contact=getattr(arguments, "contact", False))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 Decides what is looked at (target, vocabulary, shape, corpora, prompts, tasks, device, earlier work in the run's folder,
 disk) and what is forecast for each stage (tokens, time, disk, memory) and for the draft (speed-up by acceptance rate).
-Reads configs and file listings, never weights; downloads nothing of a corpus.
+Reads configs and file listings, never weights; downloads nothing of a corpus; asks no server but by `--contact`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdraft import forecast
+from fastdraft.commands import check_servers
 from fastdraft.config import format_count
 from fastdraft.console import Console, format_seconds, format_table
 from fastdraft.errors import DiskError, RecipeError
@@ -45,8 +46,14 @@ class StageForecast:
     memory_bytes: float = 0.0
 
 
-def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
+def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool = False) -> None:
     """Checks everything and prints the forecast: a table on stdout (none when the console is quiet), or JSON.
+
+    Args:
+        recipe: What is looked at.
+        console: Quiet prints nothing.
+        as_json: Prints one JSON object instead.
+        contact: Asks the servers of `synthesize.engine` too; else nothing goes over the network to them.
 
     Raises:
         FastDraftError: in one line, for the first thing that cannot work.
@@ -67,15 +74,23 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
     needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
     if needed > free:
         raise DiskError(recipe.run.root, f"{_size(free)} free", f"the run needs about {_size(needed)}", "free some space or set run.folder")
+    contacts = check_servers.ask(recipe) if contact else []
     if as_json:
-        print(json.dumps(_as_dict(recipe, plan, device, stages, free), indent=1))
+        servers = {"servers": check_servers.as_dicts(contacts)} if contact else {}
+        print(json.dumps({**_as_dict(recipe, plan, device, stages, free), **servers}, indent=1))
     elif not console.quiet:
         _print(recipe, plan, device, stages, free)
         if recipe.synthesize and _asks_engine(recipe):
-            print(f"engine of synthesize: {choose_engine(recipe.synthesize.engine, context)}")
+            hint = "" if contact or recipe.synthesize.engine.kind != "openai" else " (not asked; --contact asks it what it serves)"
+            print(f"engine of synthesize: {choose_engine(recipe.synthesize.engine, context)}{hint}")
+        for line in check_servers.lines(contacts, plan.target.context_length) if contact else ():
+            print(line)
         for name in unseen:
             print(f"not looked at (it lies on the hub): {name}")
-        print("everything that can be checked here fits")
+        if not check_servers.faults(contacts):
+            print("everything that can be checked here fits")
+    for fault in check_servers.faults(contacts):
+        raise fault
 
 
 def _check_inputs(recipe: Recipe) -> Iterator[str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Api = Literal["auto", "completions", "chat"]
 READS_AGAIN = 3
 """Times that one question is asked when its answer cannot be read; a server that fails so is not worth a long wait."""
-_EQUAL = 1e-3
+EQUAL = 1e-3
 """Log-probs nearer than this count as equal: half precision rounds more than float32, and not every server is deterministic."""
 
 
@@ -110,12 +110,12 @@ class OpenAIEngine:
 
     async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
         if self.way is None:
-            self.model = await self._check_model()
-            self.way = await self._find_way(prompts, sampling)
+            self.model = await self.check_model()
+            self.way = await self.find_way(prompts, sampling)
         if self.logprobs == "processed" and not serves_replay("raw", sampling) and sampling.temperature > 0:
             await self._prove_processed(self.way, prompts[0], sampling)
         way = self.way
-        bodies = [self._body(way, prompt, sampling, max_new_tokens, answer_seed(seed, index)) for index, prompt in enumerate(prompts)]
+        bodies = [self.question(way, prompt, sampling, max_new_tokens, answer_seed(seed, index)) for index, prompt in enumerate(prompts)]
         if not any(bodies):
             rule = "these servers take messages only: a prompt must be a conversation or a user message in the target's chat template"
             raise DataError(
@@ -166,7 +166,7 @@ class OpenAIEngine:
             self.servers.names, found, f"asked {READS_AGAIN} times: answers must be in the OpenAI format", "see the server's log"
         )
 
-    def _body(self, way: Way, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int) -> dict[str, Any] | None:
+    def question(self, way: Way, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int) -> dict[str, Any] | None:
         """A question as JSON; None for a prompt that cannot be put in this way."""
         body: dict[str, Any] = {"model": self.model, "max_tokens": max_new_tokens, "seed": seed, "temperature": sampling.temperature}
         body |= {"top_p": sampling.top_p} if sampling.temperature > 0 else {}
@@ -215,7 +215,7 @@ class OpenAIEngine:
             return choice.prompt_ids != prompt
         return way.prompt != "ids" and choice.num_prompt_tokens is not None and choice.num_prompt_tokens != len(prompt)
 
-    async def _check_model(self) -> str:
+    async def check_model(self) -> str:
         """The target's name at every server.
 
         Raises:
@@ -245,7 +245,7 @@ class OpenAIEngine:
                 raise TargetError(url, "no list of models", "the target's name there must be known", "set synthesize.engine.model")
         return name
 
-    async def _find_way(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Way:
+    async def find_way(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Way:
         """The richest way in which the servers answer a question of one token.
 
         Raises:
@@ -255,8 +255,8 @@ class OpenAIEngine:
         for way in WAYS:
             if self.api != "auto" and (way.route == "/completions") != (self.api == "completions"):
                 continue
-            prompt = next((prompt for prompt in prompts if self._body(way, prompt, sampling, 1, 0)), None)
-            body = self._body(way, prompt, sampling, 1, 0) if prompt is not None else None
+            prompt = next((prompt for prompt in prompts if self.question(way, prompt, sampling, 1, 0)), None)
+            body = self.question(way, prompt, sampling, 1, 0) if prompt is not None else None
             if body is None or prompt is None:
                 continue
             try:
@@ -299,21 +299,21 @@ class OpenAIEngine:
         truncated = sampling.top_k > 0 or sampling.top_p < 1
         wanted = {"temperature"} if sampling.temperature != 1 else set[str]()
         wanted = (wanted | ({"truncation"} if truncated else set())) - self._proven
-        plain = await self._first_logprob(way, prompt, Sampling(1.0)) if wanted else None
-        if plain is None or plain > -10 * _EQUAL:  # where one token has it all, nothing can be told
+        plain = await self.first_logprob(way, prompt, Sampling(1.0)) if wanted else None
+        if plain is None or plain > -10 * EQUAL:  # where one token has it all, nothing can be told
             return
         for what in sorted(wanted):
-            other = await self._first_logprob(way, prompt, Sampling(0.25) if what == "temperature" else Sampling(1.0, 1))
-            follows = other is None or (abs(other - plain) > _EQUAL if what == "temperature" else other > -_EQUAL)
+            other = await self.first_logprob(way, prompt, Sampling(0.25) if what == "temperature" else Sampling(1.0, 1))
+            follows = other is None or (abs(other - plain) > EQUAL if what == "temperature" else other > -EQUAL)
             if not follows:
                 rule = f"logprobs: processed needs those of the sampled distribution, but these do not follow the {what}"
                 remedy = "start the server so (vLLM: --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs=none"
                 raise TargetError(self.servers.names, "log-probs of the raw logits", rule, remedy)
             self._proven.add(what)
 
-    async def _first_logprob(self, way: Way, prompt: Sequence[int], sampling: Sampling) -> float | None:
+    async def first_logprob(self, way: Way, prompt: Sequence[int], sampling: Sampling) -> float | None:
         """The likeliest first token's log-prob as the server tells it; None where it does not."""
-        body = self._body(way, prompt, sampling, 1, 0)
+        body = self.question(way, prompt, sampling, 1, 0)
         return _likeliest(await self.servers.ask(way.route, body)) if body else None
 
 
