@@ -1,4 +1,4 @@
-"""Output heads that are more than one product (scale, bias, cap): the target's distributions are the model's own, wherever they are made."""
+"""Output heads that are more than one product (scale, bias, cap): the target's distributions are the model's own."""
 
 from __future__ import annotations
 

@@ -92,9 +92,9 @@ def _usage(target: str, k: int, checks: Mapping[str, Any]) -> str:
     target = target if _is_hub_id(target) else "path/to/the/target"
     loads = str(checks.get("assistant_target_class", "AutoModelForCausalLM"))
     names = ", ".join(sorted({"AutoModelForCausalLM", loads, "AutoTokenizer"}))
-    positions = ""
-    if checks.get("assistant_needs_position_ids"):  # else the target makes them on several axes, for pictures, and no text model reads those
-        positions = "\ninputs[\"position_ids\"] = inputs[\"attention_mask\"].cumsum(-1) - 1  # the draft reads one position for each token"
+    # Such a target makes positions on several axes, for pictures, and no text model reads those.
+    told = '\ninputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1  # one for each token, as the draft reads them'
+    positions = told if checks.get("assistant_needs_position_ids") else ""
     return f"""## Use
 
 ```python
