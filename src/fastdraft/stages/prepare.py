@@ -52,6 +52,8 @@ class PrepareConfig(Config):
     """Tokenisation threads; 0 is all cores. The result does not depend on it."""
     shard_tokens: Count = Field(default=64_000_000, ge=1)
     """Tokens in a shard file."""
+    document_masking: bool = False
+    """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
     corpora: list[SourceConfig] = Field(min_length=1)
     """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
 
@@ -90,7 +92,12 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
             else:
                 raise DataError(f"prepare.corpora[{number}] {error.where}", error.found, error.rule, error.remedy) from None
     sizes = config.model_dump(include={"row_length", "validation", "shard_tokens"})
-    return {**_encoding(context.target), "seed": context.settings.seed, **sizes, "corpora": corpora}
+    return {**_encoding(context.target), "seed": context.settings.seed, **sizes, **_masking(config), "corpora": corpora}
+
+
+def _masking(config: PrepareConfig) -> dict[str, bool]:
+    """Named only where it is on, so that shards made before there was such a key still fit."""
+    return {"document_masking": True} if config.document_masking else {}
 
 
 def _encoding(target: TargetConfig) -> dict[str, Any]:
@@ -141,7 +148,9 @@ def run(config: PrepareConfig, context: StageContext) -> None:
             for build in builds:
                 build.run(bar.advance)
         corpora = {build.name: build.result() for build in builds}
-    artifact.complete(row_length=config.row_length, dtype=dtype, separator_id=separator, corpora=corpora, provenance=describe_run())
+    artifact.complete(
+        row_length=config.row_length, dtype=dtype, separator_id=separator, corpora=corpora, **_masking(config), provenance=describe_run()
+    )
     shutil.rmtree(journal_path.parent, ignore_errors=True)
     _summarize(context, corpora)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastdraft.artifacts import Artifact
 from fastdraft.data.shards import open_corpus
-from fastdraft.training.batches import Batch, packed_batch
+from fastdraft.training.batches import Batch, packed_batch, text_separator
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.step import TrainStep
 from fastdraft.training.trainer import mean_loss
@@ -33,7 +33,7 @@ def corpus_losses(step: TrainStep, prepare: Artifact, rows_per_micro: int) -> Ca
 
 
 def _validation_batches(prepare: Artifact, name: str, rows_per_micro: int) -> list[Batch]:
-    corpus = open_corpus(prepare, name, "validation")
+    corpus, separator = open_corpus(prepare, name, "validation"), text_separator(prepare.manifest())
     rows = min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))
     starts = range(0, rows, rows_per_micro)
-    return [packed_batch(np.stack([corpus[i] for i in range(start, min(start + rows_per_micro, rows))])) for start in starts]
+    return [packed_batch(np.stack([corpus[i] for i in range(start, min(start + rows_per_micro, rows))]), separator) for start in starts]
