@@ -1,272 +1,195 @@
-"""Measures FastDraft's training step: tokens per second, memory, and how near it comes to what the device's matrix products allow.
+"""Measures a training step: transformers' Trainer, a plain loop and FastDraft in turns, against what the device's matrix products allow.
 
-    python benchmarks/train_step.py --device cuda --preset phi-3-mini-50m llama-3.1-8b-150m --output train_step.json
-    python benchmarks/train_step.py --device cpu --preset 1.5m --micro-batch-tokens 2048 4096 8192
+    python benchmarks/train_step.py --device cpu --shape 1.5m 7m 27m --output benchmarks/results/train_step_cpu.json
+    python benchmarks/train_step.py --device cuda --shape phi-3-mini-50m llama-3.1-8b-150m
+    python benchmarks/train_step.py --device cuda --follow
+    python benchmarks/train_step.py --dry-run
 
-Needs torch, transformers and a checkout of this repository, nothing else. The step is the product's own (training/step.py with its
-optimisers, precision and chunked loss) on random tokens. Every figure is written to the output file as soon as it is known.
+Needs torch, transformers and a checkout of this repository; the Trainer needs `pip install accelerate` too and is left out without.
+Every figure is on the disk as soon as it is known; `--add` adds to a file that is there.
 
-Decides what is compared with what: `matmul_tflops_own_shapes` is the rate of the model's own matrix products, each timed alone with as many
-rows as a micro-batch has; `mfu` is the step's useful rate divided by it, `mfu_square` by the rate of one large square product.
+Decides what is compared with what: tokens per optimiser step are equal, the micro-batch is each one's own; ratios are formed within a
+turn. `mfu` is our useful rate divided by that of the model's own matrix products (stepping/matmuls.py), `mfu_data_sheet` by the
+maker's figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import importlib.util
 import json
-import math
-import platform
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+import machine
 import torch
-from torch import nn
+from stepping import worker
+from stepping.contenders import NAMES, WORDS
+from stepping.follow import follow
+from stepping.matmuls import data_sheet
+from stepping.shapes import SHAPES
 
-from fastdraft.functional.losses import default_chunk
-from fastdraft.training.batches import Batch
-from fastdraft.training.objective import CrossEntropy
-from fastdraft.training.optimizer import build_optimizers
-from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "1.5m": {
-        "family": "llama", "vocab": 8192, "hidden": 128, "layers": 2, "heads": 2, "ffn": 384,
-        "tied": True, "length": 512, "batch": 16_384,
-    },
-    "phi-3-mini-50m": {
-        "family": "phi3", "vocab": 32064, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1408,
-        "tied": False, "length": 2048, "batch": 262_144,
-    },
-    "llama-3.1-8b-150m": {
-        "family": "llama", "vocab": 128256, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1792,
-        "tied": False, "length": 2048, "batch": 524_288,
-    },
-}  # fmt: skip
+NAME = "train_step"
 TARGET_TOKENS = 10e9
+DEFAULT = ("trainer", "plain_fp32", "plain_bf16", "plain_compiled", "ours", "ours_compiled")
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.worker:
+        worker.main(json.loads(arguments.worker))
+        return
+    if arguments.dry_run:
+        arguments.device, arguments.shape, arguments.turns, arguments.steps = "cpu", ["tiny"], 2, 1
     device = torch.device(arguments.device)
-    report: dict[str, Any] = {"machine": describe_machine(device), "results": []}
-    grid = itertools.product(arguments.preset, arguments.optimizer, arguments.micro_batch_tokens, arguments.chunk, arguments.attention)
-    for preset, optimizer, micro, chunk, attention in grid:
-        setting = {"preset": preset, "optimizer": optimizer, "micro_batch_tokens": micro, "chunk": chunk, "attention": attention}
-        try:
-            result = measure(setting, arguments, device)
-        except torch.OutOfMemoryError:
-            result = {**setting, "error": "out of memory"}
-        report["results"].append(result)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-        print(summary(result), flush=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    before = json.loads(arguments.output.read_text(encoding="utf-8"))["results"] if arguments.add and arguments.output.exists() else []
+    report = machine.Report(arguments.output, NAME, device, arguments, dry_run=arguments.dry_run)
+    report.add(*before)
+    if arguments.follow or arguments.dry_run:
+        shape, steps, length = ("tiny", 10, 64) if arguments.dry_run else (arguments.follow_shape, 200, 2048)
+        found = follow(shape, device, steps, length)
+        report.add({"kind": "follow", **found})
+        print({key: value for key, value in found.items() if key != "losses"}, flush=True)
+    for shape in [] if arguments.follow else arguments.shape:
+        measure(shape, device, arguments, report)
+    report.finish()
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["1.5m"])
-    parser.add_argument("--optimizer", nargs="+", choices=["adamw", "muon"], default=["adamw"])
-    parser.add_argument("--micro-batch-tokens", nargs="+", type=int, default=[0], help="0: the product's default")
-    parser.add_argument("--batch-tokens", type=int, default=0, help="0: the preset's, on a CPU at most 16384")
-    parser.add_argument("--chunk", nargs="+", type=int, default=[0], help="rows of logits at a time; 0: the product's default")
-    parser.add_argument("--attention", nargs="+", default=["sdpa"], help="sdpa, eager, flash_attention_2, ...")
-    parser.add_argument("--length", type=int, default=0, help="tokens of a row; 0: the preset's")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder")
-    parser.add_argument("--seconds", type=float, default=10.0, help="measured time per setting")
-    parser.add_argument("--output", type=Path, default=Path("train_step.json"))
+    machine.add_arguments(parser, NAME)
+    on_gpu = torch.cuda.is_available()
+    shapes = ["phi-3-mini-50m", "llama-3.1-8b-150m"] if on_gpu else ["1.5m", "7m", "27m"]
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=shapes)
+    parser.add_argument("--contender", nargs="+", choices=NAMES, default=list(DEFAULT))
+    parser.add_argument("--turns", type=int, default=5, help="how often each contender has its turn")
+    parser.add_argument("--steps", type=int, default=0, help="optimiser steps of a turn; 0: about 32k tokens on a CPU, 3 steps elsewhere")
+    parser.add_argument("--batch-tokens", type=int, default=0, help="tokens of an optimiser step; 0: the shape's")
+    parser.add_argument("--rows", type=int, default=0, help="rows of the Trainer's and the plain loop's micro-batch; 0: 4")
+    parser.add_argument("--our-rows", type=int, default=0, help="rows of FastDraft's micro-batch; 0: its default")
+    parser.add_argument("--add", action="store_true", help="keep the results that the output file holds")
+    parser.add_argument("--follow", action="store_true", help="200 steps of 1 x 2048 tokens on the CPU and on the device: do losses agree?")
+    parser.add_argument("--follow-shape", choices=SHAPES, default="phi-3-mini-50m")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    import transformers
-
-    machine: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    if device.type == "cuda":
-        machine |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return machine | {"device_type": device.type, "threads": torch.get_num_threads()}
-
-
-def build_model(shape: dict[str, Any], attention: str) -> nn.Module:
-    import transformers
-
-    configs = {"llama": transformers.LlamaConfig, "phi3": transformers.Phi3Config}
-    config = configs[shape["family"]](
-        vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["ffn"], num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"], num_key_value_heads=shape["heads"], max_position_embeddings=4096,
-        tie_word_embeddings=shape["tied"], pad_token_id=0, use_cache=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    return model.train()
+def measure(shape: str, device: torch.device, arguments: argparse.Namespace, report: machine.Report) -> None:
+    """All contenders of one shape. On a CPU they live side by side and take turns; an accelerator's memory is for one at a time."""
+    batch = arguments.batch_tokens or SHAPES[shape].batch
+    steps = arguments.steps or (max(1, 32_768 // batch) if device.type == "cpu" else 3)
+    names = [name for name in arguments.contender if _possible(name)]
+    turns: dict[str, list[dict[str, Any]]] = {}
+    if device.type == "cpu":
+        _side_by_side([*names, "matmuls"], shape, batch, steps, arguments, turns)
+    else:
+        for name in [*names, "matmuls"]:
+            _side_by_side([name], shape, batch, steps, arguments, turns)
+            _keep(report, shape, name, batch, turns)
+    _side_by_side(["parts"], shape, batch, 1, argparse.Namespace(**{**vars(arguments), "turns": 1}), turns)
+    if device.type == "cpu":
+        for name in names:
+            _keep(report, shape, name, batch, turns)
+    summary = summarize(shape, device, batch, turns, names)
+    report.add(summary)
+    show(summary, turns, names, batch)
 
 
-def measure(setting: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One setting: the whole step, then its parts alone."""
-    shape = dict(PRESETS[setting["preset"]])
-    shape["length"] = arguments.length or shape["length"]
-    micro_tokens = setting["micro_batch_tokens"] or default_micro_batch_tokens(device)
-    rows = max(1, micro_tokens // shape["length"])
-    batch_tokens = arguments.batch_tokens or min(shape["batch"], 16_384 if device.type == "cpu" else shape["batch"])
-    count = max(1, batch_tokens // (rows * shape["length"]))
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    model = build_model(shape, setting["attention"]).to(device)
-    step = build_step(model, setting, arguments, device)
-    batches = [random_batch(shape, rows) for _ in range(count)]
-    tokens = rows * count * shape["length"]
-
-    def whole() -> None:
-        step.gradients(batches)
-        step.update(1.0)
-
-    began = time.perf_counter()
-    whole()
-    first_seconds = time.perf_counter() - began
-    seconds = timed(whole, arguments.seconds, device)
-    memory = peak_memory(device)
-    dtype = step.autocast or torch.float32
-    micro = rows * shape["length"]
-    head_rows = min(micro, setting["chunk"] or default_chunk(device.type, shape["vocab"]))
-    own, square = matmul_rates(model, shape["vocab"], micro, head_rows, (dtype, device))
-    useful = flops_per_token(model, shape) * tokens / seconds
-    return {
-        **setting, "micro_batch_tokens": micro, "batch_tokens": tokens, "length": shape["length"],
-        "precision": str(dtype).removeprefix("torch."), "compile": arguments.compile,
-        "parameters": sum(p.numel() for p in model.parameters()), "tokens_per_second": round(tokens / seconds, 1),
-        "seconds_per_step": seconds, "first_step_seconds": first_seconds, "peak_memory_gb": memory, "tflops": useful / 1e12,
-        "matmul_tflops_own_shapes": own / 1e12, "matmul_tflops_square": square / 1e12, "mfu": useful / own, "mfu_square": useful / square,
-        "hours_for_10b_tokens": TARGET_TOKENS * seconds / tokens / 3600, "parts": measure_parts(step, batches, shape, arguments, device),
-    }  # fmt: skip
+def _possible(name: str) -> bool:
+    if name.startswith("trainer") and not importlib.util.find_spec("accelerate"):
+        print(f"{name}: left out, it needs: pip install accelerate", flush=True)
+        return False
+    return True
 
 
-def build_step(model: nn.Module, setting: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> TrainStep:
-    optimizers = build_optimizers(model, kind=setting["optimizer"], learning_rate=1e-3)
-    decoder = model.get_decoder()  # type: ignore[operator]
-    return TrainStep(
-        decoder=torch.compile(decoder) if arguments.compile else decoder,
-        head=model.get_output_embeddings().weight,  # type: ignore[operator]
-        parameters=list(model.parameters()),
-        optimizers=optimizers,
-        objective=CrossEntropy(z_loss=1e-5, chunk=setting["chunk"]),
-        device=device,
-        autocast=autocast_dtype(arguments.precision, device),
-    )
-
-
-def random_batch(shape: dict[str, Any], rows: int) -> Batch:
-    tokens = torch.randint(0, shape["vocab"], (rows, shape["length"] + 1))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1), None, rows * shape["length"])
-
-
-def measure_parts(
-    step: TrainStep, batches: list[Batch], shape: dict[str, Any], arguments: argparse.Namespace, device: torch.device
-) -> dict[str, float]:
-    """Seconds per optimiser step of the loss alone (head, softmax, their gradients) and of the update alone."""
-    batch = batches[0].to(device)
-    hidden_ND = torch.randn(batch.num_trained, shape["hidden"], device=device, requires_grad=True)
-
-    def loss() -> None:
-        with torch.autocast(device.type, dtype=step.autocast or torch.bfloat16, enabled=step.autocast is not None):
-            torch.autograd.backward(step.objective.loss(hidden_ND, step.head, batch))
-
-    loss_seconds = timed(loss, arguments.seconds / 4, device) * len(batches)
-    for parameter in step.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-
-    def update() -> None:
-        for optimizer in step.optimizers:
-            optimizer.step()
-
-    update_seconds = timed(update, arguments.seconds / 4, device)
-    step.skip()
-    return {"loss_seconds": loss_seconds, "update_seconds": update_seconds}
-
-
-def timed(function: Callable[[], None], seconds: float, device: torch.device) -> float:
-    """Median seconds per call over about `seconds`, at least three calls, after one that is not counted."""
-    function()
-    synchronize(device)
-    taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < seconds:
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return sorted(taken)[len(taken) // 2]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """GB: of the device for CUDA, of the whole process (all settings so far) on a CPU, None where it cannot be read."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+def _side_by_side(  # noqa: PLR0917
+    names: list[str], shape: str, batch: int, steps: int, arguments: argparse.Namespace, turns: dict[str, list[dict[str, Any]]]
+) -> None:
+    """A turn to warm up, then turns that count, each beginning with another contender."""
+    options = {"shape": shape, "device": arguments.device, "batch": batch, "threads": arguments.threads}
+    rows = {name: arguments.our_rows if name.startswith(("ours", "matmuls", "parts")) else arguments.rows for name in names}
+    alive = {name: worker.Contender(Path(__file__), name, {**options, "rows": rows[name]}) for name in names}
     try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        for name in names:
+            if alive[name].turn(1) is None:
+                print(f"{shape} {name}: ended by itself", flush=True)
+                alive.pop(name).stop()
+        for number in range(arguments.turns):
+            order = list(alive)
+            first = number % max(1, len(order))
+            for name in order[first:] + order[:first]:
+                found = alive[name].turn(steps)
+                if found is not None:
+                    turns.setdefault(name, []).append(found)
+    finally:
+        for contender in alive.values():
+            contender.stop()
 
 
-def flops_per_token(model: nn.Module, shape: dict[str, Any]) -> float:
-    """Useful operations of forward and backward: 6 per weight of a matrix product, and causal attention."""
-    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    return 6.0 * matrices + 6.0 * shape["layers"] * shape["hidden"] * shape["length"]
+def _keep(report: machine.Report, shape: str, name: str, batch: int, turns: dict[str, list[dict[str, Any]]]) -> None:
+    if name not in NAMES or name not in turns:
+        return
+    last, rates = turns[name][-1], [batch / turn["seconds"] for turn in turns[name]]
+    fields = {key: last[key] for key in ("parameters", "micro_batch_tokens", "memory_gb")}
+    report.add({
+        "kind": "contender", "shape": shape, "contender": name, "batch_tokens": batch, **fields, "turns": len(rates),
+        "tokens_per_second": machine.spread(rates),
+        "hours_for_10b_tokens": round(TARGET_TOKENS / machine.spread(rates)["median"] / 3600, 2),
+    })  # fmt: skip
 
 
-Where = tuple[torch.dtype, torch.device]
+def summarize(shape: str, device: torch.device, batch: int, turns: dict[str, list[dict[str, Any]]], names: list[str]) -> dict[str, Any]:
+    """Ratios to ours, and ours against the matrix products; ratios within a turn where contenders took turns."""
+    found: dict[str, Any] = {"kind": "summary", "shape": shape, "parts_seconds": turns.get("parts", [None])[-1]}
+    ours = turns.get("ours", [])
+    seconds = [turn["seconds"] for turn in ours]
+    found["times_faster_than"] = {
+        name: machine.ratio([turn["seconds"] for turn in turns[name]], seconds)
+        for name in names
+        if name != "ours" and len(turns.get(name, [])) == len(ours) > 0
+    }
+    if ours and turns.get("matmuls"):
+        flops = ours[-1]["flops_per_token"]
+        attention = 6.0 * SHAPES[shape].layers * SHAPES[shape].hidden * SHAPES[shape].length
+        own = [(flops - attention) / turn["all"] for turn in turns["matmuls"]]
+        forward = [(flops - attention) / 3 / turn["forward"] for turn in turns["matmuls"]]
+        useful = [flops * batch / turn["seconds"] for turn in ours]
+        found |= {
+            "flops_per_token": flops, "useful_tflops": machine.spread([rate / 1e12 for rate in useful]),
+            "matmul_tflops": machine.spread([rate / 1e12 for rate in own]),
+            "matmul_tflops_forward": machine.spread([rate / 1e12 for rate in forward]), "mfu": machine.spread(_divided(useful, own), 3),
+            "mfu_of_forward_products": machine.spread(_divided(useful, forward), 3),
+        }  # fmt: skip
+        sheet = data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if sheet:
+            found["mfu_data_sheet"] = machine.spread([rate / sheet for rate in useful], 3)
+    return found
 
 
-def matmul_rates(model: nn.Module, vocab: int, rows: int, head_rows: int, where: Where) -> tuple[float, float]:
-    """Operations per second of the model's matrix products timed one by one, weighted as the model uses them; and of a square one."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    layers = [(head_rows if module.out_features == vocab else rows, module.in_features, module.out_features) for module in linear]
-    operations = seconds = 0.0
-    for sizes in sorted(set(layers)):
-        weight = layers.count(sizes) * rows / sizes[0]
-        operations += weight * 2 * math.prod(sizes)
-        seconds += weight * time_matmul(sizes, where)
-    side = 1024 if where[1].type == "cpu" else 8192
-    return operations / seconds, 2 * side**3 / time_matmul((side, side, side), where)
+def _divided(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def time_matmul(sizes: tuple[int, int, int], where: Where) -> float:
-    (m, k, n), (dtype, device) = sizes, where
-    left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
-    repeats = max(1, int(1e8 // (m * k * n))) if device.type == "cpu" else 20  # so that the launch and the clock do not count
-
-    def product() -> None:
-        for _ in range(repeats):
-            left @ right.t()
-
-    return timed(product, 0.2, device) / repeats
-
-
-def summary(result: dict[str, Any]) -> str:
-    name = f"{result['preset']:<18} {result['optimizer']:<6} micro {result['micro_batch_tokens']:>6} chunk {result['chunk']:>5}"
-    name += f" {result['attention']:<6}"
-    if "error" in result:
-        return f"{name} {result['error']}"
-    memory = "" if result["peak_memory_gb"] is None else f"{result['peak_memory_gb']:6.2f} GB "
-    parts = result["parts"]
-    shares = " ".join(f"{key.split('_')[0]} {seconds / result['seconds_per_step']:4.0%}" for key, seconds in parts.items())
-    return (
-        f"{name} {result['tokens_per_second']:>11,.0f} tokens/s {memory}MFU {result['mfu']:4.0%} (square {result['mfu_square']:4.0%}) "
-        f"{shares} {result['hours_for_10b_tokens']:8.1f} h for 10 B"
-    )
+def show(summary: dict[str, Any], turns: dict[str, list[dict[str, Any]]], names: list[str], batch: int) -> None:
+    """The table of one shape."""
+    rows = []
+    for name in names:
+        if name in turns:
+            rates = machine.spread([batch / turn["seconds"] for turn in turns[name]])
+            factor = summary["times_faster_than"].get(name)
+            memory = turns[name][-1]["memory_gb"]
+            rows.append([
+                WORDS[name], f"{rates['median']:,.0f}", f"{rates['low']:,.0f}-{rates['high']:,.0f}",
+                f"{factor['median']:.2f} ({factor['low']:.2f}-{factor['high']:.2f})" if factor else "1",
+                "-" if memory is None else f"{memory:.2f}", f"{TARGET_TOKENS / rates['median'] / 3600:,.1f}",
+            ])  # fmt: skip
+    print(f"\n{summary['shape']}, {batch:,} tokens a step")
+    print(machine.table(["", "tokens/s", "range", "ours is faster by", "GB", "hours for 10 B"], rows))
+    keys = ("useful_tflops", "matmul_tflops", "matmul_tflops_forward", "mfu", "mfu_of_forward_products", "mfu_data_sheet")
+    print({key: summary[key] for key in keys if key in summary}, summary["parts_seconds"], flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ def resolve_path(text: str, where: str = "path") -> Path:
     return path
 
 
+Compile = Literal["auto"] | bool
+"""Whether training compiles the draft's layers."""
+
+
 class RunConfig(Config):
     """`run:` — where results go, the seed, the device."""
 
@@ -68,6 +72,9 @@ class RunConfig(Config):
     """auto, cpu, cuda, xpu, mps, or one of them with an index such as cuda:1."""
     threads: int = Field(default=0, ge=0)
     """CPU threads for torch; 0 lets torch choose. Results are bit-for-bit equal only for equal threads."""
+    compile: Compile = "auto"
+    """auto, true or false: whether training compiles the draft (torch.compile). auto: on CUDA devices, in runs long enough to earn it
+    back; on a CPU the layers are written out instead, which is faster. Where a compiler is missing, the log says so."""
 
     @field_validator("name")
     @classmethod

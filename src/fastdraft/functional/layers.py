@@ -51,7 +51,7 @@ class AttentionShape:
 
 def rms_scale(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays with size 1 (arXiv 1910.07467)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
@@ -188,7 +188,7 @@ def _heads(qkv_NO: Tensor, size: Sequence[int], shape: AttentionShape) -> tuple[
     """Views [B, H, T, E] and twice [B, J, T, E] of the stacked projections."""
     heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, shape.head_size
     parts = qkv_NO.view(size[0], size[1], -1, width).transpose(1, 2)
-    query, key, value = parts.split([heads, kv_heads, kv_heads], dim=1)
+    query, key, value = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
     return query, key, value
 
 
@@ -215,9 +215,9 @@ def _split(stacked: tuple[Tensor, Tensor | None], parameters: Sequence[Tensor]) 
     """The gradient of stacked weights and biases, one for each parameter in its type."""
     weights = [parameter for parameter in parameters if parameter.ndim == 2]
     biases = [parameter for parameter in parameters if parameter.ndim == 1]
-    parts = list(stacked[0].split([weight.shape[0] for weight in weights]))
+    parts = list(torch.split(stacked[0], [weight.shape[0] for weight in weights]))
     if stacked[1] is not None:
-        parts += stacked[1].split([bias.shape[0] for bias in biases])
+        parts += torch.split(stacked[1], [bias.shape[0] for bias in biases])
     return _typed(parts, parameters)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 27}
-"""Logits of one chunk: as many as stay in a CPU's cache (8 MB of fp32), or as fill an accelerator's units (512 MB)."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "other": 1 << 27}
+"""Logits of one chunk: as many as stay in a CPU's last cache (16 MB of fp32), or as fill an accelerator's units (512 MB)."""
 _CHUNK_ROWS = 256, 8192
 """Fewer rows, and reading the head's weights and adding to their gradient would cost more than the products."""
 
@@ -127,7 +127,7 @@ class _Memory:
     There, memory fresh from the system costs as much as the arithmetic; an accelerator has an allocator that keeps it.
     """
 
-    def __init__(self, rows: int, vocab_size: int, compute: torch.dtype, wide: torch.dtype, device: torch.device) -> None:  # noqa: PLR0917
+    def __init__(self, rows: int, vocab_size: int, compute: torch.dtype, wide: torch.dtype, device: torch.device) -> None:
         self.compute, self.wide = compute, wide
         self.shared = device.type == "cpu"
         if self.shared:
@@ -155,7 +155,7 @@ def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right without a copy of the product in the total's type where its own is narrower."""
+    """Adds left @ right to `total` without a copy of the product in the total's type where its own is narrower."""
     total += left @ right if total.device.type == "cpu" else product(left, right, total.dtype)
 
 

@@ -69,7 +69,7 @@ class AlignConfig(Config):
     batch_tokens: Count | None = Field(default=None, gt=0)
     """Tokens of one optimiser step; left out: by the draft's size (16k at 1M parameters, 64k from 50M on) and the budget."""
     micro_batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens, padding included, that go through the model at once. Left out: 4k on a CPU, 32k elsewhere."""
+    """Tokens, padding included, that go through the model at once. Left out: 8k on a CPU, 32k elsewhere."""
     optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
     """adamw or muon; best the family that pre-training used."""
     schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("cosine"))] = CosineConfig(warmup=0.03)
@@ -126,6 +126,7 @@ def run(config: AlignConfig, context: StageContext) -> None:
     import torch
 
     from fastdraft.modeling.loading import load_draft, pick_device, save_draft, set_threads
+    from fastdraft.training.allocator import kept_memory
 
     set_threads(context.settings.threads)
     device = pick_device(context.settings.device)
@@ -135,7 +136,8 @@ def run(config: AlignConfig, context: StageContext) -> None:
     trainer, resolved, counts = _build_trainer(config, context, model, device)
     responses = f"{format_count(counts['rows'])} responses, {counts['rows_cut']} cut to the draft's context"
     context.console.say(f"  {resolved}, {trainer.source.steps} steps; {responses}")
-    state = trainer.run()
+    with kept_memory(device):
+        state = trainer.run()
     save_draft(model, artifact.path / "checkpoint", context.artifact("design").path / "draft")
     fields = _summary(artifact.path, state)
     artifact.complete(**fields, **counts, settings=resolved.as_dict(), provenance=describe_run())
@@ -151,11 +153,14 @@ def _build_trainer(
 ) -> tuple[Trainer, Resolved, dict[str, int]]:
     from fastdraft.data.responses import read_all
     from fastdraft.training import assemble
+    from fastdraft.training.compilation import settle
     from fastdraft.training.trainer import Plan, Trainer
+    from fastdraft.training.transfer import ahead
 
     artifact, synthesize = context.artifact("align"), context.require("synthesize")
     source, resolved, counts = _batches(config, context, model, device)
-    step = assemble.build_step(model, resolved, _objective(config, context, model, device), device)
+    compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
+    step = assemble.build_step(model, resolved, _objective(config, context, model, device), device, compiled=compiled)
     held_out = _held_out(list(read_all(synthesize, "validation")))
     if not held_out:
         context.console.warn("align: no held-out responses, so the last step's weights are kept instead of the best")
@@ -170,7 +175,7 @@ def _build_trainer(
         tensorboard=config.tensorboard,
     )
     validate = _Validate(model, step, held_out, context, resolved.micro_batch_tokens) if held_out else None
-    return Trainer(artifact.path, model, step, source, plan, context.console, validate), resolved, counts
+    return Trainer(artifact.path, model, step, ahead(source, device), plan, context.console, validate), resolved, counts
 
 
 def training_batches(config: AlignConfig, context: StageContext) -> AlignmentBatches:
@@ -323,14 +328,14 @@ def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
     """Steps of the pre-training mixture, each of as many tokens as a synthetic step."""
     from fastdraft.data.loader import open_mixture
     from fastdraft.data.shards import row_lengths
-    from fastdraft.training.batches import PackedBatches
+    from fastdraft.training.batches import PackedBatches, text_separator
 
     prepare, mixture = context.require("prepare"), _mixture(context)
-    row_length = row_lengths(prepare.manifest())[-1]
+    row_length, separator = row_lengths(prepare.manifest())[-1], text_separator(prepare.manifest())
     used = {corpus: weight for corpus, weight in mixture.items() if weight > 0}
     sampler = open_mixture(prepare, used, context.settings.seed + _MIXTURE_SEED)
     rows = max(1, resolved.batch_tokens // row_length)
-    return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
+    return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length), separator)
 
 
 def _pretraining_share(config: AlignConfig, context: StageContext) -> float:

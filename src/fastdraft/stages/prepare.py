@@ -45,6 +45,8 @@ class PrepareConfig(Config):
     """Tokenisation threads; 0 is all cores. The result does not depend on it."""
     shard_tokens: Count = Field(default=64_000_000, ge=1)
     """Tokens in a shard file."""
+    document_masking: bool = False
+    """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
     corpora: list[SourceConfig] = Field(min_length=1)
     """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
 
@@ -110,7 +112,13 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
     sizes = config.model_dump(include={"row_length", "validation", "shard_tokens"})
     if config.long_rows:
         sizes["long_rows"] = {str(length): share for length, share in sorted(config.long_rows.items())}
-    return {**_encoding(*_tokenizer(context.target)), "seed": context.settings.seed, **sizes, "corpora": corpora}
+    encoding = _encoding(*_tokenizer(context.target))
+    return {**encoding, "seed": context.settings.seed, **sizes, **_masking(config), "corpora": corpora}
+
+
+def _masking(config: PrepareConfig) -> dict[str, bool]:
+    """Named only where it is on, so that shards made before there was such a key still fit."""
+    return {"document_masking": True} if config.document_masking else {}
 
 
 def _tokenizer(target: TargetConfig) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
@@ -163,7 +171,7 @@ def run(config: PrepareConfig, context: StageContext) -> None:
                 build.run(bar.advance)
         corpora = {build.name: build.result() for build in builds}
     lengths = {"row_lengths": layout.lengths} if config.long_rows else {}
-    artifact.complete(row_length=config.row_length, **lengths, **form, corpora=corpora, provenance=describe_run())
+    artifact.complete(row_length=config.row_length, **lengths, **form, corpora=corpora, **_masking(config), provenance=describe_run())
     shutil.rmtree(journal_path.parent, ignore_errors=True)
     _summarize(context, corpora)
 

@@ -43,7 +43,7 @@ class PretrainConfig(Config):
     batch_tokens: Count | None = Field(default=None, gt=0)
     """Tokens of one optimiser step; left out: by the draft's size and the budget (16k at 1M parameters, 262k at 50M, 524k at 150M)."""
     micro_batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens that go through the model at once: memory and speed, not the result. Left out: 4k on a CPU, 32k elsewhere."""
+    """Tokens that go through the model at once: memory and speed, not the result. Left out: 8k on a CPU, 32k elsewhere."""
     optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
     """adamw or muon."""
     schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("wsd"))] = WSDConfig()
@@ -92,6 +92,7 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     import torch
 
     from fastdraft.modeling.loading import load_draft, pick_device, save_draft, set_threads
+    from fastdraft.training.allocator import kept_memory
 
     set_threads(context.settings.threads)
     device = pick_device(context.settings.device)
@@ -100,7 +101,8 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     model = load_draft(_start_folder(config, context, name), device=device, dtype=torch.float32)
     trainer, resolved = _build_trainer(config, context, name, model, device)
     console.say(f"  {resolved}, {trainer.source.steps} steps")
-    state = trainer.run()
+    with kept_memory(device):
+        state = trainer.run()
     save_draft(model, artifact.path / "checkpoint", _tokenizer_folder(context))
     fields = _summary(artifact, state)
     artifact.complete(**fields, settings=resolved.as_dict(), provenance=describe_run())
@@ -115,8 +117,10 @@ def _build_trainer(
     from fastdraft.data.shards import row_lengths
     from fastdraft.modeling.loading import save_draft
     from fastdraft.training import assemble, rates
+    from fastdraft.training.compilation import settle
     from fastdraft.training.objective import CrossEntropy
     from fastdraft.training.trainer import Plan, Trainer
+    from fastdraft.training.transfer import ahead
 
     artifact = context.artifact(name)
     row_length = row_lengths(context.require("prepare").manifest())[-1]
@@ -129,7 +133,8 @@ def _build_trainer(
     )  # fmt: skip
     source = _source(config, context, name, resolved)
     _check_context(model, source.row_length)
-    step = assemble.build_step(model, resolved, CrossEntropy(config.z_loss), device)
+    compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
+    step = assemble.build_step(model, resolved, CrossEntropy(config.z_loss), device, compiled=compiled)
     plan = Plan(
         title=name,
         key=name,
@@ -140,7 +145,9 @@ def _build_trainer(
         undecayed_step=assemble.undecayed_step(config.schedule, source.steps),
         tensorboard=config.tensorboard,
     )
-    trainer = Trainer(artifact.path, model, step, source, plan, context.console, _validation(step, context, source.rows_per_micro))
+    trainer = Trainer(
+        artifact.path, model, step, ahead(source, device), plan, context.console, _validation(step, context, source.rows_per_micro)
+    )
     trainer.save_undecayed = lambda: save_draft(model, artifact.path / "undecayed", _tokenizer_folder(context))
     return trainer, resolved
 
@@ -161,7 +168,7 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     """
     from fastdraft.data.loader import open_mixture
     from fastdraft.data.shards import row_lengths
-    from fastdraft.training.batches import PackedBatches
+    from fastdraft.training.batches import PackedBatches, text_separator
 
     prepare = context.require("prepare")
     row_length = row_lengths(prepare.manifest())[-1]
@@ -181,7 +188,9 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
         epochs = share * rows * steps / found
         if epochs > GOOD_EPOCHS:
             context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little")
-    return PackedBatches(sampler, steps, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
+    return PackedBatches(
+        sampler, steps, row_length, rows, max(1, resolved.micro_batch_tokens // row_length), text_separator(prepare.manifest())
+    )
 
 
 def _check_context(model: PreTrainedModel, row_length: int) -> None:

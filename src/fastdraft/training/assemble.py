@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from fastdraft.config import format_count
 from fastdraft.modeling.loading import split_head
-from fastdraft.modeling.written_out import write_out
 from fastdraft.training import rates, schedule
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import build_optimizers
 from fastdraft.training.settings import AdamWConfig, CosineConfig, MuonConfig, Precision, WSDConfig
 from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
+from fastdraft.training.written_out import write_out
 
 LARGE_BATCH = 524_288
 
@@ -83,10 +83,11 @@ def resolve(
     )
 
 
-def build_step(model: PreTrainedModel, resolved: Resolved, objective: Objective, device: torch.device) -> TrainStep:
-    """The optimisers and the step over a model whose weights are fp32 and on `device`."""
+def build_step(
+    model: PreTrainedModel, resolved: Resolved, objective: Objective, device: torch.device, *, compiled: bool = False
+) -> TrainStep:
+    """The optimisers and the step over a model whose weights are fp32 and on `device`; on a CPU its layers are written out."""
     decoder, head_VD = split_head(model)
-    written_out = write_out(decoder) if device.type == "cpu" else None
     optimizers = build_optimizers(
         model,
         kind="muon" if resolved.optimizer == "muon" else "adamw",
@@ -95,8 +96,9 @@ def build_step(model: PreTrainedModel, resolved: Resolved, objective: Objective,
         weight_decay=resolved.weight_decay,
         beta2=resolved.beta2,
     )
+    runs: Any = torch.compile(decoder) if compiled else (write_out(decoder) if device.type == "cpu" else None) or decoder
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return TrainStep(written_out or decoder, head_VD, parameters, optimizers, objective, device, autocast_dtype(resolved.precision, device))
+    return TrainStep(runs, head_VD, parameters, optimizers, objective, device, autocast_dtype(resolved.precision, device))
 
 
 def rate_factor(config: WSDConfig | CosineConfig, steps: int) -> Callable[[int], float]:

@@ -9,9 +9,9 @@ Shapes: B rows of a micro-batch, T positions, N trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,10 @@ class Batch:
     """Input tokens without padding."""
     target: SparseTarget | None = None
     """The target's distribution at each trained position, where it was stored."""
+    position_ids: Tensor | None = None
+    """int64 [B, T]: places counted anew in every text of a row, where texts shall not see each other; None: from 0 along the row."""
+    arrived: Any = None
+    """Event of the device after which a copy that was begun early may be read (training/transfer.py)."""
 
     @property
     def num_trained(self) -> int:
@@ -43,7 +47,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies to CUDA run beside the computation."""
-        if device.type == "cpu":
+        if device.type in ("cpu", self.input_ids.device.type):
             return self
 
         def move(tensor: Tensor) -> Tensor:
@@ -51,7 +55,14 @@ class Batch:
 
         index = None if self.index is None else move(self.index)
         target = SparseTarget(move(self.target.ids), move(self.target.logprobs)) if self.target else None
-        return Batch(move(self.input_ids), move(self.labels), index, self.num_tokens, target)
+        positions = None if self.position_ids is None else move(self.position_ids)
+        return Batch(move(self.input_ids), move(self.labels), index, self.num_tokens, target, positions)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the decoder is called with."""
+        places = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, **places}
 
 
 class BatchSource(Protocol):
@@ -103,10 +114,27 @@ def row_parts(sampler: RowSampler, start: int, count: int, rows_per_micro: int) 
             yield rows[first : first + at_once]
 
 
-def packed_batch(rows: npt.NDArray[np.int64]) -> Batch:
-    """Rows of length T+1 as a batch that trains on every position."""
+def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> Batch:
+    """Rows of length T+1 as a batch that trains on every position.
+
+    `separator`: id before every text, where the texts of a row shall not see each other.
+    """
     tokens = torch.from_numpy(np.ascontiguousarray(rows))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1), None, tokens.shape[0] * (tokens.shape[1] - 1))
+    inputs_BT = tokens[:, :-1].contiguous()
+    positions_BT = None if separator is None else text_positions(inputs_BT, separator)
+    return Batch(inputs_BT, tokens[:, 1:].reshape(-1), None, inputs_BT.numel(), position_ids=positions_BT)
+
+
+def text_positions(inputs_BT: Tensor, separator: int) -> Tensor:
+    """Place of every token in its text, int64 [B, T]: 0 at each separator and at the beginning of a row."""
+    places_T = torch.arange(inputs_BT.shape[1])
+    starts_BT = places_T.where(inputs_BT == separator, 0)
+    return places_T - starts_BT.cummax(dim=1).values
+
+
+def text_separator(manifest: Mapping[str, Any]) -> int | None:
+    """The id between texts that shall not see each other, from prepare's manifest; None where they may."""
+    return int(manifest["separator_id"]) if manifest.get("document_masking") else None
 
 
 @dataclass(frozen=True)
@@ -121,6 +149,8 @@ class PackedBatches:
     row_length: int
     rows_per_batch: int
     rows_per_micro: int
+    separator: int | None = None
+    """Id before every text, where texts of a row shall not see each other."""
 
     @property
     def tokens(self) -> int:
@@ -131,7 +161,7 @@ class PackedBatches:
 
     def batches(self, step: int) -> list[Batch]:
         parts = row_parts(self.sampler, step * self.rows_per_batch, self.rows_per_batch, self.rows_per_micro)
-        return [packed_batch(rows) for rows in parts]
+        return [packed_batch(rows, self.separator) for rows in parts]
 
 
 class ResponseLogits(Protocol):

@@ -69,7 +69,7 @@ class LoadedTarget:
     @torch.no_grad()
     def distribution(self, batch: Batch) -> DenseTarget:
         """At the trained positions; logits are made chunk by chunk, from hidden states that stand for the whole batch."""
-        hidden_NE = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden_NE = self.decoder(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         if batch.index is not None:
             hidden_NE = hidden_NE.index_select(0, batch.index)
         compute, wide = compute_dtypes(hidden_NE)

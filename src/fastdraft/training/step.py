@@ -19,8 +19,9 @@ from fastdraft.errors import TrainingError
 from fastdraft.training.batches import Batch
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import set_rate
+from fastdraft.training.transfer import arrive
 
-MICRO_BATCH_TOKENS = {"cpu": 4096, "other": 32768}
+MICRO_BATCH_TOKENS = {"cpu": 8192, "other": 32768}
 """Default size of a micro-batch: a CPU's caches, an accelerator's units."""
 
 
@@ -62,8 +63,9 @@ class TrainStep:
     def loss_sum(self, batch: Batch) -> Tensor:
         """The objective summed over the batch's trained tokens; differentiable unless under `torch.no_grad`."""
         batch = batch.to(self.device)
+        arrive(batch)
         with self._precision():
-            hidden_ND = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden_ND = self.decoder(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
             if batch.index is not None:
                 hidden_ND = hidden_ND.index_select(0, batch.index)
             return self.objective.loss(hidden_ND, self.head, batch)

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastdraft.artifacts import Artifact
 from fastdraft.data.shards import PackedCorpus, open_lengths, row_lengths
-from fastdraft.training.batches import Batch, packed_batch
+from fastdraft.training.batches import Batch, packed_batch, text_separator
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.step import TrainStep
 from fastdraft.training.trainer import mean_loss
@@ -34,11 +34,14 @@ def corpus_losses(step: TrainStep, prepare: Artifact, rows_per_micro: int) -> Ca
         for number, (length, corpus) in enumerate(open_lengths(prepare, name, "validation").items())
     }
     plain = replace(step, objective=CrossEntropy())
-    batches = {name: _validation_batches(corpus, rows_per_micro * longest // corpus.row_length) for name, corpus in corpora.items()}
+    separator = text_separator(prepare.manifest())
+    batches = {
+        name: _validation_batches(corpus, rows_per_micro * longest // corpus.row_length, separator) for name, corpus in corpora.items()
+    }
     return lambda: {name: mean_loss(plain, held) for name, held in batches.items() if held}
 
 
-def _validation_batches(corpus: PackedCorpus, rows_per_micro: int) -> list[Batch]:
+def _validation_batches(corpus: PackedCorpus, rows_per_micro: int, separator: int | None) -> list[Batch]:
     rows = min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))
     starts = range(0, rows, rows_per_micro)
-    return [packed_batch(np.stack([corpus[i] for i in range(start, min(start + rows_per_micro, rows))])) for start in starts]
+    return [packed_batch(np.stack([corpus[i] for i in range(start, min(start + rows_per_micro, rows))]), separator) for start in starts]

@@ -86,8 +86,8 @@ class _Layer:
         parameters = (self.gains[0], *self.into[0].parameters, *self.out[0].parameters, *self.head_gains)
         x = AttentionHalf.apply(x, self.attention, first, rotation, documents, *parameters)  # type: ignore[no-untyped-call]
         parameters = (self.gains[1], *self.into[1].parameters, *self.out[1].parameters)
-        x = FeedForwardHalf.apply(x, self.eps, second, *parameters)  # type: ignore[no-untyped-call]
-        return x
+        done: Tensor = FeedForwardHalf.apply(x, self.eps, second, *parameters)  # type: ignore[no-untyped-call]
+        return done
 
 
 class WrittenOut:
@@ -97,16 +97,19 @@ class WrittenOut:
         self.decoder: Any = decoder
         self._layers = [_read_layer(layer, decoder.config) for layer in self.decoder.layers]
 
-    def __call__(self, input_ids: Tensor, use_cache: bool = False, position_ids: Tensor | None = None, documents: Tensor | None = None) -> Hidden:
-        """Last hidden states of `input_ids` [B, T].
+    def __call__(self, input_ids: Tensor, use_cache: bool = False, position_ids: Tensor | None = None) -> Any:
+        """`Hidden` of `input_ids` [B, T].
 
-        `position_ids` [B, T] and `documents` [B, T] where a row holds texts that shall not see each other; there is no cache.
+        `position_ids` [B, T] begin anew at 0 where a row's next text begins, which then sees nothing before it; there is no cache.
         """
+        if hasattr(self.decoder.norm.weight, "placements"):  # weights that several processes hold in parts
+            return self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
         device = input_ids.device.type
         x = self.decoder.embed_tokens(input_ids)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             rotation = self._rotation(x, position_ids)
+            documents = None if position_ids is None else (position_ids == 0).cumsum(-1)
             for layer in self._layers:
                 x = layer(x, dtype, rotation, documents)
             norm = self.decoder.norm
@@ -125,8 +128,9 @@ def write_out(decoder: nn.Module) -> WrittenOut | None:
     config: Any = getattr(decoder, "config", None)
     if getattr(config, "model_type", None) not in _FAMILIES or not _is_plain(config):
         return None
+    read: Any = decoder
     try:
-        modules = [decoder.norm, *(norm for layer in decoder.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm))]  # type: ignore[union-attr]
+        modules = [read.norm, *(norm for layer in read.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm))]
         if any(type(module).__name__ not in _NORMS for module in modules):
             return None
         return WrittenOut(decoder)

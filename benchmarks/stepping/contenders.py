@@ -1,0 +1,158 @@
+"""Ways to take one optimiser step of the same batch: transformers' Trainer, a plain loop, FastDraft.
+
+Decides that all see the same tokens per optimiser step, clip at 1 and use AdamW; that each has its own usual micro-batch (`rows`), since
+that is what its user would have; and that the Trainer runs its own loop, held between turns by a callback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastdraft.training.allocator import kept_memory
+from fastdraft.training.batches import Batch, packed_batch
+from fastdraft.training.objective import CrossEntropy
+from fastdraft.training.optimizer import build_optimizers
+from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
+from fastdraft.training.written_out import write_out
+from stepping.shapes import Shape, build_model, tokens
+
+NAMES = ("trainer", "trainer_fp32", "trainer_kept", "plain_fp32", "plain_bf16", "plain_compiled", "ours_fp32", "ours", "ours_compiled")
+WORDS = {
+    "trainer": "transformers Trainer, bf16",
+    "trainer_fp32": "transformers Trainer, fp32",
+    "trainer_kept": "the same, bf16, memory kept as FastDraft keeps it",
+    "plain_fp32": "plain loop, fp32",
+    "plain_bf16": "plain loop, bf16 autocast",
+    "plain_compiled": "plain loop, bf16, torch.compile",
+    "ours_fp32": "FastDraft, fp32",
+    "ours": "FastDraft",
+    "ours_compiled": "FastDraft, compile: true",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a contender is given."""
+
+    name: str
+    shape: Shape
+    device: torch.device
+    batch: int
+    """Tokens of an optimiser step."""
+    rows: int
+    """Of a micro-batch; 0: FastDraft's own default."""
+
+
+Wait = Callable[[], bool]
+"""Called before every optimiser step; blocks until it may be taken; False ends the loop."""
+
+
+def drive(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
+    """Takes steps as long as `wait` says so."""
+    ours, kept = setting.name.startswith("ours"), setting.name.startswith("ours") or setting.name.endswith("kept")
+    with kept_memory(setting.device) if kept else contextlib.nullcontext():
+        run = _trainer if setting.name.startswith("trainer") else _ours if ours else _plain
+        run(setting, wait, found)
+
+
+def our_step(setting: Setting) -> tuple[Any, TrainStep, list[Batch]]:
+    """The product's step as `fastdraft run` puts it together (training/assemble.py), without its recipe."""
+    model = build_model(setting.shape).to(setting.device)
+    decoder: Any = model.get_decoder()
+    runs = decoder
+    if setting.name.endswith("compiled"):
+        runs = torch.compile(decoder)
+    elif setting.device.type == "cpu":
+        runs = write_out(decoder) or decoder
+    step = TrainStep(
+        runs, model.get_output_embeddings().weight, list(model.parameters()), build_optimizers(model, kind="adamw", learning_rate=1e-3),
+        CrossEntropy(1e-5), setting.device, None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
+    )  # fmt: skip
+    rows = max(1, (setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device)) // setting.shape.length)
+    return model, step, [packed_batch(part.numpy()) for part in _parts(setting, rows)]
+
+
+def _ours(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
+    model, step, batches = our_step(setting)
+    found |= _facts(setting, model, batches[0].input_ids.numel())
+    while wait():
+        found["loss"] = step.gradients(batches)[0]
+        step.update(1.0)
+
+
+def _plain(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
+    """The loop of a tutorial."""
+    model = build_model(setting.shape).to(setting.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    parts = [part.to(setting.device) for part in _parts(setting, setting.rows or 4)]
+    found |= _facts(setting, model, parts[0][:, 1:].numel())
+    forward = torch.compile(model) if setting.name == "plain_compiled" else model
+    while wait():
+        for part in parts:
+            with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.name != "plain_fp32"):
+                loss = forward(input_ids=part[:, :-1], labels=part[:, :-1]).loss
+            torch.autograd.backward(loss / len(parts))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found["loss"] = loss.item()
+
+
+def _trainer(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
+    import transformers
+
+    shape, rows = setting.shape, setting.rows or 4
+    model = build_model(shape)
+    count = max(1, setting.batch // (rows * shape.length))
+    found |= _facts(setting, model, rows * shape.length)
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.global_step and not wait():
+                raise _Done
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            wait()
+
+    drawn = tokens(shape, rows * count)[:, :-1]
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Done):
+        arguments = transformers.TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=count, max_steps=10**6, learning_rate=1e-3,
+            bf16=setting.name != "trainer_fp32", use_cpu=setting.device.type == "cpu", report_to=[], logging_strategy="no",
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        transformers.Trainer(model=model, args=arguments, train_dataset=_Endless(drawn), callbacks=[Turns()]).train()
+
+
+class _Endless(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    """The same rows over and over."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return ({"input_ids": row, "labels": row} for row in itertools.cycle(self.rows))
+
+
+class _Done(Exception):
+    """Ends the Trainer's loop."""
+
+
+def _parts(setting: Setting, rows: int) -> list[torch.Tensor]:
+    count = max(1, setting.batch // (rows * setting.shape.length))
+    return list(tokens(setting.shape, rows * count).split(rows))
+
+
+def _facts(setting: Setting, model: Any, micro: int) -> dict[str, Any]:
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops_per_token": setting.shape.flops_per_token(model),
+        "micro_batch_tokens": micro,
+    }

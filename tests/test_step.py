@@ -1,0 +1,235 @@
+"""The training step's own layers, its masks and its choices: same numbers as the modules, by another way."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastdraft.functional import attention
+from fastdraft.functional.losses import chunked_cross_entropy
+from fastdraft.training import compilation, transfer
+from fastdraft.training.allocator import kept_memory
+from fastdraft.training.batches import packed_batch, text_positions, text_separator
+from fastdraft.training.objective import CrossEntropy
+from fastdraft.training.optimizer import build_optimizers
+from fastdraft.training.step import TrainStep
+from fastdraft.training.written_out import WrittenOut, write_out
+
+CONFIGS: dict[str, Any] = {
+    "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "phi3": transformers.Phi3Config,
+    "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
+}  # fmt: skip
+BIASED = {"attention_bias": True, "mlp_bias": True}
+PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+CASES = [(family, {}) for family in CONFIGS] + [("llama", BIASED), ("qwen3", BIASED), ("phi3", PARTIAL)]
+
+
+def build(family: str = "llama", **settings: Any) -> Any:
+    values = {
+        "vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "sliding_window": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**{**values, **settings}), attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # gains and biases off their first values
+    return model
+
+
+def ids(rows: int = 2, length: int = 150) -> Tensor:
+    return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def outcome(decoder: Any, parameters: list[nn.Parameter], tokens: Tensor, low: bool = False, **places: Tensor) -> list[Tensor]:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+        hidden = decoder(input_ids=tokens, use_cache=False, **places).last_hidden_state
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    return [hidden.detach(), *torch.autograd.grad(hidden, parameters, weight)]
+
+
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES)
+def test_layers_written_out_give_the_modules_hidden_states_and_gradients(family: str, settings: dict[str, Any]) -> None:
+    decoder = build(family, **settings).get_decoder()
+    written = write_out(decoder)
+    assert written is not None
+    parameters = list(decoder.parameters())
+    assert distance(outcome(written, parameters, ids()), outcome(decoder, parameters, ids())) < 3e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_under_autocast_layers_written_out_are_as_near_to_fp32_as_the_modules(family: str) -> None:
+    decoder = build(family).get_decoder()
+    parameters = list(decoder.parameters())
+    exact = outcome(decoder, parameters, ids())
+    assert distance(outcome(write_out(decoder), parameters, ids(), low=True), exact) < 1.5 * distance(
+        outcome(decoder, parameters, ids(), low=True), exact
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [{"attention_dropout": 0.1}, {"hidden_act": "gelu"}, {"sliding_window": 16}], ids=["dropout", "activation", "window"]
+)
+def test_a_decoder_that_asks_for_more_keeps_its_modules(settings: dict[str, Any]) -> None:
+    assert write_out(build("mistral", **settings).get_decoder()) is None
+
+
+def test_a_decoder_with_a_replaced_layer_keeps_its_modules() -> None:
+    class Adapted(nn.Linear):
+        pass
+
+    decoder = build().get_decoder()
+    decoder.layers[1].mlp.down_proj = Adapted(40, 48, bias=False)
+    assert write_out(decoder) is None
+    assert write_out(nn.Linear(2, 2)) is None
+
+
+def make_step(model: Any, decoder: Any, autocast: torch.dtype | None = None) -> TrainStep:
+    optimizers = build_optimizers(model, kind="adamw", learning_rate=1e-2)
+    return TrainStep(decoder, model.lm_head.weight, list(model.parameters()), optimizers, CrossEntropy(1e-5), torch.device("cpu"), autocast)
+
+
+def test_after_an_update_the_next_step_reads_the_new_weights() -> None:
+    model = build()
+    step = make_step(model, write_out(model.get_decoder()), torch.bfloat16)
+    batch = packed_batch(ids(2, 33).numpy())
+    step.gradients([batch])
+    step.update(1.0)
+    with torch.no_grad():
+        found, expected = step.loss_sum(batch), make_step(model, write_out(model.get_decoder()), torch.bfloat16).loss_sum(batch)
+    assert torch.equal(found, expected)
+
+
+def test_weights_loaded_into_the_model_are_read_by_the_next_step() -> None:
+    model, other = build(), build(rms_norm_eps=1e-5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    written = write_out(model.get_decoder())
+    assert written is not None
+    low = torch.autocast("cpu", dtype=torch.bfloat16)
+    with torch.no_grad(), low:
+        before = written(ids()).last_hidden_state
+        model.load_state_dict(other.state_dict())
+        after = written(ids()).last_hidden_state
+        fresh = WrittenOut(model.get_decoder())(ids()).last_hidden_state
+    assert not torch.equal(before, after)
+    assert torch.equal(after, fresh)
+
+
+@pytest.mark.parametrize(("length", "heads", "groups"), [(1, 2, 2), (128, 4, 4), (300, 6, 2)])
+def test_attention_in_blocks_is_causal_attention(length: int, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(2, groups, length, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    grad = torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
+    expected = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True)
+    expected_grads = torch.autograd.grad(expected, (query, key, value), grad)
+    found = []
+    for limit in (1 << 25, 0):  # probabilities kept, and made again
+        monkeypatch.setattr(attention, "_KEEP_ELEMENTS", limit)
+        out, kept = attention.causal_attention(query.detach(), key.detach(), value.detach(), None, keep=True)
+        assert kept is not None
+        assert (kept.probs is None) == (limit == 0)
+        found.append((out, *attention.causal_attention_backward(grad, kept)))
+    torch.testing.assert_close(found[0], (expected, *expected_grads))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_without_a_backward_pass_attention_keeps_nothing() -> None:
+    query = torch.zeros(1, 1, 4, 2)
+    assert attention.causal_attention(query, query, query, None, keep=False)[1] is None
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_texts_of_a_masked_row_are_trained_as_if_each_stood_alone(written_out: bool) -> None:
+    separator, model = 63, build("llama")
+    texts = [torch.randint(1, 60, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 7, 150)]
+    texts = [torch.cat([torch.tensor([separator]), text]) for text in texts]
+    row = torch.cat(texts)[None]
+    decoder = write_out(model.get_decoder()) if written_out else model.get_decoder()
+    batch = packed_batch(torch.cat([row, torch.tensor([[1]])], dim=1).numpy(), separator)
+    with torch.no_grad():
+        together = decoder(**batch.inputs, use_cache=False).last_hidden_state[0]
+        alone = torch.cat([decoder(input_ids=text[None], use_cache=False).last_hidden_state[0] for text in texts])
+        unmasked = decoder(input_ids=row, use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert (unmasked - alone).abs().max() > 0.1
+
+
+def test_places_are_counted_anew_after_every_separator() -> None:
+    rows = torch.tensor([[5, 6, 9, 7, 9, 9], [9, 1, 2, 3, 4, 5]])
+    assert text_positions(rows, 9).tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]]
+    assert packed_batch(rows.numpy()).position_ids is None
+    assert text_separator({"separator_id": 9, "document_masking": True}) == 9
+    assert text_separator({"separator_id": 9}) is None
+
+
+def test_a_label_whose_probability_vanishes_has_its_exact_loss() -> None:
+    hidden, head = torch.tensor([[1.0], [1.0]], requires_grad=True), torch.tensor([[200.0], [-200.0], [199.0]], requires_grad=True)
+    labels = torch.tensor([1, 0])
+    loss, _ = chunked_cross_entropy(hidden, head, labels, z_loss=0.1)
+    logits = hidden.double() @ head.double().t()
+    expected = functional.cross_entropy(logits, labels, reduction="sum") + 0.1 * logits.logsumexp(-1).square().sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_compiles_long_runs_on_cuda_and_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "_missing", lambda device: "")
+    assert not compilation.choose("auto", CPU, 10**12).compile
+    assert compilation.choose("auto", CUDA, 10**9).compile
+    assert not compilation.choose("auto", CUDA, 10**6).compile
+    assert not compilation.choose(False, CUDA, 10**12).compile
+    assert compilation.choose(True, CPU, 1).compile
+
+
+def test_where_a_compiler_is_missing_one_line_says_so_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    said: list[str] = []
+    assert not compilation.settle(True, CPU, 1, said.append)
+    assert said == ["  not compiled: torch.compile needs a C++ compiler here, and none was found"]
+    assert not compilation.settle("auto", CPU, 1, said.append)
+    assert len(said) == 1
+
+
+def test_the_decoder_compiles_without_a_graph_break() -> None:
+    decoder = build("llama").get_decoder()
+    compiled = torch.compile(decoder, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(input_ids=ids(), use_cache=False).last_hidden_state, decoder(input_ids=ids(), use_cache=False).last_hidden_state
+        )
+    torch._dynamo.reset()
+
+
+def test_memory_that_is_kept_while_training_changes_no_number(tmp_path: Path) -> None:
+    model = build()
+    batch = packed_batch(ids(2, 33).numpy())
+    plain = make_step(model, model.get_decoder()).gradients([batch])
+    twin = copy.deepcopy(model)
+    with kept_memory(CPU):
+        assert make_step(twin, twin.get_decoder()).gradients([batch]) == plain
+    with kept_memory(CUDA):
+        pass
+
+
+def test_a_cpu_takes_batches_as_the_source_makes_them() -> None:
+    source: Any = object()
+    assert transfer.ahead(source, CPU) is source
+    batch = packed_batch(ids(1, 5).numpy())
+    transfer.arrive(batch)
+    assert batch.to(CPU) is batch
