@@ -32,6 +32,8 @@ class Stage:
     builds_on: tuple[str, ...] = ()
     module: str = ""
     """Set where one module serves two stages."""
+    parallel: bool = False
+    """Works in many processes at once where the run has them."""
     remade: bool = False
     """Shows what there is: needs no earlier stage, and is made anew, not refused, when something changed."""
 
@@ -61,10 +63,10 @@ class Stage:
 STAGES = (
     Stage("design", "target -> draft architecture and first weights"),
     Stage("prepare", "corpora -> tokenised, packed shards", ("design",)),
-    Stage("pretrain", "text shards -> a language model", ("prepare",), module="pretrain"),
-    Stage("continue_pretrain", "code and text shards -> a model of both", ("pretrain",), module="pretrain"),
+    Stage("pretrain", "text shards -> a language model", ("prepare",), module="pretrain", parallel=True),
+    Stage("continue_pretrain", "code and text shards -> a model of both", ("pretrain",), module="pretrain", parallel=True),
     Stage("synthesize", "prompts -> responses that the target writes", ("prepare",)),
-    Stage("align", "responses -> a draft that predicts this target", ("continue_pretrain", "synthesize")),
+    Stage("align", "responses -> a draft that predicts this target", ("continue_pretrain", "synthesize"), parallel=True),
     Stage("evaluate", "draft x target x tasks -> acceptance, block efficiency", ("align",)),
     Stage("export", "the draft as runtimes load it", ("evaluate",)),
     Stage("benchmark", "the exported pair on this device's clock, beside the prediction", ("export",)),
@@ -87,7 +89,18 @@ def downstream(names: Iterable[str]) -> set[str]:
     return found
 
 
-def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] | None = None, redo: Iterable[str] = ()) -> RunDirectory:
+Launch = Callable[[str, Recipe, StageContext], None]
+"""Does one stage's work in many processes, by the stage's name."""
+
+
+def run(
+    recipe: Recipe,
+    console: Console | None = None,
+    *,
+    only: Iterable[str] | None = None,
+    redo: Iterable[str] = (),
+    launch: Launch | None = None,
+) -> RunDirectory:
     """Takes a recipe through its stages (or `only` some) and returns the run's directory.
 
     Args:
@@ -95,6 +108,7 @@ def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] |
         console: Where progress goes; None is silent.
         only: Names of stages; None means every stage with a section.
         redo: Stages whose finished work is thrown away first, with all that builds on it.
+        launch: How the stages that can do so work in many processes (commands/launch.py); None: in this one.
 
     Raises:
         FastDraftError: in one line, whatever the user can mend. Nothing half-written stays behind.
@@ -111,7 +125,7 @@ def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] |
         for name in redone:
             context.artifact(name).discard()
         write_atomic(context.run.root / "recipe.yaml", recipe.dump())
-        worked = sum([_run_stage(stage, recipe, context) for stage in wanted])
+        worked = sum([_run_stage(stage, recipe, context, launch) for stage in wanted])
     if worked > 1:
         context.console.say(f"{recipe.run.name}: {worked} stages done in {format_seconds(time.monotonic() - start)}")
     return context.run
@@ -169,7 +183,7 @@ def _refuse_gaps(wanted: Sequence[Stage], redone: Collection[str], context: Stag
             context.require(name)
 
 
-def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
+def _run_stage(stage: Stage, recipe: Recipe, context: StageContext, launch: Launch | None) -> bool:
     """Whether there was anything to do."""
     config, artifact = recipe.sections()[stage.name], context.artifact(stage.name)
     fingerprint = stage.fingerprint(config, context)
@@ -185,7 +199,10 @@ def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
     context.console.say(f"{stage.name}: {stage.summary}")
     start = time.monotonic()
     try:
-        stage.run(config, context)
+        if stage.parallel and launch:
+            launch(stage.name, recipe, context)
+        else:
+            stage.run(config, context)
     finally:
         seconds = time.monotonic() - start
         with contextlib.suppress(FastDraftError):  # a full disk has been told already, and a damaged file is only a clock

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastdraft.training.step import TrainStep
     from fastdraft.training.trainer import Trainer, Validation
 
-VALIDATION_ROWS, REPLAYED_TOKENS = 128, 8192
+VALIDATION_ROWS = 128
 DEFAULT_EPOCHS = 3.0
 DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
@@ -136,9 +136,11 @@ def run(config: AlignConfig, context: StageContext) -> None:
     responses = f"{format_count(counts['rows'])} responses, {counts['rows_cut']} cut to the draft's context"
     context.console.say(f"  {resolved}, {trainer.source.steps} steps; {responses}")
     state = trainer.run()
+    if not trainer.world.is_main:
+        return
     save_draft(model, artifact.path / "checkpoint", context.artifact("design").path / "draft")
     fields = _summary(artifact.path, state)
-    artifact.complete(**fields, **counts, settings=resolved.as_dict(), provenance=describe_run())
+    artifact.complete(**fields, **counts, settings=resolved.as_dict(), processes=trainer.world.size, provenance=describe_run())
     trainer.checkpoints.discard()
     before, after = fields["start_block_efficiency"], fields["validation_block_efficiency"]
     if before is not None and after is not None:
@@ -252,18 +254,13 @@ class _Validate:
         self._batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
 
     def __call__(self) -> Validation:
-        from fastdraft.decoding.replay import block_efficiency
-        from fastdraft.training.memory import within_memory
         from fastdraft.training.trainer import Validation, mean_loss
+        from fastdraft.training.validation import replayed_score
 
         metrics: dict[str, Any] = {"validation_loss": {"responses": mean_loss(self._step, self._batches)}}
         if not self._rows:
             return Validation(metrics)
-
-        def replayed(tokens: int) -> float:
-            return block_efficiency(self._model, self._rows, self._k, self._vocabulary, batch_tokens=tokens)
-
-        score = within_memory(replayed, REPLAYED_TOKENS, 1, "align")
+        score = replayed_score(self._model, self._rows, self._k, self._vocabulary)
         return Validation({**metrics, "validation_block_efficiency": score}, score)
 
 
@@ -310,25 +307,27 @@ def _source(config: AlignConfig, context: StageContext, samples: list[Sample], r
     import numpy as np
 
     from fastdraft.training.batches import AlignmentBatches, plan_batches
+    from fastdraft.training.distributed import current
 
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
     plan = plan_batches(lengths, resolved.batch_tokens, context.settings.seed, epochs=config.passes, tokens=config.tokens)
     share = _pretraining_share(config, context)
     packed = _packed(context, resolved) if share else None
-    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, share)
+    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, share, current().share)
 
 
 def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
     """Steps of the pre-training mixture, each of as many tokens as a synthetic step."""
     from fastdraft.data.loader import MixtureSampler, open_corpus
     from fastdraft.training.batches import PackedBatches
+    from fastdraft.training.distributed import current
 
     prepare, mixture = context.require("prepare"), _mixture(context)
     row_length = int(prepare.manifest()["row_length"])
     corpora = {corpus: open_corpus(prepare, corpus, "train") for corpus, weight in mixture.items() if weight > 0}
     sampler = MixtureSampler(corpora, {corpus: mixture[corpus] for corpus in corpora}, context.settings.seed + _MIXTURE_SEED)
     rows = max(1, resolved.batch_tokens // row_length)
-    return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
+    return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length), current().share)
 
 
 def _pretraining_share(config: AlignConfig, context: StageContext) -> float:

@@ -101,9 +101,11 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     trainer, resolved = _build_trainer(config, context, name, model, device)
     console.say(f"  {resolved}, {trainer.source.steps} steps")
     state = trainer.run()
+    if not trainer.world.is_main:
+        return
     save_draft(model, artifact.path / "checkpoint", _tokenizer_folder(context))
     fields = _summary(artifact, state)
-    artifact.complete(**fields, settings=resolved.as_dict(), provenance=describe_run())
+    artifact.complete(**fields, settings=resolved.as_dict(), processes=trainer.world.size, provenance=describe_run())
     trainer.checkpoints.discard()
     losses = ", ".join(f"{corpus} {loss:.3f}" for corpus, loss in fields["validation_loss"].items())
     console.say(f"  {format_count(state.tokens)} tokens, validation loss: {losses or 'no validation rows'}")
@@ -160,6 +162,7 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     """
     from fastdraft.data.loader import MixtureSampler, open_corpus
     from fastdraft.training.batches import PackedBatches
+    from fastdraft.training.distributed import current
 
     prepare = context.require("prepare")
     row_length = int(prepare.manifest()["row_length"])
@@ -180,7 +183,8 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
         if epochs > GOOD_EPOCHS:
             context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little")
     sampler = MixtureSampler(corpora, used, context.settings.seed)
-    return PackedBatches(sampler, steps, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
+    rows_per_micro = max(1, resolved.micro_batch_tokens // row_length)
+    return PackedBatches(sampler, steps, row_length, rows, rows_per_micro, current().share)
 
 
 def _check_context(model: PreTrainedModel, row_length: int) -> None:

@@ -27,6 +27,7 @@ from fastdraft.errors import ArtifactError
 
 FOLDER, KEEP = "steps", 2
 _WEIGHTS, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+_LIMIT = "micro_batch_limit.json"
 _WINDOWS_DISK_FULL = 112
 
 
@@ -58,6 +59,9 @@ class Checkpoints:
     def __init__(self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], console: Console) -> None:
         self.folder, self._model, self._optimizers, self._console = folder / FOLDER, model, optimizers, console
         self.saved_step = -1
+
+    def sweep(self) -> None:
+        """Removes what a killed save left half-written; only the process that saves may do it."""
         for leftover in self.folder.glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -102,11 +106,24 @@ class Checkpoints:
                 self._console.warn(f"{error}; trying the one before")
                 continue
             self.saved_step = state.step
+            state.micro_batch_limit = self._noted_limit(state.micro_batch_limit)
             return state
         if found:
             remedy = f"begin the stage anew with --redo {self.folder.parent.name}"
             raise ArtifactError(self.folder, "every checkpoint is damaged", "one whole checkpoint is needed to go on", remedy)
-        return TrainingState()
+        return TrainingState(micro_batch_limit=self._noted_limit(0))
+
+    def note_limit(self, limit: int) -> None:
+        """Keeps a micro-batch size for whoever goes on from the latest checkpoint, where the step itself cannot be tried again."""
+        write_json(self.folder / _LIMIT, {"micro_batch_limit": limit})
+
+    def _noted_limit(self, limit: int) -> int:
+        """The smaller of a checkpoint's limit and one noted since; 0 where there is neither."""
+        noted = 0
+        if (self.folder / _LIMIT).exists():
+            with contextlib.suppress(ArtifactError, KeyError, TypeError, ValueError):
+                noted = int(read_json(self.folder / _LIMIT)["micro_batch_limit"])
+        return min(filter(None, (limit, noted)), default=0)
 
     def discard(self) -> None:
         """Removes all of them, once the stage is complete."""
