@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import two_processes
 from safetensors.torch import load_file
-from test_training import LENGTH, Rows
 
+import two_processes
 from fastdraft.errors import DiskError, WorkerError
 from fastdraft.training.batches import PackedBatches, Sample, Share
 from fastdraft.training.distributed import current, error_from, error_record
 from fastdraft.training.metrics import read_metrics
+from test_training import LENGTH, Rows
 
 HERE = Path(__file__).parent
 SAME = 1e-5

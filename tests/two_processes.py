@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from test_training import LENGTH, VOCAB, Model, Poisoned, Rows, make_step
-from test_training_failures import small_device
 
 from fastdraft.console import Console
 from fastdraft.errors import DataError, DiskError, FastDraftError, WorkerError
 from fastdraft.training.batches import AlignmentBatches, PackedBatches, Sample, plan_batches
 from fastdraft.training.distributed import World, current, join
 from fastdraft.training.trainer import Plan, Trainer, Validation
+from test_training import LENGTH, VOCAB, Model, Poisoned, Rows, make_step
+from test_training_failures import small_device
 
 STEPS, ROWS = 50, 5
 
@@ -35,7 +35,7 @@ def aligned() -> AlignmentBatches:
     generator = np.random.default_rng(3)
     samples = [Sample(ids(generator, 1 + i % 4), ids(generator, 2 + i % 9)) for i in range(161)]
     lengths = np.array([sample.num_tokens for sample in samples])
-    plan = plan_batches(lengths, 40, 0, epochs=1.0)
+    plan = plan_batches(lengths, 40, 0, epochs=2.0)
     plan = [*plan[:39], plan[39][:1]]
     source = AlignmentBatches(samples, plan, 0, 24, packed(0), 0.2, current().share)
     assert source.steps == STEPS
@@ -54,7 +54,7 @@ def trainer(folder: Path, source: Any, kind: str = "muon", objective: Any = None
 
 def validated(trainer: Trainer) -> Trainer:
     """Its first weight is the score: as good a measure as any."""
-    trainer.validate = lambda: Validation({"process": current().rank}, float(next(trainer.model.parameters())[0, 0]))
+    trainer.validate = lambda: Validation({"process": current().rank}, next(trainer.model.parameters())[0, 0].item())
     return trainer
 
 

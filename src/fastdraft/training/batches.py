@@ -143,6 +143,8 @@ class PackedBatches:
 
     def batches(self, step: int) -> list[Batch]:
         first, end = self.share.rows(self.rows_per_batch)
+        if first == end:  # more processes than rows
+            return []
         rows = self.sampler.rows(step * self.rows_per_batch + first, end - first)
         return [packed_batch(rows[start : start + self.rows_per_micro]) for start in range(0, len(rows), self.rows_per_micro)]
 

@@ -8,6 +8,7 @@ any before is computed first and agreed upon, so that where it does not fit all 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ class DataParallel:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world = world
-        self._module = DistributedDataParallel(_LossSum(model), broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the option, 2.9 does not know the new name
+            self._module = DistributedDataParallel(_LossSum(model), broadcast_buffers=False, gradient_as_bucket_view=True)
         self._module.register_comm_hook(None, lambda state, bucket: _add(bucket))  # torch reads the annotations of anything else
         self.overlap = self.committed = False  # committed: gradients may be on their way, so the step cannot be tried again
 
