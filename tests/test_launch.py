@@ -99,7 +99,7 @@ def test_a_stop_saves_in_all_processes_and_one_process_goes_on_from_there(recipe
     with pytest.raises(Interrupted):
         run(two, console, TWO, only=["align"], redo=[])
     done = len(steps(folder))
-    assert [int(path.name.removeprefix("step-")) for path in folder.glob("steps/step-*")][-1:] == [done]
+    assert max(int(path.name.removeprefix("step-")) for path in folder.glob("steps/step-*")) == done
     assert 3 <= done < len(steps(recipe.run.root / "align"))
     pipeline.run(two, only=["align"])
     assert worst_difference(recipe, two, "align") < 1e-5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import sys
 import tempfile
@@ -186,6 +187,8 @@ def _run_agent(folder: Path, machines: Machines, call: dict[str, Any] | None, fa
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _silence("torch.distributed")
+    # The launcher's own store would be used again after a restart, with the addresses of lost processes still in it.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     alone = call is None
     config = LaunchConfig(
         min_nodes=machines.nnodes,
