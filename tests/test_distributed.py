@@ -19,6 +19,7 @@ from fastdraft.errors import DiskError, WorkerError
 from fastdraft.training.batches import PackedBatches, Sample, Share
 from fastdraft.training.distributed import current, error_from, error_record
 from fastdraft.training.metrics import read_metrics
+from fastdraft.training.trainer import Validation
 from test_training import LENGTH, Rows
 
 HERE = Path(__file__).parent
@@ -51,6 +52,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     two_processes.packed_run(folder / "packed").run()
     two_processes.trainer(folder / "aligned", two_processes.aligned()).run()
+    adamw = two_processes.trainer(folder / "adamw", two_processes.packed(), "adamw", validate_every=10)
+    adamw.validate = lambda: Validation({"first": next(adamw.model.parameters())[0, 0].item()}, 0.0)
+    adamw.run()
     return folder
 
 
@@ -71,6 +75,21 @@ def worst_difference(first: Path, second: Path) -> float:
 def test_two_processes_train_as_one_does_to_1e_5_over_50_steps(together: Any, alone: Path, name: str) -> None:
     assert worst_difference(alone / name, together[0] / name) < SAME
     assert max(losses(alone / name).values()) - min(losses(alone / name).values()) > 0.1  # the weights did move
+
+
+def test_weights_in_parts_train_as_whole_ones_do(together: Any, alone: Path) -> None:
+    folder, seen = together
+    assert [process["parts"][0] for process in seen] == ["no error", "no error"]
+    assert worst_difference(alone / "adamw", folder / "parts") < SAME
+    first, second = ([r["first"] for r in read_metrics(which) if "first" in r] for which in (alone / "adamw", folder / "parts"))
+    assert first == pytest.approx(second, abs=SAME)
+    assert {path.suffix for path in (folder / "parts").rglob("*") if path.is_file()} == {".safetensors", ".json", ".jsonl"}
+
+
+def test_a_run_in_parts_goes_on_with_whole_weights(together: Any, alone: Path) -> None:
+    folder, seen = together
+    assert all(process["parts"][1].startswith("Interrupted") for process in seen)
+    assert worst_difference(alone / "adamw", folder / "parts_stopped") < SAME
 
 
 def test_two_then_one_then_two_processes_see_the_same_data_in_the_same_order(together: Any, alone: Path) -> None:

@@ -18,6 +18,7 @@ from fastdraft.console import Console
 from fastdraft.errors import DataError, DiskError, FastDraftError, WorkerError
 from fastdraft.training.batches import AlignmentBatches, PackedBatches, Sample, plan_batches
 from fastdraft.training.distributed import World, current, join
+from fastdraft.training.sharding import in_parts
 from fastdraft.training.trainer import Plan, Trainer, Validation
 from test_training import LENGTH, VOCAB, Model, Poisoned, Rows, make_step
 from test_training_failures import small_device
@@ -60,6 +61,29 @@ def validated(trainer: Trainer) -> Trainer:
 
 def packed_run(folder: Path) -> Trainer:
     return validated(trainer(folder, packed(), validate_every=10, checkpoint_every=25))
+
+
+def in_parts_run(folder: Path, stop: int = 0) -> str:
+    """FSDP2 over a toy with one layer; stopped after some steps, it goes on with whole weights in every process."""
+    model = Layered()
+    parts: Any = in_parts(model, "fsdp2", "adamw")  # type: ignore[arg-type]
+    plan = Plan(title="t", key="pretrain", factor=lambda step: 1.0, peak_rate=1e-2, validate_every=10)
+    chosen = Trainer(folder, model, make_step(parts), packed(), plan, Console(quiet=True), trained=parts)
+    chosen.validate = lambda: Validation({"first": next(model.parameters())[0, 0].item()}, 0.0)
+    return outcome(stop_at(chosen, stop).run if stop else chosen.run)
+
+
+class Layered(Model):
+    """With what `in_parts` asks of a model."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.layers = torch.nn.ModuleList([self.model.matrix])
+
+    def get_decoder(self) -> torch.nn.Module:
+        return self.model
 
 
 def stop_at(chosen: Trainer, step: int) -> Trainer:
@@ -126,8 +150,10 @@ def everything(folder: Path, world: World) -> dict[str, Any]:
 
     written = outcome(lambda: world.on_main(full_disk))
     told = world.on_main(lambda: {"score": 1.5, "none": None})
+    parts = [in_parts_run(folder / "parts"), in_parts_run(folder / "parts_stopped", 15)]
+    trainer(folder / "parts_stopped", packed(), "adamw").run()
     return {
-        "best": best, "limit": limit, "refused": refused, "skipped": skipped, "unread": unread, "stops": stops,
+        "parts": parts, "best": best, "limit": limit, "refused": refused, "skipped": skipped, "unread": unread, "stops": stops,
         "written": written, "told": told,
     }  # fmt: skip
 

@@ -250,7 +250,9 @@ def _check(arguments: argparse.Namespace) -> None:
     from fastdraft.console import Console
     from fastdraft.recipe import load_recipe
 
-    check.run(load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet), as_json=getattr(arguments, "json", False))
+    recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet)
+    processes = getattr(arguments, "nproc_per_node", 1) * getattr(arguments, "nnodes", 1)
+    check.run(recipe, console, as_json=getattr(arguments, "json", False), processes=processes)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -63,6 +63,10 @@ class RunConfig(Config):
     threads: int = Field(default=0, ge=0)
     """CPU threads for torch; 0 lets torch choose. Results are bit-for-bit equal only for equal threads."""
 
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes (`--nproc-per-node`) train: ddp, the whole draft in each; fsdp2, a part of each weight and of the optimiser's
+    state in each, for drafts that do not fit otherwise (AdamW only)."""
+
     @field_validator("name")
     @classmethod
     def _makes_a_folder(cls, value: str) -> str:

@@ -153,11 +153,13 @@ def _build_trainer(
 ) -> tuple[Trainer, Resolved, dict[str, int]]:
     from fastdraft.data.responses import read_all
     from fastdraft.training import assemble
+    from fastdraft.training.sharding import in_parts, outside
     from fastdraft.training.trainer import Plan, Trainer
 
     artifact, synthesize = context.artifact("align"), context.require("synthesize")
     source, resolved, counts = _batches(config, context, model, device)
-    step = assemble.build_step(model, resolved, _objective(config, context, model, device), device)
+    trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
+    step = assemble.build_step(trained, resolved, _objective(config, context, model, device), device)
     held_out = _held_out(list(read_all(synthesize, "validation")))
     if not held_out:
         context.console.warn("align: no held-out responses, so the last step's weights are kept instead of the best")
@@ -171,8 +173,8 @@ def _build_trainer(
         checkpoint_every=assemble.checkpoint_every(config.checkpoint_every, source.steps),
         tensorboard=config.tensorboard,
     )
-    validate = _Validate(model, step, held_out, context, resolved.micro_batch_tokens) if held_out else None
-    return Trainer(artifact.path, model, step, source, plan, context.console, validate), resolved, counts
+    validate = _Validate(model, outside(step, model, trained), held_out, context, resolved.micro_batch_tokens) if held_out else None
+    return Trainer(artifact.path, model, step, source, plan, context.console, validate, trained=trained), resolved, counts
 
 
 def training_batches(config: AlignConfig, context: StageContext) -> AlignmentBatches:

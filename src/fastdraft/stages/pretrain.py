@@ -117,6 +117,7 @@ def _build_trainer(
     from fastdraft.modeling.loading import save_draft
     from fastdraft.training import assemble, rates
     from fastdraft.training.objective import CrossEntropy
+    from fastdraft.training.sharding import in_parts, outside
     from fastdraft.training.trainer import Plan, Trainer
 
     artifact = context.artifact(name)
@@ -130,7 +131,8 @@ def _build_trainer(
     )  # fmt: skip
     source = _source(config, context, name, resolved)
     _check_context(model, source.row_length)
-    step = assemble.build_step(model, resolved, CrossEntropy(config.z_loss), device)
+    trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
+    step = assemble.build_step(trained, resolved, CrossEntropy(config.z_loss), device)
     plan = Plan(
         title=name,
         key=name,
@@ -141,7 +143,8 @@ def _build_trainer(
         undecayed_step=assemble.undecayed_step(config.schedule, source.steps),
         tensorboard=config.tensorboard,
     )
-    trainer = Trainer(artifact.path, model, step, source, plan, context.console, _validation(step, context, source.rows_per_micro))
+    validate = _validation(outside(step, model, trained), context, source.rows_per_micro)
+    trainer = Trainer(artifact.path, model, step, source, plan, context.console, validate, trained=trained)
     trainer.save_undecayed = lambda: save_draft(model, artifact.path / "undecayed", _tokenizer_folder(context))
     return trainer, resolved
 

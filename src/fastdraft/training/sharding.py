@@ -9,17 +9,21 @@ processes, or with DDP. torch.distributed.checkpoint would save parts, but its i
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdraft.errors import WorkerError
+from fastdraft.errors import RecipeError, WorkerError
 from fastdraft.training.batches import Batch
 from fastdraft.training.distributed import World, current
 from fastdraft.training.replicas import IDLE
 from fastdraft.training.step import TrainStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROOT = "_loss_sum_in_parts"
 
@@ -29,18 +33,21 @@ def is_in_parts(model: nn.Module) -> bool:
     return _ROOT in model.__dict__
 
 
-def in_parts(model: PreTrainedModel, parallel: str) -> PreTrainedModel:
+def in_parts(model: PreTrainedModel, parallel: str, optimizer: str) -> PreTrainedModel:
     """What is to be trained: the model itself, or for `fsdp2` in several processes a copy of it in parts.
 
     Build the optimisers over what this returns.
 
     Raises:
+        RecipeError: for Muon, whose step needs whole matrices.
         WorkerError: for a model whose layers cannot be told apart.
     """
     if parallel != "fsdp2" or current().size == 1:
         return model
+    if optimizer != "adamw":
+        raise RecipeError("run.parallel", f"fsdp2 with {optimizer}", "its step needs whole matrices", "set optimizer.kind: adamw, or ddp")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     trained = copy.deepcopy(model)
     layers = getattr(trained.get_decoder(), "layers", None)
@@ -50,9 +57,10 @@ def in_parts(model: PreTrainedModel, parallel: str) -> PreTrainedModel:
     mesh = init_device_mesh(model.device.type, (current().size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    root = fully_shard(_LossSum(trained), mesh=mesh)
+    root: nn.Module = fully_shard(_LossSum(trained), mesh=mesh)  # type: ignore[assignment]
     for module in root.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)  # sums, not means: the step has divided already
     trained.__dict__[_ROOT] = root  # not as a part of the model: it holds the model
     return trained
@@ -75,6 +83,16 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
 
     like_parts: Any = like
     return distribute_tensor(tensor, like_parts.device_mesh, like_parts.placements, src_data_rank=None)
+
+
+def outside(step: TrainStep, model: PreTrainedModel, trained: nn.Module) -> TrainStep:
+    """The step over whole weights, for validation: itself, unless what it trains is in parts."""
+    if trained is model:
+        return step
+    from fastdraft.modeling.loading import split_head
+
+    decoder, head_VD = split_head(model)
+    return replace(step, decoder=decoder, head=head_VD)
 
 
 class Sharded:

@@ -21,11 +21,12 @@ from torch import nn
 from fastdraft.console import Console, Progress
 from fastdraft.errors import ArtifactError, FastDraftError, Interrupted, TrainingError, WorkerError
 from fastdraft.training.batches import Batch, BatchSource
-from fastdraft.training.checkpoint import Checkpoints, TrainingState
+from fastdraft.training.checkpoint import Checkpoints, TrainingState, copy_weights
 from fastdraft.training.distributed import World, current
 from fastdraft.training.memory import cut_rows, halved_limit, is_out_of_memory, limited, release_memory, within_memory
 from fastdraft.training.metrics import Metrics
 from fastdraft.training.replicas import IDLE, DataParallel, ElsewhereOutOfMemory
+from fastdraft.training.sharding import Sharded, is_in_parts
 from fastdraft.training.step import TrainStep
 
 BAD_STEPS_IN_A_ROW = 3
@@ -96,13 +97,19 @@ class Trainer:
     validate: Callable[[], Validation] | None = None
     """Called with the model in evaluation mode."""
     save_undecayed: Callable[[], None] | None = None
+    trained: nn.Module | None = None
+    """What the step trains where that is a copy of the model in parts (training/sharding.py)."""
     state: TrainingState = field(default_factory=TrainingState, init=False)
 
     def __post_init__(self) -> None:
         self.world: World = current()
-        self.checkpoints = Checkpoints(self.folder, self.model, self.step.optimizers, self.console)
+        self.checkpoints = Checkpoints(self.folder, self._trained, self.step.optimizers, self.console)
         self._proven = 0
         """Padded tokens of the largest micro-batch that has been through a step."""
+
+    @property
+    def _trained(self) -> nn.Module:
+        return self.model if self.trained is None else self.trained
 
     def run(self) -> TrainingState:
         """Trains to the end and leaves the final weights (the best ones, where validation gives a score) in the model.
@@ -114,7 +121,7 @@ class Trainer:
         self._load()
         plan, total = self.plan, self.source.tokens
         self._peers = self._join_peers()
-        self.model.train()
+        self._trained.train()
         with (
             Metrics(self.folder, self.state.step, plan.tensorboard, silent=not self.world.is_main) as metrics,
             self.console.progress(plan.title, total, "tokens", completed=self.state.tokens) as progress,
@@ -132,7 +139,9 @@ class Trainer:
                 self._train(prepared, metrics, progress)
                 self._after_step(metrics)
         if self.state.best_step >= 0 and self.state.best_step != self.state.step:
-            self.checkpoints.load_best(self.state.best_step)
+            self.world.on_main(lambda: self.checkpoints.load_best(self.state.best_step, self.model))
+        else:
+            self._collect()
         self.model.eval()
         return self.state
 
@@ -150,11 +159,20 @@ class Trainer:
             found = f"checkpoints of steps {steps[0]} and {steps[-1]}, depending on the machine"
             raise ArtifactError(self.checkpoints.folder, found, "all machines must see one folder", "set run.folder to a shared disk")
 
-    def _join_peers(self) -> DataParallel | None:
+    def _join_peers(self) -> DataParallel | Sharded | None:
         if self.world.size == 1:
             return None
-        self.step.peers = peers = DataParallel(self.model, self.world)
+        peers = Sharded(self._trained, self.world) if is_in_parts(self._trained) else DataParallel(self.model, self.world)
+        self.step.peers = peers
         return peers
+
+    def _collect(self) -> None:
+        """Puts the trained weights into the model of process 0, where they are in parts."""
+        if self._trained is self.model:
+            return
+        weights = self.checkpoints.collect(optimizer=False).weights
+        if self.world.is_main:
+            copy_weights(self.model, weights)
 
     def _prepare(self, step: int) -> Prepared:
         """Reads a step's data, in another thread while the step before is trained, and agrees on what all must know.
@@ -228,6 +246,8 @@ class Trainer:
             self._take_less(pieces, elsewhere)
 
     def _joint_gradients(self, pieces: list[Batch], prepared: Prepared) -> tuple[float, float, int]:
+        if isinstance(self._peers, Sharded):
+            pieces = self._peers.evened(pieces)
         return self.step.gradients(pieces or [IDLE], prepared.num_trained)
 
     def _take_less(self, pieces: list[Batch], elsewhere: bool) -> None:
@@ -275,6 +295,7 @@ class Trainer:
     def _after_step(self, metrics: Metrics) -> None:
         plan, step, last = self.plan, self.state.step, self.state.step == self.source.steps
         if step == plan.undecayed_step and self.save_undecayed:
+            self._collect()
             self.world.on_main(self.save_undecayed)
         if last or (plan.validate_every and step % plan.validate_every == 0):
             self._validate(metrics)
@@ -284,7 +305,8 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        self.world.on_main(lambda: self.checkpoints.save(self.state))
+        collected = self.checkpoints.collect()
+        self.world.on_main(lambda: self.checkpoints.save(self.state, collected))
         self.checkpoints.saved_step = self.state.step
 
     def _stop(self) -> None:
@@ -298,11 +320,13 @@ class Trainer:
     def _validate(self, metrics: Metrics) -> None:
         if self.validate is None:
             return
+        self._collect()
         found = self.world.on_main(self._measure)
         metrics.write(step=self.state.step, tokens=self.state.tokens, **found["metrics"])
         best = -math.inf if self.state.best_score is None else self.state.best_score
         if found["score"] is not None and found["score"] > best:
-            self.world.on_main(lambda: self.checkpoints.save_best(self.state.step))
+            collected = self.checkpoints.collect(optimizer=False)
+            self.world.on_main(lambda: self.checkpoints.save_best(self.state.step, collected))
             self.state.best_step, self.state.best_score = self.state.step, found["score"]
 
     def _measure(self) -> dict[str, Any]:
