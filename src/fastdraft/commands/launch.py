@@ -160,7 +160,8 @@ def _launch(stage: str, recipe: Recipe, context: StageContext, machines: Machine
     with tempfile.TemporaryDirectory(prefix="fastdraft-") as temporary:
         folder = Path(temporary)
         failures: list[str] = []
-        job = {"stage": stage, "quiet": context.console.quiet, "restarts": machines.max_restarts}
+        prints = machines.node_rank == 0
+        job = {"stage": stage, "quiet": context.console.quiet, "prints": prints, "restarts": machines.max_restarts}
         write_json(folder / JOB, {**job, "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_none=True)})
         agent = threading.Thread(target=_run_agent, args=(folder, machines, call, failures), daemon=True)
         agent.start()

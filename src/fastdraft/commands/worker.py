@@ -30,32 +30,37 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed out",
 
 
 def main(folder: Path) -> int:
-    """Works at the job in `folder`; returns the exit code."""
-    from fastdraft.artifacts import read_json, write_json
+    """Works at the job in `folder`; returns the exit code: 1 where all should begin again from the last checkpoint."""
+    from fastdraft.artifacts import read_json
     from fastdraft.console import Console
     from fastdraft.errors import FastDraftError, WorkerError
-    from fastdraft.training.distributed import error_record
 
-    job, rank = read_json(folder / JOB), int(os.environ["RANK"])
-    console = Console(quiet=job["quiet"]) if rank == 0 else _silent()
+    job = read_json(folder / JOB)
+    # Which machine has process 0 is the launcher's choice; the user looks at the first machine.
+    console = Console(quiet=job["quiet"]) if job["prints"] and os.environ["LOCAL_RANK"] == "0" else _silent()
     threading.Thread(target=_watch, args=(folder, console, os.getppid()), daemon=True).start()
     try:
         _work(job, folder, console)
     except WorkerError as error:
-        return _lost(error)
+        print(f"process {os.environ['RANK']}: {error}", file=sys.stderr)
+        return 1
     except FastDraftError as error:
-        write_json(folder / OUTCOMES.replace("*", str(rank)), error_record(error))
+        _report(error, folder)
     except Exception as error:
-        if _LOST.search(str(error)):
-            return _lost(error)
-        traceback.print_exc()
+        if not _LOST.search(str(error)):  # the launcher tells who was lost
+            traceback.print_exc()
+            found, rule = f"{type(error).__name__} in process {os.environ['RANK']}", "a fault of the program, see the trace above"
+            _report(WorkerError(job["stage"], found, rule, "progress is saved; report it, or try one process"), folder)
         return 1
     return 0
 
 
-def _lost(error: Exception) -> int:
-    print(f"process {os.environ['RANK']}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-    return 1
+def _report(error: FastDraftError, folder: Path) -> None:
+    """Leaves an error to the process that started this one, and to those that would only meet it again."""
+    from fastdraft.artifacts import write_json
+    from fastdraft.training.distributed import error_record
+
+    write_json(folder / OUTCOMES.replace("*", os.environ["RANK"]), error_record(error))
 
 
 def _work(job: dict[str, Any], folder: Path, console: Console) -> None:
@@ -70,7 +75,8 @@ def _work(job: dict[str, Any], folder: Path, console: Console) -> None:
     settings = recipe.run.model_copy(update={"device": str(device)})
     stage = next(stage for stage in STAGES if stage.name == job["stage"])
     with join(device) as world:
-        _refuse_earlier_error(world, folder)
+        if _met_earlier_error(world, folder):
+            return
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         if restarts:
             console.warn(f"{stage.name}: a process was lost; all go on from the last checkpoint (restart {restarts} of {job['restarts']})")
@@ -78,13 +84,19 @@ def _work(job: dict[str, Any], folder: Path, console: Console) -> None:
         stage.run(recipe.sections()[stage.name], context)
 
 
-def _refuse_earlier_error(world: World, folder: Path) -> None:
-    """What one process met before it took the others down with it is everyone's error now: it would only come again."""
+def _met_earlier_error(world: World, folder: Path) -> bool:
+    """Whether one process met an error before it took the others down with it: it is everyone's now, for it would only come again."""
     from fastdraft.artifacts import read_json
+    from fastdraft.errors import FastDraftError
     from fastdraft.training.distributed import error_from
 
     records = [read_json(path) for path in sorted(folder.glob(OUTCOMES))]
-    world.raise_first(error_from(records[0]) if records else None)
+    try:
+        world.raise_first(error_from(records[0]) if records else None)
+    except FastDraftError as error:
+        _report(error, folder)
+        return True
+    return False
 
 
 def _own_device(recipe: Recipe) -> torch.device:
@@ -114,7 +126,7 @@ def _silent() -> Console:
 
     class Silent(Console):
         def warn(self, text: str) -> None:
-            """Process 0 has said it."""
+            """Another process has said it."""
 
     return Silent(quiet=True)
 

@@ -2,7 +2,7 @@
 
 Decides that there are two kinds of traffic. Gradients go by the device's own backend (NCCL, or gloo on a CPU). What the loops must agree
 on (did everyone's batch fit, did anyone ask to stop, what did process 0 find or write) goes by gloo over CPU tensors, which never makes a
-device wait. Process 0 alone prints, validates and writes; whatever goes wrong there is raised by all.
+device wait. Process 0 alone validates and writes; whatever goes wrong there is raised by all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints, validates and writes."""
+        """Whether this process validates and writes."""
         return self.rank == 0
 
     @property

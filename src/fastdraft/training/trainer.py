@@ -269,9 +269,8 @@ class Trainer:
             rule, remedy = "one row at a time must fit the device", "use shorter rows, a smaller draft or a device with more memory"
             raise TrainingError(key, f"out of memory with one row of {length} tokens", rule, remedy)
         self.state.micro_batch_limit = limit
-        if self.world.is_main:
-            again = f"micro-batches of at most {limit} tokens from here on, the batch stays the same"
-            self.console.warn(f"{key}: out of memory at step {self.state.step + 1}: {again}")
+        again = f"micro-batches of at most {limit} tokens from here on, the batch stays the same"
+        self.console.warn(f"{key}: out of memory at step {self.state.step + 1}: {again}")
 
     def _update(self, factor: float) -> None:
         try:
