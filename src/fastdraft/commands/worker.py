@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastdraft.console import Console
+    from fastdraft.errors import FastDraftError
     from fastdraft.recipe import Recipe
     from fastdraft.training.distributed import World
 
