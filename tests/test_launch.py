@@ -130,7 +130,8 @@ def test_the_help_teaches_two_machines(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         build_parser().parse_args(["run", "--help"])
     text = capsys.readouterr().out
-    assert "--nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr HOST" in text
+    assert "--nproc-per-node 8 --nnodes 2 --master-addr HOST \\\n" in text
+    assert "      --node-rank 1\n" in text
 
 
 def test_stages_that_work_in_one_process_take_no_machines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,13 +31,15 @@ _PARALLEL = ("pretrain", "continue_pretrain", "align")
 """Stages that work on many devices."""
 
 _MACHINES = """\
-Training stages take one process for each device; the other stages run once, on
-the first machine. The same batches are trained in the same order whatever the
-number of processes, so a run may go on with more or fewer. One machine of 8:
+Training stages take one process for each device; the other stages run once,
+on the first machine. The same batches are trained in the same order whatever
+the number of processes: a run may go on with more or fewer. One machine of 8:
   fastdraft run RECIPE --nproc-per-node 8
-Two machines of 8 that share a disk, HOST being the first one's name:
-  fastdraft run RECIPE --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr HOST
-  fastdraft run RECIPE --nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr HOST
+Two machines of 8 that share a disk, HOST being the first one's name; on it,
+and on the second one:
+  fastdraft run RECIPE --nproc-per-node 8 --nnodes 2 --master-addr HOST
+  fastdraft run RECIPE --nproc-per-node 8 --nnodes 2 --master-addr HOST \\
+      --node-rank 1
 """
 
 _INVALID_CHOICE = re.compile(r"argument (\S+): invalid choice: '?([^']*)'? \(choose from (.*)\)")
