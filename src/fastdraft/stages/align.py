@@ -315,7 +315,7 @@ def _source(config: AlignConfig, context: StageContext, samples: list[Sample], r
     plan = plan_batches(lengths, resolved.batch_tokens, context.settings.seed, epochs=config.passes, tokens=config.tokens)
     share = _pretraining_share(config, context)
     packed = _packed(context, resolved) if share else None
-    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, share, current().share)
+    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, share, share=current().share)
 
 
 def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
@@ -329,7 +329,7 @@ def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
     corpora = {corpus: open_corpus(prepare, corpus, "train") for corpus, weight in mixture.items() if weight > 0}
     sampler = MixtureSampler(corpora, {corpus: mixture[corpus] for corpus in corpora}, context.settings.seed + _MIXTURE_SEED)
     rows = max(1, resolved.batch_tokens // row_length)
-    return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length), current().share)
+    return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length), share=current().share)
 
 
 def _pretraining_share(config: AlignConfig, context: StageContext) -> float:

@@ -187,7 +187,7 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
             context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little")
     sampler = MixtureSampler(corpora, used, context.settings.seed)
     rows_per_micro = max(1, resolved.micro_batch_tokens // row_length)
-    return PackedBatches(sampler, steps, row_length, rows, rows_per_micro, current().share)
+    return PackedBatches(sampler, steps, row_length, rows, rows_per_micro, share=current().share)
 
 
 def _check_context(model: PreTrainedModel, row_length: int) -> None:
