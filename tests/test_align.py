@@ -97,7 +97,7 @@ def test_the_checkpoint_is_the_step_with_the_best_block_efficiency_not_the_last(
     new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([1.0, 1.5, 1.2, 1.1, 1.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr("fastdraft.decoding.replay.block_efficiency", lambda *unused: next(scores))
+    monkeypatch.setattr("fastdraft.decoding.replay.block_efficiency", lambda *unused, **options: next(scores))
     manifest = run_stage(context := new_context("a"))
     assert manifest["best_step"] == 4
     assert manifest["validation_block_efficiency"] == 1.5
@@ -110,7 +110,7 @@ def test_when_alignment_only_harms_the_starting_weights_are_kept(
     new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter(np.linspace(2.0, 1.0, 20))
-    monkeypatch.setattr("fastdraft.decoding.replay.block_efficiency", lambda *unused: float(next(scores)))
+    monkeypatch.setattr("fastdraft.decoding.replay.block_efficiency", lambda *unused, **options: float(next(scores)))
     context = new_context()
     assert run_stage(context)["best_step"] == 0
     start = load_draft(context.artifact("pretrain").path / "checkpoint").state_dict()

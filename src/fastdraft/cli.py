@@ -29,6 +29,21 @@ _STAGES = {
     "report": "everything on one page",
 }
 
+_PARALLEL = ("pretrain", "continue_pretrain", "align")
+"""Stages that work on many devices."""
+
+_MACHINES = """\
+Training stages take one process for each device; the other stages run once,
+on the first machine. The same batches are trained in the same order whatever
+the number of processes: a run may go on with more or fewer. One machine of 8:
+  fastdraft run RECIPE --nproc-per-node 8
+Two machines of 8 that share a disk, HOST being the first one's name; on it,
+and on the second one:
+  fastdraft run RECIPE --nproc-per-node 8 --nnodes 2 --master-addr HOST
+  fastdraft run RECIPE --nproc-per-node 8 --nnodes 2 --master-addr HOST \\
+      --node-rank 1
+"""
+
 _INVALID_CHOICE = re.compile(r"argument (\S+): invalid choice: '?([^']*)'? \(choose from (.*)\)")
 
 _DESCRIPTION = """\
@@ -76,9 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     run = _recipe_verb(verbs, "run", "every stage of a recipe, one after the other", _run)
     run.add_argument("--dry-run", action="store_true", help="check everything and print the forecast, run nothing")
     _add_redo(run)
+    _add_machines(run)
     for name, summary in _STAGES.items():
         stage = _recipe_verb(verbs, name, f"stage: {summary}", _run)
         _add_redo(stage)
+        if name in _PARALLEL:
+            _add_machines(stage)
         if name == "export":
             _add_export(stage)
         if name == "benchmark":
@@ -114,6 +132,17 @@ def _add_redo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--redo", metavar="STAGE", action="append", default=[], choices=sorted(_STAGES), help="throw away STAGE and what builds on it first"
     )
+
+
+def _add_machines(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    group = parser.add_argument_group("many devices", _MACHINES)
+    group.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes on this machine, one a device (default 1)")
+    group.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines (default 1); give the command on each")
+    group.add_argument("--node-rank", type=int, default=0, metavar="I", help="this machine's number, from 0 (default 0)")
+    group.add_argument("--master-addr", default="127.0.0.1", metavar="HOST", help="name or address of machine 0")
+    group.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="a free port of machine 0 (default 29500)")
+    group.add_argument("--max-restarts", type=int, default=3, metavar="N", help="times that lost processes are replaced (default 3)")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -199,7 +228,15 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     only = None if arguments.verb == "run" else [arguments.verb]
-    pipeline.run(recipe, Console(quiet=arguments.quiet), only=only, redo=arguments.redo)
+    console = Console(quiet=arguments.quiet)
+    if getattr(arguments, "nproc_per_node", 1) * getattr(arguments, "nnodes", 1) == 1:
+        pipeline.run(recipe, console, only=only, redo=arguments.redo)
+        return
+    from fastdraft.commands import launch
+
+    names = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "max_restarts")
+    machines = launch.Machines(**{name: getattr(arguments, name) for name in names})
+    launch.run(recipe, console, machines, only=only, redo=arguments.redo)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -219,7 +256,9 @@ def _check(arguments: argparse.Namespace) -> None:
     from fastdraft.recipe import load_recipe
 
     recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet)
-    check.run(recipe, console, as_json=getattr(arguments, "json", False), contact=getattr(arguments, "contact", False))
+    processes = getattr(arguments, "nproc_per_node", 1) * getattr(arguments, "nnodes", 1)
+    as_json, contact = getattr(arguments, "json", False), getattr(arguments, "contact", False)
+    check.run(recipe, console, as_json=as_json, contact=contact, processes=processes)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

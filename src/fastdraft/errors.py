@@ -13,6 +13,7 @@ breaks and the remedy. The command line prints that line and exits with `exit_co
     |-- TrainingError      the numbers went wrong: NaN loss, no trained tokens
     |-- DeviceError        the asked device is not there
     |-- NoMemoryError      the memory of the machine or of its accelerator does not suffice
+    |-- WorkerError        one of several training processes is lost or cannot be reached
     |-- MissingExtraError  an optional library is not installed
     `-- Interrupted        stopped by a signal after everything was saved (exit code 130)
 """
@@ -74,6 +75,10 @@ class DeviceError(FastDraftError):
 
 class NoMemoryError(FastDraftError):
     """The memory of the machine or of its accelerator does not suffice."""
+
+
+class WorkerError(FastDraftError):
+    """One of several training processes is lost or cannot be reached."""
 
 
 class MissingExtraError(FastDraftError):

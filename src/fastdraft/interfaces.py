@@ -76,6 +76,10 @@ class RunConfig(Config):
     """auto, true or false: whether training compiles the draft (torch.compile). auto: on CUDA devices, in runs long enough to earn it
     back; on a CPU the layers are written out instead, which is faster. Where a compiler is missing, the log says so."""
 
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes (`--nproc-per-node`) train: ddp, the whole draft in each; fsdp2, a part of each weight and of the optimiser's
+    state in each, for drafts that do not fit otherwise (AdamW only)."""
+
     @field_validator("name")
     @classmethod
     def _makes_a_folder(cls, value: str) -> str:

@@ -35,6 +35,8 @@ class Stage:
     """Set where one module serves two stages."""
     smaller: str = "close other programs, or use a machine with more memory"
     """What makes the stage need less memory."""
+    parallel: bool = False
+    """Works in many processes at once where the run has them."""
     remade: bool = False
     """Shows what there is: needs no earlier stage, and is made anew, not refused, when something changed."""
 
@@ -65,15 +67,15 @@ _FEWER_ROWS = "lower {}.batch_rows, or set target.dtype=bf16"
 STAGES = (
     Stage("design", "target -> draft architecture and first weights"),
     Stage("prepare", "corpora -> tokenised, packed shards", ("design",), smaller="lower prepare.workers or close other programs"),
-    Stage("pretrain", "text shards -> a language model", ("prepare",), "pretrain", "lower pretrain.micro_batch_tokens"),
+    Stage("pretrain", "text shards -> a language model", ("prepare",), "pretrain", "lower pretrain.micro_batch_tokens", True),
     Stage(
         "continue_pretrain", "code and text shards -> a model of both", ("pretrain",), "pretrain",
-        "lower continue_pretrain.micro_batch_tokens",
+        "lower continue_pretrain.micro_batch_tokens", True,
     ),
     Stage("synthesize", "prompts -> responses that the target writes", ("prepare",), smaller=_FEWER_ROWS.format("synthesize")),
     Stage(
         "align", "responses -> a draft that predicts this target", ("continue_pretrain", "synthesize"),
-        smaller="lower align.micro_batch_tokens",
+        smaller="lower align.micro_batch_tokens", parallel=True,
     ),
     Stage(
         "evaluate", "draft x target x tasks -> acceptance, block efficiency", ("align",), smaller=_FEWER_ROWS.format("evaluate"),
@@ -99,7 +101,18 @@ def downstream(names: Iterable[str]) -> set[str]:
     return found
 
 
-def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] | None = None, redo: Iterable[str] = ()) -> RunDirectory:
+Launch = Callable[[str, Recipe, StageContext], None]
+"""Does one stage's work in many processes, by the stage's name."""
+
+
+def run(
+    recipe: Recipe,
+    console: Console | None = None,
+    *,
+    only: Iterable[str] | None = None,
+    redo: Iterable[str] = (),
+    launch: Launch | None = None,
+) -> RunDirectory:
     """Takes a recipe through its stages (or `only` some) and returns the run's directory.
 
     Args:
@@ -107,6 +120,7 @@ def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] |
         console: Where progress goes; None is silent.
         only: Names of stages; None means every stage with a section.
         redo: Stages whose finished work is thrown away first, with all that builds on it.
+        launch: How the stages that can do so work in many processes (commands/launch.py); None: in this one.
 
     Raises:
         FastDraftError: in one line, whatever the user can mend. Nothing half-written stays behind.
@@ -123,7 +137,7 @@ def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] |
         for name in redone:
             context.artifact(name).discard()
         write_atomic(context.run.root / "recipe.yaml", recipe.dump())
-        worked = sum([_run_stage(stage, recipe, context) for stage in wanted])
+        worked = sum([_run_stage(stage, recipe, context, launch) for stage in wanted])
     if worked > 1:
         context.console.say(f"{recipe.run.name}: {worked} stages done in {format_seconds(time.monotonic() - start)}")
     return context.run
@@ -181,13 +195,13 @@ def _refuse_gaps(wanted: Sequence[Stage], redone: Collection[str], context: Stag
             context.require(name)
 
 
-def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
+def _run_stage(stage: Stage, recipe: Recipe, context: StageContext, launch: Launch | None) -> bool:
     """Whether there was anything to do."""
     with machine_errors(context.artifact(stage.name).path, stage.smaller):
-        return _do_stage(stage, recipe, context)
+        return _do_stage(stage, recipe, context, launch)
 
 
-def _do_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
+def _do_stage(stage: Stage, recipe: Recipe, context: StageContext, launch: Launch | None) -> bool:
     config, artifact = recipe.sections()[stage.name], context.artifact(stage.name)
     fingerprint = stage.fingerprint(config, context)
     if stage.remade and artifact.differences(fingerprint):
@@ -203,7 +217,10 @@ def _do_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
     context.console.say(f"{stage.name}: {stage.summary}")
     start = time.monotonic()
     try:
-        stage.run(config, context)
+        if stage.parallel and launch:
+            launch(stage.name, recipe, context)
+        else:
+            stage.run(config, context)
     finally:
         seconds = time.monotonic() - start
         with contextlib.suppress(FastDraftError):  # a full disk has been told already, and a damaged file is only a clock

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class StageForecast:
     memory_bytes: float = 0.0
 
 
-def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool = False) -> None:
+def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool = False, processes: int = 1) -> None:
     """Checks everything and prints the forecast: a table on stdout (none when the console is quiet), or JSON.
 
     Args:
@@ -54,6 +54,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool =
         console: Quiet prints nothing.
         as_json: Prints one JSON object instead.
         contact: Asks the servers of `synthesize.engine` too; else nothing goes over the network to them.
+        processes: Among how many training is divided, each with a device of its own.
 
     Raises:
         FastDraftError: in one line, for the first thing that cannot work.
@@ -69,7 +70,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool =
     unseen = list(_check_inputs(recipe))
     refuse_changes(recipe, context)
     states = {stage.name: _state(stage.name, context) for stage in STAGES if context.has(stage.name)}
-    stages = [_forecast(name, state, recipe, plan, device) for name, state in states.items()]
+    stages = [_divided(_forecast(name, state, recipe, plan, device), device, processes) for name, state in states.items()]
     free = _free_bytes(recipe.run.root)
     needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
     if needed > free:
@@ -77,9 +78,9 @@ def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool =
     contacts = check_servers.ask(recipe) if contact else []
     if as_json:
         servers = {"servers": check_servers.as_dicts(contacts)} if contact else {}
-        print(json.dumps({**_as_dict(recipe, plan, device, stages, free), **servers}, indent=1))
+        print(json.dumps({**_as_dict(recipe, plan, device, stages, free), "processes": processes, **servers}, indent=1))
     elif not console.quiet:
-        _print(recipe, plan, device, stages, free)
+        _print(recipe, plan, f"{device}, training in {processes} processes" if processes > 1 else device, stages, free)
         if recipe.synthesize and _asks_engine(recipe):
             hint = "" if contact or recipe.synthesize.engine.kind != "openai" else " (not asked; --contact asks it what it serves)"
             print(f"engine of synthesize: {choose_engine(recipe.synthesize.engine, context)}{hint}")
@@ -239,6 +240,13 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
     elif name == "benchmark" and recipe.benchmark:
         tokens, seconds, disk, memory = _benchmark(recipe, recipe.benchmark, plan)
     return StageForecast(name, state, tokens, seconds, disk, memory)
+
+
+def _divided(stage: StageForecast, device: str, processes: int) -> StageForecast:
+    """Training's time is shared among devices; processes on one CPU share its cores, which one process uses up already."""
+    if device == "cpu" or not any(known.name == stage.stage and known.parallel for known in STAGES):
+        return stage
+    return replace(stage, seconds=stage.seconds / processes)
 
 
 def _record_bytes(k: int, vocab_size: int) -> int:

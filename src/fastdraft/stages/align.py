@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastdraft.training.step import TrainStep
     from fastdraft.training.trainer import Trainer, Validation
 
-VALIDATION_ROWS, REPLAYED_TOKENS = 128, 8192
+VALIDATION_ROWS = 128
 DEFAULT_EPOCHS = 3.0
 DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
@@ -138,9 +138,11 @@ def run(config: AlignConfig, context: StageContext) -> None:
     context.console.say(f"  {resolved}, {trainer.source.steps} steps; {responses}")
     with kept_memory(device):
         state = trainer.run()
+    if not trainer.world.is_main:
+        return
     save_draft(model, artifact.path / "checkpoint", context.artifact("design").path / "draft")
     fields = _summary(artifact.path, state)
-    artifact.complete(**fields, **counts, settings=resolved.as_dict(), provenance=describe_run())
+    artifact.complete(**fields, **counts, settings=resolved.as_dict(), processes=trainer.world.size, provenance=describe_run())
     trainer.checkpoints.discard()
     before, after = fields["start_block_efficiency"], fields["validation_block_efficiency"]
     if before is not None and after is not None:
@@ -154,13 +156,15 @@ def _build_trainer(
     from fastdraft.data.responses import read_all
     from fastdraft.training import assemble
     from fastdraft.training.compilation import settle
+    from fastdraft.training.sharding import in_parts, outside
     from fastdraft.training.trainer import Plan, Trainer
     from fastdraft.training.transfer import ahead
 
     artifact, synthesize = context.artifact("align"), context.require("synthesize")
     source, resolved, counts = _batches(config, context, model, device)
     compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
-    step = assemble.build_step(model, resolved, _objective(config, context, model, device), device, compiled=compiled)
+    trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
+    step = assemble.build_step(trained, resolved, _objective(config, context, model, device), device, compiled=compiled)
     held_out = _held_out(list(read_all(synthesize, "validation")))
     if not held_out:
         context.console.warn("align: no held-out responses, so the last step's weights are kept instead of the best")
@@ -174,8 +178,9 @@ def _build_trainer(
         checkpoint_every=assemble.checkpoint_every(config.checkpoint_every, source.steps),
         tensorboard=config.tensorboard,
     )
-    validate = _Validate(model, step, held_out, context, resolved.micro_batch_tokens) if held_out else None
-    return Trainer(artifact.path, model, step, ahead(source, device), plan, context.console, validate), resolved, counts
+    validate = _Validate(model, outside(step, model, trained), held_out, context, resolved.micro_batch_tokens) if held_out else None
+    trainer = Trainer(artifact.path, model, step, ahead(source, device), plan, context.console, validate, trained=trained)
+    return trainer, resolved, counts
 
 
 def training_batches(config: AlignConfig, context: StageContext) -> AlignmentBatches:
@@ -258,18 +263,13 @@ class _Validate:
         self._batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
 
     def __call__(self) -> Validation:
-        from fastdraft.decoding.replay import block_efficiency
-        from fastdraft.training.memory import within_memory
         from fastdraft.training.trainer import Validation, mean_loss
+        from fastdraft.training.validation import replayed_score
 
         metrics: dict[str, Any] = {"validation_loss": {"responses": mean_loss(self._step, self._batches)}}
         if not self._rows:
             return Validation(metrics)
-
-        def replayed(tokens: int) -> float:
-            return block_efficiency(self._model, self._rows, self._k, self._vocabulary, batch_tokens=tokens)
-
-        score = within_memory(replayed, REPLAYED_TOKENS, 1, "align")
+        score = replayed_score(self._model, self._rows, self._k, self._vocabulary)
         return Validation({**metrics, "validation_block_efficiency": score}, score)
 
 
@@ -316,12 +316,13 @@ def _source(config: AlignConfig, context: StageContext, samples: list[Sample], r
     import numpy as np
 
     from fastdraft.training.batches import AlignmentBatches, plan_batches
+    from fastdraft.training.distributed import current
 
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
     plan = plan_batches(lengths, resolved.batch_tokens, context.settings.seed, epochs=config.passes, tokens=config.tokens)
     share = _pretraining_share(config, context)
     packed = _packed(context, resolved) if share else None
-    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, share)
+    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, share, share=current().share)
 
 
 def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
@@ -329,13 +330,15 @@ def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
     from fastdraft.data.loader import open_mixture
     from fastdraft.data.shards import row_lengths
     from fastdraft.training.batches import PackedBatches, text_separator
+    from fastdraft.training.distributed import current
 
     prepare, mixture = context.require("prepare"), _mixture(context)
     row_length, separator = row_lengths(prepare.manifest())[-1], text_separator(prepare.manifest())
     used = {corpus: weight for corpus, weight in mixture.items() if weight > 0}
     sampler = open_mixture(prepare, used, context.settings.seed + _MIXTURE_SEED)
     rows = max(1, resolved.batch_tokens // row_length)
-    return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length), separator)
+    rows_per_micro = max(1, resolved.micro_batch_tokens // row_length)
+    return PackedBatches(sampler, 0, row_length, rows, rows_per_micro, separator, share=current().share)
 
 
 def _pretraining_share(config: AlignConfig, context: StageContext) -> float:

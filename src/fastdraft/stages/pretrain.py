@@ -103,9 +103,11 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     console.say(f"  {resolved}, {trainer.source.steps} steps")
     with kept_memory(device):
         state = trainer.run()
+    if not trainer.world.is_main:
+        return
     save_draft(model, artifact.path / "checkpoint", _tokenizer_folder(context))
     fields = _summary(artifact, state)
-    artifact.complete(**fields, settings=resolved.as_dict(), provenance=describe_run())
+    artifact.complete(**fields, settings=resolved.as_dict(), processes=trainer.world.size, provenance=describe_run())
     trainer.checkpoints.discard()
     losses = ", ".join(f"{corpus} {loss:.3f}" for corpus, loss in fields["validation_loss"].items())
     console.say(f"  {format_count(state.tokens)} tokens, validation loss: {losses or 'no validation rows'}")
@@ -119,6 +121,7 @@ def _build_trainer(
     from fastdraft.training import assemble, rates
     from fastdraft.training.compilation import settle
     from fastdraft.training.objective import CrossEntropy
+    from fastdraft.training.sharding import in_parts, outside
     from fastdraft.training.trainer import Plan, Trainer
     from fastdraft.training.transfer import ahead
 
@@ -134,7 +137,8 @@ def _build_trainer(
     source = _source(config, context, name, resolved)
     _check_context(model, source.row_length)
     compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
-    step = assemble.build_step(model, resolved, CrossEntropy(config.z_loss), device, compiled=compiled)
+    trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
+    step = assemble.build_step(trained, resolved, CrossEntropy(config.z_loss), device, compiled=compiled)
     plan = Plan(
         title=name,
         key=name,
@@ -145,9 +149,8 @@ def _build_trainer(
         undecayed_step=assemble.undecayed_step(config.schedule, source.steps),
         tensorboard=config.tensorboard,
     )
-    trainer = Trainer(
-        artifact.path, model, step, ahead(source, device), plan, context.console, _validation(step, context, source.rows_per_micro)
-    )
+    validate = _validation(outside(step, model, trained), context, source.rows_per_micro)
+    trainer = Trainer(artifact.path, model, step, ahead(source, device), plan, context.console, validate, trained=trained)
     trainer.save_undecayed = lambda: save_draft(model, artifact.path / "undecayed", _tokenizer_folder(context))
     return trainer, resolved
 
@@ -169,6 +172,7 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     from fastdraft.data.loader import open_mixture
     from fastdraft.data.shards import row_lengths
     from fastdraft.training.batches import PackedBatches, text_separator
+    from fastdraft.training.distributed import current
 
     prepare = context.require("prepare")
     row_length = row_lengths(prepare.manifest())[-1]
@@ -188,9 +192,9 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
         epochs = share * rows * steps / found
         if epochs > GOOD_EPOCHS:
             context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little")
-    return PackedBatches(
-        sampler, steps, row_length, rows, max(1, resolved.micro_batch_tokens // row_length), text_separator(prepare.manifest())
-    )
+    rows_per_micro = max(1, resolved.micro_batch_tokens // row_length)
+    separator = text_separator(prepare.manifest())
+    return PackedBatches(sampler, steps, row_length, rows, rows_per_micro, separator, share=current().share)
 
 
 def _check_context(model: PreTrainedModel, row_length: int) -> None:

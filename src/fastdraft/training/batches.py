@@ -65,6 +65,36 @@ class Batch:
         return {"input_ids": self.input_ids, **places}
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of every step this process trains on: that of process `rank` of `size`.
+
+    All shares together are the step, whatever their number, so that a run may go on with more processes or fewer.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def rows(self, count: int) -> tuple[int, int]:
+        """First and last + 1 of `count` rows; shares differ by one row at most."""
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
+
+    def deal(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Samples of near-equal total length: the longest first, each to whoever has least so far (Graham's rule, 1969)."""
+        if self.size == 1:
+            return samples
+        load, mine = [0] * self.size, []
+        for sample in sorted(samples, key=lambda sample: -sample.num_tokens):
+            taker = load.index(min(load))
+            load[taker] += sample.num_tokens
+            if taker == self.rank:
+                mine.append(sample)
+        return mine
+
+
+WHOLE = Share()
+
+
 class BatchSource(Protocol):
     """Steps of training data."""
 
@@ -79,7 +109,7 @@ class BatchSource(Protocol):
         ...
 
     def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of step `step`, 0-based; equal at every call."""
+        """The micro-batches of step `step`, 0-based, of this process's share; equal at every call."""
         ...
 
     def is_packed(self, step: int) -> bool:
@@ -151,6 +181,8 @@ class PackedBatches:
     rows_per_micro: int
     separator: int | None = None
     """Id before every text, where texts of a row shall not see each other."""
+    share: Share = WHOLE
+    """Of this process."""
 
     @property
     def tokens(self) -> int:
@@ -160,7 +192,10 @@ class PackedBatches:
         return True
 
     def batches(self, step: int) -> list[Batch]:
-        parts = row_parts(self.sampler, step * self.rows_per_batch, self.rows_per_batch, self.rows_per_micro)
+        first, end = self.share.rows(self.rows_per_batch)
+        if first == end:  # more processes than rows
+            return []
+        parts = row_parts(self.sampler, step * self.rows_per_batch + first, end - first, self.rows_per_micro)
         return [packed_batch(rows, self.separator) for rows in parts]
 
 
@@ -284,6 +319,8 @@ class AlignmentBatches:
     """Source of pre-training steps; None for none."""
     packed_share: float = 0.0
     """Share of all steps that are pre-training steps, below 1."""
+    share: Share = WHOLE
+    """Of this process."""
 
     @property
     def steps(self) -> int:
@@ -306,4 +343,4 @@ class AlignmentBatches:
         if self.packed and self.is_packed(step):
             return self.packed.batches(packed_before)
         chosen = [self.samples[i] for i in self.plan[step - packed_before]]
-        return [padded_batch(group, self.pad_id) for group in micro_batches(chosen, self.micro_batch_tokens)]
+        return [padded_batch(group, self.pad_id) for group in micro_batches(self.share.deal(chosen), self.micro_batch_tokens)]

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from fastdraft.artifacts import atomic_folder, file_sha256, read_json, write_json
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError
+from fastdraft.training.sharding import placed, whole
 
 FOLDER, KEEP = "steps", 2
 _WEIGHTS, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+_LIMIT = "micro_batch_limit.json"
 _WINDOWS_DISK_FULL = 112
 
 
@@ -52,41 +54,59 @@ class TrainingState:
     best_score: float | None = None
 
 
+@dataclass(frozen=True)
+class Collected:
+    """Whole tensors, by name."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+
 class Checkpoints:
     """The resume checkpoints of one stage, in `folder/steps`."""
 
     def __init__(self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], console: Console) -> None:
         self.folder, self._model, self._optimizers, self._console = folder / FOLDER, model, optimizers, console
         self.saved_step = -1
+
+    def sweep(self) -> None:
+        """Removes what a killed save left half-written; only the process that saves may do it."""
         for leftover in self.folder.glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def save(self, state: TrainingState) -> None:
-        """Commits the present weights, optimiser and random state under `state.step`, then lets older folders go."""
+    def collect(self, optimizer: bool = True) -> Collected:
+        """The present weights, and the optimisers' state; call it in all processes where they hold parts of it."""
+        weights = {name: whole(parameter) for name, parameter in self._model.named_parameters()}
+        return Collected(weights, optimizer_tensors(self._model, self._optimizers) if optimizer else {})
+
+    def save(self, state: TrainingState, collected: Collected | None = None) -> None:
+        """Commits what was collected (by itself, where one process holds all) and the random state, then lets older folders go."""
+        collected = collected or self.collect()
         with atomic_folder(self._step_folder(state.step)) as folder:
-            _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
-            _write(optimizer_tensors(self._model, self._optimizers), folder / _OPTIMIZER)
+            _write(collected.weights, folder / _WEIGHTS)
+            _write(collected.optimizer, folder / _OPTIMIZER)
             _write(_random_tensors(self._device), folder / _RANDOM)
             files = _describe_files(folder, (_WEIGHTS, _OPTIMIZER, _RANDOM))
             write_json(folder / _STATE, {"schema": 1, "state": asdict(state), "files": files})
         self.saved_step = state.step
         self._prune(state)
 
-    def save_best(self, step: int) -> None:
+    def save_best(self, step: int, collected: Collected | None = None) -> None:
         """Keeps the present weights as the best so far; older best ones stay until no kept checkpoint speaks of them."""
+        collected = collected or self.collect(optimizer=False)
         with atomic_folder(self._best_folder(step)) as folder:
-            _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
+            _write(collected.weights, folder / _WEIGHTS)
             write_json(folder / _STATE, {"schema": 1, "files": _describe_files(folder, (_WEIGHTS,))})
 
-    def load_best(self, step: int) -> None:
-        """Puts the best weights into the model.
+    def load_best(self, step: int, model: nn.Module) -> None:
+        """Puts the best weights into `model`.
 
         Raises:
             ArtifactError: when they are damaged.
         """
         folder = self._best_folder(step)
         _check_files(folder, read_json(folder / _STATE))
-        _copy_weights(self._model, load_file(folder / _WEIGHTS))
+        copy_weights(model, load_file(folder / _WEIGHTS))
 
     def load_latest(self) -> TrainingState:
         """Restores the newest whole checkpoint; a fresh state when there is none at all.
@@ -102,11 +122,24 @@ class Checkpoints:
                 self._console.warn(f"{error}; trying the one before")
                 continue
             self.saved_step = state.step
+            state.micro_batch_limit = self._noted_limit(state.micro_batch_limit)
             return state
         if found:
             remedy = f"begin the stage anew with --redo {self.folder.parent.name}"
             raise ArtifactError(self.folder, "every checkpoint is damaged", "one whole checkpoint is needed to go on", remedy)
-        return TrainingState()
+        return TrainingState(micro_batch_limit=self._noted_limit(0))
+
+    def note_limit(self, limit: int) -> None:
+        """Keeps a micro-batch size for whoever goes on from the latest checkpoint, where the step itself cannot be tried again."""
+        write_json(self.folder / _LIMIT, {"micro_batch_limit": limit})
+
+    def _noted_limit(self, limit: int) -> int:
+        """The smaller of a checkpoint's limit and one noted since; 0 where there is neither."""
+        noted = 0
+        if (self.folder / _LIMIT).exists():
+            with contextlib.suppress(ArtifactError, KeyError, TypeError, ValueError):
+                noted = int(read_json(self.folder / _LIMIT)["micro_batch_limit"])
+        return min(filter(None, (limit, noted)), default=0)
 
     def discard(self) -> None:
         """Removes all of them, once the stage is complete."""
@@ -124,7 +157,7 @@ class Checkpoints:
             if state.best_step >= 0:
                 _check_files(self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / _STATE))
             weights, optimizer, random = (load_file(folder / name) for name in (_WEIGHTS, _OPTIMIZER, _RANDOM))
-            _copy_weights(self._model, weights)
+            copy_weights(self._model, weights)
             restore_optimizers(self._model, self._optimizers, optimizer)
             _restore_random(random, self._device)
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -159,7 +192,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
             for key, value in values.items():
                 if not isinstance(value, Tensor):
                     raise TypeError(f"optimiser state {key} is no tensor")
-                tensors[f"{number}/{names[parameter]}/{key}"] = value
+                tensors[f"{number}/{names[parameter]}/{key}"] = whole(value)
     return tensors
 
 
@@ -172,7 +205,7 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
         number, parameter_name, key = name.split("/")
         optimizer, parameter = optimizers[int(number)], parameters[parameter_name]
         on_cpu = key == "step" and not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-        optimizer.state[parameter][key] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+        optimizer.state[parameter][key] = value.clone() if on_cpu else placed(value.clone(), parameter)
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -184,13 +217,18 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
 
 
-def _copy_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts whole weights in place, all of them; where the model is in parts, this process's parts.
+
+    Raises:
+        KeyError: when the names are not the model's.
+    """
     parameters = dict(model.named_parameters())
     if parameters.keys() != tensors.keys():
         raise KeyError(", ".join(sorted(parameters.keys() ^ tensors.keys())[:3]))
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            parameters[name].copy_(placed(tensor, parameters[name]))
 
 
 def _random_tensors(device: torch.device) -> dict[str, Tensor]:

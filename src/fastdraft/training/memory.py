@@ -11,10 +11,11 @@ import gc
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from fastdraft.errors import TrainingError
 from fastdraft.functional.distillation import SparseTarget
@@ -97,13 +98,20 @@ def cut_rows(batch: Batch, start: int, stop: int) -> Batch:
     length = batch.input_ids.shape[1]
     if batch.index is None:
         kept = slice(start * length, stop * length)
-        return replace(batch, input_ids=batch.input_ids[start:stop], labels=batch.labels[kept], num_tokens=(stop - start) * length)
+        return replace(batch, labels=batch.labels[kept], num_tokens=(stop - start) * length, **_by_place(batch, start, stop, length))
     chosen = (batch.index >= start * length) & (batch.index < stop * length)
     row, column = (batch.index[chosen] // length) - start, batch.index[chosen] % length
     width = int(column.max()) + 1 if len(column) else 1
-    ends = torch.zeros(stop - start, dtype=torch.int64).scatter_reduce(0, row, column + 1, "amax")
+    ends = torch.zeros(stop - start, dtype=torch.int64, device=row.device).scatter_reduce(0, row, column + 1, "amax")
     target = SparseTarget(batch.target.ids[chosen], batch.target.logprobs[chosen]) if batch.target else None
-    inputs = batch.input_ids[start:stop, :width].contiguous()
-    return replace(
-        batch, input_ids=inputs, labels=batch.labels[chosen], index=row * width + column, num_tokens=int(ends.sum()), target=target
-    )
+    places = _by_place(batch, start, stop, width)
+    return replace(batch, labels=batch.labels[chosen], index=row * width + column, num_tokens=int(ends.sum()), target=target, **places)
+
+
+def _by_place(batch: Batch, start: int, stop: int, width: int) -> dict[str, Any]:
+    """Every tensor of the batch that has a value for each place [B, T], the input ids among them, cut."""
+    shape = batch.input_ids.shape
+    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {
+        name: value[start:stop, :width].contiguous() for name, value in found.items() if isinstance(value, Tensor) and value.shape == shape
+    }

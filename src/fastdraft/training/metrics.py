@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastdraft.artifacts import write_atomic
 from fastdraft.errors import MissingExtraError
@@ -25,13 +25,18 @@ class Metrics:
         folder: the stage's folder.
         step: the last step that is already done; later lines are removed.
         tensorboard: write `folder/tensorboard/` too.
+        silent: write nothing; of all processes of a run only one writes.
 
     Raises:
         MissingExtraError: TensorBoard asked for but not installed.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False, silent: bool = False) -> None:
         self.path = folder / FILE
+        self._board: Any = None
+        self._file: TextIO | None = None
+        if silent:
+            return
         kept = [json.dumps(record) for record in read_metrics(folder) if record.get("step", 0) <= step]
         if step or self.path.exists():
             write_atomic(self.path, "".join(line + "\n" for line in kept) if step else "")
@@ -42,6 +47,8 @@ class Metrics:
 
     def write(self, **record: Any) -> None:
         """One line; `step` is the number of finished steps. Numbers that are not finite become null."""
+        if self._file is None:
+            return
         with disk_errors(self.path):
             self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
             self._file.flush()
@@ -53,7 +60,8 @@ class Metrics:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

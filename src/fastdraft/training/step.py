@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,35 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type == "xpu"
 
 
+class Peers(Protocol):
+    """The processes that make one gradient together (training/distributed.py)."""
+
+    def loss_sum(self, step: TrainStep, batch: Batch, last: bool) -> Tensor:
+        """As `TrainStep.loss_sum`; `last`: of the step's micro-batches."""
+        ...
+
+    def reduce(self, step: TrainStep, loss: Tensor) -> Tensor:
+        """The sum of all processes' losses; afterwards the gradients are sums over all processes too."""
+        ...
+
+    def clip(self, step: TrainStep) -> Tensor:
+        """Clips the whole gradient and gives its norm before."""
+        ...
+
+
+class Alone:
+    """One process is all there is."""
+
+    def loss_sum(self, step: TrainStep, batch: Batch, last: bool) -> Tensor:
+        return step.loss_sum(batch)
+
+    def reduce(self, step: TrainStep, loss: Tensor) -> Tensor:
+        return loss
+
+    def clip(self, step: TrainStep) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(step.parameters, step.clip)
+
+
 @dataclass
 class TrainStep:
     """The parts that one step needs; `gradients` then `update`, or `skip`."""
@@ -59,6 +88,8 @@ class TrainStep:
     autocast: torch.dtype | None = None
     clip: float = 1.0
     """Largest norm of the whole gradient."""
+    peers: Peers = field(default_factory=Alone)
+    """Who else works on the same step."""
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """The objective summed over the batch's trained tokens; differentiable unless under `torch.no_grad`."""
@@ -70,8 +101,12 @@ class TrainStep:
                 hidden_ND = hidden_ND.index_select(0, batch.index)
             return self.objective.loss(hidden_ND, self.head, batch)
 
-    def gradients(self, batches: Sequence[Batch]) -> tuple[float, float, int]:
+    def gradients(self, batches: Sequence[Batch], num_trained: int | None = None) -> tuple[float, float, int]:
         """Fills the gradients with the mean over all trained tokens, clipped.
+
+        Args:
+            batches: This process's micro-batches.
+            num_trained: Trained tokens of all processes; None: those of `batches`.
 
         Returns:
             Mean loss (nats per trained token), norm of the gradient before clipping, number of trained tokens. Reading the two
@@ -80,15 +115,17 @@ class TrainStep:
         Raises:
             TrainingError: when no token of the batch has a loss.
         """
-        num_trained = sum(batch.num_trained for batch in batches)
+        if num_trained is None:
+            num_trained = sum(batch.num_trained for batch in batches)
         if num_trained == 0:
             raise TrainingError("training batch", "0 trained tokens", "every batch must have tokens with a loss", "check the responses")
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = self.loss_sum(batch)
+        for number, batch in enumerate(batches, start=1):
+            loss = self.peers.loss_sum(self, batch, last=number == len(batches))
             torch.autograd.backward(loss / num_trained)
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        total = self.peers.reduce(self, total)
+        norm = self.peers.clip(self)
         mean, gradient_norm = torch.stack([total / num_trained, norm.to(total.dtype)]).tolist()
         return mean, gradient_norm, num_trained
 

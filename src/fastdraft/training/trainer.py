@@ -19,12 +19,16 @@ import torch
 from torch import nn
 
 from fastdraft.console import Console, Progress
-from fastdraft.errors import TrainingError
+from fastdraft.errors import ArtifactError, FastDraftError, Interrupted, TrainingError, WorkerError
 from fastdraft.training.batches import Batch, BatchSource
-from fastdraft.training.checkpoint import Checkpoints, TrainingState
+from fastdraft.training.checkpoint import Checkpoints, TrainingState, copy_weights
+from fastdraft.training.distributed import World, current
 from fastdraft.training.memory import cut_rows, halved_limit, is_out_of_memory, limited, release_memory, within_memory
 from fastdraft.training.metrics import Metrics
+from fastdraft.training.replicas import IDLE, DataParallel, ElsewhereOutOfMemory
+from fastdraft.training.sharding import Sharded, is_in_parts
 from fastdraft.training.step import TrainStep
+from fastdraft.training.transfer import arrive
 
 BAD_STEPS_IN_A_ROW = 3
 """So many steps with a loss or gradient that is not finite end the run. One such step is an overflow or a damaged row, and is left out,
@@ -65,6 +69,22 @@ class Plan:
     tensorboard: bool = False
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """One step's data as this process sees it, and what all know of it."""
+
+    batches: list[Batch]
+    """Of this process's share."""
+    num_tokens: int
+    """Input tokens of all processes."""
+    num_trained: int
+    """Trained tokens of all processes."""
+    largest: int
+    """Padded tokens of the largest micro-batch of any process."""
+    stop: bool
+    """Whether any process was asked to stop."""
+
+
 @dataclass
 class Trainer:
     """Runs a `TrainStep` over a `BatchSource` in a stage's folder; `run` resumes from whatever is there."""
@@ -78,10 +98,19 @@ class Trainer:
     validate: Callable[[], Validation] | None = None
     """Called with the model in evaluation mode."""
     save_undecayed: Callable[[], None] | None = None
+    trained: nn.Module | None = None
+    """What the step trains where that is a copy of the model in parts (training/sharding.py)."""
     state: TrainingState = field(default_factory=TrainingState, init=False)
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(self.folder, self.model, self.step.optimizers, self.console)
+        self.world: World = current()
+        self.checkpoints = Checkpoints(self.folder, self._trained, self.step.optimizers, self.console)
+        self._proven = 0
+        """Padded tokens of the largest micro-batch that has been through a step."""
+
+    @property
+    def _trained(self) -> nn.Module:
+        return self.model if self.trained is None else self.trained
 
     def run(self) -> TrainingState:
         """Trains to the end and leaves the final weights (the best ones, where validation gives a score) in the model.
@@ -90,39 +119,92 @@ class Trainer:
             TrainingError: losses are NaN or infinite several steps in a row, a batch has no trained tokens, or one row does not fit.
             Interrupted: a stop was asked for; a checkpoint is saved.
         """
-        self.state = self.checkpoints.load_latest()
+        self._load()
         plan, total = self.plan, self.source.tokens
-        self.model.train()
+        self._peers = self._join_peers()
+        self._trained.train()
         with (
-            Metrics(self.folder, self.state.step, plan.tensorboard) as metrics,
+            Metrics(self.folder, self.state.step, plan.tensorboard, silent=not self.world.is_main) as metrics,
             self.console.progress(plan.title, total, "tokens", completed=self.state.tokens) as progress,
             ThreadPoolExecutor(1) as ahead,
         ):
             if self.state.step == 0 and plan.validate_first and self.checkpoints.saved_step < 0:
                 self._validate(metrics)
-            coming: Future[list[Batch]] | None = None
+            coming: Future[Prepared] | None = None
             while self.state.step < self.source.steps:
-                batches = coming.result() if coming else self.source.batches(self.state.step)
+                prepared = coming.result() if coming else self._prepare(self.state.step)
+                if prepared.stop and self.world.size > 1:
+                    self._stop()
                 if self.state.step + 1 < self.source.steps:
-                    coming = ahead.submit(self.source.batches, self.state.step + 1)
-                self._train(batches, metrics, progress)
+                    coming = ahead.submit(self._prepare, self.state.step + 1)
+                self._train(prepared, metrics, progress)
                 self._after_step(metrics)
         if self.state.best_step >= 0 and self.state.best_step != self.state.step:
-            self.checkpoints.load_best(self.state.best_step)
+            self.world.on_main(lambda: self.checkpoints.load_best(self.state.best_step, self.model))
+        else:
+            self._collect()
         self.model.eval()
         return self.state
 
-    def _train(self, batches: list[Batch], metrics: Metrics, progress: Progress) -> None:
+    def _load(self) -> None:
+        """Goes on from the newest checkpoint, the same one in all processes.
+
+        Raises:
+            ArtifactError: when they do not find the same.
+        """
+        if self.world.is_main:
+            self.checkpoints.sweep()
+        self.state = self.checkpoints.load_latest()
+        steps = sorted({step for (step,) in self.world.gather([self.state.step])})
+        if len(steps) > 1:
+            found = f"checkpoints of steps {steps[0]} and {steps[-1]}, depending on the machine"
+            raise ArtifactError(self.checkpoints.folder, found, "all machines must see one folder", "set run.folder to a shared disk")
+
+    def _join_peers(self) -> DataParallel | Sharded | None:
+        if self.world.size == 1:
+            return None
+        peers = Sharded(self._trained, self.world) if is_in_parts(self._trained) else DataParallel(self.model, self.world)
+        self.step.peers = peers
+        return peers
+
+    def _collect(self) -> None:
+        """Puts the trained weights into the model of process 0, where they are in parts."""
+        if self._trained is self.model:
+            return
+        weights = self.checkpoints.collect(optimizer=False).weights
+        if self.world.is_main:
+            copy_weights(self.model, weights)
+
+    def _prepare(self, step: int) -> Prepared:
+        """Reads a step's data, in another thread while the step before is trained, and agrees on what all must know.
+
+        Raises:
+            FastDraftError: what this process met when it read its share, or another one met.
+        """
+        batches: list[Batch] = []
+        failed = None
+        try:
+            batches = self.source.batches(step)
+        except FastDraftError as error:
+            failed = error
+        counts = (sum(batch.num_tokens for batch in batches), sum(batch.num_trained for batch in batches))
+        size = max((batch.input_ids.numel() for batch in batches), default=0)
+        found = self.world.gather([*counts, size, int(self.console.stop.requested), int(failed is not None)], ahead=True)
+        tokens, trained, sizes, stops, failures = zip(*found, strict=True)
+        if any(failures):
+            self.world.raise_first(failed, ahead=True)
+        return Prepared(batches, sum(tokens), sum(trained), max(sizes), any(stops))
+
+    def _train(self, prepared: Prepared, metrics: Metrics, progress: Progress) -> None:
         state, begin = self.state, time.perf_counter()
         factor, limit = self.plan.factor(state.step), state.micro_batch_limit
-        loss, norm, num_trained = self._gradients(batches)
+        loss, norm, num_trained = self._gradients(prepared)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self._update(factor)
         else:
             self.step.skip()
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        seconds = time.perf_counter() - begin
+        num_tokens, seconds = prepared.num_tokens, time.perf_counter() - begin
         state.step += 1
         state.tokens += num_tokens
         state.seconds += seconds
@@ -141,29 +223,57 @@ class Trainer:
             self._report_bad(loss, norm, factor)
         progress.advance(num_tokens, f"loss {loss:.2f}")
 
-    def _gradients(self, batches: list[Batch]) -> tuple[float, float, int]:
+    def _gradients(self, prepared: Prepared) -> tuple[float, float, int]:
         """The step's gradients; where memory runs out, of the same batch again in smaller micro-batches, from then on.
 
         Raises:
             TrainingError: when one row alone does not fit.
         """
+        for batch in prepared.batches:
+            arrive(batch)  # before it is cut: the copy to the device may be under way
         while True:
-            pieces = limited(batches, self.state.micro_batch_limit)
+            pieces = limited(prepared.batches, self.state.micro_batch_limit)
+            size = min(filter(None, (prepared.largest, self.state.micro_batch_limit)))
+            if self._peers:
+                self._peers.begin(overlap=size <= self._proven)
             try:
-                return self.step.gradients(pieces)
+                found = self._joint_gradients(pieces, prepared) if self._peers else self.step.gradients(pieces)
+                self._proven = max(self._proven, size)
+                return found
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                elsewhere = isinstance(error, ElsewhereOutOfMemory)
             self.step.skip()
             release_memory(self.step.device)
-            limit, key = halved_limit(pieces), self.plan.key
-            if not limit:
-                length = max(batch.input_ids.shape[1] for batch in pieces)
-                rule, remedy = "one row at a time must fit the device", "use shorter rows, a smaller draft or a device with more memory"
-                raise TrainingError(key, f"out of memory with one row of {length} tokens", rule, remedy)
-            self.state.micro_batch_limit = limit
-            again = f"micro-batches of at most {limit} tokens from here on, the batch stays the same"
-            self.console.warn(f"{key}: out of memory at step {self.state.step + 1}: {again}")
+            self._take_less(pieces, elsewhere)
+
+    def _joint_gradients(self, pieces: list[Batch], prepared: Prepared) -> tuple[float, float, int]:
+        if isinstance(self._peers, Sharded):
+            pieces = self._peers.evened(pieces)
+        return self.step.gradients(pieces or [IDLE], prepared.num_trained)
+
+    def _take_less(self, pieces: list[Batch], elsewhere: bool) -> None:
+        """Halves the micro-batches of all processes.
+
+        Raises:
+            TrainingError: when one row alone does not fit.
+            WorkerError: when the others cannot be told in the middle of this step; all go on from the latest checkpoint then.
+        """
+        key, peers = self.plan.key, self._peers
+        if peers and peers.committed:
+            self.checkpoints.note_limit(halved_limit(pieces) or 1)
+            raise WorkerError(key, "out of memory in a step like one that fitted", "all processes must fit", "smaller micro-batches follow")
+        if peers and not elsewhere:
+            peers.report_out_of_memory()
+        limit = max(value for (value,) in self.world.gather([halved_limit(pieces)]))
+        if not limit:
+            length = max((batch.input_ids.shape[1] for batch in pieces), default=0)
+            rule, remedy = "one row at a time must fit the device", "use shorter rows, a smaller draft or a device with more memory"
+            raise TrainingError(key, f"out of memory with one row of {length} tokens", rule, remedy)
+        self.state.micro_batch_limit = limit
+        again = f"micro-batches of at most {limit} tokens from here on, the batch stays the same"
+        self.console.warn(f"{key}: out of memory at step {self.state.step + 1}: {again}")
 
     def _update(self, factor: float) -> None:
         try:
@@ -187,26 +297,46 @@ class Trainer:
     def _after_step(self, metrics: Metrics) -> None:
         plan, step, last = self.plan, self.state.step, self.state.step == self.source.steps
         if step == plan.undecayed_step and self.save_undecayed:
-            self.save_undecayed()
+            self._collect()
+            self.world.on_main(self.save_undecayed)
         if last or (plan.validate_every and step % plan.validate_every == 0):
             self._validate(metrics)
-        stop = self.console.stop.requested
-        if last or stop or (plan.checkpoint_every and step % plan.checkpoint_every == 0):
-            self.checkpoints.save(self.state)
-        if stop:
-            self.console.stop.check(self.folder)
+        if self.world.size == 1 and self.console.stop.requested:
+            self._stop()
+        if last or (plan.checkpoint_every and step % plan.checkpoint_every == 0):
+            self._save()
+
+    def _save(self) -> None:
+        collected = self.checkpoints.collect()
+        self.world.on_main(lambda: self.checkpoints.save(self.state, collected))
+        self.checkpoints.saved_step = self.state.step
+
+    def _stop(self) -> None:
+        """Raises:
+        Interrupted: after a checkpoint, at the same step in all processes.
+        """
+        if self.checkpoints.saved_step != self.state.step:
+            self._save()
+        raise Interrupted(self.folder)
 
     def _validate(self, metrics: Metrics) -> None:
         if self.validate is None:
             return
+        self._collect()
+        found = self.world.on_main(self._measure)
+        metrics.write(step=self.state.step, tokens=self.state.tokens, **found["metrics"])
+        best = -math.inf if self.state.best_score is None else self.state.best_score
+        if found["score"] is not None and found["score"] > best:
+            collected = self.checkpoints.collect(optimizer=False)
+            self.world.on_main(lambda: self.checkpoints.save_best(self.state.step, collected))
+            self.state.best_step, self.state.best_score = self.state.step, found["score"]
+
+    def _measure(self) -> dict[str, Any]:
+        assert self.validate is not None
         self.model.eval()
         found = self.validate()
         self.model.train()
-        metrics.write(step=self.state.step, tokens=self.state.tokens, **found.metrics)
-        best = -math.inf if self.state.best_score is None else self.state.best_score
-        if found.score is not None and found.score > best:
-            self.checkpoints.save_best(self.state.step)
-            self.state.best_step, self.state.best_score = self.state.step, found.score
+        return {"metrics": found.metrics, "score": found.score}
 
 
 def mean_loss(step: TrainStep, batches: list[Batch]) -> float:

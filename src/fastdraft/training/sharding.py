@@ -1,0 +1,141 @@
+"""FSDP2: every process holds a part of each weight, of its gradient and of the optimiser's state.
+
+Decides that the loss is computed inside the sharded module, where the weights are put together; that gradients are added to their parts
+after every micro-batch (a whole gradient is what there is no room for); and that a sharded run is told from others by its memory only:
+what is saved, validated and exported are whole weights, put together from the parts, so that a run may go on with another number of
+processes, or with DDP. torch.distributed.checkpoint would save parts, but its index is a pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdraft.errors import RecipeError, WorkerError
+from fastdraft.training.batches import Batch
+from fastdraft.training.distributed import World, current
+from fastdraft.training.replicas import IDLE
+from fastdraft.training.step import TrainStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROOT = "_loss_sum_in_parts"
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether `in_parts` made it."""
+    return _ROOT in model.__dict__
+
+
+def in_parts(model: PreTrainedModel, parallel: str, optimizer: str) -> PreTrainedModel:
+    """What is to be trained: the model itself, or for `fsdp2` in several processes a copy of it in parts.
+
+    Build the optimisers over what this returns.
+
+    Raises:
+        RecipeError: for Muon, whose step needs whole matrices.
+        WorkerError: for a model whose layers cannot be told apart.
+    """
+    if parallel != "fsdp2" or current().size == 1:
+        return model
+    if optimizer != "adamw":
+        raise RecipeError("run.parallel", f"fsdp2 with {optimizer}", "its step needs whole matrices", "set optimizer.kind: adamw, or ddp")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    trained = copy.deepcopy(model)
+    layers = getattr(trained.get_decoder(), "layers", None)
+    if layers is None:
+        rule = "needs a decoder with a list of layers"
+        raise WorkerError("run.parallel", f"fsdp2 for {type(model).__name__}", rule, "set run.parallel: ddp")
+    mesh = init_device_mesh(model.device.type, (current().size,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    root: nn.Module = fully_shard(_LossSum(trained), mesh=mesh)  # type: ignore[assignment]
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)  # sums, not means: the step has divided already
+    trained.__dict__[_ROOT] = root  # not as a part of the model: it holds the model
+    return trained
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its parts, on the CPU, in all processes at once; itself where it is in no parts."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    found: Tensor = tensor.full_tensor().cpu()
+    return found
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, in parts as `like` is; the tensor on its device where `like` is in no parts."""
+    tensor = tensor.to(like.device)
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    like_parts: Any = like
+    return distribute_tensor(tensor, like_parts.device_mesh, like_parts.placements, src_data_rank=None)
+
+
+def outside(step: TrainStep, model: PreTrainedModel, trained: nn.Module) -> TrainStep:
+    """The step over whole weights, for validation: itself, unless what it trains is in parts."""
+    if trained is model:
+        return step
+    from fastdraft.modeling.loading import split_head
+
+    decoder, head_VD = split_head(model)
+    return replace(step, decoder=decoder, head=head_VD)
+
+
+class Sharded:
+    """The processes of a step over a model from `in_parts`."""
+
+    committed = True
+    """No step can be tried again: some weights' gradients are on their way from the first micro-batch on."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self._module: Any = model.__dict__[_ROOT]
+        self._world = world
+
+    def begin(self, overlap: bool) -> None:
+        """Nothing differs from step to step."""
+
+    def evened(self, pieces: list[Batch]) -> list[Batch]:
+        """As many micro-batches as the process that has most: all put weights together at the same moments."""
+        most = max(count for (count,) in self._world.gather([len(pieces)]))
+        return pieces + [IDLE] * (most - len(pieces))
+
+    def loss_sum(self, step: TrainStep, batch: Batch, last: bool) -> Tensor:
+        loss: Tensor = self._module(batch, step)
+        return loss * 0.0 if batch is IDLE else loss
+
+    def reduce(self, step: TrainStep, loss: Tensor) -> Tensor:
+        dist.all_reduce(loss)
+        return loss
+
+    def clip(self, step: TrainStep) -> Tensor:
+        return whole(torch.nn.utils.clip_grad_norm_(step.parameters, step.clip)).to(step.device)
+
+    def report_out_of_memory(self) -> None:
+        """Never asked for: every step is committed."""
+
+
+class _LossSum(nn.Module):
+    """The forward pass inside which the weights are whole."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, step: TrainStep) -> Tensor:
+        inside = copy.copy(step)
+        inside.decoder, inside.head = self.model.get_decoder(), self.model.get_output_embeddings().weight
+        return inside.loss_sum(batch)
