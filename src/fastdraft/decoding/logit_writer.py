@@ -43,8 +43,9 @@ def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, 
     decoder, head_VD = split_head(model)
     for chosen in length_batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], batch_tokens):
         hidden = response_hidden(decoder, [rows[i] for i in chosen], model.device)
-        for index, hidden_ND in zip(chosen, hidden, strict=True):
-            found[index] = _kept(hidden_ND, head_VD, k)
+        kept, ends = _kept(torch.cat(hidden), head_VD, k), np.cumsum([len(hidden_ND) for hidden_ND in hidden])[:-1]
+        for index, ids, logprobs in zip(chosen, np.split(kept.ids, ends), np.split(kept.logprobs, ends), strict=True):
+            found[index] = SparseLogits(ids, logprobs)
     return [logits for logits in found if logits is not None]
 
 
