@@ -26,8 +26,10 @@ from fastdraft.functional.sampling import mask_ids, warp
 from fastdraft.modeling.head import OutputHead, output_head
 from fastdraft.vocabulary import Vocabulary
 
-LOGITS_HELD = 2**24
-"""Entries of the logits held at once: 64 MiB in float32."""
+LOGITS_HELD = {"cpu": 2**21, "other": 2**26}
+"""Entries of the logits held at once: as many as stay in a CPU's cache (8 MiB of float32), or fill an accelerator's units (256 MiB)."""
+BATCH_TOKENS = {"cpu": 2048, "other": 8192}
+"""Positions in one pass, for the same reason."""
 COUNTED_TOGETHER = 256
 """Texts whose expected counts are worked out together."""
 
@@ -61,7 +63,7 @@ def replay(
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[dict[int, Counts]]:
     """Expected counts of a speculative run over each row, for every K; for greedy rows the very counts of the run.
@@ -72,7 +74,7 @@ def replay(
         num_speculative_tokens: Every K wanted.
         vocabulary: Tells which ids the draft never proposes.
         draft_temperature: The draft's own temperature where the target samples; None: the row's. 0 proposes greedily.
-        batch_tokens: Positions in one pass, padding included.
+        batch_tokens: Positions in one pass, padding included; 0 chooses by device.
         on_batch: Called with the number of rows finished since the last call.
 
     Returns:
@@ -114,14 +116,14 @@ def accept_probabilities(
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[NDArray[np.float64]]:
     """For each row, each response token's probability to be accepted if the draft proposes at its place; 0 or 1 when greedy."""
     accepts: list[NDArray[np.float64]] = [np.zeros(0) for _ in rows]
     missing = torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device) if vocabulary.missing_ids else None
     decoder, head = output_head(draft)
-    for chosen in length_batches([len(r.prompt_ids) + len(r.response_ids) for r in rows], batch_tokens):
+    for chosen in length_batches(rows, batch_tokens or batch_tokens_of(draft.device)):
         batch = [rows[i] for i in chosen]
         hidden = response_hidden(decoder, batch, draft.device)
         for alike in alike_places((row.temperature, row.top_k, row.top_p) for row in batch):
@@ -142,9 +144,14 @@ def alike_places(keys: Iterable[Hashable]) -> list[list[int]]:
     return list(places.values())
 
 
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batch_tokens_of(device: torch.device) -> int:
+    """How many positions go through a model at once on this device."""
+    return BATCH_TOKENS.get(device.type, BATCH_TOKENS["other"])
+
+
+def length_batches(rows: Sequence[TokenText], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of near-equal length whose padded size stays within `batch_tokens` (a longer row goes alone)."""
-    batch: list[int] = []
+    lengths, batch = [len(row.prompt_ids) + len(row.response_ids) for row in rows], list[int]()
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
             yield batch
@@ -174,7 +181,7 @@ def _accept(
     temperature = first.temperature if draft_temperature is None or first.temperature == 0 else draft_temperature
     tokens_N = torch.tensor([token for row in rows for token in row.response_ids], dtype=torch.long, device=hidden_ND.device)
     parts = []
-    for held in held_slices(len(tokens_N), head.vocab_size):
+    for held in held_slices(tokens_N, head.vocab_size):
         logits_NV = mask_ids(head.logits(hidden_ND[held]), missing)
         if temperature == 0:
             parts.append(logits_NV.argmax(-1) == tokens_N[held])
@@ -189,10 +196,10 @@ def _accept(
     return (found_N - target_N).clamp(max=0.0).exp().numpy()
 
 
-def held_slices(positions: int, vocab_size: int) -> Iterator[slice]:
-    """Positions in pieces whose logits fit into `LOGITS_HELD`."""
-    step = max(1, LOGITS_HELD // vocab_size)
-    return (slice(start, start + step) for start in range(0, positions, step))
+def held_slices(positions_N: Tensor, vocab_size: int) -> Iterator[slice]:
+    """Positions (any tensor whose first axis they are) in pieces whose logits `LOGITS_HELD` allows on its device."""
+    step = max(1, LOGITS_HELD.get(positions_N.device.type, LOGITS_HELD["other"]) // vocab_size)
+    return (slice(start, start + step) for start in range(0, len(positions_N), step))
 
 
 def chosen_logprobs(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
