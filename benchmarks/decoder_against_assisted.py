@@ -48,7 +48,7 @@ class Writers:
             0.0,
         )
         for model in (self.target, self.draft):  # nothing of the models' own taste
-            model.generation_config.update(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+            model.generation_config.update(temperature=None, top_k=None, top_p=None, repetition_penalty=None)
         self.passes = 0
         self.target.register_forward_pre_hook(lambda *_: self._count())
 
@@ -62,7 +62,8 @@ class Writers:
 
     def transformers(self, sampling: Sampling, **options: Any) -> tuple[list[list[int]], int]:
         torch.manual_seed(0)
-        how = {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature else {"do_sample": False}
+        sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        how = sampled if sampling.temperature else {"do_sample": False}
         before, texts = self.passes, []
         for prompt in self.prompts:
             ids = torch.tensor([prompt], device=self.target.device)

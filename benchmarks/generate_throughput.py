@@ -17,18 +17,19 @@ answers then go to the limit, since random weights end no text in a sensible pla
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
+
 import torch
+from machine import Report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastdraft.console import format_table
@@ -233,10 +234,9 @@ def main() -> None:
             show(found, title, len(contenders.prompts))
             print(verdict(found))
         if arguments.json:
-            versions = {library: version(library) for library in ("torch", "transformers", "openvino", "openvino-genai")}
-            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-            report = {"settings": settings, "parameters": size, "machine": platform.machine(), "versions": versions, "results": results}
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            report = Report(arguments.json, "generate_throughput", "cpu", arguments)
+            report.add(*results)
+            report.finish(parameters=size)
         del contenders  # lets go of the exported files: on Windows they could not be removed
 
 

@@ -28,7 +28,18 @@ import torch
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "liger-kernel", "openvino", "openvino-genai", "optimum-intel")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "liger-kernel",
+    "openvino",
+    "openvino-genai",
+    "nncf",
+    "optimum-intel",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str, *, device: bool = True) -> None:
@@ -122,7 +133,7 @@ class Report:
         self.content: dict[str, Any] = {
             "schema": SCHEMA, "benchmark": name, "date": datetime.now(UTC).date().isoformat(), "command": command(),
             "dry_run": dry_run or bool(given.get("dry_run")), "machine": describe_machine(device),
-            "settings": {key: value for key, value in shown.items() if key not in ("output", "dry_run")},
+            "settings": {key: value for key, value in shown.items() if key not in ("output", "json", "dry_run")},
             "complete": False, "results": [],
         }  # fmt: skip
         self.write()

@@ -22,16 +22,18 @@ efficiency side by side.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
+
 import numpy as np
+from machine import Report
 
 from fastdraft.artifacts import atomic_folder
 from fastdraft.console import Console, format_table
@@ -330,10 +332,7 @@ def main() -> None:
     show_counts(found["counts"])
     print(f"differences not explained by a near tie: {sum(one['unexplained'] for one in found['texts'])}")
     if arguments.json:
-        names = ("torch", "transformers", "openvino", "openvino-genai", "nncf", "optimum-intel")
-        used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        report = {"settings": used, "versions": {name: version(name) for name in names}, **found}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        Report(arguments.json, "openvino_agreement", "cpu", arguments).finish(**found)
 
 
 if __name__ == "__main__":

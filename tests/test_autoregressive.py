@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from fastdraft.decoding import autoregressive
+from fastdraft.decoding import grouped_attention as grouped_attention_module
 from fastdraft.decoding.autoregressive import draw_tokens, generate_batch, pad_left
 from fastdraft.decoding.grouped_attention import grouped_attention
 from fastdraft.errors import DataError
@@ -161,13 +162,18 @@ def test_prompts_are_padded_on_the_left() -> None:
     assert mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 
 
-def test_grouped_attention_gives_the_logits_of_plain_attention_and_is_undone(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("count", [1, 4])
+def test_grouped_attention_gives_the_logits_of_plain_attention_and_is_undone(
+    model: PreTrainedModel, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids, mask = pad_left(PROMPTS)
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-    new, mask = torch.full((len(PROMPTS), 1), 7), torch.cat([mask, torch.ones(len(PROMPTS), 1, dtype=torch.long)], dim=1)
-    positions = mask.sum(-1, keepdim=True) - 1
+    new = torch.arange(7, 7 + count).expand(len(PROMPTS), count)
+    mask = torch.cat([mask, torch.ones(len(PROMPTS), count, dtype=torch.long)], dim=1)
+    positions = (mask.cumsum(-1) - 1)[:, -count:]
     plain = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-    cache.crop(-1)
+    cache.crop(-count)
+    monkeypatch.setattr(grouped_attention_module, "sdpa_attention_forward", None)  # keys must not go the way on which they are copied
     with grouped_attention(model):
         assert model.config._attn_implementation != "sdpa"
         grouped = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache).logits

@@ -134,3 +134,14 @@ def test_the_gpu_script_says_that_there_is_no_gpu() -> None:
     done = subprocess.run([sys.executable, str(FOLDER / "on_a_gpu.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "sees no accelerator" in done.stderr
+
+
+def test_one_command_runs_the_scripts_and_gathers_their_files(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "on_a_gpu.py"), "--dry-run", "--only", "loss_functions", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    gathered = json.loads((tmp_path / "on_a_gpu_dry_run.json").read_text(encoding="utf-8"))
+    assert [(result["name"], result["exit"], result["file"]) for result in gathered["results"]] == [
+        ("loss_functions", 0, "loss_functions_dry_run.json")
+    ]
+    assert json.loads((tmp_path / "loss_functions_dry_run.json").read_text(encoding="utf-8"))["complete"]

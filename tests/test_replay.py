@@ -103,7 +103,7 @@ def test_a_row_counts_the_same_whatever_it_is_batched_with(
 ) -> None:
     rows, _ = written(target, near, Sampling(1.0), 9)
     together = replay(near, rows, [1, 4], VOCABULARY)
-    monkeypatch.setattr(module, "LOGITS_HELD", 320 * 3)  # three positions at a time
+    monkeypatch.setitem(module.LOGITS_HELD, "cpu", 320 * 3)  # three positions at a time
     alone = [replay(near, [row], [4], VOCABULARY, batch_tokens=1)[0] for row in rows]
     for a, b in zip(together, alone, strict=True):
         assert np.allclose(whole(a[4]), whole(b[4]), atol=1e-3)
@@ -111,7 +111,8 @@ def test_a_row_counts_the_same_whatever_it_is_batched_with(
 
 def test_batches_hold_every_row_once_and_respect_the_budget() -> None:
     lengths = [5, 100, 7, 7, 30, 1, 64]
-    batches = list(length_batches(lengths, 64))
+    rows = [SyntheticRow("", "", "", [5] * (n // 2), [6] * (n - n // 2), [], 0.0, 0, 1.0, "length") for n in lengths]
+    batches = list(length_batches(rows, 64))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 64 for batch in batches)
 

@@ -56,6 +56,8 @@ class _Batch:
         self.positions_BT = (self.mask_BT[:, : self.width].cumsum(-1) - 1).clamp(min=0)
         self.rows_B = torch.arange(len(prompts), device=model.device)
         """For each row of the batch its place among the prompts."""
+        self.places_B = torch.arange(len(prompts))
+        """The same on the CPU, where the random numbers are drawn."""
         self.done_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
         capacity = self.width + max_new_tokens
         self.cache = Cache(layer_class_to_replicate=partial(BatchLayer, capacity))
@@ -78,6 +80,7 @@ class _Batch:
             keep_B = (~self.done_B).nonzero().squeeze(-1)
             self.cache.batch_select_indices(keep_B)
             self.rows_B, self.done_B, self.mask_BT = self.rows_B[keep_B], self.done_B[keep_B], self.mask_BT[keep_B]
+            self.places_B = self.rows_B.cpu()
             self.ids_BT, self.positions_BT = self.ids_BT[keep_B], self.positions_BT[keep_B]
         return True
 
@@ -173,7 +176,7 @@ def _write(  # noqa: PLR0917
         for step in range(max_new_tokens):
             random_B = draws.step(place) if sampling.temperature > 0 else None
             steps += 1
-            token_B, logprob_B = draw_tokens(batch.logits(), sampling, None if random_B is None else random_B[batch.rows_B.cpu()])
+            token_B, logprob_B = draw_tokens(batch.logits(), sampling, None if random_B is None else random_B[batch.places_B])
             tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
             done_B = torch.isin(token_B, eos) | logprob_B.isnan()
             if give_up and (step + 1) % GIVE_UP_EVERY == 0:

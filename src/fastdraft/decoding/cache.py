@@ -3,7 +3,7 @@
 Decides that a cache has its final size from the start and is written in place (growing by concatenation copies the whole
 cache at every token), that every layer keeps all positions, also those with a sliding window (the window is applied by
 the model's mask, and a layer that forgets cannot be cropped), and that models with a state which cannot be cropped are
-refused.
+refused. And that keys are read where they stand, not copied for every query head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from fastdraft.decoding.grouped_attention import grouped_attention
 from fastdraft.errors import TargetError
 from fastdraft.modeling.families import text_config
 
@@ -76,8 +77,10 @@ class Reader:
 
     def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
         """Reads T more tokens; the logits after each of the last `keep`, [keep, V]."""
-        logits_1TV: Tensor = self.model(input_ids=ids_T[None], past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits
+        with grouped_attention(self.model):
+            output = self.model(input_ids=ids_T[None], past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         self.length += ids_T.shape[0]
+        logits_1TV: Tensor = output.logits
         return logits_1TV[0]
 
     def take_back(self, length: int) -> None:

@@ -1,10 +1,10 @@
-"""Attention of one new token per row for models whose query heads share keys (grouped-query attention).
+"""Attention of a few new tokens per row for models whose query heads share keys (grouped-query attention).
 
-Decides that, while a batch writes, the query heads of one group stand as several queries over their one key head. The
-scores are the same, but keys and values are not first copied for every query head, which for a long cache costs more
-than the attention itself.
+Decides that, while a batch writes or proposals are verified, the query heads of one group stand as several queries over
+their one key head. The scores are the same, but keys and values are not first copied for every query head, which for a
+long cache costs more than the attention itself.
 
-Shape suffixes: B rows, H query heads, N key heads, G = H / N, T positions, D head size.
+Shape suffixes: B rows, H query heads, N key heads, G = H / N, T positions, F = G x new positions, D head size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "fastdraft_grouped"
+FEW = 16
+"""New tokens up to which copying their mask for every query head costs less than copying keys and values."""
 
 
 def attend(  # noqa: PLR0917 -- called by transformers
@@ -31,16 +33,18 @@ def attend(  # noqa: PLR0917 -- called by transformers
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An function of transformers' shape; everything but one new token under a mask of one head goes to its own `sdpa`."""
-    groups = getattr(module, "num_key_value_groups", 1)
-    one_mask = attention_mask is None or (attention_mask.shape[1] == 1 and attention_mask.shape[2] == 1)
-    if groups == 1 or query_BHTD.shape[2] != 1 or not one_mask:
+    """A function of transformers' shape; all but a few new tokens under a mask of one head goes to its own `sdpa`."""
+    groups, new = getattr(module, "num_key_value_groups", 1), query_BHTD.shape[2]
+    one_mask = new == 1 if attention_mask is None else attention_mask.shape[1] == 1 and attention_mask.shape[2] == new
+    if groups == 1 or new > FEW or not one_mask:
         return sdpa_attention_forward(module, query_BHTD, key_BNTD, value_BNTD, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
     batch, heads, _, size = query_BHTD.shape
-    query_BNGD = query_BHTD.reshape(batch, heads // groups, groups, size)
-    mask = None if attention_mask is None else attention_mask.expand(-1, -1, groups, -1)
-    output_BNGD = torch.nn.functional.scaled_dot_product_attention(query_BNGD, key_BNTD, value_BNTD, attn_mask=mask, scale=scaling)
-    return output_BNGD.reshape(batch, 1, heads, size), None
+    query_BNFD = query_BHTD.reshape(batch, heads // groups, groups * new, size)
+    mask = (
+        None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1) if new > 1 else attention_mask.expand(-1, -1, groups, -1)
+    )
+    output_BNFD = torch.nn.functional.scaled_dot_product_attention(query_BNFD, key_BNTD, value_BNTD, attn_mask=mask, scale=scaling)
+    return output_BNFD.reshape(batch, heads, new, size).transpose(1, 2).contiguous(), None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.data.responses import read_rows
 from fastdraft.data.sparse_logits import SparseLogits, logits_path, rows_digest, write_sparse_logits
-from fastdraft.decoding.replay import LOGITS_HELD, TokenText, pass_by_pass, response_hidden
+from fastdraft.decoding.replay import TokenText, batch_tokens_of, held_slices, pass_by_pass, response_hidden
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import top_k_buckets
 from fastdraft.interfaces import Engine, StageContext
@@ -28,14 +28,14 @@ from fastdraft.modeling.loading import load_target, pick_device
 
 
 @torch.inference_mode()
-def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, batch_tokens: int = 8192) -> list[SparseLogits]:
+def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, batch_tokens: int = 0) -> list[SparseLogits]:
     """The k most likely tokens at every response position of each row, and the mass of all others.
 
     Args:
         model: The target, in evaluation mode.
         rows: Texts with a prompt, in any order.
         k: Below the size of the vocabulary.
-        batch_tokens: Positions in one pass, padding included.
+        batch_tokens: Positions in one pass, padding included; 0 chooses by device.
 
     Returns:
         One for each row, in the order given.
@@ -45,16 +45,18 @@ def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, 
 
     def keep_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [rows[i] for i in chosen], model.device)
-        for index, hidden_ND in zip(chosen, hidden, strict=True):
-            found[index] = _kept(hidden_ND, head, k)
+        kept, ends = _kept(torch.cat(hidden), head, k), np.cumsum([len(hidden_ND) for hidden_ND in hidden])[:-1]
+        for index, ids, logprobs in zip(chosen, np.split(kept.ids, ends), np.split(kept.logprobs, ends), strict=True):
+            found[index] = SparseLogits(ids, logprobs)
 
-    pass_by_pass(rows, batch_tokens, keep_piece)
+    pass_by_pass(rows, batch_tokens or batch_tokens_of(model.device), keep_piece)
     return [logits for logits in found if logits is not None]
 
 
 def _kept(hidden_ND: Tensor, head: OutputHead, k: int) -> SparseLogits:
-    step = max(1, LOGITS_HELD // head.vocab_size)
-    parts = [top_k_buckets(head.logits(rows_ND), k) for rows_ND in torch.split(hidden_ND, step)]
+    parts = [top_k_buckets(head.logits(hidden_ND[held]), k) for held in held_slices(hidden_ND, head.vocab_size)]
+    if not parts:
+        return SparseLogits(np.zeros((0, k), dtype=np.int32), np.zeros((0, k + 1), dtype=np.float32))
     ids_NK = torch.cat([part.ids for part in parts]).to(torch.int32)
     return SparseLogits(ids_NK.cpu().numpy(), torch.cat([part.logprobs for part in parts]).cpu().numpy())
 

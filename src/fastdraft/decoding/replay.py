@@ -27,8 +27,10 @@ from fastdraft.machine import Halving
 from fastdraft.modeling.head import OutputHead, output_head
 from fastdraft.vocabulary import Vocabulary
 
-LOGITS_HELD = 2**24
-"""Entries of the logits held at once: 64 MiB in float32."""
+LOGITS_HELD = {"cpu": 2**21, "other": 2**26}
+"""Entries of the logits held at once: as many as stay in a CPU's cache (8 MiB of float32), or fill an accelerator's units (256 MiB)."""
+BATCH_TOKENS = {"cpu": 2048, "other": 8192}
+"""Positions in one pass, for the same reason."""
 COUNTED_TOGETHER = 256
 """Texts whose expected counts are worked out together."""
 
@@ -62,7 +64,7 @@ def replay(
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[dict[int, Counts]]:
     """Expected counts of a speculative run over each row, for every K; for greedy rows the very counts of the run.
@@ -73,7 +75,7 @@ def replay(
         num_speculative_tokens: Every K wanted.
         vocabulary: Tells which ids the draft never proposes.
         draft_temperature: The draft's own temperature where the target samples; None: the row's. 0 proposes greedily.
-        batch_tokens: Positions in one pass, padding included.
+        batch_tokens: Positions in one pass, padding included; 0 chooses by device.
         on_batch: Called with the number of rows finished since the last call.
 
     Returns:
@@ -118,7 +120,7 @@ def accept_probabilities(
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[NDArray[np.float64]]:
     """For each row, each response token's probability to be accepted if the draft proposes at its place; 0 or 1 when greedy."""
@@ -137,7 +139,7 @@ def accept_probabilities(
         if on_batch:
             on_batch(len(chosen))
 
-    pass_by_pass(rows, batch_tokens, replay_piece)
+    pass_by_pass(rows, batch_tokens or batch_tokens_of(draft.device), replay_piece)
     return accepts
 
 
@@ -156,13 +158,18 @@ def pass_by_pass(rows: Sequence[TokenText], batch_tokens: int, work: Callable[[S
         NoMemoryError: when a single row does not fit.
     """
     halving = Halving("a pass over text")
-    for chosen in length_batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], batch_tokens):
+    for chosen in length_batches(rows, batch_tokens):
         halving(chosen, work)
 
 
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batch_tokens_of(device: torch.device) -> int:
+    """How many positions go through a model at once on this device."""
+    return BATCH_TOKENS.get(device.type, BATCH_TOKENS["other"])
+
+
+def length_batches(rows: Sequence[TokenText], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of near-equal length whose padded size stays within `batch_tokens` (a longer row goes alone)."""
-    batch: list[int] = []
+    lengths, batch = [len(row.prompt_ids) + len(row.response_ids) for row in rows], list[int]()
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
             yield batch
@@ -192,7 +199,7 @@ def _accept(
     temperature = first.temperature if draft_temperature is None or first.temperature == 0 else draft_temperature
     tokens_N = torch.tensor([token for row in rows for token in row.response_ids], dtype=torch.long, device=hidden_ND.device)
     parts = []
-    for held in held_slices(len(tokens_N), head.vocab_size):
+    for held in held_slices(tokens_N, head.vocab_size):
         logits_NV = mask_ids(head.logits(hidden_ND[held]), missing)
         if temperature == 0:
             parts.append(logits_NV.argmax(-1) == tokens_N[held])
@@ -207,10 +214,10 @@ def _accept(
     return (found_N - target_N).clamp(max=0.0).exp().numpy()
 
 
-def held_slices(positions: int, vocab_size: int) -> Iterator[slice]:
-    """Positions in pieces whose logits fit into `LOGITS_HELD`."""
-    step = max(1, LOGITS_HELD // vocab_size)
-    return (slice(start, start + step) for start in range(0, positions, step))
+def held_slices(positions_N: Tensor, vocab_size: int) -> Iterator[slice]:
+    """Positions (any tensor whose first axis they are) in pieces whose logits `LOGITS_HELD` allows on its device."""
+    step = max(1, LOGITS_HELD.get(positions_N.device.type, LOGITS_HELD["other"]) // vocab_size)
+    return (slice(start, start + step) for start in range(0, len(positions_N), step))
 
 
 def chosen_logprobs(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:

@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdraft.decoding.replay import chosen_logprobs, held_slices, pass_by_pass, response_hidden
+from fastdraft.decoding.replay import batch_tokens_of, chosen_logprobs, held_slices, pass_by_pass, response_hidden
 from fastdraft.functional.sampling import warp
 from fastdraft.generation import Engine, Generation, Sampling
 from fastdraft.modeling.head import OutputHead, output_head
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampling, *, batch_tokens: int = 8192) -> list[Generation]:
+def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampling, *, batch_tokens: int = 0) -> list[Generation]:
     """The same texts with this model's log-probs.
 
     Args:
         model: In evaluation mode; usually the target in full precision, where a runtime wrote with fewer bits.
         written: Texts drawn with `sampling`, in any order.
         sampling: How they were drawn. Greedy text has log-prob 0 throughout and is returned as it is.
-        batch_tokens: Positions in one pass, padding included.
+        batch_tokens: Positions in one pass, padding included; 0 chooses by device.
 
     Returns:
         Texts in the order given; a token that this model's own top-k or top-p would have removed has log-prob -inf.
@@ -47,7 +47,7 @@ def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampl
         for index in chosen:
             scored[index] = replace(written[index], logprobs=list(islice(logprobs, len(written[index].response_ids))))
 
-    pass_by_pass(written, batch_tokens, score_piece)
+    pass_by_pass(written, batch_tokens or batch_tokens_of(model.device), score_piece)
     return scored
 
 
@@ -55,7 +55,7 @@ def _logprobs(hidden_ND: Tensor, head: OutputHead, response_ids: list[int], samp
     """Of every response token of a batch, one row behind the other."""
     tokens_N = torch.tensor(response_ids, dtype=torch.long, device=hidden_ND.device)
     parts = [tokens_N.new_zeros(0, dtype=torch.float32)]
-    for held in held_slices(len(response_ids), head.vocab_size):
+    for held in held_slices(tokens_N, head.vocab_size):
         logits_NV = warp(head.logits(hidden_ND[held]), sampling.temperature, sampling.top_k, sampling.top_p)
         parts.append(chosen_logprobs(logits_NV, tokens_N[held]))
     return iter(torch.cat(parts).tolist())
