@@ -68,6 +68,23 @@ def test_a_file_cut_off_half_way_is_one_line_naming_file_and_place_and_leaves_no
     assert not context.artifact("prepare").path.exists()
 
 
+def test_a_file_cut_off_inside_a_character_is_not_taken_for_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "caf\xc3')
+    with pytest.raises(DataError, match=r"a\.jsonl line 2: cut off inside a character"):
+        list(jsonl_texts(path, "text"))
+    path.write_bytes(b'{"text": "caf\xc3\n{"text": "one"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl line 1: byte 13 is not UTF-8"):
+        list(jsonl_texts(path, "text"))
+
+
+def test_a_bad_line_in_the_middle_is_not_taken_for_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "tw\n{"text": "three"}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.jsonl line 2: not JSON"):
+        list(jsonl_texts(path, "text"))
+
+
 def test_a_page_of_a_table_that_was_overwritten_is_named_by_its_row(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", TALES, group=1000)
     content = bytearray(path.read_bytes())
