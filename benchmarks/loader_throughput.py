@@ -13,10 +13,6 @@ Decides that the files are in the page cache, as for a corpus smaller than the m
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -28,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
 import torch
+from machine import Report, add_arguments
 
 from fastdraft.artifacts import Artifact
 from fastdraft.data.build import Layout
@@ -38,17 +35,16 @@ from fastdraft.training.batches import PackedBatches
 
 def main() -> None:
     arguments = parse_arguments()
-    torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": describe_machine(), "date": datetime.date.today().isoformat()}
-    report |= {"command": "python " + " ".join(sys.argv), "results": []}
+    torch.set_num_threads(arguments.threads or 1)
+    report = Report(arguments.output, "loader_throughput", "cpu", arguments)
     print(f"{'rows of':>12}{'rows, tokens/s':>18}{'batches, tokens/s':>20}{'first step, ms':>16}", flush=True)
     for lengths in [*([length] for length in arguments.row_lengths), [512, 4096]]:
         with tempfile.TemporaryDirectory() as folder:
             result = measure(write_corpora(Path(folder), lengths, arguments.tokens), lengths, arguments)
-        report["results"].append(result)
+        report.add(result)
         name = "+".join(map(str, lengths))
         print(f"{name:>12}{result['rows']:18,.0f}{result['batches']:20,.0f}{result['first_step_seconds'] * 1e3:16.1f}", flush=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    report.finish()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,8 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=64_000_000, help="of each corpus")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--output", type=Path, default=Path("loader_throughput.json"))
-    return parser.parse_args()
+    add_arguments(parser, "loader_throughput", device=False)
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        arguments.tokens, arguments.seconds = 1_000_000, 0.1
+    return arguments
 
 
 def write_corpora(folder: Path, lengths: list[int], tokens: int) -> Artifact:
@@ -105,14 +104,6 @@ def rate(draw: Callable[[int], Any], tokens: int, seconds: float) -> float:
         draw(steps)
         steps += 1
     return steps * tokens / (now - begin)
-
-
-def describe_machine() -> dict[str, Any]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    words = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
-    return {"cpu": f"{os.cpu_count()} cores, {words}", "system": platform.system(), **versions}
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ tokenizer and a config.json.
 
 Decides what is compared with what. `raw` is one call of tokenizers' encode_batch for each of the batches that prepare makes, with all
 texts in memory, the same thread pool and nothing done with the ids; `raw_fast` is encode_batch_fast, which leaves out the offsets and which
-prepare uses too. They alternate with whole prepare stages in one process; the table has medians. `quotient` divides prepare's tokens/s
-by `raw_fast`'s, the higher bar, once with and once without the stage's start (loading the tokenizer). Memory is the peak resident set of a
-child process that only prepares.
+prepare uses too. They alternate with whole prepare stages in one process; the table has medians. The quotients divide prepare's tokens/s
+by theirs within a round (median and range); against `raw_fast`, the higher bar, once with and once without the stage's start (loading
+the tokenizer). Memory is the peak resident set of a child process that only prepares.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -32,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from machine import Report, add_arguments, ratio
 
 from fastdraft.artifacts import RunDirectory
 from fastdraft.config import load_config
@@ -52,18 +52,18 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(prepare_once(arguments.child, arguments.tokenizer)))
         return
-    report = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    entry: dict[str, Any] = report.setdefault("results", {}).setdefault(arguments.name or Path(arguments.tokenizer).name, {})
-    report |= {"machine": describe_machine(), "date": datetime.date.today().isoformat(), "command": "python " + " ".join(sys.argv)}
+    report = Report(arguments.output, "prepare_throughput", "cpu", arguments)
+    tokenizer = Path(arguments.tokenizer).name
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         if "rate" in arguments.parts:
-            entry["rate"] = measure_rate(write_corpus(Path(folder), arguments.megabytes[0], arguments.text), arguments)
-            print_rate(entry["rate"])
-            write(arguments.output, report)
+            rate = measure_rate(write_corpus(Path(folder), arguments.megabytes[0], arguments.text), arguments)
+            print_rate(rate)
+            report.add({"part": "rate", "tokenizer": tokenizer, **rate})
         if "memory" in arguments.parts:
-            entry["memory"] = measure_memory(Path(folder), arguments)
-            print_memory(entry["memory"])
-    write(arguments.output, report)
+            memory = measure_memory(Path(folder), arguments)
+            print_memory(memory)
+            report.add({"part": "memory", "tokenizer": tokenizer, **memory})
+    report.finish()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,11 +73,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--megabytes", nargs=2, type=float, default=[50, 500], help="sizes of text: rate at the first, memory at both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=["rate", "memory"], default=["rate", "memory"])
-    parser.add_argument("--name", help="the result's name in the output; left out: the tokenizer's folder")
     parser.add_argument("--work", help="where temporary files go (about the size of the text)")
-    parser.add_argument("--output", type=Path, default=Path("prepare_throughput.json"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    add_arguments(parser, "prepare_throughput", device=False)
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        arguments.megabytes, arguments.rounds = [1.0, 2.0], 1
+    return arguments
 
 
 def documents(path: Path | None) -> Iterator[str]:
@@ -184,9 +186,9 @@ def measure_rate(corpus: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": rounds,
         "tokens_per_second": rates,
-        "quotient": rates["prepare"] / rates["raw_fast"],
-        "quotient_after_start": rates["prepare_after_start"] / rates["raw_fast"],
-        "quotient_to_encode_batch": rates["prepare_after_start"] / rates["raw"],
+        "quotient": ratio(rounds["raw_fast"], rounds["prepare"]),
+        "quotient_after_start": ratio(rounds["raw_fast"], rounds["prepare_after_start"]),
+        "quotient_to_encode_batch": ratio(rounds["raw"], rounds["prepare"]),
     }
 
 
@@ -217,8 +219,13 @@ def print_rate(rate: dict[str, Any]) -> None:
     print(f"{'':22}{'tokens/s':>12}  seconds of each round ({rate['megabytes']:.0f} MB, {rate['tokens']:,} tokens)")
     for name, tokens in rate["tokens_per_second"].items():
         print(f"{name:22}{tokens:12,.0f}  {' '.join(f'{seconds:.2f}' for seconds in rate['seconds'][name])}")
-    print(f"prepare / raw_fast: {rate['quotient']:.2f}, after its start {rate['quotient_after_start']:.2f}", end="; ")
-    print(f"against encode_batch {rate['quotient_to_encode_batch']:.2f}", flush=True)
+    for name, against in (
+        ("quotient_to_encode_batch", "raw"),
+        ("quotient", "raw_fast"),
+        ("quotient_after_start", "raw_fast, after its start"),
+    ):
+        found = rate[name]
+        print(f"prepare / {against}: {found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})", flush=True)
 
 
 def print_memory(memory: dict[str, Any]) -> None:
@@ -226,23 +233,6 @@ def print_memory(memory: dict[str, Any]) -> None:
         rate = run["tokens"] / run["seconds"]
         print(f"{run['megabytes']:.0f} MB: {run['tokens']:,} tokens, {rate:,.0f} tokens/s, peak {run['peak_mib']:.0f} MiB")
     print(f"growth of the peak: {memory['growth']:+.1%}", flush=True)
-
-
-def describe_machine() -> dict[str, Any]:
-    import tokenizers
-
-    words = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    about = f"{os.cpu_count()} cores, {words}"
-    return {"cpu": about, "system": platform.system(), "python": platform.python_version(), "tokenizers": tokenizers.__version__}
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

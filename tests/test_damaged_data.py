@@ -24,7 +24,7 @@ from fastdraft.data.shards import open_corpus
 from fastdraft.data.sources import JsonlSource, ParquetSource, SourceCodeSource, TextSource
 from fastdraft.errors import DataError
 from test_data import write_jsonl
-from test_prepare import config_of, context_of, execute
+from test_prepare import config_of, context_of, execute, shards_of
 
 TALES = [f"{i} foxes and {i * 7919 % 1000003} rivers" for i in range(3000)]
 
@@ -66,6 +66,23 @@ def test_a_file_cut_off_half_way_is_one_line_naming_file_and_place_and_leaves_no
         execute(config_of({"name": "t", "kind": kind, "path": str(path)}), context)
     assert "\n" not in str(failure.value)
     assert not context.artifact("prepare").path.exists()
+
+
+def test_a_file_cut_off_inside_a_character_is_not_taken_for_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "caf\xc3')
+    with pytest.raises(DataError, match=r"a\.jsonl line 2: cut off inside a character"):
+        list(jsonl_texts(path, "text"))
+    path.write_bytes(b'{"text": "caf\xc3\n{"text": "one"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl line 1: byte 13 is not UTF-8"):
+        list(jsonl_texts(path, "text"))
+
+
+def test_a_bad_line_in_the_middle_is_not_taken_for_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "tw\n{"text": "three"}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.jsonl line 2: not JSON"):
+        list(jsonl_texts(path, "text"))
 
 
 def test_a_page_of_a_table_that_was_overwritten_is_named_by_its_row(tmp_path: Path) -> None:
@@ -118,7 +135,7 @@ def test_a_stream_goes_on_from_its_state_wherever_it_stopped(texts: list[str], t
     state = json.loads(json.dumps(stream.state()))
     rest = list(PieceStream(Texts(), 2, state, window_chars=window, limit=20))  # type: ignore[arg-type]
     assert given_before + rest == everything
-    assert "".join(sorted("".join(everything).split())) == "".join(sorted("".join("".join(split_document(t, 20)) for t in texts).split()))
+    assert sorted(everything) == sorted(piece for text in texts for piece in split_document(text, 20))
 
 
 # ---- Unicode
@@ -179,6 +196,16 @@ def test_documents_of_no_bytes_are_left_out_and_files_of_no_bytes_are_no_error(t
     assert execute(config_of(source), context_of(tmp_path / "run", tiny_target))["corpora"]["t"]["train"]["documents"] > 0
 
 
+def test_empty_and_blank_texts_between_others_change_nothing(tmp_path: Path, tiny_target: Path) -> None:
+    rows = []
+    for name, texts in (("a", TALES[:300]), ("b", ["", *TALES[:150], " \n\t ", "", *TALES[150:300], "\u2003"])):
+        context = context_of(tmp_path / name, tiny_target)
+        corpus = execute(config_of({"name": "t", "kind": "jsonl", "path": str(write_jsonl(tmp_path / f"{name}.jsonl", texts))}), context)
+        rows.append((shards_of(tmp_path / name), corpus["corpora"]["t"]["duplicates"]))
+    assert rows[0] == rows[1]
+    assert rows[0][1] == 0
+
+
 def line_ending_tokenizer() -> Tokenizer:
     """Byte-level BPE behind the pre-tokenizer of Llama 3 and Qwen."""
     pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -222,6 +249,22 @@ def test_a_document_of_megabytes_is_held_a_few_times_and_cut_into_pieces(tmp_pat
     assert chars == size
     assert count >= size // 20_000
     assert peak < 5 * size
+
+
+def test_one_document_many_blocks_long_becomes_rows_that_hold_all_of_it(
+    tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdraft.data import build
+
+    for name, chars in (("BATCH_CHARS", 2000), ("COMMIT_CHARS", 8000), ("WINDOW_CHARS", 4000)):
+        monkeypatch.setattr(build, name, chars)
+    monkeypatch.setattr(build, "piece_chars", lambda row_length: 200)
+    book = "\n".join(TALES)
+    context = context_of(tmp_path / "run", tiny_target)
+    corpus = execute(config_of({"name": "t", "kind": "jsonl", "path": str(write_jsonl(tmp_path / "a.jsonl", [book]))}), context)
+    text = corpus["corpora"]["t"]
+    assert text["train"]["documents"] + text["validation"]["documents"] == len(list(split_document(book, 200))) > 300
+    assert text["train"]["tokens"] + text["validation"]["tokens"] > text["sources"][0]["tokens"] - 2 * 33, "all but two open rows"
 
 
 def test_a_cut_never_parts_a_letter_from_its_marks() -> None:

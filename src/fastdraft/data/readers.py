@@ -100,9 +100,10 @@ def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
             try:
                 text = line.rstrip(b"\r\n").decode("utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path} line {number}", f"byte {error.start} is not UTF-8", "text files must be UTF-8", "convert the file"
-                ) from None
+                where = f"{path} line {number}"
+                if error.reason == "unexpected end of data" and not line.endswith(b"\n"):
+                    raise DataError(where, "cut off inside a character", "the file must be whole", "copy or download it again") from None
+                raise DataError(where, f"byte {error.start} is not UTF-8", "text files must be UTF-8", "convert the file") from None
             del line  # a document may be a line of 50 MB: hold it once
             yield number, text
 
@@ -119,19 +120,27 @@ def _ends_inside_a_line(path: Path) -> bool:
         return False
 
 
+def _is_at_its_end(lines: Iterator[tuple[int, str]]) -> bool:
+    try:
+        return next(lines, None) is None
+    except DataError:  # a fault further down; the first one is told
+        return False
+
+
 def read_jsonl(path: Path, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line behind line `after` that is not blank.
 
     Raises:
         DataError: when the file is damaged or a line is not a JSON object.
     """
-    for number, line in read_lines(path, after):
+    lines = read_lines(path, after)
+    for number, line in lines:
         if not line or line.isspace():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if _ends_inside_a_line(path) and number == sum(1 for _ in open_binary(path)):
+            if _ends_inside_a_line(path) and _is_at_its_end(lines):
                 rule, remedy = "the file must be whole", "copy or download it again, or delete its last line"
                 raise DataError(f"{path} line {number}", f"cut off inside a line ({error})", rule, remedy) from None
             raise DataError(
