@@ -107,8 +107,8 @@ def _relative(argument: str) -> str:
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     path = Path(value)
     if path.is_absolute() or value.startswith(("~", "..")):
-        resolved = path.expanduser().resolve()
-        value = resolved.relative_to(ROOT).as_posix() if resolved.is_relative_to(ROOT) else path.name
+        whole = Path(os.path.abspath(path.expanduser()))  # a link inside the checkout keeps its own name
+        value = whole.relative_to(ROOT).as_posix() if whole.is_relative_to(ROOT) else path.name
     return option + equals + value
 
 
