@@ -289,14 +289,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(arguments: argparse.Namespace) -> int:
     """Calls the verb; whatever the user can mend ends in one line."""
-    from fastdraft.artifacts import disk_errors
     from fastdraft.errors import FastDraftError
 
     # Threads that spin while they wait starve each other on a machine that does anything else; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with disk_errors(_place(arguments)):
-            arguments.call(arguments)
+        arguments.call(arguments)
     except FastDraftError as error:
         print(f"fastdraft: {error}", file=sys.stderr)
         return error.exit_code
@@ -307,7 +305,26 @@ def _guarded(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone: say nothing
         return 0
+    except OSError as error:
+        print(f"fastdraft: {_refused_by_system(error, arguments)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _refused_by_system(error: OSError, arguments: argparse.Namespace) -> Exception:
+    """What the system refuses, wherever it happens, is the machine's state and no fault of this program: one line."""
+    from fastdraft.artifacts import disk_errors
+    from fastdraft.errors import DiskError
+
+    place = error.filename or _place(arguments)
+    try:
+        with disk_errors(place):
+            raise error
+    except DiskError as told:
+        return told
+    except OSError:
+        found = (error.strerror or str(error)).lower()
+        return DiskError(place, found, "files and folders must be within reach", "mend that and run the same command again")
 
 
 def _place(arguments: argparse.Namespace) -> Any:

@@ -197,6 +197,7 @@ def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
 def _record_seconds(context: StageContext, name: str, seconds: float, fresh: bool) -> None:
     """Adds to `timings.json`: wall-clock seconds of all the processes that worked at each stage, killed ones left out."""
     path = context.run.root / "timings.json"
-    timings = read_json(path) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
+    timings = {stage: value for stage, value in found.items() if isinstance(value, (int, float))} if isinstance(found, dict) else {}
     before = 0.0 if fresh else timings.get(name, 0.0)
     write_json(path, {**timings, name: round(before + seconds, 1)})

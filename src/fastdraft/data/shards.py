@@ -8,6 +8,7 @@ checked before a corpus is used and checksums too where that takes no noticeable
 from __future__ import annotations
 
 import os
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,11 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.artifacts import Artifact, disk_errors, file_sha256
+from fastdraft.artifacts import MANIFEST, Artifact, disk_errors, file_sha256
 from fastdraft.errors import ArtifactError, DataError
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
+_FILE = re.compile(r"(train|validation)-[0-9]{5,9}\.bin")
 VERIFY_BYTES = 256 << 20
 """Corpora up to this size are checked against their checksums whenever they are opened."""
 
@@ -167,7 +169,7 @@ class PackedCorpus:
 
 def corpus_names(prepare: Artifact) -> list[str]:
     """The corpora of a finished prepare stage, in the recipe's order."""
-    return list(prepare.manifest()["corpora"])
+    return list(_corpora(prepare.path / MANIFEST, prepare.manifest()))
 
 
 def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> PackedCorpus:
@@ -184,18 +186,47 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
         ArtifactError: when a shard is missing or damaged.
     """
     manifest = prepare.manifest()
-    corpora: dict[str, Any] = manifest["corpora"]
+    where = prepare.path / MANIFEST
+    corpora = _corpora(where, manifest)
     if corpus not in corpora:
         raise DataError(
             f"corpus '{corpus}'", "not prepared", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora"
         )
-    shards = corpora[corpus][split]["shards"]
-    row_bytes = (manifest["row_length"] + 1) * np.dtype(manifest["dtype"]).itemsize
+    shards, row_length, dtype = _listed(where, corpora[corpus], split), manifest["row_length"], manifest["dtype"]
+    if type(row_length) is not int or not 0 < row_length < 1 << 31 or dtype not in ("uint16", "uint32"):
+        raise _damaged(where, f"row_length {row_length!r:.20}, dtype {dtype!r:.20}")
+    row_bytes = (row_length + 1) * np.dtype(dtype).itemsize
     if verify is None:
         verify = sum(shard["rows"] for shard in shards) * row_bytes <= VERIFY_BYTES
     for shard in shards:
         _check_shard(prepare.path / corpus / shard["file"], shard, row_bytes, verify)
-    return PackedCorpus(prepare.path / corpus, shards, manifest["row_length"], manifest["dtype"])
+    return PackedCorpus(prepare.path / corpus, shards, row_length, dtype)
+
+
+def _corpora(where: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    corpora = manifest["corpora"]
+    if not isinstance(corpora, dict):
+        raise _damaged(where, "no list of corpora")
+    return corpora
+
+
+def _listed(where: Path, corpus: Any, split: Split) -> list[dict[str, Any]]:
+    """The shards of one split as the manifest lists them, every value looked at: names become paths, and rows sizes."""
+    part = corpus.get(split) if isinstance(corpus, dict) else None
+    shards = part.get("shards") if isinstance(part, dict) else None
+    if not isinstance(shards, list):
+        raise _damaged(where, f"no shards of {split}")
+    for shard in shards:
+        facts = shard if isinstance(shard, dict) else {}
+        name, rows = facts.get("file"), facts.get("rows")
+        named = isinstance(name, str) and _FILE.fullmatch(name) and isinstance(facts.get("sha256"), str)
+        if not named or type(rows) is not int or not 0 < rows < 1 << 48:
+            raise _damaged(where, f"shard {shard!r:.60}")
+    return shards
+
+
+def _damaged(where: Path, found: str) -> ArtifactError:
+    return ArtifactError(where, f"damaged ({found})", "must list each corpus with its shards", "run it again with --redo prepare")
 
 
 def _check_shard(path: Path, shard: dict[str, Any], row_bytes: int, verify: bool) -> None:
