@@ -3,8 +3,8 @@
     python benchmarks/served_target.py --target MODEL_FOLDER --server http://127.0.0.1:8000/v1
     python benchmarks/served_target.py --target MODEL_FOLDER --vllm VENV/bin/vllm
 
-Synthesizes from the server with a process that is killed again and again (and, with --vllm, a server that is killed once too),
-aligns, moves the weights away and evaluates over the logged text. Decides pass or fail by content: the rows equal those of an
+Synthesizes from the server with a process that is killed again and again (and, with --vllm, a server that is killed as often),
+aligns, and evaluates over the logged text, all with the weights away. Decides pass or fail by content: the rows equal those of an
 undisturbed run, nothing is lost or doubled, greedy text is that of the weights, every logged log-prob is that of the weights
 within float32 rounding, and the replay rows equal those that the weights give. With --vllm the server gets a copy of the model
 whose attention heads are padded to a width that vLLM's CPU kernels have (the same function, exactly, but for rounding).
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True, help="the target's folder, weights included: they are the judge")
     parser.add_argument("--server", help="address of a server that serves it already")
-    parser.add_argument("--vllm", help="the vllm program: a server is started, and killed once")
+    parser.add_argument("--vllm", help="the vllm program: a server is started, and killed --kills times")
     parser.add_argument("--logprobs", default="processed", choices=["processed", "raw", "none"])
     parser.add_argument("--tokens", type=int, default=30_000)
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -87,7 +87,7 @@ def write_recipe(folder: Path, target: Path, url: str, arguments: argparse.Names
         "design": {"draft": {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64, "num_heads": 2}},
         "synthesize": {
             "tokens": arguments.tokens, "temperatures": temperatures, "max_new_tokens": arguments.max_new_tokens, "batch_rows": 16,
-            "prompts": [source], "engine": {"kind": "openai", "servers": [url], "logprobs": logprobs, "timeout": 60, "retries": 9},
+            "prompts": [source], "engine": {"kind": "openai", "servers": [url], "logprobs": logprobs, "timeout": 120, "retries": 20},
         },
         "align": {"epochs": 20, "pretraining_share": 0, "precision": "fp32"},
         "evaluate": {"texts": {"kind": "synthesize"}, "checkpoints": ["design", "align"]},
@@ -108,26 +108,31 @@ def run(recipe: Path, name: str, stage: str, *overrides: str) -> None:
 
 
 def disturbed(recipe: Path, folder: Path, kills: int, restart: Any) -> None:
-    """Synthesizes in a process that is killed `kills` times at different moments, then lets it finish."""
+    """Synthesizes while run and server are killed `kills` times each at different moments, then lets the run finish."""
     subprocess.run(command(recipe, "disturbed", "design"), check=True)
     units = folder / "runs" / "disturbed" / "synthesize" / "units"
     for kill in range(kills):
         process = subprocess.Popen(command(recipe, "disturbed", "synthesize", "--quiet"))
-        wanted = len(list(units.glob("unit-*"))) + 2 + kill
-        while process.poll() is None and len(list(units.glob("unit-*"))) < wanted:
-            time.sleep(0.02)
-        if process.poll() is not None:
-            raise SystemExit("the run ended before it could be killed: raise --tokens")
-        time.sleep(0.05 * kill)  # in the middle of a unit
+        if restart:
+            wait_for_units(process, units, 1)
+            time.sleep(0.1 * kill)  # in the middle of a unit
+            restart()
+            print(f"killed the server with {len(list(units.glob('unit-*')))} units written", flush=True)
+        wait_for_units(process, units, 1 + kill)
+        time.sleep(0.05 * kill)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        print(f"killed the run with {len(list(units.glob('unit-*')))} units written")
-    process = subprocess.Popen(command(recipe, "disturbed", "synthesize"))
-    if restart:
-        time.sleep(6)
-        restart()
-    if process.wait():
-        raise SystemExit("the disturbed run failed")
+        print(f"killed the run with {len(list(units.glob('unit-*')))} units written", flush=True)
+    subprocess.run(command(recipe, "disturbed", "synthesize"), check=True)
+
+
+def wait_for_units(process: subprocess.Popen[bytes], units: Path, more: int) -> None:
+    """Returns when the run has written `more` units than now."""
+    wanted = len(list(units.glob("unit-*"))) + more
+    while process.poll() is None and len(list(units.glob("unit-*"))) < wanted:
+        time.sleep(0.02)
+    if process.poll() is not None:
+        raise SystemExit("the run ended before it could be killed: raise --tokens")
 
 
 def read_rows(folder: Path, name: str) -> list[Any]:
@@ -223,8 +228,6 @@ def serving(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, 
 
     def restart() -> None:
         stop(process[0])
-        print("killed the server")
-        time.sleep(2)
         process[0] = start_vllm(arguments.vllm, wide, port, folder, wait=False)
 
     try:
@@ -242,7 +245,7 @@ def start_vllm(program: str, model: Path, port: int, folder: Path, wait: bool = 
             [program, "serve", str(model), *options, "--logprobs-mode", "processed_logprobs", "--max-num-seqs", "16"],
             stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
-    for _ in range(600 if wait else 0):
+    for _ in range(1800 if wait else 0):
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
             return process
         if process.poll() is not None:

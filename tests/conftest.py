@@ -203,3 +203,51 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
 def tiny_recipe(tmp_path: Path, tiny_target: Path) -> Path:
     """A recipe file through every stage for the tiny target."""
     return write_recipe(tmp_path, tiny_target)
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
+    """The recipe of a finished run: few steps, few units, several checkpoints of each kind. Its folder is not to be changed."""
+    import yaml
+
+    from fastdraft import pipeline
+    from fastdraft.recipe import load_recipe
+
+    path = write_recipe(tmp_path_factory.mktemp("short-run"), tiny_target)
+    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    short = {"tokens": "1536", "batch_tokens": 256, "checkpoint_every": 2, "validate_every": 3}
+    for stage in ("pretrain", "align"):
+        value[stage].update(short)
+    del value["continue_pretrain"], value["report"]
+    value["prepare"]["corpora"][0]["tokens"], value["prepare"]["shard_tokens"] = "6k", "2k"
+    value["synthesize"].update({"tokens": 250, "batch_rows": 8, "max_new_tokens": 12, "temperatures": [0, 1.0]})
+    next(p for p in value["synthesize"]["prompts"] if p["kind"] == "magpie")["max_instruction_tokens"] = 8  # never ends: is given up
+    value["evaluate"].update({"temperatures": [0.6], "num_speculative_tokens": [2], "exact": {"num_speculative_tokens": [2], "prompts": 2}})
+    path.write_text(yaml.safe_dump(value), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        _watch_forbidden(patch)
+        pipeline.run(load_recipe(str(path)))
+    return path
+
+
+FORBIDDEN: list[str] = []
+"""Connections opened and pickles read while `short_run` was made."""
+
+
+def _watch_forbidden(patch: pytest.MonkeyPatch) -> None:
+    import pickle
+    import socket
+    from collections.abc import Callable
+    from typing import Any
+
+    import torch
+
+    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            FORBIDDEN.append(name)
+            return real(*arguments, **named)
+
+        return call
+
+    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (pickle, "load"), (pickle, "loads"), (torch, "load")):
+        patch.setattr(owner, name, watched(f"{owner.__name__}.{name}", getattr(owner, name)))

@@ -2,11 +2,15 @@
 
     python tests/kill_and_resume.py --kills 20
     python tests/kill_and_resume.py --kills 12 --openvino
+    python tests/kill_and_resume.py --kills 50 --http --logits
 
-Decides pass or fail by content: final weights bit for bit equal, synthetic rows equal, evaluation counts equal. With
---openvino the target writes through OpenVINO, the pair is exported for it and its wall clock is measured: then the rows of
-benchmark.json must be equal in everything but times too, none lost or doubled. The same function, with few kills and
-without OpenVINO, is a test in test_pipeline.py.
+Every other kill falls into the stage that was killed least often so far, so that many of them reach all stages; the others
+fall anywhere. Decides pass or fail by content: final weights bit for bit equal, synthetic rows equal in every column,
+evaluation counts equal. With --openvino the target writes through OpenVINO, the pair is exported for it and its wall clock is
+measured: then the rows of benchmark.json must be equal in everything but times too, none lost or doubled. With --http the
+target writes, conversations too, through a server of its own process, which is killed and started again every few kills while
+a run asks it. With --logits the target's distributions are kept beside its text and the draft learns from them: these files
+must be equal byte for byte. The same function, with few kills, is a test in test_pipeline.py.
 """
 
 from __future__ import annotations
@@ -16,18 +20,24 @@ import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import write_recipe, write_target
+from fastdraft.pipeline import STAGE_NAMES
 
 TIMES = ("second", "speedup", "quotient")
 """Parts of the names of what a clock decides in a row of benchmark.json."""
@@ -44,69 +54,206 @@ OPENVINO = {
 }
 """Sections of the tiny recipe with --openvino."""
 COMPARED = ("design/draft", "pretrain/checkpoint", "continue_pretrain/checkpoint", "align/checkpoint", "export/huggingface")
+SERVER_KILLED_EVERY = 2
+"""Every so many kills of a run one of the server too."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is in the recipe beyond the tiny one's."""
+
+    openvino: bool = False
+    http: bool = False
+    logits: bool = False
+    short: bool = False
+    """Only what writes and what learns from it: design, synthesize, align."""
+
+
+class Server:
+    """A server of the target in a process of its own, which outlives every run."""
+
+    def __init__(self, target: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self.target, self.url = target, f"http://127.0.0.1:{self.port}/v1"
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        program = [sys.executable, str(Path(__file__).with_name("serving.py")), str(self.target), "--port", str(self.port)]
+        return subprocess.Popen(program, stdout=subprocess.DEVNULL)
+
+    def restart(self) -> None:
+        """As after a crash: whoever asks gets no answer until it is up again."""
+        self.stop()
+        self.process = self._start()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self) -> None:
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/models", timeout=5):
+                return
+            time.sleep(0.1)
+        raise SystemExit("the server did not start")
 
 
 def command(recipe: Path, name: str) -> list[str]:
     return [sys.executable, "-m", "fastdraft", "run", str(recipe), f"run.name={name}", "--quiet"]
 
 
-def written_recipe(folder: Path, openvino: bool) -> Path:
-    """The tiny recipe, on transformers alone or through OpenVINO and its benchmark."""
-    target = write_target(folder / "target")
-    recipe = write_recipe(folder, target, **(OPENVINO if openvino else {}))
-    if openvino:
-        value = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+def written_recipe(folder: Path, kind: Kind, server: str = "") -> Path:
+    """The tiny recipe, on transformers alone, through OpenVINO and its benchmark, or through a server; with logits or without."""
+    recipe = write_recipe(folder, folder / "target", **(OPENVINO if kind.openvino else {}))
+    value = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if kind.openvino:
         value["synthesize"]["engine"] = {"kind": "openvino"}
-        recipe.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+    if kind.http:
+        _through_server(value, folder, server)
+    if kind.short:  # after the server's sections, which reach into evaluate
+        value = {name: value[name] for name in ("run", "target", "design", "synthesize", "align")}
+        value["synthesize"]["prompts"] = [source for source in value["synthesize"]["prompts"] if source["kind"] == "jsonl"]
+        value["align"] |= {"tokens": "2k", "pretraining_share": 0}
+    if kind.logits:
+        value["synthesize"]["logits"] = {"kind": "top_k", "k": 16}
+        value["align"]["objective"] = {"kind": "token_kd", "loss": "forward_kl", "source": "stored"}
+    recipe.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
     return recipe
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False, openvino: bool = False) -> list[str]:
-    """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass."""
-    recipe = written_recipe(folder, openvino)
-    total = _changes_until_end(subprocess.Popen(command(recipe, "undisturbed")), folder / "runs" / "undisturbed")
-    if say:
-        print(f"undisturbed run: {total} changes of its files seen")
-    random_part = random.Random(seed)
-    # A quarter of a run at most, so that many kills reach the last stages too; a run that ends early is followed by another.
-    lives = iter(lambda: random_part.randint(1, max(2, 2 * total // (kills + 1), total // 4)), None)
-    found: list[str] = []
-    done = number = 0
-    while done < kills:
-        number += 1
-        name = f"disturbed-{number}"
-        done += _disturb(command(recipe, name), kills - done, lives, folder / "runs" / name, say)
-        found += differences(folder / "runs" / "undisturbed", folder / "runs" / name)
-    return found
+def _through_server(recipe: dict[str, Any], folder: Path, url: str) -> None:
+    """Lets a server write training text and evaluation text, and adds conversations to both."""
+    talks, own = folder / "talks.jsonl", folder / "own-talks.jsonl"
+    talks.write_text("".join(json.dumps(_talk(f"talk{i}", "What is", "And what", "Why")) + "\n" for i in range(16)), encoding="utf-8")
+    own.write_text("".join(json.dumps(_talk(f"own{i}", "Who is", "Where is")) + "\n" for i in range(4)), encoding="utf-8")
+    engine = {"kind": "openai", "servers": [url], "logprobs": "processed", "retries": 100}
+    source = {"kind": "jsonl", "name": "talks", "path": str(talks), "field": "messages", "share": 1}
+    # One answer at a time, so that each has a text of its own: fewer of them, in smaller units.
+    fewer = {"tokens": "1500", "batch_rows": 8}
+    recipe["synthesize"] |= {"engine": engine, "prompts": [*recipe["synthesize"]["prompts"], source], **fewer}
+    task = {"kind": "file", "name": "talks", "path": str(own), "chat": True, "max_new_tokens": 12}
+    recipe["evaluate"] |= {"texts": "engine", "tasks": [*recipe["evaluate"]["tasks"], task]}
 
 
-def _disturb(arguments: list[str], kills: int, lives: Iterator[int], run: Path, say: bool) -> int:
-    """Kills one run again and again until it is finished or `kills` are done, then lets it finish; returns the kills."""
-    done = 0
-    while done < kills:
-        process, life = subprocess.Popen(arguments), next(lives)
-        _changes_until_end(process, run, kill_at=life)
-        if process.returncode == 0:
-            break
-        done += 1
-        if say:
-            stages = [p.name for p in run.iterdir() if (p / "manifest.json").exists()] if run.exists() else []
-            print(f"{run.name}: killed at change {life}; {len(stages)} stages finished", flush=True)
-    subprocess.run(arguments, check=True, timeout=1800)
-    return done
+def _talk(name: str, *users: str) -> dict[str, Any]:
+    messages = [[{"role": "user", "content": f"{words} {name}?"}, {"role": "assistant", "content": "Logged."}] for words in users]
+    return {"id": name, "messages": [message for turn in messages for message in turn]}
 
 
-def _changes_until_end(process: subprocess.Popen[bytes], run: Path, kill_at: int = 0) -> int:
-    """Watches a run's folder until the process ends, and kills it at a change of the files if asked to.
+def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False, kind: Kind = Kind()) -> list[str]:
+    """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass.
+
+    Args:
+        folder: For everything that is written.
+        kills: Of runs; one finished early is followed by another.
+        seed: Of the moments.
+        say: Tells every kill, and at the end how many fell into which stage.
+        kind: Of the recipe.
+    """
+    target = write_target(folder / "target")
+    server = Server(target) if kind.http else None
+    try:
+        if server:
+            server.wait()
+        recipe = written_recipe(folder, kind, server.url if server else "")
+        return Killing(recipe, folder / "runs", kills, random.Random(seed), server, say).compare()
+    finally:
+        if server:
+            server.stop()
+
+
+@dataclass
+class Killing:
+    """Runs of one recipe that are killed, and an undisturbed one beside them."""
+
+    recipe: Path
+    runs: Path
+    kills: int
+    random_part: random.Random
+    server: Server | None
+    say: bool
+    done: Counter[str] = field(default_factory=Counter)
+    """Kills by the stage that was at work."""
+    server_kills: int = 0
+
+    def compare(self) -> list[str]:
+        stages = [name for name in STAGE_NAMES if name in yaml.safe_load(self.recipe.read_text(encoding="utf-8"))]
+        seen = _watch(subprocess.Popen(command(self.recipe, "undisturbed")), self.runs / "undisturbed", stages)
+        self._say(f"undisturbed run: {seen.total()} changes of its files seen; {_by_stage(seen)}")
+        found, number = list[str](), 0
+        self.done = Counter(dict.fromkeys(stages, 0))
+        while self.done.total() < self.kills:
+            number += 1
+            name = f"disturbed-{number}"
+            self._disturb(name, seen)
+            found += [f"{name}: {what}" for what in differences(self.runs / "undisturbed", self.runs / name)]
+            self._say(f"{name}: {'differs: ' + '; '.join(found) if found else 'equal'}")
+        self._say(f"{self.done.total()} kills in {number} runs: {_by_stage(self.done)}; {self.server_kills} kills of the server")
+        return found
+
+    def _disturb(self, name: str, seen: Counter[str]) -> None:
+        """Kills one run again and again until it is finished or all kills are done, then lets it finish."""
+        arguments, run, stages = command(self.recipe, name), self.runs / name, list(seen)
+        while (done := self.done.total()) < self.kills:
+            within = min(stages[stages.index(_stage(run, stages)) :], key=lambda stage: self.done[stage]) if done % 2 else ""
+            # A quarter of a run at most, so that many kills reach the last stages too; a run that ends early is followed by another.
+            most = seen[within] if within else max(2, 2 * seen.total() // (self.kills + 1), seen.total() // 4)
+            process = subprocess.Popen(arguments)
+            server_dies = self._server_dies() if self.server and done % SERVER_KILLED_EVERY == 0 else None
+            _watch(process, run, stages, kill_at=self.random_part.randint(1, most), within=within)
+            if server_dies:
+                server_dies.join()
+            if process.returncode == 0:
+                return
+            self.done[_stage(run, stages)] += 1
+            self._say(f"{name}: kill {done + 1} in {_stage(run, stages)}")
+        subprocess.run(arguments, check=True, timeout=1800)
+
+    def _server_dies(self) -> threading.Thread:
+        """Kills the server after a while that falls now into the start of a run, now into its questions."""
+        wait, server = self.random_part.uniform(0, 6), self.server
+        assert server is not None
+
+        def work() -> None:
+            time.sleep(wait)
+            server.restart()
+
+        self.server_kills += 1
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    def _say(self, text: str) -> None:
+        if self.say:
+            print(text, flush=True)
+
+
+def _stage(run: Path, stages: list[str]) -> str:
+    """The first that is not finished; the last where all are."""
+    return next((name for name in stages if not (run / name / "manifest.json").exists()), stages[-1])
+
+
+def _by_stage(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _watch(process: subprocess.Popen[bytes], run: Path, stages: list[str], kill_at: int = 0, within: str = "") -> Counter[str]:
+    """Watches a run's folder until the process ends, and kills it at a change of the files if asked to; returns the changes by stage.
 
     Moments are counted in changes, not seconds: on a busy machine seconds would all be spent on imports.
     """
-    changes, before = 0, _listing(run)
+    changes, before = Counter(dict.fromkeys(stages, 0)), _listing(run)
     while process.poll() is None:
         time.sleep(0.003)
         now = _listing(run)
-        changes, before = changes + (now != before), now
-        if kill_at and changes >= kill_at:
+        if now != before:
+            before = now
+            changes[_stage(run, stages)] += 1
+        # A stage passed by meanwhile counts too: what was asked for had fewer changes left than once thought.
+        lived = sum(changes[name] for name in stages[stages.index(within) if within else 0 :])
+        if kill_at and lived >= kill_at:
             process.kill()
             process.wait()
             return changes
@@ -131,15 +278,20 @@ def differences(one: Path, two: Path) -> list[str]:
     found = [
         f"{name}/model.safetensors"
         for name in COMPARED
-        if (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
+        if (one / name).exists() and (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
     ]
     rows_one, rows_two = rows(one), rows(two)
     if rows_one != rows_two:
         found.append(f"synthetic rows ({len(rows_one)} and {len(rows_two)})")
-    if len(set(rows_two)) != len(rows_two):
+    if len({row["row_id"] for row in rows_two}) != len(rows_two):
         found.append("doubled synthetic rows")
-    results = [json.loads((run / "evaluate" / "results.json").read_text())["rows"] for run in (one, two)]
-    counts = [[{k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in result] for result in results]
+    logits_one, logits_two = ({path.name: path.read_bytes() for path in run.glob("synthesize/units/*.logits.*")} for run in (one, two))
+    if logits_one != logits_two:
+        found.append(f"stored logits ({len(logits_one)} and {len(logits_two)} files)")
+    left = [path.name for path in two.rglob("*.tmp")]
+    if left:
+        found.append(f"left behind: {left[:3]}")
+    counts = [evaluation_rows(run) for run in (one, two)]
     if counts[0] != counts[1]:
         found.append("evaluation counts")
     measured = [benchmark_rows(run) for run in (one, two)]
@@ -152,6 +304,13 @@ def differences(one: Path, two: Path) -> list[str]:
     return found
 
 
+def evaluation_rows(run: Path) -> list[dict[str, Any]]:
+    """Without what a clock decides; none where nothing was evaluated."""
+    path = run / "evaluate" / "results.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return [{k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in found]
+
+
 def benchmark_rows(run: Path) -> list[str]:
     """The measured rows without what a clock decides, in the order written; none where nothing was measured."""
     path = run / "benchmark" / "benchmark.json"
@@ -161,13 +320,11 @@ def benchmark_rows(run: Path) -> list[str]:
     return [json.dumps({k: v for k, v in row.items() if not any(part in k for part in TIMES)}, sort_keys=True) for row in measured]
 
 
-def rows(run: Path) -> list[str]:
-    """Ids of the synthetic rows in the order written."""
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The synthetic rows in the order written, with all their columns."""
     from pyarrow import parquet
 
-    return [
-        row for path in sorted((run / "synthesize" / "units").glob("*.parquet")) for row in parquet.read_table(path)["row_id"].to_pylist()
-    ]
+    return [row for path in sorted((run / "synthesize" / "units").glob("*.parquet")) for row in parquet.read_table(path).to_pylist()]
 
 
 if __name__ == "__main__":
@@ -175,9 +332,14 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--openvino", action="store_true", help="synthesize, export and benchmark through OpenVINO")
+    parser.add_argument("--http", action="store_true", help="synthesize and evaluate through a server, which is killed too")
+    parser.add_argument("--logits", action="store_true", help="keep the target's logits and distil from them")
     arguments = parser.parse_args()
+    if arguments.openvino and arguments.http:
+        parser.error("one engine writes: --openvino or --http")
     with tempfile.TemporaryDirectory() as folder:
-        found = kill_and_resume(Path(folder), arguments.kills, arguments.seed, say=True, openvino=arguments.openvino)
-    measured = ", measured rows but for their times" if arguments.openvino else ""
-    print("differs: " + "; ".join(found) if found else f"equal: weights bit for bit, rows, counts{measured}")
+        kind = Kind(arguments.openvino, arguments.http, arguments.logits)
+        found = kill_and_resume(Path(folder), arguments.kills, arguments.seed, say=True, kind=kind)
+    also = (", logits byte for byte" if kind.logits else "") + (", measured rows but for their times" if kind.openvino else "")
+    print("differs: " + "; ".join(found) if found else f"equal: weights bit for bit, rows, counts{also}")
     sys.exit(bool(found))

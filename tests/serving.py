@@ -40,6 +40,7 @@ class Served:
         config = TargetConfig(model=str(folder), dtype="fp32")
         self.model, self.tokenizer, self.vocabulary = load_target(config, "cpu"), load_tokenizer(str(folder)), load_vocabulary(config)
         self.style, self.logprobs, self.key, self.name = style, logprobs, key, name
+        self.context_length = int(self.model.config.max_position_embeddings)
         self.faults: list[str] = []
         self.asked: list[dict[str, Any]] = []
         self.times: list[float] = []
@@ -88,10 +89,13 @@ class Served:
         temperature = float(body["temperature"])
         sampling = Sampling(temperature, top_k, float(body.get("top_p", 1.0))) if temperature > 0 else Sampling(0.0)
         with self._lock:
-            written = HuggingFaceEngine(self.model, self.vocabulary).generate([prompt], sampling, body["max_tokens"], body["seed"])[0]
-            written = self._with_logprobs(written, sampling)
+            written = self._with_logprobs(self.write(prompt, sampling, body["max_tokens"], body["seed"]), sampling)
             top = self._top(prompt, sampling)
         return 200, self._say(written, top, body, chat)
+
+    def write(self, prompt: list[int], sampling: Sampling, max_new_tokens: int, seed: int) -> Generation:
+        """The model's answer; a test may put another in its place."""
+        return HuggingFaceEngine(self.model, self.vocabulary).generate([prompt], sampling, max_new_tokens, seed)[0]
 
     def _prompt(self, body: dict[str, Any], chat: bool) -> list[int]:
         if chat:
@@ -128,6 +132,8 @@ class Served:
                 choice["logprobs"] = {"tokens": tokens, "token_logprobs": written.logprobs, "top_logprobs": [{"x": top}] * len(ids)}
         if body.get("return_token_ids") and self.style == "full":
             choice |= {"token_ids": ids, "prompt_token_ids": written.prompt_ids, "stop_reason": None}
+        if body.get("prompt_logprobs") and self.style == "full":
+            choice["prompt_logprobs"] = [None] * len(written.prompt_ids)
         usage = {"prompt_tokens": len(written.prompt_ids), "completion_tokens": len(ids)}
         return {"object": "chat.completion" if chat else "text_completion", "model": self.name, "choices": [choice], "usage": usage}
 
@@ -157,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if self.path != "/v1/models":
             return self._json(404, {"detail": "Not Found"})
-        return self._json(200, {"object": "list", "data": [{"id": self.of.name, "object": "model"}]})
+        told = {"max_model_len": self.of.context_length} if self.of.style == "full" else {}
+        return self._json(200, {"object": "list", "data": [{"id": self.of.name, "object": "model", **told}]})
 
     def do_POST(self) -> None:
         size = int(self.headers["content-length"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts, counts_from_array, counts_to_array, expected_counts
-from fastdraft.functional.intervals import difference_interval, ratio_interval
+from fastdraft.functional.intervals import difference_interval, group_numbers, num_groups, ratio_interval
 from fastdraft.functional.looping import is_looping
 
 
@@ -131,8 +131,34 @@ def test_paired_differences_are_surer_than_unpaired_ones() -> None:
     assert high - low < 0.01
 
 
-def test_one_prompt_has_no_interval() -> None:
+def test_one_prompt_or_one_conversation_has_no_interval() -> None:
     assert all(math.isnan(value) for value in ratio_interval(np.ones(1), np.ones(1), 0))
+    one = np.zeros(5, dtype=np.int64)
+    assert all(math.isnan(value) for value in ratio_interval(np.arange(5.0), np.full(5, 9.0), 0, one))
+    assert all(math.isnan(value) for value in difference_interval((np.arange(5.0), np.full(5, 9.0)), (np.ones(5), np.ones(5)), 0, one))
+
+
+def test_duplicated_turns_do_not_narrow_an_interval() -> None:
+    rng = np.random.default_rng(3)
+    wholes = rng.integers(10, 60, size=30).astype(float)
+    parts, others = (rng.binomial(wholes.astype(int), rate).astype(float) for rate in (0.3, 0.4))
+    talks = group_numbers(np.repeat(np.arange(30), 4).tolist())
+    four = [np.repeat(values, 4) for values in (parts, wholes, others)]
+    assert ratio_interval(four[0], four[1], 5, talks) == ratio_interval(parts, wholes, 5)
+    assert difference_interval((four[0], four[1]), (four[2], four[1]), 5, talks) == difference_interval(
+        (parts, wholes), (others, wholes), 5
+    )
+    low, high = ratio_interval(parts, wholes, 5)
+    narrow = ratio_interval(four[0], four[1], 5)
+    assert narrow[1] - narrow[0] < 0.7 * (high - low), "without groups they would"
+    assert (num_groups(talks, 120), num_groups(None, 120)) == (30, 120)
+
+
+def test_groups_of_one_prompt_each_change_nothing_and_their_order_is_that_of_the_prompts() -> None:
+    rng = np.random.default_rng(4)
+    parts, wholes = rng.integers(0, 9, size=20).astype(float), np.full(20, 9.0)
+    assert group_numbers(["b", "a", "b", 7]).tolist() == [0, 1, 0, 2]
+    assert ratio_interval(parts, wholes, 1, group_numbers(range(40, 20, -1))) == ratio_interval(parts, wholes, 1)
 
 
 def test_a_text_that_ends_in_a_repeated_piece_loops() -> None:

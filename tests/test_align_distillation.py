@@ -25,6 +25,7 @@ from fastdraft.data.sparse_logits import logits_path, read_with_logits
 from fastdraft.errors import ArtifactError, Interrupted, RecipeError, VocabularyError
 from fastdraft.functional.distillation import token_loss
 from fastdraft.interfaces import TargetConfig
+from fastdraft.modeling.head import output_head
 from fastdraft.modeling.loading import load_draft, load_target, split_head
 from fastdraft.recipe import Recipe, load_recipe
 from fastdraft.stages import align
@@ -118,7 +119,7 @@ def test_a_batchs_stored_rows_belong_to_its_labels(folder: Folder) -> None:
 def test_a_loaded_target_gives_its_own_distribution_at_the_trained_positions_padding_ids_included(tiny_target: Path) -> None:
     model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
     batch = padded_batch([Sample([5, 6, 7], [8, 9]), Sample([10], [11, 12, 13, 14])], 0)
-    logits = LoadedTarget(*split_head(model)).distribution(batch).logits
+    logits = LoadedTarget(*output_head(model)).distribution(batch).logits
     with torch.no_grad():
         whole = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.index]
     torch.testing.assert_close(torch.cat([logits(slice(0, 4)), logits(slice(4, 9))]), whole, rtol=1e-4, atol=1e-4)
@@ -134,7 +135,7 @@ def test_rows_of_the_mixture_have_cross_entropy_unless_the_target_is_there_to_as
         hidden = decoder(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)
         plain = CrossEntropy().loss(hidden, head, batch)
         stored = TokenDistillation(token_loss("forward_kl")).loss(hidden, head, batch)
-        asked = TokenDistillation(token_loss("forward_kl"), LoadedTarget(*split_head(target))).loss(hidden, head, batch)
+        asked = TokenDistillation(token_loss("forward_kl"), LoadedTarget(*output_head(target))).loss(hidden, head, batch)
     assert stored == plain
     assert asked != plain
 

@@ -151,7 +151,7 @@ def test_a_name_that_cannot_be_a_folder_everywhere_is_refused(
         ("target.model=" + "x" * 5000, "must be a path that this machine can have"),
         ("target.model={file}", "a file: must be a model's directory or a hub id"),
         ("target.model=org/not-a-model-of-anyone", "the hub cannot be reached"),
-        ("prepare.row_length=257", "prepare.row_length: 257: rows must fit the draft's context of 256; lower it"),
+        ("prepare.row_length=257", "prepare.row_length: 257: must be at most the draft's context of 256; lower it"),
         ("synthesize.max_new_tokens=256", "synthesize.max_new_tokens: 256: an answer and its prompt must fit the context of 256"),
         ("evaluate.tasks[0].max_new_tokens=300", "evaluate.tasks[0].max_new_tokens: 300"),
         ("synthesize.logits={kind: top_k, k: 1000}", "synthesize.logits.k: 1000: must be below the 320 ids"),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from transformers import AutoTokenizer
@@ -14,8 +15,12 @@ from transformers import AutoTokenizer
 from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.artifacts import RunDirectory, read_json
-from fastdraft.data.responses import read_all, read_rows, unit_paths
+from fastdraft.commands import check
+from fastdraft.console import Console
+from fastdraft.data.responses import ids_hash, read_all, read_rows, unit_paths
+from fastdraft.decoding.standing_texts import StandingTexts, take, trained_prompts
 from fastdraft.errors import DataError
+from fastdraft.functional.intervals import group_numbers, ratio_interval
 from fastdraft.recipe import load_recipe
 from fastdraft.tasks import FileTask, load_task
 
@@ -103,7 +108,36 @@ def test_every_turn_is_evaluated_behind_the_targets_own_greedy_answers(finished:
             said = tokenizer.decode([i for i in greedy[tuple(by_name[before])].response_ids if i > 3])
             assert f"<|assistant|>\n{said}<|end|>" in tokenizer.decode(by_name[after])
     rows = read_json(folder / "results.json")["rows"]
-    assert {row["num_prompts"] for row in rows if row["method"] == "replay"} == {len(greedy)}
+    assert {(row["num_prompts"], row["num_conversations"]) for row in rows if row["method"] == "replay"} == {(len(greedy), 3)}
+
+
+def test_intervals_draw_turns_of_a_conversation_together(finished: RunDirectory) -> None:
+    folder = finished.artifact("evaluate").path
+    row = next(
+        row for row in read_json(folder / "results.json")["rows"] if row["temperature"] == 0.6 and row["num_speculative_tokens"] == 3
+    )
+    counts = np.load(folder / "replay" / "align-talks-0.6.npy")[2]
+    turns = [turn["name"].split("#")[0] for turn in read_json(folder / "conversations" / "talks.json")["turns"]]
+    low, high = ratio_interval(counts[:, 2], counts[:, 1], 0, group_numbers(["bare", *turns]))
+    assert low < high
+    assert (row["acceptance_rate_low"], row["acceptance_rate_high"]) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
+
+
+def test_prompts_that_the_draft_was_aligned_on_are_told_turn_by_turn(finished: RunDirectory) -> None:
+    artifact = finished.artifact("synthesize")
+    trained, held_out = (list(read_all(artifact, split)) for split in ("train", "validation"))
+    later = [row for row in trained if row.prompt_key != ids_hash(row.prompt_ids)]
+    assert later, "rows of later turns carry the key of the first"
+    assert trained_prompts(artifact) == {ids_hash(row.prompt_ids) for row in trained}
+    texts = take([*later, *held_out], StandingTexts(), context_length=256, trained=trained_prompts(artifact))
+    assert texts.left_out == {"trained_on": len(later)}
+    assert sum(map(len, texts.rows.values())) == len(held_out)
+
+
+def test_check_counts_every_turn_of_a_conversation(finished: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    check.run(load_recipe(str(finished.root / "recipe.yaml")), Console(), as_json=True)
+    stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert stages["evaluate"]["tokens"] == 12 * (2 * (1 + 3 + 2) + 3), "six prompts at two temperatures, three earlier answers"
 
 
 @pytest.mark.parametrize(

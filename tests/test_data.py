@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from fastdraft.artifacts import Artifact
 from fastdraft.data import loader
 from fastdraft.data.loader import MixtureSampler, permute
-from fastdraft.data.ordering import split_document, stream
+from fastdraft.data.ordering import PieceStream, split_document
 from fastdraft.data.packing import RowPacker
 from fastdraft.data.readers import jsonl_texts, parquet_texts, read_text
 from fastdraft.data.shards import PackedCorpus, ShardWriter, open_corpus, token_dtype
@@ -47,7 +47,7 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
 def test_jsonl_is_read_in_every_compression(tmp_path: Path, suffix: str) -> None:
-    assert list(jsonl_texts(write_jsonl(tmp_path / f"a{suffix}", TEXTS), "text")) == TEXTS
+    assert [text for _, text in jsonl_texts(write_jsonl(tmp_path / f"a{suffix}", TEXTS), "text")] == TEXTS
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
@@ -55,7 +55,7 @@ def test_a_truncated_download_is_named_and_not_taken_for_the_end(tmp_path: Path,
     path = write_jsonl(tmp_path / f"a{suffix}", [f"{i} {i * 7919 % 1000003}" for i in range(5000)])
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(DataError, match=r"line \d+: damaged"):
-        list(jsonl_texts(path, "text"))
+        [text for _, text in jsonl_texts(path, "text")]
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, mes
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(DataError, match=message) as failure:
-        list(jsonl_texts(path, "text"))
+        [text for _, text in jsonl_texts(path, "text")]
     assert str(path) in str(failure.value)
 
 
 def test_blank_lines_nulls_and_a_byte_order_mark_are_harmless(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": null}\r\n{"text": "two"}')
-    assert list(jsonl_texts(path, "text")) == ["one", "", "two"]
+    assert [text for _, text in jsonl_texts(path, "text")] == ["one", "", "two"]
 
 
 def test_parquet_is_read_and_a_missing_column_or_damage_is_named(tmp_path: Path) -> None:
@@ -88,12 +88,12 @@ def test_parquet_is_read_and_a_missing_column_or_damage_is_named(tmp_path: Path)
 
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [*TEXTS, None]}), path)
-    assert list(parquet_texts(path, "text")) == [*TEXTS, ""]
+    assert [text for _, text in parquet_texts(path, "text")] == [*TEXTS, ""]
     with pytest.raises(DataError, match="no column 'body': has text"):
         list(parquet_texts(path, "body"))
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError, match="damaged"):
-        list(parquet_texts(path, "text"))
+        [text for _, text in parquet_texts(path, "text")]
 
 
 def test_text_that_is_not_utf8_is_named_by_line(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_hub_source_streams_and_says_what_went_wrong(monkeypatch: pytest.Monke
 def test_a_small_prefix_of_the_stream_is_a_spread_over_long_documents(tmp_path: Path) -> None:
     for letter in "abcd":
         (tmp_path / f"{letter}.txt").write_text((letter * 99 + "\n") * 1000)
-    pieces = list(stream(TextSource(name="t", path=str(tmp_path)), seed=0))
+    pieces = list(PieceStream(TextSource(name="t", path=str(tmp_path)), seed=0))
     assert len({piece[0] for piece in pieces[:8]}) >= 3
     assert sum(map(len, pieces)) == 400_000
     assert max(map(len, pieces)) <= 20_000
@@ -187,10 +187,10 @@ def test_a_small_prefix_of_the_stream_is_a_spread_over_long_documents(tmp_path: 
 def test_the_shuffle_window_bounds_what_is_held_and_loses_nothing(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(500)])
     source = JsonlSource(name="t", path=str(path))
-    narrow = list(stream(source, 1, window_chars=200))
+    narrow = list(PieceStream(source, 1, window_chars=200))
     assert sorted(narrow) == sorted(source.documents(0))
     assert narrow != list(source.documents(0))
-    assert narrow == list(stream(source, 1, window_chars=200)) != list(stream(source, 2, window_chars=200))
+    assert narrow == list(PieceStream(source, 1, window_chars=200)) != list(PieceStream(source, 2, window_chars=200))
 
 
 # ---- cutting, tokenising, packing
@@ -207,7 +207,7 @@ def test_pieces_are_short_and_lose_no_letter(text: str, limit: int) -> None:
 def test_cuts_prefer_paragraphs_then_lines_then_spaces() -> None:
     assert list(split_document("aaaa b\n\ncc dd ee", 10)) == ["aaaa b\n\n", "cc dd ee"]
     assert list(split_document("aaaa bb\ncc dd ee", 10)) == ["aaaa bb\n", "cc dd ee"]
-    assert list(split_document("aaaa bb cc dd ee", 10)) == ["aaaa bb ", "cc dd ee"]
+    assert list(split_document("aaaa bb cc dd ee", 10)) == ["aaaa bb", " cc dd ee"]
     assert list(split_document("a" * 25, 10)) == ["a" * 10, "a" * 10, "a" * 5]
 
 

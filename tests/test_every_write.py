@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.recipe import Recipe, load_recipe
 from fastdraft.training.metrics import Metrics, read_metrics
@@ -22,25 +20,6 @@ from fastdraft.training.metrics import Metrics, read_metrics
 MEASURED = ("seconds", "provenance", "tokens_per_second", "generated_tokens_per_second")
 """Manifest fields that tell of the machine, not of the result."""
 DEAD_PROCESS = 4_194_305
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
-    """The recipe of a finished run: few steps, few units, several checkpoints of each kind."""
-    folder = tmp_path_factory.mktemp("every-write")
-    path = write_recipe(folder, tiny_target)
-    value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    short = {"tokens": "1536", "batch_tokens": 256, "checkpoint_every": 2, "validate_every": 3}
-    for stage in ("pretrain", "align"):
-        value[stage].update(short)
-    del value["continue_pretrain"], value["report"]
-    value["prepare"]["corpora"][0]["tokens"], value["prepare"]["shard_tokens"] = "6k", "2k"
-    value["synthesize"].update({"tokens": 250, "batch_rows": 8, "max_new_tokens": 12, "temperatures": [0, 1.0]})
-    next(p for p in value["synthesize"]["prompts"] if p["kind"] == "magpie")["max_instruction_tokens"] = 8  # never ends: is given up
-    value["evaluate"].update({"temperatures": [0.6], "num_speculative_tokens": [2], "exact": {"num_speculative_tokens": [2], "prompts": 2}})
-    path.write_text(yaml.safe_dump(value), encoding="utf-8")
-    pipeline.run(load_recipe(str(path)))
-    return path
 
 
 def recipe_in(path: Path, name: str) -> Recipe:
@@ -93,21 +72,21 @@ def copy_at_every_write(monkeypatch: pytest.MonkeyPatch, run: Path, copies: Path
 
 @pytest.mark.parametrize("stage", ["design", "prepare", "pretrain", "synthesize", "align", "evaluate", "export"])
 def test_a_stage_killed_at_any_write_ends_in_the_same_files(
-    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+    short_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
 ) -> None:
-    runs, copies = undisturbed.parent / "runs", tmp_path / "copies"
+    runs, copies = short_run.parent / "runs", tmp_path / "copies"
     wanted, name = result(runs / "tiny" / stage), f"watched-{stage}"
     copy_without(runs / "tiny", runs / name, stage)
     with monkeypatch.context() as patch:
         copy_at_every_write(patch, runs / name, copies)
-        pipeline.run(recipe_in(undisturbed, name), only=[stage])
+        pipeline.run(recipe_in(short_run, name), only=[stage])
     assert result(runs / name / stage) == wanted
     killed = sorted(copies.iterdir())
     assert len(killed) >= 3
     for number, copy in enumerate(killed):
         again = runs / f"{name}-{number}"
         shutil.move(copy, again)
-        pipeline.run(recipe_in(undisturbed, again.name), only=[stage])
+        pipeline.run(recipe_in(short_run, again.name), only=[stage])
         assert differing(result(again / stage), wanted) == [], f"killed before write {number}"
         shutil.rmtree(again)
 

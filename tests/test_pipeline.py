@@ -1,6 +1,7 @@
 """The whole pipeline on a tiny target: it runs, skips, refuses, resumes."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, FastDraftError, MissingExtraError
 from fastdraft.pipeline import STAGE_NAMES, downstream, run
 from fastdraft.recipe import load_recipe
-from kill_and_resume import kill_and_resume
+from kill_and_resume import Kind, kill_and_resume
 
 NAMES = [name for name in STAGE_NAMES if name != "benchmark"]
 """Stages of the tiny recipe: a benchmark needs another runtime, and has tests of its own."""
@@ -133,6 +134,11 @@ def test_redoing_a_stage_redoes_what_builds_on_it() -> None:
 
 def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(tmp_path: Path) -> None:
     assert kill_and_resume(tmp_path, kills=3) == []
+
+
+@pytest.mark.skipif(find_spec("httpx") is None, reason="the extra `server` is not installed")
+def test_run_and_server_killed_at_a_random_moment_end_as_if_undisturbed(tmp_path: Path) -> None:
+    assert kill_and_resume(tmp_path, kills=1, kind=Kind(http=True, logits=True, short=True)) == []
 
 
 def test_check_and_dry_run_leave_nothing_behind(tmp_path: Path, tiny_target: Path) -> None:

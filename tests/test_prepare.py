@@ -13,6 +13,7 @@ import pytest
 from fastdraft.artifacts import RunDirectory, file_sha256
 from fastdraft.config import load_config
 from fastdraft.console import Console
+from fastdraft.data import build
 from fastdraft.data.journal import Journal
 from fastdraft.data.loader import MixtureSampler
 from fastdraft.data.shards import ShardWriter, open_corpus
@@ -44,7 +45,9 @@ def shards_of(root: Path) -> dict[str, str]:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(build, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(build, "COMMIT_CHARS", 12000)
+    monkeypatch.setattr(build, "WINDOW_CHARS", 8000)
 
 
 def test_a_corpus_becomes_rows_of_the_targets_tokens(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
@@ -86,7 +89,7 @@ def test_the_result_does_not_depend_on_how_work_is_batched(
 ) -> None:
     entry = {"name": "text", "kind": "jsonl", "path": str(small_corpus), "tokens": 9000}
     execute(config_of(entry), context_of(tmp_path / "a", tiny_target))
-    monkeypatch.setattr(prepare, "BATCH_CHARS", 500)
+    monkeypatch.setattr(build, "BATCH_CHARS", 500)
     execute(config_of(entry), context_of(tmp_path / "b", tiny_target))
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
 
@@ -119,7 +122,7 @@ def crash(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, at: int, be
         (ShardWriter, "flush", 4),
         (ShardWriter, "close_shard", 2),
         (ShardWriter, "close_shard", 5),
-        (Journal, "add", 80),
+        (Journal, "add", 5),
     ],
 )
 @pytest.mark.usefixtures("small_batches")
@@ -197,7 +200,7 @@ def test_huge_and_empty_documents_are_handled(tmp_path: Path, tiny_target: Path)
     corpus = execute(config_of({"name": "t", "kind": "text", "path": str(tmp_path / "*.txt")}), context_of(tmp_path / "run", tiny_target))[
         "corpora"
     ]["t"]
-    assert corpus["train"]["documents"] + corpus["validation"]["documents"] + corpus["duplicates"] == 28
+    assert corpus["train"]["documents"] + corpus["validation"]["documents"] + corpus["duplicates"] == 29
 
 
 def test_text_that_unicode_forbids_is_replaced(tmp_path: Path, tiny_target: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from fastdraft.decoding.cache import Reader
@@ -266,3 +268,36 @@ def test_a_model_whose_state_cannot_be_taken_back_is_refused(draft: PreTrainedMo
     other = llama(8, seed=0)
     other.config.layer_types = ["linear_attention"]
     refuse(lambda: Reader(other, 8), TargetError, "linear_attention")
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls that make the CPU wait for an accelerator."""
+
+    NAMES: ClassVar = {"item", "tolist", "cpu", "numpy", "nonzero", "__int__", "__float__", "__bool__", "__index__", "masked_select"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8), Sampling(0.8, top_k=20, top_p=0.9)])
+def test_a_round_waits_for_the_device_once(target: PreTrainedModel, draft: PreTrainedModel, sampling: Sampling) -> None:
+    with Waits() as waits:
+        result = SpeculativeDecoder(target, draft, TINY, 3).generate([5, 6, 7], sampling, 24, seed=0)
+    assert waits.seen == ["tolist"] * len(result.rounds)
+
+
+def test_what_stands_in_a_cache_is_never_copied_again(target: PreTrainedModel) -> None:
+    reader = Reader(target, 40)
+    with torch.inference_mode():
+        reader.read(torch.arange(4, 24))
+        places = [layer.keys.data_ptr() for layer in reader.cache.layers]
+        for length in (20, 12, 30):
+            reader.take_back(min(length, reader.length))
+            reader.read(torch.arange(4, 9))
+            assert [layer.keys.data_ptr() for layer in reader.cache.layers] == places

@@ -313,17 +313,6 @@ def test_a_batch_without_trained_tokens_is_an_error() -> None:
         make_step(Model()).gradients([])
 
 
-def test_out_of_memory_names_the_key_that_helps(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
-
-    def full(batches: Any) -> Any:
-        raise torch.OutOfMemoryError("no")
-
-    trainer.step.gradients = full  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"pretrain\.micro_batch_tokens"):
-        trainer.run()
-
-
 def test_a_finished_run_does_no_further_step(tmp_path: Path) -> None:
     first = make_trainer(tmp_path)
     first.run()

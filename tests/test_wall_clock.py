@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,8 @@ def test_prompts_that_do_not_fit_are_left_out_with_a_word() -> None:
     found = task_prompts(task("code", [5, 40, 6]), 3, room=30)
     assert (found.names, len(found.left_out)) == (["p0", "p2"], 1)
     assert task_prompts(task("code", [5, 40, 6]), 1, room=30).left_out == [], "enough prompts fit: nothing is missing"
+    talks = replace(task("talks", [5, 6]), later_turns=3)
+    assert task_prompts(talks, 2, room=30).left_out == ["talks: 3 later turns of conversations; first turns are measured"]
     with pytest.raises(DataError, match="none of 1 prompts fits"):
         task_prompts(task("code", [40]), 3, room=30)
 

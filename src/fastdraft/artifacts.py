@@ -12,18 +12,20 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastdraft.errors import ArtifactError, DiskError
+from fastdraft.machine import TEMPORARY, disk_errors
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-"""What the three functions below call an unfinished file or folder."""
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
+_HELD: list[Path] = []
+"""Runs that this process has locked."""
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 SCRATCH = ("steps", ".journal", "converted")
 """Folders of resume checkpoints, journals and converted copies of the target, of no use once a stage is complete."""
 
@@ -35,19 +37,18 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         DiskError: when the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        # A lone surrogate (a file name that is no UTF-8, a damaged text) becomes its escape, which JSON reads back as it was.
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` for a library to write to; renamed over `path` when the block succeeds."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = _beside(path)
         try:
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            _force(temporary)
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -58,12 +59,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path`; it takes the place of `path` when the block succeeds."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = _beside(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with contextlib.suppress(PermissionError):  # a library may write files that even their owner may only read
+                        _force(file)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
@@ -71,21 +75,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def disk_errors(path: Path | str) -> Iterator[None]:
-    """Turns "no space left", "read-only" and "permission denied" into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskError(
-                path, "no space left on the disk", "this file must fit", "free some space and run the same command again"
-            ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise DiskError(
-                path, "cannot be written", "the run's folder must be writable", "change its rights or set run.folder"
-            ) from error
-        raise
+def _beside(path: Path) -> Path:
+    """The temporary name. Its folder is made, in a run that this process works at only if the folder around it stands:
+    where that has gone, somebody has moved or deleted the whole run, and no part of it may be begun in its old place.
+    """
+    path.parent.mkdir(parents=not any(root in path.parents for root in _HELD), exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _force(file: Path) -> None:
+    """To the disk: after a power cut a file under its final name must not be empty."""
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -159,7 +160,11 @@ class Artifact:
             ArtifactError: when the stage is not finished or the manifest is damaged.
         """
         value = read_json(self.path / MANIFEST)
-        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            found, rule = f"schema {schema}, of a newer release", f"this release reads schema {SCHEMA}"
+            raise ArtifactError(self.path / MANIFEST, found, rule, f"upgrade fastdraft, or do it again with --redo {self.name}")
+        if schema != SCHEMA:
             raise ArtifactError(
                 self.path / MANIFEST, "another schema", f"must be schema {SCHEMA}", "delete this folder and run its stage again"
             )
@@ -208,6 +213,19 @@ class Artifact:
         if not (self.path / FINGERPRINT).exists():
             write_json(self.path / FINGERPRINT, fingerprint)
 
+    def refuse_orphans(self, fingerprint: Mapping[str, Any]) -> None:
+        """Work without a fingerprint may be of any settings; only a manifest that names these lets it count as theirs.
+
+        Raises:
+            ArtifactError: when there is such work.
+        """
+        if (self.path / FINGERPRINT).exists() or not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if self.is_complete() and self.manifest().get("fingerprint") == digest(json.loads(json.dumps(fingerprint, default=str))):
+            return
+        found, rule = f"{FINGERPRINT} is missing beside other files", "it tells with which settings they were made"
+        raise ArtifactError(self.path, found, rule, f"put it back, or do the stage again with --redo {self.name}")
+
     def complete(self, **fields: Any) -> None:
         """Writes the manifest: from here on the stage counts as finished."""
         write_json(self.path / MANIFEST, {"schema": SCHEMA, "stage": self.name, "fingerprint": self.digest(), **fields})
@@ -218,9 +236,16 @@ class Artifact:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def discard(self) -> None:
-        """Removes the stage's work, the manifest first, so that a kill half-way leaves it unfinished."""
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes the stage's work: gone at once for everybody, then file by file, so that a kill half-way leaves no part of it."""
+        aside = self.path.with_name(f".{self.name}.{os.getpid()}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                os.replace(self.path, aside)
+            except PermissionError:  # Windows, where somebody looks into it
+                (self.path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -241,34 +266,66 @@ class RunDirectory:
         Raises:
             ArtifactError: when another process holds it. DiskError: when the folder cannot be made or written.
         """
-        from filelock import FileLock, Timeout
-
         with disk_errors(self.root):
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError, FileNotFoundError):
                 rule = "the run's folder must be one that can be made"
                 raise DiskError(self.root, "no folder can be made here", rule, "set another run.folder") from None
-            lock = FileLock(str(self.root / ".lock"), timeout=0)
-            try:
-                lock.acquire()
-            except Timeout:
-                raise ArtifactError(
-                    self.root, "in use by another process", "one process at a time may write a run", "wait for it, or use another run.name"
-                ) from None
+            lock = _acquire_lock(self.root)
+        _HELD.append(self.root)
         try:
             self._remove_unfinished()
             yield
         finally:
+            _HELD.remove(self.root)
             lock.release()
 
     def _remove_unfinished(self) -> None:
         for folder, folders, files in os.walk(self.root):
-            for name in filter(_TEMPORARY.fullmatch, [*folders, *files]):
+            for name in filter(TEMPORARY.fullmatch, [*folders, *files]):
                 path = Path(folder) / name
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     with contextlib.suppress(OSError):
                         path.unlink()
-            folders[:] = [name for name in folders if not _TEMPORARY.fullmatch(name)]
+            folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]
+
+
+def _acquire_lock(root: Path) -> Any:
+    """The held lock of a run's folder.
+
+    Where the file server knows no locks that die with their process, a file with the owner's name stands for one.
+    """
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    lock, marker = FileLock(str(root / ".lock"), timeout=0), root / ".lock.held"
+    try:
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if _owner_is_dead(marker):
+                marker.unlink(missing_ok=True)
+            lock = SoftFileLock(str(marker), timeout=0)
+            lock.acquire()
+    except Timeout:
+        remedy = f"wait for it, or use another run.name{f'; if its machine is dead, delete {marker}' if marker.exists() else ''}"
+        raise ArtifactError(root, "in use by another process", "one process at a time may write a run", remedy) from None
+    return lock
+
+
+def _owner_is_dead(marker: Path) -> bool:
+    """Whether the process of this machine that a marker names is no more; False for other machines, of which nobody here can tell."""
+    try:
+        pid, host = marker.read_text(encoding="utf-8").split()[:2]
+        if host != socket.gethostname() or os.name != "posix":
+            return False
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False

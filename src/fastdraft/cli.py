@@ -7,7 +7,9 @@ Nothing heavy is imported before a verb is known, so that `--help` answers at on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import io
 import os
 import re
 import sys
@@ -83,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
             stage.epilog = "example: fastdraft benchmark demo benchmark.repeats=5 'benchmark.num_speculative_tokens=[2,3,4]'"
     check = _recipe_verb(verbs, "check", "validate a recipe; forecast tokens, time, disk, memory", _check)
     check.add_argument("--json", action="store_true", help="print the forecast as JSON on stdout")
+    check.add_argument("--contact", action="store_true", help="ask the recipe's servers what they serve, with a few one-token questions")
     _add_inspect(verbs)
     _add_preview(verbs)
     _add_generate(verbs)
@@ -215,7 +218,8 @@ def _check(arguments: argparse.Namespace) -> None:
     from fastdraft.console import Console
     from fastdraft.recipe import load_recipe
 
-    check.run(load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet), as_json=getattr(arguments, "json", False))
+    recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet)
+    check.run(recipe, console, as_json=getattr(arguments, "json", False), contact=getattr(arguments, "contact", False))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -290,41 +294,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(arguments: argparse.Namespace) -> int:
     """Calls the verb; whatever the user can mend ends in one line."""
     from fastdraft.errors import FastDraftError
+    from fastdraft.machine import machine_errors
 
     # Threads that spin while they wait starve each other on a machine that does anything else; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _take_any_character()
     try:
-        arguments.call(arguments)
+        with machine_errors(_place(arguments), "use a smaller target.dtype, or a machine with more memory"):
+            arguments.call(arguments)
+            sys.stdout.flush()
     except FastDraftError as error:
-        print(f"fastdraft: {error}", file=sys.stderr)
-        return error.exit_code
+        return _say(f"fastdraft: {error}", error.exit_code)
     except KeyboardInterrupt:
         again = "; run the same command again to go on" if hasattr(arguments, "recipe") else ""
-        print(f"{chr(10) if sys.stderr.isatty() else ''}fastdraft: stopped{again}", file=sys.stderr)
-        return 130
+        return _say(f"{chr(10) if sys.stderr.isatty() else ''}fastdraft: stopped{again}", 130)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone: say nothing
+        _forget_stdout()  # whoever read our output has gone: say nothing
         return 0
-    except OSError as error:
-        print(f"fastdraft: {_refused_by_system(error, arguments)}", file=sys.stderr)
-        return 2
     return 0
 
 
-def _refused_by_system(error: OSError, arguments: argparse.Namespace) -> Exception:
-    """What the system refuses, wherever it happens, is the machine's state and no fault of this program: one line."""
-    from fastdraft.artifacts import disk_errors
-    from fastdraft.errors import DiskError
+def _say(line: str, exit_code: int) -> int:
+    """The last line; where stderr has gone too, the exit code must do."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr)
+    return exit_code
 
-    place = error.filename or _place(arguments)
-    try:
-        with disk_errors(place):
-            raise error
-    except DiskError as told:
-        return told
-    except OSError:
-        found = (error.strerror or str(error)).lower()
-        return DiskError(place, found, "files and folders must be within reach", "mend that and run the same command again")
+
+def _take_any_character() -> None:
+    """A terminal or file of a small character set gets escapes for what it cannot show, never an error half-way."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _forget_stdout() -> None:
+    """Lets the interpreter's own last flush go nowhere; it would complain otherwise."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _place(arguments: argparse.Namespace) -> Any:

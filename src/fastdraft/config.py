@@ -23,7 +23,14 @@ _LARGEST_COUNT = 10**18
 _SECRET = re.compile(r"(^|_)(key|secret|password|passwd|credentials?|authorization|bearer|token)($|_)|^key|key$", re.IGNORECASE)
 _LOOKS_SECRET = re.compile(r"\b(sk-|hf_|ghp_|xox[a-z]-|Bearer\s+)[A-Za-z0-9._~+/=-]{6,}")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_WINDOWS_DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{name}{number}" for name in ("com", "lpt") for number in range(1, 10))})
+"""What is not to be repeated, were a recipe to have it: values of such keys, and such texts."""
+
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{number}" for name in ("com", "lpt") for number in range(10))}
+
+
+def names_a_device(name: str) -> bool:
+    """Whether Windows takes this name, whatever its ending, for a device such as `con` or `lpt1`: no folder can have it there."""
+    return name.split(".", maxsplit=1)[0].casefold() in _DEVICES
 
 
 class Config(BaseModel):
@@ -61,8 +68,8 @@ def folder_name(value: str) -> str:
         ValueError: for other characters, more than 100 of them, a dot at the end, or a name that Windows keeps for a device.
     """
     if not _FOLDER.fullmatch(value):
-        raise ValueError("must be up to 100 letters, digits, '.', '_' and '-', beginning with a letter or digit: it names a folder")
-    if value.endswith(".") or value.partition(".")[0].casefold() in _WINDOWS_DEVICES:
+        raise ValueError("must be letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit: it names a folder")
+    if value.endswith(".") or names_a_device(value):
         raise ValueError("cannot name a folder on Windows, so choose another name")
     return value
 
@@ -102,11 +109,12 @@ def recipe_error(error: ValidationError, cls: type[BaseModel], where: str = "") 
     first = error.errors(include_url=False)[0]
     loc, kind = first["loc"], first["type"]
     key, known = _dotted(cls, loc, where), _known_keys(cls, loc[:-1]) if kind == "extra_forbidden" else []
-    found = "(not shown)" if loc and _SECRET.search(str(loc[-1])) and loc[-1] not in known else short(first["input"])
+    secret = bool(loc) and _SECRET.search(str(loc[-1])) is not None and loc[-1] not in known
+    found = "a secret" if secret else short(first["input"])
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}" if known else "remove it"
-        return RecipeError(key, found, "unknown key", remedy)
+        return RecipeError(key, found, "unknown key", "keys are not for recipes: use api_key_env" if secret else remedy)
     if kind == "missing":
         return RecipeError(key, "missing", "this key is required", "add it to the recipe")
     if kind in ("union_tag_invalid", "union_tag_not_found"):

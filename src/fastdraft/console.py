@@ -1,7 +1,8 @@
 """What the user sees while FastDraft works: lines, tables, progress with rate and ETA; and the wish to stop.
 
 Decides that everything goes to stderr (stdout belongs to results), that progress is a live bar on a terminal and a line
-every few seconds elsewhere, and that the first Ctrl-C or SIGTERM asks stages to save and stop while the second kills.
+every few seconds elsewhere, and that the first Ctrl-C, SIGTERM or hang-up asks stages to save and stop while the second kills; and
+that work goes on unseen where nobody can read the news any more.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from fastdraft.errors import Interrupted
 
 PLAIN_SECONDS = 10.0
 TABLE_WIDTH = 79
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stop:
-    """A wish to stop, set by the first SIGINT or SIGTERM; stages look at it between two safe points."""
+    """A wish to stop, set by the first SIGINT, SIGTERM or SIGHUP; stages look at it between two safe points."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -39,18 +41,23 @@ class Stop:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[Stop]:
-        """Catches SIGINT and SIGTERM inside the block; a second signal acts as usual."""
+        """Catches SIGINT, SIGTERM and SIGHUP inside the block; a second signal acts as usual.
+
+        What the caller has set to be ignored (nohup, a shell's background) stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        names = [signal.SIGINT, signal.SIGTERM]
-        before = {name: signal.getsignal(name) for name in names}
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        names = [number for number in _SIGNALS if before[number] not in (signal.SIG_IGN, None)]
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.requested = True
             for name in names:
                 signal.signal(name, before[name])
-            print("\nstopping at the next safe point (once more to stop at once)", file=sys.stderr)
+            # The terminal may be the very thing that has gone, or be in the middle of a line.
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                print("\nstopping at the next safe point (once more to stop at once)", file=sys.stderr)
 
         for name in names:
             signal.signal(name, handle)
@@ -151,21 +158,26 @@ class Console:
         if self.quiet:
             return
         if self.live:
-            sys.stderr.write("\r\x1b[2K" + progress.line(self._width()))
-            sys.stderr.flush()
+            _print("\r\x1b[2K" + progress.line(self._width()), end="")
             self._open_line = True
         else:
             self._write(progress.line(200))
 
     def _width(self) -> int:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             return max(20, os.get_terminal_size(sys.stderr.fileno()).columns - 1)
         return 79
 
     def _write(self, text: str) -> None:
         prefix = "\r\x1b[2K" if self._open_line else ""
         self._open_line = False
-        print(prefix + text, file=sys.stderr, flush=True)
+        _print(prefix + text)
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """News that nobody can read (the terminal is gone, the log's disk is full) must not end hours of work."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def _wrap(line: str, width: int) -> str:

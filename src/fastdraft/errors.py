@@ -12,6 +12,7 @@ breaks and the remedy. The command line prints that line and exits with `exit_co
     |-- DiskError          no room, or no right to write
     |-- TrainingError      the numbers went wrong: NaN loss, no trained tokens
     |-- DeviceError        the asked device is not there
+    |-- NoMemoryError      the memory of the machine or of its accelerator does not suffice
     |-- MissingExtraError  an optional library is not installed
     `-- Interrupted        stopped by a signal after everything was saved (exit code 130)
 """
@@ -69,6 +70,10 @@ class TrainingError(FastDraftError):
 
 class DeviceError(FastDraftError):
     """The asked device is not there."""
+
+
+class NoMemoryError(FastDraftError):
+    """The memory of the machine or of its accelerator does not suffice."""
 
 
 class MissingExtraError(FastDraftError):

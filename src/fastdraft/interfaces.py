@@ -1,17 +1,17 @@
 """The few types that rooms share: what a stage is given, and what an engine must be able to do.
 
-Decides the run-wide settings (`run:` and `target:` in a recipe), the `StageContext` handed to every stage, and the
-`Engine` protocol by which any runtime writes text as the target.
+Decides the run-wide settings (`run:` and `target:` in a recipe) and the `StageContext` handed to every stage; what a text and an
+engine are stands in generation.py and is handed on from here.
 """
 
 from __future__ import annotations
 
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -19,6 +19,12 @@ from fastdraft.artifacts import Artifact, RunDirectory
 from fastdraft.config import Config, FolderName, short
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, DataError, RecipeError
+from fastdraft.generation import Engine, Generation, RenderedPrompt, Sampling, check_prompts
+
+__all__ = [
+    "PYTHON", "SHIPPED", "Engine", "Generation", "RenderedPrompt", "RunConfig", "Sampling", "StageContext", "TargetConfig", "check_prompts",
+    "resolve_path",
+]  # fmt: skip
 
 SHIPPED, PYTHON = "shipped:", "python:"
 
@@ -154,52 +160,3 @@ class StageContext:
 
     def has(self, stage: str) -> bool:
         return stage in self.sections
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The distribution from which the target writes: temperature first, then top-k, then top-p."""
-
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 0
-    """0 keeps all."""
-    top_p: float = 1.0
-    """1 keeps all."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer of the target."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    """Without the prompt; ends with the EOS id when `finish_reason` is `stop`."""
-    logprobs: list[float]
-    """Natural log of the probability of each response id under the very distribution it was drawn from; 0 when greedy.
-    Empty where a server does not tell it: such text can be trained on, and replayed only where no probability is asked."""
-    finish_reason: Literal["stop", "length"]
-    fault: str = ""
-    """Why this answer is no use as a row, in one word; empty for every good one."""
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> None:
-    """What every engine asks of its prompts.
-
-    Raises:
-        DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
-    """
-    for index, prompt in enumerate(prompts):
-        if not prompt or len(prompt) + max_new_tokens > context_length:
-            rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {context_length}"
-            raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
-
-
-class Engine(Protocol):
-    """A runtime that writes text as the target. Implementations: runtimes/."""
-
-    name: str
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
-        """One answer for each prompt (token ids in, token ids out), reproducible for equal prompts, order and seed."""
-        ...

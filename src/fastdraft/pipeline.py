@@ -20,6 +20,7 @@ from fastdraft.config import Config
 from fastdraft.console import Console, format_seconds
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
 from fastdraft.interfaces import StageContext
+from fastdraft.machine import machine_errors
 from fastdraft.recipe import Recipe
 
 
@@ -32,6 +33,8 @@ class Stage:
     builds_on: tuple[str, ...] = ()
     module: str = ""
     """Set where one module serves two stages."""
+    smaller: str = "close other programs, or use a machine with more memory"
+    """What makes the stage need less memory."""
     remade: bool = False
     """Shows what there is: needs no earlier stage, and is made anew, not refused, when something changed."""
 
@@ -58,18 +61,27 @@ class Stage:
         self._call("run", config, context)
 
 
+_FEWER_ROWS = "lower {}.batch_rows, or set target.dtype=bf16"
 STAGES = (
     Stage("design", "target -> draft architecture and first weights"),
-    Stage("prepare", "corpora -> tokenised, packed shards", ("design",)),
-    Stage("pretrain", "text shards -> a language model", ("prepare",), module="pretrain"),
-    Stage("continue_pretrain", "code and text shards -> a model of both", ("pretrain",), module="pretrain"),
-    Stage("synthesize", "prompts -> responses that the target writes", ("prepare",)),
-    Stage("align", "responses -> a draft that predicts this target", ("continue_pretrain", "synthesize")),
-    Stage("evaluate", "draft x target x tasks -> acceptance, block efficiency", ("align",)),
+    Stage("prepare", "corpora -> tokenised, packed shards", ("design",), smaller="lower prepare.workers or close other programs"),
+    Stage("pretrain", "text shards -> a language model", ("prepare",), "pretrain", "lower pretrain.micro_batch_tokens"),
+    Stage(
+        "continue_pretrain", "code and text shards -> a model of both", ("pretrain",), "pretrain",
+        "lower continue_pretrain.micro_batch_tokens",
+    ),
+    Stage("synthesize", "prompts -> responses that the target writes", ("prepare",), smaller=_FEWER_ROWS.format("synthesize")),
+    Stage(
+        "align", "responses -> a draft that predicts this target", ("continue_pretrain", "synthesize"),
+        smaller="lower align.micro_batch_tokens",
+    ),
+    Stage(
+        "evaluate", "draft x target x tasks -> acceptance, block efficiency", ("align",), smaller=_FEWER_ROWS.format("evaluate"),
+    ),
     Stage("export", "the draft as runtimes load it", ("evaluate",)),
     Stage("benchmark", "the exported pair on this device's clock, beside the prediction", ("export",)),
     Stage("report", "everything on one page", ("export", "benchmark"), remade=True),
-)
+)  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
@@ -106,7 +118,7 @@ def run(recipe: Recipe, console: Console | None = None, *, only: Iterable[str] |
         if stage.name in redone or not context.artifact(stage.name).is_complete():
             stage.check_installed(recipe.sections()[stage.name])  # now, and not after hours of training
     start = time.monotonic()
-    with context.console.stop.listen(), context.run.lock():
+    with machine_errors(context.run.root, Stage.smaller), context.console.stop.listen(), context.run.lock():
         refuse_changes(recipe, context, redone, wanted)
         for name in redone:
             context.artifact(name).discard()
@@ -171,10 +183,16 @@ def _refuse_gaps(wanted: Sequence[Stage], redone: Collection[str], context: Stag
 
 def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
     """Whether there was anything to do."""
+    with machine_errors(context.artifact(stage.name).path, stage.smaller):
+        return _do_stage(stage, recipe, context)
+
+
+def _do_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
     config, artifact = recipe.sections()[stage.name], context.artifact(stage.name)
     fingerprint = stage.fingerprint(config, context)
     if stage.remade and artifact.differences(fingerprint):
         artifact.discard()
+    artifact.refuse_orphans(fingerprint)
     fresh = not (artifact.path / FINGERPRINT).exists()
     artifact.begin(fingerprint)
     if artifact.is_complete():
@@ -197,6 +215,8 @@ def _run_stage(stage: Stage, recipe: Recipe, context: StageContext) -> bool:
 def _record_seconds(context: StageContext, name: str, seconds: float, fresh: bool) -> None:
     """Adds to `timings.json`: wall-clock seconds of all the processes that worked at each stage, killed ones left out."""
     path = context.run.root / "timings.json"
+    if not path.parent.is_dir():
+        return  # somebody moved the run away: nothing new may stand in its place
     found = read_json(path) if path.exists() else {}
     timings = {stage: value for stage, value in found.items() if isinstance(value, (int, float))} if isinstance(found, dict) else {}
     before = 0.0 if fresh else timings.get(name, 0.0)

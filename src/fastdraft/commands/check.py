@@ -2,7 +2,7 @@
 
 Decides what is looked at (target, vocabulary, shape, corpora, prompts, tasks, device, earlier work in the run's folder,
 disk) and what is forecast for each stage (tokens, time, disk, memory) and for the draft (speed-up by acceptance rate).
-Reads configs and file listings, never weights; downloads nothing of a corpus.
+Reads configs and file listings, never weights; downloads nothing of a corpus; asks no server but by `--contact`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdraft import forecast
+from fastdraft.commands import check_servers
 from fastdraft.commands.check_fit import check_fit
 from fastdraft.config import format_count
 from fastdraft.console import Console, format_seconds, format_table
@@ -46,8 +47,14 @@ class StageForecast:
     memory_bytes: float = 0.0
 
 
-def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
+def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool = False) -> None:
     """Checks everything and prints the forecast: a table on stdout (none when the console is quiet), or JSON.
+
+    Args:
+        recipe: What is looked at.
+        console: Quiet prints nothing.
+        as_json: Prints one JSON object instead.
+        contact: Asks the servers of `synthesize.engine` too; else nothing goes over the network to them.
 
     Raises:
         FastDraftError: in one line, for the first thing that cannot work.
@@ -60,6 +67,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
         raise RecipeError("design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe")
     plan = design.plan(recipe.design, recipe.target)
     check_fit(recipe, plan)
+    _check_row_lengths(recipe, plan)
     unseen = list(_check_inputs(recipe))
     refuse_changes(recipe, context)
     states = {stage.name: _state(stage.name, context) for stage in STAGES if context.has(stage.name)}
@@ -68,15 +76,23 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
     needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
     if needed > free:
         raise DiskError(recipe.run.root, f"{_size(free)} free", f"the run needs about {_size(needed)}", "free some space or set run.folder")
+    contacts = check_servers.ask(recipe) if contact else []
     if as_json:
-        print(json.dumps(_as_dict(recipe, plan, device, stages, free), indent=1))
+        servers = {"servers": check_servers.as_dicts(contacts)} if contact else {}
+        print(json.dumps({**_as_dict(recipe, plan, device, stages, free), **servers}, indent=1))
     elif not console.quiet:
         _print(recipe, plan, device, stages, free)
         if recipe.synthesize and _asks_engine(recipe):
-            print(f"engine of synthesize: {choose_engine(recipe.synthesize.engine, context)}")
+            hint = "" if contact or recipe.synthesize.engine.kind != "openai" else " (not asked; --contact asks it what it serves)"
+            print(f"engine of synthesize: {choose_engine(recipe.synthesize.engine, context)}{hint}")
+        for line in check_servers.lines(contacts, plan.target.context_length) if contact else ():
+            print(line)
         for name in unseen:
             print(f"not looked at (it lies on the hub): {name}")
-        print("everything that can be checked here fits")
+        if not check_servers.faults(contacts):
+            print("everything that can be checked here fits")
+    for fault in check_servers.faults(contacts):
+        raise fault
 
 
 def _check_inputs(recipe: Recipe) -> Iterator[str]:
@@ -106,6 +122,19 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         _check_benchmark(recipe)
     if recipe.align and not recipe.synthesize:
         raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
+
+
+def _check_row_lengths(recipe: Recipe, plan: design.Plan) -> None:
+    """A row must fit into the draft's context, and into a batch where its size is given."""
+    limit = getattr(plan.draft_config, "max_position_embeddings", None)
+    longest = max((recipe.prepare.row_length, *recipe.prepare.long_rows)) if recipe.prepare else 0
+    if recipe.prepare and limit and longest > limit:
+        key = "prepare.long_rows" if recipe.prepare.long_rows else "prepare.row_length"
+        raise RecipeError(key, longest, f"must be at most the draft's context of {limit}", "lower it")
+    for name in ("pretrain", "continue_pretrain"):
+        section = getattr(recipe, name)
+        if section and recipe.prepare and section.batch_tokens and section.batch_tokens < longest:
+            raise RecipeError(f"{name}.batch_tokens", section.batch_tokens, f"must hold one row of {longest} tokens", "raise it")
 
 
 def _check_runtimes(recipe: Recipe) -> None:
@@ -240,7 +269,8 @@ def _training_tokens(name: str, recipe: Recipe) -> int:
 
 
 def _micro_batch(name: str, recipe: Recipe, device: str) -> int:
-    return int(getattr(recipe, name).micro_batch_tokens or (4096 if device == "cpu" else 32768))
+    longest = max((recipe.prepare.row_length, *recipe.prepare.long_rows)) if recipe.prepare else 0
+    return max(longest, int(getattr(recipe, name).micro_batch_tokens or (4096 if device == "cpu" else 32768)))
 
 
 def _evaluation_tokens(recipe: Recipe) -> int:
@@ -248,7 +278,12 @@ def _evaluation_tokens(recipe: Recipe) -> int:
 
     if recipe.evaluate is None or recipe.evaluate.texts.kind not in ("target", "engine"):
         return 0  # how long texts are that stand already shows when they are read
-    return sum(len(load_task(task).prompts) * task.max_new_tokens for task in recipe.evaluate.tasks) * len(recipe.evaluate.temperatures)
+    tokens, temperatures = 0, len(recipe.evaluate.temperatures)
+    for task in recipe.evaluate.tasks:
+        turns = [len(prompt.conversation.users) if prompt.conversation else 1 for prompt in load_task(task).prompts]
+        earlier = sum(turns) - len(turns)  # answered greedily once, for the prompts of the turns behind them
+        tokens += (sum(turns) * temperatures + earlier) * task.max_new_tokens
+    return tokens
 
 
 def _benchmark(recipe: Recipe, config: BenchmarkConfig, plan: design.Plan) -> tuple[int, float, float, float]:

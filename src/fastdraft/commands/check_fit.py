@@ -22,9 +22,6 @@ def check_fit(recipe: Recipe, plan: design.Plan) -> None:
     """
     check_folder(recipe.run.root)
     context = min(plan.draft.context_length, plan.target.context_length)
-    if recipe.prepare and recipe.prepare.row_length > plan.draft.context_length:
-        rule = f"rows must fit the draft's context of {plan.draft.context_length}"
-        raise RecipeError("prepare.row_length", recipe.prepare.row_length, rule, "lower it")
     asked = [(f"evaluate.tasks[{i}]", task.max_new_tokens) for i, task in enumerate(recipe.evaluate.tasks)] if recipe.evaluate else []
     if recipe.synthesize and recipe.synthesize.asks:
         asked.append(("synthesize", recipe.synthesize.max_new_tokens))

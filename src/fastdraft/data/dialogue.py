@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fastdraft.conversation import Conversation, Prompt
 from fastdraft.data.chat import has_chat_template, prompt_ids, render_prompt, render_text
 from fastdraft.errors import TargetError
-from fastdraft.interfaces import Generation
+from fastdraft.interfaces import Generation, RenderedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class DialogueFormat:
         return "the chat template takes no system message, so it stands at the head of the first user turn" if self.folds_system else ""
 
     def prompt_ids(self, conversation: Conversation, answers: Sequence[str]) -> list[int]:
-        """Token ids of the conversation up to where answer number `len(answers)` begins.
+        """Token ids of the conversation up to where answer number `len(answers)` begins; with a template they know their messages.
 
         Raises:
             TargetError: when the template refuses it.
@@ -75,7 +75,7 @@ class DialogueFormat:
         for place, words in enumerate(users):
             messages.append({"role": "user", "content": words})
             messages += [{"role": "assistant", "content": answer} for answer in answers[place : place + 1]]
-        return render_prompt(self.tokenizer, messages)
+        return RenderedPrompt(render_prompt(self.tokenizer, messages), messages)
 
     def answer(self, generation: Generation) -> str | None:
         """What the target said, for the history of later turns; None where nothing can follow: it is empty, or still thinking."""

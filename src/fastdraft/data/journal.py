@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastdraft.errors import ArtifactError, DiskError
 
-CACHE_KIB = 32_768
+CACHE_KIB, MOST_VARIABLES = 32_768, 900
+"""Memory for the database's pages; digests asked for at once (SQLite takes 999 in every version)."""
 
 
 class Journal:
@@ -42,15 +43,20 @@ class Journal:
         with self._errors():
             return [_state(row[0]) for row in self._database.execute("SELECT value FROM state")]
 
-    def add(self, digest: bytes) -> bool:
-        """Remembers a document's digest; False when it was there already."""
+    def known(self, digests: Sequence[bytes]) -> set[bytes]:
+        """Those of the digests that were added before."""
+        found: set[bytes] = set()
         with self._errors():
-            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
+            for start in range(0, len(digests), MOST_VARIABLES):
+                part = digests[start : start + MOST_VARIABLES]
+                marks = ",".join("?" * len(part))
+                found.update(row[0] for row in self._database.execute(f"SELECT digest FROM seen WHERE digest IN ({marks})", part))
+        return found
 
-    def remove(self, digests: list[bytes]) -> None:
-        """Forgets documents that were seen but not taken."""
+    def add(self, digests: Iterable[bytes]) -> None:
+        """Remembers documents that were taken."""
         with self._errors():
-            self._database.executemany("DELETE FROM seen WHERE digest = ?", [(digest,) for digest in digests])
+            self._database.executemany("INSERT OR IGNORE INTO seen VALUES (?)", [(digest,) for digest in sorted(digests)])
 
     def commit(self, name: str, state: dict[str, Any], forget: bool = False) -> None:
         """Makes `state` and all digests permanent; `forget` empties the digests for the next corpus."""

@@ -203,7 +203,7 @@ def select_texts(config: TextPrompts, evaluation: Iterable[str], seed: int) -> P
 def refused_transcripts(config: TranscriptLog, evaluation: Iterable[str]) -> str:
     """Digest of the log's prompts that are evaluation prompts too; empty without any."""
     held_out = set(evaluation)
-    met = {key for entry in read_entries(config) if (key := normalised(entry.text)) in held_out} if held_out else set()
+    met = {key for entry in read_entries(config) for text in entry.texts if (key := normalised(text)) in held_out} if held_out else set()
     return hashlib.sha256("\n".join(sorted(met)).encode()).hexdigest()[:20] if met else ""
 
 

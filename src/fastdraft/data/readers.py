@@ -17,6 +17,7 @@ from typing import IO, Any, cast
 from fastdraft.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+COMPRESSED = (".gz", ".xz", ".zst")
 PARQUET_ROWS = 1024
 """Rows of a Parquet file held at a time."""
 
@@ -75,8 +76,8 @@ class _BufferedArrow:
         return cast(bytes, self._stream.read())
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a UTF-8 file.
+def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a UTF-8 file, behind line `after`; a line ends at a newline and nowhere else.
 
     Raises:
         DataError: naming the line at which the file turns out to be damaged or not UTF-8.
@@ -87,36 +88,56 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         while True:
             try:
                 line = next(lines, None)
-            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:  # ValueError: pyarrow's, of a bad frame
                 raise DataError(f"{path} line {number + 1}", f"damaged ({error})", "the file must be whole", "download it again") from None
             if line is None:
                 return
             number += 1
+            if number <= after:
+                continue
             if number == 1:
                 line = line.removeprefix(BOM)
             try:
-                yield number, line.decode("utf-8").rstrip("\r\n")
+                text = line.rstrip(b"\r\n").decode("utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{path} line {number}", f"byte {error.start} is not UTF-8", "text files must be UTF-8", "convert the file"
                 ) from None
+            del line  # a document may be a line of 50 MB: hold it once
+            yield number, text
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank.
+def _ends_inside_a_line(path: Path) -> bool:
+    """Whether a plain file's last byte is no line end, as after a copy that was cut off."""
+    if path.suffix in COMPRESSED:
+        return False
+    try:
+        with open(path, "rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) != b"\n"
+    except OSError:
+        return False
+
+
+def read_jsonl(path: Path, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line behind line `after` that is not blank.
 
     Raises:
         DataError: when the file is damaged or a line is not a JSON object.
     """
-    for number, line in read_lines(path):
-        if not line.strip():
+    for number, line in read_lines(path, after):
+        if not line or line.isspace():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if _ends_inside_a_line(path) and number == sum(1 for _ in open_binary(path)):
+                rule, remedy = "the file must be whole", "copy or download it again, or delete its last line"
+                raise DataError(f"{path} line {number}", f"cut off inside a line ({error})", rule, remedy) from None
             raise DataError(
                 f"{path} line {number}", f"not JSON ({error})", "each line must be one JSON object", "mend or delete the line"
             ) from None
+        del line
         if not isinstance(row, dict):
             raise DataError(
                 f"{path} line {number}", f"a JSON {type(row).__name__}", "each line must be one JSON object", "mend or delete the line"
@@ -124,14 +145,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def jsonl_texts(path: Path, field: str) -> Iterator[str]:
-    """The text under `field` of each line; a null counts as an empty text.
+def jsonl_texts(path: Path, field: str, after: int = 0) -> Iterator[tuple[int, str]]:
+    """(line number, text under `field`) of each line behind line `after`; a null counts as an empty text.
 
     Raises:
         DataError: when the file is damaged, or a line has no such field or no text under it.
     """
-    for where, value in jsonl_values(path, field):
-        yield _text(value, where, field)
+    for number, row in read_jsonl(path, after):
+        yield number, _text(_value(row, path, number, field), f"{path} line {number}", field)
 
 
 def jsonl_values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
@@ -141,18 +162,22 @@ def jsonl_values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         DataError: when the file is damaged, or a line has no such field.
     """
     for number, row in read_jsonl(path):
-        if field not in row:
-            raise DataError(
-                f"{path} line {number}",
-                f"no field '{field}'",
-                f"has {', '.join(map(str, list(row)[:8])) or 'no field'}",
-                "set `field` to the one that holds the text",
-            )
-        yield f"{path} line {number}", row[field]
+        yield f"{path} line {number}", _value(row, path, number, field)
 
 
-def parquet_texts(path: Path, field: str) -> Iterator[str]:
-    """The text under column `field` of each row; a null counts as an empty text.
+def _value(row: dict[str, Any], path: Path, number: int, field: str) -> Any:
+    if field not in row:
+        raise DataError(
+            f"{path} line {number}",
+            f"no field '{field}'",
+            f"has {', '.join(map(str, list(row)[:8])) or 'no field'}",
+            "set `field` to the one that holds the text",
+        )
+    return row[field]
+
+
+def parquet_texts(path: Path, field: str, after: int = 0) -> Iterator[tuple[int, str]]:
+    """(row number from 1, text under column `field`) of each row behind row `after`; a null counts as an empty text.
 
     Raises:
         DataError: when the file is damaged or has no such column of text.
@@ -160,6 +185,7 @@ def parquet_texts(path: Path, field: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
@@ -169,13 +195,18 @@ def parquet_texts(path: Path, field: str) -> Iterator[str]:
                     f"has {', '.join(file.schema_arrow.names[:8])}",
                     "set `field` to the one that holds the text",
                 )
-            number = 0
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0):
-                    number += 1
-                    yield _text(value.as_py(), f"{path} row {number}", field)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(path, f"damaged ({error})", "must be a whole Parquet file", "download it again") from None
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if number + rows <= after:
+                    number += rows  # not read at all
+                    continue
+                for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field]):
+                    for value in batch.column(0):
+                        number += 1
+                        if number > after:
+                            yield number, _text(value.as_py(), f"{path} row {number}", field)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} row {number + 1}", f"damaged ({error})", "must be a whole Parquet file", "download it again") from None
 
 
 def read_text(path: Path) -> str:
@@ -186,13 +217,15 @@ def read_text(path: Path) -> str:
     """
     try:
         with open(path, "rb") as file:
-            content = file.read().removeprefix(BOM)
+            content = file.read()
     except OSError as error:
         raise DataError(
             path, error.strerror or "unreadable", "the file must exist and be readable", "correct the path or its rights"
         ) from None
     try:
-        return content.decode("utf-8").replace("\r\n", "\n")
+        if b"\r\n" in content:
+            content = content.replace(b"\r\n", b"\n")  # keeps the numbers of lines
+        return content.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path} line {number}", "not UTF-8", "text files must be UTF-8", "convert the file") from None

@@ -180,6 +180,7 @@ def read_placed(synthesize: Artifact, split: Split | None = None) -> Iterator[tu
         ArtifactError: when a unit is damaged.
     """
     paths = unit_paths(synthesize)
+    _check_whole(synthesize, paths)
     held = validation_keys(key for path in paths for key in read_columns(path, ["prompt_key"])["prompt_key"]) if split else frozenset()
     for path in paths:
         before = 0
@@ -187,6 +188,15 @@ def read_placed(synthesize: Artifact, split: Split | None = None) -> Iterator[tu
             if split is None or (row.prompt_key in held) == (split == "validation"):
                 yield path, before, row
             before += len(row.response_ids)
+
+
+def _check_whole(synthesize: Artifact, paths: Sequence[Path]) -> None:
+    """A finished stage has every unit that it wrote: training on what is left of them would go unnoticed."""
+    written = synthesize.manifest().get("units", len(paths)) if synthesize.is_complete() else len(paths)
+    missing = {unit_path(synthesize, index) for index in range(written)} - set(paths)
+    if missing:
+        rule = f"the {written} units of a finished stage must stay where they are"
+        raise ArtifactError(min(missing), "missing", rule, "put it back, or do the stage again with --redo synthesize")
 
 
 def validation_keys(prompt_keys: Iterable[str]) -> frozenset[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,14 +19,20 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.artifacts import MANIFEST, Artifact, disk_errors, file_sha256
+from fastdraft.artifacts import MANIFEST, Artifact, file_sha256
 from fastdraft.errors import ArtifactError, DataError
+from fastdraft.machine import disk_errors
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
-_FILE = re.compile(r"(train|validation)-[0-9]{5,9}\.bin")
+_FILE = re.compile(r"(train|validation)(\.[0-9]{1,9})?-[0-9]{5,9}\.bin")
 VERIFY_BYTES = 256 << 20
 """Corpora up to this size are checked against their checksums whenever they are opened."""
+
+
+def shard_prefix(split: Split, row_length: int | None = None) -> str:
+    """What the names of a split's shards begin with; rows longer than the others have their length in it."""
+    return split if row_length is None else f"{split}.{row_length}"
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -35,13 +42,14 @@ def token_dtype(vocabulary_size: int) -> str:
 
 @dataclass
 class ShardWriter:
-    """Writes one split of one corpus; `state()` is all that a later process needs to go on after the last commit.
+    """Writes the rows of one length of one split of a corpus; `state()` is all that a later process needs to go on after the last commit.
 
     Bytes behind the committed length, and a shard renamed after the last commit, are undone by `restore`.
     """
 
     folder: Path
-    split: str
+    prefix: str
+    """What the shards' names begin with: `shard_prefix`."""
     row_ids: int
     """Ids in a row: row_length + 1."""
     dtype: str
@@ -65,7 +73,7 @@ class ShardWriter:
             if final.exists() and not partial.exists():
                 os.replace(final, partial)
             known = {partial.name, *(shard["file"] for shard in self.shards)}
-            for extra in self.folder.glob(f"{self.split}-*"):
+            for extra in self.folder.glob(f"{self.prefix}-*"):
                 if extra.name not in known:
                     extra.unlink()
             partial.touch()
@@ -110,14 +118,14 @@ class ShardWriter:
             partial.unlink(missing_ok=True)
 
     def _path(self, suffix: str) -> Path:
-        return self.folder / f"{self.split}-{len(self.shards):05}{suffix}"
+        return self.folder / f"{self.prefix}-{len(self.shards):05}{suffix}"
 
     def _bytes(self, rows: int) -> int:
         return rows * self.row_ids * np.dtype(self.dtype).itemsize
 
 
 class PackedCorpus:
-    """Rows of one split of one corpus, read by memory map; the order on disk."""
+    """Rows of one length of one split of one corpus, read by memory map; the order on disk."""
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], row_length: int, dtype: str) -> None:
         self.folder, self.row_length, self._shards = folder, row_length, shards
@@ -149,9 +157,15 @@ class PackedCorpus:
     def take(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Rows by number: int64 [n, row_length + 1]."""
         wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.rows:
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {self.rows}")
         out = np.empty((len(wanted), self.row_length + 1), dtype=np.int64)
-        for position, index in enumerate(wanted.tolist()):
-            out[position] = self[index]
+        ends = np.asarray(self._ends, dtype=np.int64)
+        shards = np.searchsorted(ends, wanted, side="right")
+        for number in np.unique(shards).tolist():
+            own = np.flatnonzero(shards == number)
+            first = int(ends[number]) - int(self._shards[number]["rows"])
+            out[own] = self.shard(number)[wanted[own] - first]
         return out
 
     def shard(self, number: int) -> npt.NDArray[Any]:
@@ -159,7 +173,8 @@ class PackedCorpus:
         if number not in self._maps:
             shard = self._shards[number]
             shape = (int(shard["rows"]), self.row_length + 1)
-            self._maps[number] = np.memmap(self.folder / shard["file"], dtype=self._dtype, mode="r", shape=shape)
+            mapped = np.memmap(self.folder / shard["file"], dtype=self._dtype, mode="r", shape=shape)
+            self._maps[number] = mapped.view(np.ndarray)  # the same memory; a memmap's own indexing is several times slower
         return self._maps[number]
 
     @property
@@ -173,7 +188,7 @@ def corpus_names(prepare: Artifact) -> list[str]:
 
 
 def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> PackedCorpus:
-    """One split of one prepared corpus.
+    """One split of one prepared corpus; of several row lengths the shortest (`open_lengths` has all).
 
     Args:
         prepare: The finished prepare stage.
@@ -185,6 +200,14 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
         DataError: when there is no corpus of that name.
         ArtifactError: when a shard is missing or damaged.
     """
+    return next(iter(open_lengths(prepare, corpus, split, verify).values()))
+
+
+def open_lengths(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> dict[int, PackedCorpus]:
+    """One split of one prepared corpus by row length, the shortest first; a length may have no rows.
+
+    Arguments and errors are those of `open_corpus`.
+    """
     manifest = prepare.manifest()
     where = prepare.path / MANIFEST
     corpora = _corpora(where, manifest)
@@ -192,15 +215,30 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
         raise DataError(
             f"corpus '{corpus}'", "not prepared", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora"
         )
-    shards, row_length, dtype = _listed(where, corpora[corpus], split), manifest["row_length"], manifest["dtype"]
-    if type(row_length) is not int or not 0 < row_length < 1 << 31 or dtype not in ("uint16", "uint32"):
-        raise _damaged(where, f"row_length {row_length!r:.20}, dtype {dtype!r:.20}")
-    row_bytes = (row_length + 1) * np.dtype(dtype).itemsize
-    if verify is None:
-        verify = sum(shard["rows"] for shard in shards) * row_bytes <= VERIFY_BYTES
-    for shard in shards:
-        _check_shard(prepare.path / corpus / shard["file"], shard, row_bytes, verify)
-    return PackedCorpus(prepare.path / corpus, shards, row_length, dtype)
+    shards, dtype = _listed(where, corpora[corpus], split), manifest["dtype"]
+    if dtype not in ("uint16", "uint32"):
+        raise _damaged(where, f"dtype {dtype!r:.20}")
+    found = {}
+    for length in row_lengths(manifest):
+        own = [shard for shard in shards if shard.get("row_length", manifest["row_length"]) == length]
+        row_bytes = (length + 1) * np.dtype(dtype).itemsize
+        check = sum(shard["rows"] for shard in own) * row_bytes <= VERIFY_BYTES if verify is None else verify
+        for shard in own:
+            _check_shard(prepare.path / corpus / shard["file"], shard, row_bytes, check)
+        found[length] = PackedCorpus(prepare.path / corpus, own, length, dtype)
+    return found
+
+
+def row_lengths(manifest: Mapping[str, Any]) -> list[int]:
+    """The lengths of a prepare stage's rows, the shortest first.
+
+    Raises:
+        ArtifactError: when the manifest lists none, or what is no length.
+    """
+    lengths = manifest.get("row_lengths", [manifest["row_length"]])
+    if not isinstance(lengths, list) or not lengths or not all(type(length) is int and 0 < length < 1 << 31 for length in lengths):
+        raise _damaged("prepare", f"row lengths {lengths!r:.40}")
+    return lengths
 
 
 def _corpora(where: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +263,7 @@ def _listed(where: Path, corpus: Any, split: Split) -> list[dict[str, Any]]:
     return shards
 
 
-def _damaged(where: Path, found: str) -> ArtifactError:
+def _damaged(where: Path | str, found: str) -> ArtifactError:
     return ArtifactError(where, f"damaged ({found})", "must list each corpus with its shards", "run it again with --redo prepare")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastdraft.config import Config, Count, FolderName
+from fastdraft.data.place import Place
 from fastdraft.data.readers import jsonl_texts, parquet_texts, read_text
-from fastdraft.errors import DataError, MissingExtraError
+from fastdraft.errors import DataError
 from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path, user_path
 
 HASHED_FILES, HASHED_BYTES = 64, 1 << 16
@@ -41,8 +43,10 @@ class _Source(Config):
     license: str = ""
     """Noted in the manifest and the model card; not read otherwise."""
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None) -> Iterator[str]:
         """Whole documents, files in seeded order; calls `skipped` for a file passed over.
+
+        Begins behind `place` and moves it with every document.
 
         Raises:
             DataError: when the source is missing, empty or damaged.
@@ -68,11 +72,23 @@ class _FileSource(_Source):
     def describe(self) -> dict[str, Any]:
         return {**self.model_dump(exclude={"license"}), **_describe_files(self.files())}
 
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None) -> Iterator[str]:
+        place = place or Place()
+        paths = self._shuffled(seed)
+        for number in range(place.file, len(paths)):
+            for row, text in self._texts(paths[number], place.row if number == place.file else 0, skipped):
+                place.file, place.row = number, row
+                yield text
+
+    def _texts(self, path: Path, after: int, skipped: Callable[[str], None]) -> Iterator[tuple[int, str]]:
+        """(line or row, text) of one file's documents behind line or row `after`."""
+        raise NotImplementedError
+
     def _shuffled(self, seed: int) -> list[Path]:
-        ranked = sorted(
-            self.files(), key=lambda file: (hashlib.blake2b(f"{seed}/{file.name}".encode(), digest_size=16).digest(), file.name)
-        )
-        return [file.path for file in ranked]
+        def rank(file: FoundFile) -> tuple[bytes, str]:
+            return hashlib.blake2b(_name_bytes(f"{seed}/{file.name}"), digest_size=16).digest(), file.name
+
+        return [file.path for file in sorted(self.files(), key=rank)]
 
 
 class JsonlSource(_FileSource):
@@ -86,9 +102,8 @@ class JsonlSource(_FileSource):
     def files(self) -> list[FoundFile]:
         return find_files(self.path, ["*.jsonl", "*.jsonl.gz", "*.jsonl.xz", "*.jsonl.zst"])
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
-        for path in self._shuffled(seed):
-            yield from jsonl_texts(path, self.field)
+    def _texts(self, path: Path, after: int, skipped: Callable[[str], None]) -> Iterator[tuple[int, str]]:
+        return jsonl_texts(path, self.field, after)
 
 
 class ParquetSource(_FileSource):
@@ -102,9 +117,8 @@ class ParquetSource(_FileSource):
     def files(self) -> list[FoundFile]:
         return find_files(self.path, ["*.parquet"])
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
-        for path in self._shuffled(seed):
-            yield from parquet_texts(path, self.field)
+    def _texts(self, path: Path, after: int, skipped: Callable[[str], None]) -> Iterator[tuple[int, str]]:
+        return parquet_texts(path, self.field, after)
 
 
 class TextSource(_FileSource):
@@ -116,9 +130,9 @@ class TextSource(_FileSource):
     def files(self) -> list[FoundFile]:
         return find_files(self.path, ["*.txt", "*.md"])
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
-        for path in self._shuffled(seed):
-            yield read_text(path)
+    def _texts(self, path: Path, after: int, skipped: Callable[[str], None]) -> Iterator[tuple[int, str]]:
+        if not after:
+            yield 1, read_text(path)
 
 
 class SourceCodeSource(_FileSource):
@@ -139,12 +153,17 @@ class SourceCodeSource(_FileSource):
     def _is_excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in self.exclude)
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
-        for path in self._shuffled(seed):
-            try:
-                yield read_text(path)
-            except DataError:
-                skipped("unreadable or not UTF-8")
+    def _texts(self, path: Path, after: int, skipped: Callable[[str], None]) -> Iterator[tuple[int, str]]:
+        if after:
+            return
+        try:
+            text = read_text(path)
+        except DataError:
+            if not path.is_file():
+                raise  # it was there when the run began: less text than the user thinks
+            skipped("unreadable or not UTF-8")
+        else:
+            yield 1, text
 
 
 class HubSource(_Source):
@@ -166,46 +185,24 @@ class HubSource(_Source):
     def describe(self) -> dict[str, Any]:
         return self.model_dump(exclude={"license"})
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None) -> Iterator[str]:
-        for where, value in self.values():
+    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None) -> Iterator[str]:
+        from fastdraft.data.hub import rows_from
+
+        for where, value in rows_from(self, seed, place or Place()):
             if not isinstance(value, str | None):
                 rule, remedy = f"'{self.field}' must hold text", "set `field` to the column that holds the text"
                 raise DataError(where, f"a {type(value).__name__}", rule, remedy)
             yield value or ""
 
     def values(self) -> Iterator[tuple[str, Any]]:
-        """(data set and row, whatever stands in the column `field`) of each row.
+        """(data set and row, whatever stands in the column `field`) of each row, as the data set orders them.
 
         Raises:
             MissingExtraError: without the library. DataError: when the data set cannot be reached or has no such column.
         """
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise MissingExtraError("datasets", "datasets") from None
-        where = f"data set {self.dataset}"
-        number = 0
-        try:
-            for row in load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True):
-                number += 1
-                if self.field not in row:
-                    raise DataError(
-                        f"{where} row {number}",
-                        f"no text under '{self.field}'",
-                        f"has {', '.join(list(row)[:8])}",
-                        "set `field` to the one that holds the text",
-                    )
-                yield f"{where} row {number}", row[self.field]
-        except DataError:
-            raise
-        except Exception as error:  # the library raises dozens of types, all of them the network's or the id's fault
-            text = " ".join(str(error).split())[:160]
-            raise DataError(
-                where,
-                f"{type(error).__name__} after {number} rows ({text})",
-                "must be reachable on the hub",
-                "check id, subset, split and network, then run again",
-            ) from error
+        from fastdraft.data.hub import rows_in_order
+
+        return rows_in_order(self)
 
 
 SourceConfig = Annotated[JsonlSource | ParquetSource | TextSource | SourceCodeSource | HubSource, Field(discriminator="kind")]
@@ -244,16 +241,25 @@ def _split_glob(text: str) -> tuple[str, str]:
 def _describe_files(files: list[FoundFile]) -> dict[str, Any]:
     listing, total = hashlib.sha256(), 0
     for file in files:
-        size = file.path.stat().st_size
-        total += size
-        listing.update(f"{file.name}\t{size}\n".encode())
-        if len(files) <= HASHED_FILES:
-            with open(file.path, "rb") as content:
-                listing.update(content.read(HASHED_BYTES))
-                content.seek(max(0, size - HASHED_BYTES))
-                listing.update(content.read(HASHED_BYTES))
+        try:
+            size = file.path.stat().st_size
+            total += size
+            listing.update(_name_bytes(f"{file.name}\t{size}\n"))
+            if len(files) <= HASHED_FILES:
+                with open(file.path, "rb") as content:
+                    listing.update(content.read(HASHED_BYTES))
+                    content.seek(max(0, size - HASHED_BYTES))
+                    listing.update(content.read(HASHED_BYTES))
+        except OSError as error:
+            found, rule = error.strerror or "unreadable", "the file must exist and be readable"
+            raise DataError(file.path, found, rule, "correct the path or its rights") from None
     return {"files": len(files), "bytes": total, "listing": listing.hexdigest()[:20]}
 
 
 def _nothing(path: str, found: str) -> list[FoundFile]:
     raise DataError(path, found, "a source needs at least one file", "correct the path or the patterns")
+
+
+def _name_bytes(text: str) -> bytes:
+    """A file's name as its system spells it, which need not be UTF-8."""
+    return os.fsencode(text) if os.name == "posix" else text.encode("utf-8", "surrogatepass")

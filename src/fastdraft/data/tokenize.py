@@ -8,9 +8,11 @@ off, and which id parts documents.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,10 +98,14 @@ class DocumentEncoder:
             VocabularyError: when the tokenizer gives an id that the model does not have.
         """
         fast = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
-        encoded = [np.array(encoding.ids, dtype=np.uint32) for encoding in fast(list(texts), add_special_tokens=False)]
-        top = max((int(ids.max()) for ids in encoded if len(ids)), default=0)
+        flat, ends = array("I"), [0]
+        for encoding in fast(list(texts), add_special_tokens=False):
+            flat.extend(encoding.ids)  # half the time of an array for each text
+            ends.append(len(flat))
+        ids = np.array(flat, dtype=np.uint32)
+        top = int(ids.max(initial=0))
         if top >= self._size:
             raise VocabularyError(
                 "tokenizer", f"gives id {top}", f"the model's vocabulary has {self._size}", "use the tokenizer that belongs to the target"
             )
-        return encoded
+        return [ids[start:end] for start, end in itertools.pairwise(ends)]

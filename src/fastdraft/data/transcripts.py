@@ -1,8 +1,9 @@
 """Logs of a target: prompts with the answers that it gave, in the OpenAI format, one JSON object a line.
 
 Decides which shapes of a line are understood (a chat with its response, a conversation that ends with the assistant, a prompt
-with its completion, a logged request with its response), that an answer is taken as it stands, and that a line which leaves open
-how the answer was drawn stops the run instead of being guessed.
+with its completion, a logged request with its response), that an answer is taken as it stands, that a line which leaves open
+how the answer was drawn stops the run instead of being guessed, and that lines whose conversations begin with the same words
+belong together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastdraft.config import Config, Count
 from fastdraft.data.chat import render_prompt
 from fastdraft.data.openai_format import AnswerReader, Choice, LogprobKind, read_choices
 from fastdraft.data.readers import read_jsonl
+from fastdraft.data.responses import ids_hash
 from fastdraft.data.sources import FoundFile, JsonlSource
 from fastdraft.errors import DataError, TargetError
 from fastdraft.interfaces import Generation, Sampling
@@ -85,6 +87,8 @@ class Transcript:
     sampling: Sampling
     chat: bool
     """The prompt was a conversation."""
+    key: str = ""
+    """Of a later turn the hash of its conversation's first prompt, with whose rows it belongs; else empty."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,17 @@ class Entry:
     """The request bent the distribution by other means than temperature, top-k and top-p."""
 
     @property
-    def text(self) -> str:
-        """What the user said last, or the prompt's text; empty for a prompt of ids."""
+    def texts(self) -> list[str]:
+        """Everything that the user said, or the prompt's text; empty for a prompt of ids."""
         if self.messages is not None:
-            return next((message["content"] for message in reversed(self.messages) if message["role"] == "user"), "")
-        return self.prompt if isinstance(self.prompt, str) else ""
+            return [message["content"] for message in self.messages if message["role"] == "user"]
+        return [self.prompt] if isinstance(self.prompt, str) else []
+
+    @property
+    def first_turn(self) -> list[dict[str, str]]:
+        """Of a later turn what stands before the conversation's first answer; else empty."""
+        answers = [place for place, message in enumerate(self.messages or ()) if message["role"] == "assistant"]
+        return (self.messages or [])[: answers[0]] if answers else []
 
 
 def read_entries(config: TranscriptLog) -> Iterator[Entry]:
@@ -224,11 +234,12 @@ def read_transcripts(
     refused = {"evaluation": 0, "empty": 0, "unrendered": 0}
     rows: list[Transcript] = []
     for entry in read_entries(config):
-        if entry.text and is_evaluation(entry.text):
+        if any(map(is_evaluation, filter(None, entry.texts))):
             refused["evaluation"] += len(entry.choices)
             continue
         try:
             prompt = _prompt_ids(entry, tokenizer)
+            key = ids_hash(render_prompt(tokenizer, entry.first_turn)) if entry.first_turn else ""
         except TargetError:
             refused["unrendered"] += len(entry.choices)
             continue
@@ -236,9 +247,8 @@ def read_transcripts(
             refused["empty"] += len(entry.choices)
             continue
         reader = readers["none" if entry.bent else config.logprobs]
-        rows += [
-            Transcript(_generation(reader, prompt, choice, entry), entry.sampling, entry.messages is not None) for choice in entry.choices
-        ]
+        chat = entry.messages is not None
+        rows += [Transcript(_generation(reader, prompt, choice, entry), entry.sampling, chat, key) for choice in entry.choices]
     if not rows:
         found = ", ".join(f"{count} {reason}" for reason, count in refused.items() if count) or "no answer"
         raise DataError(f"transcripts '{config.name}'", found, "at least one answer must be left", "add answers or correct `path`")

@@ -39,6 +39,8 @@ class Unit:
     """For Magpie the most tokens of an instruction that the target writes itself; 0 for every other source."""
     answers: tuple[Generation, ...] = ()
     """Answers that stand already (transcripts), one for each prompt: nothing is asked."""
+    keys: tuple[str, ...] = ()
+    """For each answer the key with whose rows it is held out; empty: its own prompt's."""
     sampling: Sampling | None = None
     """How these were drawn."""
     conversations: tuple[Conversation, ...] = ()
@@ -143,15 +145,18 @@ class StandingPlan:
 
     def __init__(self, name: str, rows: Sequence[Transcript], *, share: float, unit_rows: int, seed: int) -> None:
         self.name, self.share = name, share
-        alike: dict[tuple[Sampling, bool], list[Generation]] = {}
+        alike: dict[tuple[Sampling, bool], list[Transcript]] = {}
         for row in rows:
-            alike.setdefault((row.sampling, row.chat), []).append(row.generation)
+            alike.setdefault((row.sampling, row.chat), []).append(row)
         chunks = [(key, group[i : i + unit_rows]) for key, group in alike.items() for i in range(0, len(group), unit_rows)]
         random.Random(f"{seed}/{name}").shuffle(chunks)
         self._units = [
-            Unit(name, key[0].temperature, tuple(a.prompt_ids for a in chunk), key[1], answers=tuple(chunk), sampling=key[0])
+            Unit(
+                name, key[0].temperature, tuple(row.generation.prompt_ids for row in chunk), key[1],
+                answers=tuple(row.generation for row in chunk), keys=tuple(row.key for row in chunk), sampling=key[0],
+            )
             for key, chunk in chunks
-        ]
+        ]  # fmt: skip
 
     def unit(self, number: int) -> Unit | None:
         """The unit of that number; None behind the last."""

@@ -1,8 +1,8 @@
 """Plain generation, many prompts at a time: the target writes, one token per pass, with the log-prob of each.
 
 Decides that prompts are padded on the left, that one random number per row and step is drawn whether or not the row still
-writes (so that dropping finished rows from the batch leaves the other rows' random numbers alone), and that nothing is
-masked: the text is the model's own.
+writes (so that dropping finished rows from the batch, or writing it in pieces where memory is short, leaves every row's random
+numbers alone), and that nothing is masked: the text is the model's own.
 
 Shape suffixes: B rows in the batch, T positions, V vocabulary.
 """
@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache
 from fastdraft.decoding.cache import PreallocatedLayer
 from fastdraft.decoding.grouped_attention import grouped_attention
 from fastdraft.functional.sampling import token_at, warp
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.generation import Generation, Sampling
+from fastdraft.machine import Halving
 
 DROP_SHARE = 0.15
 """Finished rows are taken out of the batch when they are at least this share of it: dropping copies the cache."""
@@ -81,7 +82,29 @@ class _Batch:
         return True
 
 
-@torch.inference_mode()
+class _Draws:
+    """A batch's random numbers, one for each row and step, from which a piece of the batch takes those of its own rows."""
+
+    def __init__(self, generator: torch.Generator, rows: int) -> None:
+        self.generator, self.rows = generator, rows
+        self._begin = self._end = generator.get_state()
+        self._most = 0
+
+    def begin(self) -> None:
+        """Goes back to the first step, for the next piece."""
+        self.generator.set_state(self._begin)
+
+    def step(self, piece: range) -> Tensor:
+        """Float64 in [0, 1), one for each row of the piece."""
+        return torch.rand(self.rows, generator=self.generator, dtype=torch.float64)[piece.start : piece.stop]
+
+    def end(self, steps: int) -> None:
+        """Notes the state behind a piece's last step; the generator is left as the longest piece left it, as the whole batch would."""
+        if steps > self._most:
+            self._most, self._end = steps, self.generator.get_state()
+        self.generator.set_state(self._end)
+
+
 def generate_batch(  # noqa: PLR0917
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -90,6 +113,7 @@ def generate_batch(  # noqa: PLR0917
     eos_ids: set[int] | frozenset[int],
     generator: torch.Generator,
     give_up: Callable[[list[int]], bool] | None = None,
+    halving: Halving | None = None,
 ) -> list[Generation]:
     """One answer for each prompt, reproducible for equal prompts, order, generator state and threads.
 
@@ -101,6 +125,7 @@ def generate_batch(  # noqa: PLR0917
         eos_ids: Any of these ends an answer.
         generator: On the CPU; its state moves on.
         give_up: Asked now and then for each unfinished answer so far; True ends it there as if the limit was reached.
+        halving: Writes the batch in pieces where memory runs out, every row from the same random numbers.
 
     Returns:
         Answers in the order of `prompts`. Where the model's logits are not finite the answer ends with that step's
@@ -108,12 +133,37 @@ def generate_batch(  # noqa: PLR0917
 
     Raises:
         ValueError: for an empty prompt or `max_new_tokens` below 1.
+        NoMemoryError: when a single row does not fit.
     """
     if not prompts:
         return []
     if max_new_tokens < 1 or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs at least one token, and max_new_tokens must be at least 1")
-    count, device = len(prompts), model.device
+    answers: list[Generation] = []
+    draws, eos = _Draws(generator, len(prompts)), frozenset(eos_ids)
+
+    def write(piece: Sequence[int]) -> None:
+        draws.begin()
+        place = range(piece[0], piece[-1] + 1)
+        answers.extend(_write(model, [prompts[i] for i in piece], sampling, max_new_tokens, eos, draws, place, give_up))
+
+    (halving or Halving("batch_rows"))(range(len(prompts)), write)
+    return answers
+
+
+@torch.inference_mode()
+def _write(  # noqa: PLR0917
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    draws: _Draws,
+    place: range,
+    give_up: Callable[[list[int]], bool] | None,
+) -> list[Generation]:
+    """The answers of one piece of a batch; `place` is where the piece stands in it."""
+    count, device, steps = len(prompts), model.device, 0
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     tokens_BT = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     logprobs_BT = torch.zeros(count, max_new_tokens, device=device)
@@ -121,7 +171,8 @@ def generate_batch(  # noqa: PLR0917
     batch = _Batch(model, prompts, max_new_tokens)
     with grouped_attention(model):
         for step in range(max_new_tokens):
-            random_B = torch.rand(count, generator=generator, dtype=torch.float64) if sampling.temperature > 0 else None
+            random_B = draws.step(place) if sampling.temperature > 0 else None
+            steps += 1
             token_B, logprob_B = draw_tokens(batch.logits(), sampling, None if random_B is None else random_B[batch.rows_B.cpu()])
             tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
             done_B = torch.isin(token_B, eos) | logprob_B.isnan()
@@ -129,6 +180,7 @@ def generate_batch(  # noqa: PLR0917
                 done_B = done_B | _given_up(batch, tokens_BT[:, : step + 1], give_up, lengths).to(device)
             if not batch.append(token_B, done_B):
                 break
+    draws.end(steps)
     answers = zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), lengths, strict=True)
     return [_generation(prompt, tokens[:length], logprobs[:length], eos_ids) for prompt, tokens, logprobs, length in answers]
 

@@ -1,8 +1,8 @@
 """From counts to the rows of `results.json`.
 
 Decides which rates stand in a row and how they follow from its counts, that what cannot be computed is null, that
-intervals come from a bootstrap over prompts, and how two checkpoints are compared. A table of counts is an array with one
-line for each prompt, its columns those of `functional.acceptance.counts_to_array`.
+intervals come from a bootstrap over prompts (turns of a conversation drawn together), and how two checkpoints are compared.
+A table of counts is an array with one line for each prompt, its columns those of `functional.acceptance.counts_to_array`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fastdraft.decoding.latency import Latency
 from fastdraft.forecast import mbsu, predicted_speedup
 from fastdraft.functional.acceptance import Counts, counts_from_array, counts_to_array
-from fastdraft.functional.intervals import difference_interval, ratio_interval
+from fastdraft.functional.intervals import Groups, difference_interval, num_groups, ratio_interval
 
 CountsTable = NDArray[np.float64]
 _DRAFTS, _PROPOSED, _ACCEPTED, _GENERATED = 0, 1, 2, 4
@@ -51,7 +51,9 @@ def counts_table(counts: Sequence[Counts]) -> CountsTable:
     return np.stack([counts_to_array(c) for c in counts])
 
 
-def result_row(setting: Setting, table: CountsTable, looping: NDArray[np.bool_], costs: CostRatios, seed: int) -> dict[str, Any]:
+def result_row(
+    setting: Setting, table: CountsTable, looping: NDArray[np.bool_], costs: CostRatios, seed: int, *, groups: Groups | None = None
+) -> dict[str, Any]:
     """One entry of `rows` in `results.json`.
 
     Args:
@@ -60,11 +62,13 @@ def result_row(setting: Setting, table: CountsTable, looping: NDArray[np.bool_],
         looping: For each prompt, whether its text ran into a loop (functional/looping.py).
         costs: For the memory-bound speed-ups and the predicted one.
         seed: Of the bootstrap.
+        groups: Prompts of one number are drawn together, as turns of a conversation are; None draws each by itself.
     """
     counts, k = counts_from_array(table.sum(0)), setting.num_speculative_tokens
     row: dict[str, Any] = {
         "checkpoint": setting.checkpoint, "task": setting.task, "method": setting.method,
         "temperature": setting.temperature, "num_speculative_tokens": k, "num_prompts": len(table),
+        "num_conversations": num_groups(groups, len(table)),
         "num_drafts": tidy_count(counts.num_drafts), "num_draft_tokens": tidy_count(counts.num_draft_tokens),
         "num_accepted_tokens": tidy_count(counts.num_accepted_tokens),
         "num_accepted_tokens_per_pos": [tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
@@ -74,7 +78,7 @@ def result_row(setting: Setting, table: CountsTable, looping: NDArray[np.bool_],
         **_speedups(counts.block_efficiency, k, costs), "num_examined_tokens": tidy_count(counts.num_examined_tokens),
     }  # fmt: skip
     for name, part, whole in (("acceptance_rate", _ACCEPTED, _PROPOSED), ("block_efficiency", _GENERATED, _DRAFTS)):
-        low, high = ratio_interval(table[:, part], table[:, whole], seed)
+        low, high = ratio_interval(table[:, part], table[:, whole], seed, groups)
         row |= {f"{name}_low": tidy(low), f"{name}_high": tidy(high)}
     rest = counts_from_array(table[~looping].sum(0)) if (~looping).any() else Counts()
     row["looping_share"] = tidy(float(looping.mean()))
@@ -98,8 +102,16 @@ def _speedups(block_efficiency: float, k: int, costs: CostRatios) -> dict[str, f
     }
 
 
-def difference_rows(tables: Mapping[Setting, CountsTable], seed: int) -> list[dict[str, Any]]:
-    """Each checkpoint against the one before it on the same texts, by replay: the change of acceptance rate with its interval."""
+def difference_rows(
+    tables: Mapping[Setting, CountsTable], seed: int, groups: Mapping[tuple[str, float], Groups] | None = None
+) -> list[dict[str, Any]]:
+    """Each checkpoint against the one before it on the same texts, by replay: the change of acceptance rate with its interval.
+
+    Args:
+        tables: Counts of every checkpoint.
+        seed: Of the bootstrap.
+        groups: By task and temperature which prompts are drawn together; None draws each by itself.
+    """
     rows = []
     by_place: dict[tuple[str, float, int], list[tuple[str, CountsTable]]] = {}
     for setting, table in tables.items():
@@ -109,7 +121,7 @@ def difference_rows(tables: Mapping[Setting, CountsTable], seed: int) -> list[di
         for (name, before), (next_name, after) in pairwise(ladder):
             pairs = [(table[:, _ACCEPTED], table[:, _PROPOSED]) for table in (before, after)]
             rates = [float(part.sum() / whole.sum()) if whole.sum() else float("nan") for part, whole in pairs]
-            low, high = difference_interval(pairs[0], pairs[1], seed)
+            low, high = difference_interval(pairs[0], pairs[1], seed, groups[task, temperature] if groups else None)
             place = {"task": task, "temperature": temperature, "num_speculative_tokens": k}
             change = {"difference": tidy(rates[1] - rates[0]), "difference_low": tidy(low), "difference_high": tidy(high)}
             rows.append({"from": name, "to": next_name, **place, **change})

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from fastdraft.data.responses import read_rows
 from fastdraft.data.sparse_logits import SparseLogits, logits_path, rows_digest, write_sparse_logits
-from fastdraft.decoding.replay import LOGITS_HELD, TokenText, length_batches, response_hidden
+from fastdraft.decoding.replay import LOGITS_HELD, TokenText, pass_by_pass, response_hidden
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import top_k_buckets
 from fastdraft.interfaces import Engine, StageContext
-from fastdraft.modeling.loading import load_target, pick_device, split_head
+from fastdraft.modeling.head import OutputHead, output_head
+from fastdraft.modeling.loading import load_target, pick_device
 
 
 @torch.inference_mode()
@@ -40,17 +41,20 @@ def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, 
         One for each row, in the order given.
     """
     found: list[SparseLogits | None] = [None] * len(rows)
-    decoder, head_VD = split_head(model)
-    for chosen in length_batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], batch_tokens):
+    decoder, head = output_head(model)
+
+    def keep_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [rows[i] for i in chosen], model.device)
         for index, hidden_ND in zip(chosen, hidden, strict=True):
-            found[index] = _kept(hidden_ND, head_VD, k)
+            found[index] = _kept(hidden_ND, head, k)
+
+    pass_by_pass(rows, batch_tokens, keep_piece)
     return [logits for logits in found if logits is not None]
 
 
-def _kept(hidden_ND: Tensor, head_VD: Tensor, k: int) -> SparseLogits:
-    step = max(1, LOGITS_HELD // head_VD.shape[0])
-    parts = [top_k_buckets((rows_ND @ head_VD.T).float(), k) for rows_ND in torch.split(hidden_ND, step)]
+def _kept(hidden_ND: Tensor, head: OutputHead, k: int) -> SparseLogits:
+    step = max(1, LOGITS_HELD // head.vocab_size)
+    parts = [top_k_buckets(head.logits(rows_ND), k) for rows_ND in torch.split(hidden_ND, step)]
     ids_NK = torch.cat([part.ids for part in parts]).to(torch.int32)
     return SparseLogits(ids_NK.cpu().numpy(), torch.cat([part.logprobs for part in parts]).cpu().numpy())
 
@@ -75,7 +79,7 @@ class LogitWriter:
     @property
     def vocab_size(self) -> int:
         """Padding ids included: the target gives them a probability too."""
-        return int(split_head(self.model)[1].shape[0])
+        return output_head(self.model)[1].vocab_size
 
     def write(self, unit: Path) -> None:
         """Scores the rows of a finished unit, unless its logits stand already.

@@ -3,15 +3,16 @@
 Decides that one teacher-forced pass of the draft over prompt and response gives each token's probability to be accepted,
 min(1, draft_probs[x] / target_probs[x]), the target's side of it coming from the log-probs recorded when the text was
 written; and that these give the expected counts for every number of proposals (functional/acceptance.py). Rows are
-batched by length under a token budget, only response positions go through the output head, and the logits are held for a
-few rows at a time, so memory does not grow with the vocabulary or the number of rows.
+batched by length under a token budget; only response positions go through the output head, those of all rows of a batch one
+behind the other (a short answer alone would not fill a matrix product), and so many at a time that memory does not grow with
+the vocabulary or the number of rows.
 
 Shape suffixes: B rows of a batch, T positions, N response positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts
 from fastdraft.functional.sampling import mask_ids, warp
+from fastdraft.machine import Halving
 from fastdraft.modeling.head import OutputHead, output_head
 from fastdraft.vocabulary import Vocabulary
 
@@ -100,10 +102,13 @@ def block_efficiency(
     num_speculative_tokens: int,
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
+    *,
+    batch_tokens: int = 8192,
 ) -> float:
     """Generated tokens for each target pass over all `rows` together, expected; NaN without rows."""
     k = num_speculative_tokens
-    return add_counts(counts[k] for counts in replay(draft, rows, [k], vocabulary, draft_temperature)).block_efficiency
+    counted = replay(draft, rows, [k], vocabulary, draft_temperature, batch_tokens=batch_tokens)
+    return add_counts(counts[k] for counts in counted).block_efficiency
 
 
 @torch.inference_mode()
@@ -120,14 +125,39 @@ def accept_probabilities(
     accepts: list[NDArray[np.float64]] = [np.zeros(0) for _ in rows]
     missing = torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device) if vocabulary.missing_ids else None
     decoder, head = output_head(draft)
-    for chosen in length_batches([len(r.prompt_ids) + len(r.response_ids) for r in rows], batch_tokens):
+
+    def replay_piece(chosen: Sequence[int]) -> None:
         batch = [rows[i] for i in chosen]
         hidden = response_hidden(decoder, batch, draft.device)
-        for index, row, hidden_ND in zip(chosen, batch, hidden, strict=True):
-            accepts[index] = _accept(hidden_ND, head, row, missing, draft_temperature)
+        for alike in alike_places((row.temperature, row.top_k, row.top_p) for row in batch):
+            found = _accept(torch.cat([hidden[b] for b in alike]), head, [batch[b] for b in alike], missing, draft_temperature)
+            ends = np.cumsum([len(batch[b].response_ids) for b in alike])
+            for b, accept in zip(alike, np.split(found, ends[:-1]), strict=True):
+                accepts[chosen[b]] = accept
         if on_batch:
             on_batch(len(chosen))
+
+    pass_by_pass(rows, batch_tokens, replay_piece)
     return accepts
+
+
+def alike_places(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Places of equal keys together, in order: what was drawn alike goes through the output head together."""
+    places: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return list(places.values())
+
+
+def pass_by_pass(rows: Sequence[TokenText], batch_tokens: int, work: Callable[[Sequence[int]], None]) -> None:
+    """Calls `work` with the numbers of rows of near-equal length, fewer at a time where memory runs out.
+
+    Raises:
+        NoMemoryError: when a single row does not fit.
+    """
+    halving = Halving("a pass over text")
+    for chosen in length_batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], batch_tokens):
+        halving(chosen, work)
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -155,23 +185,34 @@ def response_hidden(decoder: torch.nn.Module, rows: Sequence[TokenText], device:
 
 
 def _accept(
-    hidden_ND: Tensor, head: OutputHead, row: WrittenText, missing: Tensor | None, draft_temperature: float | None
+    hidden_ND: Tensor, head: OutputHead, rows: Sequence[WrittenText], missing: Tensor | None, draft_temperature: float | None
 ) -> NDArray[np.float64]:
-    temperature = row.temperature if draft_temperature is None or row.temperature == 0 else draft_temperature
-    tokens_N = torch.tensor(row.response_ids, dtype=torch.long, device=hidden_ND.device)
-    target_N = torch.tensor(row.logprobs, dtype=torch.float32, device=hidden_ND.device)
-    step = max(1, LOGITS_HELD // head.vocab_size)
+    """Accept probabilities of all response tokens of rows that were drawn alike, one row behind the other."""
+    first = rows[0]
+    temperature = first.temperature if draft_temperature is None or first.temperature == 0 else draft_temperature
+    tokens_N = torch.tensor([token for row in rows for token in row.response_ids], dtype=torch.long, device=hidden_ND.device)
     parts = []
-    for start in range(0, len(tokens_N), step):
-        stop = start + step
-        logits_NV = mask_ids(head.logits(hidden_ND[start:stop]), missing)
+    for held in held_slices(len(tokens_N), head.vocab_size):
+        logits_NV = mask_ids(head.logits(hidden_ND[held]), missing)
         if temperature == 0:
-            parts.append(logits_NV.argmax(-1) == tokens_N[start:stop])
-            continue
-        logits_NV = warp(logits_NV, temperature, row.top_k, row.top_p)
-        draft_N = logits_NV.gather(-1, tokens_N[start:stop, None]).squeeze(-1) - logits_NV.logsumexp(-1)
-        parts.append(draft_N - target_N[start:stop])
+            parts.append(logits_NV.argmax(-1) == tokens_N[held])
+        else:
+            parts.append(chosen_logprobs(warp(logits_NV, temperature, first.top_k, first.top_p), tokens_N[held]))
     if not parts:
         return np.zeros(0)
     found_N = torch.cat(parts).cpu().double()  # on the CPU, because not every accelerator has float64
-    return (found_N if temperature == 0 else found_N.clamp(max=0.0).exp()).numpy()
+    if temperature == 0:
+        return found_N.numpy()
+    target_N = torch.tensor([value for row in rows for value in row.logprobs], dtype=torch.float32).double()
+    return (found_N - target_N).clamp(max=0.0).exp().numpy()
+
+
+def held_slices(positions: int, vocab_size: int) -> Iterator[slice]:
+    """Positions in pieces whose logits fit into `LOGITS_HELD`."""
+    step = max(1, LOGITS_HELD // vocab_size)
+    return (slice(start, start + step) for start in range(0, positions, step))
+
+
+def chosen_logprobs(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    """Log-prob of each row's token; -inf where the logits say so."""
+    return logits_NV.gather(-1, tokens_N[:, None]).squeeze(-1) - logits_NV.logsumexp(-1)

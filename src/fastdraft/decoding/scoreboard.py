@@ -27,9 +27,15 @@ def result_rows(
 ) -> list[dict[str, Any]]:
     """Every row of `results.json`: replay first, then exact, each in the order of the plan."""
     looping = {(task.name, t): looping_flags(bench.texts(task, t)) for task, t in bench.plan.settings}
-    seed = bench.plan.seed
-    rows = [result_row(s, table, looping[s.task, s.temperature], costs, seed) for s, table in replayed.items()]
-    return rows + [result_row(s, unit.table, looping_of(unit), costs, seed) for s, unit in exact.items()]
+    seed, groups = bench.plan.seed, bench.groups()
+    rows = [
+        result_row(s, table, looping[s.task, s.temperature], costs, seed, groups=groups[s.task, s.temperature])
+        for s, table in replayed.items()
+    ]
+    return rows + [
+        result_row(s, unit.table, looping_of(unit), costs, seed, groups=groups[s.task, s.temperature][: len(unit.table)])
+        for s, unit in exact.items()
+    ]
 
 
 def looping_of(unit: ExactUnit) -> Any:
@@ -58,16 +64,16 @@ def greedy_check(bench: Workbench, exact: Mapping[Setting, ExactUnit]) -> dict[s
     return {"texts": texts, "different": len(cases), "near_ties": sum(case["near_tie"] for case in cases), "cases": cases}
 
 
-def headline_differences(replayed: Mapping[Setting, CountsTable], num_speculative_tokens: Sequence[int], seed: int) -> list[dict[str, Any]]:
+def headline_differences(bench: Workbench, replayed: Mapping[Setting, CountsTable]) -> list[dict[str, Any]]:
     """Each checkpoint against the one before, per task and temperature, at the headline K."""
-    k = nearest(num_speculative_tokens)
-    return difference_rows({s: table for s, table in replayed.items() if s.num_speculative_tokens == k}, seed)
+    k = nearest(bench.plan.num_speculative_tokens)
+    return difference_rows({s: table for s, table in replayed.items() if s.num_speculative_tokens == k}, bench.plan.seed, bench.groups())
 
 
 def by_position(bench: Workbench, checkpoints: Iterable[str], context_length: int) -> dict[str, Any]:
     """Acceptance along the text, by replay at the headline K."""
     k = nearest(bench.plan.num_speculative_tokens)
-    return position_results(bench.positions(checkpoints), k, context_length, bench.plan.seed)
+    return position_results(bench.positions(checkpoints), k, context_length, bench.plan.seed, bench.groups())
 
 
 def faded(found: Mapping[str, Any]) -> list[str]:

@@ -2,23 +2,24 @@
 
 Decides that the distribution is warped as when the text was drawn (temperature, top-k, top-p), so that the result can
 stand where the writer's own log-probs would; that a token which the warping removed gets -inf, never a guess; and that
-only response positions go through the output head, a few rows of logits at a time.
+only response positions go through the output head, those of all texts of a batch together, as many at a time as fit.
 
 Shape suffixes: N response positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdraft.decoding.replay import LOGITS_HELD, length_batches, response_hidden
+from fastdraft.decoding.replay import chosen_logprobs, held_slices, pass_by_pass, response_hidden
 from fastdraft.functional.sampling import warp
-from fastdraft.interfaces import Engine, Generation, Sampling
+from fastdraft.generation import Engine, Generation, Sampling
 from fastdraft.modeling.head import OutputHead, output_head
 
 
@@ -39,22 +40,25 @@ def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampl
         return list(written)
     scored = list(written)
     decoder, head = output_head(model)
-    for chosen in length_batches([len(g.prompt_ids) + len(g.response_ids) for g in written], batch_tokens):
+
+    def score_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [written[i] for i in chosen], model.device)
-        for index, hidden_ND in zip(chosen, hidden, strict=True):
-            scored[index] = replace(written[index], logprobs=_logprobs(hidden_ND, head, written[index].response_ids, sampling))
+        logprobs = _logprobs(torch.cat(hidden), head, [token for i in chosen for token in written[i].response_ids], sampling)
+        for index in chosen:
+            scored[index] = replace(written[index], logprobs=list(islice(logprobs, len(written[index].response_ids))))
+
+    pass_by_pass(written, batch_tokens, score_piece)
     return scored
 
 
-def _logprobs(hidden_ND: Tensor, head: OutputHead, response_ids: list[int], sampling: Sampling) -> list[float]:
+def _logprobs(hidden_ND: Tensor, head: OutputHead, response_ids: list[int], sampling: Sampling) -> Iterator[float]:
+    """Of every response token of a batch, one row behind the other."""
     tokens_N = torch.tensor(response_ids, dtype=torch.long, device=hidden_ND.device)
-    step = max(1, LOGITS_HELD // head.vocab_size)
-    found: list[float] = []
-    for start in range(0, len(response_ids), step):
-        logits_NV = warp(head.logits(hidden_ND[start : start + step]), sampling.temperature, sampling.top_k, sampling.top_p)
-        chosen_N = logits_NV.gather(-1, tokens_N[start : start + step, None]).squeeze(-1)
-        found += (chosen_N - logits_NV.logsumexp(-1)).tolist()
-    return found
+    parts = [tokens_N.new_zeros(0, dtype=torch.float32)]
+    for held in held_slices(len(response_ids), head.vocab_size):
+        logits_NV = warp(head.logits(hidden_ND[held]), sampling.temperature, sampling.top_k, sampling.top_p)
+        parts.append(chosen_logprobs(logits_NV, tokens_N[held]))
+    return iter(torch.cat(parts).tolist())
 
 
 class ScoringEngine:

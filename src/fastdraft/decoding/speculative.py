@@ -4,7 +4,8 @@ Decides the conventions by which everything here is counted: batch 1, draft and 
 the first round drafts straight from the prompt (the target reads prompt and proposals in one pass); every round proposes
 K tokens; what stands beyond the end of the text is discarded and not counted as accepted; the end-of-sequence token
 counts as generated. Temperature, top-k and top-p shape both distributions. Ids that the tokenizer does not have are masked
-for the draft, never for the target. All randomness comes from one seed.
+for the draft, never for the target. All randomness comes from one seed. A round waits for the device once, when all is decided
+there, and copies nothing that an earlier round wrote.
 
 Shape suffixes: K proposals, E = K + 1, T tokens, V vocabulary.
 """
@@ -23,7 +24,7 @@ from fastdraft.errors import DataError, RecipeError
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.sampling import draw, mask_ids, probabilities
 from fastdraft.functional.verification import verify, verify_greedy
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.generation import Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
 
 
@@ -148,7 +149,7 @@ class SpeculativeDecoder:
         k, device = self.num_speculative_tokens, self.target.device
         generator = torch.Generator(device=device).manual_seed(seed)
         capacity = len(prompt_ids) + max_new_tokens + k + 1
-        ids_T = torch.empty(capacity, dtype=torch.long, device=device)
+        ids_T = torch.zeros(capacity, dtype=torch.long, device=device)
         ids_T[: len(prompt_ids)] = torch.tensor(prompt_ids, device=device)
         text = _Text(Reader(self.target, capacity), Reader(self.draft, capacity), ids_T, sampling, generator)
         length, end = len(prompt_ids), len(prompt_ids) + max_new_tokens
@@ -172,23 +173,21 @@ class SpeculativeDecoder:
         proposed_K = ids_T[length : length + k]
         if sampling.temperature == 0:
             target_probs_EV = None
-            num_accepted, final_1 = verify_greedy(logits_EV.argmax(-1), proposed_K)
+            accepted_count, final_1 = verify_greedy(logits_EV.argmax(-1), proposed_K)
         else:
             target_probs_EV = probabilities(logits_EV, sampling.temperature, sampling.top_k, sampling.top_p)
-            num_accepted, final_1 = verify(target_probs_EV, draft_probs_KV, proposed_K, text.generator)
-        ids_T[length + num_accepted] = final_1[0]
-        tokens = self._inside(ids_T[length : length + num_accepted + 1].tolist(), end - length)
+            accepted_count, final_1 = verify(target_probs_EV, draft_probs_KV, proposed_K, text.generator)
+        written_E = ids_T[length : length + k + 1]
+        written_E.scatter_(0, accepted_count[None], final_1)
+        num_accepted, ids, logprobs, overlaps = _fetch(accepted_count, written_E, target_probs_EV, draft_probs_KV)
+        tokens = self._inside(ids[: num_accepted + 1], end - length)
         text.target.take_back(length + num_accepted)
         text.draft.take_back(length + num_accepted)
         # The one refused stands at num_accepted; if the text ended before it, nobody asked.
         examined = min(num_accepted + 1, k, len(tokens))
         accepted = min(num_accepted, len(tokens))
-        if target_probs_EV is None:
-            return Round(tokens, [0.0] * len(tokens), accepted, examined, float(accepted), self.num_speculative_tokens)
-        chosen = ids_T[length : length + len(tokens), None]
-        logprobs = target_probs_EV[: len(tokens)].gather(-1, chosen).squeeze(-1).log().tolist()
-        overlap = torch.minimum(target_probs_EV[:examined], draft_probs_KV[:examined]).sum().item()
-        return Round(tokens, logprobs, accepted, examined, overlap, self.num_speculative_tokens)
+        overlap = sum(overlaps[:examined]) if overlaps else float(accepted)
+        return Round(tokens, logprobs[: len(tokens)], accepted, examined, overlap, self.num_speculative_tokens)
 
     def _proposals(self, length: int) -> int:
         """How many of the K proposals are really made: those beyond the models' context would be discarded, and some cannot be read."""
@@ -215,3 +214,23 @@ class SpeculativeDecoder:
             if token in self._eos:
                 return tokens[: place + 1]
         return tokens[:room]
+
+
+def _fetch(
+    num_accepted: Tensor, ids_E: Tensor, target_probs_EV: Tensor | None, draft_probs_KV: Tensor
+) -> tuple[int, list[int], list[float], list[float]]:
+    """All that a round needs to know of the device, in the one transfer for which it waits.
+
+    Returns:
+        num_accepted; the ids of all E places; their log-probs (0 when greedy); overlap at each proposal (none when greedy).
+    """
+    if target_probs_EV is None:
+        count, *ids = torch.cat([num_accepted[None], ids_E]).tolist()
+        return count, ids, [0.0] * len(ids), []
+    logprobs_E = target_probs_EV.gather(-1, ids_E[:, None]).squeeze(-1).log()
+    overlap_K = torch.minimum(target_probs_EV[:-1], draft_probs_KV).sum(-1)
+    # As float32, which holds every id below 2^24: vocabularies are a hundred times smaller.
+    found = torch.cat([num_accepted[None].float(), ids_E.float(), logprobs_E, overlap_K]).tolist()
+    places = len(ids_E)
+    ids, logprobs, overlaps = found[1 : places + 1], found[places + 1 : 2 * places + 1], found[2 * places + 1 :]
+    return int(found[0]), [int(i) for i in ids], logprobs, overlaps

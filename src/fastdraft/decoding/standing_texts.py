@@ -7,7 +7,7 @@ none are needed; the draft was not trained on their prompts), that all others ar
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fastdraft.artifacts import Artifact
@@ -91,7 +91,7 @@ def _score(context: StageContext) -> Score:
 
 
 def trained_prompts(synthesize: Artifact) -> frozenset[str]:
-    """Keys of the prompts whose answers the draft was aligned on."""
+    """Hashes of the prompts, those of later turns too, whose answers the draft was aligned on."""
     rows: list[tuple[str, str]] = []  # key, and the prompt's own hash: rows of a conversation share the key of its first turn
     for path in unit_paths(synthesize):
         columns = read_columns(path, ["prompt_key", "prompt_ids"])
@@ -113,7 +113,8 @@ def logged_rows(
         if transcript.generation.fault:
             texts.leave_out(transcript.generation.fault)
         else:
-            rows.append(as_row(transcript.generation, transcript.sampling, log.name))
+            row = as_row(transcript.generation, transcript.sampling, log.name)
+            rows.append(replace(row, prompt_key=transcript.key or row.prompt_key))
     return rows
 
 
@@ -132,7 +133,7 @@ def take(
         rows: In the order in which they are to be replayed.
         texts: Filled and returned.
         context_length: Tokens that target and drafts can read.
-        trained: Keys of prompts that the draft was trained on.
+        trained: Hashes of prompts that the draft was trained on.
         score: Gives the rows a model's log-probs in place of their own.
         greedy_draft: The draft proposes its likeliest token, so that no log-prob is needed.
 
@@ -143,7 +144,9 @@ def take(
     fitting = []
     for row in rows:
         too_long = len(row.prompt_ids) + len(row.response_ids) > context_length
-        reason = "too_long" if too_long else "empty" if not row.response_ids else "trained_on" if row.prompt_key in trained else ""
+        reason = (
+            "too_long" if too_long else "empty" if not row.response_ids else "trained_on" if ids_hash(row.prompt_ids) in trained else ""
+        )
         key = (row.row_id, row.temperature, row.top_k, row.top_p)
         reason = reason or ("duplicate" if key in seen else "")
         seen.add(key)
@@ -177,5 +180,5 @@ def _scored(rows: list[SyntheticRow], score: Score) -> list[SyntheticRow]:
             for i in places
         ]
         for place, scored in zip(places, score(texts, sampling), strict=True):
-            found[place] = as_row(scored, sampling, rows[place].source)
+            found[place] = replace(rows[place], logprobs=scored.logprobs)
     return found

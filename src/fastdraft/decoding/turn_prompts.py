@@ -7,7 +7,7 @@ are written, so that a resumed run reads the very same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,30 @@ from fastdraft.decoding.evaluation import derive_seed
 from fastdraft.decoding.turns import take_turns
 from fastdraft.decoding.workbench import EncodedTask, Plan, refuse_faults
 from fastdraft.errors import ArtifactError, DataError
-from fastdraft.interfaces import Engine, Generation, Sampling
+from fastdraft.interfaces import Engine, Generation, RenderedPrompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MakeEngine = Callable[[Callable[[int], None]], Engine]
 """Makes an engine, given what it is to call after each batch with the number of answers."""
+
+
+def opened_once(make_engine: MakeEngine) -> MakeEngine:
+    """The same engine for whoever asks, since opening one may load a model or put a server to the proof; the last one hears of batches."""
+    opened: list[Engine] = []
+    hearing: list[Callable[[int], None]] = []
+
+    def tell(count: int) -> None:
+        hearing[-1](count)
+
+    def make(on_batch: Callable[[int], None]) -> Engine:
+        hearing.append(on_batch)
+        if not opened:
+            opened.append(make_engine(tell))
+        return opened[0]
+
+    return make
 
 
 def with_turns(
@@ -85,21 +102,40 @@ def _take(task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Engine,
 
     found = take_turns(form, talks, ask, room=room, last_answers=False)
     turns = [
-        {"name": _name(task.conversations[turn.conversation][0], turn.number), "prompt_ids": turn.prompt_ids}
+        {"name": _name(task.conversations[turn.conversation][0], turn.number), **_kept(turn.prompt_ids)}
         for turn in sorted(found.turns, key=lambda turn: (turn.conversation, turn.number))
     ]
     return {"turns": turns, "too_long": found.too_long, "ended": found.ended, "note": form.note}
+
+
+def _kept(prompt: list[int]) -> dict[str, Any]:
+    """With the messages, for servers that want them."""
+    return {"prompt_ids": prompt, **({"messages": prompt.messages} if isinstance(prompt, RenderedPrompt) else {})}
+
+
+def _as_kept(turn: Mapping[str, Any]) -> list[int]:
+    ids = [int(token) for token in turn["prompt_ids"]]
+    messages = [{"role": str(message["role"]), "content": str(message["content"])} for message in turn.get("messages", ())]
+    return RenderedPrompt(ids, messages) if messages else ids
 
 
 def _name(conversation: str, number: int) -> str:
     return conversation if number == 0 else f"{conversation}#{number + 1}"
 
 
+def _groups(task: EncodedTask, names: Sequence[str]) -> list[int]:
+    """A number for each text, and one for all turns of a conversation."""
+    first = len(task.prompt_ids)
+    of = {_name(name, turn): first + place for place, (name, talk) in enumerate(task.conversations) for turn in range(len(talk.users))}
+    return [*range(first), *(of[name] for name in names)]
+
+
 def _read(task: EncodedTask, folder: Path, console: Console) -> EncodedTask:
     kept = read_json(_path(folder, task))
     try:
         names = [str(turn["name"]) for turn in kept["turns"]]
-        prompts = [[int(token) for token in turn["prompt_ids"]] for turn in kept["turns"]]
+        prompts = [_as_kept(turn) for turn in kept["turns"]]
+        groups = _groups(task, names)
         too_long, ended, note = int(kept["too_long"]), int(kept["ended"]), str(kept["note"])
     except (KeyError, TypeError, ValueError):
         remedy = "delete this file and run the same command again"
@@ -114,6 +150,7 @@ def _read(task: EncodedTask, folder: Path, console: Console) -> EncodedTask:
         console.warn(f"{task.name}: {too_long + ended} of {too_long + ended + len(prompts)} turns left out: {why}")
     return replace(
         task,
+        groups=groups,
         prompt_names=[*task.prompt_names, *names],
         prompt_ids=[*task.prompt_ids, *prompts],
         num_skipped=task.num_skipped + too_long + ended,

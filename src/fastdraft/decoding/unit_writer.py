@@ -83,12 +83,13 @@ class UnitWriter:
 
     def _take(self, unit: Unit, counts: RowCounts) -> tuple[list[SyntheticRow], RowCounts]:
         """Answers that stand already, through the same filters."""
-        fitting = [answer for answer in unit.answers if len(answer.prompt_ids) + len(answer.response_ids) <= self.context_length]
+        keyed = zip(unit.answers, unit.keys or [""] * len(unit.answers), strict=True)
+        fitting = [(answer, key) for answer, key in keyed if len(answer.prompt_ids) + len(answer.response_ids) <= self.context_length]
         counts.leave_out("too_long", len(unit.answers) - len(fitting))
         sampling = unit.sampling or Sampling(unit.temperature)
-        judged = [self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts) for answer in fitting]
+        judged = [(self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts), key) for answer, key in fitting]
         assert counts.balance() == 0, f"unaccounted rows: {counts}"
-        return [row for row in judged if row], counts
+        return [replace(row, prompt_key=key or row.prompt_key) for row, key in judged if row], counts
 
     @cached_property
     def _format(self) -> DialogueFormat:

@@ -30,6 +30,7 @@ from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.position_figures import Place, Positions
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import ArtifactError, TargetError
+from fastdraft.functional.intervals import Groups, group_numbers
 from fastdraft.interfaces import Engine, Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
 
@@ -49,6 +50,8 @@ class EncodedTask:
     """Prompts left out because they do not fit the context."""
     conversations: list[tuple[str, Conversation]] = field(default_factory=list)
     """Name and words of those whose turns are still to be made prompts (decoding/turn_prompts.py)."""
+    groups: list[int] = field(default_factory=list)
+    """One number for each prompt, equal for turns of one conversation; empty where there is no conversation."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ class Workbench:
     def texts(self, task: EncodedTask, temperature: float) -> list[SyntheticRow]:
         """What the target wrote."""
         return read_rows(self.texts_path(task, temperature))
+
+    def groups(self) -> dict[tuple[str, float], Groups]:
+        """By task and temperature, which of the texts a bootstrap draws together: turns of a conversation, answers to one prompt."""
+        return {
+            (task.name, t): group_numbers(task.groups or [row.prompt_key for row in self.texts(task, t)]) for task, t in self.plan.settings
+        }
 
     def write_texts(self, make_engine: Callable[[Callable[[int], None]], Engine]) -> None:
         """The target answers every prompt at every temperature, unless it already has.

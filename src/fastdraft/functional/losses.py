@@ -23,6 +23,9 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 27}
 _CHUNK_ROWS = 256, 8192
 """Fewer rows, and reading the head's weights and adding to their gradient would cost more than the products."""
 
+_TINY = 1e-30
+"""Below it a probability's logarithm is not to be trusted in fp32."""
+
 ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 """Logits [C, V] of some rows, which rows these are, whether a gradient is wanted -> their summed loss and its gradient by the logits.
 
@@ -95,17 +98,18 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
             grad_VD = torch.zeros_like(head_VD, dtype=wide) if needs_head else None
             total = hidden_ND.new_zeros((), dtype=wide)
+            memory = _Memory(min(chunk, hidden_ND.shape[0]), head_VD.shape[0], compute, wide, hidden_ND.device)
             for start in range(0, hidden_ND.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 low_CD = hidden_ND[rows].detach().to(compute)
-                loss, grad_CV = chunk_loss(product(low_CD, low_VD.t(), wide), rows, needs_hidden or needs_head)
+                loss, grad_CV = chunk_loss(memory.logits(low_CD, low_VD), rows, needs_hidden or needs_head)
                 total += loss
                 if grad_CV is not None:
-                    grad_CV = grad_CV.to(compute)
+                    grad_CV = memory.low(grad_CV)
                 if grad_ND is not None and grad_CV is not None:
                     grad_ND[rows] = product(grad_CV, low_VD, wide)
                 if grad_VD is not None and grad_CV is not None:
-                    grad_VD += product(grad_CV.t(), low_CD, wide)
+                    _add_product(grad_VD, grad_CV.t(), low_CD)
         ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
         return total
 
@@ -117,6 +121,32 @@ class _ChunkedLoss(torch.autograd.Function):
         return scaled[0], scaled[1], None, None, None
 
 
+class _Memory:
+    """A chunk's logits in their own type and in that of the products, in memory that all chunks of a call share on a CPU.
+
+    There, memory fresh from the system costs as much as the arithmetic; an accelerator has an allocator that keeps it.
+    """
+
+    def __init__(self, rows: int, vocab_size: int, compute: torch.dtype, wide: torch.dtype, device: torch.device) -> None:  # noqa: PLR0917
+        self.compute, self.wide = compute, wide
+        self.shared = device.type == "cpu"
+        if self.shared:
+            self._wide_CV = torch.empty(rows, vocab_size, dtype=wide)
+            self._low_CV = self._wide_CV if compute == wide else torch.empty(rows, vocab_size, dtype=compute)
+
+    def logits(self, low_CD: Tensor, low_VD: Tensor) -> Tensor:
+        if not self.shared:
+            return product(low_CD, low_VD.t(), self.wide)
+        low_CV = torch.mm(low_CD, low_VD.t(), out=self._low_CV[: low_CD.shape[0]])
+        return low_CV if self._low_CV is self._wide_CV else self._wide_CV[: low_CD.shape[0]].copy_(low_CV)
+
+    def low(self, grad_CV: Tensor) -> Tensor:
+        """A chunk's gradient in the type of the products."""
+        if not self.shared:
+            return grad_CV.to(self.compute)
+        return grad_CV if grad_CV.dtype == self._low_CV.dtype else self._low_CV[: grad_CV.shape[0]].copy_(grad_CV)
+
+
 def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
     """Matrix product in `wide`; where the device can, the sums over low-precision factors are never rounded below it."""
     if left.is_cuda and left.dtype != wide and torch.version.hip is None:
@@ -124,22 +154,42 @@ def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
     return (left @ right).to(wide)
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right without a copy of the product in the total's type where its own is narrower."""
+    total += left @ right if total.device.type == "cpu" else product(left, right, total.dtype)
+
+
 def _cross_entropy_of_chunk(  # noqa: PLR0917 - the first three are bound
     labels_N: Tensor, ignore_index: int, z_loss: float, logits_CV: Tensor, rows: slice, grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of a chunk and, made in the memory of its log-probabilities, its gradient by the logits."""
+    """Loss of a chunk and, made in the memory of its logits, its gradient by them."""
     labels_C = labels_N[rows]
     trained_C = labels_C != ignore_index
     safe_C1 = labels_C.where(trained_C, 0)[:, None]
-    label_logit_C = logits_CV.gather(1, safe_C1)[:, 0]
-    logp_CV = torch.log_softmax(logits_CV, dim=-1)
-    label_logp_C = logp_CV.gather(1, safe_C1)[:, 0]
-    lse_C = label_logit_C - label_logp_C
+    probs_CV, lse_C, label_logp_C = _softmax(logits_CV, safe_C1)
     loss_C = -label_logp_C + z_loss * lse_C.square()
     loss = loss_C.where(trained_C, 0).sum()
     if not grad:
         return loss, None
     scale_C = trained_C.to(logits_CV.dtype)
-    grad_CV = logp_CV.exp_().mul_((scale_C * (1 + 2 * z_loss * lse_C))[:, None])
+    grad_CV = probs_CV.mul_((scale_C * (1 + 2 * z_loss * lse_C))[:, None])
     grad_CV.scatter_add_(1, safe_C1, -scale_C[:, None])
     return loss, grad_CV
+
+
+def _softmax(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, made in the memory of the logits; the log of the sum of exponentials of each row; log-probs of the labels."""
+    label_logit_C = logits_CV.gather(1, labels_C1)[:, 0]
+    if logits_CV.device.type != "cpu":
+        logp_CV = torch.log_softmax(logits_CV, dim=-1)
+        label_logp_C = logp_CV.gather(1, labels_C1)[:, 0]
+        return logp_CV.exp_(), label_logit_C - label_logp_C, label_logp_C
+    # One pass instead of two with exponentials in them. Where a label's probability is 0 in this type, the largest one tells the sum.
+    largest_C = logits_CV.amax(-1)
+    probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+    label_prob_C = probs_CV.gather(1, labels_C1)[:, 0]
+    if bool((label_prob_C < _TINY).any()):
+        lse_C = largest_C - probs_CV.amax(-1).log()
+        return probs_CV, lse_C, label_logit_C - lse_C
+    label_logp_C = label_prob_C.log()
+    return probs_CV, label_logit_C - label_logp_C, label_logp_C

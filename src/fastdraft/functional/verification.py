@@ -4,6 +4,7 @@ Decides acceptance by Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv
 draft_probs is kept with probability min(1, target_probs[x] / draft_probs[x]); the first one refused is replaced by a draw
 from norm(max(0, target_probs - draft_probs)) (the recovered token), and after K acceptances one more token is drawn from
 the target (the bonus token). What comes out is distributed exactly as the target's own text, whatever the draft.
+And that results stay on the device: one who decodes waits for it once a round, not at every decision.
 
 Shape suffixes: K proposals, E = K + 1 positions of the target, V vocabulary. One sequence, no batch axis.
 """
@@ -18,34 +19,34 @@ from fastdraft.functional.sampling import draw, precise
 
 def verify(
     target_probs_EV: Tensor, draft_probs_KV: Tensor, proposed_K: Tensor, generator: torch.Generator | None = None
-) -> tuple[int, Tensor]:
-    """The number of proposals kept, and the token after them.
+) -> tuple[Tensor, Tensor]:
+    """The number of proposals kept, and the token after them; nothing here waits for the device.
 
     Args:
         target_probs_EV: The target's distribution at each proposal and after the last one; rows sum to 1.
         draft_probs_KV: The very distributions that the proposals were drawn from.
-        proposed_K: The proposals.
+        proposed_K: The proposals, at least one.
         generator: The source of randomness, on the tensors' device.
 
     Returns:
-        (num_accepted in 0..K, the recovered or bonus token as a tensor of shape [1])
+        (num_accepted in 0..K as an int64 tensor without axes, the recovered or bonus token as a tensor of shape [1])
     """
-    index_K1 = proposed_K[:, None]
+    index_K1, num_proposed = proposed_K[:, None], len(proposed_K)
     target_K = target_probs_EV[:-1].gather(-1, index_K1).squeeze(-1)
     draft_K = draft_probs_KV.gather(-1, index_K1).squeeze(-1)
     device = proposed_K.device
     uniform_K = torch.rand(proposed_K.shape, dtype=precise(device), device=device, generator=generator)
     num_accepted = leading(uniform_K * draft_K < target_K)
-    final_V = target_probs_EV[num_accepted]
-    if num_accepted < len(proposed_K):
-        final_V = recovery(final_V, draft_probs_KV[num_accepted])
-    return num_accepted, draw(final_V[None], generator)
+    target_1V = target_probs_EV.index_select(0, num_accepted[None])
+    draft_1V = draft_probs_KV.index_select(0, num_accepted[None].clamp(max=num_proposed - 1))
+    final_1V = torch.where(num_accepted < num_proposed, recovery(target_1V, draft_1V), target_1V)
+    return num_accepted, draw(final_1V, generator)
 
 
-def verify_greedy(target_ids_E: Tensor, proposed_K: Tensor) -> tuple[int, Tensor]:
+def verify_greedy(target_ids_E: Tensor, proposed_K: Tensor) -> tuple[Tensor, Tensor]:
     """`verify` for temperature 0, where the target's distribution is one-hot at `target_ids_E`."""
     num_accepted = leading(proposed_K == target_ids_E[:-1])
-    return num_accepted, target_ids_E[num_accepted : num_accepted + 1]
+    return num_accepted, target_ids_E.index_select(0, num_accepted[None])
 
 
 def recovery(target_probs_V: Tensor, draft_probs_V: Tensor) -> Tensor:
@@ -59,6 +60,6 @@ def recovery(target_probs_V: Tensor, draft_probs_V: Tensor) -> Tensor:
     return torch.where(total > 0, rest_V / total, target_probs_V)
 
 
-def leading(accepted_K: Tensor) -> int:
-    """How many entries are true before the first false one."""
-    return int(accepted_K.long().cumprod(0).sum())
+def leading(accepted_K: Tensor) -> Tensor:
+    """How many entries are true before the first false one: int64, no axes."""
+    return accepted_K.long().cumprod(0).sum()

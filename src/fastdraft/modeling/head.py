@@ -42,14 +42,18 @@ class OutputHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V]; the product in the model's own type, as the model does it, the result in fp32."""
-        logits_NV = hidden_ND @ self.weight.T
+        return self.finish(hidden_ND @ self.weight.T).float()
+
+    def finish(self, product_NV: Tensor) -> Tensor:
+        """Logits [N, V] from hidden states times weight, in the product's type; the product itself where the head is plain."""
+        logits_NV = product_NV
         if self.bias is not None:
-            logits_NV = logits_NV + self.bias
+            logits_NV = logits_NV + self.bias.to(logits_NV.dtype)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap:
             logits_NV = (logits_NV / self.softcap).tanh() * self.softcap
-        return logits_NV.float()
+        return logits_NV
 
 
 def output_head(model: PreTrainedModel) -> tuple[nn.Module, OutputHead]:
@@ -68,11 +72,11 @@ def output_head(model: PreTrainedModel) -> tuple[nn.Module, OutputHead]:
 
 
 def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
-    """The decoder and the head's weight [V, D], for losses that never hold the logits of all tokens at once.
+    """The decoder and the head's weight [V, D] of a draft, for losses that never hold the logits of all tokens at once.
 
     Raises:
-        TargetError: where the logits are more than one product, which those losses do not compute; no draft that FastDraft
-            designs is of such a family.
+        TargetError: where the logits are more than one product, through which those losses make no gradient; no draft that
+            FastDraft designs is of such a family, and a target's logits come from `output_head`.
     """
     decoder, head = output_head(model)
     if not head.is_plain:

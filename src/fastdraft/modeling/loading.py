@@ -24,7 +24,7 @@ from fastdraft.modeling.architecture import read_architecture
 from fastdraft.modeling.counting import auto_class
 from fastdraft.modeling.families import special_id, text_config
 from fastdraft.modeling.head import split_head
-from fastdraft.modeling.source import check_weights, copy_tokenizer_files, raw_config
+from fastdraft.modeling.source import check_weights, copy_tokenizer_files, is_hub_id, raw_config
 from fastdraft.vocabulary import Vocabulary, build_vocabulary
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def load_tokenizer(location: str, revision: str | None = None, trust_remote_code
     """
     from transformers import AutoTokenizer
 
+    is_hub_id(location)  # refuses what is neither a directory nor a model on the hub
     if Path(location).is_dir() and not (Path(location) / "tokenizer.json").is_file() and not (Path(location) / "tokenizer.model").is_file():
         raise TargetError(location, "no tokenizer.json", "a fast tokenizer is required", "copy the model's tokenizer files here")
     with _one_line(location), quiet():

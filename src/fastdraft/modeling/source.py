@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdraft.artifacts import disk_errors, file_sha256
+from fastdraft.artifacts import file_sha256
 from fastdraft.errors import TargetError
+from fastdraft.machine import disk_errors
 from fastdraft.modeling.families import TARGET_FAMILIES
 
 TOKENIZER_FILES = (

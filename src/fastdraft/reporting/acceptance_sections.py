@@ -48,8 +48,7 @@ def ladder_section(record: RunRecord) -> Section | str:
         caption = f"Acceptance rate at {k_name(results.headline_k)} after each checkpoint; bars are 95 % intervals."
         blocks.append(Charts(ladder_charts(results, temperatures[:2], paper=beside), caption + (" All on one scale." if beside else "")))
     blocks += [ladder_table(results, temperature, paper=beside and i == 0) for i, temperature in enumerate(temperatures)]
-    prompts = {task: number((results.select(task=task) or [{}])[0], "num_prompts") for task in results.tasks}
-    counts = listing([f"{count:g} for {task}" for task, count in prompts.items() if count is not None])
+    counts = listing([words for task in results.tasks if (words := _prompts(results, task))])
     if counts:
         blocks.append(Text(f"Prompts: {counts}.", "muted"))
     lead = (
@@ -57,6 +56,15 @@ def ladder_section(record: RunRecord) -> Section | str:
         "fine-tuned on what the target wrote."
     )
     return Section("Acceptance ladder", "ladder", tuple(blocks), lead)
+
+
+def _prompts(results: Results, task: str) -> str:
+    """For example `12 for talks (drawn as 4 for the intervals)`; empty where the results do not tell."""
+    row: Mapping[str, Any] = (results.select(task=task) or [{}])[0]
+    prompts, talks = number(row, "num_prompts"), number(row, "num_conversations")
+    if prompts is None:
+        return ""
+    return f"{prompts:g} for {task}" + (f" (drawn as {talks:g} for the intervals)" if talks is not None and talks < prompts else "")
 
 
 def by_headline(results: Results) -> list[float]:

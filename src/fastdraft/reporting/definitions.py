@@ -48,7 +48,7 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
         "Exact runs the lossless decoder. Replay passes text that the target wrote once through the draft and gives the "
         "expected counts for every K.",
     ),
-    ("95 % interval", "Bootstrap over prompts."),
+    ("95 % interval", "Bootstrap over prompts, turns of a conversation drawn together."),
     (
         "PT, CP, FT",
         "The checkpoints after pre-training on text, after continued pre-training on code and text, and after "

@@ -46,7 +46,7 @@ def render_model_card(record: RunRecord, num_speculative_tokens: int, checks: Ma
     parts = [
         _front_matter(target),
         _introduction(record, target),
-        _usage(target, num_speculative_tokens),
+        _usage(target, num_speculative_tokens, checks),
         _wall_clock(record),
         _figures(record, num_speculative_tokens),
     ]
@@ -88,17 +88,22 @@ def _introduction(record: RunRecord, target: str) -> str:
     )
 
 
-def _usage(target: str, k: int) -> str:
+def _usage(target: str, k: int, checks: Mapping[str, Any]) -> str:
     target = target if _is_hub_id(target) else "path/to/the/target"
+    loads = str(checks.get("assistant_target_class", "AutoModelForCausalLM"))
+    names = ", ".join(sorted({"AutoModelForCausalLM", loads, "AutoTokenizer"}))
+    # Such a target makes positions on several axes, for pictures, and no text model reads those.
+    told = '\ninputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1  # one for each token, as the draft reads them'
+    positions = told if checks.get("assistant_needs_position_ids") else ""
     return f"""## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {names}
 
 tokenizer = AutoTokenizer.from_pretrained("{target}")
-target = AutoModelForCausalLM.from_pretrained("{target}")
+target = {loads}.from_pretrained("{target}")
 draft = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
+inputs = tokenizer("Once upon a time", return_tensors="pt"){positions}
 output = target.generate(**inputs, assistant_model=draft, do_sample=False, max_new_tokens=64)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```

@@ -78,8 +78,8 @@ def corpora_table(manifest: Mapping[str, Any] | None) -> Table | None:
             _count(number(validation, "tokens")),
         ]
         rows.append(row(str(name), *cells, _count(number(_mapping(corpus), "duplicates"))))
-    length = number(manifest, "row_length")
-    note = f"Packed into rows of {length:g} tokens." if length is not None else ""
+    lengths = (manifest or {}).get("row_lengths") or [number(manifest, "row_length")]
+    note = f"Packed into rows of {' and '.join(f'{length:g}' for length in lengths)} tokens." if None not in lengths else ""
     return Table(
         ("Corpus", "Documents", "Tokens", "Rows", "Validation tokens", "Duplicates removed"), tuple(rows), "Prepared corpora", note
     )

@@ -23,6 +23,7 @@ from fastdraft.config import Config
 from fastdraft.data.openai_format import serves_replay
 from fastdraft.errors import ArtifactError, MissingExtraError, RecipeError
 from fastdraft.interfaces import Generation, Sampling
+from fastdraft.machine import Halving
 from fastdraft.runtimes.openvino_families import unconverted_family
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class OpenAIEngineConfig(Config):
     model: str = ""
     """The target's name at the servers; empty: the only one that they serve."""
     api: Literal["auto", "completions", "chat"] = "auto"
-    """completions takes every prompt, as token ids where the server can; chat only single user messages; auto: completions if there."""
+    """completions takes every prompt, as token ids where the server can; chat takes user messages and conversations, which the server
+    renders itself; auto: completions if there."""
     logprobs: Literal["processed", "raw", "none", "target"] = "none"
     """What the servers' log-probs are of: processed, the sampled distribution (vLLM: --logprobs-mode processed_logprobs); raw, the
     logits, of use at temperature 1 without truncation only; none: kept without; target: of target.model's weights, by a scoring pass."""
@@ -309,8 +311,10 @@ def open_engines(
     from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
     model = load_target(context.target, pick_device(context.settings.device))
-    answering = HuggingFaceEngine(model, vocabulary, batch_rows, on_answer, end_loops=end_loops)
-    return Engines(answering, HuggingFaceEngine(model, turns, batch_rows, end_loops=True), answering.context_length)
+    halving = Halving(f"{stage}.batch_rows", context.console.warn)
+    answering = HuggingFaceEngine(model, vocabulary, batch_rows, on_answer, end_loops=end_loops, halving=halving)
+    instructing = HuggingFaceEngine(model, turns, batch_rows, end_loops=True, halving=halving)
+    return Engines(answering, instructing, answering.context_length)
 
 
 def _open_openvino(

@@ -1,7 +1,7 @@
 """The target in transformers, writing text in batches.
 
 Decides how many prompts share a batch, that prompts are sorted by length first so that little is wasted on padding, and
-that the answers come back in the order asked.
+that the answers come back in the order asked; and that a batch for which memory runs out is written in halves, of the same text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.functional.looping import is_looping
-from fastdraft.interfaces import Generation, Sampling, check_prompts
+from fastdraft.generation import Generation, Sampling, check_prompts
+from fastdraft.machine import Halving
 from fastdraft.modeling.families import text_config
 from fastdraft.vocabulary import Vocabulary
 
@@ -27,6 +28,7 @@ class HuggingFaceEngine:
         batch_rows: Prompts generated together.
         on_batch: Called with the number of answers finished since the last call.
         end_loops: Ends an answer that has run into a loop instead of writing it to its limit.
+        halving: How many rows fit into memory; engines over one model share it.
     """
 
     name = "huggingface"
@@ -39,8 +41,10 @@ class HuggingFaceEngine:
         on_batch: Callable[[int], None] | None = None,
         *,
         end_loops: bool = False,
+        halving: Halving | None = None,
     ) -> None:
         self.model, self.vocabulary, self.batch_rows, self.on_batch, self.end_loops = model, vocabulary, batch_rows, on_batch, end_loops
+        self.halving = halving or Halving("batch_rows")
 
     @property
     def context_length(self) -> int:
@@ -52,6 +56,7 @@ class HuggingFaceEngine:
 
         Raises:
             DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
+            NoMemoryError: when a single row does not fit into memory.
         """
         check_prompts(prompts, max_new_tokens, self.context_length)
         generator = torch.Generator().manual_seed(seed)
@@ -60,7 +65,8 @@ class HuggingFaceEngine:
         answers: dict[int, Generation] = {}
         for start in range(0, len(order), self.batch_rows):
             chosen = order[start : start + self.batch_rows]
-            written = generate_batch(self.model, [prompts[i] for i in chosen], sampling, max_new_tokens, eos_ids, generator, give_up)
+            batch = [prompts[i] for i in chosen]
+            written = generate_batch(self.model, batch, sampling, max_new_tokens, eos_ids, generator, give_up, self.halving)
             answers.update(zip(chosen, written, strict=True))
             if self.on_batch:
                 self.on_batch(len(chosen))

@@ -7,14 +7,14 @@ themselves: assisted greedy text against the target alone, and the draft's proba
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastdraft.modeling.families import text_config
 from fastdraft.modeling.loading import load_draft, quiet, save_draft
 from fastdraft.vocabulary import Vocabulary
 
@@ -35,6 +35,8 @@ class AssistedCheck:
     num_tokens: int
     response_ids: list[int]
     """What the target wrote alone."""
+    needs_position_ids: bool = False
+    """Whether `generate` must be told the positions in the text."""
 
 
 def write_huggingface(checkpoint: Path, folder: Path, num_speculative_tokens: int, confidence_threshold: float) -> list[str]:
@@ -79,29 +81,22 @@ def check_assisted(
     prompt = torch.tensor([list(prompt_ids)], device=target.device)
     settings = _greedy(vocabulary, max_new_tokens)
     mask = torch.ones_like(prompt)
-    with quiet(), _text_positions(draft):
+    positions = text_positions(target, prompt)
+    with quiet():
         alone = target.generate(prompt, attention_mask=mask, generation_config=settings)
-        assisted = target.generate(prompt, attention_mask=mask, generation_config=settings, assistant_model=draft)
+        assisted = target.generate(prompt, attention_mask=mask, generation_config=settings, assistant_model=draft, **positions)
     response = alone[0, prompt.shape[1] :].tolist()
-    return AssistedCheck(response == assisted[0, prompt.shape[1] :].tolist(), len(response), response)
+    return AssistedCheck(response == assisted[0, prompt.shape[1] :].tolist(), len(response), response, bool(positions))
 
 
-@contextlib.contextmanager
-def _text_positions(draft: PreTrainedModel) -> Iterator[None]:
-    """Gives the draft the positions in the text, one number for each token, where the target counts on several axes (Qwen2-VL).
+def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `generate` must be told beside the prompt [1, T] for a target that counts positions on several axes (Qwen2-VL).
 
-    transformers hands the target's positions on as they are, and a text model cannot read those for pictures.
+    By itself it makes positions [axes, 1, T] for pictures and hands them on to the draft, which, as any text model, reads one for
+    each token and fails. Told the positions in the text, [1, T], both use them.
     """
-
-    def on_one_axis(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        positions = kwargs.get("position_ids")
-        return args, kwargs if positions is None or positions.ndim < 3 else {**kwargs, "position_ids": positions[0]}
-
-    hook = draft.register_forward_pre_hook(on_one_axis, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    rope = getattr(text_config(target.config), "rope_parameters", None) or {}
+    return {"position_ids": torch.arange(prompt.shape[1], device=prompt.device)[None]} if rope.get("mrope_section") else {}
 
 
 def _greedy(vocabulary: Vocabulary, max_new_tokens: int) -> GenerationConfig:

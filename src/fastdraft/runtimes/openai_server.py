@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastdraft.data.chat import plain_prefix_ids, user_words
 from fastdraft.data.openai_format import AnswerReader, Choice, LogprobKind, read_choices, serves_replay
 from fastdraft.errors import DataError, TargetError
-from fastdraft.interfaces import Generation, Sampling, check_prompts
+from fastdraft.interfaces import Generation, RenderedPrompt, Sampling, check_prompts
 from fastdraft.runtimes.openai_requests import RefusedError, Servers
 from fastdraft.runtimes.openvino import answer_seed
 from fastdraft.vocabulary import Vocabulary
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Api = Literal["auto", "completions", "chat"]
 READS_AGAIN = 3
 """Times that one question is asked when its answer cannot be read; a server that fails so is not worth a long wait."""
-_EQUAL = 1e-3
+EQUAL = 1e-3
 """Log-probs nearer than this count as equal: half precision rounds more than float32, and not every server is deterministic."""
 
 
@@ -110,14 +110,14 @@ class OpenAIEngine:
 
     async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
         if self.way is None:
-            self.model = await self._check_model()
-            self.way = await self._find_way(prompts, sampling)
+            self.model = await self.check_model()
+            self.way = await self.find_way(prompts, sampling)
         if self.logprobs == "processed" and not serves_replay("raw", sampling) and sampling.temperature > 0:
             await self._prove_processed(self.way, prompts[0], sampling)
         way = self.way
-        bodies = [self._body(way, prompt, sampling, max_new_tokens, answer_seed(seed, index)) for index, prompt in enumerate(prompts)]
+        bodies = [self.question(way, prompt, sampling, max_new_tokens, answer_seed(seed, index)) for index, prompt in enumerate(prompts)]
         if not any(bodies):
-            rule = "these servers take messages only: a prompt must be one user message in the target's chat template"
+            rule = "these servers take messages only: a prompt must be a conversation or a user message in the target's chat template"
             raise DataError(
                 "prompts", "none can be sent to /chat/completions", rule, "use prompts with chat: true, or a server with /completions"
             )
@@ -166,7 +166,7 @@ class OpenAIEngine:
             self.servers.names, found, f"asked {READS_AGAIN} times: answers must be in the OpenAI format", "see the server's log"
         )
 
-    def _body(self, way: Way, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int) -> dict[str, Any] | None:
+    def question(self, way: Way, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int) -> dict[str, Any] | None:
         """A question as JSON; None for a prompt that cannot be put in this way."""
         body: dict[str, Any] = {"model": self.model, "max_tokens": max_new_tokens, "seed": seed, "temperature": sampling.temperature}
         body |= {"top_p": sampling.top_p} if sampling.temperature > 0 else {}
@@ -178,10 +178,10 @@ class OpenAIEngine:
                 return None
             body["prompt"] = text
         else:
-            words = user_words(self.tokenizer, prompt)
-            if words is None:
+            messages = self._as_messages(prompt)
+            if messages is None:
                 return None
-            body["messages"] = [{"role": "user", "content": words}]
+            body["messages"] = messages
         if way.extras or (self.logprobs != "none" and sampling.temperature > 0):
             body |= {"logprobs": 1} if way.route == "/completions" else {"logprobs": True, "top_logprobs": 1}
         if way.extras or sampling.top_k:
@@ -203,12 +203,19 @@ class OpenAIEngine:
         text = str(self.tokenizer.decode(list(prompt[before:]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return text if [int(token) for token in self.tokenizer(text, verbose=False).input_ids] == list(prompt) else None
 
+    def _as_messages(self, prompt: Sequence[int]) -> list[dict[str, str]] | None:
+        """Messages that the server will render to these very ids; None without them."""
+        if isinstance(prompt, RenderedPrompt):
+            return prompt.messages
+        words = user_words(self.tokenizer, prompt)
+        return None if words is None else [{"role": "user", "content": words}]
+
     def _counts_differently(self, way: Way, prompt: list[int], choice: Choice) -> bool:
         if choice.prompt_ids is not None:
             return choice.prompt_ids != prompt
         return way.prompt != "ids" and choice.num_prompt_tokens is not None and choice.num_prompt_tokens != len(prompt)
 
-    async def _check_model(self) -> str:
+    async def check_model(self) -> str:
         """The target's name at every server.
 
         Raises:
@@ -238,7 +245,7 @@ class OpenAIEngine:
                 raise TargetError(url, "no list of models", "the target's name there must be known", "set synthesize.engine.model")
         return name
 
-    async def _find_way(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Way:
+    async def find_way(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Way:
         """The richest way in which the servers answer a question of one token.
 
         Raises:
@@ -248,8 +255,8 @@ class OpenAIEngine:
         for way in WAYS:
             if self.api != "auto" and (way.route == "/completions") != (self.api == "completions"):
                 continue
-            prompt = next((prompt for prompt in prompts if self._body(way, prompt, sampling, 1, 0)), None)
-            body = self._body(way, prompt, sampling, 1, 0) if prompt is not None else None
+            prompt = next((prompt for prompt in prompts if self.question(way, prompt, sampling, 1, 0)), None)
+            body = self.question(way, prompt, sampling, 1, 0) if prompt is not None else None
             if body is None or prompt is None:
                 continue
             try:
@@ -292,21 +299,21 @@ class OpenAIEngine:
         truncated = sampling.top_k > 0 or sampling.top_p < 1
         wanted = {"temperature"} if sampling.temperature != 1 else set[str]()
         wanted = (wanted | ({"truncation"} if truncated else set())) - self._proven
-        plain = await self._first_logprob(way, prompt, Sampling(1.0)) if wanted else None
-        if plain is None or plain > -10 * _EQUAL:  # where one token has it all, nothing can be told
+        plain = await self.first_logprob(way, prompt, Sampling(1.0)) if wanted else None
+        if plain is None or plain > -10 * EQUAL:  # where one token has it all, nothing can be told
             return
         for what in sorted(wanted):
-            other = await self._first_logprob(way, prompt, Sampling(0.25) if what == "temperature" else Sampling(1.0, 1))
-            follows = other is None or (abs(other - plain) > _EQUAL if what == "temperature" else other > -_EQUAL)
+            other = await self.first_logprob(way, prompt, Sampling(0.25) if what == "temperature" else Sampling(1.0, 1))
+            follows = other is None or (abs(other - plain) > EQUAL if what == "temperature" else other > -EQUAL)
             if not follows:
                 rule = f"logprobs: processed needs those of the sampled distribution, but these do not follow the {what}"
                 remedy = "start the server so (vLLM: --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs=none"
                 raise TargetError(self.servers.names, "log-probs of the raw logits", rule, remedy)
             self._proven.add(what)
 
-    async def _first_logprob(self, way: Way, prompt: Sequence[int], sampling: Sampling) -> float | None:
+    async def first_logprob(self, way: Way, prompt: Sequence[int], sampling: Sampling) -> float | None:
         """The likeliest first token's log-prob as the server tells it; None where it does not."""
-        body = self._body(way, prompt, sampling, 1, 0)
+        body = self.question(way, prompt, sampling, 1, 0)
         return _likeliest(await self.servers.ask(way.route, body)) if body else None
 
 

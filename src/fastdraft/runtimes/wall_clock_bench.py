@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.artifacts import disk_errors
 from fastdraft.console import Console, Progress
 from fastdraft.decoding.latency import Latency
 from fastdraft.errors import ArtifactError
+from fastdraft.machine import disk_errors
 from fastdraft.runtimes.openvino import MODEL_FILE, Precision
 from fastdraft.runtimes.wall_clock import Contender
 from fastdraft.runtimes.wall_clock_memory import MemoryRun, measure_memory

@@ -1,8 +1,9 @@
 """The prompts that a benchmark measures on: the tasks' own, mixed, or brought to a length.
 
 Decides that a prompt is measured only where it, its answer and one round beyond fit the context; that sweeps of one factor
-run on a mixture of the tasks, one prompt of each in turn; and how a prompt is made longer without changing its end: other
-texts of its task are put in front of it, behind whatever every prompt of the task begins with (a BOS id, a chat template).
+run on a mixture of the tasks, one prompt of each in turn; that of a conversation the first turn is measured; and how a prompt
+is made longer without changing its end: other texts of its task are put in front of it, behind whatever every prompt of the
+task begins with (a BOS id, a chat template).
 What is left out is told in words.
 """
 
@@ -45,6 +46,8 @@ class EncodedTask:
     texts: list[list[int]]
     """Prompt and reference of each, without special tokens."""
     max_new_tokens: int
+    later_turns: int = 0
+    """Of its conversations: they need the target's own answers before them, and are not measured."""
 
     @property
     def begin(self) -> int:
@@ -70,7 +73,8 @@ def encode(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
         [int(token) for token in tokenizer(f"{prompt.everything}\n\n", add_special_tokens=False, verbose=False).input_ids]
         for prompt, _ in encoded
     ]
-    return EncodedTask(task.name, [prompt.id for prompt, _ in encoded], [ids for _, ids in encoded], texts, task.max_new_tokens)
+    later = sum(len(prompt.conversation.users) - 1 for prompt, _ in encoded if prompt.conversation)
+    return EncodedTask(task.name, [prompt.id for prompt, _ in encoded], [ids for _, ids in encoded], texts, task.max_new_tokens, later)
 
 
 def task_prompts(task: EncodedTask, count: int, room: int) -> PromptSet:
@@ -92,6 +96,8 @@ def task_prompts(task: EncodedTask, count: int, room: int) -> PromptSet:
         )
     short = len(task.names) - len(fitting)
     left_out = [f"{task.name}: {short} of {len(task.names)} prompts are too long for the context"] if short and len(fitting) < count else []
+    if task.later_turns:
+        left_out.append(f"{task.name}: {task.later_turns} later turns of conversations; first turns are measured")
     chosen = fitting[:count]
     return PromptSet(task.name, [name for name, _ in chosen], [ids for _, ids in chosen], task.max_new_tokens, left_out)
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastdraft.training.step import TrainStep
     from fastdraft.training.trainer import Trainer, Validation
 
-VALIDATION_ROWS = 128
+VALIDATION_ROWS, REPLAYED_TOKENS = 128, 8192
 DEFAULT_EPOCHS = 3.0
 DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
@@ -211,7 +211,8 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
         VocabularyError: when the target scores other ids than the draft.
     """
     from fastdraft.functional.distillation import token_loss
-    from fastdraft.modeling.loading import load_target, split_head
+    from fastdraft.modeling.head import output_head
+    from fastdraft.modeling.loading import load_target
     from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
 
     objective = config.objective
@@ -220,8 +221,8 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
     loss = token_loss(objective.loss, objective.beta or 0.5)
     if objective.source == "stored":
         return TokenDistillation(loss)
-    target = LoadedTarget(*split_head(load_target(context.target, device)))
-    _same_vocabulary("target.model", target.head.shape[0], model)
+    target = LoadedTarget(*output_head(load_target(context.target, device)))
+    _same_vocabulary("target.model", target.head.vocab_size, model)
     return TokenDistillation(loss, target)
 
 
@@ -253,12 +254,17 @@ class _Validate:
 
     def __call__(self) -> Validation:
         from fastdraft.decoding.replay import block_efficiency
+        from fastdraft.training.memory import within_memory
         from fastdraft.training.trainer import Validation, mean_loss
 
         metrics: dict[str, Any] = {"validation_loss": {"responses": mean_loss(self._step, self._batches)}}
         if not self._rows:
             return Validation(metrics)
-        score = block_efficiency(self._model, self._rows, self._k, self._vocabulary)
+
+        def replayed(tokens: int) -> float:
+            return block_efficiency(self._model, self._rows, self._k, self._vocabulary, batch_tokens=tokens)
+
+        score = within_memory(replayed, REPLAYED_TOKENS, 1, "align")
         return Validation({**metrics, "validation_block_efficiency": score}, score)
 
 
@@ -315,13 +321,14 @@ def _source(config: AlignConfig, context: StageContext, samples: list[Sample], r
 
 def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
     """Steps of the pre-training mixture, each of as many tokens as a synthetic step."""
-    from fastdraft.data.loader import MixtureSampler, open_corpus
+    from fastdraft.data.loader import open_mixture
+    from fastdraft.data.shards import row_lengths
     from fastdraft.training.batches import PackedBatches
 
     prepare, mixture = context.require("prepare"), _mixture(context)
-    row_length = int(prepare.manifest()["row_length"])
-    corpora = {corpus: open_corpus(prepare, corpus, "train") for corpus, weight in mixture.items() if weight > 0}
-    sampler = MixtureSampler(corpora, {corpus: mixture[corpus] for corpus in corpora}, context.settings.seed + _MIXTURE_SEED)
+    row_length = row_lengths(prepare.manifest())[-1]
+    used = {corpus: weight for corpus, weight in mixture.items() if weight > 0}
+    sampler = open_mixture(prepare, used, context.settings.seed + _MIXTURE_SEED)
     rows = max(1, resolved.batch_tokens // row_length)
     return PackedBatches(sampler, 0, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
 
@@ -380,6 +387,7 @@ def _summary(folder: Path, state: TrainingState) -> dict[str, Any]:
         "trained_tokens": state.trained_tokens,
         "steps": state.step,
         "skipped_steps": state.skipped,
+        "micro_batch_limit": state.micro_batch_limit or None,
         "best_step": state.best_step if state.best_step >= 0 else state.step,
         "start_block_efficiency": validations.get(0, {}).get("validation_block_efficiency"),
         "validation_block_efficiency": state.best_score,

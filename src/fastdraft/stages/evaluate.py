@@ -18,6 +18,7 @@ from fastdraft.artifacts import Artifact, write_json
 from fastdraft.config import Config
 from fastdraft.data.texts import EngineTexts, LoggedTexts, TargetTexts, TextsConfig, bare_kind
 from fastdraft.interfaces import Engine, StageContext, TargetConfig
+from fastdraft.machine import Halving
 from fastdraft.tasks import TaskConfig, describe_task, load_task
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     import torch
 
     from fastdraft.decoding import scoreboard
-    from fastdraft.decoding.turn_prompts import with_turns
+    from fastdraft.decoding.turn_prompts import opened_once, with_turns
     from fastdraft.decoding.workbench import Workbench
     from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device, set_threads
     from fastdraft.provenance import describe_run
@@ -201,7 +202,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     tokenizer = load_tokenizer(context.target.location, context.target.revision, context.target.trust_remote_code)
     context_length = _context_length(context, folders)
     standing = _standing_texts(config, context, tokenizer, context_length)
-    engine = partial(_engine, config, context, target)
+    engine = opened_once(partial(_engine, config, context, target))
     plan = _plan(config, context, tokenizer, context_length, standing)
     plan = with_turns(plan, engine, folder=artifact.path, console=console, tokenizer=tokenizer, context_length=context_length)
     bench = Workbench(plan, artifact.path, console, target, vocabulary)
@@ -213,6 +214,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         bench.keep_texts(standing.rows)
     else:
         bench.write_texts(engine)
+    del engine  # with the model that it may hold, and its files: on Windows an open file cannot be removed
     replayed = bench.replay_all(loaders)
     exact = bench.exact_all(final, loaders[final]) if target is not None else {}
     costs = _costs(context, folders[final], bench.latency(loaders[final]) if target is not None else None)
@@ -222,7 +224,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         "draft": folders[final].relative_to(context.run.root).as_posix(),
         **_cost_fields(costs),
         "rows": scoreboard.result_rows(bench, replayed, exact, costs),
-        "differences": scoreboard.headline_differences(replayed, plan.num_speculative_tokens, plan.seed),
+        "differences": scoreboard.headline_differences(bench, replayed),
         "by_position": scoreboard.by_position(bench, loaders, context_length),
         "greedy_check": scoreboard.greedy_check(bench, exact),
         "contamination": None if standing is not None else _contamination(config, context, tokenizer),
@@ -266,7 +268,8 @@ def _engine(config: EvaluateConfig, context: StageContext, target: PreTrainedMod
     if target is not None:
         from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
-        return HuggingFaceEngine(target, vocabulary, config.batch_rows, on_batch)
+        halving = Halving("evaluate.batch_rows", context.console.warn)
+        return HuggingFaceEngine(target, vocabulary, config.batch_rows, on_batch, halving=halving)
     from fastdraft.runtimes.engines import open_engines
 
     shared: dict[str, Any] = {"batch_rows": config.batch_rows, "end_loops": False, "on_answer": on_batch, "stage": "evaluate"}
@@ -355,7 +358,7 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     """13-grams that evaluation texts (prompts and references) share with everything trained on; null without training data."""
     from fastdraft.data.contamination import Contamination
     from fastdraft.data.responses import read_all
-    from fastdraft.data.shards import corpus_names, open_corpus
+    from fastdraft.data.shards import corpus_names, open_lengths
 
     trained_on = _trained_on(context)
     if not trained_on:
@@ -363,7 +366,8 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     tasks = [load_task(task) for task in config.tasks]
     search = Contamination({task.name: [_bare_ids(tokenizer, p.everything) for p in task.prompts] for task in tasks})
     prepared = [artifact for artifact in trained_on if artifact.name == "prepare"]
-    corpora = [open_corpus(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
+    lengths = [open_lengths(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
+    corpora = [corpus for by_length in lengths for corpus in by_length.values()]
     with context.console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:
 
         def on_shard(count: int) -> None:

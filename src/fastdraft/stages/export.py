@@ -18,6 +18,8 @@ from fastdraft.config import Config
 from fastdraft.interfaces import StageContext
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fastdraft.runtimes.huggingface_export import AssistedCheck
     from fastdraft.vocabulary import Vocabulary
 
@@ -174,16 +176,19 @@ def _check(folder: Path, vocabulary: Vocabulary, context: StageContext) -> dict[
         context.console.warn(
             f"the draft gives {mean:.1e} of its probability to ids without a token (limit {PADDING_MASS_LIMIT:.0e}): train it longer"
         )
-    return _checks(assisted, mean, largest, str(target.dtype).removeprefix("torch."))
+    return _checks(assisted, mean, largest, target)
 
 
-def _checks(assisted: AssistedCheck, mean: float, largest: float, dtype: str) -> dict[str, Any]:
+def _checks(assisted: AssistedCheck, mean: float, largest: float, target: PreTrainedModel) -> dict[str, Any]:
+    from fastdraft.modeling.counting import auto_class
     from fastdraft.runtimes.huggingface_export import PADDING_MASS_LIMIT
 
     return {
         "assistant_same_greedy_text": assisted.same_text,
         "assistant_tokens_compared": assisted.num_tokens,
-        "assistant_dtype": dtype,
+        "assistant_dtype": str(target.dtype).removeprefix("torch."),
+        "assistant_target_class": auto_class(target.config).__name__,
+        "assistant_needs_position_ids": assisted.needs_position_ids,
         "padding_mass_mean": mean,
         "padding_mass_max": largest,
         "padding_mass_limit": PADDING_MASS_LIMIT,

@@ -112,13 +112,14 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
 def _build_trainer(
     config: PretrainConfig, context: StageContext, name: Name, model: PreTrainedModel, device: Any
 ) -> tuple[Trainer, Resolved]:
+    from fastdraft.data.shards import row_lengths
     from fastdraft.modeling.loading import save_draft
     from fastdraft.training import assemble, rates
     from fastdraft.training.objective import CrossEntropy
     from fastdraft.training.trainer import Plan, Trainer
 
     artifact = context.artifact(name)
-    row_length = int(context.require("prepare").manifest()["row_length"])
+    row_length = row_lengths(context.require("prepare").manifest())[-1]
     suggested = rates.batch_tokens("pretrain", assemble.count_parameters(model), config.tokens)
     batch_tokens = config.batch_tokens or max(row_length, suggested)
     halved = isinstance(config, ContinuePretrainConfig) and config.start == "decayed"
@@ -158,28 +159,28 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     Raises:
         DataError: when a corpus has fewer rows than its share of one batch.
     """
-    from fastdraft.data.loader import MixtureSampler, open_corpus
+    from fastdraft.data.loader import open_mixture
+    from fastdraft.data.shards import row_lengths
     from fastdraft.training.batches import PackedBatches
 
     prepare = context.require("prepare")
-    row_length = int(prepare.manifest()["row_length"])
+    row_length = row_lengths(prepare.manifest())[-1]
     if resolved.batch_tokens < row_length:
         rule = f"must hold one row of {row_length} tokens"
-        raise RecipeError(f"{name}.batch_tokens", resolved.batch_tokens, rule, "raise it or lower prepare.row_length")
+        raise RecipeError(f"{name}.batch_tokens", resolved.batch_tokens, rule, "raise it or lower prepare.row_length (or long_rows)")
     rows = resolved.batch_tokens // row_length
     steps = max(1, round(config.tokens / (rows * row_length)))
     used = {corpus: weight for corpus, weight in config.mixture.items() if weight > 0}
-    corpora = {corpus: open_corpus(prepare, corpus, "train") for corpus in used}
+    sampler = open_mixture(prepare, used, context.settings.seed)
     for corpus, weight in used.items():
         share = weight / sum(used.values())
-        found = corpora[corpus].rows
+        found = sampler.num_rows(corpus)
         if found < share * rows:
             rule, remedy = f"its share of one batch is {share * rows:.0f} rows", f"add data or lower {name}.batch_tokens"
             raise DataError(f"{name}.mixture.{corpus}", f"{found} rows of {row_length} tokens", rule, remedy)
         epochs = share * rows * steps / found
         if epochs > GOOD_EPOCHS:
             context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little")
-    sampler = MixtureSampler(corpora, used, context.settings.seed)
     return PackedBatches(sampler, steps, row_length, rows, max(1, resolved.micro_batch_tokens // row_length))
 
 
@@ -228,6 +229,7 @@ def _summary(artifact: Artifact, state: TrainingState) -> dict[str, Any]:
         "tokens": state.tokens,
         "steps": state.step,
         "skipped_steps": state.skipped,
+        "micro_batch_limit": state.micro_batch_limit or None,
         "train_loss": final_train_loss(records),
         "validation_loss": validations[-1] if validations else {},
         "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),

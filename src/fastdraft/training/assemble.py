@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.config import format_count
 from fastdraft.modeling.loading import split_head
+from fastdraft.modeling.written_out import write_out
 from fastdraft.training import rates, schedule
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import build_optimizers
@@ -85,6 +86,7 @@ def resolve(
 def build_step(model: PreTrainedModel, resolved: Resolved, objective: Objective, device: torch.device) -> TrainStep:
     """The optimisers and the step over a model whose weights are fp32 and on `device`."""
     decoder, head_VD = split_head(model)
+    written_out = write_out(decoder) if device.type == "cpu" else None
     optimizers = build_optimizers(
         model,
         kind="muon" if resolved.optimizer == "muon" else "adamw",
@@ -94,7 +96,7 @@ def build_step(model: PreTrainedModel, resolved: Resolved, objective: Objective,
         beta2=resolved.beta2,
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return TrainStep(decoder, head_VD, parameters, optimizers, objective, device, autocast_dtype(resolved.precision, device))
+    return TrainStep(written_out or decoder, head_VD, parameters, optimizers, objective, device, autocast_dtype(resolved.precision, device))
 
 
 def rate_factor(config: WSDConfig | CosineConfig, steps: int) -> Callable[[int], float]:

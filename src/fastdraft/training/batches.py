@@ -9,9 +9,9 @@ Shapes: B rows of a micro-batch, T positions, N trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,23 @@ class RowSampler(Protocol):
     def rows(self, start: int, count: int) -> npt.NDArray[np.int64]: ...
 
 
+@runtime_checkable
+class MixedSampler(Protocol):
+    """One whose numbers may stand for several shorter rows, all of one number as many tokens as the longest row."""
+
+    def groups(self, start: int, count: int) -> list[npt.NDArray[np.int64]]: ...
+
+
+def row_parts(sampler: RowSampler, start: int, count: int, rows_per_micro: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The rows of each micro-batch [rows, length + 1]: one length each, about as many tokens as `rows_per_micro` of the longest."""
+    groups = sampler.groups(start, count) if isinstance(sampler, MixedSampler) else [sampler.rows(start, count)]
+    longest = getattr(sampler, "row_length", 0)
+    for rows in groups:
+        at_once = rows_per_micro * max(1, longest // (rows.shape[1] - 1))
+        for first in range(0, len(rows), at_once):
+            yield rows[first : first + at_once]
+
+
 def packed_batch(rows: npt.NDArray[np.int64]) -> Batch:
     """Rows of length T+1 as a batch that trains on every position."""
     tokens = torch.from_numpy(np.ascontiguousarray(rows))
@@ -94,7 +111,10 @@ def packed_batch(rows: npt.NDArray[np.int64]) -> Batch:
 
 @dataclass(frozen=True)
 class PackedBatches:
-    """Steps of packed rows: `rows_per_batch` rows a step, `rows_per_micro` at a time."""
+    """Steps of packed rows: `rows_per_batch` rows a step, `rows_per_micro` at a time.
+
+    Where the sampler has rows of several lengths, rows are counted in the longest: every step has the same number of tokens.
+    """
 
     sampler: RowSampler
     steps: int
@@ -110,8 +130,8 @@ class PackedBatches:
         return True
 
     def batches(self, step: int) -> list[Batch]:
-        rows = self.sampler.rows(step * self.rows_per_batch, self.rows_per_batch)
-        return [packed_batch(rows[start : start + self.rows_per_micro]) for start in range(0, len(rows), self.rows_per_micro)]
+        parts = row_parts(self.sampler, step * self.rows_per_batch, self.rows_per_batch, self.rows_per_micro)
+        return [packed_batch(rows) for rows in parts]
 
 
 class ResponseLogits(Protocol):

@@ -46,6 +46,8 @@ class TrainingState:
     skipped: int = 0
     """Steps left out for a loss or gradient that was not finite."""
     skipped_in_a_row: int = 0
+    micro_batch_limit: int = 0
+    """Padded tokens that one micro-batch may hold since memory ran out; 0: it never did."""
     best_step: int = -1
     """Step of the best validation score; -1 before the first."""
     best_score: float | None = None

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdraft.artifacts import disk_errors, write_atomic
+from fastdraft.artifacts import write_atomic
 from fastdraft.errors import MissingExtraError
+from fastdraft.machine import disk_errors
 
 FILE = "metrics.jsonl"
 

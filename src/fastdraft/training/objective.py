@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdraft.functional.distillation import DenseTarget, TargetDistribution, TokenLoss, chunked_distillation
 from fastdraft.functional.losses import chunked_cross_entropy, compute_dtypes, product
+from fastdraft.modeling.head import OutputHead
 from fastdraft.training.batches import Batch
 
 
@@ -62,8 +63,8 @@ class LoadedTarget:
     """The target beside the draft; it sees the draft's inputs and runs in the step's autocast."""
 
     decoder: nn.Module | Callable[..., Any]
-    head: Tensor
-    """Weight of its output head [V, E]: as many rows as the draft's."""
+    head: OutputHead
+    """Of as many ids as the draft's; its weight [V, E] may be scaled, biased or capped."""
 
     @torch.no_grad()
     def distribution(self, batch: Batch) -> DenseTarget:
@@ -72,5 +73,5 @@ class LoadedTarget:
         if batch.index is not None:
             hidden_NE = hidden_NE.index_select(0, batch.index)
         compute, wide = compute_dtypes(hidden_NE)
-        low_NE, low_EV = hidden_NE.to(compute), self.head.detach().to(compute).t()
-        return DenseTarget(lambda rows: product(low_NE[rows], low_EV, wide))
+        low_NE, low_EV = hidden_NE.to(compute), self.head.weight.detach().to(compute).t()
+        return DenseTarget(lambda rows: self.head.finish(product(low_NE[rows], low_EV, wide)))

@@ -95,6 +95,7 @@ class TrainStep:
         set_rate(self.optimizers, factor)
         for optimizer in self.optimizers:
             optimizer.step()
+        torch.autograd.graph.increment_version(self.parameters)  # fused optimisers do not, and copies of the weights go by it
         self.skip()
 
     def skip(self) -> None:

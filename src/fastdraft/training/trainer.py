@@ -22,10 +22,14 @@ from fastdraft.console import Console, Progress
 from fastdraft.errors import TrainingError
 from fastdraft.training.batches import Batch, BatchSource
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
+from fastdraft.training.memory import cut_rows, halved_limit, is_out_of_memory, limited, release_memory, within_memory
 from fastdraft.training.metrics import Metrics
 from fastdraft.training.step import TrainStep
 
 BAD_STEPS_IN_A_ROW = 3
+"""So many steps with a loss or gradient that is not finite end the run. One such step is an overflow or a damaged row, and is left out,
+weights and optimiser state untouched; two may be neighbours of it; three mean that the weights themselves have gone wrong, and every
+further step would only use up the data. The count goes on over a restart."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Trainer:
         """Trains to the end and leaves the final weights (the best ones, where validation gives a score) in the model.
 
         Raises:
-            TrainingError: losses are NaN or infinite several steps in a row, a batch has no trained tokens, or memory ran out.
+            TrainingError: losses are NaN or infinite several steps in a row, a batch has no trained tokens, or one row does not fit.
             Interrupted: a stop was asked for; a checkpoint is saved.
         """
         self.state = self.checkpoints.load_latest()
@@ -110,17 +114,13 @@ class Trainer:
 
     def _train(self, batches: list[Batch], metrics: Metrics, progress: Progress) -> None:
         state, begin = self.state, time.perf_counter()
-        factor = self.plan.factor(state.step)
-        try:
-            loss, norm, num_trained = self.step.gradients(batches)
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            if finite:
-                self.step.update(factor)
-            else:
-                self.step.skip()
-        except torch.OutOfMemoryError as error:
-            key = f"{self.plan.key}.micro_batch_tokens"
-            raise TrainingError(key, "out of memory", "one micro-batch must fit the device", "set a smaller one") from error
+        factor, limit = self.plan.factor(state.step), state.micro_batch_limit
+        loss, norm, num_trained = self._gradients(batches)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self._update(factor)
+        else:
+            self.step.skip()
         num_tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - begin
         state.step += 1
@@ -130,19 +130,58 @@ class Trainer:
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         if finite:
             state.trained_tokens += num_trained
+        events: dict[str, Any] = {} if finite else {"skipped": True}
+        if state.micro_batch_limit != limit:
+            events["micro_batch_limit"] = state.micro_batch_limit
         metrics.write(
             step=state.step, tokens=state.tokens, loss=loss, lr=self.plan.peak_rate * factor, grad_norm=norm,
-            tokens_per_second=round(num_tokens / max(seconds, 1e-9), 1), **({} if finite else {"skipped": True}),
+            tokens_per_second=round(num_tokens / max(seconds, 1e-9), 1), **events,
         )  # fmt: skip
         if not finite:
             self._report_bad(loss, norm, factor)
         progress.advance(num_tokens, f"loss {loss:.2f}")
 
+    def _gradients(self, batches: list[Batch]) -> tuple[float, float, int]:
+        """The step's gradients; where memory runs out, of the same batch again in smaller micro-batches, from then on.
+
+        Raises:
+            TrainingError: when one row alone does not fit.
+        """
+        while True:
+            pieces = limited(batches, self.state.micro_batch_limit)
+            try:
+                return self.step.gradients(pieces)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.step.skip()
+            release_memory(self.step.device)
+            limit, key = halved_limit(pieces), self.plan.key
+            if not limit:
+                length = max(batch.input_ids.shape[1] for batch in pieces)
+                rule, remedy = "one row at a time must fit the device", "use shorter rows, a smaller draft or a device with more memory"
+                raise TrainingError(key, f"out of memory with one row of {length} tokens", rule, remedy)
+            self.state.micro_batch_limit = limit
+            again = f"micro-batches of at most {limit} tokens from here on, the batch stays the same"
+            self.console.warn(f"{key}: out of memory at step {self.state.step + 1}: {again}")
+
+    def _update(self, factor: float) -> None:
+        try:
+            self.step.update(factor)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rule = "weights, gradients and the optimiser's state must fit the device together"
+            raise TrainingError(
+                self.plan.key, "out of memory in the update", rule, "use a smaller draft or a device with more memory"
+            ) from error
+
     def _report_bad(self, loss: float, norm: float, factor: float) -> None:
         found = f"loss {loss:g}, gradient norm {norm:g} at step {self.state.step}, rate {self.plan.peak_rate * factor:.2g}"
         if self.state.skipped_in_a_row >= BAD_STEPS_IN_A_ROW:
             rule = f"{BAD_STEPS_IN_A_ROW} steps in a row were not finite"
-            raise TrainingError(self.plan.key, found, rule, f"lower {self.plan.key}.optimizer.learning_rate or set precision: fp32")
+            remedy = f"lower {self.plan.key}.optimizer.learning_rate or set precision: fp32, then --redo {self.plan.key}"
+            raise TrainingError(self.plan.key, found, rule, remedy)
         self.console.warn(f"{self.plan.key}: {found}: step left out")
 
     def _after_step(self, metrics: Metrics) -> None:
@@ -171,10 +210,25 @@ class Trainer:
 
 
 def mean_loss(step: TrainStep, batches: list[Batch]) -> float:
-    """The objective's mean over all trained tokens, in nats, without touching gradients."""
+    """The objective's mean over all trained tokens, in nats, without touching gradients; in smaller pieces where memory runs out.
+
+    Raises:
+        TrainingError: when one row alone does not fit.
+    """
     with torch.no_grad():
-        total = sum(float(step.loss_sum(batch)) for batch in batches)
+        total = sum(_loss_sum(step, batch) for batch in batches)
     return total / max(1, sum(batch.num_trained for batch in batches))
+
+
+def _loss_sum(step: TrainStep, batch: Batch) -> float:
+    rows = batch.input_ids.shape[0]
+
+    def in_pieces(size: int) -> float:
+        whole = size >= rows
+        starts = range(0, rows, size)
+        return sum(float(step.loss_sum(batch if whole else cut_rows(batch, at, min(at + size, rows)))) for at in starts)
+
+    return within_memory(in_pieces, rows, 1, "validation")
 
 
 def final_train_loss(records: list[dict[str, Any]], share: float = 0.1) -> float | None:

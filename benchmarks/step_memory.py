@@ -1,0 +1,321 @@
+"""Peak memory of one training step of the 150 M draft at 8,192 tokens, for each way to compute the loss.
+
+    python benchmarks/step_memory.py --output benchmarks/results/step_memory_cpu.json
+    python benchmarks/step_memory.py --device cuda --output benchmarks/results/step_memory_cuda.json
+    python benchmarks/step_memory.py --model runs/llama-3.1-8b/design/draft     # a draft that was designed, instead of the shape below
+
+Needs torch, transformers and a checkout of this repository, nothing else. Every row is a process of its own that builds the draft with
+random weights (fp32, bf16 autocast), takes one small step, so that the optimiser has its state, and then one whole step with the product's
+own `TrainStep`; only the loss differs between paths:
+
+    plain     logits of all tokens [N, V], in fp32, then torch's cross_entropy (what transformers' own loss does)
+    torch     torch.nn.functional.linear_cross_entropy, chunked (LinearCrossEntropyOptions), where this torch has it
+    chunked   the product's
+    liger     Liger's fused linear cross-entropy (CUDA only)
+
+Decides what is memory "above weights, gradients and optimiser": the peak during the step, less what the process held before it (Python,
+libraries, weights, the optimiser's state), less the gradients' own bytes. On a CPU the peak is that of resident memory (VmHWM, reset before
+the step; where it cannot be reset, getrusage's highest since the process began), on CUDA that of torch's allocator. GB are 1e9 bytes.
+Each row is written as soon as it is known, and rows that the output file has already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+from torch import Tensor, nn
+
+from fastdraft.training.batches import Batch
+from fastdraft.training.objective import CrossEntropy, Objective
+from fastdraft.training.optimizer import build_optimizers
+from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
+
+PATHS = ("chunked", "torch", "plain", "liger")
+SHAPE = {"vocab": 128_256, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1792}
+"""The preset llama-3.1-8b-150m in the vocabulary of Llama 3.1: 154,147,328 parameters."""
+TINY = {"vocab": 512, "hidden": 32, "layers": 1, "heads": 2, "ffn": 64}
+SEED = 0
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class PlainCrossEntropy:
+    """All logits at once, in fp32."""
+
+    def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+        logits_NV = nn.functional.linear(hidden_ND, head_VD).float()
+        return nn.functional.cross_entropy(logits_NV, batch.labels, reduction="sum")
+
+
+@dataclass(frozen=True)
+class TorchCrossEntropy:
+    """torch's own chunks, in autocast's type, which it does not take from autocast itself."""
+
+    def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+        device = hidden_ND.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        with torch.autocast(device, enabled=False):
+            return nn.functional.linear_cross_entropy(
+                hidden_ND.to(low), head_VD.to(low), batch.labels, reduction="sum", options=nn.LinearCrossEntropyOptions()
+            ).float()
+
+
+@dataclass(frozen=True)
+class LigerCrossEntropy:
+    """Liger's Triton kernels."""
+
+    def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(head_VD, hidden_ND, batch.labels)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "plain": PlainCrossEntropy, "torch": TorchCrossEntropy, "chunked": CrossEntropy, "liger": LigerCrossEntropy,
+}  # fmt: skip
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.child:
+        print(json.dumps(measure(json.loads(arguments.child))))
+        return
+    report = begin(arguments)
+    for path, micro in itertools.product(arguments.path, arguments.micro_batch_tokens):
+        setting = {"path": path, "micro_batch_tokens": micro or default_micro_batch_tokens(torch.device(arguments.device))}
+        setting |= {name: getattr(arguments, name) for name in ("device", "tokens", "length", "precision", "model", "dry_run", "threads")}
+        setting["micro_batch_tokens"] = min(setting["micro_batch_tokens"], arguments.tokens)
+        if any(row["path"] == path and row["micro_batch_tokens"] == setting["micro_batch_tokens"] for row in report["results"]):
+            continue
+        report["results"].append(in_own_process(setting))
+        write(arguments.output, report)
+    report["complete"] = True
+    write(arguments.output, report)
+    print(table(report["results"]))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--path", nargs="+", choices=PATHS, default=[], help="default: all that can run here")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the step")
+    parser.add_argument("--length", type=int, default=2048, help="of a row")
+    parser.add_argument("--micro-batch-tokens", nargs="+", type=int, default=[8192, 0], help="0: the product's default")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="bf16")
+    parser.add_argument("--model", default="", help="directory of a designed draft; default: the preset's shape, random weights")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes: does it run at all? its figures mean nothing")
+    parser.add_argument("--output", type=Path, default=Path("step_memory.json"))
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        arguments.tokens, arguments.length, arguments.micro_batch_tokens = 256, 64, [256, 128]
+    arguments.path = arguments.path or [path for path in PATHS if available(path, arguments.device)]
+    return arguments
+
+
+def available(path: str, device: str) -> bool:
+    """Whether a path can run here."""
+    if path == "liger":
+        return device.startswith("cuda") and installed("liger-kernel") is not None
+    return path != "torch" or hasattr(nn, "LinearCrossEntropyOptions")
+
+
+def begin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report so far, if the output file holds one; else an empty one."""
+    if arguments.output.is_file():
+        return json.loads(arguments.output.read_text(encoding="utf-8")) | {"complete": False}  # type: ignore[no-any-return]
+    libraries = {name: version for name in ("torch", "transformers", "triton", "liger-kernel") if (version := installed(name))}
+    cuda = torch.cuda.get_device_name(arguments.device) if arguments.device.startswith("cuda") else None
+    machine = {"device": cuda or cpu_name(), "cpu": cpu_name(), "cores": cores(), "threads": arguments.threads or torch.get_num_threads()}
+    machine |= {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "libraries": libraries}
+    shown = {name: value for name, value in vars(arguments).items() if name not in ("output", "child", "dry_run")}
+    shown |= {"model": "given" if arguments.model else TINY if arguments.dry_run else SHAPE, "seed": SEED}
+    command = "python benchmarks/step_memory.py " + " ".join(
+        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+    )  # no folders of this machine
+    return {
+        "schema": 1, "benchmark": "step_memory", "date": datetime.now(UTC).date().isoformat(), "command": command.strip(),
+        "dry_run": arguments.dry_run, "machine": machine, "settings": shown, "complete": False, "results": [],
+    }  # fmt: skip
+
+
+def in_own_process(setting: dict[str, Any]) -> dict[str, Any]:
+    """One row; a process that dies, of lack of memory mostly, is a row too."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(setting)], capture_output=True, text=True, encoding="utf-8", check=False
+    )
+    row = {"path": setting["path"], "micro_batch_tokens": setting["micro_batch_tokens"]}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["killed, most likely for lack of memory"])[-1]
+        return row | {"error": f"exit code {done.returncode}: {last[:200]}"}
+    return row | json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(setting: dict[str, Any]) -> dict[str, Any]:
+    """One step in this process; all sizes in GB."""
+    device = torch.device(setting["device"])
+    if setting["threads"]:
+        torch.set_num_threads(setting["threads"])
+    torch.manual_seed(SEED)
+    model = build(setting).to(device).train()
+    vocab, length = model.config.vocab_size, setting["length"]
+    step = TrainStep(
+        decoder=model.get_decoder(),
+        head=model.get_output_embeddings().weight,
+        parameters=list(model.parameters()),
+        optimizers=build_optimizers(model, kind="adamw", learning_rate=1e-3),
+        objective=OBJECTIVES[setting["path"]](),
+        device=device,
+        autocast=autocast_dtype(setting["precision"], device),
+    )
+    step.gradients([random_batch(vocab, 1, 32)])  # the optimiser has its state from here on
+    step.update(1.0)
+    rows = max(1, setting["micro_batch_tokens"] // length)
+    batches = [random_batch(vocab, rows, length) for _ in range(setting["tokens"] // (rows * length))]
+    gc.collect()
+    before = held(device)
+    resettable = reset_peak(device)
+    start = time.perf_counter()
+    loss, _, trained = step.gradients(batches)
+    step.update(1.0)
+    synchronize(device)
+    seconds, peak = time.perf_counter() - start, peak_held(device)
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    values = [value for optimizer in step.optimizers for state in optimizer.state.values() for value in state.values()]
+    states = sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+    return {
+        "peak_gb": peak / GB, "libraries_gb": (before - gradients - states) / GB,
+        "weights_gb": gradients / GB, "gradients_gb": gradients / GB, "optimizer_gb": states / GB,
+        "above_gb": (peak - before - gradients) / GB, "before_gb": before / GB, "peak_was_reset": resettable,
+        "tokens": trained, "loss": loss, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
+        "precision": str(step.autocast or torch.float32).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def build(setting: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if setting["model"]:
+        return AutoModelForCausalLM.from_pretrained(setting["model"], dtype=torch.float32)
+    shape = TINY if setting["dry_run"] else SHAPE
+    config = LlamaConfig(
+        vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["ffn"], num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"], num_key_value_heads=shape["heads"], max_position_embeddings=8192, rope_theta=500_000.0,
+        tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def random_batch(vocab: int, rows: int, length: int) -> Batch:
+    tokens = torch.randint(0, vocab, (rows, length + 1))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1), None, rows * length)
+
+
+def held(device: torch.device) -> int:
+    """Bytes in use now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else status("VmRSS") or highest()
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Forgets earlier peaks; False where the system cannot, and the peak is the highest since the process began."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak_held(device: torch.device) -> int:
+    """Most bytes in use since `reset_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM") or highest()
+
+
+def status(name: str) -> int:
+    """A line of Linux's account of this process, in bytes; 0 elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def highest() -> int:
+    """The highest by getrusage: resident memory since the process began, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def installed(name: str) -> str | None:
+    """The version of a package that is there."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    names = ("peak", "weights", "gradients", "optimizer", "above", "libraries")
+    lines = [
+        "| path | micro-batch | " + " | ".join(f"{name}, GB" for name in names) + " | seconds | loss |",
+        "|" + "---|" * (len(names) + 4),
+    ]
+    for row in rows:
+        begin = f"| {row['path']} | {row['micro_batch_tokens']:,} |"
+        if "error" in row:
+            lines.append(f"{begin} {row['error']} |" + " |" * (len(names) + 1))
+            continue
+        figures = " | ".join(f"{row[f'{name}_gb']:.2f}" for name in names)
+        lines.append(f"{begin} {figures} | {row['seconds']:.1f} | {row['loss']:.4f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Causal attention over whole rows as matrix products of blocks, with its backward pass written out, for a CPU.
+
+Decides that a block of queries meets only the keys up to its own end, so that the half of the scores above the diagonal is mostly
+never computed; that scores have the type of the queries (bf16 under autocast) while each softmax is summed in fp32; and that
+probabilities are kept for the backward pass where rows are short and made again, bit for bit, where they are long. PyTorch's own
+fused kernel does the same mathematics; on a CPU its small inner products leave most of the machine idle (docs/performance.md).
+
+Shapes: B rows, T positions, H heads of queries, J heads of keys and values (H a multiple of J), E head size, R rotated part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Queries of one block."""
+_KEEP_ELEMENTS = 1 << 25
+"""Probabilities kept for the backward pass, per layer and micro-batch, at most (64 MB of bf16)."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary position embedding (arXiv 2104.09864) of the first 2 * R/2 features of every head; the others stay as they are."""
+
+    cos: Tensor
+    """[1 or B, 1, T, R/2], fp32 (float64 for float64)."""
+    sin: Tensor
+
+    def apply(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """`x` [B, H, T, E] turned, in new memory; `back` turns the other way, which is the gradient's way."""
+        half = self.cos.shape[-1]
+        out = torch.empty_like(x)
+        left, right = x[..., :half], x[..., half : 2 * half]
+        torch.mul(left, self.cos, out=out[..., :half])
+        torch.mul(right, self.cos, out=out[..., half : 2 * half])
+        sign = -1.0 if back else 1.0
+        out[..., :half].addcmul_(right, self.sin, value=-sign)
+        out[..., half : 2 * half].addcmul_(left, self.sin, value=sign)
+        if 2 * half < x.shape[-1]:
+            out[..., 2 * half :] = x[..., 2 * half :]
+        return out
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward pass needs."""
+
+    query: Tensor
+    """[B, H, T, E], scaled."""
+    key: Tensor
+    """[B, J, T, E]."""
+    value: Tensor
+    probs: list[Tensor] | None
+    """Of every block [B*J, H/J * block, keys]; None: made again."""
+    documents: Tensor | None
+    """int64 [B, T]: a position sees only those of its own number; None: all before it."""
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, keep: bool) -> tuple[Tensor, Kept | None]:
+    """softmax(query @ key^T) @ value, every position looking at itself and what is before it.
+
+    Args:
+        query: [B, H, T, E], already multiplied by the scale of the scores.
+        key: [B, J, T, E], contiguous, as is `value`.
+        value: [B, J, T, E].
+        documents: int64 [B, T] where a row holds several texts that shall not see each other.
+        keep: whether a backward pass will come.
+
+    Returns:
+        [B, H, T, E], and what `causal_attention_backward` needs.
+    """
+    batch, _, length, _ = query.shape
+    kept: list[Tensor] | None = [] if keep and batch * query.shape[1] * length * length // 2 <= _KEEP_ELEMENTS else None
+    facts = Kept(query, key, value, kept, documents)
+    flat_value = value.flatten(0, 1)
+    out = torch.empty_like(query)
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        probs = _probs(facts, start, end)
+        _put(out, start, end, torch.bmm(probs, flat_value[:, :end]))
+        if kept is not None:
+            kept.append(probs)
+    return out, facts if keep else None
+
+
+def causal_attention_backward(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by query, key and value, those by key and value summed in fp32 (float64 for float64); `grad` [B, H, T, E]."""
+    query, key, value = kept.query, kept.key, kept.value
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grad_query = torch.empty_like(query, dtype=wide)
+    grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+    flat_key, flat_value = key.flatten(0, 1), value.flatten(0, 1)
+    into_key, into_value = grad_key.flatten(0, 1), grad_value.flatten(0, 1)
+    length = query.shape[2]
+    for number, start in enumerate(range(0, length, BLOCK)):
+        end = min(start + BLOCK, length)
+        probs = _probs(kept, start, end) if kept.probs is None else kept.probs[number]
+        grad_block = _take(grad, key.shape[1], start, end)
+        into_value[:, :end] += torch.bmm(probs.transpose(1, 2), grad_block)
+        grad_probs = torch.bmm(grad_block, flat_value[:, :end].transpose(1, 2))
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        into_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), _take(query, key.shape[1], start, end))
+        _put(grad_query, start, end, torch.bmm(grad_scores, flat_key[:, :end]))
+    return grad_query, grad_key, grad_value
+
+
+def _probs(kept: Kept, start: int, end: int) -> Tensor:
+    """Probabilities of queries `start:end` over keys `:end`: [B*J, H/J * (end - start), end]."""
+    batch, groups = kept.key.shape[:2]
+    scores = torch.bmm(_take(kept.query, groups, start, end), kept.key.flatten(0, 1)[:, :end].transpose(1, 2))
+    rows = end - start
+    shaped = scores.view(batch, groups, -1, rows, end)
+    hidden = torch.full((rows, rows), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+    shaped[..., start:].add_(hidden)
+    if kept.documents is not None:
+        other = kept.documents[:, start:end, None] != kept.documents[:, None, :end]
+        shaped.masked_fill_(other[:, None, None], -torch.inf)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _take(x: Tensor, groups: int, start: int, end: int) -> Tensor:
+    """Positions `start:end` of [B, H, T, E], all heads that share keys side by side: [B*J, H/J * (end - start), E]."""
+    batch, heads, _, size = x.shape
+    return x.view(batch * groups, heads // groups, -1, size)[:, :, start:end].reshape(batch * groups, -1, size)
+
+
+def _put(x: Tensor, start: int, end: int, block: Tensor) -> None:
+    """The reverse of `_take`: writes a block to its place in [B, H, T, E]."""
+    batch, heads, _, size = x.shape
+    x[:, :, start:end] = block.view(batch, heads, end - start, size)

@@ -1,0 +1,76 @@
+"""What is asked of a text that a model writes, and what is known of it afterwards.
+
+Decides what a sampling distribution and an answer consist of, and the `Engine` protocol by which any runtime writes text as
+the target. Apart from interfaces.py, which hands these names on, because decoding and its benchmarks need nothing else of it:
+they run where only torch and transformers are installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from fastdraft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution from which the target writes: temperature first, then top-k, then top-p."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    """1 keeps all."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer of the target."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    """Without the prompt; ends with the EOS id when `finish_reason` is `stop`."""
+    logprobs: list[float]
+    """Natural log of the probability of each response id under the very distribution it was drawn from; 0 when greedy.
+    Empty where a server does not tell it: such text can be trained on, and replayed only where no probability is asked."""
+    finish_reason: Literal["stop", "length"]
+    fault: str = ""
+    """Why this answer is no use as a row, in one word; empty for every good one."""
+
+
+class RenderedPrompt(list[int]):
+    """A prompt as token ids that still knows the messages it was rendered from, for servers that render messages themselves.
+
+    Args:
+        ids: As this target's template writes the messages.
+        messages: Each with a `role` and a `content`.
+    """
+
+    def __init__(self, ids: Iterable[int], messages: Iterable[Mapping[str, str]]) -> None:
+        super().__init__(ids)
+        self.messages = [dict(message) for message in messages]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> None:
+    """What every engine asks of its prompts.
+
+    Raises:
+        DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
+    """
+    for index, prompt in enumerate(prompts):
+        if not prompt or len(prompt) + max_new_tokens > context_length:
+            rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {context_length}"
+            raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
+
+
+class Engine(Protocol):
+    """A runtime that writes text as the target. Implementations: runtimes/."""
+
+    name: str
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+        """One answer for each prompt (token ids in, token ids out), reproducible for equal prompts, order and seed."""
+        ...

@@ -1,0 +1,136 @@
+"""Each benchmark's dry run, on a machine that has torch and transformers only: its file holds what is promised."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks"
+BARE = """
+import runpy, sys
+for name in ("pydantic", "yaml_", "pyarrow", "zstandard", "filelock_", "jinja2", "matplotlib", "openvino", "datasets"):
+    sys.modules[name] = None  # as if not installed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+FORM = {"schema", "benchmark", "date", "command", "dry_run", "machine", "settings", "complete", "results"}
+PROMISED = {
+    "loss_functions": {"vocabulary", "contender", "peak_bytes", "seconds", "times_faster_than_plain", "gradient_difference"},
+    "decoder_against_assisted": {"contender", "temperature", "rounds", "tokens_per_second", "times_faster_than", "prompts"},
+    "replay_against_exact": {"temperature", "block_efficiency_exact", "block_efficiency_replay", "replay_seconds", "times_faster"},
+}
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dry_run(name: str, folder: Path) -> dict[str, Any]:
+    output = folder / f"{name}.json"
+    command = [sys.executable, "-c", BARE, str(FOLDER / f"{name}.py"), "--dry-run", "--threads", "1", "--output", str(output)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED))
+def test_a_dry_run_on_a_bare_machine_writes_what_is_promised(name: str, tmp_path: Path) -> None:
+    found = dry_run(name, tmp_path)
+    assert set(found) >= FORM
+    assert (found["schema"], found["benchmark"], found["dry_run"], found["complete"]) == (1, name, True, True)
+    assert found["results"]
+    assert all(set(result) >= PROMISED[name] for result in found["results"])
+    assert found["command"].startswith(f"python benchmarks/{name}.py --dry-run")
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_committed_results_say_when_and_where_and_tell_no_folder() -> None:
+    paths = sorted((FOLDER / "results").glob("*.json"))
+    assert paths
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"]), path.name
+        assert found["machine"], path.name
+        assert found["command"].startswith("python benchmarks/"), path.name
+        assert not found.get("dry_run"), path.name
+        assert not re.search(r'[" =](/|[A-Z]:\\\\)\w', text), path.name
+
+
+def test_every_script_stands_in_the_list() -> None:
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in FOLDER.glob("*.py") if f"{path.name}" not in text]
+    assert not missing
+
+
+def test_a_result_file_stands_after_every_figure(tmp_path: Path) -> None:
+    machine = load("machine")
+    report = machine.Report(tmp_path / "r.json", "x", "cpu", {"draft": str(tmp_path / "deep" / "draft"), "dry_run": True})
+    for count in range(3):
+        found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+        assert len(found["results"]) == count
+        assert not found["complete"]
+        report.add({"figure": count})
+    report.finish(verdict="well")
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert found["complete"]
+    assert found["verdict"] == "well"
+    assert found["settings"] == {"draft": "draft"}
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_contenders_take_turns_and_ratios_are_of_one_turn() -> None:
+    machine = load("machine")
+    order: list[str] = []
+    seconds = machine.take_turns({name: lambda name=name: order.append(name) for name in "abc"}, 3)
+    assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    # A machine twice as slow in the second turn slows both: the ratio is the same.
+    assert machine.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_a_command_line_loses_what_lies_outside_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = load("machine")
+    argv = [str(FOLDER / "x.py"), "--draft", str(tmp_path / "secret" / "draft"), f"--out={ROOT / 'runs' / 'a'}", "--k", "3", "-7"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert machine.command() == "python benchmarks/x.py --draft draft --out=runs/a --k 3 -7"
+
+
+def test_peak_memory_counts_what_stands_at_once() -> None:
+    import torch
+
+    losses = load("loss_functions")
+    size = 4 * 1_000_000
+
+    def work() -> None:
+        first = torch.ones(1_000_000)
+        second = first + 1
+        del first
+        third = second + 1
+        del second, third
+
+    assert losses.peak_bytes(work, torch.device("cpu")) == pytest.approx(2 * size, rel=0.01)
+
+
+def test_the_gpu_script_says_that_there_is_no_gpu() -> None:
+    import torch
+
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, str(FOLDER / "on_a_gpu.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "sees no accelerator" in done.stderr
