@@ -59,7 +59,7 @@ def test_a_wrong_value_names_key_value_rule_and_remedy_in_one_line() -> None:
     with pytest.raises(RecipeError) as caught:
         load_config(Section, {"schedule": {"kind": "cosine", "final": -1}})
     assert "\n" not in str(caught.value)
-    assert "final: -1: input should be greater than or equal to 0; change it" in str(caught.value)
+    assert "schedule.final: -1: must be greater than or equal to 0; change it" in str(caught.value)
 
 
 def test_a_section_is_frozen() -> None:

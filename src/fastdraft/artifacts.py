@@ -104,7 +104,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(path, "missing", "this file must exist", "run the stage that writes it") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ArtifactError(path, f"unreadable ({error})", "must be valid JSON", "delete this folder and run its stage again") from None
 
 
@@ -127,6 +127,17 @@ def flatten(value: Mapping[str, Any] | list[Any], prefix: str = "") -> dict[str,
         name = f"{prefix}{key}" if not prefix or str(key).startswith("[") else f"{prefix}.{key}"
         flat.update(flatten(item, name) if isinstance(item, (Mapping, list)) and item else {name: item})
     return flat
+
+
+class _Fields(dict[str, Any]):
+    """A manifest's fields: one that is asked for and missing is the file's fault, told in one line."""
+
+    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ArtifactError(self._path, f"no '{key}'", "must hold what its stage wrote", "delete this folder and run its stage again")
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,7 @@ class Artifact:
             raise ArtifactError(
                 self.path / MANIFEST, "another schema", f"must be schema {SCHEMA}", "delete this folder and run its stage again"
             )
-        return dict(value)
+        return _Fields(self.path / MANIFEST, value)
 
     def digest(self) -> str:
         """Stands for this artifact in the fingerprints of the stages after it."""
@@ -175,7 +186,12 @@ class Artifact:
         """The keys, with both values, in which existing work differs from `fingerprint`; empty for none or no work yet."""
         if not (self.path / FINGERPRINT).exists():
             return []
-        old, new = flatten(self.stored_fingerprint()), flatten(json.loads(json.dumps(fingerprint, default=str)))
+        try:
+            old = flatten(self.stored_fingerprint())
+        except RecursionError:
+            rule, remedy = "must hold the stage's settings", "delete this folder and run its stage again"
+            raise ArtifactError(self.path / FINGERPRINT, "nested too deeply", rule, remedy) from None
+        new = flatten(json.loads(json.dumps(fingerprint, default=str)))
         return [
             f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
         ]

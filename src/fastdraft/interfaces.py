@@ -6,7 +6,6 @@ engine are stands in generation.py and is handed on from here.
 
 from __future__ import annotations
 
-import re
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from fastdraft.artifacts import Artifact, RunDirectory
-from fastdraft.config import Config, names_a_device
+from fastdraft.config import Config, FolderName, short
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, DataError, RecipeError
 from fastdraft.generation import Engine, Generation, RenderedPrompt, Sampling, check_prompts
@@ -28,6 +27,25 @@ __all__ = [
 ]  # fmt: skip
 
 SHIPPED, PYTHON = "shipped:", "python:"
+
+
+def user_path(text: str, where: str = "path") -> Path:
+    """A path as a user writes it, `~` meant as the home folder.
+
+    Raises:
+        RecipeError: when the system can have no such path: an unknown user behind `~`, a NUL byte, a name that is too long.
+    """
+    try:
+        if "\0" in text:
+            raise ValueError("a NUL byte")
+        path = Path(text).expanduser()
+        path.exists()
+    except (RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, PermissionError):
+            return path
+        found = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(where, f"{short(text)} ({found})", "must be a path that this machine can have", "write the whole path") from None
+    return path
 
 
 def resolve_path(text: str, where: str = "path") -> Path:
@@ -49,7 +67,7 @@ def resolve_path(text: str, where: str = "path") -> Path:
             raise DataError(where, text, f"must be one of {', '.join(PYTHON + root for root in roots)}", "correct the name")
         path = Path(roots[folder]) / rest
     else:
-        return Path(text).expanduser()
+        return user_path(text, where)
     if not path.exists():
         raise DataError(where, text, f"must exist for {sys.executable}", "correct the name or install what holds it")
     return path
@@ -62,15 +80,15 @@ Compile = Literal["auto"] | bool
 class RunConfig(Config):
     """`run:` — where results go, the seed, the device."""
 
-    name: str
+    name: FolderName
     """Results go to `FOLDER/NAME`."""
-    folder: str = "runs"
+    folder: str = Field(default="runs", min_length=1)
     """Folder of all runs, relative to the working directory."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Every random choice follows from it."""
     device: str = "auto"
     """auto, cpu, cuda, xpu, mps, or one of them with an index such as cuda:1."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads for torch; 0 lets torch choose. Results are bit-for-bit equal only for equal threads."""
     compile: Compile = "auto"
     """auto, true or false: whether training compiles the draft (torch.compile). auto: on CUDA devices, in runs long enough to earn it
@@ -80,18 +98,9 @@ class RunConfig(Config):
     """How several processes (`--nproc-per-node`) train: ddp, the whole draft in each; fsdp2, a part of each weight and of the optimiser's
     state in each, for drafts that do not fit otherwise (AdamW only)."""
 
-    @field_validator("name")
-    @classmethod
-    def _makes_a_folder(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-            raise ValueError("must be letters, digits, '.', '_' and '-', beginning with a letter or digit: it names a folder")
-        if names_a_device(value):
-            raise ValueError("must not be a device of Windows: it names a folder")
-        return value
-
     @property
     def root(self) -> Path:
-        return Path(self.folder).expanduser() / self.name
+        return user_path(self.folder, "run.folder") / self.name
 
 
 class TargetConfig(Config):
@@ -119,7 +128,7 @@ class TargetConfig(Config):
         return (
             str(resolve_path(self.model, "target.model"))
             if self.model.startswith((SHIPPED, PYTHON))
-            else str(Path(self.model).expanduser())
+            else str(user_path(self.model, "target.model"))
         )
 
 

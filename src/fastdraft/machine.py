@@ -64,7 +64,7 @@ def disk_error(error: OSError, path: object) -> DiskError | None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path | str) -> Iterator[None]:
     """Turns a full, read-only, failing or vanished disk into one line for the user."""
     try:
         yield

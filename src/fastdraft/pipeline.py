@@ -234,6 +234,7 @@ def _record_seconds(context: StageContext, name: str, seconds: float, fresh: boo
     path = context.run.root / "timings.json"
     if not path.parent.is_dir():
         return  # somebody moved the run away: nothing new may stand in its place
-    timings = read_json(path) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
+    timings = {stage: value for stage, value in found.items() if isinstance(value, (int, float))} if isinstance(found, dict) else {}
     before = 0.0 if fresh else timings.get(name, 0.0)
     write_json(path, {**timings, name: round(before + seconds, 1)})

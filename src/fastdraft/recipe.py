@@ -1,7 +1,8 @@
 """A recipe: one YAML file that holds every setting of a run.
 
 Decides what sections a recipe has, how it is found (a path, or the name of a shipped one), how `key=value` overrides from
-the command line enter, that a section present means that its stage runs, and what must hold between sections.
+the command line enter, that a section present means that its stage runs, and what must hold between sections. A key given
+twice is refused: YAML would keep the last in silence.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from fastdraft.config import Config, load_config
+from fastdraft.config import Config, load_config, short
 from fastdraft.errors import RecipeError
-from fastdraft.interfaces import RunConfig, TargetConfig
+from fastdraft.interfaces import RunConfig, TargetConfig, user_path
 from fastdraft.stages.align import AlignConfig
 from fastdraft.stages.benchmark import BenchmarkConfig
 from fastdraft.stages.design import DesignConfig
@@ -28,6 +29,8 @@ from fastdraft.stages.report import ReportConfig
 from fastdraft.stages.synthesize import SynthesizeConfig
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
+LARGEST_RECIPE = 1 << 20
+"""Bytes. A recipe has a few thousand: what is larger is another file."""
 
 
 class Recipe(Config):
@@ -121,16 +124,21 @@ def find_recipe(name: str) -> Path:
     Raises:
         RecipeError: when there is neither.
     """
-    path = Path(name).expanduser()
+    path = user_path(name, "RECIPE")
     if path.is_file():
         return path
-    if path.is_dir():
+    if name and path.is_dir():
         remedy = f"give {path / 'recipe.yaml'}" if (path / "recipe.yaml").is_file() else "give a .yaml file in it"
         raise RecipeError(name, "is a folder", "must be a recipe file or a shipped recipe", remedy)
     shipped, stem = shipped_recipes(), path.name.removesuffix(".yaml")
     if stem in shipped and path.parent.name in ("", "recipes"):
         return shipped[stem]
-    raise RecipeError(name, "no such file", "must be a recipe file or a shipped recipe", f"shipped ones: {', '.join(shipped)}")
+    raise RecipeError(
+        name or "RECIPE",
+        "no such file" if name else "an empty name",
+        "must be a recipe file or a shipped recipe",
+        f"shipped ones: {', '.join(shipped)}",
+    )
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -140,20 +148,71 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: in one line, for unreadable YAML or any key that is unknown, missing or out of range.
     """
     path = find_recipe(name)
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        mark, problem = error.problem_mark, error.problem or error.context
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        remedy = "write Windows paths in single quotes" if "escape" in str(problem) else "correct it"
-        raise RecipeError(path, f"{place}{problem}", "must be a YAML file", remedy) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(path, " ".join(str(error).split())[:160], "must be a YAML file", "correct it") from None
+    value = read_yaml(path)
+    if value is None:
+        raise RecipeError(path, "empty", "must hold sections such as `run:` and `target:`", "see the shipped recipes")
     if not isinstance(value, dict):
-        raise RecipeError(path, type(value).__name__, "must hold sections such as `run:` and `target:`", "see the shipped recipes")
+        found = "a list" if isinstance(value, list) else f"one value ({short(value)})"
+        raise RecipeError(path, found, "must hold sections such as `run:` and `target:`", "see the shipped recipes")
     for override in overrides:
         apply_override(value, override)
     return load_config(Recipe, value)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe values only (no Python objects), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: in a few words, for text that is no YAML or holds what YAML cannot read (a day that does not exist).
+        yaml.YAMLError: with the place, where there is one.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file of a recipe's size.
+
+    Raises:
+        RecipeError: in one line, for a file that is missing, too large, not UTF-8 or not YAML.
+    """
+    rule, remedy = "must be a YAML file", "correct it"
+    try:
+        if path.stat().st_size > LARGEST_RECIPE:
+            found = f"{path.stat().st_size / 1e6:.1f} MB"
+            raise RecipeError(path, found, "a recipe has a few kB, 1 MB at most", "name the recipe, not a data file")
+        return _parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, str(error.problem or error.context)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        if "twice" in problem:
+            rule, remedy = "each key stands once, or the last would win in silence", "delete one"
+        elif "escape" in problem:
+            remedy = "write Windows paths in single quotes"
+        elif "'\\t'" in problem:
+            remedy = "indent with spaces, not tabs"
+        elif "could not determine a constructor" in problem:
+            problem, remedy = f"the tag {problem.rpartition(' ')[2]}", "tags that make objects are not read: write plain values"
+        raise RecipeError(path, f"{place}{problem}", rule, remedy) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(path, f"byte {error.start} is not UTF-8", "a recipe must be text in UTF-8", "save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise RecipeError(path, " ".join(str(error).split())[:160], rule, remedy) from None
 
 
 def apply_override(value: dict[str, Any], override: str) -> None:
@@ -167,9 +226,9 @@ def apply_override(value: dict[str, Any], override: str) -> None:
     if not equals or not parts:
         raise RecipeError(override, "not an override", "must be key=value", "for example pretrain.tokens=4M")
     try:
-        new = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        raise RecipeError(key, text, "must be a YAML value", "quote it") from None
+        new = _parse_yaml(text) if text else None
+    except (yaml.YAMLError, ValueError):
+        raise RecipeError(key, short(text), "must be a YAML value", "quote it") from None
     place: Any = value
     try:
         for part in parts[:-1]:
@@ -178,4 +237,4 @@ def apply_override(value: dict[str, Any], override: str) -> None:
             place = place[part]
         place[parts[-1]] = new
     except (IndexError, KeyError, TypeError):
-        raise RecipeError(key, text, "names no place in this recipe", "check the sections and indices") from None
+        raise RecipeError(key, short(text), "names no place in this recipe", "check the sections and indices") from None

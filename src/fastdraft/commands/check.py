@@ -16,6 +16,7 @@ from typing import Any
 
 from fastdraft import forecast
 from fastdraft.commands import check_servers
+from fastdraft.commands.check_fit import check_fit
 from fastdraft.config import format_count
 from fastdraft.console import Console, format_seconds, format_table
 from fastdraft.errors import DiskError, RecipeError
@@ -66,6 +67,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool =
     if recipe.design is None:
         raise RecipeError("design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe")
     plan = design.plan(recipe.design, recipe.target)
+    check_fit(recipe, plan)
     _check_row_lengths(recipe, plan)
     unseen = list(_check_inputs(recipe))
     refuse_changes(recipe, context)
@@ -108,6 +110,8 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
             yield f"synthesize.prompts[{number}]: {prompts.dataset}"
         elif prompts.kind == "transcripts":
             prompts.files()
+        elif prompts.kind == "jsonl":
+            prompts.look()
     for task in recipe.evaluate.tasks if recipe.evaluate else ():
         load_task(task)
     if recipe.evaluate and recipe.evaluate.texts.kind == "transcripts":

@@ -10,7 +10,7 @@ from typing import Literal
 
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, RecipeError
-from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path
+from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path, user_path
 
 
 def run(
@@ -39,10 +39,10 @@ def run(
     from fastdraft.runtimes.openvino_export import export_openvino
 
     location = str(resolve_path(source, "export")) if source.startswith((SHIPPED, PYTHON)) else source
-    folder = Path(output or f"{Path(location).name}-{format}-{weights}").expanduser()
+    folder = user_path(output or f"{Path(location).name}-{format}-{weights}", "--output")
     if folder.exists() and not (folder / MODEL_FILE).is_file():
         raise RecipeError("--output", folder, "exists and is not an earlier export", "name another folder")
-    pair = None if target is None else Path(target).expanduser()
+    pair = None if target is None else user_path(target, "--target")
     if pair is not None and not (pair / MODEL_FILE).is_file():
         raise ArtifactError(pair, f"no {MODEL_FILE}", "--target must be an exported target", "export the target first")
     check = export_openvino(location, folder, weights, pair=pair)

@@ -23,6 +23,7 @@ from fastdraft.commands.inspect_forecast import DraftCost, Measurement
 from fastdraft.config import format_count
 from fastdraft.console import Console
 from fastdraft.errors import RecipeError, TargetError
+from fastdraft.interfaces import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -172,7 +173,7 @@ def _exported_draft(name: str, target: str) -> Built:
     from fastdraft.runtimes.openvino import MODEL_FILE
     from fastdraft.runtimes.openvino_pair import check_pair
 
-    folder = Path(name).expanduser()
+    folder = user_path(name, "--draft")
     if not (folder / MODEL_FILE).is_file():
         rule = "must be HIDDENxLAYERS, such as 512x6, or the folder of an exported draft"
         raise RecipeError("--draft", name, rule, "run fastdraft export first for a folder")

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from fastdraft.config import load_config
 from fastdraft.errors import ArtifactError, RecipeError
 from fastdraft.interfaces import TargetConfig
+from fastdraft.recipe import read_yaml
 
 _DRAFTS = ("export/huggingface", "align/checkpoint", "continue_pretrain/checkpoint", "pretrain/checkpoint", "design/draft")
 
@@ -36,9 +35,9 @@ def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[T
 
 def _target_of(run: Path) -> TargetConfig:
     try:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = read_yaml(run / "recipe.yaml")
         return load_config(TargetConfig, recipe["target"], "target")
-    except (OSError, yaml.YAMLError, TypeError, KeyError):
+    except (RecipeError, TypeError, KeyError):
         raise ArtifactError(run, "has no readable recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo") from None
 
 

@@ -36,12 +36,12 @@ class Journal:
         """The last committed (or since written) state of a corpus."""
         with self._errors():
             row = self._database.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
-            return json.loads(row[0]) if row else None
+            return _state(row[0]) if row else None
 
     def states(self) -> list[dict[str, Any]]:
         """The states of all corpora begun so far."""
         with self._errors():
-            return [json.loads(row[0]) for row in self._database.execute("SELECT value FROM state")]
+            return [_state(row[0]) for row in self._database.execute("SELECT value FROM state")]
 
     def known(self, digests: Sequence[bytes]) -> set[bytes]:
         """Those of the digests that were added before."""
@@ -81,7 +81,14 @@ class Journal:
             raise DiskError(
                 self._path, str(error), "the journal must be writable", "free some space and run the same command again"
             ) from error
-        except (sqlite3.DatabaseError, ValueError) as error:
+        except (sqlite3.Error, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ArtifactError(
                 self._path, f"damaged ({error})", "unfinished work must be whole to go on from it", "redo it with --redo prepare"
             ) from error
+
+
+def _state(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"a state that is a {type(value).__name__}")
+    return value

@@ -27,7 +27,7 @@ from fastdraft.errors import DataError
 class _Prompts(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """How manifests and tables call this source."""
-    share: float = Field(default=1.0, gt=0)
+    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Part of the budget's tokens, relative to the other sources."""
     count: Count | None = Field(default=None, ge=1)
     """At most this many prompts, after the seeded shuffle; unset takes all."""
@@ -74,6 +74,14 @@ class JsonlPrompts(TextPrompts):
 
     def _source(self) -> JsonlSource:
         return JsonlSource(name=self.name, path=self.path, field=self.field)
+
+    def look(self) -> None:
+        """Reads the first row, so that a wrong path or key shows before hours of other work.
+
+        Raises:
+            DataError: when there is no file, or its first row holds no prompt.
+        """
+        next(self.prompts(), None)
 
     def values(self) -> Iterator[tuple[str, Any]]:
         for file in self._source().files():

@@ -6,6 +6,7 @@ validation split by its hash, so that no prompt is ever on both sides and more r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastdraft.artifacts import Artifact, atomic_path
+from fastdraft.artifacts import Artifact, atomic_path, digest
 from fastdraft.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Split = Literal["train", "validation"]
 VALIDATION_SHARE = 0.05
 MIN_VALIDATION_PROMPTS = 4
 UNITS = "units"
-_METADATA = b"fastdraft"
+_METADATA, _DIGEST = b"fastdraft", "digest"
 
 
 @functools.cache
@@ -86,10 +87,11 @@ def write_rows(path: Path, rows: Iterable[SyntheticRow], metadata: Mapping[str, 
 
     listed = list(rows)
     columns = {field.name: [getattr(row, field.name) for row in listed] for field in fields(SyntheticRow)}
-    schema = _schema().with_metadata({_METADATA: json.dumps(dict(metadata or {})).encode()})
+    facts = json.loads(json.dumps(dict(metadata or {})))
+    schema = _schema().with_metadata({_METADATA: json.dumps({**facts, _DIGEST: digest(facts)}).encode()})
     table = pa.Table.from_pydict(columns, schema=schema)
     with atomic_path(path) as temporary:
-        parquet.write_table(table, temporary, compression="zstd")
+        parquet.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_rows(path: Path) -> list[SyntheticRow]:
@@ -98,7 +100,8 @@ def read_rows(path: Path) -> list[SyntheticRow]:
     Raises:
         ArtifactError: when the file is missing or damaged.
     """
-    return [SyntheticRow(**row) for row in _read(path).select(_schema().names).to_pylist()]
+    with _one_line(path):
+        return [SyntheticRow(**row) for row in _read(path).select(_schema().names).cast(_schema()).to_pylist()]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -107,8 +110,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: when the file is missing or damaged.
     """
-    value: dict[str, Any] = json.loads((_read(path, ["row_id"]).schema.metadata or {}).get(_METADATA, b"{}"))
-    return value
+    with _one_line(path):
+        value = json.loads((_read(path, ["row_id"]).schema.metadata or {}).get(_METADATA, b"{}"))
+        if not isinstance(value, dict) or value.pop(_DIGEST, digest(value)) != digest(value):
+            raise ValueError("facts of other rows")
+        return value
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -117,17 +123,28 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
     Raises:
         ArtifactError: when the file is missing or damaged.
     """
-    columns: dict[str, list[Any]] = _read(path, list(names)).to_pydict()
-    return columns
+    with _one_line(path):
+        columns: dict[str, list[Any]] = _read(path, list(names)).to_pydict()
+        if columns.keys() != set(names):
+            raise ValueError("columns are missing")
+        return columns
 
 
 def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    import pyarrow as pa
     from pyarrow import parquet
 
+    with _one_line(path):
+        return parquet.read_table(path, columns=columns, memory_map=False, partitioning=None, page_checksum_verification=True)
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes the library raise, as one line."""
+    import pyarrow as pa
+
     try:
-        return parquet.read_table(path, columns=columns, memory_map=False, partitioning=None)
-    except (OSError, pa.ArrowException, KeyError) as error:
+        yield
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError, MemoryError, RecursionError, OverflowError) as error:
         found = "missing" if not path.exists() else f"damaged ({str(error)[:80]})"
         raise ArtifactError(path, found, "must be a Parquet file of synthetic rows", "redo the stage that wrote it") from None
 

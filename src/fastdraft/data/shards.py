@@ -8,6 +8,7 @@ checked before a corpus is used and checksums too where that takes no noticeable
 from __future__ import annotations
 
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.artifacts import Artifact, file_sha256
+from fastdraft.artifacts import MANIFEST, Artifact, file_sha256
 from fastdraft.errors import ArtifactError, DataError
 from fastdraft.machine import disk_errors
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
+_FILE = re.compile(r"(train|validation)(\.[0-9]{1,9})?-[0-9]{5,9}\.bin")
 VERIFY_BYTES = 256 << 20
 """Corpora up to this size are checked against their checksums whenever they are opened."""
 
@@ -182,7 +184,7 @@ class PackedCorpus:
 
 def corpus_names(prepare: Artifact) -> list[str]:
     """The corpora of a finished prepare stage, in the recipe's order."""
-    return list(prepare.manifest()["corpora"])
+    return list(_corpora(prepare.path / MANIFEST, prepare.manifest()))
 
 
 def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> PackedCorpus:
@@ -198,7 +200,7 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
         DataError: when there is no corpus of that name.
         ArtifactError: when a shard is missing or damaged.
     """
-    return open_lengths(prepare, corpus, split, verify)[int(prepare.manifest()["row_length"])]
+    return next(iter(open_lengths(prepare, corpus, split, verify).values()))
 
 
 def open_lengths(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> dict[int, PackedCorpus]:
@@ -207,26 +209,62 @@ def open_lengths(prepare: Artifact, corpus: str, split: Split, verify: bool | No
     Arguments and errors are those of `open_corpus`.
     """
     manifest = prepare.manifest()
-    corpora: dict[str, Any] = manifest["corpora"]
+    where = prepare.path / MANIFEST
+    corpora = _corpora(where, manifest)
     if corpus not in corpora:
         raise DataError(
             f"corpus '{corpus}'", "not prepared", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora"
         )
-    shards = corpora[corpus][split]["shards"]
+    shards, dtype = _listed(where, corpora[corpus], split), manifest["dtype"]
+    if dtype not in ("uint16", "uint32"):
+        raise _damaged(where, f"dtype {dtype!r:.20}")
     found = {}
     for length in row_lengths(manifest):
         own = [shard for shard in shards if shard.get("row_length", manifest["row_length"]) == length]
-        row_bytes = (length + 1) * np.dtype(manifest["dtype"]).itemsize
+        row_bytes = (length + 1) * np.dtype(dtype).itemsize
         check = sum(shard["rows"] for shard in own) * row_bytes <= VERIFY_BYTES if verify is None else verify
         for shard in own:
             _check_shard(prepare.path / corpus / shard["file"], shard, row_bytes, check)
-        found[length] = PackedCorpus(prepare.path / corpus, own, length, manifest["dtype"])
+        found[length] = PackedCorpus(prepare.path / corpus, own, length, dtype)
     return found
 
 
 def row_lengths(manifest: Mapping[str, Any]) -> list[int]:
-    """The lengths of a prepare stage's rows, the shortest first."""
-    return [int(length) for length in manifest.get("row_lengths", [manifest["row_length"]])]
+    """The lengths of a prepare stage's rows, the shortest first.
+
+    Raises:
+        ArtifactError: when the manifest lists none, or what is no length.
+    """
+    lengths = manifest.get("row_lengths", [manifest["row_length"]])
+    if not isinstance(lengths, list) or not lengths or not all(type(length) is int and 0 < length < 1 << 31 for length in lengths):
+        raise _damaged("prepare", f"row lengths {lengths!r:.40}")
+    return lengths
+
+
+def _corpora(where: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    corpora = manifest["corpora"]
+    if not isinstance(corpora, dict):
+        raise _damaged(where, "no list of corpora")
+    return corpora
+
+
+def _listed(where: Path, corpus: Any, split: Split) -> list[dict[str, Any]]:
+    """The shards of one split as the manifest lists them, every value looked at: names become paths, and rows sizes."""
+    part = corpus.get(split) if isinstance(corpus, dict) else None
+    shards = part.get("shards") if isinstance(part, dict) else None
+    if not isinstance(shards, list):
+        raise _damaged(where, f"no shards of {split}")
+    for shard in shards:
+        facts = shard if isinstance(shard, dict) else {}
+        name, rows = facts.get("file"), facts.get("rows")
+        named = isinstance(name, str) and _FILE.fullmatch(name) and isinstance(facts.get("sha256"), str)
+        if not named or type(rows) is not int or not 0 < rows < 1 << 48:
+            raise _damaged(where, f"shard {shard!r:.60}")
+    return shards
+
+
+def _damaged(where: Path | str, found: str) -> ArtifactError:
+    return ArtifactError(where, f"damaged ({found})", "must list each corpus with its shards", "run it again with --redo prepare")
 
 
 def _check_shard(path: Path, shard: dict[str, Any], row_bytes: int, verify: bool) -> None:

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fastdraft.config import Config, Count
+from fastdraft.config import Config, Count, FolderName
 from fastdraft.data.place import Place
 from fastdraft.data.readers import jsonl_texts, parquet_texts, read_text
 from fastdraft.errors import DataError
-from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path
+from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path, user_path
 
 HASHED_FILES, HASHED_BYTES = 64, 1 << 16
 NOT_CODE = ["test", "tests", "test_*.py", "*_test.py", "idle_test", "site-packages", "dist-packages", "node_modules", "__pycache__", ".*"]
@@ -36,7 +36,7 @@ class FoundFile:
 
 
 class _Source(Config):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: FolderName
     """The corpus; entries of one name make one corpus, each with its own budget."""
     tokens: Count | None = Field(default=None, ge=1)
     """Stop after this many tokens of this entry, validation included; unset takes all."""
@@ -229,7 +229,7 @@ def find_files(text: str, patterns: list[str], where: str = "path") -> list[Foun
 
 def _split_glob(text: str) -> tuple[str, str]:
     """`data/**/*.txt` -> (`data`, `**/*.txt`); a path without wildcards has an empty pattern."""
-    if not glob.has_magic(text) or Path(text).expanduser().exists():
+    if not glob.has_magic(text) or user_path(text).exists():
         return text, ""
     prefix = next((p for p in (SHIPPED, PYTHON) if text.startswith(p)), "")
     parts = text.removeprefix(prefix).replace("\\", "/").split("/")

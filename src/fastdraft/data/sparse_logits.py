@@ -11,6 +11,7 @@ one safetensors file beside its rows, in the order of the rows, written at once 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def write_sparse_logits(path: Path, logits: SparseLogits, vocab_size: int, rows:
     logprobs = np.maximum(logits.logprobs, _SMALLEST)
     records["logprobs"], records["tail"] = logprobs[:, :k], logprobs[:, k]
     content = records.view(np.uint8).reshape(len(logits), records.dtype.itemsize)
-    facts = json.dumps({"k": k, "vocab_size": vocab_size, "rows": rows})
+    checksum = hashlib.sha256(content.tobytes()).hexdigest()
+    facts = json.dumps({"k": k, "vocab_size": vocab_size, "rows": rows, "sha256": checksum})
     write_atomic(path, save({_RECORDS: content}, metadata={_FACTS: facts}))  # one entry: their order in the file is not fixed
 
 
@@ -104,7 +106,10 @@ class StoredLogits:
         Raises:
             ArtifactError: when the file is missing or damaged.
         """
-        return self._read(0, 0)[1]
+        facts = self._read(0, 0)[1]
+        if facts["sha256"] and facts["sha256"] != hashlib.sha256(self._read(0, facts["tokens"])[0].tobytes()).hexdigest():
+            raise self._damaged("another checksum")
+        return facts
 
     def read(self, start: int, stop: int) -> SparseLogits:
         """The distributions at tokens `start` to `stop` of the unit.
@@ -132,12 +137,15 @@ class StoredLogits:
                 facts = json.loads(file.metadata()[_FACTS])
                 part = file.get_slice(_RECORDS)
                 tokens, width = part.get_shape()
-                known = {"tokens": tokens, "k": int(facts["k"]), "vocab_size": int(facts["vocab_size"]), "rows": str(facts["rows"])}
+                known: dict[str, Any] = {"tokens": tokens, **{name: int(facts[name]) for name in ("k", "vocab_size")}}
+                known |= {"rows": str(facts["rows"]), "sha256": str(facts.get("sha256", ""))}
+                if not 0 < known["k"] < known["vocab_size"] <= 1 << 31:
+                    raise ValueError(f"k {known['k']} of {known['vocab_size']}")
                 if width != record_type(known["k"], known["vocab_size"]).itemsize or part.get_dtype() != "U8":
                     raise ValueError(f"{width} bytes a token")
                 stop = min(stop, tokens)  # safetensors has no empty slices
                 return (part[start:stop] if start < stop else np.zeros((0, width), dtype=np.uint8)), known
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, MemoryError) as error:
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, MemoryError, OverflowError, RecursionError) as error:
             raise self._damaged(str(error)[:80] if self.path.exists() else "") from None
 
     def _damaged(self, why: str) -> ArtifactError:

@@ -75,7 +75,7 @@ class TranscriptLog(Config):
 class TranscriptPrompts(TranscriptLog):
     """The same as training rows."""
 
-    share: float = Field(default=1.0, gt=0)
+    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Part of the budget's tokens, relative to the other sources."""
 
 

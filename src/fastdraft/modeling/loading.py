@@ -197,13 +197,26 @@ def _from_pretrained(location: str, dtype: torch.dtype | str, **options: Any) ->
     if getattr(text_config(config), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"
     strict = {"use_safetensors": True, "output_loading_info": True}
+    quantised = getattr(config, "quantization_config", None)
     with quiet():
-        model, report = auto_class(config).from_pretrained(location, dtype=dtype, **strict, **options)
+        try:
+            model, report = auto_class(config).from_pretrained(location, dtype=dtype, **strict, **options)
+        except Exception as error:  # each quantiser has errors of its own, where its library is not there or is another version
+            if quantised is None:
+                raise
+            raise _cannot_quantise(location, quantised, error) from error
     problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
     if problems:
         others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise TargetError(location, f"no weights for {problems[0]}{others}", "every weight must be there", "fetch the model again")
     return model
+
+
+def _cannot_quantise(location: str, quantised: Any, error: Exception) -> TargetError:
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    found = f"weights quantised by {method or 'an unknown method'} ({' '.join(str(error).split())[:100]})"
+    rule = "transformers must be able to load them here"
+    return TargetError(location, found, rule, "install the library of that method, or name the model that was quantised")
 
 
 def save_draft(model: PreTrainedModel, folder: Path, tokenizer_files_from: Path) -> None:

@@ -62,7 +62,8 @@ def is_hub_id(location: str) -> bool:
     if path.is_dir():
         return False
     if path.exists():
-        raise TargetError(location, "a file", "must be a model's directory or a hub id", "name the directory that holds config.json")
+        found = "a GGUF file, which is llama.cpp's" if path.suffix == ".gguf" else "a file"
+        raise TargetError(location, found, "must be a model's directory or a hub id", "name the directory that holds config.json")
     if not _HUB_ID.fullmatch(location):
         raise TargetError(location, "no such directory", "must be a model's directory or a hub id", "correct the path")
     return True
@@ -95,6 +96,16 @@ def local_file(location: str, name: str, revision: str | None = None) -> Path | 
         raise TargetError(location, found, "the model must be at hand", "go online or name a directory") from error
 
 
+def _refuse_other_formats(location: str) -> None:
+    """Says what a directory without a config.json is, where that is plain to see."""
+    if local_file(location, "adapter_config.json") is not None:
+        rule, remedy = "must be a whole model", "merge it into its base model and save that (`merge_and_unload` of peft)"
+        raise TargetError(location, "an adapter (LoRA), not a model", rule, remedy)
+    if not is_hub_id(location) and any(Path(location).glob("*.gguf")):
+        remedy = "use the Hugging Face model that it was converted from"
+        raise TargetError(location, "a GGUF file, which is llama.cpp's", "must be a Hugging Face model directory", remedy)
+
+
 def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
     """The model's config.json, checked for what FastDraft supports.
 
@@ -103,17 +114,43 @@ def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
     """
     path = local_file(location, "config.json", revision)
     if path is None:
+        _refuse_other_formats(location)
         raise TargetError(location, "no config.json", "a model's directory must hold one", "name the directory that the model was saved to")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TargetError(path, f"not JSON ({error})", "must be a model's config", "fetch the model again") from None
-    family = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise TargetError(path, f"a JSON {type(config).__name__}", "must be a model's config, an object", "fetch the model again")
+    family = config.get("model_type")
     if family in TARGET_FAMILIES:
+        _check_sizes(config, path)
         return dict(config)
-    own_code = " needs Python code of its own" if isinstance(config, dict) and "auto_map" in config else ""
+    own_code = " needs Python code of its own" if "auto_map" in config else ""
     rule = f"must be one of {', '.join(TARGET_FAMILIES)}"
     raise TargetError(location, f"model family '{family}'{own_code}", rule, "choose a target of one of these families")
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
+    "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions",
+)  # fmt: skip
+_LARGEST, _LONGEST = 1 << 24, 1 << 31
+"""Far above every size in use (a context's above the rest), and below what no machine could hold a list of."""
+
+
+def _check_sizes(config: dict[str, Any], path: Path) -> None:
+    """Refuses sizes that no model has, before anything is built by them; transformers would fill a missing vocabulary by a guess."""
+    text = config.get("text_config")
+    if text is None and "vocab_size" not in config:
+        raise TargetError(path, "no vocab_size", "must say how many tokens the model scores", "fetch the model again")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in _SIZES:
+            value = part.get(name, 1)
+            most = _LONGEST if name in ("max_position_embeddings", "n_positions") else _LARGEST
+            optional = value is None and name in ("num_key_value_heads", "head_dim", "intermediate_size")
+            if not optional and (type(value) is not int or not 0 < value <= most):
+                raise TargetError(path, f"{name} {value!r:.40}", f"must be a whole number from 1 to {most}", "fetch the model again")
 
 
 def weight_files(location: str, revision: str | None = None, names: Sequence[str] = ()) -> dict[str, Path]:
@@ -128,7 +165,7 @@ def weight_files(location: str, revision: str | None = None, names: Sequence[str
         if whole is None:
             raise _no_weights(location)
         return dict.fromkeys(names, whole) if names else {"": whole}
-    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places = _weight_map(index)
     found: dict[str, Path] = {}
     for name in names or places:
         if name in places:
@@ -140,9 +177,24 @@ def weight_files(location: str, revision: str | None = None, names: Sequence[str
     return found
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index tells; a name that would leave the model's directory is refused."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not places or not all(isinstance(name, str) and Path(name).name == name and "\\" not in name for name in places.values()):
+            raise ValueError("names no files beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        found = f"damaged ({type(error).__name__}: {str(error)[:80]})"
+        raise TargetError(index, found, "must hold a `weight_map` of tensor names and files", "fetch the model again") from None
+    return dict(places)
+
+
 def _no_weights(location: str) -> TargetError:
-    pickled = not is_hub_id(location) and any(path.suffix in (".bin", ".pt", ".pth") for path in Path(location).iterdir())
-    found = "only pickled weights" if pickled else "no model.safetensors"
+    suffixes = set() if is_hub_id(location) else {path.suffix for path in Path(location).iterdir()}
+    if ".gguf" in suffixes:
+        rule, remedy = "weights must be safetensors", "use the Hugging Face model that it was converted from"
+        return TargetError(location, "weights in GGUF, which is llama.cpp's", rule, remedy)
+    found = "only pickled weights" if suffixes & {".bin", ".pt", ".pth"} else "no model.safetensors"
     rule = "weights must be safetensors, because pickles can run code"
     return TargetError(location, found, rule, "save the model as safetensors, or choose another copy")
 

@@ -86,7 +86,7 @@ class OpenAIEngineConfig(Config):
     logits, of use at temperature 1 without truncation only; none: kept without; target: of target.model's weights, by a scoring pass."""
     concurrency: int = Field(default=16, ge=1, le=1024)
     """Questions under way at each server."""
-    timeout: float = Field(default=120.0, gt=0)
+    timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Seconds for one whole answer."""
     retries: int = Field(default=6, ge=0, le=100)
     """Times that a question is asked again, each time after a longer pause: 6 bear a server that is away for about a minute."""

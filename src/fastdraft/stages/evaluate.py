@@ -74,11 +74,11 @@ class EvaluateConfig(Config):
     """Of target and draft; 0 keeps all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Of target and draft; 1 keeps all."""
-    draft_temperature: float | None = Field(default=None, ge=0)
+    draft_temperature: float | None = Field(default=None, ge=0, le=10)
     """The draft's own temperature where the target samples; any value is lossless; null: the target's."""
     draft_sampling: Literal["sampled", "greedy"] = "sampled"
     """greedy: the draft proposes its likeliest token even where the target samples, as vLLM does by default."""
-    batch_rows: int = Field(default=64, ge=1)
+    batch_rows: int = Field(default=64, ge=1, le=65_536)
     """Prompts that the target answers together."""
 
     @field_validator("temperatures")

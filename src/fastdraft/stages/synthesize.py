@@ -79,7 +79,7 @@ class SynthesizeConfig(Config):
     """Answers for each prompt at each temperature above 0, if the budget lasts; greedy is asked once."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Length at which an answer is cut."""
-    batch_rows: int = Field(default=64, ge=1)
+    batch_rows: int = Field(default=64, ge=1, le=65_536)
     """Prompts in a unit: generated together, committed together."""
     top_k: int = Field(default=0, ge=0)
     """0 keeps all: the draft learns the whole distribution."""

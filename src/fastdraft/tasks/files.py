@@ -61,7 +61,7 @@ def _prompt(path: Path, number: int, line: bytes) -> TaskPrompt:
     where = f"{path} line {number}"
     try:
         row = json.loads(line.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(where, f"not JSON ({error})", "each line must be one JSON object in UTF-8", "mend or delete the line") from None
     if isinstance(row, dict) and "messages" in row:
         return _conversation(str(row.get("id", number)), row, where)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -153,14 +154,14 @@ class Checkpoints:
         record = read_json(folder / _STATE)
         _check_files(folder, record)
         try:
-            state = TrainingState(**record["state"])
+            state = _training_state(record["state"])
             if state.best_step >= 0:
                 _check_files(self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / _STATE))
             weights, optimizer, random = (load_file(folder / name) for name in (_WEIGHTS, _OPTIMIZER, _RANDOM))
             copy_weights(self._model, weights)
             restore_optimizers(self._model, self._optimizers, optimizer)
             _restore_random(random, self._device)
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
             raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
         return state
 
@@ -173,7 +174,8 @@ class Checkpoints:
             with contextlib.suppress(ArtifactError, KeyError, TypeError):
                 needed.add(read_json(folder / _STATE)["state"]["best_step"])
         for folder in self.folder.glob("best-*"):
-            if int(folder.name.removeprefix("best-")) not in needed:
+            number = folder.name.removeprefix("best-")
+            if number.isdecimal() and int(number) not in needed:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _step_folder(self, step: int) -> Path:
@@ -181,6 +183,22 @@ class Checkpoints:
 
     def _best_folder(self, step: int) -> Path:
         return self.folder / f"best-{step:09d}"
+
+
+def _training_state(record: Any) -> TrainingState:
+    """The counters, each of its kind.
+
+    Raises:
+        TypeError: when one is missing, unknown or of another kind. ValueError: when one is not finite or below -1.
+    """
+    state = TrainingState(**record)
+    for name, value in asdict(state).items():
+        whole, optional = name not in ("seconds", "best_score"), name == "best_score"
+        if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int if whole else (int, float))):
+            raise TypeError(f"{name} is a {type(value).__name__}")
+        if value is not None and (not math.isfinite(value) or (value < -1 and not optional)):
+            raise ValueError(f"{name} is {value}")
+    return state
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -257,9 +275,11 @@ def _describe_files(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _check_files(folder: Path, record: Any) -> None:
     files = record.get("files") if isinstance(record, dict) else None
-    if not files:
+    if not isinstance(files, dict) or _WEIGHTS not in files or not set(files) <= {_WEIGHTS, _OPTIMIZER, _RANDOM}:
         raise ArtifactError(folder / _STATE, "lists no files", "must name each file with its checksum", "delete this folder")
     for name, expected in files.items():
         path = folder / name
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise ArtifactError(folder / _STATE, f"no checksum of {name}", "must name each file with its checksum", "delete this folder")
         if not path.is_file() or path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
             raise ArtifactError(path, "damaged or missing", "must have the checksum written with it", "delete this folder")

@@ -37,7 +37,7 @@ class Metrics:
         self._file: TextIO | None = None
         if silent:
             return
-        kept = [json.dumps(record) for record in read_metrics(folder) if record.get("step", 0) <= step]
+        kept = [json.dumps(record) for record in read_metrics(folder) if record["step"] <= step]
         if step or self.path.exists():
             write_atomic(self.path, "".join(line + "\n" for line in kept) if step else "")
         self._board = _open_board(folder / "tensorboard", step) if tensorboard else None
@@ -67,7 +67,7 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a stage's folder in order; a line torn by a kill is left out. No file: an empty list."""
+    """The records of a stage's folder in order; a line torn by a kill, or that is no record of a step, is left out. No file: none."""
     path = folder / FILE
     if not path.exists():
         return []
@@ -75,9 +75,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict):
+        if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
     return records
 
