@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +136,14 @@ def test_no_temporary_folder_no_home_and_no_working_directory(
 
 
 def test_a_full_database_is_one_line(short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    run, real = Run(short_run, "database", "prepare"), journal.Journal.__init__
+    run, real = Run(short_run, "database", "prepare"), journal.Journal.add
 
-    def small(self: journal.Journal, path: Path) -> None:
-        real(self, path)
-        self._database.execute("PRAGMA max_page_count = 4")
+    def more_than_fits(self: journal.Journal, digests: Iterable[bytes]) -> None:
+        self._database.execute("PRAGMA max_page_count = 1")  # no page beyond those that it has
+        real(self, [*digests, bytes(100_000)])
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "__init__", small)
+        patch.setattr(journal.Journal, "add", more_than_fits)
         assert "full" in run.fails(capsys)
     run.ends_alike()
 

@@ -51,6 +51,7 @@ def test_one_signal_stops_at_the_next_safe_point(
     short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     run, number = Run(short_run, f"stopped-{name}", "pretrain"), getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)  # a shell may have had it ignored
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         signalled(patch, number)
@@ -63,6 +64,7 @@ def test_one_signal_stops_at_the_next_safe_point(
 @posix
 def test_two_signals_stop_at_once(short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(short_run, "stopped-twice", "pretrain")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGINT, times=2)
         assert "run the same command again to go on" in run.fails(capsys, exit_code=130)
