@@ -79,9 +79,10 @@ class JsonlPrompts(TextPrompts):
         """Reads the first row, so that a wrong path or key shows before hours of other work.
 
         Raises:
-            DataError: when there is no file, or its first row holds no prompt.
+            DataError: when there is no file, or its first row is damaged, or no row holds a prompt.
         """
-        next(self.prompts(), None)
+        if next(self.prompts(), None) is None:
+            raise DataError(self.path, "no prompt in it", f"must hold rows with the key '{self.field}'", "add rows or correct the path")
 
     def values(self) -> Iterator[tuple[str, Any]]:
         for file in self._source().files():

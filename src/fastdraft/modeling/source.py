@@ -123,7 +123,7 @@ def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise TargetError(path, f"a JSON {type(config).__name__}", "must be a model's config, an object", "fetch the model again")
     family = config.get("model_type")
-    if family in TARGET_FAMILIES:
+    if isinstance(family, str) and family in TARGET_FAMILIES:
         _check_sizes(config, path)
         return dict(config)
     own_code = " needs Python code of its own" if "auto_map" in config else ""
