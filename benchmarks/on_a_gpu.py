@@ -1,7 +1,7 @@
 """Every benchmark for a GPU, one after the other, by one command, on a bare machine.
 
     python benchmarks/on_a_gpu.py
-    python benchmarks/on_a_gpu.py --only train_step loss_functions --minutes 5
+    python benchmarks/on_a_gpu.py --only train_step_150m loss_functions --minutes 5
 
 Needs torch, triton and transformers, Python 3.12 or 3.11, and a checkout: nothing is installed, nothing is downloaded. Each script gets
 --minutes of its own and writes its figures as they come, so one that is cut off leaves what it has. The results are gathered in
@@ -15,7 +15,10 @@ that no memory is left behind; that one failure does not end the others; and tha
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -49,8 +52,12 @@ class Job:
         return HERE / f"{self.script}.py"
 
 
+CONTENDERS = ("--contender", "ours", "ours_compiled", "plain_bf16", "plain_compiled", "trainer", "--turns", "3")
+"""Ours first: what is cut off is missed least."""
 JOBS = (
-    Job("train_step", ("--preset", "phi-3-mini-50m", "llama-3.1-8b-150m")),
+    Job("train_step", ("--shape", "llama-3.1-8b-150m", *CONTENDERS), "train_step_150m"),
+    Job("train_step", ("--shape", "phi-3-mini-50m", *CONTENDERS), "train_step_50m"),
+    Job("train_step", ("--follow",), "train_step_follow"),
     Job("step_memory"),
     Job("loss_functions", ("--distillation",)),
     Job("loss_functions", ("--precision", "fp32", "--turns", "3"), "loss_functions_fp32"),
@@ -67,12 +74,33 @@ def run(job: Job, arguments: argparse.Namespace, output: Path) -> dict[str, Any]
     output.unlink(missing_ok=True)  # what stands afterwards is of this run
     print(f"\n== {job.name}: python benchmarks/{job.script}.py {' '.join(where)}", flush=True)
     start = time.monotonic()
+    # A session of its own, so that a script that is cut off takes the processes that it started with it.
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=os.name == "posix")
     try:
-        code: int | str = subprocess.run(command, cwd=ROOT, timeout=60 * arguments.minutes, check=False).returncode
+        code: int | str = process.wait(timeout=60 * arguments.minutes)
     except subprocess.TimeoutExpired:
         code = "cut off"
+    finally:
+        if process.poll() is None:
+            end(process)
     written = output.name if output.exists() else None
     return {"name": job.name, "options": list(job.options), "exit": code, "seconds": round(time.monotonic() - start, 1), "file": written}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kills a script and, where the system has process groups, all that it started."""
+    if os.name == "posix":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def chosen(arguments: argparse.Namespace) -> list[Job]:
+    """What was asked for; a dry run has no options, so each script runs once."""
+    jobs = [job for job in JOBS if not arguments.only or job.name in arguments.only]
+    return list({job.script: job for job in reversed(jobs)}.values())[::-1] if arguments.dry_run else jobs
 
 
 def parse() -> argparse.Namespace:
@@ -92,12 +120,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a script under way is ended too
     folder = arguments.folder.resolve()
     device = "dry_run" if arguments.dry_run else re.sub(r"\W+", "_", describe_machine(arguments.device)["device"]).strip("_").lower()
     report = Report(folder / f"{NAME}_{device}.json", NAME, arguments.device, arguments)
-    for job in JOBS:
-        if arguments.only and job.name not in arguments.only:
-            continue
+    for job in chosen(arguments):
         if not job.path.exists():
             report.add({"name": job.name, "exit": "not in this checkout", "seconds": 0.0, "file": None})
             continue

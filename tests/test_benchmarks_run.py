@@ -136,6 +136,14 @@ def test_the_gpu_script_says_that_there_is_no_gpu() -> None:
     assert "sees no accelerator" in done.stderr
 
 
+def test_the_gpu_script_asks_only_for_options_that_its_scripts_have() -> None:
+    for job in load("on_a_gpu").JOBS:
+        text = job.path.read_text(encoding="utf-8") + (FOLDER / "machine.py").read_text(encoding="utf-8")
+        text += (FOLDER / "pair.py").read_text(encoding="utf-8")
+        unknown = [option for option in job.options if option.startswith("--") and f'"{option}"' not in text]
+        assert not unknown, job.name
+
+
 def test_one_command_runs_the_scripts_and_gathers_their_files(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "on_a_gpu.py"), "--dry-run", "--only", "loss_functions", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
