@@ -5,6 +5,7 @@ Derandomised: the same damage every time. Whatever a disk, an editor or a copy h
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +50,9 @@ def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 
 def read(reader: Callable[[], Any]) -> Any:
     """What the reader gives; None where it refuses in a line of ours."""
-    try:
+    with contextlib.suppress(FastDraftError):
         return reader()
-    except FastDraftError as error:
-        assert "\n" not in str(error)
-        return None
+    return None
 
 
 @few
