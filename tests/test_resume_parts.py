@@ -1,0 +1,214 @@
+"""The small parts that carry a run over a crash, under any sequence of crashes: each ends in what an undisturbed one ends in.
+
+A crash is everything since the last commit lost, bytes behind it left lying about, or the process simply gone. Derandomised.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastdraft.console import Console
+from fastdraft.data.journal import Journal
+from fastdraft.data.loader import MixtureSampler
+from fastdraft.data.packing import RowPacker
+from fastdraft.data.shards import PackedCorpus, ShardWriter
+from fastdraft.training.batches import plan_batches
+from fastdraft.training.checkpoint import Checkpoints, TrainingState
+from fastdraft.training.metrics import FILE, Metrics
+
+few = settings(max_examples=25, derandomize=True, deadline=None)
+ROW = 5
+ROWS = np.arange(17 * ROW, dtype=np.int64).reshape(17, ROW)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def shard_writer(folder: Path, state: dict[str, Any]) -> ShardWriter:
+    writer = ShardWriter(folder, "train", ROW, "uint16", rows_per_shard=4)
+    writer.restore(state["shards"], state["open_rows"])
+    return writer
+
+
+steps = st.lists(st.tuples(st.integers(1, 7), st.sampled_from(["commit", "flushed", "lost"])), max_size=8)
+"""Rows written, and how it ends: committed, or a crash after or before they reached the disk."""
+
+
+@few
+@given(steps)
+def test_shards_written_over_any_crashes_are_the_undisturbed_ones(attempts: list[tuple[int, str]]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        alone, crashed = Path(place) / "alone", Path(place) / "crashed"
+        writer = shard_writer(alone, {"shards": [], "open_rows": 0})
+        writer.write(ROWS)
+        writer.close_shard()
+        state: dict[str, Any] = {"shards": [], "open_rows": 0}
+        for count, end in [*attempts, (len(ROWS), "commit")]:
+            again = shard_writer(crashed, json.loads(json.dumps(state)))
+            done = sum(shard["rows"] for shard in state["shards"]) + state["open_rows"]
+            again.write(ROWS[done : done + count])
+            if end != "lost":
+                again.flush()
+            if end == "commit":
+                state = again.state()
+        again.close_shard()
+        assert shards(crashed) == shards(alone)
+        assert again.shards == writer.shards
+
+
+@few
+@given(st.lists(st.lists(st.integers(0, 30), max_size=5), max_size=8), st.lists(st.sampled_from(["commit", "close", "kill"]), max_size=8))
+def test_a_journal_knows_after_any_crashes_just_what_was_committed(batches: list[list[int]], ends: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        path, known, state = Path(place) / "0" / "journal.sqlite", set[bytes](), None
+        for number, (batch, end) in enumerate(zip(batches, ends, strict=False)):
+            journal = Journal(path)
+            assert journal.read("text") == state
+            assert journal.known([bytes([value]) for value in range(31)]) == known
+            journal.add(bytes([value]) for value in batch)
+            if end == "commit":
+                state, known = {"number": number}, known | {bytes([value]) for value in batch}
+                journal.commit("text", state)
+            if end == "kill":  # what SIGKILL leaves is what lies on the disk at that moment
+                shutil.copytree(path.parent, Path(place) / str(number + 1))
+                path = Path(place) / str(number + 1) / path.name
+            journal.close()
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.booleans()), max_size=6))
+def test_metrics_over_any_crashes_are_those_of_one_run(attempts: list[tuple[int, int, bool]]) -> None:
+    """Each attempt goes on some steps, of which the checkpoint missed the last few, and may tear the line it dies in."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, saved = Path(place), 0
+        for count, missed, torn in [*attempts, (99, 0, False)]:
+            reached = min(12, saved + count)
+            with Metrics(folder, saved) as metrics:
+                for step in range(saved + 1, reached + 1):
+                    metrics.write(step=step, loss=1 / step)
+            if torn:
+                with open(folder / FILE, "a", encoding="utf-8") as file:
+                    file.write('{"step": 3, "lo')
+            saved = max(saved, reached - missed)
+        assert (folder / FILE).read_text(encoding="utf-8") == "".join(json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 13))
+
+
+def trained(folder: Path, until: int, console: Console, save_at: int = 0) -> tuple[nn.Module, TrainingState]:
+    """Goes on from the latest checkpoint; each step draws its rows and its noise from torch's own random state."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameters(), lr=0.1)]
+    checkpoints = Checkpoints(folder, model, optimizers, console)
+    state = checkpoints.load_latest()
+    while state.step < until:
+        optimizers[0].zero_grad()
+        nn.functional.dropout(model(torch.randn(5, 4)), 0.2).square().mean().backward()
+        optimizers[0].step()
+        state.step += 1
+        if state.step == save_at:
+            checkpoints.save(state)
+    return model, state
+
+
+@settings(few, max_examples=15)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3), st.sampled_from(["none", "weights", "state", "torn"])), max_size=4))
+def test_training_over_any_crashes_ends_in_the_same_weights(attempts: list[tuple[int, int, str]]) -> None:
+    """Each attempt saves after some steps, goes on some more, dies, and may leave its newest checkpoint damaged."""
+    console = Console(quiet=True)
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "warn", lambda text: None)
+        alone, _ = trained(Path(place) / "alone", 12, console)
+        folder, whole, reached = Path(place) / "crashed", set[str](), 0
+        for count, more, harm in attempts:
+            save_at = min(12, reached + count)
+            trained(folder, min(12, save_at + more), console, save_at)
+            newest = folder / "steps" / f"step-{save_at:09d}"
+            others = {path.name for path in (folder / "steps").glob("step-*")} & whole - {newest.name}
+            if harm == "torn":
+                (folder / "steps" / f".{newest.name}.1.tmp").mkdir(exist_ok=True)
+            elif harm != "none" and others:
+                path = newest / ("state.json" if harm == "state" else "model.safetensors")
+                path.write_bytes(path.read_bytes()[:-3])
+                whole.discard(newest.name)
+                reached = max(int(name.removeprefix("step-")) for name in others)
+                continue
+            whole.add(newest.name)
+            reached = save_at
+        found, state = trained(folder, 12, console)
+        assert state.step == 12
+        for name, weight in alone.state_dict().items():
+            assert torch.equal(found.state_dict()[name], weight)
+
+
+@few
+@given(st.lists(st.integers(0, 9), max_size=12), st.lists(st.integers(1, 4), max_size=12))
+def test_documents_packed_in_any_portions_are_the_same_rows(lengths: list[int], portions: list[int]) -> None:
+    documents = [np.full(length, number + 1, dtype=np.uint16) for number, length in enumerate(lengths)]
+    whole = RowPacker(ROW, 0, "uint16")
+    wanted = whole.add(documents)
+    packer, found, start = RowPacker(ROW, 0, "uint16"), [np.empty((0, ROW), dtype=np.uint16)], 0
+    for portion in [*portions, len(documents)]:
+        carry = packer.carry
+        packer = RowPacker(ROW, 0, "uint16")  # another process, which knows only what was left over
+        packer.carry = carry
+        found.append(packer.add(documents[start : start + portion]))
+        start += portion
+    assert np.array_equal(np.concatenate(found), wanted)
+    assert np.array_equal(packer.carry, whole.carry)
+
+
+class MemoryCorpus(PackedCorpus):
+    """A corpus in memory: row i holds i."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(Path(), [{"rows": rows}], 2, "uint16")
+
+    def shard(self, number: int) -> Any:
+        return np.repeat(np.arange(self.rows, dtype=np.uint16)[:, None], 3, axis=1)
+
+
+@settings(few, max_examples=15)
+@given(
+    st.dictionaries(st.sampled_from(["a", "b", "c"]), st.tuples(st.integers(1, 40), st.floats(0.01, 9)), min_size=1),
+    st.integers(0, 2**31 - 1),
+    st.integers(0, 70_000),
+    st.lists(st.integers(0, 9), min_size=1, max_size=8),
+)
+def test_row_i_of_a_mixture_is_the_same_however_rows_are_asked_for(
+    corpora: dict[str, tuple[int, float]], seed: int, start: int, portions: list[int]
+) -> None:
+    sampler = MixtureSampler({n: MemoryCorpus(r) for n, (r, _) in corpora.items()}, {n: w for n, (_, w) in corpora.items()}, seed)
+    wanted, found, at = sampler.rows(start, sum(portions)), [], start
+    for portion in portions:
+        fresh = MixtureSampler({n: MemoryCorpus(r) for n, (r, _) in corpora.items()}, {n: w for n, (_, w) in corpora.items()}, seed)
+        found.append(fresh.rows(at, portion))
+        at += portion
+    assert np.array_equal(np.concatenate(found), wanted)
+
+
+@few
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120), st.integers(0, 99), st.integers(1, 900))
+def test_a_plan_of_batches_takes_every_sample_once_an_epoch_and_a_longer_one_begins_like_it(
+    lengths: list[int], batch_tokens: int, seed: int, tokens: int
+) -> None:
+    sizes = np.array(lengths, dtype=np.int64)
+    plan = plan_batches(sizes, batch_tokens, seed, tokens=tokens)
+    taken = np.concatenate(plan)
+    for start in range(0, len(taken) - len(sizes) + 1, len(sizes)):
+        assert sorted(taken[start : start + len(sizes)].tolist()) == list(range(len(sizes)))
+    assert tokens <= sizes[taken].sum() < tokens + sizes.max()
+    longer = np.concatenate(plan_batches(sizes, batch_tokens, seed, tokens=tokens + 300))
+    assert np.array_equal(longer[: len(taken)], taken)
+    assert all(len(numbers) == 1 or sizes[numbers[:-1]].sum() < batch_tokens for numbers in plan)
