@@ -103,7 +103,7 @@ def test_auto_is_transformers_for_a_family_that_is_not_converted(recipe: Recipe,
 
 
 def test_openvino_for_a_family_that_is_not_converted_is_refused_before_any_work(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"model_type": "gemma3"})
+    write_json(tmp_path / "config.json", {"model_type": "gemma3", "vocab_size": 320})
     with pytest.raises(TargetError, match="family gemma3: the converter to OpenVINO takes text models of other families"):
         openvino_families.require_convertible(str(tmp_path))
 

@@ -258,7 +258,7 @@ def test_a_stop_cancels_what_is_under_way(tiny_target: Path, served: Served, pro
     ("settings", "words"),
     [({"servers": ["http://user:secret@host/v1"]}, "key in it"), ({"servers": ["http://h/v1?api_key=secret"]}, "key in it"),
      ({"servers": ["host:8000"]}, "must be addresses"), ({"servers": []}, "at least 1"),
-     ({"servers": ["http://h"], "api_key_env": "sk-1 2"}, "pattern")],
+     ({"servers": ["http://h"], "api_key_env": "sk-1 2"}, "name of an environment variable")],
 )  # fmt: skip
 def test_addresses_and_keys_that_are_none_are_refused(settings: dict[str, Any], words: str) -> None:
     from fastdraft.config import load_config
