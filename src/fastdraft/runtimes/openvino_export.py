@@ -21,8 +21,10 @@ from fastdraft.errors import ArtifactError, MissingExtraError, TargetError
 from fastdraft.interfaces import Sampling
 from fastdraft.modeling.loading import load_config, load_tokenizer, quiet
 from fastdraft.modeling.source import check_weights, copy_tokenizer_files, raw_config
+from fastdraft.modeling.text_part import as_text_model
 from fastdraft.runtimes.engines import INSTALL_CONVERTER
 from fastdraft.runtimes.openvino import MODEL_FILE, core, import_genai, short
+from fastdraft.runtimes.openvino_families import newer_transformers
 from fastdraft.runtimes.openvino_pair import check_pair, context_length
 from fastdraft.runtimes.openvino_ties import TieJudge, explain_differences
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
@@ -100,10 +102,10 @@ def convert(source: str | Path, folder: Path, weights: Weights, revision: str | 
     convert_model, ov_config = _optimum()
     log = io.StringIO()
     try:
-        with _silence(log):
+        with _silence(log), as_text_model(str(source), revision, folder) as (location, its_revision), newer_transformers():
             convert_model(
-                str(source), str(folder), task="text-generation-with-past", library_name="transformers", stateful=True,
-                convert_tokenizer=True, revision=revision or "main", ov_config=ov_config(dtype="fp16" if weights == "fp16" else "fp32"),
+                location, str(folder), task="text-generation-with-past", library_name="transformers", stateful=True,
+                convert_tokenizer=True, revision=its_revision or "main", ov_config=ov_config(dtype="fp16" if weights == "fp16" else "fp32"),
             )  # fmt: skip
             if weights in ("int8", "int4"):
                 compress(folder / MODEL_FILE, weights)

@@ -1,16 +1,39 @@
 """Which families of targets the converter to OpenVINO takes.
 
-Decides that a target which it does not take is refused before anything is trained, and that `auto` lets transformers write for it.
+Decides that of a multimodal target the text part is converted, as the language model that it is by itself (modeling/text_part.py); that
+Gemma is converted beside newer releases of transformers than optimum-intel 2.2 allows by number, because what it writes is right there
+(tests hold each family's greedy text to transformers' own); and that a target which is not taken is refused before anything is trained.
 """
 
 from __future__ import annotations
 
-from fastdraft.errors import TargetError
-from fastdraft.modeling.families import MULTIMODAL
-from fastdraft.modeling.source import raw_config
+import contextlib
+from collections.abc import Iterator
 
-NOT_CONVERTED = ("gemma", "gemma2", "gemma3_text", *MULTIMODAL)
-"""Families that optimum-intel 2.2 does not convert as text models beside transformers 5: transformers writes for these."""
+from fastdraft.errors import TargetError
+from fastdraft.modeling.source import raw_config
+from fastdraft.modeling.text_part import text_family
+
+NOT_CONVERTED: tuple[str, ...] = ()
+"""Text families that are not converted: transformers writes for these."""
+_BOUND, _CLASS, _TRIED = "MAX_TRANSFORMERS_VERSION", "GemmaOpenVINOConfig", "5.99"
+
+
+@contextlib.contextmanager
+def newer_transformers() -> Iterator[None]:
+    """Inside the block optimum-intel converts Gemma 1 to 3 beside transformers 5.1 and later too, which it refuses by a version number alone."""
+    from optimum.exporters.openvino import model_configs
+
+    owner = getattr(model_configs, _CLASS, None)
+    bound = getattr(owner, _BOUND, None)
+    if owner is None or bound is None:
+        yield
+        return
+    setattr(owner, _BOUND, _TRIED)
+    try:
+        yield
+    finally:
+        setattr(owner, _BOUND, bound)
 
 
 def require_convertible(location: str, revision: str | None = None) -> None:
@@ -26,10 +49,10 @@ def require_convertible(location: str, revision: str | None = None) -> None:
 
 
 def unconverted_family(location: str, revision: str | None) -> str:
-    """The family of a target that is not converted; empty for one that is.
+    """The text family of a target that is not converted; empty for one that is.
 
     Raises:
         TargetError: when its config cannot be read.
     """
-    family = str(raw_config(location, revision)["model_type"])
+    family = text_family(raw_config(location, revision))
     return family if family in NOT_CONVERTED else ""
