@@ -19,7 +19,7 @@ from fastdraft.data.transcripts import TranscriptPrompts
 from fastdraft.errors import ArtifactError, Interrupted, MissingExtraError, TargetError
 from fastdraft.interfaces import StageContext
 from fastdraft.modeling import loading
-from fastdraft.modeling.families import TARGET_FAMILIES
+from fastdraft.modeling.families import MULTIMODAL, TARGET_FAMILIES
 from fastdraft.recipe import Recipe, load_recipe
 from fastdraft.runtimes import engines, openvino_families
 from fastdraft.runtimes.engines import (
@@ -99,13 +99,18 @@ def test_auto_is_transformers_for_a_family_that_is_not_converted(recipe: Recipe,
     monkeypatch.setattr(openvino_families, "raw_config", lambda *_: {"model_type": "gemma2"})
     choice = choose_engine(AutoEngineConfig(), context_of(recipe))
     assert choice.settings == HuggingFaceEngineConfig()
-    assert "does not take gemma2" in choice.reason
+    assert "gemma2 is not converted to OpenVINO: its attention scores are capped" in choice.reason
 
 
 def test_openvino_for_a_family_that_is_not_converted_is_refused_before_any_work(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"model_type": "gemma3", "vocab_size": 320})
-    with pytest.raises(TargetError, match="family gemma3: the converter to OpenVINO takes text models of other families"):
+    write_json(tmp_path / "config.json", {"model_type": "gemma2", "vocab_size": 320})
+    with pytest.raises(TargetError, match="family gemma2: its attention scores are capped, which OpenVINO's attention leaves out"):
         openvino_families.require_convertible(str(tmp_path))
+    write_json(tmp_path / "config.json", {"model_type": "llava", "text_config": {"model_type": "gemma2", "vocab_size": 320}})
+    with pytest.raises(TargetError, match="family gemma2"):
+        openvino_families.require_convertible(str(tmp_path))
+    write_json(tmp_path / "config.json", {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 320}})
+    openvino_families.require_convertible(str(tmp_path))
 
 
 def test_on_an_accelerator_auto_is_transformers(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +288,6 @@ def test_every_supported_family_can_be_converted() -> None:
     import optimum.exporters.openvino.model_configs  # noqa: F401 - enters the families that OpenVINO's exporter knows
     from optimum.exporters.tasks import TasksManager
 
-    for family in set(TARGET_FAMILIES) - {*openvino_families.NOT_CONVERTED, *PARTS}:
+    for family in set(TARGET_FAMILIES) - {*openvino_families.NOT_CONVERTED, *PARTS, *MULTIMODAL}:
         tasks = TasksManager.get_supported_tasks_for_model_type(family, exporter="openvino", library_name="transformers")
         assert "text-generation-with-past" in tasks, family

@@ -130,6 +130,30 @@ def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(target: tup
     assert check_assisted(model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24).same_text
 
 
+@pytest.mark.parametrize(("length", "tokens"), [(3, 13), (17, 20)])
+def test_a_text_on_either_side_of_a_longropes_line_is_exact_and_design_warns_of_crossing_it(
+    length: int, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_family(tmp_path / "target", "phi3-longrope")
+    model, endless = loading.load_target(_target(folder), "cpu"), replace(loading.load_vocabulary(_target(folder)), eos_token_ids=())
+    prompt, text = PROMPTS[2][:length], list(PROMPTS[2][:length])
+    with torch.inference_mode():
+        for _ in range(tokens):  # no cache: every token from the whole text
+            text.append(int(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    [written] = HuggingFaceEngine(model, endless, 8).generate([prompt], GREEDY, tokens, 0)
+    assert written.response_ids == text[length:]
+    # Two tokens: neither proposals nor the last one of a round may stand beyond the line.
+    room = tokens - 2 if length < 16 else tokens
+    found = SpeculativeDecoder(model, noisy(model), endless, 1).generate(prompt, GREEDY, room, 0)
+    assert found.generation.response_ids == text[length : length + room]
+    draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
+    config = read_section(design.DesignConfig, {"draft": draft}, "design")
+    context = StageContext(RunDirectory(tmp_path / "run"), RunConfig(name="test"), _target(folder), {}, Console())
+    context.artifact("design").begin(design.fingerprint(config, context))
+    design.run(config, context)
+    assert "This rope changes at 16 tokens" in " ".join("".join(capsys.readouterr()).split())
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama-rope-dynamic", "mistral-window", "gemma2"])
 def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(name: str, tmp_path: Path) -> None:
     folder = write_family(tmp_path, name)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ pytest.importorskip("optimum.exporters.openvino", exc_type=ImportError)
 from transformers import PreTrainedModel
 
 from conftest import write_recipe, write_target
+from family_fixture import write_family
 from fastdraft import cli, pipeline
 from fastdraft.data.responses import read_all
 from fastdraft.decoding.autoregressive import generate_batch
@@ -150,6 +152,19 @@ def test_the_command_exports_a_directory_and_says_what_was_found(
 def test_greedy_text_is_that_of_transformers(engine: OpenVINOEngine, target: PreTrainedModel, vocabulary: Vocabulary) -> None:
     expected = greedy(target, PROMPTS, 20, vocabulary)
     assert engine.generate(PROMPTS, Sampling(0.0), 20, seed=0) == expected
+
+
+@pytest.mark.parametrize("name", ["gemma3-pictures", "qwen2-vl"])
+def test_the_text_part_of_a_multimodal_target_is_converted_and_writes_the_targets_own_text(name: str, tmp_path: Path) -> None:
+    source = write_family(tmp_path / "target", name)
+    (tmp_path / "out").mkdir()
+    openvino_export.convert(source, tmp_path / "out", "fp32")
+    own = TargetConfig(model=str(source))
+    endless = replace(load_vocabulary(own), eos_token_ids=())
+    [expected] = greedy(load_target(own, "cpu"), [PROMPTS[3]], 32, endless)
+    assert openvino_export.greedy(tmp_path / "out", PROMPTS[3], 32) == expected.response_ids
+    assert len(set(expected.response_ids)) > 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]
 
 
 @pytest.mark.parametrize(

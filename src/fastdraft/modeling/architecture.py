@@ -159,6 +159,16 @@ def has_rotary_factors(hf_config: PreTrainedConfig) -> bool:
     return any(rope.get(name) for name in _ROTARY_FACTORS)
 
 
+def rope_switch(hf_config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a text has the short factors of a longrope, and beyond which all of it has the long ones; None: no such line."""
+    text: Any = text_config(hf_config)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    first = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    return int(first) if first and int(first) < int(text.max_position_embeddings) else None
+
+
 def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture) -> PreTrainedConfig:
     """A config of the draft's family with its width, depth and heads; all else inherited from the target's text part.
 

@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from fastdraft.config import format_count
-from fastdraft.modeling.architecture import Architecture, has_rotary_factors
+from fastdraft.modeling.architecture import Architecture, has_rotary_factors, rope_switch
 from fastdraft.modeling.families import special_id, text_config
 from fastdraft.vocabulary import Vocabulary, id_ranges
 
@@ -102,6 +102,15 @@ def _text(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return []
 
 
+def switch_warning(switch: int) -> str:
+    """Why a text that grows over the line of a longrope is nobody's exact text, and what to do."""
+    return (
+        f"This rope changes at {switch} tokens: a longer text has other factors from its first token on, and the keys cached so far "
+        "have the old ones. A text that grows over that line differs between runtimes, and between replay and exact decoding; "
+        "on either side it is exact. Keep prompt and answer together on one side."
+    )
+
+
 def _config(config: PreTrainedConfig, architecture: Architecture) -> list[str]:
     traps = []
     if architecture.hidden_size % _QUANT_ROW or architecture.intermediate_size % _QUANT_ROW:
@@ -116,8 +125,10 @@ def _config(config: PreTrainedConfig, architecture: Architecture) -> list[str]:
     if has_rotary_factors(config):
         traps.append(
             "Rope with one factor per frequency (longrope): draft heads keep the target's width where they can; else factors are resampled."
-            " It changes once a text is longer than its first context: text across that line may differ between runtimes."
         )
+    switch = rope_switch(config)
+    if switch:
+        traps.append(switch_warning(switch))
     if architecture.stored and architecture.read < 0.9 * architecture.parameters and getattr(text, "num_experts_per_tok", None):
         traps.append(
             f"Mixture of experts: a token reads {format_count(architecture.read)} of {format_count(architecture.parameters)} parameters, "

@@ -24,7 +24,7 @@ from fastdraft.data.openai_format import serves_replay
 from fastdraft.errors import ArtifactError, MissingExtraError, RecipeError
 from fastdraft.interfaces import Generation, Sampling
 from fastdraft.machine import Halving
-from fastdraft.runtimes.openvino_families import unconverted_family
+from fastdraft.runtimes.openvino_families import NOT_CONVERTED, unconverted_family
 
 if TYPE_CHECKING:
     from fastdraft.artifacts import Artifact
@@ -218,7 +218,7 @@ def _fastest_here(context: StageContext) -> EngineChoice:
         return EngineChoice(HuggingFaceEngineConfig(), reason)
     family = unconverted_family(context.target.location, context.target.revision)
     if family:
-        return EngineChoice(HuggingFaceEngineConfig(), f"the converter to OpenVINO does not take {family}")
+        return EngineChoice(HuggingFaceEngineConfig(), f"{family} is not converted to OpenVINO: {NOT_CONVERTED[family]}")
     return EngineChoice(_OPENVINO_FOR[context.target.dtype], "the fastest on a CPU")
 
 

@@ -1,8 +1,9 @@
 """Which families of targets the converter to OpenVINO takes.
 
 Decides that of a multimodal target the text part is converted, as the language model that it is by itself (modeling/text_part.py); that
-Gemma is converted beside newer releases of transformers than optimum-intel 2.2 allows by number, because what it writes is right there
-(tests hold each family's greedy text to transformers' own); and that a target which is not taken is refused before anything is trained.
+Gemma 1 and 3 are converted beside newer releases of transformers than optimum-intel 2.2 allows by number, because what they write there
+is right (a test holds it to transformers' own greedy text), and Gemma 2 is not, because it is wrong; and that a target which is not
+taken is refused before anything is trained.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from fastdraft.errors import TargetError
 from fastdraft.modeling.source import raw_config
 from fastdraft.modeling.text_part import text_family
 
-NOT_CONVERTED: tuple[str, ...] = ()
-"""Text families that are not converted: transformers writes for these."""
+NOT_CONVERTED = {"gemma2": "its attention scores are capped, which OpenVINO's attention leaves out: it would write another text"}
+"""Text families that are not converted, and why: transformers writes for these."""
 _BOUND, _CLASS, _TRIED = "MAX_TRANSFORMERS_VERSION", "GemmaOpenVINOConfig", "5.99"
 
 
 @contextlib.contextmanager
 def newer_transformers() -> Iterator[None]:
-    """Inside the block optimum-intel converts Gemma 1 to 3 beside transformers 5.1 and later too, which it refuses by a version number alone."""
+    """Inside the block optimum-intel converts Gemma beside transformers 5.1 and later too, which it refuses by a version number alone."""
     from optimum.exporters.openvino import model_configs
 
     owner = getattr(model_configs, _CLASS, None)
@@ -44,8 +45,9 @@ def require_convertible(location: str, revision: str | None = None) -> None:
     """
     family = unconverted_family(location, revision)
     if family:
-        rule = "the converter to OpenVINO takes text models of other families"
-        raise TargetError(location, f"family {family}", rule, "leave out `benchmark`, and write export.openvino.target=none")
+        raise TargetError(
+            location, f"family {family}", NOT_CONVERTED[family], "leave out `benchmark`, and write export.openvino.target=none"
+        )
 
 
 def unconverted_family(location: str, revision: str | None) -> str:

@@ -287,6 +287,10 @@ def cost_ratios(draft: Architecture, target: Architecture) -> dict[str, float]:
 
 
 def _show(context: StageContext, planned: Plan) -> None:
+    from fastdraft.modeling.architecture import rope_switch
+    from fastdraft.modeling.loading import load_config
+    from fastdraft.modeling.traps import switch_warning
+
     draft, target = planned.draft, planned.target
     ratios = cost_ratios(draft, target)
     rows: list[list[object]] = [
@@ -306,6 +310,8 @@ def _show(context: StageContext, planned: Plan) -> None:
         context.console.warn(
             f"the draft's context is {planned.draft.context_length}, the target's {target.context_length}: servers clip to the shorter one"
         )
+    if switch := rope_switch(load_config(context.target.location, context.target.revision)):
+        context.console.warn(switch_warning(switch))
     if ratios["bytes"] > _TOO_LARGE:
         context.console.warn(f"a draft token costs {ratios['bytes']:.2f} of a target token: this draft can hardly pay; make it smaller")
     gains = [f"{mbsu_at(rate, PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in (0.3, 0.45, 0.6)]
