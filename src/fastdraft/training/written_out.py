@@ -95,7 +95,8 @@ class WrittenOut:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder: Any = decoder
-        self._layers = [_read_layer(layer, decoder.config) for layer in self.decoder.layers]
+        layers: Any = decoder.layers
+        self._layers = [_read_layer(layer, self.decoder.config) for layer in layers]
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False, position_ids: Tensor | None = None) -> Any:
         """`Hidden` of `input_ids` [B, T].
