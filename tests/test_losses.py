@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fastdraft.functional import losses
 from fastdraft.functional.losses import chunked_cross_entropy, default_chunk
 
 
@@ -97,10 +98,24 @@ def test_huge_logits_stay_finite() -> None:
 
 
 def test_a_chunk_never_holds_all_logits_of_a_large_vocabulary() -> None:
-    assert default_chunk("cpu", 128256) == 256
+    assert default_chunk("cpu", 128256) == 16
     assert default_chunk("cuda", 128256) * 128256 <= 1 << 27
-    assert default_chunk("cpu", 8192) == 512
-    assert default_chunk("cpu", 320) == 8192
+    assert default_chunk("cpu", 8192) == 256
+    assert default_chunk("cpu", 320) == 6553
+
+
+def test_left_open_a_cpu_takes_long_products_and_short_chunks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(losses._CHUNK_ELEMENTS, "cpu", 0)
+    monkeypatch.setitem(losses._CHUNK_ROWS, "cpu", (3, 3))
+    monkeypatch.setattr(losses, "_STRETCH_ROWS", 8)
+    for low in (False, True):
+        found = []
+        for chunk in (0, 3):
+            hidden, head, labels = example()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+                loss, _ = chunked_cross_entropy(hidden, head, labels, z_loss=0.03, chunk=chunk)
+            found.append((loss, *torch.autograd.grad(loss, (hidden, head))))
+        torch.testing.assert_close(*found, rtol=2e-2 if low else 1e-5, atol=1e-2 if low else 1e-6)
 
 
 def test_the_largest_tensor_made_is_one_chunk_of_logits() -> None:

@@ -92,7 +92,7 @@ class RunConfig(Config):
     """CPU threads for torch; 0 lets torch choose. Results are bit-for-bit equal only for equal threads."""
     compile: Compile = "auto"
     """auto, true or false: whether training compiles the draft (torch.compile). auto: on CUDA devices, in runs long enough to earn it
-    back; on a CPU the layers are written out instead, which is faster. Where a compiler is missing, the log says so."""
+    back; on a CPU the layers are written out instead. Where a compiler is missing, the log says so."""
 
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """How several processes (`--nproc-per-node`) train: ddp, the whole draft in each; fsdp2, a part of each weight and of the optimiser's

@@ -18,10 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "other": 1 << 27}
-"""Logits of one chunk: as many as stay in a CPU's last cache (16 MB of fp32), or as fill an accelerator's units (512 MB)."""
-_CHUNK_ROWS = 256, 8192
-"""Fewer rows, and reading the head's weights and adding to their gradient would cost more than the products."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 27}
+"""Logits of one chunk: as many as stay in a CPU's last cache (8 MB of fp32), or as fill an accelerator's units (512 MB)."""
+_CHUNK_ROWS = {"cpu": (16, 8192), "other": (256, 8192)}
+"""Fewest and most: with fewer rows, an accelerator would spend more on reading the head's weights and adding to their gradient than on
+the products; a CPU has longer products, see below."""
+_STRETCH_ROWS, _STRETCH_ELEMENTS = 2048, 1 << 27
+"""On a CPU, rows of one matrix product, and its elements at most (256 MB of bf16): softmax is quickest on rows that stay in a cache, the
+head's gradient on as many rows as possible."""
 
 _TINY = 1e-30
 """Below it a probability's logarithm is not to be trusted in fp32."""
@@ -68,8 +72,9 @@ def chunked_loss(hidden_ND: Tensor, head_VD: Tensor, chunk_loss: ChunkLoss, chun
     Returns:
         The sum over all rows: scalar, fp32 or float64, differentiable once by hidden and head.
     """
-    chunk = chunk or default_chunk(hidden_ND.device.type, head_VD.shape[0])
-    loss: Tensor = _ChunkedLoss.apply(hidden_ND, head_VD, chunk_loss, chunk, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    rows = chunk or default_chunk(hidden_ND.device.type, head_VD.shape[0])
+    stretch = rows if chunk or hidden_ND.device.type != "cpu" else _stretch(rows, head_VD.shape[0])
+    loss: Tensor = _ChunkedLoss.apply(hidden_ND, head_VD, chunk_loss, (rows, stretch), torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -81,16 +86,22 @@ def compute_dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def default_chunk(device_type: str, vocab_size: int) -> int:
-    """Rows per chunk: at least 256, at most 8192."""
-    elements = _CHUNK_ELEMENTS["cpu" if device_type == "cpu" else "other"]
-    return max(_CHUNK_ROWS[0], min(_CHUNK_ROWS[1], elements // vocab_size))
+    """Rows of logits at a time in their own type: at least 256 (on a CPU 16), at most 8192."""
+    kind = "cpu" if device_type == "cpu" else "other"
+    fewest, most = _CHUNK_ROWS[kind]
+    return max(fewest, min(most, _CHUNK_ELEMENTS[kind] // vocab_size))
+
+
+def _stretch(rows: int, vocab_size: int) -> int:
+    """Rows of one matrix product on a CPU, several chunks: the head's gradient is added to once a stretch, not once a chunk."""
+    return max(1, min(_STRETCH_ROWS, _STRETCH_ELEMENTS // vocab_size) // rows) * rows
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Forward makes the gradients of every chunk; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, chunk_loss: ChunkLoss, chunk: int, grad: bool) -> Tensor:  # noqa: PLR0917
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, chunk_loss: ChunkLoss, sizes: tuple[int, int], grad: bool) -> Tensor:  # noqa: PLR0917
         compute, wide = compute_dtypes(hidden_ND)
         needs_hidden, needs_head = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -98,14 +109,13 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
             grad_VD = torch.zeros_like(head_VD, dtype=wide) if needs_head else None
             total = hidden_ND.new_zeros((), dtype=wide)
-            memory = _Memory(min(chunk, hidden_ND.shape[0]), head_VD.shape[0], compute, wide, hidden_ND.device)
-            for start in range(0, hidden_ND.shape[0], chunk):
-                rows = slice(start, start + chunk)
+            chunk, stretch = sizes
+            memory = _Memory((min(chunk, len(hidden_ND)), min(stretch, len(hidden_ND))), head_VD.shape[0], compute, wide, hidden_ND.device)
+            for start in range(0, hidden_ND.shape[0], stretch):
+                rows = slice(start, start + stretch)
                 low_CD = hidden_ND[rows].detach().to(compute)
-                loss, grad_CV = chunk_loss(memory.logits(low_CD, low_VD), rows, needs_hidden or needs_head)
+                loss, grad_CV = memory.loss(low_CD, low_VD, chunk_loss, start, needs_hidden or needs_head)
                 total += loss
-                if grad_CV is not None:
-                    grad_CV = memory.low(grad_CV)
                 if grad_ND is not None and grad_CV is not None:
                     grad_ND[rows] = product(grad_CV, low_VD, wide)
                 if grad_VD is not None and grad_CV is not None:
@@ -122,29 +132,35 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Memory:
-    """A chunk's logits in their own type and in that of the products, in memory that all chunks of a call share on a CPU.
+    """The logits of a stretch of rows in the type of the products, those of a chunk in their own; on a CPU all stretches share them.
 
     There, memory fresh from the system costs as much as the arithmetic; an accelerator has an allocator that keeps it.
     """
 
-    def __init__(self, rows: int, vocab_size: int, compute: torch.dtype, wide: torch.dtype, device: torch.device) -> None:
-        self.compute, self.wide = compute, wide
+    def __init__(self, sizes: tuple[int, int], vocab_size: int, compute: torch.dtype, wide: torch.dtype, device: torch.device) -> None:
+        chunk, stretch = sizes
+        self.chunk, self.compute, self.wide = max(1, chunk), compute, wide
         self.shared = device.type == "cpu"
         if self.shared:
-            self._wide_CV = torch.empty(rows, vocab_size, dtype=wide)
-            self._low_CV = self._wide_CV if compute == wide else torch.empty(rows, vocab_size, dtype=compute)
+            self._low_CV = torch.empty(stretch, vocab_size, dtype=compute)
+            self._wide_CV = self._low_CV if compute == wide else torch.empty(chunk, vocab_size, dtype=wide)
 
-    def logits(self, low_CD: Tensor, low_VD: Tensor) -> Tensor:
+    def loss(self, low_CD: Tensor, low_VD: Tensor, chunk_loss: ChunkLoss, start: int, grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Summed loss of a stretch that begins at row `start` of all, and its gradient by the logits in the type of the products."""
         if not self.shared:
-            return product(low_CD, low_VD.t(), self.wide)
+            rows = slice(start, start + low_CD.shape[0])
+            loss, grad_CV = chunk_loss(product(low_CD, low_VD.t(), self.wide), rows, grad)
+            return loss, None if grad_CV is None else grad_CV.to(self.compute)
         low_CV = torch.mm(low_CD, low_VD.t(), out=self._low_CV[: low_CD.shape[0]])
-        return low_CV if self._low_CV is self._wide_CV else self._wide_CV[: low_CD.shape[0]].copy_(low_CV)
-
-    def low(self, grad_CV: Tensor) -> Tensor:
-        """A chunk's gradient in the type of the products."""
-        if not self.shared:
-            return grad_CV.to(self.compute)
-        return grad_CV if grad_CV.dtype == self._low_CV.dtype else self._low_CV[: grad_CV.shape[0]].copy_(grad_CV)
+        total = torch.zeros((), dtype=self.wide)
+        for first in range(0, low_CV.shape[0], self.chunk):
+            part_CV = low_CV[first : first + self.chunk]
+            logits_CV = part_CV if self._wide_CV is self._low_CV else self._wide_CV[: part_CV.shape[0]].copy_(part_CV)
+            loss, grad_CV = chunk_loss(logits_CV, slice(start + first, start + first + part_CV.shape[0]), grad)
+            total += loss
+            if grad_CV is not None and grad_CV.data_ptr() != part_CV.data_ptr():
+                part_CV.copy_(grad_CV)
+        return total, low_CV if grad else None
 
 
 def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:

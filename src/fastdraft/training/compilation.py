@@ -1,9 +1,9 @@
 """Whether the decoder is compiled (torch.compile), and why.
 
 Decides `run.compile: auto`: on a CUDA device when the run is long enough to earn the compilation back and Triton is there; on a
-CPU never, because the layers written out for it (training/written_out.py) are faster than the compiled modules at every size that was
-measured (docs/performance.md). What was decided goes to the log as one line. A wish that cannot be met is said, not an error:
-the numbers are the same either way.
+CPU never, because there the layers are written out (training/written_out.py), which needs no compiler and no first minutes;
+neither side's gain from compiling has been measured yet (docs/performance.md). What was decided goes to the log as one line. A wish
+that cannot be met is said, not an error: the numbers are the same either way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def choose(asked: Compile, device: torch.device, tokens: int) -> Choice:
         return Choice(False, "not compiled: run.compile is false")
     if asked == "auto":
         if device.type != "cuda":
-            return Choice(False, "not compiled: it pays on CUDA devices only")
+            return Choice(False, "not compiled: auto compiles on CUDA devices only")
         if tokens < MIN_TOKENS:
             return Choice(False, f"not compiled: {tokens / 1e6:.0f}M tokens are done before it pays")
     missing = _missing(device)
