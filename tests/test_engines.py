@@ -22,16 +22,14 @@ from fastdraft.modeling import loading
 from fastdraft.modeling.families import MULTIMODAL, TARGET_FAMILIES
 from fastdraft.recipe import Recipe, load_recipe
 from fastdraft.runtimes import engines, openvino_families
-from fastdraft.runtimes.engines import (
+from fastdraft.runtimes.engine_settings import (
     TRANSPORT,
     AutoEngineConfig,
-    Engines,
     HuggingFaceEngineConfig,
     OpenAIEngineConfig,
     OpenVINOEngineConfig,
-    choose_engine,
-    uses_weights,
 )
+from fastdraft.runtimes.engines import Engines, choose_engine, uses_weights
 from fastdraft.stages.synthesize import TopKLogitsConfig
 
 PARTS = ("qwen2_vl_text", "qwen2_5_vl_text")

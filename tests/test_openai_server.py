@@ -17,7 +17,7 @@ from fastdraft.data.chat import prompt_ids, user_words
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError, TargetError
 from fastdraft.interfaces import Generation, Sampling, TargetConfig
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
-from fastdraft.runtimes.engines import OpenAIEngineConfig
+from fastdraft.runtimes.engine_settings import OpenAIEngineConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openai_requests import Servers
 from fastdraft.runtimes.openai_server import OpenAIEngine

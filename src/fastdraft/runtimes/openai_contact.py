@@ -14,7 +14,7 @@ from typing import Any
 from fastdraft.data.openai_format import read_choices
 from fastdraft.errors import TargetError
 from fastdraft.interfaces import Sampling, TargetConfig
-from fastdraft.runtimes.engines import OpenAIEngineConfig
+from fastdraft.runtimes.engine_settings import OpenAIEngineConfig
 from fastdraft.runtimes.openai_requests import RefusedError, Servers
 from fastdraft.runtimes.openai_server import EQUAL, OpenAIEngine, Way
 

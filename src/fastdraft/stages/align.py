@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     from fastdraft.training.batches import AlignmentBatches, PackedBatches, ResponseLogits, Sample
     from fastdraft.training.checkpoint import TrainingState
     from fastdraft.training.objective import Objective
-    from fastdraft.training.step import TrainStep
-    from fastdraft.training.trainer import Trainer, Validation
+    from fastdraft.training.trainer import Trainer
 
 VALIDATION_ROWS = 128
 DEFAULT_EPOCHS = 3.0
@@ -154,11 +153,13 @@ def _build_trainer(
     config: AlignConfig, context: StageContext, model: PreTrainedModel, device: Any
 ) -> tuple[Trainer, Resolved, dict[str, int]]:
     from fastdraft.data.responses import read_all
+    from fastdraft.modeling.loading import load_vocabulary
     from fastdraft.training import assemble
     from fastdraft.training.compilation import settle
     from fastdraft.training.sharding import in_parts, outside
     from fastdraft.training.trainer import Plan, Trainer
     from fastdraft.training.transfer import ahead
+    from fastdraft.training.validation import HeldOutResponses
 
     artifact, synthesize = context.artifact("align"), context.require("synthesize")
     source, resolved, counts = _batches(config, context, model, device)
@@ -178,7 +179,8 @@ def _build_trainer(
         checkpoint_every=assemble.checkpoint_every(config.checkpoint_every, source.steps),
         tensorboard=config.tensorboard,
     )
-    validate = _Validate(model, outside(step, model, trained), held_out, context, resolved.micro_batch_tokens) if held_out else None
+    k, vocabulary, size = _num_speculative_tokens(context), load_vocabulary(context.target), resolved.micro_batch_tokens
+    validate = HeldOutResponses(model, outside(step, model, trained), held_out, k, vocabulary, size) if held_out else None
     trainer = Trainer(artifact.path, model, step, ahead(source, device), plan, context.console, validate, trained=trained)
     return trainer, resolved, counts
 
@@ -203,7 +205,7 @@ def _batches(
     """The steps, the settings with which they were cut, and what became of the rows."""
     from fastdraft.training import assemble, rates
 
-    samples, counts = _samples(_responses(config, context.require("synthesize"), model), model)
+    samples, counts = _samples(_responses(config, context.require("synthesize"), model), model.config.max_position_embeddings)
     total = sum(sample.num_tokens for sample in samples)
     budget = config.tokens or round(total * (config.passes or 1))
     batch_tokens = config.batch_tokens or rates.batch_tokens("align", assemble.count_parameters(model), budget)
@@ -243,36 +245,6 @@ def _same_vocabulary(where: str, size: int, model: PreTrainedModel) -> None:
         raise VocabularyError(where, f"distributions over {size} ids", rule, "redo the run from design on with this target")
 
 
-class _Validate:
-    """Block efficiency and cross-entropy on held-out responses, whatever the objective."""
-
-    def __init__(
-        self, model: PreTrainedModel, step: TrainStep, rows: list[SyntheticRow], context: StageContext, micro_batch_tokens: int
-    ) -> None:
-        from dataclasses import replace
-
-        from fastdraft.modeling.loading import load_vocabulary
-        from fastdraft.training.batches import micro_batches, padded_batch
-        from fastdraft.training.objective import CrossEntropy
-
-        self._model, self._step = model, replace(step, objective=CrossEntropy())
-        context_length = model.config.max_position_embeddings
-        self._rows = [row for row in rows if row.is_replayable and len(row.prompt_ids) + len(row.response_ids) <= context_length]
-        self._k, self._vocabulary = _num_speculative_tokens(context), load_vocabulary(context.target)
-        samples, _ = _samples(((row, None) for row in rows), model)
-        self._batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
-
-    def __call__(self) -> Validation:
-        from fastdraft.training.trainer import Validation, mean_loss
-        from fastdraft.training.validation import replayed_score
-
-        metrics: dict[str, Any] = {"validation_loss": {"responses": mean_loss(self._step, self._batches)}}
-        if not self._rows:
-            return Validation(metrics)
-        score = replayed_score(self._model, self._rows, self._k, self._vocabulary)
-        return Validation({**metrics, "validation_block_efficiency": score}, score)
-
-
 def _responses(config: AlignConfig, synthesize: Artifact, model: PreTrainedModel) -> Iterator[tuple[SyntheticRow, ResponseLogits | None]]:
     """The training rows, each with its stored logits where the objective wants them.
 
@@ -291,24 +263,19 @@ def _responses(config: AlignConfig, synthesize: Artifact, model: PreTrainedModel
         yield row, logits
 
 
-def _samples(rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]], model: PreTrainedModel) -> tuple[list[Sample], dict[str, int]]:
+def _samples(rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]], context_length: int) -> tuple[list[Sample], dict[str, int]]:
     """What is trained on, and how many rows were whole, cut to the draft's context, or dropped because nothing was left.
 
     Raises:
         TrainingError: when no response token is left to train on.
     """
-    import numpy as np
+    from fastdraft.training.batches import as_samples, cut_to_context
 
-    from fastdraft.training.batches import Sample, cut_to_context
-
-    # Arrays, not lists: four bytes a token, and the rows' log-probs are let go.
-    samples = [Sample(np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32), logits) for row, logits in rows]
-    kept, num_cut, num_dropped = cut_to_context(samples, model.config.max_position_embeddings)
+    samples = as_samples(rows)
+    kept, num_cut, num_dropped = cut_to_context(samples, context_length)
     if not kept:
-        rule = "there must be response tokens to train on"
-        raise TrainingError(
-            "align", f"0 trained tokens in {len(samples)} responses", rule, "raise synthesize.tokens, or shorten the prompts"
-        )
+        found, rule = f"0 trained tokens in {len(samples)} responses", "there must be response tokens to train on"
+        raise TrainingError("align", found, rule, "raise synthesize.tokens, or shorten the prompts")
     return kept, {"rows": len(kept), "rows_cut": num_cut, "rows_dropped": num_dropped}
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdraft.decoding.latency import Latency
     from fastdraft.decoding.standing_texts import StandingTexts
     from fastdraft.decoding.workbench import Plan
-    from fastdraft.runtimes.engines import ChosenEngine
+    from fastdraft.runtimes.engine_settings import ChosenEngine
 
 Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
 Number = TypeVar("Number", int, float)
@@ -144,7 +144,7 @@ def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]
 
 def _describe_texts(texts: TextsConfig, context: StageContext) -> dict[str, Any]:
     """With the log's files, or the engine that really writes."""
-    from fastdraft.runtimes.engines import TRANSPORT
+    from fastdraft.runtimes.engine_settings import TRANSPORT
 
     if isinstance(texts, LoggedTexts):
         return texts.describe()

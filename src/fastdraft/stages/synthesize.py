@@ -25,15 +25,17 @@ from fastdraft.data.units import Plan, unit_seed
 from fastdraft.errors import ArtifactError, DataError, DeviceError, MissingExtraError, TargetError
 from fastdraft.interfaces import StageContext, TargetConfig
 from fastdraft.provenance import describe_run
-from fastdraft.runtimes.engines import (
-    NOBODY,
+from fastdraft.runtimes.engine_settings import (
     TRANSPORT,
     AutoEngineConfig,
     ChosenEngine,
     EngineConfig,
-    Engines,
     HuggingFaceEngineConfig,
     OpenAIEngineConfig,
+)
+from fastdraft.runtimes.engines import (
+    NOBODY,
+    Engines,
     choose_engine,
     no_engines,
     open_engines,

@@ -9,9 +9,9 @@ Shapes: B rows of a micro-batch, T positions, N trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from fastdraft.data.sparse_logits import SparseLogits
 from fastdraft.functional.distillation import SparseTarget
+
+if TYPE_CHECKING:
+    from fastdraft.data.responses import SyntheticRow
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,11 @@ class Sample:
     def num_tokens(self) -> int:
         """Input tokens: the last response token is only predicted."""
         return len(self.prompt_ids) + len(self.response_ids) - 1
+
+
+def as_samples(rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]]) -> list[Sample]:
+    """Rows of text as arrays, not lists: four bytes a token, and the rows' log-probs are let go."""
+    return [Sample(np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32), logits) for row, logits in rows]
 
 
 def cut_to_context(samples: Sequence[Sample], context_length: int) -> tuple[list[Sample], int, int]:
