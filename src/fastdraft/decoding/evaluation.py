@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from fastdraft.artifacts import digest
+from fastdraft.data.looping import is_looping
 from fastdraft.data.responses import SyntheticRow, ids_hash
 from fastdraft.decoding.figures import CostRatios, CountsTable, Setting, counts_table, result_row
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
-from fastdraft.functional.looping import is_looping
 from fastdraft.functional.positions import counts_by_bucket
 from fastdraft.interfaces import Engine, Generation, Sampling
 from fastdraft.vocabulary import Vocabulary

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from fastdraft.data.looping import is_looping
 from fastdraft.decoding.figures import tidy, tidy_count
 from fastdraft.decoding.latency import Latency
 from fastdraft.forecast import mbsu, predicted_speedup
 from fastdraft.functional.acceptance import Counts, counts_from_array
-from fastdraft.functional.looping import is_looping
 from fastdraft.modeling.architecture import Architecture
 from fastdraft.runtimes.wall_clock_runs import ALONE, Measured, Setting
 
