@@ -10,16 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fastdraft.artifacts import Artifact, write_json
-from fastdraft.config import Config
+from fastdraft.config import Config, distinct
 from fastdraft.data.texts import EngineTexts, LoggedTexts, TargetTexts, TextsConfig, bare_kind
 from fastdraft.interfaces import Engine, StageContext, TargetConfig
 from fastdraft.machine import Halving
-from fastdraft.tasks import TaskConfig, describe_task, load_task
+from fastdraft.tasks import TaskConfig, describe_task, load_task, refuse_equal_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,14 +31,7 @@ if TYPE_CHECKING:
     from fastdraft.runtimes.engines import ChosenEngine
 
 Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
-Number = TypeVar("Number", int, float)
 FOLDERS = {"design": "draft", "pretrain": "checkpoint", "continue_pretrain": "checkpoint", "align": "checkpoint"}
-
-
-def _distinct(values: list[Number], low: float, high: float, rule: str) -> list[Number]:
-    if any(not low <= value <= high for value in values):
-        raise ValueError(rule)
-    return sorted(set(values))
 
 
 class ExactConfig(Config):
@@ -52,7 +45,7 @@ class ExactConfig(Config):
     @field_validator("num_speculative_tokens")
     @classmethod
     def _checked(cls, values: list[int]) -> list[int]:
-        return _distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
+        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
 
 
 class EvaluateConfig(Config):
@@ -84,20 +77,17 @@ class EvaluateConfig(Config):
     @field_validator("temperatures")
     @classmethod
     def _temperatures(cls, values: list[float]) -> list[float]:
-        return _distinct(values, 0, 10, "temperatures must be between 0 and 10")
+        return distinct(values, 0, 10, "temperatures must be between 0 and 10")
 
     @field_validator("num_speculative_tokens")
     @classmethod
     def _every_k(cls, values: list[int]) -> list[int]:
-        return _distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
+        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
 
     @field_validator("tasks")
     @classmethod
     def _names(cls, tasks: list[Any]) -> list[Any]:
-        names = [task.name for task in tasks]
-        doubled = next((name for name in names if names.count(name) > 1), None)
-        if doubled:
-            raise ValueError(f"two tasks are called '{doubled}'; give one a name of its own")
+        refuse_equal_names(tasks)
         return tasks
 
     @model_validator(mode="after")
