@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from fastdraft.cli import _parse, build_parser
-from fastdraft.recipe import load_recipe, shipped_recipes
+from fastdraft.config import _models
+from fastdraft.recipe import Recipe, load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,6 +92,17 @@ def refuse_verb(arguments: list[str]) -> str:
     return ""
 
 
+def is_key(dotted: str) -> bool:
+    """Whether a recipe can have this key; of sections told apart by `kind`, any may have it."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in dotted.split("."):
+        fields = [field for model in models for name, field in model.model_fields.items() if part in (name, field.alias)]
+        if not fields:
+            return False
+        models = [model for field in fields for model in _models(field.annotation)]
+    return True
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent.name != "benchmarks" else "benchmarks")
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     for link in LINK.findall(page.read_text(encoding="utf-8")):
@@ -106,6 +119,14 @@ def test_every_command_of_a_page_can_be_given(page: Path) -> None:
         assert not (why := refuse(words)), f"{page.name}: {' '.join(words)}: {why}"
 
 
+def test_every_key_of_a_recipe_that_a_page_names_exists() -> None:
+    sections = "|".join(Recipe.model_fields)
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+            for key in re.findall(rf"(?<![\w/.])((?:{sections})(?:\.[a-z_]+)+)(?![\w(/.])", code):
+                assert key.endswith((".py", ".md", ".yaml", ".html", ".json")) or is_key(key), f"{page.name}: {key}"
+
+
 def test_every_file_of_figures_that_a_page_names_is_there() -> None:
     for page in PAGES:
         for name in re.findall(r"\b\w+_(?:cpu|gpu|cuda)\.json\b", page.read_text(encoding="utf-8")):
@@ -119,3 +140,5 @@ def test_the_pages_do_give_commands() -> None:
     assert refuse(["fastdraft", "run", "demo", "--no-such-option"])
     assert refuse(["python", "benchmarks/train_step.py", "--no-such-option"])
     assert refuse(["fastdraft", "nothing"])
+    assert is_key("synthesize.engine.servers")
+    assert not is_key("synthesize.engine.no_such_key")
