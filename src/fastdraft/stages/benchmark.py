@@ -314,12 +314,13 @@ def _costs(pair: Pair, latencies: Sequence[Latency], context: StageContext) -> P
     """What is known of a pair before its texts are timed."""
     from fastdraft.modeling.architecture import read_architecture
     from fastdraft.modeling.loading import load_config
-    from fastdraft.runtimes.wall_clock_rows import PairCosts, read_bytes
+    from fastdraft.runtimes.wall_clock_rows import PairCosts
 
     source = context.target
     target = read_architecture(load_config(source.location, source.revision, source.trust_remote_code))
     draft = read_architecture(load_config(str(context.require("export").path / "huggingface")))
-    return PairCosts(latencies, read_bytes(draft, pair.draft_weights) / read_bytes(target, pair.target_weights))
+    of_draft, of_target = draft.exported_bytes_per_token(pair.draft_weights), target.exported_bytes_per_token(pair.target_weights)
+    return PairCosts(latencies, of_draft / of_target)
 
 
 def _middle(plan: Plan) -> int:
