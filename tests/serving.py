@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fastdraft.decoding.scoring import score
-from fastdraft.functional.sampling import log_probabilities
+from fastdraft.functional.sampling import probabilities
 from fastdraft.interfaces import Generation, Sampling, TargetConfig
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
@@ -112,7 +112,7 @@ class Served:
         with torch.inference_mode():
             logits = self.model(input_ids=torch.tensor([prompt])).logits[0, -1]
         raw = self.logprobs == "raw" or sampling.temperature == 0
-        return float((logits.float().log_softmax(-1) if raw else log_probabilities(logits, *vars(sampling).values())).max())
+        return float((logits.float().log_softmax(-1) if raw else probabilities(logits, *vars(sampling).values()).log()).max())
 
     def _say(self, written: Generation, top: float, body: dict[str, Any], chat: bool) -> dict[str, Any]:
         ids, stopped = written.response_ids, written.finish_reason == "stop"

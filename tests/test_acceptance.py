@@ -8,9 +8,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
+from fastdraft.data.looping import is_looping
 from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts, counts_from_array, counts_to_array, expected_counts
 from fastdraft.functional.intervals import difference_interval, group_numbers, num_groups, ratio_interval
-from fastdraft.functional.looping import is_looping
 
 
 def simulate(decisions: list[bool], k: int) -> Counts:

@@ -14,7 +14,7 @@ from fastdraft.decoding import grouped_attention as grouped_attention_module
 from fastdraft.decoding.autoregressive import draw_tokens, generate_batch, pad_left
 from fastdraft.decoding.grouped_attention import grouped_attention
 from fastdraft.errors import DataError
-from fastdraft.functional.sampling import log_probabilities
+from fastdraft.functional.sampling import probabilities
 from fastdraft.interfaces import Generation, Sampling
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.vocabulary import Vocabulary
@@ -67,7 +67,7 @@ def test_each_log_prob_is_that_of_the_warped_distribution_drawn_from(model: PreT
     for found in generate(model, PROMPTS, sampling):
         ids = torch.tensor([found.prompt_ids + found.response_ids])
         logits = model(ids).logits[0, len(found.prompt_ids) - 1 : -1]
-        logprobs = log_probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        logprobs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p).log()
         expected = logprobs.gather(-1, torch.tensor(found.response_ids)[:, None]).squeeze(-1)
         assert torch.allclose(torch.tensor(found.logprobs), expected, atol=2e-4)
         assert expected.isfinite().all()

@@ -203,6 +203,10 @@ def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, tiny_target: P
         ({"tasks": []}, "at least 1"),
         ({"top_p": 0}, "greater than 0"),
         ({"tasks": [{"kind": "code"}, {"kind": "code"}]}, "two tasks"),
+        ({"tasks": [{"kind": "code"}, {"kind": "text", "name": "Code"}]}, "capitals aside"),
+        ({"tasks": [{"kind": "code", "name": "aux"}]}, "Windows"),
+        ({"tasks": [{"kind": "code", "name": "x" * 101}]}, "at most 100"),
+        ({"temperatures": [0.6, 0.6000001]}, "six digits"),
         ({"tempratures": [0]}, "temperatures"),
     ],
 )
@@ -210,22 +214,6 @@ def test_settings_out_of_range_are_refused_in_one_line(tmp_path: Path, change: d
     with pytest.raises(RecipeError, match=found) as raised:
         settings(tmp_path, **change)
     assert "\n" not in str(raised.value)
-
-
-def test_any_pair_is_evaluated_without_a_run(tiny_target: Path, tiny_draft: Path) -> None:
-    from fastdraft.decoding.evaluation import evaluate_pair
-    from fastdraft.decoding.figures import CostRatios
-    from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
-    from fastdraft.runtimes.huggingface import HuggingFaceEngine
-
-    config = TargetConfig(model=str(tiny_target))
-    vocabulary = load_vocabulary(config)
-    engine = HuggingFaceEngine(load_target(config, "cpu"), vocabulary)
-    prompts = {"mine": [[5, 6, 7], [8, 9]]}
-    draft, costs = load_draft(tiny_draft), CostRatios(0.1, 0.2)
-    rows = evaluate_pair(engine, draft, prompts, vocabulary, costs, max_new_tokens=6, num_speculative_tokens=[1, 2])
-    assert [(r["temperature"], r["num_speculative_tokens"]) for r in rows] == [(t, k) for t in (0.0, 0.6) for k in (1, 2)]
-    assert all(r["mbsu_latency"] is None and r["mbsu_bytes"] < r["mbsu_parameters"] for r in rows)
 
 
 def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path, tiny_draft: Path) -> None:

@@ -28,9 +28,13 @@ CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: c
 
 
 def test_the_words_by_which_libraries_say_that_memory_ran_out() -> None:
-    assert all(
-        map(is_out_of_memory, [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError(CPU_FULL), RuntimeError("std::bad_alloc")])
-    )
+    words = [
+        CPU_FULL,
+        CPU_FULL.replace("can't allocate memory", "not enough memory"),
+        "std::bad_alloc",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+    ]
+    assert all(map(is_out_of_memory, [MemoryError(), torch.OutOfMemoryError("CUDA"), *map(RuntimeError, words)]))
     assert not any(map(is_out_of_memory, [RuntimeError("shapes differ"), ValueError("out of memory of a name"), OSError(errno.EIO, "x")]))
 
 

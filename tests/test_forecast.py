@@ -61,3 +61,17 @@ def test_training_memory_counts_weights_gradients_and_two_moments() -> None:
     shape = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2}
     assert forecast.training_memory_bytes(10**6, **shape, micro_batch_tokens=0) == 16e6
     assert forecast.training_memory_bytes(10**6, **shape, micro_batch_tokens=2048) > 16e6
+
+
+def test_the_memory_forecast_takes_the_micro_batch_that_training_takes() -> None:
+    import torch
+
+    from fastdraft.commands.check import _micro_batch
+    from fastdraft.recipe import load_recipe
+    from fastdraft.training.step import default_micro_batch_tokens
+
+    recipe = load_recipe("demo")
+    assert recipe.pretrain is not None
+    assert recipe.pretrain.micro_batch_tokens is None
+    assert _micro_batch("pretrain", recipe, "cpu") == default_micro_batch_tokens(torch.device("cpu"))
+    assert _micro_batch("pretrain", recipe, "cuda") == default_micro_batch_tokens(torch.device("cuda"))

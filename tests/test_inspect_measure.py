@@ -15,10 +15,10 @@ import pytest
 
 from fastdraft import cli
 from fastdraft.commands import inspect_measure
-from fastdraft.commands.inspect_forecast import RATES, DraftCost, Measurement
+from fastdraft.commands.inspect_forecast import DraftCost, Measurement
 from fastdraft.commands.inspect_measure import MeasureSettings, settings_of
 from fastdraft.errors import RecipeError
-from fastdraft.forecast import PAPER_K, acceptance_rate, block_efficiency, conditional_acceptance_rate
+from fastdraft.forecast import PAPER_K, RATES, acceptance_rate, block_efficiency, conditional_acceptance_rate
 from fastdraft.modeling.architecture import Architecture, read_architecture
 from fastdraft.modeling.loading import load_config
 

@@ -285,3 +285,10 @@ def test_projected_embeddings_need_only_the_two_matrices(tiny_target: Path) -> N
     assert torch.equal(body, model.model.layers[0].mlp.up_proj.weight)
     assert not torch.equal(head, model.lm_head.weight)
     assert model.lm_head.weight.std().item() <= 0.0201
+
+
+def test_an_export_in_int4_reads_its_head_in_int8() -> None:
+    body, head = LLAMA_8B.body_parameters, LLAMA_8B.embedding_parameters
+    assert LLAMA_8B.exported_bytes_per_token("int4") == body / 2 + head
+    assert LLAMA_8B.exported_bytes_per_token("int8") == body + head == LLAMA_8B.bytes_per_token(8)
+    assert LLAMA_8B.exported_bytes_per_token("fp16") == LLAMA_8B.bytes_per_token(16)

@@ -20,7 +20,7 @@ from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabul
 from fastdraft.runtimes.engine_settings import OpenAIEngineConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openai_requests import Servers
-from fastdraft.runtimes.openai_server import OpenAIEngine
+from fastdraft.runtimes.openai_server import OpenAIEngine, _likeliest
 from fastdraft.runtimes.openvino import answer_seed
 from serving import Served
 
@@ -274,3 +274,20 @@ def test_raw_logprobs_are_refused_where_they_mean_something_else() -> None:
     for temperatures, top_k, top_p in (([0.6], 0, 1.0), ([1.0], 40, 1.0), ([1.0], 0, 0.9)):
         with pytest.raises(RecipeError, match=re.escape("synthesize.engine.logprobs")):
             config.check_sampling(temperatures, top_k, top_p)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"choices": []},
+        {"choices": {}},
+        {"choices": [1]},
+        {"choices": [{"logprobs": 3}]},
+        {"choices": [{"logprobs": {"top_logprobs": [{"a": None}]}}]},
+        {"choices": [{"logprobs": {"content": [{"top_logprobs": [None, {"logprob": "x"}]}]}}]},
+        {"choices": [{"logprobs": {"content": [{"top_logprobs": {"a": 1}}]}}]},
+    ],
+)
+def test_alternatives_of_no_known_shape_tell_nothing(answer: dict[str, Any]) -> None:
+    assert _likeliest(answer) is None

@@ -17,6 +17,7 @@ import pytest
 from fastdraft.artifacts import RunDirectory, digest, file_sha256, write_json
 from fastdraft.config import Config, load_config
 from fastdraft.console import Console
+from fastdraft.data.loader import open_mixture
 from fastdraft.errors import DataError, Interrupted, RecipeError
 from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
 from fastdraft.stages import pretrain
@@ -297,3 +298,21 @@ def test_kind_may_be_left_out_where_one_is_the_default() -> None:
 def test_the_stage_modules_import_without_torch() -> None:
     code = "import sys; import fastdraft.stages.pretrain, fastdraft.stages.align; assert not {'torch', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(("mixture", "same_place"), [({"text": 1}, True), ({"text": 1, "wiki": 1}, True), ({"code": 2, "text": 1}, False)])
+def test_continue_pretrain_never_meets_a_corpus_in_the_order_in_which_pretrain_did(
+    tmp_path: Path, tiny_draft: Path, mixture: dict[str, float], same_place: bool
+) -> None:
+    sections = {
+        "pretrain": load_config(PretrainConfig, {**SETTINGS, "mixture": {"text": 1}}),
+        "continue_pretrain": load_config(ContinuePretrainConfig, {**SETTINGS, "mixture": mixture}),
+    }
+    context = make_context(tmp_path / "run", tiny_draft, sections, {"text": 400, "wiki": 40, "code": 400})
+    walks = []
+    for name in ("pretrain", "continue_pretrain"):
+        section, seed = context.section(name), pretrain._row_seed(context.section(name), context, name)
+        assert (seed == context.settings.seed) == (name == "pretrain" or not same_place)  # figures of other runs stay as they were
+        sampler = open_mixture(context.artifact("prepare"), section.mixture, seed)
+        walks.append([row for corpus, row in sampler.sources(0, 300) if corpus == "text"][:50])
+    assert sum(a == b for a, b in zip(*walks, strict=True)) < 5

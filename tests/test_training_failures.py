@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fastdraft.errors import Interrupted, TrainingError
+from fastdraft.machine import is_out_of_memory
 from fastdraft.training.batches import Batch, Sample, padded_batch
 from fastdraft.training.checkpoint import optimizer_tensors
-from fastdraft.training.memory import cut_rows, halved_limit, is_out_of_memory, limited, within_memory
+from fastdraft.training.memory import cut_rows, halved_limit, limited, within_memory
 from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.trainer import BAD_STEPS_IN_A_ROW, Trainer, Validation, mean_loss

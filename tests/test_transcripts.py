@@ -112,6 +112,10 @@ def test_text_that_does_not_come_back_exactly_is_told(tmp_path: Path, tiny_targe
         ({"text": "x"}, "must hold"),
         ({"messages": [{"role": "user"}], "response": "y", "temperature": 1}, "message without text"),
         ({"prompt": "x", "response": "y", "temperature": "hot"}, "must be numbers"),
+        ({"prompt": "x", "response": "y", "temperature": 1.0, "top_k": float("inf")}, "must be numbers"),
+        ({"prompt": "x", "response": "y", "temperature": float("nan")}, "must be numbers"),
+        ({"prompt": "x", "response": "y", "temperature": -0.5}, "not negative"),
+        ({"prompt": "x", "response": "y", "temperature": 1.0, "top_p": 1.5}, "between 0 and 1"),
         ([1], "JSON list"),
     ],
 )
@@ -119,3 +123,8 @@ def test_a_line_that_cannot_be_understood_is_named(tmp_path: Path, tiny_target: 
     with pytest.raises(DataError, match=words) as caught:
         read(tmp_path, tiny_target, {"prompt": "a", "temperature": 0, "response": "fox"}, line)
     assert "line 2" in str(caught.value)
+
+
+def test_temperatures_that_differ_by_rounding_alone_are_one_temperature(tmp_path: Path, tiny_target: Path) -> None:
+    lines = [{"prompt": f"say {number}", "response": "x", "temperature": t} for number, t in enumerate((0.7, 0.699999988079071))]
+    assert {row.sampling.temperature for row in read(tmp_path, tiny_target, *lines).rows} == {0.7}

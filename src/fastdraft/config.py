@@ -22,9 +22,9 @@ _LARGEST_COUNT = 10**18
 """More than anything that can be counted here; what is larger is a slip of the pen."""
 _SECRET = re.compile(r"(^|_)(key|secret|password|passwd|credentials?|authorization|bearer|token)($|_)|^key|key$", re.IGNORECASE)
 _LOOKS_SECRET = re.compile(r"\b(sk-|hf_|ghp_|xox[a-z]-|Bearer\s+)[A-Za-z0-9._~+/=-]{6,}")
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What is not to be repeated, were a recipe to have it: values of such keys, and such texts."""
 
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{number}" for name in ("com", "lpt") for number in range(10))}
 
 
@@ -74,6 +74,26 @@ def folder_name(value: str) -> str:
     return value
 
 
+def distinct(values: list[Number], low: float, high: float, rule: str) -> list[Number]:
+    """A recipe's numbers in rising order, each once.
+
+    Args:
+        values: As given.
+        low: The smallest allowed.
+        high: The largest allowed.
+        rule: Told of a number outside.
+
+    Raises:
+        ValueError: with `rule`; or for two that are equal in six digits, which is how files and tables call them.
+    """
+    if any(not low <= value <= high for value in values):
+        raise ValueError(rule)
+    found = sorted(set(values))
+    if any(isinstance(value, float) for value in found) and len({f"{value:g}" for value in found}) < len(found):
+        raise ValueError("numbers must differ in their first six digits, by which files and tables call them")
+    return found
+
+
 def format_count(count: float) -> str:
     """1_048_576 -> `"1.05M"`: three digits and a suffix."""
     for suffix in ("T", "B", "M", "k"):
@@ -90,6 +110,7 @@ FolderName = Annotated[str, AfterValidator(folder_name)]
 """A name that becomes a folder, and no path."""
 
 C = TypeVar("C", bound=BaseModel)
+Number = TypeVar("Number", int, float)
 
 
 def load_config(cls: type[C], value: Mapping[str, Any], where: str = "") -> C:

@@ -44,7 +44,11 @@ _LINES: dict[int, tuple[str, tuple[str, str]]] = {
 }
 """For an error number: what was found, and (the rule, the remedy)."""
 _SAFETENSORS = re.compile(r"os error (\d+)")
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|failed to allocate|bad_alloc", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|failed to allocate|bad_alloc|CUBLAS_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+"""How libraries say it in errors of no kind of their own: torch's allocators on every system, cuBLAS, OpenVINO, C++ itself."""
 
 
 def disk_error(error: OSError, path: object) -> DiskError | None:

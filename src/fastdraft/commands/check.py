@@ -277,8 +277,11 @@ def _training_tokens(name: str, recipe: Recipe) -> int:
 
 
 def _micro_batch(name: str, recipe: Recipe, device: str) -> int:
+    """Tokens that go through the draft at once: at least one row."""
+    from fastdraft.training.step import MICRO_BATCH_TOKENS
+
     longest = max((recipe.prepare.row_length, *recipe.prepare.long_rows)) if recipe.prepare else 0
-    return max(longest, int(getattr(recipe, name).micro_batch_tokens or (4096 if device == "cpu" else 32768)))
+    return max(longest, int(getattr(recipe, name).micro_batch_tokens or MICRO_BATCH_TOKENS["cpu" if device == "cpu" else "other"]))
 
 
 def _evaluation_tokens(recipe: Recipe) -> int:
@@ -353,7 +356,7 @@ def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageFor
     left = [stage for stage in stages if stage.state != "done"]
     total = ["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""]
     print(format_table("", ("stage", "state", "tokens", "time, about", "disk", "memory"), [*map(_row, stages), total]))
-    gains = ", ".join(f"{forecast.mbsu_at(rate, forecast.PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in (0.3, 0.45, 0.6))
+    gains = ", ".join(f"{forecast.mbsu_at(rate, forecast.PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in forecast.RATES)
     print(f"\nmemory-bound speed-up (bytes read, K = {forecast.PAPER_K}) by acceptance rate:\n  {gains}")
 
 

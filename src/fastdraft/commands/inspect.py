@@ -17,7 +17,7 @@ from fastdraft.commands.inspect_measure import MeasureSettings, measure
 from fastdraft.config import format_count
 from fastdraft.console import Console, format_table
 from fastdraft.errors import RecipeError
-from fastdraft.forecast import PAPER_K, mbsu_at
+from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.interfaces import TargetConfig
 from fastdraft.vocabulary import Vocabulary
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from fastdraft.modeling.architecture import Architecture
 
-RATES = (0.3, 0.45, 0.6)
 KS = tuple(range(1, 9))
 _WIDTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 _SHOWN, _WISHED_RATIO, _LARGEST_RATIO = 6, 0.02, 0.5

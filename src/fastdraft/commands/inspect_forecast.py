@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.config import format_count
 from fastdraft.console import format_table
-from fastdraft.forecast import PAPER_K, block_efficiency, conditional_acceptance_rate, predicted_speedup
+from fastdraft.forecast import PAPER_K, RATES, block_efficiency, conditional_acceptance_rate, predicted_speedup
 
 if TYPE_CHECKING:
     from fastdraft.modeling.architecture import Architecture
-
-RATES = (0.3, 0.45, 0.6)
 
 
 @dataclass(frozen=True)

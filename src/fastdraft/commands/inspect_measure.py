@@ -200,7 +200,6 @@ def _build(models: Sequence[Built], tokenizer: str, revision: str | None, tempor
 def _time(target: Built, drafts: Sequence[Built], settings: MeasureSettings, described: dict[str, str], console: Console) -> Measurement:
     """Loads all, and times them in turn."""
     from fastdraft.runtimes.openvino_latency import WARM_TURNS, LoadedModel, fitting_prefix, time_passes
-    from fastdraft.runtimes.openvino_random import BITS
 
     widths = sorted({1, *(k + 1 for k in settings.num_speculative_tokens)})
     prefix = fitting_prefix([target.folder, *(draft.folder for draft in drafts)], settings.prefix, max(widths))
@@ -212,7 +211,7 @@ def _time(target: Built, drafts: Sequence[Built], settings: MeasureSettings, des
         costs = time_passes(loaded[0], loaded[1:], widths, REPEATS, lambda: progress.advance(1))
     if costs.spread > UNSTEADY:
         console.warn(f"passes differ by {costs.spread:.0%} from turn to turn: other work on this machine disturbs the figures")
-    of_target = target.architecture.bytes_per_token(BITS[loaded[0].weights])
+    of_target = target.architecture.exported_bytes_per_token(loaded[0].weights)
     measured = [
         DraftCost(
             name=draft.name,
@@ -220,7 +219,7 @@ def _time(target: Built, drafts: Sequence[Built], settings: MeasureSettings, des
             weights=model.weights,
             random=draft.random,
             seconds=seconds,
-            bytes_ratio=draft.architecture.bytes_per_token(BITS[model.weights]) / of_target,
+            bytes_ratio=draft.architecture.exported_bytes_per_token(model.weights) / of_target,
         )
         for draft, model, seconds in zip(drafts, loaded[1:], costs.draft_seconds, strict=True)
     ]

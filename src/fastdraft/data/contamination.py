@@ -7,12 +7,16 @@ and that scanning goes over arrays piece by piece, so that memory is that of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.data.shards import PackedCorpus
+from fastdraft.artifacts import Artifact
+from fastdraft.console import Console
+from fastdraft.data.responses import read_all
+from fastdraft.data.shards import PackedCorpus, corpus_names, open_lengths
 
 NGRAM = 13
 CHUNK_IDS = 1 << 20
@@ -90,3 +94,35 @@ class Contamination:
 
 def _distinct(arrays: list[U64]) -> int:
     return len(np.unique(np.concatenate(arrays))) if arrays else 0
+
+
+def search_training_text(
+    tasks: Mapping[str, Sequence[Sequence[int]]], trained_on: Sequence[Artifact], console: Console, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """What evaluation texts share with everything trained on, as `Contamination.result`.
+
+    Args:
+        tasks: Token ids of each text by task name.
+        trained_on: The finished stages that hold training text: prepare, synthesize.
+        console: Shows the progress and hears of Ctrl-C.
+        folder: Named when the search is stopped.
+
+    Raises:
+        Interrupted: after a signal.
+    """
+    search = Contamination(tasks)
+    prepared = [artifact for artifact in trained_on if artifact.name == "prepare"]
+    lengths = [open_lengths(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
+    corpora = [corpus for by_length in lengths for corpus in by_length.values()]
+    with console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:
+
+        def on_shard(count: int) -> None:
+            progress.advance(count)
+            console.stop.check(folder)
+
+        for corpus in corpora:
+            search.scan_corpus(corpus, on_shard)
+        for artifact in trained_on:
+            if artifact.name == "synthesize":
+                search.scan_many(row.prompt_ids + row.response_ids for row in read_all(artifact))
+    return search.result()

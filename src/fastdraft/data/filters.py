@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from fastdraft.data.looping import loop_start
 from fastdraft.data.responses import SyntheticRow, ids_hash
 from fastdraft.interfaces import Generation, Sampling
 
 Looping = Literal["cut", "drop", "keep"]
 
-MAX_PERIOD, MIN_TOKENS, MIN_TIMES = 32, 32, 3
-"""A text loops when a piece of at most 32 tokens fills its end at least 3 times and for at least 32 tokens."""
 ROUNDS_KEPT = 2
 
 
@@ -68,23 +67,6 @@ class RowCounts:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> RowCounts:
         return cls(**value)
-
-
-def loop_start(ids: Sequence[int]) -> tuple[int, int] | None:
-    """Where the loop at the end of a text begins and its period; None for a text that does not end in a loop.
-
-    The same definition as `functional.looping.is_looping`; of several periods the shortest counts.
-    """
-    for period in range(1, MAX_PERIOD + 1):
-        needed = max(MIN_TOKENS, MIN_TIMES * period)
-        if needed > len(ids):
-            return None
-        start = len(ids) - period
-        while start > 0 and ids[start - 1] == ids[start - 1 + period]:
-            start -= 1
-        if len(ids) - start >= needed:
-            return start, period
-    return None
 
 
 class RowFilter:

@@ -25,7 +25,7 @@ from fastdraft.errors import DataError
 
 
 class _Prompts(Config):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """How manifests and tables call this source."""
     share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Part of the budget's tokens, relative to the other sources."""

@@ -8,6 +8,7 @@ belong together.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,7 @@ class TranscriptLog(Config):
 
     kind: Literal["transcripts"]
     """JSONL: {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...}, or {"request": ..., "response": ...}."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """How manifests and tables call this log."""
     path: str = Field(min_length=1)
     """A file, a folder or a pattern; .gz, .xz and .zst too."""
@@ -193,9 +194,13 @@ def _sampling(where: str, told: Mapping[str, Any], config: TranscriptLog) -> Sam
         rule = "replay and tables must know how an answer was drawn"
         raise DataError(where, "no temperature", rule, f"set `temperature` of transcripts '{config.name}' for lines that do not tell it")
     try:
-        temperature, top_k, top_p = float(values["temperature"]), max(0, int(values["top_k"])), float(values["top_p"])
-    except (TypeError, ValueError):
-        raise DataError(where, f"{values}", "temperature, top_k and top_p must be numbers", "mend or delete the line") from None
+        # In six digits, by which files and tables call it: 0.7 and float32's 0.699999988 are one temperature.
+        temperature, top_k, top_p = float(f"{float(values['temperature']):g}"), max(0, int(values["top_k"])), float(values["top_p"])
+        if not (0 <= temperature < math.inf and 0 <= top_p <= 1):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        rule = "temperature, top_k and top_p must be numbers, the first not negative, the last between 0 and 1"
+        raise DataError(where, f"{values}", rule, "mend or delete the line") from None
     return Sampling(temperature, top_k, top_p) if temperature > 0 else Sampling(0.0)
 
 

@@ -7,7 +7,7 @@ not, how near the two tokens were in the target's eyes is reported (in low preci
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from fastdraft.artifacts import digest
+from fastdraft.data.looping import is_looping
 from fastdraft.data.responses import SyntheticRow, ids_hash
-from fastdraft.decoding.figures import CostRatios, CountsTable, Setting, counts_table, result_row
+from fastdraft.decoding.figures import CountsTable, counts_table
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
-from fastdraft.functional.looping import is_looping
 from fastdraft.functional.positions import counts_by_bucket
-from fastdraft.interfaces import Engine, Generation, Sampling
+from fastdraft.interfaces import Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
 
 HEADLINE_K = 3
@@ -121,51 +121,3 @@ def greedy_difference(target: PreTrainedModel, own: SyntheticRow, response_ids: 
 def looping_flags(rows: Sequence[SyntheticRow]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """For each row, whether its text ran into a loop."""
     return np.array([is_looping(row.response_ids) for row in rows], dtype=bool)
-
-
-def evaluate_pair(
-    engine: Engine,
-    draft: PreTrainedModel,
-    prompts: Mapping[str, Sequence[list[int]]],
-    vocabulary: Vocabulary,
-    costs: CostRatios,
-    *,
-    temperatures: Sequence[float] = (0.0, 0.6),
-    num_speculative_tokens: Sequence[int] = tuple(range(1, 9)),
-    max_new_tokens: int = 128,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    draft_temperature: float | None = None,
-    seed: int = 0,
-    name: str = "draft",
-) -> list[dict[str, Any]]:
-    """Any draft of a target's vocabulary, without a run: the engine writes text for each task, replay gives the rows.
-
-    Args:
-        engine: Writes as the target.
-        draft: Any causal language model of the same vocabulary.
-        prompts: Token ids by task name.
-        vocabulary: The shared one.
-        costs: The draft's cost relative to the target's.
-        temperatures: Of the target; 0 is greedy.
-        num_speculative_tokens: Every K wanted.
-        max_new_tokens: Length at which an answer is cut.
-        top_k: Of both; 0 keeps all.
-        top_p: Of both; 1 keeps all.
-        draft_temperature: The draft's own, where the target samples; None: the target's.
-        seed: Of the texts and the bootstrap.
-        name: What the rows call this draft (`checkpoint`).
-
-    Returns:
-        Rows as in `results.json`, one for each task, temperature and K.
-    """
-    found = []
-    for task, task_prompts in prompts.items():
-        for temperature in temperatures:
-            sampling = Sampling(temperature, top_k, top_p)
-            written = engine.generate(task_prompts, sampling, max_new_tokens, derive_seed(seed, task, temperature))
-            rows = [as_row(generation, sampling, task) for generation in written]
-            tables = replay_tables(draft, rows, num_speculative_tokens, vocabulary, draft_temperature).by_k
-            looping = looping_flags(rows)
-            found += [result_row(Setting(name, task, "replay", temperature, k), table, looping, costs, seed) for k, table in tables.items()]
-    return found

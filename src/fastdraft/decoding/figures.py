@@ -59,7 +59,7 @@ def result_row(
     Args:
         setting: What the row is about.
         table: Counts of each prompt.
-        looping: For each prompt, whether its text ran into a loop (functional/looping.py).
+        looping: For each prompt, whether its text ran into a loop (data/looping.py).
         costs: For the memory-bound speed-ups and the predicted one.
         seed: Of the bootstrap.
         groups: Prompts of one number are drawn together, as turns of a conversation are; None draws each by itself.

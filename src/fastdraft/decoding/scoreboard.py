@@ -22,6 +22,27 @@ SAMPLES_PER_TASK = 2
 LABELS = {"design": "untrained", "pretrain": "PT", "continue_pretrain": "CP", "align": "FT"}
 
 
+def findings(
+    bench: Workbench, replayed: Mapping[Setting, CountsTable], exact: Mapping[Setting, ExactUnit], costs: CostRatios, context_length: int
+) -> dict[str, Any]:
+    """All of `results.json` that follows from the counts.
+
+    Args:
+        bench: The evaluation.
+        replayed: Counts of every checkpoint; the last one is the final draft.
+        exact: Real runs of the final draft.
+        costs: The final draft's.
+        context_length: Tokens that target and drafts can read.
+    """
+    checkpoints = dict.fromkeys(setting.checkpoint for setting in replayed)
+    return {
+        "rows": result_rows(bench, replayed, exact, costs),
+        "differences": headline_differences(bench, replayed),
+        "by_position": by_position(bench, checkpoints, context_length),
+        "greedy_check": greedy_check(bench, exact),
+    }
+
+
 def result_rows(
     bench: Workbench, replayed: Mapping[Setting, CountsTable], exact: Mapping[Setting, ExactUnit], costs: CostRatios
 ) -> list[dict[str, Any]]:
@@ -42,7 +63,7 @@ def looping_of(unit: ExactUnit) -> Any:
     """Looping flags of texts that an exact run wrote."""
     import numpy as np
 
-    from fastdraft.functional.looping import is_looping
+    from fastdraft.data.looping import is_looping
 
     return np.array([is_looping(ids) for ids in unit.response_ids], dtype=bool)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fastdraft.conversation import Conversation
 from fastdraft.data.dialogue import DialogueFormat
-from fastdraft.functional.looping import is_looping
+from fastdraft.data.looping import is_looping
 from fastdraft.interfaces import Generation
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from fastdraft.data.chat import render_prompt, special_ids
 from fastdraft.data.dialogue import DialogueFormat, dialogue_format
-from fastdraft.data.filters import RowCounts, RowFilter, loop_start
+from fastdraft.data.filters import RowCounts, RowFilter
+from fastdraft.data.looping import is_looping
 from fastdraft.data.prompts import normalised
 from fastdraft.data.responses import SyntheticRow, ids_hash
 from fastdraft.data.units import Unit
@@ -137,7 +138,7 @@ class UnitWriter:
     def _read_instruction(self, generation: Generation) -> tuple[str | None, str]:
         """(why it is of no use, its text)."""
         if generation.finish_reason == "length":
-            looping = loop_start(generation.response_ids) is not None
+            looping = is_looping(generation.response_ids)
             return "instruction_looping" if looping else "instruction_too_long", ""
         body = generation.response_ids[:-1]
         if not (special_ids(self.tokenizer) | self.row_filter.missing_ids).isdisjoint(body):

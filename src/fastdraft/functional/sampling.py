@@ -51,13 +51,6 @@ def probabilities(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: 
     return warp(logits_BV, temperature, top_k, top_p).softmax(-1)
 
 
-def log_probabilities(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Natural log of `probabilities`, float32; 0 at the argmax and -inf elsewhere for temperature 0."""
-    if temperature == 0:
-        return probabilities(logits_BV, 0).log()
-    return warp(logits_BV, temperature, top_k, top_p).log_softmax(-1)
-
-
 def mask_ids(logits_BV: Tensor, ids_M: Tensor | None) -> Tensor:
     """`logits_BV` with the given token ids at -inf, in place; the same tensor when there are none.
 

@@ -26,6 +26,8 @@ _NOT_INHERITED = (
 )  # fmt: skip
 _ROTARY_FACTORS = ("short_factor", "long_factor")
 _WIDEST_LLAMA_HEAD = 128
+WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+"""Bits of a weight by the name of an export's precision."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class Architecture:
     def bytes_per_token(self, bits: float) -> float:
         """Bytes of weights read for one token when each takes `bits` bits."""
         return self.read_parameters * bits / 8
+
+    def exported_bytes_per_token(self, weights: str) -> float:
+        """Bytes read for one token of an export in this precision, scales left out; int4 ones keep embeddings and head in int8."""
+        bits = WEIGHT_BITS[weights]
+        return (self.body_parameters * bits + self.embedding_parameters * max(bits, 8)) / 8
 
     def cache_bytes_per_position(self, bits: float = 16) -> float:
         """Bytes of keys and values held, and read again, for every position of the context."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from fastdraft.forecast import WORTH
 from fastdraft.reporting.results import TASK_ORDER, Figures, number, ordered
 
 SWEEPS = {
@@ -21,8 +22,6 @@ SWEEPS = {
 }
 """What is varied alone at the best K: the row's `part` and the key of its value, and how it is called."""
 RUNTIMES = {"openvino": "OpenVINO"}
-WORTH = 1.05
-"""Measured speed-up from which on a second model in memory is worth its trouble; the benchmark's verdict draws the line there too."""
 
 
 class Pair(NamedTuple):

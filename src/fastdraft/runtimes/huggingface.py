@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from fastdraft.data.looping import is_looping
 from fastdraft.decoding.autoregressive import generate_batch
-from fastdraft.functional.looping import is_looping
 from fastdraft.generation import Generation, Sampling, check_prompts
 from fastdraft.machine import Halving
 from fastdraft.modeling.families import text_config

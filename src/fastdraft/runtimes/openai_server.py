@@ -319,13 +319,16 @@ class OpenAIEngine:
 
 def _likeliest(answer: dict[str, Any]) -> float | None:
     """Of the first token's alternatives."""
-    logprobs = answer["choices"][0].get("logprobs") if answer.get("choices") else None
+    choices = answer.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    logprobs = first.get("logprobs") if isinstance(first, dict) else None
     if not isinstance(logprobs, dict):
         return None
     tops, content = logprobs.get("top_logprobs"), logprobs.get("content")
     if isinstance(tops, list) and tops and isinstance(tops[0], dict) and tops[0]:
-        return max(float(value) for value in tops[0].values())
+        return max((float(value) for value in tops[0].values() if isinstance(value, int | float)), default=None)
     if isinstance(content, list) and content and isinstance(content[0], dict):
-        entries = content[0].get("top_logprobs") or []
-        return max((float(entry["logprob"]) for entry in entries if "logprob" in entry), default=None)
+        entries = content[0].get("top_logprobs")
+        values = [entry.get("logprob") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        return max((float(value) for value in values if isinstance(value, int | float)), default=None)
     return None

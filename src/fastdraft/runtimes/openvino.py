@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastdraft.data.looping import is_looping
 from fastdraft.errors import ArtifactError, DeviceError, MissingExtraError
-from fastdraft.functional.looping import is_looping
 from fastdraft.interfaces import Generation, Sampling, check_prompts
 from fastdraft.runtimes.openvino_signals import keeping_signal_stack
 from fastdraft.vocabulary import Vocabulary

@@ -26,6 +26,7 @@ import numpy as np
 
 from fastdraft.artifacts import write_json
 from fastdraft.errors import ArtifactError, DiskError
+from fastdraft.modeling.architecture import WEIGHT_BITS
 from fastdraft.modeling.initialize import STD
 from fastdraft.modeling.source import copy_tokenizer_files
 from fastdraft.runtimes.openvino import MODEL_FILE
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 CONVERTED_LAYERS = 3
 """The first holds what all share; the edge from the second to the third tells how one layer follows another."""
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 _BLOCK = CONVERTED_LAYERS - 1
 _DEPTH_KEYS = ("layer_types", "max_window_layers", "quantization_config", "auto_map", "torch_dtype", "dtype", "transformers_version")
 _FLOATS_AND_WEIGHTS = ("u4", "i4", "u8", "i8", "f16", "bf16", "f32")
@@ -81,7 +81,7 @@ def needed_bytes(models: Sequence[tuple[Architecture, Weights]]) -> int:
     finished, converting = 0, 0
     for shape, weights in models:
         vocabulary = (1 if shape.tied else 2) * shape.embedding_parameters
-        finished += shape.body_parameters * BITS[weights] // 8 + vocabulary * max(BITS[weights], 8) // 8  # no int4 there
+        finished += shape.body_parameters * WEIGHT_BITS[weights] // 8 + vocabulary * max(WEIGHT_BITS[weights], 8) // 8  # no int4 there
         converting = max(converting, 6 * (vocabulary + min(shape.num_layers, CONVERTED_LAYERS) * shape.layer_parameters))
     return finished + converting
 

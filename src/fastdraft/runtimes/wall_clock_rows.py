@@ -18,17 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from fastdraft.data.looping import is_looping
 from fastdraft.decoding.figures import tidy, tidy_count
 from fastdraft.decoding.latency import Latency
 from fastdraft.forecast import mbsu, predicted_speedup
 from fastdraft.functional.acceptance import Counts, counts_from_array
-from fastdraft.functional.looping import is_looping
-from fastdraft.modeling.architecture import Architecture
 from fastdraft.runtimes.wall_clock_runs import ALONE, Measured, Setting
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-HEAD_BITS = {**BITS, "int4": 8}
-"""An int4 export keeps embeddings and head in int8."""
 NAN = float("nan")
 
 
@@ -44,11 +40,6 @@ class PairCosts:
     def at(self, position: float) -> Latency:
         """The passes measured nearest to a place in a text."""
         return min(self.latencies, key=lambda latency: abs(latency.prefix_tokens - position))
-
-
-def read_bytes(architecture: Architecture, weights: str) -> float:
-    """Bytes of weights read for one token, scales left out."""
-    return (architecture.body_parameters * BITS[weights] + architecture.embedding_parameters * HEAD_BITS[weights]) / 8
 
 
 def rows_of(measured: Measured, costs: PairCosts) -> list[dict[str, Any]]:

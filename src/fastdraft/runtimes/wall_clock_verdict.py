@@ -14,9 +14,8 @@ from typing import Any
 
 from fastdraft.decoding.figures import tidy
 from fastdraft.decoding.latency import Latency
+from fastdraft.forecast import WORTH
 
-WORTH = 1.05
-"""Measured speed-up below which a second model in memory is not worth its trouble."""
 WITHIN_REACH = 0.6
 """A needed share of accepted proposals above this is beyond what small drafts reach: the costs are then the reason, not the acceptance."""
 SMALL_OVERHEAD = 0.15

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fastdraft.artifacts import write_json
-from fastdraft.config import Config
+from fastdraft.config import Config, distinct
 from fastdraft.interfaces import StageContext
-from fastdraft.tasks import ShippedTask, TaskConfig, describe_task
+from fastdraft.tasks import ShippedTask, TaskConfig, describe_task, refuse_equal_names
 
 if TYPE_CHECKING:
     from fastdraft.decoding.latency import Latency
@@ -34,13 +34,6 @@ BUSY = 0.25
 """Share of the processors kept busy by others from which times are doubtful."""
 LOOPING = 0.25
 """Share of looping texts from which it is said."""
-Number = TypeVar("Number", int, float)
-
-
-def _distinct(values: list[Number], low: float, high: float, rule: str) -> list[Number]:
-    if any(not low <= value <= high for value in values):
-        raise ValueError(rule)
-    return sorted(set(values))
 
 
 class WeightsPair(Config):
@@ -65,12 +58,12 @@ class SweepConfig(Config):
     @field_validator("prompt_tokens", "max_new_tokens")
     @classmethod
     def _lengths(cls, values: list[int]) -> list[int]:
-        return _distinct(values, 1, 2**20, "lengths must be between 1 and 1048576 tokens")
+        return distinct(values, 1, 2**20, "lengths must be between 1 and 1048576 tokens")
 
     @field_validator("concurrency")
     @classmethod
     def _texts(cls, values: list[int]) -> list[int]:
-        return _distinct(values, 1, 256, "concurrency must be between 1 and 256 texts")
+        return distinct(values, 1, 256, "concurrency must be between 1 and 256 texts")
 
 
 class BenchmarkConfig(Config):
@@ -104,17 +97,17 @@ class BenchmarkConfig(Config):
     @field_validator("num_speculative_tokens")
     @classmethod
     def _every_k(cls, values: list[int]) -> list[int]:
-        return _distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
+        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
 
     @field_validator("temperatures")
     @classmethod
     def _temperatures(cls, values: list[float]) -> list[float]:
-        return _distinct(values, 0, 10, "temperatures must be between 0 and 10")
+        return distinct(values, 0, 10, "temperatures must be between 0 and 10")
 
     @field_validator("confidence_thresholds")
     @classmethod
     def _thresholds(cls, values: list[float]) -> list[float]:
-        return _distinct(values, 1e-6, 1 - 1e-6, "confidence thresholds must be above 0 and below 1")
+        return distinct(values, 1e-6, 1 - 1e-6, "confidence thresholds must be above 0 and below 1")
 
     @field_validator("weights")
     @classmethod
@@ -124,10 +117,7 @@ class BenchmarkConfig(Config):
     @field_validator("tasks")
     @classmethod
     def _names(cls, tasks: list[Any] | None) -> list[Any] | None:
-        names = [task.name for task in tasks or ()]
-        doubled = next((name for name in names if names.count(name) > 1), None)
-        if doubled:
-            raise ValueError(f"two tasks are called '{doubled}'; give one a name of its own")
+        refuse_equal_names(tasks or ())
         return tasks
 
     @model_validator(mode="after")
@@ -324,12 +314,13 @@ def _costs(pair: Pair, latencies: Sequence[Latency], context: StageContext) -> P
     """What is known of a pair before its texts are timed."""
     from fastdraft.modeling.architecture import read_architecture
     from fastdraft.modeling.loading import load_config
-    from fastdraft.runtimes.wall_clock_rows import PairCosts, read_bytes
+    from fastdraft.runtimes.wall_clock_rows import PairCosts
 
     source = context.target
     target = read_architecture(load_config(source.location, source.revision, source.trust_remote_code))
     draft = read_architecture(load_config(str(context.require("export").path / "huggingface")))
-    return PairCosts(latencies, read_bytes(draft, pair.draft_weights) / read_bytes(target, pair.target_weights))
+    of_draft, of_target = draft.exported_bytes_per_token(pair.draft_weights), target.exported_bytes_per_token(pair.target_weights)
+    return PairCosts(latencies, of_draft / of_target)
 
 
 def _middle(plan: Plan) -> int:

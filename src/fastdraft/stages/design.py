@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from fastdraft.artifacts import digest, file_sha256
 from fastdraft.config import Config, Count, format_count
 from fastdraft.errors import RecipeError, TargetError
-from fastdraft.forecast import PAPER_K, mbsu_at
+from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.interfaces import StageContext, TargetConfig, resolve_path
 
 if TYPE_CHECKING:
@@ -314,5 +314,5 @@ def _show(context: StageContext, planned: Plan) -> None:
         context.console.warn(switch_warning(switch))
     if ratios["bytes"] > _TOO_LARGE:
         context.console.warn(f"a draft token costs {ratios['bytes']:.2f} of a target token: this draft can hardly pay; make it smaller")
-    gains = [f"{mbsu_at(rate, PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in (0.3, 0.45, 0.6)]
+    gains = [f"{mbsu_at(rate, PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in RATES]
     context.console.say(f"memory-bound speed-up (by bytes, K = {PAPER_K}) by acceptance rate: {', '.join(gains)}")

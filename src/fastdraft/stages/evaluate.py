@@ -10,16 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fastdraft.artifacts import Artifact, write_json
-from fastdraft.config import Config
+from fastdraft.config import Config, distinct
 from fastdraft.data.texts import EngineTexts, LoggedTexts, TargetTexts, TextsConfig, bare_kind
 from fastdraft.interfaces import Engine, StageContext, TargetConfig
 from fastdraft.machine import Halving
-from fastdraft.tasks import TaskConfig, describe_task, load_task
+from fastdraft.tasks import TaskConfig, describe_task, load_task, refuse_equal_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,14 +31,7 @@ if TYPE_CHECKING:
     from fastdraft.runtimes.engine_settings import ChosenEngine
 
 Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
-Number = TypeVar("Number", int, float)
 FOLDERS = {"design": "draft", "pretrain": "checkpoint", "continue_pretrain": "checkpoint", "align": "checkpoint"}
-
-
-def _distinct(values: list[Number], low: float, high: float, rule: str) -> list[Number]:
-    if any(not low <= value <= high for value in values):
-        raise ValueError(rule)
-    return sorted(set(values))
 
 
 class ExactConfig(Config):
@@ -52,7 +45,7 @@ class ExactConfig(Config):
     @field_validator("num_speculative_tokens")
     @classmethod
     def _checked(cls, values: list[int]) -> list[int]:
-        return _distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
+        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
 
 
 class EvaluateConfig(Config):
@@ -84,20 +77,17 @@ class EvaluateConfig(Config):
     @field_validator("temperatures")
     @classmethod
     def _temperatures(cls, values: list[float]) -> list[float]:
-        return _distinct(values, 0, 10, "temperatures must be between 0 and 10")
+        return distinct(values, 0, 10, "temperatures must be between 0 and 10")
 
     @field_validator("num_speculative_tokens")
     @classmethod
     def _every_k(cls, values: list[int]) -> list[int]:
-        return _distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
+        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
 
     @field_validator("tasks")
     @classmethod
     def _names(cls, tasks: list[Any]) -> list[Any]:
-        names = [task.name for task in tasks]
-        doubled = next((name for name in names if names.count(name) > 1), None)
-        if doubled:
-            raise ValueError(f"two tasks are called '{doubled}'; give one a name of its own")
+        refuse_equal_names(tasks)
         return tasks
 
     @model_validator(mode="after")
@@ -195,8 +185,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     start, artifact, console = time.monotonic(), context.artifact("evaluate"), context.console
     set_threads(context.settings.threads)
     device = pick_device(context.settings.device)
-    folders = {name: context.require(name).path / FOLDERS[name] for name in present_checkpoints(config, context)}
-    _check_vocabularies(context, folders)
+    folders = _drafts(config, context)
     target = load_target(context.target, device) if isinstance(config.texts, TargetTexts) else None
     vocabulary = load_vocabulary(context.target)
     tokenizer = load_tokenizer(context.target.location, context.target.revision, context.target.trust_remote_code)
@@ -223,10 +212,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         "target": context.target.model,
         "draft": folders[final].relative_to(context.run.root).as_posix(),
         **_cost_fields(costs),
-        "rows": scoreboard.result_rows(bench, replayed, exact, costs),
-        "differences": scoreboard.headline_differences(bench, replayed),
-        "by_position": scoreboard.by_position(bench, loaders, context_length),
-        "greedy_check": scoreboard.greedy_check(bench, exact),
+        **scoreboard.findings(bench, replayed, exact, costs, context_length),
         "contamination": None if standing is not None else _contamination(config, context, tokenizer),
         "texts": {"kind": config.texts.kind, "left_out": standing.left_out if standing is not None else {}},
     }
@@ -239,16 +225,20 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     artifact.remove_scratch()
 
 
-def _check_vocabularies(context: StageContext, folders: Mapping[str, Path]) -> None:
-    """Raises:
-    VocabularyError: when a draft's vocabulary is not the target's.
+def _drafts(config: EvaluateConfig, context: StageContext) -> dict[str, Path]:
+    """Folders of the drafts that are compared.
+
+    Raises:
+        ArtifactError: when a stage has not finished. VocabularyError: when a draft's vocabulary is not the target's.
     """
     from fastdraft.modeling.loading import load_vocabulary
     from fastdraft.vocabulary import check_same
 
+    folders = {name: context.require(name).path / FOLDERS[name] for name in present_checkpoints(config, context)}
     target = load_vocabulary(context.target)
     for folder in folders.values():
         check_same(target, load_vocabulary(TargetConfig(model=str(folder))), where=str(folder))
+    return folders
 
 
 def _context_length(context: StageContext, folders: Mapping[str, Path]) -> int:
@@ -356,30 +346,14 @@ def _tell(context: StageContext, results: Mapping[str, Any], table: tuple[str, l
 
 def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     """13-grams that evaluation texts (prompts and references) share with everything trained on; null without training data."""
-    from fastdraft.data.contamination import Contamination
-    from fastdraft.data.responses import read_all
-    from fastdraft.data.shards import corpus_names, open_lengths
+    from fastdraft.data.contamination import search_training_text
 
     trained_on = _trained_on(context)
     if not trained_on:
         return None
     tasks = [load_task(task) for task in config.tasks]
-    search = Contamination({task.name: [_bare_ids(tokenizer, p.everything) for p in task.prompts] for task in tasks})
-    prepared = [artifact for artifact in trained_on if artifact.name == "prepare"]
-    lengths = [open_lengths(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
-    corpora = [corpus for by_length in lengths for corpus in by_length.values()]
-    with context.console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:
-
-        def on_shard(count: int) -> None:
-            progress.advance(count)
-            context.console.stop.check(context.artifact("evaluate").path)
-
-        for corpus in corpora:
-            search.scan_corpus(corpus, on_shard)
-        for artifact in trained_on:
-            if artifact.name == "synthesize":
-                search.scan_many(row.prompt_ids + row.response_ids for row in read_all(artifact))
-    return search.result()
+    texts = {task.name: [_bare_ids(tokenizer, prompt.everything) for prompt in task.prompts] for task in tasks}
+    return search_training_text(texts, trained_on, context.console, context.artifact("evaluate").path)
 
 
 def _trained_on(context: StageContext) -> list[Artifact]:

@@ -31,6 +31,8 @@ Name = Literal["pretrain", "continue_pretrain"]
 GOOD_EPOCHS = 4
 _NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every", "tensorboard"}
 """Keys that may change while a run is under way: they do not change what is learned."""
+_CONTINUED_SEED = 0xC0DE
+"""Added to the seed where continue_pretrain would else meet a corpus in the order in which pretrain did."""
 
 
 class PretrainConfig(Config):
@@ -182,7 +184,7 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     rows = resolved.batch_tokens // row_length
     steps = max(1, round(config.tokens / (rows * row_length)))
     used = {corpus: weight for corpus, weight in config.mixture.items() if weight > 0}
-    sampler = open_mixture(prepare, used, context.settings.seed)
+    sampler = open_mixture(prepare, used, _row_seed(config, context, name))
     for corpus, weight in used.items():
         share = weight / sum(used.values())
         found = sampler.num_rows(corpus)
@@ -195,6 +197,19 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     rows_per_micro = max(1, resolved.micro_batch_tokens // row_length)
     separator = text_separator(prepare.manifest())
     return PackedBatches(sampler, steps, row_length, rows, rows_per_micro, separator, share=current().share)
+
+
+def _row_seed(config: PretrainConfig, context: StageContext, name: Name) -> int:
+    """The seed of the order of rows.
+
+    That order follows from the seed and a corpus's place among the mixture's names. A corpus of pretrain's at the same place would come
+    in the same order again, the rows already learned first. Other runs keep the run's own seed.
+    """
+    seed = context.settings.seed
+    if name == "pretrain" or not context.has("pretrain"):
+        return seed
+    before, now = (sorted(corpus for corpus, weight in of.mixture.items() if weight > 0) for of in (context.section("pretrain"), config))
+    return seed + _CONTINUED_SEED if any(a == b for a, b in zip(before, now, strict=False)) else seed
 
 
 def _check_context(model: PreTrainedModel, row_length: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fastdraft.artifacts import FINGERPRINT, Artifact, write_json
-from fastdraft.config import Config, Count, format_count
+from fastdraft.config import Config, Count, distinct, format_count
 from fastdraft.data.filters import Looping, RowCounts
 from fastdraft.data.ledger import DRY_UNITS, Ledger
 from fastdraft.data.plans import Planner, describe_sources
@@ -99,15 +99,14 @@ class SynthesizeConfig(Config):
     @field_validator("temperatures")
     @classmethod
     def _distinct_temperatures(cls, values: list[float]) -> list[float]:
-        if any(not 0 <= value <= 10 for value in values):
-            raise ValueError("temperatures must be between 0 and 10")
+        distinct(values, 0, 10, "temperatures must be between 0 and 10")
         return list(dict.fromkeys(values))
 
     @model_validator(mode="after")
     def _distinct_names(self) -> SynthesizeConfig:
-        names = [source.name for source in self.prompts]
-        if len(set(names)) < len(names):
-            raise ValueError("every entry of prompts needs a name of its own")
+        names = {source.name.casefold() for source in self.prompts}  # capitals aside: each may name a task's files
+        if len(names) < len(self.prompts):
+            raise ValueError("every entry of prompts needs a name of its own, capitals aside")
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ is an even spread over the file, not its beginning.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,15 +15,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastdraft.artifacts import file_sha256
-from fastdraft.config import Config
+from fastdraft.config import Config, names_a_device
 from fastdraft.interfaces import SHIPPED, resolve_path
 from fastdraft.tasks.files import TaskPrompt, read_prompts
 
+NAME_CHARS = 100
+"""Most characters of a task's name, which is part of names of files."""
 CHAT_BY_NAME = {"code": False, "summarization": True, "text": False, "instructions": True}
 
 
 class _Task(Config):
-    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
+    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=NAME_CHARS)
     """How results call the task; the default is its kind, for files the file's name."""
     prompts: int = Field(default=100, ge=1)
     """At most this many prompts, spread evenly over the file."""
@@ -66,12 +69,25 @@ class FileTask(_Task):
     def _name_it(cls, value: Any) -> Any:
         if isinstance(value, dict) and not value.get("name") and isinstance(value.get("path"), str):
             stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(value["path"]).stem).lstrip("._-")
-            return {**value, "name": stem or "file"}
+            return {**value, "name": stem[:NAME_CHARS] or "file"}
         return value
 
 
 TaskConfig = Annotated[ShippedTask | FileTask, Field(discriminator="kind")]
 """One entry of `evaluate.tasks`, told apart by `kind`."""
+
+
+def refuse_equal_names(tasks: Sequence[ShippedTask | FileTask]) -> None:
+    """Raises:
+    ValueError: for two tasks of one name, capitals aside, or a name that Windows keeps for a device: each names files.
+    """
+    seen: set[str] = set()
+    for task in tasks:
+        if task.name.casefold() in seen:
+            raise ValueError(f"two tasks are called '{task.name}' (capitals aside); give one a name of its own")
+        if names_a_device(task.name):
+            raise ValueError(f"a task cannot be called '{task.name}', which Windows keeps for a device; give it another name")
+        seen.add(task.name.casefold())
 
 
 @dataclass(frozen=True)

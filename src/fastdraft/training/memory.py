@@ -1,15 +1,13 @@
 """What is done when a step does not fit into memory: the same batch is tried again in smaller pieces.
 
-Decides how running out of memory is recognised on every kind of device, that all held memory is given back before the next attempt,
-and that a micro-batch is cut between rows only. A gradient is a sum over tokens (training/step.py), so that smaller pieces change
-speed and memory, not the mathematics.
+Decides that all held memory is given back before the next attempt, and that a micro-batch is cut between rows only. A gradient is a
+sum over tokens (training/step.py), so that smaller pieces change speed and memory, not the mathematics.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -19,18 +17,8 @@ from torch import Tensor
 
 from fastdraft.errors import TrainingError
 from fastdraft.functional.distillation import SparseTarget
+from fastdraft.machine import is_out_of_memory
 from fastdraft.training.batches import Batch
-
-_MESSAGES = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
-"""How libraries say it in errors of no kind of their own: torch's allocators for the CPU and for Apple's devices, cuBLAS."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of a step means that memory ran out, on an accelerator or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and _MESSAGES.search(str(error)) is not None
-
 
 Found = TypeVar("Found")
 

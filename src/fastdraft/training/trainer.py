@@ -20,10 +20,11 @@ from torch import nn
 
 from fastdraft.console import Console, Progress
 from fastdraft.errors import ArtifactError, FastDraftError, Interrupted, TrainingError, WorkerError
+from fastdraft.machine import is_out_of_memory
 from fastdraft.training.batches import Batch, BatchSource
 from fastdraft.training.checkpoint import Checkpoints, TrainingState, copy_weights
 from fastdraft.training.distributed import World, current
-from fastdraft.training.memory import cut_rows, halved_limit, is_out_of_memory, limited, release_memory, within_memory
+from fastdraft.training.memory import cut_rows, halved_limit, limited, release_memory, within_memory
 from fastdraft.training.metrics import Metrics
 from fastdraft.training.replicas import IDLE, DataParallel, ElsewhereOutOfMemory
 from fastdraft.training.sharding import Sharded, is_in_parts
