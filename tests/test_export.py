@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,16 @@ def test_the_model_card_says_what_was_measured_and_no_more(context: StageContext
     assert card.startswith("---\nlibrary_name: transformers")
     for words in ("assistant_model=draft", "This draft was not evaluated", "NOT under 1e-04", "was equal to the target's alone"):
         assert words in card
+
+
+def test_a_target_whose_weights_are_elsewhere_still_gets_its_draft_exported_and_the_card_says_so(
+    context: StageContext, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_target, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    folder, manifest = _export(replace(context, target=TargetConfig(model=str(bare))))
+    assert "assistant_same_greedy_text" not in manifest["checks"]
+    assert manifest["checks"]["padding_mass_mean"] > 0
+    assert load_draft(folder).config.vocab_size == 320
+    assert "not tried with the target" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "weights are not in" in capsys.readouterr().err

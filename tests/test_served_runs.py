@@ -277,11 +277,30 @@ def test_check_says_who_writes_and_forecasts_no_memory_for_a_target_behind_a_ser
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert (stages["synthesize"]["memory_bytes"], stages["synthesize"]["seconds"]) == (0, 0)
     assert stages["align"]["memory_bytes"] > stages["evaluate"]["memory_bytes"] > 0
+    assert stages["evaluate"]["seconds"] == 0  # nothing is written here
 
 
 def test_check_tells_of_weights_that_logits_will_need(run: Run) -> None:
     with pytest.raises(TargetError, match="top_k scores all text"):
         check.run(run.recipe("looked-at", {**run.synthesize, "logits": {"kind": "top_k"}}), _quiet())
+
+
+@pytest.mark.parametrize(
+    ("texts", "overrides", "words"),
+    [
+        ("engine", ["align.objective={kind: token_kd, source: target}"], "align.objective: source: target reads"),
+        ("target", [], "evaluate.texts: kind: target runs the target here.*kind: engine"),
+    ],
+)
+def test_what_needs_weights_that_are_not_here_is_told_before_a_day_of_training(
+    run: Run, texts: str, overrides: list[str], words: str
+) -> None:
+    run.recipe("no-weights", texts={"kind": texts})
+    recipe = load_recipe(str(run.folder / "recipe.yaml"), overrides)
+    for begin in (lambda: check.run(recipe, _quiet()), lambda: pipeline.run(recipe)):
+        with pytest.raises(TargetError, match=words):
+            begin()
+    assert not recipe.run.root.exists()
 
 
 def test_a_log_of_evaluation_prompts_is_refused_as_training_data(run: Run) -> None:

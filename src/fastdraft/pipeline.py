@@ -131,6 +131,7 @@ def run(
     for stage in wanted:
         if stage.name in redone or not context.artifact(stage.name).is_complete():
             stage.check_installed(recipe.sections()[stage.name])  # now, and not after hours of training
+            refuse_missing_weights(recipe, stage.name)
     start = time.monotonic()
     with machine_errors(context.run.root, Stage.smaller), context.console.stop.listen(), context.run.lock():
         refuse_changes(recipe, context, redone, wanted)
@@ -164,6 +165,41 @@ def refuse_changes(recipe: Recipe, context: StageContext, redone: Collection[str
             continue
         with contextlib.nullcontext() if stage in wanted else contextlib.suppress(DataError, TargetError):
             artifact.begin(stage.fingerprint(recipe.sections()[stage.name], context))
+
+
+def refuse_missing_weights(recipe: Recipe, name: str) -> None:
+    """Of a target behind an API or of logs only the config may be here: what needs more is told before anything is trained.
+
+    Args:
+        recipe: As given to `run`.
+        name: Of the stage that would need the weights.
+
+    Raises:
+        TargetError: when it does and they are not in the target's directory.
+    """
+    from fastdraft.modeling.source import has_weights
+
+    reason = _why_weights(recipe, name)
+    if reason and not has_weights(recipe.target.location):
+        rule, remedy = reason
+        raise TargetError(recipe.target.location, "no model.safetensors", rule, f"put the weights there, or {remedy}")
+
+
+def _why_weights(recipe: Recipe, name: str) -> tuple[str, str] | None:
+    """For what a stage reads the target's weights, and how it could do without; None when it does without.
+
+    synthesize looks itself.
+    """
+    from fastdraft.stages import evaluate
+
+    if name == "align" and recipe.align and recipe.align.objective.kind == "token_kd" and recipe.align.objective.source == "target":
+        return "align.objective: source: target reads the target beside the draft", "leave out align.objective"
+    if name == "evaluate" and recipe.evaluate and evaluate.needs_weights(recipe.evaluate, recipe.sections()):
+        where = f"evaluate.texts: kind: {recipe.evaluate.texts.kind} runs the target here"
+        return where, "set evaluate.texts: {kind: engine}, or {kind: synthesize} for rows with their own log-probs"
+    if name == "export" and recipe.export and "openvino" in recipe.export.formats and recipe.export.openvino.target != "none":
+        return "export.formats: openvino converts the target too", "set export.openvino.target: none"
+    return ("benchmark runs the target here", "leave out `benchmark`") if name == "benchmark" else None
 
 
 def _wanted(recipe: Recipe, only: Iterable[str] | None) -> list[Stage]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from fastdraft import forecast
 from fastdraft.commands import check_servers
 from fastdraft.commands.check_fit import check_fit
 from fastdraft.config import format_count
-from fastdraft.console import Console, format_seconds, format_table
+from fastdraft.console import TABLE_WIDTH, Console, format_seconds, format_table
 from fastdraft.errors import DiskError, RecipeError
 from fastdraft.interfaces import StageContext
-from fastdraft.pipeline import STAGES, make_context, refuse_changes
+from fastdraft.pipeline import STAGES, make_context, refuse_changes, refuse_missing_weights
 from fastdraft.recipe import Recipe
 from fastdraft.runtimes.engines import choose_engine, require_openvino
 from fastdraft.runtimes.openvino_families import require_convertible
@@ -72,6 +73,8 @@ def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool =
     unseen = list(_check_inputs(recipe))
     refuse_changes(recipe, context)
     states = {stage.name: _state(stage.name, context) for stage in STAGES if context.has(stage.name)}
+    for name in (name for name, state in states.items() if state != "done"):
+        refuse_missing_weights(recipe, name)
     stages = [_divided(_forecast(name, state, recipe, plan, device), device, processes) for name, state in states.items()]
     free = _free_bytes(recipe.run.root)
     needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
@@ -202,6 +205,8 @@ def _state(name: str, context: StageContext) -> str:
 
 def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: str) -> StageForecast:
     """One row of the table. Rates are orders of magnitude; a run prints its own."""
+    from fastdraft.modeling.source import has_weights
+
     draft, target, threads = plan.draft, plan.target, recipe.run.threads
     tokens, seconds, disk, memory = 0, 0.0, 0.0, 0.0
     checkpoint = forecast.checkpoint_bytes(draft.parameters)
@@ -236,11 +241,12 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
             disk += tokens * _record_bytes(recipe.synthesize.logits.k, target.vocab_size)
     elif name == "evaluate" and recipe.evaluate:
         tokens = _evaluation_tokens(recipe)
-        seconds = WRITES * forecast.writing_seconds(tokens, target.read_parameters, device, threads)
         needs_weights = evaluate.needs_weights(recipe.evaluate, recipe.sections())
+        if needs_weights:  # else a server writes, or the texts stand already, and the draft alone reads them
+            seconds = WRITES * forecast.writing_seconds(tokens, target.read_parameters, device, threads)
         disk, memory = forecast.synthetic_bytes(tokens), checkpoint + (_target_bytes(recipe, plan, device) if needs_weights else 0)
     elif name == "export":
-        disk, memory = checkpoint, _target_bytes(recipe, plan, device) + checkpoint
+        disk, memory = checkpoint, checkpoint + (_target_bytes(recipe, plan, device) if has_weights(recipe.target.location) else 0)
     elif name == "benchmark" and recipe.benchmark:
         tokens, seconds, disk, memory = _benchmark(recipe, recipe.benchmark, plan)
     return StageForecast(name, state, tokens, seconds, disk, memory)
@@ -351,7 +357,8 @@ def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageFor
     shape = f"{draft.num_layers} layers, width {draft.hidden_size}, feed-forward {draft.intermediate_size}"
     print(f"draft   {format_count(draft.parameters)} parameters: {shape}")
     if plan.reason:
-        print(f"        of the family {draft.family}: {plan.reason}")
+        reason = textwrap.fill(f"of the family {draft.family}: {plan.reason}", TABLE_WIDTH - 8, break_on_hyphens=False)
+        print(textwrap.indent(reason, " " * 8))
     print(f"device  {device}; {_size(free)} free in {recipe.run.folder}\n")
     left = [stage for stage in stages if stage.state != "done"]
     total = ["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""]

@@ -194,9 +194,11 @@ def _no_weights(location: str) -> TargetError:
     if ".gguf" in suffixes:
         rule, remedy = "weights must be safetensors", "use the Hugging Face model that it was converted from"
         return TargetError(location, "weights in GGUF, which is llama.cpp's", rule, remedy)
-    found = "only pickled weights" if suffixes & {".bin", ".pt", ".pth"} else "no model.safetensors"
+    if not suffixes & {".bin", ".pt", ".pth"}:
+        rule = "the target's weights are needed here"
+        return TargetError(location, "no model.safetensors", rule, "put them there, or name the directory that holds them")
     rule = "weights must be safetensors, because pickles can run code"
-    return TargetError(location, found, rule, "save the model as safetensors, or choose another copy")
+    return TargetError(location, "only pickled weights", rule, "save the model as safetensors, or choose another copy")
 
 
 def check_weights(location: str) -> None:
@@ -207,6 +209,15 @@ def check_weights(location: str) -> None:
     """
     if not is_hub_id(location):
         weight_files(location)
+
+
+def has_weights(location: str) -> bool:
+    """Whether a model's weights can be had: a hub's always, a directory's where they lie in it."""
+    try:
+        check_weights(location)
+    except TargetError:
+        return False
+    return True
 
 
 def tokenizer_files(source: str | Path, revision: str | None = None) -> list[Path]:

@@ -192,10 +192,12 @@ def _checks(checks: Mapping[str, Any]) -> str:
         return ""
     same = "was equal" if checks.get("assistant_same_greedy_text") else "was NOT equal"
     compared, dtype = checks.get("assistant_tokens_compared"), checks.get("assistant_dtype")
+    tried = f"Greedy text of the target with this draft as `assistant_model` {same} to the target's alone ({compared} tokens, {dtype})."
+    if "assistant_same_greedy_text" not in checks:
+        tried = "Loaded, but not tried with the target, whose weights were not on this machine."
     mass, verdict = number(checks, "padding_mass_mean") or 0.0, "under" if checks.get("padding_mass_ok") else "NOT under"
     return (
-        f"## Tests of these files\n\n- Greedy text of the target with this draft as `assistant_model` {same} to the "
-        f"target's alone ({compared} tokens, {dtype}).\n"
+        f"## Tests of these files\n\n- {tried}\n"
         f"- Mean probability on padding ids, which no tokenizer can decode: {mass:.1e}, {verdict} "
         f"{checks.get('padding_mass_limit', 1e-4):.0e}."
     )

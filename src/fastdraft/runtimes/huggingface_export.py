@@ -19,7 +19,7 @@ from fastdraft.modeling.loading import load_draft, quiet, save_draft
 from fastdraft.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 PADDING_MASS_LIMIT = 1e-4
 """Mean probability on padding ids above which runtimes that do not mask them waste proposals."""
@@ -35,8 +35,6 @@ class AssistedCheck:
     num_tokens: int
     response_ids: list[int]
     """What the target wrote alone."""
-    needs_position_ids: bool = False
-    """Whether `generate` must be told the positions in the text."""
 
 
 def write_huggingface(checkpoint: Path, folder: Path, num_speculative_tokens: int, confidence_threshold: float) -> list[str]:
@@ -86,7 +84,7 @@ def check_assisted(
         alone = target.generate(prompt, attention_mask=mask, generation_config=settings)
         assisted = target.generate(prompt, attention_mask=mask, generation_config=settings, assistant_model=draft, **positions)
     response = alone[0, prompt.shape[1] :].tolist()
-    return AssistedCheck(response == assisted[0, prompt.shape[1] :].tolist(), len(response), response, bool(positions))
+    return AssistedCheck(response == assisted[0, prompt.shape[1] :].tolist(), len(response), response)
 
 
 def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -95,8 +93,13 @@ def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, t
     By itself it makes positions [axes, 1, T] for pictures and hands them on to the draft, which, as any text model, reads one for
     each token and fails. Told the positions in the text, [1, T], both use them.
     """
-    rope = getattr(text_config(target.config), "rope_parameters", None) or {}
-    return {"position_ids": torch.arange(prompt.shape[1], device=prompt.device)[None]} if rope.get("mrope_section") else {}
+    return {"position_ids": torch.arange(prompt.shape[1], device=prompt.device)[None]} if needs_positions(target.config) else {}
+
+
+def needs_positions(config: PreTrainedConfig) -> bool:
+    """Whether `generate` must be told the positions in the text, by the target's config."""
+    rope = getattr(text_config(config), "rope_parameters", None) or {}
+    return bool(rope.get("mrope_section"))
 
 
 def _greedy(vocabulary: Vocabulary, max_new_tokens: int) -> GenerationConfig:

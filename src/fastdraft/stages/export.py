@@ -20,7 +20,6 @@ from fastdraft.interfaces import StageContext
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fastdraft.runtimes.huggingface_export import AssistedCheck
     from fastdraft.vocabulary import Vocabulary
 
 NAME = "export"
@@ -79,7 +78,7 @@ def source_of(context: StageContext) -> tuple[str, Path]:
 
 def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     """Settings, the exported draft, the target it is tested with, and the figures on its card."""
-    from fastdraft.modeling.source import model_identity
+    from fastdraft.modeling.source import has_weights, model_identity
 
     name, _ = source_of(context)
     target = context.target
@@ -87,7 +86,7 @@ def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     return {
         **config.model_dump(exclude=set() if "openvino" in config.formats else {"openvino"}),
         "source": {name: context.require(name).digest()},
-        "target": model_identity(target.model, target.location, target.revision, target.dtype),
+        "target": model_identity(target.model, target.location, target.revision, target.dtype, weights=has_weights(target.location)),
         "results": file_sha256(results) if results.is_file() else None,
     }
 
@@ -157,38 +156,63 @@ def _openvino(settings: OpenVINOFormat, draft: Path, context: StageContext) -> d
 
 
 def _check(folder: Path, vocabulary: Vocabulary, context: StageContext) -> dict[str, Any]:
-    """Assisted generation with the target, and the mass on padding ids; warnings for what is not as it should be."""
-    from fastdraft.modeling.families import text_config
-    from fastdraft.modeling.loading import load_target, load_tokenizer, pick_device
-    from fastdraft.runtimes.huggingface_export import PADDING_MASS_LIMIT, check_assisted, load_assistant, padding_mass
+    """Assisted generation with the target, where its weights are, and the mass on padding ids; warnings for what is not as it should be."""
+    from fastdraft.modeling.loading import load_tokenizer, pick_device
+    from fastdraft.modeling.source import has_weights
+    from fastdraft.runtimes.huggingface_export import PADDING_MASS_LIMIT, load_assistant, padding_mass
 
-    device = pick_device(context.settings.device)
-    target, draft = load_target(context.target, device), load_assistant(folder, device)
+    draft = load_assistant(folder, pick_device(context.settings.device))
     prompt = [int(token) for token in load_tokenizer(str(folder))(_PROMPT).input_ids]
-    room = int(text_config(target.config).max_position_embeddings) - len(prompt) - 8
-    assisted = check_assisted(target, draft, prompt, vocabulary, max_new_tokens=min(48, max(1, room)))
-    mean, largest = padding_mass(draft, vocabulary, [prompt + assisted.response_ids, *_validation_rows(context)])
-    if not assisted.same_text:
+    response, assisted = _try_assisted(draft, prompt, vocabulary, context) if has_weights(context.target.location) else ([], {})
+    if not assisted:
         context.console.warn(
-            f"with the draft, transformers wrote other greedy text than the target alone ({target.dtype}; a near-tie, or a runtime fault)"
+            f"the target's weights are not in {context.target.location}: the draft was loaded, but not tried with the target"
         )
+    mean, largest = padding_mass(draft, vocabulary, [prompt + response, *_validation_rows(context)])
     if mean >= PADDING_MASS_LIMIT:
         context.console.warn(
             f"the draft gives {mean:.1e} of its probability to ids without a token (limit {PADDING_MASS_LIMIT:.0e}): train it longer"
         )
-    return _checks(assisted, mean, largest, target)
+    return {**assisted, **_as_loaded(context), **_padding(mean, largest)}
 
 
-def _checks(assisted: AssistedCheck, mean: float, largest: float, target: PreTrainedModel) -> dict[str, Any]:
+def _try_assisted(
+    draft: PreTrainedModel, prompt: list[int], vocabulary: Vocabulary, context: StageContext
+) -> tuple[list[int], dict[str, Any]]:
+    """The target's greedy text, and whether it is the same with the draft."""
+    from fastdraft.modeling.families import text_config
+    from fastdraft.modeling.loading import load_target
+    from fastdraft.runtimes.huggingface_export import check_assisted
+
+    target = load_target(context.target, draft.device)
+    room = int(text_config(target.config).max_position_embeddings) - len(prompt) - 8
+    found = check_assisted(target, draft, prompt, vocabulary, max_new_tokens=min(48, max(1, room)))
+    if not found.same_text:
+        context.console.warn(
+            f"with the draft, transformers wrote other greedy text than the target alone ({target.dtype}; a near-tie, or a runtime fault)"
+        )
+    return found.response_ids, {
+        "assistant_same_greedy_text": found.same_text,
+        "assistant_tokens_compared": found.num_tokens,
+        "assistant_dtype": str(target.dtype).removeprefix("torch."),
+    }
+
+
+def _as_loaded(context: StageContext) -> dict[str, Any]:
+    """How `generate` must be called, as the target's config tells."""
     from fastdraft.modeling.counting import auto_class
+    from fastdraft.modeling.loading import load_config
+    from fastdraft.runtimes.huggingface_export import needs_positions
+
+    target = context.target
+    config = load_config(target.location, target.revision, target.trust_remote_code)
+    return {"assistant_target_class": auto_class(config).__name__, "assistant_needs_position_ids": needs_positions(config)}
+
+
+def _padding(mean: float, largest: float) -> dict[str, Any]:
     from fastdraft.runtimes.huggingface_export import PADDING_MASS_LIMIT
 
     return {
-        "assistant_same_greedy_text": assisted.same_text,
-        "assistant_tokens_compared": assisted.num_tokens,
-        "assistant_dtype": str(target.dtype).removeprefix("torch."),
-        "assistant_target_class": auto_class(target.config).__name__,
-        "assistant_needs_position_ids": assisted.needs_position_ids,
         "padding_mass_mean": mean,
         "padding_mass_max": largest,
         "padding_mass_limit": PADDING_MASS_LIMIT,
@@ -211,6 +235,6 @@ def _validation_rows(context: StageContext) -> list[list[int]]:
 
 
 def _summary(folder: Path, checks: dict[str, Any]) -> str:
-    same = "equal" if checks["assistant_same_greedy_text"] else "NOT equal"
-    assisted = f"greedy text with and without it {same} over {checks['assistant_tokens_compared']} tokens"
-    return f"{folder}: loads as assistant_model; {assisted}; mean probability on padding ids {checks['padding_mass_mean']:.1e}"
+    same = "equal" if checks.get("assistant_same_greedy_text") else "NOT equal"
+    tried = f"loads as assistant_model; greedy text with and without it {same} over {checks.get('assistant_tokens_compared')} tokens"
+    return f"{folder}: {tried if 'assistant_same_greedy_text' in checks else 'loads'}; mean probability on padding ids {checks['padding_mass_mean']:.1e}"
