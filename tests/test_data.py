@@ -222,6 +222,23 @@ def test_control_tokens_spelled_out_in_text_stay_text(tiny_target: Path) -> None
     assert 3 in tokenizer(text).input_ids, "the caller's tokenizer is left as it was"
 
 
+@pytest.mark.parametrize("gap", [0, 5])
+def test_the_encoders_tokenizer_is_the_targets_with_control_tokens_marked(tiny_target: Path, gap: int) -> None:
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads((tiny_target / "tokenizer.json").read_text())
+    state["model"]["vocab"]["beyond"] = len(state["model"]["vocab"]) + gap
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.add_tokens([AddedToken("Foo", lstrip=True), AddedToken("<|tool|>", normalized=True), AddedToken("<think>", single_word=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    expected = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in expected["added_tokens"]:
+        token["special"] = token["content"] not in ("Foo", "<think>")
+    found = json.loads(DocumentEncoder(tokenizer, 400)._tokenizer.to_str())
+    assert {**found, "decoder": None} == {**expected, "decoder": None}
+
+
 def test_a_saved_truncation_does_not_cut_documents(tiny_target: Path) -> None:
     from transformers import AutoTokenizer
 

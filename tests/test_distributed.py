@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,14 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import two_processes
-from fastdraft.errors import DiskError, WorkerError
+from fastdraft.errors import ArtifactError, DiskError, WorkerError
 from fastdraft.training.batches import PackedBatches, Sample, Share
+from fastdraft.training.checkpoint import optimizer_tensors
 from fastdraft.training.distributed import current, error_from, error_record
 from fastdraft.training.metrics import read_metrics
-from fastdraft.training.trainer import Validation
+from fastdraft.training.tensor_files import StoredTensors, file_name
+from fastdraft.training.trainer import Trainer, Validation
 from test_training import LENGTH, Rows
 
 HERE = Path(__file__).parent
@@ -90,6 +95,84 @@ def test_a_run_in_parts_goes_on_with_whole_weights(together: Any, alone: Path) -
     folder, seen = together
     assert all(process["parts"][1].startswith("Interrupted") for process in seen)
     assert worst_difference(alone / "adamw", folder / "parts_stopped") < SAME
+
+
+def test_parts_of_two_processes_go_on_in_one_and_in_two_again(together: Any, alone: Path) -> None:
+    folder, seen = together
+    first, second = (process["again"] for process in seen)
+    assert first[2].startswith("Interrupted")
+    assert first[3].startswith("Interrupted")
+    assert (first[4], first[5], second[3]) == ("30", "no error", "no error")
+    assert worst_difference(alone / "adamw", folder / "parts_again") < SAME
+
+
+def test_a_part_that_one_process_cannot_write_is_the_error_of_all_and_leaves_no_folder(together: Any) -> None:
+    first, second = (process["again"][:2] for process in together[1])
+    assert first == second
+    assert first[0].startswith("DiskError")
+    assert "no space left" in first[0]
+    assert first[1] == "[]"
+
+
+def parts_of(together: Any, place: Path) -> tuple[Path, Trainer]:
+    """A copy of the checkpoint of two processes at the last step, and one process that may go on from it."""
+    steps = place / "steps"
+    shutil.copytree(together[0] / "parts/steps/step-000000050", steps / "step-000000050")
+    shutil.copytree(together[0] / "parts/steps/best-000000010", steps / "best-000000010")
+    return steps / "step-000000050", two_processes.trainer(place, two_processes.packed(), "adamw")
+
+
+def test_each_process_writes_its_rows_and_one_reads_them_all(together: Any, alone: Path, tmp_path: Path) -> None:
+    folder, trainer = parts_of(together, tmp_path)
+    parts = [load_file(folder / f"model-0000{rank}-of-00002.safetensors") for rank in range(2)]
+    whole = load_file(alone / "adamw/steps/step-000000050/model.safetensors")
+    for name, tensor in whole.items():
+        rows = [part[name].shape[0] for part in parts if name in part]
+        assert sum(rows) == tensor.shape[0]
+        assert max(rows) == -(-tensor.shape[0] // 2)
+    assert trainer.checkpoints.load_latest().step == 50
+    assert all(torch.allclose(parameter, whole[name], atol=SAME) for name, parameter in trainer.model.named_parameters())
+    moments = load_file(alone / "adamw/steps/step-000000050/optimizer.safetensors")
+    found = optimizer_tensors(trainer.model, trainer.step.optimizers)
+    assert found.keys() == moments.keys()
+    assert all(torch.allclose(found[name], value, atol=SAME) for name, value in moments.items())
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged", "unlisted", "gap"])
+def test_a_part_that_is_missing_or_damaged_is_told_and_nothing_goes_on_from_the_rest(
+    together: Any, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, trainer = parts_of(together, tmp_path)
+    part, state = folder / "optimizer-00001-of-00002.safetensors", json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if harm == "missing":
+        part.unlink()
+    elif harm == "damaged":
+        part.write_bytes(part.read_bytes()[:-2] + b"??")
+    elif harm == "unlisted":
+        del state["files"][part.name]
+    else:
+        next(entry for entry in state["parts"]["model"].values())["rows"][1][0] += 1
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="every checkpoint is damaged"):
+        trainer.checkpoints.load_latest()
+    told = capsys.readouterr().err
+    assert {"missing": part.name, "damaged": part.name, "unlisted": f"{part.name} is not listed", "gap": "is not all there"}[harm] in told
+
+
+@pytest.mark.parametrize("cuts", [[0, 7], [0, 4, 7], [0, 3, 6, 7, 7]])
+def test_any_rows_are_read_from_the_parts_of_any_number_of_processes(tmp_path: Path, cuts: list[int]) -> None:
+    whole, size = torch.arange(21.0).reshape(7, 3), len(cuts) - 1
+    for rank in range(size):
+        own = {"w": whole[cuts[rank] : cuts[rank + 1]].clone()} if cuts[rank] < cuts[rank + 1] else {}
+        save_file(own | ({"step": torch.tensor(5.0)} if rank == 0 else {}), tmp_path / file_name("model", rank, size))
+    spans = [list(span) for span in itertools.pairwise(cuts)]
+    layout = {"w": {"shape": [7, 3], "rows": spans}, "step": {"shape": [], "rows": None}}
+    record = {"files": {file_name("model", rank, size): {} for rank in range(size)}, "parts": {"size": size, "model": layout}}
+    with StoredTensors(tmp_path, "model", record) as stored:
+        for first, behind in itertools.combinations_with_replacement(range(8), 2):
+            assert torch.equal(stored.rows("w", first, behind), whole[first:behind])
+        assert stored.like("step", torch.zeros(7, 3)) == 5
+        assert torch.equal(stored.like("w", torch.zeros(7, 3)), whole)
 
 
 def test_two_then_one_then_two_processes_see_the_same_data_in_the_same_order(together: Any, alone: Path) -> None:

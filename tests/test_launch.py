@@ -111,6 +111,7 @@ def test_arguments_that_contradict_each_other_are_refused(two: Recipe) -> None:
     with pytest.raises(WorkerError, match="--master-addr: missing"):
         Machines(8, 2, node_rank=1).check()
     Machines(8, 2, node_rank=1, master_addr="first").check()
+    Machines(8, 2, node_rank=1, master_addr="127.0.0.1").check()  # two "machines" on one host
 
 
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

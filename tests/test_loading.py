@@ -15,7 +15,7 @@ from fastdraft.errors import ArtifactError, DeviceError, TargetError, Vocabulary
 from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling import loading
 from fastdraft.modeling.source import copy_tokenizer_files, tokenizer_digest
-from fastdraft.vocabulary import check_same, id_ranges
+from fastdraft.vocabulary import check_same, describe, id_ranges
 
 
 def test_the_vocabulary_tells_padding_bos_eos(tiny_target: Path) -> None:
@@ -172,3 +172,40 @@ def test_a_loaded_draft_holds_its_own_weights_and_not_its_file(tiny_draft: Path,
         file.write(bytes((folder / "model.safetensors").stat().st_size))
     assert all(torch.equal(parameter, kept) for parameter, kept in zip(draft.parameters(), before, strict=True))
     assert all(parameter.data_ptr() % 64 == 0 for parameter in draft.parameters())
+
+
+def test_a_tokenizer_is_loaded_once_and_anew_when_its_files_change(tiny_target: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_target, tmp_path / "target")
+    first = loading.load_tokenizer(str(folder))
+    assert loading.load_tokenizer(str(folder)) is first
+    old = loading.load_vocabulary(TargetConfig(model=str(folder)))
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["added_tokens"][-1]["content"] = "<|renamed|>"
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    assert loading.load_tokenizer(str(folder)) is not first
+    new = loading.load_vocabulary(TargetConfig(model=str(folder)))
+    assert new.digest == old.digest
+    assert new.special_digest != old.special_digest
+
+
+def test_a_loaded_tokenizer_is_that_of_transformers_and_copies_are_copies_again(tiny_target: Path) -> None:
+    import copy
+
+    from transformers import AutoTokenizer
+
+    loaded, plain = loading.load_tokenizer(str(tiny_target)), AutoTokenizer.from_pretrained(tiny_target)
+    assert loaded.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
+    assert loaded.special_tokens_map == plain.special_tokens_map
+    assert loaded.chat_template == plain.chat_template
+    assert copy.deepcopy(loaded.backend_tokenizer) is not loaded.backend_tokenizer
+
+
+def test_the_digests_of_a_vocabulary_stay_what_finished_runs_hold() -> None:
+    state = {
+        "added_tokens": [{"id": 3, "content": "<|end|>", "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+    }
+    described = describe(json.dumps(state))
+    assert (described.digest, described.special_digest, described.ids) == ("b8192c4a68cd721d5f4f", "52edda605a40bfc24ee2", {0, 1, 2, 3})

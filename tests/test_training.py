@@ -329,7 +329,7 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path, 
     def full(*unused: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("fastdraft.training.checkpoint.save_file", full)
+    monkeypatch.setattr("fastdraft.training.tensor_files.save_file", full)
     with pytest.raises(DiskError, match="no space left"):
         make_trainer(tmp_path, checkpoint_every=3).run()
     assert [path.name for path in (tmp_path / "steps").iterdir()] == ["step-000000003"]

@@ -5,6 +5,7 @@ One start of two interpreters for all of it: each part leaves its records in FOL
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fastdraft.console import Console
 from fastdraft.errors import DataError, DiskError, FastDraftError, WorkerError
+from fastdraft.training import tensor_files
 from fastdraft.training.batches import AlignmentBatches, PackedBatches, Sample, plan_batches
 from fastdraft.training.distributed import World, current, join
 from fastdraft.training.sharding import in_parts
@@ -71,6 +74,28 @@ def in_parts_run(folder: Path, stop: int = 0) -> str:
     chosen = Trainer(folder, model, make_step(parts), packed(), plan, Console(quiet=True), trained=parts)
     chosen.validate = lambda: Validation({"first": next(model.parameters())[0, 0].item()}, 0.0)
     return outcome(stop_at(chosen, stop).run if stop else chosen.run)
+
+
+def in_parts_again(folder: Path, world: World) -> list[str]:
+    """Two processes with parts, then one, then two with parts; before that one of two cannot write its part."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank:
+            patch.setattr(tensor_files, "save_file", no_space)
+        seen += [in_parts_run(folder, 5)]
+    world.all_agree(True)
+    seen += [str(list(folder.glob("steps/*")))]
+    seen += [in_parts_run(folder, 15)]
+    if world.is_main:
+        alone = stop_at(trainer(folder, packed(share=World().share), "adamw"), 30)
+        alone.world = World()
+        seen += [outcome(alone.run), str(alone.state.step)]
+    world.all_agree(True)
+    return [*seen, in_parts_run(folder)]
+
+
+def no_space(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, "no space left on device")
 
 
 class Layered(Model):
@@ -152,9 +177,10 @@ def everything(folder: Path, world: World) -> dict[str, Any]:
     told = world.on_main(lambda: {"score": 1.5, "none": None})
     parts = [in_parts_run(folder / "parts"), in_parts_run(folder / "parts_stopped", 15)]
     trainer(folder / "parts_stopped", packed(), "adamw").run()
+    again = in_parts_again(folder / "parts_again", world)
     return {
-        "parts": parts, "best": best, "limit": limit, "refused": refused, "skipped": skipped, "unread": unread, "stops": stops,
-        "written": written, "told": told,
+        "parts": parts, "again": again, "best": best, "limit": limit, "refused": refused, "skipped": skipped, "unread": unread,
+        "stops": stops, "written": written, "told": told,
     }  # fmt: skip
 
 

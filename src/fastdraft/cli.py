@@ -140,7 +140,7 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes on this machine, one a device (default 1)")
     group.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines (default 1); give the command on each")
     group.add_argument("--node-rank", type=int, default=0, metavar="I", help="this machine's number, from 0 (default 0)")
-    group.add_argument("--master-addr", default="127.0.0.1", metavar="HOST", help="name or address of machine 0")
+    group.add_argument("--master-addr", default="", metavar="HOST", help="name or address of machine 0")
     group.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="a free port of machine 0 (default 29500)")
     group.add_argument("--max-restarts", type=int, default=3, metavar="N", help="times that lost processes are replaced (default 3)")
 

@@ -171,3 +171,15 @@ def free_memory() -> None:
     accelerator = torch and torch.accelerator.current_accelerator(check_available=True)
     if torch and accelerator and hasattr(torch.get_device_module(accelerator), "empty_cache"):
         torch.get_device_module(accelerator).empty_cache()
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Lets Python's garbage collector rest while hundreds of thousands of lasting objects are made, which it would walk again and again."""
+    working = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if working:
+            gc.enable()

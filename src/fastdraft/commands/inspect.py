@@ -132,12 +132,11 @@ def inspect(target: TargetConfig) -> Inspection:
         TargetError, VocabularyError: as `run`.
     """
     from fastdraft.modeling.architecture import count_parameters, read_architecture
-    from fastdraft.modeling.loading import load_config, load_generation_config, load_tokenizer, vocabulary_of
+    from fastdraft.modeling.loading import load_config, load_encoding
     from fastdraft.modeling.traps import find_traps
 
     config = load_config(target.location, target.revision, target.trust_remote_code)
-    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
-    vocabulary = vocabulary_of(tokenizer, config, load_generation_config(target.location, target.revision), target.location)
+    tokenizer, vocabulary = load_encoding(target)
     architecture = read_architecture(config, target.location)
     traps = find_traps(vocabulary, tokenizer, config, architecture)
     return Inspection(target.model, config, architecture, count_parameters(config), vocabulary, traps, find_candidates(config))

@@ -44,13 +44,18 @@ class Machines:
     nproc_per_node: int = 1
     nnodes: int = 1
     node_rank: int = 0
-    master_addr: str = "127.0.0.1"
+    master_addr: str = ""
     master_port: int = 29500
     max_restarts: int = 3
 
     @property
     def processes(self) -> int:
         return self.nproc_per_node * self.nnodes
+
+    @property
+    def leader(self) -> str:
+        """Where the first machine is found; left out, it is this one."""
+        return self.master_addr or "127.0.0.1"
 
     def check(self) -> None:
         """Raises:
@@ -59,7 +64,7 @@ class Machines:
         if not 0 <= self.node_rank < self.nnodes:
             rule = f"must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}"
             raise WorkerError("--node-rank", self.node_rank, rule, "give each machine its own number, the first one 0")
-        if self.nnodes > 1 and self.master_addr == Machines.master_addr and self.node_rank:
+        if self.node_rank and not self.master_addr:
             raise WorkerError("--master-addr", "missing", "every machine must know the first one", "give its name or address")
 
     def check_devices(self, device: str) -> None:
@@ -197,7 +202,7 @@ def _run_agent(folder: Path, machines: Machines, call: dict[str, Any] | None, fa
         nproc_per_node=machines.nproc_per_node,
         run_id=uuid.uuid4().hex if call is None else call["id"],
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0" if call is None else f"{machines.master_addr}:{call['port']}",
+        rdzv_endpoint="localhost:0" if call is None else f"{machines.leader}:{call['port']}",
         rdzv_configs={"timeout": PATIENCE.total_seconds(), "is_host": machines.node_rank == 0},
         max_restarts=machines.max_restarts,
         monitor_interval=POLL_SECONDS,
@@ -263,9 +268,9 @@ class _Board:
 def _open_store(machines: Machines) -> Any:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    main, place = machines.node_rank == 0, f"{machines.master_addr}:{machines.master_port}"
+    main, place = machines.node_rank == 0, f"{machines.leader}:{machines.master_port}"
     try:
-        return TCPStore(machines.master_addr, machines.master_port, None, main, PATIENCE, wait_for_workers=False)
+        return TCPStore(machines.leader, machines.master_port, None, main, PATIENCE, wait_for_workers=False)
     except RuntimeError as error:
         found = "in use" if main else f"no answer in {PATIENCE}"
         remedy = "give another --master-port" if main else "start the first machine, and check --master-addr and --master-port"
@@ -281,5 +286,5 @@ def _free_port() -> int:
 def _own_address(machines: Machines) -> str:
     """The address by which this machine is seen from the first one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((machines.master_addr, machines.master_port))
+        probe.connect((machines.leader, machines.master_port))
         return str(probe.getsockname()[0])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 from array import array
@@ -79,13 +78,7 @@ class DocumentEncoder:
     """
 
     def __init__(self, tokenizer: Any, size: int) -> None:
-        from tokenizers import Tokenizer
-
-        description = json.loads(tokenizer.backend_tokenizer.to_str())
-        words = {token_id for token_id, _ in added_words(tokenizer)}
-        for token in description.get("added_tokens", []):
-            token["special"] = token["id"] not in words
-        self._tokenizer = Tokenizer.from_str(json.dumps(description))
+        self._tokenizer = _without_special_tokens(tokenizer)
         self._tokenizer.encode_special_tokens = True  # in this library the flag means: encode their text, do not look for them
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -109,3 +102,23 @@ class DocumentEncoder:
                 "tokenizer", f"gives id {top}", f"the model's vocabulary has {self._size}", "use the tokenizer that belongs to the target"
             )
         return [ids[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _without_special_tokens(tokenizer: Any) -> Any:
+    """A tokenizer of the same model and rules, to which all added tokens but words are special; the model itself is shared, not copied."""
+    from tokenizers import Tokenizer
+
+    backend, words = tokenizer.backend_tokenizer, {token_id for token_id, _ in added_words(tokenizer)}
+    copy = Tokenizer(backend.model)
+    copy.normalizer, copy.pre_tokenizer, copy.post_processor = backend.normalizer, backend.pre_tokenizer, backend.post_processor
+    added = sorted(backend.get_added_tokens_decoder().items())
+    copy.add_tokens([_marked(token, token_id not in words) for token_id, token in added])
+    return copy
+
+
+def _marked(token: Any, special: bool) -> Any:
+    """An added token, special or not."""
+    from tokenizers import AddedToken
+
+    same = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(token.content, special=special, **same)

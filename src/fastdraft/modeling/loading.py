@@ -1,17 +1,20 @@
 """Models, tokenizers and vocabularies from a directory or the hub, and drafts to a directory.
 
 Decides what may be loaded: safetensors only, fast tokenizers only, the families of `families.TARGET_FAMILIES`, no code from
-the hub unless asked for; and that every way in which loading fails is one line. Tokenizer files travel byte for byte: a
-tokenizer saved again is not recognised by every runtime.
+the hub unless asked for; that every way in which loading fails is one line; and that a tokenizer whose files have not changed is
+loaded and described once in a process, for a large vocabulary takes seconds. Tokenizer files travel byte for byte: a tokenizer saved
+again is not recognised by every runtime.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import logging
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +23,13 @@ import torch
 from fastdraft.artifacts import atomic_folder
 from fastdraft.errors import ArtifactError, DeviceError, TargetError
 from fastdraft.interfaces import TargetConfig
+from fastdraft.machine import no_collection
 from fastdraft.modeling.architecture import read_architecture
 from fastdraft.modeling.counting import auto_class
 from fastdraft.modeling.families import special_id, text_config
 from fastdraft.modeling.head import split_head
-from fastdraft.modeling.source import check_weights, copy_tokenizer_files, is_hub_id, raw_config
-from fastdraft.vocabulary import Vocabulary, build_vocabulary
+from fastdraft.modeling.source import TOKENIZER_FILES, check_weights, copy_tokenizer_files, is_hub_id, raw_config
+from fastdraft.vocabulary import Description, Vocabulary, build_vocabulary, describe
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -98,32 +102,30 @@ def load_generation_config(location: str, revision: str | None = None) -> Genera
 def load_tokenizer(location: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; a fast one, because only these can be compared and copied.
 
+    Everyone who asks for the same files is given the same object: do not change it.
+
     Raises:
         TargetError: when it is missing, damaged or has no fast form.
     """
-    from transformers import AutoTokenizer
-
-    is_hub_id(location)  # refuses what is neither a directory nor a model on the hub
-    if Path(location).is_dir() and not (Path(location) / "tokenizer.json").is_file() and not (Path(location) / "tokenizer.model").is_file():
-        raise TargetError(location, "no tokenizer.json", "a fast tokenizer is required", "copy the model's tokenizer files here")
-    with _one_line(location), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
-    if not getattr(tokenizer, "is_fast", False):
-        found = f"{type(tokenizer).__name__} is a slow tokenizer"
-        raise TargetError(location, found, "a fast tokenizer is required", "convert it to tokenizer.json first")
-    return tokenizer
+    return _loaded(location, revision, trust_remote_code).tokenizer
 
 
-def load_vocabulary(target: TargetConfig) -> Vocabulary:
-    """What the draft must share with this target, from config, generation config and tokenizer.
+def load_encoding(target: TargetConfig) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
+    """A target's tokenizer and what the draft must share with the target, from config, generation config and tokenizer.
 
     Raises:
         TargetError: when one of them cannot be loaded.
         VocabularyError: when the tokenizer has ids that the model has no row for.
     """
     config = load_config(target.location, target.revision, target.trust_remote_code)
-    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
-    return vocabulary_of(tokenizer, config, load_generation_config(target.location, target.revision), target.location)
+    loaded = _loaded(target.location, target.revision, target.trust_remote_code)
+    generation_config = load_generation_config(target.location, target.revision)
+    return loaded.tokenizer, _vocabulary(loaded.tokenizer, loaded.description, config, generation_config, target.location)
+
+
+def load_vocabulary(target: TargetConfig) -> Vocabulary:
+    """What the draft must share with this target; raises what `load_encoding` does."""
+    return load_encoding(target)[1]
 
 
 def vocabulary_of(
@@ -136,12 +138,71 @@ def vocabulary_of(
 
     A text ends at the tokenizer's EOS or at any EOS of the generation config (without one, of the config).
     """
-    listed = getattr(generation_config, "eos_token_id", None)
+    return _vocabulary(tokenizer, describe(tokenizer.backend_tokenizer.to_str()), config, generation_config, where)
+
+
+def _vocabulary(
+    tokenizer: PreTrainedTokenizerBase, description: Description, config: PreTrainedConfig, generation: GenerationConfig | None, where: str
+) -> Vocabulary:
+    listed = getattr(generation, "eos_token_id", None)
     eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else special_id(config, "eos_token_id"))]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else special_id(config, "pad_token_id")
-    state = tokenizer.backend_tokenizer.to_str()
     ends = [token_id for token_id in eos if token_id is not None]
-    return build_vocabulary(int(text_config(config).vocab_size), state, bos=tokenizer.bos_token_id, eos=ends, pad=pad, where=where)
+    return build_vocabulary(int(text_config(config).vocab_size), description, bos=tokenizer.bos_token_id, eos=ends, pad=pad, where=where)
+
+
+class _Loaded:
+    """A tokenizer, described when that is first asked for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def description(self) -> Description:
+        return describe(self.tokenizer.backend_tokenizer.to_str())
+
+
+def _loaded(location: str, revision: str | None, trust_remote_code: bool) -> _Loaded:
+    is_hub_id(location)  # refuses what is neither a directory nor a model on the hub
+    folder = Path(location)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        raise TargetError(location, "no tokenizer.json", "a fast tokenizer is required", "copy the model's tokenizer files here")
+    return _load_once(location, revision, trust_remote_code, _file_states(folder))
+
+
+def _file_states(folder: Path) -> tuple[tuple[object, ...], ...]:
+    """What tells whether a tokenizer's files were changed or replaced; empty for a model on the hub."""
+    found = [(path, path.stat()) for name in (*TOKENIZER_FILES, "config.json") for path in sorted(folder.glob(name))]
+    return tuple((str(path), state.st_size, state.st_mtime_ns, state.st_ino) for path, state in found)
+
+
+@lru_cache(maxsize=2)  # the target's and the draft's
+def _load_once(location: str, revision: str | None, trust_remote_code: bool, files: tuple[tuple[object, ...], ...]) -> _Loaded:
+    """`files` is there to tell one state of a directory from the next."""
+    from transformers import AutoTokenizer
+
+    with _one_line(location), quiet(), no_collection(), _no_copies():
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+    if not getattr(tokenizer, "is_fast", False):
+        found = f"{type(tokenizer).__name__} is a slow tokenizer"
+        raise TargetError(location, found, "a fast tokenizer is required", "convert it to tokenizer.json first")
+    return _Loaded(tokenizer)
+
+
+@contextlib.contextmanager
+def _no_copies() -> Iterator[None]:
+    """Lets transformers keep the tokenizer that it has just read from a file, in place of a copy: a third of its time."""
+    from tokenizers import Tokenizer
+
+    before = copyreg.dispatch_table.get(Tokenizer)
+    copyreg.pickle(Tokenizer, lambda tokenizer: "itself")  # of a string, copy.deepcopy makes the object itself
+    try:
+        yield
+    finally:
+        if before is None:
+            copyreg.dispatch_table.pop(Tokenizer, None)
+        else:
+            copyreg.dispatch_table[Tokenizer] = before
 
 
 def _ids(value: Any) -> list[int]:

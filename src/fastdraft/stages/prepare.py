@@ -18,7 +18,7 @@ from fastdraft.artifacts import FINGERPRINT, MANIFEST
 from fastdraft.config import Config, Count, format_count, names_a_device
 from fastdraft.data.sources import SourceConfig
 from fastdraft.errors import DataError
-from fastdraft.interfaces import StageContext, TargetConfig
+from fastdraft.interfaces import StageContext
 from fastdraft.provenance import describe_run
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
     Raises:
         DataError: when a source of unfinished work is missing.
     """
+    from fastdraft.modeling.loading import load_encoding
+
     artifact = context.artifact("prepare")
     stored = artifact.stored_fingerprint().get("corpora", []) if artifact.is_complete() else []
     corpora = []
@@ -112,21 +114,13 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
     sizes = config.model_dump(include={"row_length", "validation", "shard_tokens"})
     if config.long_rows:
         sizes["long_rows"] = {str(length): share for length, share in sorted(config.long_rows.items())}
-    encoding = _encoding(*_tokenizer(context.target))
+    encoding = _encoding(*load_encoding(context.target))
     return {**encoding, "seed": context.settings.seed, **sizes, **_masking(config), "corpora": corpora}
 
 
 def _masking(config: PrepareConfig) -> dict[str, bool]:
     """Named only where it is on, so that shards made before there was such a key still fit."""
     return {"document_masking": True} if config.document_masking else {}
-
-
-def _tokenizer(target: TargetConfig) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
-    from fastdraft.modeling.loading import load_config, load_generation_config, load_tokenizer, vocabulary_of
-
-    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
-    config = load_config(target.location, target.revision, target.trust_remote_code)
-    return tokenizer, vocabulary_of(tokenizer, config, load_generation_config(target.location, target.revision), target.location)
 
 
 def _encoding(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -155,9 +149,10 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     from fastdraft.data.build import CorpusBuild, Layout, Tools
     from fastdraft.data.journal import Journal
     from fastdraft.data.tokenize import DocumentEncoder, parallel_tokenization
+    from fastdraft.modeling.loading import load_encoding
 
     artifact, console = context.artifact("prepare"), context.console
-    tokenizer, vocabulary = _tokenizer(context.target)
+    tokenizer, vocabulary = load_encoding(context.target)
     encoding = _encoding(tokenizer, vocabulary)
     form = {"separator_id": encoding["separator_id"], "dtype": encoding["dtype"]}
     layout = Layout(config.row_length, dict(sorted(config.long_rows.items())), config.shard_tokens, config.validation, **form)

@@ -1,16 +1,14 @@
 """Everything that a training run needs to go on exactly where it stopped, on disk.
 
-Decides the format: a folder `steps/step-00000100` with weights, optimiser state and random state as safetensors (no pickle), and
-`state.json`, which holds the counters and the checksums of the others. Folders appear whole or not at all; the last two are kept; a
-damaged one is passed over for the one before.
+Decides the format: a folder `steps/step-00000100` with weights, optimiser state and random state as safetensors (no pickle), weights and
+state in one file each or, where processes hold parts, in one of each process; and `state.json`, which holds the counters and the
+checksums of the others. Folders appear whole or not at all; the last two are kept; a damaged one is passed over for the one before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,18 +17,29 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastdraft.artifacts import atomic_folder, file_sha256, read_json, write_json
+from fastdraft.artifacts import atomic_folder, read_json, write_json
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError
-from fastdraft.training.sharding import placed, whole
+from fastdraft.errors import ArtifactError, FastDraftError
+from fastdraft.machine import disk_errors
+from fastdraft.training.distributed import World
+from fastdraft.training.tensor_files import (
+    RANDOM,
+    STATE,
+    StoredTensors,
+    check_files,
+    describe_files,
+    file_name,
+    layout,
+    write_part,
+    write_tensors,
+)
 
 FOLDER, KEEP = "steps", 2
-_WEIGHTS, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+_WEIGHTS, _OPTIMIZER = file_name("model"), file_name("optimizer")
 _LIMIT = "micro_batch_limit.json"
-_WINDOWS_DISK_FULL = 112
 
 
 @dataclass
@@ -55,14 +64,6 @@ class TrainingState:
     best_score: float | None = None
 
 
-@dataclass(frozen=True)
-class Collected:
-    """Whole tensors, by name."""
-
-    weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-
-
 class Checkpoints:
     """The resume checkpoints of one stage, in `folder/steps`."""
 
@@ -75,29 +76,59 @@ class Checkpoints:
         for leftover in self.folder.glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def collect(self, optimizer: bool = True) -> Collected:
-        """The present weights, and the optimisers' state; call it in all processes where they hold parts of it."""
-        weights = {name: whole(parameter) for name, parameter in self._model.named_parameters()}
-        return Collected(weights, optimizer_tensors(self._model, self._optimizers) if optimizer else {})
-
-    def save(self, state: TrainingState, collected: Collected | None = None) -> None:
-        """Commits what was collected (by itself, where one process holds all) and the random state, then lets older folders go."""
-        collected = collected or self.collect()
+    def save(self, state: TrainingState) -> None:
+        """Commits whole weights, the optimisers' state and the random state, then lets older folders go."""
         with atomic_folder(self._step_folder(state.step)) as folder:
-            _write(collected.weights, folder / _WEIGHTS)
-            _write(collected.optimizer, folder / _OPTIMIZER)
-            _write(_random_tensors(self._device), folder / _RANDOM)
-            files = _describe_files(folder, (_WEIGHTS, _OPTIMIZER, _RANDOM))
-            write_json(folder / _STATE, {"schema": 1, "state": asdict(state), "files": files})
+            write_tensors(dict(self._model.named_parameters()), folder / _WEIGHTS)
+            write_tensors(optimizer_tensors(self._model, self._optimizers), folder / _OPTIMIZER)
+            self._write_state(folder, state, describe_files(folder, (_WEIGHTS, _OPTIMIZER)))
         self.saved_step = state.step
         self._prune(state)
 
-    def save_best(self, step: int, collected: Collected | None = None) -> None:
-        """Keeps the present weights as the best so far; older best ones stay until no kept checkpoint speaks of them."""
-        collected = collected or self.collect(optimizer=False)
+    def save_parts(self, state: TrainingState, world: World) -> None:
+        """The same of weights in parts: every process writes its own, process 0 the rest; call it in all.
+
+        Raises:
+            DiskError: in all processes, where one cannot write. ArtifactError: where one does not see the folder.
+        """
+        tensors: dict[str, dict[str, Tensor]] = {
+            "model": dict(self._model.named_parameters()),
+            "optimizer": optimizer_tensors(self._model, self._optimizers),
+        }
+        with contextlib.ExitStack() as commit:
+            begun = world.on_main(lambda: str(commit.enter_context(atomic_folder(self._step_folder(state.step)))))
+            folder, failed, own = Path(begun), None, {}
+            try:
+                if not folder.is_dir():
+                    rule, remedy = "all machines must see one folder", "set run.folder to a shared disk"
+                    raise ArtifactError(folder, "not on this machine", rule, remedy)
+                with disk_errors(folder):
+                    own = {kind: write_part(folder, kind, tensors[kind], world.rank, world.size) for kind in tensors}
+            except FastDraftError as error:
+                failed = error
+            world.raise_first(failed)
+            written = world.everyone(own)
+
+            def finish() -> None:
+                records = {kind: [record[kind] for record in written] for kind in tensors}
+                files = {name: about for kind in records for record in records[kind] for name, about in record["files"].items()}
+                self._write_state(folder, state, files, {"size": world.size, **{kind: layout(records[kind]) for kind in records}})
+                commit.close()
+                self._prune(state)
+
+            world.on_main(finish)
+        self.saved_step = state.step
+
+    def _write_state(self, folder: Path, state: TrainingState, files: dict[str, Any], parts: dict[str, Any] | None = None) -> None:
+        write_tensors(_random_tensors(self._device), folder / RANDOM)
+        record = {"schema": 1, "state": asdict(state), "files": {**files, **describe_files(folder, (RANDOM,))}}
+        write_json(folder / STATE, {**record, "parts": parts} if parts else record)
+
+    def save_best(self, step: int, model: nn.Module) -> None:
+        """Keeps a model's whole weights as the best so far; older best ones stay until no kept checkpoint speaks of them."""
         with atomic_folder(self._best_folder(step)) as folder:
-            _write(collected.weights, folder / _WEIGHTS)
-            write_json(folder / _STATE, {"schema": 1, "files": _describe_files(folder, (_WEIGHTS,))})
+            write_tensors(dict(model.named_parameters()), folder / _WEIGHTS)
+            write_json(folder / STATE, {"schema": 1, "files": describe_files(folder, (_WEIGHTS,))})
 
     def load_best(self, step: int, model: nn.Module) -> None:
         """Puts the best weights into `model`.
@@ -106,7 +137,7 @@ class Checkpoints:
             ArtifactError: when they are damaged.
         """
         folder = self._best_folder(step)
-        _check_files(folder, read_json(folder / _STATE))
+        check_files(folder, read_json(folder / STATE))
         copy_weights(model, load_file(folder / _WEIGHTS))
 
     def load_latest(self) -> TrainingState:
@@ -151,16 +182,16 @@ class Checkpoints:
         return next(self._model.parameters()).device
 
     def _load(self, folder: Path) -> TrainingState:
-        record = read_json(folder / _STATE)
-        _check_files(folder, record)
+        record = read_json(folder / STATE)
+        check_files(folder, record)
         try:
             state = _training_state(record["state"])
             if state.best_step >= 0:
-                _check_files(self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / _STATE))
-            weights, optimizer, random = (load_file(folder / name) for name in (_WEIGHTS, _OPTIMIZER, _RANDOM))
-            copy_weights(self._model, weights)
-            restore_optimizers(self._model, self._optimizers, optimizer)
-            _restore_random(random, self._device)
+                check_files(self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / STATE))
+            with StoredTensors(folder, "model", record) as weights, StoredTensors(folder, "optimizer", record) as optimizer:
+                load_weights(self._model, weights)
+                restore_optimizers(self._model, self._optimizers, optimizer)
+            _restore_random(load_file(folder / RANDOM), self._device)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
             raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
         return state
@@ -172,7 +203,7 @@ class Checkpoints:
         needed = {state.best_step}
         for folder in steps[-KEEP:]:
             with contextlib.suppress(ArtifactError, KeyError, TypeError):
-                needed.add(read_json(folder / _STATE)["state"]["best_step"])
+                needed.add(read_json(folder / STATE)["state"]["best_step"])
         for folder in self.folder.glob("best-*"):
             number = folder.name.removeprefix("best-")
             if number.isdecimal() and int(number) not in needed:
@@ -210,43 +241,50 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
             for key, value in values.items():
                 if not isinstance(value, Tensor):
                     raise TypeError(f"optimiser state {key} is no tensor")
-                tensors[f"{number}/{names[parameter]}/{key}"] = whole(value)
+                tensors[f"{number}/{names[parameter]}/{key}"] = value
     return tensors
 
 
-def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], stored: StoredTensors) -> None:
     """Puts what `optimizer_tensors` gave back in place, bit for bit; AdamW's step counts go where its kind wants them."""
     parameters = dict(model.named_parameters())
     for optimizer in optimizers:
         optimizer.state.clear()
-    for name, value in tensors.items():
+    for name in sorted(stored.keys()):
         number, parameter_name, key = name.split("/")
         optimizer, parameter = optimizers[int(number)], parameters[parameter_name]
         on_cpu = key == "step" and not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-        optimizer.state[parameter][key] = value.clone() if on_cpu else placed(value.clone(), parameter)
-
-
-def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # hides the system's error number in its text
-        number = re.search(r"os error (\d+)", str(error))
-        full = number and int(number[1]) in (errno.ENOSPC, _WINDOWS_DISK_FULL)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+        value = stored.like(name, parameter)
+        optimizer.state[parameter][key] = (value.cpu() if on_cpu else value).clone()
 
 
 def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts whole weights in place, all of them; where the model is in parts, this process's parts.
+    """Puts whole weights in place, all of them.
 
     Raises:
         KeyError: when the names are not the model's.
     """
-    parameters = dict(model.named_parameters())
-    if parameters.keys() != tensors.keys():
-        raise KeyError(", ".join(sorted(parameters.keys() ^ tensors.keys())[:3]))
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(placed(tensor, parameters[name]))
+        for name, parameter in _named(model, set(tensors)).items():
+            parameter.copy_(tensors[name])
+
+
+def load_weights(model: nn.Module, stored: StoredTensors) -> None:
+    """Puts stored weights in place; where the model is in parts, this process's parts.
+
+    Raises:
+        KeyError: when the names are not the model's.
+    """
+    with torch.no_grad():
+        for name, parameter in _named(model, stored.keys()).items():
+            parameter.copy_(stored.like(name, parameter))
+
+
+def _named(model: nn.Module, names: set[str]) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != names:
+        raise KeyError(", ".join(sorted(parameters.keys() ^ names)[:3]))
+    return parameters
 
 
 def _random_tensors(device: torch.device) -> dict[str, Tensor]:
@@ -267,19 +305,3 @@ def _restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
 def _which(device: torch.device) -> tuple[torch.device, ...]:
     """Apple's module knows one device and takes no argument for it."""
     return () if device.type == "mps" else (device,)
-
-
-def _describe_files(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
-
-
-def _check_files(folder: Path, record: Any) -> None:
-    files = record.get("files") if isinstance(record, dict) else None
-    if not isinstance(files, dict) or _WEIGHTS not in files or not set(files) <= {_WEIGHTS, _OPTIMIZER, _RANDOM}:
-        raise ArtifactError(folder / _STATE, "lists no files", "must name each file with its checksum", "delete this folder")
-    for name, expected in files.items():
-        path = folder / name
-        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
-            raise ArtifactError(folder / _STATE, f"no checksum of {name}", "must name each file with its checksum", "delete this folder")
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
-            raise ArtifactError(path, "damaged or missing", "must have the checksum written with it", "delete this folder")

@@ -84,6 +84,12 @@ class World:
             raise
         return _result(json.loads(self._broadcast(json.dumps({"result": found}))))
 
+    def everyone(self, value: Any) -> list[Any]:
+        """Everyone's JSON value, by rank."""
+        if self.size == 1:
+            return [value]
+        return [json.loads(self._broadcast(json.dumps(value) if rank == self.rank else "", rank)) for rank in range(self.size)]
+
     def raise_first(self, own: FastDraftError | None, ahead: bool = False) -> None:
         """Raises in all processes the error of the first that has one; returns when none has.
 

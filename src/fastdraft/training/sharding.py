@@ -1,9 +1,9 @@
 """FSDP2: every process holds a part of each weight, of its gradient and of the optimiser's state.
 
 Decides that the loss is computed inside the sharded module, where the weights are put together; that gradients are added to their parts
-after every micro-batch (a whole gradient is what there is no room for); and that a sharded run is told from others by its memory only:
-what is saved, validated and exported are whole weights, put together from the parts, so that a run may go on with another number of
-processes, or with DDP. torch.distributed.checkpoint would save parts, but its index is a pickle.
+after every micro-batch (a whole gradient is what there is no room for); that what is validated and exported are whole weights, put
+together in process 0 one tensor at a time; and which rows of a tensor are whose, so that each process saves and reads its own
+(training/tensor_files.py) and a run may go on with another number of processes, or with DDP.
 """
 
 from __future__ import annotations
@@ -74,15 +74,42 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, in parts as `like` is; the tensor on its device where `like` is in no parts."""
-    tensor = tensor.to(like.device)
-    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+def gather_into(model: nn.Module, trained: nn.Module, world: World) -> None:
+    """Puts the trained weights into the model of process 0; call it in all processes."""
+    places = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            found = whole(parameter)
+            if world.is_main:
+                places[name].copy_(found)
 
-    like_parts: Any = like
-    return distribute_tensor(tensor, like_parts.device_mesh, like_parts.placements, src_data_rank=None)
+
+def held_rows(tensor: Tensor) -> tuple[int, int] | None:
+    """The first row that this process holds of a tensor in parts, and the one behind its last; None where it holds all."""
+    if not hasattr(tensor, "full_tensor"):
+        return None
+    in_parts: Any = tensor
+    mesh = in_parts.device_mesh
+    rows = -(-tensor.shape[0] // mesh.size())  # as torch.chunk cuts: the last processes may hold fewer, or none
+    first = min(tensor.shape[0], rows * mesh.get_local_rank())
+    behind = min(tensor.shape[0], first + rows)
+    if local(tensor).shape[0] != behind - first:
+        raise ValueError(f"process {mesh.get_local_rank()} holds {local(tensor).shape[0]} rows and not {first} to {behind}")
+    return first, behind
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return held
+
+
+def from_rows(like: Tensor, rows: Tensor) -> Tensor:
+    """A tensor in parts as `like` is, of which this process holds these rows."""
+    made = torch.empty_like(like, dtype=rows.dtype, requires_grad=False)
+    with torch.no_grad():
+        local(made).copy_(rows)
+    return made
 
 
 def outside(step: TrainStep, model: PreTrainedModel, trained: nn.Module) -> TrainStep:

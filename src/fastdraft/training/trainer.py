@@ -22,12 +22,12 @@ from fastdraft.console import Console, Progress
 from fastdraft.errors import ArtifactError, FastDraftError, Interrupted, TrainingError, WorkerError
 from fastdraft.machine import is_out_of_memory
 from fastdraft.training.batches import Batch, BatchSource
-from fastdraft.training.checkpoint import Checkpoints, TrainingState, copy_weights
+from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from fastdraft.training.distributed import World, current
 from fastdraft.training.memory import cut_rows, halved_limit, limited, release_memory, within_memory
 from fastdraft.training.metrics import Metrics
 from fastdraft.training.replicas import IDLE, DataParallel, ElsewhereOutOfMemory
-from fastdraft.training.sharding import Sharded, is_in_parts
+from fastdraft.training.sharding import Sharded, gather_into, is_in_parts
 from fastdraft.training.step import TrainStep
 from fastdraft.training.transfer import arrive
 
@@ -170,11 +170,8 @@ class Trainer:
 
     def _collect(self) -> None:
         """Puts the trained weights into the model of process 0, where they are in parts."""
-        if self._trained is self.model:
-            return
-        weights = self.checkpoints.collect(optimizer=False).weights
-        if self.world.is_main:
-            copy_weights(self.model, weights)
+        if self._trained is not self.model:
+            gather_into(self.model, self._trained, self.world)
 
     def _prepare(self, step: int) -> Prepared:
         """Reads a step's data, in another thread while the step before is trained, and agrees on what all must know.
@@ -308,8 +305,10 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        collected = self.checkpoints.collect()
-        self.world.on_main(lambda: self.checkpoints.save(self.state, collected))
+        if is_in_parts(self._trained):
+            self.checkpoints.save_parts(self.state, self.world)
+        else:
+            self.world.on_main(lambda: self.checkpoints.save(self.state))
         self.checkpoints.saved_step = self.state.step
 
     def _stop(self) -> None:
@@ -328,8 +327,7 @@ class Trainer:
         metrics.write(step=self.state.step, tokens=self.state.tokens, **found["metrics"])
         best = -math.inf if self.state.best_score is None else self.state.best_score
         if found["score"] is not None and found["score"] > best:
-            collected = self.checkpoints.collect(optimizer=False)
-            self.world.on_main(lambda: self.checkpoints.save_best(self.state.step, collected))
+            self.world.on_main(lambda: self.checkpoints.save_best(self.state.step, self.model))
             self.state.best_step, self.state.best_score = self.state.step, found["score"]
 
     def _measure(self) -> dict[str, Any]:
