@@ -111,7 +111,7 @@ def test_text_that_does_not_come_back_exactly_is_told(tmp_path: Path, tiny_targe
         ({"prompt": "x", "temperature": 1}, "must hold"),
         ({"text": "x"}, "must hold"),
         ({"messages": [{"role": "user"}], "response": "y", "temperature": 1}, "message without text"),
-        ({"prompt": "x", "response": "y", "temperature": "hot"}, "must be numbers"),
+        ({"prompt": "x", "response": "y", "temperature": "hot"}, "must be from 0 to 10"),
         ([1], "JSON list"),
     ],
 )
