@@ -2,8 +2,8 @@
 
 Decides which shapes of a line are understood (a chat with its response, a conversation that ends with the assistant, a prompt
 with its completion, a logged request with its response), that an answer is taken as it stands, that a line which leaves open
-how the answer was drawn stops the run instead of being guessed, that more than text (pictures, tool calls) is left out, and that lines whose conversations begin with the same words
-belong together.
+how the answer was drawn stops the run instead of being guessed, that more than text (pictures, tool calls) is left out, and that
+lines whose conversations begin with the same words belong together.
 """
 
 from __future__ import annotations

@@ -35,6 +35,9 @@ __all__ = [
     "pick_device", "quiet", "save_draft", "set_threads", "split_head", "vocabulary_of",
 ]  # fmt: skip
 
+_HUGE_ID = re.compile(rb'(?<![0-9.\w"+-])[0-9]{8,}(?=\s*[,}\]])')
+_PROBE = "A fox, \U0001f98a\x00."
+"""Of words, and of characters that a small vocabulary must spell or call unknown."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -106,12 +109,27 @@ def load_tokenizer(location: str, revision: str | None = None, trust_remote_code
     is_hub_id(location)  # refuses what is neither a directory nor a model on the hub
     if Path(location).is_dir() and not (Path(location) / "tokenizer.json").is_file() and not (Path(location) / "tokenizer.model").is_file():
         raise TargetError(location, "no tokenizer.json", "a fast tokenizer is required", "copy the model's tokenizer files here")
+    _refuse_huge_ids(Path(location) / "tokenizer.json")
     with _one_line(location), quiet():
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "is_fast", False):
         found = f"{type(tokenizer).__name__} is a slow tokenizer"
         raise TargetError(location, found, "a fast tokenizer is required", "convert it to tokenizer.json first")
+    longest = getattr(tokenizer, "model_max_length", None)
+    if isinstance(longest, bool) or not isinstance(longest, int | float):  # compared with every text's length
+        found = f"model_max_length {longest!r:.40}"
+        raise TargetError(f"{location}/tokenizer_config.json", found, "must be a number", "fetch the model again")
+    with _one_line(location):  # a damaged one may load and fail at a text
+        tokenizer.decode(tokenizer(_PROBE, verbose=False).input_ids)
     return tokenizer
+
+
+def _refuse_huge_ids(path: Path) -> None:
+    """One wrong digit in an id, and the library would list every id that is missing up to there: gigabytes."""
+    found = _HUGE_ID.search(path.read_bytes()) if path.is_file() else None
+    if found:
+        rule = "ids must be those of a vocabulary"
+        raise TargetError(path, f"the number {found[0].decode():.40}", rule, "fetch the model again")
 
 
 def load_vocabulary(target: TargetConfig) -> Vocabulary:
@@ -171,20 +189,41 @@ def load_draft(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     """A draft or checkpoint that FastDraft wrote: eval mode, on `device`.
 
     Raises:
-        ArtifactError: when a file is missing or damaged.
+        ArtifactError: when a file is missing or damaged, or a weight is not finite.
     """
     try:
         check_weights(str(folder))
         with _one_line(str(folder)):
+            _refuse_whole_numbers(folder)
             return _own_memory(_from_pretrained(str(folder), dtype)).to(device).eval()
     except TargetError as error:
         raise ArtifactError(error.where, error.found, error.rule, "delete its stage's folder and run the stage again") from error
 
 
+def _refuse_whole_numbers(folder: Path) -> None:
+    """Weights that a damaged header calls integers would be taken for numbers all the same, and quietly be others."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                kind = file.get_slice(name).get_dtype()
+                if not kind.startswith(("F", "BF")):
+                    raise TargetError(path, f"{name} of kind {kind}", "weights must be floating-point numbers", "fetch the model again")
+
+
 def _own_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """Copies weights that are still views into the file: unaligned for the processor, and Windows would not let the file be replaced."""
+    """Copies weights that are still views into the file (unaligned for the processor, and Windows would not let the file be replaced),
+    and looks at each while it is at hand.
+
+    Raises:
+        TargetError: when one is not finite.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    broken = next((name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())), None)
+    if broken:
+        raise TargetError(model.name_or_path, f"{broken} holds NaN or infinity", "every weight must be finite", "fetch the model again")
     return model
 
 

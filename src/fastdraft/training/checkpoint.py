@@ -12,7 +12,7 @@ import errno
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ class Checkpoints:
         """
         folder = self._best_folder(step)
         _check_files(folder, read_json(folder / _STATE))
-        copy_weights(model, load_file(folder / _WEIGHTS))
+        with _fitting(folder):
+            copy_weights(model, load_file(folder / _WEIGHTS))
 
     def load_latest(self) -> TrainingState:
         """Restores the newest whole checkpoint; a fresh state when there is none at all.
@@ -153,7 +154,7 @@ class Checkpoints:
     def _load(self, folder: Path) -> TrainingState:
         record = read_json(folder / _STATE)
         _check_files(folder, record)
-        try:
+        with _fitting(folder):
             state = _training_state(record["state"])
             if state.best_step >= 0:
                 _check_files(self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / _STATE))
@@ -161,8 +162,6 @@ class Checkpoints:
             copy_weights(self._model, weights)
             restore_optimizers(self._model, self._optimizers, optimizer)
             _restore_random(random, self._device)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-            raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
         return state
 
     def _prune(self, state: TrainingState) -> None:
@@ -183,6 +182,15 @@ class Checkpoints:
 
     def _best_folder(self, step: int) -> Path:
         return self.folder / f"best-{step:09d}"
+
+
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Whatever is raised where files are whole but not of this run, as one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
 
 
 def _training_state(record: Any) -> TrainingState:
@@ -215,15 +223,31 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Puts what `optimizer_tensors` gave back in place, bit for bit; AdamW's step counts go where its kind wants them."""
+    """Puts what `optimizer_tensors` gave back in place, bit for bit; AdamW's step counts go where its kind wants them.
+
+    Raises:
+        LookupError: for a name that is not of this model and its optimisers.
+        ValueError: for a tensor of another shape or kind, or where an optimiser knows some of its weights and not the others.
+    """
     parameters = dict(model.named_parameters())
     for optimizer in optimizers:
         optimizer.state.clear()
     for name, value in tensors.items():
         number, parameter_name, key = name.split("/")
         optimizer, parameter = optimizers[int(number)], parameters[parameter_name]
+        _check_alike(name, value, parameter.shape if key != "step" else torch.Size(()))
         on_cpu = key == "step" and not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
         optimizer.state[parameter][key] = value.clone() if on_cpu else placed(value.clone(), parameter)
+    for number, optimizer in enumerate(optimizers):
+        owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if len({frozenset(optimizer.state.get(parameter, ())) for parameter in owned}) > 1:
+            raise ValueError(f"optimiser {number} lacks the state of some weights")
+
+
+def _check_alike(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Torch would spread a smaller tensor over a larger one, and take integers for weights, without a word."""
+    if tensor.shape != shape or not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} where {list(shape)} stood")
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -239,11 +263,13 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Puts whole weights in place, all of them; where the model is in parts, this process's parts.
 
     Raises:
-        KeyError: when the names are not the model's.
+        KeyError: when the names are not the model's. ValueError: when a shape is another, or a tensor holds whole numbers.
     """
     parameters = dict(model.named_parameters())
     if parameters.keys() != tensors.keys():
         raise KeyError(", ".join(sorted(parameters.keys() ^ tensors.keys())[:3]))
+    for name, tensor in tensors.items():
+        _check_alike(name, tensor, parameters[name].shape)
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(placed(tensor, parameters[name]))
