@@ -354,7 +354,7 @@ def test_a_checkpoint_of_other_tensors_is_one_line_though_its_checksums_are_righ
 
 
 def test_best_weights_of_other_shapes_are_one_line(tmp_path: Path) -> None:
-    checkpoints, model, _ = saved(tmp_path)
+    checkpoints, _, _ = saved(tmp_path)
     checkpoints.save_best(1)
     with pytest.raises(ArtifactError, match="does not fit"):
         checkpoints.load_best(1, nn.Linear(4, 2))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdraft.artifacts import atomic_folder
+from fastdraft.artifacts import atomic_folder, read_json
 from fastdraft.errors import ArtifactError, DeviceError, TargetError
 from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling.architecture import read_architecture
@@ -89,13 +89,27 @@ def load_config(location: str, revision: str | None = None, trust_remote_code: b
 
 
 def load_generation_config(location: str, revision: str | None = None) -> GenerationConfig | None:
-    """The generation config beside a model, None when there is none."""
+    """The generation config beside a model, None when there is none; of one that transformers refuses the ids that end a text.
+
+    Raises:
+        TargetError: when it is no JSON object.
+    """
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(location, revision=revision)
-    except (OSError, ValueError):
-        return None
+        with quiet():
+            return GenerationConfig.from_pretrained(location, revision=revision)
+    except Exception as error:  # transformers looks into other keys too, and raises several kinds
+        path = Path(location) / "generation_config.json"
+        if not path.is_file():
+            if isinstance(error, OSError | ValueError):
+                return None
+            raise _explain(location, error) from error
+    try:
+        return GenerationConfig(eos_token_id=dict(read_json(path)).get("eos_token_id"))
+    except (ArtifactError, TypeError, ValueError, AttributeError) as error:
+        found = str(getattr(error, "found", "not an object"))
+        raise TargetError(path, found, "must be a JSON object", "fetch the model again, or delete this file") from error
 
 
 def load_tokenizer(location: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -155,15 +169,20 @@ def vocabulary_of(
     A text ends at the tokenizer's EOS or at any EOS of the generation config (without one, of the config).
     """
     listed = getattr(generation_config, "eos_token_id", None)
-    eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else special_id(config, "eos_token_id"))]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else special_id(config, "pad_token_id")
+    eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else special_id(config, "eos_token_id"), where, "eos_token_id")]
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = next(iter(_ids(special_id(config, "pad_token_id"), where, "pad_token_id")), None)
     state = tokenizer.backend_tokenizer.to_str()
     ends = [token_id for token_id in eos if token_id is not None]
     return build_vocabulary(int(text_config(config).vocab_size), state, bos=tokenizer.bos_token_id, eos=ends, pad=pad, where=where)
 
 
-def _ids(value: Any) -> list[int]:
-    return [] if value is None else [int(value)] if isinstance(value, int) else [int(item) for item in value]
+def _ids(value: Any, where: str, name: str) -> list[int]:
+    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if any(type(item) is not int for item in ids):
+        raise TargetError(where, f"{name} {value!r:.40}", "must be a token id, or a list of them", "fetch the model again")
+    return ids
 
 
 def load_target(target: TargetConfig, device: torch.device | str) -> PreTrainedModel:
