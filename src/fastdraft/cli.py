@@ -317,6 +317,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
+    _open_closed_streams()
     parser = build_parser()
     arguments = _parse(parser, argv)
     if arguments.version:
@@ -358,6 +359,13 @@ def _say(line: str, exit_code: int) -> int:
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr)
     return exit_code
+
+
+def _open_closed_streams() -> None:
+    """Gives a process that was started with stdout or stderr closed (`>&-`, some services) one that leads nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open to the end of the process)
 
 
 def _take_any_character() -> None:

@@ -1,13 +1,16 @@
 """What a user and a system say in a conversation: all that the target needs to write its own side of it.
 
 Decides which shapes of `messages` are understood (OpenAI's role and content, ShareGPT's from and value), that logged answers are
-passed over, since the target gives its own at every turn, and that tools, pictures and late system messages cannot be asked.
+passed over, since the target gives its own at every turn, that tools, pictures and late system messages cannot be asked, and that
+half of a surrogate pair, which no tokenizer takes, is read as U+FFFD.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fastdraft.errors import DataError
 
@@ -32,6 +35,18 @@ class Conversation:
 
 Prompt = str | Conversation
 """Text as it stands, or a conversation."""
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def whole_characters(value: Any) -> Any:
+    """A JSON value whose texts hold whole characters only: JSON may write half of a surrogate pair, as in "\\ud83d"."""
+    if isinstance(value, str):
+        return value if value.isascii() else _HALF.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [whole_characters(item) for item in value]
+    return {name: whole_characters(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def read_conversation(value: object, where: str) -> Conversation | None:

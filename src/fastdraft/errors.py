@@ -1,7 +1,8 @@
 """Every error that FastDraft raises on purpose, and nothing else.
 
 Decides how a failure reads: one line that names where (a recipe key or a file), what was found there, the rule that it
-breaks and the remedy. The command line prints that line and exits with `exit_code`; the Python API raises it.
+breaks and the remedy. The command line prints that line and exits with `exit_code`; the Python API raises it. What was found may be
+anything: it is cut where it is long, and what would steer a terminal or turn the writing round is written as its escape.
 
     FastDraftError
     |-- RecipeError        a recipe key is unknown, of the wrong type or out of range
@@ -20,6 +21,23 @@ breaks and the remedy. The command line prints that line and exits with `exit_co
 
 from __future__ import annotations
 
+import re
+
+_LONGEST = 400
+_STEERING = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters that are no white space, and those that turn the direction of writing."""
+
+
+def _shown(text: object) -> str:
+    """In one line without anything that steers a terminal."""
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), " ".join(str(text).split()))
+
+
+def _cut(text: object) -> str:
+    """As shown, the middle of a long text left out."""
+    shown = _shown(text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST * 3 // 4]} ... {shown[-_LONGEST // 4 :]}"
+
 
 class FastDraftError(Exception):
     """A failure that the user can understand and mend.
@@ -35,7 +53,7 @@ class FastDraftError(Exception):
 
     def __init__(self, where: object, found: object, rule: str, remedy: str) -> None:
         self.where, self.found, self.rule, self.remedy = str(where), str(found), rule, remedy
-        super().__init__(" ".join(f"{self.where}: {self.found}: {rule}; {remedy}".split()))
+        super().__init__(f"{_shown(where)}: {_cut(found)}: {_cut(rule)}; {_shown(remedy)}")
 
     def __reduce__(self) -> tuple[type[FastDraftError], tuple[str, str, str, str]]:
         return type(self), (self.where, self.found, self.rule, self.remedy)

@@ -7,6 +7,7 @@ in both, and that a conversation (`--chat` without a prompt, on a terminal) goes
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdraft.console import Console
+from fastdraft.conversation import whole_characters
 from fastdraft.errors import DataError, DeviceError, RecipeError
 from fastdraft.interfaces import Sampling, TargetConfig
 
@@ -142,26 +144,39 @@ def run(
     decoder, tokenizer = _open(target, draft, num_speculative_tokens, device)
     sampling = Sampling(temperature, top_k, top_p)
     writer = _Writer(decoder, tokenizer, sampling, max_new_tokens, seed, _colored(color), console)
-    if chat and prompt is None and sys.stdin.isatty():
+    if chat and prompt is None and sys.stdin and sys.stdin.isatty():
         answers = _converse(writer)
     else:
         text = prompt if prompt is not None else _read_prompt(console)
         if not text.strip():
             raise DataError("--prompt", "empty", "there must be a prompt", "give --prompt TEXT or pipe text into the command")
+        if whole_characters(text) != text:  # how Python hands on bytes that the locale cannot read
+            rule = "a prompt must be text in the character set of this terminal"
+            raise DataError("--prompt", "bytes that are no text", rule, "convert it to UTF-8, or set a UTF-8 locale such as LC_ALL=C.UTF-8")
         answers = [_first(writer, text, chat, compare)]
     _report(writer, answers, compare)
 
 
 def _read_prompt(console: Console) -> str:
-    """The whole of stdin without the line end that `echo` and the Enter key put behind it."""
+    """The whole of stdin without the line end that `echo` and the Enter key put behind it; nothing where it is closed.
+
+    Raises:
+        DataError: when it is not text.
+    """
+    if not sys.stdin:
+        return ""
     if sys.stdin.isatty():
         console.say("write the prompt; end it with Ctrl-D on a line of its own (Windows: Ctrl-Z and Enter)")
-    return sys.stdin.read().removesuffix("\n")
+    try:
+        return sys.stdin.read().removesuffix("\n").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        found, rule = f"byte {error.start} is not {error.encoding}", "a piped prompt must be text"
+        raise DataError("stdin", found, rule, "convert it to UTF-8, or give --prompt TEXT") from None
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, seed: int) -> None:
     rules = [
-        ("--temperature", temperature, temperature >= 0, "must be 0 (greedy) or more"),
+        ("--temperature", temperature, 0 <= temperature < math.inf, "must be 0 (greedy) or more"),
         ("--top-k", top_k, top_k >= 0, "must be 0 (all) or more"),
         ("--top-p", top_p, 0 < top_p <= 1, "must be above 0 and at most 1"),
         ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1"),
@@ -221,7 +236,7 @@ def _converse(writer: _Writer) -> list[_Answer]:
     answers: list[_Answer] = []
     while True:
         try:
-            text = input("> ").strip()
+            text = whole_characters(input("> ").strip())
             if not text:
                 continue
             messages.append({"role": "user", "content": text})

@@ -2,7 +2,8 @@
 
 Decides where token ids and log-probs are looked for (vLLM, SGLang, llama.cpp and OpenAI put them in different places); that
 text without ids is tokenised again behind its prompt and is no use when it does not come back exactly; that an answer ends at
-the first EOS id; and when a log-prob is one of the distribution that the token was drawn from.
+the first EOS id; when a log-prob is one of the distribution that the token was drawn from; and that a number which no log-prob can
+be counts as not told.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ LogprobKind = Literal["processed", "raw", "none"]
 
 STOP_WORDS = frozenset({"stop", "eos", "eos_token", "end_turn"})
 LENGTH_WORDS = frozenset({"length", "max_tokens"})
-_TOKEN_ID = re.compile(r"token_id:(\d+)")
+_TOKEN_ID = re.compile(r"token_id:([0-9]{1,12})")
+_UNTOLD, _ROUNDING = -9999.0, 1e-3
+"""What OpenAI writes for a token that was not among the most likely; how far above 0 rounding may carry a log-prob."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def read_choices(body: Mapping[str, Any]) -> list[Choice]:
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise ValueError("no 'choices'")
+    if any("delta" in choice for choice in choices):
+        raise ValueError("a piece of a streamed answer")
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) and len(choices) == 1 else {}
     return [_choice(choice, body, usage) for choice in choices]
@@ -95,25 +100,32 @@ def _listed_tokens(choice: Mapping[str, Any]) -> list[tuple[int | None, float | 
     """(id, log-prob) of each token as the choice lists them; None for what it does not tell."""
     meta, logprobs = choice.get("meta_info"), choice.get("logprobs")
     if isinstance(meta, dict) and isinstance(meta.get("output_token_logprobs"), list):  # SGLang's own
-        entries = [entry for entry in meta["output_token_logprobs"] if isinstance(entry, list | tuple) and len(entry) >= 2]
-        return [(_count(entry[1]), _number(entry[0])) for entry in entries]
+        return [_sglang_entry(entry) for entry in meta["output_token_logprobs"]]
     if not isinstance(logprobs, dict):
         return []
     if isinstance(logprobs.get("content"), list):  # chat answers, and llama.cpp's in both APIs
-        return [_content_entry(entry) for entry in logprobs["content"] if isinstance(entry, dict)]
+        return [_content_entry(entry) for entry in logprobs["content"]]
     values = logprobs.get("token_logprobs")
     if not isinstance(values, list):
         return []
     names = logprobs.get("tokens")
     listed = names if isinstance(names, list) and len(names) == len(values) else [None] * len(values)
-    return [(_named_id(name), _number(value)) for name, value in zip(listed, values, strict=True)]
+    return [(_named_id(name), read_logprob(value)) for name, value in zip(listed, values, strict=True)]
 
 
-def _content_entry(entry: Mapping[str, Any]) -> tuple[int | None, float | None]:
+def _sglang_entry(entry: object) -> tuple[int | None, float | None]:
+    if not isinstance(entry, list | tuple) or len(entry) < 2:
+        return None, None  # a token all the same: without it the others would move up
+    return _count(entry[1]), read_logprob(entry[0])
+
+
+def _content_entry(entry: object) -> tuple[int | None, float | None]:
+    if not isinstance(entry, dict):
+        return None, None
     token_id = _count(entry.get("id"))
-    value, prob = _number(entry.get("logprob")), _number(entry.get("prob"))
-    if value is None and prob is not None:
-        value = math.log(prob) if prob > 0 else -math.inf
+    value, prob = read_logprob(entry.get("logprob")), entry.get("prob")
+    if value is None and isinstance(prob, int | float) and not isinstance(prob, bool) and 0 < prob < 1 + _ROUNDING:
+        value = read_logprob(math.log(prob))
     return token_id if token_id is not None else _named_id(entry.get("token")), value
 
 
@@ -133,8 +145,13 @@ def _count(value: object) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def read_logprob(value: object) -> float | None:
+    """A natural log of a probability; None for what cannot be one. NaN stays: it says that the target's numbers were not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float) and math.isnan(value):
+        return math.nan
+    return min(float(value), 0.0) if _UNTOLD < value <= _ROUNDING else None
 
 
 def _word(value: object) -> str | None:
@@ -169,7 +186,7 @@ class AnswerReader:
             return Generation(prompt, [], [], "length", fault=f"finish_{re.sub(r'[^a-z_]', '', word or 'none')[:24]}")
         if ids is None:
             return Generation(prompt, [], [], "length", fault="not_round_trip")
-        if any(token_id >= self.vocabulary_size for token_id in ids):
+        if any(not 0 <= token_id < self.vocabulary_size for token_id in ids):
             return Generation(prompt, [], [], "length", fault="unknown_id")
         logprobs = choice.logprobs if choice.logprobs is not None and len(choice.logprobs) == len(ids) else None
         ids, logprobs = self._ended(ids, logprobs, choice)

@@ -2,12 +2,13 @@
 
 Decides which shapes of a line are understood (a chat with its response, a conversation that ends with the assistant, a prompt
 with its completion, a logged request with its response), that an answer is taken as it stands, that a line which leaves open
-how the answer was drawn stops the run instead of being guessed, and that lines whose conversations begin with the same words
-belong together.
+how the answer was drawn stops the run instead of being guessed, that more than text (pictures, tool calls) is left out, and that
+lines whose conversations begin with the same words belong together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fastdraft.config import Config, Count
+from fastdraft.conversation import whole_characters
 from fastdraft.data.chat import render_prompt
-from fastdraft.data.openai_format import AnswerReader, Choice, LogprobKind, read_choices
+from fastdraft.data.openai_format import AnswerReader, Choice, LogprobKind, read_choices, read_logprob
 from fastdraft.data.readers import read_jsonl
 from fastdraft.data.responses import ids_hash
 from fastdraft.data.sources import FoundFile, JsonlSource
@@ -34,6 +36,7 @@ _NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "repeat_penalty
 """What a request may say without bending the distribution; anything else in these keys makes its log-probs no use for replay."""
 _BENDING = ("logit_bias", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "response_format", "grammar", "bad_words")
 _ANSWERS = ("response", "completion", "answer", "output")
+_HOTTEST, _LARGEST_TOP_K = 10, 1 << 30
 _SHAPES = "must hold `messages` or `prompt`, and `choices`, `response` or a last message of the assistant"
 
 
@@ -104,6 +107,8 @@ class Entry:
     sampling: Sampling
     bent: bool
     """The request bent the distribution by other means than temperature, top-k and top-p."""
+    more_than_text: bool = False
+    """The conversation holds pictures or tool calls, without which the answer would stand behind another prompt."""
 
     @property
     def texts(self) -> list[str]:
@@ -127,13 +132,14 @@ def read_entries(config: TranscriptLog) -> Iterator[Entry]:
     """
     for file in config.files():
         for number, row in read_jsonl(file.path):
-            yield _entry(f"{file.path} line {number}", row, config)
+            yield _entry(f"{file.path} line {number}", whole_characters(row), config)
 
 
 def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> Entry:
     request = next((row[key] for key in ("request", "body") if isinstance(row.get(key), dict)), row)
-    messages, prompt = _messages(where, request.get("messages", row.get("messages"))), request.get("prompt", row.get("prompt"))
-    choices = _choices(row, chat=messages is not None)
+    listed = request.get("messages", row.get("messages"))
+    messages, prompt = _messages(where, listed), request.get("prompt", row.get("prompt"))
+    choices = _choices(where, row, chat=messages is not None)
     if not choices and messages and messages[-1]["role"] == "assistant":
         choices = [Choice(messages[-1]["content"], None, None, str(row.get("finish_reason") or "stop"))]
         messages = messages[:-1]
@@ -143,7 +149,15 @@ def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> Entry:
     told = {**row, **request}
     sampling = _sampling(where, told, config)
     bent = any(told.get(key) not in (None, value) for key, value in _NEUTRAL.items()) or any(told.get(key) for key in _BENDING)
-    return Entry(where, messages, [] if messages else (prompt if prompt is not None else ""), choices, sampling, bent)
+    more = messages is not None and any(map(_is_more_than_text, listed))
+    return Entry(where, messages, [] if messages else (prompt if prompt is not None else ""), choices, sampling, bent, more)
+
+
+def _is_more_than_text(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    other = any(not isinstance(part, dict) or not isinstance(part.get("text"), str) for part in parts)
+    return other or bool(message.get("tool_calls") or message.get("function_call"))
 
 
 def _messages(where: str, value: object) -> list[dict[str, str]] | None:
@@ -152,7 +166,9 @@ def _messages(where: str, value: object) -> list[dict[str, str]] | None:
     messages = []
     for message in value:
         content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list):  # parts, of which only text is for a language model
+        if isinstance(message, dict) and content is None and _is_more_than_text(message):
+            content = ""
+        if isinstance(content, list):
             content = "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
         if not isinstance(message, dict) or not isinstance(content, str) or not isinstance(message.get("role"), str):
             raise DataError(where, "a message without text", "each message needs a `role` and a `content`", "mend or delete the line")
@@ -160,7 +176,7 @@ def _messages(where: str, value: object) -> list[dict[str, str]] | None:
     return messages
 
 
-def _choices(row: Mapping[str, Any], *, chat: bool) -> list[Choice]:
+def _choices(where: str, row: Mapping[str, Any], *, chat: bool) -> list[Choice]:
     """The line's answers, wherever they stand."""
     bodies = [row, *(row[key] for key in _ANSWERS if isinstance(row.get(key), dict))]
     bodies += [body["body"] for body in bodies if isinstance(body.get("body"), dict) and "choices" in body["body"]]
@@ -168,7 +184,10 @@ def _choices(row: Mapping[str, Any], *, chat: bool) -> list[Choice]:
         if "choices" in body:
             try:
                 choices = read_choices(body)
-            except ValueError:
+            except ValueError as error:
+                if "streamed" in str(error):
+                    rule, remedy = "an answer must stand in one piece", "join the pieces of each answer, or log whole answers"
+                    raise DataError(where, str(error), rule, remedy) from None
                 continue
             return [choice if choice.prompt_ids else replace(choice, prompt_ids=_listed(row.get("prompt_token_ids"))) for choice in choices]
     for key in _ANSWERS:
@@ -178,7 +197,8 @@ def _choices(row: Mapping[str, Any], *, chat: bool) -> list[Choice]:
             ids = next((ids for name in ("response_token_ids", "token_ids") if (ids := _listed(row.get(name)))), None)
             reason = str(row.get("finish_reason") or ("stop" if chat else "length"))
             values = row.get("logprobs")
-            logprobs = [float(v) for v in values] if isinstance(values, list) and all(isinstance(v, int | float) for v in values) else None
+            read = [read_logprob(value) for value in values] if isinstance(values, list) else [None]
+            logprobs = [value for value in read if value is not None] if None not in read else None
             return [Choice(text, ids, logprobs, reason, prompt_ids=_listed(row.get("prompt_token_ids")))]
     return []
 
@@ -193,15 +213,29 @@ def _sampling(where: str, told: Mapping[str, Any], config: TranscriptLog) -> Sam
     if values["temperature"] is None:
         rule = "replay and tables must know how an answer was drawn"
         raise DataError(where, "no temperature", rule, f"set `temperature` of transcripts '{config.name}' for lines that do not tell it")
-    try:
-        # In six digits, by which files and tables call it: 0.7 and float32's 0.699999988 are one temperature.
-        temperature, top_k, top_p = float(f"{float(values['temperature']):g}"), max(0, int(values["top_k"])), float(values["top_p"])
-        if not (0 <= temperature < math.inf and 0 <= top_p <= 1):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        rule = "temperature, top_k and top_p must be numbers, the first not negative, the last between 0 and 1"
-        raise DataError(where, f"{values}", rule, "mend or delete the line") from None
-    return Sampling(temperature, top_k, top_p) if temperature > 0 else Sampling(0.0)
+    # In six digits, by which files and tables call it: 0.7 and float32's 0.699999988 are one temperature.
+    temperature = float(f"{_setting(where, 'temperature', values, 0 <= _number(values['temperature']) <= _HOTTEST):g}")
+    if temperature == 0:
+        return Sampling(0.0)
+    top_k = _setting(where, "top_k", values, _number(values["top_k"]) % 1 == 0)
+    top_p = _setting(where, "top_p", values, 0 < _number(values["top_p"]) <= 1)
+    return Sampling(temperature, max(0, min(int(top_k), _LARGEST_TOP_K)), top_p)
+
+
+def _setting(where: str, name: str, values: Mapping[str, Any], fits: bool) -> float:
+    if not fits:
+        rule = f"temperature must be from 0 to {_HOTTEST}, top_k a whole number, top_p above 0 and at most 1"
+        raise DataError(where, f"{name} {values[name]!r:.40}", rule, "mend or delete the line")
+    return _number(values[name])
+
+
+def _number(value: object) -> float:
+    """NaN for what is none, which is smaller than nothing and no multiple of 1."""
+    if isinstance(value, bool):
+        return math.nan
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return float(value)  # type: ignore[arg-type]
+    return math.nan
 
 
 @dataclass(frozen=True)
@@ -210,7 +244,8 @@ class Transcripts:
 
     rows: list[Transcript]
     refused: dict[str, int] = field(default_factory=dict)
-    """`evaluation` (the prompt is one of an evaluation task), `empty`, `unrendered` (the chat template refuses the conversation)."""
+    """`evaluation` (the prompt is one of an evaluation task), `empty`, `unrendered` (the chat template refuses the conversation),
+    `unsupported` (pictures or tool calls)."""
 
 
 def read_transcripts(
@@ -241,6 +276,9 @@ def read_transcripts(
     for entry in read_entries(config):
         if any(map(is_evaluation, filter(None, entry.texts))):
             refused["evaluation"] += len(entry.choices)
+            continue
+        if entry.more_than_text:
+            refused["unsupported"] = refused.get("unsupported", 0) + len(entry.choices)
             continue
         try:
             prompt = _prompt_ids(entry, tokenizer)
@@ -275,6 +313,10 @@ def _generation(reader: AnswerReader, prompt: Sequence[int], choice: Choice, ent
     """The logged prompt ids count where there are any: they are what the target read."""
     if choice.prompt_ids:
         prompt = choice.prompt_ids
-    elif choice.num_prompt_tokens not in (None, len(prompt)):
+    if any(not 0 <= token_id < reader.vocabulary_size for token_id in prompt):
+        return Generation([], [], [], "length", fault="unknown_id")
+    if not choice.prompt_ids and choice.num_prompt_tokens not in (None, len(prompt)):
         return Generation(list(prompt), [], [], "length", fault="prompt_read_otherwise")
+    if choice.logprobs and any(map(math.isnan, choice.logprobs)):
+        return Generation(list(prompt), [], [], "length", fault="not_finite")
     return reader.generation(prompt, choice, entry.sampling)

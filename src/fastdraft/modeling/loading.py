@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdraft.artifacts import atomic_folder
+from fastdraft.artifacts import atomic_folder, read_json
 from fastdraft.errors import ArtifactError, DeviceError, TargetError
 from fastdraft.interfaces import TargetConfig
 from fastdraft.machine import no_collection
@@ -39,6 +39,9 @@ __all__ = [
     "pick_device", "quiet", "save_draft", "set_threads", "split_head", "vocabulary_of",
 ]  # fmt: skip
 
+_HUGE_ID = re.compile(rb'(?<![0-9.\w"+-])[0-9]{8,}(?=\s*[,}\]])')
+_PROBE = "A fox, \U0001f98a\x00."
+"""Of words, and of characters that a small vocabulary must spell or call unknown."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -90,13 +93,27 @@ def load_config(location: str, revision: str | None = None, trust_remote_code: b
 
 
 def load_generation_config(location: str, revision: str | None = None) -> GenerationConfig | None:
-    """The generation config beside a model, None when there is none."""
+    """The generation config beside a model, None when there is none; of one that transformers refuses the ids that end a text.
+
+    Raises:
+        TargetError: when it is no JSON object.
+    """
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(location, revision=revision)
-    except (OSError, ValueError):
-        return None
+        with quiet():
+            return GenerationConfig.from_pretrained(location, revision=revision)
+    except Exception as error:  # transformers looks into other keys too, and raises several kinds
+        path = Path(location) / "generation_config.json"
+        if not path.is_file():
+            if isinstance(error, OSError | ValueError):
+                return None
+            raise _explain(location, error) from error
+    try:
+        return GenerationConfig(eos_token_id=dict(read_json(path)).get("eos_token_id"))
+    except (ArtifactError, TypeError, ValueError, AttributeError) as error:
+        found = str(getattr(error, "found", "not an object"))
+        raise TargetError(path, found, "must be a JSON object", "fetch the model again, or delete this file") from error
 
 
 def load_tokenizer(location: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -145,8 +162,10 @@ def _vocabulary(
     tokenizer: PreTrainedTokenizerBase, description: Description, config: PreTrainedConfig, generation: GenerationConfig | None, where: str
 ) -> Vocabulary:
     listed = getattr(generation, "eos_token_id", None)
-    eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else special_id(config, "eos_token_id"))]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else special_id(config, "pad_token_id")
+    eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else special_id(config, "eos_token_id"), where, "eos_token_id")]
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = next(iter(_ids(special_id(config, "pad_token_id"), where, "pad_token_id")), None)
     ends = [token_id for token_id in eos if token_id is not None]
     return build_vocabulary(int(text_config(config).vocab_size), description, bos=tokenizer.bos_token_id, eos=ends, pad=pad, where=where)
 
@@ -167,7 +186,16 @@ def _loaded(location: str, revision: str | None, trust_remote_code: bool) -> _Lo
     folder = Path(location)
     if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise TargetError(location, "no tokenizer.json", "a fast tokenizer is required", "copy the model's tokenizer files here")
+    _refuse_huge_ids(folder / "tokenizer.json")
     return _load_once(location, revision, trust_remote_code, _file_states(folder))
+
+
+def _refuse_huge_ids(path: Path) -> None:
+    """One wrong digit in an id, and the library would list every id that is missing up to there: gigabytes."""
+    found = _HUGE_ID.search(path.read_bytes()) if path.is_file() else None
+    if found:
+        rule = "ids must be those of a vocabulary"
+        raise TargetError(path, f"the number {found[0].decode():.40}", rule, "fetch the model again")
 
 
 def _file_states(folder: Path) -> tuple[tuple[object, ...], ...]:
@@ -186,6 +214,12 @@ def _load_once(location: str, revision: str | None, trust_remote_code: bool, fil
     if not getattr(tokenizer, "is_fast", False):
         found = f"{type(tokenizer).__name__} is a slow tokenizer"
         raise TargetError(location, found, "a fast tokenizer is required", "convert it to tokenizer.json first")
+    longest = getattr(tokenizer, "model_max_length", None)
+    if isinstance(longest, bool) or not isinstance(longest, int | float):  # compared with every text's length
+        found = f"model_max_length {longest!r:.40}"
+        raise TargetError(f"{location}/tokenizer_config.json", found, "must be a number", "fetch the model again")
+    with _one_line(location):  # a damaged one may load and fail at a text
+        tokenizer.decode(tokenizer(_PROBE, verbose=False).input_ids)
     return _Loaded(tokenizer)
 
 
@@ -205,8 +239,11 @@ def _no_copies() -> Iterator[None]:
             copyreg.dispatch_table[Tokenizer] = before
 
 
-def _ids(value: Any) -> list[int]:
-    return [] if value is None else [int(value)] if isinstance(value, int) else [int(item) for item in value]
+def _ids(value: Any, where: str, name: str) -> list[int]:
+    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if any(type(item) is not int for item in ids):
+        raise TargetError(where, f"{name} {value!r:.40}", "must be a token id, or a list of them", "fetch the model again")
+    return ids
 
 
 def load_target(target: TargetConfig, device: torch.device | str) -> PreTrainedModel:
@@ -232,20 +269,41 @@ def load_draft(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     """A draft or checkpoint that FastDraft wrote: eval mode, on `device`.
 
     Raises:
-        ArtifactError: when a file is missing or damaged.
+        ArtifactError: when a file is missing or damaged, or a weight is not finite.
     """
     try:
         check_weights(str(folder))
         with _one_line(str(folder)):
+            _refuse_whole_numbers(folder)
             return _own_memory(_from_pretrained(str(folder), dtype)).to(device).eval()
     except TargetError as error:
         raise ArtifactError(error.where, error.found, error.rule, "delete its stage's folder and run the stage again") from error
 
 
+def _refuse_whole_numbers(folder: Path) -> None:
+    """Weights that a damaged header calls integers would be taken for numbers all the same, and quietly be others."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                kind = file.get_slice(name).get_dtype()
+                if not kind.startswith(("F", "BF")):
+                    raise TargetError(path, f"{name} of kind {kind}", "weights must be floating-point numbers", "fetch the model again")
+
+
 def _own_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """Copies weights that are still views into the file: unaligned for the processor, and Windows would not let the file be replaced."""
+    """Copies weights that are still views into the file (unaligned for the processor, and Windows would not let the file be replaced),
+    and looks at each while it is at hand.
+
+    Raises:
+        TargetError: when one is not finite.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    broken = next((name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())), None)
+    if broken:
+        raise TargetError(model.name_or_path, f"{broken} holds NaN or infinity", "every weight must be finite", "fetch the model again")
     return model
 
 

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdraft.conversation import Conversation, Prompt, read_conversation
+from fastdraft.conversation import Conversation, Prompt, read_conversation, whole_characters
 from fastdraft.errors import DataError
 
 
@@ -60,7 +60,7 @@ def read_prompts(path: Path) -> list[TaskPrompt]:
 def _prompt(path: Path, number: int, line: bytes) -> TaskPrompt:
     where = f"{path} line {number}"
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = whole_characters(json.loads(line.decode("utf-8")))
     except (ValueError, RecursionError) as error:
         raise DataError(where, f"not JSON ({error})", "each line must be one JSON object in UTF-8", "mend or delete the line") from None
     if isinstance(row, dict) and "messages" in row:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,8 @@ class Checkpoints:
         """
         folder = self._best_folder(step)
         check_files(folder, read_json(folder / STATE))
-        copy_weights(model, load_file(folder / _WEIGHTS))
+        with _fitting(folder):
+            copy_weights(model, load_file(folder / _WEIGHTS))
 
     def load_latest(self) -> TrainingState:
         """Restores the newest whole checkpoint; a fresh state when there is none at all.
@@ -184,7 +185,7 @@ class Checkpoints:
     def _load(self, folder: Path) -> TrainingState:
         record = read_json(folder / STATE)
         check_files(folder, record)
-        try:
+        with _fitting(folder):
             state = _training_state(record["state"])
             if state.best_step >= 0:
                 check_files(self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / STATE))
@@ -192,8 +193,6 @@ class Checkpoints:
                 load_weights(self._model, weights)
                 restore_optimizers(self._model, self._optimizers, optimizer)
             _restore_random(load_file(folder / RANDOM), self._device)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-            raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
         return state
 
     def _prune(self, state: TrainingState) -> None:
@@ -214,6 +213,15 @@ class Checkpoints:
 
     def _best_folder(self, step: int) -> Path:
         return self.folder / f"best-{step:09d}"
+
+
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Whatever is raised where files are whole but not of this run, as one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
 
 
 def _training_state(record: Any) -> TrainingState:
@@ -246,7 +254,12 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], stored: StoredTensors) -> None:
-    """Puts what `optimizer_tensors` gave back in place, bit for bit; AdamW's step counts go where its kind wants them."""
+    """Puts what `optimizer_tensors` gave back in place, bit for bit; AdamW's step counts go where its kind wants them.
+
+    Raises:
+        LookupError: for a name that is not of this model and its optimisers.
+        ValueError: for a tensor of another shape or kind, or where an optimiser knows some of its weights and not the others.
+    """
     parameters = dict(model.named_parameters())
     for optimizer in optimizers:
         optimizer.state.clear()
@@ -255,17 +268,23 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
         optimizer, parameter = optimizers[int(number)], parameters[parameter_name]
         on_cpu = key == "step" and not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
         value = stored.like(name, parameter)
+        _check_alike(name, value, stored.shape(name), [] if key == "step" else list(parameter.shape))
         optimizer.state[parameter][key] = (value.cpu() if on_cpu else value).clone()
+    for number, optimizer in enumerate(optimizers):
+        owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if len({frozenset(optimizer.state.get(parameter, ())) for parameter in owned}) > 1:
+            raise ValueError(f"optimiser {number} lacks the state of some weights")
 
 
 def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Puts whole weights in place, all of them.
 
     Raises:
-        KeyError: when the names are not the model's.
+        KeyError: when the names are not the model's. ValueError: when a shape is another, or a tensor holds whole numbers.
     """
     with torch.no_grad():
         for name, parameter in _named(model, set(tensors)).items():
+            _check_alike(name, tensors[name], list(tensors[name].shape), list(parameter.shape))
             parameter.copy_(tensors[name])
 
 
@@ -273,11 +292,19 @@ def load_weights(model: nn.Module, stored: StoredTensors) -> None:
     """Puts stored weights in place; where the model is in parts, this process's parts.
 
     Raises:
-        KeyError: when the names are not the model's.
+        KeyError: when the names are not the model's. ValueError: when a shape is another, or a tensor holds whole numbers.
     """
     with torch.no_grad():
         for name, parameter in _named(model, stored.keys()).items():
-            parameter.copy_(stored.like(name, parameter))
+            value = stored.like(name, parameter)
+            _check_alike(name, value, stored.shape(name), list(parameter.shape))
+            parameter.copy_(value)
+
+
+def _check_alike(name: str, value: Tensor, stored: list[int], shape: list[int]) -> None:
+    """Torch would spread a smaller tensor over a larger one, and take integers for weights, without a word."""
+    if stored != shape or not value.is_floating_point():
+        raise ValueError(f"{name} is {value.dtype} {stored} where {shape} stood")
 
 
 def _named(model: nn.Module, names: set[str]) -> dict[str, nn.Parameter]:

@@ -108,7 +108,7 @@ class StoredTensors:
 
         Of another shape than `tensor` (a step count), it is whole.
         """
-        held, shape = held_rows(tensor), self._shape(name)
+        held, shape = held_rows(tensor), self.shape(name)
         if held is None or shape != list(tensor.shape):
             rows = shape[0] if shape else 0
             return self.rows(name, 0, rows).to(tensor.device)
@@ -130,7 +130,8 @@ class StoredTensors:
             pieces = [file.get_slice(name)[0:0]]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _shape(self, name: str) -> list[int]:
+    def shape(self, name: str) -> list[int]:
+        """That of the whole tensor."""
         return list(self._open[0].get_slice(name).get_shape() if self._layout is None else self._layout[name]["shape"])
 
 
