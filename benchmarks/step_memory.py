@@ -125,7 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.dry_run:
-        arguments.tokens, arguments.length, arguments.micro_batch_tokens = 256, 64, [256, 128]
+        arguments.tokens, arguments.length, arguments.micro_batch_tokens = 256, 64, [128]
     arguments.path = arguments.path or [path for path in PATHS if available(path, arguments.device)]
     return arguments
 

@@ -48,6 +48,8 @@ class Setting:
     """Tokens of an optimiser step."""
     rows: int
     """Of a micro-batch; 0: FastDraft's own default."""
+    backend: str = "inductor"
+    """Of torch.compile; a dry run has one without a code generator."""
 
 
 Wait = Callable[[], bool]
@@ -68,8 +70,8 @@ def our_step(setting: Setting) -> tuple[Any, TrainStep, list[Batch]]:
     decoder: Any = model.get_decoder()
     runs = decoder
     if setting.name.endswith("compiled"):
-        runs = torch.compile(decoder)
-    elif setting.device.type == "cpu":
+        runs = torch.compile(decoder, backend=setting.backend)
+    elif setting.device.type == "cpu" and not setting.name.endswith("modules"):
         runs = write_out(decoder) or decoder
     step = TrainStep(
         runs, model.get_output_embeddings().weight, list(model.parameters()), build_optimizers(model, kind="adamw", learning_rate=1e-3),
@@ -93,7 +95,7 @@ def _plain(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     parts = [part.to(setting.device) for part in _parts(setting, setting.rows or 4)]
     found |= _facts(setting, model, parts[0][:, 1:].numel())
-    forward = torch.compile(model) if setting.name == "plain_compiled" else model
+    forward = torch.compile(model, backend=setting.backend) if setting.name == "plain_compiled" else model
     while wait():
         for part in parts:
             with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.name != "plain_fp32"):
