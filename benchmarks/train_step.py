@@ -5,7 +5,8 @@
     python benchmarks/train_step.py --device cuda --follow
     python benchmarks/train_step.py --dry-run
 
-Needs torch, transformers and a checkout of this repository; the Trainer needs `pip install accelerate` too and is left out without.
+Needs torch, transformers and a checkout of this repository; the Trainer needs `pip install accelerate` too and is left out without, as
+`ours_liger` is without `pip install liger-kernel`.
 Every figure is on the disk as soon as it is known; `--add` adds to a file that is there.
 
 Decides what is compared with what: tokens per optimiser step are equal, the micro-batch is each one's own; ratios are formed within a
@@ -81,7 +82,7 @@ def measure(shape: str, device: torch.device, arguments: argparse.Namespace, rep
     """All contenders of one shape. On a CPU they live side by side and take turns; an accelerator's memory is for one at a time."""
     batch = arguments.batch_tokens or SHAPES[shape].batch
     steps = arguments.steps or (max(1, 32_768 // batch) if device.type == "cpu" else 3)
-    names = [name for name in arguments.contender if _possible(name)]
+    names = [name for name in arguments.contender if _possible(name, device)]
     turns: dict[str, list[dict[str, Any]]] = {}
     alone = device.type != "cpu"
     # What is cut off is missed least at the end: ours and what it is held against come first.
@@ -96,7 +97,10 @@ def measure(shape: str, device: torch.device, arguments: argparse.Namespace, rep
     show(report.results[-1], turns, names, batch)
 
 
-def _possible(name: str) -> bool:
+def _possible(name: str, device: torch.device) -> bool:
+    if name.endswith("liger") and (device.type == "cpu" or not importlib.util.find_spec("liger_kernel")):
+        print(f"{name}: left out, it needs a GPU and: pip install liger-kernel", flush=True)
+        return False
     if name.startswith("trainer") and not importlib.util.find_spec("accelerate"):
         print(f"{name}: left out, it needs: pip install accelerate", flush=True)
         return False

@@ -23,7 +23,6 @@ from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_bat
 from fastdraft.training.written_out import write_out
 from stepping.shapes import Shape, build_model, tokens
 
-NAMES = ("trainer", "trainer_fp32", "trainer_kept", "plain_fp32", "plain_bf16", "plain_compiled", "ours_fp32", "ours", "ours_compiled")
 WORDS = {
     "trainer": "transformers Trainer, bf16",
     "trainer_fp32": "transformers Trainer, fp32",
@@ -34,7 +33,9 @@ WORDS = {
     "ours_fp32": "FastDraft, fp32",
     "ours": "FastDraft",
     "ours_compiled": "FastDraft, compile: true",
+    "ours_liger": "FastDraft, cross_entropy: liger",
 }
+NAMES = tuple(WORDS)
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ def our_step(setting: Setting) -> tuple[Any, TrainStep, list[Batch]]:
         runs = torch.compile(decoder, backend=setting.backend)
     elif setting.device.type == "cpu" and not setting.name.endswith("modules"):
         runs = write_out(decoder) or decoder
+    objective = CrossEntropy(1e-5, path="liger" if setting.name.endswith("liger") else "chunked")
     step = TrainStep(
         runs, model.get_output_embeddings().weight, list(model.parameters()), build_optimizers(model, kind="adamw", learning_rate=1e-3),
-        CrossEntropy(1e-5), setting.device, None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
+        objective, setting.device, None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
     )  # fmt: skip
     rows = max(1, (setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device)) // setting.shape.length)
     return model, step, [packed_batch(part.numpy()) for part in _parts(setting, rows)]

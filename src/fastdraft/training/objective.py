@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastdraft.functional.distillation import DenseTarget, TargetDistribution, TokenLoss, chunked_distillation
+from fastdraft.functional.liger import liger_cross_entropy
 from fastdraft.functional.losses import chunked_cross_entropy, compute_dtypes, product
 from fastdraft.modeling.head import OutputHead
 from fastdraft.training.batches import Batch
@@ -36,8 +37,12 @@ class CrossEntropy:
     """Weight of the squared log-partition, which keeps logits from drifting."""
     chunk: int = 0
     """Rows of logits at a time; 0 chooses by device."""
+    path: Literal["chunked", "liger"] = "chunked"
+    """Our chunks, or Liger's kernels, which have chunks of their own (training/loss_path.py chooses)."""
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+        if self.path == "liger":
+            return liger_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss)
         return chunked_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss, chunk=self.chunk)[0]
 
 
