@@ -17,10 +17,11 @@ import torch
 
 from fastdraft.training.allocator import kept_memory
 from fastdraft.training.batches import Batch, packed_batch
+from fastdraft.training.flash import flash
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers
+from fastdraft.training.stand_in import stand_in
 from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
-from fastdraft.training.written_out import write_out
 from stepping.shapes import Shape, build_model, tokens
 
 WORDS = {
@@ -69,11 +70,9 @@ def our_step(setting: Setting) -> tuple[Any, TrainStep, list[Batch]]:
     """The product's step as `fastdraft run` puts it together (training/assemble.py), without its recipe."""
     model = build_model(setting.shape).to(setting.device)
     decoder: Any = model.get_decoder()
-    runs = decoder
-    if setting.name.endswith("compiled"):
-        runs = torch.compile(decoder, backend=setting.backend)
-    elif setting.device.type == "cpu" and not setting.name.endswith("modules"):
-        runs = write_out(decoder) or decoder
+    compiled = setting.name.endswith("compiled")
+    accelerated = setting.name.endswith("modules")  # what runs on an accelerator, on a CPU too
+    runs = (flash(decoder) if accelerated else None) or stand_in(decoder, setting.device, compiled=compiled, backend=setting.backend)
     objective = CrossEntropy(1e-5, path="liger" if setting.name.endswith("liger") else "chunked")
     step = TrainStep(
         runs, model.get_output_embeddings().weight, list(model.parameters()), build_optimizers(model, kind="adamw", learning_rate=1e-3),

@@ -29,7 +29,7 @@ def follow(shape: str, device: torch.device, steps: int, length: int, keep: Call
 
     Args:
         shape: One of `SHAPES`.
-        device: Where the CPU itself is given (a dry run), the model's own modules stand in for a device: on a CPU the product has others.
+        device: Where the CPU itself is given (a dry run), what runs on an accelerator runs there: on a CPU the product has other layers.
         steps: So many.
         length: Tokens of the row.
         keep: Called every 10 steps, and at the end, with what is known by then.
