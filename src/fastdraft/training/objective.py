@@ -19,6 +19,7 @@ from fastdraft.functional.liger import liger_cross_entropy
 from fastdraft.functional.losses import chunked_cross_entropy, compute_dtypes, product
 from fastdraft.modeling.head import OutputHead
 from fastdraft.training.batches import Batch
+from fastdraft.training.flash import flash
 
 
 class Objective(Protocol):
@@ -70,6 +71,11 @@ class LoadedTarget:
     decoder: nn.Module | Callable[..., Any]
     head: OutputHead
     """Of as many ids as the draft's; its weight [V, E] may be scaled, biased or capped."""
+
+    def __post_init__(self) -> None:
+        fast = flash(self.decoder) if isinstance(self.decoder, nn.Module) and self.head.weight.device.type != "cpu" else None
+        if fast is not None:  # it is called with the draft's batches: one causal text, or texts apart
+            object.__setattr__(self, "decoder", fast)
 
     @torch.no_grad()
     def distribution(self, batch: Batch) -> DenseTarget:
