@@ -17,6 +17,7 @@ turns; and that one that does not fit is written down as such. Needs torch and t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from machine import Report, add_arguments, out_of_memory, ratio, spread, synchro
 from torch import Tensor, nn
 
 from fastdraft.functional.distillation import DenseTarget, chunked_distillation, token_loss
+from fastdraft.functional.liger import liger_cross_entropy
 from fastdraft.functional.losses import chunked_cross_entropy
 
 NAME = "loss_functions"
@@ -73,6 +75,10 @@ def cross_entropies(inputs: Inputs) -> dict[str, Loss]:
         with inputs.autocast():
             return chunked_cross_entropy(inputs.hidden_ND, inputs.head_VD, labels)[0]
 
+    def liger() -> Tensor:
+        with inputs.autocast():
+            return liger_cross_entropy(inputs.hidden_ND, inputs.head_VD, labels)
+
     found: dict[str, Loss] = {PLAIN: plain, OURS: chunked}
     own = getattr(nn.functional, "linear_cross_entropy", None)
     options = getattr(nn, "LinearCrossEntropyOptions", None)
@@ -80,19 +86,9 @@ def cross_entropies(inputs: Inputs) -> dict[str, Loss]:
         found[TORCH_WHOLE] = lambda: own(*inputs.low(), labels, reduction="sum")
         if options is not None:
             found[TORCH] = lambda: own(*inputs.low(), labels, reduction="sum", options=options())
-    liger = _liger() if inputs.device.type != "cpu" else None  # a Triton kernel
-    if liger is not None:
-        found[LIGER] = lambda: liger(*reversed(inputs.low()), labels)
+    if inputs.device.type != "cpu" and importlib.util.find_spec("liger_kernel"):  # a Triton kernel
+        found[LIGER] = liger
     return found
-
-
-def _liger() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError:
-        return None
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return loss
 
 
 def distillations(inputs: Inputs, name: str) -> dict[str, Loss]:

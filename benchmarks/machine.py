@@ -148,6 +148,11 @@ class Report:
         self.results.extend(dict(result) for result in results)
         self.write()
 
+    def put(self, result: Mapping[str, Any], *keys: str) -> None:
+        """As `add`, in the place of an earlier result that has the same values at `keys`: a figure that becomes better known."""
+        self.results[:] = [one for one in self.results if any(one.get(key) != result[key] for key in keys)]
+        self.add(result)
+
     def finish(self, **figures: Any) -> None:
         """Marks the file complete; `figures` are put beside the results (a summary, a verdict)."""
         self.content |= figures

@@ -11,7 +11,7 @@ own `TrainStep`; only the loss differs between paths:
     plain     logits of all tokens [N, V], in fp32, then torch's cross_entropy (what transformers' own loss does)
     torch     torch.nn.functional.linear_cross_entropy, chunked (LinearCrossEntropyOptions), where this torch has it
     chunked   the product's
-    liger     Liger's fused linear cross-entropy (CUDA only)
+    liger     Liger's fused linear cross-entropy as `run.cross_entropy: liger` has it (CUDA only)
 
 Decides what is memory "above weights, gradients and optimiser": the peak during the step, less what the process held before it (Python,
 libraries, weights, the optimiser's state), less the gradients' own bytes. On a CPU the peak is that of resident memory (VmHWM, reset before
@@ -76,18 +76,8 @@ class TorchCrossEntropy:
             ).float()
 
 
-@dataclass(frozen=True)
-class LigerCrossEntropy:
-    """Liger's Triton kernels."""
-
-    def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(head_VD, hidden_ND, batch.labels)
-
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    "plain": PlainCrossEntropy, "torch": TorchCrossEntropy, "chunked": CrossEntropy, "liger": LigerCrossEntropy,
+OBJECTIVES: dict[str, Objective] = {
+    "plain": PlainCrossEntropy(), "torch": TorchCrossEntropy(), "chunked": CrossEntropy(), "liger": CrossEntropy(path="liger"),
 }  # fmt: skip
 
 
@@ -125,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.dry_run:
-        arguments.tokens, arguments.length, arguments.micro_batch_tokens = 256, 64, [256, 128]
+        arguments.tokens, arguments.length, arguments.micro_batch_tokens = 256, 64, [128]
     arguments.path = arguments.path or [path for path in PATHS if available(path, arguments.device)]
     return arguments
 
@@ -181,7 +171,7 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
         head=model.get_output_embeddings().weight,
         parameters=list(model.parameters()),
         optimizers=build_optimizers(model, kind="adamw", learning_rate=1e-3),
-        objective=OBJECTIVES[setting["path"]](),
+        objective=OBJECTIVES[setting["path"]],
         device=device,
         autocast=autocast_dtype(setting["precision"], device),
     )

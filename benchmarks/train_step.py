@@ -5,7 +5,8 @@
     python benchmarks/train_step.py --device cuda --follow
     python benchmarks/train_step.py --dry-run
 
-Needs torch, transformers and a checkout of this repository; the Trainer needs `pip install accelerate` too and is left out without.
+Needs torch, transformers and a checkout of this repository; the Trainer needs `pip install accelerate` too and is left out without, as
+`ours_liger` is without `pip install liger-kernel`.
 Every figure is on the disk as soon as it is known; `--add` adds to a file that is there.
 
 Decides what is compared with what: tokens per optimiser step are equal, the micro-batch is each one's own; ratios are formed within a
@@ -43,16 +44,16 @@ def main() -> None:
         worker.main(json.loads(arguments.worker))
         return
     if arguments.dry_run:
-        arguments.device, arguments.shape, arguments.turns, arguments.steps = "cpu", ["tiny"], 2, 1
+        arguments.device, arguments.shape, arguments.turns, arguments.steps = "cpu", ["tiny"], 1, 1
+        arguments.contender = [name for name in arguments.contender if name != "plain_fp32"]  # the same code as plain_bf16
     device = torch.device(arguments.device)
     before = json.loads(arguments.output.read_text(encoding="utf-8"))["results"] if arguments.add and arguments.output.exists() else []
     report = machine.Report(arguments.output, NAME, device, arguments, dry_run=arguments.dry_run)
     report.add(*before)
     if arguments.follow or arguments.dry_run:
         shape, steps, length = ("tiny", 10, 64) if arguments.dry_run else (arguments.follow_shape, 200, 2048)
-        found = follow(shape, device, steps, length)
-        report.add({"kind": "follow", **found})
-        print({key: value for key, value in found.items() if key != "losses"}, flush=True)
+        follow(shape, device, steps, length, lambda found: report.put({"kind": "follow", **found}, "kind"))
+        print({key: value for key, value in report.results[-1].items() if key != "losses"}, flush=True)
     for shape in [] if arguments.follow else arguments.shape:
         measure(shape, device, arguments, report)
     report.finish()
@@ -81,24 +82,25 @@ def measure(shape: str, device: torch.device, arguments: argparse.Namespace, rep
     """All contenders of one shape. On a CPU they live side by side and take turns; an accelerator's memory is for one at a time."""
     batch = arguments.batch_tokens or SHAPES[shape].batch
     steps = arguments.steps or (max(1, 32_768 // batch) if device.type == "cpu" else 3)
-    names = [name for name in arguments.contender if _possible(name)]
+    names = [name for name in arguments.contender if _possible(name, device)]
     turns: dict[str, list[dict[str, Any]]] = {}
-    if device.type == "cpu":
-        _side_by_side([*names, "matmuls"], shape, batch, steps, arguments, turns)
-    else:
-        for name in [*names, "matmuls"]:
-            _side_by_side([name], shape, batch, steps, arguments, turns)
+    alone = device.type != "cpu"
+    # What is cut off is missed least at the end: ours and what it is held against come first.
+    groups = [[name] for name in (*names[:1], "matmuls", "parts", *names[1:])] if alone else [[*names, "matmuls"], ["parts"]]
+    for group in groups:
+        once = group == ["parts"]
+        given = argparse.Namespace(**{**vars(arguments), "turns": 1}) if once else arguments
+        _side_by_side(group, shape, batch, 1 if once else steps, given, turns)
+        for name in group:
             _keep(report, shape, name, batch, turns)
-    _side_by_side(["parts"], shape, batch, 1, argparse.Namespace(**{**vars(arguments), "turns": 1}), turns)
-    if device.type == "cpu":
-        for name in names:
-            _keep(report, shape, name, batch, turns)
-    summary = summarize(shape, device, batch, turns, names)
-    report.add(summary)
-    show(summary, turns, names, batch)
+        report.put(summarize(shape, device, batch, turns, names), "kind", "shape")
+    show(report.results[-1], turns, names, batch)
 
 
-def _possible(name: str) -> bool:
+def _possible(name: str, device: torch.device) -> bool:
+    if name.endswith("liger") and (device.type == "cpu" or not importlib.util.find_spec("liger_kernel")):
+        print(f"{name}: left out, it needs a GPU and: pip install liger-kernel", flush=True)
+        return False
     if name.startswith("trainer") and not importlib.util.find_spec("accelerate"):
         print(f"{name}: left out, it needs: pip install accelerate", flush=True)
         return False
@@ -110,6 +112,7 @@ def _side_by_side(  # noqa: PLR0917
 ) -> None:
     """A turn to warm up, then turns that count, each beginning with another contender."""
     options = {"shape": shape, "device": arguments.device, "batch": batch, "threads": arguments.threads}
+    options["backend"] = "aot_eager" if arguments.dry_run else "inductor"  # traced all the same, without minutes of compilers
     rows = {name: arguments.our_rows if name.startswith(("ours", "matmuls", "parts")) else arguments.rows for name in names}
     alive = {name: worker.Contender(Path(__file__), name, {**options, "rows": rows[name]}) for name in names}
     try:
@@ -170,7 +173,7 @@ def summarize(shape: str, device: torch.device, batch: int, turns: dict[str, lis
 
 
 def _divided(above: list[float], below: list[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below, strict=True)]
+    return [a / b for a, b in zip(above, below, strict=False)]  # a contender that died has fewer turns
 
 
 def show(summary: dict[str, Any], turns: dict[str, list[dict[str, Any]]], names: list[str], batch: int) -> None:

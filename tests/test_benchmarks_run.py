@@ -15,11 +15,25 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
 BARE = """
-import runpy, sys
-for name in ("pydantic", "yaml_", "pyarrow", "zstandard", "filelock_", "jinja2", "matplotlib", "openvino", "datasets"):
+import builtins, runpy, sys
+for name in ("pydantic", "pyarrow", "zstandard", "jinja2", "matplotlib", "openvino", "datasets", "accelerate"):
     sys.modules[name] = None  # as if not installed
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+allowed = {*sys.stdlib_module_names, "torch", "transformers", "numpy", "safetensors", "tokenizers", "triton", "fastdraft"}
+allowed |= {"machine", "pair", "stepping"}
+known = builtins.__import__
+
+def bare(name, globals=None, locals=None, fromlist=(), level=0):
+    # What transformers itself needs is there (yaml, filelock, httpx), but not for us to lean on.
+    file = ((globals or {}).get("__file__") or "").replace(chr(92), "/")
+    ours = "/benchmarks/" in file or "/src/fastdraft/" in file
+    if ours and level == 0 and name.partition(".")[0] not in allowed:
+        raise ImportError(f"a bare machine has no {name}, which {file} imports")
+    return known(name, globals, locals, fromlist, level)
+
+builtins.__import__ = bare
+run_name, sys.argv = sys.argv[1], sys.argv[2:]
+for path in sys.argv if run_name != "__main__" else sys.argv[:1]:
+    runpy.run_path(path, run_name=run_name)
 """
 FORM = {"schema", "benchmark", "date", "command", "dry_run", "machine", "settings", "complete", "results"}
 PROMISED = {
@@ -41,7 +55,7 @@ def load(name: str) -> Any:
 
 def dry_run(name: str, folder: Path) -> dict[str, Any]:
     output = folder / f"{name}.json"
-    command = [sys.executable, "-c", BARE, str(FOLDER / f"{name}.py"), "--dry-run", "--threads", "1", "--output", str(output)]
+    command = [sys.executable, "-c", BARE, "__main__", str(FOLDER / f"{name}.py"), "--dry-run", "--threads", "1", "--output", str(output)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
@@ -57,6 +71,57 @@ def test_a_dry_run_on_a_bare_machine_writes_what_is_promised(name: str, tmp_path
     assert all(set(result) >= PROMISED[name] for result in found["results"])
     assert found["command"].startswith(f"python benchmarks/{name}.py --dry-run")
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_the_slow_scripts_of_a_bare_machine_lean_on_torch_and_transformers_alone(tmp_path: Path) -> None:
+    """Those whose dry run takes too long for this file: what they import, and what is imported when a step is taken."""
+    step = tmp_path / "benchmarks" / "step.py"
+    step.parent.mkdir()
+    step.write_text(
+        "import torch\n"
+        "from stepping.contenders import Setting, our_step\n"
+        "from stepping.shapes import SHAPES\n"
+        "for name in ('ours', 'ours_modules'):\n"
+        "    _, step, batches = our_step(Setting(name, SHAPES['tiny'], torch.device('cpu'), 64, 1))\n"
+        "    step.gradients(batches)\n"
+        "    step.update(1.0)\n"
+        "import yaml\n",
+        encoding="utf-8",
+    )
+    scripts = [str(FOLDER / f"{name}.py") for name in ("on_a_gpu", "step_memory", "train_step")]
+    command = [sys.executable, "-c", BARE, "imported", *scripts, str(step)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: a bare machine has no yaml"), done.stderr[-2000:]  # and nothing before it
+
+
+def test_losses_are_followed_step_by_step_and_stand_as_far_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    follow = importlib.import_module("stepping.follow")
+    kept: list[dict[str, Any]] = []
+    monkeypatch.setattr(follow, "EVERY", 2)
+    follow.follow("tiny", torch.device("cpu"), 3, 64, lambda found: kept.append(json.loads(json.dumps(found))))
+    assert [(found["steps"], found["steps_wanted"]) for found in kept] == [(2, 3), (3, 3)]
+    assert {len(losses) for losses in kept[0]["losses"].values()} == {2}
+    assert kept[-1]["within_noise"]
+    assert kept[-1]["bf16_noise"]["mean"] > 0
+
+
+def test_a_device_that_is_further_from_the_cpu_than_twice_the_noise_does_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    compare = importlib.import_module("stepping.follow").compare
+    losses = {"cpu_fp32": [2.0, 1.0], "cpu_bf16": [2.01, 0.99], "device_bf16": [1.985, 1.015]}
+    assert compare(losses)["within_noise"]
+    assert not compare({**losses, "device_bf16": [2.0, 1.05]})["within_noise"]
+
+
+def test_a_figure_that_becomes_better_known_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    report = load("machine").Report(tmp_path / "r.json", "x", "cpu", {})
+    for value in (1, 2):
+        for shape in ("a", "b"):
+            report.put({"kind": "summary", "shape": shape, "value": value}, "kind", "shape")
+    assert [(one["shape"], one["value"]) for one in report.results] == [("a", 2), ("b", 2)]
 
 
 def test_committed_results_say_when_and_where_and_tell_no_folder() -> None:

@@ -17,13 +17,13 @@ import torch
 
 from fastdraft.training.allocator import kept_memory
 from fastdraft.training.batches import Batch, packed_batch
+from fastdraft.training.flash import flash
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers
+from fastdraft.training.stand_in import stand_in
 from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
-from fastdraft.training.written_out import write_out
 from stepping.shapes import Shape, build_model, tokens
 
-NAMES = ("trainer", "trainer_fp32", "trainer_kept", "plain_fp32", "plain_bf16", "plain_compiled", "ours_fp32", "ours", "ours_compiled")
 WORDS = {
     "trainer": "transformers Trainer, bf16",
     "trainer_fp32": "transformers Trainer, fp32",
@@ -34,7 +34,9 @@ WORDS = {
     "ours_fp32": "FastDraft, fp32",
     "ours": "FastDraft",
     "ours_compiled": "FastDraft, compile: true",
+    "ours_liger": "FastDraft, cross_entropy: liger",
 }
+NAMES = tuple(WORDS)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Setting:
     """Tokens of an optimiser step."""
     rows: int
     """Of a micro-batch; 0: FastDraft's own default."""
+    backend: str = "inductor"
+    """Of torch.compile; a dry run has one without a code generator."""
 
 
 Wait = Callable[[], bool]
@@ -66,14 +70,13 @@ def our_step(setting: Setting) -> tuple[Any, TrainStep, list[Batch]]:
     """The product's step as `fastdraft run` puts it together (training/assemble.py), without its recipe."""
     model = build_model(setting.shape).to(setting.device)
     decoder: Any = model.get_decoder()
-    runs = decoder
-    if setting.name.endswith("compiled"):
-        runs = torch.compile(decoder)
-    elif setting.device.type == "cpu":
-        runs = write_out(decoder) or decoder
+    compiled = setting.name.endswith("compiled")
+    accelerated = setting.name.endswith("modules")  # what runs on an accelerator, on a CPU too
+    runs = (flash(decoder) if accelerated else None) or stand_in(decoder, setting.device, compiled=compiled, backend=setting.backend)
+    objective = CrossEntropy(1e-5, path="liger" if setting.name.endswith("liger") else "chunked")
     step = TrainStep(
         runs, model.get_output_embeddings().weight, list(model.parameters()), build_optimizers(model, kind="adamw", learning_rate=1e-3),
-        CrossEntropy(1e-5), setting.device, None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
+        objective, setting.device, None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
     )  # fmt: skip
     rows = max(1, (setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device)) // setting.shape.length)
     return model, step, [packed_batch(part.numpy()) for part in _parts(setting, rows)]
@@ -93,7 +96,7 @@ def _plain(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     parts = [part.to(setting.device) for part in _parts(setting, setting.rows or 4)]
     found |= _facts(setting, model, parts[0][:, 1:].numel())
-    forward = torch.compile(model) if setting.name == "plain_compiled" else model
+    forward = torch.compile(model, backend=setting.backend) if setting.name == "plain_compiled" else model
     while wait():
         for part in parts:
             with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.name != "plain_fp32"):

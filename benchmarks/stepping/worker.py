@@ -60,7 +60,7 @@ def main(options: dict[str, Any]) -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     device = torch.device(options["device"])
-    setting = Setting(options["name"], SHAPES[options["shape"]], device, options["batch"], options["rows"])
+    setting = Setting(options["name"], SHAPES[options["shape"]], device, options["batch"], options["rows"], options["backend"])
     found: dict[str, Any] = {}
     if setting.name == "matmuls":
         _ceiling(setting)

@@ -77,6 +77,10 @@ Compile = Literal["auto"] | bool
 """Whether training compiles the draft's layers."""
 
 
+CrossEntropyPath = Literal["auto", "chunked", "liger"]
+"""What computes cross-entropy over the vocabulary in training."""
+
+
 class RunConfig(Config):
     """`run:` — where results go, the seed, the device."""
 
@@ -94,6 +98,9 @@ class RunConfig(Config):
     """auto, true or false: whether training compiles the draft (torch.compile). auto: on CUDA devices, in runs long enough to earn it
     back; on a CPU the layers are written out instead. Where a compiler is missing, the log says so."""
 
+    cross_entropy: CrossEntropyPath = "auto"
+    """auto, chunked or liger: what computes cross-entropy over the vocabulary in training; the numbers are the same. auto is chunked, ours;
+    liger takes Liger's Triton kernels (CUDA only, needs the extra 'liger'). Losses of token_kd are always ours."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """How several processes (`--nproc-per-node`) train: ddp, the whole draft in each; fsdp2, a part of each weight and of the optimiser's
     state in each, for drafts that do not fit otherwise (AdamW only)."""

@@ -225,11 +225,12 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
     from fastdraft.functional.distillation import token_loss
     from fastdraft.modeling.head import output_head
     from fastdraft.modeling.loading import load_target
-    from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
+    from fastdraft.training.loss_path import cross_entropy
+    from fastdraft.training.objective import LoadedTarget, TokenDistillation
 
     objective = config.objective
     if not isinstance(objective, TokenKDConfig):
-        return CrossEntropy()
+        return cross_entropy(context.settings.cross_entropy, device)
     loss = token_loss(objective.loss, objective.beta or 0.5)
     if objective.source == "stored":
         return TokenDistillation(loss)

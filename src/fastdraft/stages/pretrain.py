@@ -122,7 +122,7 @@ def _build_trainer(
     from fastdraft.modeling.loading import save_draft
     from fastdraft.training import assemble, rates
     from fastdraft.training.compilation import settle
-    from fastdraft.training.objective import CrossEntropy
+    from fastdraft.training.loss_path import cross_entropy
     from fastdraft.training.sharding import in_parts, outside
     from fastdraft.training.trainer import Plan, Trainer
     from fastdraft.training.transfer import ahead
@@ -140,7 +140,8 @@ def _build_trainer(
     _check_context(model, source.row_length)
     compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
     trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
-    step = assemble.build_step(trained, resolved, CrossEntropy(config.z_loss), device, compiled=compiled)
+    objective = cross_entropy(context.settings.cross_entropy, device, config.z_loss)
+    step = assemble.build_step(trained, resolved, objective, device, compiled=compiled)
     plan = Plan(
         title=name,
         key=name,

@@ -20,8 +20,8 @@ from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import build_optimizers
 from fastdraft.training.settings import AdamWConfig, CosineConfig, MuonConfig, Precision, WSDConfig
 from fastdraft.training.sharding import is_in_parts
+from fastdraft.training.stand_in import stand_in
 from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
-from fastdraft.training.written_out import write_out
 
 LARGE_BATCH = 524_288
 
@@ -97,9 +97,8 @@ def build_step(
         weight_decay=resolved.weight_decay,
         beta2=resolved.beta2,
     )
-    runs: Any = decoder
-    if not is_in_parts(model):  # weights in parts are put together by the modules' own hooks
-        runs = torch.compile(decoder) if compiled else (write_out(decoder) if device.type == "cpu" else None) or decoder
+    # Weights in parts are put together by the modules' own hooks (training/sharding.py).
+    runs: Any = decoder if is_in_parts(model) else stand_in(decoder, device, compiled=compiled)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return TrainStep(runs, head_VD, parameters, optimizers, objective, device, autocast_dtype(resolved.precision, device))
 

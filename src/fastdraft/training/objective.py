@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastdraft.functional.distillation import DenseTarget, TargetDistribution, TokenLoss, chunked_distillation
+from fastdraft.functional.liger import liger_cross_entropy
 from fastdraft.functional.losses import chunked_cross_entropy, compute_dtypes, product
 from fastdraft.modeling.head import OutputHead
 from fastdraft.training.batches import Batch
+from fastdraft.training.flash import flash
 
 
 class Objective(Protocol):
@@ -36,8 +38,12 @@ class CrossEntropy:
     """Weight of the squared log-partition, which keeps logits from drifting."""
     chunk: int = 0
     """Rows of logits at a time; 0 chooses by device."""
+    path: Literal["chunked", "liger"] = "chunked"
+    """Our chunks, or Liger's kernels, which have chunks of their own (training/loss_path.py chooses)."""
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+        if self.path == "liger":
+            return liger_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss)
         return chunked_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss, chunk=self.chunk)[0]
 
 
@@ -65,6 +71,11 @@ class LoadedTarget:
     decoder: nn.Module | Callable[..., Any]
     head: OutputHead
     """Of as many ids as the draft's; its weight [V, E] may be scaled, biased or capped."""
+
+    def __post_init__(self) -> None:
+        fast = flash(self.decoder) if isinstance(self.decoder, nn.Module) and self.head.weight.device.type != "cpu" else None
+        if fast is not None:  # it is called with the draft's batches: one causal text, or texts apart
+            object.__setattr__(self, "decoder", fast)
 
     @torch.no_grad()
     def distribution(self, batch: Batch) -> DenseTarget:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastdraft.errors import RecipeError, WorkerError
 from fastdraft.training.batches import Batch
 from fastdraft.training.distributed import World, current
+from fastdraft.training.flash import flash
 from fastdraft.training.replicas import IDLE
 from fastdraft.training.step import TrainStep
 
@@ -164,5 +165,7 @@ class _LossSum(nn.Module):
 
     def forward(self, batch: Batch, step: TrainStep) -> Tensor:
         inside = copy.copy(step)
-        inside.decoder, inside.head = self.model.get_decoder(), self.model.get_output_embeddings().weight
+        decoder = self.model.get_decoder()
+        inside.decoder = (flash(decoder) if step.device.type != "cpu" else None) or decoder
+        inside.head = self.model.get_output_embeddings().weight
         return inside.loss_sum(batch)

@@ -1,0 +1,143 @@
+"""The decoder as an accelerator runs it: its own hidden states, flash attention, texts apart where asked, no graph break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers.integrations.flex_attention as flex
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from fastdraft.training import flash as module
+from fastdraft.training.batches import packed_batch
+from fastdraft.training.flash import Flash, flash, text_mask
+from fastdraft.training.stand_in import stand_in
+from fastdraft.training.written_out import WrittenOut
+from test_step import build, ids
+
+FAMILIES = ["llama", "mistral", "phi3", "qwen2", "qwen3"]
+PLACES = torch.cat([torch.arange(9), torch.arange(4), torch.arange(20)])
+
+
+def decoder_of(family: str) -> Any:
+    return build(family).get_decoder()
+
+
+def gradients(runs: Any, decoder: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    hidden = runs(**inputs, use_cache=False).last_hidden_state
+    weights = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    return hidden, list(torch.autograd.grad(hidden.square().sum(), weights))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_gradients_are_the_decoders_own(family: str, apart: bool) -> None:
+    decoder, inputs = decoder_of(family), {"input_ids": ids(2, 33)}
+    if apart:
+        inputs["position_ids"] = PLACES.expand(2, -1)
+    fast = flash(decoder)
+    assert fast is not None
+    torch.testing.assert_close(gradients(fast, decoder, inputs), gradients(decoder, decoder, inputs))
+    assert decoder.config._attn_implementation == "sdpa"  # validation has caches and padding
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_in_blocks_each_text_of_a_row_is_as_if_it_stood_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)  # not compiled: slow, and the same numbers
+    monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
+    decoder, row = decoder_of(family), ids(1, 33)
+    fast = Flash(decoder)
+    with torch.no_grad():
+        together = fast(row, position_ids=PLACES[None]).last_hidden_state[0]
+        alone = torch.cat([decoder(input_ids=text, use_cache=False).last_hidden_state[0] for text in row.split([9, 4, 20], dim=1)])
+        unmasked = fast(row).last_hidden_state[0]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert (unmasked - alone).abs().max() > 0.1
+
+
+def test_under_autocast_blocks_take_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    types: list[set[torch.dtype]] = []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        types.append({query.dtype, key.dtype, value.dtype})
+        return flex_attention(query, key, value, **options)  # type: ignore[return-value]
+
+    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: attention)
+    monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
+    decoder = decoder_of("llama")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Flash(decoder)(ids(1, 33), position_ids=PLACES[None]).last_hidden_state
+        expected = decoder(input_ids=ids(1, 33), position_ids=PLACES[None], use_cache=False).last_hidden_state
+    assert types == [{torch.bfloat16}] * 2
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_both_masks_let_the_same_tokens_be_seen() -> None:
+    blocks, dense = text_mask(PLACES[None], blocks=True), text_mask(PLACES[None], blocks=False)
+    assert isinstance(blocks, BlockMask)
+    places = torch.arange(33)
+    seen = blocks.mask_mod(torch.tensor(0), torch.tensor(0), places[:, None], places[None, :])
+    assert torch.equal(seen, dense[0, 0])
+    assert dense.sum() == sum(n * (n + 1) // 2 for n in (9, 4, 20))
+
+
+class Attentions:
+    """A backend of torch.compile that writes down how attention is called, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.graphs, self.called = 0, []  # type: ignore[var-annotated]
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        for node in graph.graph.nodes:
+            if "scaled_dot_product" in str(node.target):
+                self.called.append("causal" if node.kwargs["is_causal"] and node.kwargs["attn_mask"] is None else "masked")
+            elif str(node.target) == "flex_attention":
+                self.called.append("blocks")
+        return graph.forward
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_compiled_it_has_no_graph_break_no_dense_mask_and_no_second_compilation(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
+    decoder, attentions = decoder_of(family), Attentions()
+    fast = Flash(decoder)
+    fast._runs = torch.compile(decoder, backend=attentions, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            fast(ids(2, 33))
+        assert (attentions.graphs, attentions.called) == (1, ["causal"] * 2)  # two layers
+        for shift in (0, 5):  # other texts, the same shapes
+            fast(ids(2, 33), position_ids=PLACES.roll(shift).expand(2, -1))
+        assert (attentions.graphs, attentions.called[2:]) == (2, ["blocks"] * 2)
+    torch._dynamo.reset()
+
+
+def test_a_decoder_that_attends_otherwise_keeps_its_own_way() -> None:
+    assert flash(build("mistral", sliding_window=8).get_decoder()) is None
+    assert flash(torch.nn.Linear(1, 1)) is None
+    eager = decoder_of("llama")
+    eager.config._attn_implementation = "eager"
+    assert flash(eager) is None
+
+
+def test_a_cpu_has_layers_written_out_and_an_accelerator_flash_attention() -> None:
+    decoder = decoder_of("llama")
+    assert isinstance(stand_in(decoder, torch.device("cpu")), WrittenOut)
+    assert isinstance(stand_in(decoder, torch.device("cuda")), Flash)
+    windows = build("mistral", sliding_window=8).get_decoder()
+    assert stand_in(windows, torch.device("cuda")) is windows
+
+
+def test_a_packed_row_reaches_flash_attention_with_its_texts_apart() -> None:
+    decoder = decoder_of("llama")
+    row = torch.cat([torch.tensor([63]), ids(1, 15)[0] % 60, torch.tensor([63]), ids(1, 17)[0] % 60])[None]
+    batch = packed_batch(row.numpy(), separator=63)
+    fast = flash(decoder)
+    assert fast is not None
+    with torch.no_grad():
+        found = fast(**batch.inputs, use_cache=False).last_hidden_state
+        second = decoder(input_ids=row[:, 16:-1], use_cache=False).last_hidden_state
+    torch.testing.assert_close(found[:, 16:], second, rtol=1e-5, atol=1e-5)
