@@ -95,6 +95,25 @@ def test_rates_scale_from_each_groups_own_peak() -> None:
     assert [group["lr"] for o in optimizers for group in o.param_groups] == [5e-3, 2e-3, 2e-3]
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_muon_in_fp32_takes_torchs_step_without_its_rounding(shape: tuple[int, int]) -> None:
+    def stepped(low: bool, dtype: torch.dtype, shift: float = 0.0) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = Model().to(dtype)
+        model.model.matrix.weight = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype))
+        optimizers = build_optimizers(model, kind="muon", learning_rate=1e-2, low=low)
+        for _ in range(3):
+            grad = torch.randn(shape, dtype=torch.float64)
+            model.model.matrix.weight.grad = (grad + shift).to(dtype)
+            optimizers[0].step()
+        return model.model.matrix.weight.detach().double()
+
+    exact, fp32, bf16 = stepped(False, torch.float64), stepped(False, torch.float32), stepped(True, torch.float32)
+    assert (fp32 - exact).abs().max() < 1e-6
+    assert 1e-5 < (bf16 - exact).abs().max() < 1e-3
+    assert (stepped(False, torch.float32, shift=1e-6) - fp32).abs().max() < 1e-6
+
+
 def test_only_response_tokens_are_labels_and_each_follows_its_input() -> None:
     batch = padded_batch([Sample([1, 2, 3], [4, 5]), Sample([6], [7, 8, 9, 10])], pad_id=0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]

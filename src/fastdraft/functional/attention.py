@@ -29,19 +29,27 @@ class Rotation:
     """[1 or B, 1, T, R/2], fp32 (float64 for float64)."""
     sin: Tensor
 
-    def apply(self, x: Tensor, *, back: bool = False) -> Tensor:
-        """`x` [B, H, T, E] turned, in new memory; `back` turns the other way, which is the gradient's way."""
+    def apply(self, x: Tensor, out: Tensor, *, factor: float = 1.0, back: bool = False) -> Tensor:
+        """`out` [B, H, T, E], filled with `x` turned and times `factor`; `back` turns the other way, which is the gradient's way.
+
+        Both may have any layout and type. In between the two halves of all heads lie apart, since passes over short runs of memory
+        take several times as long.
+        """
         half = self.cos.shape[-1]
-        out = torch.empty_like(x)
-        left, right = x[..., :half], x[..., half : 2 * half]
-        torch.mul(left, self.cos, out=out[..., :half])
-        torch.mul(right, self.cos, out=out[..., half : 2 * half])
-        sign = -1.0 if back else 1.0
-        out[..., :half].addcmul_(right, self.sin, value=-sign)
-        out[..., half : 2 * half].addcmul_(left, self.sin, value=sign)
+        cos, sin = self.cos * factor, self.sin * (-factor if back else factor)
+        left, right = torch.empty(2, *x.shape[:-1], half, dtype=cos.dtype, device=x.device).copy_(_halves(x, half))
+        turned = torch.empty(2, *left.shape, dtype=cos.dtype, device=x.device)
+        torch.mul(left, cos, out=turned[0]).addcmul_(right, sin, value=-1)
+        torch.mul(right, cos, out=turned[1]).addcmul_(left, sin)
+        _halves(out, half).copy_(turned)
         if 2 * half < x.shape[-1]:
-            out[..., 2 * half :] = x[..., 2 * half :]
+            out[..., 2 * half :] = x[..., 2 * half :].to(cos.dtype) * factor
         return out
+
+
+def _halves(x: Tensor, half: int) -> Tensor:
+    """View [2, B, H, T, half] of the rotated features of [B, H, T, E]."""
+    return x[..., : 2 * half].unflatten(-1, (2, half)).movedim(3, 0)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Kept:
     value: Tensor
     probs: list[Tensor] | None
     """Of every block [B*J, H/J * block, keys]; None: made again."""
+    later: Tensor
+    """[BLOCK, BLOCK]: -inf above the diagonal, else 0."""
     documents: Tensor | None
     """int64 [B, T]: a position sees only those of its own number; None: all before it."""
 
@@ -70,13 +80,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tenso
         keep: whether a backward pass will come.
 
     Returns:
-        [B, H, T, E], and what `causal_attention_backward` needs.
+        [B, H, T, E], in memory [B, T, H, E], and what `causal_attention_backward` needs.
     """
     batch, _, length, _ = query.shape
     kept: list[Tensor] | None = [] if keep and batch * query.shape[1] * length * length // 2 <= _KEEP_ELEMENTS else None
-    facts = Kept(query, key, value, kept, documents)
+    later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=query.dtype, device=query.device).triu_(1)
+    facts = Kept(query, key, value, kept, later, documents)
     flat_value = value.flatten(0, 1)
-    out = torch.empty_like(query)
+    out = query.new_empty(batch, length, *query.shape[1::2]).transpose(1, 2)
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
         probs = _probs(facts, start, end)
@@ -87,22 +98,23 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tenso
 
 
 def causal_attention_backward(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, key and value, those by key and value summed in fp32 (float64 for float64); `grad` [B, H, T, E]."""
+    """Gradients by query (in its type), key and value (summed in fp32, or float64 for float64); `grad` [B, H, T, E] in any layout."""
     query, key, value = kept.query, kept.key, kept.value
     wide = torch.promote_types(query.dtype, torch.float32)
-    grad_query = torch.empty_like(query, dtype=wide)
-    grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+    grad_query = torch.empty_like(query)
+    grad_key, grad_value = torch.empty_like(key, dtype=wide), torch.empty_like(value, dtype=wide)
     flat_key, flat_value = key.flatten(0, 1), value.flatten(0, 1)
     into_key, into_value = grad_key.flatten(0, 1), grad_value.flatten(0, 1)
     length = query.shape[2]
-    for number, start in enumerate(range(0, length, BLOCK)):
+    for number, start in reversed(list(enumerate(range(0, length, BLOCK)))):  # the last block meets all keys, so it is the first to fill
         end = min(start + BLOCK, length)
+        add = Tensor.copy_ if end == length else Tensor.add_
         probs = _probs(kept, start, end) if kept.probs is None else kept.probs[number]
         grad_block = _take(grad, key.shape[1], start, end)
-        into_value[:, :end] += torch.bmm(probs.transpose(1, 2), grad_block)
-        grad_probs = torch.bmm(grad_block, flat_value[:, :end].transpose(1, 2))
+        add(into_value[:, :end], torch.bmm(probs.transpose(1, 2), grad_block))
+        grad_probs = torch.bmm(grad_block, flat_value[:, :end].contiguous().transpose(1, 2))
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        into_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), _take(query, key.shape[1], start, end))
+        add(into_key[:, :end], torch.bmm(grad_scores.transpose(1, 2), _take(query, key.shape[1], start, end)))
         _put(grad_query, start, end, torch.bmm(grad_scores, flat_key[:, :end]))
     return grad_query, grad_key, grad_value
 
@@ -110,11 +122,10 @@ def causal_attention_backward(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor,
 def _probs(kept: Kept, start: int, end: int) -> Tensor:
     """Probabilities of queries `start:end` over keys `:end`: [B*J, H/J * (end - start), end]."""
     batch, groups = kept.key.shape[:2]
-    scores = torch.bmm(_take(kept.query, groups, start, end), kept.key.flatten(0, 1)[:, :end].transpose(1, 2))
+    scores = torch.bmm(_take(kept.query, groups, start, end), kept.key.flatten(0, 1)[:, :end].contiguous().transpose(1, 2))
     rows = end - start
     shaped = scores.view(batch, groups, -1, rows, end)
-    hidden = torch.full((rows, rows), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
-    shaped[..., start:].add_(hidden)
+    shaped[..., start:].add_(kept.later[:rows, :rows])
     if kept.documents is not None:
         other = kept.documents[:, start:end, None] != kept.documents[:, None, :end]
         shaped.masked_fill_(other[:, None, None], -torch.inf)
@@ -124,7 +135,7 @@ def _probs(kept: Kept, start: int, end: int) -> Tensor:
 def _take(x: Tensor, groups: int, start: int, end: int) -> Tensor:
     """Positions `start:end` of [B, H, T, E], all heads that share keys side by side: [B*J, H/J * (end - start), E]."""
     batch, heads, _, size = x.shape
-    return x.view(batch * groups, heads // groups, -1, size)[:, :, start:end].reshape(batch * groups, -1, size)
+    return x[:, :, start:end].reshape(batch * groups, heads // groups * (end - start), size)
 
 
 def _put(x: Tensor, start: int, end: int, block: Tensor) -> None:

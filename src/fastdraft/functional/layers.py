@@ -103,15 +103,17 @@ class AttentionHalf(torch.autograd.Function):
         qkv_NO = functional.linear(normed_ND, products.into, products.into_bias)
         gains = parameters[-2:] if shape.norm_heads else ()
         query, key, value = _heads(qkv_NO, x.shape, shape)
-        turned = [_turned(part, rotation, gain, shape.eps) for part, gain in zip((query, key), gains or (None, None), strict=True)]
-        query, key = turned[0].mul_(shape.scale).to(qkv_NO.dtype), turned[1].to(qkv_NO.dtype)
+        if shape.norm_heads:
+            query, key = (_normed(part, gain, rotation.cos.dtype, shape.eps) for part, gain in zip((query, key), gains, strict=True))
+        query = rotation.apply(query, torch.empty(query.shape, dtype=value.dtype, device=x.device), factor=shape.scale)
+        key = rotation.apply(key, torch.empty(key.shape, dtype=value.dtype, device=x.device))
         seen, kept = causal_attention(query, key, value.contiguous(), documents, keep)
-        seen_NO = seen.transpose(1, 2).reshape(flat_ND.shape[0], -1)
+        seen_NO = seen.transpose(1, 2).flatten(2).flatten(0, 1)
         out = functional.linear(seen_NO, products.out, products.out_bias)
         if keep:
             ctx.facts = shape, products, rotation, kept
             ctx.save_for_backward(flat_ND, scale_N1, normed_ND, qkv_NO if shape.norm_heads else None, seen_NO, *parameters)
-        return x + out.view_as(x)
+        return _added(x, out)
 
     @staticmethod
     @once_differentiable
@@ -122,16 +124,21 @@ class AttentionHalf(torch.autograd.Function):
         grad_ND = grad.flatten(0, 1)
         low_ND = grad_ND.to(products.out.dtype)
         grad_out, grad_out_bias = _weight_gradients(low_ND, seen_NO, products.out_bias)
-        grad_seen = (low_ND @ products.out).view(batch, length, shape.num_heads, shape.head_size).transpose(1, 2).contiguous()
+        grad_seen = (low_ND @ products.out).view(batch, length, shape.num_heads, shape.head_size).transpose(1, 2)
         grad_query, grad_key, grad_value = causal_attention_backward(grad_seen, kept)
-        parts = [rotation.apply(grad_query.mul_(shape.scale), back=True), rotation.apply(grad_key, back=True), grad_value]
+        grad_NO = low_ND.new_empty(low_ND.shape[0], products.into.shape[0])
+        parts = _heads(grad_NO, grad.shape, shape)
         grad_gains: list[Tensor] = []
-        if shape.norm_heads:
-            before = _heads(qkv_NO, grad.shape, shape)
-            for number in (0, 1):
-                parts[number], grad_gain = _head_norm_backward(parts[number], before[number], parameters[number - 2], shape.eps)
-                grad_gains.append(grad_gain)
-        grad_NO = torch.cat([part.transpose(1, 2).reshape(low_ND.shape[0], -1).to(low_ND.dtype) for part in parts], dim=1)
+        for number, (part, factor) in enumerate(((grad_query, shape.scale), (grad_key, 1.0))):
+            if not shape.norm_heads:
+                rotation.apply(part, parts[number], factor=factor, back=True)
+                continue
+            turned = rotation.apply(part, torch.empty(part.shape, dtype=rotation.cos.dtype, device=part.device), factor=factor, back=True)
+            before = _heads(qkv_NO, grad.shape, shape)[number]
+            turned, grad_gain = _head_norm_backward(turned, before, parameters[number - 2], shape.eps)
+            parts[number].copy_(turned)
+            grad_gains.append(grad_gain)
+        parts[2].copy_(grad_value)
         grad_into, grad_into_bias = _weight_gradients(grad_NO, normed_ND, products.into_bias)
         into = (grad_NO @ products.into).to(grad.dtype)
         grad_x, grad_gain = rms_norm_backward(into, flat_ND, scale_N1, parameters[0], grad_ND)
@@ -159,7 +166,7 @@ class FeedForwardHalf(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.products = products
             ctx.save_for_backward(flat_ND, scale_N1, normed_ND, both, inner_NF, *parameters)
-        return x + out.view_as(x)
+        return _added(x, out)
 
     @staticmethod
     @once_differentiable
@@ -184,6 +191,12 @@ class FeedForwardHalf(torch.autograd.Function):
         return grad_x.view_as(grad), None, None, grad_gain, *own, *_typed(rest, parameters[1 + count :])
 
 
+def _added(x: Tensor, out: Tensor) -> Tensor:
+    """The stream and a half's share of it: two passes of one type each are quicker than one of two types."""
+    out = out.view_as(x)
+    return x + out if out.dtype == x.dtype else out.to(x.dtype).add_(x)
+
+
 def _heads(qkv_NO: Tensor, size: Sequence[int], shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
     """Views [B, H, T, E] and twice [B, J, T, E] of the stacked projections."""
     heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, shape.head_size
@@ -192,12 +205,10 @@ def _heads(qkv_NO: Tensor, size: Sequence[int], shape: AttentionShape) -> tuple[
     return query, key, value
 
 
-def _turned(part: Tensor, rotation: Rotation, gain: Tensor | None, eps: float) -> Tensor:
-    """Normed where there is a gain, then turned; contiguous, in the stream's type."""
-    wide = torch.empty(part.shape, dtype=rotation.cos.dtype, device=part.device).copy_(part)
-    if gain is not None:
-        wide.mul_(rms_scale(wide, eps)).mul_(gain)
-    return rotation.apply(wide)
+def _normed(part: Tensor, gain: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """The heads' own norm; contiguous, in the stream's type."""
+    wide = torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
+    return wide.mul_(rms_scale(wide, eps)).mul_(gain)
 
 
 def _head_norm_backward(grad: Tensor, before: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:

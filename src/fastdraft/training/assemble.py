@@ -96,6 +96,7 @@ def build_step(
         embedding_learning_rate=resolved.embedding_learning_rate,
         weight_decay=resolved.weight_decay,
         beta2=resolved.beta2,
+        low=resolved.precision == "bf16",
     )
     # Weights in parts are put together by the modules' own hooks (training/sharding.py).
     runs: Any = decoder if is_in_parts(model) else stand_in(decoder, device, compiled=compiled)

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastdraft.training.muon import Fp32Muon
+
 PEAK = "peak_rate"
 _FUSED_DEVICES = ("cpu", "cuda", "xpu")
 
@@ -24,11 +26,13 @@ def build_optimizers(
     embedding_learning_rate: float | None = None,
     weight_decay: float = 0.1,
     beta2: float = 0.95,
+    low: bool = True,
 ) -> list[torch.optim.Optimizer]:
     """One optimiser (AdamW) or two (Muon, AdamW) over all weights of a Hugging Face causal language model.
 
     `learning_rate` is the peak of the body's matrices, `embedding_learning_rate` that of all other weights (None: the same);
-    `weight_decay` is decoupled, per unit of rate; `beta2` is AdamW's.
+    `weight_decay` is decoupled, per unit of rate; `beta2` is AdamW's; `low`: the step's products are in bf16, and so are
+    Muon's own; else those are in the type of the weights.
     """
     groups = split_parameters(model)
     rest_rate = learning_rate if embedding_learning_rate is None else embedding_learning_rate
@@ -39,7 +43,8 @@ def build_optimizers(
     body = _group(groups["body"], learning_rate, weight_decay)
     optimizers: list[torch.optim.Optimizer] = []
     if kind == "muon":
-        optimizers.append(torch.optim.Muon([body], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        muon = torch.optim.Muon if low else Fp32Muon
+        optimizers.append(muon([body], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     else:
         plain.insert(0, body)
     plain = [group for group in plain if group["params"]]
