@@ -270,10 +270,10 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
         value = stored.like(name, parameter)
         _check_alike(name, value, stored.shape(name), [] if key == "step" else list(parameter.shape))
         optimizer.state[parameter][key] = (value.cpu() if on_cpu else value).clone()
-    for number, optimizer in enumerate(optimizers):
+    for optimizer in optimizers:
         owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if len({frozenset(optimizer.state.get(parameter, ())) for parameter in owned}) > 1:
-            raise ValueError(f"optimiser {number} lacks the state of some weights")
+            raise ValueError(f"{type(optimizer).__name__} lacks the state of some weights")
 
 
 def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
