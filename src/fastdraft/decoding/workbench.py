@@ -30,12 +30,10 @@ from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.position_figures import Place, Positions
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import ArtifactError, TargetError
+from fastdraft.functional.acceptance import TOTALS
 from fastdraft.functional.intervals import Groups, group_numbers
 from fastdraft.interfaces import Engine, Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
-
-TOTALS = 7
-"""Columns of `counts_to_array` before the positions."""
 
 
 @dataclass(frozen=True)
