@@ -9,14 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fastdraft.console import Console
 from fastdraft.data.responses import SyntheticRow
 from fastdraft.decoding import replay as module
 from fastdraft.decoding.evaluation import as_row, exact_runs
 from fastdraft.decoding.replay import accept_probabilities, block_efficiency, length_batches, replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.decoding.workbench import EncodedTask, Plan, Workbench
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.sampling import probabilities
-from fastdraft.interfaces import Sampling
+from fastdraft.interfaces import Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(320, 300, tuple(range(300, 320)), 0, (3,), 0, "")
@@ -136,3 +138,20 @@ def test_an_empty_answer_has_no_counts(near: PreTrainedModel) -> None:
     empty = SyntheticRow("", "", "", [5], [], [], 1.0, 0, 1.0, "stop")
     assert replay(near, [empty], [2], VOCABULARY)[0][2].num_drafts == 0
     assert replay(near, [], [2], VOCABULARY) == []
+
+
+def test_the_progress_of_texts_that_stood_already_ends_at_their_number(
+    target: PreTrainedModel, near: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {("log", t): [as_row(g, Sampling(t), "log") for g in answers(count)] for t, count in ((0.0, 3), (0.7, 2))}
+    every = [row for found in rows.values() for row in found]
+    task = EncodedTask("log", [row.row_id for row in every], [row.prompt_ids for row in every], 4)
+    plan = Plan([task], [0.0, 0.7], [3], [3], 0, only=tuple(rows))
+    bench = Workbench(plan, tmp_path, Console(), None, VOCABULARY)
+    bench.keep_texts(rows)
+    bench.replay_all({"align": lambda: near})
+    assert "5/5 texts" in capsys.readouterr().err
+
+
+def answers(count: int) -> list[Generation]:
+    return [Generation([5, 6, 7 + i], [9, 10, 11 + i], [-1.0, -2.0, -1.5], "length") for i in range(count)]

@@ -175,6 +175,11 @@ class Artifact:
         return digest(self.stored_fingerprint())
 
     def stored_fingerprint(self) -> dict[str, Any]:
+        """What the work in this folder was begun under.
+
+        Raises:
+            ArtifactError: when there is none or it is damaged.
+        """
         value = read_json(self.path / FINGERPRINT)
         if not isinstance(value, dict):
             raise ArtifactError(

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.forecast import mbsu, predicted_speedup
-from fastdraft.functional.acceptance import Counts, counts_from_array, counts_to_array
+from fastdraft.functional.acceptance import ACCEPTED, DRAFTS, GENERATED, PROPOSED, Counts, counts_from_array, counts_to_array
 from fastdraft.functional.intervals import Groups, difference_interval, num_groups, ratio_interval
 
 CountsTable = NDArray[np.float64]
-_DRAFTS, _PROPOSED, _ACCEPTED, _GENERATED = 0, 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def result_row(
         "overlap": tidy(counts.overlap), "block_efficiency": tidy(counts.block_efficiency),
         **_speedups(counts.block_efficiency, k, costs), "num_examined_tokens": tidy_count(counts.num_examined_tokens),
     }  # fmt: skip
-    for name, part, whole in (("acceptance_rate", _ACCEPTED, _PROPOSED), ("block_efficiency", _GENERATED, _DRAFTS)):
+    for name, part, whole in (("acceptance_rate", ACCEPTED, PROPOSED), ("block_efficiency", GENERATED, DRAFTS)):
         low, high = ratio_interval(table[:, part], table[:, whole], seed, groups)
         row |= {f"{name}_low": tidy(low), f"{name}_high": tidy(high)}
     rest = counts_from_array(table[~looping].sum(0)) if (~looping).any() else Counts()
@@ -119,7 +118,7 @@ def difference_rows(
             by_place.setdefault((setting.task, setting.temperature, setting.num_speculative_tokens), []).append((setting.checkpoint, table))
     for (task, temperature, k), ladder in by_place.items():
         for (name, before), (next_name, after) in pairwise(ladder):
-            pairs = [(table[:, _ACCEPTED], table[:, _PROPOSED]) for table in (before, after)]
+            pairs = [(table[:, ACCEPTED], table[:, PROPOSED]) for table in (before, after)]
             rates = [float(part.sum() / whole.sum()) if whole.sum() else float("nan") for part, whole in pairs]
             low, high = difference_interval(pairs[0], pairs[1], seed, groups[task, temperature] if groups else None)
             place = {"task": task, "temperature": temperature, "num_speculative_tokens": k}

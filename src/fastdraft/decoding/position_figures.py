@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdraft.decoding.figures import tidy, tidy_count
-from fastdraft.functional.acceptance import counts_from_array
+from fastdraft.functional.acceptance import ACCEPTED, DRAFTS, PROPOSED, counts_from_array
 from fastdraft.functional.intervals import Groups, num_groups, ratio_interval
 from fastdraft.functional.positions import bucket_bounds
 
@@ -27,7 +27,6 @@ FADED = 0.5
 """A bucket's rate over the best before it, under which a draft has faded."""
 ENOUGH_TOKENS, ENOUGH_CONVERSATIONS = 300, 4
 """Proposals, and prompts drawn by themselves, that a bucket needs before it is judged."""
-_DRAFTS, _PROPOSED, _ACCEPTED = 0, 1, 2
 
 
 def position_results(
@@ -60,12 +59,12 @@ def _rows(place: Place, table: Positions, seed: int, groups_P: Groups | None) ->
     found = []
     for bucket in range(table.shape[1]):
         counts_PC = table[:, bucket]
-        reached = counts_PC[:, _DRAFTS] > 0
+        reached = counts_PC[:, DRAFTS] > 0
         if not reached.any():
             continue
         counts = counts_from_array(counts_PC.sum(0))
         groups = groups_P[reached] if groups_P is not None else None
-        low, high = ratio_interval(counts_PC[reached, _ACCEPTED], counts_PC[reached, _PROPOSED], seed, groups)
+        low, high = ratio_interval(counts_PC[reached, ACCEPTED], counts_PC[reached, PROPOSED], seed, groups)
         first, end = bucket_bounds(bucket)
         found.append({
             "checkpoint": place[0], "task": place[1], "temperature": place[2], "from": first, "to": end, "num_prompts": int(reached.sum()),

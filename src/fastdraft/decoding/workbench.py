@@ -23,19 +23,17 @@ from transformers import PreTrainedModel
 from fastdraft.artifacts import read_json, write_atomic, write_json
 from fastdraft.console import Console
 from fastdraft.conversation import Conversation
-from fastdraft.data.responses import SyntheticRow, read_rows, write_rows
+from fastdraft.data.responses import SyntheticRow, read_columns, read_rows, write_rows
 from fastdraft.decoding.evaluation import as_row, derive_seed, exact_runs, replay_tables
 from fastdraft.decoding.figures import CountsTable, Setting, counts_table
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.position_figures import Place, Positions
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import ArtifactError, TargetError
+from fastdraft.functional.acceptance import TOTALS
 from fastdraft.functional.intervals import Groups, group_numbers
 from fastdraft.interfaces import Engine, Generation, Sampling
 from fastdraft.vocabulary import Vocabulary
-
-TOTALS = 7
-"""Columns of `counts_to_array` before the positions."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,10 @@ class Workbench:
         """What the target wrote."""
         return read_rows(self.texts_path(task, temperature))
 
+    def _num_texts(self, task: EncodedTask, temperature: float) -> int:
+        """One for each prompt; of texts that stood already those of this temperature alone."""
+        return len(read_columns(self.texts_path(task, temperature), ["row_id"])["row_id"]) if self.plan.only else len(task.prompt_ids)
+
     def groups(self) -> dict[tuple[str, float], Groups]:
         """By task and temperature, which of the texts a bootstrap draws together: turns of a conversation, answers to one prompt."""
         return {
@@ -173,7 +175,7 @@ class Workbench:
         """Expected counts of every checkpoint; its loader is called only if something of it is missing, and should remember the model."""
         jobs = [(checkpoint, task, temperature) for checkpoint in load_draft for task, temperature in self.plan.settings]
         missing = [job for job in jobs if not (self._replay_path(*job).exists() and self._replay_path(*job, "positions").exists())]
-        total, left = (sum(len(task.prompt_ids) for _, task, _ in some) for some in (jobs, missing))
+        total, left = (sum(self._num_texts(task, temperature) for _, task, temperature in some) for some in (jobs, missing))
         ks = self.plan.num_speculative_tokens
         if missing:
             with self.console.progress("replay", total, "texts", total - left) as progress:

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+TOTALS = 7
+"""Columns of `counts_to_array` before the positions."""
+DRAFTS, PROPOSED, ACCEPTED, GENERATED = 0, 1, 2, 4
+"""Some of these columns."""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -87,8 +92,8 @@ def counts_to_array(counts: Counts) -> NDArray[np.float64]:
 def counts_from_array(row: NDArray[np.float64]) -> Counts:
     """The inverse of `counts_to_array`."""
     values = [float(value) for value in row]
-    drafts, proposed, accepted, examined, generated, overlap_sum, overlap_tokens = values[:7]
-    return Counts(drafts, proposed, accepted, tuple(values[7:]), examined, generated, overlap_sum, overlap_tokens)
+    drafts, proposed, accepted, examined, generated, overlap_sum, overlap_tokens = values[:TOTALS]
+    return Counts(drafts, proposed, accepted, tuple(values[TOTALS:]), examined, generated, overlap_sum, overlap_tokens)
 
 
 def expected_counts(accept: NDArray[np.float64], num_speculative_tokens: int) -> Counts:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdraft.functional.acceptance import acceptance_runs, pad_accepts, reached, round_starts
+from fastdraft.functional.acceptance import TOTALS, acceptance_runs, pad_accepts, reached, round_starts
 
 FIRST_BUCKET = 512
 TOGETHER = 32
@@ -45,7 +45,7 @@ def counts_by_bucket(accepts: Sequence[NDArray[np.float64]], starts: Sequence[in
     """
     ends = [start + len(accept) for start, accept in zip(starts, accepts, strict=True)]
     buckets = 1 + int(bucket_of(np.array([max([1, *ends]) - 1]))[0])
-    found = np.zeros((len(accepts), buckets, 7 + num_speculative_tokens))
+    found = np.zeros((len(accepts), buckets, TOTALS + num_speculative_tokens))
     order = sorted(range(len(accepts)), key=lambda i: len(accepts[i]))
     for begin in range(0, len(order), TOGETHER):
         chosen = order[begin : begin + TOGETHER]

@@ -1,6 +1,7 @@
 """How OpenVINO GenAI decodes with a draft model, and how what it does is counted as everything here is counted.
 
-OpenVINO counts otherwise than we do (functional/acceptance.py); seen in release 2026.4 and converted so:
+Decides how its passes become our rounds. OpenVINO counts otherwise than we do (functional/acceptance.py); seen in release 2026.4 and
+converted so:
 
 - Its first pass of the target reads the prompt and writes one token without any proposal. That pass is left out: the
   counts are those of a text that begins behind this token. `Counts.num_generated_tokens` is therefore one less than the
