@@ -2,7 +2,8 @@
 
 Decides which shapes of a line are understood (a chat with its response, a conversation that ends with the assistant, a prompt
 with its completion, a logged request with its response), that an answer is taken as it stands, that a line which leaves open
-how the answer was drawn stops the run instead of being guessed, and that lines whose conversations begin with the same words
+how the answer was drawn stops the run instead of being guessed, that calls which failed and conversations with tools or pictures are
+counted and left out, and that lines whose conversations begin with the same words
 belong together.
 """
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 """What a request may say without bending the distribution; anything else in these keys makes its log-probs no use for replay."""
 _BENDING = ("logit_bias", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "response_format", "grammar", "bad_words")
+_HOTTEST = 10
 _ANSWERS = ("response", "completion", "answer", "output")
 _SHAPES = "must hold `messages` or `prompt`, and `choices`, `response` or a last message of the assistant"
 
@@ -40,14 +42,17 @@ class TranscriptLog(Config):
     """Logged prompts and answers of the target in the OpenAI format: nothing is asked, the target's weights are not needed."""
 
     kind: Literal["transcripts"]
-    """JSONL: {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...}, or {"request": ..., "response": ...}."""
+    """JSONL: {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...}, {"request": ..., "response": ...}, or the
+    output of a batch with its `requests`."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """How manifests and tables call this log."""
     path: str = Field(min_length=1)
     """A file, a folder or a pattern; .gz, .xz and .zst too."""
+    requests: str = ""
+    """Of outputs of the Batch API, which hold answers only: the file, folder or pattern of their requests, joined by `custom_id`."""
     count: Count | None = Field(default=None, ge=1)
     """At most this many answers, after a seeded shuffle; unset takes all."""
-    temperature: float | None = Field(default=None, ge=0, le=10)
+    temperature: float | None = Field(default=None, ge=0, le=_HOTTEST)
     """Of lines that do not tell theirs; unset, such a line stops the run."""
     top_k: int = Field(default=0, ge=0)
     """Of lines that do not tell theirs."""
@@ -66,10 +71,25 @@ class TranscriptLog(Config):
 
     def describe(self) -> dict[str, Any]:
         """The settings and what they point at now, for fingerprints."""
-        return {**self.model_dump(mode="json"), **self._source().describe()}
+        own = self.model_dump(mode="json", exclude=set() if self.requests else {"requests"})
+        asked = {"requests_files": self._requests().describe()} if self.requests else {}
+        return {**own, **self._source().describe(), **asked}
+
+    def asked(self) -> dict[str, Mapping[str, Any]]:
+        """`custom_id` -> request, of `requests`; empty without them.
+
+        Raises:
+            DataError: when there is no such file, or a line is damaged.
+        """
+        files = self._requests().files() if self.requests else []
+        rows = (row for file in files for _, row in read_jsonl(file.path))
+        return {str(row["custom_id"]): row["body"] for row in rows if "custom_id" in row and isinstance(row.get("body"), dict)}
 
     def _source(self) -> JsonlSource:
         return JsonlSource(name=self.name, path=self.path)
+
+    def _requests(self) -> JsonlSource:
+        return JsonlSource(name=self.name, path=self.requests)
 
 
 class TranscriptPrompts(TranscriptLog):
@@ -103,6 +123,8 @@ class Entry:
     sampling: Sampling
     bent: bool
     """The request bent the distribution by other means than temperature, top-k and top-p."""
+    refused: str = ""
+    """Why the line is of no use, in one word: `no_answer` (the call failed) or `unsupported` (tools, pictures)."""
 
     @property
     def texts(self) -> list[str]:
@@ -124,25 +146,66 @@ def read_entries(config: TranscriptLog) -> Iterator[Entry]:
     Raises:
         DataError: naming the file and line that is damaged, of no known shape, or silent about its temperature.
     """
+    asked = config.asked()
     for file in config.files():
         for number, row in read_jsonl(file.path):
-            yield _entry(f"{file.path} line {number}", row, config)
+            where = f"{file.path} line {number}"
+            yield _entry(where, {**row, "request": _request(where, row, asked)} if asked else row, config)
+
+
+def _request(where: str, row: Mapping[str, Any], asked: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What a line of the Batch API's output answers."""
+    request = asked.get(str(row.get("custom_id")))
+    if request is None:
+        rule = "must be in the file that `requests` names"
+        raise DataError(where, f"custom_id {str(row.get('custom_id'))[:60]!r}", rule, "add that file to `requests`, or delete the line")
+    return request
 
 
 def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> Entry:
     request = next((row[key] for key in ("request", "body") if isinstance(row.get(key), dict)), row)
-    messages, prompt = _messages(where, request.get("messages", row.get("messages"))), request.get("prompt", row.get("prompt"))
+    told_messages, prompt = request.get("messages", row.get("messages")), request.get("prompt", row.get("prompt"))
+    if reason := "no_answer" if _failed(row) else "unsupported" if _is_unsupported(told_messages) else "":
+        return Entry(where, None, "", [], Sampling(0.0), False, reason)
+    messages = _messages(where, told_messages)
     choices = _choices(row, chat=messages is not None)
     if not choices and messages and messages[-1]["role"] == "assistant":
         choices = [Choice(messages[-1]["content"], None, None, str(row.get("finish_reason") or "stop"))]
         messages = messages[:-1]
     is_ids = isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
     if not choices or not (messages or isinstance(prompt, str) or is_ids):
-        raise DataError(where, f"keys {', '.join(map(str, list(row)[:8])) or 'none'}", _SHAPES, "mend or delete the line")
+        remedy = "set `requests` to the batch's input" if choices and "custom_id" in row else "mend or delete the line"
+        raise DataError(where, f"keys {', '.join(map(str, list(row)[:8])) or 'none'}", _SHAPES, remedy)
     told = {**row, **request}
     sampling = _sampling(where, told, config)
     bent = any(told.get(key) not in (None, value) for key, value in _NEUTRAL.items()) or any(told.get(key) for key in _BENDING)
     return Entry(where, messages, [] if messages else (prompt if prompt is not None else ""), choices, sampling, bent)
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    """The log tells that the call gave no answer: an empty response, an error in its place, or a status of HTTP that is none of success."""
+    answers = [row[key] for key in (*_ANSWERS, "choices") if key in row]
+    if answers and all(answer is None for answer in answers):
+        return True
+    bodies = [row, *(answer for answer in answers if isinstance(answer, dict))]
+    bodies += [body["body"] for body in bodies if isinstance(body.get("body"), dict)]
+    if any(type(code) is int and not 200 <= code < 300 for body in bodies for code in [body.get("status_code")]):
+        return True
+    return any(body.get("error") and not body.get("choices") and not body.get("content") for body in bodies[1:])
+
+
+def _is_unsupported(messages: object) -> bool:
+    """A conversation of more than text: tools called or answering, pictures or sounds among the parts of a message."""
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict):
+            continue
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        if message.get("role") in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
+            return True
+        if any(isinstance(part, dict) and not isinstance(part.get("text"), str) for part in parts):
+            return True
+    return False
 
 
 def _messages(where: str, value: object) -> list[dict[str, str]] | None:
@@ -194,8 +257,11 @@ def _sampling(where: str, told: Mapping[str, Any], config: TranscriptLog) -> Sam
         raise DataError(where, "no temperature", rule, f"set `temperature` of transcripts '{config.name}' for lines that do not tell it")
     try:
         temperature, top_k, top_p = float(values["temperature"]), max(0, int(values["top_k"])), float(values["top_p"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError(where, f"{values}", "temperature, top_k and top_p must be numbers", "mend or delete the line") from None
+    if not 0 <= temperature <= _HOTTEST or not 0 < top_p <= 1:
+        rule = f"temperature must be from 0 to {_HOTTEST}, top_p above 0 and at most 1"
+        raise DataError(where, f"temperature {temperature:g}, top_p {top_p:g}", rule, "mend or delete the line")
     return Sampling(temperature, top_k, top_p) if temperature > 0 else Sampling(0.0)
 
 
@@ -205,7 +271,8 @@ class Transcripts:
 
     rows: list[Transcript]
     refused: dict[str, int] = field(default_factory=dict)
-    """`evaluation` (the prompt is one of an evaluation task), `empty`, `unrendered` (the chat template refuses the conversation)."""
+    """`evaluation` (the prompt is one of an evaluation task), `empty`, `unrendered` (the chat template refuses the conversation, or the
+    text is no unicode), `no_answer` (the logged call failed), `unsupported` (tools, pictures)."""
 
 
 def read_transcripts(
@@ -231,16 +298,19 @@ def read_transcripts(
         DataError: when a line is damaged or no answer is left.
     """
     readers = {kind: AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, kind) for kind in ("none", config.logprobs)}
-    refused = {"evaluation": 0, "empty": 0, "unrendered": 0}
+    refused = {"evaluation": 0, "empty": 0, "unrendered": 0, "no_answer": 0, "unsupported": 0}
     rows: list[Transcript] = []
     for entry in read_entries(config):
+        if entry.refused:
+            refused[entry.refused] += 1
+            continue
         if any(map(is_evaluation, filter(None, entry.texts))):
             refused["evaluation"] += len(entry.choices)
             continue
         try:
             prompt = _prompt_ids(entry, tokenizer)
             key = ids_hash(render_prompt(tokenizer, entry.first_turn)) if entry.first_turn else ""
-        except TargetError:
+        except (TargetError, UnicodeEncodeError):
             refused["unrendered"] += len(entry.choices)
             continue
         if not prompt:
@@ -260,8 +330,10 @@ def read_transcripts(
 
 def _prompt_ids(entry: Entry, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if entry.messages is not None:
+        "".join(message["content"] for message in entry.messages).encode()
         return render_prompt(tokenizer, entry.messages)
     if isinstance(entry.prompt, str):
+        entry.prompt.encode()  # half a character alone (a lone surrogate) cannot be read
         return [int(token) for token in tokenizer(entry.prompt, verbose=False).input_ids]
     return list(entry.prompt)
 
