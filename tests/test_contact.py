@@ -82,7 +82,7 @@ def test_what_a_server_lacks_is_told(
     assert (found["context_length"], found["prompt_logprobs"]) == ((256, True) if style == "full" else (None, False))
 
 
-def test_the_table_names_every_server_and_ends_in_one_line_for_one_that_is_no_use(
+def test_every_server_is_named_within_80_columns_and_all_ends_in_one_line_for_one_that_is_no_use(
     served: Served, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Served(tiny_target).running() as gone:
@@ -94,8 +94,9 @@ def test_the_table_names_every_server_and_ends_in_one_line_for_one_that_is_no_us
     finally:
         served.context_length = 256
     out = capsys.readouterr().out
-    assert served.url in out
-    assert dead in out
+    assert f"{served.url}: serves target, context 128; takes token ids to /completions" in " ".join(out.split())
+    assert f"{dead}: no connection" in " ".join(out.split())
+    assert max(len(line) for line in out.splitlines() if line.startswith(("http", "  "))) < 80
     assert f"{served.url} serves 128 of the target's 256 positions" in out
     assert "everything that can be checked here fits" not in out
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from fastdraft import pipeline
 from fastdraft.artifacts import Artifact, read_json, write_json
 from fastdraft.console import Console
 from fastdraft.data.responses import unit_paths
-from fastdraft.data.transcripts import TranscriptPrompts
+from fastdraft.data.transcript_lines import TranscriptPrompts
 from fastdraft.errors import ArtifactError, Interrupted, MissingExtraError, TargetError
 from fastdraft.interfaces import StageContext
 from fastdraft.modeling import loading

@@ -27,7 +27,8 @@ from fastdraft.console import Console
 from fastdraft.conversation import Conversation
 from fastdraft.data.chat import prompt_ids
 from fastdraft.data.prompts import JsonlPrompts
-from fastdraft.data.transcripts import TranscriptLog, read_transcripts
+from fastdraft.data.transcript_lines import TranscriptLog
+from fastdraft.data.transcripts import read_transcripts
 from fastdraft.errors import ArtifactError, DataError, FastDraftError, TargetError
 from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling.loading import load_draft, load_tokenizer, load_vocabulary
@@ -354,8 +355,8 @@ def test_a_checkpoint_of_other_tensors_is_one_line_though_its_checksums_are_righ
 
 
 def test_best_weights_of_other_shapes_are_one_line(tmp_path: Path) -> None:
-    checkpoints, _, _ = saved(tmp_path)
-    checkpoints.save_best(1)
+    checkpoints, model, _ = saved(tmp_path)
+    checkpoints.save_best(1, model)
     with pytest.raises(ArtifactError, match="does not fit"):
         checkpoints.load_best(1, nn.Linear(4, 2))
 

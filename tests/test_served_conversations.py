@@ -20,7 +20,8 @@ from fastdraft.conversation import Conversation
 from fastdraft.data.dialogue import conversation_plan
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.responses import SyntheticRow, ids_hash, read_all
-from fastdraft.data.transcripts import TranscriptLog, read_transcripts
+from fastdraft.data.transcript_lines import TranscriptLog
+from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import UnitPlan
 from fastdraft.decoding.turn_prompts import opened_once, with_turns
 from fastdraft.decoding.unit_writer import UnitWriter

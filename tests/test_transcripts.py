@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastdraft.data.chat import prompt_ids
-from fastdraft.data.transcripts import TranscriptLog, read_transcripts
+from fastdraft.data.transcript_lines import TranscriptLog
+from fastdraft.data.transcripts import read_transcripts
 from fastdraft.errors import DataError
 from fastdraft.interfaces import Generation, Sampling, TargetConfig
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
@@ -128,3 +129,58 @@ def test_a_line_that_cannot_be_understood_is_named(tmp_path: Path, tiny_target: 
 def test_temperatures_that_differ_by_rounding_alone_are_one_temperature(tmp_path: Path, tiny_target: Path) -> None:
     lines = [{"prompt": f"say {number}", "response": "x", "temperature": t} for number, t in enumerate((0.7, 0.699999988079071))]
     assert {row.sampling.temperature for row in read(tmp_path, tiny_target, *lines).rows} == {0.7}
+
+
+ASKED = {"messages": [{"role": "user", "content": "What is a fox?"}], "temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({**ASKED, "response": None}, "no_answer"),
+        ({**ASKED, "choices": None, "error": "rate limit"}, "no_answer"),
+        ({"request": ASKED, "response": {"error": {"message": "overloaded"}}}, "no_answer"),
+        ({"body": ASKED, "response": {"status_code": 500, "body": {"error": {"message": "no"}}}}, "no_answer"),
+        ({**ASKED, "messages": [*ASKED["messages"], {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "unsupported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "response": "a fox"}, "unsupported"),
+        ({**ASKED, "messages": [{"role": "user", "content": "half \ud83d"}], "response": "a fox"}, "unrendered"),
+        ({"prompt": "half \ud83d", "response": "a fox", "temperature": 0}, "unrendered"),
+    ],
+)
+def test_what_a_real_log_also_holds_is_counted_and_does_not_stop_the_run(
+    tmp_path: Path, tiny_target: Path, line: object, reason: str
+) -> None:
+    found = read(tmp_path, tiny_target, line, {**ASKED, "response": " a fox"})
+    assert len(found.rows) == 1
+    assert {name: count for name, count in found.refused.items() if count} == {reason: 1}
+
+
+def test_an_answer_with_half_a_character_is_told_as_one_that_does_not_come_back(tmp_path: Path, tiny_target: Path) -> None:
+    rows = read(tmp_path, tiny_target, {**ASKED, "response": "a fox \ud83d"}).rows
+    assert [row.generation.fault for row in rows] == ["not_round_trip"]
+
+
+def test_the_output_of_a_batch_is_read_with_its_requests(tmp_path: Path, tiny_target: Path) -> None:
+    requests = tmp_path / "asked.jsonl"
+    requests.write_text(
+        "".join(
+            json.dumps({"custom_id": f"r{i}", "method": "POST", "body": {**ASKED, "messages": [{"role": "user", "content": text}]}}) + "\n"
+            for i, text in enumerate(("What is a fox?", "Where is Paris?"))
+        ),
+        encoding="utf-8",
+    )
+    answer = {"choices": [{"message": {"role": "assistant", "content": "The river"}, "finish_reason": "stop"}]}
+    line = {"id": "batch_1", "custom_id": "r1", "response": {"status_code": 200, "body": answer}, "error": None}
+    rows = read(tmp_path, tiny_target, line, requests=str(requests)).rows
+    assert [row.generation.prompt_ids for row in rows] == [prompt_ids(load_tokenizer(str(tiny_target)), "Where is Paris?", True)]
+    assert rows[0].sampling == Sampling(0.0)
+    with pytest.raises(DataError, match="custom_id 'r9': must be in the file that `requests` names"):
+        read(tmp_path, tiny_target, {**line, "custom_id": "r9"}, requests=str(requests))
+    with pytest.raises(DataError, match="set `requests` to the batch's input"):
+        read(tmp_path, tiny_target, line)
+
+
+@pytest.mark.parametrize("drawn", [{"temperature": -1}, {"temperature": float("nan")}, {"temperature": 0.5, "top_p": 0}])
+def test_settings_that_no_sampler_takes_are_named(tmp_path: Path, tiny_target: Path, drawn: dict[str, float]) -> None:
+    with pytest.raises(DataError, match=r"line 1: .*: temperature must be from 0 to 10, top_k a whole number, top_p above 0"):
+        read(tmp_path, tiny_target, {**ASKED, "response": "x", **drawn})

@@ -1,15 +1,16 @@
-"""`fastdraft check --contact`: what the recipe's servers serve, in a small table.
+"""`fastdraft check --contact`: what the recipe's servers serve, in a few lines for each.
 
 Decides what is shown of each server and what is worth a note; the questions are those of `runtimes.openai_contact`.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.console import format_table
+from fastdraft.console import TABLE_WIDTH
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.recipe import Recipe
 
@@ -43,17 +44,17 @@ def as_dicts(contacts: Sequence[Contact | TargetError]) -> list[dict[str, Any]]:
 
 
 def lines(contacts: Sequence[Contact | TargetError], context_length: int) -> Iterator[str]:
-    """The table, and what should be known of those that answered.
+    """What each server answered, and what should be known of it; lines of at most 79 characters.
 
     Args:
         contacts: From `ask`.
         context_length: Of the target's config.
     """
     answered = [found for found in contacts if not isinstance(found, TargetError)]
-    columns = ("server", "model", "context", "takes", "token ids", "log-probs", "prompt log-probs", "seconds")
-    yield format_table(
-        "", columns, [_row(found) for found in answered] + [[f.where, "-", "-", f.found, "", "", "", ""] for f in faults(contacts)]
-    )
+    for found in answered:
+        yield textwrap.fill(_line(found), TABLE_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    for fault in faults(contacts):
+        yield textwrap.fill(f"{fault.where}: {fault.found}", TABLE_WIDTH, subsequent_indent="  ", break_long_words=False)
     for found in answered:
         if found.context_length and found.context_length < context_length:
             fewer = f"serves {found.context_length:,} of the target's {context_length:,} positions"
@@ -64,10 +65,11 @@ def lines(contacts: Sequence[Contact | TargetError], context_length: int) -> Ite
         yield "note: the servers call their models by different names; make sure that they are the same"
 
 
-def _row(found: Contact) -> list[str]:
-    context = f"{found.context_length:,}" if found.context_length else "not told"
-    yes = {True: "yes", False: "no"}
-    return [
-        found.server, found.model, context, found.prompts, yes[found.token_ids], found.logprobs, yes[found.prompt_logprobs],
-        f"{found.seconds:.2f}",
-    ]  # fmt: skip
+def _line(found: Contact) -> str:
+    context = f"context {found.context_length:,}" if found.context_length else "context not told"
+    ids = "answers with token ids" if found.token_ids else "answers with text only"
+    scoring = "scores prompts" if found.prompt_logprobs else "does not score prompts"
+    return (
+        f"{found.server}: serves {found.model}, {context}; takes {found.prompts}; {ids}; log-probs: {found.logprobs}; {scoring}; "
+        f"{found.seconds:.2f} s for one token"
+    )

@@ -217,7 +217,7 @@ class AnswerReader:
         as many ids as the writer counted (a text can be written with other tokens than a tokenizer would choose).
         """
         text = choice.text
-        if text is None or "\ufffd" in text:  # half a character at the end: the bytes are lost
+        if text is None or "\ufffd" in text or _has_half_characters(text):  # half a character at the end: the bytes are lost
             return None
         before, short = self._decode(prompt_ids), [choice.num_tokens, (choice.num_tokens or 0) - 1]
         whole = self._encode(before + text)
@@ -241,6 +241,11 @@ class AnswerReader:
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+
+
+def _has_half_characters(text: str) -> bool:
+    """JSON can hold one half of a surrogate pair, which is no unicode text and no tokenizer reads."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def serves_replay(kind: LogprobKind, sampling: Sampling) -> bool:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.artifacts import Artifact
 from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, refused_transcripts, select_texts
-from fastdraft.data.transcripts import TranscriptPrompts, read_transcripts
+from fastdraft.data.transcript_lines import TranscriptPrompts
+from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import CorpusPrefixes, Plan, StandingPlan, UnitPlan
 
 if TYPE_CHECKING:

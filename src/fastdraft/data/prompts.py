@@ -20,7 +20,7 @@ from fastdraft.config import Config, Count
 from fastdraft.conversation import Conversation, Prompt, read_conversation
 from fastdraft.data.readers import jsonl_values
 from fastdraft.data.sources import HubSource, JsonlSource
-from fastdraft.data.transcripts import TranscriptLog, TranscriptPrompts, read_entries
+from fastdraft.data.transcript_lines import TranscriptLog, TranscriptPrompts, read_entries
 from fastdraft.errors import DataError
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fastdraft.config import Config
 from fastdraft.data.openai_format import LogprobKind
-from fastdraft.data.transcripts import TranscriptLog
+from fastdraft.data.transcript_lines import TranscriptLog
 
 
 class TargetTexts(Config):

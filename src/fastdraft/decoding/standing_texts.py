@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from fastdraft.artifacts import Artifact
 from fastdraft.data.responses import SyntheticRow, ids_hash, read_all, read_columns, unit_paths, validation_keys
 from fastdraft.data.texts import HeldOutTexts, LoggedTexts
-from fastdraft.data.transcripts import TranscriptLog, read_transcripts
+from fastdraft.data.transcript_lines import TranscriptLog
+from fastdraft.data.transcripts import read_transcripts
 from fastdraft.decoding.evaluation import as_row
 from fastdraft.errors import DataError
 from fastdraft.interfaces import Generation, Sampling, StageContext

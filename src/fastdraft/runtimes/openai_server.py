@@ -274,8 +274,11 @@ class OpenAIEngine:
             self._check_logprobs(choice, sampling)
             self._tell(way, choice)
             return way
+        if not refused:
+            rule = "api: chat takes user messages and conversations, which need a chat template"
+            raise TargetError(self.servers.names, "no prompt that can be sent as messages", rule, "set synthesize.engine.api: completions")
         remedy = "correct synthesize.engine.servers, .model or .api; see the server's log"
-        raise TargetError(self.servers.names, refused or "no prompt that can be sent", "the server must answer", remedy)
+        raise TargetError(self.servers.names, refused, "the server must answer as the target does", remedy)
 
     def _check_logprobs(self, choice: Choice, sampling: Sampling) -> None:
         if self.logprobs != "none" and sampling.temperature > 0 and choice.logprobs is None:

@@ -235,7 +235,8 @@ def _validation_rows(context: StageContext) -> list[list[int]]:
 
 
 def _summary(folder: Path, checks: dict[str, Any]) -> str:
-    same = "equal" if checks.get("assistant_same_greedy_text") else "NOT equal"
-    tried = f"loads as assistant_model; greedy text with and without it {same} over {checks.get('assistant_tokens_compared')} tokens"
-    found = tried if "assistant_same_greedy_text" in checks else "loads"
-    return f"{folder}: {found}; mean probability on padding ids {checks['padding_mass_mean']:.1e}"
+    tried = "loads"
+    if "assistant_same_greedy_text" in checks:
+        same = "equal" if checks["assistant_same_greedy_text"] else "NOT equal"
+        tried += f" as assistant_model; greedy text with and without it {same} over {checks['assistant_tokens_compared']} tokens"
+    return f"{folder}: {tried}; mean probability on padding ids {checks['padding_mass_mean']:.1e}"

@@ -20,7 +20,7 @@ from fastdraft.data.ledger import DRY_UNITS, Ledger
 from fastdraft.data.plans import Planner, describe_sources
 from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, normalised
 from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
-from fastdraft.data.transcripts import TranscriptPrompts
+from fastdraft.data.transcript_lines import TranscriptPrompts
 from fastdraft.data.units import Plan, unit_seed
 from fastdraft.errors import ArtifactError, DataError, DeviceError, MissingExtraError, TargetError
 from fastdraft.interfaces import StageContext, TargetConfig
