@@ -12,7 +12,7 @@ texts in memory, the same thread pool and nothing done with the ids; `raw_fast` 
 prepare uses too. They alternate with whole prepare stages in one process; the table has medians. The quotients divide prepare's tokens/s
 by theirs within a round (median and range), once with and once without the stage's start: loading and describing the tokenizer, which a
 process does once and which each round here does anew, the stage's fingerprint included. Memory is the peak resident set of a child
-process that only prepares.
+process that only prepares. `cpu` is processor time of all threads, which a busy machine stretches less than it does seconds.
 """
 
 from __future__ import annotations
@@ -142,17 +142,17 @@ def prepare_once(corpus: Path, tokenizer: str) -> dict[str, float]:
     DocumentEncoder.encode = encode  # type: ignore[method-assign]
     try:
         config, context = stage(corpus, tokenizer, root)
-        begin = time.perf_counter()
+        begin, started = time.perf_counter(), time.process_time()
         context.artifact("prepare").begin(prepare.fingerprint(config, context))
         prepare.run(config, context)
-        seconds = time.perf_counter() - begin
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - started
         text = context.artifact("prepare").manifest()["corpora"]["text"]
     finally:
         DocumentEncoder.encode = original  # type: ignore[method-assign]
         shutil.rmtree(root)
     tokens = sum(source["tokens"] for source in text["sources"])
-    facts = {"seconds": seconds, "start_seconds": first[0] - begin, "tokens": tokens, "duplicates": text["duplicates"]}
-    return {**facts, "peak_mib": peak_mib()}
+    times = {"seconds": seconds, "cpu_seconds": cpu_seconds, "start_seconds": first[0] - begin}
+    return {**times, "tokens": tokens, "duplicates": text["duplicates"], "peak_mib": peak_mib()}
 
 
 def peak_mib() -> float:
@@ -171,10 +171,11 @@ def measure_rate(corpus: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     bare = encoder._tokenizer
     batches = list(batched(PieceStream(JsonlSource(name="text", path=str(corpus)), 0)))
     rounds: dict[str, list[float]] = {"raw": [], "raw_fast": [], "prepare": [], "prepare_after_start": []}
+    cpu: dict[str, list[float]] = {"raw": [], "raw_fast": [], "prepare": []}
     tokens = 0
     for _ in range(arguments.rounds):
         for name, encode in (("raw", bare.encode_batch), ("raw_fast", getattr(bare, "encode_batch_fast", bare.encode_batch))):
-            seconds = 0.0
+            seconds, started = 0.0, time.process_time()
             with parallel_tokenization(0):
                 for batch in batches:
                     begin = time.perf_counter()
@@ -182,7 +183,9 @@ def measure_rate(corpus: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                     seconds += time.perf_counter() - begin
                     del encoded
             rounds[name].append(seconds)
+            cpu[name].append(time.process_time() - started)
         one = prepare_once(corpus, arguments.tokenizer)
+        cpu["prepare"].append(one["cpu_seconds"])
         tokens = int(one["tokens"])
         rounds["prepare"].append(one["seconds"])
         rounds["prepare_after_start"].append(one["seconds"] - one["start_seconds"])
@@ -191,11 +194,14 @@ def measure_rate(corpus: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "megabytes": corpus.stat().st_size / 1e6,
         "tokens": tokens,
         "seconds": rounds,
+        "cpu_seconds": cpu,
         "tokens_per_second": rates,
         "quotient": ratio(rounds["raw_fast"], rounds["prepare"]),
         "quotient_after_start": ratio(rounds["raw_fast"], rounds["prepare_after_start"]),
         "quotient_to_encode_batch": ratio(rounds["raw"], rounds["prepare"]),
         "quotient_to_encode_batch_after_start": ratio(rounds["raw"], rounds["prepare_after_start"]),
+        "cpu_quotient": ratio(cpu["raw_fast"], cpu["prepare"]),
+        "cpu_quotient_to_encode_batch": ratio(cpu["raw"], cpu["prepare"]),
     }
 
 
@@ -231,6 +237,8 @@ def print_rate(rate: dict[str, Any]) -> None:
         ("quotient_to_encode_batch_after_start", "raw, after its start"),
         ("quotient", "raw_fast"),
         ("quotient_after_start", "raw_fast, after its start"),
+        ("cpu_quotient_to_encode_batch", "raw, cpu"),
+        ("cpu_quotient", "raw_fast, cpu"),
     ):
         found = rate[name]
         print(f"prepare / {against}: {found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})", flush=True)
