@@ -52,7 +52,8 @@ class Job:
         return HERE / f"{self.script}.py"
 
 
-CONTENDERS = ("--contender", "ours", "ours_compiled", "ours_liger", "plain_bf16", "plain_compiled", "trainer", "--turns", "3")
+_NAMES = ("ours", "ours_compiled", "ours_masked", "ours_liger", "plain_bf16", "plain_compiled", "trainer")
+CONTENDERS = ("--contender", *_NAMES, "--turns", "3")
 """Ours first: what is cut off is missed least."""
 JOBS = (
     Job("train_step", ("--shape", "llama-3.1-8b-150m", *CONTENDERS), "train_step_150m"),

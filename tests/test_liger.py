@@ -150,6 +150,11 @@ def test_both_training_stages_take_the_recipes_word(tmp_path: Path, tiny_draft: 
         align._objective(align.AlignConfig(), context, build(), CPU)
 
 
+def test_check_says_so_before_anything_is_begun(capsys: pytest.CaptureFixture[str], liger: StandIn) -> None:
+    said = refused(capsys, "check", "starter", "run.cross_entropy=liger", "run.device=cpu")
+    assert "run.cross_entropy: liger on cpu: its kernels are Triton's and need a CUDA device" in said
+
+
 def test_an_unknown_path_is_refused_by_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "run.cross_entropy" in refused(capsys, "check", "demo", "run.cross_entropy=torch")
 

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,9 +34,12 @@ WORDS = {
     "ours_fp32": "FastDraft, fp32",
     "ours": "FastDraft",
     "ours_compiled": "FastDraft, compile: true",
+    "ours_masked": "FastDraft, texts of a row apart",
     "ours_liger": "FastDraft, cross_entropy: liger",
 }
 NAMES = tuple(WORDS)
+TEXTS = 4
+"""Of a row, where they are kept apart."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,17 @@ def our_step(setting: Setting) -> tuple[Any, TrainStep, list[Batch]]:
         runs, model.get_output_embeddings().weight, list(model.parameters()), build_optimizers(model, kind="adamw", learning_rate=1e-3),
         objective, setting.device, None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
     )  # fmt: skip
-    rows = max(1, (setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device)) // setting.shape.length)
-    return model, step, [packed_batch(part.numpy()) for part in _parts(setting, rows)]
+    micro = min(setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device), setting.batch)
+    rows = max(1, micro // setting.shape.length)
+    batches = [packed_batch(part.numpy()) for part in _parts(setting, rows)]
+    return model, step, [_apart(batch) for batch in batches] if setting.name.endswith("masked") else batches
+
+
+def _apart(batch: Batch) -> Batch:
+    """The same rows as `TEXTS` texts each that do not see each other."""
+    length = batch.input_ids.shape[1]
+    places = torch.arange(length).remainder(length // TEXTS)
+    return replace(batch, position_ids=places.expand(batch.input_ids.shape[0], -1).contiguous())
 
 
 def _ours(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:

@@ -62,9 +62,11 @@ def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool =
         FastDraftError: in one line, for the first thing that cannot work.
     """
     from fastdraft.modeling.loading import pick_device
+    from fastdraft.training.loss_path import cross_entropy
 
-    context = make_context(recipe, console)
-    device = str(pick_device(recipe.run.device))
+    context, picked = make_context(recipe, console), pick_device(recipe.run.device)
+    device = str(picked)
+    cross_entropy(recipe.run.cross_entropy, picked)  # refuses what training could not use
     if recipe.design is None:
         raise RecipeError("design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe")
     plan = design.plan(recipe.design, recipe.target)
