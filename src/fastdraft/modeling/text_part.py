@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.machine import disk_errors
 from fastdraft.interfaces import TargetConfig
+from fastdraft.machine import disk_errors
 from fastdraft.modeling.families import MULTIMODAL, plain_rope, special_id, text_config
 from fastdraft.modeling.source import copy_tokenizer_files, raw_config
 
