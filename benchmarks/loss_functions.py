@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def compare(losses: dict[str, Loss], inputs: Inputs, turns: int, about: dict[str, Any], report: Report) -> list[dict[str, Any]]:
+def compare(  # noqa: PLR0917
+    losses: dict[str, Loss], inputs: Inputs, turns: int, about: dict[str, Any], report: Report, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     """Error, memory and seconds of each contender."""
     found: dict[str, dict[str, Any]] = {}
     standard: tuple[Tensor, Tensor] | None = None
@@ -160,7 +163,7 @@ def compare(losses: dict[str, Loss], inputs: Inputs, turns: int, about: dict[str
             found[name]["error"] = "out of memory"
     standard = None
     fitting = {name: partial(backward, losses[name], inputs) for name, row in found.items() if "error" not in row}
-    seconds = take_turns(fitting, turns, inputs.device)
+    seconds = take_turns(fitting, turns, inputs.device, clock)
     for name, taken in seconds.items():
         found[name] |= {"seconds": spread(taken), "tokens_per_second": round(len(inputs.labels_N) / spread(taken)["median"])}
         if PLAIN in seconds:
@@ -191,6 +194,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the matrix products")
     parser.add_argument("--distillation", action="store_true", help=f"also {', '.join(DISTILLATION)} against dense logits")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--contender", nargs="+", choices=[PLAIN, OURS, TORCH_WHOLE, TORCH, LIGER], help="only these")
+    parser.add_argument(
+        "--thread-clock", action="store_true", help="CPU: seconds that the calling thread computes; set OMP_WAIT_POLICY=PASSIVE"
+    )
     given = parser.parse_args(arguments)
     if given.dry_run:
         given.device, given.vocabularies, given.tokens, given.hidden, given.turns = "cpu", [64], 32, 16, 2
@@ -207,7 +214,9 @@ def main() -> None:
         about = {"vocabulary": vocab, "tokens": arguments.tokens, "hidden": arguments.hidden, "precision": arguments.precision}
         for loss in ("cross_entropy", *(DISTILLATION if arguments.distillation else ())):
             losses = cross_entropies(inputs) if loss == "cross_entropy" else distillations(inputs, loss)
-            shown += compare(losses, inputs, arguments.turns, {**about, "loss": loss}, report)
+            losses = {name: work for name, work in losses.items() if name in (arguments.contender or losses)}
+            clock = time.thread_time if arguments.thread_clock else time.perf_counter
+            shown += compare(losses, inputs, arguments.turns, {**about, "loss": loss}, report, clock)
     report.finish()
     columns = ["vocabulary, loss, contender", "ms", "range", "x plain (range)", "peak MB", "gradient off by"]
     print(table(columns, [row_of(result) for result in shown]))

@@ -172,17 +172,22 @@ def synchronize(device: torch.device | str) -> None:
         torch.accelerator.synchronize()
 
 
-def take_turns(contenders: Mapping[str, Callable[[], Any]], turns: int, device: torch.device | str = "cpu") -> dict[str, list[float]]:
-    """Seconds of every contender in every turn; who begins changes from turn to turn. Warm up before."""
+def take_turns(
+    contenders: Mapping[str, Callable[[], Any]],
+    turns: int,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of every contender in every turn, by `clock`; who begins changes from turn to turn. Warm up before."""
     names, seconds = list(contenders), {name: [0.0] * turns for name in contenders}
     for turn in range(turns):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             contenders[name]()
             synchronize(device)
-            seconds[name][turn] = time.perf_counter() - start
+            seconds[name][turn] = clock() - start
     return seconds
 
 

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --device cpu --shape 1.5m 7m 27m --output benchmarks/results/train_step_cpu.json
     python benchmarks/train_step.py --device cuda --shape phi-3-mini-50m llama-3.1-8b-150m
     python benchmarks/train_step.py --device cuda --follow
+    python benchmarks/train_step.py --device cpu --shape 27m --operators
     python benchmarks/train_step.py --dry-run
 
 Needs torch, transformers and a checkout of this repository; the Trainer needs `pip install accelerate` too and is left out without, as
@@ -31,6 +32,7 @@ from stepping import worker
 from stepping.contenders import NAMES, WORDS
 from stepping.follow import follow
 from stepping.matmuls import data_sheet
+from stepping.operators import ENVIRONMENT
 from stepping.shapes import SHAPES
 
 NAME = "train_step"
@@ -55,7 +57,10 @@ def main() -> None:
         follow(shape, device, steps, length, lambda found: report.put({"kind": "follow", **found}, "kind"))
         print({key: value for key, value in report.results[-1].items() if key != "losses"}, flush=True)
     for shape in [] if arguments.follow else arguments.shape:
-        measure(shape, device, arguments, report)
+        if not arguments.operators:
+            measure(shape, device, arguments, report)
+        if device.type == "cpu" and (arguments.operators or arguments.dry_run):
+            report.add(operators(shape, arguments))
     report.finish()
 
 
@@ -74,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--add", action="store_true", help="keep the results that the output file holds")
     parser.add_argument("--follow", action="store_true", help="200 steps of 1 x 2048 tokens on the CPU and on the device: do losses agree?")
     parser.add_argument("--follow-shape", choices=SHAPES, default="phi-3-mini-50m")
+    parser.add_argument("--operators", action="store_true", help="only which operators a step of ours on a CPU spends its time in")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -170,6 +176,19 @@ def summarize(shape: str, device: torch.device, batch: int, turns: dict[str, lis
         if sheet:
             found["mfu_data_sheet"] = machine.spread([rate / sheet for rate in useful], 3)
     return found
+
+
+def operators(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The profile of one shape (stepping/operators.py), shown and given back."""
+    options = {"shape": shape, "device": arguments.device, "batch": SHAPES[shape].batch, "threads": arguments.threads, "rows": 0}
+    contender = worker.Contender(Path(__file__), "operators", options, ENVIRONMENT)
+    try:
+        found = contender.turn(1) or {"operators": []}
+    finally:
+        contender.stop()
+    rows = [[row["operator"], f"{row['seconds'] * 1e3:.1f}", f"{row['share']:.1%}", str(row["calls"])] for row in found["operators"]]
+    print(machine.table(["operator", "ms", "share", "calls"], rows[:20]), flush=True)
+    return {"kind": "operators", "shape": shape, "batch_tokens": SHAPES[shape].batch, **found}
 
 
 def _divided(above: list[float], below: list[float]) -> list[float]:

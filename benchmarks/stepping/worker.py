@@ -27,9 +27,10 @@ MARK = "@turn "
 class Contender:
     """The parent's end: starts the process, gives turns, stops it."""
 
-    def __init__(self, script: Path, name: str, options: dict[str, Any]) -> None:
+    def __init__(self, script: Path, name: str, options: dict[str, Any], environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, str(script), "--worker", json.dumps({"name": name, **options})]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
+        chosen = {**os.environ, **(environment or {})}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=chosen)
 
     def turn(self, steps: int) -> dict[str, Any] | None:
         """What the worker says after so many steps; None when it is gone."""
@@ -66,6 +67,11 @@ def main(options: dict[str, Any]) -> None:
         _ceiling(setting)
     elif setting.name == "parts":
         _parts(setting)
+    elif setting.name == "operators":
+        from stepping.operators import operators
+
+        while sys.stdin.readline().strip():
+            _say(**operators(setting))
     else:
         drive(setting, _turns(device, found), found)
 

@@ -49,7 +49,7 @@ class Rotation:
 
 def _halves(x: Tensor, half: int) -> Tensor:
     """View [2, B, H, T, half] of the rotated features of [B, H, T, E]."""
-    return x[..., : 2 * half].unflatten(-1, (2, half)).movedim(3, 0)
+    return x[..., : 2 * half].view(*x.shape[:-1], 2, half).movedim(3, 0)
 
 
 @dataclass(frozen=True)
