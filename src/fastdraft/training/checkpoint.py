@@ -238,10 +238,10 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
         _check_alike(name, value, parameter.shape if key != "step" else torch.Size(()))
         on_cpu = key == "step" and not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
         optimizer.state[parameter][key] = value.clone() if on_cpu else placed(value.clone(), parameter)
-    for number, optimizer in enumerate(optimizers):
+    for optimizer in optimizers:
         owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if len({frozenset(optimizer.state.get(parameter, ())) for parameter in owned}) > 1:
-            raise ValueError(f"optimiser {number} lacks the state of some weights")
+            raise ValueError(f"{type(optimizer).__name__} lacks the state of some weights")
 
 
 def _check_alike(name: str, tensor: Tensor, shape: torch.Size) -> None:
