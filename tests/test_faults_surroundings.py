@@ -132,6 +132,35 @@ def test_a_cache_that_cannot_be_written_is_not_taken_for_a_damaged_model(tiny_ta
         load_config(str(tiny_target))
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 600),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("1e999", 0),
+        ("nan", 0),
+        ("-5", 0),
+        ("soon", 0),
+        ("2", 2),
+    ],
+)
+def test_a_server_whose_clock_is_another_is_waited_for_ten_minutes_at_most(header: str, seconds: float) -> None:
+    from fastdraft.runtimes.openai_requests import _retry_after
+
+    assert _retry_after(header) == seconds
+
+
+LOGS = ["synthesize.prompts=[{kind: transcripts, name: log, path: '%s'}]", "evaluate.texts={kind: transcripts, name: log, path: '%s'}"]
+
+
+@pytest.mark.parametrize("override", LOGS)
+def test_a_log_that_cannot_be_understood_is_refused_by_check(tiny_recipe: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    log = written(tiny_recipe.parent / "log.jsonl", "plain", {"prompt": "x", "temperature": -1, "response": "y"})
+    assert "log.jsonl line 1: temperature -1" in refused(capsys, "check", tiny_recipe, override % log.as_posix())
+    log.write_bytes(b"\n")
+    assert "no line in it" in refused(capsys, "check", tiny_recipe, override % log.as_posix())
+
+
 def test_what_an_error_repeats_is_short_and_steers_no_terminal() -> None:
     line = str(DataError("a\nb", "\x1b[2J\u202e" + "x" * 5000 + "end", "must be text", "mend it"))
     assert line.startswith("a b: \\x1b[2J\\u202exxx")
