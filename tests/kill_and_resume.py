@@ -4,15 +4,15 @@
     python tests/kill_and_resume.py --kills 12 --openvino
     python tests/kill_and_resume.py --kills 50 --http --logits
 
-Every other kill falls into the stage that was killed least often so far, so that many of them reach all stages; the others
-fall anywhere. Decides pass or fail by content: final weights bit for bit equal, synthetic rows equal in every column,
-evaluation counts equal. Where OpenVINO is installed the wall clock of the pair is measured too. A clock never says the same
-twice, so of the benchmark all else is compared: every text in token ids, the counts behind acceptance and greedy block
-efficiency, which prompts were timed how often, and the rows of benchmark.json, none lost or doubled. With --openvino the target
-writes through OpenVINO and the pair is exported for it. With --http the target writes, conversations too, through a server of
-its own process, which is killed and started again every few kills while a run asks it. With --logits the target's distributions
-are kept beside its text and the draft learns from them: these files must be equal byte for byte. The same function, with few
-kills, is a test in test_pipeline.py.
+Every other kill falls into the stage that was killed least often so far, and with two kills a stage or more each has one
+before others have a second; the others fall anywhere. Decides pass or fail by content: final weights bit for bit equal,
+synthetic rows equal in every column, evaluation counts equal. Where OpenVINO is installed the wall clock of the pair is
+measured too. A clock never says the same twice, so of the benchmark all else is compared: every text in token ids, the counts
+behind acceptance and greedy block efficiency, which prompts were timed how often, and the rows of benchmark.json, none lost
+or doubled. With --openvino the target writes through OpenVINO and the pair is exported for it. With --http the target writes,
+conversations too, through a server of its own process, which is killed and started again every few kills while a run asks it.
+With --logits the target's distributions are kept beside its text and the draft learns from them: these files must be equal
+byte for byte. The same function, with few kills, is a test in test_pipeline.py.
 
 Nothing here waits a fixed time for work to be done: a run is given up only after its files have not changed for half an hour.
 """
@@ -216,7 +216,9 @@ class Killing:
         """Kills one run again and again until it is finished or all kills are done, then lets it finish."""
         arguments, run, stages = command(self.recipe, name), self.runs / name, list(seen)
         while (done := self.done.total()) < self.kills:
-            within = min(stages[stages.index(_stage(run, stages)) :], key=lambda stage: self.done[stage]) if done % 2 else ""
+            least = min(stages[stages.index(_stage(run, stages)) :], key=lambda stage: self.done[stage])
+            missed = not self.done[least] and self.kills >= 2 * len(stages)  # with enough kills every stage has one, the shortest too
+            within = least if done % 2 or missed else ""
             # A quarter of a run at most, so that many kills reach the last stages too; a run that ends early is followed by another.
             most = seen[within] if within else max(2, 2 * seen.total() // (self.kills + 1), seen.total() // 4)
             process = subprocess.Popen(arguments)

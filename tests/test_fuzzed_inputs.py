@@ -96,7 +96,7 @@ def log_of(folder: Path, *lines: Any, **values: Any) -> TranscriptLog:
     return TranscriptLog(kind="transcripts", name="log", path=str(path), logprobs="processed", **values)
 
 
-@settings(few, max_examples=250)
+@settings(few, max_examples=150)
 @given(st.sampled_from(LINES).flatmap(oddly))
 def test_a_damaged_line_of_a_log_is_one_line_or_an_answer_that_can_be(tmp_path: Path, reading: tuple[Any, Vocabulary], line: Any) -> None:
     log, size = log_of(tmp_path, line), reading[1].size
@@ -195,7 +195,7 @@ def opened(folder: Path) -> Any:
     return load_draft(folder).state_dict()
 
 
-@settings(few, max_examples=40)
+@settings(few, max_examples=25)
 @given(st.data())
 def test_a_model_with_an_odd_value_loads_or_is_one_line(tmp_path: Path, tiny_draft: Path, data: st.DataObject) -> None:
     folder = tmp_path / "draft"
@@ -205,7 +205,7 @@ def test_a_model_with_an_odd_value_loads_or_is_one_line(tmp_path: Path, tiny_dra
     read(lambda: opened(folder))
 
 
-@settings(few, max_examples=40)
+@settings(few, max_examples=25)
 @given(damage(), st.sampled_from(["head", "any"]))
 def test_damaged_weights_are_the_weights_that_were_written_or_one_line(
     tmp_path: Path, tiny_draft: Path, damaged: Callable[[bytes], bytes], where: str
@@ -309,7 +309,7 @@ def resumed(checkpoints: Checkpoints, model: nn.Module) -> TrainingState:
     return state
 
 
-@settings(few, max_examples=80)
+@settings(few, max_examples=40)
 @given(damage(), st.sampled_from(["state.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"]))
 def test_a_damaged_resume_checkpoint_is_whole_or_one_line(tmp_path: Path, damaged: Callable[[bytes], bytes], name: str) -> None:
     checkpoints, model, folder = saved(tmp_path)
@@ -320,7 +320,7 @@ def test_a_damaged_resume_checkpoint_is_whole_or_one_line(tmp_path: Path, damage
     assert state is None or torch.equal(model.weight, weight)
 
 
-@settings(few, max_examples=60)
+@settings(few, max_examples=40)
 @given(st.data())
 def test_a_state_of_odd_values_is_counters_or_one_line(tmp_path: Path, data: st.DataObject) -> None:
     checkpoints, model, folder = saved(tmp_path)

@@ -88,13 +88,16 @@ def machine_errors(place: Path, smaller: str) -> Iterator[None]:
         smaller: What makes the work need less memory, as a remedy.
 
     Raises:
-        DiskError: for errors of disks and folders. NoMemoryError: when memory ran out.
+        DiskError: for errors of disks, folders and their names. NoMemoryError: when memory ran out.
     """
     try:
         with disk_errors(place):
             yield
     except FastDraftError:
         raise
+    except UnicodeEncodeError as error:  # of a file's name: whatever is written into files is UTF-8
+        words, rule = f"{error.object!a:.80} has characters that '{error.encoding}' cannot write", "this system must be able to write names"
+        raise DiskError(place, words, rule, "set a UTF-8 locale such as LC_ALL=C.UTF-8, or use other names") from error
     except Exception as error:
         if isinstance(error, OSError) or not is_out_of_memory(error):
             found = _hidden_disk_error(error, place)

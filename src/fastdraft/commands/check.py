@@ -113,14 +113,12 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
     for number, prompts in enumerate(recipe.synthesize.prompts if recipe.synthesize else ()):
         if prompts.kind == "hub":
             yield f"synthesize.prompts[{number}]: {prompts.dataset}"
-        elif prompts.kind == "transcripts":
-            prompts.files()
-        elif prompts.kind == "jsonl":
+        elif prompts.kind in ("transcripts", "jsonl"):
             prompts.look()
     for task in recipe.evaluate.tasks if recipe.evaluate else ():
         load_task(task)
     if recipe.evaluate and recipe.evaluate.texts.kind == "transcripts":
-        recipe.evaluate.texts.files()
+        recipe.evaluate.texts.look()
     if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
         _check_template(recipe)
     _check_runtimes(recipe)

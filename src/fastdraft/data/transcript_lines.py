@@ -62,6 +62,15 @@ class TranscriptLog(Config):
         """
         return self._source().files()
 
+    def look(self) -> None:
+        """Reads the first line, so that a wrong path or a shape that is not understood shows before hours of other work.
+
+        Raises:
+            DataError: when there is no file, or no line, or the first one cannot be understood.
+        """
+        if next(read_entries(self), None) is None:
+            raise DataError(self.path, "no line in it", "must hold logged answers", "add some or correct the path")
+
     def describe(self) -> dict[str, Any]:
         """The settings and what they point at now, for fingerprints."""
         own = self.model_dump(mode="json", exclude=set() if self.requests else {"requests"})

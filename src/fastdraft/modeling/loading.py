@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdraft.artifacts import atomic_folder, read_json
-from fastdraft.errors import ArtifactError, DeviceError, TargetError
+from fastdraft.errors import ArtifactError, DeviceError, FastDraftError, TargetError
 from fastdraft.interfaces import TargetConfig
-from fastdraft.machine import no_collection
+from fastdraft.machine import disk_error, no_collection
 from fastdraft.modeling.architecture import read_architecture
 from fastdraft.modeling.counting import auto_class
 from fastdraft.modeling.families import special_id, text_config
@@ -375,13 +375,22 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line(location: str) -> Iterator[None]:
-    """Turns whatever a library raises while loading into one TargetError."""
+    """Turns whatever a library raises while loading into one TargetError; into a DiskError where another place is at fault, such as a
+    cache that cannot be written.
+    """
     try:
         yield
     except (TargetError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # transformers, the hub and safetensors raise dozens of kinds
-        raise _explain(location, error) from error
+        raise _elsewhere(location, error) or _explain(location, error) from error
+
+
+def _elsewhere(location: str, error: Exception) -> FastDraftError | None:
+    """The line for a failed call of the operating system about a file that is not the model's."""
+    if isinstance(error, OSError) and isinstance(error.filename, str) and not error.filename.startswith(location):
+        return disk_error(error, location)
+    return None
 
 
 _NOT_ALLOWED = ("closed to you", "the hub must let you read it", "accept its licence there and log in with `hf auth login`")
