@@ -109,7 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     recipes = verbs.add_parser(
         "recipes", help="list the shipped recipes, or copy one to edit",
-        description="Lists the shipped recipes. Every key is described in docs/recipe.md.", epilog="example: fastdraft recipes --copy starter",
+        description="Lists the shipped recipes. Every key is described in docs/recipe.md.",
+        epilog="example: fastdraft recipes --copy starter",
     )  # fmt: skip
     recipes.add_argument("--copy", metavar="NAME", help="write NAME.yaml into the working directory")
     recipes.set_defaults(call=_recipes)
