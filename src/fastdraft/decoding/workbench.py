@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from fastdraft.artifacts import read_json, write_atomic, write_json
 from fastdraft.console import Console
 from fastdraft.conversation import Conversation
-from fastdraft.data.responses import SyntheticRow, read_rows, write_rows
+from fastdraft.data.responses import SyntheticRow, read_columns, read_rows, write_rows
 from fastdraft.decoding.evaluation import as_row, derive_seed, exact_runs, replay_tables
 from fastdraft.decoding.figures import CountsTable, Setting, counts_table
 from fastdraft.decoding.latency import Latency, measure_latency
@@ -173,7 +173,9 @@ class Workbench:
         """Expected counts of every checkpoint; its loader is called only if something of it is missing, and should remember the model."""
         jobs = [(checkpoint, task, temperature) for checkpoint in load_draft for task, temperature in self.plan.settings]
         missing = [job for job in jobs if not (self._replay_path(*job).exists() and self._replay_path(*job, "positions").exists())]
-        total, left = (sum(len(task.prompt_ids) for _, task, _ in some) for some in (jobs, missing))
+        # Counted in the files: of texts that stand already, each was drawn at one temperature.
+        sizes = {(task.name, t): len(read_columns(self.texts_path(task, t), ["row_id"])["row_id"]) for task, t in self.plan.settings}
+        total, left = (sum(sizes[task.name, temperature] for _, task, temperature in some) for some in (jobs, missing))
         ks = self.plan.num_speculative_tokens
         if missing:
             with self.console.progress("replay", total, "texts", total - left) as progress:
