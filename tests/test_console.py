@@ -1,5 +1,6 @@
 """Progress lines, tables, stop requests."""
 
+import os
 import signal
 
 import pytest
@@ -58,6 +59,13 @@ def test_news_on_a_terminal_are_broken_between_words(capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == "    /a/path/that/is/longer/than/the/terminal"
     assert max(map(len, lines[:-1])) <= 30
+
+
+def test_a_terminal_that_does_not_know_its_width_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console()
+    monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size((0, 0)))
+    monkeypatch.setattr("sys.stderr.fileno", lambda: 2)
+    assert console._width() == 79
 
 
 def test_news_in_a_file_stay_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,13 @@ def test_in_colour_exactly_the_response_is_green(tiny_target: Path) -> None:
     assert "\x1b[2mHello\x1b[0m\x1b[32m there\x1b[0m" in preview.format_row(row, tokenizer, colour=True)
 
 
+def test_a_text_cannot_drive_the_readers_terminal(tiny_target: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
+    row = make_row(1, tokenizer("A\x1b[2J\tB\n").input_ids, tokenizer("C\r\x07").input_ids)
+    shown = preview.format_row(row, tokenizer, colour=False)
+    assert "A\\x1b[2J\tB\n[[C\\x0d\\x07]]" in shown
+
+
 def test_more_rows_than_there_are_shows_each_once(finished: Path) -> None:
     rows = preview.spread_rows(RunDirectory(finished).artifact("synthesize"), 100)
     assert len({row.row_id for row in rows}) == len(rows) == 30

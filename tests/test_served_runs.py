@@ -144,6 +144,11 @@ def test_held_out_rows_are_scored_alike_with_and_without_weights(run: Run) -> No
         assert own["block_efficiency"] == pytest.approx(other["block_efficiency"], abs=1e-4)
 
 
+def test_replay_over_texts_that_stand_ends_at_all_of_them(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.run(run.recipe(texts={"kind": "synthesize"}, tasks=[]), Console(), only=["evaluate"], redo=["evaluate"])
+    assert " 100% " in next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  replay"))
+
+
 def test_a_draft_that_proposes_greedily_needs_no_logprobs(run: Run) -> None:
     run.results(texts="engine")
     written = sorted((run.recipe().run.root / "evaluate" / "generations").glob("*.parquet"))

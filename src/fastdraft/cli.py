@@ -100,14 +100,18 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "export":
             _add_export(stage)
         if name == "benchmark":
-            stage.epilog = "example: fastdraft benchmark demo benchmark.repeats=5 'benchmark.num_speculative_tokens=[2,3,4]'"
+            stage.epilog = "example: fastdraft benchmark demo benchmark.repeats=5"
     check = _recipe_verb(verbs, "check", "validate a recipe; forecast tokens, time, disk, memory", _check)
     check.add_argument("--json", action="store_true", help="print the forecast as JSON on stdout")
     check.add_argument("--contact", action="store_true", help="ask the recipe's servers what they serve, with a few one-token questions")
     _add_inspect(verbs)
     _add_preview(verbs)
     _add_generate(verbs)
-    recipes = verbs.add_parser("recipes", help="list the shipped recipes, or copy one to edit")
+    recipes = verbs.add_parser(
+        "recipes", help="list the shipped recipes, or copy one to edit",
+        description="Lists the shipped recipes. Every key is described in docs/recipe.md.",
+        epilog="example: fastdraft recipes --copy starter",
+    )  # fmt: skip
     recipes.add_argument("--copy", metavar="NAME", help="write NAME.yaml into the working directory")
     recipes.set_defaults(call=_recipes)
     return parser
@@ -157,7 +161,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(verbs: Any) -> None:
-    parser = verbs.add_parser("inspect", help="a target's anatomy, its vocabulary's traps, candidate drafts with their costs")
+    parser = verbs.add_parser(
+        "inspect", help="a target's anatomy, its vocabulary's traps, candidate drafts with their costs",
+        description="Reads a target's config and tokenizer, never its weights (but with --measure), and tells which drafts suit it.",
+        epilog="example: fastdraft inspect Qwen/Qwen3-8B",
+    )  # fmt: skip
     parser.add_argument("target", metavar="TARGET", help="a model directory, a hub id, or shipped:targets/starter")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
@@ -189,7 +197,12 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_preview(verbs: Any) -> None:
-    parser = verbs.add_parser("preview", help="synthetic rows as text, the trained tokens coloured")
+    parser = verbs.add_parser(
+        "preview", help="synthetic rows as text, the trained tokens coloured",
+        description="Shows rows of a run as text, special tokens written out; the tokens that the draft is trained on are green on a "
+        "terminal and stand between [[ and ]] in a file or a pipe.",
+        epilog="example: fastdraft preview runs/demo --stage align --count 3 | less",
+    )  # fmt: skip
     parser.add_argument(
         "--stage", choices=("synthesize", "align"), default="synthesize",
         help="synthesize: what the target wrote (default); align: rows of the training batches as the draft reads them",
@@ -200,7 +213,12 @@ def _add_preview(verbs: Any) -> None:
 
 
 def _add_generate(verbs: Any) -> None:
-    parser = verbs.add_parser("generate", help="text streaming out, accepted tokens coloured; speed-up at the end")
+    parser = verbs.add_parser(
+        "generate", help="text streaming out, accepted tokens coloured; speed-up at the end",
+        description="Writes with the target and its draft, lossless speculative decoding in torch, accepted tokens green on a terminal. "
+        "Tells tokens per target pass and the time beside the target's alone.",
+        epilog="example: fastdraft generate runs/demo --prompt 'def quicksort(' -k 4 --temperature 0.6",
+    )  # fmt: skip
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder such as runs/demo (gives target and draft)")
     parser.add_argument("--target", help="target directory or hub id, instead of RUN's")
     parser.add_argument("--draft", help="draft directory, instead of RUN's")

@@ -135,6 +135,9 @@ def recipe_error(error: ValidationError, cls: type[BaseModel], where: str = "") 
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}" if known else "remove it"
+        tag = str(loc[-2]) if len(loc) > 2 and loc[-2] in _kinds(cls, loc[:-2]) else ""
+        if tag and not near:  # most often a key left over from another kind, which the recipe's file has
+            remedy += f"; to change the kind set all of it, '{key.rpartition('.')[0]}={{kind: {tag}}}'"
         return RecipeError(key, found, "unknown key", "keys are not for recipes: use api_key_env" if secret else remedy)
     if kind == "missing":
         return RecipeError(key, "missing", "this key is required", "add it to the recipe")

@@ -165,7 +165,8 @@ class Console:
 
     def _width(self) -> int:
         with contextlib.suppress(OSError, ValueError):
-            return max(20, os.get_terminal_size(sys.stderr.fileno()).columns - 1)
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            return max(20, columns - 1) if columns else 79  # a container's terminal may not know its width
         return 79
 
     def _write(self, text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _DIM, _GREEN, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 _MARKS = ("[[", "]]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters of a text that would move the cursor or change the colours of a terminal; they are written out."""
 
 
 def run(run: Path, count: int = 5, console: Console | None = None, stage: Literal["synthesize", "align"] = "synthesize") -> None:
@@ -113,4 +116,5 @@ def _coloured(facts: str, ids: Sequence[int], trained: Sequence[bool], tokenizer
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=False))
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

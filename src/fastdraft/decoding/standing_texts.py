@@ -77,7 +77,8 @@ def gather(
     take(rows, found, context_length=context_length, trained=trained, score=score, greedy_draft=greedy_draft)
     if found.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(found.left_out.items()))
-        context.console.say(f"texts left out: {reasons}")
+        hint = "; sampled answers without log-probs count with evaluate.draft_sampling: greedy" if "no_logprobs" in found.left_out else ""
+        context.console.say(f"texts left out: {reasons}{hint}")
     return found
 
 
