@@ -1,8 +1,8 @@
 """Models, tokenizers and vocabularies from a directory or the hub, and drafts to a directory.
 
 Decides what may be loaded: safetensors only, fast tokenizers only, the families of `families.TARGET_FAMILIES`, no code from
-the hub unless asked for; that every way in which loading fails is one line; and that a tokenizer whose files have not changed is
-loaded and described once in a process, for a large vocabulary takes seconds. Tokenizer files travel byte for byte: a tokenizer saved
+the hub unless asked for; and that a tokenizer whose files have not changed is
+loaded and described once in a process, since a large vocabulary takes seconds. Tokenizer files travel byte for byte: a tokenizer saved
 again is not recognised by every runtime.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdraft.artifacts import atomic_folder, read_json
-from fastdraft.errors import ArtifactError, DeviceError, FastDraftError, TargetError
+from fastdraft.errors import ArtifactError, DeviceError, TargetError
 from fastdraft.interfaces import TargetConfig
-from fastdraft.machine import disk_error, no_collection
+from fastdraft.machine import no_collection
 from fastdraft.modeling.architecture import read_architecture
 from fastdraft.modeling.counting import auto_class
 from fastdraft.modeling.families import special_id, text_config
 from fastdraft.modeling.head import split_head
+from fastdraft.modeling.load_failures import explain, one_line, quiet
 from fastdraft.modeling.source import TOKENIZER_FILES, check_weights, copy_tokenizer_files, is_hub_id, raw_config
 from fastdraft.vocabulary import Description, Vocabulary, build_vocabulary, describe
 
@@ -86,7 +86,7 @@ def load_config(location: str, revision: str | None = None, trust_remote_code: b
     from transformers import AutoConfig
 
     raw_config(location, revision)
-    with _one_line(location):
+    with one_line(location):
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
     read_architecture(config, location)
     return config
@@ -108,7 +108,7 @@ def load_generation_config(location: str, revision: str | None = None) -> Genera
         if not path.is_file():
             if isinstance(error, OSError | ValueError):
                 return None
-            raise _explain(location, error) from error
+            raise explain(location, error) from error
     try:
         return GenerationConfig(eos_token_id=dict(read_json(path)).get("eos_token_id"))
     except (ArtifactError, TypeError, ValueError, AttributeError) as error:
@@ -209,7 +209,7 @@ def _load_once(location: str, revision: str | None, trust_remote_code: bool, fil
     """`files` is there to tell one state of a directory from the next."""
     from transformers import AutoTokenizer
 
-    with _one_line(location), quiet(), no_collection(), _no_copies():
+    with one_line(location), quiet(), no_collection(), _no_copies():
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "is_fast", False):
         found = f"{type(tokenizer).__name__} is a slow tokenizer"
@@ -218,7 +218,7 @@ def _load_once(location: str, revision: str | None, trust_remote_code: bool, fil
     if isinstance(longest, bool) or not isinstance(longest, int | float):  # compared with every text's length
         found = f"model_max_length {longest!r:.40}"
         raise TargetError(f"{location}/tokenizer_config.json", found, "must be a number", "fetch the model again")
-    with _one_line(location):  # a damaged one may load and fail at a text
+    with one_line(location):  # a damaged one may load and fail at a text
         tokenizer.decode(tokenizer(_PROBE, verbose=False).input_ids)
     return _Loaded(tokenizer)
 
@@ -260,7 +260,7 @@ def load_target(target: TargetConfig, device: torch.device | str) -> PreTrainedM
     auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     dtype = _DTYPES.get(target.dtype, auto)
     check_weights(target.location)
-    with _one_line(target.location):
+    with one_line(target.location):
         model = _from_pretrained(target.location, dtype, revision=target.revision, trust_remote_code=False)
         return model.to(device).eval()
 
@@ -273,7 +273,7 @@ def load_draft(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     """
     try:
         check_weights(str(folder))
-        with _one_line(str(folder)):
+        with one_line(str(folder)):
             _refuse_whole_numbers(folder)
             return _own_memory(_from_pretrained(str(folder), dtype)).to(device).eval()
     except TargetError as error:
@@ -355,74 +355,3 @@ def save_draft(model: PreTrainedModel, folder: Path, tokenizer_files_from: Path)
         for weights in temporary.glob("*.safetensors"):  # safetensors writes for the owner only; a server may be another user
             shutil.copymode(temporary / "config.json", weights)
         copy_tokenizer_files(tokenizer_files_from, temporary)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Holds back the libraries' notices and bars while loading; what matters is checked and raised."""
-    from transformers.utils import logging as notices
-
-    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
-    notices.set_verbosity(logging.ERROR)
-    notices.disable_progress_bar()
-    try:
-        yield
-    finally:
-        notices.set_verbosity(level)
-        if bars:
-            notices.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _one_line(location: str) -> Iterator[None]:
-    """Turns whatever a library raises while loading into one TargetError; into a DiskError where another place is at fault, such as a
-    cache that cannot be written.
-    """
-    try:
-        yield
-    except (TargetError, KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # transformers, the hub and safetensors raise dozens of kinds
-        raise _elsewhere(location, error) or _explain(location, error) from error
-
-
-def _elsewhere(location: str, error: Exception) -> FastDraftError | None:
-    """The line for a failed call of the operating system about a file that is not the model's."""
-    if isinstance(error, OSError) and isinstance(error.filename, str) and not error.filename.startswith(location):
-        return disk_error(error, location)
-    return None
-
-
-_NOT_ALLOWED = ("closed to you", "the hub must let you read it", "accept its licence there and log in with `hf auth login`")
-_UNREACHABLE = ("the hub cannot be reached", "the model is not on this machine", "go online or name a folder")
-_EXPLANATIONS: list[tuple[str, tuple[str, str, str]]] = [
-    (
-        r"trust_remote_code|custom code|execute the",
-        ("needs Python code of its own", "such code runs only when asked for", "set target.trust_remote_code=true"),
-    ),
-    (r"gated|401|403|access to model", _NOT_ALLOWED),
-    (
-        r"is not a valid model identifier|404|not a local folder",
-        ("neither a folder here nor a model on the hub", "must be one of them", "correct the name"),
-    ),
-    (r"connect|offline|resolve|timed out|Max retries|cannot find the requested files", _UNREACHABLE),
-    (
-        r"safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ",
-        ("damaged or missing weights", "needs whole safetensors files", "fetch the model again"),
-    ),
-    (
-        r"mismatched_sizes|size mismatch",
-        ("weights of other shapes than config.json says", "both must come from one model", "fetch the model again"),
-    ),
-    (r"out of memory|allocate", ("does not fit into memory", "the whole model must fit", "use a smaller target.dtype or another device")),
-]
-"""What a library's message means for the user: found, rule, remedy."""
-
-
-def _explain(location: str, error: Exception) -> TargetError:
-    text = f"{type(error).__name__}: {error}"
-    for pattern, explanation in _EXPLANATIONS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return TargetError(location, *explanation)
-    short = " ".join(text.split())[:160]
-    return TargetError(location, short, "the model must load in transformers", "check its files, or try another version of transformers")
