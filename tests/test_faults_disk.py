@@ -31,7 +31,7 @@ PLACES = {
     "write": (Path, "write_bytes"),
     "folder": (Path, "mkdir"),
     "parquet": ("pyarrow.parquet", "write_table"),
-    "safetensors": ("fastdraft.training.checkpoint", "save_file"),
+    "safetensors": ("fastdraft.training.tensor_files", "save_file"),
     "append": ("fastdraft.training.metrics", "_finite"),
 }
 """The calls by which stages write."""
