@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from fastdraft.streams import forget_stdout, open_closed_streams, take_any_character
 
 _STAGES = {
     "design": "target -> draft architecture and first weights",
@@ -335,7 +336,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
-    _open_closed_streams()
+    open_closed_streams()
     parser = build_parser()
     arguments = _parse(parser, argv)
     if arguments.version:
@@ -356,7 +357,7 @@ def _guarded(arguments: argparse.Namespace) -> int:
 
     # Threads that spin while they wait starve each other on a machine that does anything else; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _take_any_character()
+    take_any_character()
     try:
         with machine_errors(_place(arguments), "use a smaller target.dtype, or a machine with more memory"):
             arguments.call(arguments)
@@ -367,7 +368,7 @@ def _guarded(arguments: argparse.Namespace) -> int:
         again = "; run the same command again to go on" if hasattr(arguments, "recipe") else ""
         return _say(f"{chr(10) if sys.stderr.isatty() else ''}fastdraft: stopped{again}", 130)
     except BrokenPipeError:
-        _forget_stdout()  # whoever read our output has gone: say nothing
+        forget_stdout()  # whoever read our output has gone: say nothing
         return 0
     return 0
 
@@ -377,26 +378,6 @@ def _say(line: str, exit_code: int) -> int:
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr)
     return exit_code
-
-
-def _open_closed_streams() -> None:
-    """Gives a process that was started with stdout or stderr closed (`>&-`, some services) one that leads nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open to the end of the process)
-
-
-def _take_any_character() -> None:
-    """A terminal or file of a small character set gets escapes for what it cannot show, never an error half-way."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _forget_stdout() -> None:
-    """Lets the interpreter's own last flush go nowhere; it would complain otherwise."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _place(arguments: argparse.Namespace) -> Any:
