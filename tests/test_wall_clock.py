@@ -323,6 +323,16 @@ SLOW_CHECK = Latency(0.0001, {1: 0.001, 4: 0.004}, 128, "CPU", "int8", "int4")
             "acceptance is too low: 10 % of the proposals looked at, and costs ask for more than 12 %.",
         ),
         (
+            [speaking(0.9, predicted_speedup=0.95, conditional_acceptance_rate=0.115)], CHEAP, "bad",
+            "Do not use a draft here: measured 0.90x on code at best K = 3 (CPU, int4 target, int8 draft); the acceptance is too low: "
+            "11.5 % of the proposals looked at, and costs ask for more than 11.7 %.",
+        ),
+        (
+            [speaking(0.9, predicted_speedup=0.95, conditional_acceptance_rate=0.12)], CHEAP, "bad",
+            "Do not use a draft here: measured 0.90x on code at best K = 3 (CPU, int4 target, int8 draft); the passes of a round cost "
+            "as much as the accepted tokens gain (12 % of the proposals looked at).",
+        ),
+        (
             [speaking(0.54, k=1, predicted_speedup=0.7)], DEAR, "bad",
             "Do not use a draft here: measured 0.54x on code at best K = 1 (CPU, int4 target, int8 draft); the target answers in 0.7 ms a "
             "token and the draft needs 0.4 ms.",

@@ -105,10 +105,13 @@ def _costs(row: Row, latency: Latency) -> str:
     widths = sorted(width for width in latency.target_seconds if width > 1)
     width = k + 1 if k + 1 in widths else widths[0]
     draft, verify = latency.cost_ratio, (latency.target_seconds[width] / one - 1) / (width - 1)
-    needed = draft + verify
+    needed, rate = draft + verify, row["conditional_acceptance_rate"]
+    if needed <= WITHIN_REACH and rate is not None and rate >= needed:
+        return f"the passes of a round cost as much as the accepted tokens gain ({_percent(rate)} of the proposals looked at)"
     if needed <= WITHIN_REACH:
-        rate = row["conditional_acceptance_rate"]
-        return f"the acceptance is too low: {_percent(rate)} of the proposals looked at, and costs ask for more than {_percent(needed)}"
+        digits = int(_percent(rate) == _percent(needed))  # so that what is said can be seen
+        found, wanted = _percent(rate, digits), _percent(needed, digits)
+        return f"the acceptance is too low: {found} of the proposals looked at, and costs ask for more than {wanted}"
     if draft >= verify:
         return f"the target answers in {_ms(one)} ms a token and the draft needs {_ms(latency.draft_seconds)} ms"
     seconds = latency.target_seconds[width]
@@ -127,8 +130,8 @@ def _overhead(row: Row, breakdown: Row | None) -> str:
     return f"{promised}, but {_percent(share)} of the time is the runtime's own, neither target nor draft"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
+def _percent(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def _ms(seconds: float) -> str:
