@@ -52,7 +52,7 @@ def main() -> None:
     before = json.loads(arguments.output.read_text(encoding="utf-8"))["results"] if arguments.add and arguments.output.exists() else []
     report = machine.Report(arguments.output, NAME, device, arguments, dry_run=arguments.dry_run)
     report.add(*before)
-    if arguments.follow or arguments.dry_run:
+    if arguments.follow or (arguments.dry_run and not arguments.operators):
         shape, steps, length = ("tiny", 10, 64) if arguments.dry_run else (arguments.follow_shape, 200, 2048)
         follow(shape, device, steps, length, lambda found: report.put({"kind": "follow", **found}, "kind"))
         print({key: value for key, value in report.results[-1].items() if key != "losses"}, flush=True)
@@ -181,11 +181,14 @@ def summarize(shape: str, device: torch.device, batch: int, turns: dict[str, lis
 def operators(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The profile of one shape (stepping/operators.py), shown and given back."""
     options = {"shape": shape, "device": arguments.device, "batch": SHAPES[shape].batch, "threads": arguments.threads, "rows": 0}
+    options["backend"] = "inductor"  # not used: what is profiled here is never compiled
     contender = worker.Contender(Path(__file__), "operators", options, ENVIRONMENT)
     try:
-        found = contender.turn(1) or {"operators": []}
+        found = contender.turn(1)
     finally:
         contender.stop()
+    if found is None:
+        raise SystemExit(f"{shape}: the profile's process ended without a profile; what it said stands above")
     rows = [[row["operator"], f"{row['seconds'] * 1e3:.1f}", f"{row['share']:.1%}", str(row["calls"])] for row in found["operators"]]
     print(machine.table(["operator", "ms", "share", "calls"], rows[:20]), flush=True)
     return {"kind": "operators", "shape": shape, "batch_tokens": SHAPES[shape].batch, **found}

@@ -219,3 +219,13 @@ def test_one_command_runs_the_scripts_and_gathers_their_files(tmp_path: Path) ->
         ("loss_functions", 0, "loss_functions_dry_run.json")
     ]
     assert json.loads((tmp_path / "loss_functions_dry_run.json").read_text(encoding="utf-8"))["complete"]
+
+
+def test_the_profile_of_a_step_names_its_operators_and_their_shares(tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    command = [sys.executable, str(FOLDER / "train_step.py"), "--dry-run", "--operators", "--device", "cpu", "--threads", "1"]
+    done = subprocess.run([*command, "--output", str(output)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (profile,) = json.loads(output.read_text(encoding="utf-8"))["results"]
+    assert any("mm" in row["operator"] for row in profile["operators"])
+    assert 0.9 < sum(row["share"] for row in profile["operators"]) < 1.01
