@@ -42,11 +42,11 @@ class Writers:
         self.target, self.draft, self.prompts = self.pair.target, self.pair.draft, self.pair.prompts
         self.decoder = SpeculativeDecoder(self.target, self.draft, self.pair.vocabulary, arguments.k)
         config = self.draft.generation_config
-        config.num_assistant_tokens, config.num_assistant_tokens_schedule, config.assistant_confidence_threshold = (
-            arguments.k,
-            "constant",
-            0.0,
-        )
+        (
+            config.num_assistant_tokens,
+            config.num_assistant_tokens_schedule,
+            config.assistant_confidence_threshold,
+        ) = (arguments.k, "constant", 0.0)
         for model in (self.target, self.draft):  # nothing of the models' own taste
             model.generation_config.update(temperature=None, top_k=None, top_p=None, repetition_penalty=None)
         self.passes = 0
@@ -57,8 +57,12 @@ class Writers:
 
     def ours(self, sampling: Sampling) -> tuple[list[list[int]], int]:
         tokens = self.arguments.max_new_tokens
-        results = [self.decoder.generate(prompt, sampling, tokens, seed) for seed, prompt in enumerate(self.prompts)]
-        return [result.generation.response_ids for result in results], sum(len(result.rounds) for result in results)
+        results = [
+            self.decoder.generate(prompt, sampling, tokens, seed) for seed, prompt in enumerate(self.prompts)
+        ]
+        return [result.generation.response_ids for result in results], sum(
+            len(result.rounds) for result in results
+        )
 
     def transformers(self, sampling: Sampling, **options: Any) -> tuple[list[list[int]], int]:
         torch.manual_seed(0)
@@ -68,9 +72,14 @@ class Writers:
         for prompt in self.prompts:
             ids = torch.tensor([prompt], device=self.target.device)
             output = self.target.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.arguments.max_new_tokens, pad_token_id=0,
-                eos_token_id=self.pair.eos_ids or None, **how, **options,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.arguments.max_new_tokens,
+                pad_token_id=0,
+                eos_token_id=self.pair.eos_ids or None,
+                **how,
+                **options,
+            )
             texts.append(output[0, len(prompt) :].tolist())
         return texts, self.passes - before
 
@@ -85,20 +94,33 @@ class Writers:
 def measure(writers: Writers, temperature: float, turns: int) -> list[dict[str, Any]]:
     """One entry for each contender at one temperature."""
     contenders, sampling = writers.contenders(Sampling(temperature)), Sampling(temperature)
-    first = {name: write() for name, write in contenders.items()}  # warms up; text and rounds are the same in every turn
+    first = {
+        name: write() for name, write in contenders.items()
+    }  # warms up; text and rounds are the same in every turn
     seconds = take_turns(contenders, turns, writers.arguments.device)
     found = []
     for name, (texts, rounds) in first.items():
         tokens = sum(map(len, texts))
         one: dict[str, Any] = {
-            "contender": name, "temperature": sampling.temperature, "num_speculative_tokens": writers.arguments.k, "prompts": len(texts),
-            "tokens": tokens, "rounds": rounds, "tokens_per_target_pass": round(tokens / rounds, 4), "seconds": spread(seconds[name]),
+            "contender": name,
+            "temperature": sampling.temperature,
+            "num_speculative_tokens": writers.arguments.k,
+            "prompts": len(texts),
+            "tokens": tokens,
+            "rounds": rounds,
+            "tokens_per_target_pass": round(tokens / rounds, 4),
+            "seconds": spread(seconds[name]),
             "tokens_per_second": spread([tokens / taken for taken in seconds[name]]),
             "seconds_per_target_pass": float(f"{spread(seconds[name])['median'] / rounds:.4g}"),
-        }  # fmt: skip
+        }
         # Sampled texts differ in length: what is compared is tokens a second, within the turn.
-        per_token = {other: [taken / sum(map(len, first[other][0])) for taken in seconds[other]] for other in contenders}
-        one["times_faster_than"] = {other: ratio(per_token[other], per_token[name]) for other in contenders if other != name}
+        per_token = {
+            other: [taken / sum(map(len, first[other][0])) for taken in seconds[other]]
+            for other in contenders
+        }
+        one["times_faster_than"] = {
+            other: ratio(per_token[other], per_token[name]) for other in contenders if other != name
+        }
         if temperature == 0:
             one |= compared(writers, texts, first[ALONE][0])
         found.append(one)
@@ -133,16 +155,26 @@ def show(found: Sequence[dict[str, Any]]) -> str:
         speed, faster = one["tokens_per_second"], one["times_faster_than"]
         times = [f"{faster[other]['median']:.2f}" if other in faster else "-" for other in (ALONE, ASSISTED)]
         equal = one.get("texts_equal_to_the_targets_own")
-        rows.append([
-            f"{one['contender']}, T {one['temperature']:g}", one["tokens"], one["rounds"], f"{one['tokens_per_target_pass']:.3f}",
-            f"{speed['median']:.0f}", f"{speed['low']:.0f} to {speed['high']:.0f}", f"{1e3 * one['seconds_per_target_pass']:.2f}", *times,
-            "-" if equal is None else f"{equal} of {one['prompts']}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{one['contender']}, T {one['temperature']:g}",
+                one["tokens"],
+                one["rounds"],
+                f"{one['tokens_per_target_pass']:.3f}",
+                f"{speed['median']:.0f}",
+                f"{speed['low']:.0f} to {speed['high']:.0f}",
+                f"{1e3 * one['seconds_per_target_pass']:.2f}",
+                *times,
+                "-" if equal is None else f"{equal} of {one['prompts']}",
+            ]
+        )
     return table(columns, rows)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, NAME)
     add_pair_arguments(parser)
     parser.add_argument("--k", type=int, default=3, help="num_speculative_tokens")
@@ -164,7 +196,9 @@ def main() -> None:
         report.add(*measure(writers, temperature, arguments.turns))
     sizes = writers.pair.parameters
     report.finish(parameters=sizes)
-    print(f"target {sizes['target'] / 1e6:.1f} M parameters, draft {sizes['draft'] / 1e6:.1f} M, K = {arguments.k}")
+    print(
+        f"target {sizes['target'] / 1e6:.1f} M parameters, draft {sizes['draft'] / 1e6:.1f} M, K = {arguments.k}"
+    )
     print(show(report.results))
 
 

@@ -47,8 +47,12 @@ from fastdraft.vocabulary import Vocabulary
 Texts = list[list[int]]
 Writer = Callable[[Sampling], Texts]
 PLAIN32, PLAIN16, OURS, OPENVINO, RAW = (
-    "transformers generate, fp32", "transformers generate, bf16", "huggingface engine, fp32", "openvino engine", "bare continuous batching",
-)  # fmt: skip
+    "transformers generate, fp32",
+    "transformers generate, bf16",
+    "huggingface engine, fp32",
+    "openvino engine",
+    "bare continuous batching",
+)
 STARTER = "shipped:targets/starter"
 
 
@@ -60,9 +64,17 @@ def random_target(shape: str, folder: Path) -> Path:
     if vocabulary < known.size:
         raise SystemExit(f"--shape: the vocabulary must be at least {known.size}, the tokenizer's")
     config = LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, intermediate_size=ffn, num_attention_heads=heads, num_key_value_heads=heads,
-        vocab_size=vocabulary, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=0, eos_token_id=known.eos_token_ids[0],
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=known.eos_token_ids[0],
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     copy_tokenizer_files(starter.location, folder)
@@ -74,7 +86,11 @@ class Contenders:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments = arguments
-        target = TargetConfig(model=str(random_target(arguments.shape, folder / "random")) if arguments.shape else arguments.target)
+        target = TargetConfig(
+            model=str(random_target(arguments.shape, folder / "random"))
+            if arguments.shape
+            else arguments.target
+        )
         self.vocabulary = load_vocabulary(target)
         if arguments.shape:
             self.vocabulary = replace(self.vocabulary, eos_token_ids=())
@@ -85,9 +101,13 @@ class Contenders:
         exported.mkdir()
         convert(target.location, exported, arguments.weights)
         self.openvino = OpenVINOEngine(
-            exported, self.vocabulary, self.engine.context_length, arguments.batch_rows, precision=arguments.precision,
+            exported,
+            self.vocabulary,
+            self.engine.context_length,
+            arguments.batch_rows,
+            precision=arguments.precision,
             threads=arguments.threads,
-        )  # fmt: skip
+        )
         self.prompts = read_prompts(target, arguments, self.engine.context_length - arguments.max_new_tokens)
         self.writers: dict[str, Writer] = {
             PLAIN32: lambda sampling: self._plain(self.model, sampling),
@@ -101,15 +121,23 @@ class Contenders:
         rows = self.arguments.batch_rows
         batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         return [
-            text for batch in batches for text in plain_generate(model, batch, sampling, self.arguments.max_new_tokens, self.vocabulary)
+            text
+            for batch in batches
+            for text in plain_generate(model, batch, sampling, self.arguments.max_new_tokens, self.vocabulary)
         ]
 
     def _engine(self, engine: HuggingFaceEngine | OpenVINOEngine, sampling: Sampling) -> Texts:
-        return [answer.response_ids for answer in engine.generate(self.prompts, sampling, self.arguments.max_new_tokens, seed=0)]
+        return [
+            answer.response_ids
+            for answer in engine.generate(self.prompts, sampling, self.arguments.max_new_tokens, seed=0)
+        ]
 
     def _raw(self, sampling: Sampling) -> Texts:
         tokens, eos_ids = self.arguments.max_new_tokens, self.vocabulary.eos_token_ids
-        configs = [generation_config(sampling, tokens, eos_ids, answer_seed(0, index)) for index in range(len(self.prompts))]
+        configs = [
+            generation_config(sampling, tokens, eos_ids, answer_seed(0, index))
+            for index in range(len(self.prompts))
+        ]
         results = self.openvino.pipeline.generate([as_tensor(prompt) for prompt in self.prompts], configs)
         return [[int(token) for token in result.m_generation_ids[0]] for result in results]
 
@@ -123,7 +151,9 @@ def read_prompts(target: TargetConfig, arguments: argparse.Namespace, room: int)
     return sorted((ids for ids, _ in zip(fitting, range(arguments.prompts), strict=False)), key=len)
 
 
-def plain_generate(model: PreTrainedModel, batch: Texts, sampling: Sampling, tokens: int, vocabulary: Vocabulary) -> Texts:
+def plain_generate(
+    model: PreTrainedModel, batch: Texts, sampling: Sampling, tokens: int, vocabulary: Vocabulary
+) -> Texts:
     """Answers of transformers' own generate, cut behind their EOS."""
     ids, mask = pad_left(batch)
     sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": None, "top_p": 1.0}
@@ -132,7 +162,12 @@ def plain_generate(model: PreTrainedModel, batch: Texts, sampling: Sampling, tok
     torch.manual_seed(0)
     model.generation_config.eos_token_id = None  # else it would stand in for an empty list
     output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=list(eos_ids) or None, pad_token_id=0, **options
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=tokens,
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=0,
+        **options,
     )
     return [until_eos(row, eos_ids) for row in output[:, ids.shape[1] :].tolist()]
 
@@ -155,18 +190,27 @@ def measure(contenders: Contenders, sampling: Sampling, repeats: int) -> list[di
             of_processor[name].append(tokens / (time.process_time() - busy))
     found = []
     for name in names:
-        ratios = {other: statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True)) for other in names}
-        equal = sum(a == b for a, b in zip(texts[name], texts[PLAIN32], strict=True)) if sampling.temperature == 0 else None
-        found.append({
-            "contender": name,
-            "temperature": sampling.temperature,
-            "tokens": sum(map(len, texts[name])),
-            "tokens_per_second": speeds[name],
-            "median": statistics.median(speeds[name]),
-            "tokens_per_processor_second": statistics.median(of_processor[name]),
-            "ratio_to": ratios,
-            "texts_equal_to_fp32": equal,
-        })  # fmt: skip
+        ratios = {
+            other: statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True))
+            for other in names
+        }
+        equal = (
+            sum(a == b for a, b in zip(texts[name], texts[PLAIN32], strict=True))
+            if sampling.temperature == 0
+            else None
+        )
+        found.append(
+            {
+                "contender": name,
+                "temperature": sampling.temperature,
+                "tokens": sum(map(len, texts[name])),
+                "tokens_per_second": speeds[name],
+                "median": statistics.median(speeds[name]),
+                "tokens_per_processor_second": statistics.median(of_processor[name]),
+                "ratio_to": ratios,
+                "texts_equal_to_fp32": equal,
+            }
+        )
     return found
 
 
@@ -175,14 +219,16 @@ def show(found: Sequence[dict[str, Any]], title: str, prompts: int) -> None:
     columns = ["contender", "tokens", "tokens/s", "range", "per CPU s", *ratios, "equal texts"]
     rows = [
         [
-            one["contender"], one["tokens"], f"{one['median']:.0f}",
+            one["contender"],
+            one["tokens"],
+            f"{one['median']:.0f}",
             f"{min(one['tokens_per_second']):.0f} to {max(one['tokens_per_second']):.0f}",
             f"{one['tokens_per_processor_second']:.0f}",
             *(f"{one['ratio_to'][other]:.2f}" for other in (PLAIN32, PLAIN16, RAW)),
             "-" if one["texts_equal_to_fp32"] is None else f"{one['texts_equal_to_fp32']} of {prompts}",
         ]
         for one in found
-    ]  # fmt: skip
+    ]
     print(format_table(title, columns, rows, width=160))
 
 
@@ -199,16 +245,27 @@ def verdict(found: Sequence[dict[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", default=STARTER, help="directory or hub id")
-    parser.add_argument("--shape", help="HIDDEN,LAYERS,FFN,HEADS,VOCAB of a random Llama instead, e.g. 512,6,1408,8,8192 (27.6 M)")
-    parser.add_argument("--file", default="shipped:data/prompts.jsonl.xz", help="JSONL with a `prompt` in each line")
+    parser.add_argument(
+        "--shape",
+        help="HIDDEN,LAYERS,FFN,HEADS,VOCAB of a random Llama instead, e.g. 512,6,1408,8,8192 (27.6 M)",
+    )
+    parser.add_argument(
+        "--file", default="shipped:data/prompts.jsonl.xz", help="JSONL with a `prompt` in each line"
+    )
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch-rows", type=int, default=64, help="prompts written together")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.8])
-    parser.add_argument("--weights", choices=["fp32", "fp16", "int8", "int4"], default="int8", help="of the OpenVINO model")
-    parser.add_argument("--precision", choices=["fast", "exact"], default="fast", help="of OpenVINO's arithmetic")
+    parser.add_argument(
+        "--weights", choices=["fp32", "fp16", "int8", "int4"], default="int8", help="of the OpenVINO model"
+    )
+    parser.add_argument(
+        "--precision", choices=["fast", "exact"], default="fast", help="of OpenVINO's arithmetic"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)

@@ -36,9 +36,15 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="directory, hub id or shipped: name of a trained model")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="directory, hub id or shipped: name of a trained model"
+    )
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="directory to write; must not exist")
-    parser.add_argument("--hidden-size", type=int, help="width of the residual stream; multiples of 128 keep int4 groups apart")
+    parser.add_argument(
+        "--hidden-size",
+        type=int,
+        help="width of the residual stream; multiples of 128 keep int4 groups apart",
+    )
     parser.add_argument("--layers", type=int)
     parser.add_argument("--intermediate-size", type=int, help="width of the feed-forward part")
     parser.add_argument("--heads", type=int, help="query heads")
@@ -46,8 +52,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, help="must be the source's")
     parser.add_argument("--untied", action="store_true", help="give the head a matrix of its own")
     parser.add_argument("--context-length", type=int, help="positions that the config allows")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="stored precision of the matrices (default fp16)")
-    parser.add_argument("--fill", choices=("random", "zero"), default="random", help="what stands where the output cannot see it")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp16", help="stored precision of the matrices (default fp16)"
+    )
+    parser.add_argument(
+        "--fill",
+        choices=("random", "zero"),
+        default="random",
+        help="what stands where the output cannot see it",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random values")
     return parser.parse_args(arguments)
 
@@ -57,12 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _, source = shape_of(given.source)
         asked = {
-            "hidden_size": given.hidden_size, "num_layers": given.layers, "intermediate_size": given.intermediate_size,
-            "num_heads": given.heads, "num_kv_heads": given.kv_heads, "head_dim": given.head_dim, "context_length": given.context_length,
-        }  # fmt: skip
+            "hidden_size": given.hidden_size,
+            "num_layers": given.layers,
+            "intermediate_size": given.intermediate_size,
+            "num_heads": given.heads,
+            "num_kv_heads": given.kv_heads,
+            "head_dim": given.head_dim,
+            "context_length": given.context_length,
+        }
         changes = {name: value for name, value in asked.items() if value is not None}
         wanted = replace(source, **changes, tied=source.tied and not given.untied)
-        record = grow_model(given.source, given.output, wanted, Storage(given.dtype, given.fill, given.seed), console)
+        record = grow_model(
+            given.source, given.output, wanted, Storage(given.dtype, given.fill, given.seed), console
+        )
     except FastDraftError as error:
         print(f"grow: {error}", file=sys.stderr)
         return error.exit_code

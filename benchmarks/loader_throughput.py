@@ -43,12 +43,17 @@ def main() -> None:
             result = measure(write_corpora(Path(folder), lengths, arguments.tokens), lengths, arguments)
         report.add(result)
         name = "+".join(map(str, lengths))
-        print(f"{name:>12}{result['rows']:18,.0f}{result['batches']:20,.0f}{result['first_step_seconds'] * 1e3:16.1f}", flush=True)
+        print(
+            f"{name:>12}{result['rows']:18,.0f}{result['batches']:20,.0f}{result['first_step_seconds'] * 1e3:16.1f}",
+            flush=True,
+        )
     report.finish()
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--row-lengths", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--batch-tokens", type=int, default=65_536, help="tokens of a step")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
@@ -69,7 +74,9 @@ def write_corpora(folder: Path, lengths: list[int], tokens: int) -> Artifact:
         for length in lengths:
             writer = layout.writer(folder / name, "train", length)
             writer.restore([], 0)
-            left = int(tokens * (1.0 if len(lengths) == 1 else 0.8 if length == lengths[0] else 0.2)) // (length + 1)
+            left = int(tokens * (1.0 if len(lengths) == 1 else 0.8 if length == lengths[0] else 0.2)) // (
+                length + 1
+            )
             while left > 0:
                 count = min(left, 4_000_000 // (length + 1))
                 writer.write(draw.integers(0, 32_000, (count, length + 1), dtype=np.uint16))
@@ -79,7 +86,9 @@ def write_corpora(folder: Path, lengths: list[int], tokens: int) -> Artifact:
             corpora[name]["train"]["shards"] += [{**shard, **about} for shard in writer.shards]
     artifact = Artifact(folder)
     artifact.begin({"benchmark": True})
-    artifact.complete(row_length=lengths[0], row_lengths=lengths, dtype="uint16", separator_id=0, corpora=corpora)
+    artifact.complete(
+        row_length=lengths[0], row_lengths=lengths, dtype="uint16", separator_id=0, corpora=corpora
+    )
     return artifact
 
 
@@ -91,7 +100,12 @@ def measure(prepared: Artifact, lengths: list[int], arguments: argparse.Namespac
     begin = time.perf_counter()
     source.batches(0)
     first = time.perf_counter() - begin
-    found = {"row_lengths": lengths, "batch_tokens": rows * longest, "corpora": 2, "first_step_seconds": first}
+    found = {
+        "row_lengths": lengths,
+        "batch_tokens": rows * longest,
+        "corpora": 2,
+        "first_step_seconds": first,
+    }
     found["rows"] = rate(lambda step: sampler.groups(step * rows, rows), rows * longest, arguments.seconds)
     found["batches"] = rate(source.batches, rows * longest, arguments.seconds)
     return found

@@ -48,12 +48,25 @@ class Inputs:
 
     def __init__(self, arguments: argparse.Namespace, vocab: int) -> None:
         device, generator = arguments.device, torch.Generator().manual_seed(0)
-        self.hidden_ND = torch.randn(arguments.tokens, arguments.hidden, generator=generator).to(device).requires_grad_()
-        self.head_VD = (torch.randn(vocab, arguments.hidden, generator=generator) / arguments.hidden**0.5).to(device).requires_grad_()
+        self.hidden_ND = (
+            torch.randn(arguments.tokens, arguments.hidden, generator=generator).to(device).requires_grad_()
+        )
+        self.head_VD = (
+            (torch.randn(vocab, arguments.hidden, generator=generator) / arguments.hidden**0.5)
+            .to(device)
+            .requires_grad_()
+        )
         self.labels_N = torch.randint(vocab, (arguments.tokens,), generator=generator).to(device)
-        self.device, self.dtype = torch.device(device), {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision]
+        self.device, self.dtype = (
+            torch.device(device),
+            {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision],
+        )
         wanted = arguments.distillation
-        self.target_NV = torch.randn(arguments.tokens, vocab, generator=generator).to(device, torch.bfloat16) if wanted else None
+        self.target_NV = (
+            torch.randn(arguments.tokens, vocab, generator=generator).to(device, torch.bfloat16)
+            if wanted
+            else None
+        )
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -105,7 +118,11 @@ def distillations(inputs: Inputs, name: str) -> dict[str, Loss]:
     def chunked() -> Tensor:
         with inputs.autocast():
             return chunked_distillation(
-                inputs.hidden_ND, inputs.head_VD, inputs.labels_N, DenseTarget(lambda rows: target_NV[rows].float()), loss
+                inputs.hidden_ND,
+                inputs.head_VD,
+                inputs.labels_N,
+                DenseTarget(lambda rows: target_NV[rows].float()),
+                loss,
             )[0]
 
     return {PLAIN: plain, OURS: chunked}
@@ -128,7 +145,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         work()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     # Every allocation (+) and release (-) of the CPU allocator, those inside an operation included.
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
@@ -140,7 +159,12 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def compare(  # noqa: PLR0917
-    losses: dict[str, Loss], inputs: Inputs, turns: int, about: dict[str, Any], report: Report, clock: Callable[[], float]
+    losses: dict[str, Loss],
+    inputs: Inputs,
+    turns: int,
+    about: dict[str, Any],
+    report: Report,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """Error, memory and seconds of each contender."""
     found: dict[str, dict[str, Any]] = {}
@@ -154,18 +178,28 @@ def compare(  # noqa: PLR0917
                 standard = value, inputs.head_VD.grad.clone()
             if standard is not None:
                 error = (inputs.head_VD.grad - standard[1]).abs().max() / standard[1].abs().max()
-                found[name] |= {"loss_difference": float((value / standard[0] - 1).abs()), "gradient_difference": float(error)}
-            inputs.hidden_ND.grad = inputs.head_VD.grad = None  # else their release would count against what comes
+                found[name] |= {
+                    "loss_difference": float((value / standard[0] - 1).abs()),
+                    "gradient_difference": float(error),
+                }
+            inputs.hidden_ND.grad = inputs.head_VD.grad = (
+                None  # else their release would count against what comes
+            )
             found[name]["peak_bytes"] = peak_bytes(partial(backward, loss, inputs), inputs.device)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             found[name]["error"] = "out of memory"
     standard = None
-    fitting = {name: partial(backward, losses[name], inputs) for name, row in found.items() if "error" not in row}
+    fitting = {
+        name: partial(backward, losses[name], inputs) for name, row in found.items() if "error" not in row
+    }
     seconds = take_turns(fitting, turns, inputs.device, clock)
     for name, taken in seconds.items():
-        found[name] |= {"seconds": spread(taken), "tokens_per_second": round(len(inputs.labels_N) / spread(taken)["median"])}
+        found[name] |= {
+            "seconds": spread(taken),
+            "tokens_per_second": round(len(inputs.labels_N) / spread(taken)["median"]),
+        }
         if PLAIN in seconds:
             found[name]["times_faster_than_plain"] = ratio(seconds[PLAIN], taken)
     report.add(*found.values())
@@ -179,24 +213,37 @@ def row_of(result: dict[str, Any]) -> list[str]:
     faster = result.get("times_faster_than_plain")
     seconds = result["seconds"]
     return [
-        name, f"{1e3 * seconds['median']:.1f}", f"{1e3 * seconds['low']:.1f} to {1e3 * seconds['high']:.1f}",
-        f"{faster['median']:.2f} ({faster['low']:.2f} to {faster['high']:.2f})" if faster else "-", f"{result['peak_bytes'] / 1e6:,.0f}",
+        name,
+        f"{1e3 * seconds['median']:.1f}",
+        f"{1e3 * seconds['low']:.1f} to {1e3 * seconds['high']:.1f}",
+        f"{faster['median']:.2f} ({faster['low']:.2f} to {faster['high']:.2f})" if faster else "-",
+        f"{result['peak_bytes'] / 1e6:,.0f}",
         f"{result['gradient_difference']:.0e}" if "gradient_difference" in result else "-",
-    ]  # fmt: skip
+    ]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, NAME)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 32_064, 128_256])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the matrix products")
-    parser.add_argument("--distillation", action="store_true", help=f"also {', '.join(DISTILLATION)} against dense logits")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--contender", nargs="+", choices=[PLAIN, OURS, TORCH_WHOLE, TORCH, LIGER], help="only these")
     parser.add_argument(
-        "--thread-clock", action="store_true", help="CPU: seconds that the calling thread computes; set OMP_WAIT_POLICY=PASSIVE"
+        "--precision", choices=["bf16", "fp32"], default="bf16", help="of the matrix products"
+    )
+    parser.add_argument(
+        "--distillation", action="store_true", help=f"also {', '.join(DISTILLATION)} against dense logits"
+    )
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument(
+        "--contender", nargs="+", choices=[PLAIN, OURS, TORCH_WHOLE, TORCH, LIGER], help="only these"
+    )
+    parser.add_argument(
+        "--thread-clock",
+        action="store_true",
+        help="CPU: seconds that the calling thread computes; set OMP_WAIT_POLICY=PASSIVE",
     )
     given = parser.parse_args(arguments)
     if given.dry_run:
@@ -211,7 +258,12 @@ def main() -> None:
     report, shown = Report(arguments.output, NAME, arguments.device, arguments), []
     for vocab in arguments.vocabularies:
         inputs = Inputs(arguments, vocab)
-        about = {"vocabulary": vocab, "tokens": arguments.tokens, "hidden": arguments.hidden, "precision": arguments.precision}
+        about = {
+            "vocabulary": vocab,
+            "tokens": arguments.tokens,
+            "hidden": arguments.hidden,
+            "precision": arguments.precision,
+        }
         for loss in ("cross_entropy", *(DISTILLATION if arguments.distillation else ())):
             losses = cross_entropies(inputs) if loss == "cross_entropy" else distillations(inputs, loss)
             losses = {name: work for name, work in losses.items() if name in (arguments.contender or losses)}

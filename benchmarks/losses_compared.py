@@ -40,7 +40,16 @@ START, BASE, POOLED = "start", "ce", "all tasks"
 LOSSES = (BASE, *get_args(TokenLossName))
 RATES = {"acceptance_rate": (2, 1), "block_efficiency": (4, 0)}
 """Name -> columns of `counts_to_array`: part, whole."""
-TOLD = ("tokens", "trained_tokens", "steps", "best_step", "seconds", "train_loss", "validation_loss", "validation_block_efficiency")
+TOLD = (
+    "tokens",
+    "trained_tokens",
+    "steps",
+    "best_step",
+    "seconds",
+    "train_loss",
+    "validation_loss",
+    "validation_block_efficiency",
+)
 """Of align's manifest."""
 Table = NDArray[np.float64]
 Place = tuple[str, float]
@@ -72,9 +81,20 @@ class Comparison:
 
     def context(self, loss: str, console: Console) -> StageContext:
         """The run's recipe with this loss and budget, in a branch of the run."""
-        objective = {"kind": "sequence_kd"} if loss in (START, BASE) else {"kind": "token_kd", "loss": loss, "source": self.source}
-        own = [f"align.tokens={self.tokens}", "align.epochs=null", f"align.objective={json.dumps(objective)}", *self.overrides]
-        recipe: Recipe = load_recipe(str(self.run / "recipe.yaml"), [*own, *([f"run.threads={self.threads}"] if self.threads else [])])
+        objective = (
+            {"kind": "sequence_kd"}
+            if loss in (START, BASE)
+            else {"kind": "token_kd", "loss": loss, "source": self.source}
+        )
+        own = [
+            f"align.tokens={self.tokens}",
+            "align.epochs=null",
+            f"align.objective={json.dumps(objective)}",
+            *self.overrides,
+        ]
+        recipe: Recipe = load_recipe(
+            str(self.run / "recipe.yaml"), [*own, *([f"run.threads={self.threads}"] if self.threads else [])]
+        )
         branch = Branch(self.out / loss, self.run)
         return StageContext(branch, recipe.run, recipe.target, recipe.sections(), console)
 
@@ -103,8 +123,15 @@ def train(comparison: Comparison, loss: str, console: Console) -> Path:
 
 def replay(comparison: Comparison, loss: str, folder: Path, console: Console) -> dict[Place, Table]:
     """Expected counts of every prompt; each task and temperature is kept in a file of its own."""
-    context, texts, k = comparison.context(loss, console), comparison.texts(), comparison.num_speculative_tokens
-    paths = {place: comparison.out / loss / "replay" / f"{place[0]}-{place[1]:g}-k{k}-n{len(rows)}.npy" for place, rows in texts.items()}
+    context, texts, k = (
+        comparison.context(loss, console),
+        comparison.texts(),
+        comparison.num_speculative_tokens,
+    )
+    paths = {
+        place: comparison.out / loss / "replay" / f"{place[0]}-{place[1]:g}-k{k}-n{len(rows)}.npy"
+        for place, rows in texts.items()
+    }
     missing = {place: rows for place, rows in texts.items() if not paths[place].exists()}
     if missing:
         draft, vocabulary = load_draft(folder), load_vocabulary(context.target)
@@ -121,25 +148,43 @@ def replay(comparison: Comparison, loss: str, folder: Path, console: Console) ->
 def with_pooled(tables: dict[Place, Table]) -> dict[Place, Table]:
     """The tables and, for each temperature, all prompts of all tasks together."""
     temperatures = sorted({temperature for _, temperature in tables})
-    pooled = {(POOLED, t): np.concatenate([table for place, table in tables.items() if place[1] == t]) for t in temperatures}
+    pooled = {
+        (POOLED, t): np.concatenate([table for place, table in tables.items() if place[1] == t])
+        for t in temperatures
+    }
     return {**tables, **pooled}
 
 
-def rows_of(loss: str, tables: dict[Place, Table], base: dict[Place, Table] | None, seed: int = 0) -> list[dict[str, Any]]:
+def rows_of(
+    loss: str, tables: dict[Place, Table], base: dict[Place, Table] | None, seed: int = 0
+) -> list[dict[str, Any]]:
     """One row for each task and temperature: both rates with intervals, and their paired differences to cross-entropy."""
     rows = []
     for (task, temperature), table in tables.items():
-        row: dict[str, Any] = {"loss": loss, "task": task, "temperature": temperature, "num_prompts": len(table)}
+        row: dict[str, Any] = {
+            "loss": loss,
+            "task": task,
+            "temperature": temperature,
+            "num_prompts": len(table),
+        }
         for name, columns in RATES.items():
             part, whole = (table[:, column] for column in columns)
             low, high = ratio_interval(part, whole, seed)
-            row |= {name: tidy(part.sum() / whole.sum()), f"{name}_low": tidy(low), f"{name}_high": tidy(high)}
+            row |= {
+                name: tidy(part.sum() / whole.sum()),
+                f"{name}_low": tidy(low),
+                f"{name}_high": tidy(high),
+            }
             if base is not None:
                 other = base[task, temperature]
                 before = other[:, columns[0]], other[:, columns[1]]
                 low, high = difference_interval(before, (part, whole), seed)
                 change = part.sum() / whole.sum() - before[0].sum() / before[1].sum()
-                row |= {f"{name}_change": tidy(change), f"{name}_change_low": tidy(low), f"{name}_change_high": tidy(high)}
+                row |= {
+                    f"{name}_change": tidy(change),
+                    f"{name}_change_low": tidy(low),
+                    f"{name}_change_high": tidy(high),
+                }
         rows.append(row)
     return rows
 
@@ -162,12 +207,17 @@ def page(report: dict[str, Any]) -> str:
                 f"| {loss} | {' | '.join(cells[loss, task] for task in tasks)} | {_change(chosen, loss, name)} |"
                 for loss in dict.fromkeys(row["loss"] for row in chosen)
             ]
-            parts.append(f"## {name.replace('_', ' ').capitalize()}, temperature {temperature:g}\n\n" + "\n".join([head, *lines]))
+            parts.append(
+                f"## {name.replace('_', ' ').capitalize()}, temperature {temperature:g}\n\n"
+                + "\n".join([head, *lines])
+            )
     trained = [
         f"| {loss} | {format_count(found['tokens'])} | {found['best_step']} of {found['steps']} | {format_seconds(found['seconds'])} |"
         for loss, found in report["training"].items()
     ]
-    parts.append("## Training\n\n" + "\n".join(["| loss | tokens | best step | time |\n|---|---|---|---|", *trained]))
+    parts.append(
+        "## Training\n\n" + "\n".join(["| loss | tokens | best step | time |\n|---|---|---|---|", *trained])
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -187,7 +237,9 @@ def _change(rows: Sequence[dict[str, Any]], loss: str, name: str) -> str:
     row = next(row for row in rows if row["loss"] == loss and row["task"] == POOLED)
     if row.get(f"{name}_change") is None or loss == BASE:
         return "-"
-    return f"{row[f'{name}_change']:+.3f} [{row[f'{name}_change_low']:+.3f}, {row[f'{name}_change_high']:+.3f}]"
+    return (
+        f"{row[f'{name}_change']:+.3f} [{row[f'{name}_change_low']:+.3f}, {row[f'{name}_change_high']:+.3f}]"
+    )
 
 
 def compare(comparison: Comparison, losses: Sequence[str], console: Console) -> dict[str, Any]:
@@ -203,7 +255,9 @@ def compare(comparison: Comparison, losses: Sequence[str], console: Console) -> 
             manifest = comparison.context(loss, console).artifact("align").manifest()
             training[loss] = {name: manifest[name] for name in TOLD}
         rows = [row for name, table in tables.items() for row in rows_of(name, table, tables.get(BASE))]
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(comparison).items()}
+        settings = {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(comparison).items()
+        }
         report = {"schema": 1, "settings": settings, "training": training, "rows": rows}
         write_json(comparison.out / "losses.json", report)
         write_atomic(comparison.out / "losses.md", page(report))
@@ -216,28 +270,64 @@ def check_settings(comparison: Comparison) -> None:
     path = comparison.out / "losses.json"
     if path.exists():
         before = read_json(path)["settings"]
-        wanted = json.loads(json.dumps({name: str(v) if isinstance(v, Path) else v for name, v in vars(comparison).items()}))
-        changed = [f"{name} ({before.get(name)} -> {value})" for name, value in wanted.items() if before.get(name) != value]
+        wanted = json.loads(
+            json.dumps({name: str(v) if isinstance(v, Path) else v for name, v in vars(comparison).items()})
+        )
+        changed = [
+            f"{name} ({before.get(name)} -> {value})"
+            for name, value in wanted.items()
+            if before.get(name) != value
+        ]
         if changed:
-            raise SystemExit(f"{comparison.out}: holds a comparison with other settings: {'; '.join(changed)}; use another --out")
+            raise SystemExit(
+                f"{comparison.out}: holds a comparison with other settings: {'; '.join(changed)}; use another --out"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run, only read")
     parser.add_argument("--out", type=Path, required=True, help="folder of the comparison")
-    parser.add_argument("--tokens", type=parse_count, default=400_000, help="input tokens of synthetic text for each loss (400k)")
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="default: all; ce always comes first")
-    parser.add_argument("--source", choices=("target", "stored"), default="target", help="of the target's distributions")
+    parser.add_argument(
+        "--tokens",
+        type=parse_count,
+        default=400_000,
+        help="input tokens of synthetic text for each loss (400k)",
+    )
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        choices=LOSSES,
+        default=list(LOSSES),
+        help="default: all; ce always comes first",
+    )
+    parser.add_argument(
+        "--source", choices=("target", "stored"), default="target", help="of the target's distributions"
+    )
     parser.add_argument("--k", type=int, default=3, help="num_speculative_tokens of the replay")
     parser.add_argument("--prompts", type=int, default=0, help="of each task, from the front; 0: all")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: the run's own")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe overrides, such as align.pretraining_share=0")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="recipe overrides, such as align.pretraining_share=0",
+    )
     parser.add_argument("--quiet", action="store_true")
     given = parser.parse_args()
     comparison = Comparison(
-        given.run, given.out, given.tokens, given.source, given.k, given.prompts, given.threads, tuple(given.set)
-    )  # fmt: skip
+        given.run,
+        given.out,
+        given.tokens,
+        given.source,
+        given.k,
+        given.prompts,
+        given.threads,
+        tuple(given.set),
+    )
     console = Console(quiet=given.quiet)
     losses = [START, BASE, *(loss for loss in given.losses if loss != BASE)]
     with console.stop.listen(), RunDirectory(comparison.out).lock():

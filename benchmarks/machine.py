@@ -45,11 +45,23 @@ LIBRARIES = (
 def add_arguments(parser: argparse.ArgumentParser, name: str, *, device: bool = True) -> None:
     """The options that all benchmarks have: --device, --threads, --output, --dry-run."""
     if device:
-        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 leaves its own choice")
-    parser.add_argument("--output", "--json", type=Path, default=Path(f"{name}.json"), help=f"result file (default {name}.json)")
+        parser.add_argument(
+            "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+        )
     parser.add_argument(
-        "--dry-run", action="store_true", help="tiny shapes on the CPU, seconds: does it run at all? its figures mean nothing"
+        "--threads", type=int, default=0, help="CPU threads of torch; 0 leaves its own choice"
+    )
+    parser.add_argument(
+        "--output",
+        "--json",
+        type=Path,
+        default=Path(f"{name}.json"),
+        help=f"result file (default {name}.json)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tiny shapes on the CPU, seconds: does it run at all? its figures mean nothing",
     )
 
 
@@ -60,14 +72,21 @@ def describe_machine(device: torch.device | str) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine |= {
-            "device": properties.name, "device_memory_gib": round(properties.total_memory / 2**30, 1),
-            "devices": torch.cuda.device_count(), "cuda": torch.version.cuda,
-        }  # fmt: skip
+            "device": properties.name,
+            "device_memory_gib": round(properties.total_memory / 2**30, 1),
+            "devices": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+        }
     versions = {name: version for name in LIBRARIES if (version := _version(name))}
     return machine | {
-        "cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads(), "memory_gib": _memory_gib(),
-        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "libraries": versions,
-    }  # fmt: skip
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "libraries": versions,
+    }
 
 
 def cpu_name() -> str:
@@ -124,18 +143,34 @@ class Report:
     """
 
     def __init__(
-        self, path: Path, name: str, device: torch.device | str, settings: Mapping[str, Any] | argparse.Namespace, *, dry_run: bool = False
+        self,
+        path: Path,
+        name: str,
+        device: torch.device | str,
+        settings: Mapping[str, Any] | argparse.Namespace,
+        *,
+        dry_run: bool = False,
     ) -> None:
         given = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
-        shown = {key: _relative(value.as_posix()) if isinstance(value, Path) else value for key, value in given.items()}
+        shown = {
+            key: _relative(value.as_posix()) if isinstance(value, Path) else value
+            for key, value in given.items()
+        }
         shown = {key: _relative(value) if isinstance(value, str) else value for key, value in shown.items()}
         self.path = path
         self.content: dict[str, Any] = {
-            "schema": SCHEMA, "benchmark": name, "date": datetime.now(UTC).date().isoformat(), "command": command(),
-            "dry_run": dry_run or bool(given.get("dry_run")), "machine": describe_machine(device),
-            "settings": {key: value for key, value in shown.items() if key not in ("output", "json", "dry_run")},
-            "complete": False, "results": [],
-        }  # fmt: skip
+            "schema": SCHEMA,
+            "benchmark": name,
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": command(),
+            "dry_run": dry_run or bool(given.get("dry_run")),
+            "machine": describe_machine(device),
+            "settings": {
+                key: value for key, value in shown.items() if key not in ("output", "json", "dry_run")
+            },
+            "complete": False,
+            "results": [],
+        }
         self.write()
 
     @property
@@ -206,13 +241,22 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Rows under columns, the first left, the others right."""
     cells = [[str(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-             for row in cells]  # fmt: skip
-    return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join(
+        line.rstrip() for line in [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is a device or a process without memory, which ends a setting and not the benchmark."""
     return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in str(error)
+        or "can't allocate memory" in str(error)
     )

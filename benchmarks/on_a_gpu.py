@@ -85,7 +85,13 @@ def run(job: Job, arguments: argparse.Namespace, output: Path) -> dict[str, Any]
         if process.poll() is None:
             end(process)
     written = output.name if output.exists() else None
-    return {"name": job.name, "options": list(job.options), "exit": code, "seconds": round(time.monotonic() - start, 1), "file": written}
+    return {
+        "name": job.name,
+        "options": list(job.options),
+        "exit": code,
+        "seconds": round(time.monotonic() - start, 1),
+        "file": written,
+    }
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -105,7 +111,9 @@ def chosen(arguments: argparse.Namespace) -> list[Job]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, default=HERE / "results", help="of the result files")
     parser.add_argument("--minutes", type=float, default=9.5, help="for each script")
@@ -115,7 +123,9 @@ def parse() -> argparse.Namespace:
     if given.dry_run:
         given.device = "cpu"
     elif not given.device.startswith("cpu") and not torch.accelerator.is_available():
-        parser.error(f"torch {torch.__version__} sees no accelerator here; --dry-run shows on the CPU that the scripts run")
+        parser.error(
+            f"torch {torch.__version__} sees no accelerator here; --dry-run shows on the CPU that the scripts run"
+        )
     return given
 
 
@@ -123,7 +133,11 @@ def main() -> int:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a script under way is ended too
     folder = arguments.folder.resolve()
-    device = "dry_run" if arguments.dry_run else re.sub(r"\W+", "_", describe_machine(arguments.device)["device"]).strip("_").lower()
+    device = (
+        "dry_run"
+        if arguments.dry_run
+        else re.sub(r"\W+", "_", describe_machine(arguments.device)["device"]).strip("_").lower()
+    )
     report = Report(folder / f"{NAME}_{device}.json", NAME, arguments.device, arguments)
     for job in chosen(arguments):
         if not job.path.exists():
@@ -131,7 +145,13 @@ def main() -> int:
             continue
         report.add(run(job, arguments, folder / f"{job.name}_{device}.json"))
     report.finish()
-    print("\n" + table(["benchmark", "exit", "seconds", "file"], [[r["name"], r["exit"], r["seconds"], r["file"]] for r in report.results]))
+    print(
+        "\n"
+        + table(
+            ["benchmark", "exit", "seconds", "file"],
+            [[r["name"], r["exit"], r["seconds"], r["file"]] for r in report.results],
+        )
+    )
     return int(any(result["exit"] not in (0, "not in this checkout") for result in report.results))
 
 

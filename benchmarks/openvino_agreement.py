@@ -68,8 +68,12 @@ class Agreement:
         config = TargetConfig(model=arguments.target, dtype="fp32")
         self.source = {"target": config.location, "draft": arguments.draft}
         self.context = min(context_length(raw_config(place)) for place in self.source.values())
-        self.vocabulary = replace(load_vocabulary(config), missing_ids=())  # OpenVINO masks none of the draft's ids
-        self.prompts = read_prompts(config.location, arguments.prompts, self.context - arguments.max_new_tokens - max(arguments.k) - 1)
+        self.vocabulary = replace(
+            load_vocabulary(config), missing_ids=()
+        )  # OpenVINO masks none of the draft's ids
+        self.prompts = read_prompts(
+            config.location, arguments.prompts, self.context - arguments.max_new_tokens - max(arguments.k) - 1
+        )
         self.largest_k = max(arguments.k)
 
     def export(self, role: str, weights: str) -> Path:
@@ -86,7 +90,9 @@ class Agreement:
         texts = []
         with self.console.progress(title, len(self.prompts), "texts") as progress:
             for _, prompt in self.prompts:
-                texts += contender.write([prompt], GREEDY, self.arguments.max_new_tokens, 0, exact_counts=exact_counts).texts
+                texts += contender.write(
+                    [prompt], GREEDY, self.arguments.max_new_tokens, 0, exact_counts=exact_counts
+                ).texts
                 progress.advance()
         return texts
 
@@ -97,7 +103,10 @@ class Agreement:
         name = f"{weights[0]}/{weights[1]} {precision}"
         alone = self.write(OpenVINOTarget(target, self.vocabulary.eos_token_ids, **options), f"{name}, alone")
         pair = OpenVINOPair(target, draft, self.vocabulary.eos_token_ids, **options)
-        by_k = {k: self.write(pair.at(k), f"{name}, K = {k}", exact_counts=precision == "exact") for k in self.arguments.k}
+        by_k = {
+            k: self.write(pair.at(k), f"{name}, K = {k}", exact_counts=precision == "exact")
+            for k in self.arguments.k
+        }
         return {"alone": alone, **by_k}
 
 
@@ -108,7 +117,9 @@ def read_prompts(target: str, count: int, room: int) -> list[tuple[str, list[int
     for number, kind in enumerate(TASKS):
         share = (count + len(TASKS) - 1 - number) // len(TASKS)
         task = load_task(ShippedTask.model_validate({"kind": kind, "prompts": 4 * share}))
-        encoded = ((prompt.id, prompt_ids(tokenizer, prompt.text, task.chat and template)) for prompt in task.prompts)
+        encoded = (
+            (prompt.id, prompt_ids(tokenizer, prompt.text, task.chat and template)) for prompt in task.prompts
+        )
         found += [(f"{kind} {name}", ids) for name, ids in encoded if len(ids) <= room][:share]
     return found
 
@@ -153,10 +164,15 @@ def lead(logprobs: Array, leaders: np.ndarray[Any, np.dtype[np.int64]]) -> Array
     return np.asarray(np.diff(np.take_along_axis(logprobs, leaders, -1))[:, 0])
 
 
-def movement(agreement: Agreement, folder: Path, precision: str, texts: Sequence[TimedText]) -> dict[str, Any]:
+def movement(
+    agreement: Agreement, folder: Path, precision: str, texts: Sequence[TimedText]
+) -> dict[str, Any]:
     """How far this precision moves the gap between the two leading tokens; see the module's docstring."""
     room, options = agreement.context, {"threads": agreement.arguments.threads}
-    exact, tested = TextReader(folder, 0, room, precision="exact", **options), TextReader(folder, 0, room, precision=precision, **options)  # type: ignore[arg-type]
+    exact, tested = (
+        TextReader(folder, 0, room, precision="exact", **options),
+        TextReader(folder, 0, room, precision=precision, **options),
+    )  # type: ignore[arg-type]
     moved: dict[int, list[float]] = {k + 1: [] for k in (0, *agreement.arguments.k)}
     flips, places = dict.fromkeys(moved, 0), 0
     with agreement.console.progress(f"movement in {precision}", len(texts), "texts") as progress:
@@ -169,7 +185,9 @@ def movement(agreement: Agreement, folder: Path, precision: str, texts: Sequence
             gap = lead(reference, leaders)
             close = gap < CLOSE
             places += int(close.sum())
-            gaps = {width: lead(tested.logprobs(prompt, text.response_ids, width), leaders) for width in moved}
+            gaps = {
+                width: lead(tested.logprobs(prompt, text.response_ids, width), leaders) for width in moved
+            }
             for width, found in gaps.items():
                 moved[width] += np.abs(found - gap)[close].tolist()
                 flips[width] += int(((found < 0) != (gaps[1] < 0))[close].sum())
@@ -184,7 +202,9 @@ def movement(agreement: Agreement, folder: Path, precision: str, texts: Sequence
     }
 
 
-def differences(agreement: Agreement, judge: TieJudge, texts: dict[str, Any], limit: float) -> list[dict[str, Any]]:
+def differences(
+    agreement: Agreement, judge: TieJudge, texts: dict[str, Any], limit: float
+) -> list[dict[str, Any]]:
     """The first difference of every text that differs, with its gap and whether that is a near tie."""
     found = []
     for k in agreement.arguments.k:
@@ -194,36 +214,65 @@ def differences(agreement: Agreement, judge: TieJudge, texts: dict[str, Any], li
                 continue
             place, own, other = parted
             gap = judge.gap([*prompt, *alone.response_ids[:place]], own, other)
-            found.append({
-                "num_speculative_tokens": k, "prompt": name, "token": place + 1, "alone": own, "with_draft": other,
-                "logprob_gap": gap, "near_tie": gap <= limit,
-            })  # fmt: skip
+            found.append(
+                {
+                    "num_speculative_tokens": k,
+                    "prompt": name,
+                    "token": place + 1,
+                    "alone": own,
+                    "with_draft": other,
+                    "logprob_gap": gap,
+                    "near_tie": gap <= limit,
+                }
+            )
     return found
 
 
-def compare_texts(agreement: Agreement, weights: tuple[str, str], precision: str, texts: dict[str, Any]) -> dict[str, Any]:
+def compare_texts(
+    agreement: Agreement, weights: tuple[str, str], precision: str, texts: dict[str, Any]
+) -> dict[str, Any]:
     """One setting: how many texts are equal for each K, the measured limit, and every difference."""
     folder = agreement.export("target", weights[0])
     moved = movement(agreement, folder, precision, texts["alone"])
     found = differences(agreement, TieJudge(folder), texts, moved["largest"])
     equal = {
-        str(k): sum(a.response_ids == b.response_ids for a, b in zip(texts["alone"], texts[k], strict=True)) for k in agreement.arguments.k
+        str(k): sum(a.response_ids == b.response_ids for a, b in zip(texts["alone"], texts[k], strict=True))
+        for k in agreement.arguments.k
     }
     return {
-        "target_weights": weights[0], "draft_weights": weights[1], "precision": precision, "texts": len(texts["alone"]),
-        "tokens": sum(len(text.response_ids) for text in texts["alone"]), "equal": equal, "movement": moved, "differences": found,
+        "target_weights": weights[0],
+        "draft_weights": weights[1],
+        "precision": precision,
+        "texts": len(texts["alone"]),
+        "tokens": sum(len(text.response_ids) for text in texts["alone"]),
+        "equal": equal,
+        "movement": moved,
+        "differences": found,
         "unexplained": sum(not one["near_tie"] for one in found),
-    }  # fmt: skip
+    }
 
 
 def compare_counts(agreement: Agreement, texts: dict[str, Any]) -> list[dict[str, Any]]:
     """For each K the counts by OpenVINO, by our decoder and by replay, in full precision."""
-    target, draft = load_target(TargetConfig(model=agreement.arguments.target, dtype="fp32"), "cpu"), load_draft(agreement.source["draft"])
+    target, draft = (
+        load_target(TargetConfig(model=agreement.arguments.target, dtype="fp32"), "cpu"),
+        load_draft(agreement.source["draft"]),
+    )
     # Texts of one token have no round behind it.
     kept = [i for i, text in enumerate(texts["alone"]) if len(text.response_ids) > 1]
-    behind = [([*agreement.prompts[i][1], texts["alone"][i].response_ids[0]], texts["alone"][i].response_ids[1:]) for i in kept]
+    behind = [
+        ([*agreement.prompts[i][1], texts["alone"][i].response_ids[0]], texts["alone"][i].response_ids[1:])
+        for i in kept
+    ]
     rows = [
-        SimpleNamespace(prompt_ids=prompt, response_ids=ids, logprobs=[0.0] * len(ids), temperature=0.0, top_k=0, top_p=1.0)
+        SimpleNamespace(
+            prompt_ids=prompt,
+            response_ids=ids,
+            logprobs=[0.0] * len(ids),
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+        )
         for prompt, ids in behind
     ]
     replayed = replay(draft, rows, agreement.arguments.k, agreement.vocabulary)
@@ -237,7 +286,13 @@ def compare_counts(agreement: Agreement, texts: dict[str, Any]) -> list[dict[str
             "decoder": add_counts(decoder.generate(prompt, GREEDY, room, 0).counts for prompt, _ in behind),
             "replay": add_counts(counts[k] for counts in replayed),
         }
-        found.append({"num_speculative_tokens": k, "texts": len(kept), **{name: figures(counts) for name, counts in ways.items()}})
+        found.append(
+            {
+                "num_speculative_tokens": k,
+                "texts": len(kept),
+                **{name: figures(counts) for name, counts in ways.items()},
+            }
+        )
         found[-1]["largest_difference_percent"] = largest_difference(found[-1])
     return found
 
@@ -255,14 +310,19 @@ def figures(counts: Counts) -> dict[str, float]:
 def largest_difference(row: dict[str, Any]) -> float:
     """Between any two of the three ways, over all figures, in percent of the decoder's."""
     ways = [row[name] for name in ("openvino", "decoder", "replay")]
-    spread = [(max(way[name] for way in ways) - min(way[name] for way in ways)) / max(row["decoder"][name], 1e-9) for name in ways[0]]
+    spread = [
+        (max(way[name] for way in ways) - min(way[name] for way in ways)) / max(row["decoder"][name], 1e-9)
+        for name in ways[0]
+    ]
     return 100 * max(spread)
 
 
 def show_texts(found: dict[str, Any]) -> None:
     moved = found["movement"]
     equal = ", ".join(f"K = {k}: {count}" for k, count in found["equal"].items())
-    print(f"\n{found['target_weights']}/{found['draft_weights']}, {found['precision']}: of {found['texts']} texts equal {equal}")
+    print(
+        f"\n{found['target_weights']}/{found['draft_weights']}, {found['precision']}: of {found['texts']} texts equal {equal}"
+    )
     print(
         f"near tie: a gap up to {moved['largest']:.2g}, the largest movement over {moved['places']} places (median {moved['median']:.1g}, "
         f"99 % {moved['percentile_99']:.1g}; order of the two leaders changed by the width of the pass: "
@@ -271,11 +331,26 @@ def show_texts(found: dict[str, Any]) -> None:
     )
     same: dict[tuple[Any, ...], list[str]] = {}  # most differences are the same for every K
     for one in found["differences"]:
-        key = (one["prompt"], one["token"], one["alone"], one["with_draft"], one["logprob_gap"], one["near_tie"])
+        key = (
+            one["prompt"],
+            one["token"],
+            one["alone"],
+            one["with_draft"],
+            one["logprob_gap"],
+            one["near_tie"],
+        )
         same.setdefault(key, []).append(str(one["num_speculative_tokens"]))
     columns = ["prompt", "K", "token", "alone", "with draft", "log-prob gap", "verdict"]
     rows = [
-        [prompt[:40], ", ".join(ks), token, own, other, f"{gap:.2g}", "near tie" if near else "NOT a near tie"]
+        [
+            prompt[:40],
+            ", ".join(ks),
+            token,
+            own,
+            other,
+            f"{gap:.2g}",
+            "near tie" if near else "NOT a near tie",
+        ]
         for (prompt, token, own, other, gap, near), ks in same.items()
     ]
     if rows:
@@ -289,24 +364,45 @@ def show_counts(found: Sequence[dict[str, Any]]) -> None:
     columns = ["K", "texts", "rounds", "accepted", "block efficiency", "largest difference"]
     rows = [
         [
-            row["num_speculative_tokens"], row["texts"], cell(row, "rounds", ".0f"), cell(row, "accepted", ".0f"),
-            cell(row, "block_efficiency", ".4f"), f"{row['largest_difference_percent']:.2f} %",
+            row["num_speculative_tokens"],
+            row["texts"],
+            cell(row, "rounds", ".0f"),
+            cell(row, "accepted", ".0f"),
+            cell(row, "block_efficiency", ".4f"),
+            f"{row['largest_difference_percent']:.2f} %",
         ]
         for row in found
-    ]  # fmt: skip
-    print(format_table("\ncounts, greedy, full precision: OpenVINO / our decoder / replay", columns, rows, width=140))
+    ]
+    print(
+        format_table(
+            "\ncounts, greedy, full precision: OpenVINO / our decoder / replay", columns, rows, width=140
+        )
+    )
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", help="Hugging Face directory, or shipped:targets/starter")
     parser.add_argument("draft", help="Hugging Face directory of a draft with its vocabulary")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-speculative-tokens", dest="k", type=int, nargs="+", default=[1, 3, 5])
-    parser.add_argument("--weights", default="fp32", choices=["fp32", "fp16", "int8", "int4"], help="of both, in full precision")
-    parser.add_argument("--deployed", default="int4,int8", help="weights of target and draft as deployed; empty: only full precision")
-    parser.add_argument("--exports", type=Path, help="where exports are kept and found again; default: nowhere")
+    parser.add_argument(
+        "--weights",
+        default="fp32",
+        choices=["fp32", "fp16", "int8", "int4"],
+        help="of both, in full precision",
+    )
+    parser.add_argument(
+        "--deployed",
+        default="int4,int8",
+        help="weights of target and draft as deployed; empty: only full precision",
+    )
+    parser.add_argument(
+        "--exports", type=Path, help="where exports are kept and found again; default: nowhere"
+    )
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

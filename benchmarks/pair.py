@@ -27,10 +27,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     """--target, --draft, --draft-layers, --task, --chat, --prompts, --max-new-tokens, --dtype."""
-    parser.add_argument("--target", default=str(SHIPPED / "targets/starter"), help="directory or hub id (default: the shipped starter)")
-    parser.add_argument("--draft", help="a draft's directory, or a run's; without it, the target's first layers")
+    parser.add_argument(
+        "--target",
+        default=str(SHIPPED / "targets/starter"),
+        help="directory or hub id (default: the shipped starter)",
+    )
+    parser.add_argument(
+        "--draft", help="a draft's directory, or a run's; without it, the target's first layers"
+    )
     parser.add_argument("--draft-layers", type=int, default=1, help="layers of that stand-in")
-    parser.add_argument("--task", default=str(SHIPPED / "tasks/code.jsonl"), help="JSONL with `prompt` in each line")
+    parser.add_argument(
+        "--task", default=str(SHIPPED / "tasks/code.jsonl"), help="JSONL with `prompt` in each line"
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompts through the chat template")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -47,7 +55,11 @@ class Pair:
 
     def __init__(self, arguments: argparse.Namespace, spare: int) -> None:
         self.arguments, self.target = arguments, load(arguments.target, arguments)
-        self.draft = load(draft_folder(arguments.draft), arguments) if arguments.draft else shortened(self.target, arguments.draft_layers)
+        self.draft = (
+            load(draft_folder(arguments.draft), arguments)
+            if arguments.draft
+            else shortened(self.target, arguments.draft_layers)
+        )
         self.eos_ids = end_ids(self.target)
         size = self.target.config.vocab_size
         self.vocabulary = Vocabulary(size, size, (), None, tuple(self.eos_ids), None, "")
@@ -56,7 +68,10 @@ class Pair:
 
     @property
     def parameters(self) -> dict[str, int]:
-        return {name: sum(p.numel() for p in model.parameters()) for name, model in (("target", self.target), ("draft", self.draft))}
+        return {
+            name: sum(p.numel() for p in model.parameters())
+            for name, model in (("target", self.target), ("draft", self.draft))
+        }
 
 
 def load(folder: str | Path, arguments: argparse.Namespace) -> PreTrainedModel:
@@ -94,7 +109,9 @@ def read_prompts(arguments: argparse.Namespace, room: int) -> list[list[int]]:
     for line in Path(arguments.task).read_text(encoding="utf-8").splitlines():
         text = json.loads(line)["prompt"]
         if arguments.chat:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
         ids = tokenizer(text, add_special_tokens=not arguments.chat)["input_ids"]
         if 0 < len(ids) <= room:
             found.append(ids)
@@ -105,14 +122,20 @@ def first_difference(text: list[int], own: list[int]) -> int | None:
     """The place of the first token that differs; None for equal texts."""
     if text == own:
         return None
-    return next((i for i, (a, b) in enumerate(zip(text, own, strict=False)) if a != b), min(len(text), len(own)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(text, own, strict=False)) if a != b), min(len(text), len(own))
+    )
 
 
 @torch.inference_mode()
-def gap_at(target: PreTrainedModel, prompt: list[int], own: list[int], text: list[int], place: int) -> float | None:
+def gap_at(
+    target: PreTrainedModel, prompt: list[int], own: list[int], text: list[int], place: int
+) -> float | None:
     """How much more log-prob the target itself gives one of the two tokens there, asked again in one pass; None where a text ends."""
     if place >= min(len(own), len(text)):
         return None
     ids = torch.tensor([prompt + own[:place]], device=target.device)
-    logprobs_V = target(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
+    logprobs_V = (
+        target(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
+    )
     return abs(float(logprobs_V[own[place]] - logprobs_V[text[place]]))

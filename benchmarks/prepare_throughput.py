@@ -68,10 +68,22 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default="shipped:targets/starter", help="a directory with a tokenizer and a config.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="shipped:targets/starter",
+        help="a directory with a tokenizer and a config.json",
+    )
     parser.add_argument("--text", type=Path, help="a file of text; left out: Python's own library")
-    parser.add_argument("--megabytes", nargs=2, type=float, default=[50, 500], help="sizes of text: rate at the first, memory at both")
+    parser.add_argument(
+        "--megabytes",
+        nargs=2,
+        type=float,
+        default=[50, 500],
+        help="sizes of text: rate at the first, memory at both",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=["rate", "memory"], default=["rate", "memory"])
     parser.add_argument("--work", help="where temporary files go (about the size of the text)")
@@ -121,7 +133,13 @@ def with_numbers(document: str, copy: int) -> str:
 def stage(corpus: Path, tokenizer: str, root: Path) -> tuple[prepare.PrepareConfig, StageContext]:
     source = {"name": "text", "kind": "jsonl", "path": str(corpus)}
     config = load_config(prepare.PrepareConfig, {"row_length": 2048, "corpora": [source]}, "prepare")
-    return config, StageContext(RunDirectory(root), RunConfig(name="benchmark"), TargetConfig(model=tokenizer), {}, Console(quiet=True))
+    return config, StageContext(
+        RunDirectory(root),
+        RunConfig(name="benchmark"),
+        TargetConfig(model=tokenizer),
+        {},
+        Console(quiet=True),
+    )
 
 
 def prepare_once(corpus: Path, tokenizer: str) -> dict[str, float]:
@@ -174,7 +192,10 @@ def measure_rate(corpus: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     cpu: dict[str, list[float]] = {"raw": [], "raw_fast": [], "prepare": []}
     tokens = 0
     for _ in range(arguments.rounds):
-        for name, encode in (("raw", bare.encode_batch), ("raw_fast", getattr(bare, "encode_batch_fast", bare.encode_batch))):
+        for name, encode in (
+            ("raw", bare.encode_batch),
+            ("raw_fast", getattr(bare, "encode_batch_fast", bare.encode_batch)),
+        ):
             seconds, started = 0.0, time.process_time()
             with parallel_tokenization(0):
                 for batch in batches:
@@ -222,14 +243,22 @@ def measure_memory(folder: Path, arguments: argparse.Namespace) -> dict[str, Any
     for megabytes in arguments.megabytes:
         corpus = write_corpus(folder, megabytes, arguments.text)
         command = [sys.executable, __file__, "--child", str(corpus), "--tokenizer", arguments.tokenizer]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"})
+        done = subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+        )
         runs.append({"megabytes": megabytes, **json.loads(done.stdout.splitlines()[-1])})
         corpus.unlink()
     return {"runs": runs, "growth": runs[1]["peak_mib"] / runs[0]["peak_mib"] - 1}
 
 
 def print_rate(rate: dict[str, Any]) -> None:
-    print(f"{'':22}{'tokens/s':>12}  seconds of each round ({rate['megabytes']:.0f} MB, {rate['tokens']:,} tokens)")
+    print(
+        f"{'':22}{'tokens/s':>12}  seconds of each round ({rate['megabytes']:.0f} MB, {rate['tokens']:,} tokens)"
+    )
     for name, tokens in rate["tokens_per_second"].items():
         print(f"{name:22}{tokens:12,.0f}  {' '.join(f'{seconds:.2f}' for seconds in rate['seconds'][name])}")
     for name, against in (
@@ -241,13 +270,17 @@ def print_rate(rate: dict[str, Any]) -> None:
         ("cpu_quotient", "raw_fast, cpu"),
     ):
         found = rate[name]
-        print(f"prepare / {against}: {found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})", flush=True)
+        print(
+            f"prepare / {against}: {found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})", flush=True
+        )
 
 
 def print_memory(memory: dict[str, Any]) -> None:
     for run in memory["runs"]:
         rate = run["tokens"] / run["seconds"]
-        print(f"{run['megabytes']:.0f} MB: {run['tokens']:,} tokens, {rate:,.0f} tokens/s, peak {run['peak_mib']:.0f} MiB")
+        print(
+            f"{run['megabytes']:.0f} MB: {run['tokens']:,} tokens, {rate:,.0f} tokens/s, peak {run['peak_mib']:.0f} MiB"
+        )
     print(f"growth of the peak: {memory['growth']:+.1%}", flush=True)
 
 

@@ -52,21 +52,28 @@ def grown(model: str, folder: Path, sizes: Sequence[int], storage: Storage, cons
     if not folder.exists():
         record = grow_model(model, folder, wanted, storage, console)
         change, size = record["check"]["max_difference"], record["bytes"] / 1e6
-        console.say(f"{folder}: {wanted.parameters:,} parameters, {size:,.1f} MB, logits changed by {change:.1e}")
+        console.say(
+            f"{folder}: {wanted.parameters:,} parameters, {size:,.1f} MB, logits changed by {change:.1e}"
+        )
         return folder
     found = read_json(folder / RECORD)
     expected = json.loads(json.dumps(record_of(model, wanted, storage)))
     changed = [key for key, value in expected.items() if found.get(key) != value]
     if changed:
         remedy = "delete the folder or name another --output"
-        raise ArtifactError(folder, f"another {', '.join(changed)}", "holds a model grown from something else", remedy)
+        raise ArtifactError(
+            folder, f"another {', '.join(changed)}", "holds a model grown from something else", remedy
+        )
     console.say(f"{folder}: already grown")
     return folder
 
 
 def recipe(arguments: argparse.Namespace, target: Path, draft: Path) -> dict[str, Any]:
     """What runs on the grown pair."""
-    tasks = [{"kind": kind, "max_new_tokens": arguments.max_new_tokens} for kind in ("code", "text", "instructions")]
+    tasks = [
+        {"kind": kind, "max_new_tokens": arguments.max_new_tokens}
+        for kind in ("code", "text", "instructions")
+    ]
     return {
         "run": {"name": "run", "folder": str(arguments.output.resolve()), "threads": arguments.threads},
         "target": {"model": str(target.resolve())},
@@ -87,27 +94,68 @@ def recipe(arguments: argparse.Namespace, target: Path, draft: Path) -> dict[str
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="shipped:targets/starter", help="the trained target (default: the shipped starter)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--target",
+        default="shipped:targets/starter",
+        help="the trained target (default: the shipped starter)",
+    )
     parser.add_argument("--draft", required=True, help="the draft trained for it: a Hugging Face directory")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the grown models, the recipe and its run")
-    parser.add_argument("--target-shape", type=int, nargs=5, default=TARGET_SHAPE, metavar=_METAVAR, help="default 1.03 B parameters")
-    parser.add_argument("--draft-shape", type=int, nargs=5, default=DRAFT_SHAPE, metavar=_METAVAR, help="default: published as 50 M")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="in which the grown target is stored (default fp16)")
-    parser.add_argument("--weights", nargs=2, default=["int4", "int8"], metavar=("TARGET", "DRAFT"), help="deployed precisions")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the grown models, the recipe and its run"
+    )
+    parser.add_argument(
+        "--target-shape",
+        type=int,
+        nargs=5,
+        default=TARGET_SHAPE,
+        metavar=_METAVAR,
+        help="default 1.03 B parameters",
+    )
+    parser.add_argument(
+        "--draft-shape",
+        type=int,
+        nargs=5,
+        default=DRAFT_SHAPE,
+        metavar=_METAVAR,
+        help="default: published as 50 M",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp16", help="in which the grown target is stored (default fp16)"
+    )
+    parser.add_argument(
+        "--weights",
+        nargs=2,
+        default=["int4", "int8"],
+        metavar=("TARGET", "DRAFT"),
+        help="deployed precisions",
+    )
     parser.add_argument("--prompts", type=int, default=8, help="of each task (default 8)")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="of each answer (default 96)")
-    parser.add_argument("--num-speculative-tokens", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], metavar="K")
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], metavar="K"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 leaves its own choice")
-    parser.add_argument("--until", choices=_STEPS, default="run", help="stop after growing, or after the export (default: run everything)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads of torch; 0 leaves its own choice"
+    )
+    parser.add_argument(
+        "--until",
+        choices=_STEPS,
+        default="run",
+        help="stop after growing, or after the export (default: run everything)",
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given, console = parse(arguments), Console()
     try:
-        target = grown(given.target, given.output / "target", given.target_shape, Storage(given.dtype), console)
+        target = grown(
+            given.target, given.output / "target", given.target_shape, Storage(given.dtype), console
+        )
         draft = grown(given.draft, given.output / "draft", given.draft_shape, Storage("fp32"), console)
         path = given.output / "recipe.yaml"
         write_atomic(path, yaml.safe_dump(recipe(given, target, draft), sort_keys=False))

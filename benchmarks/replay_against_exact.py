@@ -61,7 +61,8 @@ def exact(pair: Pair, k: int, sampling: Sampling) -> tuple[list[SpeculativeResul
     decoder, arguments = SpeculativeDecoder(pair.target, pair.draft, pair.vocabulary, k), pair.arguments
     start = time.perf_counter()
     results = [
-        decoder.generate(prompt, sampling, arguments.max_new_tokens, arguments.seed + place) for place, prompt in enumerate(pair.prompts)
+        decoder.generate(prompt, sampling, arguments.max_new_tokens, arguments.seed + place)
+        for place, prompt in enumerate(pair.prompts)
     ]
     return results, time.perf_counter() - start
 
@@ -78,7 +79,12 @@ def write(pair: Pair, sampling: Sampling) -> tuple[list[Row], float]:
 def agreement(pair: Pair, results: list[SpeculativeResult], sampling: Sampling, k: int) -> dict[str, Any]:
     """Exact against the replay of its own text."""
     run = [result.counts for result in results]
-    replayed = [counts[k] for counts in replay(pair.draft, [row_of(r.generation, sampling) for r in results], [k], pair.vocabulary)]
+    replayed = [
+        counts[k]
+        for counts in replay(
+            pair.draft, [row_of(r.generation, sampling) for r in results], [k], pair.vocabulary
+        )
+    ]
     gaps = np.array([e.num_drafts - r.num_drafts for e, r in zip(run, replayed, strict=True)])
     error = float(gaps.std(ddof=1) * len(gaps) ** 0.5) if len(gaps) > 1 else 0.0
     all_run, expected = add_counts(run), add_counts(replayed)
@@ -102,14 +108,22 @@ def measure(pair: Pair, temperature: float) -> dict[str, Any]:
     """Agreement at the chosen K, and the times for every K, at one temperature."""
     arguments, sampling = pair.arguments, Sampling(temperature)
     seconds: dict[int, float] = {}
-    found: dict[str, Any] = {"temperature": temperature, "num_speculative_tokens": arguments.k, "prompts": len(pair.prompts)}
+    found: dict[str, Any] = {
+        "temperature": temperature,
+        "num_speculative_tokens": arguments.k,
+        "prompts": len(pair.prompts),
+    }
     for k in sorted({arguments.k, *arguments.speed_k}):
         results, seconds[k] = exact(pair, k, sampling)
         if k == arguments.k:
             found |= agreement(pair, results, sampling, k)
             at_k = results
     rows, writing = write(pair, sampling)
-    taken = take_turns({"replay": lambda: replay(pair.draft, rows, arguments.speed_k, pair.vocabulary)}, arguments.turns, arguments.device)
+    taken = take_turns(
+        {"replay": lambda: replay(pair.draft, rows, arguments.speed_k, pair.vocabulary)},
+        arguments.turns,
+        arguments.device,
+    )
     replaying, exact_seconds = spread(taken["replay"]), sum(seconds[k] for k in arguments.speed_k)
     found |= {"exact_seconds": exact_seconds, "writing_seconds": writing, "replay_seconds": replaying}
     found |= {
@@ -117,28 +131,45 @@ def measure(pair: Pair, temperature: float) -> dict[str, Any]:
         "times_faster_with_writing": exact_seconds / (writing + replaying["median"]),
     }
     if temperature == 0:
-        places = [first_difference(r.generation.response_ids, row.response_ids) for r, row in zip(at_k, rows, strict=True)]
+        places = [
+            first_difference(r.generation.response_ids, row.response_ids)
+            for r, row in zip(at_k, rows, strict=True)
+        ]
         gaps = [
             gap_at(pair.target, row.prompt_ids, row.response_ids, result.generation.response_ids, place)
             for row, result, place in zip(rows, at_k, places, strict=True)
             if place is not None
         ]
-        found |= {"greedy_texts_equal_to_the_targets_own": places.count(None), "log_prob_gaps_of_the_others": gaps}
+        found |= {
+            "greedy_texts_equal_to_the_targets_own": places.count(None),
+            "log_prob_gaps_of_the_others": gaps,
+        }
     return found
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, NAME)
     add_pair_arguments(parser)
     parser.add_argument("--k", type=int, default=3, help="K at which agreement is measured")
-    parser.add_argument("--speed-k", type=int, nargs="+", default=list(range(1, 9)), help="every K that is timed")
+    parser.add_argument(
+        "--speed-k", type=int, nargs="+", default=list(range(1, 9)), help="every K that is timed"
+    )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6])
     parser.add_argument("--turns", type=int, default=5, help="of replay")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     if given.dry_run:
-        given.device, given.prompts, given.max_new_tokens, given.k, given.speed_k, given.turns = "cpu", 3, 6, 2, [1, 2], 2
+        given.device, given.prompts, given.max_new_tokens, given.k, given.speed_k, given.turns = (
+            "cpu",
+            3,
+            6,
+            2,
+            [1, 2],
+            2,
+        )
     return given
 
 

@@ -35,8 +35,12 @@ TIMED = ("mbsu_latency", "predicted_speedup")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, required=True, help="the target's folder, weights included: they are the judge")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--target", type=Path, required=True, help="the target's folder, weights included: they are the judge"
+    )
     parser.add_argument("--server", help="address of a server that serves it already")
     parser.add_argument("--vllm", help="the vllm program: a server is started, and killed --kills times")
     parser.add_argument("--logprobs", default="processed", choices=["processed", "raw", "none"])
@@ -58,7 +62,9 @@ def main() -> None:
 def check(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Everything that is not as promised."""
     bare = folder / "bare"  # config and tokenizer only: all of the target that a served run has
-    shutil.copytree(arguments.target, bare, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    shutil.copytree(
+        arguments.target, bare, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True
+    )
     with serving(arguments, folder) as (url, restart):
         recipe = write_recipe(folder, bare, url, arguments)
         started = time.monotonic()
@@ -73,10 +79,35 @@ def check(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def write_recipe(folder: Path, target: Path, url: str, arguments: argparse.Namespace) -> Path:
-    openings = ["Once upon a time", "One day", "There was a", "The little", "Lily", "Tom and his dog", "A big tree", "In the park"]
-    things = ["red ball", "small cat", "old house", "happy bird", "kind girl", "tall boy", "green frog", "blue hat", "warm cake", "new toy"]
+    openings = [
+        "Once upon a time",
+        "One day",
+        "There was a",
+        "The little",
+        "Lily",
+        "Tom and his dog",
+        "A big tree",
+        "In the park",
+    ]
+    things = [
+        "red ball",
+        "small cat",
+        "old house",
+        "happy bird",
+        "kind girl",
+        "tall boy",
+        "green frog",
+        "blue hat",
+        "warm cake",
+        "new toy",
+    ]
     prompts = folder / "prompts.jsonl"
-    texts = [f"{opening} {word} {thing}" for opening in openings for thing in things for word in ("saw a", "had a", "and the")]
+    texts = [
+        f"{opening} {word} {thing}"
+        for opening in openings
+        for thing in things
+        for word in ("saw a", "had a", "and the")
+    ]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
     logprobs = arguments.logprobs
     temperatures = [0.0, 1.0] if logprobs == "raw" else [0.0, 0.6, 1.0]
@@ -84,14 +115,32 @@ def write_recipe(folder: Path, target: Path, url: str, arguments: argparse.Names
     recipe = {
         "run": {"name": "undisturbed", "folder": str(folder / "runs"), "device": "cpu", "threads": 1},
         "target": {"model": str(target)},
-        "design": {"draft": {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64, "num_heads": 2}},
+        "design": {
+            "draft": {
+                "kind": "shape",
+                "hidden_size": 32,
+                "num_layers": 1,
+                "intermediate_size": 64,
+                "num_heads": 2,
+            }
+        },
         "synthesize": {
-            "tokens": arguments.tokens, "temperatures": temperatures, "max_new_tokens": arguments.max_new_tokens, "batch_rows": 16,
-            "prompts": [source], "engine": {"kind": "openai", "servers": [url], "logprobs": logprobs, "timeout": 120, "retries": 20},
+            "tokens": arguments.tokens,
+            "temperatures": temperatures,
+            "max_new_tokens": arguments.max_new_tokens,
+            "batch_rows": 16,
+            "prompts": [source],
+            "engine": {
+                "kind": "openai",
+                "servers": [url],
+                "logprobs": logprobs,
+                "timeout": 120,
+                "retries": 20,
+            },
         },
         "align": {"epochs": 20, "pretraining_share": 0, "precision": "fp32"},
         "evaluate": {"texts": {"kind": "synthesize"}, "checkpoints": ["design", "align"]},
-    }  # fmt: skip
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
@@ -146,9 +195,16 @@ def compare_rows(folder: Path) -> list[str]:
     """The killed run's rows against the undisturbed run's, and both against their accounts."""
     found, whole, killed = [], read_rows(folder, "undisturbed"), read_rows(folder, "disturbed")
     for name, rows in (("undisturbed", whole), ("disturbed", killed)):
-        account = json.loads((folder / "runs" / name / "synthesize" / "manifest.json").read_text(encoding="utf-8"))
-        if account["written"] != len(rows) or account["asked"] != len(rows) + sum(account["filtered"].values()) + account["failed"]:
-            found.append(f"{name}: {len(rows)} rows, account {account['asked']} asked, {account['written']} written")
+        account = json.loads(
+            (folder / "runs" / name / "synthesize" / "manifest.json").read_text(encoding="utf-8")
+        )
+        if (
+            account["written"] != len(rows)
+            or account["asked"] != len(rows) + sum(account["filtered"].values()) + account["failed"]
+        ):
+            found.append(
+                f"{name}: {len(rows)} rows, account {account['asked']} asked, {account['written']} written"
+            )
         if len({row.row_id for row in rows}) != len(rows):
             found.append(f"{name}: rows are doubled")
     if [row.prompt_ids for row in whole] != [row.prompt_ids for row in killed]:
@@ -172,17 +228,25 @@ def compare_with_weights(folder: Path, target: Path) -> list[str]:
     model, rows, gaps, same = load_target(config, "cpu"), read_rows(folder, "disturbed"), [0.0], 0
     greedy = [row for row in rows if row.temperature == 0]
     limit = max(len(row.response_ids) for row in rows)
-    own = HuggingFaceEngine(model, load_vocabulary(config)).generate([row.prompt_ids for row in greedy], Sampling(0.0), limit, 0)
+    own = HuggingFaceEngine(model, load_vocabulary(config)).generate(
+        [row.prompt_ids for row in greedy], Sampling(0.0), limit, 0
+    )
     for row, generation in zip(greedy, own, strict=True):  # loops are cut off in rows
         same += generation.response_ids[: len(row.response_ids)] == row.response_ids
     for row in rows:
         if row.temperature > 0 and row.logprobs:
             sampling = Sampling(row.temperature, row.top_k, row.top_p)
-            scored = score(model, [Generation(row.prompt_ids, row.response_ids, row.logprobs, "length")], sampling)[0]
+            scored = score(
+                model, [Generation(row.prompt_ids, row.response_ids, row.logprobs, "length")], sampling
+            )[0]
             gaps += [abs(a - b) for a, b in zip(row.logprobs, scored.logprobs, strict=True)]
     print(f"greedy rows that are the weights' own text: {same} of {len(greedy)}")
-    print(f"largest difference of a logged log-prob from the weights': {max(gaps):.2g} nats over {len(gaps) - 1} tokens")
-    return ([] if same >= 0.98 * len(greedy) else ["greedy text is not the weights'"]) + ([] if max(gaps) < 1e-3 else ["log-probs differ"])
+    print(
+        f"largest difference of a logged log-prob from the weights': {max(gaps):.2g} nats over {len(gaps) - 1} tokens"
+    )
+    return ([] if same >= 0.98 * len(greedy) else ["greedy text is not the weights'"]) + (
+        [] if max(gaps) < 1e-3 else ["log-probs differ"]
+    )
 
 
 def compare_replay(recipe: Path, folder: Path, bare: Path, arguments: argparse.Namespace) -> list[str]:
@@ -192,7 +256,11 @@ def compare_replay(recipe: Path, folder: Path, bare: Path, arguments: argparse.N
     for path in arguments.target.glob("*.safetensors"):
         shutil.copy(path, bare)
     run(recipe, "disturbed", "evaluate", "evaluate.texts.logprobs=target", "--redo=evaluate")
-    here = [row for row in json.loads(place.read_text(encoding="utf-8"))["rows"] if row["temperature"] == 0 or arguments.logprobs != "none"]
+    here = [
+        row
+        for row in json.loads(place.read_text(encoding="utf-8"))["rows"]
+        if row["temperature"] == 0 or arguments.logprobs != "none"
+    ]
     if len(away) != len(here):
         return [f"{len(away)} replay rows without weights, {len(here)} with them"]
     worst, found = 0.0, []
@@ -200,7 +268,12 @@ def compare_replay(recipe: Path, folder: Path, bare: Path, arguments: argparse.N
         for key, value in a.items():
             other = b[key]
             if key in TIMED or not isinstance(value, float):
-                if key not in TIMED and isinstance(value, str | int) and value != other and not isinstance(other, float):
+                if (
+                    key not in TIMED
+                    and isinstance(value, str | int)
+                    and value != other
+                    and not isinstance(other, float)
+                ):
                     found.append(f"{a['task']} at {a['temperature']}: {key} {value} and {other}")
                 continue
             gap = abs(value - other)
@@ -236,17 +309,49 @@ def serving(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, 
         stop(process[0])
 
 
-def start_vllm(program: str, model: Path, port: int, folder: Path, wait: bool = True) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+def start_vllm(
+    program: str, model: Path, port: int, folder: Path, wait: bool = True
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     environment.pop("PYTHONPATH", None)
-    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--served-model-name", "target", "--enforce-eager"]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--served-model-name",
+        "target",
+        "--enforce-eager",
+    ]
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(
-            [program, "serve", str(model), *options, "--logprobs-mode", "processed_logprobs", "--max-num-seqs", "16"],
-            stdout=log, stderr=log, env=environment, start_new_session=True,
-        )  # fmt: skip
+            [
+                program,
+                "serve",
+                str(model),
+                *options,
+                "--logprobs-mode",
+                "processed_logprobs",
+                "--max-num-seqs",
+                "16",
+            ],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
     for _ in range(1800 if wait else 0):
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2),
+        ):
             return process
         if process.poll() is not None:
             raise SystemExit(f"the server did not start: see {folder / 'server.log'}")
@@ -268,16 +373,23 @@ def widen_heads(source: Path, goal: Path) -> None:
 
     shutil.copytree(source, goal, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    width, hidden = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"], config["hidden_size"]
+    width, hidden = (
+        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        config["hidden_size"],
+    )
     tensors, step = load_file(source / "model.safetensors"), max(1, HEAD_DIM // width)
     half = torch.arange(width // 2) * step
     places, new = torch.cat([half, half + width * step // 2]), width * step
     for name, weight in tensors.items():
-        heads = config["num_attention_heads" if "q_proj" in name or "o_proj" in name else "num_key_value_heads"]
+        heads = config[
+            "num_attention_heads" if "q_proj" in name or "o_proj" in name else "num_key_value_heads"
+        ]
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             wider = torch.zeros(heads, new, hidden, dtype=weight.dtype)
             # The kernel divides by the root of the new width.
-            wider[:, places] = weight.view(heads, width, hidden) * (math.sqrt(step) if "q_proj" in name else 1.0)
+            wider[:, places] = weight.view(heads, width, hidden) * (
+                math.sqrt(step) if "q_proj" in name else 1.0
+            )
             tensors[name] = wider.reshape(heads * new, hidden)
         elif name.endswith("o_proj.weight"):
             wider = torch.zeros(hidden, heads, new, dtype=weight.dtype)

@@ -72,13 +72,20 @@ class TorchCrossEntropy:
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         with torch.autocast(device, enabled=False):
             return nn.functional.linear_cross_entropy(
-                hidden_ND.to(low), head_VD.to(low), batch.labels, reduction="sum", options=nn.LinearCrossEntropyOptions()
+                hidden_ND.to(low),
+                head_VD.to(low),
+                batch.labels,
+                reduction="sum",
+                options=nn.LinearCrossEntropyOptions(),
             ).float()
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "plain": PlainCrossEntropy(), "torch": TorchCrossEntropy(), "chunked": CrossEntropy(), "liger": CrossEntropy(path="liger"),
-}  # fmt: skip
+    "plain": PlainCrossEntropy(),
+    "torch": TorchCrossEntropy(),
+    "chunked": CrossEntropy(),
+    "liger": CrossEntropy(path="liger"),
+}
 
 
 def main() -> None:
@@ -88,10 +95,19 @@ def main() -> None:
         return
     report = begin(arguments)
     for path, micro in itertools.product(arguments.path, arguments.micro_batch_tokens):
-        setting = {"path": path, "micro_batch_tokens": micro or default_micro_batch_tokens(torch.device(arguments.device))}
-        setting |= {name: getattr(arguments, name) for name in ("device", "tokens", "length", "precision", "model", "dry_run", "threads")}
+        setting = {
+            "path": path,
+            "micro_batch_tokens": micro or default_micro_batch_tokens(torch.device(arguments.device)),
+        }
+        setting |= {
+            name: getattr(arguments, name)
+            for name in ("device", "tokens", "length", "precision", "model", "dry_run", "threads")
+        }
         setting["micro_batch_tokens"] = min(setting["micro_batch_tokens"], arguments.tokens)
-        if any(row["path"] == path and row["micro_batch_tokens"] == setting["micro_batch_tokens"] for row in report["results"]):
+        if any(
+            row["path"] == path and row["micro_batch_tokens"] == setting["micro_batch_tokens"]
+            for row in report["results"]
+        ):
             continue
         report["results"].append(in_own_process(setting))
         write(arguments.output, report)
@@ -101,16 +117,26 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--path", nargs="+", choices=PATHS, default=[], help="default: all that can run here")
     parser.add_argument("--tokens", type=int, default=8192, help="of the step")
     parser.add_argument("--length", type=int, default=2048, help="of a row")
-    parser.add_argument("--micro-batch-tokens", nargs="+", type=int, default=[8192, 0], help="0: the product's default")
+    parser.add_argument(
+        "--micro-batch-tokens", nargs="+", type=int, default=[8192, 0], help="0: the product's default"
+    )
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="bf16")
-    parser.add_argument("--model", default="", help="directory of a designed draft; default: the preset's shape, random weights")
+    parser.add_argument(
+        "--model",
+        default="",
+        help="directory of a designed draft; default: the preset's shape, random weights",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes: does it run at all? its figures mean nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes: does it run at all? its figures mean nothing"
+    )
     parser.add_argument("--output", type=Path, default=Path("step_memory.json"))
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -131,25 +157,51 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report so far, if the output file holds one; else an empty one."""
     if arguments.output.is_file():
         return json.loads(arguments.output.read_text(encoding="utf-8")) | {"complete": False}  # type: ignore[no-any-return]
-    libraries = {name: version for name in ("torch", "transformers", "triton", "liger-kernel") if (version := installed(name))}
+    libraries = {
+        name: version
+        for name in ("torch", "transformers", "triton", "liger-kernel")
+        if (version := installed(name))
+    }
     cuda = torch.cuda.get_device_name(arguments.device) if arguments.device.startswith("cuda") else None
-    machine = {"device": cuda or cpu_name(), "cpu": cpu_name(), "cores": cores(), "threads": arguments.threads or torch.get_num_threads()}
-    machine |= {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "libraries": libraries}
-    shown = {name: value for name, value in vars(arguments).items() if name not in ("output", "child", "dry_run")}
+    machine = {
+        "device": cuda or cpu_name(),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": arguments.threads or torch.get_num_threads(),
+    }
+    machine |= {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "libraries": libraries,
+    }
+    shown = {
+        name: value for name, value in vars(arguments).items() if name not in ("output", "child", "dry_run")
+    }
     shown |= {"model": "given" if arguments.model else TINY if arguments.dry_run else SHAPE, "seed": SEED}
     command = "python benchmarks/step_memory.py " + " ".join(
         Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
     )  # no folders of this machine
     return {
-        "schema": 1, "benchmark": "step_memory", "date": datetime.now(UTC).date().isoformat(), "command": command.strip(),
-        "dry_run": arguments.dry_run, "machine": machine, "settings": shown, "complete": False, "results": [],
-    }  # fmt: skip
+        "schema": 1,
+        "benchmark": "step_memory",
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": command.strip(),
+        "dry_run": arguments.dry_run,
+        "machine": machine,
+        "settings": shown,
+        "complete": False,
+        "results": [],
+    }
 
 
 def in_own_process(setting: dict[str, Any]) -> dict[str, Any]:
     """One row; a process that dies, of lack of memory mostly, is a row too."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(setting)], capture_output=True, text=True, encoding="utf-8", check=False
+        [sys.executable, __file__, "--child", json.dumps(setting)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
     )
     row = {"path": setting["path"], "micro_batch_tokens": setting["micro_batch_tokens"]}
     if done.returncode:
@@ -188,15 +240,28 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
     synchronize(device)
     seconds, peak = time.perf_counter() - start, peak_held(device)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    values = [value for optimizer in step.optimizers for state in optimizer.state.values() for value in state.values()]
+    values = [
+        value
+        for optimizer in step.optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+    ]
     states = sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
     return {
-        "peak_gb": peak / GB, "libraries_gb": (before - gradients - states) / GB,
-        "weights_gb": gradients / GB, "gradients_gb": gradients / GB, "optimizer_gb": states / GB,
-        "above_gb": (peak - before - gradients) / GB, "before_gb": before / GB, "peak_was_reset": resettable,
-        "tokens": trained, "loss": loss, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_gb": peak / GB,
+        "libraries_gb": (before - gradients - states) / GB,
+        "weights_gb": gradients / GB,
+        "gradients_gb": gradients / GB,
+        "optimizer_gb": states / GB,
+        "above_gb": (peak - before - gradients) / GB,
+        "before_gb": before / GB,
+        "peak_was_reset": resettable,
+        "tokens": trained,
+        "loss": loss,
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "precision": str(step.autocast or torch.float32).removeprefix("torch."),
-    }  # fmt: skip
+    }
 
 
 def build(setting: dict[str, Any]) -> Any:
@@ -206,10 +271,17 @@ def build(setting: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_pretrained(setting["model"], dtype=torch.float32)
     shape = TINY if setting["dry_run"] else SHAPE
     config = LlamaConfig(
-        vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["ffn"], num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"], num_key_value_heads=shape["heads"], max_position_embeddings=8192, rope_theta=500_000.0,
-        tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
+        vocab_size=shape["vocab"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["ffn"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"],
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -275,7 +347,10 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def cores() -> int:

@@ -27,7 +27,11 @@ def type_name(annotation: Any) -> str:
     """A type as a reader of YAML thinks of it."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return "count" if arguments[0] is int and len(arguments) > 1 and "parse_count" in str(arguments[1]) else type_name(arguments[0])
+        return (
+            "count"
+            if arguments[0] is int and len(arguments) > 1 and "parse_count" in str(arguments[1])
+            else type_name(arguments[0])
+        )
     if origin is Literal:
         return " or ".join(str(a) for a in arguments)
     if origin in (Union, types.UnionType):
@@ -38,7 +42,11 @@ def type_name(annotation: Any) -> str:
         return f"mapping of name to {type_name(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         kind = annotation.model_fields.get("kind")
-        return f"`{{kind: {get_args(kind.annotation)[0]}, ...}}`" if kind and get_args(kind.annotation) else "section"
+        return (
+            f"`{{kind: {get_args(kind.annotation)[0]}, ...}}`"
+            if kind and get_args(kind.annotation)
+            else "section"
+        )
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
         getattr(annotation, "__name__", ""), str(annotation)
     )
@@ -61,7 +69,9 @@ def default(field: Any) -> str:
     if isinstance(value, BaseModel):
         return f"`{{kind: {value.kind}}}`" if hasattr(value, "kind") else "its defaults"
     if isinstance(value, list) and value and all(isinstance(entry, BaseModel) for entry in value):
-        entries = (", ".join(f"{key}: {setting}" for key, setting in entry.model_dump().items()) for entry in value)
+        entries = (
+            ", ".join(f"{key}: {setting}" for key, setting in entry.model_dump().items()) for entry in value
+        )
         return f"`[{', '.join(f'{{{entry}}}' for entry in entries)}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

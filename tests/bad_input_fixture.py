@@ -34,7 +34,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def everything(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def spoiled(tmp_path: Path, target: Path, change: Callable[[Path], Any]) -> Path:
@@ -50,7 +54,9 @@ def config_with(**values: Any) -> Callable[[Path], Any]:
 
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | values
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8"
+        )
 
     return change
 

@@ -36,7 +36,10 @@ def write_tokenizer(folder: Path, vocab_size: int = 300, chat: bool = True) -> i
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -51,7 +54,15 @@ def write_tokenizer(folder: Path, vocab_size: int = 300, chat: bool = True) -> i
     return len(tokenizer)
 
 
-def write_target(folder: Path, *, padded_vocab: int = 320, hidden: int = 32, layers: int = 2, chat: bool = True, seed: int = 0) -> Path:
+def write_target(
+    folder: Path,
+    *,
+    padded_vocab: int = 320,
+    hidden: int = 32,
+    layers: int = 2,
+    chat: bool = True,
+    seed: int = 0,
+) -> Path:
     """A random Llama directory whose config's vocabulary is larger than its tokenizer's."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -59,11 +70,22 @@ def write_target(folder: Path, *, padded_vocab: int = 320, hidden: int = 32, lay
     write_tokenizer(folder, chat=chat)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=padded_vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=3, pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=padded_vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=3,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():  # a flat random model ties everywhere: sharpen it so that greedy text is well defined
+    with (
+        torch.no_grad()
+    ):  # a flat random model ties everywhere: sharpen it so that greedy text is well defined
         model.lm_head.weight.mul_(20)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=3, pad_token_id=0)
     model.save_pretrained(folder)
@@ -135,17 +157,34 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
     import yaml
 
     corpus, code = folder / "text.jsonl", folder / "code"
-    corpus.write_text("".join(json.dumps({"text": f"{TEXT[i % 5]} Number {i}. " * 4}) + "\n" for i in range(300)), encoding="utf-8")
+    corpus.write_text(
+        "".join(json.dumps({"text": f"{TEXT[i % 5]} Number {i}. " * 4}) + "\n" for i in range(300)),
+        encoding="utf-8",
+    )
     code.mkdir(exist_ok=True)
     for i in range(60):
-        (code / f"module_{i}.py").write_text(f"def function_{i}(value):\n    return value + {i}\n" * 8, encoding="utf-8")
+        (code / f"module_{i}.py").write_text(
+            f"def function_{i}(value):\n    return value + {i}\n" * 8, encoding="utf-8"
+        )
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i * 7 % 13}?"}) + "\n" for i in range(80)), encoding="utf-8")
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"What is {i} plus {i * 7 % 13}?"}) + "\n" for i in range(80)),
+        encoding="utf-8",
+    )
     tasks = folder / "tasks.jsonl"
     tasks.write_text(
-        "".join(json.dumps({"id": f"t{i}", "prompt": f"Tell me about number {i} and the fox."}) + "\n" for i in range(6)), encoding="utf-8"
+        "".join(
+            json.dumps({"id": f"t{i}", "prompt": f"Tell me about number {i} and the fox."}) + "\n"
+            for i in range(6)
+        ),
+        encoding="utf-8",
     )
-    training = {"batch_tokens": 512, "checkpoint_every": 5, "validate_every": 10, "optimizer": {"kind": "muon", "learning_rate": 0.003}}
+    training = {
+        "batch_tokens": 512,
+        "checkpoint_every": 5,
+        "validate_every": 10,
+        "optimizer": {"kind": "muon", "learning_rate": 0.003},
+    }
     recipe: dict[str, object] = {
         "run": {"name": "tiny", "folder": str(folder / "runs"), "threads": 1, "device": "cpu"},
         "target": {"model": str(target)},
@@ -170,13 +209,20 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
             ],
         },
         "pretrain": {"tokens": "8k", "mixture": {"text": 1}, "precision": "fp32", **training},
-        "continue_pretrain": {"tokens": "8k", "mixture": {"code": 2, "text": 1}, "precision": "fp32", **training},
+        "continue_pretrain": {
+            "tokens": "8k",
+            "mixture": {"code": 2, "text": 1},
+            "precision": "fp32",
+            **training,
+        },
         "synthesize": {
             "tokens": "4k",
             "temperatures": [0, 0.6, 1.0],
             "max_new_tokens": 24,
             "batch_rows": 16,
-            "engine": {"kind": "huggingface"},  # needs no converting: seconds on one core, and the same everywhere
+            "engine": {
+                "kind": "huggingface"
+            },  # needs no converting: seconds on one core, and the same everywhere
             "prompts": [
                 {"kind": "jsonl", "name": "instructions", "path": str(prompts), "share": 2},
                 {"kind": "magpie", "name": "magpie", "share": 1},
@@ -185,7 +231,9 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
         },
         "align": {"tokens": "6k", "precision": "fp32", **training},
         "evaluate": {
-            "tasks": [{"kind": "file", "name": "own", "path": str(tasks), "chat": True, "max_new_tokens": 16}],
+            "tasks": [
+                {"kind": "file", "name": "own", "path": str(tasks), "chat": True, "max_new_tokens": 16}
+            ],
             "temperatures": [0, 0.6],
             "num_speculative_tokens": [1, 2, 3],
             "exact": {"num_speculative_tokens": [3], "prompts": 3},
@@ -220,9 +268,19 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Pa
         value[stage].update(short)
     del value["continue_pretrain"], value["report"]
     value["prepare"]["corpora"][0]["tokens"], value["prepare"]["shard_tokens"] = "6k", "2k"
-    value["synthesize"].update({"tokens": 250, "batch_rows": 8, "max_new_tokens": 12, "temperatures": [0, 1.0]})
-    next(p for p in value["synthesize"]["prompts"] if p["kind"] == "magpie")["max_instruction_tokens"] = 8  # never ends: is given up
-    value["evaluate"].update({"temperatures": [0.6], "num_speculative_tokens": [2], "exact": {"num_speculative_tokens": [2], "prompts": 2}})
+    value["synthesize"].update(
+        {"tokens": 250, "batch_rows": 8, "max_new_tokens": 12, "temperatures": [0, 1.0]}
+    )
+    next(p for p in value["synthesize"]["prompts"] if p["kind"] == "magpie")["max_instruction_tokens"] = (
+        8  # never ends: is given up
+    )
+    value["evaluate"].update(
+        {
+            "temperatures": [0.6],
+            "num_speculative_tokens": [2],
+            "exact": {"num_speculative_tokens": [2], "prompts": 2},
+        }
+    )
     path.write_text(yaml.safe_dump(value), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         _watch_forbidden(patch)
@@ -249,5 +307,11 @@ def _watch_forbidden(patch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (pickle, "load"), (pickle, "loads"), (torch, "load")):
+    for owner, name in (
+        (socket.socket, "connect"),
+        (socket, "getaddrinfo"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (torch, "load"),
+    ):
         patch.setattr(owner, name, watched(f"{owner.__name__}.{name}", getattr(owner, name)))

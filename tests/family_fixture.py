@@ -8,14 +8,42 @@ from typing import Any
 from conftest import write_tokenizer
 
 SHAPE = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 160, "bos_token_id": 0, "eos_token_id": [3, 5], "pad_token_id": 0,
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 160,
+    "bos_token_id": 0,
+    "eos_token_id": [3, 5],
+    "pad_token_id": 0,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-QWEN_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION = {
+    "depth": 1,
+    "embed_dim": 16,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "mlp_ratio": 2,
+    "patch_size": 14,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+}
 WINDOW = {"sliding_window": 8}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], **WINDOW}
 AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
@@ -39,14 +67,25 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
-    "gemma2": ("gemma2", {**MIXED, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}),
+    "gemma2": (
+        "gemma2",
+        {**MIXED, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    ),
     "gemma3-text": ("gemma3_text", {**MIXED, "tie_word_embeddings": True, "query_pre_attn_scalar": 8}),
     "gpt2": ("gpt2", {"n_positions": 160, "tie_word_embeddings": True}),
     "gpt-neox": ("gpt_neox", {}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 24}),
     "qwen3-moe": ("qwen3_moe", EXPERTS),
-    "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
+    "granite": (
+        "granite",
+        {
+            "logits_scaling": 4.0,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
     "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
     "cohere2": ("cohere2", {**MIXED, "logit_scale": 0.25, "tie_word_embeddings": True}),
     "gemma3-pictures": ("gemma3", {**MIXED, "query_pre_attn_scalar": 8}),
@@ -64,20 +103,37 @@ def family_config(name: str) -> Any:
     family, changes = TARGETS[name]
     text = {**SHAPE, **changes}
     if family == "gpt2":
-        text = {**{key: text[key] for key in text if key not in ("num_key_value_heads", "head_dim", "max_position_embeddings")}}
+        text = {
+            **{
+                key: text[key]
+                for key in text
+                if key not in ("num_key_value_heads", "head_dim", "max_position_embeddings")
+            }
+        }
     if family == "gpt_neox":
         text.pop("head_dim")
     if family in ("phi3", "qwen2", "qwen2_moe"):
         text.pop("head_dim")
     if family == "gemma3":
         vision = {**VISION, "model_type": "siglip_vision_model"}
-        return AutoConfig.for_model(family, text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=310)
+        return AutoConfig.for_model(
+            family, text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=310
+        )
     if family in ("llava", "mistral3"):
         kind = "clip_vision_model" if family == "llava" else "pixtral"
-        return AutoConfig.for_model(family, text_config=text, vision_config={**VISION, "model_type": kind}, image_token_index=310)
+        return AutoConfig.for_model(
+            family, text_config=text, vision_config={**VISION, "model_type": kind}, image_token_index=310
+        )
     if family.endswith("_vl"):
-        ids = {"image_token_id": 310, "video_token_id": 311, "vision_start_token_id": 312, "vision_end_token_id": 313}
-        return AutoConfig.for_model(family, text_config=text, vision_config=QWEN_VISION, **ids, tie_word_embeddings=False)
+        ids = {
+            "image_token_id": 310,
+            "video_token_id": 311,
+            "vision_start_token_id": 312,
+            "vision_end_token_id": 313,
+        }
+        return AutoConfig.for_model(
+            family, text_config=text, vision_config=QWEN_VISION, **ids, tie_word_embeddings=False
+        )
     return AutoConfig.for_model(family, **text)
 
 
@@ -95,7 +151,9 @@ def write_family(folder: Path, name: str) -> Path:
     model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        for parameter in model.parameters():  # a tied model whose embedding is large says its last token again
+        for (
+            parameter
+        ) in model.parameters():  # a tied model whose embedding is large says its last token again
             if parameter.ndim >= 2 and not (tied and parameter is model.get_input_embeddings().weight):
                 parameter.mul_(20 if tied else 6)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[3, 5], pad_token_id=0)

@@ -61,7 +61,9 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def failing(real: Callable[..., Any], number: int, error: Callable[[], BaseException], inside: str = "") -> Callable[..., Any]:
+def failing(
+    real: Callable[..., Any], number: int, error: Callable[[], BaseException], inside: str = ""
+) -> Callable[..., Any]:
     """`real`, but call `number` (from 1) and all after it raise; only calls whose arguments name `inside` count."""
     calls = 0
 

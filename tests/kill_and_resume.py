@@ -57,7 +57,11 @@ BENCHMARK: dict[str, Any] = {
 }
 """The smallest benchmark: one pair, one K (which of several is the best is for the clock to say)."""
 OPENVINO: dict[str, Any] = {
-    "export": {"formats": ["huggingface", "openvino"], "openvino": {"target": "int8"}, "num_speculative_tokens": 3},
+    "export": {
+        "formats": ["huggingface", "openvino"],
+        "openvino": {"target": "int8"},
+        "num_speculative_tokens": 3,
+    },
     "benchmark": {
         **BENCHMARK,
         "precision": "fast",
@@ -66,7 +70,13 @@ OPENVINO: dict[str, Any] = {
     },
 }
 """Sections of the tiny recipe with --openvino."""
-COMPARED = ("design/draft", "pretrain/checkpoint", "continue_pretrain/checkpoint", "align/checkpoint", "export/huggingface")
+COMPARED = (
+    "design/draft",
+    "pretrain/checkpoint",
+    "continue_pretrain/checkpoint",
+    "align/checkpoint",
+    "export/huggingface",
+)
 SERVER_KILLED_EVERY = 2
 """Every so many kills of a run one of the server too."""
 STALLED = 1800.0
@@ -97,7 +107,13 @@ class Server:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        program = [sys.executable, str(Path(__file__).with_name("serving.py")), str(self.target), "--port", str(self.port)]
+        program = [
+            sys.executable,
+            str(Path(__file__).with_name("serving.py")),
+            str(self.target),
+            "--port",
+            str(self.port),
+        ]
         return subprocess.Popen(program, stdout=subprocess.DEVNULL)
 
     def restart(self) -> None:
@@ -133,7 +149,9 @@ def written_recipe(folder: Path, kind: Kind, server: str = "") -> Path:
         _through_server(value, folder, server)
     if kind.short:  # after the server's sections, which reach into evaluate
         value = {name: value[name] for name in ("run", "target", "design", "synthesize", "align")}
-        value["synthesize"]["prompts"] = [source for source in value["synthesize"]["prompts"] if source["kind"] == "jsonl"]
+        value["synthesize"]["prompts"] = [
+            source for source in value["synthesize"]["prompts"] if source["kind"] == "jsonl"
+        ]
         value["align"] |= {"tokens": "2k", "pretraining_share": 0}
     if kind.logits:
         value["synthesize"]["logits"] = {"kind": "top_k", "k": 16}
@@ -145,8 +163,13 @@ def written_recipe(folder: Path, kind: Kind, server: str = "") -> Path:
 def _through_server(recipe: dict[str, Any], folder: Path, url: str) -> None:
     """Lets a server write training text and evaluation text, and adds conversations to both."""
     talks, own = folder / "talks.jsonl", folder / "own-talks.jsonl"
-    talks.write_text("".join(json.dumps(_talk(f"talk{i}", "What is", "And what", "Why")) + "\n" for i in range(16)), encoding="utf-8")
-    own.write_text("".join(json.dumps(_talk(f"own{i}", "Who is", "Where is")) + "\n" for i in range(4)), encoding="utf-8")
+    talks.write_text(
+        "".join(json.dumps(_talk(f"talk{i}", "What is", "And what", "Why")) + "\n" for i in range(16)),
+        encoding="utf-8",
+    )
+    own.write_text(
+        "".join(json.dumps(_talk(f"own{i}", "Who is", "Where is")) + "\n" for i in range(4)), encoding="utf-8"
+    )
     engine = {"kind": "openai", "servers": [url], "logprobs": "processed", "retries": 100}
     source = {"kind": "jsonl", "name": "talks", "path": str(talks), "field": "messages", "share": 1}
     # One answer at a time, so that each has a text of its own: fewer of them, in smaller units.
@@ -157,11 +180,16 @@ def _through_server(recipe: dict[str, Any], folder: Path, url: str) -> None:
 
 
 def _talk(name: str, *users: str) -> dict[str, Any]:
-    messages = [[{"role": "user", "content": f"{words} {name}?"}, {"role": "assistant", "content": "Logged."}] for words in users]
+    messages = [
+        [{"role": "user", "content": f"{words} {name}?"}, {"role": "assistant", "content": "Logged."}]
+        for words in users
+    ]
     return {"id": name, "messages": [message for turn in messages for message in turn]}
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int = 0, say: bool = False, kind: Kind = Kind()) -> list[str]:
+def kill_and_resume(
+    folder: Path, kills: int, seed: int = 0, say: bool = False, kind: Kind = Kind()
+) -> list[str]:
     """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass.
 
     Args:
@@ -198,8 +226,12 @@ class Killing:
     server_kills: int = 0
 
     def compare(self) -> list[str]:
-        stages = [name for name in STAGE_NAMES if name in yaml.safe_load(self.recipe.read_text(encoding="utf-8"))]
-        seen = _watch(subprocess.Popen(command(self.recipe, "undisturbed")), self.runs / "undisturbed", stages)
+        stages = [
+            name for name in STAGE_NAMES if name in yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        ]
+        seen = _watch(
+            subprocess.Popen(command(self.recipe, "undisturbed")), self.runs / "undisturbed", stages
+        )
         self._say(f"undisturbed run: {seen.total()} changes of its files seen; {_by_stage(seen)}")
         found, number = list[str](), 0
         self.done = Counter(dict.fromkeys(stages, 0))
@@ -209,7 +241,9 @@ class Killing:
             self._disturb(name, seen)
             found += [f"{name}: {what}" for what in differences(self.runs / "undisturbed", self.runs / name)]
             self._say(f"{name}: {'differs: ' + '; '.join(found) if found else 'equal'}")
-        self._say(f"{self.done.total()} kills in {number} runs: {_by_stage(self.done)}; {self.server_kills} kills of the server")
+        self._say(
+            f"{self.done.total()} kills in {number} runs: {_by_stage(self.done)}; {self.server_kills} kills of the server"
+        )
         return found
 
     def _disturb(self, name: str, seen: Counter[str]) -> None:
@@ -217,7 +251,9 @@ class Killing:
         arguments, run, stages = command(self.recipe, name), self.runs / name, list(seen)
         while (done := self.done.total()) < self.kills:
             least = min(stages[stages.index(_stage(run, stages)) :], key=lambda stage: self.done[stage])
-            missed = not self.done[least] and self.kills >= 2 * len(stages)  # with enough kills every stage has one, the shortest too
+            missed = not self.done[least] and self.kills >= 2 * len(
+                stages
+            )  # with enough kills every stage has one, the shortest too
             within = least if done % 2 or missed else ""
             # A quarter of a run at most, so that many kills reach the last stages too; a run that ends early is followed by another.
             most = seen[within] if within else max(2, 2 * seen.total() // (self.kills + 1), seen.total() // 4)
@@ -260,7 +296,9 @@ def _by_stage(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _watch(process: subprocess.Popen[bytes], run: Path, stages: list[str], kill_at: int = 0, within: str = "") -> Counter[str]:
+def _watch(
+    process: subprocess.Popen[bytes], run: Path, stages: list[str], kill_at: int = 0, within: str = ""
+) -> Counter[str]:
     """Watches a run's folder until the process ends, and kills it at a change of the files if asked to; returns the changes by stage.
 
     Moments are counted in changes, not seconds: on a busy machine seconds would all be spent on imports.
@@ -275,7 +313,9 @@ def _watch(process: subprocess.Popen[bytes], run: Path, stages: list[str], kill_
         if time.monotonic() - changed > STALLED:
             process.kill()
             process.wait()
-            raise SystemExit(f"{run.name}: no file has changed for {STALLED:.0f} seconds, in {_stage(run, stages)}")
+            raise SystemExit(
+                f"{run.name}: no file has changed for {STALLED:.0f} seconds, in {_stage(run, stages)}"
+            )
         # A stage passed by meanwhile counts too: what was asked for had fewer changes left than once thought.
         lived = sum(changes[name] for name in stages[stages.index(within) if within else 0 :])
         if kill_at and lived >= kill_at:
@@ -303,14 +343,18 @@ def differences(one: Path, two: Path) -> list[str]:
     found = [
         f"{name}/model.safetensors"
         for name in COMPARED
-        if (one / name).exists() and (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
+        if (one / name).exists()
+        and (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
     ]
     rows_one, rows_two = rows(one), rows(two)
     if rows_one != rows_two:
         found.append(f"synthetic rows ({len(rows_one)} and {len(rows_two)})")
     if len({row["row_id"] for row in rows_two}) != len(rows_two):
         found.append("doubled synthetic rows")
-    logits_one, logits_two = ({path.name: path.read_bytes() for path in run.glob("synthesize/units/*.logits.*")} for run in (one, two))
+    logits_one, logits_two = (
+        {path.name: path.read_bytes() for path in run.glob("synthesize/units/*.logits.*")}
+        for run in (one, two)
+    )
     if logits_one != logits_two:
         found.append(f"stored logits ({len(logits_one)} and {len(logits_two)} files)")
     left = [path.name for path in two.rglob("*.tmp")]
@@ -336,7 +380,9 @@ def evaluation_rows(run: Path) -> list[dict[str, Any]]:
     """Without what a clock decides; none where nothing was evaluated."""
     path = run / "evaluate" / "results.json"
     found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return [{k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in found]
+    return [
+        {k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in found
+    ]
 
 
 def benchmark_rows(run: Path) -> list[str]:
@@ -352,12 +398,21 @@ def benchmark_units(run: Path) -> dict[str, Any]:
     """Name -> texts and counts of each finished unit, and how many tokens were timed; without times and memory."""
     paths = sorted((run / "benchmark" / "units").glob("*.json"))
     measures = ("latency-", "breakdown-", "memory-")
-    return {p.name: "" if p.name.startswith(measures) else without_times(json.loads(p.read_text(encoding="utf-8"))) for p in paths}
+    return {
+        p.name: ""
+        if p.name.startswith(measures)
+        else without_times(json.loads(p.read_text(encoding="utf-8")))
+        for p in paths
+    }
 
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_times(item) for name, item in value.items() if not any(part in name for part in TIMES)}
+        return {
+            name: without_times(item)
+            for name, item in value.items()
+            if not any(part in name for part in TIMES)
+        }
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
@@ -365,7 +420,11 @@ def rows(run: Path) -> list[dict[str, Any]]:
     """The synthetic rows in the order written, with all their columns."""
     from pyarrow import parquet
 
-    return [row for path in sorted((run / "synthesize" / "units").glob("*.parquet")) for row in parquet.read_table(path).to_pylist()]
+    return [
+        row
+        for path in sorted((run / "synthesize" / "units").glob("*.parquet"))
+        for row in parquet.read_table(path).to_pylist()
+    ]
 
 
 def _can_benchmark() -> bool:
@@ -376,12 +435,22 @@ def _can_benchmark() -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--openvino", action="store_true", help="synthesize, export and benchmark through OpenVINO")
-    parser.add_argument("--no-benchmark", action="store_true", help="leave the benchmark stage out, as where OpenVINO is not installed")
-    parser.add_argument("--http", action="store_true", help="synthesize and evaluate through a server, which is killed too")
+    parser.add_argument(
+        "--openvino", action="store_true", help="synthesize, export and benchmark through OpenVINO"
+    )
+    parser.add_argument(
+        "--no-benchmark",
+        action="store_true",
+        help="leave the benchmark stage out, as where OpenVINO is not installed",
+    )
+    parser.add_argument(
+        "--http", action="store_true", help="synthesize and evaluate through a server, which is killed too"
+    )
     parser.add_argument("--logits", action="store_true", help="keep the target's logits and distil from them")
     arguments = parser.parse_args()
     if arguments.openvino and arguments.http:
@@ -390,6 +459,8 @@ if __name__ == "__main__":
         measured = not arguments.no_benchmark and _can_benchmark()
         kind = Kind(arguments.openvino, measured, arguments.http, arguments.logits)
         found = kill_and_resume(Path(folder), arguments.kills, arguments.seed, say=True, kind=kind)
-    also = (", logits byte for byte" if kind.logits else "") + (", the benchmark but for its times" if measured or kind.openvino else "")
+    also = (", logits byte for byte" if kind.logits else "") + (
+        ", the benchmark but for its times" if measured or kind.openvino else ""
+    )
     print("differs: " + "; ".join(found) if found else f"equal: weights bit for bit, rows, counts{also}")
     sys.exit(bool(found))

@@ -9,7 +9,12 @@ from typing import Any
 
 from fastdraft.artifacts import RunDirectory, write_atomic, write_json
 
-TASKS = {"code": (0.06, 0.26, 0.31), "summarization": (0.11, 0.12, 0.18), "text": (0.31, 0.30, 0.31), "instructions": (0.10, 0.12, 0.21)}
+TASKS = {
+    "code": (0.06, 0.26, 0.31),
+    "summarization": (0.11, 0.12, 0.18),
+    "text": (0.31, 0.30, 0.31),
+    "instructions": (0.10, 0.12, 0.21),
+}
 CHECKPOINTS = ("pretrain", "continue_pretrain", "align")
 COSTS = {"parameters": 0.187, "bytes": 0.142, "latency": 0.38}
 PROVENANCE = {
@@ -45,7 +50,9 @@ def write_run(root: Path, stages: tuple[str, ...] = (), hostile: bool = False) -
             write_json(artifact.path / "results.json", results(name))
             write_json(artifact.path / "samples.json", _samples(hostile))
         artifact.complete(**fields, provenance=PROVENANCE)
-    write_atomic(root / "recipe.yaml", "run:\n  name: demo\n  seed: 0\ntarget:\n  model: shipped:targets/starter\n")
+    write_atomic(
+        root / "recipe.yaml", "run:\n  name: demo\n  seed: 0\ntarget:\n  model: shipped:targets/starter\n"
+    )
     return run
 
 
@@ -59,7 +66,12 @@ def results(target: str = "shipped:targets/starter", scale: float = 1.0) -> dict
         for k in range(1, 9)
     ]
     rows += [
-        _row(("align", task, "exact"), temperature, 3, TASKS[task][2] * scale * (1.0 if temperature == 0 else 1.01))
+        _row(
+            ("align", task, "exact"),
+            temperature,
+            3,
+            TASKS[task][2] * scale * (1.0 if temperature == 0 else 1.01),
+        )
         for task in TASKS
         for temperature in (0.0, 0.6)
     ]
@@ -78,7 +90,12 @@ def results(target: str = "shipped:targets/starter", scale: float = 1.0) -> dict
         },
         "greedy_check": {"texts": 64, "different": 0, "near_ties": 0, "cases": []},
         "contamination": {
-            task: {"prompts": 40, "prompts_with_overlap": int(task == "text"), "ngrams_matched": 3 * (task == "text"), "ngrams": 4100}
+            task: {
+                "prompts": 40,
+                "prompts_with_overlap": int(task == "text"),
+                "ngrams_matched": 3 * (task == "text"),
+                "ngrams": 4100,
+            }
             for task in TASKS
         },
     }
@@ -135,17 +152,43 @@ def _differences(scale: float) -> list[dict[str, Any]]:
                     "from": CHECKPOINTS[i],
                     "to": CHECKPOINTS[i + 1],
                 }
-                found.append(place | {"difference": change, "difference_low": change - 0.018, "difference_high": change + 0.018})
+                found.append(
+                    place
+                    | {
+                        "difference": change,
+                        "difference_low": change - 0.018,
+                        "difference_high": change + 0.018,
+                    }
+                )
     return found
 
 
 def _manifests(target: str) -> dict[str, dict[str, Any]]:
     def corpus(tokens: int, duplicates: int) -> dict[str, Any]:
-        sources = [{"kind": "jsonl", "from": f"shipped:data/{duplicates}.jsonl.xz", "license": "CC0-1.0", "tokens": tokens}]
+        sources = [
+            {
+                "kind": "jsonl",
+                "from": f"shipped:data/{duplicates}.jsonl.xz",
+                "license": "CC0-1.0",
+                "tokens": tokens,
+            }
+        ]
         train = {"rows": tokens // 1024, "tokens": tokens, "documents": tokens // 900, "shards": []}
-        return {"train": train, "validation": {"rows": 20, "tokens": 20_480, "documents": 31}, "duplicates": duplicates, "sources": sources}
+        return {
+            "train": train,
+            "validation": {"rows": 20, "tokens": 20_480, "documents": 31},
+            "duplicates": duplicates,
+            "sources": sources,
+        }
 
-    shape = {"family": "llama", "vocab_size": 8192, "hidden_size": 128, "num_layers": 2, "num_heads": 2, "intermediate_size": 384}
+    shape = {
+        "family": "llama",
+        "vocab_size": 8192,
+        "hidden_size": 128,
+        "num_layers": 2,
+        "num_heads": 2,
+        "intermediate_size": 384,
+    }
     trained = {"tokens_per_second": 12_100.0, "seconds": 165.0, "tokens": 2_000_000, "steps": 244}
     return {
         "design": {
@@ -155,7 +198,11 @@ def _manifests(target: str) -> dict[str, dict[str, Any]]:
             "cost_ratio_parameters": COSTS["parameters"],
             "seconds": 3.2,
         },
-        "prepare": {"row_length": 1024, "corpora": {"text": corpus(2_000_000, 12), "code": corpus(3_000_000, 240)}, "seconds": 31.0},
+        "prepare": {
+            "row_length": 1024,
+            "corpora": {"text": corpus(2_000_000, 12), "code": corpus(3_000_000, 240)},
+            "seconds": 31.0,
+        },
         "pretrain": {**trained, "train_loss": 4.11, "validation_loss": {"text": 4.18, "code": 5.9}},
         "continue_pretrain": {**trained, "train_loss": 3.42, "validation_loss": {"text": 4.16, "code": 3.2}},
         "synthesize": {
@@ -214,7 +261,11 @@ def _metrics(stage: str) -> str:
             else:
                 code = 1.7 if stage == "pretrain" else -0.2
                 lines.append(
-                    {"step": step, "tokens": tokens, "validation_loss": {"text": floor + 0.1 + 2 * fall, "code": floor + code + 2 * fall}}
+                    {
+                        "step": step,
+                        "tokens": tokens,
+                        "validation_loss": {"text": floor + 0.1 + 2 * fall, "code": floor + code + 2 * fall},
+                    }
                 )
     return "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "tok'
 

@@ -28,17 +28,38 @@ from fastdraft.interfaces import Generation, Sampling, TargetConfig
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
-PLAIN_KEYS = {"model", "prompt", "messages", "max_tokens", "seed", "temperature", "top_p", "logprobs", "top_logprobs"}
+PLAIN_KEYS = {
+    "model",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "seed",
+    "temperature",
+    "top_p",
+    "logprobs",
+    "top_logprobs",
+}
 
 
 class Served:
     """One model behind one port of this machine."""
 
     def __init__(
-        self, folder: Path, *, style: str = "full", logprobs: str = "processed", key: str = "", name: str = "target", port: int = 0
+        self,
+        folder: Path,
+        *,
+        style: str = "full",
+        logprobs: str = "processed",
+        key: str = "",
+        name: str = "target",
+        port: int = 0,
     ) -> None:
         config = TargetConfig(model=str(folder), dtype="fp32")
-        self.model, self.tokenizer, self.vocabulary = load_target(config, "cpu"), load_tokenizer(str(folder)), load_vocabulary(config)
+        self.model, self.tokenizer, self.vocabulary = (
+            load_target(config, "cpu"),
+            load_tokenizer(str(folder)),
+            load_vocabulary(config),
+        )
         self.style, self.logprobs, self.key, self.name = style, logprobs, key, name
         self.context_length = int(self.model.config.max_position_embeddings)
         self.faults: list[str] = []
@@ -66,7 +87,9 @@ class Served:
             self.released.set()
             self.http.shutdown()
             self.http.server_close()
-            for connection in list(self.connections):  # a dead server answers nobody, not even those who were connected before
+            for connection in list(
+                self.connections
+            ):  # a dead server answers nobody, not even those who were connected before
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
             thread.join()
@@ -87,21 +110,33 @@ class Served:
         prompt = self._prompt(body, chat)
         top_k = max(0, int(body.get("top_k") or 0))
         temperature = float(body["temperature"])
-        sampling = Sampling(temperature, top_k, float(body.get("top_p", 1.0))) if temperature > 0 else Sampling(0.0)
+        sampling = (
+            Sampling(temperature, top_k, float(body.get("top_p", 1.0))) if temperature > 0 else Sampling(0.0)
+        )
         with self._lock:
-            written = self._with_logprobs(self.write(prompt, sampling, body["max_tokens"], body["seed"]), sampling)
+            written = self._with_logprobs(
+                self.write(prompt, sampling, body["max_tokens"], body["seed"]), sampling
+            )
             top = self._top(prompt, sampling)
         return 200, self._say(written, top, body, chat)
 
     def write(self, prompt: list[int], sampling: Sampling, max_new_tokens: int, seed: int) -> Generation:
         """The model's answer; a test may put another in its place."""
-        return HuggingFaceEngine(self.model, self.vocabulary).generate([prompt], sampling, max_new_tokens, seed)[0]
+        return HuggingFaceEngine(self.model, self.vocabulary).generate(
+            [prompt], sampling, max_new_tokens, seed
+        )[0]
 
     def _prompt(self, body: dict[str, Any], chat: bool) -> list[int]:
         if chat:
-            text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                body["messages"], tokenize=False, add_generation_prompt=True
+            )
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return list(body["prompt"]) if isinstance(body["prompt"], list) else list(self.tokenizer(body["prompt"]).input_ids)
+        return (
+            list(body["prompt"])
+            if isinstance(body["prompt"], list)
+            else list(self.tokenizer(body["prompt"]).input_ids)
+        )
 
     def _with_logprobs(self, written: Generation, sampling: Sampling) -> Generation:
         if self.logprobs == "raw":
@@ -112,7 +147,13 @@ class Served:
         with torch.inference_mode():
             logits = self.model(input_ids=torch.tensor([prompt])).logits[0, -1]
         raw = self.logprobs == "raw" or sampling.temperature == 0
-        return float((logits.float().log_softmax(-1) if raw else probabilities(logits, *vars(sampling).values()).log()).max())
+        return float(
+            (
+                logits.float().log_softmax(-1)
+                if raw
+                else probabilities(logits, *vars(sampling).values()).log()
+            ).max()
+        )
 
     def _say(self, written: Generation, top: float, body: dict[str, Any], chat: bool) -> dict[str, Any]:
         ids, stopped = written.response_ids, written.finish_reason == "stop"
@@ -124,18 +165,30 @@ class Served:
             tokens = [f"token_id:{i}" if named else self.tokenizer.decode([i]) for i in ids]
             if chat or self.style == "llama":
                 extra = [{"id": i} if self.style == "llama" else {} for i in ids]
-                content = [{"token": t, "logprob": p, **e} for t, p, e in zip(tokens, written.logprobs, extra, strict=True)]
+                content = [
+                    {"token": t, "logprob": p, **e}
+                    for t, p, e in zip(tokens, written.logprobs, extra, strict=True)
+                ]
                 if content:
                     content[0]["top_logprobs"] = [{"token": "x", "logprob": top}]
                 choice["logprobs"] = {"content": content}
             else:
-                choice["logprobs"] = {"tokens": tokens, "token_logprobs": written.logprobs, "top_logprobs": [{"x": top}] * len(ids)}
+                choice["logprobs"] = {
+                    "tokens": tokens,
+                    "token_logprobs": written.logprobs,
+                    "top_logprobs": [{"x": top}] * len(ids),
+                }
         if body.get("return_token_ids") and self.style == "full":
             choice |= {"token_ids": ids, "prompt_token_ids": written.prompt_ids, "stop_reason": None}
         if body.get("prompt_logprobs") and self.style == "full":
             choice["prompt_logprobs"] = [None] * len(written.prompt_ids)
         usage = {"prompt_tokens": len(written.prompt_ids), "completion_tokens": len(ids)}
-        return {"object": "chat.completion" if chat else "text_completion", "model": self.name, "choices": [choice], "usage": usage}
+        return {
+            "object": "chat.completion" if chat else "text_completion",
+            "model": self.name,
+            "choices": [choice],
+            "usage": usage,
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -204,16 +257,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _welcome(self) -> bool:
         sent = self.headers.get("authorization", "")
         if self.of.key and sent != f"Bearer {self.of.key}":
-            self._json(401, {"error": {"message": f"Incorrect API key provided: {sent.removeprefix('Bearer ')}"}})
+            self._json(
+                401, {"error": {"message": f"Incorrect API key provided: {sent.removeprefix('Bearer ')}"}}
+            )
             return False
         return True
 
     def _json(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
         self._raw(status, json.dumps(value).encode(), headers=headers)
 
-    def _raw(self, status: int, content: bytes, *, headers: dict[str, str] | None = None, keep: int | None = None) -> None:
+    def _raw(
+        self, status: int, content: bytes, *, headers: dict[str, str] | None = None, keep: int | None = None
+    ) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content[:keep])
@@ -221,7 +282,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--style", default="full", choices=["full", "llama", "plain", "chat"])

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from fastdraft.data.looping import is_looping
-from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts, counts_from_array, counts_to_array, expected_counts
+from fastdraft.functional.acceptance import (
+    Counts,
+    add_counts,
+    batched_expected_counts,
+    counts_from_array,
+    counts_to_array,
+    expected_counts,
+)
 from fastdraft.functional.intervals import difference_interval, group_numbers, num_groups, ratio_interval
 
 
@@ -30,7 +37,13 @@ def simulate(decisions: list[bool], k: int) -> Counts:
 
 def numbers(counts: Counts) -> list[float]:
     c = counts
-    totals = [c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens, c.num_examined_tokens, c.num_generated_tokens]
+    totals = [
+        c.num_drafts,
+        c.num_draft_tokens,
+        c.num_accepted_tokens,
+        c.num_examined_tokens,
+        c.num_generated_tokens,
+    ]
     return [*totals, *c.num_accepted_tokens_per_pos]
 
 
@@ -39,7 +52,9 @@ def test_zero_one_probabilities_give_the_counts_of_the_run(k: int) -> None:
     rng = np.random.default_rng(k)
     for length in (1, 2, 3, 4, 9, 40):
         decisions = rng.random(length) < 0.7
-        assert numbers(expected_counts(decisions.astype(float), k)) == numbers(simulate(decisions.tolist(), k))
+        assert numbers(expected_counts(decisions.astype(float), k)) == numbers(
+            simulate(decisions.tolist(), k)
+        )
 
 
 def test_expected_counts_are_the_mean_over_all_runs() -> None:
@@ -86,7 +101,12 @@ def test_a_perfect_draft_gives_k_plus_one_tokens_a_round() -> None:
 
 def test_what_stands_beyond_the_end_is_not_counted_as_accepted() -> None:
     counts = expected_counts(np.ones(2), 3)
-    assert (counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens, counts.num_examined_tokens) == (1, 3, 2, 2)
+    assert (
+        counts.num_drafts,
+        counts.num_draft_tokens,
+        counts.num_accepted_tokens,
+        counts.num_examined_tokens,
+    ) == (1, 3, 2, 2)
 
 
 def test_k_below_one_is_refused() -> None:
@@ -135,7 +155,10 @@ def test_one_prompt_or_one_conversation_has_no_interval() -> None:
     assert all(math.isnan(value) for value in ratio_interval(np.ones(1), np.ones(1), 0))
     one = np.zeros(5, dtype=np.int64)
     assert all(math.isnan(value) for value in ratio_interval(np.arange(5.0), np.full(5, 9.0), 0, one))
-    assert all(math.isnan(value) for value in difference_interval((np.arange(5.0), np.full(5, 9.0)), (np.ones(5), np.ones(5)), 0, one))
+    assert all(
+        math.isnan(value)
+        for value in difference_interval((np.arange(5.0), np.full(5, 9.0)), (np.ones(5), np.ones(5)), 0, one)
+    )
 
 
 def test_duplicated_turns_do_not_narrow_an_interval() -> None:
@@ -158,7 +181,9 @@ def test_groups_of_one_prompt_each_change_nothing_and_their_order_is_that_of_the
     rng = np.random.default_rng(4)
     parts, wholes = rng.integers(0, 9, size=20).astype(float), np.full(20, 9.0)
     assert group_numbers(["b", "a", "b", 7]).tolist() == [0, 1, 0, 2]
-    assert ratio_interval(parts, wholes, 1, group_numbers(range(40, 20, -1))) == ratio_interval(parts, wholes, 1)
+    assert ratio_interval(parts, wholes, 1, group_numbers(range(40, 20, -1))) == ratio_interval(
+        parts, wholes, 1
+    )
 
 
 def test_a_text_that_ends_in_a_repeated_piece_loops() -> None:

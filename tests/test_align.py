@@ -26,9 +26,14 @@ from fastdraft.training.metrics import read_metrics
 from test_pretrain import StopAfter, make_context
 
 SETTINGS: dict[str, Any] = {
-    "epochs": 2, "batch_tokens": 200, "pretraining_share": 0.2, "precision": "fp32", "checkpoint_every": 3, "validate_every": 4,
+    "epochs": 2,
+    "batch_tokens": 200,
+    "pretraining_share": 0.2,
+    "precision": "fp32",
+    "checkpoint_every": 3,
+    "validate_every": 4,
     "optimizer": {"kind": "adamw", "learning_rate": 0.01},
-}  # fmt: skip
+}
 
 
 def make_rows(count: int = 60, prompt: int = 6) -> list[SyntheticRow]:
@@ -40,11 +45,18 @@ def make_rows(count: int = 60, prompt: int = 6) -> list[SyntheticRow]:
         prompt_ids, response_ids = ids[:prompt], ids[prompt:]
         rows.append(
             SyntheticRow(
-                row_id=ids_hash(prompt_ids, response_ids), source="made", prompt_key=ids_hash(prompt_ids),
-                prompt_ids=prompt_ids, response_ids=response_ids, logprobs=[0.0] * length,
-                temperature=0.0, top_k=0, top_p=1.0, finish_reason="length",
+                row_id=ids_hash(prompt_ids, response_ids),
+                source="made",
+                prompt_key=ids_hash(prompt_ids),
+                prompt_ids=prompt_ids,
+                response_ids=response_ids,
+                logprobs=[0.0] * length,
+                temperature=0.0,
+                top_k=0,
+                top_p=1.0,
+                finish_reason="length",
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -60,7 +72,10 @@ def synthesize(context: StageContext, rows: list[SyntheticRow]) -> None:
 def new_context(tmp_path: Path, tiny_draft: Path) -> Callable[..., StageContext]:
     def make(name: str = "run", rows: list[SyntheticRow] | None = None, **changes: Any) -> StageContext:
         merged = {key: value for key, value in {**SETTINGS, **changes}.items() if value is not None}
-        sections: dict[str, Config] = {"pretrain": load_config(PretrainConfig, {"tokens": 100}), "align": load_config(AlignConfig, merged)}
+        sections: dict[str, Config] = {
+            "pretrain": load_config(PretrainConfig, {"tokens": 100}),
+            "align": load_config(AlignConfig, merged),
+        }
         context = make_context(tmp_path / name, tiny_draft, sections)
         pretrained = context.artifact("pretrain")
         shutil.copytree(tiny_draft, pretrained.path / "checkpoint")
@@ -79,14 +94,20 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     return context.artifact("align").manifest()
 
 
-def test_alignment_raises_block_efficiency_on_held_out_prompts(new_context: Callable[..., StageContext]) -> None:
+def test_alignment_raises_block_efficiency_on_held_out_prompts(
+    new_context: Callable[..., StageContext],
+) -> None:
     context = new_context(epochs=20)
     manifest = run_stage(context)
     records = read_metrics(context.artifact("align").path)
-    scores = {r["step"]: r["validation_block_efficiency"] for r in records if "validation_block_efficiency" in r}
+    scores = {
+        r["step"]: r["validation_block_efficiency"] for r in records if "validation_block_efficiency" in r
+    }
     assert manifest["start_block_efficiency"] == scores[0]
     assert manifest["validation_block_efficiency"] == max(scores.values()) > scores[0]
-    assert manifest["best_step"] == min(step for step, score in scores.items() if score == max(scores.values()))
+    assert manifest["best_step"] == min(
+        step for step, score in scores.items() if score == max(scores.values())
+    )
     assert manifest["validation_loss"]["responses"] > 0
     assert (manifest["rows"], manifest["rows_cut"], manifest["rows_dropped"]) == (56, 0, 0)
     assert (context.artifact("align").path / "checkpoint/tokenizer.json").is_file()
@@ -110,7 +131,9 @@ def test_when_alignment_only_harms_the_starting_weights_are_kept(
     new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter(np.linspace(2.0, 1.0, 20))
-    monkeypatch.setattr("fastdraft.decoding.replay.block_efficiency", lambda *unused, **options: float(next(scores)))
+    monkeypatch.setattr(
+        "fastdraft.decoding.replay.block_efficiency", lambda *unused, **options: float(next(scores))
+    )
     context = new_context()
     assert run_stage(context)["best_step"] == 0
     start = load_draft(context.artifact("pretrain").path / "checkpoint").state_dict()
@@ -119,7 +142,9 @@ def test_when_alignment_only_harms_the_starting_weights_are_kept(
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(new_context: Callable[..., StageContext], kind: str) -> None:
+def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
+    new_context: Callable[..., StageContext], kind: str
+) -> None:
     changes = {"optimizer": {"kind": kind, "learning_rate": 0.01}}
     first, second = new_context("a", **changes), new_context("b", **changes)
     expected = run_stage(first)
@@ -131,13 +156,22 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(new_
             align.run(config, dataclasses.replace(second, console=StopAfter(2)))
     assert rounds > 2
     found = second.artifact("align").manifest()
-    for key in ("best_step", "validation_block_efficiency", "train_loss", "tokens", "trained_tokens", "validation_loss"):
+    for key in (
+        "best_step",
+        "validation_block_efficiency",
+        "train_loss",
+        "tokens",
+        "trained_tokens",
+        "validation_loss",
+    ):
         assert found[key] == expected[key]
     folders = [context.artifact("align").path / "checkpoint/model.safetensors" for context in (first, second)]
     assert folders[0].read_bytes() == folders[1].read_bytes()
 
 
-def test_trained_tokens_are_the_response_tokens_of_the_training_split(new_context: Callable[..., StageContext]) -> None:
+def test_trained_tokens_are_the_response_tokens_of_the_training_split(
+    new_context: Callable[..., StageContext],
+) -> None:
     context = new_context(epochs=3, pretraining_share=0)
     manifest = run_stage(context)
     from fastdraft.data.responses import read_all
@@ -152,9 +186,15 @@ def test_a_token_budget_replaces_epochs(new_context: Callable[..., StageContext]
     assert 500 <= manifest["tokens"] < 520
 
 
-def test_rows_longer_than_the_drafts_context_are_cut_and_counted(new_context: Callable[..., StageContext]) -> None:
-    long = dataclasses.replace(make_rows(1)[0], row_id="long", prompt_key="f" * 24, response_ids=[5] * 300, logprobs=[0.0] * 300)
-    hopeless = dataclasses.replace(make_rows(1)[0], row_id="hopeless", prompt_key="e" * 24, prompt_ids=[5] * 300)
+def test_rows_longer_than_the_drafts_context_are_cut_and_counted(
+    new_context: Callable[..., StageContext],
+) -> None:
+    long = dataclasses.replace(
+        make_rows(1)[0], row_id="long", prompt_key="f" * 24, response_ids=[5] * 300, logprobs=[0.0] * 300
+    )
+    hopeless = dataclasses.replace(
+        make_rows(1)[0], row_id="hopeless", prompt_key="e" * 24, prompt_ids=[5] * 300
+    )
     manifest = run_stage(new_context(rows=[*make_rows(), long, hopeless], epochs=1))
     assert (manifest["rows_cut"], manifest["rows_dropped"]) == (1, 1)
 
@@ -190,9 +230,13 @@ def test_the_fingerprint_holds_what_the_weights_depend_on(new_context: Callable[
     base = align.fingerprint(context.section("align"), context)
     assert json.loads(json.dumps(base)) == base
     for change in ({"micro_batch_tokens": 16}, {"checkpoint_every": 1}, {"tensorboard": True}):
-        assert digest(align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)) == digest(base)
+        assert digest(align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)) == digest(
+            base
+        )
     for change in ({"epochs": 1}, {"validate_every": 2}, {"pretraining_share": 0}):
-        assert digest(align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)) != digest(base)
+        assert digest(align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)) != digest(
+            base
+        )
 
 
 @pytest.mark.parametrize(

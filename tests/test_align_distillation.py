@@ -48,7 +48,11 @@ class Folder:
         value = yaml.safe_load(write_recipe(root, target).read_text(encoding="utf-8"))
         for stage in ("continue_pretrain", "evaluate", "export", "report"):
             value.pop(stage)
-        value["synthesize"] |= {"tokens": "2k", "logits": {"kind": "top_k", "k": 32}, "prompts": [value["synthesize"]["prompts"][2]]}
+        value["synthesize"] |= {
+            "tokens": "2k",
+            "logits": {"kind": "top_k", "k": 32},
+            "prompts": [value["synthesize"]["prompts"][2]],
+        }
         value["pretrain"]["tokens"] = "4k"
         self.path = root / "recipe.yaml"
         self.path.write_text(yaml.safe_dump(value), encoding="utf-8")
@@ -57,7 +61,9 @@ class Folder:
     def recipe(self, name: str, objective: dict[str, Any], **changes: Any) -> Recipe:
         values = {"tokens": "3k", "pretraining_share": 0, "validate_every": 0, "batch_tokens": 300, **changes}
         overrides = [f"align.{key}={json.dumps(value)}" for key, value in values.items()]
-        recipe = load_recipe(str(self.path), [f"run.name={name}", f"align.objective={json.dumps(objective)}", *overrides])
+        recipe = load_recipe(
+            str(self.path), [f"run.name={name}", f"align.objective={json.dumps(objective)}", *overrides]
+        )
         for stage in BEFORE:
             if not (recipe.run.root / stage).exists():
                 shutil.copytree(self.made / stage, recipe.run.root / stage)
@@ -90,7 +96,11 @@ def test_every_loss_from_either_source_improves_in_training(folder: Folder, loss
 
 def test_stored_and_loaded_targets_begin_with_nearly_the_same_loss(folder: Folder) -> None:
     dense, sparse = (
-        losses(folder.align(f"same-{source}", {"kind": "token_kd", "loss": "forward_kl", "source": source}, tokens=300))[0]
+        losses(
+            folder.align(
+                f"same-{source}", {"kind": "token_kd", "loss": "forward_kl", "source": source}, tokens=300
+            )
+        )[0]
         for source in ("target", "stored")
     )
     assert sparse < dense
@@ -105,7 +115,9 @@ def test_names_in_the_recipe_are_the_losses_that_there_are() -> None:
 
 def test_a_batchs_stored_rows_belong_to_its_labels(folder: Folder) -> None:
     placed = list(read_with_logits(Artifact(folder.made / "synthesize")))[:5]
-    samples = [Sample(row.prompt_ids, row.response_ids[: 3 + i], logits) for i, (row, logits) in enumerate(placed)]
+    samples = [
+        Sample(row.prompt_ids, row.response_ids[: 3 + i], logits) for i, (row, logits) in enumerate(placed)
+    ]
     samples.append(Sample([], placed[0][0].response_ids, placed[0][1]))
     batch = padded_batch(samples, 0)
     assert batch.target is not None
@@ -116,18 +128,24 @@ def test_a_batchs_stored_rows_belong_to_its_labels(folder: Folder) -> None:
     torch.testing.assert_close(batch.target.logprobs.exp().sum(-1), torch.ones(batch.num_trained))
 
 
-def test_a_loaded_target_gives_its_own_distribution_at_the_trained_positions_padding_ids_included(tiny_target: Path) -> None:
+def test_a_loaded_target_gives_its_own_distribution_at_the_trained_positions_padding_ids_included(
+    tiny_target: Path,
+) -> None:
     model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
     batch = padded_batch([Sample([5, 6, 7], [8, 9]), Sample([10], [11, 12, 13, 14])], 0)
     logits = LoadedTarget(*output_head(model)).distribution(batch).logits
     with torch.no_grad():
         whole = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.index]
-    torch.testing.assert_close(torch.cat([logits(slice(0, 4)), logits(slice(4, 9))]), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([logits(slice(0, 4)), logits(slice(4, 9))]), whole, rtol=1e-4, atol=1e-4
+    )
     assert whole.shape[1] == 320
     assert torch.isfinite(whole[:, 300:]).all()
 
 
-def test_rows_of_the_mixture_have_cross_entropy_unless_the_target_is_there_to_ask(tiny_target: Path, tiny_draft: Path) -> None:
+def test_rows_of_the_mixture_have_cross_entropy_unless_the_target_is_there_to_ask(
+    tiny_target: Path, tiny_draft: Path
+) -> None:
     draft, target = load_draft(tiny_draft), load_target(TargetConfig(model=str(tiny_target)), "cpu")
     batch = packed_batch(np.arange(60, dtype=np.int64).reshape(2, 30))
     decoder, head = split_head(draft)
@@ -135,14 +153,21 @@ def test_rows_of_the_mixture_have_cross_entropy_unless_the_target_is_there_to_as
         hidden = decoder(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)
         plain = CrossEntropy().loss(hidden, head, batch)
         stored = TokenDistillation(token_loss("forward_kl")).loss(hidden, head, batch)
-        asked = TokenDistillation(token_loss("forward_kl"), LoadedTarget(*output_head(target))).loss(hidden, head, batch)
+        asked = TokenDistillation(token_loss("forward_kl"), LoadedTarget(*output_head(target))).loss(
+            hidden, head, batch
+        )
     assert stored == plain
     assert asked != plain
 
 
 @pytest.mark.parametrize("source", ["target", "stored"])
-def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(folder: Folder, source: str) -> None:
-    objective, changes = {"kind": "token_kd", "loss": "lk_hybrid", "source": source}, {"tokens": "2k", "pretraining_share": 0.3}
+def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
+    folder: Folder, source: str
+) -> None:
+    objective, changes = (
+        {"kind": "token_kd", "loss": "lk_hybrid", "source": source},
+        {"tokens": "2k", "pretraining_share": 0.3},
+    )
     expected = folder.align(f"whole-{source}", objective, **changes)
     recipe, rounds = folder.recipe(f"stopped-{source}", objective, **changes), 0
     context = pipeline.make_context(recipe, Console(quiet=True))
@@ -159,7 +184,9 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(fold
 
 def test_stored_without_stored_logits_is_refused_before_anything_runs(folder: Folder) -> None:
     overrides = ["synthesize.logits={kind: none}", "align.objective={kind: token_kd, source: stored}"]
-    with pytest.raises(RecipeError, match=r"align\.objective\.source: stored: needs the target's logits.*source: target"):
+    with pytest.raises(
+        RecipeError, match=r"align\.objective\.source: stored: needs the target's logits.*source: target"
+    ):
         load_recipe(str(folder.path), overrides)
 
 
@@ -182,9 +209,16 @@ def test_a_target_over_other_ids_is_refused(folder: Folder, tmp_path: Path, tiny
 def test_the_fingerprint_holds_the_objective_and_the_target_only_where_it_teaches(folder: Folder) -> None:
     def fingerprint(objective: dict[str, Any]) -> dict[str, Any]:
         recipe = folder.recipe("fingerprint", objective)
-        return align.fingerprint(recipe.sections()["align"], pipeline.make_context(recipe, Console(quiet=True)))  # type: ignore[arg-type]
+        return align.fingerprint(
+            recipe.sections()["align"], pipeline.make_context(recipe, Console(quiet=True))
+        )  # type: ignore[arg-type]
 
-    taught = [{"kind": "token_kd"}, {"kind": "token_kd", "loss": "tvd"}, {"kind": "token_kd", "source": "stored"}, {"kind": "sequence_kd"}]
+    taught = [
+        {"kind": "token_kd"},
+        {"kind": "token_kd", "loss": "tvd"},
+        {"kind": "token_kd", "source": "stored"},
+        {"kind": "sequence_kd"},
+    ]
     found = [fingerprint(objective) for objective in taught]
     assert len({digest(one) for one in found}) == 4
     assert ["target" in one for one in found] == [True, True, False, False]
@@ -209,7 +243,9 @@ def test_impossible_objectives_are_refused_in_one_line(objective: dict[str, Any]
     assert "\n" not in str(caught.value)
 
 
-def test_the_forecast_counts_the_loaded_target_and_the_stored_logits(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_forecast_counts_the_loaded_target_and_the_stored_logits(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = []
     for number, overrides in enumerate(
         (
@@ -218,7 +254,11 @@ def test_the_forecast_counts_the_loaded_target_and_the_stored_logits(folder: Fol
             ["synthesize.logits={kind: none}", "align.objective={kind: token_kd, source: target}"],
         )
     ):
-        check.run(load_recipe(str(folder.path), [f"run.name=forecast-{number}", *overrides]), Console(quiet=True), as_json=True)
+        check.run(
+            load_recipe(str(folder.path), [f"run.name=forecast-{number}", *overrides]),
+            Console(quiet=True),
+            as_json=True,
+        )
         found.append({stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]})
     plain, stored, loaded = found
     assert stored["synthesize"]["disk_bytes"] == plain["synthesize"]["disk_bytes"] + 2000 * 258

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from fastdraft import artifacts
-from fastdraft.artifacts import Artifact, RunDirectory, atomic_folder, atomic_path, digest, flatten, read_json, write_atomic, write_json
+from fastdraft.artifacts import (
+    Artifact,
+    RunDirectory,
+    atomic_folder,
+    atomic_path,
+    digest,
+    flatten,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from fastdraft.errors import ArtifactError, DiskError
 
 
@@ -44,7 +54,9 @@ def test_a_damaged_manifest_is_one_clear_error(tmp_path: Path, content: str) -> 
         Artifact(tmp_path).manifest()
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file.json"
     write_json(path, {"old": True})
 
@@ -117,7 +129,9 @@ def test_discarding_removes_all(tmp_path: Path) -> None:
 def test_what_killed_processes_left_half_written_is_removed_under_the_lock(tmp_path: Path) -> None:
     (tmp_path / "align" / ".checkpoint.4711.tmp" / "inner").mkdir(parents=True)
     (tmp_path / "align" / ".unit-00001.parquet.12.tmp").write_text("half")
-    kept = [tmp_path / "align" / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")]
+    kept = [
+        tmp_path / "align" / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")
+    ]
     for path in kept:
         path.write_text("whole")
     with RunDirectory(tmp_path).lock():

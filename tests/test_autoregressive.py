@@ -19,7 +19,13 @@ from fastdraft.interfaces import Generation, Sampling
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.vocabulary import Vocabulary
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [17, 30, 31, 99], [200, 201, 202, 203, 204, 205, 206, 207, 208, 209], [12, 13]]
+PROMPTS = [
+    [5, 6, 7, 8, 9, 10, 11],
+    [40],
+    [17, 30, 31, 99],
+    [200, 201, 202, 203, 204, 205, 206, 207, 208, 209],
+    [12, 13],
+]
 VOCABULARY = Vocabulary(320, 300, tuple(range(300, 320)), 0, (3,), 0, "digest")
 
 
@@ -37,13 +43,19 @@ def ending_model(tiny_target: Path) -> PreTrainedModel:
     return model
 
 
-def generate(model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, tokens: int = 20, seed: int = 0) -> list[Generation]:
+def generate(
+    model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, tokens: int = 20, seed: int = 0
+) -> list[Generation]:
     return generate_batch(model, prompts, sampling, tokens, {3}, torch.Generator().manual_seed(seed))
 
 
-def test_greedy_text_of_a_padded_batch_is_that_of_each_prompt_alone_in_transformers(model: PreTrainedModel) -> None:
+def test_greedy_text_of_a_padded_batch_is_that_of_each_prompt_alone_in_transformers(
+    model: PreTrainedModel,
+) -> None:
     for prompt, found in zip(PROMPTS, generate(model, PROMPTS, Sampling(0.0)), strict=True):
-        alone = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=3, pad_token_id=0)
+        alone = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=3, pad_token_id=0
+        )
         assert found.response_ids == alone[0, len(prompt) :].tolist()
         assert found.prompt_ids == prompt
         assert found.logprobs == [0.0] * len(found.response_ids)
@@ -62,8 +74,12 @@ def test_a_sliding_window_is_kept_while_the_batch_writes() -> None:
             ids.append(token)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(0.8, top_k=7), Sampling(1.3, top_k=50, top_p=0.7)])
-def test_each_log_prob_is_that_of_the_warped_distribution_drawn_from(model: PreTrainedModel, sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.6), Sampling(0.8, top_k=7), Sampling(1.3, top_k=50, top_p=0.7)]
+)
+def test_each_log_prob_is_that_of_the_warped_distribution_drawn_from(
+    model: PreTrainedModel, sampling: Sampling
+) -> None:
     for found in generate(model, PROMPTS, sampling):
         ids = torch.tensor([found.prompt_ids + found.response_ids])
         logits = model(ids).logits[0, len(found.prompt_ids) - 1 : -1]
@@ -79,7 +95,9 @@ def test_equal_seeds_give_equal_text_and_other_seeds_other_text(model: PreTraine
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_dropping_finished_rows_changes_no_text(ending_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+def test_dropping_finished_rows_changes_no_text(
+    ending_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
     prompts = [[token, token + 1] for token in range(10, 40)]
     monkeypatch.setattr(autoregressive, "DROP_SHARE", 0.0)
     dropped = generate(ending_model, prompts, Sampling(temperature))
@@ -127,7 +145,9 @@ def test_ids_that_the_tokenizer_lacks_are_not_masked_for_the_target() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_end_the_answer_with_a_nan_log_prob(tiny_target: Path, temperature: float) -> None:
+def test_logits_that_are_not_finite_end_the_answer_with_a_nan_log_prob(
+    tiny_target: Path, temperature: float
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_target).eval()
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
@@ -144,7 +164,9 @@ def test_an_answer_that_is_given_up_ends_there_and_changes_no_other(model: PreTr
     assert cut[2].response_ids == whole[2].response_ids[: autoregressive.GIVE_UP_EVERY]
     assert len(cut[2].logprobs) == len(cut[2].response_ids)
     assert cut[2].finish_reason == "length"
-    assert [g.response_ids for i, g in enumerate(cut) if i != 2] == [g.response_ids for i, g in enumerate(whole) if i != 2]
+    assert [g.response_ids for i, g in enumerate(cut) if i != 2] == [
+        g.response_ids for i, g in enumerate(whole) if i != 2
+    ]
 
 
 def test_an_empty_prompt_is_refused(model: PreTrainedModel) -> None:
@@ -173,7 +195,9 @@ def test_grouped_attention_gives_the_logits_of_plain_attention_and_is_undone(
     positions = (mask.cumsum(-1) - 1)[:, -count:]
     plain = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
     cache.crop(-count)
-    monkeypatch.setattr(grouped_attention_module, "sdpa_attention_forward", None)  # keys must not go the way on which they are copied
+    monkeypatch.setattr(
+        grouped_attention_module, "sdpa_attention_forward", None
+    )  # keys must not go the way on which they are copied
     with grouped_attention(model):
         assert model.config._attn_implementation != "sdpa"
         grouped = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
@@ -185,7 +209,9 @@ def test_the_engine_answers_in_the_order_asked(model: PreTrainedModel) -> None:
     engine = HuggingFaceEngine(model, VOCABULARY, batch_rows=2)
     found = engine.generate(PROMPTS, Sampling(0.0), 5, seed=0)
     assert [g.prompt_ids for g in found] == PROMPTS
-    assert [g.response_ids for g in found] == [g.response_ids for g in generate(model, PROMPTS, Sampling(0.0), tokens=5)]
+    assert [g.response_ids for g in found] == [
+        g.response_ids for g in generate(model, PROMPTS, Sampling(0.0), tokens=5)
+    ]
 
 
 def test_the_engine_tells_how_many_answers_each_batch_finished(model: PreTrainedModel) -> None:

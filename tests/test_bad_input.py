@@ -63,7 +63,9 @@ def test_an_empty_corpus_is_refused(tiny_recipe: Path, capsys: pytest.CaptureFix
 
 
 def test_a_corpus_under_one_batch_is_refused(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tiny_recipe.parent / "text.jsonl").write_text(json.dumps({"text": "short " * 60}) + "\n", encoding="utf-8")
+    (tiny_recipe.parent / "text.jsonl").write_text(
+        json.dumps({"text": "short " * 60}) + "\n", encoding="utf-8"
+    )
     assert "text" in fails(capsys, "run", str(tiny_recipe))
 
 
@@ -76,25 +78,36 @@ def test_a_damaged_corpus_line_is_named(tiny_recipe: Path, capsys: pytest.Captur
     assert "8" in line
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = write_target(tmp_path / "target", padded_vocab=304)
     write_tokenizer(target, vocab_size=400)
     recipe = write_recipe(tmp_path, target)
     assert "vocab_size is 304" in fails(capsys, "run", str(recipe))
 
 
-def test_an_earlier_draft_of_another_vocabulary_is_refused(tmp_path: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_earlier_draft_of_another_vocabulary_is_refused(
+    tmp_path: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = write_target(tmp_path / "other", padded_vocab=336)
     recipe = write_recipe(tmp_path, tiny_target)
-    assert "draft 336, target 320" in fails(capsys, "check", str(recipe), f"design.draft={{kind: from, path: '{other}'}}")
+    assert "draft 336, target 320" in fails(
+        capsys, "check", str(recipe), f"design.draft={{kind: from, path: '{other}'}}"
+    )
 
 
-def test_a_target_that_needs_remote_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_target_that_needs_remote_code_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = write_target(tmp_path / "target")
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config |= {
         "model_type": "homemade",
-        "auto_map": {"AutoConfig": "configuration_homemade.Config", "AutoModelForCausalLM": "modeling_homemade.Model"},
+        "auto_map": {
+            "AutoConfig": "configuration_homemade.Config",
+            "AutoModelForCausalLM": "modeling_homemade.Model",
+        },
     }
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (target / "configuration_homemade.py").write_text("raise SystemExit('remote code ran')", encoding="utf-8")
@@ -123,13 +136,17 @@ def test_a_corrupt_shard_is_refused(prepared: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64])
-def test_a_corrupt_checkpoint_is_refused(prepared: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+def test_a_corrupt_checkpoint_is_refused(
+    prepared: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
     for name in ("undecayed", "checkpoint"):
         (prepared.parent / "runs" / "tiny" / "pretrain" / name / "model.safetensors").write_bytes(content)
     assert "pretrain" in fails(capsys, "continue_pretrain", str(prepared))
 
 
-def test_a_missing_file_of_a_finished_stage_is_named(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_of_a_finished_stage_is_named(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(prepared.parent / "runs" / "tiny" / "pretrain" / "undecayed")
     assert "undecayed" in fails(capsys, "continue_pretrain", str(prepared))
 
@@ -151,7 +168,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert cli.main(["continue_pretrain", str(prepared), "--quiet"]) == 0
 
 
-def test_a_loss_that_is_not_a_number_stops_with_one_line(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_not_a_number_stops_with_one_line(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -171,6 +190,8 @@ def test_a_run_in_use_is_refused(tiny_recipe: Path, capsys: pytest.CaptureFixtur
         assert "in use by another process" in fails(capsys, "design", str(tiny_recipe))
 
 
-def test_magpie_without_a_chat_template_is_refused_by_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_magpie_without_a_chat_template_is_refused_by_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = write_recipe(tmp_path, write_target(tmp_path / "base", chat=False))
     assert "needs a chat template" in fails(capsys, "check", str(recipe))

@@ -56,7 +56,9 @@ def test_a_file_that_is_no_recipe_is_refused(
         ("x" * 5000, "must be a path that this machine can have"),
     ],
 )
-def test_a_name_that_leads_to_no_recipe_is_refused(capsys: pytest.CaptureFixture[str], name: str, said: str) -> None:
+def test_a_name_that_leads_to_no_recipe_is_refused(
+    capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
     assert said in refused(capsys, "check", name)
 
 
@@ -98,15 +100,24 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tiny_recipe: Path) -> 
         ("run=[]", "run: []: must be a section of keys and values"),
         ("target.model=3", "target.model: 3: must be text"),
         ("target.trust_remote_code=maybe", "must be true or false"),
-        ("pretrain.optimizer.learning_rate=.nan", "pretrain.optimizer.learning_rate: nan: must be a finite number"),
-        ("pretrain.optimizer.kind=moun", "pretrain.optimizer.kind: 'moun': must be one of adamw, muon; did you mean 'muon'?"),
+        (
+            "pretrain.optimizer.learning_rate=.nan",
+            "pretrain.optimizer.learning_rate: nan: must be a finite number",
+        ),
+        (
+            "pretrain.optimizer.kind=moun",
+            "pretrain.optimizer.kind: 'moun': must be one of adamw, muon; did you mean 'muon'?",
+        ),
         ("design.draft={}", "design.draft.kind: missing: must be one of budget, from, preset, shape"),
         ("design.draft={kind: budgit, parameters: 1M}", "did you mean 'budget'?"),
         ("prepare.corpora=[]", "prepare.corpora: []: must have at least 1 in it"),
         ("prepare.corpora[0].kind=csv", "prepare.corpora[0].kind: 'csv': must be one of hub, jsonl, parquet"),
         ("prepare.corpora[0].path=''", "prepare.corpora[0].path: '': must have at least 1 character"),
         ("prepare.validation=.nan", "prepare.validation: nan: must be less than or equal to 0.5"),
-        ("pretrain.mixture={text: .inf}", "pretrain: its settings do not fit together: mixture must have shares"),
+        (
+            "pretrain.mixture={text: .inf}",
+            "pretrain: its settings do not fit together: mixture must have shares",
+        ),
         ("pretrain.batch_tokens=10T", "tokens (8k) must be at least one batch (10T)"),
         ("synthesize.prompts[0].share=.inf", "synthesize.prompts[0].share: inf: must be a finite number"),
         ("synthesize.prompts[1].name=instructions", "every entry of prompts needs a name of its own"),
@@ -124,7 +135,9 @@ def test_a_wrong_override_is_refused_in_words_that_lead_to_its_key(
     assert not (tiny_recipe.parent / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["..", "a/b", "../x", ".x", "a b", "CON", "nul.txt", "com1", "x.", "x" * 101, "ä", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["..", "a/b", "../x", ".x", "a b", "CON", "nul.txt", "com1", "x.", "x" * 101, "ä", "a\\b"]
+)
 @pytest.mark.parametrize("key", ["run.name", "prepare.corpora[0].name"])
 def test_a_name_that_cannot_be_a_folder_everywhere_is_refused(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str], key: str, name: str
@@ -137,7 +150,10 @@ def test_a_name_that_cannot_be_a_folder_everywhere_is_refused(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("run.folder=~no-such-user-here/x", "run.folder: '~no-such-user-here/x' (Could not determine home directory.)"),
+        (
+            "run.folder=~no-such-user-here/x",
+            "run.folder: '~no-such-user-here/x' (Could not determine home directory.)",
+        ),
         ("run.folder=" + "y/" * 3000, "(File name too long)"),
         ("run.folder=" + "y" * 300, "run.folder"),
         ('run.folder="a\\0b"', "a NUL byte"),
@@ -151,8 +167,14 @@ def test_a_name_that_cannot_be_a_folder_everywhere_is_refused(
         ("target.model=" + "x" * 5000, "must be a path that this machine can have"),
         ("target.model={file}", "a file: must be a model's directory or a hub id"),
         ("target.model=org/not-a-model-of-anyone", "the hub cannot be reached"),
-        ("prepare.row_length=257", "prepare.row_length: 257: must be at most the draft's context of 256; lower it"),
-        ("synthesize.max_new_tokens=256", "synthesize.max_new_tokens: 256: an answer and its prompt must fit the context of 256"),
+        (
+            "prepare.row_length=257",
+            "prepare.row_length: 257: must be at most the draft's context of 256; lower it",
+        ),
+        (
+            "synthesize.max_new_tokens=256",
+            "synthesize.max_new_tokens: 256: an answer and its prompt must fit the context of 256",
+        ),
         ("evaluate.tasks[0].max_new_tokens=300", "evaluate.tasks[0].max_new_tokens: 300"),
         ("synthesize.logits={kind: top_k, k: 1000}", "synthesize.logits.k: 1000: must be below the 320 ids"),
         ("synthesize.prompts[0].path=nowhere.jsonl", "nowhere.jsonl: no such file or folder"),
@@ -188,7 +210,11 @@ def test_a_key_put_into_a_recipe_is_refused_and_neither_shown_nor_kept(
 ) -> None:
     line = refused(capsys, "run", tiny_recipe, f"synthesize.engine={engine}")
     assert SECRET not in line
-    assert not any(SECRET in path.read_text("utf-8", "replace") for path in tiny_recipe.parent.rglob("*") if path.is_file())
+    assert not any(
+        SECRET in path.read_text("utf-8", "replace")
+        for path in tiny_recipe.parent.rglob("*")
+        if path.is_file()
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,10 +226,18 @@ def test_a_key_put_into_a_recipe_is_refused_and_neither_shown_nor_kept(
         ("{kind: openai, servers: ['ftp://x']}", "must be addresses such as"),
         ("{kind: openai, servers: ['http://x:99999']}", "must be addresses such as"),
         ("{kind: openai, servers: ['http://[::1/v1']}", "must be addresses such as"),
-        ("{kind: openai, servers: ['http://x/v1'], timeout: .inf}", "synthesize.engine.timeout: inf: must be a finite number"),
-        ("{kind: openai, servers: ['http://x/v1'], concurrency: 0}", "synthesize.engine.concurrency: 0: must be greater"),
+        (
+            "{kind: openai, servers: ['http://x/v1'], timeout: .inf}",
+            "synthesize.engine.timeout: inf: must be a finite number",
+        ),
+        (
+            "{kind: openai, servers: ['http://x/v1'], concurrency: 0}",
+            "synthesize.engine.concurrency: 0: must be greater",
+        ),
         ("huggingface", "synthesize.engine"),
     ],
 )
-def test_a_wrong_engine_is_refused(tiny_recipe: Path, capsys: pytest.CaptureFixture[str], engine: str, said: str) -> None:
+def test_a_wrong_engine_is_refused(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str], engine: str, said: str
+) -> None:
     assert said in refused(capsys, "check", tiny_recipe, f"synthesize.engine={engine}")

@@ -15,7 +15,9 @@ from bad_input_fixture import config_with, file_with, refused, spoiled
 def adapter_only(folder: Path) -> None:
     for path in list(folder.iterdir()):
         path.unlink()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}), encoding="utf-8"
+    )
 
 
 def gguf_only(folder: Path) -> None:
@@ -57,7 +59,11 @@ def without(name: str) -> Callable[[Path], Any]:
     ],
 )
 def test_a_folder_that_holds_no_target_we_can_draft_for_is_refused_by_check(
-    tmp_path: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], Any], said: str
+    tmp_path: Path,
+    tiny_target: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], Any],
+    said: str,
 ) -> None:
     recipe = spoiled(tmp_path, tiny_target, change)
     assert said in refused(capsys, "check", recipe)
@@ -66,7 +72,12 @@ def test_a_folder_that_holds_no_target_we_can_draft_for_is_refused_by_check(
 
 @pytest.mark.parametrize(
     "change",
-    [file_with("tokenizer.json", b"{"), file_with("tokenizer.json", b""), file_with("tokenizer.json", b"{}"), without("tokenizer.json")],
+    [
+        file_with("tokenizer.json", b"{"),
+        file_with("tokenizer.json", b""),
+        file_with("tokenizer.json", b"{}"),
+        without("tokenizer.json"),
+    ],
 )
 def test_a_target_without_a_whole_tokenizer_is_refused(
     tmp_path: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], Any]

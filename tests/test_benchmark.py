@@ -18,39 +18,108 @@ from fastdraft.stages.benchmark import BenchmarkConfig
 
 LATER = ("prepare", "pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "report")
 KEYS = {
-    "part", "task", "target_weights", "draft_weights", "temperature", "num_speculative_tokens", "confidence_threshold", "concurrency",
-    "prompt_tokens", "max_new_tokens", "num_prompts", "repeats", "num_drafts", "num_draft_tokens", "num_accepted_tokens",
-    "num_accepted_tokens_per_pos", "num_generated_tokens", "acceptance_rate", "conditional_acceptance_rate", "block_efficiency",
-    "num_tokens_alone", "num_tokens_with_draft", "seconds_alone", "seconds_alone_low", "seconds_alone_high", "seconds_with_draft",
-    "seconds_with_draft_low", "seconds_with_draft_high", "tokens_per_second_alone", "tokens_per_second_with_draft", "speedup",
-    "speedup_low", "speedup_high", "decode_speedup", "first_token_seconds_alone", "first_token_seconds_with_draft",
-    "seconds_per_output_token_alone", "seconds_per_output_token_with_draft", "predicted_speedup", "predicted_quotient",
-    "decode_quotient", "mbsu_bytes", "mbsu_quotient", "texts", "same_text", "differences", "looping_share", "lossless",
-}  # fmt: skip
-COUNTS = ("num_drafts", "num_accepted_tokens", "num_generated_tokens", "num_tokens_alone", "num_tokens_with_draft", "same_text")
+    "part",
+    "task",
+    "target_weights",
+    "draft_weights",
+    "temperature",
+    "num_speculative_tokens",
+    "confidence_threshold",
+    "concurrency",
+    "prompt_tokens",
+    "max_new_tokens",
+    "num_prompts",
+    "repeats",
+    "num_drafts",
+    "num_draft_tokens",
+    "num_accepted_tokens",
+    "num_accepted_tokens_per_pos",
+    "num_generated_tokens",
+    "acceptance_rate",
+    "conditional_acceptance_rate",
+    "block_efficiency",
+    "num_tokens_alone",
+    "num_tokens_with_draft",
+    "seconds_alone",
+    "seconds_alone_low",
+    "seconds_alone_high",
+    "seconds_with_draft",
+    "seconds_with_draft_low",
+    "seconds_with_draft_high",
+    "tokens_per_second_alone",
+    "tokens_per_second_with_draft",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "decode_speedup",
+    "first_token_seconds_alone",
+    "first_token_seconds_with_draft",
+    "seconds_per_output_token_alone",
+    "seconds_per_output_token_with_draft",
+    "predicted_speedup",
+    "predicted_quotient",
+    "decode_quotient",
+    "mbsu_bytes",
+    "mbsu_quotient",
+    "texts",
+    "same_text",
+    "differences",
+    "looping_share",
+    "lossless",
+}
+COUNTS = (
+    "num_drafts",
+    "num_accepted_tokens",
+    "num_generated_tokens",
+    "num_tokens_alone",
+    "num_tokens_with_draft",
+    "same_text",
+)
 
 
 def benchmark(folder: Path) -> dict[str, Any]:
     """Everything that the stage can do, tiny."""
     return {
         "weights": [{"target": "int8", "draft": "int8"}, {"target": "int8", "draft": "fp16"}],
-        "tasks": [{"kind": "file", "name": "own", "path": str(folder / "tasks.jsonl"), "chat": True, "max_new_tokens": 8}],
-        "prompts": 2, "num_speculative_tokens": [1, 2], "temperatures": [0.0, 0.6], "confidence_thresholds": [0.5], "repeats": 2,
+        "tasks": [
+            {
+                "kind": "file",
+                "name": "own",
+                "path": str(folder / "tasks.jsonl"),
+                "chat": True,
+                "max_new_tokens": 8,
+            }
+        ],
+        "prompts": 2,
+        "num_speculative_tokens": [1, 2],
+        "temperatures": [0.0, 0.6],
+        "confidence_thresholds": [0.5],
+        "repeats": 2,
         "sweep": {"prompt_tokens": [48, 999], "max_new_tokens": [4, 999], "concurrency": [1, 2]},
-    }  # fmt: skip
+    }
 
 
 def recipe_at(folder: Path, target: Path, **changes: object) -> Path:
     """A recipe of design, export and benchmark alone."""
     export = {"formats": ["huggingface", "openvino"], "openvino": {"target": "int8", "draft": "int8"}}
-    values: dict[str, Any] = {**dict.fromkeys(LATER), "export": export, "benchmark": benchmark(folder), **changes}
+    values: dict[str, Any] = {
+        **dict.fromkeys(LATER),
+        "export": export,
+        "benchmark": benchmark(folder),
+        **changes,
+    }
     return write_recipe(folder, target, **values)
 
 
 def test_an_empty_section_works_with_defaults(tiny_target: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(recipe_at(tmp_path, tiny_target, benchmark={})))
     assert recipe.benchmark == BenchmarkConfig()
-    assert [task.name for task in recipe.benchmark.tasks_of(recipe.sections())] == ["code", "instructions", "text", "summarization"]
+    assert [task.name for task in recipe.benchmark.tasks_of(recipe.sections())] == [
+        "code",
+        "instructions",
+        "text",
+        "summarization",
+    ]
     assert len(BenchmarkConfig.model_fields) <= 12
 
 
@@ -83,7 +152,9 @@ def test_the_tasks_are_those_of_evaluate_unless_named(tiny_recipe: Path) -> None
         ("benchmark.tasks=[{kind: code},{kind: code}]", "two tasks are called 'code'"),
     ],
 )
-def test_a_bad_setting_is_one_line(tiny_recipe: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_setting_is_one_line(
+    tiny_recipe: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["check", str(tiny_recipe), override]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -108,7 +179,9 @@ def finished(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     recipe = load_recipe(str(path))
     run = pipeline.run(recipe, only=["design", "export"])
 
-    def copy(source: Path, folder: Path, weights: str, pair: Path) -> None:  # test_openvino.py converts; here it would only take time
+    def copy(
+        source: Path, folder: Path, weights: str, pair: Path
+    ) -> None:  # test_openvino.py converts; here it would only take time
         assert (source.name, weights, pair.name) == ("huggingface", "fp16", "target")
         shutil.copytree(run.root / "export" / "openvino" / "draft", folder)
 
@@ -119,27 +192,49 @@ def finished(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def results_of(recipe: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((recipe.parent / "runs" / "tiny" / "benchmark" / "benchmark.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(
+        (recipe.parent / "runs" / "tiny" / "benchmark" / "benchmark.json").read_text(encoding="utf-8")
+    )
     return found
 
 
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is about; the K of a sweep follows from the clock."""
     k = row["num_speculative_tokens"] if row["part"] == "tasks" else None
-    names = ("part", "task", "target_weights", "draft_weights", "temperature", "confidence_threshold", "concurrency", "max_new_tokens")
+    names = (
+        "part",
+        "task",
+        "target_weights",
+        "draft_weights",
+        "temperature",
+        "confidence_threshold",
+        "concurrency",
+        "max_new_tokens",
+    )
     return (*(row[name] for name in names), row["prompt_tokens"], k)
 
 
 def test_a_benchmark_leaves_rows_of_the_published_schema(finished: Path) -> None:
     found = results_of(finished)
     assert found["schema"] == 1
-    assert {"name", "version", "device", "draft_device", "device_name", "threads", "precision"} <= set(found["runtime"])
+    assert {"name", "version", "device", "draft_device", "device_name", "threads", "precision"} <= set(
+        found["runtime"]
+    )
     assert all(set(row) >= KEYS for row in found["rows"])
     tasks = [row for row in found["rows"] if row["part"] == "tasks"]
     assert len(tasks) == 2 * 2 * 3, "weights x temperatures x (K and threshold)"
     assert len({place(row) for row in found["rows"]}) == len(found["rows"])
-    swept = [(row["part"], row["concurrency"], row["max_new_tokens"]) for row in found["rows"] if row["part"] != "tasks"]
-    assert swept == [("prompt_tokens", 1, 8), ("max_new_tokens", 1, 4), ("concurrency", 1, 8), ("concurrency", 2, 8)]
+    swept = [
+        (row["part"], row["concurrency"], row["max_new_tokens"])
+        for row in found["rows"]
+        if row["part"] != "tasks"
+    ]
+    assert swept == [
+        ("prompt_tokens", 1, 8),
+        ("max_new_tokens", 1, 4),
+        ("concurrency", 1, 8),
+        ("concurrency", 2, 8),
+    ]
     assert [row["prompt_tokens"] for row in found["rows"] if row["part"] == "prompt_tokens"] == [48]
     assert len(found["block"]["left_out"]) == 2
 
@@ -162,7 +257,11 @@ def test_its_figures_hang_together(finished: Path) -> None:
         ("fp16", 128),
     }
     assert all(set(latency["target_seconds"]) == {"1", "2", "3"} for latency in found["latencies"])
-    assert [(model["role"], model["weights"]) for model in found["models"]] == [("target", "int8"), ("draft", "int8"), ("draft", "fp16")]
+    assert [(model["role"], model["weights"]) for model in found["models"]] == [
+        ("target", "int8"),
+        ("draft", "int8"),
+        ("draft", "fp16"),
+    ]
     assert all(entry["total_seconds"] > 0 and entry["other_seconds"] >= 0 for entry in found["breakdown"])
     assert all(entry["with_draft_bytes"] > 0 and entry["alone_bytes"] > 0 for entry in found["memory"])
     assert found["best"]["num_speculative_tokens"] in (1, 2)
@@ -173,18 +272,34 @@ def test_its_figures_hang_together(finished: Path) -> None:
 def test_exports_of_the_export_stage_are_used_and_only_others_made(finished: Path) -> None:
     folder = finished.parent / "runs" / "tiny" / "benchmark"
     assert [path.name for path in (folder / "models").iterdir()] == ["draft-fp16"]
-    assert {"benchmark.json", "manifest.json", "fingerprint.json", "units", "models"} == {path.name for path in folder.iterdir()}
+    assert {"benchmark.json", "manifest.json", "fingerprint.json", "units", "models"} == {
+        path.name for path in folder.iterdir()
+    }
 
 
-def test_the_terminal_shows_one_table_and_the_verdict(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_shows_one_table_and_the_verdict(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = copy_of(finished, tmp_path)
     (tmp_path / "runs" / "tiny" / "benchmark" / "manifest.json").unlink()
     pipeline.run(recipe, Console(), only=["benchmark"])
     lines = capsys.readouterr().err.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("Speed-up on the clock")) :]
-    assert table[1].split() == ["task", "best", "K", "tok/pass", "predicted", "measured", "[range]", "quotient"]
+    assert table[1].split() == [
+        "task",
+        "best",
+        "K",
+        "tok/pass",
+        "predicted",
+        "measured",
+        "[range]",
+        "quotient",
+    ]
     assert max(map(len, table[:4])) <= 79
-    assert any(line.startswith("in benchmark.json and the report besides: 2 weights pairs, confidence thresholds") for line in lines)
+    assert any(
+        line.startswith("in benchmark.json and the report besides: 2 weights pairs, confidence thresholds")
+        for line in lines
+    )
     assert any("lean towards the draft" in line for line in lines)
     assert any(line == results_of(finished)["verdict"]["sentence"] for line in lines)
 
@@ -214,7 +329,12 @@ def test_a_killed_benchmark_goes_on_and_no_row_is_lost_or_doubled(finished: Path
     folder = tmp_path / "runs" / "tiny" / "benchmark"
     for name in ("manifest.json", "benchmark.json"):
         (folder / name).unlink()
-    for pattern in ("tasks-own-int8-int8-t0.repeat-2", "tasks-own-int8-fp16-t0.6.counts", "concurrency-*", "memory-int8-fp16-*"):
+    for pattern in (
+        "tasks-own-int8-int8-t0.repeat-2",
+        "tasks-own-int8-fp16-t0.6.counts",
+        "concurrency-*",
+        "memory-int8-fp16-*",
+    ):
         for path in (folder / "units").glob(f"{pattern}.json"):
             path.unlink()
     stops = 0
@@ -230,7 +350,9 @@ def test_a_killed_benchmark_goes_on_and_no_row_is_lost_or_doubled(finished: Path
     after = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
     assert [place(row) for row in after["rows"]] == [place(row) for row in before["rows"]]
     for one, two in zip(before["rows"], after["rows"], strict=True):
-        if one["part"] == "tasks" and one["temperature"] == 0:  # with a draft, OpenVINO's sampled text depends on what it wrote before
+        if (
+            one["part"] == "tasks" and one["temperature"] == 0
+        ):  # with a draft, OpenVINO's sampled text depends on what it wrote before
             assert {name: one[name] for name in COUNTS} == {name: two[name] for name in COUNTS}
     assert not list(folder.rglob("*.tmp"))
 
@@ -239,12 +361,16 @@ def test_another_machine_does_not_go_on_with_it(finished: Path, tmp_path: Path) 
     recipe = copy_of(finished, tmp_path)
     folder = tmp_path / "runs" / "tiny" / "benchmark"
     (folder / "manifest.json").unlink()
-    (folder / "units" / "device.json").write_text(json.dumps({"version": "2026.4.1", "device_name": "another"}), encoding="utf-8")
+    (folder / "units" / "device.json").write_text(
+        json.dumps({"version": "2026.4.1", "device_name": "another"}), encoding="utf-8"
+    )
     with pytest.raises(ArtifactError, match="begun on another"):
         pipeline.run(recipe, only=["benchmark"])
 
 
-def test_check_forecasts_a_benchmark_and_refuses_an_unknown_device(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_forecasts_a_benchmark_and_refuses_an_unknown_device(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["check", str(finished)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("benchmark"))
     assert line.split()[1] == "done"

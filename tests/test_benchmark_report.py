@@ -60,7 +60,9 @@ def with_rows(change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, A
 
 def test_the_clock_leads_the_verdict_and_the_forecast_follows(finished: RunDirectory) -> None:
     verdict = headline(read_record(finished))
-    assert verdict.sentence.startswith("Measured on this machine: use this draft with K\u00a0=\u00a02 where it pays: ")
+    assert verdict.sentence.startswith(
+        "Measured on this machine: use this draft with K\u00a0=\u00a02 where it pays: "
+    )
     assert "0.94× on summarization" in verdict.sentence
     assert verdict.tone == "mixed"
     assert verdict.detail.startswith("Memory-bound forecast: at its best K the draft reaches 1.28×")
@@ -75,13 +77,18 @@ def test_without_an_evaluation_the_clock_speaks_alone() -> None:
 
 
 def test_advice_against_a_draft_leads_even_where_the_forecast_promises_a_gain() -> None:
-    value = benchmark() | {"verdict": {"sentence": "Do not use a draft here: measured 0.52x on code.", "tone": "bad"}}
+    value = benchmark() | {
+        "verdict": {"sentence": "Do not use a draft here: measured 0.52x on code.", "tone": "bad"}
+    }
     verdict = headline(RunRecord("demo", results=results(), benchmark=value))
     assert verdict.sentence == "Measured on this machine: do not use a draft here: 0.52× on code."
     assert verdict.tone == "bad"
 
 
-@pytest.mark.parametrize(("speedup", "tone", "words"), [(1.6, "good", "the draft brings 1.60×"), (0.7, "bad", "do not use a draft here")])
+@pytest.mark.parametrize(
+    ("speedup", "tone", "words"),
+    [(1.6, "good", "the draft brings 1.60×"), (0.7, "bad", "do not use a draft here")],
+)
 def test_a_benchmark_without_a_sentence_gets_one(speedup: float, tone: str, words: str) -> None:
     value = with_rows(lambda row: row | {"speedup": speedup}) | {"verdict": None, "best": None}
     verdict = measured_verdict(Benchmark(value))
@@ -90,7 +97,10 @@ def test_a_benchmark_without_a_sentence_gets_one(speedup: float, tone: str, word
 
 
 def test_tasks_that_gain_and_tasks_that_do_not_are_told_apart() -> None:
-    value = with_rows(lambda row: row | {"speedup": 1.6 if row["task"] == "code" else 0.9}) | {"verdict": None, "best": None}
+    value = with_rows(lambda row: row | {"speedup": 1.6 if row["task"] == "code" else 0.9}) | {
+        "verdict": None,
+        "best": None,
+    }
     verdict = measured_verdict(Benchmark(value))
     assert verdict is not None
     assert verdict.tone == "mixed"
@@ -101,7 +111,9 @@ def test_tasks_that_gain_and_tasks_that_do_not_are_told_apart() -> None:
 def test_figures_of_lossy_sampling_carry_no_verdict() -> None:
     value = with_rows(lambda row: row | {"temperature": 0.6, "lossless": False})
     assert measured_verdict(Benchmark(value)) is None
-    assert headline(RunRecord("demo", results=results(), benchmark=value)).sentence.startswith("At its best K")
+    assert headline(RunRecord("demo", results=results(), benchmark=value)).sentence.startswith(
+        "At its best K"
+    )
     assert "does not sample losslessly" in notes_of(value)
     assert measured_tables(value) == []
 
@@ -126,11 +138,15 @@ def test_the_wall_clock_is_the_first_chapter_with_all_its_charts(page: str) -> N
     assert anchors[:2] == ["wall-clock", "speedup"]
     chapter = page[page.index('<section id="wall-clock"') : page.index('<section id="speedup"')]
     assert chapter.count('<svg class="chart"') == 4 + 4 + 3 + 1
-    assert "Measured with OpenVINO 2026.4.1 on AMD EPYC 9654 96-Core Processor (CPU), precision fast" in chapter
+    assert (
+        "Measured with OpenVINO 2026.4.1 on AMD EPYC 9654 96-Core Processor (CPU), precision fast" in chapter
+    )
     assert "Measured speed-up" in page[page.index('<section id="definitions"') :]
 
 
-def test_the_page_stays_well_formed_without_network_and_the_same_twice(finished: RunDirectory, page: str) -> None:
+def test_the_page_stays_well_formed_without_network_and_the_same_twice(
+    finished: RunDirectory, page: str
+) -> None:
     parsed = Page(page)
     ids = [value["id"] for _, value in parsed.tags if value.get("id")]
     assert not parsed.unbalanced
@@ -147,7 +163,11 @@ def test_the_table_holds_the_best_k_of_each_task_with_quotients_latencies_and_th
     code = next(row for row in value["rows"] if row["task"] == "code" and row["num_speculative_tokens"] == 4)
     cells = table.rows[0].cells
     assert [row.cells[0].text for row in table.rows] == list(TASKS)
-    assert [cell.text for cell in cells[1:4]] == ["4", f"{code['block_efficiency']:.2f}", f"{code['speedup']:.2f}×"]
+    assert [cell.text for cell in cells[1:4]] == [
+        "4",
+        f"{code['block_efficiency']:.2f}",
+        f"{code['speedup']:.2f}×",
+    ]
     assert cells[3].detail == f"{code['speedup_low']:.2f} to {code['speedup_high']:.2f}"
     assert [cell.detail for cell in cells[4:7]] == [
         f"quotient {code[key]:.2f}" for key in ("decode_quotient", "predicted_quotient", "mbsu_quotient")
@@ -168,7 +188,9 @@ def test_each_task_has_measured_and_predicted_lines_on_one_scale() -> None:
 
 def test_charts_without_enough_to_compare_are_left_out() -> None:
     value = benchmark()
-    value["rows"] = [row for row in value["rows"] if row["part"] == "tasks" and row["target_weights"] == "int4"]
+    value["rows"] = [
+        row for row in value["rows"] if row["part"] == "tasks" and row["target_weights"] == "int4"
+    ]
     value["breakdown"] = [{"target_seconds": None, "draft_seconds": 1.0, "other_seconds": 0.0}]
     assert pair_charts(Benchmark(value)) == ()
     assert sweep_charts(Benchmark(value)) == ()
@@ -195,8 +217,12 @@ def test_best_k_is_the_one_that_the_benchmark_names_and_else_the_fastest() -> No
 
 def test_dynamic_lengths_and_sweeps_do_not_count_as_a_fixed_k() -> None:
     value = benchmark()
-    value["rows"].append(benchmark_row("tasks", "code", ("int4", "int8"), 5) | {"confidence_threshold": 0.4, "speedup": 9.0})
-    value["rows"].append(benchmark_row("concurrency", "code", ("int4", "int8"), 5, concurrency=64) | {"speedup": 9.0})
+    value["rows"].append(
+        benchmark_row("tasks", "code", ("int4", "int8"), 5) | {"confidence_threshold": 0.4, "speedup": 9.0}
+    )
+    value["rows"].append(
+        benchmark_row("concurrency", "code", ("int4", "int8"), 5, concurrency=64) | {"speedup": 9.0}
+    )
     best = Benchmark(value | {"best": None}).best("code")
     assert best is not None
     assert best["speedup"] < 2
@@ -212,7 +238,9 @@ def test_texts_that_part_at_near_ties_are_counted_once_and_wide_or_unknown_gaps_
     assert "| code | HumanEval/5 | 40 | **-** (not computed) |" in text
     exact = value | {"runtime": value["runtime"] | {"precision": "exact"}}
     assert "0 of them are near-ties" in notes_of(exact)
-    assert "in 424 of 424 comparisons." in notes_of(with_rows(lambda row: row | {"same_text": 8, "differences": []}))
+    assert "in 424 of 424 comparisons." in notes_of(
+        with_rows(lambda row: row | {"same_text": 8, "differences": []})
+    )
 
 
 def test_what_did_not_fit_is_told() -> None:
@@ -255,20 +283,37 @@ def test_null_figures_are_shown_as_dashes_and_crash_nothing() -> None:
     assert measured_tables(value) == []
 
 
-DRAWN = ("part", "task", "target_weights", "temperature", "num_speculative_tokens", "speedup", "speedup_low", "predicted_speedup")
+DRAWN = (
+    "part",
+    "task",
+    "target_weights",
+    "temperature",
+    "num_speculative_tokens",
+    "speedup",
+    "speedup_low",
+    "predicted_speedup",
+)
 
 
 def small_benchmark() -> dict[str, Any]:
     """One task, two K, two pairs, one sweep: few charts, quickly drawn."""
     value = benchmark()
-    kept = [row for row in value["rows"] if row["task"] == "code" and (row["num_speculative_tokens"] < 3 or row["part"] == "concurrency")]
+    kept = [
+        row
+        for row in value["rows"]
+        if row["task"] == "code" and (row["num_speculative_tokens"] < 3 or row["part"] == "concurrency")
+    ]
     return value | {"rows": kept}
 
 
-@pytest.mark.parametrize("missing", [*((key,) for key in DRAWN), tuple(set(benchmark()["rows"][0]) - set(DRAWN))])
+@pytest.mark.parametrize(
+    "missing", [*((key,) for key in DRAWN), tuple(set(benchmark()["rows"][0]) - set(DRAWN))]
+)
 def test_no_field_of_a_row_is_needed(missing: tuple[str, ...]) -> None:
     value = small_benchmark()
-    value["rows"] = [{name: item for name, item in row.items() if name not in missing} for row in value["rows"]]
+    value["rows"] = [
+        {name: item for name, item in row.items() if name not in missing} for row in value["rows"]
+    ]
     assert not Page(render_html(compose_report(RunRecord("demo", benchmark=value)))).unbalanced
     model_card({}, None, value)
     measured_tables(value)
@@ -354,10 +399,14 @@ def test_the_model_card_has_the_verdict_the_table_and_the_launch_hint(finished: 
     assert "num_assistant_tokens=2" in text
 
 
-def test_the_stage_writes_the_card_and_ends_with_the_verdict_in_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stage_writes_the_card_and_ends_with_the_verdict_in_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write_benchmarked_run(tmp_path / "demo")
     settings = RunConfig(name="demo", folder=str(tmp_path))
-    context = StageContext(run, settings, TargetConfig(model="target"), {"report": report.ReportConfig()}, Console())
+    context = StageContext(
+        run, settings, TargetConfig(model="target"), {"report": report.ReportConfig()}, Console()
+    )
     run.artifact("report").begin(report.fingerprint(report.ReportConfig(), context))
     report.run(report.ReportConfig(), context)
     told = capsys.readouterr().err
@@ -372,7 +421,13 @@ def test_the_stage_writes_the_card_and_ends_with_the_verdict_in_80_columns(tmp_p
 
 def test_the_fingerprint_of_the_report_follows_the_benchmark(tmp_path: Path) -> None:
     run = write_benchmarked_run(tmp_path / "demo")
-    context = StageContext(run, RunConfig(name="demo"), TargetConfig(model="target"), {"report": report.ReportConfig()}, Console())
+    context = StageContext(
+        run,
+        RunConfig(name="demo"),
+        TargetConfig(model="target"),
+        {"report": report.ReportConfig()},
+        Console(),
+    )
     before = report.fingerprint(report.ReportConfig(), context)
     (run.artifact("benchmark").path / "benchmark.json").write_text('{"schema": 1}')
     assert report.fingerprint(report.ReportConfig(), context) != before
@@ -388,8 +443,18 @@ def test_the_table_for_the_terminal_fits_80_columns() -> None:
 
 def test_times_and_bytes_have_three_digits_and_a_unit() -> None:
     assert [milliseconds(value) for value in (0.000412, 0.00241, 0.0193, 0.183, 2.41, None)] == [
-        "0.412 ms", "2.41 ms", "19.3 ms", "183 ms", "2.41 s", "-",
-    ]  # fmt: skip
+        "0.412 ms",
+        "2.41 ms",
+        "19.3 ms",
+        "183 ms",
+        "2.41 s",
+        "-",
+    ]
     assert [byte_size(value) for value in (5.2e6, 55e6, 692e6, 1.31e9, 4100, None)] == [
-        "5.20 MB", "55.0 MB", "692 MB", "1.31 GB", "4.10 kB", "-",
-    ]  # fmt: skip
+        "5.20 MB",
+        "55.0 MB",
+        "692 MB",
+        "1.31 GB",
+        "4.10 kB",
+        "-",
+    ]

@@ -37,9 +37,29 @@ for path in sys.argv if run_name != "__main__" else sys.argv[:1]:
 """
 FORM = {"schema", "benchmark", "date", "command", "dry_run", "machine", "settings", "complete", "results"}
 PROMISED = {
-    "loss_functions": {"vocabulary", "contender", "peak_bytes", "seconds", "times_faster_than_plain", "gradient_difference"},
-    "decoder_against_assisted": {"contender", "temperature", "rounds", "tokens_per_second", "times_faster_than", "prompts"},
-    "replay_against_exact": {"temperature", "block_efficiency_exact", "block_efficiency_replay", "replay_seconds", "times_faster"},
+    "loss_functions": {
+        "vocabulary",
+        "contender",
+        "peak_bytes",
+        "seconds",
+        "times_faster_than_plain",
+        "gradient_difference",
+    },
+    "decoder_against_assisted": {
+        "contender",
+        "temperature",
+        "rounds",
+        "tokens_per_second",
+        "times_faster_than",
+        "prompts",
+    },
+    "replay_against_exact": {
+        "temperature",
+        "block_efficiency_exact",
+        "block_efficiency_replay",
+        "replay_seconds",
+        "times_faster",
+    },
 }
 
 
@@ -55,7 +75,18 @@ def load(name: str) -> Any:
 
 def dry_run(name: str, folder: Path) -> dict[str, Any]:
     output = folder / f"{name}.json"
-    command = [sys.executable, "-c", BARE, "__main__", str(FOLDER / f"{name}.py"), "--dry-run", "--threads", "1", "--output", str(output)]
+    command = [
+        sys.executable,
+        "-c",
+        BARE,
+        "__main__",
+        str(FOLDER / f"{name}.py"),
+        "--dry-run",
+        "--threads",
+        "1",
+        "--output",
+        str(output),
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
@@ -91,24 +122,32 @@ def test_the_slow_scripts_of_a_bare_machine_lean_on_torch_and_transformers_alone
     scripts = [str(FOLDER / f"{name}.py") for name in ("on_a_gpu", "step_memory", "train_step")]
     command = [sys.executable, "-c", BARE, "imported", *scripts, str(step)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1].startswith("ImportError: a bare machine has no yaml"), done.stderr[-2000:]  # and nothing before it
+    assert done.stderr.splitlines()[-1].startswith("ImportError: a bare machine has no yaml"), done.stderr[
+        -2000:
+    ]  # and nothing before it
 
 
-def test_losses_are_followed_step_by_step_and_stand_as_far_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_are_followed_step_by_step_and_stand_as_far_as_they_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import torch
 
     monkeypatch.syspath_prepend(str(FOLDER))
     follow = importlib.import_module("stepping.follow")
     kept: list[dict[str, Any]] = []
     monkeypatch.setattr(follow, "EVERY", 2)
-    follow.follow("tiny", torch.device("cpu"), 3, 64, lambda found: kept.append(json.loads(json.dumps(found))))
+    follow.follow(
+        "tiny", torch.device("cpu"), 3, 64, lambda found: kept.append(json.loads(json.dumps(found)))
+    )
     assert [(found["steps"], found["steps_wanted"]) for found in kept] == [(2, 3), (3, 3)]
     assert {len(losses) for losses in kept[0]["losses"].values()} == {2}
     assert kept[-1]["within_noise"]
     assert kept[-1]["bf16_noise"]["mean"] > 0
 
 
-def test_a_device_that_is_further_from_the_cpu_than_twice_the_noise_does_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_further_from_the_cpu_than_twice_the_noise_does_not_follow_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     compare = importlib.import_module("stepping.follow").compare
     losses = {"cpu_fp32": [2.0, 1.0], "cpu_bf16": [2.01, 0.99], "device_bf16": [1.985, 1.015]}
@@ -145,7 +184,9 @@ def test_every_script_stands_in_the_list() -> None:
 
 def test_a_result_file_stands_after_every_figure(tmp_path: Path) -> None:
     machine = load("machine")
-    report = machine.Report(tmp_path / "r.json", "x", "cpu", {"draft": str(tmp_path / "deep" / "draft"), "dry_run": True})
+    report = machine.Report(
+        tmp_path / "r.json", "x", "cpu", {"draft": str(tmp_path / "deep" / "draft"), "dry_run": True}
+    )
     for count in range(3):
         found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
         assert len(found["results"]) == count
@@ -169,9 +210,19 @@ def test_contenders_take_turns_and_ratios_are_of_one_turn() -> None:
     assert machine.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}
 
 
-def test_a_command_line_loses_what_lies_outside_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_command_line_loses_what_lies_outside_the_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     machine = load("machine")
-    argv = [str(FOLDER / "x.py"), "--draft", str(tmp_path / "secret" / "draft"), f"--out={ROOT / 'runs' / 'a'}", "--k", "3", "-7"]
+    argv = [
+        str(FOLDER / "x.py"),
+        "--draft",
+        str(tmp_path / "secret" / "draft"),
+        f"--out={ROOT / 'runs' / 'a'}",
+        "--k",
+        "3",
+        "-7",
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     assert machine.command() == "python benchmarks/x.py --draft draft --out=runs/a --k 3 -7"
 
@@ -197,7 +248,9 @@ def test_the_gpu_script_says_that_there_is_no_gpu() -> None:
 
     if torch.accelerator.is_available():
         pytest.skip("there is one")
-    done = subprocess.run([sys.executable, str(FOLDER / "on_a_gpu.py")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "on_a_gpu.py")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "sees no accelerator" in done.stderr
 
@@ -211,7 +264,15 @@ def test_the_gpu_script_asks_only_for_options_that_its_scripts_have() -> None:
 
 
 def test_one_command_runs_the_scripts_and_gathers_their_files(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "on_a_gpu.py"), "--dry-run", "--only", "loss_functions", "--folder", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(FOLDER / "on_a_gpu.py"),
+        "--dry-run",
+        "--only",
+        "loss_functions",
+        "--folder",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     gathered = json.loads((tmp_path / "on_a_gpu_dry_run.json").read_text(encoding="utf-8"))
@@ -223,8 +284,19 @@ def test_one_command_runs_the_scripts_and_gathers_their_files(tmp_path: Path) ->
 
 def test_the_profile_of_a_step_names_its_operators_and_their_shares(tmp_path: Path) -> None:
     output = tmp_path / "profile.json"
-    command = [sys.executable, str(FOLDER / "train_step.py"), "--dry-run", "--operators", "--device", "cpu", "--threads", "1"]
-    done = subprocess.run([*command, "--output", str(output)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        str(FOLDER / "train_step.py"),
+        "--dry-run",
+        "--operators",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--output", str(output)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (profile,) = json.loads(output.read_text(encoding="utf-8"))["results"]
     assert any("mm" in row["operator"] for row in profile["operators"])

@@ -36,18 +36,24 @@ def plain(tmp_path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tmp_path)
 
 
-def test_a_rendered_prompt_is_the_template_up_to_where_the_answer_begins(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_rendered_prompt_is_the_template_up_to_where_the_answer_begins(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     ids = render_prompt(tokenizer, HELLO)
     assert tokenizer.decode(ids) == "<|user|>\nHello there<|end|>\n<|assistant|>\n"
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|user|>")
 
 
 def test_rendering_agrees_with_the_tokenizers_own_encoding(tokenizer: PreTrainedTokenizerBase) -> None:
-    own = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    own = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
     assert render_prompt(tokenizer, HELLO) == list(own)
 
 
-def test_the_user_prefix_is_the_beginning_of_every_rendered_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_user_prefix_is_the_beginning_of_every_rendered_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     prefix = user_prefix_ids(tokenizer)
     assert tokenizer.decode(prefix) == "<|user|>\n"
     assert render_prompt(tokenizer, HELLO)[: len(prefix)] == prefix
@@ -57,7 +63,9 @@ def test_the_end_of_a_users_turn_is_found_in_the_template(tokenizer: PreTrainedT
     assert end_of_turn_ids(tokenizer) == {tokenizer.convert_tokens_to_ids("<|end|>")}
 
 
-def test_a_template_that_ends_turns_with_plain_text_has_no_end_of_turn_id(plain: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_ends_turns_with_plain_text_has_no_end_of_turn_id(
+    plain: PreTrainedTokenizerBase,
+) -> None:
     plain.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
     assert end_of_turn_ids(plain) == frozenset()
     assert plain.decode(user_prefix_ids(plain)) == "User: "
@@ -89,9 +97,13 @@ def test_plain_prompts_keep_clear_of_the_template(tokenizer: PreTrainedTokenizer
 
 def test_what_the_tokenizer_puts_before_plain_text_is_found(plain: PreTrainedTokenizerBase) -> None:
     assert plain_prefix_ids(plain) == []
-    plain.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     assert plain_prefix_ids(plain) == [0]
 
 
 def test_added_tokens_count_as_special(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")} <= special_ids(tokenizer)
+    assert {
+        tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
+    } <= special_ids(tokenizer)

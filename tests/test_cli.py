@@ -14,7 +14,9 @@ def test_the_verbs_of_the_stages_are_the_stages() -> None:
     assert {stage.name: stage.summary for stage in STAGES} == cli._STAGES
 
 
-def test_help_of_every_verb_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_of_every_verb_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     verbs = ("run", "check", "inspect", "preview", "generate", "recipes", *cli._STAGES)
     for arguments in ([], *([verb] for verb in verbs)):
@@ -29,7 +31,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_an_error_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_line_on_stderr_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["run", str(tmp_path / "none.yaml")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -64,7 +68,9 @@ def test_generate_without_a_pair_says_what_to_give(capsys: pytest.CaptureFixture
     assert "--target and --draft" in capsys.readouterr().err
 
 
-def test_generate_from_a_folder_that_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_from_a_folder_that_is_no_run_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert "recipe.yaml" in capsys.readouterr().err
 
@@ -80,7 +86,9 @@ def test_generate_from_a_folder_that_is_no_run_says_so(tmp_path: Path, capsys: p
         (["inspect", "x", "y=1"], "y: no such argument"),
     ],
 )
-def test_a_wrong_argument_is_one_line_with_a_remedy(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_one_line_with_a_remedy(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     told = capsys.readouterr().err
@@ -91,7 +99,10 @@ def test_a_wrong_argument_is_one_line_with_a_remedy(arguments: list[str], expect
 
 
 def test_overrides_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--quiet", "demo", "align.tokens=x"], ["demo", "run.seed=1", "--quiet", "align.tokens=x"]):
+    for arguments in (
+        ["--quiet", "demo", "align.tokens=x"],
+        ["demo", "run.seed=1", "--quiet", "align.tokens=x"],
+    ):
         assert cli.main(["check", *arguments]) == 2
         assert "align.tokens: 'x': must be a count" in capsys.readouterr().err
 
@@ -101,6 +112,8 @@ def test_the_list_of_recipes_fits_80_columns(capsys: pytest.CaptureFixture[str])
     assert max(map(len, capsys.readouterr().out.splitlines())) < 80
 
 
-def test_preview_of_a_folder_that_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_of_a_folder_that_is_no_run_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["preview", str(tmp_path / "none")]) == 2
     assert "must be the folder of a run" in capsys.readouterr().err

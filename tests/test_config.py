@@ -26,7 +26,15 @@ class Section(Config):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("10B", 10**10), ("2M", 2_000_000), ("250k", 250_000), ("1.5M", 1_500_000), (7, 7), ("1_000", 1000), (2e6, 2_000_000)],
+    [
+        ("10B", 10**10),
+        ("2M", 2_000_000),
+        ("250k", 250_000),
+        ("1.5M", 1_500_000),
+        (7, 7),
+        ("1_000", 1000),
+        (2e6, 2_000_000),
+    ],
 )
 def test_counts_may_be_written_with_a_suffix(text: object, count: int) -> None:
     assert parse_count(text) == count
@@ -39,7 +47,8 @@ def test_what_is_not_a_whole_count_is_refused(text: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(999, "999"), (1000, "1k"), (1_048_576, "1.05M"), (154_147_328, "154M"), (999_999, "1M"), (0, "0")]
+    ("count", "text"),
+    [(999, "999"), (1000, "1k"), (1_048_576, "1.05M"), (154_147_328, "154M"), (999_999, "1M"), (0, "0")],
 )
 def test_counts_print_with_three_digits(count: int, text: str) -> None:
     assert format_count(count) == text

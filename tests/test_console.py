@@ -28,8 +28,12 @@ def test_the_rate_counts_only_what_this_process_did() -> None:
 
 def test_a_table_aligns_numbers_right_and_words_left() -> None:
     assert format_table("T", ("task", "rate"), [("code", "0.5"), ("instructions", "10")]).splitlines() == [
-        "T", "task          rate", "------------  ----", "code           0.5", "instructions    10"
-    ]  # fmt: skip
+        "T",
+        "task          rate",
+        "------------  ----",
+        "code           0.5",
+        "instructions    10",
+    ]
 
 
 def test_the_first_signal_asks_and_the_handlers_are_put_back() -> None:
@@ -51,7 +55,9 @@ def test_an_ended_progress_line_tells_the_time_taken_and_still_fits() -> None:
     assert len(progress.line(40, ended=True)) == 40
 
 
-def test_news_on_a_terminal_are_broken_between_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_news_on_a_terminal_are_broken_between_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     console = Console()
     console.live = True
     monkeypatch.setattr(console, "_width", lambda: 30)

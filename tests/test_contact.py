@@ -36,7 +36,11 @@ def recipe_for(folder: Path, target: Path, *urls: str, **engine: Any) -> Recipe:
     path = write_recipe(folder, target)
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
     prompts = [prompt for prompt in value["synthesize"]["prompts"] if prompt["kind"] == "jsonl"]
-    settings = {"kind": "openai", "servers": list(urls), "timeout": 20.0, **engine} if urls else {"kind": "huggingface"}
+    settings = (
+        {"kind": "openai", "servers": list(urls), "timeout": 20.0, **engine}
+        if urls
+        else {"kind": "huggingface"}
+    )
     value["synthesize"] |= {"prompts": prompts, "engine": settings, "temperatures": [0, 1.0]}
     path.write_text(yaml.safe_dump(value), encoding="utf-8")
     return load_recipe(str(path))
@@ -57,21 +61,31 @@ def test_nobody_is_asked_without_the_users_word(
     assert "--contact asks it" in capsys.readouterr().out
 
 
-def test_a_server_is_told_as_it_is(served: Served, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_is_told_as_it_is(
+    served: Served, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = contacts(recipe_for(tmp_path, tiny_target, served.url, logprobs="processed"), capsys)[0]
     assert found.pop("seconds") >= 0
     assert found == {
-        "server": served.url, "model": "target", "context_length": 256, "prompts": "token ids to /completions", "token_ids": True,
-        "logprobs": "processed", "prompt_logprobs": True,
-    }  # fmt: skip
+        "server": served.url,
+        "model": "target",
+        "context_length": 256,
+        "prompts": "token ids to /completions",
+        "token_ids": True,
+        "logprobs": "processed",
+        "prompt_logprobs": True,
+    }
     assert all(body["max_tokens"] == 1 for body in served.asked)
 
 
 @pytest.mark.parametrize(
     ("style", "logprobs", "prompts"),
-    [("full", "raw", "token ids to /completions"), ("plain", "none", "text to /completions, OpenAI keys only"),
-     ("chat", "processed", "messages to /chat/completions, OpenAI keys only")],
-)  # fmt: skip
+    [
+        ("full", "raw", "token ids to /completions"),
+        ("plain", "none", "text to /completions, OpenAI keys only"),
+        ("chat", "processed", "messages to /chat/completions, OpenAI keys only"),
+    ],
+)
 def test_what_a_server_lacks_is_told(
     pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], style: str, logprobs: str, prompts: str
 ) -> None:
@@ -79,7 +93,9 @@ def test_what_a_server_lacks_is_told(
     with Served(target, style=style, logprobs=logprobs).running() as one:
         found = contacts(recipe_for(folder, target, one.url), capsys)[0]
     assert (found["prompts"], found["logprobs"], found["token_ids"]) == (prompts, logprobs, style == "full")
-    assert (found["context_length"], found["prompt_logprobs"]) == ((256, True) if style == "full" else (None, False))
+    assert (found["context_length"], found["prompt_logprobs"]) == (
+        (256, True) if style == "full" else (None, False)
+    )
 
 
 def test_every_server_is_named_within_80_columns_and_all_ends_in_one_line_for_one_that_is_no_use(
@@ -94,7 +110,9 @@ def test_every_server_is_named_within_80_columns_and_all_ends_in_one_line_for_on
     finally:
         served.context_length = 256
     out = capsys.readouterr().out
-    assert f"{served.url}: serves target, context 128; takes token ids to /completions" in " ".join(out.split())
+    assert f"{served.url}: serves target, context 128; takes token ids to /completions" in " ".join(
+        out.split()
+    )
     assert f"{dead}: no connection" in " ".join(out.split())
     assert max(len(line) for line in out.splitlines() if line.startswith(("http", "  "))) < 80
     assert f"{served.url} serves 128 of the target's 256 positions" in out
@@ -103,14 +121,24 @@ def test_every_server_is_named_within_80_columns_and_all_ends_in_one_line_for_on
 
 
 def test_logprobs_that_are_not_what_the_recipe_says_are_refused(tiny_target: Path, tmp_path: Path) -> None:
-    with Served(tiny_target, logprobs="raw").running() as one, pytest.raises(TargetError, match="log-probs are raw"):
-        check.run(recipe_for(tmp_path, tiny_target, one.url, logprobs="processed"), Console(quiet=True), contact=True)
+    with (
+        Served(tiny_target, logprobs="raw").running() as one,
+        pytest.raises(TargetError, match="log-probs are raw"),
+    ):
+        check.run(
+            recipe_for(tmp_path, tiny_target, one.url, logprobs="processed"),
+            Console(quiet=True),
+            contact=True,
+        )
 
 
 def test_logprobs_of_the_sampled_distribution_serve_as_raw_ones(
     served: Served, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert contacts(recipe_for(tmp_path, tiny_target, served.url, logprobs="raw"), capsys)[0]["logprobs"] == "processed"
+    assert (
+        contacts(recipe_for(tmp_path, tiny_target, served.url, logprobs="raw"), capsys)[0]["logprobs"]
+        == "processed"
+    )
 
 
 def test_a_recipe_without_servers_has_nobody_to_ask(tiny_target: Path, tmp_path: Path) -> None:

@@ -24,9 +24,19 @@ def test_overlap_equals_a_count_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: 
     finder = Contamination({"a": prompts, "none": [[7] * 9]}, n=5)
     finder.scan(corpus.astype(np.uint16))
     overlap, ngrams, matched = by_hand(prompts, corpus.tolist(), 5)
-    assert finder.result()["a"] == {"prompts": 20, "prompts_with_overlap": overlap, "ngrams": ngrams, "ngrams_matched": matched}
+    assert finder.result()["a"] == {
+        "prompts": 20,
+        "prompts_with_overlap": overlap,
+        "ngrams": ngrams,
+        "ngrams_matched": matched,
+    }
     assert 0 < matched < ngrams
-    assert finder.result()["none"] == {"prompts": 1, "prompts_with_overlap": 0, "ngrams": 1, "ngrams_matched": 0}
+    assert finder.result()["none"] == {
+        "prompts": 1,
+        "prompts_with_overlap": 0,
+        "ngrams": 1,
+        "ngrams_matched": 0,
+    }
 
 
 def test_a_prompt_of_thirteen_tokens_is_found_and_of_twelve_is_not() -> None:

@@ -30,7 +30,10 @@ QUESTIONS = ("What is {i}?", "And {i} plus one?", "Why?")
 def talk(number: int, turns: int = 3, system: str = "Be brief.") -> dict[str, Any]:
     messages = [{"role": "system", "content": system}] if system else []
     for question in QUESTIONS[:turns]:
-        messages += [{"role": "user", "content": question.format(i=number)}, {"role": "assistant", "content": "LOGGED"}]
+        messages += [
+            {"role": "user", "content": question.format(i=number)},
+            {"role": "assistant", "content": "LOGGED"},
+        ]
     return {"id": f"talk{number}", "messages": messages}
 
 
@@ -44,12 +47,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Run
     """A run that trains and evaluates on conversations."""
     folder = tmp_path_factory.mktemp("talks")
     training = write_lines(folder / "training.jsonl", [talk(i, turns=1 + i % 3) for i in range(60)])
-    tasks = write_lines(folder / "own.jsonl", [talk(100), {"id": "bare", "prompt": "Tell me about the fox."}, talk(101, 2, "")])
+    tasks = write_lines(
+        folder / "own.jsonl",
+        [talk(100), {"id": "bare", "prompt": "Tell me about the fox."}, talk(101, 2, "")],
+    )
     path = write_recipe(folder, tiny_target)
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     for name in ("prepare", "pretrain", "continue_pretrain", "export", "report"):
         del recipe[name]
-    recipe["synthesize"]["prompts"] = [{"kind": "jsonl", "name": "talks", "path": training, "field": "messages"}]
+    recipe["synthesize"]["prompts"] = [
+        {"kind": "jsonl", "name": "talks", "path": training, "field": "messages"}
+    ]
     recipe["synthesize"]["tokens"] = "1500"
     recipe["align"] |= {"tokens": "2k", "pretraining_share": 0}
     recipe["evaluate"]["tasks"] = [{"kind": "file", "name": "talks", "path": tasks, "max_new_tokens": 12}]
@@ -70,7 +78,9 @@ def test_every_answer_of_a_conversation_is_trained(finished: RunDirectory, tiny_
     assert trained["rows"] == len(list(read_all(artifact, "train")))
 
 
-def test_a_stage_that_was_killed_between_units_ends_with_the_very_same_rows(finished: RunDirectory, tmp_path: Path) -> None:
+def test_a_stage_that_was_killed_between_units_ends_with_the_very_same_rows(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
     recipe = load_recipe(str(finished.root / "recipe.yaml"), [f"run.folder={tmp_path}"])
     for stage in ("design", "synthesize"):
         shutil.copytree(finished.root / stage, recipe.run.root / stage)
@@ -86,13 +96,16 @@ def test_a_stage_that_was_killed_between_units_ends_with_the_very_same_rows(fini
 def test_turns_of_one_conversation_are_held_out_together(finished: RunDirectory, tiny_target: Path) -> None:
     artifact, tokenizer = finished.artifact("synthesize"), AutoTokenizer.from_pretrained(tiny_target)
     first = {
-        split: {tokenizer.decode(r.prompt_ids).split("<|end|>")[0] for r in read_all(artifact, split)} for split in ("train", "validation")
+        split: {tokenizer.decode(r.prompt_ids).split("<|end|>")[0] for r in read_all(artifact, split)}
+        for split in ("train", "validation")
     }  # type: ignore[arg-type]
     assert first["validation"]
     assert not first["train"] & first["validation"]
 
 
-def test_every_turn_is_evaluated_behind_the_targets_own_greedy_answers(finished: RunDirectory, tiny_target: Path) -> None:
+def test_every_turn_is_evaluated_behind_the_targets_own_greedy_answers(
+    finished: RunDirectory, tiny_target: Path
+) -> None:
     folder, tokenizer = finished.artifact("evaluate").path, AutoTokenizer.from_pretrained(tiny_target)
     turns = read_json(folder / "conversations" / "talks.json")["turns"]
     names = ["talk100", "talk100#2", "talk100#3", "talk101", "talk101#2"]
@@ -108,19 +121,28 @@ def test_every_turn_is_evaluated_behind_the_targets_own_greedy_answers(finished:
             said = tokenizer.decode([i for i in greedy[tuple(by_name[before])].response_ids if i > 3])
             assert f"<|assistant|>\n{said}<|end|>" in tokenizer.decode(by_name[after])
     rows = read_json(folder / "results.json")["rows"]
-    assert {(row["num_prompts"], row["num_conversations"]) for row in rows if row["method"] == "replay"} == {(len(greedy), 3)}
+    assert {(row["num_prompts"], row["num_conversations"]) for row in rows if row["method"] == "replay"} == {
+        (len(greedy), 3)
+    }
 
 
 def test_intervals_draw_turns_of_a_conversation_together(finished: RunDirectory) -> None:
     folder = finished.artifact("evaluate").path
     row = next(
-        row for row in read_json(folder / "results.json")["rows"] if row["temperature"] == 0.6 and row["num_speculative_tokens"] == 3
+        row
+        for row in read_json(folder / "results.json")["rows"]
+        if row["temperature"] == 0.6 and row["num_speculative_tokens"] == 3
     )
     counts = np.load(folder / "replay" / "align-talks-0.6.npy")[2]
-    turns = [turn["name"].split("#")[0] for turn in read_json(folder / "conversations" / "talks.json")["turns"]]
+    turns = [
+        turn["name"].split("#")[0] for turn in read_json(folder / "conversations" / "talks.json")["turns"]
+    ]
     low, high = ratio_interval(counts[:, 2], counts[:, 1], 0, group_numbers(["bare", *turns]))
     assert low < high
-    assert (row["acceptance_rate_low"], row["acceptance_rate_high"]) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
+    assert (row["acceptance_rate_low"], row["acceptance_rate_high"]) == (
+        pytest.approx(low, abs=1e-6),
+        pytest.approx(high, abs=1e-6),
+    )
 
 
 def test_prompts_that_the_draft_was_aligned_on_are_told_turn_by_turn(finished: RunDirectory) -> None:
@@ -134,10 +156,14 @@ def test_prompts_that_the_draft_was_aligned_on_are_told_turn_by_turn(finished: R
     assert sum(map(len, texts.rows.values())) == len(held_out)
 
 
-def test_check_counts_every_turn_of_a_conversation(finished: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_counts_every_turn_of_a_conversation(
+    finished: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     check.run(load_recipe(str(finished.root / "recipe.yaml")), Console(), as_json=True)
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
-    assert stages["evaluate"]["tokens"] == 12 * (2 * (1 + 3 + 2) + 3), "six prompts at two temperatures, three earlier answers"
+    assert stages["evaluate"]["tokens"] == 12 * (2 * (1 + 3 + 2) + 3), (
+        "six prompts at two temperatures, three earlier answers"
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,13 +174,20 @@ def test_check_counts_every_turn_of_a_conversation(finished: RunDirectory, capsy
         ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "tools"),
     ],
 )
-def test_a_task_that_cannot_be_asked_is_one_clear_line(row: dict[str, Any], found: str, tmp_path: Path) -> None:
+def test_a_task_that_cannot_be_asked_is_one_clear_line(
+    row: dict[str, Any], found: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=found):
         load_task(FileTask(kind="file", path=write_lines(tmp_path / "t.jsonl", [row])))
 
 
 def test_a_task_may_hold_texts_and_conversations(tmp_path: Path) -> None:
-    task = load_task(FileTask(kind="file", path=write_lines(tmp_path / "t.jsonl", [{"prompt": "a"}, {**talk(7), "reference": "R"}])))
+    task = load_task(
+        FileTask(
+            kind="file",
+            path=write_lines(tmp_path / "t.jsonl", [{"prompt": "a"}, {**talk(7), "reference": "R"}]),
+        )
+    )
     assert [prompt.text for prompt in task.prompts] == ["a", "What is 7?"]
     assert task.prompts[1].conversation is not None
     assert task.prompts[1].everything == "Be brief.\n\nWhat is 7?\n\nAnd 7 plus one?\n\nWhy?R"

@@ -120,9 +120,13 @@ def test_lines_before_a_place_are_not_parsed_again(tmp_path: Path) -> None:
     assert list(jsonl_texts(path, "text", after=2)) == [(4, "two")]
 
 
-@given(st.lists(st.text(alphabet="ab \n", max_size=60), max_size=30), st.integers(0, 60), st.integers(10, 200))
+@given(
+    st.lists(st.text(alphabet="ab \n", max_size=60), max_size=30), st.integers(0, 60), st.integers(10, 200)
+)
 @settings(max_examples=60, deadline=None)
-def test_a_stream_goes_on_from_its_state_wherever_it_stopped(texts: list[str], taken: int, window: int) -> None:
+def test_a_stream_goes_on_from_its_state_wherever_it_stopped(
+    texts: list[str], taken: int, window: int
+) -> None:
     class Texts:
         def documents(self, seed: int, skipped: Callable[[str], None], place: Place) -> object:
             for row in range(place.row, len(texts)):
@@ -154,17 +158,23 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("escaped", [False, True])
-def test_every_kind_of_unicode_comes_through_to_the_rows(tmp_path: Path, tiny_target: Path, name: str, escaped: bool) -> None:
+def test_every_kind_of_unicode_comes_through_to_the_rows(
+    tmp_path: Path, tiny_target: Path, name: str, escaped: bool
+) -> None:
     from transformers import AutoTokenizer
 
     texts = [f"{ODD[name]} number {i} {ODD[name]}" for i in range(40)]
     path = tmp_path / "a.jsonl"
-    path.write_bytes("".join(json.dumps({"text": text}, ensure_ascii=escaped) + "\n" for text in texts).encode())
+    path.write_bytes(
+        "".join(json.dumps({"text": text}, ensure_ascii=escaped) + "\n" for text in texts).encode()
+    )
     context = context_of(tmp_path / "run", tiny_target)
     execute(config_of({"name": "t", "kind": "jsonl", "path": str(path)}), context)
     rows = open_corpus(context.artifact("prepare"), "t", "train")
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)
-    found = tokenizer.decode(rows.take(range(rows.rows)).reshape(-1).tolist(), clean_up_tokenization_spaces=False).split("<|endoftext|>")
+    found = tokenizer.decode(
+        rows.take(range(rows.rows)).reshape(-1).tolist(), clean_up_tokenization_spaces=False
+    ).split("<|endoftext|>")
     assert len(found) > 5
     assert set(found[1:-1]) <= set(texts)
 
@@ -173,7 +183,9 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path, tiny_targ
     from transformers import AutoTokenizer
 
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{i} \ud83d half \udc00 "}) + "\n" for i in range(60)), encoding="ascii")
+    path.write_text(
+        "".join(json.dumps({"text": f"{i} \ud83d half \udc00 "}) + "\n" for i in range(60)), encoding="ascii"
+    )
     context = context_of(tmp_path / "run", tiny_target)
     execute(config_of({"name": "t", "kind": "jsonl", "path": str(path)}), context)
     ids = open_corpus(context.artifact("prepare"), "t", "train")[1].tolist()
@@ -188,19 +200,34 @@ def test_text_files_lose_their_mark_and_their_carriage_returns(tmp_path: Path) -
 # ---- nothing, and a great deal
 
 
-def test_documents_of_no_bytes_are_left_out_and_files_of_no_bytes_are_no_error(tmp_path: Path, tiny_target: Path) -> None:
+def test_documents_of_no_bytes_are_left_out_and_files_of_no_bytes_are_no_error(
+    tmp_path: Path, tiny_target: Path
+) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
     (tmp_path / "full.txt").write_text("\n\n".join(TALES), encoding="utf-8")
     source = {"name": "t", "kind": "text", "path": str(tmp_path / "*.txt")}
-    assert execute(config_of(source), context_of(tmp_path / "run", tiny_target))["corpora"]["t"]["train"]["documents"] > 0
+    assert (
+        execute(config_of(source), context_of(tmp_path / "run", tiny_target))["corpora"]["t"]["train"][
+            "documents"
+        ]
+        > 0
+    )
 
 
 def test_empty_and_blank_texts_between_others_change_nothing(tmp_path: Path, tiny_target: Path) -> None:
     rows = []
-    for name, texts in (("a", TALES[:300]), ("b", ["", *TALES[:150], " \n\t ", "", *TALES[150:300], "\u2003"])):
+    for name, texts in (
+        ("a", TALES[:300]),
+        ("b", ["", *TALES[:150], " \n\t ", "", *TALES[150:300], "\u2003"]),
+    ):
         context = context_of(tmp_path / name, tiny_target)
-        corpus = execute(config_of({"name": "t", "kind": "jsonl", "path": str(write_jsonl(tmp_path / f"{name}.jsonl", texts))}), context)
+        corpus = execute(
+            config_of(
+                {"name": "t", "kind": "jsonl", "path": str(write_jsonl(tmp_path / f"{name}.jsonl", texts))}
+            ),
+            context,
+        )
         rows.append((shards_of(tmp_path / name), corpus["corpora"]["t"]["duplicates"]))
     assert rows[0] == rows[1]
     assert rows[0][1] == 0
@@ -211,9 +238,13 @@ def line_ending_tokenizer() -> Tokenizer:
     pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TALES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        TALES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     return tokenizer
 
 
@@ -261,10 +292,19 @@ def test_one_document_many_blocks_long_becomes_rows_that_hold_all_of_it(
     monkeypatch.setattr(build, "piece_chars", lambda row_length: 200)
     book = "\n".join(TALES)
     context = context_of(tmp_path / "run", tiny_target)
-    corpus = execute(config_of({"name": "t", "kind": "jsonl", "path": str(write_jsonl(tmp_path / "a.jsonl", [book]))}), context)
+    corpus = execute(
+        config_of({"name": "t", "kind": "jsonl", "path": str(write_jsonl(tmp_path / "a.jsonl", [book]))}),
+        context,
+    )
     text = corpus["corpora"]["t"]
-    assert text["train"]["documents"] + text["validation"]["documents"] == len(list(split_document(book, 200))) > 300
-    assert text["train"]["tokens"] + text["validation"]["tokens"] > text["sources"][0]["tokens"] - 2 * 33, "all but two open rows"
+    assert (
+        text["train"]["documents"] + text["validation"]["documents"]
+        == len(list(split_document(book, 200)))
+        > 300
+    )
+    assert text["train"]["tokens"] + text["validation"]["tokens"] > text["sources"][0]["tokens"] - 2 * 33, (
+        "all but two open rows"
+    )
 
 
 def test_a_cut_never_parts_a_letter_from_its_marks() -> None:
@@ -318,8 +358,12 @@ def test_a_corpus_cannot_be_named_like_a_path(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [TextSource, SourceCodeSource, JsonlSource, ParquetSource])
-def test_a_file_that_vanishes_while_the_corpus_is_read_is_an_error_and_not_less_text(tmp_path: Path, kind: type) -> None:
-    suffix = {TextSource: ".txt", SourceCodeSource: ".py", JsonlSource: ".jsonl", ParquetSource: ".parquet"}[kind]
+def test_a_file_that_vanishes_while_the_corpus_is_read_is_an_error_and_not_less_text(
+    tmp_path: Path, kind: type
+) -> None:
+    suffix = {TextSource: ".txt", SourceCodeSource: ".py", JsonlSource: ".jsonl", ParquetSource: ".parquet"}[
+        kind
+    ]
     for number in range(4):
         path = tmp_path / f"{number}{suffix}"
         if kind is JsonlSource:
@@ -336,7 +380,9 @@ def test_a_file_that_vanishes_while_the_corpus_is_read_is_an_error_and_not_less_
         next(documents)
 
 
-def test_a_file_that_vanishes_before_it_is_described_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_vanishes_before_it_is_described_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.txt").write_text("tale", encoding="utf-8")
     source = TextSource(name="t", path=str(tmp_path))
     files = source.files()
@@ -346,7 +392,9 @@ def test_a_file_that_vanishes_before_it_is_described_is_one_line(tmp_path: Path,
         source.describe()
 
 
-def test_a_file_that_shrinks_into_a_hole_of_the_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_into_a_hole_of_the_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TALES[:10])
 
     class Failing:
@@ -364,10 +412,14 @@ def test_a_file_that_shrinks_into_a_hole_of_the_disk_is_named(tmp_path: Path, mo
         list(jsonl_texts(path, "text"))
 
 
-def test_a_row_number_behind_the_corpus_is_refused(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
+def test_a_row_number_behind_the_corpus_is_refused(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
     context = context_of(tmp_path / "run", tiny_target)
     execute(config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}), context)
     rows = open_corpus(context.artifact("prepare"), "t", "train")
     with pytest.raises(IndexError):
         rows.take([0, rows.rows])
-    assert (rows.take(np.array([rows.rows - 1, 0, 3])) == np.stack([rows[rows.rows - 1], rows[0], rows[3]])).all()
+    assert (
+        rows.take(np.array([rows.rows - 1, 0, 3])) == np.stack([rows[rows.rows - 1], rows[0], rows[3]])
+    ).all()

@@ -21,7 +21,15 @@ from fastdraft.data.ordering import PieceStream, split_document
 from fastdraft.data.packing import RowPacker
 from fastdraft.data.readers import jsonl_texts, parquet_texts, read_text
 from fastdraft.data.shards import PackedCorpus, ShardWriter, open_corpus, token_dtype
-from fastdraft.data.sources import HubSource, JsonlSource, ParquetSource, SourceCodeSource, SourceConfig, TextSource, find_files
+from fastdraft.data.sources import (
+    HubSource,
+    JsonlSource,
+    ParquetSource,
+    SourceCodeSource,
+    SourceConfig,
+    TextSource,
+    find_files,
+)
 from fastdraft.data.tokenize import DocumentEncoder, separator_id
 from fastdraft.errors import ArtifactError, DataError, VocabularyError
 
@@ -151,7 +159,9 @@ def test_a_description_follows_content_not_time(tmp_path: Path) -> None:
 
 def test_kinds_are_told_apart_by_their_tag() -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(SourceConfig)
-    assert isinstance(adapter.validate_python({"name": "a", "kind": "parquet", "path": "x", "tokens": "2M"}), ParquetSource)
+    assert isinstance(
+        adapter.validate_python({"name": "a", "kind": "parquet", "path": "x", "tokens": "2M"}), ParquetSource
+    )
     assert isinstance(adapter.validate_python({"name": "a", "kind": "hub", "dataset": "x/y"}), HubSource)
 
 
@@ -190,7 +200,11 @@ def test_the_shuffle_window_bounds_what_is_held_and_loses_nothing(tmp_path: Path
     narrow = list(PieceStream(source, 1, window_chars=200))
     assert sorted(narrow) == sorted(source.documents(0))
     assert narrow != list(source.documents(0))
-    assert narrow == list(PieceStream(source, 1, window_chars=200)) != list(PieceStream(source, 2, window_chars=200))
+    assert (
+        narrow
+        == list(PieceStream(source, 1, window_chars=200))
+        != list(PieceStream(source, 2, window_chars=200))
+    )
 
 
 # ---- cutting, tokenising, packing
@@ -223,14 +237,22 @@ def test_control_tokens_spelled_out_in_text_stay_text(tiny_target: Path) -> None
 
 
 @pytest.mark.parametrize("gap", [0, 5])
-def test_the_encoders_tokenizer_is_the_targets_with_control_tokens_marked(tiny_target: Path, gap: int) -> None:
+def test_the_encoders_tokenizer_is_the_targets_with_control_tokens_marked(
+    tiny_target: Path, gap: int
+) -> None:
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     state = json.loads((tiny_target / "tokenizer.json").read_text())
     state["model"]["vocab"]["beyond"] = len(state["model"]["vocab"]) + gap
     backend = Tokenizer.from_str(json.dumps(state))
-    backend.add_tokens([AddedToken("Foo", lstrip=True), AddedToken("<|tool|>", normalized=True), AddedToken("<think>", single_word=True)])
+    backend.add_tokens(
+        [
+            AddedToken("Foo", lstrip=True),
+            AddedToken("<|tool|>", normalized=True),
+            AddedToken("<think>", single_word=True),
+        ]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     expected = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in expected["added_tokens"]:
@@ -264,7 +286,9 @@ def test_the_separator_is_bos_or_else_eos() -> None:
 
 def test_rows_are_the_concatenation_with_a_separator_before_each_document() -> None:
     packer = RowPacker(4, 0, "uint16")
-    assert packer.add([np.array([1, 2], dtype=np.uint32), np.array([3], dtype=np.uint32)]).tolist() == [[0, 1, 2, 0]]
+    assert packer.add([np.array([1, 2], dtype=np.uint32), np.array([3], dtype=np.uint32)]).tolist() == [
+        [0, 1, 2, 0]
+    ]
     assert packer.carry.tolist() == [3]
     assert packer.add([np.arange(4, 10, dtype=np.uint32)]).tolist() == [[3, 0, 4, 5], [6, 7, 8, 9]]
     assert packer.carry.tolist() == []
@@ -308,7 +332,11 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
     artifact = make_corpus(tmp_path / "prepare", 30)
     path = artifact.path / "text" / "train-00001.bin"
     content = path.read_bytes()
-    for damage, message in ((content[:-1], "corrupt shard of 69 bytes"), (b"\x01" + content[1:], "checksum"), (None, "missing")):
+    for damage, message in (
+        (content[:-1], "corrupt shard of 69 bytes"),
+        (b"\x01" + content[1:], "checksum"),
+        (None, "missing"),
+    ):
         path.unlink()
         if damage is not None:
             path.write_bytes(damage)
@@ -333,7 +361,10 @@ def test_a_writer_goes_back_to_its_last_commit(tmp_path: Path) -> None:
     again.write(np.arange(6, 10).reshape(2, 2))
     again.close_shard()
     assert [shard["rows"] for shard in again.shards] == [4, 1]
-    assert b"".join((tmp_path / shard["file"]).read_bytes() for shard in again.shards) == np.arange(10, dtype="<u2").tobytes()
+    assert (
+        b"".join((tmp_path / shard["file"]).read_bytes() for shard in again.shards)
+        == np.arange(10, dtype="<u2").tobytes()
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train-00000.bin", "train-00001.bin"]
 
 
@@ -368,7 +399,9 @@ def test_the_sampler_has_no_state() -> None:
 
 
 def test_every_group_of_rows_holds_the_corpora_in_their_weights() -> None:
-    sampler = MixtureSampler({"a": Numbers(50), "b": Numbers(50), "c": Numbers(9)}, {"a": 1, "b": 2, "c": 0}, 0)
+    sampler = MixtureSampler(
+        {"a": Numbers(50), "b": Numbers(50), "c": Numbers(9)}, {"a": 1, "b": 2, "c": 0}, 0
+    )
     names = [name for name, _ in sampler.sources(0, 64 * 30)]
     for start in range(0, len(names), 64):
         assert abs(names[start : start + 64].count("a") - 64 / 3) <= 1.5

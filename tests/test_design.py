@@ -24,7 +24,13 @@ SHAPE = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size
 
 
 def _context(root: Path, target: Path, seed: int = 0) -> StageContext:
-    return StageContext(RunDirectory(root), RunConfig(name="test", seed=seed), TargetConfig(model=str(target)), {}, Console(quiet=True))
+    return StageContext(
+        RunDirectory(root),
+        RunConfig(name="test", seed=seed),
+        TargetConfig(model=str(target)),
+        {},
+        Console(quiet=True),
+    )
 
 
 def _design(root: Path, target: Path, seed: int = 0, **section: Any) -> tuple[Path, dict[str, Any]]:
@@ -36,10 +42,16 @@ def _design(root: Path, target: Path, seed: int = 0, **section: Any) -> tuple[Pa
     return artifact.path / "draft", artifact.manifest()
 
 
-def test_a_designed_draft_loads_in_transformers_with_the_targets_vocabulary_context_and_ids(tiny_target: Path, tmp_path: Path) -> None:
+def test_a_designed_draft_loads_in_transformers_with_the_targets_vocabulary_context_and_ids(
+    tiny_target: Path, tmp_path: Path
+) -> None:
     folder, manifest = _design(tmp_path / "run", tiny_target)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert (model.config.vocab_size, model.config.max_position_embeddings, model.config.eos_token_id) == (320, 256, 3)
+    assert (model.config.vocab_size, model.config.max_position_embeddings, model.config.eos_token_id) == (
+        320,
+        256,
+        3,
+    )
     assert sum(p.numel() for p in model.parameters()) == manifest["parameters"]
     assert manifest["vocabulary"]["missing_ids"] == [[300, 319]]
     assert manifest["target"]["parameters"] == 39_072
@@ -58,19 +70,24 @@ def test_designing_twice_gives_the_same_bytes(tiny_target: Path, tmp_path: Path)
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
-def test_the_shape_digest_ignores_the_targets_weights_unless_they_are_used(tiny_target: Path, tmp_path: Path) -> None:
+def test_the_shape_digest_ignores_the_targets_weights_unless_they_are_used(
+    tiny_target: Path, tmp_path: Path
+) -> None:
     fine_tune = write_target(tmp_path / "fine-tune", seed=7)
     plain = [_design(tmp_path / f"r{i}", target)[1] for i, target in enumerate((tiny_target, fine_tune))]
     assert plain[0]["shape_digest"] == plain[1]["shape_digest"]
     assert plain[0]["fingerprint"] == plain[1]["fingerprint"]
     projected = [
-        _design(tmp_path / f"p{i}", target, initialization="target_embeddings")[1] for i, target in enumerate((tiny_target, fine_tune))
+        _design(tmp_path / f"p{i}", target, initialization="target_embeddings")[1]
+        for i, target in enumerate((tiny_target, fine_tune))
     ]
     assert projected[0]["shape_digest"] != projected[1]["shape_digest"]
     assert _design(tmp_path / "s", tiny_target, seed=3)[1]["shape_digest"] != plain[0]["shape_digest"]
 
 
-def test_a_changed_chat_template_changes_the_design_but_not_the_shape(tiny_target: Path, tmp_path: Path) -> None:
+def test_a_changed_chat_template_changes_the_design_but_not_the_shape(
+    tiny_target: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_target, other)
     (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
@@ -79,14 +96,20 @@ def test_a_changed_chat_template_changes_the_design_but_not_the_shape(tiny_targe
     assert first["fingerprint"] != second["fingerprint"]
 
 
-def test_an_earlier_draft_gives_its_weights_to_a_fine_tune_of_the_target(tiny_target: Path, tmp_path: Path) -> None:
+def test_an_earlier_draft_gives_its_weights_to_a_fine_tune_of_the_target(
+    tiny_target: Path, tmp_path: Path
+) -> None:
     earlier, _ = _design(tmp_path / "a", tiny_target, seed=5)
     fine_tune = write_target(tmp_path / "fine-tune", seed=7)
     for path in (earlier, earlier.parent):
-        folder, manifest = _design(tmp_path / f"b-{path.name}", fine_tune, draft={"kind": "from", "path": str(path)})
+        folder, manifest = _design(
+            tmp_path / f"b-{path.name}", fine_tune, draft={"kind": "from", "path": str(path)}
+        )
         assert manifest["initialization"] == "from"
         models = [AutoModelForCausalLM.from_pretrained(place) for place in (earlier, folder)]
-        assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)
+        )
 
 
 def test_an_earlier_draft_of_another_vocabulary_is_refused(tiny_target: Path, tmp_path: Path) -> None:
@@ -106,10 +129,15 @@ def test_an_earlier_draft_of_another_vocabulary_is_refused(tiny_target: Path, tm
         ({"draft": {**SHAPE, "num_heads": 5}}, "must divide hidden_size"),
         ({"draft": {**SHAPE, "hiden_size": 5}}, "did you mean 'hidden_size'"),
         ({"draft": {"kind": "from", "path": "/nowhere"}}, "must be a directory with config.json"),
-        ({"draft": {"kind": "from", "path": "x"}, "initialization": "target_embeddings"}, "brings its own weights"),
+        (
+            {"draft": {"kind": "from", "path": "x"}, "initialization": "target_embeddings"},
+            "brings its own weights",
+        ),
     ],
 )
-def test_bad_settings_are_refused_in_one_line(tiny_target: Path, tmp_path: Path, section: dict[str, Any], words: str) -> None:
+def test_bad_settings_are_refused_in_one_line(
+    tiny_target: Path, tmp_path: Path, section: dict[str, Any], words: str
+) -> None:
     with pytest.raises(RecipeError, match=words) as caught:
         _design(tmp_path / "run", tiny_target, **section)
     assert "\n" not in str(caught.value)
@@ -123,7 +151,9 @@ def test_inspect_tells_anatomy_traps_and_candidates_in_80_columns(capsys: pytest
         assert words in text
 
 
-def test_inspect_needs_no_weights(tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_needs_no_weights(
+    tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(tiny_target, tmp_path / "t")
     (tmp_path / "t" / "model.safetensors").unlink()
     inspect.run(str(tmp_path / "t"), console=Console(quiet=True), as_json=True)
@@ -132,7 +162,9 @@ def test_inspect_needs_no_weights(tiny_target: Path, tmp_path: Path, capsys: pyt
     assert any("Padded vocabulary: 20 of 320 ids" in trap for trap in value["traps"])
 
 
-def test_inspect_lists_presets_of_the_family_and_the_papers_cost_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_presets_of_the_family_and_the_papers_cost_ratios(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_target(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     large = {

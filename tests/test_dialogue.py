@@ -29,7 +29,10 @@ STRIPS = WITH_SYSTEM.replace("{{ m['content'] }}", "{{ m['content'].split('</thi
 OPENS = STRIPS.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}")
 KEEPS_AND_OPENS = WITH_SYSTEM.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}")
 CLOSES = WITH_SYSTEM.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n\n</think>\n{% endif %}")
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT_TEMPLATE
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHAT_TEMPLATE
+)
 ONE_TURN = "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + CHAT_TEMPLATE
 FORGETS = "<|user|>\n{{ messages[-1]['content'] }}<|end|>\n<|assistant|>\n"
 
@@ -52,28 +55,41 @@ class Scripted:
 
     name = "scripted"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, answers: dict[str, str], finish: str = "stop") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, answers: dict[str, str], finish: str = "stop"
+    ) -> None:
         self.tokenizer, self.answers, self.finish, self.asked = tokenizer, answers, finish, list[str]()
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         found = []
         for prompt in prompts:
             text = self.tokenizer.decode(list(prompt), skip_special_tokens=False)
             self.asked.append(text)
             key = max(self.answers, key=text.rfind)
-            ids = self.tokenizer(self.answers[key], add_special_tokens=False).input_ids + ([3] if self.finish == "stop" else [])
+            ids = self.tokenizer(self.answers[key], add_special_tokens=False).input_ids + (
+                [3] if self.finish == "stop" else []
+            )
             found.append(Generation(list(prompt), ids, [-0.5] * len(ids), self.finish))  # type: ignore[arg-type]
         return found
 
 
-def written(tokenizer: PreTrainedTokenizerBase, engine: Scripted, talks: list[Conversation], context_length: int = 500) -> tuple[list, Any]:
+def written(
+    tokenizer: PreTrainedTokenizerBase, engine: Scripted, talks: list[Conversation], context_length: int = 500
+) -> tuple[list, Any]:
     found = conversation_plan(tokenizer, talks)
     assert found is not None
     unit = UnitPlan(name="talks", temperatures=[0.7], unit_rows=8, **found.fields).unit(0)
     assert unit is not None
     row_filter = RowFilter(range(300, 320), lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
     writer = UnitWriter(
-        engine, instruction_engine=engine, tokenizer=tokenizer, row_filter=row_filter, max_new_tokens=40, context_length=context_length
+        engine,
+        instruction_engine=engine,
+        tokenizer=tokenizer,
+        row_filter=row_filter,
+        max_new_tokens=40,
+        context_length=context_length,
     )
     return writer.write(unit, 5)
 
@@ -81,10 +97,16 @@ def written(tokenizer: PreTrainedTokenizerBase, engine: Scripted, talks: list[Co
 ANSWERS = {"First?": "One.", "Second?": "Two.", "Third?": "Three."}
 
 
-def test_every_turn_of_a_conversation_becomes_a_row_behind_the_targets_own_answers(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_turn_of_a_conversation_becomes_a_row_behind_the_targets_own_answers(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     engine = Scripted(templated(tokenizer, WITH_SYSTEM), ANSWERS)
     rows, counts = written(tokenizer, engine, [TALK])
-    assert [tokenizer.decode(row.response_ids) for row in rows] == ["One.<|end|>", "Two.<|end|>", "Three.<|end|>"]
+    assert [tokenizer.decode(row.response_ids) for row in rows] == [
+        "One.<|end|>",
+        "Two.<|end|>",
+        "Three.<|end|>",
+    ]
     assert tokenizer.decode(rows[2].prompt_ids) == (
         "<|user|>\nBe brief.<|end|>\n<|user|>\nFirst?<|end|>\n<|assistant|>\nOne.<|end|>\n"
         "<|user|>\nSecond?<|end|>\n<|assistant|>\nTwo.<|end|>\n<|user|>\nThird?<|end|>\n<|assistant|>\n"
@@ -94,18 +116,28 @@ def test_every_turn_of_a_conversation_becomes_a_row_behind_the_targets_own_answe
     assert len({row.row_id for row in rows}) == 3
 
 
-def test_conversations_of_different_lengths_are_asked_together_turn_by_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_conversations_of_different_lengths_are_asked_together_turn_by_turn(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     engine = Scripted(templated(tokenizer, WITH_SYSTEM), ANSWERS)
-    rows, counts = written(tokenizer, engine, [TALK, Conversation(("Second?",)), Conversation(("Third?", "First?"))])
+    rows, counts = written(
+        tokenizer, engine, [TALK, Conversation(("Second?",)), Conversation(("Third?", "First?"))]
+    )
     assert counts.asked == counts.written == len(rows) == 6
     assert sum("Be brief." in text for text in engine.asked) == 3
     assert len({row.prompt_key for row in rows}) == 3
 
 
 def test_answers_of_the_log_are_never_read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "First?"}, {"role": "assistant", "content": "LOGGED"}, {"role": "user", "content": "Second?"}]
+    messages = [
+        {"role": "user", "content": "First?"},
+        {"role": "assistant", "content": "LOGGED"},
+        {"role": "user", "content": "Second?"},
+    ]
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    chosen = select_texts(JsonlPrompts(name="talks", path=str(tmp_path / "talks.jsonl"), field="messages"), set(), 0).texts
+    chosen = select_texts(
+        JsonlPrompts(name="talks", path=str(tmp_path / "talks.jsonl"), field="messages"), set(), 0
+    ).texts
     engine = Scripted(templated(tokenizer, WITH_SYSTEM), ANSWERS)
     rows, _ = written(tokenizer, engine, [talk for talk in chosen if isinstance(talk, Conversation)])
     assert len(rows) == 2
@@ -113,21 +145,35 @@ def test_answers_of_the_log_are_never_read(tokenizer: PreTrainedTokenizerBase, t
     assert "One." in engine.asked[1]
 
 
-def test_a_template_that_strips_earlier_thinking_strips_it_and_the_row_still_holds_it(tokenizer: PreTrainedTokenizerBase) -> None:
-    engine = Scripted(templated(tokenizer, STRIPS), {"First?": "<think>hm</think>One.", "Second?": "<think>so</think>Two."})
+def test_a_template_that_strips_earlier_thinking_strips_it_and_the_row_still_holds_it(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    engine = Scripted(
+        templated(tokenizer, STRIPS), {"First?": "<think>hm</think>One.", "Second?": "<think>so</think>Two."}
+    )
     rows, _ = written(tokenizer, engine, [Conversation(("First?", "Second?"))])
-    assert [tokenizer.decode(row.response_ids) for row in rows] == ["<think>hm</think>One.<|end|>", "<think>so</think>Two.<|end|>"]
+    assert [tokenizer.decode(row.response_ids) for row in rows] == [
+        "<think>hm</think>One.<|end|>",
+        "<think>so</think>Two.<|end|>",
+    ]
     assert "hm" not in tokenizer.decode(rows[1].prompt_ids)
     assert "<|assistant|>\nOne.<|end|>" in tokenizer.decode(rows[1].prompt_ids)
 
 
-def test_thinking_that_the_template_opens_is_part_of_the_prompt_and_no_answer_holds_its_mark(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_thinking_that_the_template_opens_is_part_of_the_prompt_and_no_answer_holds_its_mark(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     engine = Scripted(templated(tokenizer, OPENS), {"First?": "hm</think>One.", "Second?": "so</think>Two."})
     rows, _ = written(tokenizer, engine, [Conversation(("First?", "Second?"))])
     assert all(tokenizer.decode(row.prompt_ids).endswith("<|assistant|>\n<think>\n") for row in rows)
-    assert [tokenizer.decode(row.response_ids) for row in rows] == ["hm</think>One.<|end|>", "so</think>Two.<|end|>"]
+    assert [tokenizer.decode(row.response_ids) for row in rows] == [
+        "hm</think>One.<|end|>",
+        "so</think>Two.<|end|>",
+    ]
     assert "hm" not in tokenizer.decode(rows[1].prompt_ids)
-    engine = Scripted(templated(tokenizer, KEEPS_AND_OPENS), {"First?": "hm</think>One.", "Second?": "so</think>Two."})
+    engine = Scripted(
+        templated(tokenizer, KEEPS_AND_OPENS), {"First?": "hm</think>One.", "Second?": "so</think>Two."}
+    )
     rows, _ = written(tokenizer, engine, [Conversation(("First?", "Second?"))])
     assert "<|assistant|>\n<think>\nhm</think>One.<|end|>" in tokenizer.decode(rows[1].prompt_ids)
 
@@ -142,7 +188,9 @@ def test_a_conversation_ends_where_the_target_is_still_thinking(tokenizer: PreTr
     assert len(written(tokenizer, engine, [Conversation(("First?", "Second?"))])[0]) == 2
 
 
-def test_an_answer_of_the_harmony_format_goes_on_with_its_last_channel(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_answer_of_the_harmony_format_goes_on_with_its_last_channel(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     form = dialogue_format(templated(tokenizer, WITH_SYSTEM), 2)
 
     def answer(text: str) -> str | None:
@@ -167,16 +215,29 @@ def test_a_system_message_that_the_template_does_not_take_stands_before_the_firs
     assert not without.format.note
 
 
-def test_without_a_template_a_conversation_is_text_with_user_and_assistant(tokenizer: PreTrainedTokenizerBase) -> None:
-    engine = Scripted(templated(tokenizer, None), {"First?": " One.\n\nUser: What else?\nAssistant: That.", "Second?": "Two."}, "length")
+def test_without_a_template_a_conversation_is_text_with_user_and_assistant(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    engine = Scripted(
+        templated(tokenizer, None),
+        {"First?": " One.\n\nUser: What else?\nAssistant: That.", "Second?": "Two."},
+        "length",
+    )
     rows, _ = written(tokenizer, engine, [Conversation(("First?", "Second?"), "Be brief.")])
     assert tokenizer.decode(rows[0].prompt_ids) == "Be brief.\n\nUser: First?\nAssistant:"
-    assert tokenizer.decode(rows[1].prompt_ids) == "Be brief.\n\nUser: First?\nAssistant: One.\n\nUser: Second?\nAssistant:"
-    assert "What else?" in tokenizer.decode(rows[0].response_ids)  # the target's own text is trained as it stands
+    assert (
+        tokenizer.decode(rows[1].prompt_ids)
+        == "Be brief.\n\nUser: First?\nAssistant: One.\n\nUser: Second?\nAssistant:"
+    )
+    assert "What else?" in tokenizer.decode(
+        rows[0].response_ids
+    )  # the target's own text is trained as it stands
     assert tokenizer.decode(first_prompt_ids(tokenizer, "bare", chat=True)) == "bare"
 
 
-@pytest.mark.parametrize(("template", "found"), [(ONE_TURN, "one turn only"), (FORGETS, "drops earlier answers")])
+@pytest.mark.parametrize(
+    ("template", "found"), [(ONE_TURN, "one turn only"), (FORGETS, "drops earlier answers")]
+)
 def test_a_template_that_cannot_go_on_is_refused_for_conversations_of_several_turns_only(
     tokenizer: PreTrainedTokenizerBase, template: str, found: str
 ) -> None:
@@ -186,7 +247,9 @@ def test_a_template_that_cannot_go_on_is_refused_for_conversations_of_several_tu
         conversation_plan(tokenizer, [TALK])
 
 
-def test_turns_that_do_not_fit_are_counted_and_end_their_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_turns_that_do_not_fit_are_counted_and_end_their_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     engine = Scripted(templated(tokenizer, WITH_SYSTEM), ANSWERS)
     length = len(first_prompt_ids(tokenizer, TALK, chat=True))
     rows, counts = written(tokenizer, engine, [TALK], context_length=length + 40)
@@ -195,7 +258,9 @@ def test_turns_that_do_not_fit_are_counted_and_end_their_conversation(tokenizer:
 
 
 @pytest.mark.parametrize("answer", ["", " a b" * 40], ids=["empty", "loop"])
-def test_a_conversation_ends_behind_an_answer_that_is_no_history(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
+def test_a_conversation_ends_behind_an_answer_that_is_no_history(
+    tokenizer: PreTrainedTokenizerBase, answer: str
+) -> None:
     engine = Scripted(templated(tokenizer, WITH_SYSTEM), {"First?": answer})
     _, counts = written(tokenizer, engine, [TALK])
     assert counts.filtered["conversation_ended"] == 2
@@ -206,7 +271,11 @@ def test_prompts_alone_need_no_last_answer(tokenizer: PreTrainedTokenizerBase) -
     engine = Scripted(templated(tokenizer, WITH_SYSTEM), ANSWERS)
     form = dialogue_format(tokenizer, 3)
     found = take_turns(
-        form, [TALK], lambda number, prompts: engine.generate(prompts, Sampling(0.0), 9, number), room=400, last_answers=False
+        form,
+        [TALK],
+        lambda number, prompts: engine.generate(prompts, Sampling(0.0), 9, number),
+        room=400,
+        last_answers=False,
     )
     assert len(engine.asked) == 2
     assert [turn.answer is None for turn in found.turns] == [False, False, True]
@@ -228,7 +297,13 @@ def messages(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
 
 def test_a_log_gives_what_was_said_to_the_target() -> None:
     log = messages(
-        ("system", "S"), ("developer", "D"), ("assistant", "Hi"), ("user", "a"), ("user", "b"), ("assistant", "x"), ("user", "c")
+        ("system", "S"),
+        ("developer", "D"),
+        ("assistant", "Hi"),
+        ("user", "a"),
+        ("user", "b"),
+        ("assistant", "x"),
+        ("user", "c"),
     )
     assert read_conversation(log, "here") == Conversation(("a\n\nb", "c"), "S\n\nD")
     shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "x"}]
@@ -249,11 +324,20 @@ def test_a_log_gives_what_was_said_to_the_target() -> None:
 def test_what_cannot_be_asked_again_is_counted(log: list[dict[str, Any]], tmp_path: Path) -> None:
     assert read_conversation(log, "here") is None
     path = tmp_path / "talks.jsonl"
-    path.write_text(json.dumps({"messages": log}) + "\n" + json.dumps({"messages": messages(("user", "a"))}) + "\n")
-    assert select_texts(JsonlPrompts(name="t", path=str(path), field="messages"), set(), 0).refused["unsupported"] == 1
+    path.write_text(
+        json.dumps({"messages": log}) + "\n" + json.dumps({"messages": messages(("user", "a"))}) + "\n"
+    )
+    assert (
+        select_texts(JsonlPrompts(name="t", path=str(path), field="messages"), set(), 0).refused[
+            "unsupported"
+        ]
+        == 1
+    )
 
 
-@pytest.mark.parametrize("log", [7, ["a"], [{"content": "a"}], [{"role": "user"}], [{"role": "user", "content": 7}]])
+@pytest.mark.parametrize(
+    "log", [7, ["a"], [{"content": "a"}], [{"role": "user"}], [{"role": "user", "content": 7}]]
+)
 def test_a_damaged_conversation_stops_the_run_with_its_line(log: Any, tmp_path: Path) -> None:
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": log}) + "\n")
@@ -263,7 +347,11 @@ def test_a_damaged_conversation_stops_the_run_with_its_line(log: Any, tmp_path: 
 
 def test_a_conversation_is_refused_where_any_of_its_questions_is_an_evaluation_prompt(tmp_path: Path) -> None:
     path = tmp_path / "talks.jsonl"
-    logs = [messages(("user", "a"), ("user", "x"), ("assistant", "y"), ("user", "Held  OUT?")), messages(("user", "b")), messages()]
+    logs = [
+        messages(("user", "a"), ("user", "x"), ("assistant", "y"), ("user", "Held  OUT?")),
+        messages(("user", "b")),
+        messages(),
+    ]
     path.write_text("".join(json.dumps({"messages": log}) + "\n" for log in [*logs, logs[1]]))
     chosen = select_texts(JsonlPrompts(name="t", path=str(path), field="messages"), {"held out?"}, 0)
     assert chosen.texts == [Conversation(("b",))]

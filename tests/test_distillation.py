@@ -17,7 +17,7 @@ from fastdraft.functional.distillation import (
     lk_hybrid,
     token_loss,
     top_k_buckets,
-)  # fmt: skip
+)
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd", "ce_kl", "ce_tvd", "lk_hybrid", "lk_log")
 BETA = 0.3
@@ -56,7 +56,9 @@ PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 class Example:
     """Hidden states, head, labels (two of them ignored) and the target's logits, in float64 or another type."""
 
-    def __init__(self, n: int = 13, d: int = 6, v: int = 11, k: int = 3, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, n: int = 13, d: int = 6, v: int = 11, k: int = 3, dtype: torch.dtype = torch.float64
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.hidden = torch.randn(n, d, generator=generator, dtype=dtype).requires_grad_()
         self.head = torch.randn(v, d, generator=generator, dtype=dtype).requires_grad_()
@@ -66,11 +68,17 @@ class Example:
         self.k = k
 
     def target(self, sparse: bool) -> TargetDistribution:
-        return top_k_buckets(self.target_logits, self.k) if sparse else DenseTarget(self.target_logits.__getitem__)
+        return (
+            top_k_buckets(self.target_logits, self.k)
+            if sparse
+            else DenseTarget(self.target_logits.__getitem__)
+        )
 
     def found(self, name: str, sparse: bool, chunk: int = 0) -> Tensor:
         target = self.target(sparse)
-        return chunked_distillation(self.hidden, self.head, self.labels, target, token_loss(name, BETA), chunk=chunk)[0]
+        return chunked_distillation(
+            self.hidden, self.head, self.labels, target, token_loss(name, BETA), chunk=chunk
+        )[0]
 
     def plain(self, name: str, sparse: bool) -> Tensor:
         logits = (self.hidden @ self.head.t()).double()
@@ -78,7 +86,10 @@ class Example:
         cross_entropy = functional.cross_entropy(logits, self.labels, ignore_index=-100, reduction="none")
         if sparse:
             ids = self.target_logits.topk(self.k).indices
-            draft, target = (torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(1, keepdim=True)], 1) for x in (draft, target))
+            draft, target = (
+                torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(1, keepdim=True)], 1)
+                for x in (draft, target)
+            )
         return PLAIN[name](target, draft, cross_entropy)[self.labels != -100].sum()
 
 
@@ -90,13 +101,17 @@ def test_value_and_gradients_equal_those_of_the_plain_formula(name: str, sparse:
     loss, expected = example.found(name, sparse, chunk), example.plain(name, sparse)
     gradients = torch.autograd.grad(loss * 0.37, (example.hidden, example.head))
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected * 0.37, (example.hidden, example.head)))
+    torch.testing.assert_close(
+        gradients, torch.autograd.grad(expected * 0.37, (example.hidden, example.head))
+    )
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "lk_hybrid"])
 def test_gradients_pass_gradcheck(name: str, sparse: bool) -> None:
-    example = Example(n=5, d=3, v=6, k=2)  # lk_hybrid's weight has no gradient by intent, so finite differences disagree there
+    example = Example(
+        n=5, d=3, v=6, k=2
+    )  # lk_hybrid's weight has no gradient by intent, so finite differences disagree there
     target, loss = example.target(sparse), token_loss(name, BETA)
 
     def call(hidden: Tensor, head: Tensor) -> Tensor:
@@ -118,7 +133,9 @@ def test_in_float32_the_loss_is_near_that_of_float64(name: str, sparse: bool) ->
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_ignored_rows_have_no_loss_and_no_gradient_whatever_the_target_holds_there(name: str, sparse: bool) -> None:
+def test_ignored_rows_have_no_loss_and_no_gradient_whatever_the_target_holds_there(
+    name: str, sparse: bool
+) -> None:
     example = Example()
     expected = torch.autograd.grad(example.found(name, sparse), example.hidden)[0]
     example.target_logits[example.labels == -100] = torch.nan
@@ -126,9 +143,13 @@ def test_ignored_rows_have_no_loss_and_no_gradient_whatever_the_target_holds_the
     assert found[example.labels == -100].abs().sum() == 0
     torch.testing.assert_close(found, expected)
     example.labels[:] = -100
-    loss, count = chunked_distillation(example.hidden, example.head, example.labels, example.target(sparse), token_loss(name))
+    loss, count = chunked_distillation(
+        example.hidden, example.head, example.labels, example.target(sparse), token_loss(name)
+    )
     assert (loss.item(), int(count)) == (0, 0)
-    assert all(gradient.abs().sum() == 0 for gradient in torch.autograd.grad(loss, (example.hidden, example.head)))
+    assert all(
+        gradient.abs().sum() == 0 for gradient in torch.autograd.grad(loss, (example.hidden, example.head))
+    )
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
@@ -158,7 +179,10 @@ def test_distributions_far_apart_and_sharp_stay_finite(name: str, sparse: bool) 
     example.head = (example.head.detach() * 1000).requires_grad_()
     loss = example.found(name, sparse)
     assert torch.isfinite(loss)
-    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(loss, (example.hidden, example.head)))
+    assert all(
+        torch.isfinite(gradient).all()
+        for gradient in torch.autograd.grad(loss, (example.hidden, example.head))
+    )
 
 
 def test_when_every_token_is_kept_an_empty_tail_adds_nothing() -> None:
@@ -169,7 +193,9 @@ def test_when_every_token_is_kept_an_empty_tail_adds_nothing() -> None:
     for name in LOSSES:
         loss, dense = example.found(name, True), example.found(name, False)
         torch.testing.assert_close(loss, dense)
-        torch.testing.assert_close(torch.autograd.grad(loss, example.head), torch.autograd.grad(dense, example.head))
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, example.head), torch.autograd.grad(dense, example.head)
+        )
 
 
 def test_the_hybrids_weight_moves_from_kl_to_total_variation_as_the_overlap_grows() -> None:
@@ -183,7 +209,9 @@ def test_the_hybrids_weight_moves_from_kl_to_total_variation_as_the_overlap_grow
 def test_a_frozen_head_and_no_gradient_at_all_give_the_same_value() -> None:
     example = Example()
     target, loss = example.target(False), token_loss("forward_kl")
-    value, _ = chunked_distillation(example.hidden, example.head.detach(), example.labels, target, loss, chunk=4)
+    value, _ = chunked_distillation(
+        example.hidden, example.head.detach(), example.labels, target, loss, chunk=4
+    )
     expected = torch.autograd.grad(example.plain("forward_kl", False), example.hidden)
     torch.testing.assert_close(torch.autograd.grad(value, example.hidden), expected)
     with torch.no_grad():
@@ -222,5 +250,7 @@ def test_the_largest_tensor_made_is_one_chunk_of_logits(sparse: bool) -> None:
     if sparse:
         target = SparseTarget(ids, torch.randn(640, 9)).normalized()
     with Largest() as largest:
-        chunked_distillation(hidden.requires_grad_(), head.requires_grad_(), labels, target, token_loss("jsd"), chunk=16)
+        chunked_distillation(
+            hidden.requires_grad_(), head.requires_grad_(), labels, target, token_loss("jsd"), chunk=16
+        )
     assert largest.elements <= 16 * 1000

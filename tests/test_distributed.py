@@ -44,11 +44,14 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")])}
     command = [sys.executable, str(HERE / "two_processes.py"), str(folder)]
     processes = [
-        subprocess.Popen([*command, str(rank), str(port)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)
+        subprocess.Popen([*command, str(rank), str(port)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
     ]
     errors = [process.communicate(timeout=280)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return folder, [json.loads((folder / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return folder, [
+        json.loads((folder / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,11 @@ def losses(folder: Path) -> dict[int, float]:
 def worst_difference(first: Path, second: Path) -> float:
     """The largest difference of loss or gradient norm at any step; both records must have each step once."""
     records = [[record for record in read_metrics(folder) if "loss" in record] for folder in (first, second)]
-    assert [r["step"] for r in records[0]] == [r["step"] for r in records[1]] == list(range(1, two_processes.STEPS + 1))
+    assert (
+        [r["step"] for r in records[0]]
+        == [r["step"] for r in records[1]]
+        == list(range(1, two_processes.STEPS + 1))
+    )
     assert [r["tokens"] for r in records[0]] == [r["tokens"] for r in records[1]]
     pairs = [(a[key], b[key]) for a, b in zip(*records, strict=True) for key in ("loss", "grad_norm")]
     return max(abs(a - b) for a, b in pairs)
@@ -79,16 +86,25 @@ def worst_difference(first: Path, second: Path) -> float:
 @pytest.mark.parametrize("name", ["packed", "aligned"])
 def test_two_processes_train_as_one_does_to_1e_5_over_50_steps(together: Any, alone: Path, name: str) -> None:
     assert worst_difference(alone / name, together[0] / name) < SAME
-    assert max(losses(alone / name).values()) - min(losses(alone / name).values()) > 0.1  # the weights did move
+    assert (
+        max(losses(alone / name).values()) - min(losses(alone / name).values()) > 0.1
+    )  # the weights did move
 
 
 def test_weights_in_parts_train_as_whole_ones_do(together: Any, alone: Path) -> None:
     folder, seen = together
     assert [process["parts"][0] for process in seen] == ["no error", "no error"]
     assert worst_difference(alone / "adamw", folder / "parts") < SAME
-    first, second = ([r["first"] for r in read_metrics(which) if "first" in r] for which in (alone / "adamw", folder / "parts"))
+    first, second = (
+        [r["first"] for r in read_metrics(which) if "first" in r]
+        for which in (alone / "adamw", folder / "parts")
+    )
     assert first == pytest.approx(second, abs=SAME)
-    assert {path.suffix for path in (folder / "parts").rglob("*") if path.is_file()} == {".safetensors", ".json", ".jsonl"}
+    assert {path.suffix for path in (folder / "parts").rglob("*") if path.is_file()} == {
+        ".safetensors",
+        ".json",
+        ".jsonl",
+    }
 
 
 def test_a_run_in_parts_goes_on_with_whole_weights(together: Any, alone: Path) -> None:
@@ -122,7 +138,9 @@ def parts_of(together: Any, place: Path) -> tuple[Path, Trainer]:
     return steps / "step-000000050", two_processes.trainer(place, two_processes.packed(), "adamw")
 
 
-def test_each_process_writes_its_rows_and_one_reads_them_all(together: Any, alone: Path, tmp_path: Path) -> None:
+def test_each_process_writes_its_rows_and_one_reads_them_all(
+    together: Any, alone: Path, tmp_path: Path
+) -> None:
     folder, trainer = parts_of(together, tmp_path)
     parts = [load_file(folder / f"model-0000{rank}-of-00002.safetensors") for rank in range(2)]
     whole = load_file(alone / "adamw/steps/step-000000050/model.safetensors")
@@ -131,7 +149,10 @@ def test_each_process_writes_its_rows_and_one_reads_them_all(together: Any, alon
         assert sum(rows) == tensor.shape[0]
         assert max(rows) == -(-tensor.shape[0] // 2)
     assert trainer.checkpoints.load_latest().step == 50
-    assert all(torch.allclose(parameter, whole[name], atol=SAME) for name, parameter in trainer.model.named_parameters())
+    assert all(
+        torch.allclose(parameter, whole[name], atol=SAME)
+        for name, parameter in trainer.model.named_parameters()
+    )
     moments = load_file(alone / "adamw/steps/step-000000050/optimizer.safetensors")
     found = optimizer_tensors(trainer.model, trainer.step.optimizers)
     assert found.keys() == moments.keys()
@@ -143,7 +164,10 @@ def test_a_part_that_is_missing_or_damaged_is_told_and_nothing_goes_on_from_the_
     together: Any, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, trainer = parts_of(together, tmp_path)
-    part, state = folder / "optimizer-00001-of-00002.safetensors", json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    part, state = (
+        folder / "optimizer-00001-of-00002.safetensors",
+        json.loads((folder / "state.json").read_text(encoding="utf-8")),
+    )
     if harm == "missing":
         part.unlink()
     elif harm == "damaged":
@@ -156,7 +180,12 @@ def test_a_part_that_is_missing_or_damaged_is_told_and_nothing_goes_on_from_the_
     with pytest.raises(ArtifactError, match="every checkpoint is damaged"):
         trainer.checkpoints.load_latest()
     told = capsys.readouterr().err
-    assert {"missing": part.name, "damaged": part.name, "unlisted": f"{part.name} is not listed", "gap": "is not all there"}[harm] in told
+    assert {
+        "missing": part.name,
+        "damaged": part.name,
+        "unlisted": f"{part.name} is not listed",
+        "gap": "is not all there",
+    }[harm] in told
 
 
 @pytest.mark.parametrize("cuts", [[0, 7], [0, 4, 7], [0, 3, 6, 7, 7]])
@@ -164,10 +193,16 @@ def test_any_rows_are_read_from_the_parts_of_any_number_of_processes(tmp_path: P
     whole, size = torch.arange(21.0).reshape(7, 3), len(cuts) - 1
     for rank in range(size):
         own = {"w": whole[cuts[rank] : cuts[rank + 1]].clone()} if cuts[rank] < cuts[rank + 1] else {}
-        save_file(own | ({"step": torch.tensor(5.0)} if rank == 0 else {}), tmp_path / file_name("model", rank, size))
+        save_file(
+            own | ({"step": torch.tensor(5.0)} if rank == 0 else {}),
+            tmp_path / file_name("model", rank, size),
+        )
     spans = [list(span) for span in itertools.pairwise(cuts)]
     layout = {"w": {"shape": [7, 3], "rows": spans}, "step": {"shape": [], "rows": None}}
-    record = {"files": {file_name("model", rank, size): {} for rank in range(size)}, "parts": {"size": size, "model": layout}}
+    record = {
+        "files": {file_name("model", rank, size): {} for rank in range(size)},
+        "parts": {"size": size, "model": layout},
+    }
     with StoredTensors(tmp_path, "model", record) as stored:
         for first, behind in itertools.combinations_with_replacement(range(8), 2):
             assert torch.equal(stored.rows("w", first, behind), whole[first:behind])
@@ -175,7 +210,9 @@ def test_any_rows_are_read_from_the_parts_of_any_number_of_processes(tmp_path: P
         assert torch.equal(stored.like("w", torch.zeros(7, 3)), whole)
 
 
-def test_two_then_one_then_two_processes_see_the_same_data_in_the_same_order(together: Any, alone: Path) -> None:
+def test_two_then_one_then_two_processes_see_the_same_data_in_the_same_order(
+    together: Any, alone: Path
+) -> None:
     folder, seen = together
     first, second = (process["stops"] for process in seen)
     assert first[0].startswith("Interrupted")
@@ -196,12 +233,16 @@ def test_only_the_first_process_validates_and_all_know_the_best_step(together: A
 
 
 def test_the_checkpoint_of_two_processes_holds_the_weights_of_one(together: Any, alone: Path) -> None:
-    first, second = (load_file(folder / "packed/steps/step-000000050/model.safetensors") for folder in (alone, together[0]))
+    first, second = (
+        load_file(folder / "packed/steps/step-000000050/model.safetensors") for folder in (alone, together[0])
+    )
     assert first.keys() == second.keys()
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < SAME
 
 
-def test_when_memory_runs_out_in_one_process_all_take_smaller_micro_batches(together: Any, alone: Path) -> None:
+def test_when_memory_runs_out_in_one_process_all_take_smaller_micro_batches(
+    together: Any, alone: Path
+) -> None:
     folder, seen = together
     assert [process["limit"] for process in seen] == [LENGTH, LENGTH]
     assert worst_difference(alone / "packed", folder / "small") < SAME

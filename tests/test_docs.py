@@ -19,7 +19,9 @@ PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "doc
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.*)", re.MULTILINE)
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`((?:fastdraft |pytest |python3? -m pytest|(?:python3? )?(?:benchmarks/|tests/)?\w+\.py )[^`]*)`")
+INLINE = re.compile(
+    r"`((?:fastdraft |pytest |python3? -m pytest|(?:python3? )?(?:benchmarks/|tests/)?\w+\.py )[^`]*)`"
+)
 COMMAND = re.compile(r"(?:\.venv/bin/)?(?:fastdraft|pytest|python3? (?:-m pytest|benchmarks/|tests/|docs/))")
 
 
@@ -60,7 +62,11 @@ def flags_of(script: Path) -> set[str]:
     """The options that a script takes, those of the modules beside it that it imports too."""
     text = script.read_text(encoding="utf-8")
     names = re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.MULTILINE)
-    beside = [path for name in names if (path := (script.parent / name.replace(".", "/")).with_suffix(".py")).is_file()]
+    beside = [
+        path
+        for name in names
+        if (path := (script.parent / name.replace(".", "/")).with_suffix(".py")).is_file()
+    ]
     return set(re.findall(r'"(--[a-z][a-z-]*)"', text)).union(*map(flags_of, beside))
 
 
@@ -69,7 +75,11 @@ def refuse(words: list[str]) -> str:
     if words[0].endswith("fastdraft"):
         return refuse_verb(words[1:])
     scripts = [word for word in words if word.endswith(".py")]
-    files = [file for word in scripts if (file := next(filter(Path.is_file, (ROOT / word, ROOT / "benchmarks" / word)), None))]
+    files = [
+        file
+        for word in scripts
+        if (file := next(filter(Path.is_file, (ROOT / word, ROOT / "benchmarks" / word)), None))
+    ]
     if len(files) < len(scripts) or not files or "pytest" in words[:3]:
         return "no such script" if len(files) < len(scripts) else ""
     known = flags_of(files[0])
@@ -80,7 +90,11 @@ def refuse_verb(arguments: list[str]) -> str:
     """As `refuse`, of the command line; overrides are those of the recipe named, or of the demo."""
     parser = build_parser()
     if len(arguments) == 1:  # a verb by its name alone
-        return "" if f"\n    {arguments[0]} " in parser.format_help() or arguments[0] == "--help" else "no such verb"
+        return (
+            ""
+            if f"\n    {arguments[0]} " in parser.format_help() or arguments[0] == "--help"
+            else "no such verb"
+        )
     try:
         found = _parse(parser, arguments)
     except SystemExit:
@@ -96,14 +110,21 @@ def is_key(dotted: str) -> bool:
     """Whether a recipe can have this key; of sections told apart by `kind`, any may have it."""
     models: list[type[BaseModel]] = [Recipe]
     for part in dotted.split("."):
-        fields = [field for model in models for name, field in model.model_fields.items() if part in (name, field.alias)]
+        fields = [
+            field
+            for model in models
+            for name, field in model.model_fields.items()
+            if part in (name, field.alias)
+        ]
         if not fields:
             return False
         models = [model for field in fields for model in _models(field.annotation)]
     return True
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent.name != "benchmarks" else "benchmarks")
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.name if page.parent.name != "benchmarks" else "benchmarks"
+)
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
@@ -113,7 +134,9 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent.name != "benchmarks" else "benchmarks")
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.name if page.parent.name != "benchmarks" else "benchmarks"
+)
 def test_every_command_of_a_page_can_be_given(page: Path) -> None:
     for words in commands(page):
         assert not (why := refuse(words)), f"{page.name}: {' '.join(words)}: {why}"
@@ -124,7 +147,9 @@ def test_every_key_of_a_recipe_that_a_page_names_exists() -> None:
     for page in PAGES:
         for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
             for key in re.findall(rf"(?<![\w/.])((?:{sections})(?:\.[a-z_]+)+)(?![\w(/.])", code):
-                assert key.endswith((".py", ".md", ".yaml", ".html", ".json")) or is_key(key), f"{page.name}: {key}"
+                assert key.endswith((".py", ".md", ".yaml", ".html", ".json")) or is_key(key), (
+                    f"{page.name}: {key}"
+                )
 
 
 def test_every_file_of_figures_that_a_page_names_is_there() -> None:

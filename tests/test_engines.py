@@ -55,8 +55,18 @@ def recipe_of(folder: Path, target: Path, **changes: Any) -> Recipe:
     path = write_recipe(folder, target)
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
     prompts = [prompt for prompt in value["synthesize"]["prompts"] if prompt["kind"] == "jsonl"]
-    section = {**value["synthesize"], "tokens": 600, "batch_rows": 8, "max_new_tokens": 16, "engine": {"kind": "auto"}, "prompts": prompts}
-    path.write_text(yaml.safe_dump({name: value[name] for name in ("run", "target")} | {"synthesize": section | changes}), encoding="utf-8")
+    section = {
+        **value["synthesize"],
+        "tokens": 600,
+        "batch_rows": 8,
+        "max_new_tokens": 16,
+        "engine": {"kind": "auto"},
+        "prompts": prompts,
+    }
+    path.write_text(
+        yaml.safe_dump({name: value[name] for name in ("run", "target")} | {"synthesize": section | changes}),
+        encoding="utf-8",
+    )
     return load_recipe(str(path))
 
 
@@ -93,7 +103,9 @@ def test_without_openvino_auto_is_transformers_and_says_what_to_install(recipe: 
 
 
 @pytest.mark.usefixtures("installed")
-def test_auto_is_transformers_for_a_family_that_is_not_converted(recipe: Recipe, installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_transformers_for_a_family_that_is_not_converted(
+    recipe: Recipe, installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(openvino_families, "raw_config", lambda *_: {"model_type": "gemma2"})
     choice = choose_engine(AutoEngineConfig(), context_of(recipe))
     assert choice.settings == HuggingFaceEngineConfig()
@@ -102,12 +114,21 @@ def test_auto_is_transformers_for_a_family_that_is_not_converted(recipe: Recipe,
 
 def test_openvino_for_a_family_that_is_not_converted_is_refused_before_any_work(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"model_type": "gemma2", "vocab_size": 320})
-    with pytest.raises(TargetError, match="family gemma2: its attention scores are capped, which OpenVINO's attention leaves out"):
+    with pytest.raises(
+        TargetError,
+        match="family gemma2: its attention scores are capped, which OpenVINO's attention leaves out",
+    ):
         openvino_families.require_convertible(str(tmp_path))
-    write_json(tmp_path / "config.json", {"model_type": "llava", "text_config": {"model_type": "gemma2", "vocab_size": 320}})
+    write_json(
+        tmp_path / "config.json",
+        {"model_type": "llava", "text_config": {"model_type": "gemma2", "vocab_size": 320}},
+    )
     with pytest.raises(TargetError, match="family gemma2"):
         openvino_families.require_convertible(str(tmp_path))
-    write_json(tmp_path / "config.json", {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 320}})
+    write_json(
+        tmp_path / "config.json",
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 320}},
+    )
     openvino_families.require_convertible(str(tmp_path))
 
 
@@ -117,8 +138,13 @@ def test_on_an_accelerator_auto_is_transformers(recipe: Recipe, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize(("dtype", "weights", "precision"), [("fp32", "fp32", "exact"), ("bf16", "fp16", "fast"), ("fp16", "fp16", "fast")])
-def test_a_precision_that_the_recipe_names_is_kept(recipe: Recipe, dtype: str, weights: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "weights", "precision"),
+    [("fp32", "fp32", "exact"), ("bf16", "fp16", "fast"), ("fp16", "fp16", "fast")],
+)
+def test_a_precision_that_the_recipe_names_is_kept(
+    recipe: Recipe, dtype: str, weights: str, precision: str
+) -> None:
     named = recipe.model_copy(update={"target": recipe.target.model_copy(update={"dtype": dtype})})
     chosen = choose_engine(AutoEngineConfig(), context_of(named)).settings
     assert isinstance(chosen, OpenVINOEngineConfig)
@@ -137,9 +163,13 @@ def test_the_fingerprint_names_the_engine_that_really_writes(recipe: Recipe) -> 
     stage = next(stage for stage in pipeline.STAGES if stage.name == "synthesize")
     assert recipe.synthesize
     explicit = recipe.synthesize.model_copy(update={"engine": OpenVINOEngineConfig()})
-    assert stage.fingerprint(recipe.synthesize, context_of(recipe)) == stage.fingerprint(explicit, context_of(recipe))
+    assert stage.fingerprint(recipe.synthesize, context_of(recipe)) == stage.fingerprint(
+        explicit, context_of(recipe)
+    )
     other = recipe.synthesize.model_copy(update={"engine": HuggingFaceEngineConfig()})
-    assert stage.fingerprint(recipe.synthesize, context_of(recipe)) != stage.fingerprint(other, context_of(recipe))
+    assert stage.fingerprint(recipe.synthesize, context_of(recipe)) != stage.fingerprint(
+        other, context_of(recipe)
+    )
 
 
 def served(*servers: str, **changes: Any) -> OpenAIEngineConfig:
@@ -147,7 +177,17 @@ def served(*servers: str, **changes: Any) -> OpenAIEngineConfig:
 
 
 def test_only_a_server_does_without_the_targets_weights() -> None:
-    assert all(map(uses_weights, (AutoEngineConfig(), HuggingFaceEngineConfig(), OpenVINOEngineConfig(), served(logprobs="target"))))
+    assert all(
+        map(
+            uses_weights,
+            (
+                AutoEngineConfig(),
+                HuggingFaceEngineConfig(),
+                OpenVINOEngineConfig(),
+                served(logprobs="target"),
+            ),
+        )
+    )
     assert not any(uses_weights(served(logprobs=kind)) for kind in ("processed", "raw", "none"))
 
 
@@ -159,7 +199,10 @@ def fingerprint(recipe: Recipe, **changes: Any) -> dict[str, Any]:
 
 def test_a_servers_fingerprint_holds_neither_transport_nor_weights(recipe: Recipe) -> None:
     one = fingerprint(recipe, engine=served("http://127.0.0.1:1/v1"))
-    assert one == fingerprint(recipe, engine=served("http://127.0.0.1:2/v1", concurrency=3, retries=0, timeout=1.0, api_key_env="KEY"))
+    assert one == fingerprint(
+        recipe,
+        engine=served("http://127.0.0.1:2/v1", concurrency=3, retries=0, timeout=1.0, api_key_env="KEY"),
+    )
     assert one["settings"]["engine"]["kind"] == "openai"
     assert TRANSPORT.isdisjoint(one["settings"]["engine"])
     assert "model.safetensors" not in one["target"]["files"]
@@ -171,10 +214,16 @@ def test_a_servers_fingerprint_holds_neither_transport_nor_weights(recipe: Recip
 def test_stored_logits_need_the_weights_whoever_writes(recipe: Recipe, tmp_path: Path) -> None:
     changes = {"engine": served(), "logits": TopKLogitsConfig(k=8)}
     assert "model.safetensors" in fingerprint(recipe, **changes)["target"]["files"]
-    bare = Path(shutil.copytree(recipe.target.location, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    bare = Path(
+        shutil.copytree(
+            recipe.target.location, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
     moved = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(bare)})})
     assert fingerprint(moved, engine=served())["target"]["dtype"] is None
-    with pytest.raises(TargetError, match=r"no model\.safetensors: synthesize\.logits: top_k scores.*kind: none") as caught:
+    with pytest.raises(
+        TargetError, match=r"no model\.safetensors: synthesize\.logits: top_k scores.*kind: none"
+    ) as caught:
         fingerprint(moved, **changes)
     assert "\n" not in str(caught.value)
 
@@ -196,7 +245,13 @@ def test_auto_does_not_take_over_what_a_server_began(recipe: Recipe) -> None:
     artifact = begin(context, served().model_dump(mode="json", exclude=set(TRANSPORT)))
     assert choose_engine(AutoEngineConfig(), context).settings == OpenVINOEngineConfig()
     with pytest.raises(ArtifactError, match=r"settings\.engine\.kind \(openai -> openvino\)"):
-        artifact.begin({"settings": {"engine": choose_engine(AutoEngineConfig(), context).settings.model_dump(mode="json")}})
+        artifact.begin(
+            {
+                "settings": {
+                    "engine": choose_engine(AutoEngineConfig(), context).settings.model_dump(mode="json")
+                }
+            }
+        )
 
 
 @pytest.mark.usefixtures("installed")
@@ -209,10 +264,15 @@ def test_auto_goes_on_with_the_engine_that_began(recipe: Recipe) -> None:
 
 
 @pytest.mark.usefixtures("not_installed")
-def test_text_begun_by_openvino_is_refused_where_it_is_missing_and_taken_when_finished(recipe: Recipe) -> None:
+def test_text_begun_by_openvino_is_refused_where_it_is_missing_and_taken_when_finished(
+    recipe: Recipe,
+) -> None:
     context = context_of(recipe)
     begin(context, {"kind": "openvino"})
-    with pytest.raises(ArtifactError, match=r"settings\.engine\.kind \(openvino -> huggingface, for nncf.*pip install.*--redo synthesize"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"settings\.engine\.kind \(openvino -> huggingface, for nncf.*pip install.*--redo synthesize",
+    ):
         choose_engine(AutoEngineConfig(), context)
     begin(context, {"kind": "openvino"}, complete=True)
     assert choose_engine(AutoEngineConfig(), context).settings == OpenVINOEngineConfig()
@@ -225,7 +285,13 @@ def test_an_engine_of_another_release_is_left_to_the_fingerprint(recipe: Recipe)
     assert choose_engine(AutoEngineConfig(), context).settings == OpenVINOEngineConfig()
     assert recipe.synthesize
     with pytest.raises(ArtifactError, match=r"settings\.engine\.kind \(something -> openvino\)"):
-        artifact.begin({"settings": {"engine": choose_engine(AutoEngineConfig(), context).settings.model_dump(mode="json")}})
+        artifact.begin(
+            {
+                "settings": {
+                    "engine": choose_engine(AutoEngineConfig(), context).settings.model_dump(mode="json")
+                }
+            }
+        )
 
 
 def refuse_to_convert(*arguments: object, **options: object) -> None:
@@ -249,13 +315,17 @@ def test_a_target_that_cannot_be_converted_is_written_by_transformers_and_stays_
 
 
 @pytest.mark.usefixtures("installed")
-def test_under_a_named_engine_a_failed_conversion_is_an_error(tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_a_named_engine_a_failed_conversion_is_an_error(
+    tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engines, "_open_openvino", refuse_to_convert)
     with pytest.raises(TargetError, match="must convert to OpenVINO"):
         pipeline.run(recipe_of(tmp_path, tiny_target, engine={"kind": "openvino"}))
 
 
-def convert_and_write(settings: OpenVINOEngineConfig, context: StageContext, *arguments: Any, **options: Any) -> Engines:
+def convert_and_write(
+    settings: OpenVINOEngineConfig, context: StageContext, *arguments: Any, **options: Any
+) -> Engines:
     """As `_open_openvino` leaves the disk, without OpenVINO."""
     copy = context.artifact("synthesize").path / "converted" / settings.weights
     copy.mkdir(parents=True, exist_ok=True)
@@ -264,11 +334,16 @@ def convert_and_write(settings: OpenVINOEngineConfig, context: StageContext, *ar
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_converted_target_is_kept_until_the_stage_is_complete(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_converted_target_is_kept_until_the_stage_is_complete(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engines, "_open_openvino", convert_and_write)
     console = Console(quiet=True)
     context = context_of(recipe, console)
-    stage, artifact = next(stage for stage in pipeline.STAGES if stage.name == "synthesize"), context.artifact("synthesize")
+    stage, artifact = (
+        next(stage for stage in pipeline.STAGES if stage.name == "synthesize"),
+        context.artifact("synthesize"),
+    )
     assert recipe.synthesize
     artifact.begin(stage.fingerprint(recipe.synthesize, context))
     console.stop.requested = True
@@ -287,5 +362,7 @@ def test_every_supported_family_can_be_converted() -> None:
     from optimum.exporters.tasks import TasksManager
 
     for family in set(TARGET_FAMILIES) - {*openvino_families.NOT_CONVERTED, *PARTS, *MULTIMODAL}:
-        tasks = TasksManager.get_supported_tasks_for_model_type(family, exporter="openvino", library_name="transformers")
+        tasks = TasksManager.get_supported_tasks_for_model_type(
+            family, exporter="openvino", library_name="transformers"
+        )
         assert "text-generation-with-past" in tasks, family

@@ -14,29 +14,63 @@ from conftest import TEXT, write_target
 from fastdraft.artifacts import RunDirectory, read_json, write_json
 from fastdraft.config import load_config
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, DataError, FastDraftError, Interrupted, RecipeError, VocabularyError
+from fastdraft.errors import (
+    ArtifactError,
+    DataError,
+    FastDraftError,
+    Interrupted,
+    RecipeError,
+    VocabularyError,
+)
 from fastdraft.interfaces import RunConfig, Sampling, StageContext, TargetConfig
 from fastdraft.stages import evaluate
 from fastdraft.stages.evaluate import EvaluateConfig
 
 ROW_KEYS = {
-    "checkpoint", "task", "method", "temperature", "num_speculative_tokens", "num_prompts", "num_drafts", "num_draft_tokens",
-    "num_accepted_tokens", "num_accepted_tokens_per_pos", "num_generated_tokens", "acceptance_rate", "conditional_acceptance_rate",
-    "overlap", "block_efficiency", "mbsu_parameters", "mbsu_bytes", "mbsu_latency",
-}  # fmt: skip
+    "checkpoint",
+    "task",
+    "method",
+    "temperature",
+    "num_speculative_tokens",
+    "num_prompts",
+    "num_drafts",
+    "num_draft_tokens",
+    "num_accepted_tokens",
+    "num_accepted_tokens_per_pos",
+    "num_generated_tokens",
+    "acceptance_rate",
+    "conditional_acceptance_rate",
+    "overlap",
+    "block_efficiency",
+    "mbsu_parameters",
+    "mbsu_bytes",
+    "mbsu_latency",
+}
 
 
 def settings(folder: Path, **changes: Any) -> EvaluateConfig:
     for name in ("first", "second"):
-        lines = [json.dumps({"id": f"{name}{i}", "prompt": f"{text} {i}", "reference": "yes"}) for i, text in enumerate(TEXT)]
+        lines = [
+            json.dumps({"id": f"{name}{i}", "prompt": f"{text} {i}", "reference": "yes"})
+            for i, text in enumerate(TEXT)
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     value = {
         "tasks": [
             {"kind": "file", "name": "first", "path": str(folder / "first.jsonl"), "max_new_tokens": 12},
-            {"kind": "file", "name": "second", "path": str(folder / "second.jsonl"), "max_new_tokens": 8, "chat": True, "prompts": 3},
+            {
+                "kind": "file",
+                "name": "second",
+                "path": str(folder / "second.jsonl"),
+                "max_new_tokens": 8,
+                "chat": True,
+                "prompts": 3,
+            },
         ],
-        "temperatures": [0, 0.6], "num_speculative_tokens": [1, 3], "exact": {"num_speculative_tokens": [3], "prompts": 2},
-    }  # fmt: skip
+        "temperatures": [0, 0.6],
+        "num_speculative_tokens": [1, 3],
+        "exact": {"num_speculative_tokens": [3], "prompts": 2},
+    }
     return load_config(EvaluateConfig, value | changes, "evaluate")
 
 
@@ -49,7 +83,9 @@ def context(root: Path, target: Path, config: EvaluateConfig, checkpoints: dict[
             write_json(folder / "manifest.json", {"schema": 1, "stage": name})
     sections = {**dict.fromkeys(checkpoints, config), "evaluate": config}
     run_config = RunConfig(name="r", threads=1, device="cpu")
-    return StageContext(RunDirectory(root), run_config, TargetConfig(model=str(target)), sections, Console(quiet=True))
+    return StageContext(
+        RunDirectory(root), run_config, TargetConfig(model=str(target)), sections, Console(quiet=True)
+    )
 
 
 def run(config: EvaluateConfig, where: StageContext) -> dict[str, Any]:
@@ -76,9 +112,23 @@ def test_results_hold_every_row_of_the_plan_with_every_key(finished) -> None:
     assert results["draft"] == "align/checkpoint"
     rows = results["rows"]
     assert all(set(row) >= ROW_KEYS for row in rows)
-    replayed = {(r["checkpoint"], r["task"], r["temperature"], r["num_speculative_tokens"]) for r in rows if r["method"] == "replay"}
-    assert replayed == {(c, t, T, k) for c in ("pretrain", "align") for t in ("first", "second") for T in (0.0, 0.6) for k in (1, 3)}
-    exact = {(r["checkpoint"], r["task"], r["temperature"], r["num_prompts"]) for r in rows if r["method"] == "exact"}
+    replayed = {
+        (r["checkpoint"], r["task"], r["temperature"], r["num_speculative_tokens"])
+        for r in rows
+        if r["method"] == "replay"
+    }
+    assert replayed == {
+        (c, t, T, k)
+        for c in ("pretrain", "align")
+        for t in ("first", "second")
+        for T in (0.0, 0.6)
+        for k in (1, 3)
+    }
+    exact = {
+        (r["checkpoint"], r["task"], r["temperature"], r["num_prompts"])
+        for r in rows
+        if r["method"] == "exact"
+    }
     assert exact == {("align", t, T, 2) for t in ("first", "second") for T in (0.0, 0.6)}
 
 
@@ -92,8 +142,12 @@ def test_rates_in_a_row_follow_from_its_counts(finished) -> None:
         k, ratio = row["num_speculative_tokens"], finished[2]["cost_ratio_parameters"]
         assert row["num_draft_tokens"] == pytest.approx(k * row["num_drafts"], abs=1e-4)
         assert sum(row["num_accepted_tokens_per_pos"]) == pytest.approx(row["num_accepted_tokens"], abs=1e-4)
-        assert row["acceptance_rate"] == pytest.approx(row["num_accepted_tokens"] / row["num_draft_tokens"], abs=1e-5)
-        assert row["block_efficiency"] == pytest.approx(row["num_generated_tokens"] / row["num_drafts"], abs=1e-5)
+        assert row["acceptance_rate"] == pytest.approx(
+            row["num_accepted_tokens"] / row["num_draft_tokens"], abs=1e-5
+        )
+        assert row["block_efficiency"] == pytest.approx(
+            row["num_generated_tokens"] / row["num_drafts"], abs=1e-5
+        )
         assert row["mbsu_parameters"] == pytest.approx(row["block_efficiency"] / (k * ratio + 1), abs=1e-4)
         assert row["acceptance_rate_low"] <= row["acceptance_rate"] <= row["acceptance_rate_high"]
 
@@ -102,17 +156,35 @@ def test_a_draft_equal_to_the_target_costs_the_same_and_is_mostly_accepted(finis
     results = finished[2]
     assert results["cost_ratio_parameters"] == results["cost_ratio_bytes"] == 1
     assert results["cost_ratio_latency"] > 0
-    greedy = [r for r in results["rows"] if r["checkpoint"] == "align" and r["temperature"] == 0 and r["method"] == "exact"]
+    greedy = [
+        r
+        for r in results["rows"]
+        if r["checkpoint"] == "align" and r["temperature"] == 0 and r["method"] == "exact"
+    ]
     # Not always: this random target writes padding ids too, which no draft may propose.
     assert all(row["conditional_acceptance_rate"] > 0.7 for row in greedy)
 
 
 def test_exact_and_replay_agree_on_greedy_text(finished) -> None:
     config, where, _ = finished
-    everything = load_config(EvaluateConfig, config.model_dump() | {"exact": {"num_speculative_tokens": [1, 3], "prompts": 5}})
+    everything = load_config(
+        EvaluateConfig, config.model_dump() | {"exact": {"num_speculative_tokens": [1, 3], "prompts": 5}}
+    )
     root = where.run.root.parent / "agree"
-    results = run(everything, context(root, Path(where.target.model), everything, {"pretrain": where.run.root / "pretrain" / "checkpoint"}))
-    rows = {(r["method"], r["task"], r["num_speculative_tokens"]): r for r in results["rows"] if r["temperature"] == 0}
+    results = run(
+        everything,
+        context(
+            root,
+            Path(where.target.model),
+            everything,
+            {"pretrain": where.run.root / "pretrain" / "checkpoint"},
+        ),
+    )
+    rows = {
+        (r["method"], r["task"], r["num_speculative_tokens"]): r
+        for r in results["rows"]
+        if r["temperature"] == 0
+    }
     for task in ("first", "second"):
         for k in (1, 3):
             exact, replayed = rows["exact", task, k], rows["replay", task, k]
@@ -129,7 +201,9 @@ def test_greedy_exact_text_is_checked_against_the_targets_own(finished) -> None:
 def test_checkpoints_are_compared_with_an_interval(finished) -> None:
     rows = finished[2]["differences"]
     assert {(r["from"], r["to"], r["num_speculative_tokens"]) for r in rows} == {("pretrain", "align", 3)}
-    assert all(r["difference"] > 0 and r["difference_low"] <= r["difference"] <= r["difference_high"] for r in rows)
+    assert all(
+        r["difference"] > 0 and r["difference_low"] <= r["difference"] <= r["difference_high"] for r in rows
+    )
 
 
 def test_samples_are_pieces_of_the_exact_text(finished) -> None:
@@ -139,7 +213,9 @@ def test_samples_are_pieces_of_the_exact_text(finished) -> None:
     assert all({"text", "accepted"} == set(piece) for s in samples for piece in s["pieces"])
 
 
-def test_a_second_run_over_finished_units_writes_the_same_results(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_over_finished_units_writes_the_same_results(
+    finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, where, results = finished
     from fastdraft.decoding import workbench
 
@@ -148,7 +224,9 @@ def test_a_second_run_over_finished_units_writes_the_same_results(finished, monk
     assert run(config, where) == results
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_counts(finished, tmp_path: Path, tiny_target: Path, tiny_draft: Path) -> None:
+def test_a_stopped_run_goes_on_and_ends_with_the_same_counts(
+    finished, tmp_path: Path, tiny_target: Path, tiny_draft: Path
+) -> None:
     config, _, undisturbed = finished
     where = context(tmp_path, tiny_target, config, {"pretrain": tiny_draft, "align": tiny_target})
     where.console.stop.requested = True
@@ -159,7 +237,9 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_counts(finished, tmp_path:
     results = run(config, where)
     # Equal but for what was measured in seconds.
     kept = [key for key in results["rows"][0] if "latency" not in key and "speedup" not in key]
-    assert [{k: row[k] for k in kept} for row in results["rows"]] == [{k: row[k] for k in kept} for row in undisturbed["rows"]]
+    assert [{k: row[k] for k in kept} for row in results["rows"]] == [
+        {k: row[k] for k in kept} for row in undisturbed["rows"]
+    ]
 
 
 def test_a_damaged_unit_is_named(finished, tmp_path: Path) -> None:
@@ -178,7 +258,9 @@ def test_prompts_that_do_not_fit_are_left_out_and_told(
     lines = [json.dumps({"prompt": "short"}), json.dumps({"prompt": "long " * 400})]
     (tmp_path / "mixed.jsonl").write_text("\n".join(lines), encoding="utf-8")
     task = {"kind": "file", "name": "mixed", "path": str(tmp_path / "mixed.jsonl"), "max_new_tokens": 4}
-    config = settings(tmp_path, tasks=[task], exact={"prompts": 0}, num_speculative_tokens=[2], temperatures=[0])
+    config = settings(
+        tmp_path, tasks=[task], exact={"prompts": 0}, num_speculative_tokens=[2], temperatures=[0]
+    )
     results = run(config, context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft}))
     assert [row["num_prompts"] for row in results["rows"]] == [1]
     assert "1 of 2 prompts skipped" in capsys.readouterr().err
@@ -210,7 +292,9 @@ def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, tiny_target: P
         ({"tempratures": [0]}, "temperatures"),
     ],
 )
-def test_settings_out_of_range_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any], found: str) -> None:
+def test_settings_out_of_range_are_refused_in_one_line(
+    tmp_path: Path, change: dict[str, Any], found: str
+) -> None:
     with pytest.raises(RecipeError, match=found) as raised:
         settings(tmp_path, **change)
     assert "\n" not in str(raised.value)
@@ -220,7 +304,9 @@ def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path
     from fastdraft.decoding.latency import Latency, measure_latency
     from fastdraft.modeling.loading import load_draft
 
-    latency = measure_latency(load_draft(tiny_target), load_draft(tiny_draft), [2, 4], prefix_tokens=400, repeats=3)
+    latency = measure_latency(
+        load_draft(tiny_target), load_draft(tiny_draft), [2, 4], prefix_tokens=400, repeats=3
+    )
     assert list(latency.target_seconds) == [1, 2, 4]
     assert latency.prefix_tokens == 252
     assert latency.cost_ratio > 0
@@ -243,13 +329,18 @@ def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) ->
 
 def test_the_finished_manifest_tells_what_was_skipped_and_compared(finished) -> None:
     manifest = finished[1].artifact("evaluate").manifest()
-    assert manifest["tasks"] == {"first": {"prompts": 5, "skipped": 0}, "second": {"prompts": 3, "skipped": 0}}
+    assert manifest["tasks"] == {
+        "first": {"prompts": 5, "skipped": 0},
+        "second": {"prompts": 3, "skipped": 0},
+    }
     assert manifest["differences"] == finished[2]["differences"]
     assert manifest["contamination"] is None
     assert issubclass(Interrupted, FastDraftError)
 
 
-def test_evaluation_texts_among_the_training_rows_are_counted(tmp_path: Path, tiny_target: Path, tiny_draft: Path) -> None:
+def test_evaluation_texts_among_the_training_rows_are_counted(
+    tmp_path: Path, tiny_target: Path, tiny_draft: Path
+) -> None:
     from fastdraft.data.responses import unit_path, write_rows
     from fastdraft.decoding.evaluation import as_row
     from fastdraft.interfaces import Generation
@@ -259,25 +350,36 @@ def test_evaluation_texts_among_the_training_rows_are_counted(tmp_path: Path, ti
     where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft})
     synthesize = where.artifact("synthesize")
     seen = load_tokenizer(str(tiny_target))(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
-    write_rows(unit_path(synthesize, 0), [as_row(Generation([5, 6], [*seen, 3], [0.0] * (len(seen) + 1), "stop"), Sampling(0.0), "x")])
+    write_rows(
+        unit_path(synthesize, 0),
+        [as_row(Generation([5, 6], [*seen, 3], [0.0] * (len(seen) + 1), "stop"), Sampling(0.0), "x")],
+    )
     write_json(synthesize.path / "fingerprint.json", {"made": 1})
     synthesize.complete()
-    where = StageContext(where.run, where.settings, where.target, {**where.sections, "synthesize": config}, where.console)
+    where = StageContext(
+        where.run, where.settings, where.target, {**where.sections, "synthesize": config}, where.console
+    )
     found = run(config, where)["contamination"]
     assert found["first"]["prompts_with_overlap"] == 1
     assert found["first"]["prompts"] == 5
     assert 0 < found["first"]["ngrams_matched"] < found["first"]["ngrams"]
 
 
-def test_the_fingerprint_follows_the_targets_files_and_what_was_trained_on(tmp_path: Path, tiny_target: Path, tiny_draft: Path) -> None:
+def test_the_fingerprint_follows_the_targets_files_and_what_was_trained_on(
+    tmp_path: Path, tiny_target: Path, tiny_draft: Path
+) -> None:
     config, target = settings(tmp_path), shutil.copytree(tiny_target, tmp_path / "target")
     where = context(tmp_path / "run", target, config, {"pretrain": tiny_draft})
     base = evaluate.fingerprint(config, where)
     assert json.loads(json.dumps(base)) == base == evaluate.fingerprint(config, where)
     shutil.copy(write_target(tmp_path / "other", seed=9) / "model.safetensors", target)
-    assert evaluate.fingerprint(config, where)["target"] != base["target"], "another fine-tune was saved over it"
+    assert evaluate.fingerprint(config, where)["target"] != base["target"], (
+        "another fine-tune was saved over it"
+    )
     prepare = where.artifact("prepare")
     write_json(prepare.path / "fingerprint.json", {"made": 1})
     prepare.complete()
-    where = StageContext(where.run, where.settings, where.target, {**where.sections, "prepare": config}, where.console)
+    where = StageContext(
+        where.run, where.settings, where.target, {**where.sections, "prepare": config}, where.console
+    )
     assert evaluate.fingerprint(config, where)["trained_on"] == {"prepare": prepare.digest()}

@@ -29,7 +29,9 @@ def recipe_in(path: Path, name: str) -> Recipe:
 def copy_without(source: Path, folder: Path, stage: str) -> None:
     """The run as it was before `stage` began."""
     later = pipeline.downstream([stage])
-    shutil.copytree(source, folder, ignore=lambda place, names: [n for n in names if Path(place) == source and n in later])
+    shutil.copytree(
+        source, folder, ignore=lambda place, names: [n for n in names if Path(place) == source and n in later]
+    )
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -37,10 +39,18 @@ def result(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or path.name.endswith(".tmp") or ".tmp/" in name or name in ("latency.json", "README.md"):
+        if (
+            path.is_dir()
+            or path.name.endswith(".tmp")
+            or ".tmp/" in name
+            or name in ("latency.json", "README.md")
+        ):
             continue
         if path.name == "metrics.jsonl":
-            found[name] = [{key: value for key, value in record.items() if key not in MEASURED} for record in read_metrics(folder)]
+            found[name] = [
+                {key: value for key, value in record.items() if key not in MEASURED}
+                for record in read_metrics(folder)
+            ]
         elif path.name in ("manifest.json", "results.json"):
             found[name] = without_measures(json.loads(path.read_text(encoding="utf-8")))
         else:
@@ -50,7 +60,11 @@ def result(folder: Path) -> dict[str, Any]:
 
 def without_measures(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: without_measures(v) for k, v in value.items() if k not in MEASURED and "latency" not in k and k != "predicted_speedup"}
+        return {
+            k: without_measures(v)
+            for k, v in value.items()
+            if k not in MEASURED and "latency" not in k and k != "predicted_speedup"
+        }
     return [without_measures(item) for item in value] if isinstance(value, list) else value
 
 
@@ -70,7 +84,9 @@ def copy_at_every_write(monkeypatch: pytest.MonkeyPatch, run: Path, copies: Path
     monkeypatch.setattr(Metrics, "write", before(Metrics.write))
 
 
-@pytest.mark.parametrize("stage", ["design", "prepare", "pretrain", "synthesize", "align", "evaluate", "export"])
+@pytest.mark.parametrize(
+    "stage", ["design", "prepare", "pretrain", "synthesize", "align", "evaluate", "export"]
+)
 def test_a_stage_killed_at_any_write_ends_in_the_same_files(
     short_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
 ) -> None:

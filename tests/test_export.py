@@ -30,7 +30,9 @@ class _Section(Config):
 def context(tiny_target: Path, tmp_path: Path) -> StageContext:
     """A run whose design stage has finished."""
     config = load_config(
-        design.DesignConfig, {"draft": {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}}, "design"
+        design.DesignConfig,
+        {"draft": {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}},
+        "design",
     )
     context = StageContext(
         RunDirectory(tmp_path / "run"),
@@ -55,42 +57,62 @@ def _export(context: StageContext, **settings: Any) -> tuple[Path, dict[str, Any
 def test_the_export_pins_k_and_the_confidence_threshold(context: StageContext) -> None:
     folder, _ = _export(context, num_speculative_tokens=5, confidence_threshold=0.25)
     pinned = read_json(folder / "generation_config.json")
-    assert (pinned["num_assistant_tokens"], pinned["num_assistant_tokens_schedule"], pinned["assistant_confidence_threshold"]) == (
-        5,
-        "constant",
-        0.25,
-    )
+    assert (
+        pinned["num_assistant_tokens"],
+        pinned["num_assistant_tokens_schedule"],
+        pinned["assistant_confidence_threshold"],
+    ) == (5, "constant", 0.25)
 
 
 def test_weights_and_tokenizer_are_those_of_the_checkpoint(context: StageContext, tiny_target: Path) -> None:
     folder, manifest = _export(context)
     checkpoint = context.artifact("design").path / "draft"
-    assert all(torch.equal(a, b) for a, b in zip(load_draft(folder).parameters(), load_draft(checkpoint).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(load_draft(folder).parameters(), load_draft(checkpoint).parameters(), strict=True)
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (tiny_target / name).read_bytes()
     assert sorted(manifest["files"]) == sorted(path.name for path in folder.iterdir())
 
 
-def test_the_export_serves_as_assistant_model_without_changing_greedy_text(context: StageContext, tiny_target: Path) -> None:
+def test_the_export_serves_as_assistant_model_without_changing_greedy_text(
+    context: StageContext, tiny_target: Path
+) -> None:
     folder, manifest = _export(context)
     assert manifest["checks"]["assistant_same_greedy_text"] is True
-    target, draft = AutoModelForCausalLM.from_pretrained(tiny_target), AutoModelForCausalLM.from_pretrained(folder)
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(tiny_target),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
     inputs = AutoTokenizer.from_pretrained(folder)("The quick brown", return_tensors="pt")
     alone = target.generate(**inputs, do_sample=False, max_new_tokens=24)
-    assert torch.equal(alone, target.generate(**inputs, do_sample=False, max_new_tokens=24, assistant_model=draft))
+    assert torch.equal(
+        alone, target.generate(**inputs, do_sample=False, max_new_tokens=24, assistant_model=draft)
+    )
 
 
 def test_a_trained_stage_goes_before_the_design_and_must_have_finished(context: StageContext) -> None:
-    trained = StageContext(context.run, context.settings, context.target, {**context.sections, "align": _Section()}, context.console)
+    trained = StageContext(
+        context.run,
+        context.settings,
+        context.target,
+        {**context.sections, "align": _Section()},
+        context.console,
+    )
     with pytest.raises(ArtifactError, match="needs the result of 'align'"):
         _export(trained)
     assert export.source_of(context)[0] == "design"
 
 
-def test_padding_mass_is_measured_and_reported(context: StageContext, capsys: pytest.CaptureFixture[str]) -> None:
+def test_padding_mass_is_measured_and_reported(
+    context: StageContext, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, manifest = _export(context)
     checks = manifest["checks"]
-    assert checks["padding_mass_mean"] == pytest.approx(20 / 320, rel=0.3)  # untrained: every id equally likely
+    assert checks["padding_mass_mean"] == pytest.approx(
+        20 / 320, rel=0.3
+    )  # untrained: every id equally likely
     assert checks["padding_mass_ok"] is False
     assert "ids without a token" in capsys.readouterr().err
 
@@ -100,11 +122,15 @@ def test_padding_mass_is_the_softmax_share_of_ids_without_a_token(context: Stage
     texts = [[1, 2, 3], list(range(60))]
     with torch.no_grad():
         draft.model.embed_tokens.weight.fill_(1.0)
-        for layer in draft.model.layers:  # nothing is added to the residual stream: every hidden state is all ones
+        for (
+            layer
+        ) in draft.model.layers:  # nothing is added to the residual stream: every hidden state is all ones
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         draft.lm_head.weight.zero_()
-        assert huggingface_export.padding_mass(draft, vocabulary, texts) == pytest.approx((20 / 320, 20 / 320))
+        assert huggingface_export.padding_mass(draft, vocabulary, texts) == pytest.approx(
+            (20 / 320, 20 / 320)
+        )
         draft.lm_head.weight[300:] = -1.0
     mean, largest = huggingface_export.padding_mass(draft, vocabulary, texts)
     assert mean <= largest < huggingface_export.PADDING_MASS_LIMIT
@@ -112,7 +138,9 @@ def test_padding_mass_is_the_softmax_share_of_ids_without_a_token(context: Stage
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(context: StageContext, tmp_path: Path) -> None:
     other = write_target(tmp_path / "other", padded_vocab=384)
-    changed = StageContext(context.run, context.settings, TargetConfig(model=str(other)), context.sections, context.console)
+    changed = StageContext(
+        context.run, context.settings, TargetConfig(model=str(other)), context.sections, context.console
+    )
     with pytest.raises(VocabularyError, match="vocab_size"):
         _export(changed)
     assert not (context.artifact("export").path / "huggingface").exists()
@@ -129,7 +157,12 @@ def test_the_model_card_says_what_was_measured_and_no_more(context: StageContext
     folder, _ = _export(context)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers")
-    for words in ("assistant_model=draft", "This draft was not evaluated", "NOT under 1e-04", "was equal to the target's alone"):
+    for words in (
+        "assistant_model=draft",
+        "This draft was not evaluated",
+        "NOT under 1e-04",
+        "was equal to the target's alone",
+    ):
         assert words in card
 
 

@@ -38,7 +38,9 @@ from fastdraft.training.settings import AdamWConfig
 K = 3
 GREEDY, SAMPLED = Sampling(0.0), Sampling(1.0)
 PROMPTS = [[7 + (i * 37 + j * 11) % 280 for i in range(length)] for j, length in enumerate((3, 12, 30))]
-PAST_LONGROPE = [[7 + (i * 37 + j * 11) % 280 for i in range(length)] for j, length in enumerate((18, 24, 30))]
+PAST_LONGROPE = [
+    [7 + (i * 37 + j * 11) % 280 for i in range(length)] for j, length in enumerate((18, 24, 30))
+]
 
 
 @pytest.fixture(scope="module", params=list(TARGETS))
@@ -55,7 +57,9 @@ def _prompts(name: str) -> list[list[int]]:
 def _design(root: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
     config = read_section(design.DesignConfig, {"draft": draft}, "design")
-    context = StageContext(RunDirectory(root), RunConfig(name="test"), _target(folder), {}, Console(quiet=True))
+    context = StageContext(
+        RunDirectory(root), RunConfig(name="test"), _target(folder), {}, Console(quiet=True)
+    )
     artifact = context.artifact("design")
     artifact.begin(design.fingerprint(config, context))
     design.run(config, context)
@@ -66,7 +70,11 @@ def test_the_counted_parameters_are_the_loaded_models_own(target: tuple[str, Pat
     _, folder, model = target
     shape = read_architecture(loading.load_config(str(folder)))
     counted = count_model(model)
-    assert (shape.parameters, shape.read_parameters, shape.tied) == (counted.stored, counted.read, counted.tied)
+    assert (shape.parameters, shape.read_parameters, shape.tied) == (
+        counted.stored,
+        counted.read,
+        counted.tied,
+    )
     assert shape.bytes_per_token(8) == counted.read
 
 
@@ -84,10 +92,17 @@ def test_hidden_states_and_head_give_the_models_own_logits(target: tuple[str, Pa
     ids = torch.tensor([PROMPTS[1]])
     with torch.inference_mode():
         expected = model(input_ids=ids).logits[0]
-        assert torch.allclose(head.logits(decoder(input_ids=ids, use_cache=False).last_hidden_state[0]), expected, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(
+            head.logits(decoder(input_ids=ids, use_cache=False).last_hidden_state[0]),
+            expected,
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
-def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(target: tuple[str, Path, Any]) -> None:
+def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
+    target: tuple[str, Path, Any],
+) -> None:
     name, folder, model = target
     vocabulary = loading.load_vocabulary(_target(folder))
     assert vocabulary.eos_token_ids == (3, 5)
@@ -97,12 +112,19 @@ def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
     exact = [decoder.generate(prompt, GREEDY, 24, 0) for prompt in prompts]
     assert [result.generation.response_ids for result in exact] == [row.response_ids for row in written]
     assert len({token for row in written for token in row.response_ids}) > 8
-    assert [_alone(model, prompt, vocabulary.eos_token_ids) for prompt in prompts] == [row.response_ids for row in written]
+    assert [_alone(model, prompt, vocabulary.eos_token_ids) for prompt in prompts] == [
+        row.response_ids for row in written
+    ]
     rows = [_Row(row, 0.0) for row in written]
     replayed = replay(draft, rows, [K], vocabulary)
     assert [counts[K].num_drafts for counts in replayed] == [result.counts.num_drafts for result in exact]
     total = add_counts(counts[K] for counts in replayed)
-    assert 0 < total.num_accepted_tokens == add_counts(result.counts for result in exact).num_accepted_tokens < total.num_draft_tokens
+    assert (
+        0
+        < total.num_accepted_tokens
+        == add_counts(result.counts for result in exact).num_accepted_tokens
+        < total.num_draft_tokens
+    )
 
 
 def test_log_probs_of_written_text_are_found_again_by_scoring(target: tuple[str, Path, Any]) -> None:
@@ -113,7 +135,9 @@ def test_log_probs_of_written_text_are_found_again_by_scoring(target: tuple[str,
         assert scored.logprobs == pytest.approx(row.logprobs, abs=2e-3)
 
 
-def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(target: tuple[str, Path, Any], tmp_path: Path) -> None:
+def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(
+    target: tuple[str, Path, Any], tmp_path: Path
+) -> None:
     name, folder, model = target
     checkpoint, manifest = _design(tmp_path / "run", folder)
     draft = loading.load_draft(checkpoint)
@@ -127,7 +151,9 @@ def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(target: tup
     vocabulary = loading.load_vocabulary(_target(folder))
     loading.save_draft(draft, tmp_path / "checkpoint", checkpoint)
     write_huggingface(tmp_path / "checkpoint", tmp_path / "huggingface", K, 0.0)
-    assert check_assisted(model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24).same_text
+    assert check_assisted(
+        model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24
+    ).same_text
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(3, 13), (17, 20)])
@@ -135,7 +161,10 @@ def test_a_text_on_either_side_of_a_longropes_line_is_exact_and_design_warns_of_
     length: int, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_family(tmp_path / "target", "phi3-longrope")
-    model, endless = loading.load_target(_target(folder), "cpu"), replace(loading.load_vocabulary(_target(folder)), eos_token_ids=())
+    model, endless = (
+        loading.load_target(_target(folder), "cpu"),
+        replace(loading.load_vocabulary(_target(folder)), eos_token_ids=()),
+    )
     prompt, text = PROMPTS[2][:length], list(PROMPTS[2][:length])
     with torch.inference_mode():
         for _ in range(tokens):  # no cache: every token from the whole text
@@ -148,14 +177,18 @@ def test_a_text_on_either_side_of_a_longropes_line_is_exact_and_design_warns_of_
     assert found.generation.response_ids == text[length : length + room]
     draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
     config = read_section(design.DesignConfig, {"draft": draft}, "design")
-    context = StageContext(RunDirectory(tmp_path / "run"), RunConfig(name="test"), _target(folder), {}, Console())
+    context = StageContext(
+        RunDirectory(tmp_path / "run"), RunConfig(name="test"), _target(folder), {}, Console()
+    )
     context.artifact("design").begin(design.fingerprint(config, context))
     design.run(config, context)
     assert "This rope changes at 16 tokens" in " ".join("".join(capsys.readouterr()).split())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-rope-dynamic", "mistral-window", "gemma2"])
-def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(name: str, tmp_path: Path) -> None:
+def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(
+    name: str, tmp_path: Path
+) -> None:
     folder = write_family(tmp_path, name)
     model = loading.load_target(_target(folder), "cpu")
     endless = replace(loading.load_vocabulary(_target(folder)), eos_token_ids=())
@@ -169,14 +202,30 @@ def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(name
         assert replayed[k].num_accepted_tokens == found.counts.num_accepted_tokens
 
 
-OWN = {"llama": "llama", "mistral-window": "mistral", "qwen2-mixed": "qwen2", "qwen3": "qwen3", "phi3-longrope": "phi3"}
+OWN = {
+    "llama": "llama",
+    "mistral-window": "mistral",
+    "qwen2-mixed": "qwen2",
+    "qwen3": "qwen3",
+    "phi3-longrope": "phi3",
+}
 NESTED = {"llava-mistral": "mistral", "mistral3": "mistral"}
 LLAMA = {
-    "gemma2": "windows by layer number", "gemma3-text": "windows by layer number", "gemma3-pictures": "windows by layer number",
-    "gemma": "its head is always its embedding", "gpt2": "a vector for each position", "gpt-neox": "no gated feed-forward",
-    "mixtral": "a mixture of experts", "qwen2-moe": "a mixture of experts", "qwen3-moe": "a mixture of experts", "granite": "multipliers",
-    "cohere": "side by side", "cohere2": "scales its logits", "qwen2-vl": "three axes", "qwen2.5-vl": "three axes",
-}  # fmt: skip
+    "gemma2": "windows by layer number",
+    "gemma3-text": "windows by layer number",
+    "gemma3-pictures": "windows by layer number",
+    "gemma": "its head is always its embedding",
+    "gpt2": "a vector for each position",
+    "gpt-neox": "no gated feed-forward",
+    "mixtral": "a mixture of experts",
+    "qwen2-moe": "a mixture of experts",
+    "qwen3-moe": "a mixture of experts",
+    "granite": "multipliers",
+    "cohere": "side by side",
+    "cohere2": "scales its logits",
+    "qwen2-vl": "three axes",
+    "qwen2.5-vl": "three axes",
+}
 
 
 @pytest.mark.parametrize("name", [*OWN, *NESTED, *LLAMA])
@@ -189,16 +238,23 @@ def test_a_draft_has_the_targets_family_or_says_why_not(name: str) -> None:
 
 def test_every_family_that_may_be_a_target_is_tested() -> None:
     configs = [family_config(name) for name in TARGETS]
-    assert {config.model_type for config in configs} | {text_config(config).model_type for config in configs} == set(TARGET_FAMILIES)
+    assert {config.model_type for config in configs} | {
+        text_config(config).model_type for config in configs
+    } == set(TARGET_FAMILIES)
 
 
 def test_a_llama_draft_has_the_rope_of_the_layers_that_see_everything() -> None:
-    rope = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_theta": 1e4},
+    }
     target = Gemma3TextConfig(**{**SHAPE, **MIXED, "rope_parameters": rope})
     draft = draft_hf_config(target, shapes.natural(read_architecture(target), 64))
     assert draft.model_type == "llama"
     assert draft.rope_parameters == {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
-    neox = draft_hf_config(family_config("gpt-neox"), shapes.natural(read_architecture(family_config("gpt-neox")), 64))
+    neox = draft_hf_config(
+        family_config("gpt-neox"), shapes.natural(read_architecture(family_config("gpt-neox")), 64)
+    )
     assert neox.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
 
 
@@ -225,10 +281,15 @@ def test_attention_with_capped_scores_does_not_use_fused_kernels(tmp_path: Path)
 def test_a_draft_of_a_family_that_is_never_trained_is_refused(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "gpt2")
     with pytest.raises(RecipeError, match="family gpt2: a draft's family must be one of llama"):
-        design.plan(read_section(design.DesignConfig, {"draft": {"kind": "from", "path": str(folder)}}, "design"), _target(folder))
+        design.plan(
+            read_section(design.DesignConfig, {"draft": {"kind": "from", "path": str(folder)}}, "design"),
+            _target(folder),
+        )
 
 
-def test_inspect_says_why_the_draft_is_a_llama_and_what_experts_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_why_the_draft_is_a_llama_and_what_experts_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_family(tmp_path, "mixtral")
     inspect.run(str(folder), console=Console(quiet=True))
     text = " ".join(capsys.readouterr().out.split())
@@ -243,9 +304,14 @@ def _target(folder: Path) -> TargetConfig:
 def _trained(draft: Any) -> bool:
     """One step lowers the loss of its own batch."""
     settings = assemble.resolve(
-        AdamWConfig(kind="adamw", learning_rate=0.01), "pretrain", draft, torch.device("cpu"), batch_tokens=64, micro_batch_tokens=64,
+        AdamWConfig(kind="adamw", learning_rate=0.01),
+        "pretrain",
+        draft,
+        torch.device("cpu"),
+        batch_tokens=64,
+        micro_batch_tokens=64,
         precision="fp32",
-    )  # fmt: skip
+    )
     step = assemble.build_step(draft, settings, CrossEntropy(), torch.device("cpu"))
     ids = torch.tensor(PROMPTS[2])[None]
     batch = Batch(ids[:, :-1], ids[0, 1:])
@@ -259,12 +325,18 @@ def _alone(model: Any, prompt: list[int], eos: tuple[int, ...]) -> list[int]:
     """What transformers itself writes, with its own caches."""
     ids = torch.tensor([prompt])
     settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": list(eos), "pad_token_id": 0}
-    return list(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist())
+    return list(
+        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+    )
 
 
 class _Row:
     """A written text as replay reads it."""
 
     def __init__(self, written: Any, temperature: float) -> None:
-        self.prompt_ids, self.response_ids, self.logprobs = written.prompt_ids, written.response_ids, written.logprobs
+        self.prompt_ids, self.response_ids, self.logprobs = (
+            written.prompt_ids,
+            written.response_ids,
+            written.logprobs,
+        )
         self.temperature, self.top_k, self.top_p = temperature, 0, 1.0

@@ -22,7 +22,17 @@ from fastdraft.modeling.loading import load_target
 from fastdraft.recipe import Recipe, load_recipe
 from fastdraft.runtimes.huggingface_export import load_assistant, text_positions
 
-STAGES = ("design", "prepare", "pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "export", "report")
+STAGES = (
+    "design",
+    "prepare",
+    "pretrain",
+    "continue_pretrain",
+    "synthesize",
+    "align",
+    "evaluate",
+    "export",
+    "report",
+)
 WAYS: list[dict[str, Any]] = [
     {"kind": "sequence_kd"},
     {"kind": "token_kd", "loss": "forward_kl", "source": "target"},
@@ -38,7 +48,9 @@ def _recipe(folder: Path, target: Path, objective: dict[str, Any]) -> Recipe:
     for stage in ("pretrain", "continue_pretrain"):
         value[stage].update({"tokens": 1024, "validate_every": 0})
     value["synthesize"].update({"tokens": 500, "temperatures": [0, 1.0], "max_new_tokens": 16})
-    value["synthesize"]["prompts"] = [prompts for prompts in value["synthesize"]["prompts"] if prompts["kind"] != "magpie"]
+    value["synthesize"]["prompts"] = [
+        prompts for prompts in value["synthesize"]["prompts"] if prompts["kind"] != "magpie"
+    ]
     if objective.get("source") == "stored":
         value["synthesize"]["logits"] = {"kind": "top_k", "k": 8}
     value["align"].update({"tokens": 1024, "validate_every": 2, "objective": objective})
@@ -54,7 +66,9 @@ def test_a_target_of_every_family_goes_through_the_whole_pipeline_and_takes_the_
 ) -> None:
     folder, objective = write_family(tmp_path / "target", name), WAYS[place % len(WAYS)]
     root = pipeline.run(_recipe(tmp_path, folder, objective)).root
-    found = {stage: json.loads((root / stage / "manifest.json").read_text(encoding="utf-8")) for stage in STAGES}
+    found = {
+        stage: json.loads((root / stage / "manifest.json").read_text(encoding="utf-8")) for stage in STAGES
+    }
     assert found["design"]["family"]["draft"] == draft_family(found["design"]["family"]["target"])
     assert found["align"]["train_loss"] > 0
     results = json.loads((root / "evaluate" / "results.json").read_text(encoding="utf-8"))
@@ -75,6 +89,13 @@ def _assert_taken_by_generate(target_folder: Path, draft_folder: Path) -> None:
     """Greedy text with our draft as `assistant_model` is the target's own, in transformers' own loops, past a refused proposal."""
     target, draft = load_target(TargetConfig(model=str(target_folder)), "cpu"), load_assistant(draft_folder)
     prompt = torch.tensor([[7 + (i * 37) % 280 for i in range(20)]])
-    settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+    settings = {
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "max_new_tokens": 24,
+        "pad_token_id": 0,
+    }
     alone = target.generate(prompt, **settings)
-    assert torch.equal(alone, target.generate(prompt, assistant_model=draft, **settings, **text_positions(target, prompt)))
+    assert torch.equal(
+        alone, target.generate(prompt, assistant_model=draft, **settings, **text_positions(target, prompt))
+    )

@@ -64,7 +64,13 @@ PLACES = {
     ],
 )
 def test_a_disk_that_fails_at_any_kind_of_write_is_one_line_and_the_run_goes_on_later(  # noqa: PLR0917
-    short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str, place: str, number: int, fault: int
+    short_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    place: str,
+    number: int,
+    fault: int,
 ) -> None:
     run = Run(short_run, f"disk-{stage}-{place}-{number}", stage)
     owner, name = PLACES[place]

@@ -44,9 +44,17 @@ def moving(real: Callable[..., Any], number: int, source: Path, goal: Path) -> C
     return call
 
 
-@pytest.mark.parametrize(("stage", "owner", "name"), [("synthesize", synthesize, "write_rows"), ("pretrain", Metrics, "write")])
+@pytest.mark.parametrize(
+    ("stage", "owner", "name"), [("synthesize", synthesize, "write_rows"), ("pretrain", Metrics, "write")]
+)
 def test_a_run_moved_away_while_it_works_is_not_begun_anew_in_its_place(  # noqa: PLR0917
-    short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str, owner: Any, name: str
+    short_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stage: str,
+    owner: Any,
+    name: str,
 ) -> None:
     run, away = Run(short_run, f"moved-{stage}", stage), tmp_path / "away"
     with monkeypatch.context() as patch:
@@ -113,7 +121,9 @@ def test_a_target_that_is_gone_between_two_stages_is_one_line(
     assert "no such directory" in one_line(capsys)
     away.rename(target)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    (target / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "intermediate_size": 8}), encoding="utf-8")
+    (target / "config.json").write_text(
+        json.dumps(config | {"hidden_size": 64, "intermediate_size": 8}), encoding="utf-8"
+    )
     assert cli.main(["prepare", recipe, "--quiet"]) == 2
     assert "design" in one_line(capsys)
 
@@ -125,7 +135,9 @@ def test_no_temporary_folder_no_home_and_no_working_directory(
     monkeypatch.setattr(tempfile, "tempdir", str(nowhere))
     assert str(nowhere) in run.fails(capsys)
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(Path, "home", failing(Path.home, 1, lambda: RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(
+        Path, "home", failing(Path.home, 1, lambda: RuntimeError("Could not determine home directory."))
+    )
     nowhere.mkdir()
     monkeypatch.chdir(nowhere)
     nowhere.rmdir()
@@ -135,7 +147,9 @@ def test_no_temporary_folder_no_home_and_no_working_directory(
     os.chdir(tmp_path)
 
 
-def test_a_full_database_is_one_line(short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_database_is_one_line(
+    short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, real = Run(short_run, "database", "prepare"), journal.Journal.add
 
     def more_than_fits(self: journal.Journal, digests: Iterable[bytes]) -> None:
@@ -159,7 +173,9 @@ def test_a_lock_that_cannot_be_made_is_one_line(
     run.ends_alike()
 
 
-def test_a_second_run_with_redo_throws_nothing_away_while_the_first_works(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_with_redo_throws_nothing_away_while_the_first_works(
+    short_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(short_run, "both", "export")
     with RunDirectory(run.folder).lock():
         assert cli.main(["run", str(short_run), "run.name=both", "--redo", "design"]) == 2
@@ -175,7 +191,9 @@ def test_a_lock_that_a_dead_process_left_does_not_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
-def test_where_the_file_server_knows_no_locks_a_file_stands_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_file_server_knows_no_locks_a_file_stands_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fcntl
 
     monkeypatch.setattr(fcntl, "flock", failing(fcntl.flock, 1, os_error(errno.ENOLCK)))
@@ -210,19 +228,25 @@ def test_a_clock_that_jumps_back_a_year_changes_nothing(
     run.ends_alike()
 
 
-def test_work_without_a_fingerprint_belongs_to_no_recipe(short_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_work_without_a_fingerprint_belongs_to_no_recipe(
+    short_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     run = Run(short_run, "orphan", "export")
     fingerprint = run.folder / "evaluate" / "fingerprint.json"
     fingerprint.rename(tmp_path / "kept")
     (run.folder / "evaluate" / "manifest.json").unlink()
-    assert cli.main(["evaluate", str(short_run), "run.name=orphan", "evaluate.temperatures=[0]", "--quiet"]) == 2
+    assert (
+        cli.main(["evaluate", str(short_run), "run.name=orphan", "evaluate.temperatures=[0]", "--quiet"]) == 2
+    )
     assert "fingerprint.json is missing" in one_line(capsys)
     (tmp_path / "kept").rename(fingerprint)
     run.stage = "evaluate"
     run.ends_alike()
 
 
-def test_a_kill_while_work_is_thrown_away_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_work_is_thrown_away_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = Artifact(tmp_path / "synthesize")
     artifact.begin({"seed": 0})
     (artifact.path / "units").mkdir()
@@ -240,7 +264,9 @@ def test_a_kill_while_work_is_thrown_away_leaves_no_part_of_it(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("release", ["newer schema", "other versions"])
-def test_work_of_another_release_is_taken_where_it_can_be_read(short_run: Path, capsys: pytest.CaptureFixture[str], release: str) -> None:
+def test_work_of_another_release_is_taken_where_it_can_be_read(
+    short_run: Path, capsys: pytest.CaptureFixture[str], release: str
+) -> None:
     run = Run(short_run, f"release-{release[:5]}", "pretrain")
     path = run.folder / "prepare" / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -34,8 +34,15 @@ def test_the_words_by_which_libraries_say_that_memory_ran_out() -> None:
         "std::bad_alloc",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
     ]
-    assert all(map(is_out_of_memory, [MemoryError(), torch.OutOfMemoryError("CUDA"), *map(RuntimeError, words)]))
-    assert not any(map(is_out_of_memory, [RuntimeError("shapes differ"), ValueError("out of memory of a name"), OSError(errno.EIO, "x")]))
+    assert all(
+        map(is_out_of_memory, [MemoryError(), torch.OutOfMemoryError("CUDA"), *map(RuntimeError, words)])
+    )
+    assert not any(
+        map(
+            is_out_of_memory,
+            [RuntimeError("shapes differ"), ValueError("out of memory of a name"), OSError(errno.EIO, "x")],
+        )
+    )
 
 
 def test_rows_are_halved_until_they_fit_and_stay_so_in_order() -> None:
@@ -58,7 +65,9 @@ def test_rows_are_halved_until_they_fit_and_stay_so_in_order() -> None:
         halving([0], failing(lambda rows: None, 1, MemoryError))
 
 
-def few_rows(model: torch.nn.Module, most: int, error: Callable[[], BaseException]) -> torch.utils.hooks.RemovableHandle:
+def few_rows(
+    model: torch.nn.Module, most: int, error: Callable[[], BaseException]
+) -> torch.utils.hooks.RemovableHandle:
     """The model runs out of memory above `most` rows."""
 
     def look(module: Any, arguments: Any, named: dict[str, Any]) -> None:
@@ -69,7 +78,9 @@ def few_rows(model: torch.nn.Module, most: int, error: Callable[[], BaseExceptio
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_an_engine_that_runs_out_of_memory_writes_the_same_text_in_halves(tiny_target: Path, temperature: float) -> None:
+def test_an_engine_that_runs_out_of_memory_writes_the_same_text_in_halves(
+    tiny_target: Path, temperature: float
+) -> None:
     config, sampling = TargetConfig(model=str(tiny_target)), Sampling(temperature)
     model, vocabulary = load_target(config, "cpu"), load_vocabulary(TargetConfig(model=str(tiny_target)))
     whole = HuggingFaceEngine(model, vocabulary, 4).generate(PROMPTS, sampling, 20, 7)
@@ -112,14 +123,32 @@ def test_a_pass_over_text_that_runs_out_of_memory_gives_the_same_in_halves(
     ("stage", "owner", "name", "error", "remedy"),
     [
         ("prepare", DocumentEncoder, "encode", MemoryError, "lower prepare.workers"),
-        ("synthesize", torch.nn.Embedding, "forward", lambda: RuntimeError(CPU_FULL), "synthesize.batch_rows"),
-        ("evaluate", SpeculativeDecoder, "generate", lambda: torch.OutOfMemoryError("CUDA"), "evaluate.batch_rows"),
+        (
+            "synthesize",
+            torch.nn.Embedding,
+            "forward",
+            lambda: RuntimeError(CPU_FULL),
+            "synthesize.batch_rows",
+        ),
+        (
+            "evaluate",
+            SpeculativeDecoder,
+            "generate",
+            lambda: torch.OutOfMemoryError("CUDA"),
+            "evaluate.batch_rows",
+        ),
     ],
 )
 def test_work_that_cannot_be_halved_is_one_line_with_the_key_to_lower(  # noqa: PLR0917
-    short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str, owner: Any, name: str, error: Any,
+    short_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    owner: Any,
+    name: str,
+    error: Any,
     remedy: str,
-) -> None:  # fmt: skip
+) -> None:
     run = Run(short_run, f"memory-{stage}", stage)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(getattr(owner, name), 1, error))
@@ -131,7 +160,10 @@ def test_work_that_cannot_be_halved_is_one_line_with_the_key_to_lower(  # noqa: 
 
 @pytest.mark.parametrize("error", [os_error(errno.EIO), os_error(errno.EMFILE), MemoryError])
 def test_a_fault_in_the_thread_that_reads_ahead_is_one_line(
-    short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
+    short_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Callable[[], BaseException],
 ) -> None:
     run = Run(short_run, f"thread-{type(error()).__name__}-{getattr(error(), 'errno', 0)}", "pretrain")
     with monkeypatch.context() as patch:

@@ -15,7 +15,19 @@ from fastdraft.provenance import without_secrets
 from fastdraft.recipe import load_recipe
 from faults_fixture import Run, one_line
 
-WILD = ["../../up", "/etc/passwd", "a\x00b", "x" * 300, "CON", "模型", "\U0001f98a", "..", "C:\\windows", "a\nb", "%2e%2e"]
+WILD = [
+    "../../up",
+    "/etc/passwd",
+    "a\x00b",
+    "x" * 300,
+    "CON",
+    "模型",
+    "\U0001f98a",
+    "..",
+    "C:\\windows",
+    "a\nb",
+    "%2e%2e",
+]
 
 
 def test_a_whole_run_opens_no_connection_and_no_pickle(short_run: Path) -> None:
@@ -37,7 +49,10 @@ def test_a_name_that_would_be_a_path_is_refused(short_run: Path, key: str) -> No
 
 def test_the_ids_of_prompts_never_become_paths(short_run: Path, tmp_path: Path) -> None:
     run, tasks = Run(short_run, "wild", "evaluate"), tmp_path / "tasks.jsonl"
-    lines = [json.dumps({"id": name, "prompt": f"Tell me about number {i} and the fox."}) for i, name in enumerate(WILD)]
+    lines = [
+        json.dumps({"id": name, "prompt": f"Tell me about number {i} and the fox."})
+        for i, name in enumerate(WILD)
+    ]
     tasks.write_text("\n".join(lines), encoding="utf-8")
     before = {path for path in short_run.parent.rglob("*") if run.folder not in path.parents}
     assert run.command(f"evaluate.tasks[0].path={tasks}", "evaluate.exact.prompts=0") == 0
@@ -53,10 +68,19 @@ def test_keys_and_passwords_are_in_no_file_and_in_no_line(
         monkeypatch.setenv(name, secret)
     monkeypatch.setenv("HTTPS_PROXY", f"http://user:{secret}@127.0.0.1:9")
     monkeypatch.setattr(
-        sys, "argv", ["fastdraft", "design", f"https://user:{secret}@host/x?api_key={secret}&b=1", f"synthesize.engine.api_key={secret}"]
+        sys,
+        "argv",
+        [
+            "fastdraft",
+            "design",
+            f"https://user:{secret}@host/x?api_key={secret}&b=1",
+            f"synthesize.engine.api_key={secret}",
+        ],
     )
     assert run.command() == 0
-    found = [path for path in run.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    found = [
+        path for path in run.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()
+    ]
     assert found == []
     for override in (
         f"synthesize.engine={{kind: openai, servers: ['https://user:{secret}@host/v1']}}",
@@ -95,7 +119,9 @@ class TestServers:
                 engine.generate([[1, 5, 9]], Sampling(0.0), 4, 0)
         assert "\n" not in str(caught.value)
 
-    def test_a_server_that_comes_back_with_another_model_or_not_at_all_is_one_line(self, tiny_target: Path) -> None:
+    def test_a_server_that_comes_back_with_another_model_or_not_at_all_is_one_line(
+        self, tiny_target: Path
+    ) -> None:
         from fastdraft.errors import FastDraftError
         from fastdraft.interfaces import Sampling
         from serving import Served

@@ -51,7 +51,9 @@ def test_one_signal_stops_at_the_next_safe_point(
     short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     run, number = Run(short_run, f"stopped-{name}", "pretrain"), getattr(signal, name)
-    signal.signal(number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)  # a shell may have had it ignored
+    signal.signal(
+        number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler
+    )  # a shell may have had it ignored
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         signalled(patch, number)
@@ -62,7 +64,9 @@ def test_one_signal_stops_at_the_next_safe_point(
 
 
 @posix
-def test_two_signals_stop_at_once(short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_signals_stop_at_once(
+    short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(short_run, "stopped-twice", "pretrain")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
@@ -83,7 +87,9 @@ def test_a_hang_up_that_nohup_ignores_is_ignored(short_run: Path, monkeypatch: p
 
 
 @posix
-def test_a_stop_is_obeyed_when_the_terminal_has_gone_too(short_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_is_obeyed_when_the_terminal_has_gone_too(
+    short_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(short_run, "gone", "pretrain")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", unreadable(errno.EIO, terminal=False))
@@ -93,7 +99,9 @@ def test_a_stop_is_obeyed_when_the_terminal_has_gone_too(short_run: Path, monkey
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE, errno.ENOSPC])
-def test_news_that_nobody_can_read_end_no_work(short_run: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_news_that_nobody_can_read_end_no_work(
+    short_run: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     run = Run(short_run, f"unread-{number}", "design")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", unreadable(number, terminal=True))
@@ -105,12 +113,20 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     """As in `fastdraft recipes | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
-    ended = subprocess.run([sys.executable, "-m", "fastdraft", "recipes"], stdout=writing, stderr=subprocess.PIPE, check=False, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-m", "fastdraft", "recipes"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=120,
+    )
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
-def test_a_terminal_without_the_characters_gets_escapes(tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_the_characters_gets_escapes(
+    tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "größe-模型-\U0001f98a"
     folder.mkdir()
     recipe = write_recipe(folder, tiny_target)
@@ -124,7 +140,9 @@ def test_a_terminal_without_the_characters_gets_escapes(tmp_path: Path, tiny_tar
     assert b"\\xfc.jsonl" in narrow[1].buffer.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_terminal_of_20_columns_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_of_20_columns_is_enough(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setattr(os, "get_terminal_size", lambda descriptor=1: os.terminal_size((20, 5)))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -136,6 +154,10 @@ def test_a_terminal_of_20_columns_is_enough(monkeypatch: pytest.MonkeyPatch, cap
         progress.update(5, "a note that is longer than the whole line")
     console.say("words " * 9)
     console.table("title", ["one column", "another"], [["x" * 30, 1]])
-    bars = [part for part in capsys.readouterr().err.replace("\r", "\n").split("\n") if "continue_pretrain" in part]
+    bars = [
+        part
+        for part in capsys.readouterr().err.replace("\r", "\n").split("\n")
+        if "continue_pretrain" in part
+    ]
     assert bars
     assert all(len(bar.removeprefix("\x1b[2K")) <= 20 for bar in bars)

@@ -29,7 +29,11 @@ from faults_fixture import Run, failing, os_error
 from test_damaged_data import ODD
 
 HALVES = {"half a pair": ("one \ud83d two", "one \ufffd two"), "the other half": ("\udc00", "\ufffd")}
-TEXTS = {name: (text, text) for name, text in ODD.items()} | HALVES | {"an emoji in two escapes": ("\U0001f98a", "\U0001f98a")}
+TEXTS = (
+    {name: (text, text) for name, text in ODD.items()}
+    | HALVES
+    | {"an emoji in two escapes": ("\U0001f98a", "\U0001f98a")}
+)
 ENDS = {"plain": (b"", b"\n"), "a mark and Windows line ends": (b"\xef\xbb\xbf", b"\r\n")}
 
 
@@ -45,11 +49,20 @@ def written(path: Path, ends: str, *rows: dict[str, Any]) -> Path:
 def test_every_kind_of_text_is_asked_as_it_stands(tmp_path: Path, name: str, ends: str) -> None:
     text, wanted = TEXTS[name]
     messages = [{"role": "user", "content": text}]
-    path = written(tmp_path / "a.jsonl", ends, {"id": text, "prompt": text, "messages": messages, "temperature": 0, "response": text})
+    path = written(
+        tmp_path / "a.jsonl",
+        ends,
+        {"id": text, "prompt": text, "messages": messages, "temperature": 0, "response": text},
+    )
     assert list(JsonlPrompts(name="own", path=str(path)).prompts()) == [wanted]
-    assert list(JsonlPrompts(name="own", path=str(path), field="messages").prompts()) == [Conversation((wanted,))]
+    assert list(JsonlPrompts(name="own", path=str(path), field="messages").prompts()) == [
+        Conversation((wanted,))
+    ]
     (entry,) = read_entries(TranscriptLog(kind="transcripts", name="log", path=str(path)))
-    assert (entry.texts, entry.choices[0].text) == ([text], text)  # half a pair is counted and left out there: test_transcripts.py
+    assert (entry.texts, entry.choices[0].text) == (
+        [text],
+        text,
+    )  # half a pair is counted and left out there: test_transcripts.py
     for row in ({"id": text, "prompt": text}, {"id": text, "messages": messages}):
         (task,) = read_prompts(written(tmp_path / "tasks.jsonl", ends, row))
         assert (task.id, task.text) == (wanted, wanted)
@@ -68,7 +81,11 @@ def test_a_name_that_the_systems_character_set_has_not_is_one_line(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As under LC_ALL=C without coercion, where file names are ASCII."""
-    monkeypatch.setattr(os, "mkdir", failing(os.mkdir, 1, lambda: UnicodeEncodeError("ascii", "/runs/größe", 8, 9, "not in range")))
+    monkeypatch.setattr(
+        os,
+        "mkdir",
+        failing(os.mkdir, 1, lambda: UnicodeEncodeError("ascii", "/runs/größe", 8, 9, "not in range")),
+    )
     assert "LC_ALL=C.UTF-8" in refused(capsys, "design", tiny_recipe)
 
 
@@ -83,7 +100,9 @@ def test_no_room_for_temporary_files_is_one_line(
     run.ends_alike()
 
 
-def test_streams_that_were_closed_before_the_start_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_that_were_closed_before_the_start_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As with `>&- 2>&-`, where Python has None in their places."""
     for arguments, code in ((["recipes"], 0), (["check", str(tmp_path / "nowhere.yaml")], 2)):
         for name in ("stdin", "stdout", "stderr"):
@@ -96,13 +115,22 @@ def test_streams_that_were_closed_before_the_start_end_nothing(tmp_path: Path, m
     [
         (None, None, "--prompt: empty"),
         (io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"), None, "stdin: byte 1 is not utf-8"),
-        (io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="ascii", errors="surrogateescape"), None, "--prompt: bytes that are no text"),
+        (
+            io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="ascii", errors="surrogateescape"),
+            None,
+            "--prompt: bytes that are no text",
+        ),
         (None, "a\udcff", "--prompt: bytes that are no text"),
         (io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf \n"), encoding="utf-8"), None, "--prompt: empty"),
     ],
 )
 def test_a_prompt_that_is_no_text_is_one_line(  # noqa: PLR0917
-    tiny_target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stdin: Any, prompt: str | None, said: str
+    tiny_target: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stdin: Any,
+    prompt: str | None,
+    said: str,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", stdin)
     given = ["--prompt", prompt] if prompt else []
@@ -113,15 +141,23 @@ def test_no_home_and_no_caches_that_can_be_written(tmp_path: Path, tiny_recipe: 
     """In a plain C locale too; a process of its own, since libraries look for these places when they are imported."""
     nowhere = tmp_path / "a file"
     nowhere.touch()
-    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "USERPROFILE", "PYTHONUTF8", "LANG")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HOME", "USERPROFILE", "PYTHONUTF8", "LANG")
+    }
     caches = dict.fromkeys(("HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME"), str(nowhere / "x"))
     command = [sys.executable, "-m", "fastdraft", "design", str(tiny_recipe)]
-    ended = subprocess.run(command, env=kept | caches | {"LC_ALL": "C"}, capture_output=True, check=False, timeout=600)
+    ended = subprocess.run(
+        command, env=kept | caches | {"LC_ALL": "C"}, capture_output=True, check=False, timeout=600
+    )
     assert ended.returncode == 0, ended.stderr
     assert (tiny_recipe.parent / "runs" / "tiny" / "design" / "manifest.json").is_file()
 
 
-def test_a_cache_that_cannot_be_written_is_not_taken_for_a_damaged_model(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_not_taken_for_a_damaged_model(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoConfig
 
     from fastdraft.modeling.loading import load_config
@@ -144,19 +180,30 @@ def test_a_cache_that_cannot_be_written_is_not_taken_for_a_damaged_model(tiny_ta
         ("2", 2),
     ],
 )
-def test_a_server_whose_clock_is_another_is_waited_for_ten_minutes_at_most(header: str, seconds: float) -> None:
+def test_a_server_whose_clock_is_another_is_waited_for_ten_minutes_at_most(
+    header: str, seconds: float
+) -> None:
     from fastdraft.runtimes.openai_requests import _retry_after
 
     assert _retry_after(header) == seconds
 
 
-LOGS = ["synthesize.prompts=[{kind: transcripts, name: log, path: '%s'}]", "evaluate.texts={kind: transcripts, name: log, path: '%s'}"]
+LOGS = [
+    "synthesize.prompts=[{kind: transcripts, name: log, path: '%s'}]",
+    "evaluate.texts={kind: transcripts, name: log, path: '%s'}",
+]
 
 
 @pytest.mark.parametrize("override", LOGS)
-def test_a_log_that_cannot_be_understood_is_refused_by_check(tiny_recipe: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
-    log = written(tiny_recipe.parent / "log.jsonl", "plain", {"prompt": "x", "temperature": -1, "response": "y"})
-    assert "log.jsonl line 1: temperature -1" in refused(capsys, "check", tiny_recipe, override % log.as_posix())
+def test_a_log_that_cannot_be_understood_is_refused_by_check(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    log = written(
+        tiny_recipe.parent / "log.jsonl", "plain", {"prompt": "x", "temperature": -1, "response": "y"}
+    )
+    assert "log.jsonl line 1: temperature -1" in refused(
+        capsys, "check", tiny_recipe, override % log.as_posix()
+    )
     log.write_bytes(b"\n")
     assert "no line in it" in refused(capsys, "check", tiny_recipe, override % log.as_posix())
 

@@ -18,7 +18,12 @@ WARM = Sampling(0.6)
 
 
 def judge(
-    row_filter: RowFilter, response: list[int], reason: str = "length", *, chat: bool = True, counts: RowCounts | None = None
+    row_filter: RowFilter,
+    response: list[int],
+    reason: str = "length",
+    *,
+    chat: bool = True,
+    counts: RowCounts | None = None,
 ) -> SyntheticRow | None:
     generation = Generation([1, 2], response, [-0.5] * len(response), reason)  # type: ignore[arg-type]
     return row_filter.judge(generation, "s", WARM, chat, counts if counts is not None else RowCounts())
@@ -52,7 +57,9 @@ def test_a_good_response_becomes_a_row_with_all_that_training_needs() -> None:
         ([4, 5, 6], "length", {"keep_truncated": False}, "truncated"),
     ],
 )
-def test_each_filter_counts_its_reason(response: list[int], finish: str, options: dict[str, object], reason: str) -> None:
+def test_each_filter_counts_its_reason(
+    response: list[int], finish: str, options: dict[str, object], reason: str
+) -> None:
     counts = RowCounts(asked=1)
     assert judge(new_filter(**options), response, finish, counts=counts) is None
     assert counts.filtered == {reason: 1}
@@ -106,8 +113,14 @@ def test_completions_of_plain_text_are_never_truncated() -> None:
     assert judge(new_filter(keep_truncated=False), [4, 5, 6], chat=False)
 
 
-@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), min_size=1, max_size=36), st.integers(0, 120))
-def test_a_loop_is_found_exactly_where_its_definition_says(before: list[int], piece: list[int], length: int) -> None:
+@given(
+    st.lists(st.integers(0, 3), max_size=30),
+    st.lists(st.integers(0, 3), min_size=1, max_size=36),
+    st.integers(0, 120),
+)
+def test_a_loop_is_found_exactly_where_its_definition_says(
+    before: list[int], piece: list[int], length: int
+) -> None:
     ids = before + (piece * 120)[:length]
     found = loop_start(ids)
     ends = {period: ids[-max(32, 3 * period) :] for period in range(1, 33) if max(32, 3 * period) <= len(ids)}

@@ -44,14 +44,23 @@ def test_hidden_states_and_gradients_are_the_decoders_own(family: str, apart: bo
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_in_blocks_each_text_of_a_row_is_as_if_it_stood_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)  # not compiled: slow, and the same numbers
+def test_in_blocks_each_text_of_a_row_is_as_if_it_stood_alone(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        flex, "WrappedFlexAttention", lambda training: lambda: flex_attention
+    )  # not compiled: slow, and the same numbers
     monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
     decoder, row = decoder_of(family), ids(1, 33)
     fast = Flash(decoder)
     with torch.no_grad():
         together = fast(row, position_ids=PLACES[None]).last_hidden_state[0]
-        alone = torch.cat([decoder(input_ids=text, use_cache=False).last_hidden_state[0] for text in row.split([9, 4, 20], dim=1)])
+        alone = torch.cat(
+            [
+                decoder(input_ids=text, use_cache=False).last_hidden_state[0]
+                for text in row.split([9, 4, 20], dim=1)
+            ]
+        )
         unmasked = fast(row).last_hidden_state[0]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert (unmasked - alone).abs().max() > 0.1
@@ -93,14 +102,18 @@ class Attentions:
         self.graphs += 1
         for node in graph.graph.nodes:
             if "scaled_dot_product" in str(node.target):
-                self.called.append("causal" if node.kwargs["is_causal"] and node.kwargs["attn_mask"] is None else "masked")
+                self.called.append(
+                    "causal" if node.kwargs["is_causal"] and node.kwargs["attn_mask"] is None else "masked"
+                )
             elif str(node.target) == "flex_attention":
                 self.called.append("blocks")
         return graph.forward
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_compiled_it_has_no_graph_break_no_dense_mask_and_no_second_compilation(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_it_has_no_graph_break_no_dense_mask_and_no_second_compilation(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
     decoder, attentions = decoder_of(family), Attentions()
     fast = Flash(decoder)

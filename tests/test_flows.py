@@ -24,9 +24,18 @@ def write_base(folder: Path) -> Path:
     """A random Mistral with a sliding window and without a chat template, its greedy text well defined."""
     write_tokenizer(folder, chat=False)
     config = transformers.MistralConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, bos_token_id=0, eos_token_id=3, pad_token_id=0, sliding_window=8,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=3,
+        pad_token_id=0,
+        sliding_window=8,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -35,18 +44,25 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def small_recipe(folder: Path, target: Path, leave_out: tuple[str, ...] = (), **changes: dict[str, Any]) -> Recipe:
+def small_recipe(
+    folder: Path, target: Path, leave_out: tuple[str, ...] = (), **changes: dict[str, Any]
+) -> Recipe:
     """A recipe of few tokens; `changes` are merged into the sections."""
     path = write_recipe(folder, target)
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
     value["prepare"]["corpora"][0]["tokens"] = "8k"
     value["pretrain"].update({"tokens": 1024, "validate_every": 0})
-    value["synthesize"].update({"tokens": 600, "prompts": [p for p in value["synthesize"]["prompts"] if p["kind"] != "magpie"]})
+    value["synthesize"].update(
+        {"tokens": 600, "prompts": [p for p in value["synthesize"]["prompts"] if p["kind"] != "magpie"]}
+    )
     value["align"].update({"tokens": 1024, "validate_every": 2})
     value["evaluate"].update(EVALUATE)
     for section, keys in changes.items():
         value[section].update(keys)
-    path.write_text(yaml.safe_dump({k: v for k, v in value.items() if k not in leave_out}, sort_keys=False), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump({k: v for k, v in value.items() if k not in leave_out}, sort_keys=False),
+        encoding="utf-8",
+    )
     return load_recipe(str(path))
 
 
@@ -82,7 +98,10 @@ def fine_tune(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Pa
     folder = shutil.copytree(tiny_target, tmp_path_factory.mktemp("fine-tune") / "target")
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(5)
-    moved = {name: weight + 0.01 * torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
+    moved = {
+        name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
+        for name, weight in weights.items()
+    }
     save_file(moved, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -93,9 +112,17 @@ def test_an_earlier_draft_serves_another_fine_tune_without_new_pre_training(
 ) -> None:
     left_out = ("pretrain", "continue_pretrain") if corpora else ("prepare", "pretrain", "continue_pretrain")
     changes = {} if corpora else {"synthesize": own_prompts(tmp_path)}
-    recipe = small_recipe(tmp_path, fine_tune, left_out, design={"draft": {"kind": "from", "path": str(family_draft)}}, **changes)
+    recipe = small_recipe(
+        tmp_path,
+        fine_tune,
+        left_out,
+        design={"draft": {"kind": "from", "path": str(family_draft)}},
+        **changes,
+    )
     run = pipeline.run(recipe)
-    assert (run.root / "design/draft/model.safetensors").read_bytes() == (family_draft / "checkpoint/model.safetensors").read_bytes()
+    assert (run.root / "design/draft/model.safetensors").read_bytes() == (
+        family_draft / "checkpoint/model.safetensors"
+    ).read_bytes()
     assert read(run, "align/fingerprint.json")["mixture"] == ({"text": 1.0, "code": 1.0} if corpora else None)
     rows = read(run, "evaluate/results.json")["rows"]
     assert {row["checkpoint"] for row in rows} == {"align"}
@@ -103,25 +130,34 @@ def test_an_earlier_draft_serves_another_fine_tune_without_new_pre_training(
     assert (run.root / "report" / "report.html").is_file()
 
 
-def test_a_share_of_pre_training_asked_for_without_any_corpus_is_refused(tmp_path: Path, family_draft: Path, fine_tune: Path) -> None:
+def test_a_share_of_pre_training_asked_for_without_any_corpus_is_refused(
+    tmp_path: Path, family_draft: Path, fine_tune: Path
+) -> None:
     recipe = small_recipe(
-        tmp_path, fine_tune, ("prepare", "pretrain", "continue_pretrain"),
-        design={"draft": {"kind": "from", "path": str(family_draft)}}, align={"pretraining_share": 0.1},
+        tmp_path,
+        fine_tune,
+        ("prepare", "pretrain", "continue_pretrain"),
+        design={"draft": {"kind": "from", "path": str(family_draft)}},
+        align={"pretraining_share": 0.1},
         synthesize=own_prompts(tmp_path),
-    )  # fmt: skip
+    )
     with pytest.raises(RecipeError, match=r"align\.pretraining_share.*set align\.pretraining_share: 0"):
         pipeline.run(recipe)
 
 
-def test_evaluation_texts_that_stand_in_the_prepared_shards_are_found(tmp_path: Path, tiny_target: Path) -> None:
+def test_evaluation_texts_that_stand_in_the_prepared_shards_are_found(
+    tmp_path: Path, tiny_target: Path
+) -> None:
     tasks = tmp_path / "met.jsonl"
     new = "Zebras 9182 quietly juggle 55 purple umbrellas; nobody 731 watched them all fall."
     lines = [{"id": "met", "prompt": TEXT[0]}, {"id": "new", "prompt": new}]
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     recipe = small_recipe(
-        tmp_path, tiny_target, ("continue_pretrain", "synthesize", "align", "export", "report"),
+        tmp_path,
+        tiny_target,
+        ("continue_pretrain", "synthesize", "align", "export", "report"),
         evaluate={"tasks": [{"kind": "file", "name": "own", "path": str(tasks), "max_new_tokens": 8}]},
-    )  # fmt: skip
+    )
     found = read(pipeline.run(recipe), "evaluate/results.json")["contamination"]["own"]
     assert (found["prompts"], found["prompts_with_overlap"]) == (2, 1)
     assert 0 < found["ngrams_matched"] < found["ngrams"]

@@ -19,7 +19,9 @@ def test_block_efficiency_is_the_geometric_sum() -> None:
 def test_acceptance_rate_and_conditional_rate_are_inverse() -> None:
     for k in (1, 3, 8):
         for chance in (0.05, 0.45, 0.9):
-            assert forecast.conditional_acceptance_rate(forecast.acceptance_rate(chance, k), k) == pytest.approx(chance)
+            assert forecast.conditional_acceptance_rate(
+                forecast.acceptance_rate(chance, k), k
+            ) == pytest.approx(chance)
 
 
 def test_memory_bound_speedup_gives_the_papers_figures() -> None:
@@ -44,9 +46,13 @@ def test_a_dearer_draft_wants_a_shorter_draft_length() -> None:
 
 def test_training_time_grows_with_tokens_and_size_and_trusts_a_measured_rate() -> None:
     assert forecast.training_seconds(2e6, 10**6) == pytest.approx(2 * forecast.training_seconds(1e6, 10**6))
-    assert forecast.training_seconds(1e6, 2 * 10**6) == pytest.approx(2 * forecast.training_seconds(1e6, 10**6))
+    assert forecast.training_seconds(1e6, 2 * 10**6) == pytest.approx(
+        2 * forecast.training_seconds(1e6, 10**6)
+    )
     assert forecast.training_seconds(1e6, 10**9, tokens_per_second=1000) == 1000
-    assert forecast.training_seconds(1e6, 10**8, "cuda:0") < forecast.training_seconds(1e6, 10**8, "cpu", threads=2)
+    assert forecast.training_seconds(1e6, 10**8, "cuda:0") < forecast.training_seconds(
+        1e6, 10**8, "cpu", threads=2
+    )
 
 
 def test_disk_sizes_are_exact_where_the_format_is() -> None:

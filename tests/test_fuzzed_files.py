@@ -24,17 +24,27 @@ from fastdraft.errors import FastDraftError
 from fastdraft.reporting.record import read_results
 from fastdraft.training.metrics import Metrics, read_metrics
 
-few = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 values = st.recursive(
-    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
 )
 
 
 @st.composite
 def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     """Cuts a file off, changes bytes in it, puts bytes into it, or writes others in its place."""
-    kind, place = draw(st.sampled_from(["cut", "change", "insert", "other"])), draw(st.floats(0, 1, exclude_max=True))
+    kind, place = (
+        draw(st.sampled_from(["cut", "change", "insert", "other"])),
+        draw(st.floats(0, 1, exclude_max=True)),
+    )
     new = draw(st.binary(min_size=1, max_size=12))
 
     def apply(content: bytes) -> bytes:
@@ -57,12 +67,17 @@ def read(reader: Callable[[], Any]) -> Any:
 
 @few
 @given(damage())
-def test_a_damaged_manifest_or_fingerprint_is_a_mapping_or_one_line(tmp_path: Path, damaged: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_manifest_or_fingerprint_is_a_mapping_or_one_line(
+    tmp_path: Path, damaged: Callable[[bytes], bytes]
+) -> None:
     artifact = Artifact(tmp_path / "stage")
     (artifact.path / "fingerprint.json").unlink(missing_ok=True)
     artifact.begin({"settings": {"tokens": 5}})
     artifact.complete(rows=3)
-    for name, reader in (("manifest.json", artifact.manifest), ("fingerprint.json", artifact.stored_fingerprint)):
+    for name, reader in (
+        ("manifest.json", artifact.manifest),
+        ("fingerprint.json", artifact.stored_fingerprint),
+    ):
         path = artifact.path / name
         path.write_bytes(damaged(path.read_bytes()))
         found = read(reader)
@@ -80,7 +95,9 @@ def test_a_manifest_of_any_json_is_refused_or_a_mapping(tmp_path: Path, value: A
 
 @few
 @given(damage())
-def test_damaged_metrics_give_only_records_of_steps(tmp_path: Path, damaged: Callable[[bytes], bytes]) -> None:
+def test_damaged_metrics_give_only_records_of_steps(
+    tmp_path: Path, damaged: Callable[[bytes], bytes]
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.unlink(missing_ok=True)
     with Metrics(tmp_path, 0) as metrics:
@@ -94,12 +111,17 @@ def test_damaged_metrics_give_only_records_of_steps(tmp_path: Path, damaged: Cal
     assert read_metrics(tmp_path)[-1] == {"step": 4, "loss": 0.5}
 
 
-ROWS = [SyntheticRow(f"r{i}", "own", f"p{i}", [1, 2, i], [4, i], [-0.5, -0.25], 1.0, 0, 1.0, "stop") for i in range(20)]
+ROWS = [
+    SyntheticRow(f"r{i}", "own", f"p{i}", [1, 2, i], [4, i], [-0.5, -0.25], 1.0, 0, 1.0, "stop")
+    for i in range(20)
+]
 
 
 @few
 @given(damage())
-def test_damaged_rows_of_a_unit_are_the_rows_that_were_written_or_one_line(tmp_path: Path, damaged: Callable[[bytes], bytes]) -> None:
+def test_damaged_rows_of_a_unit_are_the_rows_that_were_written_or_one_line(
+    tmp_path: Path, damaged: Callable[[bytes], bytes]
+) -> None:
     path = tmp_path / "unit.parquet"
     write_rows(path, ROWS, {"seen": 20})
     path.write_bytes(damaged(path.read_bytes()))
@@ -109,7 +131,9 @@ def test_damaged_rows_of_a_unit_are_the_rows_that_were_written_or_one_line(tmp_p
 
 @few
 @given(damage())
-def test_damaged_logits_are_the_logits_that_were_written_or_one_line(tmp_path: Path, damaged: Callable[[bytes], bytes]) -> None:
+def test_damaged_logits_are_the_logits_that_were_written_or_one_line(
+    tmp_path: Path, damaged: Callable[[bytes], bytes]
+) -> None:
     path = tmp_path / "unit.safetensors"
     ids = np.arange(12, dtype=np.int32).reshape(4, 3)
     logprobs = np.full((4, 4), -1.25, dtype=np.float32)
@@ -130,13 +154,17 @@ def corpus_of(folder: Path) -> Artifact:
 
     shard = {"file": "train-00000.bin", "rows": 3, "sha256": file_sha256(folder / "text" / "train-00000.bin")}
     corpora = {"text": {"train": {"shards": [shard]}, "validation": {"shards": []}}}
-    write_json(folder / "manifest.json", {"schema": 1, "row_length": 8, "dtype": "uint16", "corpora": corpora})
+    write_json(
+        folder / "manifest.json", {"schema": 1, "row_length": 8, "dtype": "uint16", "corpora": corpora}
+    )
     return Artifact(folder)
 
 
 @few
 @given(damage(), st.sampled_from(["manifest.json", "text/train-00000.bin"]))
-def test_a_damaged_corpus_is_the_corpus_that_was_written_or_one_line(tmp_path: Path, damaged: Callable[[bytes], bytes], name: str) -> None:
+def test_a_damaged_corpus_is_the_corpus_that_was_written_or_one_line(
+    tmp_path: Path, damaged: Callable[[bytes], bytes], name: str
+) -> None:
     prepare = corpus_of(tmp_path)
     path = tmp_path / name
     path.write_bytes(damaged(path.read_bytes()))

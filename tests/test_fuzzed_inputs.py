@@ -38,9 +38,36 @@ from fastdraft.vocabulary import Vocabulary
 from test_fuzzed_files import damage, few, read
 
 ODD: list[Any] = [
-    None, True, 0, -1, 3, 10**400, 1e308, math.inf, -math.inf, math.nan, 0.5, "", "x", "\ud83d", "\0", "\u202e\x1b[2J", "../../x",
-    "token_id:" + "9" * 5000, [], {}, [[]], [None], [[1, 2], [3]], [-1], [999_999], [2**70], ["a"], {"content": 5}, {"type": [1]},
-]  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    3,
+    10**400,
+    1e308,
+    math.inf,
+    -math.inf,
+    math.nan,
+    0.5,
+    "",
+    "x",
+    "\ud83d",
+    "\0",
+    "\u202e\x1b[2J",
+    "../../x",
+    "token_id:" + "9" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    [[1, 2], [3]],
+    [-1],
+    [999_999],
+    [2**70],
+    ["a"],
+    {"content": 5},
+    {"type": [1]},
+]
 """What may stand where something else is expected."""
 
 
@@ -63,24 +90,59 @@ def changed(value: Any, place: tuple[Any, ...], odd: Any) -> Any:
 
 def oddly(value: Any) -> st.SearchStrategy[Any]:
     """The value with an odd one somewhere in it."""
-    return st.builds(lambda place, odd: changed(value, place, odd), st.sampled_from(list(places(value))), st.sampled_from(ODD))
+    return st.builds(
+        lambda place, odd: changed(value, place, odd),
+        st.sampled_from(list(places(value))),
+        st.sampled_from(ODD),
+    )
 
 
 # ---- logs of a target
 
-IDS, LOGPROBS, WORDS = [5, 6, 7, 3], [-0.5, -0.25, -0.125, -0.0625], [{"role": "user", "content": "What is a fox?"}]
+IDS, LOGPROBS, WORDS = (
+    [5, 6, 7, 3],
+    [-0.5, -0.25, -0.125, -0.0625],
+    [{"role": "user", "content": "What is a fox?"}],
+)
 LISTED = {"token_ids": IDS, "finish_reason": "stop", "logprobs": {"token_logprobs": LOGPROBS}}
 CONTENT = {"content": [{"id": i, "logprob": p} for i, p in zip(IDS, LOGPROBS, strict=True)]}
 SGLANG = {"output_token_logprobs": [[p, i, "?"] for i, p in zip(IDS, LOGPROBS, strict=True)]}
 SAID = {"message": {"role": "assistant", "content": "%&'"}, "finish_reason": "stop"}
 LINES: list[dict[str, Any]] = [
-    {"messages": [{"role": "system", "content": "Short."}, *WORDS], "temperature": 0.7, "top_p": 0.9, "top_k": 5, "choices": [LISTED]},
-    {"request": {"messages": WORDS, "temperature": 1}, "response": {"choices": [SAID | {"logprobs": CONTENT}]}},
-    {"body": {"messages": WORDS, "temperature": 1}, "response": {"status_code": 200, "body": {"choices": [SAID | {"meta_info": SGLANG}]}}},
+    {
+        "messages": [{"role": "system", "content": "Short."}, *WORDS],
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "choices": [LISTED],
+    },
+    {
+        "request": {"messages": WORDS, "temperature": 1},
+        "response": {"choices": [SAID | {"logprobs": CONTENT}]},
+    },
+    {
+        "body": {"messages": WORDS, "temperature": 1},
+        "response": {"status_code": 200, "body": {"choices": [SAID | {"meta_info": SGLANG}]}},
+    },
     {"prompt": [5, 6, 7], "temperature": 0.7, "choices": [LISTED], "prompt_token_ids": [5, 6]},
-    {"prompt": "The", "temperature": 1, "choices": [{"text": " fox", "finish_reason": "length"}], "usage": {"completion_tokens": 2}},
-    {"messages": WORDS, "response": "%&'", "token_ids": IDS, "logprobs": LOGPROBS, "finish_reason": "stop", "temperature": 0.7},
-    {"messages": [*WORDS, {"role": "assistant", "content": [{"type": "text", "text": "A fox."}]}], "temperature": 0},
+    {
+        "prompt": "The",
+        "temperature": 1,
+        "choices": [{"text": " fox", "finish_reason": "length"}],
+        "usage": {"completion_tokens": 2},
+    },
+    {
+        "messages": WORDS,
+        "response": "%&'",
+        "token_ids": IDS,
+        "logprobs": LOGPROBS,
+        "finish_reason": "stop",
+        "temperature": 0.7,
+    },
+    {
+        "messages": [*WORDS, {"role": "assistant", "content": [{"type": "text", "text": "A fox."}]}],
+        "temperature": 0,
+    },
 ]
 
 
@@ -98,7 +160,9 @@ def log_of(folder: Path, *lines: Any, **values: Any) -> TranscriptLog:
 
 @settings(few, max_examples=150)
 @given(st.sampled_from(LINES).flatmap(oddly))
-def test_a_damaged_line_of_a_log_is_one_line_or_an_answer_that_can_be(tmp_path: Path, reading: tuple[Any, Vocabulary], line: Any) -> None:
+def test_a_damaged_line_of_a_log_is_one_line_or_an_answer_that_can_be(
+    tmp_path: Path, reading: tuple[Any, Vocabulary], line: Any
+) -> None:
     log, size = log_of(tmp_path, line), reading[1].size
     for row in [] if (found := read(lambda: read_transcripts(log, *reading, 0))) is None else found.rows:
         answer, sampling = row.generation, row.sampling
@@ -137,10 +201,21 @@ def test_a_line_that_would_be_read_as_something_else_is_refused(
         read_transcripts(log_of(tmp_path, LINES[0] | change), *reading, 0)
 
 
-def test_pictures_and_tool_calls_of_a_log_are_counted_and_left_out(tmp_path: Path, reading: tuple[Any, Vocabulary]) -> None:
-    picture = {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "x"}}]}
+def test_pictures_and_tool_calls_of_a_log_are_counted_and_left_out(
+    tmp_path: Path, reading: tuple[Any, Vocabulary]
+) -> None:
+    picture = {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "What is it?"},
+            {"type": "image_url", "image_url": {"url": "x"}},
+        ],
+    }
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    seen = [{"messages": messages, "temperature": 0, "response": "A fox."} for messages in ([picture], [*WORDS, call, *WORDS], WORDS)]
+    seen = [
+        {"messages": messages, "temperature": 0, "response": "A fox."}
+        for messages in ([picture], [*WORDS, call, *WORDS], WORDS)
+    ]
     found = read_transcripts(log_of(tmp_path, *seen), *reading, 0)
     assert (len(found.rows), found.refused["unsupported"]) == (1, 2)
 
@@ -153,7 +228,10 @@ def test_log_probs_that_cannot_be_count_as_not_told_and_a_missing_entry_moves_no
         answer = read_transcripts(log_of(tmp_path, line), *reading, 0).rows[0].generation
         assert (answer.response_ids, answer.logprobs) == (IDS, [])
     gap = changed(LINES[1], ("response", "choices", 0, "logprobs", "content", 1), "gone")
-    assert read_transcripts(log_of(tmp_path, gap), *reading, 0).rows[0].generation.response_ids != [IDS[0], *IDS[2:]]
+    assert read_transcripts(log_of(tmp_path, gap), *reading, 0).rows[0].generation.response_ids != [
+        IDS[0],
+        *IDS[2:],
+    ]
     broken = changed(LINES[0], ("choices", 0, "logprobs", "token_logprobs", 1), math.nan)
     assert read_transcripts(log_of(tmp_path, broken), *reading, 0).rows[0].generation.fault == "not_finite"
 
@@ -163,13 +241,19 @@ def test_log_probs_that_cannot_be_count_as_not_told_and_a_missing_entry_moves_no
 ASKED = {"id": "a", "prompt": "What is a fox?", "reference": "An animal."}
 TALK = {
     "id": "b",
-    "messages": [{"role": "system", "content": "Short."}, *WORDS, {"from": "gpt", "value": [{"type": "text", "text": "A."}]}],
+    "messages": [
+        {"role": "system", "content": "Short."},
+        *WORDS,
+        {"from": "gpt", "value": [{"type": "text", "text": "A."}]},
+    ],
 }
 
 
 @settings(few, max_examples=100)
 @given(oddly([ASKED, TALK]) | damage())
-def test_damaged_prompts_and_tasks_are_one_line_or_can_be_asked(tmp_path: Path, reading: tuple[Any, Vocabulary], change: Any) -> None:
+def test_damaged_prompts_and_tasks_are_one_line_or_can_be_asked(
+    tmp_path: Path, reading: tuple[Any, Vocabulary], change: Any
+) -> None:
     path, lines = tmp_path / "prompts.jsonl", [ASKED, TALK]
     content = "".join(json.dumps(line) + "\n" for line in (lines if callable(change) else change)).encode()
     path.write_bytes(change(content) if callable(change) else content)
@@ -197,11 +281,15 @@ def opened(folder: Path) -> Any:
 
 @settings(few, max_examples=25)
 @given(st.data())
-def test_a_model_with_an_odd_value_loads_or_is_one_line(tmp_path: Path, tiny_draft: Path, data: st.DataObject) -> None:
+def test_a_model_with_an_odd_value_loads_or_is_one_line(
+    tmp_path: Path, tiny_draft: Path, data: st.DataObject
+) -> None:
     folder = tmp_path / "draft"
     shutil.copytree(tiny_draft, folder, dirs_exist_ok=True)
     path = folder / data.draw(st.sampled_from(NAMES))
-    path.write_text(json.dumps(data.draw(oddly(json.loads(path.read_text(encoding="utf-8"))))), encoding="utf-8")
+    path.write_text(
+        json.dumps(data.draw(oddly(json.loads(path.read_text(encoding="utf-8"))))), encoding="utf-8"
+    )
     read(lambda: opened(folder))
 
 
@@ -216,7 +304,11 @@ def test_damaged_weights_are_the_weights_that_were_written_or_one_line(
     path = folder / "model.safetensors"
     content = path.read_bytes()
     head = 8 + struct.unpack("<Q", content[:8])[0]
-    path.write_bytes(damaged(content[:head]) + content[head:] if where == "head" else content[: len(damaged(content)) % len(content)])
+    path.write_bytes(
+        damaged(content[:head]) + content[head:]
+        if where == "head"
+        else content[: len(damaged(content)) % len(content)]
+    )
     found, wanted = read(lambda: load_draft(folder).state_dict()), load_draft(tiny_draft).state_dict()
     assert found is None or all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -258,7 +350,9 @@ HARMS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_weights_of_another_model_or_of_none_are_one_line(tmp_path: Path, tiny_draft: Path, harm: str) -> None:
+def test_weights_of_another_model_or_of_none_are_one_line(
+    tmp_path: Path, tiny_draft: Path, harm: str
+) -> None:
     shutil.copytree(tiny_draft, tmp_path / "draft")
     HARMS[harm](tmp_path / "draft" / "model.safetensors")
     with pytest.raises(ArtifactError, match=r"draft.*; delete its stage's folder"):
@@ -270,7 +364,12 @@ def test_weights_of_another_model_or_of_none_are_one_line(tmp_path: Path, tiny_d
     [
         ("tokenizer.json", ("model", "vocab", "a"), 10**9, "the number 1000000000"),
         ("tokenizer_config.json", ("model_max_length",), [], r"model_max_length \[\]"),
-        ("tokenizer.json", ("model",), {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}, "must load"),
+        (
+            "tokenizer.json",
+            ("model",),
+            {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"},
+            "must load",
+        ),
     ],
 )
 def test_a_tokenizer_that_would_fail_later_is_refused_when_it_is_loaded(  # noqa: PLR0917
@@ -278,7 +377,9 @@ def test_a_tokenizer_that_would_fail_later_is_refused_when_it_is_loaded(  # noqa
 ) -> None:
     shutil.copytree(tiny_draft, tmp_path / "draft")
     path = tmp_path / "draft" / name
-    path.write_text(json.dumps(changed(json.loads(path.read_text(encoding="utf-8")), place, value)), encoding="utf-8")
+    path.write_text(
+        json.dumps(changed(json.loads(path.read_text(encoding="utf-8")), place, value)), encoding="utf-8"
+    )
     with pytest.raises(TargetError, match=said):
         load_tokenizer(str(tmp_path / "draft"))
 
@@ -310,8 +411,13 @@ def resumed(checkpoints: Checkpoints, model: nn.Module) -> TrainingState:
 
 
 @settings(few, max_examples=40)
-@given(damage(), st.sampled_from(["state.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"]))
-def test_a_damaged_resume_checkpoint_is_whole_or_one_line(tmp_path: Path, damaged: Callable[[bytes], bytes], name: str) -> None:
+@given(
+    damage(),
+    st.sampled_from(["state.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"]),
+)
+def test_a_damaged_resume_checkpoint_is_whole_or_one_line(
+    tmp_path: Path, damaged: Callable[[bytes], bytes], name: str
+) -> None:
     checkpoints, model, folder = saved(tmp_path)
     weight = model.weight.detach().clone()  # type: ignore[union-attr,operator]
     (folder / name).write_bytes(damaged((folder / name).read_bytes()))
@@ -333,17 +439,31 @@ def test_a_state_of_odd_values_is_counters_or_one_line(tmp_path: Path, data: st.
 OTHER_TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
     "a weight is missing": ("model.safetensors", lambda found: found.pop("bias")),
     "a weight of another shape": ("model.safetensors", lambda found: found.update(bias=torch.ones(1))),
-    "a weight of whole numbers": ("model.safetensors", lambda found: found.update(bias=torch.ones(3, dtype=torch.int64))),
+    "a weight of whole numbers": (
+        "model.safetensors",
+        lambda found: found.update(bias=torch.ones(3, dtype=torch.int64)),
+    ),
     "a moment is missing": ("optimizer.safetensors", lambda found: found.pop("0/bias/exp_avg_sq")),
-    "a weight's moments are missing": ("optimizer.safetensors", lambda found: [found.pop(name) for name in list(found) if "bias" in name]),
-    "a moment of another shape": ("optimizer.safetensors", lambda found: found.update({"0/bias/exp_avg": torch.ones(1)})),
-    "a moment of no weight": ("optimizer.safetensors", lambda found: found.update({"0/other/exp_avg": torch.ones(3)})),
+    "a weight's moments are missing": (
+        "optimizer.safetensors",
+        lambda found: [found.pop(name) for name in list(found) if "bias" in name],
+    ),
+    "a moment of another shape": (
+        "optimizer.safetensors",
+        lambda found: found.update({"0/bias/exp_avg": torch.ones(1)}),
+    ),
+    "a moment of no weight": (
+        "optimizer.safetensors",
+        lambda found: found.update({"0/other/exp_avg": torch.ones(3)}),
+    ),
     "no random state": ("random.safetensors", lambda found: found.update(cpu=torch.ones(3))),
 }
 
 
 @pytest.mark.parametrize("harm", OTHER_TENSORS)
-def test_a_checkpoint_of_other_tensors_is_one_line_though_its_checksums_are_right(tmp_path: Path, harm: str) -> None:
+def test_a_checkpoint_of_other_tensors_is_one_line_though_its_checksums_are_right(
+    tmp_path: Path, harm: str
+) -> None:
     checkpoints, model, folder = saved(tmp_path)
     name, change = OTHER_TENSORS[harm]
     tensors(change)(folder / name)
@@ -366,7 +486,9 @@ def test_best_weights_of_other_shapes_are_one_line(tmp_path: Path) -> None:
 
 @settings(few, max_examples=40)
 @given(st.binary(max_size=60) | st.just(b"999999999999999999999\nhost\n") | st.just(b"0\n\n"))
-def test_a_lock_file_of_any_content_does_not_block_and_a_marker_is_one_line_or_taken(tmp_path: Path, content: bytes) -> None:
+def test_a_lock_file_of_any_content_does_not_block_and_a_marker_is_one_line_or_taken(
+    tmp_path: Path, content: bytes
+) -> None:
     (tmp_path / ".lock").write_bytes(content)
     with RunDirectory(tmp_path).lock():
         pass
@@ -379,14 +501,22 @@ def test_a_folder_where_the_lock_should_be_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
-def test_a_damaged_marker_of_a_dead_owner_is_one_line_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_marker_of_a_dead_owner_is_one_line_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
     import fcntl
 
     from faults_fixture import failing, os_error
 
     monkeypatch.setattr(fcntl, "flock", failing(fcntl.flock, 1, os_error(errno.ENOLCK)))
-    for content in (b"", b"\xff\xfe", b"999999999999999999999\nhost\n", b"1.5\n\n", b"-1\n" + os.uname().nodename.encode()):
+    for content in (
+        b"",
+        b"\xff\xfe",
+        b"999999999999999999999\nhost\n",
+        b"1.5\n\n",
+        b"-1\n" + os.uname().nodename.encode(),
+    ):
         (tmp_path / ".lock.held").write_bytes(content)
         with pytest.raises(ArtifactError, match=r"in use by another process"), RunDirectory(tmp_path).lock():
             pass

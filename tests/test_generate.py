@@ -21,13 +21,25 @@ from fastdraft.modeling.loading import load_tokenizer
 
 def call(target: Path, draft: Path, **changes: Any) -> None:
     settings = {
-        "prompt": "Once upon a time", "chat": False, "num_speculative_tokens": 3, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
-        "max_new_tokens": 20, "seed": 0, "device": "cpu", "color": None, "compare": False, "console": Console(),
-    }  # fmt: skip
+        "prompt": "Once upon a time",
+        "chat": False,
+        "num_speculative_tokens": 3,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": 20,
+        "seed": 0,
+        "device": "cpu",
+        "color": None,
+        "compare": False,
+        "console": Console(),
+    }
     generate.run(target=str(target), draft=str(draft), **(settings | changes))
 
 
-def test_stdout_holds_the_targets_text_and_nothing_else(tiny_target: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_holds_the_targets_text_and_nothing_else(
+    tiny_target: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     call(tiny_target, tiny_draft, compare=True)
     with_draft = capsys.readouterr()
     call(tiny_target, tiny_target, compare=False)
@@ -37,7 +49,9 @@ def test_stdout_holds_the_targets_text_and_nothing_else(tiny_target: Path, tiny_
     assert "same text as the target alone" in with_draft.err
 
 
-def test_accepted_tokens_are_coloured_when_asked_for(tiny_target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accepted_tokens_are_coloured_when_asked_for(
+    tiny_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     call(tiny_target, tiny_target, color=True)
     coloured = capsys.readouterr().out
     call(tiny_target, tiny_target)
@@ -100,7 +114,9 @@ def test_a_draft_of_another_vocabulary_is_refused(tiny_target: Path, tmp_path: P
         call(tiny_target, write_target(tmp_path / "other", padded_vocab=330, layers=1, hidden=16))
 
 
-@pytest.mark.parametrize("text", ["The fox – jumps: 日本語 and naïve 🦊 again", "def f(x):\n    return x  # plain"])
+@pytest.mark.parametrize(
+    "text", ["The fox – jumps: 日本語 and naïve 🦊 again", "def f(x):\n    return x  # plain"]
+)
 def test_pieces_join_to_the_text_whatever_bytes_the_tokens_end_in(tiny_target: Path, text: str) -> None:
     tokenizer = load_tokenizer(str(tiny_target))
     ids = tokenizer(text, add_special_tokens=False).input_ids

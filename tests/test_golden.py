@@ -40,7 +40,9 @@ def test_the_public_names_are_as_written_down() -> None:
 
 
 def test_the_recipe_reference_in_the_docs_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("generate_recipe_reference", DOCS / "generate_recipe_reference.py")
+    spec = importlib.util.spec_from_file_location(
+        "generate_recipe_reference", DOCS / "generate_recipe_reference.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -18,7 +18,13 @@ from fastdraft.modeling.loading import load_target
 from fastdraft.recipe import load_recipe
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def _load(name: str) -> ModuleType:
@@ -62,7 +68,9 @@ def grown(source: Path, folder: Path, *options: object) -> Path:
 
 
 def assert_same(source: Path, folder: Path) -> None:
-    torch.testing.assert_close(logits(folder), logits(source), rtol=0, atol=1e-5 * max(1.0, float(logits(source).abs().max())))
+    torch.testing.assert_close(
+        logits(folder), logits(source), rtol=0, atol=1e-5 * max(1.0, float(logits(source).abs().max()))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +102,9 @@ WIDER = ("--hidden-size", 64, "--layers", 5, "--intermediate-size", 320, "--head
     ],
     ids=lambda options: " ".join(map(str, options)).replace("--", "") or "same shape",
 )
-def test_a_grown_model_has_the_logits_of_its_source(source: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
+def test_a_grown_model_has_the_logits_of_its_source(
+    source: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
     assert_same(source, grown(source, tmp_path / "grown", *options))
 
 
@@ -108,7 +118,9 @@ def test_a_tied_model_grows_tied_and_untied(tied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 def test_queries_keep_their_keys_when_one_head_served_them_all(tmp_path: Path, kv_heads: int) -> None:
     source = write_model(tmp_path / "source", num_key_value_heads=1)
-    assert_same(source, grown(source, tmp_path / "grown", "--heads", 8, "--kv-heads", kv_heads, "--hidden-size", 40))
+    assert_same(
+        source, grown(source, tmp_path / "grown", "--heads", 8, "--kv-heads", kv_heads, "--hidden-size", 40)
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,11 +140,17 @@ def test_other_families_and_biases_grow_too(tmp_path: Path, family: str, changes
 
 def test_random_values_fill_every_matrix_and_change_nothing(source: Path, tmp_path: Path) -> None:
     random = load_file(grown(source, tmp_path / "random", *WIDER, "--kv-heads", 4) / "model.safetensors")
-    zero = load_file(grown(source, tmp_path / "zero", *WIDER, "--kv-heads", 4, "--fill", "zero") / "model.safetensors")
+    zero = load_file(
+        grown(source, tmp_path / "zero", *WIDER, "--kv-heads", 4, "--fill", "zero") / "model.safetensors"
+    )
     matrices = {name: tensor for name, tensor in random.items() if tensor.ndim == 2}
     assert all(tensor.any() for tensor in matrices.values())
-    assert len({tensor.numpy().tobytes() for tensor in matrices.values()}) == len(matrices)  # equal ones would be stored as one
-    assert sum(int(tensor.count_nonzero()) for tensor in matrices.values()) > 2 * sum(int(zero[name].count_nonzero()) for name in matrices)
+    assert len({tensor.numpy().tobytes() for tensor in matrices.values()}) == len(
+        matrices
+    )  # equal ones would be stored as one
+    assert sum(int(tensor.count_nonzero()) for tensor in matrices.values()) > 2 * sum(
+        int(zero[name].count_nonzero()) for name in matrices
+    )
     torch.testing.assert_close(logits(tmp_path / "random"), logits(tmp_path / "zero"), rtol=0, atol=1e-5)
 
 
@@ -140,7 +158,11 @@ def test_random_values_stay_within_the_range_of_the_trained_row(source: Path, tm
     """A wider range would coarsen the scales of int8 rows and int4 groups."""
     before = load_file(source / "model.safetensors")
     after = load_file(grown(source, tmp_path / "grown", *WIDER, "--kv-heads", 4) / "model.safetensors")
-    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
+    for name in (
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "lm_head.weight",
+    ):
         rows = len(before[name])
         assert torch.equal(after[name][:rows].amax(1), before[name].amax(1))
         assert torch.equal(after[name][:rows].amin(1), before[name].amin(1))
@@ -152,7 +174,11 @@ def test_what_is_beside_the_weights_travels_byte_for_byte(tmp_path: Path) -> Non
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
     config = json.loads((folder / "config.json").read_text())
-    assert (config["max_position_embeddings"], config["num_hidden_layers"], config["dtype"]) == (512, 3, "float32")
+    assert (config["max_position_embeddings"], config["num_hidden_layers"], config["dtype"]) == (
+        512,
+        3,
+        "float32",
+    )
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
 
@@ -166,7 +192,9 @@ def test_half_precision_keeps_matrices_and_norms_exact(source: Path, tmp_path: P
     assert record["check"]["max_difference_to_source"] > record["check"]["max_difference"]
 
 
-def test_large_weights_are_written_in_shards_that_load(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_written_in_shards_that_load(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(growing_model, "SHARD_BYTES", 50_000)
     folder = grown(source, tmp_path / "grown", *WIDER)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -211,23 +239,37 @@ def test_a_shape_that_cannot_be_is_one_line(
 
 def test_too_few_key_value_heads_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_model(tmp_path / "source", num_attention_heads=8, num_key_value_heads=2, hidden_size=64)
-    assert grow.main([str(source), str(tmp_path / "grown"), "--heads", "9", "--kv-heads", "3", "--hidden-size", "72"]) == 2
-    assert "--kv-heads: 3: must be at least 4 at 3 queries a key-value head, 4 in the source" in capsys.readouterr().err
+    assert (
+        grow.main(
+            [str(source), str(tmp_path / "grown"), "--heads", "9", "--kv-heads", "3", "--hidden-size", "72"]
+        )
+        == 2
+    )
+    assert (
+        "--kv-heads: 3: must be at least 4 at 3 queries a key-value head, 4 in the source"
+        in capsys.readouterr().err
+    )
 
 
-def test_an_unknown_tensor_or_an_existing_directory_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_tensor_or_an_existing_directory_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from safetensors.torch import save_file
 
     strange = write_model(tmp_path / "strange")
     tensors = load_file(strange / "model.safetensors")
-    save_file({**tensors, "model.layers.0.mlp.router.weight": torch.ones(2, 2)}, strange / "model.safetensors")
+    save_file(
+        {**tensors, "model.layers.0.mlp.router.weight": torch.ones(2, 2)}, strange / "model.safetensors"
+    )
     assert grow.main([str(strange), str(tmp_path / "grown")]) == 2
     assert "mlp.router.weight" in capsys.readouterr().err
     assert grow.main([str(source), str(strange)]) == 2
     assert "exists" in capsys.readouterr().err
 
 
-def test_a_pair_is_grown_once_and_its_recipe_is_valid(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pair_is_grown_once_and_its_recipe_is_valid(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pair = _load("real_size_pair")
     sizes = ["64", "3", "96", "8", "4"]
     command = [

@@ -19,7 +19,9 @@ from fastdraft.training.objective import LoadedTarget, TokenDistillation
 
 BIASED: dict[str, Any] = {
     "gptj": GPTJConfig(vocab_size=320, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=160),
-    "phi-1": PhiConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+    "phi-1": PhiConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ),
 }
 HEADS = ["gemma2", "granite", "cohere", "cohere2", *BIASED, "llama"]
 SAMPLES = [Sample([5, 6, 7], [8, 9]), Sample([10], [11, 12, 13, 14]), Sample([200, 3], [4])]
@@ -49,7 +51,9 @@ def _own(target: PreTrainedModel, batch: Batch) -> torch.Tensor:
         return target(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.index]  # type: ignore[no-any-return]
 
 
-def test_a_loaded_target_gives_the_models_own_logits_chunk_by_chunk(target: PreTrainedModel, batch: Batch) -> None:
+def test_a_loaded_target_gives_the_models_own_logits_chunk_by_chunk(
+    target: PreTrainedModel, batch: Batch
+) -> None:
     own = _own(target, batch)
     assert own.std() > 0.5
     logits = LoadedTarget(*output_head(target)).distribution(batch).logits
@@ -58,7 +62,9 @@ def test_a_loaded_target_gives_the_models_own_logits_chunk_by_chunk(target: PreT
 
 def test_stored_logits_are_the_models_own(target: PreTrainedModel, batch: Batch) -> None:
     expected = top_k_buckets(_own(target, batch), 8)
-    rows = [Generation(list(sample.prompt_ids), list(sample.response_ids), [], "length") for sample in SAMPLES]
+    rows = [
+        Generation(list(sample.prompt_ids), list(sample.response_ids), [], "length") for sample in SAMPLES
+    ]
     found = sparse_logits(target, rows, 8)
     assert torch.equal(torch.cat([torch.from_numpy(row.ids) for row in found]).long(), expected.ids)
     stored = torch.cat([torch.from_numpy(row.logprobs) for row in found]).double()
@@ -67,14 +73,20 @@ def test_stored_logits_are_the_models_own(target: PreTrainedModel, batch: Batch)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "lk_hybrid"])
-def test_a_draft_is_taught_the_models_own_distribution(target: PreTrainedModel, batch: Batch, name: str) -> None:
+def test_a_draft_is_taught_the_models_own_distribution(
+    target: PreTrainedModel, batch: Batch, name: str
+) -> None:
     hidden = torch.randn(batch.num_trained, 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(320, 16, dtype=torch.float64, requires_grad=True)
-    found = TokenDistillation(token_loss(name), LoadedTarget(*output_head(target)), 4).loss(hidden, head, batch)
+    found = TokenDistillation(token_loss(name), LoadedTarget(*output_head(target)), 4).loss(
+        hidden, head, batch
+    )
     own = DenseTarget(_own(target, batch).__getitem__)
     expected, _ = chunked_distillation(hidden, head, batch.labels, own, token_loss(name))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    for left, right in zip(torch.autograd.grad(found, (hidden, head)), torch.autograd.grad(expected, (hidden, head)), strict=True):
+    for left, right in zip(
+        torch.autograd.grad(found, (hidden, head)), torch.autograd.grad(expected, (hidden, head)), strict=True
+    ):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
 
 

@@ -86,12 +86,16 @@ def test_files_come_in_an_order_of_the_seed_and_prompts_in_the_data_sets_own(lib
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == [str(i) for i in range(FILES)]
     assert [value.split()[1] for _, value in source.values()][::ROWS] == [str(i) for i in range(FILES)]
-    assert all(options == {"split": "train", "revision": "abc", "streaming": True} for options in library["options"])
+    assert all(
+        options == {"split": "train", "revision": "abc", "streaming": True} for options in library["options"]
+    )
 
 
 @pytest.mark.parametrize("kind", [Streamed, Stateless])
 @pytest.mark.parametrize("taken", [0, 1, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS + 7])
-def test_a_place_leads_to_the_next_row_in_the_file_where_reading_stopped(library: dict[str, Any], kind: type[Streamed], taken: int) -> None:
+def test_a_place_leads_to_the_next_row_in_the_file_where_reading_stopped(
+    library: dict[str, Any], kind: type[Streamed], taken: int
+) -> None:
     library["kind"] = kind
     source = HubSource(name="h", dataset="x/y")
     everything = list(source.documents(3))
@@ -108,7 +112,9 @@ def test_a_place_leads_to_the_next_row_in_the_file_where_reading_stopped(library
 
 
 @pytest.mark.parametrize("window", [1500, 100_000])
-def test_a_resumed_stream_gives_the_same_pieces_and_reads_one_block_again(library: dict[str, Any], window: int) -> None:
+def test_a_resumed_stream_gives_the_same_pieces_and_reads_one_block_again(
+    library: dict[str, Any], window: int
+) -> None:
     source = HubSource(name="h", dataset="x/y")
     everything = list(PieceStream(source, 1, window_chars=window))
     assert sorted(everything) == sorted(source.documents(0))

@@ -22,7 +22,13 @@ from fastdraft.forecast import PAPER_K, RATES, acceptance_rate, block_efficiency
 from fastdraft.modeling.architecture import Architecture, read_architecture
 from fastdraft.modeling.loading import load_config
 
-RUNTIME = {"name": "openvino", "version": "2026.4.1", "device": "CPU", "device_name": "A Processor", "threads": 2}
+RUNTIME = {
+    "name": "openvino",
+    "version": "2026.4.1",
+    "device": "CPU",
+    "device_name": "A Processor",
+    "threads": 2,
+}
 
 
 @pytest.fixture
@@ -32,7 +38,14 @@ def shape(tiny_target: Path) -> Architecture:
 
 def measurement(shape: Architecture, *draft_seconds: float) -> Measurement:
     drafts = [
-        DraftCost(f"{64 * (i + 1)}x2", replace(shape, hidden_size=64 * (i + 1), num_layers=2), "int8", True, seconds, 0.1)
+        DraftCost(
+            f"{64 * (i + 1)}x2",
+            replace(shape, hidden_size=64 * (i + 1), num_layers=2),
+            "int8",
+            True,
+            seconds,
+            0.1,
+        )
         for i, seconds in enumerate(draft_seconds)
     ]
     of_target = {1: 0.100, 2: 0.105, 3: 0.110, 4: 0.115, 5: 0.130, 6: 0.140}
@@ -51,7 +64,9 @@ def check_forecast(measured: dict[str, Any]) -> None:
                 round_seconds = int(k) * draft["seconds"] + seconds[int(k) + 1]
                 assert speedup == pytest.approx(block_efficiency(chance, int(k)) * seconds[1] / round_seconds)
     for rate, best in measured["best"].items():
-        highest = max(speedup for draft in measured["drafts"] for speedup in draft["predicted_speedup"][rate].values())
+        highest = max(
+            speedup for draft in measured["drafts"] for speedup in draft["predicted_speedup"][rate].values()
+        )
         assert best["predicted_speedup"] == highest
         assert best["use_a_draft"] == (highest > 1)
         chosen = next(draft for draft in measured["drafts"] if draft["name"] == best["draft"])
@@ -71,7 +86,10 @@ def test_the_tables_fit_80_columns_and_name_the_best_draft(shape: Architecture) 
     text = found.text()
     assert max(map(len, text.splitlines())) <= 80
     draft, k, speedup = found.best(0.6)
-    assert f"At an acceptance rate of 0.6, {draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast." in " ".join(text.split())
+    assert (
+        f"At an acceptance rate of 0.6, {draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast."
+        in " ".join(text.split())
+    )
     assert "Do not use a draft here" not in text
 
 
@@ -110,7 +128,9 @@ def test_settings_without_measure_are_refused() -> None:
         (["--device", "GPU.7"], "OpenVINO sees"),
     ],
 )
-def test_wrong_settings_are_one_line(tiny_target: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_are_one_line(
+    tiny_target: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("openvino_genai")
     assert cli.main(["inspect", str(tiny_target), "--json", "--measure", *arguments]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdraft: ")]
@@ -136,19 +156,41 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_target_and_drafts_are_measured_untrained_and_nothing_is_left(
-    tiny_target: Path, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_target: Path,
+    tmp_path: Path,
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if not all(find_spec(name) for name in ("openvino_genai", "nncf", "optimum")):  # imported here, nncf would log to our stdout
+    if not all(
+        find_spec(name) for name in ("openvino_genai", "nncf", "optimum")
+    ):  # imported here, nncf would log to our stdout
         pytest.skip("OpenVINO's converter is not installed")
     bare = tmp_path / "target"
     bare.mkdir()
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (bare / name).write_bytes((tiny_target / name).read_bytes())
     monkeypatch.setattr(inspect_measure, "REPEATS", 2)
-    arguments = ["--measure", "--draft", "16x1", "32x1", "--num-speculative-tokens", "3", "1", "--weights", "int8", "--threads", "1"]
+    arguments = [
+        "--measure",
+        "--draft",
+        "16x1",
+        "32x1",
+        "--num-speculative-tokens",
+        "3",
+        "1",
+        "--weights",
+        "int8",
+        "--threads",
+        "1",
+    ]
     assert cli.main(["inspect", str(bare), "--json", *arguments]) == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
-    assert {key: measured["runtime"][key] for key in ("name", "device", "threads")} == {"name": "openvino", "device": "CPU", "threads": 1}
+    assert {key: measured["runtime"][key] for key in ("name", "device", "threads")} == {
+        "name": "openvino",
+        "device": "CPU",
+        "threads": 1,
+    }
     assert (measured["prefix_tokens"], measured["repeats"]) == (128, 2)
     assert measured["target"]["weights"] == "int8"
     assert measured["target"]["random"] is True

@@ -23,7 +23,12 @@ from fastdraft.recipe import Recipe, load_recipe
 from fastdraft.training.metrics import read_metrics
 
 TWO = Machines(nproc_per_node=2)
-TRAINING = {"batch_tokens": 256, "precision": "fp32", "optimizer": {"kind": "adamw", "learning_rate": 0.003}, "checkpoint_every": 5}
+TRAINING = {
+    "batch_tokens": 256,
+    "precision": "fp32",
+    "optimizer": {"kind": "adamw", "learning_rate": 0.003},
+    "checkpoint_every": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,11 @@ def meanwhile(when: Callable[[], bool], then: Callable[[], None]) -> threading.T
 
 
 def kill_a_worker() -> None:
-    workers = [child for child in psutil.Process().children(recursive=True) if "fastdraft.commands.worker" in child.cmdline()]
+    workers = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "fastdraft.commands.worker" in child.cmdline()
+    ]
     next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
 
 
@@ -91,10 +100,14 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_it_had_lived(
     assert not (folder / "steps").exists()
 
 
-def test_a_stop_saves_in_all_processes_and_one_process_goes_on_from_there(recipe: Recipe, two: Recipe) -> None:
+def test_a_stop_saves_in_all_processes_and_one_process_goes_on_from_there(
+    recipe: Recipe, two: Recipe
+) -> None:
     folder, console = two.run.root / "align", Console(quiet=True)
     shutil.rmtree(two.run.root / "pretrain", ignore_errors=True)
-    shutil.copytree(recipe.run.root / "pretrain", two.run.root / "pretrain")  # both begin with the very same weights
+    shutil.copytree(
+        recipe.run.root / "pretrain", two.run.root / "pretrain"
+    )  # both begin with the very same weights
     meanwhile(lambda: len(steps(folder)) >= 3, lambda: setattr(console.stop, "requested", True))
     with pytest.raises(Interrupted):
         run(two, console, TWO, only=["align"], redo=[])

@@ -61,7 +61,15 @@ class StandIn:
         autocast = torch.is_autocast_enabled("cpu")
         self.given.append({"types": (input.dtype, weight.dtype), "accum": accum_dtype, "autocast": autocast})
         assert bias is ce_weight is softcap is None
-        assert not any((label_smoothing, return_z_loss, use_token_scaling, return_token_accuracy, return_predicted_tokens))
+        assert not any(
+            (
+                label_smoothing,
+                return_z_loss,
+                use_token_scaling,
+                return_token_accuracy,
+                return_predicted_tokens,
+            )
+        )
         logits = (input @ weight.t()).float()
         z = logits.logsumexp(-1).square()[target != ignore_index]
         loss = functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
@@ -90,7 +98,9 @@ def test_value_and_gradients_are_those_of_our_chunks(liger: StandIn, z_loss: flo
     loss = liger_cross_entropy(hidden, head, labels, z_loss=z_loss)
     expected, _ = chunked_cross_entropy(hidden, head, labels, z_loss=z_loss)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss * 0.3, (hidden, head)), torch.autograd.grad(expected * 0.3, (hidden, head)))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss * 0.3, (hidden, head)), torch.autograd.grad(expected * 0.3, (hidden, head))
+    )
 
 
 def test_under_autocast_the_kernels_get_the_products_type_and_add_up_in_fp32(liger: StandIn) -> None:
@@ -105,7 +115,10 @@ def test_under_autocast_the_kernels_get_the_products_type_and_add_up_in_fp32(lig
 
 def test_a_step_with_liger_moves_the_weights_as_one_with_our_chunks(liger: StandIn) -> None:
     found = []
-    for objective in (loss_path.cross_entropy("liger", CUDA, 1e-5), loss_path.cross_entropy("auto", CUDA, 1e-5)):
+    for objective in (
+        loss_path.cross_entropy("liger", CUDA, 1e-5),
+        loss_path.cross_entropy("auto", CUDA, 1e-5),
+    ):
         model = build()
         step = make_step(model, model.get_decoder())
         step.objective = objective
@@ -118,17 +131,26 @@ def test_a_step_with_liger_moves_the_weights_as_one_with_our_chunks(liger: Stand
 
 def test_auto_is_our_chunks_on_every_device_even_where_liger_is_installed(liger: StandIn) -> None:
     for device in (CPU, CUDA):
-        assert loss_path.cross_entropy("auto", device, 0.5) == loss_path.cross_entropy("chunked", device, 0.5) == CrossEntropy(0.5)
+        assert (
+            loss_path.cross_entropy("auto", device, 0.5)
+            == loss_path.cross_entropy("chunked", device, 0.5)
+            == CrossEntropy(0.5)
+        )
 
 
 def test_liger_on_a_cpu_is_refused_in_one_line(liger: StandIn) -> None:
-    with pytest.raises(RecipeError, match=r"run\.cross_entropy: liger on cpu: its kernels are Triton's and need a CUDA device; "):
+    with pytest.raises(
+        RecipeError,
+        match=r"run\.cross_entropy: liger on cpu: its kernels are Triton's and need a CUDA device; ",
+    ):
         loss_path.cross_entropy("liger", CPU)
 
 
 def test_liger_that_is_missing_or_too_old_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, None)
-    with pytest.raises(MissingExtraError, match=r"liger-kernel: not installed.*pip install 'fastdraft\[liger\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"liger-kernel: not installed.*pip install 'fastdraft\[liger\]'"
+    ):
         loss_path.cross_entropy("liger", CUDA)
 
     def old(input: Tensor, weight: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -139,7 +161,9 @@ def test_liger_that_is_missing_or_too_old_names_the_extra(monkeypatch: pytest.Mo
         loss_path.cross_entropy("liger", CUDA)
 
 
-def test_both_training_stages_take_the_recipes_word(tmp_path: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_training_stages_take_the_recipes_word(
+    tmp_path: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sections = {"pretrain": pretrain.PretrainConfig(**SETTINGS, mixture={"text": 1.0})}
     context = make_context(tmp_path / "run", tiny_draft, sections)
     object.__setattr__(context, "settings", context.settings.model_copy(update={"cross_entropy": "liger"}))
@@ -174,5 +198,7 @@ for loss in (liger_cross_entropy(hidden, head, labels, z_loss=0.01), chunked_cro
 print(json.dumps([float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found)]))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert max(json.loads(done.stdout.splitlines()[-1])) < 1e-5

@@ -20,14 +20,20 @@ from fastdraft.vocabulary import check_same, describe, id_ranges
 
 def test_the_vocabulary_tells_padding_bos_eos(tiny_target: Path) -> None:
     vocabulary = loading.load_vocabulary(TargetConfig(model=str(tiny_target)))
-    assert (vocabulary.size, vocabulary.num_tokens, vocabulary.missing_ids) == (320, 300, tuple(range(300, 320)))
+    assert (vocabulary.size, vocabulary.num_tokens, vocabulary.missing_ids) == (
+        320,
+        300,
+        tuple(range(300, 320)),
+    )
     assert (vocabulary.bos_token_id, vocabulary.eos_token_ids, vocabulary.pad_token_id) == (0, (3,), 0)
     assert vocabulary.as_dict()["missing_ids"] == [[300, 319]]
 
 
 def test_the_generation_configs_eos_ids_join_the_tokenizers(tiny_target: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_target, tmp_path / "t")
-    (tmp_path / "t" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.6, "do_sample": True}))
+    (tmp_path / "t" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [0, 5], "temperature": 0.6, "do_sample": True})
+    )
     assert loading.load_vocabulary(TargetConfig(model=str(tmp_path / "t"))).eos_token_ids == (3, 0, 5)
 
 
@@ -67,7 +73,9 @@ def test_a_target_loads_in_fp32_on_a_cpu_and_splits_into_decoder_and_head(tiny_t
         assert torch.allclose(decoder(ids).last_hidden_state @ head.T, model(ids).logits, atol=1e-5)
 
 
-def test_a_saved_draft_is_complete_and_its_tokenizer_files_are_byte_for_byte(tiny_draft: Path, tmp_path: Path) -> None:
+def test_a_saved_draft_is_complete_and_its_tokenizer_files_are_byte_for_byte(
+    tiny_draft: Path, tmp_path: Path
+) -> None:
     model = loading.load_draft(tiny_draft)
     loading.save_draft(model, tmp_path / "saved", tiny_draft)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -98,7 +106,9 @@ def _broken(source: Path, folder: Path, kind: str) -> Path:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     elif kind == "missing shard":
         (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+        )
     else:
         config = json.loads((folder / "config.json").read_text())
         change = {
@@ -125,7 +135,9 @@ def _broken(source: Path, folder: Path, kind: str) -> Path:
         ("wrong shape", "weights of other shapes"),
     ],
 )
-def test_every_way_in_which_a_target_cannot_be_loaded_is_one_line(tiny_target: Path, tmp_path: Path, kind: str, words: str) -> None:
+def test_every_way_in_which_a_target_cannot_be_loaded_is_one_line(
+    tiny_target: Path, tmp_path: Path, kind: str, words: str
+) -> None:
     folder = _broken(tiny_target, tmp_path / "broken", kind)
     with pytest.raises(TargetError, match=words) as caught:
         loading.load_target(TargetConfig(model=str(folder)), "cpu")
@@ -170,7 +182,9 @@ def test_a_loaded_draft_holds_its_own_weights_and_not_its_file(tiny_draft: Path,
     before = [parameter.clone() for parameter in draft.parameters()]
     with open(folder / "model.safetensors", "r+b") as file:
         file.write(bytes((folder / "model.safetensors").stat().st_size))
-    assert all(torch.equal(parameter, kept) for parameter, kept in zip(draft.parameters(), before, strict=True))
+    assert all(
+        torch.equal(parameter, kept) for parameter, kept in zip(draft.parameters(), before, strict=True)
+    )
     assert all(parameter.data_ptr() % 64 == 0 for parameter in draft.parameters())
 
 
@@ -208,4 +222,8 @@ def test_the_digests_of_a_vocabulary_stay_what_finished_runs_hold() -> None:
         "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
     }
     described = describe(json.dumps(state))
-    assert (described.digest, described.special_digest, described.ids) == ("b8192c4a68cd721d5f4f", "52edda605a40bfc24ee2", {0, 1, 2, 3})
+    assert (described.digest, described.special_digest, described.ids) == (
+        "b8192c4a68cd721d5f4f",
+        "52edda605a40bfc24ee2",
+        {0, 1, 2, 3},
+    )

@@ -10,7 +10,9 @@ from fastdraft.functional import losses
 from fastdraft.functional.losses import chunked_cross_entropy, default_chunk
 
 
-def example(n: int = 13, d: int = 6, v: int = 11, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def example(
+    n: int = 13, d: int = 6, v: int = 11, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, generator=generator, dtype=dtype).requires_grad_()
     head = torch.randn(v, d, generator=generator, dtype=dtype).requires_grad_()
@@ -40,7 +42,9 @@ def test_value_and_gradients_equal_those_of_plain_cross_entropy(chunk: int, z_lo
 
 def test_gradients_pass_gradcheck_in_float64() -> None:
     hidden, head, labels = example(n=5, d=3, v=4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, labels, z_loss=0.05, chunk=2)[0], (hidden, head))
+    assert torch.autograd.gradcheck(
+        lambda h, w: chunked_cross_entropy(h, w, labels, z_loss=0.05, chunk=2)[0], (hidden, head)
+    )
 
 
 def test_ignored_rows_get_no_gradient_and_no_loss() -> None:
@@ -104,7 +108,9 @@ def test_a_chunk_never_holds_all_logits_of_a_large_vocabulary() -> None:
     assert default_chunk("cpu", 320) == 6553
 
 
-def test_left_open_a_cpu_takes_long_products_and_short_chunks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_left_open_a_cpu_takes_long_products_and_short_chunks_with_the_same_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(losses._CHUNK_ELEMENTS, "cpu", 0)
     monkeypatch.setitem(losses._CHUNK_ROWS, "cpu", (3, 3))
     monkeypatch.setattr(losses, "_STRETCH_ROWS", 8)

@@ -14,7 +14,14 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwe
 
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling import initialize, shapes
-from fastdraft.modeling.architecture import Architecture, count_parameters, draft_hf_config, has_rotary_factors, read_architecture, resample
+from fastdraft.modeling.architecture import (
+    Architecture,
+    count_parameters,
+    draft_hf_config,
+    has_rotary_factors,
+    read_architecture,
+    resample,
+)
 
 LLAMA_8B = Architecture("llama", 128256, 4096, 32, 32, 8, 128, 14336, False, 131072)
 STARTER = Architecture("llama", 8192, 256, 6, 4, 2, 64, 768, True, 2048)
@@ -38,24 +45,44 @@ def _small(cls: Any, **values: Any) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    return cls(**{**shape, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, **values})
+    return cls(
+        **{
+            **shape,
+            "max_position_embeddings": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            **values,
+        }
+    )
 
 
-def _explicit(config: Any, hidden_size: int, num_layers: int, intermediate_size: int, **heads: Any) -> Architecture:
+def _explicit(
+    config: Any, hidden_size: int, num_layers: int, intermediate_size: int, **heads: Any
+) -> Architecture:
     sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "intermediate_size": intermediate_size}
     return shapes.explicit(read_architecture(config), **sizes, **heads)
 
 
 FAMILY_CONFIGS = [
-    _small(LlamaConfig), _small(LlamaConfig, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
-    _small(LlamaConfig, head_dim=32), _small(MistralConfig, head_dim=32, sliding_window=16),
-    _small(Qwen2Config), _small(Qwen2Config, tie_word_embeddings=True),
-    _small(Qwen3Config, head_dim=32), _small(Qwen3Config, attention_bias=True, tie_word_embeddings=True), _small(Phi3Config),
-    _small(Phi3Config, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-]  # fmt: skip
+    _small(LlamaConfig),
+    _small(LlamaConfig, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    _small(LlamaConfig, head_dim=32),
+    _small(MistralConfig, head_dim=32, sliding_window=16),
+    _small(Qwen2Config),
+    _small(Qwen2Config, tie_word_embeddings=True),
+    _small(Qwen3Config, head_dim=32),
+    _small(Qwen3Config, attention_bias=True, tie_word_embeddings=True),
+    _small(Phi3Config),
+    _small(
+        Phi3Config, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ),
+]
 
 
-@pytest.mark.parametrize("config", FAMILY_CONFIGS, ids=lambda c: f"{c.model_type}-{'tied' if c.tie_word_embeddings else 'untied'}")
+@pytest.mark.parametrize(
+    "config", FAMILY_CONFIGS, ids=lambda c: f"{c.model_type}-{'tied' if c.tie_word_embeddings else 'untied'}"
+)
 def test_the_formula_counts_the_parameters_of_the_real_module(config: Any) -> None:
     assert read_architecture(config).parameters == count_parameters(config)
 
@@ -74,21 +101,27 @@ def test_the_preset_phi_3_mini_50m_has_exactly_52107776_parameters() -> None:
     target = Phi3Config(**PHI_3_MINI)
     shape = shapes.preset("phi-3-mini-50m", read_architecture(target))
     assert count_parameters(draft_hf_config(target, shape)) == shape.parameters == 52_107_776
-    assert (shape.hidden_size, shape.num_layers, shape.intermediate_size, shape.num_heads, shape.num_kv_heads, shape.tied) == (
-        512,
-        6,
-        1408,
-        8,
-        8,
-        False,
-    )
+    assert (
+        shape.hidden_size,
+        shape.num_layers,
+        shape.intermediate_size,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.tied,
+    ) == (512, 6, 1408, 8, 8, False)
 
 
 def test_the_preset_llama_3_1_8b_150m_has_exactly_154147328_parameters() -> None:
     target = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        max_position_embeddings=131072, rope_parameters=LLAMA_3_ROPE,
-    )  # fmt: skip
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rope_parameters=LLAMA_3_ROPE,
+    )
     shape = shapes.preset("llama-3.1-8b-150m", read_architecture(target))
     assert count_parameters(target) == read_architecture(target).parameters == 8_030_261_248
     assert count_parameters(draft_hf_config(target, shape)) == shape.parameters == 154_147_328
@@ -147,14 +180,27 @@ def _longrope() -> Any:
         "long_factor": [2 * f for f in factors],
         "original_max_position_embeddings": 4096,
     }
-    return Phi3Config(**{**PHI_3_MINI, "max_position_embeddings": 131072}, rope_parameters=rope, original_max_position_embeddings=4096)
+    return Phi3Config(
+        **{**PHI_3_MINI, "max_position_embeddings": 131072},
+        rope_parameters=rope,
+        original_max_position_embeddings=4096,
+    )
 
 
 def test_longrope_factors_stay_when_the_head_width_stays() -> None:
     target = _longrope()
     assert has_rotary_factors(target)
-    shape = replace(shapes.preset("phi-3-mini-50m", read_architecture(target)), hidden_size=384, num_heads=4, num_kv_heads=4, head_dim=96)
-    assert draft_hf_config(target, shape).rope_parameters["short_factor"] == target.rope_parameters["short_factor"]
+    shape = replace(
+        shapes.preset("phi-3-mini-50m", read_architecture(target)),
+        hidden_size=384,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=96,
+    )
+    assert (
+        draft_hf_config(target, shape).rope_parameters["short_factor"]
+        == target.rope_parameters["short_factor"]
+    )
 
 
 def test_longrope_factors_are_resampled_for_another_head_width() -> None:
@@ -206,7 +252,9 @@ def test_a_fixed_depth_is_kept() -> None:
 
 
 def test_a_budget_that_the_vocabulary_exceeds_is_refused_with_the_minimum() -> None:
-    with pytest.raises(RecipeError, match=r"vocabulary of 128256 alone takes 16\.4M: must be at least 16442000"):
+    with pytest.raises(
+        RecipeError, match=r"vocabulary of 128256 alone takes 16\.4M: must be at least 16442000"
+    ):
         shapes.search(LLAMA_8B, 10_000_000)
 
 
@@ -227,12 +275,16 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(RecipeError, match="must divide hidden_size 128"):
         shapes.explicit(STARTER, hidden_size=128, num_layers=2, intermediate_size=256, num_heads=3)
     with pytest.raises(RecipeError, match="must divide num_heads 4"):
-        shapes.explicit(STARTER, hidden_size=128, num_layers=2, intermediate_size=256, num_heads=4, num_kv_heads=3)
+        shapes.explicit(
+            STARTER, hidden_size=128, num_layers=2, intermediate_size=256, num_heads=4, num_kv_heads=3
+        )
 
 
 def _draft_model(tied: bool = False, seed: int = 0) -> Any:
     target = _small(LlamaConfig, tie_word_embeddings=tied, vocab_size=2000)
-    return initialize.build_draft(draft_hf_config(target, _explicit(target, 128, 4, 256, num_heads=4, num_kv_heads=2, tied=tied)), seed)
+    return initialize.build_draft(
+        draft_hf_config(target, _explicit(target, 128, 4, 256, num_heads=4, num_kv_heads=2, tied=tied)), seed
+    )
 
 
 def test_first_weights_follow_the_seed_and_leave_the_callers_random_state_alone() -> None:
@@ -271,7 +323,9 @@ def test_projection_keeps_the_directions_in_which_tokens_differ() -> None:
 
 
 def test_projection_to_a_wider_draft_fills_every_column() -> None:
-    projected = initialize.project(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), 32, seed=0)
+    projected = initialize.project(
+        torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), 32, seed=0
+    )
     assert projected.shape == (200, 32)
     assert bool((projected.std(0) > 0).all())
 

@@ -24,7 +24,13 @@ from fastdraft.runtimes.openai_server import OpenAIEngine, _likeliest
 from fastdraft.runtimes.openvino import answer_seed
 from serving import Served
 
-WORDS = ["What is a fox?", "Count the stars", "Return the sum of two numbers", "Who lives by the river?", "Why?"]
+WORDS = [
+    "What is a fox?",
+    "Count the stars",
+    "Return the sum of two numbers",
+    "Who lives by the river?",
+    "Why?",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +56,29 @@ def _no_old_faults(request: pytest.FixtureRequest) -> None:
 
 
 def engine_of(folder: Path, *servers: Served, check: Any = lambda: None, **changes: Any) -> OpenAIEngine:
-    transport = {"concurrency": 4, "timeout": 20.0, "retries": 4, "api_key_env": "FASTDRAFT_TEST_KEY", "pause": 0.02}
+    transport = {
+        "concurrency": 4,
+        "timeout": 20.0,
+        "retries": 4,
+        "api_key_env": "FASTDRAFT_TEST_KEY",
+        "pause": 0.02,
+    }
     transport |= {key: changes.pop(key) for key in list(changes) if key in transport}
     pool = Servers([one.url for one in servers] or changes.pop("urls"), check=check, **transport)
     tokenizer, vocabulary = load_tokenizer(str(folder)), load_vocabulary(TargetConfig(model=str(folder)))
     return OpenAIEngine(pool, tokenizer, vocabulary, 256, **{"logprobs": "processed", **changes})
 
 
-def own(folder: Path, prompts: list[list[int]], sampling: Sampling, length: int, seed: int) -> list[Generation]:
+def own(
+    folder: Path, prompts: list[list[int]], sampling: Sampling, length: int, seed: int
+) -> list[Generation]:
     """What the weights write with the very seeds that the engine sends."""
     config = TargetConfig(model=str(folder))
     engine = HuggingFaceEngine(load_target(config, "cpu"), load_vocabulary(config))
-    return [engine.generate([prompt], sampling, length, answer_seed(seed, i))[0] for i, prompt in enumerate(prompts)]
+    return [
+        engine.generate([prompt], sampling, length, answer_seed(seed, i))[0]
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.7), Sampling(1.0, 5, 0.9)])
@@ -70,19 +87,27 @@ def test_a_served_target_gives_the_rows_of_its_weights(
 ) -> None:
     written = engine_of(tiny_target, served).generate(prompts, sampling, 12, 3)
     for found, wanted in zip(written, own(tiny_target, prompts, sampling, 12, 3), strict=True):
-        assert (found.prompt_ids, found.response_ids, found.finish_reason) == (wanted.prompt_ids, wanted.response_ids, wanted.finish_reason)
+        assert (found.prompt_ids, found.response_ids, found.finish_reason) == (
+            wanted.prompt_ids,
+            wanted.response_ids,
+            wanted.finish_reason,
+        )
         assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
 
 
 def test_token_ids_inside_the_logprobs_serve_as_well(tiny_target: Path, prompts: list[list[int]]) -> None:
     with Served(tiny_target, style="llama").running() as one:
         written = engine_of(tiny_target, one).generate(prompts, Sampling(0.7), 12, 3)
-    assert [g.response_ids for g in written] == [g.response_ids for g in own(tiny_target, prompts, Sampling(0.7), 12, 3)]
+    assert [g.response_ids for g in written] == [
+        g.response_ids for g in own(tiny_target, prompts, Sampling(0.7), 12, 3)
+    ]
     assert all(len(g.logprobs) == len(g.response_ids) for g in written)
 
 
 @pytest.mark.parametrize("style", ["plain", "chat"])
-def test_text_without_ids_is_tokenised_again_and_only_exact_rows_are_kept(tiny_target: Path, prompts: list[list[int]], style: str) -> None:
+def test_text_without_ids_is_tokenised_again_and_only_exact_rows_are_kept(
+    tiny_target: Path, prompts: list[list[int]], style: str
+) -> None:
     said: list[str] = []
     with Served(tiny_target, style=style).running() as one:
         engine = engine_of(tiny_target, one, logprobs="none", say=said.append)
@@ -95,7 +120,9 @@ def test_text_without_ids_is_tokenised_again_and_only_exact_rows_are_kept(tiny_t
     assert any("no token ids" in line for line in said)
 
 
-def test_a_prompt_that_is_no_user_message_cannot_go_to_a_chat_server(tiny_target: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
+def test_a_prompt_that_is_no_user_message_cannot_go_to_a_chat_server(
+    tiny_target: Path, tokenizer: Any, prompts: list[list[int]]
+) -> None:
     bare = prompt_ids(tokenizer, "def add(first", False)
     with Served(tiny_target, style="chat").running() as one:
         engine = engine_of(tiny_target, one, logprobs="none")
@@ -110,21 +137,35 @@ def test_user_words_are_found_in_a_rendered_prompt(tokenizer: Any, prompts: list
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "429", "stall", "cut", "html", "wrong", "endless", "drop"])
-def test_every_passing_fault_ends_in_complete_rows(tiny_target: Path, served: Served, prompts: list[list[int]], fault: str) -> None:
-    engine = engine_of(tiny_target, served, retries=20)  # on a busy machine a good answer may miss the short time-out too
+def test_every_passing_fault_ends_in_complete_rows(
+    tiny_target: Path, served: Served, prompts: list[list[int]], fault: str
+) -> None:
+    engine = engine_of(
+        tiny_target, served, retries=20
+    )  # on a busy machine a good answer may miss the short time-out too
     engine.generate(prompts[:1], Sampling(0.7), 8, 3)  # finds its way before anything goes wrong
     engine.servers.timeout = 0.5 if fault == "stall" else 20.0
     served.faults[:] = [fault] * 2
     found = engine.generate(prompts, Sampling(0.7), 8, 3)
     assert not served.faults
-    assert [g.response_ids for g in found] == [g.response_ids for g in own(tiny_target, prompts, Sampling(0.7), 8, 3)]
+    assert [g.response_ids for g in found] == [
+        g.response_ids for g in own(tiny_target, prompts, Sampling(0.7), 8, 3)
+    ]
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("500", "HTTP 500 (out of luck)"), ("429", "HTTP 429"), ("stall", "no answer within"), ("cut", "broke off"), ("html", "not JSON"),
-     ("wrong", "no 'choices'"), ("endless", "without end"), ("drop", "broke off")],
-)  # fmt: skip
+    [
+        ("500", "HTTP 500 (out of luck)"),
+        ("429", "HTTP 429"),
+        ("stall", "no answer within"),
+        ("cut", "broke off"),
+        ("html", "not JSON"),
+        ("wrong", "no 'choices'"),
+        ("endless", "without end"),
+        ("drop", "broke off"),
+    ],
+)
 def test_every_lasting_fault_ends_in_one_clear_line(
     tiny_target: Path, served: Served, prompts: list[list[int]], fault: str, words: str
 ) -> None:
@@ -170,7 +211,9 @@ def test_a_server_that_comes_back_is_found_again(tiny_target: Path, prompts: lis
     assert found == [before]
 
 
-def test_several_servers_share_the_work_and_a_dead_one_is_left_out(tiny_target: Path, prompts: list[list[int]]) -> None:
+def test_several_servers_share_the_work_and_a_dead_one_is_left_out(
+    tiny_target: Path, prompts: list[list[int]]
+) -> None:
     with Served(tiny_target).running() as first:
         second = Served(tiny_target)
         with second.running():
@@ -183,7 +226,9 @@ def test_several_servers_share_the_work_and_a_dead_one_is_left_out(tiny_target: 
         assert time.monotonic() - start < 4, "the other server answers without waiting for the dead one"
 
 
-def test_a_wrong_model_name_lists_the_served_ones(tiny_target: Path, served: Served, prompts: list[list[int]]) -> None:
+def test_a_wrong_model_name_lists_the_served_ones(
+    tiny_target: Path, served: Served, prompts: list[list[int]]
+) -> None:
     with pytest.raises(TargetError, match="no model 'other': it serves target"):
         engine_of(tiny_target, served, model="other").generate(prompts, Sampling(0.0), 4, 0)
 
@@ -205,13 +250,17 @@ def test_a_refused_key_is_one_line_without_the_key(
     assert "secret" not in str(caught.value)
 
 
-def test_the_right_key_opens(tiny_target: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_right_key_opens(
+    tiny_target: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTDRAFT_TEST_KEY", "sk-right")
     with Served(tiny_target, key="sk-right").running() as one:
         assert len(engine_of(tiny_target, one).generate(prompts, Sampling(0.0), 4, 0)) == len(prompts)
 
 
-def test_a_key_repeated_in_an_error_is_blotted_out(tiny_target: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_repeated_in_an_error_is_blotted_out(
+    tiny_target: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTDRAFT_TEST_KEY", "luck")  # the fault's message holds this word
     with Served(tiny_target, key="luck").running() as one:
         engine = engine_of(tiny_target, one, retries=0)
@@ -223,18 +272,27 @@ def test_a_key_repeated_in_an_error_is_blotted_out(tiny_target: Path, prompts: l
     assert "***" in str(caught.value)
 
 
-def test_logprobs_said_to_be_processed_are_put_to_the_proof(tiny_target: Path, prompts: list[list[int]]) -> None:
+def test_logprobs_said_to_be_processed_are_put_to_the_proof(
+    tiny_target: Path, prompts: list[list[int]]
+) -> None:
     with Served(tiny_target, logprobs="raw").running() as one:
         for sampling in (Sampling(0.7), Sampling(1.0, 3)):
             with pytest.raises(TargetError, match="raw logits"):
                 engine_of(tiny_target, one).generate(prompts, sampling, 4, 0)
         rows = engine_of(tiny_target, one).generate(prompts, Sampling(1.0), 4, 0)
-        assert all(len(row.logprobs) == len(row.response_ids) for row in rows), "at temperature 1 both are the same"
-    with Served(tiny_target, logprobs="none").running() as one, pytest.raises(TargetError, match="without log-probs"):
+        assert all(len(row.logprobs) == len(row.response_ids) for row in rows), (
+            "at temperature 1 both are the same"
+        )
+    with (
+        Served(tiny_target, logprobs="none").running() as one,
+        pytest.raises(TargetError, match="without log-probs"),
+    ):
         engine_of(tiny_target, one).generate(prompts, Sampling(0.7), 4, 0)
 
 
-def test_a_stop_cancels_what_is_under_way(tiny_target: Path, served: Served, prompts: list[list[int]]) -> None:
+def test_a_stop_cancels_what_is_under_way(
+    tiny_target: Path, served: Served, prompts: list[list[int]]
+) -> None:
     wish = threading.Event()
 
     def check() -> None:
@@ -256,10 +314,14 @@ def test_a_stop_cancels_what_is_under_way(tiny_target: Path, served: Served, pro
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"servers": ["http://user:secret@host/v1"]}, "key in it"), ({"servers": ["http://h/v1?api_key=secret"]}, "key in it"),
-     ({"servers": ["host:8000"]}, "must be addresses"), ({"servers": []}, "at least 1"),
-     ({"servers": ["http://h"], "api_key_env": "sk-1 2"}, "name of an environment variable")],
-)  # fmt: skip
+    [
+        ({"servers": ["http://user:secret@host/v1"]}, "key in it"),
+        ({"servers": ["http://h/v1?api_key=secret"]}, "key in it"),
+        ({"servers": ["host:8000"]}, "must be addresses"),
+        ({"servers": []}, "at least 1"),
+        ({"servers": ["http://h"], "api_key_env": "sk-1 2"}, "name of an environment variable"),
+    ],
+)
 def test_addresses_and_keys_that_are_none_are_refused(settings: dict[str, Any], words: str) -> None:
     from fastdraft.config import load_config
 

@@ -30,7 +30,13 @@ from fastdraft.interfaces import Generation, Sampling, TargetConfig
 from fastdraft.modeling.loading import load_target, load_vocabulary
 from fastdraft.recipe import load_recipe
 from fastdraft.runtimes import openvino_export
-from fastdraft.runtimes.openvino import OpenVINOEngine, answer_seed, device_properties, load_pipeline, silence_telemetry
+from fastdraft.runtimes.openvino import (
+    OpenVINOEngine,
+    answer_seed,
+    device_properties,
+    load_pipeline,
+    silence_telemetry,
+)
 from fastdraft.runtimes.openvino_export import export_openvino
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair
 from fastdraft.vocabulary import Vocabulary
@@ -53,10 +59,14 @@ def engine(exported_target: Path, vocabulary: Vocabulary) -> OpenVINOEngine:
     return OpenVINOEngine(exported_target, vocabulary, 256, precision="exact", threads=1)
 
 
-def greedy(target: PreTrainedModel, prompts: list[list[int]], tokens: int, vocabulary: Vocabulary) -> list[Generation]:
+def greedy(
+    target: PreTrainedModel, prompts: list[list[int]], tokens: int, vocabulary: Vocabulary
+) -> list[Generation]:
     import torch
 
-    return generate_batch(target, prompts, Sampling(0.0), tokens, set(vocabulary.eos_token_ids), torch.Generator())
+    return generate_batch(
+        target, prompts, Sampling(0.0), tokens, set(vocabulary.eos_token_ids), torch.Generator()
+    )
 
 
 NETWORK = """
@@ -75,11 +85,20 @@ print("calls", calls)
 """
 
 
-def test_a_conversion_sends_nothing_and_leaves_the_users_consent_alone(tiny_target: Path, tmp_path: Path) -> None:
+def test_a_conversion_sends_nothing_and_leaves_the_users_consent_alone(
+    tiny_target: Path, tmp_path: Path
+) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
     for folder in (home, out):
         folder.mkdir()
-    away = ("HF_HUB_OFFLINE", "CI", "TF_BUILD", "JENKINS_URL", "NNCF_CI", "NNCF_DEV")  # as on a user's machine
+    away = (
+        "HF_HUB_OFFLINE",
+        "CI",
+        "TF_BUILD",
+        "JENKINS_URL",
+        "NNCF_CI",
+        "NNCF_DEV",
+    )  # as on a user's machine
     environment = {name: value for name, value in os.environ.items() if name not in away}
     environment |= {"HOME": str(home), "LOCALAPPDATA": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", NETWORK, str(tiny_target), str(out)]
@@ -94,7 +113,9 @@ def test_telemetry_that_was_imported_before_sends_nothing_either(monkeypatch: py
         def send(self, backend: object, message: object) -> None:
             pytest.fail("sent")
 
-    monkeypatch.setitem(sys.modules, "openvino_telemetry.utils.sender", SimpleNamespace(TelemetrySender=TelemetrySender))
+    monkeypatch.setitem(
+        sys.modules, "openvino_telemetry.utils.sender", SimpleNamespace(TelemetrySender=TelemetrySender)
+    )
     silence_telemetry()
     TelemetrySender().send("backend", "message")
 
@@ -143,19 +164,32 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_is_converted(
 def test_the_command_exports_a_directory_and_says_what_was_found(
     near_draft: Path, exported_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["export", str(near_draft), "--format", "openvino", "--output", str(tmp_path / "out"), "--target", str(exported_target)]
+    arguments = [
+        "export",
+        str(near_draft),
+        "--format",
+        "openvino",
+        "--output",
+        str(tmp_path / "out"),
+        "--target",
+        str(exported_target),
+    ]
     assert cli.main(arguments) == 0
     assert "greedy tokens with and without it equal" in "".join(capsys.readouterr())
     assert (tmp_path / "out" / "openvino_detokenizer.xml").is_file()
 
 
-def test_greedy_text_is_that_of_transformers(engine: OpenVINOEngine, target: PreTrainedModel, vocabulary: Vocabulary) -> None:
+def test_greedy_text_is_that_of_transformers(
+    engine: OpenVINOEngine, target: PreTrainedModel, vocabulary: Vocabulary
+) -> None:
     expected = greedy(target, PROMPTS, 20, vocabulary)
     assert engine.generate(PROMPTS, Sampling(0.0), 20, seed=0) == expected
 
 
 @pytest.mark.parametrize("name", ["gemma3-pictures", "qwen2-vl"])
-def test_the_text_part_of_a_multimodal_target_is_converted_and_writes_the_targets_own_text(name: str, tmp_path: Path) -> None:
+def test_the_text_part_of_a_multimodal_target_is_converted_and_writes_the_targets_own_text(
+    name: str, tmp_path: Path
+) -> None:
     source = write_family(tmp_path / "target", name)
     (tmp_path / "out").mkdir()
     openvino_export.convert(source, tmp_path / "out", "fp32")
@@ -168,9 +202,12 @@ def test_the_text_part_of_a_multimodal_target_is_converted_and_writes_the_target
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(1.0), Sampling(0.6), Sampling(0.8, top_k=7), Sampling(0.9, top_p=0.7), Sampling(0.7, 20, 0.9)]
+    "sampling",
+    [Sampling(1.0), Sampling(0.6), Sampling(0.8, top_k=7), Sampling(0.9, top_p=0.7), Sampling(0.7, 20, 0.9)],
 )
-def test_log_probs_are_of_the_distribution_drawn_from(engine: OpenVINOEngine, target: PreTrainedModel, sampling: Sampling) -> None:
+def test_log_probs_are_of_the_distribution_drawn_from(
+    engine: OpenVINOEngine, target: PreTrainedModel, sampling: Sampling
+) -> None:
     written = engine.generate(PROMPTS, sampling, 16, seed=3)
     for found, exact in zip(written, score(target, written, sampling), strict=True):
         assert found.logprobs == pytest.approx(exact.logprobs, abs=2e-3)
@@ -196,7 +233,9 @@ def test_an_answer_ends_with_the_end_of_sequence_id(engine: OpenVINOEngine, voca
         assert len(answer.logprobs) == len(answer.response_ids)
 
 
-def test_a_loop_is_ended_where_it_shows(engine: OpenVINOEngine, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_is_ended_where_it_shows(
+    engine: OpenVINOEngine, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastdraft.runtimes.openvino.is_looping", lambda ids: len(ids) >= 32)
     impatient = engine.with_ends(vocabulary, end_loops=True)
     whole = engine.generate(PROMPTS, Sampling(1.0), 80, seed=2)
@@ -219,7 +258,11 @@ def written(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """A recipe whose synthesize stage ran on OpenVINO, and its run's folder."""
     folder = tmp_path_factory.mktemp("recipe")
     recipe = write_recipe(folder, tiny_target)
-    overrides = ["synthesize.engine={kind: openvino, weights: fp16}", "synthesize.tokens=1500", "synthesize.batch_rows=8"]
+    overrides = [
+        "synthesize.engine={kind: openvino, weights: fp16}",
+        "synthesize.tokens=1500",
+        "synthesize.batch_rows=8",
+    ]
     run = pipeline.run(load_recipe(str(recipe), overrides), only=("design", "prepare", "synthesize"))
     return recipe, run.root
 
@@ -240,15 +283,23 @@ def test_synthesize_goes_on_where_it_was_killed(written: tuple[Path, Path]) -> N
     (root / "synthesize" / "manifest.json").unlink()
     for path in units[len(units) // 2 :]:
         path.unlink()
-    overrides = ["synthesize.engine={kind: openvino, weights: fp16}", "synthesize.tokens=1500", "synthesize.batch_rows=8"]
+    overrides = [
+        "synthesize.engine={kind: openvino, weights: fp16}",
+        "synthesize.tokens=1500",
+        "synthesize.batch_rows=8",
+    ]
     pipeline.run(load_recipe(str(recipe), overrides), only=["synthesize"])
     assert {path.name: path.read_bytes() for path in (root / "synthesize" / "units").iterdir()} == before
 
 
 def test_a_recipe_exports_the_pair(tiny_target: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, tiny_target, export={"formats": ["huggingface", "openvino"], "openvino": {"target": "int8"}})
+    recipe = write_recipe(
+        tmp_path, tiny_target, export={"formats": ["huggingface", "openvino"], "openvino": {"target": "int8"}}
+    )
     value = load_recipe(str(recipe))
-    stripped = value.model_copy(update=dict.fromkeys(("pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "report")))
+    stripped = value.model_copy(
+        update=dict.fromkeys(("pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "report"))
+    )
     run = pipeline.run(stripped)
     found = json.loads((run.root / "export" / "manifest.json").read_text(encoding="utf-8"))["openvino"]
     assert (found["target"], found["draft"], found["pair"]["same_text"]) == ("int8", "int8", True)
@@ -261,5 +312,7 @@ def test_a_signal_arrives_after_pipelines_came_and_went(exported_target: Path) -
         "folder = Path(sys.argv[1]); check_export(folder, folder); "
         "signal.signal(signal.SIGINT, lambda *_: print('arrived')); signal.raise_signal(signal.SIGINT)"
     )
-    found = subprocess.run([sys.executable, "-c", code, str(exported_target)], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(exported_target)], capture_output=True, text=True, check=False
+    )
     assert (found.returncode, found.stdout.strip()) == (0, "arrived"), found.stderr

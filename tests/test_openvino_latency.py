@@ -28,9 +28,17 @@ from fastdraft.runtimes.openvino_ties import TieJudge
 
 PREFIX = 40
 SMALL = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 0, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
 
 
 def config_of(layers: int, **changes: Any) -> PreTrainedConfig:
@@ -85,7 +93,9 @@ def test_every_pass_begins_behind_the_same_prefix(loaded: LoadedModel) -> None:
     np.testing.assert_array_equal(loaded.logits(), first)
 
 
-def test_a_prefix_read_in_pieces_is_the_same_prefix(grown: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_read_in_pieces_is_the_same_prefix(
+    grown: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(openvino_latency, "_PIECE", 16)
     pieces = LoadedModel(grown, PREFIX, 6, precision="exact", threads=1)
     for model in (pieces, loaded):
@@ -112,7 +122,9 @@ class Scripted:
         return float(width) if self.name == "target" else 0.1 * int(self.name)
 
 
-def test_passes_come_in_the_order_of_decoding_and_figures_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_come_in_the_order_of_decoding_and_figures_are_medians(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(openvino_latency, "SPELL_SECONDS", 0.0)
     calls: list[tuple[str, int]] = []
     costs = time_passes(Scripted("target", calls), [Scripted("1", calls)], [1, 3], 3)  # type: ignore[arg-type, list-item]
@@ -131,7 +143,9 @@ def test_every_draft_meets_every_width_over_the_turns(monkeypatch: pytest.Monkey
     costs = time_passes(Scripted("target", calls), drafts, [1, 2, 3], 4, lambda: turns.append(None))  # type: ignore[arg-type]
     assert costs.draft_seconds == pytest.approx([0.1, 0.2, 0.3])
     assert len(turns) == 6
-    met = {(calls[i - 1][0], width) for i, (name, width) in enumerate(calls) if name == "target" and width > 1}
+    met = {
+        (calls[i - 1][0], width) for i, (name, width) in enumerate(calls) if name == "target" and width > 1
+    }
     assert met == {(name, width) for name in ("1", "2", "3") for width in (2, 3)}
 
 
@@ -157,7 +171,10 @@ def test_a_signal_still_arrives_after_models_came_and_went(small: Path) -> None:
 
 def _operations(folder: Path) -> Counter[tuple[str, str]]:
     model = core().read_model(folder / MODEL_FILE)
-    return Counter((op.get_type_name(), str([(port.partial_shape, port.element_type) for port in op.outputs()])) for op in model.get_ops())
+    return Counter(
+        (op.get_type_name(), str([(port.partial_shape, port.element_type) for port in op.outputs()]))
+        for op in model.get_ops()
+    )
 
 
 def test_a_repeated_layer_gives_the_graph_of_a_whole_conversion(
@@ -166,7 +183,9 @@ def test_a_repeated_layer_gives_the_graph_of_a_whole_conversion(
     monkeypatch.setattr(openvino_random, "CONVERTED_LAYERS", 5)
     export_random(config_of(5), tokenizer, tmp_path, "int8")
     assert _operations(grown) == _operations(tmp_path)
-    assert (grown / "openvino_model.bin").stat().st_size == pytest.approx((tmp_path / "openvino_model.bin").stat().st_size, rel=0.05)
+    assert (grown / "openvino_model.bin").stat().st_size == pytest.approx(
+        (tmp_path / "openvino_model.bin").stat().st_size, rel=0.05
+    )
 
 
 def test_repeating_a_layer_computes_what_the_repeated_model_computes(
@@ -179,7 +198,12 @@ def test_repeating_a_layer_computes_what_the_repeated_model_computes(
     weights: dict[str, torch.Tensor] = {}
     convert = openvino_random.convert
     monkeypatch.setattr(
-        openvino_random, "convert", lambda source, *rest: (weights.update(load_file(source / "model.safetensors")), convert(source, *rest))
+        openvino_random,
+        "convert",
+        lambda source, *rest: (
+            weights.update(load_file(source / "model.safetensors")),
+            convert(source, *rest),
+        ),
     )
     monkeypatch.setattr(openvino_random, "_append_rotated", lambda _, offset, *rest: offset)
     export_random(config_of(6), tokenizer, tmp_path, "fp32")
@@ -197,9 +221,13 @@ def test_repeating_a_layer_computes_what_the_repeated_model_computes(
 def test_no_two_layers_have_the_same_weights(grown: Path) -> None:
     model = core().read_model(grown / MODEL_FILE)
     matrices = [
-        op.data.tobytes() for op in model.get_ops() if op.get_type_name() == "Constant" and "down_proj.weight" in op.get_friendly_name()
-        and op.get_element_type().get_type_name() == "u8" and op.data.size > 1000
-    ]  # fmt: skip
+        op.data.tobytes()
+        for op in model.get_ops()
+        if op.get_type_name() == "Constant"
+        and "down_proj.weight" in op.get_friendly_name()
+        and op.get_element_type().get_type_name() == "u8"
+        and op.data.size > 1000
+    ]
     assert len(matrices) == 5
     assert len(set(matrices)) == 5
 
@@ -217,6 +245,8 @@ def test_layers_that_are_not_alike_are_not_repeated(small: Path, tmp_path: Path)
 
 
 def test_the_disk_is_looked_at_before_anything_is_built(tmp_path: Path) -> None:
-    needed = openvino_random.needed_bytes([(read_architecture(config_of(32, hidden_size=8192, intermediate_size=10**9)), "int4")])
+    needed = openvino_random.needed_bytes(
+        [(read_architecture(config_of(32, hidden_size=8192, intermediate_size=10**9)), "int4")]
+    )
     with pytest.raises(DiskError, match="TMPDIR"):
         openvino_random.check_disk(tmp_path, needed)

@@ -41,7 +41,9 @@ def test_another_vocabulary_size_is_refused(tiny_target: Path, draft: Path) -> N
         check_pair(tiny_target, draft)
 
 
-def test_a_shorter_context_of_the_draft_is_refused_and_a_longer_one_taken(tiny_target: Path, draft: Path) -> None:
+def test_a_shorter_context_of_the_draft_is_refused_and_a_longer_one_taken(
+    tiny_target: Path, draft: Path
+) -> None:
     change(draft / "config.json", max_position_embeddings=512)
     check_pair(tiny_target, draft)
     change(draft / "config.json", max_position_embeddings=128)
@@ -50,7 +52,12 @@ def test_a_shorter_context_of_the_draft_is_refused_and_a_longer_one_taken(tiny_t
 
 
 @pytest.mark.parametrize(
-    ("token", "values"), [("bos_token", "draft 1, target 0"), ("eos_token", "draft 1, target 3"), ("pad_token", "draft 1, target 0")]
+    ("token", "values"),
+    [
+        ("bos_token", "draft 1, target 0"),
+        ("eos_token", "draft 1, target 3"),
+        ("pad_token", "draft 1, target 0"),
+    ],
 )
 def test_another_special_id_is_refused(tiny_target: Path, draft: Path, token: str, values: str) -> None:
     change(draft / "tokenizer_config.json", **{token: "<|user|>"})
@@ -72,16 +79,23 @@ def test_a_config_without_a_context_length_refuses_nothing() -> None:
     assert context_length({"max_position_embeddings": 2048}) == 2048
 
 
-def test_the_command_line_refuses_a_target_that_is_no_export(tmp_path: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_refuses_a_target_that_is_no_export(
+    tmp_path: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_target(tmp_path / "target")
     capsys.readouterr()
-    assert cli.main(["export", str(tiny_draft), "--format", "openvino", "--target", str(tmp_path / "target")]) == 2
+    assert (
+        cli.main(["export", str(tiny_draft), "--format", "openvino", "--target", str(tmp_path / "target")])
+        == 2
+    )
     error = capsys.readouterr().err
     assert "openvino" in error
     assert len(error.strip().splitlines()) == 1
 
 
-def test_check_says_which_library_is_missing_before_anything_runs(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_says_which_library_is_missing_before_anything_runs(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = load_recipe(str(tiny_recipe), ["synthesize.engine={kind: openvino}"])
     monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "nncf" else True)
     with pytest.raises(MissingExtraError, match=r"nncf: not installed.*fastdraft\[openvino\]"):

@@ -67,7 +67,9 @@ def alone(exported_target: Path, vocabulary: Vocabulary) -> OpenVINOTarget:
 
 @pytest.fixture(scope="module")
 def pair(exported_target: Path, exported_draft: Path, vocabulary: Vocabulary) -> OpenVINOPair:
-    return OpenVINOPair(exported_target, exported_draft, vocabulary.eos_token_ids, precision="exact", threads=1)
+    return OpenVINOPair(
+        exported_target, exported_draft, vocabulary.eos_token_ids, precision="exact", threads=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,11 @@ def counts(batch: TimedBatch) -> list[Counts]:
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_greedy_counts_agree_with_our_decoder_and_with_replay(
-    pair: OpenVINOPair, models: tuple[PreTrainedModel, PreTrainedModel], vocabulary: Vocabulary, expected: list[Generation], k: int
+    pair: OpenVINOPair,
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    vocabulary: Vocabulary,
+    expected: list[Generation],
+    k: int,
 ) -> None:
     target, draft = models
     decoder, total = SpeculativeDecoder(target, draft, vocabulary, k), []
@@ -97,12 +103,20 @@ def test_greedy_counts_agree_with_our_decoder_and_with_replay(
         behind = decoder.generate([*prompt, own.response_ids[0]], GREEDY, len(own.response_ids) - 1, seed=0)
         assert text.counts == behind.counts
         row = SimpleNamespace(
-            prompt_ids=[*prompt, own.response_ids[0]], response_ids=own.response_ids[1:],
-            logprobs=own.logprobs[1:], temperature=0.0, top_k=0, top_p=1.0,
-        )  # fmt: skip
-        assert replay(draft, [row], [k], vocabulary)[0][k].num_accepted_tokens == text.counts.num_accepted_tokens
+            prompt_ids=[*prompt, own.response_ids[0]],
+            response_ids=own.response_ids[1:],
+            logprobs=own.logprobs[1:],
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+        )
+        assert (
+            replay(draft, [row], [k], vocabulary)[0][k].num_accepted_tokens == text.counts.num_accepted_tokens
+        )
         total.append(text.counts)
-    assert 0.05 < add_counts(total).acceptance_rate < 0.95, "the pair must accept some and refuse some, or nothing was tested"
+    assert 0.05 < add_counts(total).acceptance_rate < 0.95, (
+        "the pair must accept some and refuse some, or nothing was tested"
+    )
 
 
 def test_prompts_that_are_answered_together_get_the_texts_and_rounds_that_they_get_alone(
@@ -120,9 +134,14 @@ def test_prompts_that_are_answered_together_get_the_texts_and_rounds_that_they_g
 
 
 def test_a_timed_run_counts_as_an_exact_one_but_for_the_last_proposal_of_a_text(pair: OpenVINOPair) -> None:
-    timed, exact = (counts(pair.at(3).write(PROMPTS, GREEDY, TOKENS, 0, exact_counts=value)) for value in (False, True))
+    timed, exact = (
+        counts(pair.at(3).write(PROMPTS, GREEDY, TOKENS, 0, exact_counts=value)) for value in (False, True)
+    )
     for quick, whole in zip(timed, exact, strict=True):
-        assert (quick.num_drafts, quick.num_generated_tokens) == (whole.num_drafts, whole.num_generated_tokens)
+        assert (quick.num_drafts, quick.num_generated_tokens) == (
+            whole.num_drafts,
+            whole.num_generated_tokens,
+        )
         assert 0 <= whole.num_accepted_tokens - quick.num_accepted_tokens <= 1
 
 
@@ -132,13 +151,17 @@ def test_moments_are_in_the_order_in_which_tokens_come(alone: OpenVINOTarget, pa
             batch = contender.write(PROMPTS, GREEDY, TOKENS, 0, exact_counts=exact)
             assert batch.seconds == max(text.seconds for text in batch.texts)
             assert all(0 < text.first_token_seconds <= text.seconds for text in batch.texts)
-            assert all(text.first_token_seconds < text.seconds for text in batch.texts if len(text.response_ids) > 3)
+            assert all(
+                text.first_token_seconds < text.seconds for text in batch.texts if len(text.response_ids) > 3
+            )
     [single] = alone.write(PROMPTS[:1], GREEDY, 1, 0).texts
     assert single.first_token_seconds == single.seconds
     assert not single.rounds
 
 
-def test_a_sampled_text_is_the_targets_own_only_without_a_draft(alone: OpenVINOTarget, pair: OpenVINOPair) -> None:
+def test_a_sampled_text_is_the_targets_own_only_without_a_draft(
+    alone: OpenVINOTarget, pair: OpenVINOPair
+) -> None:
     same = [PROMPTS[1]] * 3
     for contender in (alone, pair.at(3)):
         first = contender.write(same, Sampling(0.8), TOKENS, 1)
@@ -150,7 +173,9 @@ def test_a_sampled_text_is_the_targets_own_only_without_a_draft(alone: OpenVINOT
         assert text.counts.num_generated_tokens == len(text.response_ids) - 1
 
 
-def test_a_threshold_counts_the_tokens_that_were_proposed(endless: OpenVINOPair, exported_target: Path, exported_draft: Path) -> None:
+def test_a_threshold_counts_the_tokens_that_were_proposed(
+    endless: OpenVINOPair, exported_target: Path, exported_draft: Path
+) -> None:
     """Near 0 the draft proposes to the text's end, near 1 a single token: both totals are known."""
     batched = OpenVINOPair(exported_target, exported_draft, (), precision="exact", threads=1)
     prompts = PROMPTS[:3]
@@ -173,8 +198,12 @@ def test_a_threshold_counts_the_tokens_that_were_proposed(endless: OpenVINOPair,
                 assert math.isnan(text.counts.num_examined_tokens)
 
 
-def test_a_timed_run_with_a_threshold_knows_rounds_and_accepted_tokens_but_not_the_proposals(pair: OpenVINOPair) -> None:
-    timed, exact = (pair.at(3, 0.4).write(PROMPTS, GREEDY, TOKENS, 0, exact_counts=value) for value in (False, True))
+def test_a_timed_run_with_a_threshold_knows_rounds_and_accepted_tokens_but_not_the_proposals(
+    pair: OpenVINOPair,
+) -> None:
+    timed, exact = (
+        pair.at(3, 0.4).write(PROMPTS, GREEDY, TOKENS, 0, exact_counts=value) for value in (False, True)
+    )
     assert texts(timed) == texts(exact)
     for quick, whole in zip(counts(timed), counts(exact), strict=True):
         assert (quick.num_drafts, quick.num_accepted_tokens) == (whole.num_drafts, whole.num_accepted_tokens)
@@ -185,9 +214,19 @@ def test_a_timed_run_with_a_threshold_knows_rounds_and_accepted_tokens_but_not_t
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
-def test_the_breakdown_of_an_answer_adds_up(exported_target: Path, exported_draft: Path, one_by_one: bool) -> None:
+def test_the_breakdown_of_an_answer_adds_up(
+    exported_target: Path, exported_draft: Path, one_by_one: bool
+) -> None:
     pair = OpenVINOPair(exported_target, exported_draft, (), threads=1, one_by_one=one_by_one)
-    for tokens in (1, 2, TOKENS, TOKENS, 2, 1, *range(TOKENS - 4, TOKENS)):  # a fresh pipeline lists otherwise than a used one
+    for tokens in (
+        1,
+        2,
+        TOKENS,
+        TOKENS,
+        2,
+        1,
+        *range(TOKENS - 4, TOKENS),
+    ):  # a fresh pipeline lists otherwise than a used one
         found = pair.breakdown(PROMPTS[1], tokens, 2)
         rounds = pair.at(2).write([PROMPTS[1]], GREEDY, tokens, 0).texts[0].rounds
         assert found.target_seconds > 0
@@ -200,17 +239,23 @@ def test_the_breakdown_of_an_answer_adds_up(exported_target: Path, exported_draf
 
 
 def test_the_pipeline_of_npus_writes_and_counts_the_same(
-    endless: OpenVINOPair, exported_target: Path, exported_draft: Path, alone: OpenVINOTarget, vocabulary: Vocabulary
+    endless: OpenVINOPair,
+    exported_target: Path,
+    exported_draft: Path,
+    alone: OpenVINOTarget,
+    vocabulary: Vocabulary,
 ) -> None:
     ends = vocabulary.eos_token_ids
     settings: dict[str, Any] = {"precision": "exact", "threads": 1, "one_by_one": True}
-    assert texts(OpenVINOTarget(exported_target, ends, **settings).write(PROMPTS, GREEDY, TOKENS, 0)) == texts(
-        alone.write(PROMPTS, GREEDY, TOKENS, 0)
-    )
+    assert texts(
+        OpenVINOTarget(exported_target, ends, **settings).write(PROMPTS, GREEDY, TOKENS, 0)
+    ) == texts(alone.write(PROMPTS, GREEDY, TOKENS, 0))
     batched = OpenVINOPair(exported_target, exported_draft, ends, precision="exact", threads=1)
     one_by_one = OpenVINOPair(exported_target, exported_draft, ends, **settings)
     for exact in (False, True):
-        both = [pair.at(3).write(PROMPTS, GREEDY, TOKENS, 0, exact_counts=exact) for pair in (batched, one_by_one)]
+        both = [
+            pair.at(3).write(PROMPTS, GREEDY, TOKENS, 0, exact_counts=exact) for pair in (batched, one_by_one)
+        ]
         assert texts(both[0]) == texts(both[1])
         assert counts(both[0]) == counts(both[1])
     moments = [text.first_token_seconds for text in both[1].texts]
@@ -229,14 +274,21 @@ class NPU:
             streamer.write(tokens)
         self.listed += [1] * (1 + 3 + 5)
         self.passes += 3
-        models = (SimpleNamespace(raw_metrics=_metrics(passes, size)) for passes, size in ((self.passes, 100), (len(self.listed), 10)))
+        models = (
+            SimpleNamespace(raw_metrics=_metrics(passes, size))
+            for passes, size in ((self.passes, 100), (len(self.listed), 10))
+        )
         names = ("main_model_metrics", "draft_model_metrics")
         whole = SimpleNamespace(raw_metrics=SimpleNamespace(generate_durations=[500.0]))
-        return SimpleNamespace(extended_perf_metrics=SimpleNamespace(**dict(zip(names, models, strict=True))), perf_metrics=whole)
+        return SimpleNamespace(
+            extended_perf_metrics=SimpleNamespace(**dict(zip(names, models, strict=True))), perf_metrics=whole
+        )
 
 
 def _metrics(passes: int, microseconds: float) -> SimpleNamespace:
-    return SimpleNamespace(m_batch_sizes=[1] * passes, m_durations=[microseconds] * passes, inference_durations=[0.0])
+    return SimpleNamespace(
+        m_batch_sizes=[1] * passes, m_durations=[microseconds] * passes, inference_durations=[0.0]
+    )
 
 
 @pytest.fixture
@@ -262,7 +314,9 @@ def test_the_breakdown_on_an_npu_is_of_one_answer(on_npu: OpenVINOPair) -> None:
     for _ in range(2):
         found = on_npu.breakdown(PROMPTS[0], 5, 3)
         assert (found.target_passes, found.draft_passes) == (3, 8)
-        assert (found.target_seconds, found.draft_seconds, found.total_seconds) == pytest.approx((300e-6, 90e-6, 500e-6))
+        assert (found.target_seconds, found.draft_seconds, found.total_seconds) == pytest.approx(
+            (300e-6, 90e-6, 500e-6)
+        )
 
 
 def test_what_an_npu_cannot_do_is_refused(on_npu: OpenVINOPair) -> None:
@@ -281,15 +335,23 @@ def replace_context(pair: OpenVINOPair) -> OpenVINOPair:
     return pair
 
 
-def test_devices_are_named_as_openvino_names_them(exported_target: Path, exported_draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_are_named_as_openvino_names_them(
+    exported_target: Path, exported_draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(openvino_passes, "device_properties", lambda device, *_: {})
     genai = SimpleNamespace(
-        draft_model=lambda folder, device, **properties: asked.update(draft=(device, properties)) or "of the draft",
+        draft_model=lambda folder, device, **properties: (
+            asked.update(draft=(device, properties)) or "of the draft"
+        ),
         LLMPipeline=lambda folder, device, properties: asked.update(target=(device, properties)),
     )
     monkeypatch.setattr(openvino_passes, "import_genai", lambda: genai)
-    monkeypatch.setattr(openvino_passes, "load_pipeline", lambda folder, device, properties, rows, tokens: asked.update(batched=device))
+    monkeypatch.setattr(
+        openvino_passes,
+        "load_pipeline",
+        lambda folder, device, properties, rows, tokens: asked.update(batched=device),
+    )
     OpenVINOPair(exported_target, exported_draft, (), device="GPU.1")
     assert (asked["batched"], asked["draft"]) == ("GPU.1", ("GPU.1", {}))
     OpenVINOPair(exported_target, exported_draft, (), device="NPU", draft_device="CPU")
@@ -299,7 +361,9 @@ def test_devices_are_named_as_openvino_names_them(exported_target: Path, exporte
     assert [is_npu(name) for name in ("NPU", "NPU.0", "GPU", "CPU")] == [True, True, False, False]
 
 
-def test_what_does_not_fit_is_refused(pair: OpenVINOPair, exported_target: Path, tiny_target: Path, tiny_draft: Path) -> None:
+def test_what_does_not_fit_is_refused(
+    pair: OpenVINOPair, exported_target: Path, tiny_target: Path, tiny_draft: Path
+) -> None:
     with pytest.raises(RecipeError, match="must be at least 1"):
         pair.at(0)
     with pytest.raises(RecipeError, match="below 1"):
@@ -324,7 +388,9 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_is_loaded(
 ) -> None:
     from conftest import write_target
 
-    monkeypatch.setattr("fastdraft.runtimes.openvino_wall_clock.open_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "fastdraft.runtimes.openvino_wall_clock.open_pipeline", lambda *_, **__: pytest.fail("loaded")
+    )
     with pytest.raises(VocabularyError, match="draft 384, target 320"):
         OpenVINOPair(exported_target, write_target(tmp_path, padded_vocab=384), ())
 
@@ -341,13 +407,19 @@ def test_a_failure_of_openvino_is_one_line(alone: OpenVINOTarget, monkeypatch: p
         alone.write(PROMPTS[:1], GREEDY, TOKENS, 0)
 
 
-def test_the_judges_log_probs_are_those_of_transformers(exported_target: Path, target: PreTrainedModel) -> None:
+def test_the_judges_log_probs_are_those_of_transformers(
+    exported_target: Path, target: PreTrainedModel
+) -> None:
     judge = TieJudge(exported_target)
     for prompt in PROMPTS[3:1:-1]:  # the longer one first: nothing of it may be left
         with torch.no_grad():
             exact = target(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
         assert judge.logprobs(prompt) == pytest.approx(exact.numpy(), abs=1e-3)
-        assert judge.gap(prompt, 7, 9) == judge.gap(prompt, 9, 7) == pytest.approx(float(abs(exact[7] - exact[9])), abs=1e-3)
+        assert (
+            judge.gap(prompt, 7, 9)
+            == judge.gap(prompt, 9, 7)
+            == pytest.approx(float(abs(exact[7] - exact[9])), abs=1e-3)
+        )
         assert judge.gap(prompt, 7, 7) == 0
         assert judge.gap(prompt, 7, -1) == math.inf
 

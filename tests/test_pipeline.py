@@ -34,25 +34,54 @@ def test_one_call_takes_a_target_to_an_exported_draft_and_a_report(finished: Pat
 
 
 def test_results_have_the_published_schema(finished: Path) -> None:
-    results = json.loads((finished.parent / "runs" / "tiny" / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    results = json.loads(
+        (finished.parent / "runs" / "tiny" / "evaluate" / "results.json").read_text(encoding="utf-8")
+    )
     assert results["schema"] == 1
-    assert {"target", "draft", "cost_ratio_parameters", "cost_ratio_bytes", "cost_ratio_latency", "rows"} <= set(results)
+    assert {
+        "target",
+        "draft",
+        "cost_ratio_parameters",
+        "cost_ratio_bytes",
+        "cost_ratio_latency",
+        "rows",
+    } <= set(results)
     keys = {
-        "checkpoint", "task", "method", "temperature", "num_speculative_tokens", "num_prompts", "num_drafts", "num_draft_tokens",
-        "num_accepted_tokens", "num_accepted_tokens_per_pos", "num_generated_tokens", "acceptance_rate", "conditional_acceptance_rate",
-        "overlap", "block_efficiency", "mbsu_parameters", "mbsu_bytes", "mbsu_latency",
-    }  # fmt: skip
+        "checkpoint",
+        "task",
+        "method",
+        "temperature",
+        "num_speculative_tokens",
+        "num_prompts",
+        "num_drafts",
+        "num_draft_tokens",
+        "num_accepted_tokens",
+        "num_accepted_tokens_per_pos",
+        "num_generated_tokens",
+        "acceptance_rate",
+        "conditional_acceptance_rate",
+        "overlap",
+        "block_efficiency",
+        "mbsu_parameters",
+        "mbsu_bytes",
+        "mbsu_latency",
+    }
     assert all(keys <= set(row) for row in results["rows"])
     assert {(row["checkpoint"], row["method"]) for row in results["rows"]} == {
-        ("pretrain", "replay"), ("continue_pretrain", "replay"), ("align", "replay"), ("align", "exact")
-    }  # fmt: skip
+        ("pretrain", "replay"),
+        ("continue_pretrain", "replay"),
+        ("align", "replay"),
+        ("align", "exact"),
+    }
 
 
 def test_a_second_run_does_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished.parent / "runs").rglob("*.safetensors")}
     run(load_recipe(str(finished)), Console())
     assert capsys.readouterr().err.count("already done") == len(NAMES)
-    assert before == {path: path.stat().st_mtime_ns for path in (finished.parent / "runs").rglob("*.safetensors")}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (finished.parent / "runs").rglob("*.safetensors")
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,7 +127,11 @@ def test_a_stage_out_of_order_leaves_nothing_behind(tmp_path: Path, tiny_target:
 
 def test_nothing_is_thrown_away_for_a_run_that_is_refused(finished: Path) -> None:
     report = finished.parent / "runs" / "tiny" / "report" / "report.html"
-    for changes, only, redo in ((["pretrain.tokens=9k"], None, ["align"]), ([], ["evaluate"], ["align"]), ([], None, ["nothing"])):
+    for changes, only, redo in (
+        (["pretrain.tokens=9k"], None, ["align"]),
+        ([], ["evaluate"], ["align"]),
+        ([], None, ["nothing"]),
+    ):
         with pytest.raises(FastDraftError):
             run(load_recipe(str(finished), changes), only=only, redo=redo)
     assert report.is_file()

@@ -36,11 +36,16 @@ def test_buckets_double_from_512_on() -> None:
 def test_the_buckets_of_a_text_add_up_to_its_counts(data: st.DataObject) -> None:
     k = data.draw(st.integers(1, 7))
     chance = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0]))
-    accepts = [np.array(values, dtype=np.float64) for values in data.draw(st.lists(st.lists(chance, max_size=40), min_size=1, max_size=5))]
+    accepts = [
+        np.array(values, dtype=np.float64)
+        for values in data.draw(st.lists(st.lists(chance, max_size=40), min_size=1, max_size=5))
+    ]
     starts = [data.draw(st.integers(490, 530)) for _ in accepts]
     found = counts_by_bucket(accepts, starts, k)
     for counts, accept in zip(found, accepts, strict=True):
-        assert np.allclose(counts.sum(0)[: 7 + k], counts_to_array(expected_counts(accept, k)) if len(accept) else 0)
+        assert np.allclose(
+            counts.sum(0)[: 7 + k], counts_to_array(expected_counts(accept, k)) if len(accept) else 0
+        )
 
 
 def test_a_round_counts_where_its_first_proposal_stands() -> None:
@@ -68,9 +73,14 @@ def test_many_texts_count_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 def table(rates: list[float], texts: int = 30, tokens: int = 60) -> np.ndarray:
     rng = np.random.default_rng(1)
-    return np.stack([
-        np.concatenate([counts_by_bucket([(rng.random(tokens) < rate).astype(float)], [0], 3)[0] for rate in rates]) for _ in range(texts)
-    ])  # fmt: skip
+    return np.stack(
+        [
+            np.concatenate(
+                [counts_by_bucket([(rng.random(tokens) < rate).astype(float)], [0], 3)[0] for rate in rates]
+            )
+            for _ in range(texts)
+        ]
+    )
 
 
 def test_rows_of_the_results_hold_counts_and_rates_of_each_bucket() -> None:
@@ -80,14 +90,21 @@ def test_rows_of_the_results_hold_counts_and_rates_of_each_bucket() -> None:
     assert (first["from"], first["to"], second["from"], second["to"]) == (0, 512, 512, 1024)
     for row, bucket in zip(found["rows"], range(2), strict=True):
         assert row["num_drafts"] == pytest.approx(counts[:, bucket, 0].sum())
-        assert row["acceptance_rate"] == pytest.approx(row["num_accepted_tokens"] / row["num_draft_tokens"], abs=1e-6)
-        assert row["block_efficiency"] == pytest.approx(row["num_generated_tokens"] / row["num_drafts"], abs=1e-6)
+        assert row["acceptance_rate"] == pytest.approx(
+            row["num_accepted_tokens"] / row["num_draft_tokens"], abs=1e-6
+        )
+        assert row["block_efficiency"] == pytest.approx(
+            row["num_generated_tokens"] / row["num_drafts"], abs=1e-6
+        )
         assert row["acceptance_rate_low"] < row["acceptance_rate"] < row["acceptance_rate_high"]
     assert found["faded"] == []
 
 
 def test_a_draft_that_loses_half_of_its_acceptance_is_told_with_the_place() -> None:
-    tables = {("pretrain", "code", 0.6): table([0.9, 0.1]), ("align", "code", 0.6): table([0.8, 0.75, 0.1, 0.05])}
+    tables = {
+        ("pretrain", "code", 0.6): table([0.9, 0.1]),
+        ("align", "code", 0.6): table([0.8, 0.75, 0.1, 0.05]),
+    }
     found = position_results(tables, 3, 131072, 0)
     (case,) = found["faded"]
     assert (case["checkpoint"], case["task"], case["from"]) == ("align", "code", 1024)
@@ -98,13 +115,20 @@ def test_a_draft_that_loses_half_of_its_acceptance_is_told_with_the_place() -> N
 
 def test_a_bucket_with_few_texts_is_not_judged() -> None:
     assert position_results({("align", "code", 0.6): table([0.9, 0.05], texts=3)}, 3, 4096, 0)["faded"] == []
-    assert position_results({("align", "code", 0.6): table([0.9, 0.05], texts=5, tokens=10)}, 3, 4096, 0)["faded"] == []
+    assert (
+        position_results({("align", "code", 0.6): table([0.9, 0.05], texts=5, tokens=10)}, 3, 4096, 0)[
+            "faded"
+        ]
+        == []
+    )
 
 
 def report_of(folder: Path, rates: list[float]) -> RunRecord:
     """A finished run whose code task has these rates, bucket by bucket."""
     found = results()
-    tables = {("align", "code", t): table(rates) for t in (0.0, 0.6)} | {("align", "text", 0.6): table(rates[:1])}
+    tables = {("align", "code", t): table(rates) for t in (0.0, 0.6)} | {
+        ("align", "text", 0.6): table(rates[:1])
+    }
     found["by_position"] = position_results(tables, 3, 131072, 0)
     run = write_run(folder, ())
     write_json(run.artifact("evaluate").path / "results.json", found)
@@ -119,11 +143,10 @@ def test_the_report_shows_acceptance_along_the_text(tmp_path: Path) -> None:
     words = " ".join(block.text for block in section.blocks if isinstance(block, Text))
     assert "512–1k" in charts[0].charts[0].svg
     assert tables[0].columns == ("Task", "0–512", "512–1k", "1k–2k")
-    assert [cell.text == "-" for cell in next(row for row in tables[0].rows if row.cells[0].text == "text").cells[1:]] == [
-        False,
-        True,
-        True,
-    ]
+    assert [
+        cell.text == "-"
+        for cell in next(row for row in tables[0].rows if row.cells[0].text == "text").cells[1:]
+    ] == [False, True, True]
     assert "from position 1,024 on" in words
     assert "beyond 2,048 nothing was measured" in words
 
@@ -149,8 +172,18 @@ def test_an_evaluation_tells_every_bucket_and_they_add_up_to_the_rows(
     assert len({row["from"] for row in found["rows"]}) > 1
     for total in outcome["rows"]:
         if total["method"] == "replay" and total["num_speculative_tokens"] == 2:
-            mine = [row for row in found["rows"] if all(row[key] == total[key] for key in ("checkpoint", "task", "temperature"))]
-            for key in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_examined_tokens", "num_generated_tokens"):
+            mine = [
+                row
+                for row in found["rows"]
+                if all(row[key] == total[key] for key in ("checkpoint", "task", "temperature"))
+            ]
+            for key in (
+                "num_drafts",
+                "num_draft_tokens",
+                "num_accepted_tokens",
+                "num_examined_tokens",
+                "num_generated_tokens",
+            ):
                 assert sum(row[key] for row in mine) == pytest.approx(total[key], abs=1e-4)
     folder = where.artifact("evaluate").path
     (folder / "positions" / "align-first-0.6.npy").unlink()

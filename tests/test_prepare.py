@@ -25,11 +25,21 @@ from fastdraft.training.batches import PackedBatches
 
 
 def context_of(root: Path, target: Path, seed: int = 0) -> StageContext:
-    return StageContext(RunDirectory(root), RunConfig(name="test", seed=seed), TargetConfig(model=str(target)), {}, Console(quiet=True))
+    return StageContext(
+        RunDirectory(root),
+        RunConfig(name="test", seed=seed),
+        TargetConfig(model=str(target)),
+        {},
+        Console(quiet=True),
+    )
 
 
 def config_of(*entries: dict[str, Any], **changes: Any) -> PrepareConfig:
-    return load_config(PrepareConfig, {"row_length": 32, "shard_tokens": 2000, "corpora": list(entries), **changes}, "prepare")
+    return load_config(
+        PrepareConfig,
+        {"row_length": 32, "shard_tokens": 2000, "corpora": list(entries), **changes},
+        "prepare",
+    )
 
 
 def execute(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
@@ -50,18 +60,26 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "WINDOW_CHARS", 8000)
 
 
-def test_a_corpus_becomes_rows_of_the_targets_tokens(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
+def test_a_corpus_becomes_rows_of_the_targets_tokens(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
     from transformers import AutoTokenizer
 
     context = context_of(tmp_path, tiny_target)
-    manifest = execute(config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus), "license": "MIT"}), context)
-    train, validation = (open_corpus(context.artifact("prepare"), "text", split) for split in ("train", "validation"))
+    manifest = execute(
+        config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus), "license": "MIT"}), context
+    )
+    train, validation = (
+        open_corpus(context.artifact("prepare"), "text", split) for split in ("train", "validation")
+    )
     assert manifest["separator_id"] == 0
     assert manifest["dtype"] == "uint16"
     assert train.num_shards > 1
     assert manifest["corpora"]["text"]["sources"][0]["license"] == "MIT"
     assert train.rows == manifest["corpora"]["text"]["train"]["rows"] > 10 * validation.rows >= 10
-    text = AutoTokenizer.from_pretrained(tiny_target).decode([int(i) for row in range(train.rows) for i in train[row]])
+    text = AutoTokenizer.from_pretrained(tiny_target).decode(
+        [int(i) for row in range(train.rows) for i in train[row]]
+    )
     documents = list(text.split("<|endoftext|>")[1:-1])
     wanted = {json.loads(line)["text"] for line in small_corpus.read_text().splitlines()}
     assert set(documents) <= wanted
@@ -69,15 +87,18 @@ def test_a_corpus_becomes_rows_of_the_targets_tokens(tmp_path: Path, tiny_target
 
 
 def test_exact_duplicates_are_taken_once(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
-    corpus = execute(config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus)}), context_of(tmp_path, tiny_target))["corpora"][
-        "text"
-    ]
+    corpus = execute(
+        config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus)}),
+        context_of(tmp_path, tiny_target),
+    )["corpora"]["text"]
     distinct = len(set(small_corpus.read_text().splitlines()))
     assert corpus["train"]["documents"] + corpus["validation"]["documents"] == distinct < 400
     assert corpus["duplicates"] == 400 - distinct
 
 
-def test_the_result_depends_on_the_seed_and_not_on_the_workers(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
+def test_the_result_depends_on_the_seed_and_not_on_the_workers(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
     entry = {"name": "text", "kind": "jsonl", "path": str(small_corpus)}
     for name, seed, workers in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
         execute(config_of(entry, workers=workers), context_of(tmp_path / name, tiny_target, seed))
@@ -179,14 +200,18 @@ def test_budgets_are_kept_to_a_document_and_entries_of_one_name_make_one_corpus(
     assert sum(taken) - 2 * 33 < packed <= sum(taken)
 
 
-def test_validation_is_chosen_by_the_text_alone(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
+def test_validation_is_chosen_by_the_text_alone(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)
     chosen = []
     for seed in (0, 1):
         context = context_of(tmp_path / str(seed), tiny_target, seed)
-        execute(config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus)}, validation=0.3), context)
+        execute(
+            config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus)}, validation=0.3), context
+        )
         corpus = open_corpus(context.artifact("prepare"), "text", "validation")
         text = tokenizer.decode([int(i) for row in range(corpus.rows) for i in corpus[row]])
         chosen.append(set(text.split("<|endoftext|>")[1:-1]))
@@ -197,25 +222,30 @@ def test_huge_and_empty_documents_are_handled(tmp_path: Path, tiny_target: Path)
     (tmp_path / "huge.txt").write_text("word " * 100_000)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "line.txt").write_text("x" * 50_000)
-    corpus = execute(config_of({"name": "t", "kind": "text", "path": str(tmp_path / "*.txt")}), context_of(tmp_path / "run", tiny_target))[
-        "corpora"
-    ]["t"]
+    corpus = execute(
+        config_of({"name": "t", "kind": "text", "path": str(tmp_path / "*.txt")}),
+        context_of(tmp_path / "run", tiny_target),
+    )["corpora"]["t"]
     assert corpus["train"]["documents"] + corpus["validation"]["documents"] + corpus["duplicates"] == 29
 
 
 def test_text_that_unicode_forbids_is_replaced(tmp_path: Path, tiny_target: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i} half a pair: \ud800 " * 10}) + "\n" for i in range(30)))
-    assert execute(config_of({"name": "t", "kind": "jsonl", "path": str(path)}), context_of(tmp_path / "run", tiny_target))["corpora"]["t"][
-        "train"
-    ]["rows"]
+    assert execute(
+        config_of({"name": "t", "kind": "jsonl", "path": str(path)}),
+        context_of(tmp_path / "run", tiny_target),
+    )["corpora"]["t"]["train"]["rows"]
 
 
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n', '{"text": "  "}\n{"text": null}\n'])
 def test_an_empty_corpus_is_refused(tmp_path: Path, tiny_target: Path, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match="no new text"):
-        execute(config_of({"name": "t", "kind": "jsonl", "path": str(tmp_path / "a.jsonl")}), context_of(tmp_path / "run", tiny_target))
+        execute(
+            config_of({"name": "t", "kind": "jsonl", "path": str(tmp_path / "a.jsonl")}),
+            context_of(tmp_path / "run", tiny_target),
+        )
 
 
 def test_a_corpus_under_one_row_is_refused_and_leaves_no_manifest(tmp_path: Path, tiny_target: Path) -> None:
@@ -230,12 +260,16 @@ def test_a_corpus_under_one_row_is_refused_and_leaves_no_manifest(tmp_path: Path
 def test_a_missing_source_is_refused_before_any_work(tmp_path: Path, tiny_target: Path) -> None:
     with pytest.raises(DataError, match=r"prepare.corpora\[0\].*no such file"):
         prepare.fingerprint(
-            config_of({"name": "t", "kind": "jsonl", "path": str(tmp_path / "none.jsonl")}), context_of(tmp_path, tiny_target)
+            config_of({"name": "t", "kind": "jsonl", "path": str(tmp_path / "none.jsonl")}),
+            context_of(tmp_path, tiny_target),
         )
 
 
 def test_finished_work_outlives_its_sources(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
-    config, context = config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}), context_of(tmp_path / "run", tiny_target)
+    config, context = (
+        config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}),
+        context_of(tmp_path / "run", tiny_target),
+    )
     execute(config, context)
     before = prepare.fingerprint(config, context)
     small_corpus.unlink()
@@ -243,7 +277,9 @@ def test_finished_work_outlives_its_sources(tmp_path: Path, tiny_target: Path, s
     assert not context.artifact("prepare").differences(before)
 
 
-def test_the_fingerprint_holds_what_the_shards_depend_on(tmp_path: Path, tiny_target: Path, tiny_draft: Path, small_corpus: Path) -> None:
+def test_the_fingerprint_holds_what_the_shards_depend_on(
+    tmp_path: Path, tiny_target: Path, tiny_draft: Path, small_corpus: Path
+) -> None:
     entry = {"name": "t", "kind": "jsonl", "path": str(small_corpus)}
 
     def of(config: PrepareConfig, target: Path = tiny_target, seed: int = 0) -> dict[str, Any]:
@@ -261,11 +297,15 @@ def test_the_fingerprint_holds_what_the_shards_depend_on(tmp_path: Path, tiny_ta
     assert all(other != base for other in others)
 
 
-def retold(target: Path, folder: Path, tokenizer: dict[str, Any] | None = None, added: dict[str, Any] | None = None) -> Path:
+def retold(
+    target: Path, folder: Path, tokenizer: dict[str, Any] | None = None, added: dict[str, Any] | None = None
+) -> Path:
     """A copy of a target with changed entries in tokenizer_config.json, or one more added token."""
     shutil.copytree(target, folder)
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | (tokenizer or {})), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | (tokenizer or {})), encoding="utf-8"
+    )
     if added:
         path = folder / "tokenizer.json"
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -286,13 +326,19 @@ def test_of_the_special_tokens_only_what_parts_documents_and_what_text_may_hold_
     base = of(tiny_target)
     assert base["separator_id"] == 0
     assert of(retold(tiny_target, tmp_path / "separator", {"bos_token": "<|user|>"}))["separator_id"] == 1
-    assert of(retold(tiny_target, tmp_path / "special", added={"content": "<|tool|>", "special": True})) == base
-    assert of(retold(tiny_target, tmp_path / "control", added={"content": "<|call|>", "special": False})) == base
+    assert (
+        of(retold(tiny_target, tmp_path / "special", added={"content": "<|tool|>", "special": True})) == base
+    )
+    assert (
+        of(retold(tiny_target, tmp_path / "control", added={"content": "<|call|>", "special": False})) == base
+    )
     word = of(retold(tiny_target, tmp_path / "word", added={"content": "river", "special": False}))
     assert {key for key in base if word[key] != base[key]} == {"added_words"}
 
 
-def test_prepared_rows_are_trained_on_one_token_ahead(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
+def test_prepared_rows_are_trained_on_one_token_ahead(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
     context = context_of(tmp_path / "run", tiny_target)
     execute(config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}), context)
     corpus = open_corpus(context.artifact("prepare"), "t", "train")
@@ -308,7 +354,10 @@ def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, tiny_target: Path, 
     journal.parent.mkdir(parents=True)
     journal.write_bytes(b"not a database, not at all" * 100)
     with pytest.raises(ArtifactError, match="redo it with --redo prepare"):
-        execute(config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}), context_of(tmp_path / "run", tiny_target))
+        execute(
+            config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}),
+            context_of(tmp_path / "run", tiny_target),
+        )
 
 
 @pytest.mark.parametrize(
@@ -318,7 +367,15 @@ def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, tiny_target: Path, 
         ({"validation": -0.1}, "prepare.validation"),
         ({"corpora": []}, "prepare.corpora"),
         ({"corpora": [{"name": "manifest.json", "kind": "text", "path": "x"}]}, "cannot be called"),
-        ({"corpora": [{"name": "Text", "kind": "text", "path": "x"}, {"name": "text", "kind": "text", "path": "x"}]}, "more than capitals"),
+        (
+            {
+                "corpora": [
+                    {"name": "Text", "kind": "text", "path": "x"},
+                    {"name": "text", "kind": "text", "path": "x"},
+                ]
+            },
+            "more than capitals",
+        ),
         ({"corpora": [{"name": "t", "kind": "jsonl", "path": "x", "feild": "y"}]}, "did you mean 'field'"),
         ({"corpora": [{"name": "t", "kind": "text", "path": "x", "tokens": "many"}]}, "must be a count"),
     ],

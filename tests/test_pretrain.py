@@ -26,9 +26,14 @@ from fastdraft.training.metrics import read_metrics
 
 LENGTH = 16
 SETTINGS: dict[str, Any] = {
-    "tokens": 64 * 10, "batch_tokens": 64, "precision": "fp32", "checkpoint_every": 2, "validate_every": 5,
-    "optimizer": {"kind": "adamw", "learning_rate": 0.01}, "schedule": {"kind": "wsd", "warmup": 0.1, "decay": 0.3},
-}  # fmt: skip
+    "tokens": 64 * 10,
+    "batch_tokens": 64,
+    "precision": "fp32",
+    "checkpoint_every": 2,
+    "validate_every": 5,
+    "optimizer": {"kind": "adamw", "learning_rate": 0.01},
+    "schedule": {"kind": "wsd", "warmup": 0.1, "decay": 0.3},
+}
 
 
 def write_prepared(folder: Path, rows: dict[str, int], validation_rows: int = 4) -> None:
@@ -43,21 +48,33 @@ def write_prepared(folder: Path, rows: dict[str, int], validation_rows: int = 4)
             file.parent.mkdir(parents=True, exist_ok=True)
             ids.astype("<u2").tofile(file)
             shards = [{"file": file.name, "rows": size, "sha256": file_sha256(file)}] if size else []
-            corpora[name][split] = {"rows": size, "tokens": size * (LENGTH + 1), "documents": size, "shards": shards}
+            corpora[name][split] = {
+                "rows": size,
+                "tokens": size * (LENGTH + 1),
+                "documents": size,
+                "shards": shards,
+            }
     write_json(folder / "fingerprint.json", {"rows": rows})
     facts = {"row_length": LENGTH, "dtype": "uint16", "separator_id": 0, "corpora": corpora}
     write_json(folder / "manifest.json", {"schema": 1, "stage": "prepare", "fingerprint": "x", **facts})
 
 
-def make_context(root: Path, draft: Path, sections: dict[str, Config], rows: dict[str, int] | None = None) -> StageContext:
+def make_context(
+    root: Path, draft: Path, sections: dict[str, Config], rows: dict[str, int] | None = None
+) -> StageContext:
     """A run whose design and prepare are done."""
     if not (root / "design").exists():
         shutil.copytree(draft, root / "design/draft")
         write_json(root / "design/fingerprint.json", {"shape": "tiny"})
-        write_json(root / "design/manifest.json", {"schema": 1, "stage": "design", "fingerprint": "x", "shape_digest": "shape"})
+        write_json(
+            root / "design/manifest.json",
+            {"schema": 1, "stage": "design", "fingerprint": "x", "shape_digest": "shape"},
+        )
         write_prepared(root / "prepare", rows or {"text": 30, "code": 30})
     settings = RunConfig(name=root.name, folder=str(root.parent), device="cpu", threads=1)
-    return StageContext(RunDirectory(root), settings, TargetConfig(model=str(draft)), sections, Console(quiet=True))
+    return StageContext(
+        RunDirectory(root), settings, TargetConfig(model=str(draft)), sections, Console(quiet=True)
+    )
 
 
 def run_stage(context: StageContext, name: pretrain.Name) -> dict[str, Any]:
@@ -72,7 +89,9 @@ def new_context(tmp_path: Path, tiny_draft: Path) -> Callable[..., StageContext]
     def make(name: str = "run", rows: dict[str, int] | None = None, **changes: Any) -> StageContext:
         sections = {
             "pretrain": load_config(PretrainConfig, {**SETTINGS, **changes}),
-            "continue_pretrain": load_config(ContinuePretrainConfig, {**SETTINGS, **changes, "mixture": {"code": 2, "text": 1}}),
+            "continue_pretrain": load_config(
+                ContinuePretrainConfig, {**SETTINGS, **changes, "mixture": {"code": 2, "text": 1}}
+            ),
         }
         return make_context(tmp_path / name, tiny_draft, sections, rows)
 
@@ -83,7 +102,9 @@ def weights_of(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_pretrain_lowers_the_validation_loss_and_leaves_complete_model_folders(new_context: Callable[..., StageContext]) -> None:
+def test_pretrain_lowers_the_validation_loss_and_leaves_complete_model_folders(
+    new_context: Callable[..., StageContext],
+) -> None:
     context = new_context(tokens=64 * 60)
     manifest = run_stage(context, "pretrain")
     records = read_metrics(context.artifact("pretrain").path)
@@ -99,11 +120,15 @@ def test_pretrain_lowers_the_validation_loss_and_leaves_complete_model_folders(n
         folder = context.artifact("pretrain").path / name
         for file in ("config.json", "tokenizer.json", "chat_template.jinja"):
             assert (folder / file).is_file()
-        assert (folder / "tokenizer.json").read_bytes() == (context.artifact("design").path / "draft/tokenizer.json").read_bytes()
+        assert (folder / "tokenizer.json").read_bytes() == (
+            context.artifact("design").path / "draft/tokenizer.json"
+        ).read_bytes()
     assert not (context.artifact("pretrain").path / "steps").exists()
 
 
-def test_continue_pretrain_starts_from_the_undecayed_weights_unless_told_otherwise(new_context: Callable[..., StageContext]) -> None:
+def test_continue_pretrain_starts_from_the_undecayed_weights_unless_told_otherwise(
+    new_context: Callable[..., StageContext],
+) -> None:
     context = new_context()
     run_stage(context, "pretrain")
     before = context.artifact("pretrain").path
@@ -115,14 +140,18 @@ def test_continue_pretrain_starts_from_the_undecayed_weights_unless_told_otherwi
     assert run_stage(context, "continue_pretrain")["steps"] == 10
 
 
-def test_continue_pretrain_without_a_pretrain_section_starts_from_the_design(tmp_path: Path, tiny_draft: Path) -> None:
+def test_continue_pretrain_without_a_pretrain_section_starts_from_the_design(
+    tmp_path: Path, tiny_draft: Path
+) -> None:
     config = load_config(ContinuePretrainConfig, SETTINGS)
     context = make_context(tmp_path / "run", tiny_draft, {"continue_pretrain": config})
     assert pretrain._start_folder(config, context, "continue_pretrain") == tmp_path / "run/design/draft"
     assert pretrain.fingerprint(config, context, "continue_pretrain")["start"] == "shape"
 
 
-def test_undecayed_weights_that_pretrain_never_kept_are_refused(new_context: Callable[..., StageContext]) -> None:
+def test_undecayed_weights_that_pretrain_never_kept_are_refused(
+    new_context: Callable[..., StageContext],
+) -> None:
     context = new_context(schedule={"kind": "cosine"})
     run_stage(context, "pretrain")
     with pytest.raises(RecipeError, match="set start: decayed"):
@@ -130,7 +159,9 @@ def test_undecayed_weights_that_pretrain_never_kept_are_refused(new_context: Cal
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(new_context: Callable[..., StageContext], kind: str) -> None:
+def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
+    new_context: Callable[..., StageContext], kind: str
+) -> None:
     optimizer = {"kind": kind, "learning_rate": 0.01}
     first, second = new_context("a", optimizer=optimizer), new_context("b", optimizer=optimizer)
     run_stage(first, "pretrain")
@@ -145,7 +176,9 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(new_
             assert not second.artifact("pretrain").is_complete()
     assert rounds == 4
     for name in ("checkpoint", "undecayed"):
-        assert weights_of(first.artifact("pretrain").path / name) == weights_of(second.artifact("pretrain").path / name)
+        assert weights_of(first.artifact("pretrain").path / name) == weights_of(
+            second.artifact("pretrain").path / name
+        )
 
 
 class StopAfter(Console):
@@ -180,7 +213,9 @@ class _Given:
         pass
 
 
-def test_a_killed_process_continues_and_the_record_has_each_step_once(new_context: Callable[..., StageContext]) -> None:
+def test_a_killed_process_continues_and_the_record_has_each_step_once(
+    new_context: Callable[..., StageContext],
+) -> None:
     first, second = new_context("a"), new_context("b")
     run_stage(first, "pretrain")
     script = """
@@ -198,24 +233,36 @@ context = make_context(Path(sys.argv[1]), Path(sys.argv[2]), {"pretrain": load_c
 run_stage(context, "pretrain")
 """
     arguments = [str(second.run.root), second.target.model, str(Path(__file__).parent)]
-    assert subprocess.run([sys.executable, "-c", script, *arguments], check=False, timeout=120).returncode == 9
+    assert (
+        subprocess.run([sys.executable, "-c", script, *arguments], check=False, timeout=120).returncode == 9
+    )
     assert read_metrics(second.artifact("pretrain").path)[-1]["step"] == 7
     run_stage(second, "pretrain")
-    assert weights_of(first.artifact("pretrain").path / "checkpoint") == weights_of(second.artifact("pretrain").path / "checkpoint")
+    assert weights_of(first.artifact("pretrain").path / "checkpoint") == weights_of(
+        second.artifact("pretrain").path / "checkpoint"
+    )
     steps = [record["step"] for record in read_metrics(second.artifact("pretrain").path) if "loss" in record]
     assert steps == list(range(1, 11))
 
 
-def test_the_micro_batch_may_change_half_way_without_losing_or_doubling_a_row(new_context: Callable[..., StageContext]) -> None:
+def test_the_micro_batch_may_change_half_way_without_losing_or_doubling_a_row(
+    new_context: Callable[..., StageContext],
+) -> None:
     """Only the order of sums changes: same rows at the same steps, losses equal to rounding."""
     first, second, smaller = new_context("a"), new_context("b"), new_context("b", micro_batch_tokens=16)
     run_stage(first, "pretrain")
     second.artifact("pretrain").begin(pretrain.fingerprint(second.section("pretrain"), second, "pretrain"))
     with pytest.raises(Interrupted):
-        pretrain.run(second.section("pretrain"), dataclasses.replace(second, console=StopAfter(5)), "pretrain")
+        pretrain.run(
+            second.section("pretrain"), dataclasses.replace(second, console=StopAfter(5)), "pretrain"
+        )
     assert run_stage(smaller, "pretrain")["settings"]["micro_batch_tokens"] == 16
     whole, parts = (
-        [(r["step"], r["tokens"], r["lr"], r["loss"]) for r in read_metrics(c.artifact("pretrain").path) if "loss" in r]
+        [
+            (r["step"], r["tokens"], r["lr"], r["loss"])
+            for r in read_metrics(c.artifact("pretrain").path)
+            if "loss" in r
+        ]
         for c in (first, smaller)
     )
     assert [record[:3] for record in whole] == [record[:3] for record in parts]
@@ -229,9 +276,13 @@ def test_an_open_batch_size_holds_a_row_however_small_the_budget(
     assert run_stage(new_context(batch_tokens=None), "pretrain")["settings"]["batch_tokens"] == LENGTH
 
 
-def test_a_corpus_smaller_than_its_share_of_a_batch_is_refused_in_one_line(new_context: Callable[..., StageContext]) -> None:
+def test_a_corpus_smaller_than_its_share_of_a_batch_is_refused_in_one_line(
+    new_context: Callable[..., StageContext],
+) -> None:
     context = new_context(rows={"text": 3, "code": 30})
-    with pytest.raises(DataError, match=r"pretrain\.mixture\.text: 3 rows of 16 tokens: its share of one batch is 4 rows"):
+    with pytest.raises(
+        DataError, match=r"pretrain\.mixture\.text: 3 rows of 16 tokens: its share of one batch is 4 rows"
+    ):
         run_stage(context, "pretrain")
     assert not context.artifact("pretrain").is_complete()
 
@@ -241,27 +292,43 @@ def test_a_batch_below_one_row_is_refused(new_context: Callable[..., StageContex
         run_stage(new_context(batch_tokens=8), "pretrain")
 
 
-def test_a_corpus_read_too_often_is_warned_about(new_context: Callable[..., StageContext], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corpus_read_too_often_is_warned_about(
+    new_context: Callable[..., StageContext], capsys: pytest.CaptureFixture[str]
+) -> None:
     run_stage(new_context(rows={"text": 8, "code": 8}), "pretrain")
     assert "read 5.0 times" in capsys.readouterr().err
 
 
-def test_corpora_without_validation_rows_give_no_validation_loss(tmp_path: Path, new_context: Callable[..., StageContext]) -> None:
+def test_corpora_without_validation_rows_give_no_validation_loss(
+    tmp_path: Path, new_context: Callable[..., StageContext]
+) -> None:
     context = new_context()
     shutil.rmtree(context.artifact("prepare").path)
     write_prepared(context.artifact("prepare").path, {"text": 30}, validation_rows=0)
     assert run_stage(context, "pretrain")["validation_loss"] == {}
 
 
-def test_the_fingerprint_holds_what_the_weights_depend_on_and_nothing_else(new_context: Callable[..., StageContext]) -> None:
+def test_the_fingerprint_holds_what_the_weights_depend_on_and_nothing_else(
+    new_context: Callable[..., StageContext],
+) -> None:
     context = new_context()
     base = pretrain.fingerprint(context.section("pretrain"), context, "pretrain")
     assert base["start"] == "shape"
     assert json.loads(json.dumps(base)) == base
-    for change in ({"micro_batch_tokens": 16}, {"checkpoint_every": 3}, {"validate_every": 1}, {"tensorboard": True}):
+    for change in (
+        {"micro_batch_tokens": 16},
+        {"checkpoint_every": 3},
+        {"validate_every": 1},
+        {"tensorboard": True},
+    ):
         other = load_config(PretrainConfig, {**SETTINGS, **change})
         assert digest(pretrain.fingerprint(other, context, "pretrain")) == digest(base)
-    for change in ({"tokens": 640 * 2}, {"precision": "bf16"}, {"z_loss": 0}, {"mixture": {"text": 1, "code": 1}}):
+    for change in (
+        {"tokens": 640 * 2},
+        {"precision": "bf16"},
+        {"z_loss": 0},
+        {"mixture": {"text": 1, "code": 1}},
+    ):
         other = load_config(PretrainConfig, {**SETTINGS, **change})
         assert digest(pretrain.fingerprint(other, context, "pretrain")) != digest(base)
 
@@ -291,7 +358,9 @@ def test_impossible_settings_are_refused_in_one_line(change: dict[str, Any], wor
 
 
 def test_kind_may_be_left_out_where_one_is_the_default() -> None:
-    config = load_config(PretrainConfig, {"tokens": "1M", "optimizer": {"learning_rate": 1e-3}, "schedule": {"decay": 0.2}})
+    config = load_config(
+        PretrainConfig, {"tokens": "1M", "optimizer": {"learning_rate": 1e-3}, "schedule": {"decay": 0.2}}
+    )
     assert (config.optimizer.kind, config.schedule.kind) == ("adamw", "wsd")
 
 
@@ -300,7 +369,10 @@ def test_the_stage_modules_import_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize(("mixture", "same_place"), [({"text": 1}, True), ({"text": 1, "wiki": 1}, True), ({"code": 2, "text": 1}, False)])
+@pytest.mark.parametrize(
+    ("mixture", "same_place"),
+    [({"text": 1}, True), ({"text": 1, "wiki": 1}, True), ({"code": 2, "text": 1}, False)],
+)
 def test_continue_pretrain_never_meets_a_corpus_in_the_order_in_which_pretrain_did(
     tmp_path: Path, tiny_draft: Path, mixture: dict[str, float], same_place: bool
 ) -> None:
@@ -312,7 +384,9 @@ def test_continue_pretrain_never_meets_a_corpus_in_the_order_in_which_pretrain_d
     walks = []
     for name in ("pretrain", "continue_pretrain"):
         section, seed = context.section(name), pretrain._row_seed(context.section(name), context, name)
-        assert (seed == context.settings.seed) == (name == "pretrain" or not same_place)  # figures of other runs stay as they were
+        assert (seed == context.settings.seed) == (
+            name == "pretrain" or not same_place
+        )  # figures of other runs stay as they were
         sampler = open_mixture(context.artifact("prepare"), section.mixture, seed)
         walks.append([row for corpus, row in sampler.sources(0, 300) if corpus == "text"][:50])
     assert sum(a == b for a, b in zip(*walks, strict=True)) < 5

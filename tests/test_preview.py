@@ -24,7 +24,9 @@ from fastdraft.training.batches import Sample, packed_batch, padded_batch
 
 def make_row(number: int, prompt_ids: list[int], response_ids: list[int]) -> SyntheticRow:
     key = ids_hash([number])
-    return SyntheticRow(key, "instructions", key, prompt_ids, response_ids, [0.0] * len(response_ids), 0.6, 0, 1.0, "stop")
+    return SyntheticRow(
+        key, "instructions", key, prompt_ids, response_ids, [0.0] * len(response_ids), 0.6, 0, 1.0, "stop"
+    )
 
 
 @pytest.fixture
@@ -36,19 +38,26 @@ def finished(tiny_recipe: Path, tiny_target: Path) -> Path:
     (root / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
     prompt = tokenizer("<|user|>\nHello<|end|>\n<|assistant|>\n").input_ids
     for unit in range(3):
-        rows = [make_row(i, prompt, tokenizer(f"Answer {i}<|end|>").input_ids) for i in range(unit * 10, unit * 10 + 10)]
+        rows = [
+            make_row(i, prompt, tokenizer(f"Answer {i}<|end|>").input_ids)
+            for i in range(unit * 10, unit * 10 + 10)
+        ]
         write_rows(unit_path(RunDirectory(root).artifact("synthesize"), unit), rows)
     return root
 
 
-def test_rows_are_spread_over_all_that_was_written(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_spread_over_all_that_was_written(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     preview.run(finished, 3, Console())
     shown = capsys.readouterr().out
     assert shown.count("---") == 3
     assert [f"[[Answer {i}<|end|>]]" in shown for i in (0, 10, 20)] == [True] * 3
 
 
-def test_without_a_terminal_the_trained_tokens_stand_between_marks(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_the_trained_tokens_stand_between_marks(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     preview.run(finished, 1, Console())
     assert "<|user|>\nHello<|end|>\n<|assistant|>\n[[Answer 0<|end|>]]" in capsys.readouterr().out
 
@@ -91,7 +100,10 @@ def test_the_share_of_trained_tokens_is_told(finished: Path, capsys: pytest.Capt
     preview.run(finished, 1, Console())
     row = preview.spread_rows(RunDirectory(finished).artifact("synthesize"), 1)[0]
     whole = len(row.prompt_ids) + len(row.response_ids)
-    assert f"{len(row.response_ids)} of {whole} tokens trained ({len(row.response_ids) / whole:.0%})" in capsys.readouterr().out
+    assert (
+        f"{len(row.response_ids)} of {whole} tokens trained ({len(row.response_ids) / whole:.0%})"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_row_without_trained_tokens_is_an_error(tiny_target: Path) -> None:
@@ -118,7 +130,9 @@ def test_packed_rows_are_trained_but_for_their_first_token() -> None:
     assert (row.token_ids, row.trained) == ([8, 9, 10, 11], [False, True, True, True])
 
 
-def test_the_batches_of_align_are_shown_as_the_draft_reads_them(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_batches_of_align_are_shown_as_the_draft_reads_them(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = load_recipe(str(tiny_recipe), ["align.batch_tokens=128", "align.pretraining_share=0.3"])
     stages = ["design", "prepare", "pretrain", "continue_pretrain", "synthesize"]
     root = pipeline.run(recipe, only=stages).root
@@ -130,11 +144,16 @@ def test_the_batches_of_align_are_shown_as_the_draft_reads_them(tiny_recipe: Pat
     responses = [row for row in rows if ", responses," in row]
     assert responses
     assert all(row.count("[[") == row.count("]]") >= 1 for row in rows)
-    written = {tuple(row.response_ids) for row in read_all(RunDirectory(root).artifact("synthesize"), "train")}
+    written = {
+        tuple(row.response_ids) for row in read_all(RunDirectory(root).artifact("synthesize"), "train")
+    }
     source = training_batches(recipe.align, pipeline.make_context(recipe, Console(quiet=True)))  # type: ignore[arg-type]
     for row in spread_batch_rows(source, 6):
         if "responses" in row.about:
-            assert tuple(token for token, trained in zip(row.token_ids, row.trained, strict=True) if trained) in written
+            assert (
+                tuple(token for token, trained in zip(row.token_ids, row.trained, strict=True) if trained)
+                in written
+            )
 
 
 def test_the_batches_of_a_run_without_align_are_refused(finished: Path) -> None:

@@ -23,7 +23,14 @@ from fastdraft.interfaces import Generation, Sampling
 
 
 def plan(**changes: object) -> UnitPlan:
-    options = {"name": "p", "size": 100, "encode": lambda i: [i] * (1 + i % 7), "temperatures": [0.0, 0.6, 1.0], "unit_rows": 8, "seed": 1}
+    options = {
+        "name": "p",
+        "size": 100,
+        "encode": lambda i: [i] * (1 + i % 7),
+        "temperatures": [0.0, 0.6, 1.0],
+        "unit_rows": 8,
+        "seed": 1,
+    }
     return UnitPlan(**{**options, **changes})  # type: ignore[arg-type]
 
 
@@ -114,7 +121,9 @@ def prompt_file(tmp_path: Path, prompts: Sequence[str]) -> JsonlPrompts:
 
 def test_evaluation_prompts_are_refused_however_spaced_and_capitalised(tmp_path: Path) -> None:
     chosen = select_texts(
-        prompt_file(tmp_path, ["Tell me\n  about FOXES", "Other", "", "other ", "Third"]), {normalised("tell me about foxes")}, 0
+        prompt_file(tmp_path, ["Tell me\n  about FOXES", "Other", "", "other ", "Third"]),
+        {normalised("tell me about foxes")},
+        0,
     )
     assert sorted(chosen.texts) == ["Other", "Third"]
     assert chosen.refused == {"evaluation": 1, "empty": 1, "repeated": 1}
@@ -148,7 +157,9 @@ class Script:
         self.asked: list[list[int]] = []
         self.sampling: list[Sampling] = []
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         self.asked += [list(prompt) for prompt in prompts]
         self.sampling.append(sampling)
         pairs = zip(prompts, self.answers * len(prompts), strict=False)
@@ -163,11 +174,19 @@ def tokenizer(tiny_target: Path) -> PreTrainedTokenizerBase:
 def writer(tokenizer: PreTrainedTokenizerBase, instructions: Script, answers: Script) -> UnitWriter:
     row_filter = RowFilter({310}, tokenizer.decode)
     return UnitWriter(
-        answers, instructions, tokenizer, row_filter, max_new_tokens=8, context_length=256, is_evaluation=lambda text: text == "the fox"
+        answers,
+        instructions,
+        tokenizer,
+        row_filter,
+        max_new_tokens=8,
+        context_length=256,
+        is_evaluation=lambda text: text == "the fox",
     )
 
 
-def test_magpie_asks_what_the_target_invented_and_counts_what_is_no_use(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_magpie_asks_what_the_target_invented_and_counts_what_is_no_use(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     def said(text: str) -> tuple[list[int], str]:
         return [*tokenizer(text).input_ids, 3], "stop"
 
@@ -187,7 +206,9 @@ def test_magpie_asks_what_the_target_invented_and_counts_what_is_no_use(tokenize
     assert (instructions.sampling, answers.sampling) == ([Sampling(1.0)], [Sampling(0.6)])
     assert [row.response_ids for row in rows] == [[50, 51, 3]]
     expected = ["evaluation", "duplicate", "empty", "malformed", "too_long", "looping"]
-    assert counts.filtered == {f"instruction_{reason}": 2 if reason == "malformed" else 1 for reason in expected}
+    assert counts.filtered == {
+        f"instruction_{reason}": 2 if reason == "malformed" else 1 for reason in expected
+    }
     assert (counts.asked, counts.written, counts.balance()) == (8, 1, 0)
 
 
@@ -199,8 +220,12 @@ def test_an_instruction_of_an_earlier_unit_is_a_duplicate(tokenizer: PreTrainedT
     assert unit_writer.write(unit, 2)[1].filtered == {"instruction_duplicate": 1}
 
 
-def test_prompts_that_leave_no_room_for_an_answer_are_counted_and_not_asked(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompts_that_leave_no_room_for_an_answer_are_counted_and_not_asked(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     answers = Script([([50, 3], "stop")])
-    rows, counts = writer(tokenizer, Script([]), answers).write(Unit("p", 0.6, ([7] * 249, [8] * 248), True), 1)
+    rows, counts = writer(tokenizer, Script([]), answers).write(
+        Unit("p", 0.6, ([7] * 249, [8] * 248), True), 1
+    )
     assert (len(rows), counts.filtered, counts.balance()) == (1, {"prompt_too_long": 1}, 0)
     assert answers.asked == [[8] * 248]

@@ -42,7 +42,11 @@ def test_overrides_reach_nested_keys_and_list_items() -> None:
     recipe = load_recipe("demo", ["pretrain.tokens=3M", "prepare.corpora[0].tokens=1M", "run.seed=7"])
     assert recipe.pretrain is not None
     assert recipe.prepare is not None
-    assert (recipe.pretrain.tokens, recipe.prepare.corpora[0].tokens, recipe.run.seed) == (3_000_000, 1_000_000, 7)
+    assert (recipe.pretrain.tokens, recipe.prepare.corpora[0].tokens, recipe.run.seed) == (
+        3_000_000,
+        1_000_000,
+        7,
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,10 @@ def test_overrides_reach_nested_keys_and_list_items() -> None:
         ("evaluate.temperatures=[-1]", "temperatures"),
         ("run.seed=x", "run.seed"),
         ("run.name=../up", "run.name"),
-        ("pretrain.mixture={nowhere: 1}", "pretrain.mixture: nowhere: must be one of prepare.corpora (code, text)"),
+        (
+            "pretrain.mixture={nowhere: 1}",
+            "pretrain.mixture: nowhere: must be one of prepare.corpora (code, text)",
+        ),
         ("design.draft={kind: shape}", "design.draft"),
         ("design.draft={kind: budget, parameters: 0}", "design.draft"),
         ("synthesize.temperatures=[-0.5]", "synthesize.temperatures"),
@@ -119,7 +126,9 @@ def test_importing_does_not_import_torch(module: str) -> None:
 def test_a_yaml_mistake_names_its_line_and_windows_paths_their_cure(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text('run: {name: x}\ntarget: {model: "C:\\models"}\n', encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"line 2, column 2\d: found unknown escape character .* single quotes"):
+    with pytest.raises(
+        RecipeError, match=r"line 2, column 2\d: found unknown escape character .* single quotes"
+    ):
         load_recipe(str(path))
 
 

@@ -45,21 +45,37 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def written(
-    target: PreTrainedModel, draft: PreTrainedModel, sampling: Sampling, count: int, *, k: int = 3, draft_temperature: float | None = None
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    sampling: Sampling,
+    count: int,
+    *,
+    k: int = 3,
+    draft_temperature: float | None = None,
 ) -> tuple[list[SyntheticRow], list]:
     decoder = SpeculativeDecoder(target, draft, VOCABULARY, k, draft_temperature)
     results = exact_runs(decoder, prompts(count), sampling, 20, seed=1)
-    return [as_row(result.generation, sampling, "test") for result in results], [result.counts for result in results]
+    return [as_row(result.generation, sampling, "test") for result in results], [
+        result.counts for result in results
+    ]
 
 
 def whole(counts) -> list[float]:
     c = counts
-    totals = [c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens, c.num_examined_tokens, c.num_generated_tokens]
+    totals = [
+        c.num_drafts,
+        c.num_draft_tokens,
+        c.num_accepted_tokens,
+        c.num_examined_tokens,
+        c.num_generated_tokens,
+    ]
     return [*totals, *c.num_accepted_tokens_per_pos]
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
-def test_replay_of_greedy_text_gives_the_very_counts_of_the_run(target: PreTrainedModel, near: PreTrainedModel, k: int) -> None:
+def test_replay_of_greedy_text_gives_the_very_counts_of_the_run(
+    target: PreTrainedModel, near: PreTrainedModel, k: int
+) -> None:
     rows, exact = written(target, near, Sampling(0.0), 6, k=k)
     found = replay(near, rows, [k], VOCABULARY)
     assert [whole(counts[k]) for counts in found] == [whole(counts) for counts in exact]
@@ -68,7 +84,12 @@ def test_replay_of_greedy_text_gives_the_very_counts_of_the_run(target: PreTrain
 
 @pytest.mark.parametrize(
     ("sampling", "draft_temperature"),
-    [(Sampling(1.0), None), (Sampling(0.7, top_k=30, top_p=0.9), None), (Sampling(1.0), 0.0), (Sampling(1.0), 0.6)],
+    [
+        (Sampling(1.0), None),
+        (Sampling(0.7, top_k=30, top_p=0.9), None),
+        (Sampling(1.0), 0.0),
+        (Sampling(1.0), 0.6),
+    ],
 )
 def test_replay_of_sampled_text_gives_the_expected_counts_of_the_run(
     target: PreTrainedModel, near: PreTrainedModel, sampling: Sampling, draft_temperature: float | None
@@ -81,15 +102,26 @@ def test_replay_of_sampled_text_gives_the_expected_counts_of_the_run(
     assert add_counts(found).num_generated_tokens == add_counts(exact).num_generated_tokens
 
 
-def test_accept_probabilities_are_the_smaller_of_one_and_draft_over_target(target: PreTrainedModel, near: PreTrainedModel) -> None:
+def test_accept_probabilities_are_the_smaller_of_one_and_draft_over_target(
+    target: PreTrainedModel, near: PreTrainedModel
+) -> None:
     sampling = Sampling(0.8, top_k=40)
     rows, _ = written(target, near, sampling, 3)
     found = accept_probabilities(near, rows, VOCABULARY)
     for row, accept in zip(rows, found, strict=True):
         with torch.inference_mode():
-            logits = near(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, len(row.prompt_ids) - 1 : -1].clone()
+            logits = (
+                near(torch.tensor([row.prompt_ids + row.response_ids]))
+                .logits[0, len(row.prompt_ids) - 1 : -1]
+                .clone()
+            )
             logits[:, 300:] = -torch.inf
-        draft_probs = probabilities(logits, 0.8, 40).gather(-1, torch.tensor(row.response_ids)[:, None]).squeeze(-1).numpy()
+        draft_probs = (
+            probabilities(logits, 0.8, 40)
+            .gather(-1, torch.tensor(row.response_ids)[:, None])
+            .squeeze(-1)
+            .numpy()
+        )
         assert np.allclose(accept, np.minimum(1, draft_probs / np.exp(row.logprobs)), atol=1e-3)
 
 
@@ -113,7 +145,10 @@ def test_a_row_counts_the_same_whatever_it_is_batched_with(
 
 def test_batches_hold_every_row_once_and_respect_the_budget() -> None:
     lengths = [5, 100, 7, 7, 30, 1, 64]
-    rows = [SyntheticRow("", "", "", [5] * (n // 2), [6] * (n - n // 2), [], 0.0, 0, 1.0, "length") for n in lengths]
+    rows = [
+        SyntheticRow("", "", "", [5] * (n // 2), [6] * (n - n // 2), [], 0.0, 0, 1.0, "length")
+        for n in lengths
+    ]
     batches = list(length_batches(rows, 64))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 64 for batch in batches)
@@ -129,8 +164,13 @@ def test_progress_hears_of_every_row(target: PreTrainedModel, near: PreTrainedMo
 def test_a_draft_that_is_the_target_accepts_everything(target: PreTrainedModel) -> None:
     everything = Vocabulary(320, 320, (), 0, (), 0, "")
     decoder = SpeculativeDecoder(target, target, everything, 3)
-    rows = [as_row(r.generation, Sampling(1.0), "") for r in exact_runs(decoder, prompts(4), Sampling(1.0), 20, seed=0)]
-    assert block_efficiency(target, rows, 4, everything) == pytest.approx(5, rel=1e-2)  # 20 tokens: 4 rounds of 5
+    rows = [
+        as_row(r.generation, Sampling(1.0), "")
+        for r in exact_runs(decoder, prompts(4), Sampling(1.0), 20, seed=0)
+    ]
+    assert block_efficiency(target, rows, 4, everything) == pytest.approx(
+        5, rel=1e-2
+    )  # 20 tokens: 4 rounds of 5
     assert replay(target, rows, [4], everything)[0][4].overlap == pytest.approx(1, abs=1e-3)
 
 
@@ -143,7 +183,10 @@ def test_an_empty_answer_has_no_counts(near: PreTrainedModel) -> None:
 def test_the_progress_of_texts_that_stood_already_ends_at_their_number(
     target: PreTrainedModel, near: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = {("log", t): [as_row(g, Sampling(t), "log") for g in answers(count)] for t, count in ((0.0, 3), (0.7, 2))}
+    rows = {
+        ("log", t): [as_row(g, Sampling(t), "log") for g in answers(count)]
+        for t, count in ((0.0, 3), (0.7, 2))
+    }
     every = [row for found in rows.values() for row in found]
     task = EncodedTask("log", [row.row_id for row in every], [row.prompt_ids for row in every], 4)
     plan = Plan([task], [0.0, 0.7], [3], [3], 0, only=tuple(rows))

@@ -59,7 +59,9 @@ class Page(HTMLParser):
 
 def context_of(run: RunDirectory) -> StageContext:
     settings = RunConfig(name=run.root.name, folder=str(run.root.parent))
-    return StageContext(run, settings, TargetConfig(model="target"), {"report": report.ReportConfig()}, Console())
+    return StageContext(
+        run, settings, TargetConfig(model="target"), {"report": report.ReportConfig()}, Console()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,9 @@ def page(finished: RunDirectory) -> str:
     return render_html(compose_report(read_record(finished)))
 
 
-def test_the_stage_writes_both_files_and_prints_the_summary_and_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stage_writes_both_files_and_prints_the_summary_and_the_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write_run(tmp_path / "demo")
     context, config = context_of(run), report.ReportConfig(title="My draft")
     run.artifact("report").begin(report.fingerprint(config, context))
@@ -109,7 +113,12 @@ def test_the_page_needs_no_network_and_no_script(page: str) -> None:
 def test_the_page_is_well_formed_and_every_id_is_unique_and_found(page: str) -> None:
     parsed = Page(page)
     ids = [value["id"] for _, value in parsed.tags if value.get("id")]
-    targets = {value[1:] for _, tags in parsed.tags for name, value in tags.items() if name == "href" and value and value.startswith("#")}
+    targets = {
+        value[1:]
+        for _, tags in parsed.tags
+        for name, value in tags.items()
+        if name == "href" and value and value.startswith("#")
+    }
     targets |= set(re.findall(r"url\(#([^)]+)\)", page))
     assert not parsed.unbalanced
     assert not parsed.open
@@ -158,15 +167,25 @@ def test_markup_in_names_and_texts_is_shown_and_not_obeyed(tmp_path: Path) -> No
     assert "script" not in {tag for tag, _ in parsed.tags}
     assert not parsed.unbalanced
     assert HOSTILE in parsed.text
-    assert "<script>" not in re.sub(r"```.*?```", "", render_markdown(compose_report(record, title=HOSTILE)), flags=re.DOTALL).replace(
-        "\\<script\\>", ""
-    )
+    assert "<script>" not in re.sub(
+        r"```.*?```", "", render_markdown(compose_report(record, title=HOSTILE)), flags=re.DOTALL
+    ).replace("\\<script\\>", "")
 
 
 @pytest.mark.parametrize(
-    "stages", [("design",), ("design", "prepare"), ("design", "prepare", "pretrain"), ("synthesize",), ("evaluate",), ("align",)]
+    "stages",
+    [
+        ("design",),
+        ("design", "prepare"),
+        ("design", "prepare", "pretrain"),
+        ("synthesize",),
+        ("evaluate",),
+        ("align",),
+    ],
 )
-def test_a_run_without_some_stages_still_gets_a_report_that_says_so(tmp_path: Path, stages: tuple[str, ...]) -> None:
+def test_a_run_without_some_stages_still_gets_a_report_that_says_so(
+    tmp_path: Path, stages: tuple[str, ...]
+) -> None:
     record = read_record(write_run(tmp_path / "demo", stages=stages))
     text = render_html(compose_report(record))
     assert not Page(text).unbalanced
@@ -203,7 +222,10 @@ def test_the_verdict_names_every_task_with_its_best_k() -> None:
         assert task in verdict.sentence
     best = Results(results()).best("align", "code", 0.6)
     assert best is not None
-    assert f"{best['mbsu_parameters']:.2f}× on\u00a0code ({best['block_efficiency']:.2f} tokens per target pass" in verdict.sentence
+    assert (
+        f"{best['mbsu_parameters']:.2f}× on\u00a0code ({best['block_efficiency']:.2f} tokens per target pass"
+        in verdict.sentence
+    )
 
 
 def test_the_verdict_advises_against_a_draft_that_does_not_pay() -> None:
@@ -225,7 +247,13 @@ def test_the_verdict_says_when_the_measured_times_predict_no_gain() -> None:
 
 def test_best_k_is_the_one_with_the_highest_speed_up_and_the_smallest_when_equal() -> None:
     rows = [
-        {"checkpoint": "align", "task": "t", "temperature": 0.6, "num_speculative_tokens": k, "mbsu_parameters": value}
+        {
+            "checkpoint": "align",
+            "task": "t",
+            "temperature": 0.6,
+            "num_speculative_tokens": k,
+            "mbsu_parameters": value,
+        }
         for k, value in ((1, 1.1), (2, 1.3), (3, 1.3))
     ]
     best = Results({"rows": rows}).best("align", "t", 0.6)
@@ -234,7 +262,12 @@ def test_best_k_is_the_one_with_the_highest_speed_up_and_the_smallest_when_equal
 
 
 def test_a_speed_up_has_the_interval_of_block_efficiency_scaled() -> None:
-    item = {"block_efficiency": 2.0, "block_efficiency_low": 1.9, "block_efficiency_high": 2.2, "mbsu_bytes": 1.0}
+    item = {
+        "block_efficiency": 2.0,
+        "block_efficiency_low": 1.9,
+        "block_efficiency_high": 2.2,
+        "mbsu_bytes": 1.0,
+    }
     assert interval(item, "mbsu_bytes") == pytest.approx((0.95, 1.1))
     assert interval(item, "overlap") is None
 
@@ -247,7 +280,9 @@ def test_replay_stands_for_a_setting_that_was_counted_both_ways() -> None:
 
 def test_null_figures_are_shown_as_dashes() -> None:
     raw = results()
-    raw["rows"] = [item | dict.fromkeys(("mbsu_latency", "predicted_speedup", "overlap")) for item in raw["rows"]]
+    raw["rows"] = [
+        item | dict.fromkeys(("mbsu_latency", "predicted_speedup", "overlap")) for item in raw["rows"]
+    ]
     raw |= {"cost_ratio_latency": None, "latency": None, "contamination": None}
     text = render_html(compose_report(RunRecord("demo", {}, raw)))
     assert "None" not in Page(text).text
@@ -321,7 +356,9 @@ def test_the_synthetic_table_adds_up_to_what_was_asked(finished: RunDirectory) -
 
 
 def test_the_time_of_a_stage_is_the_longer_of_its_own_and_the_pipelines() -> None:
-    record = RunRecord("demo", {"align": {"seconds": 10.0}, "export": {}}, timings={"align": 30.0, "export": 2.0})
+    record = RunRecord(
+        "demo", {"align": {"seconds": 10.0}, "export": {}}, timings={"align": 30.0, "export": 2.0}
+    )
     assert (record.seconds("align"), record.seconds("export"), record.seconds("design")) == (30.0, 2.0, None)
 
 
@@ -355,7 +392,10 @@ def test_the_model_card_names_a_hub_target_as_base_model() -> None:
     assert "not evaluated" in text
 
 
-@pytest.mark.parametrize("target", ["shipped:targets/starter", "./model", "C:\\models\\mine", "/srv/models/mine", "a/b/c", 'x"\n- evil: y'])
+@pytest.mark.parametrize(
+    "target",
+    ["shipped:targets/starter", "./model", "C:\\models\\mine", "/srv/models/mine", "a/b/c", 'x"\n- evil: y'],
+)
 def test_the_model_card_never_takes_a_path_for_a_hub_id(target: str) -> None:
     text = model_card({"design": {"target": {"model": target}}}, None)
     assert "base_model" not in text.split("---\n")[1]

@@ -26,12 +26,25 @@ from fastdraft.errors import ArtifactError
 def make_row(number: int, prompt: int | None = None) -> SyntheticRow:
     prompt_ids = [1, prompt if prompt is not None else number]
     return SyntheticRow(
-        ids_hash(prompt_ids, [number, 3]), "instructions", ids_hash(prompt_ids), prompt_ids, [number, 3], [-0.5, -0.25], 0.6, 0, 1.0, "stop"
-    )  # fmt: skip
+        ids_hash(prompt_ids, [number, 3]),
+        "instructions",
+        ids_hash(prompt_ids),
+        prompt_ids,
+        [number, 3],
+        [-0.5, -0.25],
+        0.6,
+        0,
+        1.0,
+        "stop",
+    )
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
-    rows = [make_row(1), replace(make_row(70_000), logprobs=[0.0, -12.5], temperature=0.0, finish_reason="length"), make_row(2)]
+    rows = [
+        make_row(1),
+        replace(make_row(70_000), logprobs=[0.0, -12.5], temperature=0.0, finish_reason="length"),
+        make_row(2),
+    ]
     write_rows(tmp_path / "rows.parquet", rows)
     assert read_rows(tmp_path / "rows.parquet") == rows
 

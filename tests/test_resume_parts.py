@@ -69,8 +69,13 @@ def test_shards_written_over_any_crashes_are_the_undisturbed_ones(attempts: list
 
 
 @few
-@given(st.lists(st.lists(st.integers(0, 30), max_size=5), max_size=8), st.lists(st.sampled_from(["commit", "close", "kill"]), max_size=8))
-def test_a_journal_knows_after_any_crashes_just_what_was_committed(batches: list[list[int]], ends: list[str]) -> None:
+@given(
+    st.lists(st.lists(st.integers(0, 30), max_size=5), max_size=8),
+    st.lists(st.sampled_from(["commit", "close", "kill"]), max_size=8),
+)
+def test_a_journal_knows_after_any_crashes_just_what_was_committed(
+    batches: list[list[int]], ends: list[str]
+) -> None:
     with tempfile.TemporaryDirectory() as place:
         path, known, state = Path(place) / "0" / "journal.sqlite", set[bytes](), None
         for number, (batch, end) in enumerate(zip(batches, ends, strict=False)):
@@ -102,7 +107,9 @@ def test_metrics_over_any_crashes_are_those_of_one_run(attempts: list[tuple[int,
                 with open(folder / FILE, "a", encoding="utf-8") as file:
                     file.write('{"step": 3, "lo')
             saved = max(saved, reached - missed)
-        assert (folder / FILE).read_text(encoding="utf-8") == "".join(json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 13))
+        assert (folder / FILE).read_text(encoding="utf-8") == "".join(
+            json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 13)
+        )
 
 
 def trained(folder: Path, until: int, console: Console, save_at: int = 0) -> tuple[nn.Module, TrainingState]:
@@ -123,7 +130,14 @@ def trained(folder: Path, until: int, console: Console, save_at: int = 0) -> tup
 
 
 @settings(few, max_examples=15)
-@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3), st.sampled_from(["none", "weights", "state", "torn"])), max_size=4))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 3), st.integers(0, 3), st.sampled_from(["none", "weights", "state", "torn"])
+        ),
+        max_size=4,
+    )
+)
 def test_training_over_any_crashes_ends_in_the_same_weights(attempts: list[tuple[int, int, str]]) -> None:
     """Each attempt saves after some steps, goes on some more, dies, and may leave its newest checkpoint damaged."""
     console = Console(quiet=True)
@@ -181,7 +195,9 @@ class MemoryCorpus(PackedCorpus):
 
 @settings(few, max_examples=15)
 @given(
-    st.dictionaries(st.sampled_from(["a", "b", "c"]), st.tuples(st.integers(1, 40), st.floats(0.01, 9)), min_size=1),
+    st.dictionaries(
+        st.sampled_from(["a", "b", "c"]), st.tuples(st.integers(1, 40), st.floats(0.01, 9)), min_size=1
+    ),
     st.integers(0, 2**31 - 1),
     st.integers(0, 70_000),
     st.lists(st.integers(0, 9), min_size=1, max_size=8),
@@ -189,17 +205,28 @@ class MemoryCorpus(PackedCorpus):
 def test_row_i_of_a_mixture_is_the_same_however_rows_are_asked_for(
     corpora: dict[str, tuple[int, float]], seed: int, start: int, portions: list[int]
 ) -> None:
-    sampler = MixtureSampler({n: MemoryCorpus(r) for n, (r, _) in corpora.items()}, {n: w for n, (_, w) in corpora.items()}, seed)
+    sampler = MixtureSampler(
+        {n: MemoryCorpus(r) for n, (r, _) in corpora.items()}, {n: w for n, (_, w) in corpora.items()}, seed
+    )
     wanted, found, at = sampler.rows(start, sum(portions)), [], start
     for portion in portions:
-        fresh = MixtureSampler({n: MemoryCorpus(r) for n, (r, _) in corpora.items()}, {n: w for n, (_, w) in corpora.items()}, seed)
+        fresh = MixtureSampler(
+            {n: MemoryCorpus(r) for n, (r, _) in corpora.items()},
+            {n: w for n, (_, w) in corpora.items()},
+            seed,
+        )
         found.append(fresh.rows(at, portion))
         at += portion
     assert np.array_equal(np.concatenate(found), wanted)
 
 
 @few
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120), st.integers(0, 99), st.integers(1, 900))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    st.integers(1, 120),
+    st.integers(0, 99),
+    st.integers(1, 900),
+)
 def test_a_plan_of_batches_takes_every_sample_once_an_epoch_and_a_longer_one_begins_like_it(
     lengths: list[int], batch_tokens: int, seed: int, tokens: int
 ) -> None:

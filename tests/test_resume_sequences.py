@@ -61,9 +61,16 @@ def crash_at(patch: pytest.MonkeyPatch, run: Path, kind: str, write: int, consol
 
 
 @pytest.mark.parametrize("stage", ["prepare", "pretrain", "synthesize", "align", "evaluate"])
-@settings(max_examples=3, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=3,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(sequence=crashes)
-def test_a_stage_that_crashes_again_and_again_ends_in_the_same_files(short_run: Path, stage: str, sequence: list[tuple[str, int]]) -> None:
+def test_a_stage_that_crashes_again_and_again_ends_in_the_same_files(
+    short_run: Path, stage: str, sequence: list[tuple[str, int]]
+) -> None:
     runs = short_run.parent / "runs"
     run = runs / f"crash-{uuid.uuid4().hex}"
     copy_without(runs / "tiny", run, stage)

@@ -51,7 +51,9 @@ def test_a_document_goes_to_the_longest_rows_that_it_half_fills_and_that_have_no
     assert length_for(500, 16, {}, {}) == 16
 
 
-def test_long_rows_hold_long_documents_in_their_share_and_short_ones_never(tmp_path: Path, tiny_target: Path, mixed_corpus: Path) -> None:
+def test_long_rows_hold_long_documents_in_their_share_and_short_ones_never(
+    tmp_path: Path, tiny_target: Path, mixed_corpus: Path
+) -> None:
     context = context_of(tmp_path / "run", tiny_target)
     entry = {"name": "t", "kind": "jsonl", "path": str(mixed_corpus)}
     manifest = execute(config_of(entry, long_rows={128: 0.25}, validation=0.2), context)
@@ -72,9 +74,15 @@ def test_long_rows_hold_long_documents_in_their_share_and_short_ones_never(tmp_p
 
 @pytest.mark.parametrize("death", [(Journal, "commit", 2), (Journal, "add", 4)])
 def test_killed_work_with_long_rows_goes_on_to_the_same_bytes(
-    tmp_path: Path, tiny_target: Path, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, death: tuple[type, str, int]
+    tmp_path: Path,
+    tiny_target: Path,
+    mixed_corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    death: tuple[type, str, int],
 ) -> None:
-    config = config_of({"name": "t", "kind": "jsonl", "path": str(mixed_corpus)}, long_rows={64: 0.2, 128: 0.2})
+    config = config_of(
+        {"name": "t", "kind": "jsonl", "path": str(mixed_corpus)}, long_rows={64: 0.2, 128: 0.2}
+    )
     monkeypatch.setattr(build, "WINDOW_CHARS", 8000)
     expected = execute(config, context_of(tmp_path / "whole", tiny_target))
     monkeypatch.setattr(build, "BATCH_CHARS", 2000)
@@ -95,7 +103,9 @@ def test_without_long_documents_there_are_no_long_rows_and_a_warning_says_so(
     warnings: list[str] = []
     monkeypatch.setattr(Console, "warn", lambda self, text: warnings.append(text))
     context = context_of(tmp_path / "run", tiny_target)
-    manifest = execute(config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}, long_rows={1024: 0.1}), context)
+    manifest = execute(
+        config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}, long_rows={1024: 0.1}), context
+    )
     assert any("0.0% of the tokens are in rows of 1024, 10.0% were asked for" in text for text in warnings)
     assert all("row_length" not in shard for shard in manifest["corpora"]["t"]["train"]["shards"])
     sampler = open_mixture(context.artifact("prepare"), {"t": 1.0}, 0)
@@ -118,7 +128,9 @@ def test_impossible_lengths_are_refused(changes: dict[str, Any], message: str) -
         config_of({"name": "t", "kind": "jsonl", "path": "x"}, **changes)
 
 
-def test_the_fingerprint_knows_long_rows_and_old_shards_still_fit(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
+def test_the_fingerprint_knows_long_rows_and_old_shards_still_fit(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
     from fastdraft.stages import prepare
 
     entry = {"name": "t", "kind": "jsonl", "path": str(small_corpus)}
@@ -127,7 +139,9 @@ def test_the_fingerprint_knows_long_rows_and_old_shards_still_fit(tmp_path: Path
     mixed = config_of(entry, long_rows={64: 0.2})
     execute(mixed, context)
     assert not context.artifact("prepare").differences(prepare.fingerprint(mixed, context))
-    assert context.artifact("prepare").differences(prepare.fingerprint(config_of(entry, long_rows={64: 0.3}), context))
+    assert context.artifact("prepare").differences(
+        prepare.fingerprint(config_of(entry, long_rows={64: 0.3}), context)
+    )
 
 
 def test_pieces_of_long_documents_fill_long_rows() -> None:
@@ -165,8 +179,12 @@ def test_every_number_of_a_mixture_of_lengths_is_as_many_tokens() -> None:
 def test_each_length_is_walked_through_once_an_epoch_and_nothing_depends_on_the_cut() -> None:
     sampler = MixtureSampler(MIXED, WEIGHTS, 5)
     numbers = [name for name, _ in sampler.sources(0, 640)]
-    last = [i for i, name in enumerate(numbers) if name == "a"][80 * 2 // 4 - 1]  # 80 rows, four a number, two epochs
-    rows = MixtureSampler({"a": MIXED["a"], "a@16": MIXED["a@16"]}, {"a": 1, "a@16": 1e-9}, 5).groups(0, 40)[-1][:, 0]
+    last = [i for i, name in enumerate(numbers) if name == "a"][
+        80 * 2 // 4 - 1
+    ]  # 80 rows, four a number, two epochs
+    rows = MixtureSampler({"a": MIXED["a"], "a@16": MIXED["a@16"]}, {"a": 1, "a@16": 1e-9}, 5).groups(0, 40)[
+        -1
+    ][:, 0]
     assert sorted(rows[:80].tolist()) == sorted(rows[80:160].tolist()) == list(range(80))
     assert last < 640
     whole = sampler.groups(0, 100)
@@ -203,7 +221,9 @@ def with_long_rows(recipe: Path, folder: str, **pretrain: Any) -> Path:
     text = recipe.parent / "text.jsonl"
     with open(text, "a", encoding="utf-8") as file:
         for i in range(60):
-            file.write(json.dumps({"text": f"The long tale number {i} goes on about the river. " * 16}) + "\n")
+            file.write(
+                json.dumps({"text": f"The long tale number {i} goes on about the river. " * 16}) + "\n"
+            )
     value["prepare"] |= {"row_length": 32, "long_rows": {128: 0.3}}
     value["pretrain"] |= pretrain
     value["run"]["name"] = folder
@@ -229,5 +249,7 @@ def test_check_refuses_rows_beyond_the_drafts_context_before_anything_is_prepare
     value = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
     value["prepare"] |= {"row_length": 64, "long_rows": {512: 0.2}}
     tiny_recipe.write_text(yaml.safe_dump(value), encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"prepare.long_rows: 512: must be at most the draft's context of 256"):
+    with pytest.raises(
+        RecipeError, match=r"prepare.long_rows: 512: must be at most the draft's context of 256"
+    ):
         check.run(load_recipe(str(tiny_recipe)), Console(quiet=True))

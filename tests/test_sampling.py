@@ -26,8 +26,18 @@ def test_warp_refuses_temperature_zero() -> None:
 
 
 def test_top_k_keeps_k_tokens_and_all_ties_at_the_last_place() -> None:
-    assert (probabilities(torch.tensor([4.0, 3.0, 2.0, 1.0]), 1.0, top_k=2) > 0).tolist() == [True, True, False, False]
-    assert (probabilities(torch.tensor([4.0, 3.0, 3.0, 1.0]), 1.0, top_k=2) > 0).tolist() == [True, True, True, False]
+    assert (probabilities(torch.tensor([4.0, 3.0, 2.0, 1.0]), 1.0, top_k=2) > 0).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert (probabilities(torch.tensor([4.0, 3.0, 3.0, 1.0]), 1.0, top_k=2) > 0).tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]
     assert (probabilities(torch.tensor([4.0, 3.0]), 1.0, top_k=9) > 0).all()
 
 
@@ -47,7 +57,9 @@ def test_order_is_temperature_then_top_k_then_top_p_as_in_transformers() -> None
 
     torch.manual_seed(0)
     logits = torch.randn(64, 50) * 3
-    reference = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(12), TopPLogitsWarper(0.8)])(None, logits.clone())
+    reference = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(12), TopPLogitsWarper(0.8)]
+    )(None, logits.clone())
     assert torch.allclose(probabilities(logits, 0.7, 12, 0.8), reference.softmax(-1), atol=1e-6)
 
 
@@ -97,7 +109,9 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_places() -> None:
 
 def test_devices_without_float64_are_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_fp64, wanted in ((True, torch.float64), (False, torch.float32)):
-        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, has=has_fp64: SimpleNamespace(has_fp64=has))
+        monkeypatch.setattr(
+            torch.xpu, "get_device_properties", lambda device, has=has_fp64: SimpleNamespace(has_fp64=has)
+        )
         assert precise(torch.device("xpu", int(has_fp64))) is wanted
     assert precise(torch.device("mps")) is torch.float32
     assert precise(torch.device("cpu")) is torch.float64

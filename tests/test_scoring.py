@@ -29,9 +29,12 @@ def write(model: PreTrainedModel, sampling: Sampling) -> list[Generation]:
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(1.0), Sampling(0.6), Sampling(0.8, top_k=7), Sampling(0.9, top_p=0.7), Sampling(0.7, 20, 0.9)]
+    "sampling",
+    [Sampling(1.0), Sampling(0.6), Sampling(0.8, top_k=7), Sampling(0.9, top_p=0.7), Sampling(0.7, 20, 0.9)],
 )
-def test_scored_log_probs_are_those_recorded_while_writing(model: PreTrainedModel, sampling: Sampling) -> None:
+def test_scored_log_probs_are_those_recorded_while_writing(
+    model: PreTrainedModel, sampling: Sampling
+) -> None:
     written = write(model, sampling)
     forgotten = [replace(g, logprobs=[math.nan] * len(g.logprobs)) for g in written]
     for scored, recorded in zip(score(model, forgotten, sampling, batch_tokens=32), written, strict=True):
@@ -55,10 +58,14 @@ def test_an_engine_is_given_the_models_log_probs(model: PreTrainedModel) -> None
     class Writer:
         name = "writer"
 
-        def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+        def generate(
+            self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+        ) -> list[Generation]:
             return [replace(g, logprobs=[math.nan] * len(g.response_ids)) for g in write(model, sampling)]
 
     engine = ScoringEngine(Writer(), model)
     assert engine.name == "writer"
     found = engine.generate(PROMPTS, Sampling(0.8), 12, 0)
-    assert [g.logprobs for g in found] == [pytest.approx(g.logprobs, abs=2e-4) for g in write(model, Sampling(0.8))]
+    assert [g.logprobs for g in found] == [
+        pytest.approx(g.logprobs, abs=2e-4) for g in write(model, Sampling(0.8))
+    ]

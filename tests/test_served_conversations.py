@@ -35,7 +35,9 @@ from fastdraft.runtimes.openai_requests import Servers
 from fastdraft.runtimes.openai_server import OpenAIEngine
 from serving import Served
 
-WITH_SYSTEM = CHAT_TEMPLATE.replace("{% if m['role']=='user' %}<|user|>", "{% if m['role'] in ('user', 'system') %}<|user|>")
+WITH_SYSTEM = CHAT_TEMPLATE.replace(
+    "{% if m['role']=='user' %}<|user|>", "{% if m['role'] in ('user', 'system') %}<|user|>"
+)
 TALKS = [
     Conversation(("First?", "Second?", "Third?"), "Be brief."),
     Conversation(("What is a fox?", "And why?")),
@@ -64,9 +66,14 @@ class Local:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         answers = [answer_of(prompt, self.tokenizer)[:max_new_tokens] for prompt in prompts]
-        return [Generation(list(p), ids, [0.0] * len(ids), "stop") for p, ids in zip(prompts, answers, strict=True)]
+        return [
+            Generation(list(p), ids, [0.0] * len(ids), "stop")
+            for p, ids in zip(prompts, answers, strict=True)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +98,17 @@ def _no_old_faults(request: pytest.FixtureRequest) -> None:
 
 
 def engine_of(folder: Path, server: Served, retries: int = 4) -> OpenAIEngine:
-    pool = Servers([server.url], concurrency=2, timeout=20.0, retries=retries, api_key_env="FASTDRAFT_TEST_KEY", pause=0.02)
-    return OpenAIEngine(pool, load_tokenizer(str(folder)), load_vocabulary(TargetConfig(model=str(folder))), 256)
+    pool = Servers(
+        [server.url],
+        concurrency=2,
+        timeout=20.0,
+        retries=retries,
+        api_key_env="FASTDRAFT_TEST_KEY",
+        pause=0.02,
+    )
+    return OpenAIEngine(
+        pool, load_tokenizer(str(folder)), load_vocabulary(TargetConfig(model=str(folder))), 256
+    )
 
 
 def written(folder: Path, engine: Engine, talks: list[Conversation]) -> tuple[list[SyntheticRow], RowCounts]:
@@ -106,48 +122,83 @@ def written(folder: Path, engine: Engine, talks: list[Conversation]) -> tuple[li
     return writer.write(unit, 5)
 
 
-def test_a_chat_server_is_asked_every_turn_with_its_own_earlier_answers(target: Path, chat_server: Served) -> None:
+def test_a_chat_server_is_asked_every_turn_with_its_own_earlier_answers(
+    target: Path, chat_server: Served
+) -> None:
     chat_server.asked.clear()
     rows, counts = written(target, engine_of(target, chat_server), TALKS)
     assert (rows, counts) == written(target, Local(load_tokenizer(str(target))), TALKS)
     assert counts.written == 6
     longest = max((body.get("messages", []) for body in chat_server.asked), key=len)
-    assert [message["role"] for message in longest] == ["system", "user", "assistant", "user", "assistant", "user"]
-    assert [message["content"] for message in longest if message["role"] == "user"] == ["First?", "Second?", "Third?"]
+    assert [message["role"] for message in longest] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert [message["content"] for message in longest if message["role"] == "user"] == [
+        "First?",
+        "Second?",
+        "Third?",
+    ]
     tokenizer = load_tokenizer(str(target))
     said = [tokenizer.decode(row.response_ids[:-1]) for row in rows]
     assert all(message["content"] in said for message in longest if message["role"] == "assistant")
 
 
-def test_a_chat_server_whose_template_takes_no_system_message_gets_it_in_the_first_question(tiny_target: Path) -> None:
+def test_a_chat_server_whose_template_takes_no_system_message_gets_it_in_the_first_question(
+    tiny_target: Path,
+) -> None:
     with Talking(tiny_target, style="chat").running() as one:
         rows, counts = written(tiny_target, engine_of(tiny_target, one), TALKS)
     assert (rows, counts) == written(tiny_target, Local(load_tokenizer(str(tiny_target))), TALKS)
     assert counts.written == 6
-    assert {"role": "user", "content": "Be brief.\n\nFirst?"} in [body["messages"][0] for body in one.asked if "messages" in body]
+    assert {"role": "user", "content": "Be brief.\n\nFirst?"} in [
+        body["messages"][0] for body in one.asked if "messages" in body
+    ]
 
 
-def test_kept_prompts_of_later_turns_still_know_their_messages(target: Path, chat_server: Served, tmp_path: Path) -> None:
-    task = EncodedTask("talks", [], [], 40, conversations=[(f"talk{i}", talk) for i, talk in enumerate(TALKS)])
+def test_kept_prompts_of_later_turns_still_know_their_messages(
+    target: Path, chat_server: Served, tmp_path: Path
+) -> None:
+    task = EncodedTask(
+        "talks", [], [], 40, conversations=[(f"talk{i}", talk) for i, talk in enumerate(TALKS)]
+    )
     plan = Plan([task], [0.0], [3], [], 0)
     tokenizer = load_tokenizer(str(target))
-    place: dict[str, Any] = {"folder": tmp_path, "console": Console(quiet=True), "tokenizer": tokenizer, "context_length": 256}
+    place: dict[str, Any] = {
+        "folder": tmp_path,
+        "console": Console(quiet=True),
+        "tokenizer": tokenizer,
+        "context_length": 256,
+    }
     fresh = with_turns(plan, lambda on_batch: engine_of(target, chat_server), **place).tasks[0]
     again = with_turns(plan, _never, **place).tasks[0]
     assert again == fresh
     assert fresh.groups == [0, 0, 0, 1, 1, 2]
     assert all(isinstance(prompt, RenderedPrompt) for prompt in again.prompt_ids)
     answers = engine_of(target, chat_server).generate(again.prompt_ids, Sampling(0.0), 40, 0)
-    assert [answer.response_ids for answer in answers] == [answer_of(prompt, tokenizer) for prompt in again.prompt_ids]
+    assert [answer.response_ids for answer in answers] == [
+        answer_of(prompt, tokenizer) for prompt in again.prompt_ids
+    ]
 
 
 def _never(on_batch: Any) -> Engine:
     raise AssertionError("these prompts are kept")
 
 
-@pytest.mark.parametrize(("fault", "after"), [("500", 1), ("429", 4), ("cut", 4), ("drop", 1), ("wrong", 4), ("endless", 1), ("stall", 4)])
-def test_a_fault_in_the_middle_of_a_conversation_changes_no_row(target: Path, chat_server: Served, fault: str, after: int) -> None:
-    engine = engine_of(target, chat_server, retries=20)  # on a busy machine a good answer may miss the short time-out too
+@pytest.mark.parametrize(
+    ("fault", "after"),
+    [("500", 1), ("429", 4), ("cut", 4), ("drop", 1), ("wrong", 4), ("endless", 1), ("stall", 4)],
+)
+def test_a_fault_in_the_middle_of_a_conversation_changes_no_row(
+    target: Path, chat_server: Served, fault: str, after: int
+) -> None:
+    engine = engine_of(
+        target, chat_server, retries=20
+    )  # on a busy machine a good answer may miss the short time-out too
     whole = written(target, engine, TALKS)
     engine.servers.timeout = 0.5 if fault == "stall" else 20.0
     chat_server.faults[:] = [""] * after + [fault]
@@ -155,7 +206,9 @@ def test_a_fault_in_the_middle_of_a_conversation_changes_no_row(target: Path, ch
     assert not chat_server.faults
 
 
-def test_a_server_that_dies_between_two_turns_ends_in_one_line_and_loses_no_finished_work(target: Path, chat_server: Served) -> None:
+def test_a_server_that_dies_between_two_turns_ends_in_one_line_and_loses_no_finished_work(
+    target: Path, chat_server: Served
+) -> None:
     engine = engine_of(target, chat_server, retries=1)
     whole = written(target, engine, TALKS)
     chat_server.faults[:] = ["", "", "", *["500"] * 50]
@@ -171,7 +224,9 @@ def test_a_run_of_conversations_over_a_chat_server_evaluates_every_turn_with_one
 ) -> None:
     opened: list[str] = []
     real = engines.open_engines
-    monkeypatch.setattr(engines, "open_engines", lambda *a, **k: opened.append(k.get("stage", "synthesize")) or real(*a, **k))
+    monkeypatch.setattr(
+        engines, "open_engines", lambda *a, **k: opened.append(k.get("stage", "synthesize")) or real(*a, **k)
+    )
     recipe = load_recipe(str(_recipe(tmp_path, target, chat_server)))
     (target / "model.safetensors").rename(tmp_path / "away")
     try:
@@ -187,23 +242,31 @@ def test_a_run_of_conversations_over_a_chat_server_evaluates_every_turn_with_one
 
 def _recipe(folder: Path, target: Path, server: Served) -> Path:
     lines = {
-        "training": [{"messages": _messages(f"What is {i}?", "And then?", system="Be brief.", answers=["LOGGED"])} for i in range(12)],
+        "training": [
+            {"messages": _messages(f"What is {i}?", "And then?", system="Be brief.", answers=["LOGGED"])}
+            for i in range(12)
+        ],
         "own": [
-            {"id": f"t{i}", "messages": _messages(*talk.users, system=talk.system, answers=["LOGGED"] * 2)} for i, talk in enumerate(TALKS)
+            {"id": f"t{i}", "messages": _messages(*talk.users, system=talk.system, answers=["LOGGED"] * 2)}
+            for i, talk in enumerate(TALKS)
         ],
     }
     for name, rows in lines.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     path = write_recipe(folder, target)
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     for name in ("prepare", "pretrain", "continue_pretrain", "export", "report"):
         del recipe[name]
     recipe["synthesize"] |= {
-        "prompts": [{"kind": "jsonl", "name": "talks", "path": str(folder / "training.jsonl"), "field": "messages"}],
+        "prompts": [
+            {"kind": "jsonl", "name": "talks", "path": str(folder / "training.jsonl"), "field": "messages"}
+        ],
         "engine": {"kind": "openai", "servers": [server.url], "api": "chat", "logprobs": "none"},
         "temperatures": [0],
         "tokens": "1k",
-    }  # fmt: skip
+    }
     recipe["align"] |= {"tokens": "1k", "pretraining_share": 0}
     task = {"kind": "file", "name": "talks", "path": str(folder / "own.jsonl"), "max_new_tokens": 32}
     recipe["evaluate"] |= {"tasks": [task], "texts": "engine", "temperatures": [0], "checkpoints": ["align"]}

@@ -67,7 +67,9 @@ class Run:
         return dict(json.loads((run.artifact("evaluate").path / "results.json").read_text(encoding="utf-8")))
 
     def weights(self, *, here: bool) -> None:
-        source, goal = (self.away, self.target / self.away.name) if here else (self.target / self.away.name, self.away)
+        source, goal = (
+            (self.away, self.target / self.away.name) if here else (self.target / self.away.name, self.away)
+        )
         if source.exists():
             source.rename(goal)
 
@@ -87,16 +89,31 @@ def _weights_away(request: pytest.FixtureRequest) -> None:
 def replayed(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Replay rows without what only a loaded target can time."""
     timed = ("mbsu_latency", "predicted_speedup")
-    return [{k: v for k, v in row.items() if k not in timed} for row in results["rows"] if row["method"] == "replay"]
+    return [
+        {k: v for k, v in row.items() if k not in timed}
+        for row in results["rows"]
+        if row["method"] == "replay"
+    ]
 
 
 def log_of(rows: list[SyntheticRow], path: Path) -> Path:
     """Rows as a server's log: ids in, ids out."""
     lines = [
-        {"prompt": row.prompt_ids, "temperature": row.temperature, "top_k": row.top_k, "top_p": row.top_p,
-         "choices": [{"token_ids": row.response_ids, "finish_reason": row.finish_reason, "logprobs": {"token_logprobs": row.logprobs}}]}
+        {
+            "prompt": row.prompt_ids,
+            "temperature": row.temperature,
+            "top_k": row.top_k,
+            "top_p": row.top_p,
+            "choices": [
+                {
+                    "token_ids": row.response_ids,
+                    "finish_reason": row.finish_reason,
+                    "logprobs": {"token_logprobs": row.logprobs},
+                }
+            ],
+        }
         for row in rows
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -120,7 +137,9 @@ def test_replay_over_logged_text_gives_the_rows_that_the_weights_give(run: Run) 
     rows = [row for path in texts for row in read_rows(path)]
     log = log_of(rows, run.folder / "served.jsonl")
     run.weights(here=False)
-    without = run.results(texts={"kind": "transcripts", "name": "own", "path": str(log), "logprobs": "processed"})
+    without = run.results(
+        texts={"kind": "transcripts", "name": "own", "path": str(log), "logprobs": "processed"}
+    )
     assert replayed(without) == replayed(with_weights)
     assert without["latency"] is None
     assert not [row for row in without["rows"] if row["method"] == "exact"]
@@ -144,9 +163,15 @@ def test_held_out_rows_are_scored_alike_with_and_without_weights(run: Run) -> No
         assert own["block_efficiency"] == pytest.approx(other["block_efficiency"], abs=1e-4)
 
 
-def test_replay_over_texts_that_stand_ends_at_all_of_them(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.run(run.recipe(texts={"kind": "synthesize"}, tasks=[]), Console(), only=["evaluate"], redo=["evaluate"])
-    assert " 100% " in next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  replay"))
+def test_replay_over_texts_that_stand_ends_at_all_of_them(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run(
+        run.recipe(texts={"kind": "synthesize"}, tasks=[]), Console(), only=["evaluate"], redo=["evaluate"]
+    )
+    assert " 100% " in next(
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("  replay")
+    )
 
 
 def test_a_draft_that_proposes_greedily_needs_no_logprobs(run: Run) -> None:
@@ -223,7 +248,9 @@ def test_logits_of_logged_text_come_from_the_weights(run: Run) -> None:
     assert sum(1 for _ in read_with_logits(artifact)) == len(rows)
 
 
-def test_auto_answers_the_tasks_with_the_engine_that_wrote_the_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_answers_the_tasks_with_the_engine_that_wrote_the_rows(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engines, "require_openvino", _not_installed)
     run.weights(here=True)
     local = {**run.synthesize, "engine": {"kind": "auto"}}
@@ -235,10 +262,14 @@ def test_auto_answers_the_tasks_with_the_engine_that_wrote_the_rows(run: Run, mo
     assert "model.safetensors" in evaluated.stored_fingerprint()["target"]["files"]
 
 
-def test_a_converted_target_leaves_with_the_stage_that_needed_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_converted_target_leaves_with_the_stage_that_needed_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages: list[str] = []
 
-    def convert_and_write(settings: Any, context: Any, *arguments: Any, stage: str, **options: Any) -> engines.Engines:
+    def convert_and_write(
+        settings: Any, context: Any, *arguments: Any, stage: str, **options: Any
+    ) -> engines.Engines:
         stages.append(stage)
         copy = context.artifact(stage).path / "converted" / settings.weights
         copy.mkdir(parents=True)
@@ -274,7 +305,9 @@ def test_a_benchmark_beside_texts_that_stand_takes_the_shipped_tasks(run: Run) -
     assert [task.name for task in BenchmarkConfig().tasks_of(sections)] == list(SHIPPED_TASKS)
 
 
-def test_check_says_who_writes_and_forecasts_no_memory_for_a_target_behind_a_server(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_who_writes_and_forecasts_no_memory_for_a_target_behind_a_server(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = run.recipe("looked-at", texts="engine")
     check.run(recipe, Console())
     assert "engine of synthesize: openai: as the recipe says" in capsys.readouterr().out
@@ -293,7 +326,11 @@ def test_check_tells_of_weights_that_logits_will_need(run: Run) -> None:
 @pytest.mark.parametrize(
     ("texts", "overrides", "words"),
     [
-        ("engine", ["align.objective={kind: token_kd, source: target}"], "align.objective: source: target reads"),
+        (
+            "engine",
+            ["align.objective={kind: token_kd, source: target}"],
+            "align.objective: source: target reads",
+        ),
         ("target", [], "evaluate.texts: kind: target runs the target here.*kind: engine"),
     ],
 )
@@ -310,7 +347,11 @@ def test_what_needs_weights_that_are_not_here_is_told_before_a_day_of_training(
 
 def test_a_log_of_evaluation_prompts_is_refused_as_training_data(run: Run) -> None:
     lines = [
-        {"messages": [{"role": "user", "content": f"Tell me about number {i} and the fox."}], "response": "y", "temperature": 0}
+        {
+            "messages": [{"role": "user", "content": f"Tell me about number {i} and the fox."}],
+            "response": "y",
+            "temperature": 0,
+        }
         for i in range(6)
     ]
     path = run.folder / "leak.jsonl"
@@ -330,7 +371,9 @@ def test_a_log_of_evaluation_prompts_is_refused_as_training_data(run: Run) -> No
         ({"texts": {"kind": "transcripts", "name": "x"}}, "required"),
     ],
 )
-def test_texts_that_make_no_sense_are_refused_in_one_line(run: Run, change: dict[str, Any], words: str) -> None:
+def test_texts_that_make_no_sense_are_refused_in_one_line(
+    run: Run, change: dict[str, Any], words: str
+) -> None:
     with pytest.raises(RecipeError, match=words) as caught:
         run.recipe(**change)
     assert "\n" not in str(caught.value)

@@ -40,11 +40,20 @@ from fastdraft.recipe import Recipe, load_recipe
 
 def made(tokens: int, k: int, vocab_size: int, seed: int = 0) -> SparseLogits:
     rng = np.random.default_rng(seed)
-    ids = np.stack([rng.choice(vocab_size, k, replace=False) for _ in range(tokens)]) if tokens else np.zeros((0, k))
-    return SparseLogits(ids.astype(np.int32), np.log(rng.dirichlet(np.ones(k + 1), tokens) + 1e-9).astype(np.float32))
+    ids = (
+        np.stack([rng.choice(vocab_size, k, replace=False) for _ in range(tokens)])
+        if tokens
+        else np.zeros((0, k))
+    )
+    return SparseLogits(
+        ids.astype(np.int32), np.log(rng.dirichlet(np.ones(k + 1), tokens) + 1e-9).astype(np.float32)
+    )
 
 
-@pytest.mark.parametrize(("vocab_size", "size"), [(320, 258), (8192, 258), (32_064, 258), (65_536, 258), (128_256, 266), (262_144, 274)])
+@pytest.mark.parametrize(
+    ("vocab_size", "size"),
+    [(320, 258), (8192, 258), (32_064, 258), (65_536, 258), (128_256, 266), (262_144, 274)],
+)
 def test_64_kept_tokens_take_less_than_300_bytes(tmp_path: Path, vocab_size: int, size: int) -> None:
     assert record_type(64, vocab_size).itemsize == size < 300
     path = tmp_path / "unit-00000.logits.safetensors"
@@ -57,7 +66,11 @@ def test_64_kept_tokens_take_less_than_300_bytes(tmp_path: Path, vocab_size: int
 def test_any_slice_reads_back_ids_exactly_and_log_probs_to_half_precision(
     tmp_path_factory: pytest.TempPathFactory, tokens: int, k: int, bits: int, seed: int
 ) -> None:
-    path, vocab_size, draw = tmp_path_factory.mktemp("l") / "u.logits.safetensors", 2**bits - 3, random.Random(seed)
+    path, vocab_size, draw = (
+        tmp_path_factory.mktemp("l") / "u.logits.safetensors",
+        2**bits - 3,
+        random.Random(seed),
+    )
     logits = made(tokens, k, vocab_size, seed)
     write_sparse_logits(path, logits, vocab_size, "rows")
     start, stop = sorted((draw.randint(0, tokens), draw.randint(0, tokens)))
@@ -70,12 +83,23 @@ def test_any_slice_reads_back_ids_exactly_and_log_probs_to_half_precision(
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 3.0, 30.0])
-def test_what_is_stored_is_the_bucketed_distribution_to_a_millionth_of_a_nat(tmp_path: Path, sharpness: float) -> None:
-    path, logits = tmp_path / "u.logits.safetensors", sharpness * torch.randn(500, 8192, generator=torch.Generator().manual_seed(0))
+def test_what_is_stored_is_the_bucketed_distribution_to_a_millionth_of_a_nat(
+    tmp_path: Path, sharpness: float
+) -> None:
+    path, logits = (
+        tmp_path / "u.logits.safetensors",
+        sharpness * torch.randn(500, 8192, generator=torch.Generator().manual_seed(0)),
+    )
     exact = top_k_buckets(logits.double(), 64)
-    write_sparse_logits(path, SparseLogits(exact.ids.int().numpy(), exact.logprobs.float().numpy()), 8192, "rows")
+    write_sparse_logits(
+        path, SparseLogits(exact.ids.int().numpy(), exact.logprobs.float().numpy()), 8192, "rows"
+    )
     read = StoredLogits(path).read(0, 500)
-    found = SparseTarget(torch.from_numpy(read.ids), torch.from_numpy(read.logprobs)).normalized().logprobs.double()
+    found = (
+        SparseTarget(torch.from_numpy(read.ids), torch.from_numpy(read.logprobs))
+        .normalized()
+        .logprobs.double()
+    )
     divergence = (exact.logprobs.exp() * (exact.logprobs - found)).sum(-1)
     assert divergence.mean() < 1e-6
     assert divergence.max() < 1e-5
@@ -85,7 +109,9 @@ def test_what_is_stored_is_the_bucketed_distribution_to_a_millionth_of_a_nat(tmp
 
 def test_probabilities_too_small_for_half_precision_stay_finite(tmp_path: Path) -> None:
     path = tmp_path / "u.logits.safetensors"
-    write_sparse_logits(path, SparseLogits(np.array([[4]], np.int32), np.array([[0, -1e30]], np.float32)), 8, "rows")
+    write_sparse_logits(
+        path, SparseLogits(np.array([[4]], np.int32), np.array([[0, -1e30]], np.float32)), 8, "rows"
+    )
     assert StoredLogits(path).read(0, 1).logprobs.tolist() == [[0.0, -1e4]]
 
 
@@ -106,7 +132,9 @@ class Folder:
         value = yaml.safe_load(write_recipe(self.root, self.target).read_text(encoding="utf-8"))
         value["run"]["name"] = f"run-{self.number}"
         value["synthesize"]["prompts"].pop(1)
-        value["synthesize"].update({"tokens": 400, "batch_rows": 8, "logits": {"kind": "top_k", "k": 16}, **changes})
+        value["synthesize"].update(
+            {"tokens": 400, "batch_rows": 8, "logits": {"kind": "top_k", "k": 16}, **changes}
+        )
         path = self.root / f"recipe-{self.number}.yaml"
         path.write_text(yaml.safe_dump(value), encoding="utf-8")
         return load_recipe(str(path))
@@ -139,10 +167,16 @@ def test_every_unit_has_its_logits_and_every_token_its_record(written: Artifact)
         facts = StoredLogits(logits_path(path)).facts
         rows = read_rows(path)
         assert facts["tokens"] == sum(len(row.response_ids) for row in rows)
-        assert (facts["k"], facts["vocab_size"], facts["rows"]) == (16, 320, rows_digest([row.row_id for row in rows]))
+        assert (facts["k"], facts["vocab_size"], facts["rows"]) == (
+            16,
+            320,
+            rows_digest([row.row_id for row in rows]),
+        )
 
 
-def test_a_rows_logits_are_the_targets_own_at_temperature_1_with_no_id_masked(written: Artifact, target: PreTrainedModel) -> None:
+def test_a_rows_logits_are_the_targets_own_at_temperature_1_with_no_id_masked(
+    written: Artifact, target: PreTrainedModel
+) -> None:
     placed = list(read_with_logits(written))
     assert [row.row_id for row, _ in placed] == [row.row_id for row in read_all(written)]
     padding_ids_seen = False
@@ -157,12 +191,16 @@ def test_a_rows_logits_are_the_targets_own_at_temperature_1_with_no_id_masked(wr
         np.testing.assert_allclose(found.logprobs.max(1), expected.logprobs.max(-1).values, atol=2e-2)
         np.testing.assert_array_equal(logits.read(1, 3).ids, found.ids[1:3])
         padding_ids_seen |= bool((found.ids >= 300).any())
-    assert padding_ids_seen, "the tiny target gives its 20 padding ids a share; it must not be taken from them"
+    assert padding_ids_seen, (
+        "the tiny target gives its 20 padding ids a share; it must not be taken from them"
+    )
 
 
 def test_scoring_in_small_batches_gives_the_same_rows(written: Artifact, target: PreTrainedModel) -> None:
     rows = list(read_all(written))[:9]
-    for one, other in zip(sparse_logits(target, rows, 8), sparse_logits(target, rows, 8, batch_tokens=1), strict=True):
+    for one, other in zip(
+        sparse_logits(target, rows, 8), sparse_logits(target, rows, 8, batch_tokens=1), strict=True
+    ):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
         assert (one.ids == other.ids).mean() > 0.99
 
@@ -200,7 +238,9 @@ def test_finished_logits_are_not_made_again(folder: Folder, monkeypatch: pytest.
     assert contents(folder.run(recipe)) == before
 
 
-def test_without_logits_nothing_is_scored_and_the_fingerprint_is_as_before_there_was_a_choice(folder: Folder) -> None:
+def test_without_logits_nothing_is_scored_and_the_fingerprint_is_as_before_there_was_a_choice(
+    folder: Folder,
+) -> None:
     artifact = folder.run(folder.recipe(logits={"kind": "none"}))
     assert all(path.suffix == ".parquet" for path in (artifact.path / "units").iterdir())
     assert "logits" not in artifact.stored_fingerprint()["settings"]
@@ -215,7 +255,9 @@ def test_logits_of_other_rows_are_refused(written: Artifact, tmp_path: Path) -> 
         list(read_with_logits(artifact))
 
 
-def test_missing_and_damaged_files_are_the_users_error_whatever_bytes_they_hold(written: Artifact, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_the_users_error_whatever_bytes_they_hold(
+    written: Artifact, tmp_path: Path
+) -> None:
     path = logits_path(next(path for path in unit_paths(written) if read_rows(path)))
     whole, draw, damaged = path.read_bytes(), random.Random(0), tmp_path / "u.logits.safetensors"
     versions = [b"", b"junk", whole[:40], whole[:-7], whole + b"x", whole.replace(b'k\\": 16', b'k\\": 99')]
@@ -240,7 +282,9 @@ def test_a_k_that_leaves_no_tail_is_refused(folder: Folder) -> None:
         folder.run(folder.recipe(logits={"kind": "top_k", "k": 320}))
 
 
-def test_numbers_that_are_not_finite_are_refused_and_nothing_is_written(written: Artifact, tiny_target: Path, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_refused_and_nothing_is_written(
+    written: Artifact, tiny_target: Path, tmp_path: Path
+) -> None:
     broken = load_target(TargetConfig(model=str(tiny_target)), "cpu")
     with torch.no_grad():
         broken.lm_head.weight[5] = torch.nan

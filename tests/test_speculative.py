@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from fastdraft.decoding.cache import Reader
 from fastdraft.decoding.speculative import SpeculativeDecoder
@@ -42,9 +49,17 @@ def draft(tiny_draft: Path) -> PreTrainedModel:
 def llama(vocab: int, seed: int, scale: float = 60.0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(scale / 4)
@@ -54,7 +69,10 @@ def llama(vocab: int, seed: int, scale: float = 60.0) -> PreTrainedModel:
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(4, 300, (int(n),), generator=generator).tolist() for n in torch.randint(1, 30, (count,), generator=generator)]
+    return [
+        torch.randint(4, 300, (int(n),), generator=generator).tolist()
+        for n in torch.randint(1, 30, (count,), generator=generator)
+    ]
 
 
 def own_text(target: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
@@ -79,12 +97,24 @@ def test_one_step_emits_the_targets_distribution() -> None:
 def test_a_proposal_that_the_target_likes_better_is_always_kept() -> None:
     probs = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     for seed in range(20):
-        assert verify(probs, torch.tensor([[0.5, 0.5]]), torch.tensor([1]), torch.Generator().manual_seed(seed))[0] == 1
-        assert verify(probs, torch.tensor([[0.5, 0.5]]), torch.tensor([0]), torch.Generator().manual_seed(seed))[0] == 0
+        assert (
+            verify(probs, torch.tensor([[0.5, 0.5]]), torch.tensor([1]), torch.Generator().manual_seed(seed))[
+                0
+            ]
+            == 1
+        )
+        assert (
+            verify(probs, torch.tensor([[0.5, 0.5]]), torch.tensor([0]), torch.Generator().manual_seed(seed))[
+                0
+            ]
+            == 0
+        )
 
 
 def test_recovery_draws_only_where_the_target_has_more() -> None:
-    assert torch.allclose(recovery(torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.1, 0.7, 0.2])), torch.tensor([0.8, 0.0, 0.2]))
+    assert torch.allclose(
+        recovery(torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.1, 0.7, 0.2])), torch.tensor([0.8, 0.0, 0.2])
+    )
     same = torch.tensor([0.5, 0.5])
     assert torch.equal(recovery(same, same), same)
 
@@ -112,11 +142,15 @@ def test_greedy_text_is_the_targets_own(target: PreTrainedModel, draft: PreTrain
 def test_a_draft_equal_to_the_target_is_always_accepted(target: PreTrainedModel, k: int) -> None:
     """Holds only if the draft reads its own last proposal after K acceptances and both caches are cropped rightly."""
     vocabulary = Vocabulary(320, 320, (), 0, (), 0, "")
-    result = SpeculativeDecoder(target, target, vocabulary, k).generate([5, 6, 7], GREEDY, 4 * (k + 1), seed=0)
+    result = SpeculativeDecoder(target, target, vocabulary, k).generate(
+        [5, 6, 7], GREEDY, 4 * (k + 1), seed=0
+    )
     assert result.counts.num_drafts == 4
     assert result.counts.acceptance_rate == 1
     assert [r.num_accepted for r in result.rounds] == [k] * 4
-    sampled = SpeculativeDecoder(target, target, vocabulary, k).generate([5, 6, 7], Sampling(1.0), 4 * (k + 1), seed=0)
+    sampled = SpeculativeDecoder(target, target, vocabulary, k).generate(
+        [5, 6, 7], Sampling(1.0), 4 * (k + 1), seed=0
+    )
     assert sampled.counts.overlap == pytest.approx(1, abs=1e-4)
     assert sampled.counts.acceptance_rate > 0.95
 
@@ -164,21 +198,29 @@ def test_joint_sequences_through_decoder_and_caches_follow_the_target(
         counts[27 * a + 9 * b + 3 * c + d] += 1
     assert abs(chi_squared_z(counts, joint(target, [0, 1], 4, sampling))) < 3.5
     # The test would notice: the same counts do not fit another distribution.
-    assert not torch.allclose(joint(target, [0, 1], 4, Sampling(1.0)), joint(draft, [0, 1], 4, Sampling(1.0)), atol=0.05)
+    assert not torch.allclose(
+        joint(target, [0, 1], 4, Sampling(1.0)), joint(draft, [0, 1], 4, Sampling(1.0)), atol=0.05
+    )
     if sampling == Sampling(1.0):
         assert chi_squared_z(counts, joint(draft, [0, 1], 4, sampling)) > 10
 
 
-def test_recorded_log_probs_are_those_of_the_targets_sampling_distribution(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+def test_recorded_log_probs_are_those_of_the_targets_sampling_distribution(
+    target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
     sampling = Sampling(0.7, top_k=20, top_p=0.9)
     found = SpeculativeDecoder(target, draft, TINY, 3).generate([9, 8, 7], sampling, 20, seed=5).generation
     with torch.inference_mode():
         logits = target(torch.tensor([found.prompt_ids + found.response_ids])).logits[0, 2:-1]
-    probs = probabilities(logits, 0.7, 20, 0.9).gather(-1, torch.tensor(found.response_ids)[:, None]).squeeze(-1)
+    probs = (
+        probabilities(logits, 0.7, 20, 0.9).gather(-1, torch.tensor(found.response_ids)[:, None]).squeeze(-1)
+    )
     assert torch.allclose(probs.log(), torch.tensor(found.logprobs), atol=1e-4)
 
 
-def test_text_ends_with_the_first_end_token_and_nothing_beyond_is_counted(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+def test_text_ends_with_the_first_end_token_and_nothing_beyond_is_counted(
+    target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
     text = own_text(target, [5, 6, 7], 12)
     end = text[4]
     vocabulary = Vocabulary(320, 300, TINY.missing_ids, 0, (end,), 0, "")
@@ -188,7 +230,12 @@ def test_text_ends_with_the_first_end_token_and_nothing_beyond_is_counted(target
     assert result.generation.response_ids == text[:stop]
     assert result.generation.finish_reason == "stop"
     counts = result.counts
-    assert (counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens, counts.num_examined_tokens) == (1, 8, stop, stop)
+    assert (
+        counts.num_drafts,
+        counts.num_draft_tokens,
+        counts.num_accepted_tokens,
+        counts.num_examined_tokens,
+    ) == (1, 8, stop, stop)
     assert result.accepted == [True] * stop
 
 
@@ -209,7 +256,11 @@ def test_ids_without_a_token_are_never_proposed_but_the_target_may_write_them() 
     for seed in range(40):
         result = SpeculativeDecoder(target, target, vocabulary, 3).generate([1, 2], Sampling(1.0), 12, seed)
         written |= set(result.generation.response_ids)
-        proposed |= {token for token, accepted in zip(result.generation.response_ids, result.accepted, strict=True) if accepted}
+        proposed |= {
+            token
+            for token, accepted in zip(result.generation.response_ids, result.accepted, strict=True)
+            if accepted
+        }
     assert written & {5, 6, 7}
     assert not proposed & {5, 6, 7}
 
@@ -224,18 +275,34 @@ def test_the_same_seed_gives_the_same_text(target: PreTrainedModel, draft: PreTr
 def test_a_sliding_window_target_is_decoded_rightly_past_its_window() -> None:
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=128, sliding_window=6, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        sliding_window=6,
+        eos_token_id=None,
+    )
     target = MistralForCausalLM(config).eval()
     with torch.no_grad():
         target.lm_head.weight.mul_(30)
     vocabulary = Vocabulary(60, 60, (), None, (), None, "")
     for k in (1, 4):
-        text = SpeculativeDecoder(target, llama(60, seed=4), vocabulary, k).generate(list(range(10)), GREEDY, 20, 0).generation.response_ids
+        text = (
+            SpeculativeDecoder(target, llama(60, seed=4), vocabulary, k)
+            .generate(list(range(10)), GREEDY, 20, 0)
+            .generation.response_ids
+        )
         assert text == own_text(target, list(range(10)), 20)
         with torch.inference_mode():
-            scored = target(torch.tensor([[*range(10), *text]]), use_cache=False).logits[0, 9:-1].argmax(-1).tolist()
+            scored = (
+                target(torch.tensor([[*range(10), *text]]), use_cache=False)
+                .logits[0, 9:-1]
+                .argmax(-1)
+                .tolist()
+            )
         assert text == scored
 
 
@@ -273,7 +340,18 @@ def test_a_model_whose_state_cannot_be_taken_back_is_refused(draft: PreTrainedMo
 class Waits(TorchFunctionMode):
     """Counts the calls that make the CPU wait for an accelerator."""
 
-    NAMES: ClassVar = {"item", "tolist", "cpu", "numpy", "nonzero", "__int__", "__float__", "__bool__", "__index__", "masked_select"}
+    NAMES: ClassVar = {
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "__int__",
+        "__float__",
+        "__bool__",
+        "__index__",
+        "masked_select",
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +364,9 @@ class Waits(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8), Sampling(0.8, top_k=20, top_p=0.9)])
-def test_a_round_waits_for_the_device_once(target: PreTrainedModel, draft: PreTrainedModel, sampling: Sampling) -> None:
+def test_a_round_waits_for_the_device_once(
+    target: PreTrainedModel, draft: PreTrainedModel, sampling: Sampling
+) -> None:
     with Waits() as waits:
         result = SpeculativeDecoder(target, draft, TINY, 3).generate([5, 6, 7], sampling, 24, seed=0)
     assert waits.seen == ["tolist"] * len(result.rounds)

@@ -23,9 +23,12 @@ from fastdraft.training.step import TrainStep
 from fastdraft.training.written_out import WrittenOut, write_out
 
 CONFIGS: dict[str, Any] = {
-    "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "phi3": transformers.Phi3Config,
-    "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
-}  # fmt: skip
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "phi3": transformers.Phi3Config,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
 BIASED = {"attention_bias": True, "mlp_bias": True}
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 CASES = [(family, {}) for family in CONFIGS] + [("llama", BIASED), ("qwen3", BIASED), ("phi3", PARTIAL)]
@@ -33,11 +36,20 @@ CASES = [(family, {}) for family in CONFIGS] + [("llama", BIASED), ("qwen3", BIA
 
 def build(family: str = "llama", **settings: Any) -> Any:
     values = {
-        "vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "sliding_window": None,
-    }  # fmt: skip
+        "vocab_size": 64,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "sliding_window": None,
+    }
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**{**values, **settings}), attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(
+        CONFIGS[family](**{**values, **settings}), attn_implementation="sdpa"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # gains and biases off their first values
@@ -48,7 +60,9 @@ def ids(rows: int = 2, length: int = 150) -> Tensor:
     return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def outcome(decoder: Any, parameters: list[nn.Parameter], tokens: Tensor, low: bool = False, **places: Tensor) -> list[Tensor]:
+def outcome(
+    decoder: Any, parameters: list[nn.Parameter], tokens: Tensor, low: bool = False, **places: Tensor
+) -> list[Tensor]:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
         hidden = decoder(input_ids=tokens, use_cache=False, **places).last_hidden_state
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
@@ -60,7 +74,9 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
-def test_layers_written_out_give_the_modules_hidden_states_and_gradients(family: str, settings: dict[str, Any]) -> None:
+def test_layers_written_out_give_the_modules_hidden_states_and_gradients(
+    family: str, settings: dict[str, Any]
+) -> None:
     decoder = build(family, **settings).get_decoder()
     written = write_out(decoder)
     assert written is not None
@@ -79,7 +95,9 @@ def test_under_autocast_layers_written_out_are_as_near_to_fp32_as_the_modules(fa
 
 
 @pytest.mark.parametrize(
-    "settings", [{"attention_dropout": 0.1}, {"hidden_act": "gelu"}, {"sliding_window": 16}], ids=["dropout", "activation", "window"]
+    "settings",
+    [{"attention_dropout": 0.1}, {"hidden_act": "gelu"}, {"sliding_window": 16}],
+    ids=["dropout", "activation", "window"],
 )
 def test_a_decoder_that_asks_for_more_keeps_its_modules(settings: dict[str, Any]) -> None:
     assert write_out(build("mistral", **settings).get_decoder()) is None
@@ -97,7 +115,15 @@ def test_a_decoder_with_a_replaced_layer_keeps_its_modules() -> None:
 
 def make_step(model: Any, decoder: Any, autocast: torch.dtype | None = None) -> TrainStep:
     optimizers = build_optimizers(model, kind="adamw", learning_rate=1e-2)
-    return TrainStep(decoder, model.lm_head.weight, list(model.parameters()), optimizers, CrossEntropy(1e-5), torch.device("cpu"), autocast)
+    return TrainStep(
+        decoder,
+        model.lm_head.weight,
+        list(model.parameters()),
+        optimizers,
+        CrossEntropy(1e-5),
+        torch.device("cpu"),
+        autocast,
+    )
 
 
 def test_after_an_update_the_next_step_reads_the_new_weights() -> None:
@@ -107,7 +133,10 @@ def test_after_an_update_the_next_step_reads_the_new_weights() -> None:
     step.gradients([batch])
     step.update(1.0)
     with torch.no_grad():
-        found, expected = step.loss_sum(batch), make_step(model, write_out(model.get_decoder()), torch.bfloat16).loss_sum(batch)
+        found, expected = (
+            step.loss_sum(batch),
+            make_step(model, write_out(model.get_decoder()), torch.bfloat16).loss_sum(batch),
+        )
     assert torch.equal(found, expected)
 
 
@@ -129,12 +158,19 @@ def test_weights_loaded_into_the_model_are_read_by_the_next_step() -> None:
 
 
 @pytest.mark.parametrize(("length", "heads", "groups"), [(1, 2, 2), (128, 4, 4), (300, 6, 2)])
-def test_attention_in_blocks_is_causal_attention(length: int, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_blocks_is_causal_attention(
+    length: int, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    key, value = (torch.randn(2, groups, length, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    key, value = (
+        torch.randn(2, groups, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
     grad = torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
-    expected = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True)
+    expected = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=1.0, enable_gqa=True
+    )
     expected_grads = torch.autograd.grad(expected, (query, key, value), grad)
     found = []
     for limit in (1 << 25, 0):  # probabilities kept, and made again
@@ -162,7 +198,9 @@ def test_texts_of_a_masked_row_are_trained_as_if_each_stood_alone(written_out: b
     batch = packed_batch(torch.cat([row, torch.tensor([[1]])], dim=1).numpy(), separator)
     with torch.no_grad():
         together = decoder(**batch.inputs, use_cache=False).last_hidden_state[0]
-        alone = torch.cat([decoder(input_ids=text[None], use_cache=False).last_hidden_state[0] for text in texts])
+        alone = torch.cat(
+            [decoder(input_ids=text[None], use_cache=False).last_hidden_state[0] for text in texts]
+        )
         unmasked = decoder(input_ids=row, use_cache=False).last_hidden_state[0]
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     assert (unmasked - alone).abs().max() > 0.1
@@ -177,11 +215,16 @@ def test_places_are_counted_anew_after_every_separator() -> None:
 
 
 def test_a_label_whose_probability_vanishes_has_its_exact_loss() -> None:
-    hidden, head = torch.tensor([[1.0], [1.0]], requires_grad=True), torch.tensor([[200.0], [-200.0], [199.0]], requires_grad=True)
+    hidden, head = (
+        torch.tensor([[1.0], [1.0]], requires_grad=True),
+        torch.tensor([[200.0], [-200.0], [199.0]], requires_grad=True),
+    )
     labels = torch.tensor([1, 0])
     loss, _ = chunked_cross_entropy(hidden, head, labels, z_loss=0.1)
     logits = hidden.double() @ head.double().t()
-    expected = functional.cross_entropy(logits, labels, reduction="sum") + 0.1 * logits.logsumexp(-1).square().sum()
+    expected = (
+        functional.cross_entropy(logits, labels, reduction="sum") + 0.1 * logits.logsumexp(-1).square().sum()
+    )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
 
@@ -197,7 +240,9 @@ def test_auto_compiles_long_runs_on_cuda_and_nothing_on_a_cpu(monkeypatch: pytes
     assert compilation.choose(True, CPU, 1).compile
 
 
-def test_where_a_compiler_is_missing_one_line_says_so_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_compiler_is_missing_one_line_says_so_and_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     said: list[str] = []
     assert not compilation.settle(True, CPU, 1, said.append)
@@ -211,7 +256,8 @@ def test_the_decoder_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(decoder, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(
-            compiled(input_ids=ids(), use_cache=False).last_hidden_state, decoder(input_ids=ids(), use_cache=False).last_hidden_state
+            compiled(input_ids=ids(), use_cache=False).last_hidden_state,
+            decoder(input_ids=ids(), use_cache=False).last_hidden_state,
         )
     torch._dynamo.reset()
 

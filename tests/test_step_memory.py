@@ -79,7 +79,10 @@ def _distilled(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 def _held(loss: Loss, tokens: int) -> Held:
     torch.manual_seed(0)
-    hidden, head = torch.randn(tokens, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH, requires_grad=True)
+    hidden, head = (
+        torch.randn(tokens, WIDTH, requires_grad=True),
+        torch.randn(VOCAB, WIDTH, requires_grad=True),
+    )
     labels = torch.randint(0, VOCAB, (tokens,))
     with Held() as held:
         loss(hidden, head, labels).backward()
@@ -87,7 +90,9 @@ def _held(loss: Loss, tokens: int) -> Held:
 
 
 @pytest.mark.parametrize("loss", [_chunked, _distilled])
-def test_no_tensor_of_a_chunked_loss_holds_more_than_a_chunk_of_logits_or_the_heads_gradient(loss: Loss) -> None:
+def test_no_tensor_of_a_chunked_loss_holds_more_than_a_chunk_of_logits_or_the_heads_gradient(
+    loss: Loss,
+) -> None:
     assert _held(loss, 256).largest == 4 * VOCAB * max(CHUNK, WIDTH)
     assert _held(_plain, 256).largest == 4 * VOCAB * 256
 
@@ -111,16 +116,27 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens([f"<|special_{i}|>" for i in range(256)])
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|special_0|>", eos_token="<|special_9|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|special_0|>", eos_token="<|special_9|>"
+    ).save_pretrained(folder)
     LlamaConfig(
-        vocab_size=LLAMA_VOCAB, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131072, bos_token_id=128_000, eos_token_id=[128_001, 128_008, 128_009],
-    ).save_pretrained(folder)  # fmt: skip
+        vocab_size=LLAMA_VOCAB,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        bos_token_id=128_000,
+        eos_token_id=[128_001, 128_008, 128_009],
+    ).save_pretrained(folder)
     return folder
 
 
 def test_the_150_m_preset_is_designed_for_a_vocabulary_of_128256_entries(llama: Path) -> None:
-    config = read_section(design.DesignConfig, {"draft": {"kind": "preset", "name": "llama-3.1-8b-150m"}}, "design")
+    config = read_section(
+        design.DesignConfig, {"draft": {"kind": "preset", "name": "llama-3.1-8b-150m"}}, "design"
+    )
     planned = design.plan(config, TargetConfig(model=str(llama)))
     assert (planned.vocabulary.size, planned.vocabulary.missing_ids) == (LLAMA_VOCAB, ())
     assert planned.draft.parameters == 154_147_328
@@ -131,10 +147,23 @@ def test_a_draft_of_that_vocabulary_trains_and_never_holds_the_logits_of_all_tok
     from transformers import AutoConfig
 
     target = AutoConfig.from_pretrained(llama)
-    shape = explicit(read_architecture(target), hidden_size=16, num_layers=1, intermediate_size=32, num_heads=2, num_kv_heads=1)
+    shape = explicit(
+        read_architecture(target),
+        hidden_size=16,
+        num_layers=1,
+        intermediate_size=32,
+        num_heads=2,
+        num_kv_heads=1,
+    )
     draft, device = build_draft(draft_hf_config(target, shape), 0), torch.device("cpu")
     settings = assemble.resolve(
-        AdamWConfig(learning_rate=0.01), "pretrain", draft, device, batch_tokens=512, micro_batch_tokens=512, precision="fp32"
+        AdamWConfig(learning_rate=0.01),
+        "pretrain",
+        draft,
+        device,
+        batch_tokens=512,
+        micro_batch_tokens=512,
+        precision="fp32",
     )
     step = assemble.build_step(draft, settings, CrossEntropy(chunk=64), device)
     ids = torch.randint(0, LLAMA_VOCAB, (2, 257), generator=torch.Generator().manual_seed(0))
@@ -148,7 +177,9 @@ def test_a_draft_of_that_vocabulary_trains_and_never_holds_the_logits_of_all_tok
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("step_memory", Path(__file__).parents[1] / "benchmarks" / "step_memory.py")
+    spec = importlib.util.spec_from_file_location(
+        "step_memory", Path(__file__).parents[1] / "benchmarks" / "step_memory.py"
+    )
     assert spec
     assert spec.loader
     module = sys.modules["step_memory"] = importlib.util.module_from_spec(spec)
@@ -157,9 +188,25 @@ def benchmark() -> ModuleType:
 
 
 def test_the_benchmarks_paths_compute_one_loss_and_say_what_they_held(benchmark: ModuleType) -> None:
-    setting = {"device": "cpu", "threads": 1, "tokens": 256, "length": 64, "micro_batch_tokens": 128, "precision": "fp32", "model": ""}
-    rows = {path: benchmark.measure({**setting, "path": path, "dry_run": True}) for path in ("plain", "chunked")}
+    setting = {
+        "device": "cpu",
+        "threads": 1,
+        "tokens": 256,
+        "length": 64,
+        "micro_batch_tokens": 128,
+        "precision": "fp32",
+        "model": "",
+    }
+    rows = {
+        path: benchmark.measure({**setting, "path": path, "dry_run": True}) for path in ("plain", "chunked")
+    }
     assert rows["plain"]["loss"] == pytest.approx(rows["chunked"]["loss"], abs=1e-5)
-    assert rows["chunked"]["weights_gb"] == rows["chunked"]["gradients_gb"] == 4 * rows["chunked"]["parameters"] / 1e9
+    assert (
+        rows["chunked"]["weights_gb"]
+        == rows["chunked"]["gradients_gb"]
+        == 4 * rows["chunked"]["parameters"] / 1e9
+    )
     assert rows["chunked"]["optimizer_gb"] == pytest.approx(2 * rows["chunked"]["weights_gb"], rel=1e-2)
-    assert "| plain | 128 |" in benchmark.table([{"micro_batch_tokens": 128, "path": path, **row} for path, row in rows.items()])
+    assert "| plain | 128 |" in benchmark.table(
+        [{"micro_batch_tokens": 128, "path": path, **row} for path, row in rows.items()]
+    )

@@ -64,7 +64,12 @@ def written(folder: Folder) -> Artifact:
     return folder.run(folder.recipe())
 
 
-INSTRUCTIONS: dict[str, object] = {"kind": "jsonl", "name": "instructions", "path": "prompts.jsonl", "share": 2}
+INSTRUCTIONS: dict[str, object] = {
+    "kind": "jsonl",
+    "name": "instructions",
+    "path": "prompts.jsonl",
+    "share": 2,
+}
 
 
 def instructions(folder: Folder, **changes: object) -> dict[str, object]:
@@ -88,7 +93,9 @@ def test_the_stage_writes_until_its_budget_and_accounts_for_every_row(written: A
     assert {f"{row.temperature:g}" for row in rows} <= set(manifest["by_temperature"])
 
 
-def test_rows_hold_the_prompts_as_asked_and_the_answers_as_drawn(written: Artifact, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_rows_hold_the_prompts_as_asked_and_the_answers_as_drawn(
+    written: Artifact, tokenizer: PreTrainedTokenizerBase
+) -> None:
     for row in read_all(written):
         assert len(row.logprobs) == len(row.response_ids) <= 16
         assert (row.finish_reason == "stop") == (row.response_ids[-1] == 3)
@@ -106,7 +113,10 @@ def test_units_carry_their_account(written: Artifact) -> None:
 
 
 def test_any_beginning_of_the_units_holds_the_shares(folder: Folder) -> None:
-    prompts = [instructions(folder), {"kind": "corpus", "name": "code", "corpus": "code", "share": 1, "prompt_tokens": [8, 24]}]
+    prompts = [
+        instructions(folder),
+        {"kind": "corpus", "name": "code", "corpus": "code", "share": 1, "prompt_tokens": [8, 24]},
+    ]
     tokens, largest = {"instructions": 0, "code": 0}, 0
     for path in unit_paths(folder.run(folder.recipe(prompts=prompts, tokens=1000))):
         facts = read_metadata(path)
@@ -138,7 +148,11 @@ def test_a_killed_run_goes_on_to_the_very_files_of_an_undisturbed_one(
     monkeypatch.setattr(synthesize, "write_rows", real)
     finished = folder.run(recipe)
     assert contents(finished) == contents(written)
-    counted = {key: value for key, value in finished.manifest().items() if key not in ("provenance", "generated_tokens_per_second")}
+    counted = {
+        key: value
+        for key, value in finished.manifest().items()
+        if key not in ("provenance", "generated_tokens_per_second")
+    }
     assert counted.items() <= written.manifest().items()
 
 
@@ -187,10 +201,16 @@ def test_a_target_that_writes_nothing_useful_is_refused(folder: Folder) -> None:
 def test_evaluation_prompts_among_the_prompts_are_counted(folder: Folder, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(
-        "".join(json.dumps({"prompt": text}) + "\n" for text in ("tell me ABOUT number 3 and the fox.", "Why?", "How?")), encoding="utf-8"
+        "".join(
+            json.dumps({"prompt": text}) + "\n"
+            for text in ("tell me ABOUT number 3 and the fox.", "Why?", "How?")
+        ),
+        encoding="utf-8",
     )
     artifact = folder.run(folder.recipe(prompts=[instructions(folder, path=str(path))]))
-    assert artifact.manifest()["refused_prompts"] == {"instructions": {"evaluation": 1, "empty": 0, "repeated": 0}}
+    assert artifact.manifest()["refused_prompts"] == {
+        "instructions": {"evaluation": 1, "empty": 0, "repeated": 0}
+    }
 
 
 def fingerprint(recipe: Recipe) -> dict[str, object]:
@@ -198,13 +218,19 @@ def fingerprint(recipe: Recipe) -> dict[str, object]:
     return synthesize.fingerprint(recipe.synthesize, pipeline.make_context(recipe, Console(quiet=True)))
 
 
-def test_the_fingerprint_follows_what_the_text_depends_on_and_nothing_else(folder: Folder, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_what_the_text_depends_on_and_nothing_else(
+    folder: Folder, tmp_path: Path
+) -> None:
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps({"prompt": "An unrelated prompt"}) + "\n", encoding="utf-8")
     recipe = folder.ready(folder.recipe())
     assert recipe.evaluate
     own = recipe.model_copy(
-        update={"evaluate": recipe.evaluate.model_copy(update={"tasks": [FileTask(kind="file", name="t", path=str(tasks))]})}
+        update={
+            "evaluate": recipe.evaluate.model_copy(
+                update={"tasks": [FileTask(kind="file", name="t", path=str(tasks))]}
+            )
+        }
     )
     first = fingerprint(recipe)
     assert json.loads(json.dumps(first)) == first == fingerprint(own)
@@ -217,7 +243,9 @@ def test_another_target_has_another_fingerprint(folder: Folder, tiny_draft: Path
     recipe = folder.recipe(prompts=[instructions(folder)])
     other = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(tiny_draft)})})
     assert fingerprint(recipe)["target"] != fingerprint(other)["target"]
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(fingerprint(recipe)["target"]["files"])  # type: ignore[index]
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(
+        fingerprint(recipe)["target"]["files"]
+    )  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -226,8 +254,14 @@ def test_another_target_has_another_fingerprint(folder: Folder, tiny_draft: Path
         ({"temperatures": [-0.1]}, "temperatures must be between 0 and 10"),
         ({"temperatures": []}, "at least 1"),
         ({"prompts": []}, "at least 1"),
-        ({"prompts": [{"kind": "magpie", "name": "m"}, {"kind": "magpie", "name": "m"}]}, "a name of its own"),
-        ({"prompts": [{"kind": "corpus", "name": "c", "corpus": "code", "prompt_tokens": [9, 3]}]}, "1 <= shortest <= longest"),
+        (
+            {"prompts": [{"kind": "magpie", "name": "m"}, {"kind": "magpie", "name": "m"}]},
+            "a name of its own",
+        ),
+        (
+            {"prompts": [{"kind": "corpus", "name": "c", "corpus": "code", "prompt_tokens": [9, 3]}]},
+            "1 <= shortest <= longest",
+        ),
         ({"prompts": [{"kind": "magpie", "name": "m", "share": 0}]}, "greater than 0"),
         ({"top_p": 0}, "greater than 0"),
         ({"looping": "burn"}, "'cut', 'drop' or 'keep'"),

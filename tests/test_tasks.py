@@ -36,7 +36,9 @@ def test_fewer_prompts_are_an_even_spread() -> None:
 
 def test_a_file_of_the_user_is_a_task(tmp_path: Path) -> None:
     path = tmp_path / "my questions.jsonl"
-    path.write_text('{"prompt": "one"}\n\n{"id": "b", "prompt": "two", "reference": "answer"}\n', encoding="utf-8")
+    path.write_text(
+        '{"prompt": "one"}\n\n{"id": "b", "prompt": "two", "reference": "answer"}\n', encoding="utf-8"
+    )
     config: Any = TypeAdapter(TaskConfig).validate_python({"kind": "file", "path": str(path), "chat": True})
     task = load_task(config)
     assert (task.name, task.chat) == ("my-questions", True)
@@ -96,4 +98,6 @@ def test_no_evaluation_prompt_is_a_training_prompt() -> None:
     with lzma.open(SHIPPED / "data" / "prompts.jsonl.xz", "rt", encoding="utf-8") as file:
         training = {json.loads(line)["prompt"].strip().lower() for line in file}
     for kind in NAMES:
-        assert not training & {prompt.text.strip().lower() for prompt in load_task(ShippedTask(kind=kind, prompts=1000)).prompts}  # type: ignore[arg-type]
+        assert not training & {
+            prompt.text.strip().lower() for prompt in load_task(ShippedTask(kind=kind, prompts=1000)).prompts
+        }  # type: ignore[arg-type]

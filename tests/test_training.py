@@ -15,11 +15,7 @@ from safetensors import SafetensorError
 
 from fastdraft.console import Console
 from fastdraft.errors import ArtifactError, DiskError, Interrupted, TrainingError
-from fastdraft.training.batches import (
-    PackedBatches,
-    Sample,
-    padded_batch,
-)
+from fastdraft.training.batches import PackedBatches, Sample, padded_batch
 from fastdraft.training.checkpoint import Checkpoints, TrainingState, optimizer_tensors
 from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy
@@ -63,7 +59,9 @@ class Model(torch.nn.Module):
 
 class Rows:
     def rows(self, start: int, count: int) -> np.ndarray:
-        return np.stack([np.random.default_rng(i).integers(0, VOCAB, LENGTH + 1) for i in range(start, start + count)])
+        return np.stack(
+            [np.random.default_rng(i).integers(0, VOCAB, LENGTH + 1) for i in range(start, start + count)]
+        )
 
 
 class Killed(Exception):
@@ -77,12 +75,18 @@ def source(steps: int = 12, rows_per_micro: int = 2) -> PackedBatches:
 def make_step(model: Model, kind: str = "adamw", objective: Any = None) -> TrainStep:
     optimizers = build_optimizers(model, kind=kind, learning_rate=1e-2, embedding_learning_rate=2e-2)  # type: ignore[arg-type]
     parameters, device = list(model.parameters()), torch.device("cpu")
-    return TrainStep(model.model, model.head.weight, parameters, optimizers, objective or CrossEntropy(1e-5), device)
+    return TrainStep(
+        model.model, model.head.weight, parameters, optimizers, objective or CrossEntropy(1e-5), device
+    )
 
 
-def make_trainer(folder: Path, kind: str = "adamw", model: Model | None = None, objective: Any = None, **plan: Any) -> Trainer:
+def make_trainer(
+    folder: Path, kind: str = "adamw", model: Model | None = None, objective: Any = None, **plan: Any
+) -> Trainer:
     model = model or Model()
-    chosen = Plan(title="t", key="pretrain", factor=lambda s: wsd_factor(s, 12, 0.1, 0.5), peak_rate=1e-2, **plan)
+    chosen = Plan(
+        title="t", key="pretrain", factor=lambda s: wsd_factor(s, 12, 0.1, 0.5), peak_rate=1e-2, **plan
+    )
     return Trainer(folder, model, make_step(model, kind, objective), source(), chosen, Console(quiet=True))
 
 
@@ -116,7 +120,12 @@ def test_the_micro_batch_size_does_not_change_the_gradient() -> None:
     for rows_per_micro in (1, 2, 4):
         model = Model()
         step = make_step(model)
-        found.append((step.gradients(source(rows_per_micro=rows_per_micro).batches(0)), [p.grad.clone() for p in step.parameters]))  # type: ignore[union-attr]
+        found.append(
+            (
+                step.gradients(source(rows_per_micro=rows_per_micro).batches(0)),
+                [p.grad.clone() for p in step.parameters],
+            )
+        )  # type: ignore[union-attr]
     for (loss, norm, trained), gradients in found[1:]:
         assert (loss, norm, trained) == pytest.approx(found[0][0], rel=1e-5)
         torch.testing.assert_close(gradients, found[0][1])
@@ -164,8 +173,12 @@ def test_bf16_autocast_trains_fp32_weights() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("killed_at", [0, 3, 7, 8])
-def test_a_killed_run_ends_with_the_very_weights_of_an_undisturbed_one(tmp_path: Path, kind: str, killed_at: int) -> None:
-    undisturbed, killed, resumed = (make_trainer(tmp_path / name, kind, Model(dropout=0.2), checkpoint_every=3) for name in "abb")
+def test_a_killed_run_ends_with_the_very_weights_of_an_undisturbed_one(
+    tmp_path: Path, kind: str, killed_at: int
+) -> None:
+    undisturbed, killed, resumed = (
+        make_trainer(tmp_path / name, kind, Model(dropout=0.2), checkpoint_every=3) for name in "abb"
+    )
     torch.manual_seed(5)
     undisturbed.run()
     torch.manual_seed(5)
@@ -181,7 +194,10 @@ def test_a_killed_run_ends_with_the_very_weights_of_an_undisturbed_one(tmp_path:
     assert_same(weights(undisturbed.model), weights(resumed.model))
     first, second = (optimizer_tensors(t.model, t.step.optimizers) for t in (undisturbed, resumed))
     assert_same(first, second)
-    records = [[{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / name)] for name in "ab"]
+    records = [
+        [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / name)]
+        for name in "ab"
+    ]
     assert records[0] == records[1]
     assert [r["step"] for r in records[0]] == list(range(1, 13))
 
@@ -209,11 +225,16 @@ def test_only_the_last_two_checkpoints_are_kept_and_no_pickle_is_written(tmp_pat
     make_trainer(tmp_path, checkpoint_every=2).run()
     folders = sorted(folder.name for folder in (tmp_path / "steps").iterdir())
     assert folders == ["step-000000010", "step-000000012"]
-    assert {path.suffix for path in (tmp_path / "steps").rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert {path.suffix for path in (tmp_path / "steps").rglob("*") if path.is_file()} == {
+        ".safetensors",
+        ".json",
+    }
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     undisturbed = make_trainer(tmp_path / "a")
     undisturbed.run()
     kill_at(make_trainer(tmp_path / "b", checkpoint_every=3), 8)
@@ -244,7 +265,9 @@ def test_the_weights_with_the_best_score_are_the_result_even_after_a_kill(tmp_pa
 
     def with_scores(folder: Path) -> Trainer:
         trainer = make_trainer(folder, checkpoint_every=3, validate_every=2, validate_first=True)
-        trainer.validate = lambda: Validation({"score": scores[trainer.state.step]}, scores[trainer.state.step])
+        trainer.validate = lambda: Validation(
+            {"score": scores[trainer.state.step]}, scores[trainer.state.step]
+        )
         return trainer
 
     undisturbed = with_scores(tmp_path / "a")
@@ -265,7 +288,11 @@ def test_a_best_score_that_is_not_yet_in_a_checkpoint_does_not_replace_the_older
     trainer = make_trainer(tmp_path, checkpoint_every=5, validate_every=2)
     trainer.validate = lambda: Validation({}, scores[trainer.state.step])
     kill_at(trainer, 9)
-    assert {f.name for f in tmp_path.glob("steps/best-*")} == {"best-000000004", "best-000000006", "best-000000008"}
+    assert {f.name for f in tmp_path.glob("steps/best-*")} == {
+        "best-000000004",
+        "best-000000006",
+        "best-000000008",
+    }
     state = Checkpoints(tmp_path, trainer.model, trainer.step.optimizers, trainer.console).load_latest()
     assert (state.step, state.best_step) == (5, 4)
 
@@ -292,7 +319,9 @@ class Poisoned(CrossEntropy):
         return super().loss(hidden_ND, head_VD, batch) * (math.nan if self.calls in self.bad else 1.0)  # type: ignore[attr-defined]
 
 
-def test_a_step_with_a_nan_loss_is_left_out_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_with_a_nan_loss_is_left_out_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer = make_trainer(tmp_path, objective=Poisoned({5}))
     state = trainer.run()
     assert state.skipped == 1
@@ -323,7 +352,9 @@ def test_a_finished_run_does_no_further_step(tmp_path: Path) -> None:
     assert isinstance(again.state, TrainingState)
 
 
-def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kill_at(make_trainer(tmp_path, checkpoint_every=3), 4)
 
     def full(*unused: Any) -> None:

@@ -17,7 +17,17 @@ from fastdraft.training.memory import cut_rows, halved_limit, limited, within_me
 from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.trainer import BAD_STEPS_IN_A_ROW, Trainer, Validation, mean_loss
-from test_training import LENGTH, Model, Poisoned, assert_same, kill_at, make_step, make_trainer, source, weights
+from test_training import (
+    LENGTH,
+    Model,
+    Poisoned,
+    assert_same,
+    kill_at,
+    make_step,
+    make_trainer,
+    source,
+    weights,
+)
 
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(CPU_MESSAGE)]
@@ -39,7 +49,10 @@ def small_device(trainer: Trainer, tokens: int, error: Exception = ERRORS[0]) ->
 
 
 def equal_records(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "micro_batch_limit")} for record in read_metrics(folder)]
+    return [
+        {k: v for k, v in record.items() if k not in ("tokens_per_second", "micro_batch_limit")}
+        for record in read_metrics(folder)
+    ]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -64,10 +77,14 @@ def test_when_memory_runs_out_the_same_batch_is_trained_in_smaller_micro_batches
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "out of memory at step 1: micro-batches of at most" in line] == said
     assert len(said) == 2  # 4 rows -> 2 -> 1, and never again
-    assert [(r["step"], r["micro_batch_limit"]) for r in read_metrics(tmp_path / "a") if "micro_batch_limit" in r] == [(1, LENGTH)]
+    assert [
+        (r["step"], r["micro_batch_limit"]) for r in read_metrics(tmp_path / "a") if "micro_batch_limit" in r
+    ] == [(1, LENGTH)]
 
 
-def test_the_smaller_micro_batch_is_kept_by_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_smaller_micro_batch_is_kept_by_a_resumed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     undisturbed = make_trainer(tmp_path / "a")
     undisturbed.source = source(rows_per_micro=1)
     undisturbed.run()
@@ -80,7 +97,9 @@ def test_the_smaller_micro_batch_is_kept_by_a_resumed_run(tmp_path: Path, capsys
 
 
 def test_a_row_that_does_not_fit_alone_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=rf"pretrain: out of memory with one row of {LENGTH} tokens: .*shorter rows"):
+    with pytest.raises(
+        TrainingError, match=rf"pretrain: out of memory with one row of {LENGTH} tokens: .*shorter rows"
+    ):
         small_device(make_trainer(tmp_path), LENGTH - 1).run()
 
 
@@ -104,7 +123,10 @@ def test_errors_of_another_kind_are_not_taken_for_missing_memory(tmp_path: Path)
 
 
 def test_validation_that_does_not_fit_is_done_in_pieces_with_the_same_loss(tmp_path: Path) -> None:
-    batches = [*source(rows_per_micro=4).batches(0), padded_batch([Sample([1, 2, 3], [4, 5, 6, 7, 8]), Sample([1], [9])], 0)]
+    batches = [
+        *source(rows_per_micro=4).batches(0),
+        padded_batch([Sample([1, 2, 3], [4, 5, 6, 7, 8]), Sample([1], [9])], 0),
+    ]
     step = make_step(Model(), objective=CrossEntropy())
     wanted, loss_sum = mean_loss(step, batches), step.loss_sum
     step.loss_sum = lambda batch: loss_sum(batch) if batch.input_ids.shape[0] == 1 else _raise(MemoryError())  # type: ignore[method-assign]
@@ -130,7 +152,12 @@ def test_work_is_halved_until_it_fits() -> None:
 
 
 def test_cut_micro_batches_hold_the_same_rows_labels_and_loss() -> None:
-    samples = [Sample([1, 2, 3], [4, 5, 6, 7, 8]), Sample([1], [9]), Sample([2, 2], [3, 4, 5]), Sample([], [6, 7])]
+    samples = [
+        Sample([1, 2, 3], [4, 5, 6, 7, 8]),
+        Sample([1], [9]),
+        Sample([2, 2], [3, 4, 5]),
+        Sample([], [6, 7]),
+    ]
     padded, packed = padded_batch(samples, 0), source(rows_per_micro=4).batches(0)[0]
     step = make_step(Model(), objective=CrossEntropy())
     for batch in (padded, packed):
@@ -152,7 +179,9 @@ def test_a_step_left_out_moves_neither_weights_nor_optimiser(tmp_path: Path, kin
 
     def look() -> Validation:
         tensors = optimizer_tensors(trainer.model, trainer.step.optimizers)
-        seen[trainer.state.step] = {name: value.clone() for name, value in {**weights(trainer.model), **tensors}.items()}
+        seen[trainer.state.step] = {
+            name: value.clone() for name, value in {**weights(trainer.model), **tensors}.items()
+        }
         return Validation({})
 
     trainer.validate = look

@@ -75,7 +75,12 @@ def test_every_weight_is_in_exactly_one_group_and_embeddings_and_gains_do_not_de
     for kind, number in (("adamw", 1), ("muon", 2)):
         optimizers = build_optimizers(model, kind=kind, learning_rate=1e-2, weight_decay=0.1)  # type: ignore[arg-type]
         assert len(optimizers) == number
-        found = [(p, group["weight_decay"]) for o in optimizers for group in o.param_groups for p in group["params"]]
+        found = [
+            (p, group["weight_decay"])
+            for o in optimizers
+            for group in o.param_groups
+            for p in group["params"]
+        ]
         assert len(found) == len({id(p) for p, _ in found}) == len(list(model.parameters()))
         decayed = {id(p) for p, decay in found if decay}
         assert decayed == {id(model.model.matrix.weight), id(model.head.weight)}
@@ -108,7 +113,11 @@ def test_muon_in_fp32_takes_torchs_step_without_its_rounding(shape: tuple[int, i
             optimizers[0].step()
         return model.model.matrix.weight.detach().double()
 
-    exact, fp32, bf16 = stepped(False, torch.float64), stepped(False, torch.float32), stepped(True, torch.float32)
+    exact, fp32, bf16 = (
+        stepped(False, torch.float64),
+        stepped(False, torch.float32),
+        stepped(True, torch.float32),
+    )
     assert (fp32 - exact).abs().max() < 1e-6
     assert 1e-5 < (bf16 - exact).abs().max() < 1e-3
     assert (stepped(False, torch.float32, shift=1e-6) - fp32).abs().max() < 1e-6
@@ -142,7 +151,13 @@ def test_packed_rows_train_on_every_position() -> None:
 
 
 def test_rows_longer_than_the_context_are_cut_and_those_without_response_dropped() -> None:
-    samples = [Sample([1] * 3, [2] * 3), Sample([1] * 3, [2] * 9), Sample([1] * 9, [2]), Sample([1], []), Sample([], [5])]
+    samples = [
+        Sample([1] * 3, [2] * 3),
+        Sample([1] * 3, [2] * 9),
+        Sample([1] * 9, [2]),
+        Sample([1], []),
+        Sample([], [5]),
+    ]
     kept, num_cut, num_dropped = cut_to_context(samples, context_length=6)
     assert [(len(s.prompt_ids), len(s.response_ids)) for s in kept] == [(3, 3), (3, 4)]
     assert (num_cut, num_dropped) == (1, 3)
@@ -185,17 +200,25 @@ def test_the_pretraining_share_is_spread_evenly_and_no_synthetic_step_is_lost(sh
     assert mixed.steps - len(packed) == 90
     gaps = {b - a for a, b in itertools.pairwise(packed)}
     assert len(gaps) <= 2
-    seen = [mixed.batches(step)[0].input_ids[0, 0].item() for step in range(mixed.steps) if step not in packed]
+    seen = [
+        mixed.batches(step)[0].input_ids[0, 0].item() for step in range(mixed.steps) if step not in packed
+    ]
     assert seen == [samples[int(numbers[0])].prompt_ids[0] for numbers in plan]
     assert mixed.tokens == sum(b.num_tokens for step in range(mixed.steps) for b in mixed.batches(step))
 
 
 def test_metrics_lose_only_what_lies_after_the_checkpoint_and_torn_lines(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "loss": 1.4}\n{"ste')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "loss": 1.4}\n{"ste'
+    )
     with Metrics(tmp_path, step=2) as metrics:
         metrics.write(step=3, loss=math.nan, validation_loss={"text": math.inf})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": None, "validation_loss": {"text": None}}]
+    assert lines == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.5},
+        {"step": 3, "loss": None, "validation_loss": {"text": None}},
+    ]
     assert final_train_loss(lines, share=0.5) == 1.5
 
 
@@ -206,7 +229,9 @@ def test_a_fresh_run_begins_a_fresh_record(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
 
-def test_tensorboard_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_without_its_package_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"fastdraft\[tensorboard\]"):
         Metrics(tmp_path, step=0, tensorboard=True)

@@ -46,14 +46,25 @@ def batch(*, some_trained: bool, apart: bool) -> Batch:
     count = 20 if some_trained else ROWS * LENGTH
     target = SparseTarget(ids(count, 5), torch.zeros(count, 6, device=META))
     places = ids(ROWS, LENGTH) if apart else None
-    return Batch(ids(ROWS, LENGTH), ids(count), ids(count) if some_trained else None, ROWS * LENGTH, target, places)
+    return Batch(
+        ids(ROWS, LENGTH), ids(count), ids(count) if some_trained else None, ROWS * LENGTH, target, places
+    )
 
 
-def one_step(objective: Objective, kind: Any = "adamw", *, family: str = "llama", some_trained: bool = False, apart: bool = False) -> None:
+def one_step(
+    objective: Objective,
+    kind: Any = "adamw",
+    *,
+    family: str = "llama",
+    some_trained: bool = False,
+    apart: bool = False,
+) -> None:
     """All of `TrainStep.gradients` and `update` but for the reading."""
     model = build(family).to(META)
     parameters, optimizers = list(model.parameters()), build_optimizers(model, kind=kind, learning_rate=1e-3)
-    step = TrainStep(stand_in(model.get_decoder(), META), model.lm_head.weight, parameters, optimizers, objective, META)
+    step = TrainStep(
+        stand_in(model.get_decoder(), META), model.lm_head.weight, parameters, optimizers, objective, META
+    )
     for number in range(2):
         loss = step.peers.loss_sum(step, batch(some_trained=some_trained, apart=apart), last=number == 1)
         torch.autograd.backward(loss / 7)
@@ -78,7 +89,10 @@ def test_no_loss_against_stored_logits_waits(name: str) -> None:
 
 
 def test_a_loaded_target_does_not_wait_either() -> None:
-    one_step(TokenDistillation(token_loss("forward_kl"), LoadedTarget(*output_head(build().to(META)))), some_trained=True)
+    one_step(
+        TokenDistillation(token_loss("forward_kl"), LoadedTarget(*output_head(build().to(META)))),
+        some_trained=True,
+    )
 
 
 def test_the_modules_alone_would_wait() -> None:
@@ -116,7 +130,9 @@ class AllLogits:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_loop_reads_loss_and_norm_together_and_nothing_else(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_reads_loss_and_norm_together_and_nothing_else(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer, lists = make_trainer(tmp_path, kind, objective=AllLogits()), []
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: lists.append(tuple(self.shape)) or tolist(self))

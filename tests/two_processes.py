@@ -58,7 +58,9 @@ def trainer(folder: Path, source: Any, kind: str = "muon", objective: Any = None
 
 def validated(trainer: Trainer) -> Trainer:
     """Its first weight is the score: as good a measure as any."""
-    trainer.validate = lambda: Validation({"process": current().rank}, next(trainer.model.parameters())[0, 0].item())
+    trainer.validate = lambda: Validation(
+        {"process": current().rank}, next(trainer.model.parameters())[0, 0].item()
+    )
     return trainer
 
 
@@ -179,9 +181,17 @@ def everything(folder: Path, world: World) -> dict[str, Any]:
     trainer(folder / "parts_stopped", packed(), "adamw").run()
     again = in_parts_again(folder / "parts_again", world)
     return {
-        "parts": parts, "again": again, "best": best, "limit": limit, "refused": refused, "skipped": skipped, "unread": unread,
-        "stops": stops, "written": written, "told": told,
-    }  # fmt: skip
+        "parts": parts,
+        "again": again,
+        "best": best,
+        "limit": limit,
+        "refused": refused,
+        "skipped": skipped,
+        "unread": unread,
+        "stops": stops,
+        "written": written,
+        "told": told,
+    }
 
 
 def late_lack_of_memory(folder: Path, rank: int) -> str:
@@ -205,7 +215,9 @@ def late_lack_of_memory(folder: Path, rank: int) -> str:
 
 
 def main(folder: Path, rank: int, port: int) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     with join(torch.device("cpu")) as world:
         seen = everything(folder, world)

@@ -77,11 +77,15 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], progress: 
         write()
     places: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, 1):
-        final = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        final = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
         path.rename(folder / final)
         places |= dict.fromkeys(names, final)
     if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places}
+        )
     return total
 
 
@@ -94,7 +98,9 @@ def compare(location: str, folder: Path, storage: Storage) -> Check:
     """
     config = load_config(location)
     shape = (ROWS, min(ROW_TOKENS, int(config.max_position_embeddings)))
-    tokens = torch.randint(int(config.vocab_size), shape, generator=torch.Generator().manual_seed(storage.seed))
+    tokens = torch.randint(
+        int(config.vocab_size), shape, generator=torch.Generator().manual_seed(storage.seed)
+    )
     model = load_target(TargetConfig(model=location, dtype="fp32"), "cpu")
     plain = model(input_ids=tokens).logits
     for parameter in model.parameters():
@@ -111,7 +117,9 @@ def compare(location: str, folder: Path, storage: Storage) -> Check:
     )
     if not check.max_difference <= TOLERANCE * max(1.0, check.largest_logit):
         found = f"logits differ by {check.max_difference:.2g} of {check.largest_logit:.2g}"
-        raise ArtifactError(folder, found, "a grown model must have its source's outputs", "report this shape as a bug")
+        raise ArtifactError(
+            folder, found, "a grown model must have its source's outputs", "report this shape as a bug"
+        )
     return check
 
 
@@ -130,7 +138,9 @@ def layerwise_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
     outside = {name for name in weights.names if ".layers." not in name}
-    missing = model.load_state_dict({name: weights.read(name).float() for name in outside}, strict=False, assign=True).missing_keys
+    missing = model.load_state_dict(
+        {name: weights.read(name).float() for name in outside}, strict=False, assign=True
+    ).missing_keys
     model.tie_weights()
     for index, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{index}."
@@ -138,17 +148,26 @@ def layerwise_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
         missing = [name for name in missing if not name.startswith(prefix)]
 
         def fetch(module: nn.Module, _: Any, names: dict[str, str] = names) -> None:
-            module.load_state_dict({part: weights.read(name).float() for part, name in names.items()}, strict=True, assign=True)
+            module.load_state_dict(
+                {part: weights.read(name).float() for part, name in names.items()}, strict=True, assign=True
+            )
 
         layer.register_forward_pre_hook(fetch)
         layer.register_forward_hook(lambda module, *_: module.to_empty(device="meta") and None)
     if set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
-        raise ArtifactError(folder, f"no weights for {sorted(missing)[0]}", "every weight must be there", "report this shape as a bug")
+        raise ArtifactError(
+            folder,
+            f"no weights for {sorted(missing)[0]}",
+            "every weight must be there",
+            "report this shape as a bug",
+        )
     logits: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
     return logits
 
 
-def grow_model(model: str, output: Path, wanted: Architecture, storage: Storage, console: Console) -> dict[str, Any]:
+def grow_model(
+    model: str, output: Path, wanted: Architecture, storage: Storage, console: Console
+) -> dict[str, Any]:
     """Writes the larger model and returns its record; `shape_of` gives a shape to change.
 
     Raises:
@@ -172,7 +191,10 @@ def grow_model(model: str, output: Path, wanted: Architecture, storage: Storage,
         with console.progress("grow", wanted.parameters, "parameters") as progress:
             size = write_shards(folder, grown_tensors(weights, source, wanted, grower), progress)
         console.say(f"{output.name}: comparing with {model} in float32")
-        record = record_of(model, wanted, storage) | {"bytes": size, "check": asdict(compare(location, folder, storage))}
+        record = record_of(model, wanted, storage) | {
+            "bytes": size,
+            "check": asdict(compare(location, folder, storage)),
+        }
         write_json(folder / RECORD, record)
     return record
 
@@ -194,4 +216,6 @@ def _check_disk(output: Path, needed: int) -> None:
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise DiskError(output, f"{format_count(free)} bytes free", f"needs {format_count(needed)}", "free some space")
+        raise DiskError(
+            output, f"{format_count(free)} bytes free", f"needs {format_count(needed)}", "free some space"
+        )

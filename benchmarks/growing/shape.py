@@ -22,9 +22,13 @@ GROUP = 128
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_OF_ANY_CONTEXT = ("default", "linear", "llama3")
 _SIZES = {
-    "--hidden-size": "hidden_size", "--layers": "num_layers", "--intermediate-size": "intermediate_size", "--heads": "num_heads",
-    "--kv-heads": "num_kv_heads", "--context-length": "context_length",
-}  # fmt: skip
+    "--hidden-size": "hidden_size",
+    "--layers": "num_layers",
+    "--intermediate-size": "intermediate_size",
+    "--heads": "num_heads",
+    "--kv-heads": "num_kv_heads",
+    "--context-length": "context_length",
+}
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,18 @@ def check_shape(source: Architecture, wanted: Architecture) -> None:
         RecipeError: naming the option, both values, the rule and what would do.
     """
     if source.family not in _FAMILIES:
-        raise RecipeError("SOURCE", f"family '{source.family}'", f"must be one of {', '.join(_FAMILIES)}", "grow a model of one of these")
+        raise RecipeError(
+            "SOURCE",
+            f"family '{source.family}'",
+            f"must be one of {', '.join(_FAMILIES)}",
+            "grow a model of one of these",
+        )
     for option, field in _SIZES.items():
         old, new = getattr(source, field), getattr(wanted, field)
         if new < old:
-            raise RecipeError(option, new, f"must not be smaller than the source's {old}", f"give at least {old}")
+            raise RecipeError(
+                option, new, f"must not be smaller than the source's {old}", f"give at least {old}"
+            )
     if wanted.head_dim != source.head_dim:
         rule = f"must stay {source.head_dim}, since rope and the scale of attention depend on it"
         raise RecipeError("--head-dim", wanted.head_dim, rule, "change the number of heads instead")
@@ -63,9 +74,7 @@ def check_shape(source: Architecture, wanted: Architecture) -> None:
         raise RecipeError("--kv-heads", wanted.num_kv_heads, rule, "give a divisor")
     needed = len(head_places(source, wanted)[1])
     if needed > wanted.num_kv_heads:
-        ratios = (
-            f"{wanted.num_heads // wanted.num_kv_heads} queries a key-value head, {source.num_heads // source.num_kv_heads} in the source"
-        )
+        ratios = f"{wanted.num_heads // wanted.num_kv_heads} queries a key-value head, {source.num_heads // source.num_kv_heads} in the source"
         rule = f"must be at least {needed} at {ratios}"
         raise RecipeError("--kv-heads", wanted.num_kv_heads, rule, "give more --kv-heads or --heads")
     if wanted.family == "qwen2" and wanted.hidden_size != wanted.num_heads * wanted.head_dim:
@@ -116,27 +125,44 @@ def find_axes(source: Architecture, wanted: Architecture, trained: bool) -> dict
     }
 
 
-def grown_config(raw: dict[str, Any], source: Architecture, wanted: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+def grown_config(
+    raw: dict[str, Any], source: Architecture, wanted: Architecture, dtype: torch.dtype
+) -> dict[str, Any]:
     """The source's config.json with the larger shape.
 
     Raises:
         TargetError: for compressed weights. RecipeError: when the rope depends on a context that would change.
     """
     if "quantization_config" in raw:
-        raise TargetError("SOURCE", "compressed weights", "only plain weights can be grown", "grow the uncompressed model")
+        raise TargetError(
+            "SOURCE", "compressed weights", "only plain weights can be grown", "grow the uncompressed model"
+        )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if wanted.context_length != source.context_length and kind not in _ROPE_OF_ANY_CONTEXT:
-        raise RecipeError("--context-length", wanted.context_length, f"rope '{kind}' depends on it", f"leave it at {source.context_length}")
+        raise RecipeError(
+            "--context-length",
+            wanted.context_length,
+            f"rope '{kind}' depends on it",
+            f"leave it at {source.context_length}",
+        )
     config = {key: value for key, value in raw.items() if key not in ("torch_dtype", "_name_or_path")}
     config |= {
-        "hidden_size": wanted.hidden_size, "num_hidden_layers": wanted.num_layers, "intermediate_size": wanted.intermediate_size,
-        "num_attention_heads": wanted.num_heads, "num_key_value_heads": wanted.num_kv_heads, "tie_word_embeddings": wanted.tied,
-        "max_position_embeddings": wanted.context_length, "dtype": str(dtype).removeprefix("torch."),
+        "hidden_size": wanted.hidden_size,
+        "num_hidden_layers": wanted.num_layers,
+        "intermediate_size": wanted.intermediate_size,
+        "num_attention_heads": wanted.num_heads,
+        "num_key_value_heads": wanted.num_kv_heads,
+        "tie_word_embeddings": wanted.tied,
+        "max_position_embeddings": wanted.context_length,
+        "dtype": str(dtype).removeprefix("torch."),
         "rms_norm_eps": raw.get("rms_norm_eps", 1e-6) * source.hidden_size / wanted.hidden_size,
-    }  # fmt: skip
+    }
     if wanted.family != "qwen2":
         config["head_dim"] = wanted.head_dim
     if raw.get("layer_types"):
-        config["layer_types"] = [*raw["layer_types"], *["full_attention"] * (wanted.num_layers - source.num_layers)]
+        config["layer_types"] = [
+            *raw["layer_types"],
+            *["full_attention"] * (wanted.num_layers - source.num_layers),
+        ]
     return config

@@ -40,11 +40,16 @@ CHUNK = 1 << 24
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens", "lm_head", "model.norm"
 _ATTENTION, _MLP = "self_attn", "mlp"
 _AXES = {
-    _EMBEDDING: ("vocab", "hidden"), _HEAD: ("vocab", "hidden"),
-    f"{_ATTENTION}.q_proj": ("query", "hidden"), f"{_ATTENTION}.k_proj": ("kv", "hidden"), f"{_ATTENTION}.v_proj": ("kv", "hidden"),
-    f"{_ATTENTION}.o_proj": ("hidden", "query"), f"{_MLP}.gate_proj": ("inner", "hidden"), f"{_MLP}.up_proj": ("inner", "hidden"),
+    _EMBEDDING: ("vocab", "hidden"),
+    _HEAD: ("vocab", "hidden"),
+    f"{_ATTENTION}.q_proj": ("query", "hidden"),
+    f"{_ATTENTION}.k_proj": ("kv", "hidden"),
+    f"{_ATTENTION}.v_proj": ("kv", "hidden"),
+    f"{_ATTENTION}.o_proj": ("hidden", "query"),
+    f"{_MLP}.gate_proj": ("inner", "hidden"),
+    f"{_MLP}.up_proj": ("inner", "hidden"),
     f"{_MLP}.down_proj": ("hidden", "inner"),
-}  # fmt: skip
+}
 """The axes (outputs, inputs) of every matrix, by its module's name inside the layer."""
 _WRITE = (_EMBEDDING, f"{_ATTENTION}.o_proj", f"{_MLP}.down_proj")
 """What writes to the residual stream: zero beside the trained values, but for columns that read dead entries."""
@@ -99,7 +104,9 @@ class Grower:
         generator = torch.Generator().manual_seed(self.storage.seed * 1_000_003 + zlib.crc32(name.encode()))
         if tensor.ndim == 1:  # a bias: one column, read by nothing that is dead
             place = torch.zeros(1, dtype=torch.long)
-            return self._matrix(module, tensor[:, None], (rows, Axis(place, place, place.bool())), generator)[:, 0].contiguous()
+            return self._matrix(module, tensor[:, None], (rows, Axis(place, place, place.bool())), generator)[
+                :, 0
+            ].contiguous()
         return self._matrix(module, tensor, (rows, columns), generator)
 
     def _norm(self, weight_H: Tensor, hidden: Axis) -> Tensor:
@@ -107,7 +114,9 @@ class Grower:
         grown[hidden.places] = weight_H[hidden.entries] * self.norm_scale
         return grown
 
-    def _matrix(self, module: str, source: Tensor, axes: tuple[Axis, Axis], generator: torch.Generator) -> Tensor:
+    def _matrix(
+        self, module: str, source: Tensor, axes: tuple[Axis, Axis], generator: torch.Generator
+    ) -> Tensor:
         """Zeros or random values, and the trained ones in their places."""
         rows, columns = axes
         grown = torch.zeros(rows.size, columns.size, dtype=self.storage.torch_dtype)
@@ -115,7 +124,9 @@ class Grower:
         if self.storage.fill == "random" and (module not in _WRITE or columns.dead.any()):
             low, high = torch.full((rows.size,), -math.inf), torch.full((rows.size,), math.inf)
             if placed.numel():
-                shared = placed[:, -(placed.shape[1] % GROUP) :]  # the group that random values enter; -0 means the whole row
+                shared = placed[
+                    :, -(placed.shape[1] % GROUP) :
+                ]  # the group that random values enter; -0 means the whole row
                 low[rows.places], high[rows.places] = shared.amin(1), shared.amax(1)
             fill_random(grown, float(source.float().std(correction=0)), (low, high), generator)
             if module in _WRITE:
@@ -126,7 +137,9 @@ class Grower:
         return grown
 
 
-def fill_random(matrix_RC: Tensor, std: float, ranges: tuple[Tensor, Tensor], generator: torch.Generator) -> None:
+def fill_random(
+    matrix_RC: Tensor, std: float, ranges: tuple[Tensor, Tensor], generator: torch.Generator
+) -> None:
     """Normal values, each row's held inside its range [R], drawn in pieces so that float32 copies stay small."""
     low_R, high_R = ranges
     step = max(1, CHUNK // matrix_RC.shape[1])
@@ -156,11 +169,20 @@ class Weights:
             return tensor.clone()
 
 
-def grown_tensors(weights: Weights, source: Architecture, wanted: Architecture, grower: Grower) -> Iterator[tuple[str, Tensor]]:
+def grown_tensors(
+    weights: Weights, source: Architecture, wanted: Architecture, grower: Grower
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the larger model, in the order of the layers."""
-    yield f"{_EMBEDDING}.weight", grower.grow(_EMBEDDING, _EMBEDDING, weights.read(f"{_EMBEDDING}.weight"), True)
+    yield (
+        f"{_EMBEDDING}.weight",
+        grower.grow(_EMBEDDING, _EMBEDDING, weights.read(f"{_EMBEDDING}.weight"), True),
+    )
     last = f"model.layers.{source.num_layers - 1}."
-    parts = sorted(name.removeprefix(last) for name in weights.names if name.startswith(last) and not name.endswith("inv_freq"))
+    parts = sorted(
+        name.removeprefix(last)
+        for name in weights.names
+        if name.startswith(last) and not name.endswith("inv_freq")
+    )
     for layer in range(wanted.num_layers):
         trained = layer < source.num_layers
         for part in parts:
@@ -183,8 +205,21 @@ def check_tensors(weights: Weights, source: Architecture, location: str) -> None
     first = "model.layers.0."
     parts = {name.removeprefix(first) for name in weights.names if name.startswith(first)}
     known = {*_AXES, *_NORMS, f"{_ATTENTION}.q_norm", f"{_ATTENTION}.k_norm"}
-    strange = [part for part in sorted(parts) if part.rpartition(".")[0] not in known and not part.endswith("inv_freq")]
-    expected = whole | {f"model.layers.{layer}.{part}" for layer in range(source.num_layers) for part in parts}
-    problems = sorted(expected - weights.names) or strange or sorted(weights.names - expected - {f"{_HEAD}.weight"})
+    strange = [
+        part
+        for part in sorted(parts)
+        if part.rpartition(".")[0] not in known and not part.endswith("inv_freq")
+    ]
+    expected = whole | {
+        f"model.layers.{layer}.{part}" for layer in range(source.num_layers) for part in parts
+    }
+    problems = (
+        sorted(expected - weights.names) or strange or sorted(weights.names - expected - {f"{_HEAD}.weight"})
+    )
     if problems or not parts:
-        raise TargetError(location, f"tensor {(problems or [first])[0]}", "missing or unknown to this tool", "save the model uncompressed")
+        raise TargetError(
+            location,
+            f"tensor {(problems or [first])[0]}",
+            "missing or unknown to this tool",
+            "save the model uncompressed",
+        )

@@ -63,7 +63,10 @@ Wait = Callable[[], bool]
 
 def drive(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
     """Takes steps as long as `wait` says so."""
-    ours, kept = setting.name.startswith("ours"), setting.name.startswith("ours") or setting.name.endswith("kept")
+    ours, kept = (
+        setting.name.startswith("ours"),
+        setting.name.startswith("ours") or setting.name.endswith("kept"),
+    )
     with kept_memory(setting.device) if kept else contextlib.nullcontext():
         run = _trainer if setting.name.startswith("trainer") else _ours if ours else _plain
         run(setting, wait, found)
@@ -75,13 +78,22 @@ def our_step(setting: Setting) -> tuple[Any, TrainStep, list[Batch]]:
     decoder: Any = model.get_decoder()
     compiled = setting.name.endswith("compiled")
     accelerated = setting.name.endswith("modules")  # what runs on an accelerator, on a CPU too
-    runs = (flash(decoder) if accelerated else None) or stand_in(decoder, setting.device, compiled=compiled, backend=setting.backend)
+    runs = (flash(decoder) if accelerated else None) or stand_in(
+        decoder, setting.device, compiled=compiled, backend=setting.backend
+    )
     objective = CrossEntropy(1e-5, path="liger" if setting.name.endswith("liger") else "chunked")
     step = TrainStep(
-        runs, model.get_output_embeddings().weight, list(model.parameters()), build_optimizers(model, kind="adamw", learning_rate=1e-3),
-        objective, setting.device, None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
-    )  # fmt: skip
-    micro = min(setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device), setting.batch)
+        runs,
+        model.get_output_embeddings().weight,
+        list(model.parameters()),
+        build_optimizers(model, kind="adamw", learning_rate=1e-3),
+        objective,
+        setting.device,
+        None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
+    )
+    micro = min(
+        setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device), setting.batch
+    )
     rows = max(1, micro // setting.shape.length)
     batches = [packed_batch(part.numpy()) for part in _parts(setting, rows)]
     return model, step, [_apart(batch) for batch in batches] if setting.name.endswith("masked") else batches
@@ -111,7 +123,9 @@ def _plain(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
     forward = torch.compile(model, backend=setting.backend) if setting.name == "plain_compiled" else model
     while wait():
         for part in parts:
-            with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.name != "plain_fp32"):
+            with torch.autocast(
+                setting.device.type, dtype=torch.bfloat16, enabled=setting.name != "plain_fp32"
+            ):
                 loss = forward(input_ids=part[:, :-1], labels=part[:, :-1]).loss
             torch.autograd.backward(loss / len(parts))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -139,11 +153,21 @@ def _trainer(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
     drawn = tokens(shape, rows * count)[:, :-1]
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Done):
         arguments = transformers.TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=count, max_steps=10**6, learning_rate=1e-3,
-            bf16=setting.name != "trainer_fp32", use_cpu=setting.device.type == "cpu", report_to=[], logging_strategy="no",
-            save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        transformers.Trainer(model=model, args=arguments, train_dataset=_Endless(drawn), callbacks=[Turns()]).train()
+            output_dir=folder,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=count,
+            max_steps=10**6,
+            learning_rate=1e-3,
+            bf16=setting.name != "trainer_fp32",
+            use_cpu=setting.device.type == "cpu",
+            report_to=[],
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        transformers.Trainer(
+            model=model, args=arguments, train_dataset=_Endless(drawn), callbacks=[Turns()]
+        ).train()
 
 
 class _Endless(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):

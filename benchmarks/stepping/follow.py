@@ -24,7 +24,9 @@ WARM_UP = 20
 """Steps until the rate is at its peak."""
 
 
-def follow(shape: str, device: torch.device, steps: int, length: int, keep: Callable[[dict[str, Any]], None]) -> None:
+def follow(
+    shape: str, device: torch.device, steps: int, length: int, keep: Callable[[dict[str, Any]], None]
+) -> None:
     """Losses of `steps` steps of one row of `length` tokens: CPU fp32, CPU bf16, device bf16.
 
     Args:
@@ -45,7 +47,16 @@ def follow(shape: str, device: torch.device, steps: int, length: int, keep: Call
         for name, run in runs.items():
             losses[name].append(next(run))
         if step % EVERY == 0 or step == steps:
-            keep({"shape": shape, "row": length, "steps_wanted": steps, "steps": step, **compare(losses), "losses": losses})
+            keep(
+                {
+                    "shape": shape,
+                    "row": length,
+                    "steps_wanted": steps,
+                    "steps": step,
+                    **compare(losses),
+                    "losses": losses,
+                }
+            )
 
 
 def compare(losses: dict[str, list[float]]) -> dict[str, Any]:
@@ -53,10 +64,12 @@ def compare(losses: dict[str, list[float]]) -> dict[str, Any]:
     noise = difference(losses["cpu_bf16"], losses["cpu_fp32"])
     from_fp32 = difference(losses["device_bf16"], losses["cpu_fp32"])
     return {
-        "bf16_noise": noise, "device_from_cpu_fp32": from_fp32,
-        "device_from_cpu_bf16": difference(losses["device_bf16"], losses["cpu_bf16"]), "allowed_times_noise": WITHIN,
+        "bf16_noise": noise,
+        "device_from_cpu_fp32": from_fp32,
+        "device_from_cpu_bf16": difference(losses["device_bf16"], losses["cpu_bf16"]),
+        "allowed_times_noise": WITHIN,
         "within_noise": from_fp32["mean"] <= WITHIN * noise["mean"],
-    }  # fmt: skip
+    }
 
 
 def difference(a: list[float], b: list[float]) -> dict[str, float]:

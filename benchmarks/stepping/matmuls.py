@@ -35,11 +35,16 @@ def data_sheet(name: str) -> float | None:
     return next((value * 1e12 for part, value in DATA_SHEET_TFLOPS.items() if part in name), None)
 
 
-def seconds_per_token(model: nn.Module, vocab: int, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def seconds_per_token(
+    model: nn.Module, vocab: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
     """Time that the products of a token's training take by themselves: `forward`, and `all` three of every layer."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     head_rows = min(rows, 2048 if device.type == "cpu" else default_chunk(device.type, vocab))
-    sizes = [(head_rows if module.out_features == vocab else rows, module.in_features, module.out_features) for module in linear]
+    sizes = [
+        (head_rows if module.out_features == vocab else rows, module.in_features, module.out_features)
+        for module in linear
+    ]
     totals = {"forward": 0.0, "all": 0.0}
     for size in sorted(set(sizes)):
         forward, both = _time_layer(size, dtype, device)
@@ -52,7 +57,9 @@ def _time_layer(size: tuple[int, int, int], dtype: torch.dtype, device: torch.de
     """Seconds of the forward product, and of the two of the backward pass."""
     n, d, o = size
     x, weight, grad = (torch.randn(*shape, device=device).to(dtype) for shape in ((n, d), (o, d), (n, o)))
-    y, grad_x, grad_weight = (torch.empty(*shape, device=device, dtype=dtype) for shape in ((n, o), (n, d), (o, d)))
+    y, grad_x, grad_weight = (
+        torch.empty(*shape, device=device, dtype=dtype) for shape in ((n, o), (n, d), (o, d))
+    )
     repeats = max(1, int(2e9 // (2 * math.prod(size)))) if device.type == "cpu" else 20
     forward = timed(lambda: torch.mm(x, weight.t(), out=y), repeats, device)
     into = timed(lambda: torch.mm(grad, weight, out=grad_x), repeats, device)

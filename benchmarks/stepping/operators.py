@@ -65,7 +65,12 @@ def operators(setting: Setting) -> dict[str, Any]:
     best = min(rounds, key=lambda timed: sum(timed.seconds.values()))
     whole = sum(best.seconds.values())
     rows = [
-        {"operator": name, "seconds": round(seconds, 5), "share": round(seconds / whole, 4), "calls": best.calls[name]}
+        {
+            "operator": name,
+            "seconds": round(seconds, 5),
+            "share": round(seconds / whole, 4),
+            "calls": best.calls[name],
+        }
         for name, seconds in sorted(best.seconds.items(), key=lambda item: -item[1])
     ]
     return {"step_seconds": plain, "operators_seconds": whole, "operators": rows}

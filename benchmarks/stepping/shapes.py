@@ -48,12 +48,21 @@ def build_model(shape: Shape, seed: int = 0) -> Any:
 
     configs = {"llama": transformers.LlamaConfig, "phi3": transformers.Phi3Config}
     config = configs[shape.family](
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=4096,
-        tie_word_embeddings=shape.tied, pad_token_id=0, use_cache=False,
-    )  # fmt: skip
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=shape.tied,
+        pad_token_id=0,
+        use_cache=False,
+    )
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).train()
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
+    ).train()
 
 
 def tokens(shape: Shape, rows: int, step: int = 0, *, learnable: bool = False) -> torch.Tensor:
@@ -62,7 +71,10 @@ def tokens(shape: Shape, rows: int, step: int = 0, *, learnable: bool = False) -
     if not learnable:
         return torch.randint(0, shape.vocab, (rows, shape.length + 1), generator=generator)
     follows = torch.randint(0, 256, (256, 4), generator=torch.Generator().manual_seed(7))
-    walk, choices = [torch.randint(0, 256, (rows,), generator=generator)], torch.randint(0, 4, (rows, shape.length), generator=generator)
+    walk, choices = (
+        [torch.randint(0, 256, (rows,), generator=generator)],
+        torch.randint(0, 4, (rows, shape.length), generator=generator),
+    )
     for place in range(shape.length):
         walk.append(follows[walk[-1], choices[:, place]])
     return torch.stack(walk, dim=1)

@@ -27,10 +27,14 @@ MARK = "@turn "
 class Contender:
     """The parent's end: starts the process, gives turns, stops it."""
 
-    def __init__(self, script: Path, name: str, options: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, script: Path, name: str, options: dict[str, Any], environment: dict[str, str] | None = None
+    ) -> None:
         command = [sys.executable, str(script), "--worker", json.dumps({"name": name, **options})]
         chosen = {**os.environ, **(environment or {})}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=chosen)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=chosen
+        )
 
     def turn(self, steps: int) -> dict[str, Any] | None:
         """What the worker says after so many steps; None when it is gone."""
@@ -61,7 +65,14 @@ def main(options: dict[str, Any]) -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     device = torch.device(options["device"])
-    setting = Setting(options["name"], SHAPES[options["shape"]], device, options["batch"], options["rows"], options["backend"])
+    setting = Setting(
+        options["name"],
+        SHAPES[options["shape"]],
+        device,
+        options["batch"],
+        options["rows"],
+        options["backend"],
+    )
     found: dict[str, Any] = {}
     if setting.name == "matmuls":
         _ceiling(setting)
@@ -122,7 +133,10 @@ def _parts(setting: Setting) -> None:
     hidden_ND = torch.randn(batch.num_trained, setting.shape.hidden, device=device, requires_grad=True)
 
     def decoder(backward: bool) -> None:
-        with torch.set_grad_enabled(backward), torch.autocast(device.type, dtype=torch.bfloat16, enabled=step.autocast is not None):
+        with (
+            torch.set_grad_enabled(backward),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=step.autocast is not None),
+        ):
             hidden = step.decoder(**batch.inputs, use_cache=False).last_hidden_state
         if backward:
             torch.autograd.backward(hidden, torch.ones_like(hidden))
@@ -155,4 +169,6 @@ def peak_memory(device: torch.device) -> float | None:
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )

@@ -38,7 +38,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """
     with atomic_path(path) as temporary:
         # A lone surrogate (a file name that is no UTF-8, a damaged text) becomes its escape, which JSON reads back as it was.
-        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        temporary.write_bytes(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
 
 
 @contextlib.contextmanager
@@ -66,7 +68,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    with contextlib.suppress(PermissionError):  # a library may write files that even their owner may only read
+                    with contextlib.suppress(
+                        PermissionError
+                    ):  # a library may write files that even their owner may only read
                         _force(file)
             if path.exists():
                 shutil.rmtree(path)
@@ -105,7 +109,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(path, "missing", "this file must exist", "run the stage that writes it") from None
     except (ValueError, RecursionError, OSError) as error:
-        raise ArtifactError(path, f"unreadable ({error})", "must be valid JSON", "delete this folder and run its stage again") from None
+        raise ArtifactError(
+            path, f"unreadable ({error})", "must be valid JSON", "delete this folder and run its stage again"
+        ) from None
 
 
 def file_sha256(path: Path) -> str:
@@ -137,7 +143,12 @@ class _Fields(dict[str, Any]):
         self._path = path
 
     def __missing__(self, key: str) -> Any:
-        raise ArtifactError(self._path, f"no '{key}'", "must hold what its stage wrote", "delete this folder and run its stage again")
+        raise ArtifactError(
+            self._path,
+            f"no '{key}'",
+            "must hold what its stage wrote",
+            "delete this folder and run its stage again",
+        )
 
 
 @dataclass(frozen=True)
@@ -163,10 +174,18 @@ class Artifact:
         schema = value.get("schema") if isinstance(value, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
             found, rule = f"schema {schema}, of a newer release", f"this release reads schema {SCHEMA}"
-            raise ArtifactError(self.path / MANIFEST, found, rule, f"upgrade fastdraft, or do it again with --redo {self.name}")
+            raise ArtifactError(
+                self.path / MANIFEST,
+                found,
+                rule,
+                f"upgrade fastdraft, or do it again with --redo {self.name}",
+            )
         if schema != SCHEMA:
             raise ArtifactError(
-                self.path / MANIFEST, "another schema", f"must be schema {SCHEMA}", "delete this folder and run its stage again"
+                self.path / MANIFEST,
+                "another schema",
+                f"must be schema {SCHEMA}",
+                "delete this folder and run its stage again",
             )
         return _Fields(self.path / MANIFEST, value)
 
@@ -183,7 +202,10 @@ class Artifact:
         value = read_json(self.path / FINGERPRINT)
         if not isinstance(value, dict):
             raise ArtifactError(
-                self.path / FINGERPRINT, "not a mapping", "must hold the stage's settings", "delete this folder and run its stage again"
+                self.path / FINGERPRINT,
+                "not a mapping",
+                "must hold the stage's settings",
+                "delete this folder and run its stage again",
             )
         return value
 
@@ -198,7 +220,9 @@ class Artifact:
             raise ArtifactError(self.path / FINGERPRINT, "nested too deeply", rule, remedy) from None
         new = flatten(json.loads(json.dumps(fingerprint, default=str)))
         return [
-            f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+            f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})"
+            for key in sorted({*old, *new})
+            if old.get(key) != new.get(key)
         ]
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
@@ -226,14 +250,24 @@ class Artifact:
         """
         if (self.path / FINGERPRINT).exists() or not self.path.is_dir() or not any(self.path.iterdir()):
             return
-        if self.is_complete() and self.manifest().get("fingerprint") == digest(json.loads(json.dumps(fingerprint, default=str))):
+        if self.is_complete() and self.manifest().get("fingerprint") == digest(
+            json.loads(json.dumps(fingerprint, default=str))
+        ):
             return
-        found, rule = f"{FINGERPRINT} is missing beside other files", "it tells with which settings they were made"
-        raise ArtifactError(self.path, found, rule, f"put it back, or do the stage again with --redo {self.name}")
+        found, rule = (
+            f"{FINGERPRINT} is missing beside other files",
+            "it tells with which settings they were made",
+        )
+        raise ArtifactError(
+            self.path, found, rule, f"put it back, or do the stage again with --redo {self.name}"
+        )
 
     def complete(self, **fields: Any) -> None:
         """Writes the manifest: from here on the stage counts as finished."""
-        write_json(self.path / MANIFEST, {"schema": SCHEMA, "stage": self.name, "fingerprint": self.digest(), **fields})
+        write_json(
+            self.path / MANIFEST,
+            {"schema": SCHEMA, "stage": self.name, "fingerprint": self.digest(), **fields},
+        )
 
     def remove_scratch(self) -> None:
         """Removes what only an unfinished stage needs; a kill right after the manifest may have left it."""
@@ -276,7 +310,9 @@ class RunDirectory:
                 self.root.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError, FileNotFoundError):
                 rule = "the run's folder must be one that can be made"
-                raise DiskError(self.root, "no folder can be made here", rule, "set another run.folder") from None
+                raise DiskError(
+                    self.root, "no folder can be made here", rule, "set another run.folder"
+                ) from None
             lock = _acquire_lock(self.root)
         _HELD.append(self.root)
         try:
@@ -318,7 +354,9 @@ def _acquire_lock(root: Path) -> Any:
             lock.acquire()
     except Timeout:
         remedy = f"wait for it, or use another run.name{f'; if its machine is dead, delete {marker}' if marker.exists() else ''}"
-        raise ArtifactError(root, "in use by another process", "one process at a time may write a run", remedy) from None
+        raise ArtifactError(
+            root, "in use by another process", "one process at a time may write a run", remedy
+        ) from None
     return lock
 
 

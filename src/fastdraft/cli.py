@@ -90,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     run = _recipe_verb(verbs, "run", "every stage of a recipe, one after the other", _run)
-    run.add_argument("--dry-run", action="store_true", help="check everything and print the forecast, run nothing")
+    run.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the forecast, run nothing"
+    )
     _add_redo(run)
     _add_machines(run)
     for name, summary in _STAGES.items():
@@ -104,28 +106,37 @@ def build_parser() -> argparse.ArgumentParser:
             stage.epilog = "example: fastdraft benchmark demo benchmark.repeats=5"
     check = _recipe_verb(verbs, "check", "validate a recipe; forecast tokens, time, disk, memory", _check)
     check.add_argument("--json", action="store_true", help="print the forecast as JSON on stdout")
-    check.add_argument("--contact", action="store_true", help="ask the recipe's servers what they serve, with a few one-token questions")
+    check.add_argument(
+        "--contact",
+        action="store_true",
+        help="ask the recipe's servers what they serve, with a few one-token questions",
+    )
     _add_inspect(verbs)
     _add_preview(verbs)
     _add_generate(verbs)
     recipes = verbs.add_parser(
-        "recipes", help="list the shipped recipes, or copy one to edit",
+        "recipes",
+        help="list the shipped recipes, or copy one to edit",
         description="Lists the shipped recipes. Every key is described in docs/recipe.md.",
         epilog="example: fastdraft recipes --copy starter",
-    )  # fmt: skip
+    )
     recipes.add_argument("--copy", metavar="NAME", help="write NAME.yaml into the working directory")
     recipes.set_defaults(call=_recipes)
     return parser
 
 
-def _recipe_verb(verbs: Any, name: str, summary: str, call: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+def _recipe_verb(
+    verbs: Any, name: str, summary: str, call: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example: fastdraft {name} demo run.seed=1 pretrain.tokens=1M",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo"
+    )
     override = "set any key of the recipe, for example pretrain.tokens=4M"
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=override)
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
@@ -135,43 +146,88 @@ def _recipe_verb(verbs: Any, name: str, summary: str, call: Callable[[argparse.N
 
 def _add_redo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--redo", metavar="STAGE", action="append", default=[], choices=sorted(_STAGES), help="throw away STAGE and what builds on it first"
+        "--redo",
+        metavar="STAGE",
+        action="append",
+        default=[],
+        choices=sorted(_STAGES),
+        help="throw away STAGE and what builds on it first",
     )
 
 
 def _add_machines(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     group = parser.add_argument_group("many devices", _MACHINES)
-    group.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes on this machine, one a device (default 1)")
-    group.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines (default 1); give the command on each")
-    group.add_argument("--node-rank", type=int, default=0, metavar="I", help="this machine's number, from 0 (default 0)")
+    group.add_argument(
+        "--nproc-per-node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine, one a device (default 1)",
+    )
+    group.add_argument(
+        "--nnodes", type=int, default=1, metavar="N", help="machines (default 1); give the command on each"
+    )
+    group.add_argument(
+        "--node-rank", type=int, default=0, metavar="I", help="this machine's number, from 0 (default 0)"
+    )
     group.add_argument("--master-addr", default="", metavar="HOST", help="name or address of machine 0")
-    group.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="a free port of machine 0 (default 29500)")
-    group.add_argument("--max-restarts", type=int, default=3, metavar="N", help="times that lost processes are replaced (default 3)")
+    group.add_argument(
+        "--master-port",
+        type=int,
+        default=29500,
+        metavar="PORT",
+        help="a free port of machine 0 (default 29500)",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="times that lost processes are replaced (default 3)",
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("any model, without a recipe: fastdraft export DIR --format openvino")
-    group.add_argument("--format", choices=["openvino"], help="the runtime; RECIPE is then a Hugging Face directory or hub id")
     group.add_argument(
-        "--weights", choices=["fp32", "fp16", "int8", "int4"], default="int8", help="precision of the weights (default int8)"
+        "--format",
+        choices=["openvino"],
+        help="the runtime; RECIPE is then a Hugging Face directory or hub id",
+    )
+    group.add_argument(
+        "--weights",
+        choices=["fp32", "fp16", "int8", "int4"],
+        default="int8",
+        help="precision of the weights (default int8)",
     )
     group.add_argument("--output", metavar="DIR", help="the new folder (default NAME-FORMAT-WEIGHTS)")
-    group.add_argument("--target", metavar="DIR", help="an exported target that the model must serve as a draft")
+    group.add_argument(
+        "--target", metavar="DIR", help="an exported target that the model must serve as a draft"
+    )
     parser.set_defaults(call=_export)
 
 
 def _add_inspect(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "inspect", help="a target's anatomy, its vocabulary's traps, candidate drafts with their costs",
+        "inspect",
+        help="a target's anatomy, its vocabulary's traps, candidate drafts with their costs",
         description="Reads a target's config and tokenizer, never its weights (but with --measure), and tells which drafts suit it.",
         epilog="example: fastdraft inspect Qwen/Qwen3-8B",
-    )  # fmt: skip
-    parser.add_argument("target", metavar="TARGET", help="a model directory, a hub id, or shipped:targets/starter")
+    )
+    parser.add_argument(
+        "target", metavar="TARGET", help="a model directory, a hub id, or shipped:targets/starter"
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--measure", action="store_true", help="time the target and drafts of these shapes on this device, untrained")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time the target and drafts of these shapes on this device, untrained",
+    )
     _add_measure(parser)
     parser.set_defaults(call=_inspect)
 
@@ -193,21 +249,32 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft", nargs="+", metavar="SHAPE", help=drafts)
     group.add_argument("--device", metavar="NAME", help="OpenVINO's name (default CPU)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: OpenVINO's choice)")
-    group.add_argument("--num-speculative-tokens", type=int, nargs="+", metavar="K", help="tokens proposed per round (default 1 2 3 4 5)")
-    group.add_argument("--prefix", type=int, metavar="TOKENS", help="tokens in the cache before each pass (default 128)")
+    group.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="tokens proposed per round (default 1 2 3 4 5)",
+    )
+    group.add_argument(
+        "--prefix", type=int, metavar="TOKENS", help="tokens in the cache before each pass (default 128)"
+    )
 
 
 def _add_preview(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "preview", help="synthetic rows as text, the trained tokens coloured",
+        "preview",
+        help="synthetic rows as text, the trained tokens coloured",
         description="Shows rows of a run as text, special tokens written out; the tokens that the draft is trained on are green on a "
         "terminal and stand between [[ and ]] in a file or a pipe.",
         epilog="example: fastdraft preview runs/demo --stage align --count 3 | less",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--stage", choices=("synthesize", "align"), default="synthesize",
+        "--stage",
+        choices=("synthesize", "align"),
+        default="synthesize",
         help="synthesize: what the target wrote (default); align: rows of the training batches as the draft reads them",
-    )  # fmt: skip
+    )
     parser.add_argument("run", metavar="RUN", help="a run's folder such as runs/demo")
     parser.add_argument("--count", type=int, default=5, help="rows to show (default 5)")
     parser.set_defaults(call=_preview)
@@ -215,25 +282,46 @@ def _add_preview(verbs: Any) -> None:
 
 def _add_generate(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "generate", help="text streaming out, accepted tokens coloured; speed-up at the end",
+        "generate",
+        help="text streaming out, accepted tokens coloured; speed-up at the end",
         description="Writes with the target and its draft, lossless speculative decoding in torch, accepted tokens green on a terminal. "
         "Tells tokens per target pass and the time beside the target's alone.",
         epilog="example: fastdraft generate runs/demo --prompt 'def quicksort(' -k 4 --temperature 0.6",
-    )  # fmt: skip
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder such as runs/demo (gives target and draft)")
+    )
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="a run's folder such as runs/demo (gives target and draft)"
+    )
     parser.add_argument("--target", help="target directory or hub id, instead of RUN's")
     parser.add_argument("--draft", help="draft directory, instead of RUN's")
-    parser.add_argument("--prompt", help="text to continue, or the question with --chat; read from stdin when absent")
-    parser.add_argument("--chat", action="store_true", help="use the chat template; without --prompt, a conversation")
-    parser.add_argument("-k", "--num-speculative-tokens", type=int, default=3, metavar="K", help="tokens proposed per round (default 3)")
+    parser.add_argument(
+        "--prompt", help="text to continue, or the question with --chat; read from stdin when absent"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="use the chat template; without --prompt, a conversation"
+    )
+    parser.add_argument(
+        "-k",
+        "--num-speculative-tokens",
+        type=int,
+        default=3,
+        metavar="K",
+        help="tokens proposed per round (default 3)",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (default)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, xpu, mps")
-    parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None, help="default: on a terminal")
-    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="also time the target alone (default)")
+    parser.add_argument(
+        "--color", action=argparse.BooleanOptionalAction, default=None, help="default: on a terminal"
+    )
+    parser.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also time the target alone (default)",
+    )
     parser.set_defaults(call=_generate)
 
 
@@ -326,7 +414,10 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     arguments, extra = parser.parse_known_args(argv)
     unknown = [text for text in extra if text.startswith("-") or not hasattr(arguments, "overrides")]
     if unknown:
-        name, options = unknown[0].partition("=")[0], [f"--{key.replace('_', '-')}" for key in vars(arguments)]
+        name, options = (
+            unknown[0].partition("=")[0],
+            [f"--{key.replace('_', '-')}" for key in vars(arguments)],
+        )
         near = difflib.get_close_matches(name, options, n=1)
         parser.error(f"{name}: no such argument" + (f": did you mean {near[0]}?" if near else ""))
     if extra:

@@ -20,12 +20,20 @@ _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmbt]?)", re.IGNORECASE)
 _LARGEST_COUNT = 10**18
 """More than anything that can be counted here; what is larger is a slip of the pen."""
-_SECRET = re.compile(r"(^|_)(key|secret|password|passwd|credentials?|authorization|bearer|token)($|_)|^key|key$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|_)(key|secret|password|passwd|credentials?|authorization|bearer|token)($|_)|^key|key$", re.IGNORECASE
+)
 _LOOKS_SECRET = re.compile(r"\b(sk-|hf_|ghp_|xox[a-z]-|Bearer\s+)[A-Za-z0-9._~+/=-]{6,}")
 """What is not to be repeated, were a recipe to have it: values of such keys, and such texts."""
 
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{number}" for name in ("com", "lpt") for number in range(10))}
+_DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{name}{number}" for name in ("com", "lpt") for number in range(10)),
+}
 
 
 def names_a_device(name: str) -> bool:
@@ -36,7 +44,13 @@ def names_a_device(name: str) -> bool:
 class Config(BaseModel):
     """A recipe section: frozen, unknown keys refused, docstrings of the fields are the reference."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
 
 
 def parse_count(value: object) -> int:
@@ -68,7 +82,9 @@ def folder_name(value: str) -> str:
         ValueError: for other characters, more than 100 of them, a dot at the end, or a name that Windows keeps for a device.
     """
     if not _FOLDER.fullmatch(value):
-        raise ValueError("must be letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit: it names a folder")
+        raise ValueError(
+            "must be letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit: it names a folder"
+        )
     if value.endswith(".") or names_a_device(value):
         raise ValueError("cannot name a folder on Windows, so choose another name")
     return value
@@ -89,7 +105,9 @@ def distinct(values: list[Number], low: float, high: float, rule: str) -> list[N
     if any(not low <= value <= high for value in values):
         raise ValueError(rule)
     found = sorted(set(values))
-    if any(isinstance(value, float) for value in found) and len({f"{value:g}" for value in found}) < len(found):
+    if any(isinstance(value, float) for value in found) and len({f"{value:g}" for value in found}) < len(
+        found
+    ):
         raise ValueError("numbers must differ in their first six digits, by which files and tables call them")
     return found
 
@@ -134,11 +152,19 @@ def recipe_error(error: ValidationError, cls: type[BaseModel], where: str = "") 
     found = "a secret" if secret else short(first["input"])
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}" if known else "remove it"
+        remedy = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else f"known keys: {', '.join(known)}"
+            if known
+            else "remove it"
+        )
         tag = str(loc[-2]) if len(loc) > 2 and loc[-2] in _kinds(cls, loc[:-2]) else ""
         if tag and not near:  # most often a key left over from another kind, which the recipe's file has
             remedy += f"; to change the kind set all of it, '{key.rpartition('.')[0]}={{kind: {tag}}}'"
-        return RecipeError(key, found, "unknown key", "keys are not for recipes: use api_key_env" if secret else remedy)
+        return RecipeError(
+            key, found, "unknown key", "keys are not for recipes: use api_key_env" if secret else remedy
+        )
     if kind == "missing":
         return RecipeError(key, "missing", "this key is required", "add it to the recipe")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -155,7 +181,9 @@ def _kind_error(first: Mapping[str, Any], key: str, kinds: list[str]) -> RecipeE
         return RecipeError(f"{key}.kind", "missing", rule, "add it to the recipe")
     tag = str(first["ctx"]["tag"])
     near = difflib.get_close_matches(tag, kinds, n=1)
-    return RecipeError(f"{key}.kind", short(tag), rule, f"did you mean '{near[0]}'?" if near else "choose one of them")
+    return RecipeError(
+        f"{key}.kind", short(tag), rule, f"did you mean '{near[0]}'?" if near else "choose one of them"
+    )
 
 
 _WORDS = (
@@ -171,7 +199,10 @@ _WORDS = (
         r"match pattern '\^\(?\[A-Za-z0-9\]\[A-Za-z0-9\._-\]\*\)?\??\$'",
         "be letters, digits, '.', '_' and '-', beginning with a letter or digit",
     ),
-    (r"match pattern '\^\[A-Za-z_\]\[A-Za-z0-9_\]\*\$'", "be the name of an environment variable: letters, digits and '_'"),
+    (
+        r"match pattern '\^\[A-Za-z_\]\[A-Za-z0-9_\]\*\$'",
+        "be the name of an environment variable: letters, digits and '_'",
+    ),
 )
 """pydantic's words -> a user's."""
 
@@ -210,7 +241,9 @@ def _models(annotation: object) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models(argument)]
 
 
-def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> Iterator[tuple[int | str, bool, list[type[BaseModel]]]]:
+def _walk(
+    cls: type[BaseModel], loc: tuple[int | str, ...]
+) -> Iterator[tuple[int | str, bool, list[type[BaseModel]]]]:
     """(part, whether it is the tag of a union's member, the sections that may stand there) along a path of pydantic's."""
     models: list[type[BaseModel]] = [cls]
     open_union = False

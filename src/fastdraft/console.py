@@ -78,10 +78,14 @@ def format_seconds(seconds: float) -> str:
 class Progress:
     """One piece of long work: how much is done, how fast, how long it still takes."""
 
-    def __init__(self, console: Console, title: str, total: float | None, unit: str, completed: float) -> None:
+    def __init__(
+        self, console: Console, title: str, total: float | None, unit: str, completed: float
+    ) -> None:
         self._console, self.title, self.total, self.unit = console, title, total, unit
         self.completed, self._begin, self._start, self.note = completed, completed, time.monotonic(), ""
-        self._shown = 0.0 if console.live else self._start  # in a file, work of seconds is told by its last line alone
+        self._shown = (
+            0.0 if console.live else self._start
+        )  # in a file, work of seconds is told by its last line alone
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.update(self.completed + amount, note)
@@ -145,7 +149,9 @@ class Console:
             self._write("\n" + format_table(title, columns, rows))
 
     @contextlib.contextmanager
-    def progress(self, title: str, total: float | None, unit: str = "", completed: float = 0) -> Iterator[Progress]:
+    def progress(
+        self, title: str, total: float | None, unit: str = "", completed: float = 0
+    ) -> Iterator[Progress]:
         """Follows one piece of work; `completed` is what an earlier process already did."""
         progress = Progress(self, title, total, unit, completed)
         try:
@@ -184,10 +190,16 @@ def _print(text: str, end: str = "\n") -> None:
 def _wrap(line: str, width: int) -> str:
     """Breaks between words only, so that paths and commands stay whole; indents what follows."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) if line else line
+    return (
+        textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        if line
+        else line
+    )
 
 
-def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = TABLE_WIDTH) -> str:
+def format_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = TABLE_WIDTH
+) -> str:
     """Plain text, columns parted by two spaces; a column whose cells all start with a digit or sign is right-aligned.
 
     Headings of several words are broken over lines when the table is wider than `width` characters otherwise.
@@ -196,17 +208,27 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any
     heads = [[str(column)] for column in columns]
     body = [max((len(row[i]) for row in cells), default=0) for i in range(len(columns))]
     if sum(max(wide, len(head[0])) + 2 for wide, head in zip(body, heads, strict=True)) - 2 > width:
-        heads = [textwrap.wrap(head[0], max(wide, 1), break_long_words=False) or [""] for wide, head in zip(body, heads, strict=True)]
+        heads = [
+            textwrap.wrap(head[0], max(wide, 1), break_long_words=False) or [""]
+            for wide, head in zip(body, heads, strict=True)
+        ]
     widths = [max(wide, *map(len, head)) for wide, head in zip(body, heads, strict=True)]
     right = [
-        bool(cells) and all(not row[i] or row[i].lstrip("+-.~<>")[:1].isdigit() or row[i] in ("-", "nan") for row in cells)
+        bool(cells)
+        and all(
+            not row[i] or row[i].lstrip("+-.~<>")[:1].isdigit() or row[i] in ("-", "nan") for row in cells
+        )
         for i in range(len(columns))
     ]
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        return "  ".join(
+            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
 
     height = max((len(head) for head in heads), default=0)
-    head_lines = [line(row) for row in zip(*([""] * (height - len(head)) + head for head in heads), strict=True)]
+    head_lines = [
+        line(row) for row in zip(*([""] * (height - len(head)) + head for head in heads), strict=True)
+    ]
     head_lines.append("  ".join("-" * w for w in widths))
     return "\n".join(([title] if title else []) + head_lines + [line(row) for row in cells])

@@ -14,7 +14,14 @@ from typing import Any
 
 from fastdraft.errors import DataError
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 _RULE = "each message needs a `role` and a `content`"
 _REMEDY = "mend or delete the line"
 
@@ -46,7 +53,9 @@ def whole_characters(value: Any) -> Any:
         return value if value.isascii() else _HALF.sub("\ufffd", value)
     if isinstance(value, list):
         return [whole_characters(item) for item in value]
-    return {name: whole_characters(item) for name, item in value.items()} if isinstance(value, dict) else value
+    return (
+        {name: whole_characters(item) for name, item in value.items()} if isinstance(value, dict) else value
+    )
 
 
 def read_conversation(value: object, where: str) -> Conversation | None:
@@ -65,7 +74,12 @@ def read_conversation(value: object, where: str) -> Conversation | None:
         DataError: when this is no list of messages.
     """
     if not isinstance(value, list):
-        raise DataError(where, f"a {type(value).__name__}", "must be text or a list of messages", "set `field` to the one that holds them")
+        raise DataError(
+            where,
+            f"a {type(value).__name__}",
+            "must be text or a list of messages",
+            "set `field` to the one that holds them",
+        )
     system: list[str] = []
     users: list[str] = []
     joined = False
@@ -94,7 +108,9 @@ def _message(message: object, where: str) -> tuple[str, str | None]:
         return role, None
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        return role, "".join(text for text in texts if isinstance(text, str)) if all(isinstance(text, str) for text in texts) else None
+        return role, "".join(text for text in texts if isinstance(text, str)) if all(
+            isinstance(text, str) for text in texts
+        ) else None
     if content is None and ROLES.get(role) == "assistant":
         return role, ""
     if not isinstance(content, str):

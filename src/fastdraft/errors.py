@@ -30,7 +30,9 @@ _STEERING = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200e\u200f\u202a-
 
 def _shown(text: object) -> str:
     """In one line without anything that steers a terminal."""
-    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), " ".join(str(text).split()))
+    return _STEERING.sub(
+        lambda match: match[0].encode("unicode_escape").decode("ascii"), " ".join(str(text).split())
+    )
 
 
 def _cut(text: object) -> str:
@@ -117,7 +119,9 @@ class Interrupted(FastDraftError):
     exit_code = 130
 
     def __init__(self, where: object) -> None:
-        super().__init__(where, "stopped by a signal", "progress is saved", "run the same command again to go on")
+        super().__init__(
+            where, "stopped by a signal", "progress is saved", "run the same command again to go on"
+        )
 
     def __reduce__(self) -> tuple[type[FastDraftError], tuple[str]]:  # type: ignore[override]
         return type(self), (self.where,)

@@ -43,7 +43,9 @@ def conditional_acceptance_rate(rate: float, num_speculative_tokens: int = PAPER
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if acceptance_rate(middle, num_speculative_tokens) < rate else (low, middle)
+        low, high = (
+            (middle, high) if acceptance_rate(middle, num_speculative_tokens) < rate else (low, middle)
+        )
     return (low + high) / 2
 
 
@@ -62,7 +64,11 @@ def mbsu_at(rate: float, num_speculative_tokens: int, cost_ratio: float, known_a
 
 
 def predicted_speedup(
-    block_efficiency: float, num_speculative_tokens: int, draft_seconds: float, target_seconds_1: float, target_seconds_k1: float
+    block_efficiency: float,
+    num_speculative_tokens: int,
+    draft_seconds: float,
+    target_seconds_1: float,
+    target_seconds_k1: float,
 ) -> float:
     """Wall-clock speed-up from measured costs.
 
@@ -90,7 +96,11 @@ def training_rate(parameters: int, device: str = "cpu", threads: int = 0) -> flo
 
 
 def training_seconds(
-    tokens: float, parameters: int, device: str = "cpu", threads: int = 0, tokens_per_second: float | None = None
+    tokens: float,
+    parameters: int,
+    device: str = "cpu",
+    threads: int = 0,
+    tokens_per_second: float | None = None,
 ) -> float:
     """Seconds to train on `tokens` tokens, from a measured rate when there is one."""
     return tokens / (tokens_per_second or training_rate(parameters, device, threads))
@@ -127,7 +137,12 @@ def synthetic_bytes(tokens: float) -> float:
 
 
 def training_memory_bytes(  # noqa: PLR0917
-    parameters: int, vocab_size: int, hidden_size: int, intermediate_size: int, num_layers: int, micro_batch_tokens: int
+    parameters: int,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    micro_batch_tokens: int,
 ) -> float:
     """Memory of a training step: fp32 weights, gradients and two moments, activations, and one chunk of logits.
 

@@ -62,8 +62,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context
     """
     for index, prompt in enumerate(prompts):
         if not prompt or len(prompt) + max_new_tokens > context_length:
-            rule = f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {context_length}"
-            raise DataError(f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens")
+            rule = (
+                f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {context_length}"
+            )
+            raise DataError(
+                f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens"
+            )
 
 
 class Engine(Protocol):
@@ -71,6 +75,8 @@ class Engine(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         """One answer for each prompt (token ids in, token ids out), reproducible for equal prompts, order and seed."""
         ...

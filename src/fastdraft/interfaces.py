@@ -22,9 +22,18 @@ from fastdraft.errors import ArtifactError, DataError, RecipeError
 from fastdraft.generation import Engine, Generation, RenderedPrompt, Sampling, check_prompts
 
 __all__ = [
-    "PYTHON", "SHIPPED", "Engine", "Generation", "RenderedPrompt", "RunConfig", "Sampling", "StageContext", "TargetConfig", "check_prompts",
+    "PYTHON",
+    "SHIPPED",
+    "Engine",
+    "Generation",
+    "RenderedPrompt",
+    "RunConfig",
+    "Sampling",
+    "StageContext",
+    "TargetConfig",
+    "check_prompts",
     "resolve_path",
-]  # fmt: skip
+]
 
 SHIPPED, PYTHON = "shipped:", "python:"
 
@@ -44,7 +53,12 @@ def user_path(text: str, where: str = "path") -> Path:
         if isinstance(error, PermissionError):
             return path
         found = error.strerror if isinstance(error, OSError) else str(error)
-        raise RecipeError(where, f"{short(text)} ({found})", "must be a path that this machine can have", "write the whole path") from None
+        raise RecipeError(
+            where,
+            f"{short(text)} ({found})",
+            "must be a path that this machine can have",
+            "write the whole path",
+        ) from None
     return path
 
 
@@ -64,12 +78,19 @@ def resolve_path(text: str, where: str = "path") -> Path:
         folder, _, rest = name.partition("/")
         roots = {"stdlib": sysconfig.get_path("stdlib"), "site-packages": sysconfig.get_path("purelib")}
         if folder not in roots:
-            raise DataError(where, text, f"must be one of {', '.join(PYTHON + root for root in roots)}", "correct the name")
+            raise DataError(
+                where,
+                text,
+                f"must be one of {', '.join(PYTHON + root for root in roots)}",
+                "correct the name",
+            )
         path = Path(roots[folder]) / rest
     else:
         return user_path(text, where)
     if not path.exists():
-        raise DataError(where, text, f"must exist for {sys.executable}", "correct the name or install what holds it")
+        raise DataError(
+            where, text, f"must exist for {sys.executable}", "correct the name or install what holds it"
+        )
     return path
 
 
@@ -162,7 +183,10 @@ class StageContext:
         artifact = self.artifact(stage)
         if not artifact.is_complete():
             raise ArtifactError(
-                artifact.path, "not finished", f"this stage needs the result of '{stage}'", f"run `fastdraft {stage} RECIPE` first"
+                artifact.path,
+                "not finished",
+                f"this stage needs the result of '{stage}'",
+                f"run `fastdraft {stage} RECIPE` first",
             )
         return artifact
 
@@ -173,7 +197,9 @@ class StageContext:
             RecipeError: when the recipe has no such section.
         """
         if stage not in self.sections:
-            raise RecipeError(stage, "missing", "this stage needs that section", f"add `{stage}:` to the recipe")
+            raise RecipeError(
+                stage, "missing", "this stage needs that section", f"add `{stage}:` to the recipe"
+            )
         return self.sections[stage]
 
     def has(self, stage: str) -> bool:

@@ -39,8 +39,14 @@ _LINES: dict[int, tuple[str, tuple[str, str]]] = {
     errno.ESTALE: ("is gone from the file server", _GONE),
     errno.EIO: ("the disk failed to read or write", _FAULTY),
     errno.ENAMETOOLONG: ("too long a name", ("the disk must take the name", "use shorter names and folders")),
-    errno.EMFILE: ("too many open files", ("a process may hold only so many", f"raise the limit (ulimit -n) and {_AGAIN}")),
-    errno.ENFILE: ("too many open files on this machine", ("the machine must have room for more", f"close programs and {_AGAIN}")),
+    errno.EMFILE: (
+        "too many open files",
+        ("a process may hold only so many", f"raise the limit (ulimit -n) and {_AGAIN}"),
+    ),
+    errno.ENFILE: (
+        "too many open files on this machine",
+        ("the machine must have room for more", f"close programs and {_AGAIN}"),
+    ),
 }
 """For an error number: what was found, and (the rule, the remedy)."""
 _SAFETENSORS = re.compile(r"os error (\d+)")
@@ -58,10 +64,14 @@ def disk_error(error: OSError, path: object) -> DiskError | None:
         error: Its own file name, where it has one that is not temporary, is what the line names.
         path: Named otherwise.
     """
-    if error.errno is None or isinstance(error, (BrokenPipeError, ConnectionError, TimeoutError, InterruptedError)):
+    if error.errno is None or isinstance(
+        error, (BrokenPipeError, ConnectionError, TimeoutError, InterruptedError)
+    ):
         return None
     found, rest = _LINES.get(error.errno, (error.strerror or str(error), _FAULTY))
-    named = error.filename if isinstance(error.filename, str) and not TEMPORARY.search(error.filename) else None
+    named = (
+        error.filename if isinstance(error.filename, str) and not TEMPORARY.search(error.filename) else None
+    )
     if named is None and error.errno == errno.ENOENT:
         found = error.strerror or found  # for example: no usable temporary directory
     return DiskError(named or path, found, *rest)
@@ -96,15 +106,22 @@ def machine_errors(place: Path, smaller: str) -> Iterator[None]:
     except FastDraftError:
         raise
     except UnicodeEncodeError as error:  # of a file's name: whatever is written into files is UTF-8
-        words, rule = f"{error.object!a:.80} has characters that '{error.encoding}' cannot write", "this system must be able to write names"
-        raise DiskError(place, words, rule, "set a UTF-8 locale such as LC_ALL=C.UTF-8, or use other names") from error
+        words, rule = (
+            f"{error.object!a:.80} has characters that '{error.encoding}' cannot write",
+            "this system must be able to write names",
+        )
+        raise DiskError(
+            place, words, rule, "set a UTF-8 locale such as LC_ALL=C.UTF-8, or use other names"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) or not is_out_of_memory(error):
             found = _hidden_disk_error(error, place)
             if found is None:
                 raise
             raise found from error
-        raise NoMemoryError(place, "out of memory", "this work must fit into the memory that is free", smaller) from error
+        raise NoMemoryError(
+            place, "out of memory", "this work must fit into the memory that is free", smaller
+        ) from error
 
 
 def _hidden_disk_error(error: Exception, place: Path) -> DiskError | None:
@@ -160,9 +177,16 @@ class Halving:
 
     def _lower(self, rows: int) -> None:
         if rows == 1:
-            raise NoMemoryError(self.where, "out of memory for a single row", "one row must fit", "shorten the rows or free some memory")
+            raise NoMemoryError(
+                self.where,
+                "out of memory for a single row",
+                "one row must fit",
+                "shorten the rows or free some memory",
+            )
         if self.most == sys.maxsize and self._warn:
-            self._warn(f"out of memory with {rows} rows at a time: going on with {rows // 2}; lower {self.where} to begin there")
+            self._warn(
+                f"out of memory with {rows} rows at a time: going on with {rows // 2}; lower {self.where} to begin there"
+            )
         self.most = rows // 2
         free_memory()
 

@@ -54,7 +54,9 @@ class Stage:
         """Raises:
         MissingExtraError: when the stage needs a library that is not there.
         """
-        check = getattr(importlib.import_module(f"fastdraft.stages.{self.module or self.name}"), "check_installed", None)
+        check = getattr(
+            importlib.import_module(f"fastdraft.stages.{self.module or self.name}"), "check_installed", None
+        )
         if check:
             check(config)
 
@@ -66,24 +68,51 @@ class Stage:
 _FEWER_ROWS = "lower {}.batch_rows, or set target.dtype=bf16"
 STAGES = (
     Stage("design", "target -> draft architecture and first weights"),
-    Stage("prepare", "corpora -> tokenised, packed shards", ("design",), smaller="lower prepare.workers or close other programs"),
-    Stage("pretrain", "text shards -> a language model", ("prepare",), "pretrain", "lower pretrain.micro_batch_tokens", True),
     Stage(
-        "continue_pretrain", "code and text shards -> a model of both", ("pretrain",), "pretrain",
-        "lower continue_pretrain.micro_batch_tokens", True,
-    ),
-    Stage("synthesize", "prompts -> responses that the target writes", ("prepare",), smaller=_FEWER_ROWS.format("synthesize")),
-    Stage(
-        "align", "responses -> a draft that predicts this target", ("continue_pretrain", "synthesize"),
-        smaller="lower align.micro_batch_tokens", parallel=True,
+        "prepare",
+        "corpora -> tokenised, packed shards",
+        ("design",),
+        smaller="lower prepare.workers or close other programs",
     ),
     Stage(
-        "evaluate", "draft x target x tasks -> acceptance, block efficiency", ("align",), smaller=_FEWER_ROWS.format("evaluate"),
+        "pretrain",
+        "text shards -> a language model",
+        ("prepare",),
+        "pretrain",
+        "lower pretrain.micro_batch_tokens",
+        True,
+    ),
+    Stage(
+        "continue_pretrain",
+        "code and text shards -> a model of both",
+        ("pretrain",),
+        "pretrain",
+        "lower continue_pretrain.micro_batch_tokens",
+        True,
+    ),
+    Stage(
+        "synthesize",
+        "prompts -> responses that the target writes",
+        ("prepare",),
+        smaller=_FEWER_ROWS.format("synthesize"),
+    ),
+    Stage(
+        "align",
+        "responses -> a draft that predicts this target",
+        ("continue_pretrain", "synthesize"),
+        smaller="lower align.micro_batch_tokens",
+        parallel=True,
+    ),
+    Stage(
+        "evaluate",
+        "draft x target x tasks -> acceptance, block efficiency",
+        ("align",),
+        smaller=_FEWER_ROWS.format("evaluate"),
     ),
     Stage("export", "the draft as runtimes load it", ("evaluate",)),
     Stage("benchmark", "the exported pair on this device's clock, beside the prediction", ("export",)),
     Stage("report", "everything on one page", ("export", "benchmark"), remade=True),
-)  # fmt: skip
+)
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
@@ -140,11 +169,15 @@ def run(
         write_atomic(context.run.root / "recipe.yaml", recipe.dump())
         worked = sum([_run_stage(stage, recipe, context, launch) for stage in wanted])
     if worked > 1:
-        context.console.say(f"{recipe.run.name}: {worked} stages done in {format_seconds(time.monotonic() - start)}")
+        context.console.say(
+            f"{recipe.run.name}: {worked} stages done in {format_seconds(time.monotonic() - start)}"
+        )
     return context.run
 
 
-def refuse_changes(recipe: Recipe, context: StageContext, redone: Collection[str] = (), wanted: Collection[Stage] = STAGES) -> None:
+def refuse_changes(
+    recipe: Recipe, context: StageContext, redone: Collection[str] = (), wanted: Collection[Stage] = STAGES
+) -> None:
     """Looks at every stage of the recipe, since its run's folder holds the work of one recipe only.
 
     Args:
@@ -182,7 +215,9 @@ def refuse_missing_weights(recipe: Recipe, name: str) -> None:
     reason = _why_weights(recipe, name)
     if reason and not has_weights(recipe.target.location):
         rule, remedy = reason
-        raise TargetError(recipe.target.location, "no model.safetensors", rule, f"put the weights there, or {remedy}")
+        raise TargetError(
+            recipe.target.location, "no model.safetensors", rule, f"put the weights there, or {remedy}"
+        )
 
 
 def _why_weights(recipe: Recipe, name: str) -> tuple[str, str] | None:
@@ -192,12 +227,28 @@ def _why_weights(recipe: Recipe, name: str) -> tuple[str, str] | None:
     """
     from fastdraft.stages import evaluate
 
-    if name == "align" and recipe.align and recipe.align.objective.kind == "token_kd" and recipe.align.objective.source == "target":
-        return "align.objective: source: target reads the target beside the draft", "leave out align.objective"
+    if (
+        name == "align"
+        and recipe.align
+        and recipe.align.objective.kind == "token_kd"
+        and recipe.align.objective.source == "target"
+    ):
+        return (
+            "align.objective: source: target reads the target beside the draft",
+            "leave out align.objective",
+        )
     if name == "evaluate" and recipe.evaluate and evaluate.needs_weights(recipe.evaluate, recipe.sections()):
         where = f"evaluate.texts: kind: {recipe.evaluate.texts.kind} runs the target here"
-        return where, "set evaluate.texts: {kind: engine}, or {kind: synthesize} for rows with their own log-probs"
-    if name == "export" and recipe.export and "openvino" in recipe.export.formats and recipe.export.openvino.target != "none":
+        return (
+            where,
+            "set evaluate.texts: {kind: engine}, or {kind: synthesize} for rows with their own log-probs",
+        )
+    if (
+        name == "export"
+        and recipe.export
+        and "openvino" in recipe.export.formats
+        and recipe.export.openvino.target != "none"
+    ):
         return "export.formats: openvino converts the target too", "set export.openvino.target: none"
     return ("benchmark runs the target here", "leave out `benchmark`") if name == "benchmark" else None
 
@@ -208,7 +259,9 @@ def _wanted(recipe: Recipe, only: Iterable[str] | None) -> list[Stage]:
     for name in sorted(names - set(present)):
         if name not in STAGE_NAMES:
             raise RecipeError("only", name, "no such stage", f"stages: {', '.join(STAGE_NAMES)}")
-        raise RecipeError(name, "missing", "a stage runs only when its section is present", f"add `{name}:` to the recipe")
+        raise RecipeError(
+            name, "missing", "a stage runs only when its section is present", f"add `{name}:` to the recipe"
+        )
     return [stage for stage in STAGES if stage.name in names]
 
 
@@ -227,7 +280,12 @@ def _refuse_gaps(wanted: Sequence[Stage], redone: Collection[str], context: Stag
                 continue
             if name in redone:
                 rule = f"'{stage.name}' alone does not make it again"
-                raise RecipeError("--redo", f"would throw '{name}' away", rule, "use `fastdraft run RECIPE` with this --redo")
+                raise RecipeError(
+                    "--redo",
+                    f"would throw '{name}' away",
+                    rule,
+                    "use `fastdraft run RECIPE` with this --redo",
+                )
             context.require(name)
 
 
@@ -259,7 +317,9 @@ def _do_stage(stage: Stage, recipe: Recipe, context: StageContext, launch: Launc
             stage.run(config, context)
     finally:
         seconds = time.monotonic() - start
-        with contextlib.suppress(FastDraftError):  # a full disk has been told already, and a damaged file is only a clock
+        with contextlib.suppress(
+            FastDraftError
+        ):  # a full disk has been told already, and a damaged file is only a clock
             _record_seconds(context, stage.name, seconds, fresh)
     context.console.say(f"{stage.name}: done in {format_seconds(seconds)}")
     return True
@@ -271,6 +331,10 @@ def _record_seconds(context: StageContext, name: str, seconds: float, fresh: boo
     if not path.parent.is_dir():
         return  # somebody moved the run away: nothing new may stand in its place
     found = read_json(path) if path.exists() else {}
-    timings = {stage: value for stage, value in found.items() if isinstance(value, (int, float))} if isinstance(found, dict) else {}
+    timings = (
+        {stage: value for stage, value in found.items() if isinstance(value, (int, float))}
+        if isinstance(found, dict)
+        else {}
+    )
     before = 0.0 if fresh else timings.get(name, 0.0)
     write_json(path, {**timings, name: round(before + seconds, 1)})

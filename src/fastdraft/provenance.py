@@ -40,7 +40,9 @@ def describe_run() -> dict[str, Any]:
     """Versions, machine, command and time, ready for a manifest."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(_without_home(without_secrets(argument)) for argument in [_program(), *sys.argv[1:]]),
+        "command": " ".join(
+            _without_home(without_secrets(argument)) for argument in [_program(), *sys.argv[1:]]
+        ),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),

@@ -72,7 +72,9 @@ class Recipe(Config):
         ]
         for stage in ("pretrain", "continue_pretrain"):
             section = getattr(self, stage)
-            named += [(f"{stage}.mixture", name) for name in section.mixture] if section and self.prepare else []
+            named += (
+                [(f"{stage}.mixture", name) for name in section.mixture] if section and self.prepare else []
+            )
         for key, name in named:
             if name not in prepared:
                 rule = f"must be one of prepare.corpora ({', '.join(prepared) or 'there are none'})"
@@ -87,7 +89,12 @@ class Recipe(Config):
             kind = self.synthesize.logits.kind
             if kind != "top_k":
                 rule = f"needs the target's logits, but synthesize.logits is {kind}"
-                raise RecipeError("align.objective.source", "stored", rule, "set synthesize.logits: {kind: top_k}, or source: target")
+                raise RecipeError(
+                    "align.objective.source",
+                    "stored",
+                    rule,
+                    "set synthesize.logits: {kind: top_k}, or source: target",
+                )
         return self
 
     @model_validator(mode="after")
@@ -96,20 +103,34 @@ class Recipe(Config):
         if self.evaluate and self.evaluate.texts.kind == "engine":
             if not self.synthesize:
                 rule = "means synthesize.engine, but there is no such section"
-                raise RecipeError("evaluate.texts", "engine", rule, "add `synthesize:`, or set another kind of texts")
+                raise RecipeError(
+                    "evaluate.texts", "engine", rule, "add `synthesize:`, or set another kind of texts"
+                )
             if not self.synthesize.asks and self.synthesize.engine.kind == "auto":
                 rule = "synthesize takes logs and asks no engine, so that none is settled"
-                raise RecipeError("evaluate.texts", "engine", rule, "name the engine in synthesize.engine, or set texts: target")
+                raise RecipeError(
+                    "evaluate.texts",
+                    "engine",
+                    rule,
+                    "name the engine in synthesize.engine, or set texts: target",
+                )
         return self
 
     def sections(self) -> dict[str, Config]:
         """The stages' sections that are present, by stage name, in the order in which they run."""
-        return {name: value for name in Recipe.model_fields if name not in ("run", "target") and (value := getattr(self, name)) is not None}
+        return {
+            name: value
+            for name in Recipe.model_fields
+            if name not in ("run", "target") and (value := getattr(self, name)) is not None
+        }
 
     def dump(self) -> str:
         """The resolved recipe as YAML: every default written out."""
         return yaml.safe_dump(
-            self.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True, width=140
+            self.model_dump(mode="json", by_alias=True, exclude_none=True),
+            sort_keys=False,
+            allow_unicode=True,
+            width=140,
         )
 
 
@@ -128,7 +149,9 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     if name and path.is_dir():
-        remedy = f"give {path / 'recipe.yaml'}" if (path / "recipe.yaml").is_file() else "give a .yaml file in it"
+        remedy = (
+            f"give {path / 'recipe.yaml'}" if (path / "recipe.yaml").is_file() else "give a .yaml file in it"
+        )
         raise RecipeError(name, "is a folder", "must be a recipe file or a shipped recipe", remedy)
     shipped, stem = shipped_recipes(), path.name.removesuffix(".yaml")
     if stem in shipped and path.parent.name in ("", "recipes"):
@@ -150,10 +173,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     value = read_yaml(path)
     if value is None:
-        raise RecipeError(path, "empty", "must hold sections such as `run:` and `target:`", "see the shipped recipes")
+        raise RecipeError(
+            path, "empty", "must hold sections such as `run:` and `target:`", "see the shipped recipes"
+        )
     if not isinstance(value, dict):
         found = "a list" if isinstance(value, list) else f"one value ({short(value)})"
-        raise RecipeError(path, found, "must hold sections such as `run:` and `target:`", "see the shipped recipes")
+        raise RecipeError(
+            path, found, "must hold sections such as `run:` and `target:`", "see the shipped recipes"
+        )
     for override in overrides:
         apply_override(value, override)
     return load_config(Recipe, value)
@@ -167,7 +194,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key '{key.value}' is given twice", key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -195,7 +224,9 @@ def read_yaml(path: Path) -> Any:
     try:
         if path.stat().st_size > LARGEST_RECIPE:
             found = f"{path.stat().st_size / 1e6:.1f} MB"
-            raise RecipeError(path, found, "a recipe has a few kB, 1 MB at most", "name the recipe, not a data file")
+            raise RecipeError(
+                path, found, "a recipe has a few kB, 1 MB at most", "name the recipe, not a data file"
+            )
         return _parse_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, str(error.problem or error.context)
@@ -207,10 +238,15 @@ def read_yaml(path: Path) -> Any:
         elif "'\\t'" in problem:
             remedy = "indent with spaces, not tabs"
         elif "could not determine a constructor" in problem:
-            problem, remedy = f"the tag {problem.rpartition(' ')[2]}", "tags that make objects are not read: write plain values"
+            problem, remedy = (
+                f"the tag {problem.rpartition(' ')[2]}",
+                "tags that make objects are not read: write plain values",
+            )
         raise RecipeError(path, f"{place}{problem}", rule, remedy) from None
     except UnicodeDecodeError as error:
-        raise RecipeError(path, f"byte {error.start} is not UTF-8", "a recipe must be text in UTF-8", "save it as UTF-8") from None
+        raise RecipeError(
+            path, f"byte {error.start} is not UTF-8", "a recipe must be text in UTF-8", "save it as UTF-8"
+        ) from None
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(path, " ".join(str(error).split())[:160], rule, remedy) from None
 
@@ -237,4 +273,6 @@ def apply_override(value: dict[str, Any], override: str) -> None:
             place = place[part]
         place[parts[-1]] = new
     except (IndexError, KeyError, TypeError):
-        raise RecipeError(key, short(text), "names no place in this recipe", "check the sections and indices") from None
+        raise RecipeError(
+            key, short(text), "names no place in this recipe", "check the sections and indices"
+        ) from None

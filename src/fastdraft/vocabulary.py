@@ -39,7 +39,10 @@ class Vocabulary:
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form for manifests: the missing ids as ranges, for there may be many."""
-        return asdict(self) | {"missing_ids": id_ranges(self.missing_ids), "eos_token_ids": list(self.eos_token_ids)}
+        return asdict(self) | {
+            "missing_ids": id_ranges(self.missing_ids),
+            "eos_token_ids": list(self.eos_token_ids),
+        }
 
 
 def id_ranges(ids: Sequence[int]) -> list[list[int]]:
@@ -83,7 +86,13 @@ def describe(tokenizer_state: str) -> Description:
 
 
 def build_vocabulary(
-    size: int, tokenizer: Description, *, bos: int | None, eos: Sequence[int], pad: int | None, where: str = "tokenizer"
+    size: int,
+    tokenizer: Description,
+    *,
+    bos: int | None,
+    eos: Sequence[int],
+    pad: int | None,
+    where: str = "tokenizer",
 ) -> Vocabulary:
     """What must agree, from a tokenizer and the model's own numbers.
 
@@ -101,7 +110,10 @@ def build_vocabulary(
     largest = max(tokenizer.ids, default=-1)
     if largest >= size:
         raise VocabularyError(
-            where, f"token id {largest}", f"the config's vocab_size is {size}", "take config and tokenizer from the same model"
+            where,
+            f"token id {largest}",
+            f"the config's vocab_size is {size}",
+            "take config and tokenizer from the same model",
         )
     return Vocabulary(
         size=size,
@@ -118,10 +130,16 @@ def build_vocabulary(
 def _ordinary_ids(model: Mapping[str, Any]) -> dict[str, int]:
     """Token text -> id of a tokenizer's model; a Unigram model lists its tokens in id order."""
     entries = model.get("vocab") or {}
-    return dict(entries) if isinstance(entries, dict) else {entry[0]: index for index, entry in enumerate(entries)}
+    return (
+        dict(entries)
+        if isinstance(entries, dict)
+        else {entry[0]: index for index, entry in enumerate(entries)}
+    )
 
 
-def check_same(target: Vocabulary, draft: Vocabulary, *, special_tokens: bool = True, where: str = "draft vocabulary") -> None:
+def check_same(
+    target: Vocabulary, draft: Vocabulary, *, special_tokens: bool = True, where: str = "draft vocabulary"
+) -> None:
     """Refuses a draft that could not speak for the target.
 
     Args:

@@ -48,7 +48,9 @@ class StageForecast:
     memory_bytes: float = 0.0
 
 
-def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool = False, processes: int = 1) -> None:
+def run(
+    recipe: Recipe, console: Console, as_json: bool = False, contact: bool = False, processes: int = 1
+) -> None:
     """Checks everything and prints the forecast: a table on stdout (none when the console is quiet), or JSON.
 
     Args:
@@ -68,7 +70,9 @@ def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool =
     device = str(picked)
     cross_entropy(recipe.run.cross_entropy, picked)  # refuses what training could not use
     if recipe.design is None:
-        raise RecipeError("design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe")
+        raise RecipeError(
+            "design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe"
+        )
     plan = design.plan(recipe.design, recipe.target)
     check_fit(recipe, plan)
     _check_row_lengths(recipe, plan)
@@ -77,19 +81,41 @@ def run(recipe: Recipe, console: Console, as_json: bool = False, contact: bool =
     states = {stage.name: _state(stage.name, context) for stage in STAGES if context.has(stage.name)}
     for name in (name for name, state in states.items() if state != "done"):
         refuse_missing_weights(recipe, name)
-    stages = [_divided(_forecast(name, state, recipe, plan, device), device, processes) for name, state in states.items()]
+    stages = [
+        _divided(_forecast(name, state, recipe, plan, device), device, processes)
+        for name, state in states.items()
+    ]
     free = _free_bytes(recipe.run.root)
     needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
     if needed > free:
-        raise DiskError(recipe.run.root, f"{_size(free)} free", f"the run needs about {_size(needed)}", "free some space or set run.folder")
+        raise DiskError(
+            recipe.run.root,
+            f"{_size(free)} free",
+            f"the run needs about {_size(needed)}",
+            "free some space or set run.folder",
+        )
     contacts = check_servers.ask(recipe) if contact else []
     if as_json:
         servers = {"servers": check_servers.as_dicts(contacts)} if contact else {}
-        print(json.dumps({**_as_dict(recipe, plan, device, stages, free), "processes": processes, **servers}, indent=1))
+        print(
+            json.dumps(
+                {**_as_dict(recipe, plan, device, stages, free), "processes": processes, **servers}, indent=1
+            )
+        )
     elif not console.quiet:
-        _print(recipe, plan, f"{device}, training in {processes} processes" if processes > 1 else device, stages, free)
+        _print(
+            recipe,
+            plan,
+            f"{device}, training in {processes} processes" if processes > 1 else device,
+            stages,
+            free,
+        )
         if recipe.synthesize and _asks_engine(recipe):
-            hint = "" if contact or recipe.synthesize.engine.kind != "openai" else " (not asked; --contact asks it what it serves)"
+            hint = (
+                ""
+                if contact or recipe.synthesize.engine.kind != "openai"
+                else " (not asked; --contact asks it what it serves)"
+            )
             print(f"engine of synthesize: {choose_engine(recipe.synthesize.engine, context)}{hint}")
         for line in check_servers.lines(contacts, plan.target.context_length) if contact else ():
             print(line)
@@ -125,7 +151,12 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
     if recipe.benchmark:
         _check_benchmark(recipe)
     if recipe.align and not recipe.synthesize:
-        raise RecipeError("align", "no synthesize section", "alignment trains on what the target wrote", "add `synthesize:` to the recipe")
+        raise RecipeError(
+            "align",
+            "no synthesize section",
+            "alignment trains on what the target wrote",
+            "add `synthesize:` to the recipe",
+        )
 
 
 def _check_row_lengths(recipe: Recipe, plan: design.Plan) -> None:
@@ -138,7 +169,12 @@ def _check_row_lengths(recipe: Recipe, plan: design.Plan) -> None:
     for name in ("pretrain", "continue_pretrain"):
         section = getattr(recipe, name)
         if section and recipe.prepare and section.batch_tokens and section.batch_tokens < longest:
-            raise RecipeError(f"{name}.batch_tokens", section.batch_tokens, f"must hold one row of {longest} tokens", "raise it")
+            raise RecipeError(
+                f"{name}.batch_tokens",
+                section.batch_tokens,
+                f"must hold one row of {longest} tokens",
+                "raise it",
+            )
 
 
 def _check_runtimes(recipe: Recipe) -> None:
@@ -171,7 +207,9 @@ def _check_benchmark(recipe: Recipe) -> None:
     if config is None:
         return
     if recipe.export is None:
-        raise RecipeError("benchmark", "no export section", "what is exported is measured", "add `export:` to the recipe")
+        raise RecipeError(
+            "benchmark", "no export section", "what is exported is measured", "add `export:` to the recipe"
+        )
     require_openvino()
     for device in dict.fromkeys((config.device, config.draft_device or config.device)):
         device_properties(device, config.precision)
@@ -182,7 +220,12 @@ def _check_benchmark(recipe: Recipe) -> None:
         load_task(task)
         if task.max_new_tokens + most + 1 >= context:
             found = f"task '{task.name}' writes {task.max_new_tokens} tokens with K = {most}"
-            raise RecipeError("benchmark", found, f"prompt, answer and one round must fit the context of {context}", "lower max_new_tokens")
+            raise RecipeError(
+                "benchmark",
+                found,
+                f"prompt, answer and one round must fit the context of {context}",
+                "lower max_new_tokens",
+            )
 
 
 def _check_template(recipe: Recipe) -> None:
@@ -193,7 +236,9 @@ def _check_template(recipe: Recipe) -> None:
     target = recipe.target
     if not has_chat_template(load_tokenizer(target.location, target.revision, target.trust_remote_code)):
         rule = "kind: magpie needs a chat template, which this target lacks"
-        raise RecipeError("synthesize.prompts", target.model, rule, "take that source out; corpus prompts serve base models")
+        raise RecipeError(
+            "synthesize.prompts", target.model, rule, "take that source out; corpus prompts serve base models"
+        )
 
 
 def _state(name: str, context: StageContext) -> str:
@@ -214,7 +259,10 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
         disk, memory = checkpoint, forecast.loading_bytes(draft.parameters)
     elif name == "prepare" and recipe.prepare:
         tokens = sum(corpus.tokens or 0 for corpus in recipe.prepare.corpora)
-        seconds, disk = forecast.tokenize_seconds(tokens, recipe.prepare.workers), forecast.shard_bytes(tokens, draft.vocab_size)
+        seconds, disk = (
+            forecast.tokenize_seconds(tokens, recipe.prepare.workers),
+            forecast.shard_bytes(tokens, draft.vocab_size),
+        )
     elif name in ("pretrain", "continue_pretrain", "align"):
         tokens = _training_tokens(name, recipe)
         seconds = forecast.training_seconds(tokens, draft.read_parameters, device, threads)
@@ -233,7 +281,9 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
     elif name == "synthesize" and recipe.synthesize:
         tokens = recipe.synthesize.tokens
         disk = forecast.synthetic_bytes(tokens)
-        if recipe.synthesize.asks and recipe.synthesize.engine.kind != "openai":  # how fast a server is cannot be told
+        if (
+            recipe.synthesize.asks and recipe.synthesize.engine.kind != "openai"
+        ):  # how fast a server is cannot be told
             seconds = forecast.writing_seconds(tokens, target.read_parameters, device, threads)
         memory = _target_bytes(recipe, plan, device) if recipe.synthesize.needs_weights else 0
         if recipe.synthesize.logits.kind == "top_k":
@@ -244,9 +294,15 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
         needs_weights = evaluate.needs_weights(recipe.evaluate, recipe.sections())
         if needs_weights:  # else a server writes, or the texts stand already, and the draft alone reads them
             seconds = WRITES * forecast.writing_seconds(tokens, target.read_parameters, device, threads)
-        disk, memory = forecast.synthetic_bytes(tokens), checkpoint + (_target_bytes(recipe, plan, device) if needs_weights else 0)
+        disk, memory = (
+            forecast.synthetic_bytes(tokens),
+            checkpoint + (_target_bytes(recipe, plan, device) if needs_weights else 0),
+        )
     elif name == "export":
-        disk, memory = checkpoint, checkpoint + (_target_bytes(recipe, plan, device) if has_weights(recipe.target.location) else 0)
+        disk, memory = (
+            checkpoint,
+            checkpoint + (_target_bytes(recipe, plan, device) if has_weights(recipe.target.location) else 0),
+        )
     elif name == "benchmark" and recipe.benchmark:
         tokens, seconds, disk, memory = _benchmark(recipe, recipe.benchmark, plan)
     return StageForecast(name, state, tokens, seconds, disk, memory)
@@ -287,7 +343,13 @@ def _micro_batch(name: str, recipe: Recipe, device: str) -> int:
     from fastdraft.training.step import MICRO_BATCH_TOKENS
 
     longest = max((recipe.prepare.row_length, *recipe.prepare.long_rows)) if recipe.prepare else 0
-    return max(longest, int(getattr(recipe, name).micro_batch_tokens or MICRO_BATCH_TOKENS["cpu" if device == "cpu" else "other"]))
+    return max(
+        longest,
+        int(
+            getattr(recipe, name).micro_batch_tokens
+            or MICRO_BATCH_TOKENS["cpu" if device == "cpu" else "other"]
+        ),
+    )
 
 
 def _evaluation_tokens(recipe: Recipe) -> int:
@@ -297,7 +359,9 @@ def _evaluation_tokens(recipe: Recipe) -> int:
         return 0  # how long texts are that stand already shows when they are read
     tokens, temperatures = 0, len(recipe.evaluate.temperatures)
     for task in recipe.evaluate.tasks:
-        turns = [len(prompt.conversation.users) if prompt.conversation else 1 for prompt in load_task(task).prompts]
+        turns = [
+            len(prompt.conversation.users) if prompt.conversation else 1 for prompt in load_task(task).prompts
+        ]
         earlier = sum(turns) - len(turns)  # answered greedily once, for the prompts of the turns behind them
         tokens += (sum(turns) * temperatures + earlier) * task.max_new_tokens
     return tokens
@@ -307,7 +371,9 @@ def _benchmark(recipe: Recipe, config: BenchmarkConfig, plan: design.Plan) -> tu
     """Tokens, seconds, bytes on disk and in memory: every setting in turn, the untimed run besides."""
     tasks, sweep = config.tasks_of(recipe.sections()), config.sweep
     settings = 1 + len(config.num_speculative_tokens) + len(config.confidence_thresholds)
-    per_pair = settings * len(config.temperatures) * config.prompts * sum(task.max_new_tokens for task in tasks)
+    per_pair = (
+        settings * len(config.temperatures) * config.prompts * sum(task.max_new_tokens for task in tasks)
+    )
     usual, at_once = min(task.max_new_tokens for task in tasks), max([0, *sweep.concurrency])
     swept = config.prompts * (len(sweep.prompt_tokens) * usual + sum(sweep.max_new_tokens))
     swept += max(config.prompts, at_once) * len(sweep.concurrency) * usual
@@ -315,7 +381,9 @@ def _benchmark(recipe: Recipe, config: BenchmarkConfig, plan: design.Plan) -> tu
     target = plan.target.bytes_per_token(8)
     exports = 2 * len(config.weights)
     seconds = CONVERTING_SECONDS * exports + tokens * (target / BYTES_PER_SECOND + TOKEN_SECONDS)
-    held = 2 * forecast.loading_bytes(plan.target.parameters, 1) + forecast.loading_bytes(plan.draft.parameters, 1)
+    held = 2 * forecast.loading_bytes(plan.target.parameters, 1) + forecast.loading_bytes(
+        plan.draft.parameters, 1
+    )
     disk = len(config.weights) * forecast.loading_bytes(plan.target.parameters + plan.draft.parameters, 1)
     return tokens, seconds, disk, max(held, forecast.loading_bytes(plan.target.parameters))
 
@@ -340,9 +408,15 @@ def _size(count: float) -> str:
     return f"{count / 1e3:.3g} kB"
 
 
-def _as_dict(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int) -> dict[str, Any]:
+def _as_dict(
+    recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int
+) -> dict[str, Any]:
     return {
-        "target": {"model": recipe.target.model, **plan.target.as_dict(), "parameters": plan.target.parameters},
+        "target": {
+            "model": recipe.target.model,
+            **plan.target.as_dict(),
+            "parameters": plan.target.parameters,
+        },
         "draft": {**plan.draft.as_dict(), "parameters": plan.draft.parameters},
         "cost_ratios": design.cost_ratios(plan.draft, plan.target),
         "device": device,
@@ -353,17 +427,35 @@ def _as_dict(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageF
 
 def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int) -> None:
     target, draft, ratios = plan.target, plan.draft, design.cost_ratios(plan.draft, plan.target)
-    print(f"target  {recipe.target.model}: {target.family}, {format_count(target.parameters)} parameters, vocabulary {target.vocab_size}")
+    print(
+        f"target  {recipe.target.model}: {target.family}, {format_count(target.parameters)} parameters, vocabulary {target.vocab_size}"
+    )
     shape = f"{draft.num_layers} layers, width {draft.hidden_size}, feed-forward {draft.intermediate_size}"
     print(f"draft   {format_count(draft.parameters)} parameters: {shape}")
     if plan.reason:
-        reason = textwrap.fill(f"of the family {draft.family}: {plan.reason}", TABLE_WIDTH - 8, break_on_hyphens=False)
+        reason = textwrap.fill(
+            f"of the family {draft.family}: {plan.reason}", TABLE_WIDTH - 8, break_on_hyphens=False
+        )
         print(textwrap.indent(reason, " " * 8))
     print(f"device  {device}; {_size(free)} free in {recipe.run.folder}\n")
     left = [stage for stage in stages if stage.state != "done"]
-    total = ["left to do", "", "", format_seconds(sum(s.seconds for s in left)), _size(sum(s.disk_bytes for s in left)), ""]
-    print(format_table("", ("stage", "state", "tokens", "time, about", "disk", "memory"), [*map(_row, stages), total]))
-    gains = ", ".join(f"{forecast.mbsu_at(rate, forecast.PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in forecast.RATES)
+    total = [
+        "left to do",
+        "",
+        "",
+        format_seconds(sum(s.seconds for s in left)),
+        _size(sum(s.disk_bytes for s in left)),
+        "",
+    ]
+    print(
+        format_table(
+            "", ("stage", "state", "tokens", "time, about", "disk", "memory"), [*map(_row, stages), total]
+        )
+    )
+    gains = ", ".join(
+        f"{forecast.mbsu_at(rate, forecast.PAPER_K, ratios['bytes']):.2f} at {rate}"
+        for rate in forecast.RATES
+    )
     print(f"\nmemory-bound speed-up (bytes read, K = {forecast.PAPER_K}) by acceptance rate:\n  {gains}")
 
 

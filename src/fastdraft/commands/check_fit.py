@@ -22,7 +22,11 @@ def check_fit(recipe: Recipe, plan: design.Plan) -> None:
     """
     check_folder(recipe.run.root)
     context = min(plan.draft.context_length, plan.target.context_length)
-    asked = [(f"evaluate.tasks[{i}]", task.max_new_tokens) for i, task in enumerate(recipe.evaluate.tasks)] if recipe.evaluate else []
+    asked = (
+        [(f"evaluate.tasks[{i}]", task.max_new_tokens) for i, task in enumerate(recipe.evaluate.tasks)]
+        if recipe.evaluate
+        else []
+    )
     if recipe.synthesize and recipe.synthesize.asks:
         asked.append(("synthesize", recipe.synthesize.max_new_tokens))
     for where, length in asked:
@@ -45,6 +49,16 @@ def check_folder(root: Path) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise DiskError(root, f"{place} is a file", "the run's folder must be one that can be made", "set another run.folder")
+        raise DiskError(
+            root,
+            f"{place} is a file",
+            "the run's folder must be one that can be made",
+            "set another run.folder",
+        )
     if not os.access(place, os.W_OK | os.X_OK):
-        raise DiskError(root, f"{place} cannot be written", "the run's folder must be writable", "change its rights or set run.folder")
+        raise DiskError(
+            root,
+            f"{place} cannot be written",
+            "the run's folder must be writable",
+            "change its rights or set run.folder",
+        )

@@ -29,7 +29,9 @@ def ask(recipe: Recipe) -> list[Contact | TargetError]:
     engine = recipe.synthesize.engine if recipe.synthesize else None
     if engine is None or engine.kind != "openai":
         found = f"engine: {engine.kind}" if engine else "no synthesize section"
-        raise RecipeError("--contact", found, "only engine: {kind: openai} has servers to ask", "leave --contact out")
+        raise RecipeError(
+            "--contact", found, "only engine: {kind: openai} has servers to ask", "leave --contact out"
+        )
     return contact(engine, recipe.target)
 
 
@@ -40,7 +42,10 @@ def faults(contacts: Sequence[Contact | TargetError]) -> list[TargetError]:
 
 def as_dicts(contacts: Sequence[Contact | TargetError]) -> list[dict[str, Any]]:
     """For JSON."""
-    return [{"server": found.where, "error": str(found)} if isinstance(found, TargetError) else asdict(found) for found in contacts]
+    return [
+        {"server": found.where, "error": str(found)} if isinstance(found, TargetError) else asdict(found)
+        for found in contacts
+    ]
 
 
 def lines(contacts: Sequence[Contact | TargetError], context_length: int) -> Iterator[str]:
@@ -52,9 +57,13 @@ def lines(contacts: Sequence[Contact | TargetError], context_length: int) -> Ite
     """
     answered = [found for found in contacts if not isinstance(found, TargetError)]
     for found in answered:
-        yield textwrap.fill(_line(found), TABLE_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        yield textwrap.fill(
+            _line(found), TABLE_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
     for fault in faults(contacts):
-        yield textwrap.fill(f"{fault.where}: {fault.found}", TABLE_WIDTH, subsequent_indent="  ", break_long_words=False)
+        yield textwrap.fill(
+            f"{fault.where}: {fault.found}", TABLE_WIDTH, subsequent_indent="  ", break_long_words=False
+        )
     for found in answered:
         if found.context_length and found.context_length < context_length:
             fewer = f"serves {found.context_length:,} of the target's {context_length:,} positions"

@@ -44,10 +44,14 @@ def run(
         raise RecipeError("--output", folder, "exists and is not an earlier export", "name another folder")
     pair = None if target is None else user_path(target, "--target")
     if pair is not None and not (pair / MODEL_FILE).is_file():
-        raise ArtifactError(pair, f"no {MODEL_FILE}", "--target must be an exported target", "export the target first")
+        raise ArtifactError(
+            pair, f"no {MODEL_FILE}", "--target must be an exported target", "export the target first"
+        )
     check = export_openvino(location, folder, weights, pair=pair)
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     partner = f"as the draft of {pair}" if pair else "as its own draft"
     same = "equal" if check.same_text else f"equal up to a near-tie ({check.near_tie_gap:.1g})"
-    console.say(f"{folder}: {size:.1f} MB; {partner}: {check.num_tokens} greedy tokens with and without it {same}")
+    console.say(
+        f"{folder}: {size:.1f} MB; {partner}: {check.num_tokens} greedy tokens with and without it {same}"
+    )
     return folder

@@ -81,7 +81,9 @@ class _Writer:
         room = self.decoder.context_length - len(prompt_ids)
         if room < 1:
             rule = f"the context holds {self.decoder.context_length}"
-            raise DataError("prompt", f"{len(prompt_ids)} tokens", rule, "shorten it, or begin a new conversation")
+            raise DataError(
+                "prompt", f"{len(prompt_ids)} tokens", rule, "shorten it, or begin a new conversation"
+            )
         return min(room, self.max_new_tokens)
 
     def _show(self, text: str, accepted: bool) -> None:
@@ -94,9 +96,14 @@ class _Writer:
 
         from fastdraft.decoding.autoregressive import generate_batch
 
-        generator, eos = torch.Generator().manual_seed(self.seed), frozenset(self.decoder.vocabulary.eos_token_ids)
+        generator, eos = (
+            torch.Generator().manual_seed(self.seed),
+            frozenset(self.decoder.vocabulary.eos_token_ids),
+        )
         start = time.perf_counter()
-        found = generate_batch(self.decoder.target, [prompt_ids], self.sampling, self.room(prompt_ids), eos, generator)
+        found = generate_batch(
+            self.decoder.target, [prompt_ids], self.sampling, self.room(prompt_ids), eos, generator
+        )
         return found[0].response_ids, time.perf_counter() - start
 
 
@@ -149,10 +156,20 @@ def run(
     else:
         text = prompt if prompt is not None else _read_prompt(console)
         if not text.strip():
-            raise DataError("--prompt", "empty", "there must be a prompt", "give --prompt TEXT or pipe text into the command")
+            raise DataError(
+                "--prompt",
+                "empty",
+                "there must be a prompt",
+                "give --prompt TEXT or pipe text into the command",
+            )
         if whole_characters(text) != text:  # how Python hands on bytes that the locale cannot read
             rule = "a prompt must be text in the character set of this terminal"
-            raise DataError("--prompt", "bytes that are no text", rule, "convert it to UTF-8, or set a UTF-8 locale such as LC_ALL=C.UTF-8")
+            raise DataError(
+                "--prompt",
+                "bytes that are no text",
+                rule,
+                "convert it to UTF-8, or set a UTF-8 locale such as LC_ALL=C.UTF-8",
+            )
         answers = [_first(writer, text, chat, compare)]
     _report(writer, answers, compare)
 
@@ -202,7 +219,13 @@ def _open(
 ) -> tuple[SpeculativeDecoder, PreTrainedTokenizerBase]:
     """Loads the pair."""
     from fastdraft.decoding.speculative import SpeculativeDecoder
-    from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device
+    from fastdraft.modeling.loading import (
+        load_draft,
+        load_target,
+        load_tokenizer,
+        load_vocabulary,
+        pick_device,
+    )
     from fastdraft.vocabulary import check_same
 
     config = target if isinstance(target, TargetConfig) else TargetConfig(model=target)
@@ -213,7 +236,9 @@ def _open(
     vocabulary = load_vocabulary(config)
     check_same(vocabulary, load_vocabulary(TargetConfig(model=draft)), where=draft)
     model = load_target(config, where)
-    decoder = SpeculativeDecoder(model, load_draft(Path(draft), where, model.dtype), vocabulary, num_speculative_tokens)
+    decoder = SpeculativeDecoder(
+        model, load_draft(Path(draft), where, model.dtype), vocabulary, num_speculative_tokens
+    )
     return decoder, load_tokenizer(config.location, config.revision, config.trust_remote_code)
 
 
@@ -221,7 +246,11 @@ def _first(writer: _Writer, text: str, chat: bool, warm_up: bool) -> _Answer:
     """The answer to one prompt; before a measurement both models are run once, or the first pass would be charged to one of them."""
     from fastdraft.data.chat import prompt_ids, render_prompt
 
-    ids = render_prompt(writer.tokenizer, [{"role": "user", "content": text}]) if chat else prompt_ids(writer.tokenizer, text, False)
+    ids = (
+        render_prompt(writer.tokenizer, [{"role": "user", "content": text}])
+        if chat
+        else prompt_ids(writer.tokenizer, text, False)
+    )
     if warm_up:
         writer.decoder.generate(ids[: min(len(ids), 8)], writer.sampling, 2, writer.seed)
     return writer.answer(ids)
@@ -244,7 +273,12 @@ def _converse(writer: _Writer) -> list[_Answer]:
         except (EOFError, KeyboardInterrupt):
             sys.stdout.write("\n")
             return answers
-        messages.append({"role": "assistant", "content": str(writer.tokenizer.decode(answers[-1].token_ids, skip_special_tokens=True))})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": str(writer.tokenizer.decode(answers[-1].token_ids, skip_special_tokens=True)),
+            }
+        )
 
 
 def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool) -> None:
@@ -253,12 +287,17 @@ def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool) -> None:
 
     if not answers:
         return
-    counts, seconds = add_counts(r.counts for answer in answers for r in answer.rounds), sum(answer.seconds for answer in answers)
+    counts, seconds = (
+        add_counts(r.counts for answer in answers for r in answer.rounds),
+        sum(answer.seconds for answer in answers),
+    )
     say, rate = writer.console.say, counts.num_generated_tokens / max(seconds, 1e-9)
     passes = f"{counts.num_generated_tokens:.0f} tokens in {counts.num_drafts:.0f} target passes"
     say(f"{passes}: {counts.block_efficiency:.2f} tokens per pass, {rate:.0f} tokens/s")
     proposals = f"{counts.num_accepted_tokens:.0f} of {counts.num_draft_tokens:.0f} proposals"
-    say(f"acceptance rate {counts.acceptance_rate:.3f} at K = {writer.decoder.num_speculative_tokens} ({proposals})")
+    say(
+        f"acceptance rate {counts.acceptance_rate:.3f} at K = {writer.decoder.num_speculative_tokens} ({proposals})"
+    )
     if not compare:
         return
     last = answers[-1]
@@ -269,4 +308,8 @@ def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool) -> None:
     say(f"speed-up against the target alone: {without / with_draft:.2f}x ({change}){verdict}")
     if writer.sampling.temperature == 0:
         same = alone_ids == last.token_ids
-        say("same text as the target alone" if same else "text differs from the target's alone: near-ties in this precision")
+        say(
+            "same text as the target alone"
+            if same
+            else "text differs from the target's alone: near-ties in this precision"
+        )

@@ -68,7 +68,9 @@ class Candidate:
             "cost_ratio_parameters": self.by_parameters,
             "cost_ratio_bytes": self.by_bytes,
             "cost_ratio_bytes_int8_draft_int4_target": self.int8_on_int4,
-            "mbsu_bytes": {str(rate): dict(zip(map(str, KS), self.mbsu(rate), strict=True)) for rate in RATES},
+            "mbsu_bytes": {
+                str(rate): dict(zip(map(str, KS), self.mbsu(rate), strict=True)) for rate in RATES
+            },
         }
 
 
@@ -120,7 +122,11 @@ def run(
         shapes = [candidate.draft for candidate in inspection.candidates]
         measured = measure(target.location, inspection.config, shapes, measuring, console, revision=revision)
     if as_json:
-        print(json.dumps({**_as_dict(inspection), **({"measured": measured.as_dict()} if measured else {})}, indent=1))
+        print(
+            json.dumps(
+                {**_as_dict(inspection), **({"measured": measured.as_dict()} if measured else {})}, indent=1
+            )
+        )
     elif measured:
         print("\n" + measured.text())
 
@@ -139,7 +145,15 @@ def inspect(target: TargetConfig) -> Inspection:
     tokenizer, vocabulary = load_encoding(target)
     architecture = read_architecture(config, target.location)
     traps = find_traps(vocabulary, tokenizer, config, architecture)
-    return Inspection(target.model, config, architecture, count_parameters(config), vocabulary, traps, find_candidates(config))
+    return Inspection(
+        target.model,
+        config,
+        architecture,
+        count_parameters(config),
+        vocabulary,
+        traps,
+        find_candidates(config),
+    )
 
 
 def find_candidates(config: PreTrainedConfig) -> list[Candidate]:
@@ -180,7 +194,9 @@ def _as_dict(inspection: Inspection) -> dict[str, Any]:
 
 
 def _text(inspection: Inspection) -> str:
-    traps = [textwrap.fill(trap, 78, initial_indent="- ", subsequent_indent="  ") for trap in inspection.traps] or ["- none found"]
+    traps = [
+        textwrap.fill(trap, 78, initial_indent="- ", subsequent_indent="  ") for trap in inspection.traps
+    ] or ["- none found"]
     parts = [_anatomy(inspection), _family(inspection), "\n".join(["Traps", *traps])]
     if inspection.candidates:
         parts += [_costs(inspection), _gains(inspection)]
@@ -199,11 +215,20 @@ def _family(inspection: Inspection) -> str:
 def _anatomy(inspection: Inspection) -> str:
     a, v = inspection.architecture, inspection.vocabulary
     rope = _rope(inspection)
-    active = f", {format_count(a.read)} read per token" if a.read and a.read < 0.9 * (a.parameters - a.embedding_parameters) else ""
-    reads = ", ".join(f"{_bytes(a.bytes_per_token(bits))} {name}" for bits, name in ((4, "int4"), (8, "int8"), (16, "bf16")))
+    active = (
+        f", {format_count(a.read)} read per token"
+        if a.read and a.read < 0.9 * (a.parameters - a.embedding_parameters)
+        else ""
+    )
+    reads = ", ".join(
+        f"{_bytes(a.bytes_per_token(bits))} {name}" for bits, name in ((4, "int4"), (8, "int8"), (16, "bf16"))
+    )
     rows = [
         ("family", a.family),
-        ("parameters", f"{format_count(inspection.parameters)} ({inspection.parameters:,}), {'tied' if a.tied else 'untied'}{active}"),
+        (
+            "parameters",
+            f"{format_count(inspection.parameters)} ({inspection.parameters:,}), {'tied' if a.tied else 'untied'}{active}",
+        ),
         ("layers", f"{a.num_layers}, hidden {a.hidden_size}, feed-forward {a.intermediate_size}"),
         ("attention", f"{a.num_heads} heads of {a.head_dim}, {a.num_kv_heads} key-value heads"),
         ("context", f"{a.context_length}, {rope}"),
@@ -211,7 +236,10 @@ def _anatomy(inspection: Inspection) -> str:
             "vocabulary",
             f"{v.size} rows, {v.num_tokens} tokens, {(2 - a.tied) * a.embedding_parameters / a.parameters:.1%} of the parameters",
         ),
-        ("special ids", f"BOS {v.bos_token_id}, EOS {', '.join(map(str, v.eos_token_ids))}, padding {v.pad_token_id}"),
+        (
+            "special ids",
+            f"BOS {v.bos_token_id}, EOS {', '.join(map(str, v.eos_token_ids))}, padding {v.pad_token_id}",
+        ),
         ("read per token", reads),
         ("compute per token", f"{format_count(a.flops_per_token)} FLOPs"),
         ("cache", f"{_bytes(1024 * a.cache_bytes_per_position())} for 1024 tokens in bf16"),
@@ -225,7 +253,9 @@ def _rope(inspection: Inspection) -> str:
 
     rope: dict[str, Any] = getattr(text_config(inspection.config), "rope_parameters", None) or {}
     rope = rope.get("full_attention") or rope
-    return f"rope {rope.get('rope_type', 'default')}, theta {rope.get('rope_theta', 0):g}" if rope else "no rope"
+    return (
+        f"rope {rope.get('rope_type', 'default')}, theta {rope.get('rope_theta', 0):g}" if rope else "no rope"
+    )
 
 
 def _costs(inspection: Inspection) -> str:
@@ -235,13 +265,23 @@ def _costs(inspection: Inspection) -> str:
         d = c.draft
         shape = [d.hidden_size, d.num_layers, d.intermediate_size]
         ratios = [f"{c.by_parameters:.4f}", f"{c.by_bytes:.4f}", f"{c.int8_on_int4:.4f}"]
-        rows.append([_label(c), *shape, _bytes(d.bytes_per_token(8)), format_count(d.flops_per_token), *ratios])
+        rows.append(
+            [_label(c), *shape, _bytes(d.bytes_per_token(8)), format_count(d.flops_per_token), *ratios]
+        )
     note = "c: cost of a draft token over a target token by parameters; by bytes read, equal precision; int8 draft on int4 target."
-    named = [f"* preset {c.name}, {c.draft.parameters:,} parameters." for c in inspection.candidates if c.name]
-    uneven = [_label(c) for c in inspection.candidates if c.draft.hidden_size % 256 or c.draft.intermediate_size % 256]
+    named = [
+        f"* preset {c.name}, {c.draft.parameters:,} parameters." for c in inspection.candidates if c.name
+    ]
+    uneven = [
+        _label(c)
+        for c in inspection.candidates
+        if c.draft.hidden_size % 256 or c.draft.intermediate_size % 256
+    ]
     if uneven:
         note += f" Rows not all multiples of 256, so no K-quants in llama.cpp: {', '.join(uneven)}."
-    return format_table("Candidate drafts", columns, rows) + "\n" + "\n".join([textwrap.fill(note, 79), *named])
+    return (
+        format_table("Candidate drafts", columns, rows) + "\n" + "\n".join([textwrap.fill(note, 79), *named])
+    )
 
 
 def _gains(inspection: Inspection) -> str:
@@ -249,13 +289,19 @@ def _gains(inspection: Inspection) -> str:
     for c in inspection.candidates:
         for rate in RATES:
             gains = c.mbsu(rate)
-            rows.append([_label(c), f"{rate:g}", *(f"{gain:.2f}" for gain in gains), KS[gains.index(max(gains))]])
+            rows.append(
+                [_label(c), f"{rate:g}", *(f"{gain:.2f}" for gain in gains), KS[gains.index(max(gains))]]
+            )
     note = (
         f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}, as the paper prints it: there text reaches about 0.3, "
         "instructions 0.35 and code 0.6. Other K follow from a constant chance for each further token. Below 1.00 a draft does harm."
     )
     columns = ["draft", "rate", *(f"K={k}" for k in KS), "best K"]
-    return format_table("Memory-bound speed-up by bytes at equal precision", columns, rows) + "\n" + textwrap.fill(note, 79)
+    return (
+        format_table("Memory-bound speed-up by bytes at equal precision", columns, rows)
+        + "\n"
+        + textwrap.fill(note, 79)
+    )
 
 
 def _label(candidate: Candidate) -> str:

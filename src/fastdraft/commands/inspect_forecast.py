@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.config import format_count
 from fastdraft.console import format_table
-from fastdraft.forecast import PAPER_K, RATES, block_efficiency, conditional_acceptance_rate, predicted_speedup
+from fastdraft.forecast import (
+    PAPER_K,
+    RATES,
+    block_efficiency,
+    conditional_acceptance_rate,
+    predicted_speedup,
+)
 
 if TYPE_CHECKING:
     from fastdraft.modeling.architecture import Architecture
@@ -54,7 +60,13 @@ class Measurement:
         """Forecast at one K for an acceptance rate (accepted / proposed) known at K = 3."""
         efficiency = block_efficiency(conditional_acceptance_rate(rate), num_speculative_tokens)
         of_target = self.target_seconds
-        return predicted_speedup(efficiency, num_speculative_tokens, draft.seconds, of_target[1], of_target[num_speculative_tokens + 1])
+        return predicted_speedup(
+            efficiency,
+            num_speculative_tokens,
+            draft.seconds,
+            of_target[1],
+            of_target[num_speculative_tokens + 1],
+        )
 
     def best_k(self, draft: DraftCost, rate: float) -> int:
         return max(self.num_speculative_tokens, key=lambda k: self.speedup(draft, rate, k))
@@ -102,12 +114,20 @@ class Measurement:
             "cost_ratio_latency": draft.seconds / self.target_seconds[1],
             "cost_ratio_bytes": draft.bytes_ratio,
             "break_even_acceptance_rate": self.break_even(draft),
-            "predicted_speedup": {str(rate): {str(k): self.speedup(draft, rate, k) for k in self.num_speculative_tokens} for rate in RATES},
+            "predicted_speedup": {
+                str(rate): {str(k): self.speedup(draft, rate, k) for k in self.num_speculative_tokens}
+                for rate in RATES
+            },
         }
 
     def _best_dict(self, rate: float) -> dict[str, Any]:
         draft, k, speedup = self.best(rate)
-        return {"draft": draft.name, "num_speculative_tokens": k, "predicted_speedup": speedup, "use_a_draft": speedup > 1}
+        return {
+            "draft": draft.name,
+            "num_speculative_tokens": k,
+            "predicted_speedup": speedup,
+            "use_a_draft": speedup > 1,
+        }
 
     def sentence(self) -> str:
         """Which draft for which acceptance rate, or none."""
@@ -129,7 +149,11 @@ class Measurement:
 
     def _passes(self) -> str:
         r, kind = self.runtime, "random weights of this shape" if self.target_random else "the exported model"
-        threads = f"{r['threads']} thread{'s' * (r['threads'] > 1)}" if r["threads"] else "OpenVINO's choice of threads"
+        threads = (
+            f"{r['threads']} thread{'s' * (r['threads'] > 1)}"
+            if r["threads"]
+            else "OpenVINO's choice of threads"
+        )
         note = (
             f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {threads}; target in {self.target_weights}, {kind}; "
             f"behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns."
@@ -137,16 +161,29 @@ class Measurement:
         times = [f"{1e3 * seconds:.3g}" for seconds in self.target_seconds.values()]
         shares = [f"{seconds / self.target_seconds[1]:.2f}" for seconds in self.target_seconds.values()]
         rows = [["milliseconds", *times], ["over one token", *shares]]
-        table = format_table("Measured: one target pass over several tokens", ["tokens", *map(str, self.target_seconds)], rows)
+        table = format_table(
+            "Measured: one target pass over several tokens", ["tokens", *map(str, self.target_seconds)], rows
+        )
         return f"{table}\n{textwrap.fill(note, 79)}"
 
     def _costs(self) -> str:
         columns = ["draft", "parameters", "FFN", "weights", "ms/token", "c latency", "c bytes", "pays above"]
         rows = []
         for draft in self.drafts:
-            a, ratio, rate = draft.architecture, draft.seconds / self.target_seconds[1], self.break_even(draft)
-            figures = [f"{1e3 * draft.seconds:.3g}", f"{ratio:.4f}", f"{draft.bytes_ratio:.4f}", "-" if rate is None else f"{rate:.2f}"]
-            rows.append([_short(draft.name), format_count(a.parameters), a.intermediate_size, draft.weights, *figures])
+            a, ratio, rate = (
+                draft.architecture,
+                draft.seconds / self.target_seconds[1],
+                self.break_even(draft),
+            )
+            figures = [
+                f"{1e3 * draft.seconds:.3g}",
+                f"{ratio:.4f}",
+                f"{draft.bytes_ratio:.4f}",
+                "-" if rate is None else f"{rate:.2f}",
+            ]
+            rows.append(
+                [_short(draft.name), format_count(a.parameters), a.intermediate_size, draft.weights, *figures]
+            )
         note = (
             "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by the bytes read at these weights. "
             "pays above: the acceptance rate from which it gains at its best K; - where it never does."

@@ -61,7 +61,9 @@ class MeasureSettings:
                 raise RecipeError(f"--{name}", value, f"must be at least {least}", "leave it out")
         for k in self.num_speculative_tokens:
             if k < 1:
-                raise RecipeError("--num-speculative-tokens", k, "must be at least 1", "3 to 5 suits most drafts")
+                raise RecipeError(
+                    "--num-speculative-tokens", k, "must be at least 1", "3 to 5 suits most drafts"
+                )
 
 
 def settings_of(arguments: Mapping[str, Any]) -> MeasureSettings | None:
@@ -70,7 +72,9 @@ def settings_of(arguments: Mapping[str, Any]) -> MeasureSettings | None:
     Raises:
         RecipeError: when one is given without `--measure`.
     """
-    given = {field.name: arguments[field.name] for field in fields(MeasureSettings) if field.name in arguments}
+    given = {
+        field.name: arguments[field.name] for field in fields(MeasureSettings) if field.name in arguments
+    }
     if arguments["measure"]:
         return MeasureSettings(**given)
     if given:
@@ -122,14 +126,21 @@ def measure(
     settings.check()
     device_properties(settings.device, "fast", settings.threads)
     described = describe_device(settings.device)
-    with _end_on_sigterm(), tempfile.TemporaryDirectory(prefix="fastdraft-measure-", ignore_cleanup_errors=True) as temporary:
+    with (
+        _end_on_sigterm(),
+        tempfile.TemporaryDirectory(prefix="fastdraft-measure-", ignore_cleanup_errors=True) as temporary,
+    ):
         target, drafts = _plan(location, config, candidates, settings, Path(temporary))
         _build([*drafts, target], location, revision, Path(temporary), console)
         return _time(target, drafts, settings, described, console)
 
 
 def _plan(
-    location: str, config: PreTrainedConfig, candidates: Sequence[Architecture], settings: MeasureSettings, temporary: Path
+    location: str,
+    config: PreTrainedConfig,
+    candidates: Sequence[Architecture],
+    settings: MeasureSettings,
+    temporary: Path,
 ) -> tuple[Built, list[Built]]:
     """What is measured, and where it is or will be."""
     from fastdraft.modeling.architecture import draft_hf_config, read_architecture
@@ -137,7 +148,14 @@ def _plan(
 
     architecture = read_architecture(config)
     exported = (Path(location) / MODEL_FILE).is_file()
-    target = Built("target", architecture, config, Path(location) if exported else temporary / "target", settings.weights, not exported)
+    target = Built(
+        "target",
+        architecture,
+        config,
+        Path(location) if exported else temporary / "target",
+        settings.weights,
+        not exported,
+    )
     drafts = [_exported_draft(name, location) for name in settings.draft if not _SHAPE.fullmatch(name)]
     shapes = [_shape(name, config, architecture) for name in settings.draft if _SHAPE.fullmatch(name)]
     for shape in shapes or ([] if drafts else candidates):
@@ -145,10 +163,14 @@ def _plan(
         taken = sum(draft.name.split("/")[0] == name for draft in drafts)
         folder = temporary / f"draft-{len(drafts)}"
         label = f"{name}/{shape.intermediate_size}" if taken else name
-        drafts.append(Built(label, shape, draft_hf_config(config, shape), folder, settings.draft_weights, True))
+        drafts.append(
+            Built(label, shape, draft_hf_config(config, shape), folder, settings.draft_weights, True)
+        )
     if not drafts:
         rule = "a draft must cost less than half of the target"
-        raise TargetError(location, "no candidate", rule, "name a shape with --draft, for example --draft 64x1")
+        raise TargetError(
+            location, "no candidate", rule, "name a shape with --draft, for example --draft 64x1"
+        )
     return target, drafts
 
 
@@ -162,9 +184,13 @@ def _shape(name: str, config: PreTrainedConfig, target: Architecture) -> Archite
         raise RecipeError("--draft", name, "width and layers must be at least 1", "for example 512x6")
     base = natural(target, hidden, has_rotary_factors(config))
     return explicit(
-        target, hidden_size=hidden, num_layers=layers, intermediate_size=base.intermediate_size, num_heads=base.num_heads,
+        target,
+        hidden_size=hidden,
+        num_layers=layers,
+        intermediate_size=base.intermediate_size,
+        num_heads=base.num_heads,
         num_kv_heads=base.num_kv_heads,
-    )  # fmt: skip
+    )
 
 
 def _exported_draft(name: str, target: str) -> Built:
@@ -182,7 +208,9 @@ def _exported_draft(name: str, target: str) -> Built:
     return Built(folder.name, read_architecture(config), config, folder, "int8", False)
 
 
-def _build(models: Sequence[Built], tokenizer: str, revision: str | None, temporary: Path, console: Console) -> None:
+def _build(
+    models: Sequence[Built], tokenizer: str, revision: str | None, temporary: Path, console: Console
+) -> None:
     """Makes those that are to be random, the drafts first: what fails, fails soon."""
     from fastdraft.runtimes.openvino_random import check_disk, export_random, needed_bytes
 
@@ -191,26 +219,39 @@ def _build(models: Sequence[Built], tokenizer: str, revision: str | None, tempor
     with console.progress("building", len(to_build), "models") as progress:
         for model in to_build:
             what = "the target" if model.name == "target" else f"draft {model.name}"
-            console.say(f"building {what} with random weights: {format_count(model.architecture.parameters)} parameters, {model.weights}")
+            console.say(
+                f"building {what} with random weights: {format_count(model.architecture.parameters)} parameters, {model.weights}"
+            )
             model.folder.mkdir()
             export_random(model.config, tokenizer, model.folder, model.weights, revision)
             progress.advance(1)
 
 
-def _time(target: Built, drafts: Sequence[Built], settings: MeasureSettings, described: dict[str, str], console: Console) -> Measurement:
+def _time(
+    target: Built,
+    drafts: Sequence[Built],
+    settings: MeasureSettings,
+    described: dict[str, str],
+    console: Console,
+) -> Measurement:
     """Loads all, and times them in turn."""
     from fastdraft.runtimes.openvino_latency import WARM_TURNS, LoadedModel, fitting_prefix, time_passes
 
     widths = sorted({1, *(k + 1 for k in settings.num_speculative_tokens)})
-    prefix = fitting_prefix([target.folder, *(draft.folder for draft in drafts)], settings.prefix, max(widths))
+    prefix = fitting_prefix(
+        [target.folder, *(draft.folder for draft in drafts)], settings.prefix, max(widths)
+    )
     console.say(f"loading {1 + len(drafts)} models and reading {prefix} tokens with each")
     loaded = [
-        LoadedModel(model.folder, prefix, max(widths), device=settings.device, threads=settings.threads) for model in (target, *drafts)
+        LoadedModel(model.folder, prefix, max(widths), device=settings.device, threads=settings.threads)
+        for model in (target, *drafts)
     ]
     with console.progress("measuring", REPEATS + WARM_TURNS, "turns") as progress:
         costs = time_passes(loaded[0], loaded[1:], widths, REPEATS, lambda: progress.advance(1))
     if costs.spread > UNSTEADY:
-        console.warn(f"passes differ by {costs.spread:.0%} from turn to turn: other work on this machine disturbs the figures")
+        console.warn(
+            f"passes differ by {costs.spread:.0%} from turn to turn: other work on this machine disturbs the figures"
+        )
     of_target = target.architecture.exported_bytes_per_token(loaded[0].weights)
     measured = [
         DraftCost(
@@ -225,9 +266,15 @@ def _time(target: Built, drafts: Sequence[Built], settings: MeasureSettings, des
     ]
     runtime = {"name": settings.runtime, "device": settings.device, "threads": settings.threads, **described}
     return Measurement(
-        runtime, prefix, REPEATS, loaded[0].weights, target.random, costs.target_seconds, measured,
+        runtime,
+        prefix,
+        REPEATS,
+        loaded[0].weights,
+        target.random,
+        costs.target_seconds,
+        measured,
         tuple(sorted(set(settings.num_speculative_tokens))),
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager

@@ -63,9 +63,16 @@ class Machines:
         """
         if not 0 <= self.node_rank < self.nnodes:
             rule = f"must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}"
-            raise WorkerError("--node-rank", self.node_rank, rule, "give each machine its own number, the first one 0")
+            raise WorkerError(
+                "--node-rank", self.node_rank, rule, "give each machine its own number, the first one 0"
+            )
         if self.node_rank and not self.master_addr:
-            raise WorkerError("--master-addr", "missing", "every machine must know the first one", "give its name or address")
+            raise WorkerError(
+                "--master-addr",
+                "missing",
+                "every machine must know the first one",
+                "give its name or address",
+            )
 
     def check_devices(self, device: str) -> None:
         """Raises:
@@ -80,13 +87,25 @@ class Machines:
             return
         count = torch.accelerator.device_count()
         if picked.index is not None:
-            raise DeviceError("run.device", device, "each process takes a device of its own", f"set run.device={picked.type}")
+            raise DeviceError(
+                "run.device",
+                device,
+                "each process takes a device of its own",
+                f"set run.device={picked.type}",
+            )
         if count < self.nproc_per_node:
             rule = f"--nproc-per-node {self.nproc_per_node} needs as many"
-            raise DeviceError("run.device", f"{count} {picked.type} device(s)", rule, f"use --nproc-per-node {count}, or run.device=cpu")
+            raise DeviceError(
+                "run.device",
+                f"{count} {picked.type} device(s)",
+                rule,
+                f"use --nproc-per-node {count}, or run.device=cpu",
+            )
 
 
-def run(recipe: Recipe, console: Console, machines: Machines, *, only: Iterable[str] | None, redo: Iterable[str]) -> None:
+def run(
+    recipe: Recipe, console: Console, machines: Machines, *, only: Iterable[str] | None, redo: Iterable[str]
+) -> None:
     """`pipeline.run` with the training stages on all machines; on all but the first machine, their share of it.
 
     Raises:
@@ -98,14 +117,22 @@ def run(recipe: Recipe, console: Console, machines: Machines, *, only: Iterable[
         return
     machines.check_devices(recipe.run.device)
     if machines.nnodes == 1:
-        pipeline.run(recipe, console, only=only, redo=redo, launch=lambda name, whole, context: _launch(name, whole, context, machines))
+        pipeline.run(
+            recipe,
+            console,
+            only=only,
+            redo=redo,
+            launch=lambda name, whole, context: _launch(name, whole, context, machines),
+        )
     elif machines.node_rank == 0:
         _lead(recipe, console, machines, only, redo)
     else:
         _follow(recipe, console, machines)
 
 
-def _lead(recipe: Recipe, console: Console, machines: Machines, only: Iterable[str] | None, redo: Iterable[str]) -> None:
+def _lead(
+    recipe: Recipe, console: Console, machines: Machines, only: Iterable[str] | None, redo: Iterable[str]
+) -> None:
     """Goes through the recipe, and calls the other machines for every training stage."""
     board = _Board(machines)
 
@@ -151,11 +178,15 @@ def _await_stage(context: StageContext, stage: str) -> None:
     while not path.exists():
         if time.monotonic() - begin > SHARED_DISK_SECONDS:
             rule = "all machines must see one run folder"
-            raise ArtifactError(path, "not seen from this machine", rule, "set run.folder to a disk that they share")
+            raise ArtifactError(
+                path, "not seen from this machine", rule, "set run.folder to a disk that they share"
+            )
         time.sleep(POLL_SECONDS)
 
 
-def _launch(stage: str, recipe: Recipe, context: StageContext, machines: Machines, call: dict[str, Any] | None = None) -> None:
+def _launch(
+    stage: str, recipe: Recipe, context: StageContext, machines: Machines, call: dict[str, Any] | None = None
+) -> None:
     """Does this machine's part of one stage; returns when all processes of all machines are done.
 
     Raises:
@@ -166,8 +197,15 @@ def _launch(stage: str, recipe: Recipe, context: StageContext, machines: Machine
         folder = Path(temporary)
         failures: list[str] = []
         prints = machines.node_rank == 0
-        job = {"stage": stage, "quiet": context.console.quiet, "prints": prints, "restarts": machines.max_restarts}
-        write_json(folder / JOB, {**job, "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_none=True)})
+        job = {
+            "stage": stage,
+            "quiet": context.console.quiet,
+            "prints": prints,
+            "restarts": machines.max_restarts,
+        }
+        write_json(
+            folder / JOB, {**job, "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
+        )
         agent = threading.Thread(target=_run_agent, args=(folder, machines, call, failures), daemon=True)
         agent.start()
         while agent.is_alive():
@@ -183,7 +221,12 @@ def _launch(stage: str, recipe: Recipe, context: StageContext, machines: Machine
         raise Interrupted(context.artifact(stage).path)
     if failures:
         rule = f"all processes must live; {machines.max_restarts} restarts are used up"
-        raise WorkerError(stage, failures[0], rule, "progress is saved: find out what ended it, then run the same command again")
+        raise WorkerError(
+            stage,
+            failures[0],
+            rule,
+            "progress is saved: find out what ended it, then run the same command again",
+        )
 
 
 def _run_agent(folder: Path, machines: Machines, call: dict[str, Any] | None, failures: list[str]) -> None:
@@ -221,7 +264,10 @@ def _run_agent(folder: Path, machines: Machines, call: dict[str, Any] | None, fa
 
 def _silence(name: str) -> None:
     """What the launcher logs about lost processes is told here in one line."""
-    for logger in [name, *(known for known in logging.root.manager.loggerDict if known.startswith(f"{name}."))]:
+    for logger in [
+        name,
+        *(known for known in logging.root.manager.loggerDict if known.startswith(f"{name}.")),
+    ]:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
 
 
@@ -250,7 +296,10 @@ class _Board:
                     self._number += 1
                     return call
             except RuntimeError as error:
-                rule, remedy = "it leads the run", "see its error, then give the same commands again on all machines"
+                rule, remedy = (
+                    "it leads the run",
+                    "see its error, then give the same commands again on all machines",
+                )
                 raise WorkerError("machine 0", "gone", rule, remedy) from error
             time.sleep(POLL_SECONDS)
 
@@ -273,7 +322,11 @@ def _open_store(machines: Machines) -> Any:
         return TCPStore(machines.leader, machines.master_port, None, main, PATIENCE, wait_for_workers=False)
     except RuntimeError as error:
         found = "in use" if main else f"no answer in {PATIENCE}"
-        remedy = "give another --master-port" if main else "start the first machine, and check --master-addr and --master-port"
+        remedy = (
+            "give another --master-port"
+            if main
+            else "start the first machine, and check --master-addr and --master-port"
+        )
         raise WorkerError("--master-addr", f"{place}: {found}", "all machines meet there", remedy) from error
 
 

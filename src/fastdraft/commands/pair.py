@@ -12,7 +12,13 @@ from fastdraft.errors import ArtifactError, RecipeError
 from fastdraft.interfaces import TargetConfig
 from fastdraft.recipe import read_yaml
 
-_DRAFTS = ("export/huggingface", "align/checkpoint", "continue_pretrain/checkpoint", "pretrain/checkpoint", "design/draft")
+_DRAFTS = (
+    "export/huggingface",
+    "align/checkpoint",
+    "continue_pretrain/checkpoint",
+    "pretrain/checkpoint",
+    "design/draft",
+)
 
 
 def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[TargetConfig, str]:
@@ -27,7 +33,10 @@ def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[T
     if run is None:
         if not (target and draft):
             raise RecipeError(
-                "RUN", "missing", "a run's folder, or both --target and --draft, must be given", "for example fastdraft generate runs/demo"
+                "RUN",
+                "missing",
+                "a run's folder, or both --target and --draft, must be given",
+                "for example fastdraft generate runs/demo",
             )
         return TargetConfig(model=target), draft
     return TargetConfig(model=target) if target else _target_of(Path(run)), draft or _draft_of(Path(run))
@@ -38,11 +47,18 @@ def _target_of(run: Path) -> TargetConfig:
         recipe = read_yaml(run / "recipe.yaml")
         return load_config(TargetConfig, recipe["target"], "target")
     except (RecipeError, TypeError, KeyError):
-        raise ArtifactError(run, "has no readable recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo") from None
+        raise ArtifactError(
+            run,
+            "has no readable recipe.yaml",
+            "must be the folder of a run",
+            "give a folder such as runs/demo",
+        ) from None
 
 
 def _draft_of(run: Path) -> str:
     for name in _DRAFTS:
         if (run / name / "config.json").is_file():
             return str(run / name)
-    raise ArtifactError(run, "holds no draft yet", "the design stage must have finished", "run `fastdraft run RECIPE` first")
+    raise ArtifactError(
+        run, "holds no draft yet", "the design stage must have finished", "run `fastdraft run RECIPE` first"
+    )

@@ -31,7 +31,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters of a text that would move the cursor or change the colours of a terminal; they are written out."""
 
 
-def run(run: Path, count: int = 5, console: Console | None = None, stage: Literal["synthesize", "align"] = "synthesize") -> None:
+def run(
+    run: Path,
+    count: int = 5,
+    console: Console | None = None,
+    stage: Literal["synthesize", "align"] = "synthesize",
+) -> None:
     """Prints `count` rows of a run to stdout; a run that is still writing shows what it has.
 
     Args:
@@ -49,7 +54,9 @@ def run(run: Path, count: int = 5, console: Console | None = None, stage: Litera
     from fastdraft.modeling.loading import load_tokenizer
 
     if not (run / "recipe.yaml").is_file():
-        raise ArtifactError(run, "has no recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo")
+        raise ArtifactError(
+            run, "has no recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo"
+        )
     console, recipe = console or Console(quiet=True), load_recipe(str(run / "recipe.yaml"))
     written = spread_rows(RunDirectory(run).artifact("synthesize"), count)
     batched = align_rows(run, recipe, count, console) if stage == "align" else []
@@ -57,7 +64,9 @@ def run(run: Path, count: int = 5, console: Console | None = None, stage: Litera
     tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     console.say("trained tokens are " + ("green" if colour else f"between {_MARKS[0]} and {_MARKS[1]}"))
-    shown = [format_batch_row(row, tokenizer, colour) for row in batched] or [format_row(row, tokenizer, colour) for row in written]
+    shown = [format_batch_row(row, tokenizer, colour) for row in batched] or [
+        format_row(row, tokenizer, colour) for row in written
+    ]
     for text in shown:
         print(text)
 
@@ -73,7 +82,10 @@ def spread_rows(artifact: Artifact, count: int) -> list[SyntheticRow]:
     total = sum(sizes)
     if not total:
         raise ArtifactError(
-            artifact.path, "no synthetic rows", "the synthesize stage must have written some", "run `fastdraft synthesize RECIPE`"
+            artifact.path,
+            "no synthetic rows",
+            "the synthesize stage must have written some",
+            "run `fastdraft synthesize RECIPE`",
         )
     wanted = [i * total // min(count, total) for i in range(min(count, total))]
     found: list[SyntheticRow] = []
@@ -95,7 +107,9 @@ def format_row(row: SyntheticRow, tokenizer: PreTrainedTokenizerBase, colour: bo
     """
     facts = f"{row.source}, temperature {row.temperature:g}, {row.finish_reason}, {len(row.prompt_ids)} + {len(row.response_ids)} tokens"
     if not row.response_ids:
-        raise TrainingError(f"row {row.row_id}", "0 % trained tokens", "every row must have a response", "redo synthesize")
+        raise TrainingError(
+            f"row {row.row_id}", "0 % trained tokens", "every row must have a response", "redo synthesize"
+        )
     trained = [False] * len(row.prompt_ids) + [True] * len(row.response_ids)
     return _coloured(facts, [*row.prompt_ids, *row.response_ids], trained, tokenizer, colour)
 
@@ -105,7 +119,9 @@ def format_batch_row(row: BatchRow, tokenizer: PreTrainedTokenizerBase, colour: 
     return _coloured(row.about, row.token_ids, row.trained, tokenizer, colour)
 
 
-def _coloured(facts: str, ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+def _coloured(
+    facts: str, ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase, colour: bool
+) -> str:
     """Neighbours of the same kind are decoded together."""
     before, after = (_GREEN, _RESET) if colour else _MARKS
     parts = [f"--- {facts}, {sum(trained)} of {len(ids)} tokens trained ({sum(trained) / len(ids):.0%})\n"]

@@ -62,7 +62,9 @@ def spread_batch_rows(source: BatchSource, count: int) -> Iterator[BatchRow]:
         rows = [(batch, place) for batch in batches for place in range(len(batch.input_ids))]
         chosen = number * 7 % len(rows)  # not always the longest, which stands first
         kind = "pre-training mixture" if source.is_packed(step) else "responses"
-        yield batch_row(*rows[chosen], f"step {step + 1} of {source.steps}, row {chosen + 1} of {len(rows)}, {kind}")
+        yield batch_row(
+            *rows[chosen], f"step {step + 1} of {source.steps}, row {chosen + 1} of {len(rows)}, {kind}"
+        )
 
 
 def batch_row(batch: Batch, place: int, about: str) -> BatchRow:
@@ -75,9 +77,18 @@ def batch_row(batch: Batch, place: int, about: str) -> BatchRow:
     inputs = batch.input_ids[place].tolist()
     everywhere = range(batch.input_ids.numel())
     index = batch.index.tolist() if batch.index is not None else everywhere
-    labels = {at % length: label for at, label in zip(index, batch.labels.tolist(), strict=True) if at // length == place}
+    labels = {
+        at % length: label
+        for at, label in zip(index, batch.labels.tolist(), strict=True)
+        if at // length == place
+    }
     if not labels:
         rule = "every row must have trained tokens"
-        raise TrainingError(about, "0 % trained tokens", rule, "look at the rows with `fastdraft preview RUN`, then redo synthesize")
+        raise TrainingError(
+            about,
+            "0 % trained tokens",
+            rule,
+            "look at the rows with `fastdraft preview RUN`, then redo synthesize",
+        )
     last = max(labels)  # padding stands behind the last label
     return BatchRow(about, [*inputs[: last + 1], labels[last]], [at - 1 in labels for at in range(last + 2)])

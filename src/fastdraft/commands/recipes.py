@@ -23,7 +23,11 @@ def run(copy: str | None = None) -> None:
     if copy is None:
         wide = max(map(len, shipped)) + 2
         for name, path in shipped.items():
-            print(textwrap.fill(_summary(path), 79, initial_indent=name.ljust(wide), subsequent_indent=" " * wide))
+            print(
+                textwrap.fill(
+                    _summary(path), 79, initial_indent=name.ljust(wide), subsequent_indent=" " * wide
+                )
+            )
         print("\nedit one: fastdraft recipes --copy NAME; or run it as it is: fastdraft run NAME")
         return
     name = copy.removesuffix(".yaml")

@@ -50,8 +50,14 @@ def main(folder: Path) -> int:
     except Exception as error:
         if not _LOST.search(str(error)):  # the launcher tells who was lost
             traceback.print_exc()
-            found, rule = f"{type(error).__name__} in process {os.environ['RANK']}", "a fault of the program, see the trace above"
-            _report(WorkerError(job["stage"], found, rule, "progress is saved; report it, or try one process"), folder)
+            found, rule = (
+                f"{type(error).__name__} in process {os.environ['RANK']}",
+                "a fault of the program, see the trace above",
+            )
+            _report(
+                WorkerError(job["stage"], found, rule, "progress is saved; report it, or try one process"),
+                folder,
+            )
         return 1
     return 0
 
@@ -80,7 +86,9 @@ def _work(job: dict[str, Any], folder: Path, console: Console) -> None:
             return
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         if restarts:
-            console.warn(f"{stage.name}: a process was lost; all go on from the last checkpoint (restart {restarts} of {job['restarts']})")
+            console.warn(
+                f"{stage.name}: a process was lost; all go on from the last checkpoint (restart {restarts} of {job['restarts']})"
+            )
         context = make_context(recipe.model_copy(update={"run": settings}), console)
         stage.run(recipe.sections()[stage.name], context)
 

@@ -126,17 +126,28 @@ class CorpusBuild:
 
     def __init__(self, name: str, entries: Sequence[Any], folder: Path, layout: Layout, tools: Tools) -> None:
         self.name, self._entries, self._folder, self._layout = name, entries, folder, layout
-        self._encoder, self._journal, self._console, self._seed = tools.encoder, tools.journal, tools.console, tools.seed
+        self._encoder, self._journal, self._console, self._seed = (
+            tools.encoder,
+            tools.journal,
+            tools.console,
+            tools.seed,
+        )
         self._threshold = int(layout.validation * 2**64)
         self._under_way: set[bytes] = set()
         self._places = [(split, length) for split in SPLITS for length in layout.lengths]
         state = self._journal.read(name) or {}
         self.progress = _restored(state.get("progress", {}), folder)
-        self._writers = {(split, length): layout.writer(folder, split, length) for split, length in self._places}
-        self._packers = {place: RowPacker(place[1] + 1, layout.separator_id, layout.dtype) for place in self._places}
+        self._writers = {
+            (split, length): layout.writer(folder, split, length) for split, length in self._places
+        }
+        self._packers = {
+            place: RowPacker(place[1] + 1, layout.separator_id, layout.dtype) for place in self._places
+        }
         for place, writer in self._writers.items():
             writer.restore(**state.get("writers", {}).get(writer.prefix, {"shards": [], "open_rows": 0}))
-            self._packers[place].carry = np.array(state.get("carry", {}).get(writer.prefix, []), dtype=layout.dtype)
+            self._packers[place].carry = np.array(
+                state.get("carry", {}).get(writer.prefix, []), dtype=layout.dtype
+            )
 
     def run(self, advance: Callable[[float], None]) -> None:
         """Reads what is still to be read of each entry, then closes the shards; `advance` hears of tokens.
@@ -180,7 +191,9 @@ class CorpusBuild:
         return sum(shard["rows"] for shard in self._writers[split, length].shards)
 
     def _read_entry(self, entry: Any, advance: Callable[[float], None]) -> None:
-        source = PieceStream(entry, self._seed, self.progress.stream, WINDOW_CHARS, piece_chars(self._layout.lengths[-1]))
+        source = PieceStream(
+            entry, self._seed, self.progress.stream, WINDOW_CHARS, piece_chars(self._layout.lengths[-1])
+        )
         self._under_way.clear()
         waiting: deque[tuple[_Batch, Future[list[npt.NDArray[np.uint32]]]]] = deque()
         uncommitted = skipped = 0
@@ -217,7 +230,9 @@ class CorpusBuild:
                     break
             yield self._new_ones(pieces, source, chars, last)
 
-    def _new_ones(self, pieces: list[tuple[str, bytes]], source: PieceStream, chars: int, last: bool) -> _Batch:
+    def _new_ones(
+        self, pieces: list[tuple[str, bytes]], source: PieceStream, chars: int, last: bool
+    ) -> _Batch:
         """The batch without what was seen before."""
         seen = self._journal.known([digest for _, digest in pieces])
         texts: list[str] = []
@@ -233,7 +248,13 @@ class CorpusBuild:
             duplicates.append(duplicates[-1])
         return _Batch(texts, digests, duplicates, source.state(), source.skipped, chars, last)
 
-    def _pack(self, batch: _Batch, encoded: list[npt.NDArray[np.uint32]], budget: int | None, advance: Callable[[float], None]) -> None:
+    def _pack(
+        self,
+        batch: _Batch,
+        encoded: list[npt.NDArray[np.uint32]],
+        budget: int | None,
+        advance: Callable[[float], None],
+    ) -> None:
         """Routes a batch's documents to their splits and lengths until the entry's budget is used up."""
         progress, before = self.progress, self.progress.tokens
         routed: dict[tuple[Split, int], list[npt.NDArray[np.uint32]]] = {place: [] for place in self._places}
@@ -271,27 +292,43 @@ class CorpusBuild:
         shortest, longest = self._layout.lengths[0] + 1, self._layout.lengths[-1] + 1
         train, validation = self.progress.split_tokens("train"), self.progress.split_tokens("validation")
         share = 3 if validation <= shortest else 10
-        return "validation" if validation < VALIDATION_ROWS * longest and validation * share < train else "train"
+        return (
+            "validation" if validation < VALIDATION_ROWS * longest and validation * share < train else "train"
+        )
 
     def _commit(self, forget: bool = False) -> None:
         for writer in self._writers.values():
             writer.flush()
         writers = {writer.prefix: writer.state() for writer in self._writers.values()}
-        carry = {self._writers[place].prefix: packer.carry.tolist() for place, packer in self._packers.items()}
-        self._journal.commit(self.name, {"progress": asdict(self.progress), "carry": carry, "writers": writers}, forget)
+        carry = {
+            self._writers[place].prefix: packer.carry.tolist() for place, packer in self._packers.items()
+        }
+        self._journal.commit(
+            self.name, {"progress": asdict(self.progress), "carry": carry, "writers": writers}, forget
+        )
 
     def _finish_entry(self, entry: Any, skipped: int) -> None:
         progress, console = self.progress, self._console
         where = getattr(entry, "path", getattr(entry, "dataset", ""))
         if not progress.entry_tokens:
             rule = "a source needs at least one document that is not empty"
-            raise DataError(f"prepare.corpora '{self.name}' {where}", "no new text", rule, "correct the path or the field")
+            raise DataError(
+                f"prepare.corpora '{self.name}' {where}", "no new text", rule, "correct the path or the field"
+            )
         if entry.tokens is not None and progress.entry_tokens < entry.tokens:
-            console.warn(f"{self.name}: {where} ends at {format_count(progress.entry_tokens)} of {format_count(entry.tokens)} tokens")
+            console.warn(
+                f"{self.name}: {where} ends at {format_count(progress.entry_tokens)} of {format_count(entry.tokens)} tokens"
+            )
         if skipped:
             console.warn(f"{self.name}: {skipped} files of {where} passed over (unreadable or not UTF-8)")
         progress.sources.append(
-            {"kind": entry.kind, "from": where, "license": entry.license, "tokens": progress.entry_tokens, "files_skipped": skipped}
+            {
+                "kind": entry.kind,
+                "from": where,
+                "license": entry.license,
+                "tokens": progress.entry_tokens,
+                "files_skipped": skipped,
+            }
         )
         progress.entry, progress.stream, progress.entry_tokens = progress.entry + 1, None, 0
         self._commit()
@@ -318,7 +355,10 @@ def _restored(state: dict[str, Any], where: Path) -> Progress:
     try:
         return Progress(**state)
     except TypeError:
-        rule, remedy = "unfinished work must be of the same version to go on from it", "redo it with --redo prepare"
+        rule, remedy = (
+            "unfinished work must be of the same version to go on from it",
+            "redo it with --redo prepare",
+        )
         raise ArtifactError(where, "begun by another version", rule, remedy) from None
 
 

@@ -33,10 +33,14 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
         remedy = "leave out prompts of kind magpie, or use a target with a template"
         raise TargetError(tokenizer.name_or_path, "no chat template", "chat prompts need one", remedy)
     try:
-        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # templates are programs: whatever they raise is about the template
         found = f"chat template failed ({str(error)[:80]})"
-        raise TargetError(tokenizer.name_or_path, found, "must render one user message", "correct it") from error
+        raise TargetError(
+            tokenizer.name_or_path, found, "must render one user message", "correct it"
+        ) from error
     return str(text)
 
 
@@ -101,7 +105,9 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of all special and added tokens: none of them is part of what a user types."""
-    return frozenset(map(int, tokenizer.all_special_ids)) | frozenset(map(int, getattr(tokenizer, "added_tokens_decoder", {})))
+    return frozenset(map(int, tokenizer.all_special_ids)) | frozenset(
+        map(int, getattr(tokenizer, "added_tokens_decoder", {}))
+    )
 
 
 def _around_user_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -109,7 +115,9 @@ def _around_user_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     before, mark, after = text.partition(_MARK)
     if not mark:
         found = "chat template drops the user's words"
-        raise TargetError(tokenizer.name_or_path, found, "must contain them once", "leave out prompts of kind magpie")
+        raise TargetError(
+            tokenizer.name_or_path, found, "must contain them once", "leave out prompts of kind magpie"
+        )
     return before, after
 
 

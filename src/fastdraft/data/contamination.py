@@ -51,7 +51,10 @@ class Contamination:
 
     def __init__(self, tasks: Mapping[str, Sequence[Sequence[int]]], n: int = NGRAM) -> None:
         self.n = n
-        self._hashes = {name: [np.unique(ngram_hashes(prompt, n)) for prompt in prompts] for name, prompts in tasks.items()}
+        self._hashes = {
+            name: [np.unique(ngram_hashes(prompt, n)) for prompt in prompts]
+            for name, prompts in tasks.items()
+        }
         every = [hashes for prompts in self._hashes.values() for hashes in prompts]
         self._wanted: U64 = np.unique(np.concatenate(every)) if every else np.empty(0, dtype=np.uint64)
         self._found = np.zeros(len(self._wanted), dtype=bool)
@@ -97,7 +100,10 @@ def _distinct(arrays: list[U64]) -> int:
 
 
 def search_training_text(
-    tasks: Mapping[str, Sequence[Sequence[int]]], trained_on: Sequence[Artifact], console: Console, folder: Path
+    tasks: Mapping[str, Sequence[Sequence[int]]],
+    trained_on: Sequence[Artifact],
+    console: Console,
+    folder: Path,
 ) -> dict[str, dict[str, Any]]:
     """What evaluation texts share with everything trained on, as `Contamination.result`.
 
@@ -112,7 +118,9 @@ def search_training_text(
     """
     search = Contamination(tasks)
     prepared = [artifact for artifact in trained_on if artifact.name == "prepare"]
-    lengths = [open_lengths(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)]
+    lengths = [
+        open_lengths(artifact, name, "train") for artifact in prepared for name in corpus_names(artifact)
+    ]
     corpora = [corpus for by_length in lengths for corpus in by_length.values()]
     with console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:
 

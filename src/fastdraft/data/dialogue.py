@@ -31,9 +31,13 @@ if TYPE_CHECKING:
 
 USER, ASSISTANT = "User:", "Assistant:"
 THINKING = (
-    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
-)  # fmt: skip
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+)
 """Marks between which models think, as published templates write them."""
 CHANNEL, FINAL = "<|channel|>", "<|channel|>final<|message|>"
 """Models of the harmony format think in channels; the last one holds the answer."""
@@ -56,7 +60,11 @@ class DialogueFormat:
     @property
     def note(self) -> str:
         """A word for the user about what is not as the log has it; empty for nothing."""
-        return "the chat template takes no system message, so it stands at the head of the first user turn" if self.folds_system else ""
+        return (
+            "the chat template takes no system message, so it stands at the head of the first user turn"
+            if self.folds_system
+            else ""
+        )
 
     def prompt_ids(self, conversation: Conversation, answers: Sequence[str]) -> list[int]:
         """Token ids of the conversation up to where answer number `len(answers)` begins; with a template they know their messages.
@@ -97,7 +105,9 @@ class DialogueFormat:
         kept = {mark for marks in THINKING for mark in marks} | {CHANNEL, "<|message|>"}
         hidden = {int(i) for i, token in added.items() if token.special and str(token) not in kept}
         visible = [token for token in ids if token not in hidden]
-        return str(self.tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
 
 def dialogue_format(tokenizer: PreTrainedTokenizerBase, turns: int = 1) -> DialogueFormat:
@@ -141,7 +151,9 @@ class ConversationPlan:
     """Of `data.units.UnitPlan`."""
 
 
-def conversation_plan(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> ConversationPlan | None:
+def conversation_plan(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> ConversationPlan | None:
     """How a source's conversations are asked; a text among them is a conversation of one turn. None for texts only.
 
     Raises:

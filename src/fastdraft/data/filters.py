@@ -80,7 +80,11 @@ class RowFilter:
     """
 
     def __init__(
-        self, missing_ids: Iterable[int], decode: Callable[[list[int]], str], looping: Looping = "cut", keep_truncated: bool = True
+        self,
+        missing_ids: Iterable[int],
+        decode: Callable[[list[int]], str],
+        looping: Looping = "cut",
+        keep_truncated: bool = True,
     ) -> None:
         self.missing_ids, self.decode = frozenset(missing_ids), decode
         self.looping, self.keep_truncated = looping, keep_truncated
@@ -96,7 +100,9 @@ class RowFilter:
         """Whether a row with this prompt was written."""
         return ids_hash(prompt_ids) in self._prompts
 
-    def judge(self, generation: Generation, source: str, sampling: Sampling, chat: bool, counts: RowCounts) -> SyntheticRow | None:
+    def judge(
+        self, generation: Generation, source: str, sampling: Sampling, chat: bool, counts: RowCounts
+    ) -> SyntheticRow | None:
         """The row to write, or None; adds the outcome to `counts` (all but `asked`)."""
         counts.generated += len(generation.response_ids)
         if generation.fault:

@@ -29,7 +29,9 @@ def open_dataset(source: HubSource) -> Any:
     except ImportError:
         raise MissingExtraError("datasets", "datasets") from None
     try:
-        return load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True)
+        return load_dataset(
+            source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
     except Exception as error:
         raise unreachable(source, error, 0) from error
 
@@ -87,7 +89,9 @@ def _rows(source: HubSource, part: Any, place: Place, name: str) -> Iterator[Any
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # the library raises dozens of types, all of them the network's or the id's fault
+        except (
+            Exception
+        ) as error:  # the library raises dozens of types, all of them the network's or the id's fault
             raise unreachable(source, error, place.row) from error
         if row is None:
             return

@@ -28,7 +28,9 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-            self._database.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL)"
+            )
             self._database.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
             self._database.execute("BEGIN IMMEDIATE")
 
@@ -50,13 +52,20 @@ class Journal:
             for start in range(0, len(digests), MOST_VARIABLES):
                 part = digests[start : start + MOST_VARIABLES]
                 marks = ",".join("?" * len(part))
-                found.update(row[0] for row in self._database.execute(f"SELECT digest FROM seen WHERE digest IN ({marks})", part))
+                found.update(
+                    row[0]
+                    for row in self._database.execute(
+                        f"SELECT digest FROM seen WHERE digest IN ({marks})", part
+                    )
+                )
         return found
 
     def add(self, digests: Iterable[bytes]) -> None:
         """Remembers documents that were taken."""
         with self._errors():
-            self._database.executemany("INSERT OR IGNORE INTO seen VALUES (?)", [(digest,) for digest in sorted(digests)])
+            self._database.executemany(
+                "INSERT OR IGNORE INTO seen VALUES (?)", [(digest,) for digest in sorted(digests)]
+            )
 
     def commit(self, name: str, state: dict[str, Any], forget: bool = False) -> None:
         """Makes `state` and all digests permanent; `forget` empties the digests for the next corpus."""
@@ -79,11 +88,17 @@ class Journal:
             yield
         except sqlite3.OperationalError as error:
             raise DiskError(
-                self._path, str(error), "the journal must be writable", "free some space and run the same command again"
+                self._path,
+                str(error),
+                "the journal must be writable",
+                "free some space and run the same command again",
             ) from error
         except (sqlite3.Error, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ArtifactError(
-                self._path, f"damaged ({error})", "unfinished work must be whole to go on from it", "redo it with --redo prepare"
+                self._path,
+                f"damaged ({error})",
+                "unfinished work must be whole to go on from it",
+                "redo it with --redo prepare",
             ) from error
 
 

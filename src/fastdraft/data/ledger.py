@@ -34,7 +34,11 @@ class Ledger:
 
     def add(self, source: str, temperature: float, counts: RowCounts) -> None:
         """Enters a committed unit."""
-        for account in (self.total, self.by_source[source], self.by_temperature.setdefault(f"{temperature:g}", RowCounts())):
+        for account in (
+            self.total,
+            self.by_source[source],
+            self.by_temperature.setdefault(f"{temperature:g}", RowCounts()),
+        ):
             account.add(counts)
         self.units += 1
         self.units_of[source] += 1
@@ -43,5 +47,7 @@ class Ledger:
 
     def next_plan(self) -> Plan | None:
         """The source furthest behind its share that still has a unit; None when all are used up."""
-        open_plans = [plan for plan in self.plans if self.open[plan.name] and plan.has_unit(self.units_of[plan.name])]
+        open_plans = [
+            plan for plan in self.plans if self.open[plan.name] and plan.has_unit(self.units_of[plan.name])
+        ]
         return min(open_plans, key=lambda plan: self.by_source[plan.name].tokens / plan.share, default=None)

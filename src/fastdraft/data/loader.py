@@ -119,7 +119,9 @@ class MixtureSampler:
 
     def num_rows(self, corpus: str) -> int:
         """Numbers until a corpus of `open_mixture` has been walked through once: rows of the longest length that its tokens fill."""
-        own = [part for name, part in zip(self.names, self._corpora, strict=True) if corpus_of(name) == corpus]
+        own = [
+            part for name, part in zip(self.names, self._corpora, strict=True) if corpus_of(name) == corpus
+        ]
         return sum(part.rows * part.row_length for part in own) // self.row_length
 
     def _rows_of(self, number: int, occurrences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -154,7 +156,9 @@ class MixtureSampler:
         keys = mix(self._seed, 0, numbers // np.uint64(GROUP))
         strata = permute(numbers % np.uint64(GROUP), GROUP, keys)
         jitter = (mix(self._seed, 1, numbers) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
-        drawn = np.minimum(np.searchsorted(self._bounds, (strata + jitter) / GROUP, side="right"), len(self.names) - 1).astype(np.int64)
+        drawn = np.minimum(
+            np.searchsorted(self._bounds, (strata + jitter) / GROUP, side="right"), len(self.names) - 1
+        ).astype(np.int64)
         self._last_block = (block, drawn)
         return drawn
 
@@ -170,17 +174,31 @@ def _used_names(corpora: Mapping[str, PackedCorpus], weights: Mapping[str, float
     """The corpora with a positive weight, sorted by name, after all checks."""
     for name, weight in weights.items():
         if name not in corpora:
-            rule, remedy = f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora"
+            rule, remedy = (
+                f"must be one of {', '.join(corpora)}",
+                "correct the name or add it to prepare.corpora",
+            )
             raise DataError(f"mixture.{name}", "no such corpus", rule, remedy)
         if not 0 <= weight < math.inf:
-            raise DataError(f"mixture.{name}", weight, "a weight must not be negative", "use a positive share")
+            raise DataError(
+                f"mixture.{name}", weight, "a weight must not be negative", "use a positive share"
+            )
     names = sorted(name for name in weights if weights[name] > 0)
     if not names:
-        raise DataError("mixture", dict(weights), "at least one weight must be positive", "give a corpus a share")
+        raise DataError(
+            "mixture", dict(weights), "at least one weight must be positive", "give a corpus a share"
+        )
     lengths = {corpora[name].row_length for name in names}
     if any(max(lengths) % length for length in lengths) or not all(corpora[name].rows for name in names):
-        found = ", ".join(f"{name}: {corpora[name].rows} rows of {corpora[name].row_length}" for name in names)
-        raise DataError("mixture", found, "corpora need rows, of lengths that fill the longest exactly", "prepare them again")
+        found = ", ".join(
+            f"{name}: {corpora[name].rows} rows of {corpora[name].row_length}" for name in names
+        )
+        raise DataError(
+            "mixture",
+            found,
+            "corpora need rows, of lengths that fill the longest exactly",
+            "prepare them again",
+        )
     return names
 
 

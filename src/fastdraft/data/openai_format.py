@@ -56,7 +56,11 @@ def read_choices(body: Mapping[str, Any]) -> list[Choice]:
         ValueError: with a few words, when the object is not such an answer.
     """
     choices = body.get("choices")
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or not all(isinstance(choice, dict) for choice in choices)
+    ):
         raise ValueError("no 'choices'")
     if any("delta" in choice for choice in choices):
         raise ValueError("a piece of a streamed answer")
@@ -124,7 +128,12 @@ def _content_entry(entry: object) -> tuple[int | None, float | None]:
         return None, None
     token_id = _count(entry.get("id"))
     value, prob = read_logprob(entry.get("logprob")), entry.get("prob")
-    if value is None and isinstance(prob, int | float) and not isinstance(prob, bool) and 0 < prob < 1 + _ROUNDING:
+    if (
+        value is None
+        and isinstance(prob, int | float)
+        and not isinstance(prob, bool)
+        and 0 < prob < 1 + _ROUNDING
+    ):
         value = read_logprob(math.log(prob))
     return token_id if token_id is not None else _named_id(entry.get("token")), value
 
@@ -171,7 +180,9 @@ class AnswerReader:
     vocabulary_size: int
     logprobs: LogprobKind
 
-    def generation(self, prompt_ids: Sequence[int], choice: Choice, sampling: Sampling, max_new_tokens: int | None = None) -> Generation:
+    def generation(
+        self, prompt_ids: Sequence[int], choice: Choice, sampling: Sampling, max_new_tokens: int | None = None
+    ) -> Generation:
         """The choice as an answer to `prompt_ids`; one that cannot be used says why in `fault`.
 
         Args:
@@ -183,19 +194,25 @@ class AnswerReader:
         prompt, word = list(prompt_ids), choice.finish_reason
         ids = choice.token_ids if choice.token_ids is not None else self._tokenise(prompt, choice)
         if word not in STOP_WORDS | LENGTH_WORDS:
-            return Generation(prompt, [], [], "length", fault=f"finish_{re.sub(r'[^a-z_]', '', word or 'none')[:24]}")
+            return Generation(
+                prompt, [], [], "length", fault=f"finish_{re.sub(r'[^a-z_]', '', word or 'none')[:24]}"
+            )
         if ids is None:
             return Generation(prompt, [], [], "length", fault="not_round_trip")
         if any(not 0 <= token_id < self.vocabulary_size for token_id in ids):
             return Generation(prompt, [], [], "length", fault="unknown_id")
-        logprobs = choice.logprobs if choice.logprobs is not None and len(choice.logprobs) == len(ids) else None
+        logprobs = (
+            choice.logprobs if choice.logprobs is not None and len(choice.logprobs) == len(ids) else None
+        )
         ids, logprobs = self._ended(ids, logprobs, choice)
         if max_new_tokens is not None:
             ids, logprobs = ids[:max_new_tokens], logprobs[:max_new_tokens] if logprobs is not None else None
         finish: Literal["stop", "length"] = "stop" if ids and ids[-1] in self.eos_ids else "length"
         return Generation(prompt, ids, self._kept_logprobs(ids, logprobs, sampling), finish)
 
-    def _ended(self, ids: list[int], logprobs: list[float] | None, choice: Choice) -> tuple[list[int], list[float] | None]:
+    def _ended(
+        self, ids: list[int], logprobs: list[float] | None, choice: Choice
+    ) -> tuple[list[int], list[float] | None]:
         """Cut behind the first EOS; with the EOS that the writer drew but left out, whose log-prob nobody tells."""
         end = next((place for place, token_id in enumerate(ids) if token_id in self.eos_ids), None)
         if end is not None:
@@ -217,7 +234,9 @@ class AnswerReader:
         as many ids as the writer counted (a text can be written with other tokens than a tokenizer would choose).
         """
         text = choice.text
-        if text is None or "\ufffd" in text or _has_half_characters(text):  # half a character at the end: the bytes are lost
+        if (
+            text is None or "\ufffd" in text or _has_half_characters(text)
+        ):  # half a character at the end: the bytes are lost
             return None
         before, short = self._decode(prompt_ids), [choice.num_tokens, (choice.num_tokens or 0) - 1]
         whole = self._encode(before + text)
@@ -225,7 +244,9 @@ class AnswerReader:
         for ids in (behind, self._encode(text)):
             if ids is None or self._decode([*prompt_ids, *ids]) != before + text:
                 continue
-            if not self._special.isdisjoint(ids):  # the words of a special token, which the target wrote as plain text
+            if not self._special.isdisjoint(
+                ids
+            ):  # the words of a special token, which the target wrote as plain text
                 continue
             stopped = choice.finish_reason in STOP_WORDS
             if choice.num_tokens is None or len(ids) in short[: 2 if stopped else 1]:
@@ -237,10 +258,14 @@ class AnswerReader:
         return frozenset(map(int, self.tokenizer.all_special_ids))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
     def _encode(self, text: str) -> list[int]:
-        return [int(token) for token in self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+        return [
+            int(token) for token in self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ]
 
 
 def _has_half_characters(text: str) -> bool:

@@ -50,12 +50,16 @@ def _cut(text: str, start: int, limit: int) -> int:
     low, high = start + (limit + 1) // 2, start + limit
     for mark, behind in (("\n\n", 2), ("\n", 1), (" ", 0)):
         found = text.rfind(mark, low, high)
-        while found >= 0 and text[found + len(mark)].isspace():  # there is more text than the limit: the index exists
+        while (
+            found >= 0 and text[found + len(mark)].isspace()
+        ):  # there is more text than the limit: the index exists
             found = text.rfind(mark, low, found + len(mark) - 1)
         if found >= 0:
             return found + behind
     end = high
-    while end > low and (unicodedata.combining(text[end]) or text[end] in "\u200d\ufe0f" or text[end - 1] == "\u200d"):
+    while end > low and (
+        unicodedata.combining(text[end]) or text[end] in "\u200d\ufe0f" or text[end - 1] == "\u200d"
+    ):
         end -= 1
     return end if end > low else high
 
@@ -85,7 +89,12 @@ class PieceStream:
     """
 
     def __init__(
-        self, source: Source, seed: int, state: dict[str, Any] | None = None, window_chars: int = WINDOW_CHARS, limit: int = PIECE_CHARS
+        self,
+        source: Source,
+        seed: int,
+        state: dict[str, Any] | None = None,
+        window_chars: int = WINDOW_CHARS,
+        limit: int = PIECE_CHARS,
     ) -> None:
         state = state or {"block": 0, "taken": 0, "place": {}}
         self._place = Place.from_state(state["place"])
@@ -109,7 +118,11 @@ class PieceStream:
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as plain data."""
-        return {"block": max(self._block, 0), "taken": self._taken + self._to_repeat, "place": self._given_start}
+        return {
+            "block": max(self._block, 0),
+            "taken": self._taken + self._to_repeat,
+            "place": self._given_start,
+        }
 
     @property
     def skipped(self) -> int:

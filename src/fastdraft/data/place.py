@@ -28,7 +28,9 @@ class Place:
     def state(self) -> dict[str, Any]:
         """This place as plain data."""
         library = self.ask_library()
-        return {"file": self.file, "row": self.row, "skipped": self.skipped} | ({"library": library} if library else {})
+        return {"file": self.file, "row": self.row, "skipped": self.skipped} | (
+            {"library": library} if library else {}
+        )
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Place:

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastdraft.artifacts import Artifact
-from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, normalised, refused_transcripts, select_texts
+from fastdraft.data.prompts import (
+    CorpusPrompts,
+    MagpiePrompts,
+    PromptConfig,
+    TextPrompts,
+    normalised,
+    refused_transcripts,
+    select_texts,
+)
 from fastdraft.data.transcript_lines import TranscriptPrompts
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import CorpusPrefixes, Plan, StandingPlan, UnitPlan
@@ -31,9 +39,15 @@ def describe_sources(sources: Iterable[PromptConfig], held_out: set[str], seed: 
     found: dict[str, Any] = {}
     for source in sources:
         if isinstance(source, TextPrompts):
-            found[source.name] = {**source.describe(), "refused_for_evaluation": select_texts(source, held_out, seed).digest}
+            found[source.name] = {
+                **source.describe(),
+                "refused_for_evaluation": select_texts(source, held_out, seed).digest,
+            }
         elif isinstance(source, TranscriptPrompts):
-            found[source.name] = {**source.describe(), "refused_for_evaluation": refused_transcripts(source, held_out)}
+            found[source.name] = {
+                **source.describe(),
+                "refused_for_evaluation": refused_transcripts(source, held_out),
+            }
         else:
             found[source.name] = source.model_dump(mode="json")
     return found
@@ -91,12 +105,20 @@ class Planner:
                 self.notes[source.name] = found.format.note
             return found.fields
         texts, chat = [str(text) for text in chosen.texts], source.chat and has_chat_template(self.tokenizer)
-        return {"size": len(texts), "chat": chat, "encode": lambda index: prompt_ids(self.tokenizer, texts[index], chat)}
+        return {
+            "size": len(texts),
+            "chat": chat,
+            "encode": lambda index: prompt_ids(self.tokenizer, texts[index], chat),
+        }
 
     def _standing(self, source: TranscriptPrompts) -> StandingPlan:
-        log = read_transcripts(source, self.tokenizer, self.vocabulary, self.seed, lambda text: normalised(text) in self.held_out)
+        log = read_transcripts(
+            source, self.tokenizer, self.vocabulary, self.seed, lambda text: normalised(text) in self.held_out
+        )
         self.refused[source.name] = log.refused
-        return StandingPlan(source.name, log.rows, share=source.share, unit_rows=self.unit_rows, seed=self.seed)
+        return StandingPlan(
+            source.name, log.rows, share=source.share, unit_rows=self.unit_rows, seed=self.seed
+        )
 
     def _corpus(self, source: CorpusPrompts) -> dict[str, Any]:
         from fastdraft.data.chat import plain_prefix_ids
@@ -104,11 +126,17 @@ class Planner:
 
         prepare = self.prepared()
         rows, separator = open_corpus(prepare, source.corpus, "train"), prepare.manifest()["separator_id"]
-        prefixes = CorpusPrefixes(rows, separator, source.prompt_tokens, before=plain_prefix_ids(self.tokenizer), seed=self.seed)
+        prefixes = CorpusPrefixes(
+            rows, separator, source.prompt_tokens, before=plain_prefix_ids(self.tokenizer), seed=self.seed
+        )
         return {"size": min(len(prefixes), source.count or len(prefixes)), "chat": False, "encode": prefixes}
 
     def _magpie(self, source: MagpiePrompts) -> dict[str, Any]:
         from fastdraft.data.chat import user_prefix_ids
 
         prefix = user_prefix_ids(self.tokenizer)
-        return {"size": source.count, "encode": lambda index: list(prefix), "instruction_tokens": source.max_instruction_tokens}
+        return {
+            "size": source.count,
+            "encode": lambda index: list(prefix),
+            "instruction_tokens": source.max_instruction_tokens,
+        }

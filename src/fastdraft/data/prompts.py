@@ -82,7 +82,12 @@ class JsonlPrompts(TextPrompts):
             DataError: when there is no file, or its first row is damaged, or no row holds a prompt.
         """
         if next(self.prompts(), None) is None:
-            raise DataError(self.path, "no prompt in it", f"must hold rows with the key '{self.field}'", "add rows or correct the path")
+            raise DataError(
+                self.path,
+                "no prompt in it",
+                f"must hold rows with the key '{self.field}'",
+                "add rows or correct the path",
+            )
 
     def values(self) -> Iterator[tuple[str, Any]]:
         for file in self._source().files():
@@ -111,7 +116,9 @@ class HubPrompts(TextPrompts):
     """Rows read from the beginning of the data set; they are held in memory."""
 
     def values(self) -> Iterator[tuple[str, Any]]:
-        source = HubSource(**self.model_dump(include={"name", "dataset", "subset", "split", "revision", "field"}))
+        source = HubSource(
+            **self.model_dump(include={"name", "dataset", "subset", "split", "revision", "field"})
+        )
         return itertools.islice(source.values(), self.count)
 
     def describe(self) -> dict[str, Any]:
@@ -144,7 +151,9 @@ class CorpusPrompts(_Prompts):
         return self
 
 
-PromptConfig = Annotated[JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts | TranscriptPrompts, Field(discriminator="kind")]
+PromptConfig = Annotated[
+    JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts | TranscriptPrompts, Field(discriminator="kind")
+]
 """One entry of `synthesize.prompts`, told apart by `kind`."""
 
 
@@ -185,7 +194,15 @@ def select_texts(config: TextPrompts, evaluation: Iterable[str], seed: int) -> P
             refused["unsupported"] = refused.get("unsupported", 0) + 1
             continue
         key, said = _keys(text)
-        reason = "empty" if not any(said) else "evaluation" if not held_out.isdisjoint(said) else "repeated" if key in seen else None
+        reason = (
+            "empty"
+            if not any(said)
+            else "evaluation"
+            if not held_out.isdisjoint(said)
+            else "repeated"
+            if key in seen
+            else None
+        )
         if reason == "evaluation":
             met.update(held_out.intersection(said))
         if reason:
@@ -195,7 +212,12 @@ def select_texts(config: TextPrompts, evaluation: Iterable[str], seed: int) -> P
             texts.append(text)
     if not texts:
         found = ", ".join(f"{count} {reason}" for reason, count in refused.items() if count) or "no prompt"
-        raise DataError(f"prompts '{config.name}'", found, "at least one prompt must be left", "add prompts or correct `path` and `field`")
+        raise DataError(
+            f"prompts '{config.name}'",
+            found,
+            "at least one prompt must be left",
+            "add prompts or correct `path` and `field`",
+        )
     random.Random(f"{seed}/{config.name}").shuffle(texts)
     digest = hashlib.sha256("\n".join(sorted(met)).encode()).hexdigest()[:20] if met else ""
     return PromptTexts(texts[: config.count], refused, digest)
@@ -204,7 +226,16 @@ def select_texts(config: TextPrompts, evaluation: Iterable[str], seed: int) -> P
 def refused_transcripts(config: TranscriptLog, evaluation: Iterable[str]) -> str:
     """Digest of the log's prompts that are evaluation prompts too; empty without any."""
     held_out = set(evaluation)
-    met = {key for entry in read_entries(config) for text in entry.texts if (key := normalised(text)) in held_out} if held_out else set()
+    met = (
+        {
+            key
+            for entry in read_entries(config)
+            for text in entry.texts
+            if (key := normalised(text)) in held_out
+        }
+        if held_out
+        else set()
+    )
     return hashlib.sha256("\n".join(sorted(met)).encode()).hexdigest()[:20] if met else ""
 
 

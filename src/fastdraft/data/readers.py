@@ -39,7 +39,10 @@ def open_binary(path: Path) -> IO[bytes]:
         return open(path, "rb")
     except OSError as error:
         raise DataError(
-            path, error.strerror or "unreadable", "the file must exist and be readable", "correct the path or its rights"
+            path,
+            error.strerror or "unreadable",
+            "the file must exist and be readable",
+            "correct the path or its rights",
         ) from None
 
 
@@ -89,8 +92,19 @@ def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
         while True:
             try:
                 line = next(lines, None)
-            except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:  # ValueError: pyarrow's, of a bad frame
-                raise DataError(f"{path} line {number + 1}", f"damaged ({error})", "the file must be whole", "download it again") from None
+            except (
+                EOFError,
+                OSError,
+                ValueError,
+                lzma.LZMAError,
+                zlib.error,
+            ) as error:  # ValueError: pyarrow's, of a bad frame
+                raise DataError(
+                    f"{path} line {number + 1}",
+                    f"damaged ({error})",
+                    "the file must be whole",
+                    "download it again",
+                ) from None
             if line is None:
                 return
             number += 1
@@ -103,8 +117,15 @@ def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 where = f"{path} line {number}"
                 if error.reason == "unexpected end of data" and not line.endswith(b"\n"):
-                    raise DataError(where, "cut off inside a character", "the file must be whole", "copy or download it again") from None
-                raise DataError(where, f"byte {error.start} is not UTF-8", "text files must be UTF-8", "convert the file") from None
+                    raise DataError(
+                        where,
+                        "cut off inside a character",
+                        "the file must be whole",
+                        "copy or download it again",
+                    ) from None
+                raise DataError(
+                    where, f"byte {error.start} is not UTF-8", "text files must be UTF-8", "convert the file"
+                ) from None
             del line  # a document may be a line of 50 MB: hold it once
             yield number, text
 
@@ -143,14 +164,22 @@ def read_jsonl(path: Path, after: int = 0) -> Iterator[tuple[int, dict[str, Any]
         except (ValueError, RecursionError) as error:
             if _ends_inside_a_line(path) and _is_at_its_end(lines):
                 rule, remedy = "the file must be whole", "copy or download it again, or delete its last line"
-                raise DataError(f"{path} line {number}", f"cut off inside a line ({error})", rule, remedy) from None
+                raise DataError(
+                    f"{path} line {number}", f"cut off inside a line ({error})", rule, remedy
+                ) from None
             raise DataError(
-                f"{path} line {number}", f"not JSON ({error})", "each line must be one JSON object", "mend or delete the line"
+                f"{path} line {number}",
+                f"not JSON ({error})",
+                "each line must be one JSON object",
+                "mend or delete the line",
             ) from None
         del line
         if not isinstance(row, dict):
             raise DataError(
-                f"{path} line {number}", f"a JSON {type(row).__name__}", "each line must be one JSON object", "mend or delete the line"
+                f"{path} line {number}",
+                f"a JSON {type(row).__name__}",
+                "each line must be one JSON object",
+                "mend or delete the line",
             )
         yield number, row
 
@@ -216,7 +245,12 @@ def parquet_texts(path: Path, field: str, after: int = 0) -> Iterator[tuple[int,
                         if number > after:
                             yield number, _text(value.as_py(), f"{path} row {number}", field)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} row {number + 1}", f"damaged ({error})", "must be a whole Parquet file", "download it again") from None
+        raise DataError(
+            f"{path} row {number + 1}",
+            f"damaged ({error})",
+            "must be a whole Parquet file",
+            "download it again",
+        ) from None
 
 
 def read_text(path: Path) -> str:
@@ -230,7 +264,10 @@ def read_text(path: Path) -> str:
             content = file.read()
     except OSError as error:
         raise DataError(
-            path, error.strerror or "unreadable", "the file must exist and be readable", "correct the path or its rights"
+            path,
+            error.strerror or "unreadable",
+            "the file must exist and be readable",
+            "correct the path or its rights",
         ) from None
     try:
         if b"\r\n" in content:
@@ -238,12 +275,19 @@ def read_text(path: Path) -> str:
         return content.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {number}", "not UTF-8", "text files must be UTF-8", "convert the file") from None
+        raise DataError(
+            f"{path} line {number}", "not UTF-8", "text files must be UTF-8", "convert the file"
+        ) from None
 
 
 def _text(value: object, where: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(where, f"'{field}' is a {type(value).__name__}", "must be text", "set `field` to the one that holds the text")
+        raise DataError(
+            where,
+            f"'{field}' is a {type(value).__name__}",
+            "must be text",
+            "set `field` to the one that holds the text",
+        )
     return value

@@ -34,9 +34,18 @@ _METADATA, _DIGEST = b"fastdraft", "digest"
 def _schema() -> pa.Schema:
     import pyarrow as pa
 
-    types = {"prompt_ids": pa.list_(pa.int32()), "response_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32())}
+    types = {
+        "prompt_ids": pa.list_(pa.int32()),
+        "response_ids": pa.list_(pa.int32()),
+        "logprobs": pa.list_(pa.float32()),
+    }
     types |= {"temperature": pa.float64(), "top_k": pa.int32(), "top_p": pa.float64()}
-    return pa.schema([pa.field(field.name, types.get(field.name, pa.string()), nullable=False) for field in fields(SyntheticRow)])
+    return pa.schema(
+        [
+            pa.field(field.name, types.get(field.name, pa.string()), nullable=False)
+            for field in fields(SyntheticRow)
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,9 @@ def read_rows(path: Path) -> list[SyntheticRow]:
         ArtifactError: when the file is missing or damaged.
     """
     with _one_line(path):
-        return [SyntheticRow(**row) for row in _read(path).select(_schema().names).cast(_schema()).to_pylist()]
+        return [
+            SyntheticRow(**row) for row in _read(path).select(_schema().names).cast(_schema()).to_pylist()
+        ]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -134,7 +145,9 @@ def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
     from pyarrow import parquet
 
     with _one_line(path):
-        return parquet.read_table(path, columns=columns, memory_map=False, partitioning=None, page_checksum_verification=True)
+        return parquet.read_table(
+            path, columns=columns, memory_map=False, partitioning=None, page_checksum_verification=True
+        )
 
 
 @contextlib.contextmanager
@@ -144,9 +157,20 @@ def _one_line(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError, MemoryError, RecursionError, OverflowError) as error:
+    except (
+        OSError,
+        pa.ArrowException,
+        LookupError,
+        ValueError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         found = "missing" if not path.exists() else f"damaged ({str(error)[:80]})"
-        raise ArtifactError(path, found, "must be a Parquet file of synthetic rows", "redo the stage that wrote it") from None
+        raise ArtifactError(
+            path, found, "must be a Parquet file of synthetic rows", "redo the stage that wrote it"
+        ) from None
 
 
 def unit_path(artifact: Artifact, index: int) -> Path:
@@ -156,7 +180,9 @@ def unit_path(artifact: Artifact, index: int) -> Path:
 
 def unit_paths(artifact: Artifact) -> list[Path]:
     """Every unit that is there, in the order of writing."""
-    return sorted((artifact.path / UNITS).glob("unit-*.parquet"), key=lambda path: int(path.stem.removeprefix("unit-")))
+    return sorted(
+        (artifact.path / UNITS).glob("unit-*.parquet"), key=lambda path: int(path.stem.removeprefix("unit-"))
+    )
 
 
 def read_all(synthesize: Artifact, split: Split | None = None) -> Iterator[SyntheticRow]:
@@ -181,7 +207,11 @@ def read_placed(synthesize: Artifact, split: Split | None = None) -> Iterator[tu
     """
     paths = unit_paths(synthesize)
     _check_whole(synthesize, paths)
-    held = validation_keys(key for path in paths for key in read_columns(path, ["prompt_key"])["prompt_key"]) if split else frozenset()
+    held = (
+        validation_keys(key for path in paths for key in read_columns(path, ["prompt_key"])["prompt_key"])
+        if split
+        else frozenset()
+    )
     for path in paths:
         before = 0
         for row in read_rows(path):
@@ -196,7 +226,9 @@ def _check_whole(synthesize: Artifact, paths: Sequence[Path]) -> None:
     missing = {unit_path(synthesize, index) for index in range(written)} - set(paths)
     if missing:
         rule = f"the {written} units of a finished stage must stay where they are"
-        raise ArtifactError(min(missing), "missing", rule, "put it back, or do the stage again with --redo synthesize")
+        raise ArtifactError(
+            min(missing), "missing", rule, "put it back, or do the stage again with --redo synthesize"
+        )
 
 
 def validation_keys(prompt_keys: Iterable[str]) -> frozenset[str]:

@@ -18,7 +18,9 @@ def all_lengths(row_length: int, long_rows: Mapping[int, float]) -> list[int]:
     return [row_length, *sorted(long_rows)]
 
 
-def length_for(num_tokens: int, row_length: int, long_rows: Mapping[int, float], so_far: Mapping[int, int]) -> int:
+def length_for(
+    num_tokens: int, row_length: int, long_rows: Mapping[int, float], so_far: Mapping[int, int]
+) -> int:
     """The length of the rows that a document goes to.
 
     Args:

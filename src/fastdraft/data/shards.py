@@ -79,7 +79,10 @@ class ShardWriter:
             partial.touch()
             if partial.stat().st_size < self._bytes(open_rows):
                 raise ArtifactError(
-                    partial, "shorter than was committed", "unfinished work must be whole to go on from it", "redo it with --redo prepare"
+                    partial,
+                    "shorter than was committed",
+                    "unfinished work must be whole to go on from it",
+                    "redo it with --redo prepare",
                 )
             os.truncate(partial, self._bytes(open_rows))
 
@@ -111,7 +114,10 @@ class ShardWriter:
         self.flush()
         partial, final = self._path(".partial"), self._path(".bin")
         if self.open_rows:
-            self.shards = [*self.shards, {"file": final.name, "rows": self.open_rows, "sha256": file_sha256(partial)}]
+            self.shards = [
+                *self.shards,
+                {"file": final.name, "rows": self.open_rows, "sha256": file_sha256(partial)},
+            ]
             os.replace(partial, final)
             self.open_rows = 0
         else:
@@ -174,7 +180,9 @@ class PackedCorpus:
             shard = self._shards[number]
             shape = (int(shard["rows"]), self.row_length + 1)
             mapped = np.memmap(self.folder / shard["file"], dtype=self._dtype, mode="r", shape=shape)
-            self._maps[number] = mapped.view(np.ndarray)  # the same memory; a memmap's own indexing is several times slower
+            self._maps[number] = mapped.view(
+                np.ndarray
+            )  # the same memory; a memmap's own indexing is several times slower
         return self._maps[number]
 
     @property
@@ -203,7 +211,9 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
     return next(iter(open_lengths(prepare, corpus, split, verify).values()))
 
 
-def open_lengths(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> dict[int, PackedCorpus]:
+def open_lengths(
+    prepare: Artifact, corpus: str, split: Split, verify: bool | None = None
+) -> dict[int, PackedCorpus]:
     """One split of one prepared corpus by row length, the shortest first; a length may have no rows.
 
     Arguments and errors are those of `open_corpus`.
@@ -213,7 +223,10 @@ def open_lengths(prepare: Artifact, corpus: str, split: Split, verify: bool | No
     corpora = _corpora(where, manifest)
     if corpus not in corpora:
         raise DataError(
-            f"corpus '{corpus}'", "not prepared", f"must be one of {', '.join(corpora)}", "correct the name or add it to prepare.corpora"
+            f"corpus '{corpus}'",
+            "not prepared",
+            f"must be one of {', '.join(corpora)}",
+            "correct the name or add it to prepare.corpora",
         )
     shards, dtype = _listed(where, corpora[corpus], split), manifest["dtype"]
     if dtype not in ("uint16", "uint32"):
@@ -236,7 +249,11 @@ def row_lengths(manifest: Mapping[str, Any]) -> list[int]:
         ArtifactError: when the manifest lists none, or what is no length.
     """
     lengths = manifest.get("row_lengths", [manifest["row_length"]])
-    if not isinstance(lengths, list) or not lengths or not all(type(length) is int and 0 < length < 1 << 31 for length in lengths):
+    if (
+        not isinstance(lengths, list)
+        or not lengths
+        or not all(type(length) is int and 0 < length < 1 << 31 for length in lengths)
+    ):
         raise _damaged("prepare", f"row lengths {lengths!r:.40}")
     return lengths
 
@@ -264,7 +281,12 @@ def _listed(where: Path, corpus: Any, split: Split) -> list[dict[str, Any]]:
 
 
 def _damaged(where: Path | str, found: str) -> ArtifactError:
-    return ArtifactError(where, f"damaged ({found})", "must list each corpus with its shards", "run it again with --redo prepare")
+    return ArtifactError(
+        where,
+        f"damaged ({found})",
+        "must list each corpus with its shards",
+        "run it again with --redo prepare",
+    )
 
 
 def _check_shard(path: Path, shard: dict[str, Any], row_bytes: int, verify: bool) -> None:
@@ -273,6 +295,8 @@ def _check_shard(path: Path, shard: dict[str, Any], row_bytes: int, verify: bool
         raise ArtifactError(path, "missing", "every shard of the manifest must be there", remedy)
     size = path.stat().st_size
     if size != shard["rows"] * row_bytes:
-        raise ArtifactError(path, f"corrupt shard of {size} bytes", f"must have {shard['rows'] * row_bytes} bytes", remedy)
+        raise ArtifactError(
+            path, f"corrupt shard of {size} bytes", f"must have {shard['rows'] * row_bytes} bytes", remedy
+        )
     if verify and file_sha256(path) != shard["sha256"]:
         raise ArtifactError(path, "corrupt shard", "its checksum must be the manifest's", remedy)

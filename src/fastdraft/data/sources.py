@@ -24,7 +24,18 @@ from fastdraft.errors import DataError
 from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path, user_path
 
 HASHED_FILES, HASHED_BYTES = 64, 1 << 16
-NOT_CODE = ["test", "tests", "test_*.py", "*_test.py", "idle_test", "site-packages", "dist-packages", "node_modules", "__pycache__", ".*"]
+NOT_CODE = [
+    "test",
+    "tests",
+    "test_*.py",
+    "*_test.py",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "node_modules",
+    "__pycache__",
+    ".*",
+]
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,9 @@ class _Source(Config):
     license: str = ""
     """Noted in the manifest and the model card; not read otherwise."""
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None) -> Iterator[str]:
+    def documents(
+        self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None
+    ) -> Iterator[str]:
         """Whole documents, files in seeded order; calls `skipped` for a file passed over.
 
         Begins behind `place` and moves it with every document.
@@ -72,7 +85,9 @@ class _FileSource(_Source):
     def describe(self) -> dict[str, Any]:
         return {**self.model_dump(exclude={"license"}), **_describe_files(self.files())}
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None) -> Iterator[str]:
+    def documents(
+        self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None
+    ) -> Iterator[str]:
         place = place or Place()
         paths = self._shuffled(seed)
         for number in range(place.file, len(paths)):
@@ -146,9 +161,9 @@ class SourceCodeSource(_FileSource):
     """File or folder names to leave out, anywhere below `path`; tests and installed packages by default."""
 
     def files(self) -> list[FoundFile]:
-        return [file for file in find_files(self.path, self.patterns) if not self._is_excluded(file.name)] or _nothing(
-            self.path, "no file is left after `exclude`"
-        )
+        return [
+            file for file in find_files(self.path, self.patterns) if not self._is_excluded(file.name)
+        ] or _nothing(self.path, "no file is left after `exclude`")
 
     def _is_excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in self.exclude)
@@ -185,12 +200,17 @@ class HubSource(_Source):
     def describe(self) -> dict[str, Any]:
         return self.model_dump(exclude={"license"})
 
-    def documents(self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None) -> Iterator[str]:
+    def documents(
+        self, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None
+    ) -> Iterator[str]:
         from fastdraft.data.hub import rows_from
 
         for where, value in rows_from(self, seed, place or Place()):
             if not isinstance(value, str | None):
-                rule, remedy = f"'{self.field}' must hold text", "set `field` to the column that holds the text"
+                rule, remedy = (
+                    f"'{self.field}' must hold text",
+                    "set `field` to the column that holds the text",
+                )
                 raise DataError(where, f"a {type(value).__name__}", rule, remedy)
             yield value or ""
 
@@ -205,7 +225,9 @@ class HubSource(_Source):
         return rows_in_order(self)
 
 
-SourceConfig = Annotated[JsonlSource | ParquetSource | TextSource | SourceCodeSource | HubSource, Field(discriminator="kind")]
+SourceConfig = Annotated[
+    JsonlSource | ParquetSource | TextSource | SourceCodeSource | HubSource, Field(discriminator="kind")
+]
 """One entry of `prepare.corpora`, told apart by `kind`."""
 
 
@@ -218,13 +240,17 @@ def find_files(text: str, patterns: list[str], where: str = "path") -> list[Foun
     base, pattern = _split_glob(text)
     root = resolve_path(base, where)
     if pattern:
-        paths = {Path(found) for found in glob.glob(str(Path(glob.escape(str(root))) / pattern), recursive=True)}
+        paths = {
+            Path(found) for found in glob.glob(str(Path(glob.escape(str(root))) / pattern), recursive=True)
+        }
     elif root.is_dir():
         paths = {found for wanted in patterns for found in root.rglob(wanted)}
     else:
         return [FoundFile(root, root.name)] if root.is_file() else _nothing(text, "no such file or folder")
     files = [FoundFile(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
-    return sorted(files, key=lambda file: file.name) or _nothing(text, "no file there" if root.exists() else "no such folder")
+    return sorted(files, key=lambda file: file.name) or _nothing(
+        text, "no file there" if root.exists() else "no such folder"
+    )
 
 
 def _split_glob(text: str) -> tuple[str, str]:

@@ -35,7 +35,9 @@ _SMALLEST = -1e4
 def record_type(k: int, vocab_size: int) -> np.dtype[Any]:
     """The record of one token, without gaps; its `itemsize` is the bytes of a token."""
     packed = -(-k * _high_bits(vocab_size) // 8)
-    return np.dtype([("ids", "<u2", (k,)), ("high_bits", "u1", (packed,)), ("logprobs", "<f2", (k,)), ("tail", "<f2")])
+    return np.dtype(
+        [("ids", "<u2", (k,)), ("high_bits", "u1", (packed,)), ("logprobs", "<f2", (k,)), ("tail", "<f2")]
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ def write_sparse_logits(path: Path, logits: SparseLogits, vocab_size: int, rows:
     content = records.view(np.uint8).reshape(len(logits), records.dtype.itemsize)
     checksum = hashlib.sha256(content.tobytes()).hexdigest()
     facts = json.dumps({"k": k, "vocab_size": vocab_size, "rows": rows, "sha256": checksum})
-    write_atomic(path, save({_RECORDS: content}, metadata={_FACTS: facts}))  # one entry: their order in the file is not fixed
+    write_atomic(
+        path, save({_RECORDS: content}, metadata={_FACTS: facts})
+    )  # one entry: their order in the file is not fixed
 
 
 def _high_bits(vocab_size: int) -> int:
@@ -107,7 +111,10 @@ class StoredLogits:
             ArtifactError: when the file is missing or damaged.
         """
         facts = self._read(0, 0)[1]
-        if facts["sha256"] and facts["sha256"] != hashlib.sha256(self._read(0, facts["tokens"])[0].tobytes()).hexdigest():
+        if (
+            facts["sha256"]
+            and facts["sha256"] != hashlib.sha256(self._read(0, facts["tokens"])[0].tobytes()).hexdigest()
+        ):
             raise self._damaged("another checksum")
         return facts
 
@@ -123,11 +130,17 @@ class StoredLogits:
         records = np.ascontiguousarray(content).view(record_type(facts["k"], facts["vocab_size"]))[:, 0]
         ids, high = records["ids"].astype(np.int32), _high_bits(facts["vocab_size"])
         if high:
-            bits = np.unpackbits(records["high_bits"], axis=1, count=ids.shape[1] * high).reshape(*ids.shape, high)
-            ids |= (bits.astype(np.int32) << (_LOW_BITS + np.arange(high, dtype=np.int32))).sum(-1, dtype=np.int32)
+            bits = np.unpackbits(records["high_bits"], axis=1, count=ids.shape[1] * high).reshape(
+                *ids.shape, high
+            )
+            ids |= (bits.astype(np.int32) << (_LOW_BITS + np.arange(high, dtype=np.int32))).sum(
+                -1, dtype=np.int32
+            )
         if ids.size and int(ids.max()) >= facts["vocab_size"]:
             raise self._damaged("an id beyond the vocabulary")
-        return SparseLogits(ids, np.concatenate([records["logprobs"], records["tail"][:, None]], axis=1).astype(np.float32))
+        return SparseLogits(
+            ids, np.concatenate([records["logprobs"], records["tail"][:, None]], axis=1).astype(np.float32)
+        )
 
     def _read(self, start: int, stop: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
         from safetensors import SafetensorError, safe_open
@@ -137,7 +150,10 @@ class StoredLogits:
                 facts = json.loads(file.metadata()[_FACTS])
                 part = file.get_slice(_RECORDS)
                 tokens, width = part.get_shape()
-                known: dict[str, Any] = {"tokens": tokens, **{name: int(facts[name]) for name in ("k", "vocab_size")}}
+                known: dict[str, Any] = {
+                    "tokens": tokens,
+                    **{name: int(facts[name]) for name in ("k", "vocab_size")},
+                }
                 known |= {"rows": str(facts["rows"]), "sha256": str(facts.get("sha256", ""))}
                 if not 0 < known["k"] < known["vocab_size"] <= 1 << 31:
                     raise ValueError(f"k {known['k']} of {known['vocab_size']}")
@@ -145,12 +161,23 @@ class StoredLogits:
                     raise ValueError(f"{width} bytes a token")
                 stop = min(stop, tokens)  # safetensors has no empty slices
                 return (part[start:stop] if start < stop else np.zeros((0, width), dtype=np.uint8)), known
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError, MemoryError, OverflowError, RecursionError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            LookupError,
+            ValueError,
+            TypeError,
+            MemoryError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise self._damaged(str(error)[:80] if self.path.exists() else "") from None
 
     def _damaged(self, why: str) -> ArtifactError:
         found = f"damaged ({why})" if why else "missing"
-        return ArtifactError(self.path, found, "must hold the target's stored logits", "redo the stage with --redo synthesize")
+        return ArtifactError(
+            self.path, found, "must hold the target's stored logits", "redo the stage with --redo synthesize"
+        )
 
 
 @dataclass(frozen=True)
@@ -166,7 +193,9 @@ class RowLogits:
         return self.unit.read(self.before + start, self.before + stop)
 
 
-def read_with_logits(synthesize: Artifact, split: Split | None = None) -> Iterator[tuple[SyntheticRow, RowLogits]]:
+def read_with_logits(
+    synthesize: Artifact, split: Split | None = None
+) -> Iterator[tuple[SyntheticRow, RowLogits]]:
     """Every row in the order of writing with its logits, which are read later, when asked for.
 
     Raises:
@@ -184,5 +213,7 @@ def _matching(unit: Path) -> StoredLogits:
     tokens = sum(map(len, columns["response_ids"]))
     if stored.facts["rows"] != rows_digest(columns["row_id"]) or stored.facts["tokens"] != tokens:
         remedy = "redo the stage with --redo synthesize"
-        raise ArtifactError(stored.path, "belongs to other rows", f"must hold the logits of {unit.name}", remedy)
+        raise ArtifactError(
+            stored.path, "belongs to other rows", f"must hold the logits of {unit.name}", remedy
+        )
     return stored

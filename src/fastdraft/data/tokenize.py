@@ -55,7 +55,10 @@ def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
     if eos_token_ids:
         return eos_token_ids[0]
     raise VocabularyError(
-        "tokenizer", "neither BOS nor EOS", "documents need a token between them", "set eos_token in the target's tokenizer_config.json"
+        "tokenizer",
+        "neither BOS nor EOS",
+        "documents need a token between them",
+        "set eos_token in the target's tokenizer_config.json",
     )
 
 
@@ -79,7 +82,9 @@ class DocumentEncoder:
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self._tokenizer = _without_special_tokens(tokenizer)
-        self._tokenizer.encode_special_tokens = True  # in this library the flag means: encode their text, do not look for them
+        self._tokenizer.encode_special_tokens = (
+            True  # in this library the flag means: encode their text, do not look for them
+        )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._size = size
@@ -99,7 +104,10 @@ class DocumentEncoder:
         top = int(ids.max(initial=0))
         if top >= self._size:
             raise VocabularyError(
-                "tokenizer", f"gives id {top}", f"the model's vocabulary has {self._size}", "use the tokenizer that belongs to the target"
+                "tokenizer",
+                f"gives id {top}",
+                f"the model's vocabulary has {self._size}",
+                "use the tokenizer that belongs to the target",
             )
         return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
@@ -110,7 +118,11 @@ def _without_special_tokens(tokenizer: Any) -> Any:
 
     backend, words = tokenizer.backend_tokenizer, {token_id for token_id, _ in added_words(tokenizer)}
     copy = Tokenizer(backend.model)
-    copy.normalizer, copy.pre_tokenizer, copy.post_processor = backend.normalizer, backend.pre_tokenizer, backend.post_processor
+    copy.normalizer, copy.pre_tokenizer, copy.post_processor = (
+        backend.normalizer,
+        backend.pre_tokenizer,
+        backend.post_processor,
+    )
     added = sorted(backend.get_added_tokens_decoder().items())
     copy.add_tokens([_marked(token, token_id not in words) for token_id, token in added])
     return copy

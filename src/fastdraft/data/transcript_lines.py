@@ -23,9 +23,25 @@ from fastdraft.data.sources import FoundFile, JsonlSource
 from fastdraft.errors import DataError
 from fastdraft.interfaces import Sampling
 
-_NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+_NEUTRAL = {
+    "min_p": 0,
+    "typical_p": 1,
+    "repetition_penalty": 1,
+    "repeat_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
 """What a request may say without bending the distribution; anything else in these keys makes its log-probs no use for replay."""
-_BENDING = ("logit_bias", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "response_format", "grammar", "bad_words")
+_BENDING = (
+    "logit_bias",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "response_format",
+    "grammar",
+    "bad_words",
+)
 _ANSWERS = ("response", "completion", "answer", "output")
 _HOTTEST, _LARGEST_TOP_K = 10, 1 << 30
 _SHAPES = "must hold `messages` or `prompt`, and `choices`, `response` or a last message of the assistant"
@@ -69,7 +85,9 @@ class TranscriptLog(Config):
             DataError: when there is no file, or no line, or the first one cannot be understood.
         """
         if next(read_entries(self), None) is None:
-            raise DataError(self.path, "no line in it", "must hold logged answers", "add some or correct the path")
+            raise DataError(
+                self.path, "no line in it", "must hold logged answers", "add some or correct the path"
+            )
 
     def describe(self) -> dict[str, Any]:
         """The settings and what they point at now, for fingerprints."""
@@ -85,7 +103,11 @@ class TranscriptLog(Config):
         """
         files = self._requests().files() if self.requests else []
         rows = (row for file in files for _, row in read_jsonl(file.path))
-        return {str(row["custom_id"]): row["body"] for row in rows if "custom_id" in row and isinstance(row.get("body"), dict)}
+        return {
+            str(row["custom_id"]): row["body"]
+            for row in rows
+            if "custom_id" in row and isinstance(row.get("body"), dict)
+        }
 
     def _source(self) -> JsonlSource:
         return JsonlSource(name=self.name, path=self.path)
@@ -126,7 +148,9 @@ class Entry:
     @property
     def first_turn(self) -> list[dict[str, str]]:
         """Of a later turn what stands before the conversation's first answer; else empty."""
-        answers = [place for place, message in enumerate(self.messages or ()) if message["role"] == "assistant"]
+        answers = [
+            place for place, message in enumerate(self.messages or ()) if message["role"] == "assistant"
+        ]
         return (self.messages or [])[: answers[0]] if answers else []
 
 
@@ -148,13 +172,21 @@ def _request(where: str, row: Mapping[str, Any], asked: Mapping[str, Mapping[str
     request = asked.get(str(row.get("custom_id")))
     if request is None:
         rule = "must be in the file that `requests` names"
-        raise DataError(where, f"custom_id {str(row.get('custom_id'))[:60]!r}", rule, "add that file to `requests`, or delete the line")
+        raise DataError(
+            where,
+            f"custom_id {str(row.get('custom_id'))[:60]!r}",
+            rule,
+            "add that file to `requests`, or delete the line",
+        )
     return request
 
 
 def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> Entry:
     request = next((row[key] for key in ("request", "body") if isinstance(row.get(key), dict)), row)
-    told_messages, prompt = request.get("messages", row.get("messages")), request.get("prompt", row.get("prompt"))
+    told_messages, prompt = (
+        request.get("messages", row.get("messages")),
+        request.get("prompt", row.get("prompt")),
+    )
     if reason := "no_answer" if _failed(row) else "unsupported" if _is_unsupported(told_messages) else "":
         return Entry(where, None, "", [], Sampling(0.0), False, reason)
     messages = _messages(where, told_messages)
@@ -164,12 +196,20 @@ def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> Entry:
         messages = messages[:-1]
     is_ids = isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
     if not choices or not (messages or isinstance(prompt, str) or is_ids):
-        remedy = "set `requests` to the batch's input" if choices and "custom_id" in row else "mend or delete the line"
+        remedy = (
+            "set `requests` to the batch's input"
+            if choices and "custom_id" in row
+            else "mend or delete the line"
+        )
         raise DataError(where, f"keys {', '.join(map(str, list(row)[:8])) or 'none'}", _SHAPES, remedy)
     told = {**row, **request}
     sampling = _sampling(where, told, config)
-    bent = any(told.get(key) not in (None, value) for key, value in _NEUTRAL.items()) or any(told.get(key) for key in _BENDING)
-    return Entry(where, messages, [] if messages else (prompt if prompt is not None else ""), choices, sampling, bent)
+    bent = any(told.get(key) not in (None, value) for key, value in _NEUTRAL.items()) or any(
+        told.get(key) for key in _BENDING
+    )
+    return Entry(
+        where, messages, [] if messages else (prompt if prompt is not None else ""), choices, sampling, bent
+    )
 
 
 def _failed(row: Mapping[str, Any]) -> bool:
@@ -179,9 +219,13 @@ def _failed(row: Mapping[str, Any]) -> bool:
         return True
     bodies = [row, *(answer for answer in answers if isinstance(answer, dict))]
     bodies += [body["body"] for body in bodies if isinstance(body.get("body"), dict)]
-    if any(type(code) is int and not 200 <= code < 300 for body in bodies for code in [body.get("status_code")]):
+    if any(
+        type(code) is int and not 200 <= code < 300 for body in bodies for code in [body.get("status_code")]
+    ):
         return True
-    return any(body.get("error") and not body.get("choices") and not body.get("content") for body in bodies[1:])
+    return any(
+        body.get("error") and not body.get("choices") and not body.get("content") for body in bodies[1:]
+    )
 
 
 def _is_unsupported(messages: object) -> bool:
@@ -191,7 +235,11 @@ def _is_unsupported(messages: object) -> bool:
             continue
         content = message.get("content")
         parts = content if isinstance(content, list) else []
-        if message.get("role") in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
+        if (
+            message.get("role") in ("tool", "function")
+            or message.get("tool_calls")
+            or message.get("function_call")
+        ):
             return True
         if any(isinstance(part, dict) and not isinstance(part.get("text"), str) for part in parts):
             return True
@@ -205,9 +253,22 @@ def _messages(where: str, value: object) -> list[dict[str, str]] | None:
     for message in value:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
-            content = "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
-        if not isinstance(message, dict) or not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise DataError(where, "a message without text", "each message needs a `role` and a `content`", "mend or delete the line")
+            content = "".join(
+                part["text"]
+                for part in content
+                if isinstance(part, dict) and isinstance(part.get("text"), str)
+            )
+        if (
+            not isinstance(message, dict)
+            or not isinstance(content, str)
+            or not isinstance(message.get("role"), str)
+        ):
+            raise DataError(
+                where,
+                "a message without text",
+                "each message needs a `role` and a `content`",
+                "mend or delete the line",
+            )
         messages.append({"role": message["role"], "content": content})
     return messages
 
@@ -215,22 +276,34 @@ def _messages(where: str, value: object) -> list[dict[str, str]] | None:
 def _choices(where: str, row: Mapping[str, Any], *, chat: bool) -> list[Choice]:
     """The line's answers, wherever they stand."""
     bodies = [row, *(row[key] for key in _ANSWERS if isinstance(row.get(key), dict))]
-    bodies += [body["body"] for body in bodies if isinstance(body.get("body"), dict) and "choices" in body["body"]]
+    bodies += [
+        body["body"] for body in bodies if isinstance(body.get("body"), dict) and "choices" in body["body"]
+    ]
     for body in bodies:
         if "choices" in body:
             try:
                 choices = read_choices(body)
             except ValueError as error:
                 if "streamed" in str(error):
-                    rule, remedy = "an answer must stand in one piece", "join the pieces of each answer, or log whole answers"
+                    rule, remedy = (
+                        "an answer must stand in one piece",
+                        "join the pieces of each answer, or log whole answers",
+                    )
                     raise DataError(where, str(error), rule, remedy) from None
                 continue
-            return [choice if choice.prompt_ids else replace(choice, prompt_ids=_listed(row.get("prompt_token_ids"))) for choice in choices]
+            return [
+                choice
+                if choice.prompt_ids
+                else replace(choice, prompt_ids=_listed(row.get("prompt_token_ids")))
+                for choice in choices
+            ]
     for key in _ANSWERS:
         value = row.get(key)
         text = value if isinstance(value, str) else value.get("content") if isinstance(value, dict) else None
         if isinstance(text, str):
-            ids = next((ids for name in ("response_token_ids", "token_ids") if (ids := _listed(row.get(name)))), None)
+            ids = next(
+                (ids for name in ("response_token_ids", "token_ids") if (ids := _listed(row.get(name)))), None
+            )
             reason = str(row.get("finish_reason") or ("stop" if chat else "length"))
             values = row.get("logprobs")
             read = [read_logprob(value) for value in values] if isinstance(values, list) else [None]
@@ -240,17 +313,30 @@ def _choices(where: str, row: Mapping[str, Any], *, chat: bool) -> list[Choice]:
 
 
 def _listed(value: object) -> list[int] | None:
-    return list(value) if isinstance(value, list) and value and all(type(item) is int for item in value) else None
+    return (
+        list(value)
+        if isinstance(value, list) and value and all(type(item) is int for item in value)
+        else None
+    )
 
 
 def _sampling(where: str, told: Mapping[str, Any], config: TranscriptLog) -> Sampling:
     keys = ("temperature", "top_k", "top_p")
-    values: dict[str, Any] = {key: told.get(key) if told.get(key) is not None else getattr(config, key) for key in keys}
+    values: dict[str, Any] = {
+        key: told.get(key) if told.get(key) is not None else getattr(config, key) for key in keys
+    }
     if values["temperature"] is None:
         rule = "replay and tables must know how an answer was drawn"
-        raise DataError(where, "no temperature", rule, f"set `temperature` of transcripts '{config.name}' for lines that do not tell it")
+        raise DataError(
+            where,
+            "no temperature",
+            rule,
+            f"set `temperature` of transcripts '{config.name}' for lines that do not tell it",
+        )
     # In six digits, by which files and tables call it: 0.7 and float32's 0.699999988 are one temperature.
-    temperature = float(f"{_setting(where, 'temperature', values, 0 <= _number(values['temperature']) <= _HOTTEST):g}")
+    temperature = float(
+        f"{_setting(where, 'temperature', values, 0 <= _number(values['temperature']) <= _HOTTEST):g}"
+    )
     if temperature == 0:
         return Sampling(0.0)
     top_k = _setting(where, "top_k", values, _number(values["top_k"]) % 1 == 0)

@@ -69,7 +69,10 @@ def read_transcripts(
     Raises:
         DataError: when a line is damaged or no answer is left.
     """
-    readers = {kind: AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, kind) for kind in ("none", config.logprobs)}
+    readers = {
+        kind: AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, kind)
+        for kind in ("none", config.logprobs)
+    }
     refused = {"evaluation": 0, "empty": 0, "unrendered": 0, "no_answer": 0, "unsupported": 0}
     rows: list[Transcript] = []
     for entry in read_entries(config):
@@ -90,10 +93,18 @@ def read_transcripts(
             continue
         reader = readers["none" if entry.bent else config.logprobs]
         chat = entry.messages is not None
-        rows += [Transcript(_generation(reader, prompt, choice, entry), entry.sampling, chat, key) for choice in entry.choices]
+        rows += [
+            Transcript(_generation(reader, prompt, choice, entry), entry.sampling, chat, key)
+            for choice in entry.choices
+        ]
     if not rows:
         found = ", ".join(f"{count} {reason}" for reason, count in refused.items() if count) or "no answer"
-        raise DataError(f"transcripts '{config.name}'", found, "at least one answer must be left", "add answers or correct `path`")
+        raise DataError(
+            f"transcripts '{config.name}'",
+            found,
+            "at least one answer must be left",
+            "add answers or correct `path`",
+        )
     order = list(range(len(rows)))
     random.Random(f"{seed}/{config.name}").shuffle(order)
     chosen = order[: config.count]

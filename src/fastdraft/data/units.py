@@ -77,21 +77,39 @@ class UnitPlan:
     def _turns(self) -> list[list[tuple[int, float]]]:
         """(chunk, temperature) in the order asked: all chunks once, then all at their next temperature, and so on."""
         count, chunks = len(self.temperatures), -(-(self.size or 0) // self.unit_rows)
-        turns = [[(chunk, self.temperatures[(chunk + turn) % count]) for chunk in range(chunks)] for turn in range(count * self.samples)]
-        return [[place for place in places if place[1] > 0 or turn < count] for turn, places in enumerate(turns)]
+        turns = [
+            [(chunk, self.temperatures[(chunk + turn) % count]) for chunk in range(chunks)]
+            for turn in range(count * self.samples)
+        ]
+        return [
+            [place for place in places if place[1] > 0 or turn < count] for turn, places in enumerate(turns)
+        ]
 
     def unit(self, number: int) -> Unit | None:
         """The source's unit of that number; None behind the last."""
         if self.size is None:
             prompts = tuple(self.encode(0) for _ in range(self.unit_rows))
-            return Unit(self.name, self.temperatures[number % len(self.temperatures)], prompts, self.chat, self.instruction_tokens)
+            return Unit(
+                self.name,
+                self.temperatures[number % len(self.temperatures)],
+                prompts,
+                self.chat,
+                self.instruction_tokens,
+            )
         for places in self._turns:
             if number < len(places):
                 chunk, temperature = places[number]
                 chosen = self._chunk(chunk)
                 prompts = tuple(self.encode(i) for i in chosen)
                 conversations = tuple(self.conversation(i) for i in chosen) if self.conversation else ()
-                return Unit(self.name, temperature, prompts, self.chat, self.instruction_tokens, conversations=conversations)
+                return Unit(
+                    self.name,
+                    temperature,
+                    prompts,
+                    self.chat,
+                    self.instruction_tokens,
+                    conversations=conversations,
+                )
             number -= len(places)
         return None
 
@@ -115,7 +133,9 @@ class UnitPlan:
     def _window(self, window: int) -> list[list[int]]:
         """Numbers of a window's prompts sorted by length and cut into chunks, the chunks in an order drawn from the seed."""
         rows = UNITS_PER_WINDOW * self.unit_rows
-        prompts = sorted(range(window * rows, min(self.size or 0, (window + 1) * rows)), key=lambda i: len(self.encode(i)))
+        prompts = sorted(
+            range(window * rows, min(self.size or 0, (window + 1) * rows)), key=lambda i: len(self.encode(i))
+        )
         chunks = [prompts[start : start + self.unit_rows] for start in range(0, len(prompts), self.unit_rows)]
         random.Random(f"{self.seed}/{self.name}/{window}").shuffle(chunks)
         return chunks
@@ -143,20 +163,31 @@ class StandingPlan:
         seed: Of the order of the units.
     """
 
-    def __init__(self, name: str, rows: Sequence[Transcript], *, share: float, unit_rows: int, seed: int) -> None:
+    def __init__(
+        self, name: str, rows: Sequence[Transcript], *, share: float, unit_rows: int, seed: int
+    ) -> None:
         self.name, self.share = name, share
         alike: dict[tuple[Sampling, bool], list[Transcript]] = {}
         for row in rows:
             alike.setdefault((row.sampling, row.chat), []).append(row)
-        chunks = [(key, group[i : i + unit_rows]) for key, group in alike.items() for i in range(0, len(group), unit_rows)]
+        chunks = [
+            (key, group[i : i + unit_rows])
+            for key, group in alike.items()
+            for i in range(0, len(group), unit_rows)
+        ]
         random.Random(f"{seed}/{name}").shuffle(chunks)
         self._units = [
             Unit(
-                name, key[0].temperature, tuple(row.generation.prompt_ids for row in chunk), key[1],
-                answers=tuple(row.generation for row in chunk), keys=tuple(row.key for row in chunk), sampling=key[0],
+                name,
+                key[0].temperature,
+                tuple(row.generation.prompt_ids for row in chunk),
+                key[1],
+                answers=tuple(row.generation for row in chunk),
+                keys=tuple(row.key for row in chunk),
+                sampling=key[0],
             )
             for key, chunk in chunks
-        ]  # fmt: skip
+        ]
 
     def unit(self, number: int) -> Unit | None:
         """The unit of that number; None behind the last."""
@@ -182,10 +213,23 @@ class CorpusPrefixes:
         seed: Of the order of rows and of every draw.
     """
 
-    def __init__(self, rows: PackedCorpus, separator_id: int, prompt_tokens: tuple[int, int], before: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        rows: PackedCorpus,
+        separator_id: int,
+        prompt_tokens: tuple[int, int],
+        before: Sequence[int],
+        seed: int,
+    ) -> None:
         import numpy as np
 
-        self.rows, self.separator_id, self.prompt_tokens, self.before, self.seed = rows, separator_id, prompt_tokens, list(before), seed
+        self.rows, self.separator_id, self.prompt_tokens, self.before, self.seed = (
+            rows,
+            separator_id,
+            prompt_tokens,
+            list(before),
+            seed,
+        )
         self._order = np.random.default_rng([seed, 7]).permutation(rows.rows)
 
     def __len__(self) -> int:
@@ -201,6 +245,10 @@ class CorpusPrefixes:
         pieces = list(zip([-1, *marks], [*marks, len(row)], strict=True))
         long = [piece for piece in pieces if piece[1] - piece[0] - 1 >= self.prompt_tokens[0]]
         documents = [piece for piece in long if piece[0] >= 0]
-        start, stop = draw.choice(documents) if documents else max(long or pieces, key=lambda piece: piece[1] - piece[0])
+        start, stop = (
+            draw.choice(documents)
+            if documents
+            else max(long or pieces, key=lambda piece: piece[1] - piece[0])
+        )
         text = row[start + 1 : min(stop, start + 1 + length)] or row[:1]
         return [*self.before, *text] if start >= 0 else text

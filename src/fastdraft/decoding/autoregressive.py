@@ -41,7 +41,10 @@ class BatchLayer(PreallocatedLayer):
         keys, values = self._buffers
         length, kept = self.get_seq_length(), (len(indices), *keys.shape[1:])
         fresh = keys.new_empty(kept), values.new_empty(len(indices), *values.shape[1:])
-        fresh[0][:, :, :length], fresh[1][:, :, :length] = keys[indices, :, :length], values[indices, :, :length]
+        fresh[0][:, :, :length], fresh[1][:, :, :length] = (
+            keys[indices, :, :length],
+            values[indices, :, :length],
+        )
         self._buffers = fresh
         self.keys, self.values = fresh[0][:, :, :length], fresh[1][:, :, :length]
 
@@ -66,7 +69,9 @@ class _Batch:
         """One pass: logits [B, V] behind the last position; only that position goes through the output head."""
         mask_BT = self.mask_BT[:, : self.width]
         inputs = {"input_ids": self.ids_BT, "attention_mask": mask_BT, "position_ids": self.positions_BT}
-        logits_BTV: Tensor = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits_BTV: Tensor = self.model(
+            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits
         return logits_BTV[:, -1]
 
     def append(self, token_B: Tensor, done_B: Tensor) -> bool:
@@ -75,11 +80,19 @@ class _Batch:
         finished = int(self.done_B.sum())
         if finished == len(self.rows_B):
             return False
-        self.ids_BT, self.positions_BT, self.width = token_B[:, None], self.positions_BT[:, -1:] + 1, self.width + 1
+        self.ids_BT, self.positions_BT, self.width = (
+            token_B[:, None],
+            self.positions_BT[:, -1:] + 1,
+            self.width + 1,
+        )
         if finished >= DROP_SHARE * len(self.rows_B):
             keep_B = (~self.done_B).nonzero().squeeze(-1)
             self.cache.batch_select_indices(keep_B)
-            self.rows_B, self.done_B, self.mask_BT = self.rows_B[keep_B], self.done_B[keep_B], self.mask_BT[keep_B]
+            self.rows_B, self.done_B, self.mask_BT = (
+                self.rows_B[keep_B],
+                self.done_B[keep_B],
+                self.mask_BT[keep_B],
+            )
             self.places_B = self.rows_B.cpu()
             self.ids_BT, self.positions_BT = self.ids_BT[keep_B], self.positions_BT[keep_B]
         return True
@@ -148,7 +161,9 @@ def generate_batch(  # noqa: PLR0917
     def write(piece: Sequence[int]) -> None:
         draws.begin()
         place = range(piece[0], piece[-1] + 1)
-        answers.extend(_write(model, [prompts[i] for i in piece], sampling, max_new_tokens, eos, draws, place, give_up))
+        answers.extend(
+            _write(model, [prompts[i] for i in piece], sampling, max_new_tokens, eos, draws, place, give_up)
+        )
 
     (halving or Halving("batch_rows"))(range(len(prompts)), write)
     return answers
@@ -176,7 +191,9 @@ def _write(  # noqa: PLR0917
         for step in range(max_new_tokens):
             random_B = draws.step(place) if sampling.temperature > 0 else None
             steps += 1
-            token_B, logprob_B = draw_tokens(batch.logits(), sampling, None if random_B is None else random_B[batch.places_B])
+            token_B, logprob_B = draw_tokens(
+                batch.logits(), sampling, None if random_B is None else random_B[batch.places_B]
+            )
             tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
             done_B = torch.isin(token_B, eos) | logprob_B.isnan()
             if give_up and (step + 1) % GIVE_UP_EVERY == 0:
@@ -185,10 +202,15 @@ def _write(  # noqa: PLR0917
                 break
     draws.end(steps)
     answers = zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), lengths, strict=True)
-    return [_generation(prompt, tokens[:length], logprobs[:length], eos_ids) for prompt, tokens, logprobs, length in answers]
+    return [
+        _generation(prompt, tokens[:length], logprobs[:length], eos_ids)
+        for prompt, tokens, logprobs, length in answers
+    ]
 
 
-def _given_up(batch: _Batch, tokens_BT: Tensor, give_up: Callable[[list[int]], bool], lengths: list[int]) -> Tensor:
+def _given_up(
+    batch: _Batch, tokens_BT: Tensor, give_up: Callable[[list[int]], bool], lengths: list[int]
+) -> Tensor:
     """Which rows of the batch end here although nothing in them says so; notes their lengths."""
     rows, done = batch.rows_B.tolist(), batch.done_B.tolist()
     texts = tokens_BT[batch.rows_B].tolist()
@@ -229,8 +251,12 @@ def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None)
     return token_B, probs_BV.gather(-1, token_B[:, None]).squeeze(-1).log()
 
 
-def _generation(prompt: Sequence[int], tokens: list[int], logprobs: list[float], eos_ids: set[int] | frozenset[int]) -> Generation:
+def _generation(
+    prompt: Sequence[int], tokens: list[int], logprobs: list[float], eos_ids: set[int] | frozenset[int]
+) -> Generation:
     for position, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), 1):
         if token in eos_ids or math.isnan(logprob):
-            return Generation(list(prompt), tokens[:position], logprobs[:position], "stop" if token in eos_ids else "length")
+            return Generation(
+                list(prompt), tokens[:position], logprobs[:position], "stop" if token in eos_ids else "length"
+            )
     return Generation(list(prompt), tokens, logprobs, "length")

@@ -30,7 +30,9 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers com
         self.capacity = capacity
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Appends [batch, heads, new, head_dim] states; returns views of all that is held."""
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]
@@ -46,7 +48,10 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers com
     def _make_room(self, key_states: Tensor, value_states: Tensor, start: int, stop: int) -> None:
         """Allocates at the first use, and again, larger, when more is appended than was foreseen."""
         self.capacity = max(self.capacity, stop if self._buffers is None else 2 * stop)
-        buffers = tuple(states.new_empty((*states.shape[:2], self.capacity, states.shape[-1])) for states in (key_states, value_states))
+        buffers = tuple(
+            states.new_empty((*states.shape[:2], self.capacity, states.shape[-1]))
+            for states in (key_states, value_states)
+        )
         if start:
             buffers[0][:, :, :start], buffers[1][:, :, :start] = self.keys, self.values
         self._buffers = (buffers[0], buffers[1])
@@ -63,7 +68,9 @@ def new_cache(model: PreTrainedModel, capacity: int) -> Cache:
     if kinds:
         rule = "speculative decoding must take back rejected tokens, which only attention layers allow"
         found = f"has layers of kind {', '.join(sorted(kinds))}"
-        raise TargetError(model.config.model_type, found, rule, "choose a target whose layers are all attention")
+        raise TargetError(
+            model.config.model_type, found, rule, "choose a target whose layers are all attention"
+        )
     return Cache(layer_class_to_replicate=partial(PreallocatedLayer, capacity))
 
 
@@ -78,7 +85,9 @@ class Reader:
     def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
         """Reads T more tokens; the logits after each of the last `keep`, [keep, V]."""
         with grouped_attention(self.model):
-            output = self.model(input_ids=ids_T[None], past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+            output = self.model(
+                input_ids=ids_T[None], past_key_values=self.cache, use_cache=True, logits_to_keep=keep
+            )
         self.length += ids_T.shape[0]
         logits_1TV: Tensor = output.logits
         return logits_1TV[0]
@@ -86,5 +95,7 @@ class Reader:
     def take_back(self, length: int) -> None:
         """Keeps the first `length` tokens only; nothing happens when fewer were read."""
         if length < self.length:
-            self.cache.crop(length - self.length)  # a negative count is taken back by every release of transformers
+            self.cache.crop(
+                length - self.length
+            )  # a negative count is taken back by every release of transformers
             self.length = length

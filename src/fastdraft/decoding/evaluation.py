@@ -39,10 +39,17 @@ def as_row(generation: Generation, sampling: Sampling, source: str) -> Synthetic
     """A generation in the form in which it is kept and replayed."""
     key, row_id = ids_hash(generation.prompt_ids), ids_hash(generation.prompt_ids, generation.response_ids)
     return SyntheticRow(
-        row_id=row_id, source=source, prompt_key=key, prompt_ids=generation.prompt_ids, response_ids=generation.response_ids,
-        logprobs=generation.logprobs, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+        row_id=row_id,
+        source=source,
+        prompt_key=key,
+        prompt_ids=generation.prompt_ids,
+        response_ids=generation.response_ids,
+        logprobs=generation.logprobs,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
         finish_reason=generation.finish_reason,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,12 @@ def replay_tables(
     """The expected counts of every row, by replay."""
     accepts = accept_probabilities(draft, rows, vocabulary, draft_temperature, on_batch=on_batch)
     counts = counts_of_accepts(accepts, num_speculative_tokens)
-    by_position = counts_by_bucket(accepts, [len(row.prompt_ids) for row in rows], nearest(num_speculative_tokens))
-    return Replayed({k: counts_table([by_k[k] for by_k in counts]) for k in num_speculative_tokens}, by_position)
+    by_position = counts_by_bucket(
+        accepts, [len(row.prompt_ids) for row in rows], nearest(num_speculative_tokens)
+    )
+    return Replayed(
+        {k: counts_table([by_k[k] for by_k in counts]) for k in num_speculative_tokens}, by_position
+    )
 
 
 def nearest(num_speculative_tokens: Sequence[int]) -> int:
@@ -105,15 +116,23 @@ class Difference:
     near_tie: bool
 
 
-def greedy_difference(target: PreTrainedModel, own: SyntheticRow, response_ids: Sequence[int]) -> Difference | None:
+def greedy_difference(
+    target: PreTrainedModel, own: SyntheticRow, response_ids: Sequence[int]
+) -> Difference | None:
     """None when `response_ids` is the target's own greedy text."""
     pairs = list(zip(own.response_ids, response_ids, strict=False))
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if place is None:
-        return None if len(own.response_ids) == len(response_ids) else Difference(len(pairs), float("inf"), False)
+        return (
+            None
+            if len(own.response_ids) == len(response_ids)
+            else Difference(len(pairs), float("inf"), False)
+        )
     ids = torch.tensor([own.prompt_ids + own.response_ids[:place]], device=target.device)
     with torch.inference_mode():
-        logprobs_V = target(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
+        logprobs_V = (
+            target(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
+        )
     gap = abs(float(logprobs_V[own.response_ids[place]] - logprobs_V[response_ids[place]]))
     return Difference(place, gap, gap < NEAR_TIE.get(target.dtype, NEAR_TIE[torch.bfloat16]))
 

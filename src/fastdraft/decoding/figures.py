@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.forecast import mbsu, predicted_speedup
-from fastdraft.functional.acceptance import ACCEPTED, DRAFTS, GENERATED, PROPOSED, Counts, counts_from_array, counts_to_array
+from fastdraft.functional.acceptance import (
+    ACCEPTED,
+    DRAFTS,
+    GENERATED,
+    PROPOSED,
+    Counts,
+    counts_from_array,
+    counts_to_array,
+)
 from fastdraft.functional.intervals import Groups, difference_interval, num_groups, ratio_interval
 
 CountsTable = NDArray[np.float64]
@@ -51,7 +59,13 @@ def counts_table(counts: Sequence[Counts]) -> CountsTable:
 
 
 def result_row(
-    setting: Setting, table: CountsTable, looping: NDArray[np.bool_], costs: CostRatios, seed: int, *, groups: Groups | None = None
+    setting: Setting,
+    table: CountsTable,
+    looping: NDArray[np.bool_],
+    costs: CostRatios,
+    seed: int,
+    *,
+    groups: Groups | None = None,
 ) -> dict[str, Any]:
     """One entry of `rows` in `results.json`.
 
@@ -65,18 +79,29 @@ def result_row(
     """
     counts, k = counts_from_array(table.sum(0)), setting.num_speculative_tokens
     row: dict[str, Any] = {
-        "checkpoint": setting.checkpoint, "task": setting.task, "method": setting.method,
-        "temperature": setting.temperature, "num_speculative_tokens": k, "num_prompts": len(table),
+        "checkpoint": setting.checkpoint,
+        "task": setting.task,
+        "method": setting.method,
+        "temperature": setting.temperature,
+        "num_speculative_tokens": k,
+        "num_prompts": len(table),
         "num_conversations": num_groups(groups, len(table)),
-        "num_drafts": tidy_count(counts.num_drafts), "num_draft_tokens": tidy_count(counts.num_draft_tokens),
+        "num_drafts": tidy_count(counts.num_drafts),
+        "num_draft_tokens": tidy_count(counts.num_draft_tokens),
         "num_accepted_tokens": tidy_count(counts.num_accepted_tokens),
         "num_accepted_tokens_per_pos": [tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
         "num_generated_tokens": tidy_count(counts.num_generated_tokens),
-        "acceptance_rate": tidy(counts.acceptance_rate), "conditional_acceptance_rate": tidy(counts.conditional_acceptance_rate),
-        "overlap": tidy(counts.overlap), "block_efficiency": tidy(counts.block_efficiency),
-        **_speedups(counts.block_efficiency, k, costs), "num_examined_tokens": tidy_count(counts.num_examined_tokens),
-    }  # fmt: skip
-    for name, part, whole in (("acceptance_rate", ACCEPTED, PROPOSED), ("block_efficiency", GENERATED, DRAFTS)):
+        "acceptance_rate": tidy(counts.acceptance_rate),
+        "conditional_acceptance_rate": tidy(counts.conditional_acceptance_rate),
+        "overlap": tidy(counts.overlap),
+        "block_efficiency": tidy(counts.block_efficiency),
+        **_speedups(counts.block_efficiency, k, costs),
+        "num_examined_tokens": tidy_count(counts.num_examined_tokens),
+    }
+    for name, part, whole in (
+        ("acceptance_rate", ACCEPTED, PROPOSED),
+        ("block_efficiency", GENERATED, DRAFTS),
+    ):
         low, high = ratio_interval(table[:, part], table[:, whole], seed, groups)
         row |= {f"{name}_low": tidy(low), f"{name}_high": tidy(high)}
     rest = counts_from_array(table[~looping].sum(0)) if (~looping).any() else Counts()
@@ -93,7 +118,9 @@ def _speedups(block_efficiency: float, k: int, costs: CostRatios) -> dict[str, f
         measured["mbsu_latency"] = tidy(mbsu(block_efficiency, k, latency.cost_ratio))
         if k + 1 in latency.target_seconds:
             seconds = latency.target_seconds
-            measured["predicted_speedup"] = tidy(predicted_speedup(block_efficiency, k, latency.draft_seconds, seconds[1], seconds[k + 1]))
+            measured["predicted_speedup"] = tidy(
+                predicted_speedup(block_efficiency, k, latency.draft_seconds, seconds[1], seconds[k + 1])
+            )
     return {
         "mbsu_parameters": tidy(mbsu(block_efficiency, k, costs.parameters)),
         "mbsu_bytes": tidy(mbsu(block_efficiency, k, costs.bytes)),
@@ -115,14 +142,24 @@ def difference_rows(
     by_place: dict[tuple[str, float, int], list[tuple[str, CountsTable]]] = {}
     for setting, table in tables.items():
         if setting.method == "replay":
-            by_place.setdefault((setting.task, setting.temperature, setting.num_speculative_tokens), []).append((setting.checkpoint, table))
+            by_place.setdefault(
+                (setting.task, setting.temperature, setting.num_speculative_tokens), []
+            ).append((setting.checkpoint, table))
     for (task, temperature, k), ladder in by_place.items():
         for (name, before), (next_name, after) in pairwise(ladder):
             pairs = [(table[:, ACCEPTED], table[:, PROPOSED]) for table in (before, after)]
-            rates = [float(part.sum() / whole.sum()) if whole.sum() else float("nan") for part, whole in pairs]
-            low, high = difference_interval(pairs[0], pairs[1], seed, groups[task, temperature] if groups else None)
+            rates = [
+                float(part.sum() / whole.sum()) if whole.sum() else float("nan") for part, whole in pairs
+            ]
+            low, high = difference_interval(
+                pairs[0], pairs[1], seed, groups[task, temperature] if groups else None
+            )
             place = {"task": task, "temperature": temperature, "num_speculative_tokens": k}
-            change = {"difference": tidy(rates[1] - rates[0]), "difference_low": tidy(low), "difference_high": tidy(high)}
+            change = {
+                "difference": tidy(rates[1] - rates[0]),
+                "difference_low": tidy(low),
+                "difference_high": tidy(high),
+            }
             rows.append({"from": name, "to": next_name, **place, **change})
     return rows
 

@@ -35,15 +35,27 @@ def attend(  # noqa: PLR0917 -- called by transformers
 ) -> tuple[Tensor, None]:
     """A function of transformers' shape; all but a few new tokens under a mask of one head goes to its own `sdpa`."""
     groups, new = getattr(module, "num_key_value_groups", 1), query_BHTD.shape[2]
-    one_mask = new == 1 if attention_mask is None else attention_mask.shape[1] == 1 and attention_mask.shape[2] == new
+    one_mask = (
+        new == 1
+        if attention_mask is None
+        else attention_mask.shape[1] == 1 and attention_mask.shape[2] == new
+    )
     if groups == 1 or new > FEW or not one_mask:
-        return sdpa_attention_forward(module, query_BHTD, key_BNTD, value_BNTD, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
+            module, query_BHTD, key_BNTD, value_BNTD, attention_mask, scaling=scaling, **kwargs
+        )  # type: ignore[no-any-return]
     batch, heads, _, size = query_BHTD.shape
     query_BNFD = query_BHTD.reshape(batch, heads // groups, groups * new, size)
     mask = (
-        None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1) if new > 1 else attention_mask.expand(-1, -1, groups, -1)
+        None
+        if attention_mask is None
+        else attention_mask.repeat(1, 1, groups, 1)
+        if new > 1
+        else attention_mask.expand(-1, -1, groups, -1)
     )
-    output_BNFD = torch.nn.functional.scaled_dot_product_attention(query_BNFD, key_BNTD, value_BNTD, attn_mask=mask, scale=scaling)
+    output_BNFD = torch.nn.functional.scaled_dot_product_attention(
+        query_BNFD, key_BNTD, value_BNTD, attn_mask=mask, scale=scaling
+    )
     return output_BNFD.reshape(batch, heads, new, size).transpose(1, 2).contiguous(), None
 
 

@@ -43,12 +43,21 @@ class Latency:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Latency:
-        return cls(**{**value, "target_seconds": {int(width): seconds for width, seconds in value["target_seconds"].items()}})
+        return cls(
+            **{
+                **value,
+                "target_seconds": {int(width): seconds for width, seconds in value["target_seconds"].items()},
+            }
+        )
 
 
 @torch.inference_mode()
 def measure_latency(
-    target: PreTrainedModel, draft: PreTrainedModel, widths: Sequence[int], prefix_tokens: int = 128, repeats: int = 15
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    widths: Sequence[int],
+    prefix_tokens: int = 128,
+    repeats: int = 15,
 ) -> Latency:
     """Times single passes of both models.
 
@@ -61,7 +70,9 @@ def measure_latency(
     """
     widths = sorted({1, *widths})
     models = (target, draft)
-    room = min(int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in models) - max(widths)
+    room = min(int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in models) - max(
+        widths
+    )
     prefix = max(1, min(prefix_tokens, room))
     readers = [Reader(m, prefix + max(widths)) for m in models]
     for reader in readers:
@@ -75,7 +86,14 @@ def measure_latency(
                 times.append(taken)
     draft_seconds, *by_width = [statistics.median(times) for times in seconds]
     dtypes = [str(m.dtype).removeprefix("torch.") for m in models]
-    return Latency(draft_seconds, dict(zip(widths, by_width, strict=True)), prefix, str(target.device), dtypes[1], dtypes[0])
+    return Latency(
+        draft_seconds,
+        dict(zip(widths, by_width, strict=True)),
+        prefix,
+        str(target.device),
+        dtypes[1],
+        dtypes[0],
+    )
 
 
 def _one_pass(reader: Reader, width: int, prefix: int) -> float:

@@ -28,7 +28,9 @@ from fastdraft.modeling.loading import load_target, pick_device
 
 
 @torch.inference_mode()
-def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, batch_tokens: int = 0) -> list[SparseLogits]:
+def sparse_logits(
+    model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, batch_tokens: int = 0
+) -> list[SparseLogits]:
     """The k most likely tokens at every response position of each row, and the mass of all others.
 
     Args:
@@ -45,8 +47,13 @@ def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, 
 
     def keep_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [rows[i] for i in chosen], model.device)
-        kept, ends = _kept(torch.cat(hidden), head, k), np.cumsum([len(hidden_ND) for hidden_ND in hidden])[:-1]
-        for index, ids, logprobs in zip(chosen, np.split(kept.ids, ends), np.split(kept.logprobs, ends), strict=True):
+        kept, ends = (
+            _kept(torch.cat(hidden), head, k),
+            np.cumsum([len(hidden_ND) for hidden_ND in hidden])[:-1],
+        )
+        for index, ids, logprobs in zip(
+            chosen, np.split(kept.ids, ends), np.split(kept.logprobs, ends), strict=True
+        ):
             found[index] = SparseLogits(ids, logprobs)
 
     pass_by_pass(rows, batch_tokens or batch_tokens_of(model.device), keep_piece)
@@ -54,7 +61,9 @@ def sparse_logits(model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, 
 
 
 def _kept(hidden_ND: Tensor, head: OutputHead, k: int) -> SparseLogits:
-    parts = [top_k_buckets(head.logits(hidden_ND[held]), k) for held in held_slices(hidden_ND, head.vocab_size)]
+    parts = [
+        top_k_buckets(head.logits(hidden_ND[held]), k) for held in held_slices(hidden_ND, head.vocab_size)
+    ]
     if not parts:
         return SparseLogits(np.zeros((0, k), dtype=np.int32), np.zeros((0, k + 1), dtype=np.float32))
     ids_NK = torch.cat([part.ids for part in parts]).to(torch.int32)
@@ -95,11 +104,23 @@ class LogitWriter:
             return
         rows = read_rows(unit)
         found = sparse_logits(self.model, rows, self.k)
-        empty = SparseLogits(np.zeros((0, self.k), dtype=np.int32), np.zeros((0, self.k + 1), dtype=np.float32))
-        logits = SparseLogits(*(np.concatenate([getattr(part, name) for part in (empty, *found)]) for name in ("ids", "logprobs")))
+        empty = SparseLogits(
+            np.zeros((0, self.k), dtype=np.int32), np.zeros((0, self.k + 1), dtype=np.float32)
+        )
+        logits = SparseLogits(
+            *(
+                np.concatenate([getattr(part, name) for part in (empty, *found)])
+                for name in ("ids", "logprobs")
+            )
+        )
         if not np.isfinite(logits.logprobs).all():
             found_there = f"logits that are not finite in the scoring pass of {unit.name}"
-            raise TargetError("target.model", found_there, "the target must compute finite numbers", "set target.dtype to bf16 or fp32")
+            raise TargetError(
+                "target.model",
+                found_there,
+                "the target must compute finite numbers",
+                "set target.dtype to bf16 or fp32",
+            )
         write_sparse_logits(path, logits, self.vocab_size, rows_digest([row.row_id for row in rows]))
 
 

@@ -51,7 +51,9 @@ class PieceStream:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def text_pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], accepted: Iterable[bool]) -> list[dict[str, str | bool]]:
+def text_pieces(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], accepted: Iterable[bool]
+) -> list[dict[str, str | bool]]:
     """`[{"text": ..., "accepted": ...}, ...]`: neighbours of the same kind joined."""
     stream, pieces = PieceStream(tokenizer), list[dict[str, str | bool]]()
     flag = False

@@ -45,7 +45,11 @@ def position_results(
         seed: Of the bootstrap.
         groups: By task and temperature which prompts are drawn together; None draws each by itself.
     """
-    rows = [row for place, table in tables.items() for row in _rows(place, table, seed, groups[place[1:]] if groups else None)]
+    rows = [
+        row
+        for place, table in tables.items()
+        for row in _rows(place, table, seed, groups[place[1:]] if groups else None)
+    ]
     final = list(tables)[-1][0] if tables else ""
     return {
         "num_speculative_tokens": num_speculative_tokens,
@@ -66,15 +70,27 @@ def _rows(place: Place, table: Positions, seed: int, groups_P: Groups | None) ->
         groups = groups_P[reached] if groups_P is not None else None
         low, high = ratio_interval(counts_PC[reached, ACCEPTED], counts_PC[reached, PROPOSED], seed, groups)
         first, end = bucket_bounds(bucket)
-        found.append({
-            "checkpoint": place[0], "task": place[1], "temperature": place[2], "from": first, "to": end, "num_prompts": int(reached.sum()),
-            "num_conversations": num_groups(groups, reached.sum()),
-            "num_drafts": tidy_count(counts.num_drafts), "num_draft_tokens": tidy_count(counts.num_draft_tokens),
-            "num_accepted_tokens": tidy_count(counts.num_accepted_tokens), "num_examined_tokens": tidy_count(counts.num_examined_tokens),
-            "num_generated_tokens": tidy_count(counts.num_generated_tokens), "acceptance_rate": tidy(counts.acceptance_rate),
-            "acceptance_rate_low": tidy(low), "acceptance_rate_high": tidy(high),
-            "conditional_acceptance_rate": tidy(counts.conditional_acceptance_rate), "block_efficiency": tidy(counts.block_efficiency),
-        })  # fmt: skip
+        found.append(
+            {
+                "checkpoint": place[0],
+                "task": place[1],
+                "temperature": place[2],
+                "from": first,
+                "to": end,
+                "num_prompts": int(reached.sum()),
+                "num_conversations": num_groups(groups, reached.sum()),
+                "num_drafts": tidy_count(counts.num_drafts),
+                "num_draft_tokens": tidy_count(counts.num_draft_tokens),
+                "num_accepted_tokens": tidy_count(counts.num_accepted_tokens),
+                "num_examined_tokens": tidy_count(counts.num_examined_tokens),
+                "num_generated_tokens": tidy_count(counts.num_generated_tokens),
+                "acceptance_rate": tidy(counts.acceptance_rate),
+                "acceptance_rate_low": tidy(low),
+                "acceptance_rate_high": tidy(high),
+                "conditional_acceptance_rate": tidy(counts.conditional_acceptance_rate),
+                "block_efficiency": tidy(counts.block_efficiency),
+            }
+        )
     return found
 
 
@@ -88,7 +104,13 @@ def _faded(place: Place, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         if best and row["acceptance_rate_high"] < FADED * best["acceptance_rate"]:
             case = {"checkpoint": place[0], "task": place[1], "temperature": place[2], "from": row["from"]}
-            return [{**case, "acceptance_rate": row["acceptance_rate"], "best_acceptance_rate": best["acceptance_rate"]}]
+            return [
+                {
+                    **case,
+                    "acceptance_rate": row["acceptance_rate"],
+                    "best_acceptance_rate": best["acceptance_rate"],
+                }
+            ]
         best = row if not best or row["acceptance_rate"] > best["acceptance_rate"] else best
     return []
 

@@ -81,11 +81,15 @@ def replay(
     Returns:
         For each row, in order, a dictionary from K to counts. A row without a response has empty counts.
     """
-    accepts = accept_probabilities(draft, rows, vocabulary, draft_temperature, batch_tokens=batch_tokens, on_batch=on_batch)
+    accepts = accept_probabilities(
+        draft, rows, vocabulary, draft_temperature, batch_tokens=batch_tokens, on_batch=on_batch
+    )
     return counts_of_accepts(accepts, num_speculative_tokens)
 
 
-def counts_of_accepts(accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]) -> list[dict[int, Counts]]:
+def counts_of_accepts(
+    accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]
+) -> list[dict[int, Counts]]:
     """For each text a dictionary from K to expected counts, from its accept probabilities."""
     starts = range(0, len(accepts), COUNTED_TOGETHER)
     # Neighbours in length share a recursion, so that short texts do not pay for the longest.
@@ -93,7 +97,9 @@ def counts_of_accepts(accepts: Sequence[NDArray[np.float64]], num_speculative_to
     counts: list[dict[int, Counts]] = [{} for _ in accepts]
     for start in starts:
         chosen = order[start : start + COUNTED_TOGETHER]
-        for index, found in zip(chosen, batched_expected_counts([accepts[i] for i in chosen], num_speculative_tokens), strict=True):
+        for index, found in zip(
+            chosen, batched_expected_counts([accepts[i] for i in chosen], num_speculative_tokens), strict=True
+        ):
             counts[index] = found
     return counts
 
@@ -125,14 +131,24 @@ def accept_probabilities(
 ) -> list[NDArray[np.float64]]:
     """For each row, each response token's probability to be accepted if the draft proposes at its place; 0 or 1 when greedy."""
     accepts: list[NDArray[np.float64]] = [np.zeros(0) for _ in rows]
-    missing = torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device) if vocabulary.missing_ids else None
+    missing = (
+        torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device)
+        if vocabulary.missing_ids
+        else None
+    )
     decoder, head = output_head(draft)
 
     def replay_piece(chosen: Sequence[int]) -> None:
         batch = [rows[i] for i in chosen]
         hidden = response_hidden(decoder, batch, draft.device)
         for alike in alike_places((row.temperature, row.top_k, row.top_p) for row in batch):
-            found = _accept(torch.cat([hidden[b] for b in alike]), head, [batch[b] for b in alike], missing, draft_temperature)
+            found = _accept(
+                torch.cat([hidden[b] for b in alike]),
+                head,
+                [batch[b] for b in alike],
+                missing,
+                draft_temperature,
+            )
             ends = np.cumsum([len(batch[b].response_ids) for b in alike])
             for b, accept in zip(alike, np.split(found, ends[:-1]), strict=True):
                 accepts[chosen[b]] = accept
@@ -179,7 +195,9 @@ def length_batches(rows: Sequence[TokenText], batch_tokens: int) -> Iterator[lis
         yield batch
 
 
-def response_hidden(decoder: torch.nn.Module, rows: Sequence[TokenText], device: torch.device) -> list[Tensor]:
+def response_hidden(
+    decoder: torch.nn.Module, rows: Sequence[TokenText], device: torch.device
+) -> list[Tensor]:
     """For each row the hidden states from which its response tokens are predicted, [len(response), D]."""
     texts = [(*row.prompt_ids, *row.response_ids[:-1]) for row in rows]
     ids_BT = np.zeros((len(rows), max(map(len, texts), default=0)), dtype=np.int64)
@@ -188,23 +206,36 @@ def response_hidden(decoder: torch.nn.Module, rows: Sequence[TokenText], device:
     # Padding stands on the right, where a causal model does not look: no attention mask is needed.
     hidden_BTD = decoder(input_ids=torch.from_numpy(ids_BT).to(device), use_cache=False).last_hidden_state
     starts = [len(row.prompt_ids) - 1 for row in rows]
-    return [hidden_BTD[b, start : start + len(row.response_ids)] for b, (start, row) in enumerate(zip(starts, rows, strict=True))]
+    return [
+        hidden_BTD[b, start : start + len(row.response_ids)]
+        for b, (start, row) in enumerate(zip(starts, rows, strict=True))
+    ]
 
 
 def _accept(
-    hidden_ND: Tensor, head: OutputHead, rows: Sequence[WrittenText], missing: Tensor | None, draft_temperature: float | None
+    hidden_ND: Tensor,
+    head: OutputHead,
+    rows: Sequence[WrittenText],
+    missing: Tensor | None,
+    draft_temperature: float | None,
 ) -> NDArray[np.float64]:
     """Accept probabilities of all response tokens of rows that were drawn alike, one row behind the other."""
     first = rows[0]
-    temperature = first.temperature if draft_temperature is None or first.temperature == 0 else draft_temperature
-    tokens_N = torch.tensor([token for row in rows for token in row.response_ids], dtype=torch.long, device=hidden_ND.device)
+    temperature = (
+        first.temperature if draft_temperature is None or first.temperature == 0 else draft_temperature
+    )
+    tokens_N = torch.tensor(
+        [token for row in rows for token in row.response_ids], dtype=torch.long, device=hidden_ND.device
+    )
     parts = []
     for held in held_slices(tokens_N, head.vocab_size):
         logits_NV = mask_ids(head.logits(hidden_ND[held]), missing)
         if temperature == 0:
             parts.append(logits_NV.argmax(-1) == tokens_N[held])
         else:
-            parts.append(chosen_logprobs(warp(logits_NV, temperature, first.top_k, first.top_p), tokens_N[held]))
+            parts.append(
+                chosen_logprobs(warp(logits_NV, temperature, first.top_k, first.top_p), tokens_N[held])
+            )
     if not parts:
         return np.zeros(0)
     found_N = torch.cat(parts).cpu().double()  # on the CPU, because not every accelerator has float64

@@ -17,14 +17,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdraft.decoding.replay import batch_tokens_of, chosen_logprobs, held_slices, pass_by_pass, response_hidden
+from fastdraft.decoding.replay import (
+    batch_tokens_of,
+    chosen_logprobs,
+    held_slices,
+    pass_by_pass,
+    response_hidden,
+)
 from fastdraft.functional.sampling import warp
 from fastdraft.generation import Engine, Generation, Sampling
 from fastdraft.modeling.head import OutputHead, output_head
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampling, *, batch_tokens: int = 0) -> list[Generation]:
+def score(
+    model: PreTrainedModel, written: Sequence[Generation], sampling: Sampling, *, batch_tokens: int = 0
+) -> list[Generation]:
     """The same texts with this model's log-probs.
 
     Args:
@@ -43,15 +51,21 @@ def score(model: PreTrainedModel, written: Sequence[Generation], sampling: Sampl
 
     def score_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [written[i] for i in chosen], model.device)
-        logprobs = _logprobs(torch.cat(hidden), head, [token for i in chosen for token in written[i].response_ids], sampling)
+        logprobs = _logprobs(
+            torch.cat(hidden), head, [token for i in chosen for token in written[i].response_ids], sampling
+        )
         for index in chosen:
-            scored[index] = replace(written[index], logprobs=list(islice(logprobs, len(written[index].response_ids))))
+            scored[index] = replace(
+                written[index], logprobs=list(islice(logprobs, len(written[index].response_ids)))
+            )
 
     pass_by_pass(written, batch_tokens or batch_tokens_of(model.device), score_piece)
     return scored
 
 
-def _logprobs(hidden_ND: Tensor, head: OutputHead, response_ids: list[int], sampling: Sampling) -> Iterator[float]:
+def _logprobs(
+    hidden_ND: Tensor, head: OutputHead, response_ids: list[int], sampling: Sampling
+) -> Iterator[float]:
     """Of every response token of a batch, one row behind the other."""
     tokens_N = torch.tensor(response_ids, dtype=torch.long, device=hidden_ND.device)
     parts = [tokens_N.new_zeros(0, dtype=torch.float32)]
@@ -72,6 +86,8 @@ class ScoringEngine:
     def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
         self.engine, self.model, self.name = engine, model, engine.name
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         """The engine's answers with the model's log-probs; reproducible as the engine is."""
         return score(self.model, self.engine.generate(prompts, sampling, max_new_tokens, seed), sampling)

@@ -50,7 +50,9 @@ class Round:
         k = self.num_speculative_tokens
         per_pos = tuple(float(j < self.num_accepted) for j in range(k))
         accepted, examined = float(self.num_accepted), float(self.num_examined)
-        return Counts(1.0, float(k), accepted, per_pos, examined, float(len(self.tokens)), self.overlap_sum, examined)
+        return Counts(
+            1.0, float(k), accepted, per_pos, examined, float(len(self.tokens)), self.overlap_sum, examined
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class SpeculativeResult:
         return [place < r.num_accepted for r in self.rounds for place in range(len(r.tokens))]
 
 
-def check_room(prompt_ids: list[int], max_new_tokens: int, context_length: int, where: str = "prompt") -> None:
+def check_room(
+    prompt_ids: list[int], max_new_tokens: int, context_length: int, where: str = "prompt"
+) -> None:
     """Raises:
     DataError: when there is no prompt, or prompt and answer do not fit the context.
     """
@@ -78,7 +82,12 @@ def check_room(prompt_ids: list[int], max_new_tokens: int, context_length: int, 
         raise DataError(where, "no tokens", "a prompt needs at least one token", "give some text")
     if len(prompt_ids) + max_new_tokens > context_length:
         found = f"{len(prompt_ids)} tokens and {max_new_tokens} new ones"
-        raise DataError(where, found, f"the context holds {context_length} tokens", "shorten the prompt or lower max_new_tokens")
+        raise DataError(
+            where,
+            found,
+            f"the context holds {context_length} tokens",
+            "shorten the prompt or lower max_new_tokens",
+        )
 
 
 @dataclass(frozen=True)
@@ -117,13 +126,24 @@ class SpeculativeDecoder:
         draft_temperature: float | None = None,
     ) -> None:
         if num_speculative_tokens < 1:
-            raise RecipeError("num_speculative_tokens", num_speculative_tokens, "must be at least 1", "3 to 5 suits most drafts")
+            raise RecipeError(
+                "num_speculative_tokens",
+                num_speculative_tokens,
+                "must be at least 1",
+                "3 to 5 suits most drafts",
+            )
         if draft_temperature is not None and draft_temperature < 0:
-            raise RecipeError("draft_temperature", draft_temperature, "must not be negative", "0 proposes greedily")
+            raise RecipeError(
+                "draft_temperature", draft_temperature, "must not be negative", "0 proposes greedily"
+            )
         self.target, self.draft, self.vocabulary = target, draft, vocabulary
         self.num_speculative_tokens, self.draft_temperature = num_speculative_tokens, draft_temperature
         self._eos = frozenset(vocabulary.eos_token_ids)
-        self._missing = torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device) if vocabulary.missing_ids else None
+        self._missing = (
+            torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device)
+            if vocabulary.missing_ids
+            else None
+        )
 
     @property
     def context_length(self) -> int:
@@ -131,7 +151,9 @@ class SpeculativeDecoder:
         models = (self.target, self.draft)
         return min(int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in models)
 
-    def generate(self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int) -> SpeculativeResult:
+    def generate(
+        self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> SpeculativeResult:
         """One text, the same for the same arguments.
 
         Raises:
@@ -141,9 +163,13 @@ class SpeculativeDecoder:
         response = [token for r in rounds for token in r.tokens]
         logprobs = [value for r in rounds for value in r.logprobs]
         stopped = bool(response) and response[-1] in self._eos
-        return SpeculativeResult(Generation(list(prompt_ids), response, logprobs, "stop" if stopped else "length"), rounds)
+        return SpeculativeResult(
+            Generation(list(prompt_ids), response, logprobs, "stop" if stopped else "length"), rounds
+        )
 
-    def rounds(self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int) -> Iterator[Round]:
+    def rounds(
+        self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> Iterator[Round]:
         """The text round by round, as it is written."""
         check_room(prompt_ids, max_new_tokens, self.context_length)
         k, device = self.num_speculative_tokens, self.target.device
@@ -179,7 +205,9 @@ class SpeculativeDecoder:
             accepted_count, final_1 = verify(target_probs_EV, draft_probs_KV, proposed_K, text.generator)
         written_E = ids_T[length : length + k + 1]
         written_E.scatter_(0, accepted_count[None], final_1)
-        num_accepted, ids, logprobs, overlaps = _fetch(accepted_count, written_E, target_probs_EV, draft_probs_KV)
+        num_accepted, ids, logprobs, overlaps = _fetch(
+            accepted_count, written_E, target_probs_EV, draft_probs_KV
+        )
         tokens = self._inside(ids[: num_accepted + 1], end - length)
         text.target.take_back(length + num_accepted)
         text.draft.take_back(length + num_accepted)
@@ -187,7 +215,9 @@ class SpeculativeDecoder:
         examined = min(num_accepted + 1, k, len(tokens))
         accepted = min(num_accepted, len(tokens))
         overlap = sum(overlaps[:examined]) if overlaps else float(accepted)
-        return Round(tokens, logprobs[: len(tokens)], accepted, examined, overlap, self.num_speculative_tokens)
+        return Round(
+            tokens, logprobs[: len(tokens)], accepted, examined, overlap, self.num_speculative_tokens
+        )
 
     def _proposals(self, length: int) -> int:
         """How many of the K proposals are really made: those beyond the models' context would be discarded, and some cannot be read."""
@@ -232,5 +262,9 @@ def _fetch(
     # As float32, which holds every id below 2^24: vocabularies are a hundred times smaller.
     found = torch.cat([num_accepted[None].float(), ids_E.float(), logprobs_E, overlap_K]).tolist()
     places = len(ids_E)
-    ids, logprobs, overlaps = found[1 : places + 1], found[places + 1 : 2 * places + 1], found[2 * places + 1 :]
+    ids, logprobs, overlaps = (
+        found[1 : places + 1],
+        found[places + 1 : 2 * places + 1],
+        found[2 * places + 1 :],
+    )
     return int(found[0]), [int(i) for i in ids], logprobs, overlaps

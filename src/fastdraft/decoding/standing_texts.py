@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fastdraft.artifacts import Artifact
-from fastdraft.data.responses import SyntheticRow, ids_hash, read_all, read_columns, unit_paths, validation_keys
+from fastdraft.data.responses import (
+    SyntheticRow,
+    ids_hash,
+    read_all,
+    read_columns,
+    unit_paths,
+    validation_keys,
+)
 from fastdraft.data.texts import HeldOutTexts, LoggedTexts
 from fastdraft.data.transcript_lines import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
@@ -49,7 +56,12 @@ class StandingTexts:
 
 
 def gather(
-    texts: HeldOutTexts | LoggedTexts, context: StageContext, tokenizer: PreTrainedTokenizerBase, context_length: int, *, greedy_draft: bool
+    texts: HeldOutTexts | LoggedTexts,
+    context: StageContext,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    *,
+    greedy_draft: bool,
 ) -> StandingTexts:
     """The texts that a recipe names, sorted by task and temperature; tells which were left out.
 
@@ -77,7 +89,11 @@ def gather(
     take(rows, found, context_length=context_length, trained=trained, score=score, greedy_draft=greedy_draft)
     if found.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(found.left_out.items()))
-        hint = "; sampled answers without log-probs count with evaluate.draft_sampling: greedy" if "no_logprobs" in found.left_out else ""
+        hint = (
+            "; sampled answers without log-probs count with evaluate.draft_sampling: greedy"
+            if "no_logprobs" in found.left_out
+            else ""
+        )
         context.console.say(f"texts left out: {reasons}{hint}")
     return found
 
@@ -94,7 +110,9 @@ def _score(context: StageContext) -> Score:
 
 def trained_prompts(synthesize: Artifact) -> frozenset[str]:
     """Hashes of the prompts, those of later turns too, whose answers the draft was aligned on."""
-    rows: list[tuple[str, str]] = []  # key, and the prompt's own hash: rows of a conversation share the key of its first turn
+    rows: list[
+        tuple[str, str]
+    ] = []  # key, and the prompt's own hash: rows of a conversation share the key of its first turn
     for path in unit_paths(synthesize):
         columns = read_columns(path, ["prompt_key", "prompt_ids"])
         rows += zip(columns["prompt_key"], map(ids_hash, columns["prompt_ids"]), strict=True)
@@ -103,7 +121,11 @@ def trained_prompts(synthesize: Artifact) -> frozenset[str]:
 
 
 def logged_rows(
-    log: TranscriptLog, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, seed: int, texts: StandingTexts
+    log: TranscriptLog,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    seed: int,
+    texts: StandingTexts,
 ) -> list[SyntheticRow]:
     """A log's answers as rows; those of no use are counted in `texts`."""
     read = read_transcripts(log, tokenizer, vocabulary, seed, shuffled=False)
@@ -147,7 +169,13 @@ def take(
     for row in rows:
         too_long = len(row.prompt_ids) + len(row.response_ids) > context_length
         reason = (
-            "too_long" if too_long else "empty" if not row.response_ids else "trained_on" if ids_hash(row.prompt_ids) in trained else ""
+            "too_long"
+            if too_long
+            else "empty"
+            if not row.response_ids
+            else "trained_on"
+            if ids_hash(row.prompt_ids) in trained
+            else ""
         )
         key = (row.row_id, row.temperature, row.top_k, row.top_p)
         reason = reason or ("duplicate" if key in seen else "")
@@ -163,7 +191,10 @@ def take(
             texts.leave_out("no_logprobs")
     texts.rows = dict(sorted(texts.rows.items(), key=lambda item: item[0]))
     if not texts.rows:
-        found = ", ".join(f"{count} {reason}" for reason, count in sorted(texts.left_out.items())) or "no text at all"
+        found = (
+            ", ".join(f"{count} {reason}" for reason, count in sorted(texts.left_out.items()))
+            or "no text at all"
+        )
         rule = "at least one text must serve"
         remedy = "log-probs come from the server (logprobs: processed) or from the weights (target); greedy text needs none"
         raise DataError("evaluate.texts", found, rule, remedy)
@@ -178,7 +209,12 @@ def _scored(rows: list[SyntheticRow], score: Score) -> list[SyntheticRow]:
         alike.setdefault(Sampling(row.temperature, row.top_k, row.top_p), []).append(place)
     for sampling, places in alike.items():
         texts = [
-            Generation(rows[i].prompt_ids, rows[i].response_ids, rows[i].logprobs, "stop" if rows[i].finish_reason == "stop" else "length")
+            Generation(
+                rows[i].prompt_ids,
+                rows[i].response_ids,
+                rows[i].logprobs,
+                "stop" if rows[i].finish_reason == "stop" else "length",
+            )
             for i in places
         ]
         for place, scored in zip(places, score(texts, sampling), strict=True):

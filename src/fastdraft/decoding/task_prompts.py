@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_task(task: TaskConfig, console: Console, tokenizer: PreTrainedTokenizerBase, context_length: int) -> EncodedTask:
+def encode_task(
+    task: TaskConfig, console: Console, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> EncodedTask:
     """A task's prompts that fit the context; those left out are told.
 
     Args:
@@ -43,5 +45,14 @@ def encode_task(task: TaskConfig, console: Console, tokenizer: PreTrainedTokeniz
         raise DataError(f"task '{task.name}'", found, rule, "shorten the prompts or lower max_new_tokens")
     if skipped:
         limit = f"the context of {context_length} less {task.max_new_tokens} new tokens"
-        console.warn(f"{task.name}: {skipped} of {len(encoded)} prompts skipped: empty or longer than {limit}")
-    return EncodedTask(task.name, [name for name, _ in fitting], [ids for _, ids in fitting], task.max_new_tokens, skipped, talks)
+        console.warn(
+            f"{task.name}: {skipped} of {len(encoded)} prompts skipped: empty or longer than {limit}"
+        )
+    return EncodedTask(
+        task.name,
+        [name for name, _ in fitting],
+        [ids for _, ids in fitting],
+        task.max_new_tokens,
+        skipped,
+        talks,
+    )

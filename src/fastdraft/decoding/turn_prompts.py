@@ -80,15 +80,22 @@ def with_turns(
 
             engine = make_engine(on_batch)
             for task in missing:
-                write_json(_path(folder, task), _take(task, tokenizer, engine, context_length - task.max_new_tokens, plan.seed))
-    return replace(plan, tasks=[_read(task, folder, console) if task.conversations else task for task in plan.tasks])
+                write_json(
+                    _path(folder, task),
+                    _take(task, tokenizer, engine, context_length - task.max_new_tokens, plan.seed),
+                )
+    return replace(
+        plan, tasks=[_read(task, folder, console) if task.conversations else task for task in plan.tasks]
+    )
 
 
 def _path(folder: Path, task: EncodedTask) -> Path:
     return folder / "conversations" / f"{task.name}.json"
 
 
-def _take(task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Engine, room: int, seed: int) -> dict[str, Any]:
+def _take(
+    task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Engine, room: int, seed: int
+) -> dict[str, Any]:
     """The prompts of every turn as they are kept."""
     talks = [talk for _, talk in task.conversations]
     form = dialogue_format(tokenizer, max(len(talk.users) for talk in talks))
@@ -96,7 +103,9 @@ def _take(task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Engine,
         form = replace(form, folds_system=False)
 
     def ask(number: int, prompts: list[list[int]]) -> list[Generation]:
-        written = engine.generate(prompts, Sampling(0.0), task.max_new_tokens, derive_seed(seed, task.name, "turn", number))
+        written = engine.generate(
+            prompts, Sampling(0.0), task.max_new_tokens, derive_seed(seed, task.name, "turn", number)
+        )
         refuse_faults(task.name, written)  # else what a server left out once would be left out for good
         return written
 
@@ -110,12 +119,18 @@ def _take(task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Engine,
 
 def _kept(prompt: list[int]) -> dict[str, Any]:
     """With the messages, for servers that want them."""
-    return {"prompt_ids": prompt, **({"messages": prompt.messages} if isinstance(prompt, RenderedPrompt) else {})}
+    return {
+        "prompt_ids": prompt,
+        **({"messages": prompt.messages} if isinstance(prompt, RenderedPrompt) else {}),
+    }
 
 
 def _as_kept(turn: Mapping[str, Any]) -> list[int]:
     ids = [int(token) for token in turn["prompt_ids"]]
-    messages = [{"role": str(message["role"]), "content": str(message["content"])} for message in turn.get("messages", ())]
+    messages = [
+        {"role": str(message["role"]), "content": str(message["content"])}
+        for message in turn.get("messages", ())
+    ]
     return RenderedPrompt(ids, messages) if messages else ids
 
 
@@ -126,7 +141,11 @@ def _name(conversation: str, number: int) -> str:
 def _groups(task: EncodedTask, names: Sequence[str]) -> list[int]:
     """A number for each text, and one for all turns of a conversation."""
     first = len(task.prompt_ids)
-    of = {_name(name, turn): first + place for place, (name, talk) in enumerate(task.conversations) for turn in range(len(talk.users))}
+    of = {
+        _name(name, turn): first + place
+        for place, (name, talk) in enumerate(task.conversations)
+        for turn in range(len(talk.users))
+    }
     return [*range(first), *(of[name] for name in names)]
 
 
@@ -139,15 +158,24 @@ def _read(task: EncodedTask, folder: Path, console: Console) -> EncodedTask:
         too_long, ended, note = int(kept["too_long"]), int(kept["ended"]), str(kept["note"])
     except (KeyError, TypeError, ValueError):
         remedy = "delete this file and run the same command again"
-        raise ArtifactError(_path(folder, task), "damaged", "must hold the prompts of every turn", remedy) from None
+        raise ArtifactError(
+            _path(folder, task), "damaged", "must hold the prompts of every turn", remedy
+        ) from None
     if not prompts and not task.prompt_ids:
         rule = f"a turn's prompt and {task.max_new_tokens} new tokens must fit the context"
-        raise DataError(f"task '{task.name}'", f"none of {too_long} turns fits", rule, "shorten the prompts or lower max_new_tokens")
+        raise DataError(
+            f"task '{task.name}'",
+            f"none of {too_long} turns fits",
+            rule,
+            "shorten the prompts or lower max_new_tokens",
+        )
     if note:
         console.say(f"{task.name}: {note}")
     if too_long or ended:
         why = f"{too_long} do not fit the context, {ended} stand behind an answer that is empty, loops or is still thinking"
-        console.warn(f"{task.name}: {too_long + ended} of {too_long + ended + len(prompts)} turns left out: {why}")
+        console.warn(
+            f"{task.name}: {too_long + ended} of {too_long + ended + len(prompts)} turns left out: {why}"
+        )
     return replace(
         task,
         groups=groups,

@@ -76,7 +76,9 @@ def take_turns(
             else:
                 too_long += len(conversations[place].users) - number
         wanted = [place for place in prompts if last_answers or number + 1 < len(conversations[place].users)]
-        written = dict(zip(wanted, ask(number, [prompts[place] for place in wanted]) if wanted else [], strict=True))
+        written = dict(
+            zip(wanted, ask(number, [prompts[place] for place in wanted]) if wanted else [], strict=True)
+        )
         turns += [Turn(place, number, ids, written.get(place)) for place, ids in prompts.items()]
         open_talks = []
         for place, answer in written.items():
@@ -92,6 +94,11 @@ def take_turns(
 
 def _history(form: DialogueFormat, answer: Generation, missing_ids: Collection[int]) -> str | None:
     body = answer.response_ids[:-1] if answer.finish_reason == "stop" else answer.response_ids
-    if answer.fault or any(map(math.isnan, answer.logprobs)) or not set(missing_ids).isdisjoint(body) or is_looping(body):
+    if (
+        answer.fault
+        or any(map(math.isnan, answer.logprobs))
+        or not set(missing_ids).isdisjoint(body)
+        or is_looping(body)
+    ):
         return None
     return form.answer(answer)

@@ -76,19 +76,30 @@ class UnitWriter:
         room = self.context_length - self.max_new_tokens
         fitting = [prompt for prompt in prompts if 0 < len(prompt) <= room]
         counts.leave_out("prompt_too_long", len(prompts) - len(fitting))
-        sampling = Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
+        sampling = (
+            Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
+        )
         answers = self.engine.generate(fitting, sampling, self.max_new_tokens, seed)
-        judged = [self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts) for answer in answers]
+        judged = [
+            self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts) for answer in answers
+        ]
         assert counts.balance() == 0, f"unaccounted rows: {counts}"
         return [row for row in judged if row], counts
 
     def _take(self, unit: Unit, counts: RowCounts) -> tuple[list[SyntheticRow], RowCounts]:
         """Answers that stand already, through the same filters."""
         keyed = zip(unit.answers, unit.keys or [""] * len(unit.answers), strict=True)
-        fitting = [(answer, key) for answer, key in keyed if len(answer.prompt_ids) + len(answer.response_ids) <= self.context_length]
+        fitting = [
+            (answer, key)
+            for answer, key in keyed
+            if len(answer.prompt_ids) + len(answer.response_ids) <= self.context_length
+        ]
         counts.leave_out("too_long", len(unit.answers) - len(fitting))
         sampling = unit.sampling or Sampling(unit.temperature)
-        judged = [(self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts), key) for answer, key in fitting]
+        judged = [
+            (self.row_filter.judge(answer, unit.source, sampling, unit.chat, counts), key)
+            for answer, key in fitting
+        ]
         assert counts.balance() == 0, f"unaccounted rows: {counts}"
         return [replace(row, prompt_key=key or row.prompt_key) for row, key in judged if row], counts
 
@@ -99,11 +110,15 @@ class UnitWriter:
     def _converse(self, unit: Unit, seed: int) -> tuple[list[SyntheticRow], RowCounts]:
         """Every turn of every conversation; asked counts turns."""
         counts = RowCounts(asked=sum(len(talk.users) for talk in unit.conversations))
-        sampling = Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
+        sampling = (
+            Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
+        )
         found = take_turns(
             self._format,
             unit.conversations,
-            lambda number, prompts: self.engine.generate(prompts, sampling, self.max_new_tokens, seed + number),
+            lambda number, prompts: self.engine.generate(
+                prompts, sampling, self.max_new_tokens, seed + number
+            ),
             room=self.context_length - self.max_new_tokens,
             missing_ids=self.row_filter.missing_ids,
         )
@@ -111,7 +126,11 @@ class UnitWriter:
         counts.leave_out("conversation_ended", found.ended)
         rows: list[SyntheticRow] = []
         for turn in found.turns:
-            row = self.row_filter.judge(turn.answer, unit.source, sampling, unit.chat, counts) if turn.answer else None
+            row = (
+                self.row_filter.judge(turn.answer, unit.source, sampling, unit.chat, counts)
+                if turn.answer
+                else None
+            )
             if row:
                 rows.append(replace(row, prompt_key=ids_hash(unit.prompts[turn.conversation])))
         assert counts.balance() == 0, f"unaccounted rows: {counts}"
@@ -121,7 +140,9 @@ class UnitWriter:
         """Prompts around the instructions that the target invents; those of no use are counted in `counts`."""
         room = self.context_length - self.max_new_tokens - len(unit.prompts[0])
         longest = max(1, min(unit.instruction_tokens, room))
-        written = self.instruction_engine.generate(unit.prompts, Sampling(INSTRUCTION_TEMPERATURE), longest, seed)
+        written = self.instruction_engine.generate(
+            unit.prompts, Sampling(INSTRUCTION_TEMPERATURE), longest, seed
+        )
         prompts: list[list[int]] = []
         for generation in written:
             counts.generated += len(generation.response_ids)

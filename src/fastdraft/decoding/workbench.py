@@ -75,7 +75,11 @@ class Plan:
     def settings(self) -> list[tuple[EncodedTask, float]]:
         """Every task at every temperature, or at those of `only`."""
         everything = [(task, temperature) for task in self.tasks for temperature in self.temperatures]
-        return [(task, temperature) for task, temperature in everything if not self.only or (task.name, temperature) in self.only]
+        return [
+            (task, temperature)
+            for task, temperature in everything
+            if not self.only or (task.name, temperature) in self.only
+        ]
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,17 @@ class Workbench:
 
     def _num_texts(self, task: EncodedTask, temperature: float) -> int:
         """One for each prompt; of texts that stood already those of this temperature alone."""
-        return len(read_columns(self.texts_path(task, temperature), ["row_id"])["row_id"]) if self.plan.only else len(task.prompt_ids)
+        return (
+            len(read_columns(self.texts_path(task, temperature), ["row_id"])["row_id"])
+            if self.plan.only
+            else len(task.prompt_ids)
+        )
 
     def groups(self) -> dict[tuple[str, float], Groups]:
         """By task and temperature, which of the texts a bootstrap draws together: turns of a conversation, answers to one prompt."""
         return {
-            (task.name, t): group_numbers(task.groups or [row.prompt_key for row in self.texts(task, t)]) for task, t in self.plan.settings
+            (task.name, t): group_numbers(task.groups or [row.prompt_key for row in self.texts(task, t)])
+            for task, t in self.plan.settings
         }
 
     def write_texts(self, make_engine: Callable[[Callable[[int], None]], Engine]) -> None:
@@ -151,13 +160,23 @@ class Workbench:
             engine = make_engine(on_batch)
             for task, temperature in missing:
                 progress.note = f"{task.name} {temperature:g}"
-                sampling, seed = self.plan.sampling(temperature), derive_seed(self.plan.seed, task.name, temperature)
+                sampling, seed = (
+                    self.plan.sampling(temperature),
+                    derive_seed(self.plan.seed, task.name, temperature),
+                )
                 written = engine.generate(task.prompt_ids, sampling, task.max_new_tokens, seed)
                 self._refuse_unusable(task, temperature, written)
                 if any(not math.isfinite(value) for generation in written for value in generation.logprobs):
                     found = f"logits that are not finite on task '{task.name}'"
-                    raise TargetError("target.model", found, "the target must compute finite numbers", "set target.dtype to bf16 or fp32")
-                write_rows(self.texts_path(task, temperature), [as_row(g, sampling, task.name) for g in written])
+                    raise TargetError(
+                        "target.model",
+                        found,
+                        "the target must compute finite numbers",
+                        "set target.dtype to bf16 or fp32",
+                    )
+                write_rows(
+                    self.texts_path(task, temperature), [as_row(g, sampling, task.name) for g in written]
+                )
 
     def _refuse_unusable(self, task: EncodedTask, temperature: float, written: Sequence[Generation]) -> None:
         """Raises:
@@ -171,32 +190,68 @@ class Workbench:
             remedy = "set synthesize.engine.logprobs to processed or target, evaluate.temperatures=[0], or evaluate.draft_sampling=greedy"
             raise TargetError(where, f"{unknown} of {count} answers without log-probs", rule, remedy)
 
-    def replay_all(self, load_draft: Mapping[str, Callable[[], PreTrainedModel]]) -> dict[Setting, CountsTable]:
+    def replay_all(
+        self, load_draft: Mapping[str, Callable[[], PreTrainedModel]]
+    ) -> dict[Setting, CountsTable]:
         """Expected counts of every checkpoint; its loader is called only if something of it is missing, and should remember the model."""
-        jobs = [(checkpoint, task, temperature) for checkpoint in load_draft for task, temperature in self.plan.settings]
-        missing = [job for job in jobs if not (self._replay_path(*job).exists() and self._replay_path(*job, "positions").exists())]
-        total, left = (sum(self._num_texts(task, temperature) for _, task, temperature in some) for some in (jobs, missing))
+        jobs = [
+            (checkpoint, task, temperature)
+            for checkpoint in load_draft
+            for task, temperature in self.plan.settings
+        ]
+        missing = [
+            job
+            for job in jobs
+            if not (self._replay_path(*job).exists() and self._replay_path(*job, "positions").exists())
+        ]
+        total, left = (
+            sum(self._num_texts(task, temperature) for _, task, temperature in some)
+            for some in (jobs, missing)
+        )
         ks = self.plan.num_speculative_tokens
         if missing:
             with self.console.progress("replay", total, "texts", total - left) as progress:
                 for checkpoint, task, temperature in missing:
                     draft, rows = load_draft[checkpoint](), self.texts(task, temperature)
-                    found = replay_tables(draft, rows, ks, self.vocabulary, self.plan.draft_temperature, on_batch=progress.advance)
-                    _write_array(self._replay_path(checkpoint, task, temperature, "positions"), found.by_position)
-                    _write_array(self._replay_path(checkpoint, task, temperature), _stacked([found.by_k[k] for k in ks]))
+                    found = replay_tables(
+                        draft,
+                        rows,
+                        ks,
+                        self.vocabulary,
+                        self.plan.draft_temperature,
+                        on_batch=progress.advance,
+                    )
+                    _write_array(
+                        self._replay_path(checkpoint, task, temperature, "positions"), found.by_position
+                    )
+                    _write_array(
+                        self._replay_path(checkpoint, task, temperature),
+                        _stacked([found.by_k[k] for k in ks]),
+                    )
                     self.console.stop.check(self.folder)
         return {
             Setting(checkpoint, task.name, "replay", temperature, k): table[:, : TOTALS + k]
             for checkpoint, task, temperature in jobs
-            for k, table in zip(ks, _read_array(self._replay_path(checkpoint, task, temperature)), strict=True)
+            for k, table in zip(
+                ks, _read_array(self._replay_path(checkpoint, task, temperature)), strict=True
+            )
         }
 
     def positions(self, checkpoints: Iterable[str]) -> dict[Place, Positions]:
         """Counts by position of every checkpoint replayed, task and temperature."""
-        places = [(checkpoint, task, temperature) for checkpoint in checkpoints for task, temperature in self.plan.settings]
-        return {(name, task.name, t): _read_array(self._replay_path(name, task, t, "positions")) for name, task, t in places}
+        places = [
+            (checkpoint, task, temperature)
+            for checkpoint in checkpoints
+            for task, temperature in self.plan.settings
+        ]
+        return {
+            (name, task.name, t): _read_array(self._replay_path(name, task, t, "positions"))
+            for name, task, t in places
+        }
 
-    def _replay_path(self, checkpoint: str, task: EncodedTask, temperature: float, folder: str = "replay") -> Path:
+    def _replay_path(
+        self, checkpoint: str, task: EncodedTask, temperature: float, folder: str = "replay"
+    ) -> Path:
         return self.folder / folder / f"{checkpoint}-{task.name}-{temperature:g}.npy"
 
     def exact_all(self, checkpoint: str, draft: Callable[[], PreTrainedModel]) -> dict[Setting, ExactUnit]:
@@ -207,7 +262,9 @@ class Workbench:
             for k in self.plan.exact_num_speculative_tokens
             if self.plan.exact_prompts
         }
-        sizes = {setting: min(len(task.prompt_ids), self.plan.exact_prompts) for setting, task in jobs.items()}
+        sizes = {
+            setting: min(len(task.prompt_ids), self.plan.exact_prompts) for setting, task in jobs.items()
+        }
         missing = [setting for setting in jobs if not self._exact_path(setting).exists()]
         total, left = sum(sizes.values()), sum(sizes[setting] for setting in missing)
         if missing:
@@ -218,11 +275,19 @@ class Workbench:
         return {setting: _read_exact(self._exact_path(setting)) for setting in jobs}
 
     def _exact_path(self, setting: Setting) -> Path:
-        return self.folder / "exact" / f"{setting.task}-{setting.temperature:g}-k{setting.num_speculative_tokens}.json"
+        return (
+            self.folder
+            / "exact"
+            / f"{setting.task}-{setting.temperature:g}-k{setting.num_speculative_tokens}.json"
+        )
 
-    def _exact_unit(self, setting: Setting, task: EncodedTask, draft: PreTrainedModel, on_prompt: Callable[[int], None]) -> None:
+    def _exact_unit(
+        self, setting: Setting, task: EncodedTask, draft: PreTrainedModel, on_prompt: Callable[[int], None]
+    ) -> None:
         k, sampling = setting.num_speculative_tokens, self.plan.sampling(setting.temperature)
-        decoder = SpeculativeDecoder(self.loaded_target, draft, self.vocabulary, k, self.plan.draft_temperature)
+        decoder = SpeculativeDecoder(
+            self.loaded_target, draft, self.vocabulary, k, self.plan.draft_temperature
+        )
         seed = derive_seed(self.plan.seed, task.name, setting.temperature, k)
         prompts = task.prompt_ids[: self.plan.exact_prompts]
         results = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, on_prompt=on_prompt)
@@ -271,7 +336,9 @@ def _read_array(path: Path) -> Positions:
         return values
     except (ValueError, OSError, EOFError) as error:
         found = f"damaged ({str(error)[:60]})"
-        raise ArtifactError(path, found, "must hold replayed counts", "delete this file and run the same command again") from None
+        raise ArtifactError(
+            path, found, "must hold replayed counts", "delete this file and run the same command again"
+        ) from None
 
 
 def _read_exact(path: Path) -> ExactUnit:
@@ -280,4 +347,6 @@ def _read_exact(path: Path) -> ExactUnit:
         accepted = [[bool(flag) for flag in flags] for flags in unit["accepted"]]
         return ExactUnit(np.array(unit["counts"], dtype=np.float64), unit["response_ids"], accepted)
     except (KeyError, TypeError, ValueError):
-        raise ArtifactError(path, "damaged", "must hold an exact run", "delete this file and run the same command again") from None
+        raise ArtifactError(
+            path, "damaged", "must hold an exact run", "delete this file and run the same command again"
+        ) from None

@@ -85,15 +85,25 @@ def add_counts(counts: Iterable[Counts]) -> Counts:
 def counts_to_array(counts: Counts) -> NDArray[np.float64]:
     """A row of numbers for sums and bootstraps: the seven totals in the order of the fields, then one number for each position."""
     c = counts
-    totals = [c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens, c.num_examined_tokens, c.num_generated_tokens]
-    return np.array([*totals, c.overlap_sum, c.overlap_tokens, *c.num_accepted_tokens_per_pos], dtype=np.float64)
+    totals = [
+        c.num_drafts,
+        c.num_draft_tokens,
+        c.num_accepted_tokens,
+        c.num_examined_tokens,
+        c.num_generated_tokens,
+    ]
+    return np.array(
+        [*totals, c.overlap_sum, c.overlap_tokens, *c.num_accepted_tokens_per_pos], dtype=np.float64
+    )
 
 
 def counts_from_array(row: NDArray[np.float64]) -> Counts:
     """The inverse of `counts_to_array`."""
     values = [float(value) for value in row]
     drafts, proposed, accepted, examined, generated, overlap_sum, overlap_tokens = values[:TOTALS]
-    return Counts(drafts, proposed, accepted, tuple(values[TOTALS:]), examined, generated, overlap_sum, overlap_tokens)
+    return Counts(
+        drafts, proposed, accepted, tuple(values[TOTALS:]), examined, generated, overlap_sum, overlap_tokens
+    )
 
 
 def expected_counts(accept: NDArray[np.float64], num_speculative_tokens: int) -> Counts:
@@ -109,7 +119,9 @@ def expected_counts(accept: NDArray[np.float64], num_speculative_tokens: int) ->
     return batched_expected_counts([accept], [num_speculative_tokens])[0][num_speculative_tokens]
 
 
-def batched_expected_counts(accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]) -> list[dict[int, Counts]]:
+def batched_expected_counts(
+    accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]
+) -> list[dict[int, Counts]]:
     """`expected_counts` for many texts and many K at once: one dictionary from K to counts for each text.
 
     The chance visit[i] that a round begins at token i obeys a recursion from the front, the adjoint of
@@ -125,7 +137,10 @@ def batched_expected_counts(accepts: Sequence[NDArray[np.float64]], num_speculat
     lengths = np.array([len(a) for a in accepts])
     padded_BT = pad_accepts(accepts, ks[-1])
     runs_BTK = acceptance_runs(padded_BT, int(lengths.max()), ks[-1])
-    return [dict(zip(ks, row, strict=True)) for row in zip(*(_counts_of(padded_BT, runs_BTK, lengths, k) for k in ks), strict=True)]
+    return [
+        dict(zip(ks, row, strict=True))
+        for row in zip(*(_counts_of(padded_BT, runs_BTK, lengths, k) for k in ks), strict=True)
+    ]
 
 
 def pad_accepts(accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: int) -> NDArray[np.float64]:
@@ -143,7 +158,9 @@ def acceptance_runs(padded_BT: NDArray[np.float64], longest: int, top: int) -> N
     return runs_BTK
 
 
-def _counts_of(padded_BT: NDArray[np.float64], runs_BTK: NDArray[np.float64], lengths: NDArray[np.int64], k: int) -> list[Counts]:
+def _counts_of(
+    padded_BT: NDArray[np.float64], runs_BTK: NDArray[np.float64], lengths: NDArray[np.int64], k: int
+) -> list[Counts]:
     longest = runs_BTK.shape[1]
     runs_BTK = runs_BTK[:, :, :k]
     visit_BT = round_starts(runs_BTK, lengths)
@@ -151,10 +168,21 @@ def _counts_of(padded_BT: NDArray[np.float64], runs_BTK: NDArray[np.float64], le
     # The proposal at j is decided on when the j before it were accepted and its place lies inside the text.
     reached_BTK = reached(runs_BTK)
     places_TK = np.arange(longest)[:, None] + np.arange(k)
-    examined_B = np.einsum("bt,btk,btk->b", visit_BT, reached_BTK, (places_TK[None] < lengths[:, None, None]).astype(np.float64))
+    examined_B = np.einsum(
+        "bt,btk,btk->b", visit_BT, reached_BTK, (places_TK[None] < lengths[:, None, None]).astype(np.float64)
+    )
     drafts_B = visit_BT.sum(1)
     return [
-        Counts(float(d), float(d * k), float(a.sum()), tuple(map(float, a)), float(e), float(n), float(o), float(n))
+        Counts(
+            float(d),
+            float(d * k),
+            float(a.sum()),
+            tuple(map(float, a)),
+            float(e),
+            float(n),
+            float(o),
+            float(n),
+        )
         for d, a, e, n, o in zip(drafts_B, accepted_BK, examined_B, lengths, padded_BT.sum(1), strict=True)
     ]
 

@@ -37,7 +37,9 @@ class Rotation:
         """
         half = self.cos.shape[-1]
         cos, sin = self.cos * factor, self.sin * (-factor if back else factor)
-        left, right = torch.empty(2, *x.shape[:-1], half, dtype=cos.dtype, device=x.device).copy_(_halves(x, half))
+        left, right = torch.empty(2, *x.shape[:-1], half, dtype=cos.dtype, device=x.device).copy_(
+            _halves(x, half)
+        )
         turned = torch.empty(2, *left.shape, dtype=cos.dtype, device=x.device)
         torch.mul(left, cos, out=turned[0]).addcmul_(right, sin, value=-1)
         torch.mul(right, cos, out=turned[1]).addcmul_(left, sin)
@@ -69,7 +71,9 @@ class Kept:
     """int64 [B, T]: a position sees only those of its own number; None: all before it."""
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, keep: bool) -> tuple[Tensor, Kept | None]:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, keep: bool
+) -> tuple[Tensor, Kept | None]:
     """softmax(query @ key^T) @ value, every position looking at itself and what is before it.
 
     Args:
@@ -83,7 +87,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tenso
         [B, H, T, E], in memory [B, T, H, E], and what `causal_attention_backward` needs.
     """
     batch, _, length, _ = query.shape
-    kept: list[Tensor] | None = [] if keep and batch * query.shape[1] * length * length // 2 <= _KEEP_ELEMENTS else None
+    kept: list[Tensor] | None = (
+        [] if keep and batch * query.shape[1] * length * length // 2 <= _KEEP_ELEMENTS else None
+    )
     later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=query.dtype, device=query.device).triu_(1)
     facts = Kept(query, key, value, kept, later, documents)
     flat_value = value.flatten(0, 1)
@@ -106,7 +112,9 @@ def causal_attention_backward(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor,
     flat_key, flat_value = key.flatten(0, 1), value.flatten(0, 1)
     into_key, into_value = grad_key.flatten(0, 1), grad_value.flatten(0, 1)
     length = query.shape[2]
-    for number, start in reversed(list(enumerate(range(0, length, BLOCK)))):  # the last block meets all keys, so it is the first to fill
+    for number, start in reversed(
+        list(enumerate(range(0, length, BLOCK)))
+    ):  # the last block meets all keys, so it is the first to fill
         end = min(start + BLOCK, length)
         add = Tensor.copy_ if end == length else Tensor.add_
         probs = _probs(kept, start, end) if kept.probs is None else kept.probs[number]
@@ -122,7 +130,9 @@ def causal_attention_backward(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor,
 def _probs(kept: Kept, start: int, end: int) -> Tensor:
     """Probabilities of queries `start:end` over keys `:end`: [B*J, H/J * (end - start), end]."""
     batch, groups = kept.key.shape[:2]
-    scores = torch.bmm(_take(kept.query, groups, start, end), kept.key.flatten(0, 1)[:, :end].contiguous().transpose(1, 2))
+    scores = torch.bmm(
+        _take(kept.query, groups, start, end), kept.key.flatten(0, 1)[:, :end].contiguous().transpose(1, 2)
+    )
     rows = end - start
     shaped = scores.view(batch, groups, -1, rows, end)
     shaped[..., start:].add_(kept.later[:rows, :rows])

@@ -190,7 +190,13 @@ def chunked_distillation(
 
 
 def _chunk_loss(  # noqa: PLR0917 - the first four are bound
-    labels_N: Tensor, ignore_index: int, target: TargetDistribution, loss: TokenLoss, logits_CV: Tensor, rows: slice, grad: bool
+    labels_N: Tensor,
+    ignore_index: int,
+    target: TargetDistribution,
+    loss: TokenLoss,
+    logits_CV: Tensor,
+    rows: slice,
+    grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of a chunk and its gradient by the logits.
 
@@ -219,7 +225,9 @@ def _chunk_loss(  # noqa: PLR0917 - the first four are bound
     return total, grad_CV.scatter_add_(1, safe_C1, -ce_C[:, None])
 
 
-def _divergence(divergence: Divergence, target_CB: Tensor, draft_CB: Tensor, weight_C: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
+def _divergence(
+    divergence: Divergence, target_CB: Tensor, draft_CB: Tensor, weight_C: Tensor, grad: bool
+) -> tuple[Tensor, Tensor | None]:
     """Weighted sum over rows and its gradient by the draft's log-probs; rows of weight 0 have none, whatever they hold."""
     with torch.set_grad_enabled(grad):
         leaf_CB = draft_CB.detach().requires_grad_(grad)

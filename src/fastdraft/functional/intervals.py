@@ -24,10 +24,14 @@ LEVEL = 0.95
 def resample_weights(num_prompts: int, seed: int, resamples: int = RESAMPLES) -> Floats:
     """How often each prompt is drawn in each bootstrap sample, [resamples, num_prompts]."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=resamples).astype(np.float64)
+    return rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=resamples).astype(
+        np.float64
+    )
 
 
-def ratio_interval(parts_P: Floats, wholes_P: Floats, seed: int, groups_P: Groups | None = None) -> tuple[float, float]:
+def ratio_interval(
+    parts_P: Floats, wholes_P: Floats, seed: int, groups_P: Groups | None = None
+) -> tuple[float, float]:
     """The interval of sum(parts) / sum(wholes); NaN for fewer than two groups.
 
     Args:

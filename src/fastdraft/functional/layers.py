@@ -55,7 +55,9 @@ def rms_scale(x: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, gain: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, gain: Tensor, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of `x * scale * gain` by x (plus `added` where given) and by gain.
 
     All [N, D] but scale [N, 1] and gain [D]; overwrites `grad`.
@@ -81,7 +83,9 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, gain = ctx.saved_tensors
-        grad_x, grad_gain = rms_norm_backward(grad.flatten(0, -2).clone(), x.flatten(0, -2), scale.flatten(0, -2), gain)
+        grad_x, grad_gain = rms_norm_backward(
+            grad.flatten(0, -2).clone(), x.flatten(0, -2), scale.flatten(0, -2), gain
+        )
         return grad_x.view_as(x), grad_gain, None
 
 
@@ -94,7 +98,13 @@ class AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917
-        ctx: Any, x: Tensor, shape: AttentionShape, products: Products, rotation: Rotation, documents: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        shape: AttentionShape,
+        products: Products,
+        rotation: Rotation,
+        documents: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         keep = any(ctx.needs_input_grad)
         flat_ND = x.flatten(0, 1)
@@ -104,15 +114,22 @@ class AttentionHalf(torch.autograd.Function):
         gains = parameters[-2:] if shape.norm_heads else ()
         query, key, value = _heads(qkv_NO, x.shape, shape)
         if shape.norm_heads:
-            query, key = (_normed(part, gain, rotation.cos.dtype, shape.eps) for part, gain in zip((query, key), gains, strict=True))
-        query = rotation.apply(query, torch.empty(query.shape, dtype=value.dtype, device=x.device), factor=shape.scale)
+            query, key = (
+                _normed(part, gain, rotation.cos.dtype, shape.eps)
+                for part, gain in zip((query, key), gains, strict=True)
+            )
+        query = rotation.apply(
+            query, torch.empty(query.shape, dtype=value.dtype, device=x.device), factor=shape.scale
+        )
         key = rotation.apply(key, torch.empty(key.shape, dtype=value.dtype, device=x.device))
         seen, kept = causal_attention(query, key, value.contiguous(), documents, keep)
         seen_NO = seen.transpose(1, 2).flatten(2).flatten(0, 1)
         out = functional.linear(seen_NO, products.out, products.out_bias)
         if keep:
             ctx.facts = shape, products, rotation, kept
-            ctx.save_for_backward(flat_ND, scale_N1, normed_ND, qkv_NO if shape.norm_heads else None, seen_NO, *parameters)
+            ctx.save_for_backward(
+                flat_ND, scale_N1, normed_ND, qkv_NO if shape.norm_heads else None, seen_NO, *parameters
+            )
         return _added(x, out)
 
     @staticmethod
@@ -124,7 +141,9 @@ class AttentionHalf(torch.autograd.Function):
         grad_ND = grad.flatten(0, 1)
         low_ND = grad_ND.to(products.out.dtype)
         grad_out, grad_out_bias = _weight_gradients(low_ND, seen_NO, products.out_bias)
-        grad_seen = (low_ND @ products.out).view(batch, length, shape.num_heads, shape.head_size).transpose(1, 2)
+        grad_seen = (
+            (low_ND @ products.out).view(batch, length, shape.num_heads, shape.head_size).transpose(1, 2)
+        )
         grad_query, grad_key, grad_value = causal_attention_backward(grad_seen, kept)
         grad_NO = low_ND.new_empty(low_ND.shape[0], products.into.shape[0])
         parts = _heads(grad_NO, grad.shape, shape)
@@ -133,7 +152,12 @@ class AttentionHalf(torch.autograd.Function):
             if not shape.norm_heads:
                 rotation.apply(part, parts[number], factor=factor, back=True)
                 continue
-            turned = rotation.apply(part, torch.empty(part.shape, dtype=rotation.cos.dtype, device=part.device), factor=factor, back=True)
+            turned = rotation.apply(
+                part,
+                torch.empty(part.shape, dtype=rotation.cos.dtype, device=part.device),
+                factor=factor,
+                back=True,
+            )
             before = _heads(qkv_NO, grad.shape, shape)[number]
             turned, grad_gain = _head_norm_backward(turned, before, parameters[number - 2], shape.eps)
             parts[number].copy_(turned)
@@ -145,7 +169,16 @@ class AttentionHalf(torch.autograd.Function):
         count = len(parameters) - 2 - (grad_out_bias is not None) - len(grad_gains)
         own = _split((grad_into, grad_into_bias), parameters[1 : 1 + count])
         rest = [grad_out, *([] if grad_out_bias is None else [grad_out_bias]), *grad_gains]
-        return grad_x.view_as(grad), None, None, None, None, grad_gain, *own, *_typed(rest, parameters[1 + count :])
+        return (
+            grad_x.view_as(grad),
+            None,
+            None,
+            None,
+            None,
+            grad_gain,
+            *own,
+            *_typed(rest, parameters[1 + count :]),
+        )
 
 
 class FeedForwardHalf(torch.autograd.Function):

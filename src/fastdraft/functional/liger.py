@@ -39,7 +39,12 @@ def liger_function() -> Callable[..., Tensor]:
 
 
 def liger_cross_entropy(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Sum over tokens of `-log softmax(hidden @ head^T)[label] + z_loss * logsumexp^2`, on a device that Triton has kernels for.
 
@@ -59,7 +64,12 @@ def liger_cross_entropy(
     function, (compute, _) = liger_function(), compute_dtypes(hidden_ND)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # it knows no autocast for the head's gradient
         total = function(
-            hidden_ND.to(compute), head_VD.to(compute), labels_N,
-            ignore_index=ignore_index, lse_square_scale=z_loss, reduction="sum", accum_dtype=torch.float32,
-        )  # fmt: skip
+            hidden_ND.to(compute),
+            head_VD.to(compute),
+            labels_N,
+            ignore_index=ignore_index,
+            lse_square_scale=z_loss,
+            reduction="sum",
+            accum_dtype=torch.float32,
+        )
     return total.float()

@@ -37,7 +37,13 @@ The logits are the callee's to overwrite."""
 
 
 def chunked_cross_entropy(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0, chunk: int = 0
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of `-log softmax(hidden @ head^T)[label] + z_loss * logsumexp^2`.
 
@@ -74,7 +80,9 @@ def chunked_loss(hidden_ND: Tensor, head_VD: Tensor, chunk_loss: ChunkLoss, chun
     """
     rows = chunk or default_chunk(hidden_ND.device.type, head_VD.shape[0])
     stretch = rows if chunk or hidden_ND.device.type != "cpu" else _stretch(rows, head_VD.shape[0])
-    loss: Tensor = _ChunkedLoss.apply(hidden_ND, head_VD, chunk_loss, (rows, stretch), torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedLoss.apply(
+        hidden_ND, head_VD, chunk_loss, (rows, stretch), torch.is_grad_enabled()
+    )  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -101,7 +109,14 @@ class _ChunkedLoss(torch.autograd.Function):
     """Forward makes the gradients of every chunk; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, chunk_loss: ChunkLoss, sizes: tuple[int, int], grad: bool) -> Tensor:  # noqa: PLR0917
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        chunk_loss: ChunkLoss,
+        sizes: tuple[int, int],
+        grad: bool,
+    ) -> Tensor:  # noqa: PLR0917
         compute, wide = compute_dtypes(hidden_ND)
         needs_hidden, needs_head = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -110,7 +125,13 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_VD = torch.zeros_like(head_VD, dtype=wide) if needs_head else None
             total = hidden_ND.new_zeros((), dtype=wide)
             chunk, stretch = sizes
-            memory = _Memory((min(chunk, len(hidden_ND)), min(stretch, len(hidden_ND))), head_VD.shape[0], compute, wide, hidden_ND.device)
+            memory = _Memory(
+                (min(chunk, len(hidden_ND)), min(stretch, len(hidden_ND))),
+                head_VD.shape[0],
+                compute,
+                wide,
+                hidden_ND.device,
+            )
             for start in range(0, hidden_ND.shape[0], stretch):
                 rows = slice(start, start + stretch)
                 low_CD = hidden_ND[rows].detach().to(compute)
@@ -137,7 +158,14 @@ class _Memory:
     There, memory fresh from the system costs as much as the arithmetic; an accelerator has an allocator that keeps it.
     """
 
-    def __init__(self, sizes: tuple[int, int], vocab_size: int, compute: torch.dtype, wide: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        vocab_size: int,
+        compute: torch.dtype,
+        wide: torch.dtype,
+        device: torch.device,
+    ) -> None:
         chunk, stretch = sizes
         self.chunk, self.compute, self.wide = max(1, chunk), compute, wide
         self.shared = device.type == "cpu"
@@ -145,7 +173,9 @@ class _Memory:
             self._low_CV = torch.empty(stretch, vocab_size, dtype=compute)
             self._wide_CV = self._low_CV if compute == wide else torch.empty(chunk, vocab_size, dtype=wide)
 
-    def loss(self, low_CD: Tensor, low_VD: Tensor, chunk_loss: ChunkLoss, start: int, grad: bool) -> tuple[Tensor, Tensor | None]:
+    def loss(
+        self, low_CD: Tensor, low_VD: Tensor, chunk_loss: ChunkLoss, start: int, grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Summed loss of a stretch that begins at row `start` of all, and its gradient by the logits in the type of the products."""
         if not self.shared:
             rows = slice(start, start + low_CD.shape[0])
@@ -155,8 +185,12 @@ class _Memory:
         total = torch.zeros((), dtype=self.wide)
         for first in range(0, low_CV.shape[0], self.chunk):
             part_CV = low_CV[first : first + self.chunk]
-            logits_CV = part_CV if self._wide_CV is self._low_CV else self._wide_CV[: part_CV.shape[0]].copy_(part_CV)
-            loss, grad_CV = chunk_loss(logits_CV, slice(start + first, start + first + part_CV.shape[0]), grad)
+            logits_CV = (
+                part_CV if self._wide_CV is self._low_CV else self._wide_CV[: part_CV.shape[0]].copy_(part_CV)
+            )
+            loss, grad_CV = chunk_loss(
+                logits_CV, slice(start + first, start + first + part_CV.shape[0]), grad
+            )
             total += loss
             if grad_CV is not None and grad_CV.data_ptr() != part_CV.data_ptr():
                 part_CV.copy_(grad_CV)

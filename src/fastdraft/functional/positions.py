@@ -27,11 +27,15 @@ def bucket_bounds(bucket: int) -> tuple[int, int]:
 
 def bucket_of(positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """The bucket of each absolute position, 0-based."""
-    buckets: NDArray[np.int64] = np.frexp(positions // FIRST_BUCKET)[1].astype(np.int64)  # bits of the quotient: 0 below 512
+    buckets: NDArray[np.int64] = np.frexp(positions // FIRST_BUCKET)[1].astype(
+        np.int64
+    )  # bits of the quotient: 0 below 512
     return buckets
 
 
-def counts_by_bucket(accepts: Sequence[NDArray[np.float64]], starts: Sequence[int], num_speculative_tokens: int) -> NDArray[np.float64]:
+def counts_by_bucket(
+    accepts: Sequence[NDArray[np.float64]], starts: Sequence[int], num_speculative_tokens: int
+) -> NDArray[np.float64]:
     """Expected counts of every text in every bucket.
 
     Args:
@@ -67,10 +71,17 @@ def _columns(accepts: Sequence[NDArray[np.float64]], k: int) -> NDArray[np.float
     accepted_BTK = visit_BT[:, :, None] * runs_BTK
     examined_BT = (reached(runs_BTK) * (np.arange(k) < left_BT[:, :, None])).sum(2)
     # The token that the target adds is missing only where the last token of the text is an accepted proposal.
-    last_BT = np.take_along_axis(runs_BTK, np.clip(left_BT - 1, 0, k - 1)[:, :, None], axis=2)[:, :, 0] * (left_BT <= k)
+    last_BT = np.take_along_axis(runs_BTK, np.clip(left_BT - 1, 0, k - 1)[:, :, None], axis=2)[:, :, 0] * (
+        left_BT <= k
+    )
     inside_BT = left_BT > 0
     totals = [
-        visit_BT, k * visit_BT, accepted_BTK.sum(2), visit_BT * examined_BT, accepted_BTK.sum(2) + visit_BT * (1 - last_BT),
-        padded_BT[:, :longest] * inside_BT, inside_BT.astype(np.float64),
-    ]  # fmt: skip
+        visit_BT,
+        k * visit_BT,
+        accepted_BTK.sum(2),
+        visit_BT * examined_BT,
+        accepted_BTK.sum(2) + visit_BT * (1 - last_BT),
+        padded_BT[:, :longest] * inside_BT,
+        inside_BT.astype(np.float64),
+    ]
     return np.concatenate([np.stack(totals, axis=2), accepted_BTK], axis=2)

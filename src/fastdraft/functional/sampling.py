@@ -47,7 +47,9 @@ def warp(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1
 def probabilities(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The distribution that the next token is drawn from, float32, shape of `logits_BV`; one-hot at the argmax for temperature 0."""
     if temperature == 0:
-        return torch.zeros_like(logits_BV, dtype=torch.float32).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
+        return torch.zeros_like(logits_BV, dtype=torch.float32).scatter_(
+            -1, logits_BV.argmax(-1, keepdim=True), 1.0
+        )
     return warp(logits_BV, temperature, top_k, top_p).softmax(-1)
 
 
@@ -82,10 +84,16 @@ def token_at(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     total_B1 = cumulated_BV[..., -1:].contiguous()
     token_B1 = torch.searchsorted(cumulated_BV, uniform_B[..., None].to(total_B1) * total_B1, right=True)
     # Rounding may reach the total itself, behind which nothing has mass: the last token that has any stands for it.
-    return torch.minimum(token_B1, torch.searchsorted(cumulated_BV, total_B1)).clamp(max=probs_BV.shape[-1] - 1).squeeze(-1)
+    return (
+        torch.minimum(token_B1, torch.searchsorted(cumulated_BV, total_B1))
+        .clamp(max=probs_BV.shape[-1] - 1)
+        .squeeze(-1)
+    )
 
 
 def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token id for each row, shape B: one random number a row, where `torch.multinomial` draws one for every token."""
     device = probs_BV.device
-    return token_at(probs_BV, torch.rand(probs_BV.shape[:-1], dtype=precise(device), device=device, generator=generator))
+    return token_at(
+        probs_BV, torch.rand(probs_BV.shape[:-1], dtype=precise(device), device=device, generator=generator)
+    )

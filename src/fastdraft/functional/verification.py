@@ -18,7 +18,10 @@ from fastdraft.functional.sampling import draw, precise
 
 
 def verify(
-    target_probs_EV: Tensor, draft_probs_KV: Tensor, proposed_K: Tensor, generator: torch.Generator | None = None
+    target_probs_EV: Tensor,
+    draft_probs_KV: Tensor,
+    proposed_K: Tensor,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The number of proposals kept, and the token after them; nothing here waits for the device.
 

@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 
 _HEAD_DIM_IN_CONFIG = ("llama", "mistral", "qwen3")
 _NOT_INHERITED = (
-    "layer_types", "max_window_layers", "head_dim", "quantization_config", "auto_map", "_name_or_path", "transformers_version",
+    "layer_types",
+    "max_window_layers",
+    "head_dim",
+    "quantization_config",
+    "auto_map",
+    "_name_or_path",
+    "transformers_version",
     "torch_dtype",
-)  # fmt: skip
+)
 _ROTARY_FACTORS = ("short_factor", "long_factor")
 _WIDEST_LLAMA_HEAD = 128
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
@@ -111,13 +117,21 @@ class Architecture:
         if family == self.family:
             return self
         return replace(
-            self, family=family, head_dim=min(self.head_dim, _WIDEST_LLAMA_HEAD), qkv_bias=False, output_bias=False, mlp_bias=False,
-            stored=0, read=0,
-        )  # fmt: skip
+            self,
+            family=family,
+            head_dim=min(self.head_dim, _WIDEST_LLAMA_HEAD),
+            qkv_bias=False,
+            output_bias=False,
+            mlp_bias=False,
+            stored=0,
+            read=0,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for manifests and fingerprints; counts only where they were made."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ("stored", "read")}
+        return {
+            name: value for name, value in asdict(self).items() if value or name not in ("stored", "read")
+        }
 
 
 def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") -> Architecture:
@@ -172,7 +186,9 @@ def rope_switch(hf_config: PreTrainedConfig) -> int | None:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return None
-    first = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    first = rope.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
     return int(first) if first and int(first) < int(text.max_position_embeddings) else None
 
 

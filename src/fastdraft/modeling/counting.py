@@ -62,10 +62,18 @@ def count_model(model: PreTrainedModel) -> Counted:
     """Counts the text part of a model that was built, on any device."""
     from torch.nn import Embedding
 
-    embedding, head, decoder = model.get_input_embeddings().weight, model.get_output_embeddings(), model.get_decoder()
+    embedding, head, decoder = (
+        model.get_input_embeddings().weight,
+        model.get_output_embeddings(),
+        model.get_decoder(),
+    )
     parts = {id(p): p.numel() for module in (decoder, head) for p in module.parameters()}
     tied = head.weight is embedding
-    rows = {id(m.weight) for m in decoder.modules() if isinstance(m, Embedding) and not (tied and m.weight is embedding)}
+    rows = {
+        id(m.weight)
+        for m in decoder.modules()
+        if isinstance(m, Embedding) and not (tied and m.weight is embedding)
+    }
     idle = sum(parts[row] for row in rows)
     config: Any = text_config(model.config)
     experts = next((int(getattr(config, name)) for name in _NUM_EXPERTS if getattr(config, name, None)), 0)

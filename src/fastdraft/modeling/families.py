@@ -43,9 +43,17 @@ TARGET_FAMILIES = (*TEXT_FAMILIES, *MULTIMODAL)
 """Every `model_type` that a target's config.json may have; each is tested through the whole chain."""
 
 _NAMES = {
-    "gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "granite": "Granite",
-    "cohere": "Cohere", "cohere2": "Cohere 2", "qwen2_vl_text": "Qwen2-VL", "qwen2_5_vl_text": "Qwen2.5-VL",
-}  # fmt: skip
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "gpt2": "GPT-2",
+    "gpt_neox": "GPT-NeoX",
+    "granite": "Granite",
+    "cohere": "Cohere",
+    "cohere2": "Cohere 2",
+    "qwen2_vl_text": "Qwen2-VL",
+    "qwen2_5_vl_text": "Qwen2.5-VL",
+}
 _PLAIN_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -72,7 +80,14 @@ def why_draft_family(family: str) -> str:
 
 def llama_values(text: PreTrainedConfig) -> dict[str, Any]:
     """What a Llama draft takes from a target of another family: vocabulary, context, special ids, rope, precision of its norm."""
-    epsilon = next((float(getattr(text, name)) for name in ("rms_norm_eps", "layer_norm_eps") if getattr(text, name, None)), 1e-5)
+    epsilon = next(
+        (
+            float(getattr(text, name))
+            for name in ("rms_norm_eps", "layer_norm_eps")
+            if getattr(text, name, None)
+        ),
+        1e-5,
+    )
     return {
         "vocab_size": int(text.vocab_size),
         "max_position_embeddings": int(text.max_position_embeddings),

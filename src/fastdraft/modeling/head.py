@@ -64,9 +64,16 @@ def output_head(model: PreTrainedModel) -> tuple[nn.Module, OutputHead]:
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise TargetError(type(model).__name__, "no output matrix", "a language model must have a head", "choose another target")
+        raise TargetError(
+            type(model).__name__,
+            "no output matrix",
+            "a language model must have a head",
+            "choose another target",
+        )
     config: Any = text_config(model.config)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
     softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     return model.get_decoder(), OutputHead(head.weight, getattr(head, "bias", None), scale, softcap)
 
@@ -81,5 +88,7 @@ def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
     decoder, head = output_head(model)
     if not head.is_plain:
         rule = "the head must be one matrix without bias, cap or scale"
-        raise TargetError(type(model).__name__, "its logits are more than one product", rule, "design a new draft, which is")
+        raise TargetError(
+            type(model).__name__, "its logits are more than one product", rule, "design a new draft, which is"
+        )
     return decoder, head.weight

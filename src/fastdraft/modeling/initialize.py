@@ -24,9 +24,14 @@ STD = 0.02
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _EMBEDDINGS = (
-    _EMBEDDING, "transformer.wte.weight", "wte.weight", "gpt_neox.embed_in.weight", "model.language_model.embed_tokens.weight",
-    "language_model.model.embed_tokens.weight", "model.language_model.model.embed_tokens.weight",
-)  # fmt: skip
+    _EMBEDDING,
+    "transformer.wte.weight",
+    "wte.weight",
+    "gpt_neox.embed_in.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    "model.language_model.model.embed_tokens.weight",
+)
 _HEADS = (_HEAD, "embed_out.weight", "language_model.lm_head.weight")
 """Names of the two matrices in the families' files, the draft's own first."""
 _CHUNK = 16_384
@@ -88,7 +93,12 @@ def read_matrices(location: str, revision: str | None = None) -> dict[str, Tenso
             if kind not in matrices and name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
                 matrices[kind] = file.get_tensor(name)
     if _EMBEDDING not in matrices:
-        raise TargetError(location, f"no {_EMBEDDING}", "initialization: target_embeddings needs it", "use initialization: random")
+        raise TargetError(
+            location,
+            f"no {_EMBEDDING}",
+            "initialization: target_embeddings needs it",
+            "use initialization: random",
+        )
     return matrices
 
 
@@ -110,11 +120,17 @@ def project(matrix_VH: Tensor, width: int, seed: int) -> Tensor:
     _, directions_HH = torch.linalg.eigh(covariance_HH)  # ascending eigenvalues
     kept = min(width, hidden)
     main_HK = directions_HH[:, -kept:].flip(1)
-    main_HK = main_HK * main_HK.gather(0, main_HK.abs().argmax(0, keepdim=True)).sign()  # eigenvectors have no sign: fix one
+    main_HK = (
+        main_HK * main_HK.gather(0, main_HK.abs().argmax(0, keepdim=True)).sign()
+    )  # eigenvectors have no sign: fix one
     generator = torch.Generator().manual_seed(seed)
-    rotation_WW, upper_WW = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
+    rotation_WW, upper_WW = torch.linalg.qr(
+        torch.randn(width, width, dtype=torch.float64, generator=generator)
+    )
     basis_HW = main_HK @ (rotation_WW * upper_WW.diagonal().sign())[:kept]
-    projected = torch.cat([((chunk.double() - mean_H) @ basis_HW).float() for chunk in torch.split(matrix_VH, _CHUNK)])
+    projected = torch.cat(
+        [((chunk.double() - mean_H) @ basis_HW).float() for chunk in torch.split(matrix_VH, _CHUNK)]
+    )
     return projected * (STD / projected.std().clamp_min(1e-12))
 
 
@@ -130,5 +146,8 @@ def matrices_digest(location: str, revision: str | None = None) -> str:
     total = hashlib.sha256()
     for name, matrix in sorted(read_matrices(location, revision).items()):
         step = max(1, len(matrix) // 1024)
-        total.update(f"{name} {tuple(matrix.shape)} {matrix.dtype}".encode() + matrix[::step].float().contiguous().numpy().tobytes())
+        total.update(
+            f"{name} {tuple(matrix.shape)} {matrix.dtype}".encode()
+            + matrix[::step].float().contiguous().numpy().tobytes()
+        )
     return total.hexdigest()[:20]

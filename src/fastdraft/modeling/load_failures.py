@@ -46,17 +46,29 @@ def one_line(location: str) -> Iterator[None]:
 
 def _elsewhere(location: str, error: Exception) -> FastDraftError | None:
     """The line for a failed call of the operating system about a file that is not the model's."""
-    if isinstance(error, OSError) and isinstance(error.filename, str) and not error.filename.startswith(location):
+    if (
+        isinstance(error, OSError)
+        and isinstance(error.filename, str)
+        and not error.filename.startswith(location)
+    ):
         return disk_error(error, location)
     return None
 
 
-_NOT_ALLOWED = ("closed to you", "the hub must let you read it", "accept its licence there and log in with `hf auth login`")
+_NOT_ALLOWED = (
+    "closed to you",
+    "the hub must let you read it",
+    "accept its licence there and log in with `hf auth login`",
+)
 _UNREACHABLE = ("the hub cannot be reached", "the model is not on this machine", "go online or name a folder")
 _EXPLANATIONS: list[tuple[str, tuple[str, str, str]]] = [
     (
         r"trust_remote_code|custom code|execute the",
-        ("needs Python code of its own", "such code runs only when asked for", "set target.trust_remote_code=true"),
+        (
+            "needs Python code of its own",
+            "such code runs only when asked for",
+            "set target.trust_remote_code=true",
+        ),
     ),
     (r"gated|401|403|access to model", _NOT_ALLOWED),
     (
@@ -70,9 +82,20 @@ _EXPLANATIONS: list[tuple[str, tuple[str, str, str]]] = [
     ),
     (
         r"mismatched_sizes|size mismatch",
-        ("weights of other shapes than config.json says", "both must come from one model", "fetch the model again"),
+        (
+            "weights of other shapes than config.json says",
+            "both must come from one model",
+            "fetch the model again",
+        ),
     ),
-    (r"out of memory|allocate", ("does not fit into memory", "the whole model must fit", "use a smaller target.dtype or another device")),
+    (
+        r"out of memory|allocate",
+        (
+            "does not fit into memory",
+            "the whole model must fit",
+            "use a smaller target.dtype or another device",
+        ),
+    ),
 ]
 """What a library's message means for the user: found, rule, remedy."""
 
@@ -84,4 +107,9 @@ def explain(location: str, error: Exception) -> TargetError:
         if re.search(pattern, text, re.IGNORECASE):
             return TargetError(location, *explanation)
     short = " ".join(text.split())[:160]
-    return TargetError(location, short, "the model must load in transformers", "check its files, or try another version of transformers")
+    return TargetError(
+        location,
+        short,
+        "the model must load in transformers",
+        "check its files, or try another version of transformers",
+    )

@@ -28,16 +28,33 @@ from fastdraft.modeling.counting import auto_class
 from fastdraft.modeling.families import special_id, text_config
 from fastdraft.modeling.head import split_head
 from fastdraft.modeling.load_failures import explain, one_line, quiet
-from fastdraft.modeling.source import TOKENIZER_FILES, check_weights, copy_tokenizer_files, is_hub_id, raw_config
+from fastdraft.modeling.source import (
+    TOKENIZER_FILES,
+    check_weights,
+    copy_tokenizer_files,
+    is_hub_id,
+    raw_config,
+)
 from fastdraft.vocabulary import Description, Vocabulary, build_vocabulary, describe
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "copy_tokenizer_files", "load_config", "load_draft", "load_generation_config", "load_target", "load_tokenizer", "load_vocabulary",
-    "pick_device", "quiet", "save_draft", "set_threads", "split_head", "vocabulary_of",
-]  # fmt: skip
+    "copy_tokenizer_files",
+    "load_config",
+    "load_draft",
+    "load_generation_config",
+    "load_target",
+    "load_tokenizer",
+    "load_vocabulary",
+    "pick_device",
+    "quiet",
+    "save_draft",
+    "set_threads",
+    "split_head",
+    "vocabulary_of",
+]
 
 _HUGE_ID = re.compile(rb'(?<![0-9.\w"+-])[0-9]{8,}(?=\s*[,}\]])')
 _PROBE = "A fox, \U0001f98a\x00."
@@ -57,7 +74,12 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DeviceError("run.device", name, "must be auto, cpu, cuda, xpu or mps, or one with an index", "correct the name") from None
+        raise DeviceError(
+            "run.device",
+            name,
+            "must be auto, cpu, cuda, xpu or mps, or one with an index",
+            "correct the name",
+        ) from None
     count = torch.accelerator.device_count() if found and found.type == device.type else 0
     if device.type != "cpu" and (device.index or 0) >= count:
         has = f"{count} {device.type} device(s)" if count else str(found or "no accelerator")
@@ -71,7 +93,9 @@ def set_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def load_config(location: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(
+    location: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The config of a model in a supported family; nothing else is read or downloaded.
 
     Args:
@@ -113,10 +137,14 @@ def load_generation_config(location: str, revision: str | None = None) -> Genera
         return GenerationConfig(eos_token_id=dict(read_json(path)).get("eos_token_id"))
     except (ArtifactError, TypeError, ValueError, AttributeError) as error:
         found = str(getattr(error, "found", "not an object"))
-        raise TargetError(path, found, "must be a JSON object", "fetch the model again, or delete this file") from error
+        raise TargetError(
+            path, found, "must be a JSON object", "fetch the model again, or delete this file"
+        ) from error
 
 
-def load_tokenizer(location: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    location: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; a fast one, because only these can be compared and copied.
 
     Everyone who asks for the same files is given the same object: do not change it.
@@ -137,7 +165,9 @@ def load_encoding(target: TargetConfig) -> tuple[PreTrainedTokenizerBase, Vocabu
     config = load_config(target.location, target.revision, target.trust_remote_code)
     loaded = _loaded(target.location, target.revision, target.trust_remote_code)
     generation_config = load_generation_config(target.location, target.revision)
-    return loaded.tokenizer, _vocabulary(loaded.tokenizer, loaded.description, config, generation_config, target.location)
+    return loaded.tokenizer, _vocabulary(
+        loaded.tokenizer, loaded.description, config, generation_config, target.location
+    )
 
 
 def load_vocabulary(target: TargetConfig) -> Vocabulary:
@@ -155,19 +185,35 @@ def vocabulary_of(
 
     A text ends at the tokenizer's EOS or at any EOS of the generation config (without one, of the config).
     """
-    return _vocabulary(tokenizer, describe(tokenizer.backend_tokenizer.to_str()), config, generation_config, where)
+    return _vocabulary(
+        tokenizer, describe(tokenizer.backend_tokenizer.to_str()), config, generation_config, where
+    )
 
 
 def _vocabulary(
-    tokenizer: PreTrainedTokenizerBase, description: Description, config: PreTrainedConfig, generation: GenerationConfig | None, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    description: Description,
+    config: PreTrainedConfig,
+    generation: GenerationConfig | None,
+    where: str,
 ) -> Vocabulary:
     listed = getattr(generation, "eos_token_id", None)
-    eos = [tokenizer.eos_token_id, *_ids(listed if listed is not None else special_id(config, "eos_token_id"), where, "eos_token_id")]
+    eos = [
+        tokenizer.eos_token_id,
+        *_ids(listed if listed is not None else special_id(config, "eos_token_id"), where, "eos_token_id"),
+    ]
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = next(iter(_ids(special_id(config, "pad_token_id"), where, "pad_token_id")), None)
     ends = [token_id for token_id in eos if token_id is not None]
-    return build_vocabulary(int(text_config(config).vocab_size), description, bos=tokenizer.bos_token_id, eos=ends, pad=pad, where=where)
+    return build_vocabulary(
+        int(text_config(config).vocab_size),
+        description,
+        bos=tokenizer.bos_token_id,
+        eos=ends,
+        pad=pad,
+        where=where,
+    )
 
 
 class _Loaded:
@@ -184,8 +230,17 @@ class _Loaded:
 def _loaded(location: str, revision: str | None, trust_remote_code: bool) -> _Loaded:
     is_hub_id(location)  # refuses what is neither a directory nor a model on the hub
     folder = Path(location)
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
-        raise TargetError(location, "no tokenizer.json", "a fast tokenizer is required", "copy the model's tokenizer files here")
+    if (
+        folder.is_dir()
+        and not (folder / "tokenizer.json").is_file()
+        and not (folder / "tokenizer.model").is_file()
+    ):
+        raise TargetError(
+            location,
+            "no tokenizer.json",
+            "a fast tokenizer is required",
+            "copy the model's tokenizer files here",
+        )
     _refuse_huge_ids(folder / "tokenizer.json")
     return _load_once(location, revision, trust_remote_code, _file_states(folder))
 
@@ -200,24 +255,36 @@ def _refuse_huge_ids(path: Path) -> None:
 
 def _file_states(folder: Path) -> tuple[tuple[object, ...], ...]:
     """What tells whether a tokenizer's files were changed or replaced; empty for a model on the hub."""
-    found = [(path, path.stat()) for name in (*TOKENIZER_FILES, "config.json") for path in sorted(folder.glob(name))]
+    found = [
+        (path, path.stat())
+        for name in (*TOKENIZER_FILES, "config.json")
+        for path in sorted(folder.glob(name))
+    ]
     return tuple((str(path), state.st_size, state.st_mtime_ns, state.st_ino) for path, state in found)
 
 
 @lru_cache(maxsize=2)  # the target's and the draft's
-def _load_once(location: str, revision: str | None, trust_remote_code: bool, files: tuple[tuple[object, ...], ...]) -> _Loaded:
+def _load_once(
+    location: str, revision: str | None, trust_remote_code: bool, files: tuple[tuple[object, ...], ...]
+) -> _Loaded:
     """`files` is there to tell one state of a directory from the next."""
     from transformers import AutoTokenizer
 
     with one_line(location), quiet(), no_collection(), _no_copies():
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
     if not getattr(tokenizer, "is_fast", False):
         found = f"{type(tokenizer).__name__} is a slow tokenizer"
-        raise TargetError(location, found, "a fast tokenizer is required", "convert it to tokenizer.json first")
+        raise TargetError(
+            location, found, "a fast tokenizer is required", "convert it to tokenizer.json first"
+        )
     longest = getattr(tokenizer, "model_max_length", None)
     if isinstance(longest, bool) or not isinstance(longest, int | float):  # compared with every text's length
         found = f"model_max_length {longest!r:.40}"
-        raise TargetError(f"{location}/tokenizer_config.json", found, "must be a number", "fetch the model again")
+        raise TargetError(
+            f"{location}/tokenizer_config.json", found, "must be a number", "fetch the model again"
+        )
     with one_line(location):  # a damaged one may load and fail at a text
         tokenizer.decode(tokenizer(_PROBE, verbose=False).input_ids)
     return _Loaded(tokenizer)
@@ -229,7 +296,9 @@ def _no_copies() -> Iterator[None]:
     from tokenizers import Tokenizer
 
     before = copyreg.dispatch_table.get(Tokenizer)
-    copyreg.pickle(Tokenizer, lambda tokenizer: "itself")  # of a string, copy.deepcopy makes the object itself
+    copyreg.pickle(
+        Tokenizer, lambda tokenizer: "itself"
+    )  # of a string, copy.deepcopy makes the object itself
     try:
         yield
     finally:
@@ -242,7 +311,9 @@ def _no_copies() -> Iterator[None]:
 def _ids(value: Any, where: str, name: str) -> list[int]:
     ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
     if any(type(item) is not int for item in ids):
-        raise TargetError(where, f"{name} {value!r:.40}", "must be a token id, or a list of them", "fetch the model again")
+        raise TargetError(
+            where, f"{name} {value!r:.40}", "must be a token id, or a list of them", "fetch the model again"
+        )
     return ids
 
 
@@ -265,7 +336,9 @@ def load_target(target: TargetConfig, device: torch.device | str) -> PreTrainedM
         return model.to(device).eval()
 
 
-def load_draft(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_draft(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A draft or checkpoint that FastDraft wrote: eval mode, on `device`.
 
     Raises:
@@ -277,7 +350,9 @@ def load_draft(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
             _refuse_whole_numbers(folder)
             return _own_memory(_from_pretrained(str(folder), dtype)).to(device).eval()
     except TargetError as error:
-        raise ArtifactError(error.where, error.found, error.rule, "delete its stage's folder and run the stage again") from error
+        raise ArtifactError(
+            error.where, error.found, error.rule, "delete its stage's folder and run the stage again"
+        ) from error
 
 
 def _refuse_whole_numbers(folder: Path) -> None:
@@ -289,7 +364,12 @@ def _refuse_whole_numbers(folder: Path) -> None:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 kind = file.get_slice(name).get_dtype()
                 if not kind.startswith(("F", "BF")):
-                    raise TargetError(path, f"{name} of kind {kind}", "weights must be floating-point numbers", "fetch the model again")
+                    raise TargetError(
+                        path,
+                        f"{name} of kind {kind}",
+                        "weights must be floating-point numbers",
+                        "fetch the model again",
+                    )
 
 
 def _own_memory(model: PreTrainedModel) -> PreTrainedModel:
@@ -301,9 +381,17 @@ def _own_memory(model: PreTrainedModel) -> PreTrainedModel:
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    broken = next((name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())), None)
+    broken = next(
+        (name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())),
+        None,
+    )
     if broken:
-        raise TargetError(model.name_or_path, f"{broken} holds NaN or infinity", "every weight must be finite", "fetch the model again")
+        raise TargetError(
+            model.name_or_path,
+            f"{broken} holds NaN or infinity",
+            "every weight must be finite",
+            "fetch the model again",
+        )
     return model
 
 
@@ -327,15 +415,26 @@ def _from_pretrained(location: str, dtype: torch.dtype | str, **options: Any) ->
     problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
     if problems:
         others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise TargetError(location, f"no weights for {problems[0]}{others}", "every weight must be there", "fetch the model again")
+        raise TargetError(
+            location,
+            f"no weights for {problems[0]}{others}",
+            "every weight must be there",
+            "fetch the model again",
+        )
     return model
 
 
 def _cannot_quantise(location: str, quantised: Any, error: Exception) -> TargetError:
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    method = (
+        quantised.get("quant_method")
+        if isinstance(quantised, dict)
+        else getattr(quantised, "quant_method", None)
+    )
     found = f"weights quantised by {method or 'an unknown method'} ({' '.join(str(error).split())[:100]})"
     rule = "transformers must be able to load them here"
-    return TargetError(location, found, rule, "install the library of that method, or name the model that was quantised")
+    return TargetError(
+        location, found, rule, "install the library of that method, or name the model that was quantised"
+    )
 
 
 def save_draft(model: PreTrainedModel, folder: Path, tokenizer_files_from: Path) -> None:
@@ -352,6 +451,8 @@ def save_draft(model: PreTrainedModel, folder: Path, tokenizer_files_from: Path)
     with atomic_folder(folder) as temporary:
         with quiet():
             model.save_pretrained(temporary)
-        for weights in temporary.glob("*.safetensors"):  # safetensors writes for the owner only; a server may be another user
+        for weights in temporary.glob(
+            "*.safetensors"
+        ):  # safetensors writes for the owner only; a server may be another user
             shutil.copymode(temporary / "config.json", weights)
         copy_tokenizer_files(tokenizer_files_from, temporary)

@@ -20,7 +20,10 @@ from fastdraft.modeling.architecture import Architecture
 TOLERANCE = 0.03
 TIED_BELOW = 14_000_000
 _STEP, _WIDTHS = 64, 4096
-_DEPTHS = (2, 4)  # times the ideal depth; the deeper shapes only where the shallow ones leave a gap between two widths
+_DEPTHS = (
+    2,
+    4,
+)  # times the ideal depth; the deeper shapes only where the shallow ones leave a gap between two widths
 _WIDTH_PER_LAYER, _FEED_FORWARD = 96, 3.0
 
 
@@ -51,10 +54,17 @@ def preset(name: str, target: Architecture) -> Architecture:
     """
     where = "design.draft.name"
     if name not in PRESETS:
-        raise RecipeError(where, name, f"must be one of {', '.join(PRESETS)}", "choose one of these or kind: budget")
+        raise RecipeError(
+            where, name, f"must be one of {', '.join(PRESETS)}", "choose one of these or kind: budget"
+        )
     shape = PRESETS[name]
     if shape.family != target.family:
-        raise RecipeError(where, name, f"this preset is for {shape.family} targets, this target is {target.family}", "use kind: budget")
+        raise RecipeError(
+            where,
+            name,
+            f"this preset is for {shape.family} targets, this target is {target.family}",
+            "use kind: budget",
+        )
     return explicit(
         target,
         hidden_size=shape.hidden_size,
@@ -89,15 +99,25 @@ def explicit(
         rule = f"must divide hidden_size {hidden_size} into heads of even width"
         raise RecipeError("design.draft.num_heads", heads, rule, "change one of them")
     if heads % num_kv_heads:
-        raise RecipeError("design.draft.num_kv_heads", num_kv_heads, f"must divide num_heads {heads}", "change one of them")
+        raise RecipeError(
+            "design.draft.num_kv_heads", num_kv_heads, f"must divide num_heads {heads}", "change one of them"
+        )
     shape = replace(
-        target.draft_base, hidden_size=hidden_size, num_layers=num_layers, intermediate_size=intermediate_size,
-        num_heads=heads, num_kv_heads=num_kv_heads, head_dim=hidden_size // heads, tied=False,
-    )  # fmt: skip
+        target.draft_base,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        intermediate_size=intermediate_size,
+        num_heads=heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=hidden_size // heads,
+        tied=False,
+    )
     return replace(shape, tied=_is_tied(shape, target) if tied is None else tied)
 
 
-def search(target: Architecture, budget: int, num_layers: int | None = None, keep_head_dim: bool = False) -> Architecture:
+def search(
+    target: Architecture, budget: int, num_layers: int | None = None, keep_head_dim: bool = False
+) -> Architecture:
     """The best shape within 3 % of a parameter budget.
 
     Args:
@@ -115,24 +135,40 @@ def search(target: Architecture, budget: int, num_layers: int | None = None, kee
         matrices = smallest.parameters - smallest.body_parameters
         found = f"{format_count(budget)}, of which the vocabulary of {target.vocab_size} alone takes {format_count(matrices)}"
         least = math.ceil(smallest.parameters / 1000) * 1000
-        raise RecipeError("design.draft.parameters", found, f"must be at least {least} for this vocabulary", "raise the budget")
+        raise RecipeError(
+            "design.draft.parameters",
+            found,
+            f"must be at least {least} for this vocabulary",
+            "raise the budget",
+        )
     for depth in _DEPTHS:
         candidates = list(_candidates(base, budget, num_layers, keep_head_dim, depth))
         fitting = [shape for shape in candidates if abs(shape.parameters - budget) <= TOLERANCE * budget]
         if fitting:
             return min(fitting, key=lambda shape: _penalty(shape, target, budget, num_layers))
     sizes = sorted({shape.parameters for shape in candidates})
-    near = [max((s for s in sizes if s < budget), default=None), min((s for s in sizes if s > budget), default=None)]
+    near = [
+        max((s for s in sizes if s < budget), default=None),
+        min((s for s in sizes if s > budget), default=None),
+    ]
     names = " and ".join(format_count(size) for size in near if size)
     rule = f"no sensible shape within 3 %; the nearest: {names}"
-    raise RecipeError("design.draft.parameters", format_count(budget), rule, "use one of these, or kind: shape")
+    raise RecipeError(
+        "design.draft.parameters", format_count(budget), rule, "use one of these, or kind: shape"
+    )
 
 
 def natural(target: Architecture, hidden_size: int, keep_head_dim: bool = False) -> Architecture:
     """The shape that the search would like best at this width, whatever its size."""
     step = 256 if hidden_size >= 256 else _STEP
     feed_forward = max(step, round(_FEED_FORWARD * hidden_size / step) * step)
-    shape = _at_width(replace(target.draft_base, tied=False), hidden_size, round(_ideal_layers(hidden_size)), feed_forward, keep_head_dim)
+    shape = _at_width(
+        replace(target.draft_base, tied=False),
+        hidden_size,
+        round(_ideal_layers(hidden_size)),
+        feed_forward,
+        keep_head_dim,
+    )
     return replace(shape, tied=_is_tied(shape, target))
 
 
@@ -166,13 +202,17 @@ def _ideal_layers(hidden_size: int) -> float:
     return max(2.0, hidden_size / _WIDTH_PER_LAYER)
 
 
-def _at_width(base: Architecture, hidden_size: int, num_layers: int, intermediate_size: int, keep_head_dim: bool) -> Architecture:
+def _at_width(
+    base: Architecture, hidden_size: int, num_layers: int, intermediate_size: int, keep_head_dim: bool
+) -> Architecture:
     heads, kv_heads, head_dim = choose_heads(hidden_size, base, keep_head_dim)
     wide = replace(base, hidden_size=hidden_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     return replace(wide, num_layers=num_layers, intermediate_size=intermediate_size)
 
 
-def _candidates(base: Architecture, budget: int, num_layers: int | None, keep_head_dim: bool, depth: int) -> Iterator[Architecture]:
+def _candidates(
+    base: Architecture, budget: int, num_layers: int | None, keep_head_dim: bool, depth: int
+) -> Iterator[Architecture]:
     """For every width and depth the two feed-forward sizes around the budget, held between 1 and 8 times the width."""
     for hidden_size in range(_STEP, _WIDTHS + 1, _STEP):
         empty = _at_width(base, hidden_size, 1, 0, keep_head_dim)
@@ -180,8 +220,16 @@ def _candidates(base: Architecture, budget: int, num_layers: int | None, keep_he
             return
         for layers in [num_layers] if num_layers else range(1, round(depth * _ideal_layers(hidden_size)) + 1):
             room = budget - replace(empty, num_layers=layers).parameters
-            per_unit = (replace(empty, intermediate_size=_STEP).layer_parameters - empty.layer_parameters) / _STEP * layers
-            sizes = {math.floor(room / per_unit / step + offset) * step for step in (_STEP, 256) for offset in (0, 1)}
+            per_unit = (
+                (replace(empty, intermediate_size=_STEP).layer_parameters - empty.layer_parameters)
+                / _STEP
+                * layers
+            )
+            sizes = {
+                math.floor(room / per_unit / step + offset) * step
+                for step in (_STEP, 256)
+                for offset in (0, 1)
+            }
             for size in sorted({min(max(size, hidden_size), 8 * hidden_size) for size in sizes}):
                 yield replace(empty, num_layers=layers, intermediate_size=size)
 
@@ -191,6 +239,8 @@ def _penalty(shape: Architecture, target: Architecture, budget: int, num_layers:
     depth = 0.0 if num_layers else math.log(shape.num_layers / _ideal_layers(shape.hidden_size))
     aspect = 2 * depth * depth * (1.5 if depth > 0 else 1.0)
     feed_forward = math.log(shape.intermediate_size / (_FEED_FORWARD * shape.hidden_size)) ** 2
-    uneven = 0.1 * (shape.intermediate_size % 256 != 0) + (0.3 if shape.hidden_size >= 512 else 0.1) * (shape.hidden_size % 256 != 0)
+    uneven = 0.1 * (shape.intermediate_size % 256 != 0) + (0.3 if shape.hidden_size >= 512 else 0.1) * (
+        shape.hidden_size % 256 != 0
+    )
     uneven += 0.2 * (shape.num_heads == shape.num_kv_heads and target.num_heads > target.num_kv_heads)
     return aspect + feed_forward + uneven + 2 * abs(shape.parameters - budget) / budget

@@ -20,18 +20,36 @@ from fastdraft.machine import disk_errors
 from fastdraft.modeling.families import TARGET_FAMILIES
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "additional_chat_templates/*",
-)  # fmt: skip
+)
 _IDENTITY_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _HASHED_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 
 
-def model_identity(model: str, location: str, revision: str | None, dtype: str, *, weights: bool = True) -> dict[str, Any]:
+def model_identity(
+    model: str, location: str, revision: str | None, dtype: str, *, weights: bool = True
+) -> dict[str, Any]:
     """Stands for what a model writes in fingerprints: its name, revision and precision; for a directory also what lies there.
 
     Small files count whole, weights by their size and both ends: a fine-tune saved over another one is noticed without
@@ -41,7 +59,9 @@ def model_identity(model: str, location: str, revision: str | None, dtype: str, 
     folder = Path(location)
     if not folder.is_dir():
         return identity
-    identity["files"] = {name: file_sha256(folder / name)[:20] for name in _IDENTITY_FILES if (folder / name).is_file()}
+    identity["files"] = {
+        name: file_sha256(folder / name)[:20] for name in _IDENTITY_FILES if (folder / name).is_file()
+    }
     for path in sorted(folder.glob("*.safetensors")) if weights else ():
         size, state = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:
@@ -63,9 +83,16 @@ def is_hub_id(location: str) -> bool:
         return False
     if path.exists():
         found = "a GGUF file, which is llama.cpp's" if path.suffix == ".gguf" else "a file"
-        raise TargetError(location, found, "must be a model's directory or a hub id", "name the directory that holds config.json")
+        raise TargetError(
+            location,
+            found,
+            "must be a model's directory or a hub id",
+            "name the directory that holds config.json",
+        )
     if not _HUB_ID.fullmatch(location):
-        raise TargetError(location, "no such directory", "must be a model's directory or a hub id", "correct the path")
+        raise TargetError(
+            location, "no such directory", "must be a model's directory or a hub id", "correct the path"
+        )
     return True
 
 
@@ -79,31 +106,51 @@ def local_file(location: str, name: str, revision: str | None = None) -> Path | 
         path = Path(location) / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news: the outcome is told below
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries are not news: the outcome is told below
     try:
         return Path(hf_hub_download(location, name, revision=revision))
     except GatedRepoError as error:
         remedy = "accept its licence there and log in with `hf auth login`"
         raise TargetError(location, "closed to you", "the hub must let you read it", remedy) from error
     except RepositoryNotFoundError as error:
-        raise TargetError(location, "neither a directory here nor a model on the hub", "must be one of them", "correct the name") from error
+        raise TargetError(
+            location,
+            "neither a directory here nor a model on the hub",
+            "must be one of them",
+            "correct the name",
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
         found = "no such directory, and the hub cannot be reached"
-        raise TargetError(location, found, "the model must be at hand", "go online or name a directory") from error
+        raise TargetError(
+            location, found, "the model must be at hand", "go online or name a directory"
+        ) from error
 
 
 def _refuse_other_formats(location: str) -> None:
     """Says what a directory without a config.json is, where that is plain to see."""
     if local_file(location, "adapter_config.json") is not None:
-        rule, remedy = "must be a whole model", "merge it into its base model and save that (`merge_and_unload` of peft)"
+        rule, remedy = (
+            "must be a whole model",
+            "merge it into its base model and save that (`merge_and_unload` of peft)",
+        )
         raise TargetError(location, "an adapter (LoRA), not a model", rule, remedy)
     if not is_hub_id(location) and any(Path(location).glob("*.gguf")):
         remedy = "use the Hugging Face model that it was converted from"
-        raise TargetError(location, "a GGUF file, which is llama.cpp's", "must be a Hugging Face model directory", remedy)
+        raise TargetError(
+            location, "a GGUF file, which is llama.cpp's", "must be a Hugging Face model directory", remedy
+        )
 
 
 def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
@@ -115,26 +162,50 @@ def raw_config(location: str, revision: str | None = None) -> dict[str, Any]:
     path = local_file(location, "config.json", revision)
     if path is None:
         _refuse_other_formats(location)
-        raise TargetError(location, "no config.json", "a model's directory must hold one", "name the directory that the model was saved to")
+        raise TargetError(
+            location,
+            "no config.json",
+            "a model's directory must hold one",
+            "name the directory that the model was saved to",
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TargetError(path, f"not JSON ({error})", "must be a model's config", "fetch the model again") from None
+        raise TargetError(
+            path, f"not JSON ({error})", "must be a model's config", "fetch the model again"
+        ) from None
     if not isinstance(config, dict):
-        raise TargetError(path, f"a JSON {type(config).__name__}", "must be a model's config, an object", "fetch the model again")
+        raise TargetError(
+            path,
+            f"a JSON {type(config).__name__}",
+            "must be a model's config, an object",
+            "fetch the model again",
+        )
     family = config.get("model_type")
     if isinstance(family, str) and family in TARGET_FAMILIES:
         _check_sizes(config, path)
         return dict(config)
     own_code = " needs Python code of its own" if "auto_map" in config else ""
     rule = f"must be one of {', '.join(TARGET_FAMILIES)}"
-    raise TargetError(location, f"model family '{family}'{own_code}", rule, "choose a target of one of these families")
+    raise TargetError(
+        location, f"model family '{family}'{own_code}", rule, "choose a target of one of these families"
+    )
 
 
 _SIZES = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
-    "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "head_dim",
+    "max_position_embeddings",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_positions",
+)
 _LARGEST, _LONGEST = 1 << 24, 1 << 31
 """Far above every size in use (a context's above the rest), and below what no machine could hold a list of."""
 
@@ -143,14 +214,21 @@ def _check_sizes(config: dict[str, Any], path: Path) -> None:
     """Refuses sizes that no model has, before anything is built by them; transformers would fill a missing vocabulary by a guess."""
     text = config.get("text_config")
     if text is None and "vocab_size" not in config:
-        raise TargetError(path, "no vocab_size", "must say how many tokens the model scores", "fetch the model again")
+        raise TargetError(
+            path, "no vocab_size", "must say how many tokens the model scores", "fetch the model again"
+        )
     for part in (config, text if isinstance(text, dict) else {}):
         for name in _SIZES:
             value = part.get(name, 1)
             most = _LONGEST if name in ("max_position_embeddings", "n_positions") else _LARGEST
             optional = value is None and name in ("num_key_value_heads", "head_dim", "intermediate_size")
             if not optional and (type(value) is not int or not 0 < value <= most):
-                raise TargetError(path, f"{name} {value!r:.40}", f"must be a whole number from 1 to {most}", "fetch the model again")
+                raise TargetError(
+                    path,
+                    f"{name} {value!r:.40}",
+                    f"must be a whole number from 1 to {most}",
+                    "fetch the model again",
+                )
 
 
 def weight_files(location: str, revision: str | None = None, names: Sequence[str] = ()) -> dict[str, Path]:
@@ -181,11 +259,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as the index tells; a name that would leave the model's directory is refused."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not places or not all(isinstance(name, str) and Path(name).name == name and "\\" not in name for name in places.values()):
+        if not places or not all(
+            isinstance(name, str) and Path(name).name == name and "\\" not in name for name in places.values()
+        ):
             raise ValueError("names no files beside it")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         found = f"damaged ({type(error).__name__}: {str(error)[:80]})"
-        raise TargetError(index, found, "must hold a `weight_map` of tensor names and files", "fetch the model again") from None
+        raise TargetError(
+            index, found, "must hold a `weight_map` of tensor names and files", "fetch the model again"
+        ) from None
     return dict(places)
 
 
@@ -196,9 +278,13 @@ def _no_weights(location: str) -> TargetError:
         return TargetError(location, "weights in GGUF, which is llama.cpp's", rule, remedy)
     if not suffixes & {".bin", ".pt", ".pth"}:
         rule = "the target's weights are needed here"
-        return TargetError(location, "no model.safetensors", rule, "put them there, or name the directory that holds them")
+        return TargetError(
+            location, "no model.safetensors", rule, "put them there, or name the directory that holds them"
+        )
     rule = "weights must be safetensors, because pickles can run code"
-    return TargetError(location, "only pickled weights", rule, "save the model as safetensors, or choose another copy")
+    return TargetError(
+        location, "only pickled weights", rule, "save the model as safetensors, or choose another copy"
+    )
 
 
 def check_weights(location: str) -> None:
@@ -231,13 +317,22 @@ def tokenizer_files(source: str | Path, revision: str | None = None) -> list[Pat
         from huggingface_hub import snapshot_download
 
         try:
-            root = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+            root = Path(
+                snapshot_download(str(source), revision=revision, allow_patterns=list(TOKENIZER_FILES))
+            )
         except Exception as error:  # the hub client raises its own and its HTTP library's errors
             found = "tokenizer files cannot be fetched"
-            raise TargetError(source, found, "the hub must be reachable", "go online or name a directory") from error
+            raise TargetError(
+                source, found, "the hub must be reachable", "go online or name a directory"
+            ) from error
     files = [path for pattern in TOKENIZER_FILES for path in sorted(root.glob(pattern)) if path.is_file()]
     if not files:
-        raise TargetError(source, "no tokenizer files", "a model's directory must hold its tokenizer", "copy the tokenizer files here")
+        raise TargetError(
+            source,
+            "no tokenizer files",
+            "a model's directory must hold its tokenizer",
+            "copy the tokenizer files here",
+        )
     return files
 
 
@@ -250,7 +345,11 @@ def copy_tokenizer_files(source: str | Path, folder: Path, revision: str | None 
     names = []
     with disk_errors(folder):
         for path in tokenizer_files(source, revision):
-            name = f"{path.parent.name}/{path.name}" if path.parent.name == "additional_chat_templates" else path.name
+            name = (
+                f"{path.parent.name}/{path.name}"
+                if path.parent.name == "additional_chat_templates"
+                else path.name
+            )
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
             names.append(name)

@@ -78,6 +78,8 @@ def as_text_model(location: str, revision: str | None, beside: Path) -> Iterator
 
     with TemporaryDirectory(dir=beside.parent, prefix=".text-part-") as folder:
         with disk_errors(Path(folder)), quiet():
-            text_model(load_target(TargetConfig(model=location, revision=revision), "cpu")).save_pretrained(folder)
+            text_model(load_target(TargetConfig(model=location, revision=revision), "cpu")).save_pretrained(
+                folder
+            )
         copy_tokenizer_files(location, Path(folder), revision)
         yield folder, None

@@ -20,7 +20,10 @@ _QUANT_ROW = 256
 
 
 def find_traps(
-    vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, architecture: Architecture
+    vocabulary: Vocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    architecture: Architecture,
 ) -> list[str]:
     """The traps of one target, most consequential first; empty when there are none."""
     return [
@@ -45,7 +48,10 @@ def _padding(vocabulary: Vocabulary) -> list[str]:
 
 def _ends(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     traps = []
-    names = {token_id: f"{token_id} {tokenizer.convert_ids_to_tokens(token_id)}" for token_id in vocabulary.eos_token_ids}
+    names = {
+        token_id: f"{token_id} {tokenizer.convert_ids_to_tokens(token_id)}"
+        for token_id in vocabulary.eos_token_ids
+    }
     if len(names) > 1:
         traps.append(f"Several EOS ids: {', '.join(names.values())}. A text ends at any of them.")
     if not names:
@@ -53,11 +59,15 @@ def _ends(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> list[st
     if vocabulary.pad_token_id is None:
         traps.append("No padding token: batches are padded with EOS and masked by position.")
     elif vocabulary.pad_token_id in vocabulary.eos_token_ids:
-        traps.append(f"Padding and EOS are the same id {vocabulary.pad_token_id}: masks must go by position, never by id, and they do.")
+        traps.append(
+            f"Padding and EOS are the same id {vocabulary.pad_token_id}: masks must go by position, never by id, and they do."
+        )
     return traps
 
 
-def _beginnings(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[str]:
+def _beginnings(
+    vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> list[str]:
     traps = []
     bos, listed = vocabulary.bos_token_id, special_id(config, "bos_token_id")
     first = tokenizer("a").input_ids[:1]
@@ -76,8 +86,14 @@ def _beginnings(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, conf
         traps.append(
             "No chat template: a base model. Instruction tasks are asked bare, and Magpie prompts cannot be made; use corpus prompts."
         )
-    elif bos is not None and first == [bos] and tokenizer.bos_token in tokenizer.chat_template + _rendered(tokenizer)[:40]:
-        traps.append("Chat template and tokenizer both add BOS: a rendered chat must be encoded without special tokens, and is.")
+    elif (
+        bos is not None
+        and first == [bos]
+        and tokenizer.bos_token in tokenizer.chat_template + _rendered(tokenizer)[:40]
+    ):
+        traps.append(
+            "Chat template and tokenizer both add BOS: a rendered chat must be encoded without special tokens, and is."
+        )
     return traps
 
 
@@ -114,7 +130,9 @@ def switch_warning(switch: int) -> str:
 def _config(config: PreTrainedConfig, architecture: Architecture) -> list[str]:
     traps = []
     if architecture.hidden_size % _QUANT_ROW or architecture.intermediate_size % _QUANT_ROW:
-        traps.append(f"The target's own rows are not all multiples of {_QUANT_ROW}: llama.cpp's K-quants do not fit it.")
+        traps.append(
+            f"The target's own rows are not all multiples of {_QUANT_ROW}: llama.cpp's K-quants do not fit it."
+        )
     text = text_config(config)
     window = getattr(text, "sliding_window", None)
     if window and window < architecture.context_length:
@@ -129,7 +147,11 @@ def _config(config: PreTrainedConfig, architecture: Architecture) -> list[str]:
     switch = rope_switch(config)
     if switch:
         traps.append(switch_warning(switch))
-    if architecture.stored and architecture.read < 0.9 * architecture.parameters and getattr(text, "num_experts_per_tok", None):
+    if (
+        architecture.stored
+        and architecture.read < 0.9 * architecture.parameters
+        and getattr(text, "num_experts_per_tok", None)
+    ):
         traps.append(
             f"Mixture of experts: a token reads {format_count(architecture.read)} of {format_count(architecture.parameters)} parameters, "
             "but verifying several tokens reads more experts: gains are below those predicted from bytes, so measure them."
@@ -139,7 +161,11 @@ def _config(config: PreTrainedConfig, architecture: Architecture) -> list[str]:
             "Attention scores are capped: attention is computed step by step here, because torch's fused kernels leave the cap out."
         )
     if getattr(config, "quantization_config", None):
-        traps.append("The target's weights are quantised: its library must be installed to run it; the draft is not quantised.")
+        traps.append(
+            "The target's weights are quantised: its library must be installed to run it; the draft is not quantised."
+        )
     if getattr(config, "auto_map", None):
-        traps.append("The model brings Python code of its own; transformers' own implementation is used instead.")
+        traps.append(
+            "The model brings Python code of its own; transformers' own implementation is used instead."
+        )
     return traps

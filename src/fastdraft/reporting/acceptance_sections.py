@@ -45,9 +45,19 @@ def ladder_section(record: RunRecord) -> Section | str:
     beside = temperatures[0] == HEADLINE_TEMPERATURE and results.headline_k == HEADLINE_K
     blocks: list[Block] = []
     if len(results.checkpoints) > 1:
-        caption = f"Acceptance rate at {k_name(results.headline_k)} after each checkpoint; bars are 95 % intervals."
-        blocks.append(Charts(ladder_charts(results, temperatures[:2], paper=beside), caption + (" All on one scale." if beside else "")))
-    blocks += [ladder_table(results, temperature, paper=beside and i == 0) for i, temperature in enumerate(temperatures)]
+        caption = (
+            f"Acceptance rate at {k_name(results.headline_k)} after each checkpoint; bars are 95 % intervals."
+        )
+        blocks.append(
+            Charts(
+                ladder_charts(results, temperatures[:2], paper=beside),
+                caption + (" All on one scale." if beside else ""),
+            )
+        )
+    blocks += [
+        ladder_table(results, temperature, paper=beside and i == 0)
+        for i, temperature in enumerate(temperatures)
+    ]
     counts = listing([words for task in results.tasks if (words := _prompts(results, task))])
     if counts:
         blocks.append(Text(f"Prompts: {counts}.", "muted"))
@@ -64,7 +74,9 @@ def _prompts(results: Results, task: str) -> str:
     prompts, talks = number(row, "num_prompts"), number(row, "num_conversations")
     if prompts is None:
         return ""
-    return f"{prompts:g} for {task}" + (f" (drawn as {talks:g} for the intervals)" if talks is not None and talks < prompts else "")
+    return f"{prompts:g} for {task}" + (
+        f" (drawn as {talks:g} for the intervals)" if talks is not None and talks < prompts else ""
+    )
 
 
 def by_headline(results: Results) -> list[float]:
@@ -74,11 +86,21 @@ def by_headline(results: Results) -> list[float]:
 
 def ladder_table(results: Results, temperature: float, paper: bool) -> Table:
     """Checkpoints down, tasks across; intervals in small print, the highest figure of a column marked."""
-    rates = {(c, t): results.row(c, t, temperature, results.headline_k) for c in results.checkpoints for t in results.tasks}
-    top = {
-        task: max((number(rates[c, task], "acceptance_rate") or 0.0 for c in results.checkpoints), default=0.0) for task in results.tasks
+    rates = {
+        (c, t): results.row(c, t, temperature, results.headline_k)
+        for c in results.checkpoints
+        for t in results.tasks
     }
-    rows = [row(stage_label(c), *(_rate_cell(rates[c, t], "acceptance_rate", top[t]) for t in results.tasks)) for c in results.checkpoints]
+    top = {
+        task: max(
+            (number(rates[c, task], "acceptance_rate") or 0.0 for c in results.checkpoints), default=0.0
+        )
+        for task in results.tasks
+    }
+    rows = [
+        row(stage_label(c), *(_rate_cell(rates[c, t], "acceptance_rate", top[t]) for t in results.tasks))
+        for c in results.checkpoints
+    ]
     if paper:
         rows = [_group("This draft", len(results.tasks)), *rows, *_paper_rows(results)]
     columns = ("Checkpoint", *results.tasks)
@@ -89,7 +111,10 @@ def ladder_table(results: Results, temperature: float, paper: bool) -> Table:
         else ""
     )
     return Table(
-        columns, tuple(rows), f"Acceptance rate at {k_name(results.headline_k)}, {temperature_name(temperature)}, with 95 % intervals", note
+        columns,
+        tuple(rows),
+        f"Acceptance rate at {k_name(results.headline_k)}, {temperature_name(temperature)}, with 95 % intervals",
+        note,
     )
 
 
@@ -102,11 +127,13 @@ def differences_section(record: RunRecord) -> Section | str:
     results = Results(record.results or {})
     at_k = [item for item in items if number(item, "num_speculative_tokens") == results.headline_k] or items
     temperatures = sorted(
-        {t for item in at_k if (t := number(item, "temperature")) is not None}, key=lambda t: (t != results.headline_temperature, t)
+        {t for item in at_k if (t := number(item, "temperature")) is not None},
+        key=lambda t: (t != results.headline_temperature, t),
     )
     tables = [
         differences_table(
-            [item for item in at_k if number(item, "temperature") == t], f"{k_name(results.headline_k)}, {temperature_name(t)}"
+            [item for item in at_k if number(item, "temperature") == t],
+            f"{k_name(results.headline_k)}, {temperature_name(t)}",
         )
         for t in temperatures
     ]
@@ -120,10 +147,16 @@ def differences_section(record: RunRecord) -> Section | str:
 def differences_table(items: Sequence[Figures], caption: str) -> Table:
     """Steps of the ladder across, tasks down."""
     steps = list(dict.fromkeys((str(item.get("from", "")), str(item.get("to", ""))) for item in items))
-    found = {(str(item.get("task")), str(item.get("from", "")), str(item.get("to", ""))): item for item in items}
+    found = {
+        (str(item.get("task")), str(item.get("from", "")), str(item.get("to", ""))): item for item in items
+    }
     tasks = dict.fromkeys(key[0] for key in found)
     rows = [row(task, *(_difference_cell(found.get((task, *step))) for step in steps)) for task in tasks]
-    return Table(("Task", *(f"{stage_label(before)} → {stage_label(after)}" for before, after in steps)), tuple(rows), caption)
+    return Table(
+        ("Task", *(f"{stage_label(before)} → {stage_label(after)}" for before, after in steps)),
+        tuple(rows),
+        caption,
+    )
 
 
 def speedup_section(record: RunRecord) -> Section | str:
@@ -175,7 +208,9 @@ def best_table(results: Results) -> Table:
                     *(_best_cell(results, task, temperature, key) for key in keys),
                 )
             )
-    ratios = [f"{ratio:.3g} {SPEEDUPS[key]}" for key in keys if (ratio := results.cost_ratio(key)) is not None]
+    ratios = [
+        f"{ratio:.3g} {SPEEDUPS[key]}" for key in keys if (ratio := results.cost_ratio(key)) is not None
+    ]
     cost = f"Cost ratio: {listing(ratios)}. " if ratios else ""
     note = (
         f"{cost}Each figure stands with its own best K, tokens per target pass with the first one's. Red is under 1: do not "
@@ -196,7 +231,11 @@ def measured_costs(raw: Mapping[str, Any]) -> Text | None:
         return None
     draft, widths = (
         number(latency, "draft_seconds"),
-        {int(width): number(latency["target_seconds"], width) for width in latency["target_seconds"] if str(width).isdigit()},
+        {
+            int(width): number(latency["target_seconds"], width)
+            for width in latency["target_seconds"]
+            if str(width).isdigit()
+        },
     )
     one = widths.pop(1, None)
     if draft is None or one is None:
@@ -252,7 +291,9 @@ def positions_section(record: RunRecord) -> Section | str:
     )
     table = positions_table(results, temperature, k) if k else None
     return Section(
-        "Acceptance per position", "positions", (Charts(charts, caption, _keys(results)), *([table] if table and table.rows else []))
+        "Acceptance per position",
+        "positions",
+        (Charts(charts, caption, _keys(results)), *([table] if table and table.rows else [])),
     )
 
 
@@ -262,7 +303,12 @@ def positions_table(results: Results, temperature: float, k: int) -> Table:
     for checkpoint in results.checkpoints:
         found = [per_position(results.row(checkpoint, task, temperature, k)) for task in results.tasks]
         if any(found):
-            rows.append(row(stage_label(checkpoint), *(", ".join(f"{share:.3f}" for share in shares) or "-" for shares in found)))
+            rows.append(
+                row(
+                    stage_label(checkpoint),
+                    *(", ".join(f"{share:.3f}" for share in shares) or "-" for shares in found),
+                )
+            )
     caption = f"Share of rounds that accept position 1 to {k}, {k_name(k)}, {temperature_name(temperature)}"
     return Table(("Checkpoint", *results.tasks), tuple(rows), caption)
 
@@ -287,7 +333,11 @@ def _paper_rows(results: Results) -> list[Row]:
     for pair, checkpoints in PAPER_ROWS.items():
         rows.append(_group(f"Paper: {pair}", len(results.tasks)))
         rows += [
-            row(stage_label(name), *(f"{rates[t]:.3f}" if t in rates else "–" for t in results.tasks), kind="paper")
+            row(
+                stage_label(name),
+                *(f"{rates[t]:.3f}" if t in rates else "–" for t in results.tasks),
+                kind="paper",
+            )
             for name, rates in checkpoints.items()
         ]
     return rows
@@ -312,13 +362,23 @@ def _minus(text: str) -> str:
 
 def _full_row(item: Figures) -> Row:
     counts = [
-        show(number(item, key), "{:.0f}") for key in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_generated_tokens")
+        show(number(item, key), "{:.0f}")
+        for key in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_generated_tokens")
     ]
     rates = [show(number(item, key)) for key in ("acceptance_rate", "conditional_acceptance_rate", "overlap")]
     gains = [show(number(item, key), "{:.2f}") for key in ("block_efficiency", *SPEEDUPS)]
-    names = [stage_label(str(item.get("checkpoint", "-"))), str(item.get("task", "-")), str(item.get("method", "-"))]
+    names = [
+        stage_label(str(item.get("checkpoint", "-"))),
+        str(item.get("task", "-")),
+        str(item.get("method", "-")),
+    ]
     return row(
-        *names, show(number(item, "temperature"), "{:g}"), show(number(item, "num_speculative_tokens"), "{:g}"), *counts, *rates, *gains
+        *names,
+        show(number(item, "temperature"), "{:g}"),
+        show(number(item, "num_speculative_tokens"), "{:g}"),
+        *counts,
+        *rates,
+        *gains,
     )
 
 

@@ -28,7 +28,7 @@ from fastdraft.reporting.drawing import (
     slug,
     task_colour,
     to_svg,
-)  # fmt: skip
+)
 from fastdraft.reporting.results import Figures, interval, k_name, number
 
 if TYPE_CHECKING:
@@ -46,11 +46,18 @@ def wall_clock_charts(benchmark: Benchmark) -> tuple[Chart, ...]:
     """For each task the measured speed-up (solid, with ranges) and the predicted one (dashed) against K, all on one scale."""
     rows = {task: benchmark.against_k(task) for task in benchmark.tasks}
     rows = {task: found for task, found in rows.items() if len(_points(found, "speedup")) > 1}
-    limits = _limits(value for found in rows.values() for item in found for value in (*_measured(item), number(item, "predicted_speedup")))
+    limits = _limits(
+        value
+        for found in rows.values()
+        for item in found
+        for value in (*_measured(item), number(item, "predicted_speedup"))
+    )
     return tuple(_against_k(benchmark, task, found, limits) for task, found in rows.items())
 
 
-def _against_k(benchmark: Benchmark, task: str, rows: Sequence[Figures], limits: tuple[float, float]) -> Chart:
+def _against_k(
+    benchmark: Benchmark, task: str, rows: Sequence[Figures], limits: tuple[float, float]
+) -> Chart:
     measured, predicted = _points(rows, "speedup"), _points(rows, "predicted_speedup")
     best, colour = benchmark.best(task), task_colour(task, benchmark.tasks)
     k, value = number(best, "num_speculative_tokens"), number(best, "speedup")
@@ -59,27 +66,45 @@ def _against_k(benchmark: Benchmark, task: str, rows: Sequence[Figures], limits:
         for item in rows:
             _range(axes, number(item, "num_speculative_tokens"), item, colour)
         if predicted:
-            axes.plot([x for x, _ in predicted], [y for _, y in predicted], color=colour, linewidth=1.5, dashes=(4, 3))
+            axes.plot(
+                [x for x, _ in predicted],
+                [y for _, y in predicted],
+                color=colour,
+                linewidth=1.5,
+                dashes=(4, 3),
+            )
         draw_line(axes, measured, colour, markers=True)
         if k is not None and value is not None:
             draw_mark(axes, k, value, colour)
         axes.set_ylim(*limits)
         axes.set_xticks([x for x, _ in measured])
         axes.set_xlabel("K, draft tokens per round")
-        ends = [Label("measured", *measured[-1], colour), *([Label("predicted", *predicted[-1], colour)] if predicted else [])]
+        ends = [
+            Label("measured", *measured[-1], colour),
+            *([Label("predicted", *predicted[-1], colour)] if predicted else []),
+        ]
         label_ends(axes, ends)
-        alt = f"Speed-up against K on {task}: measured {_told(measured)}" + (f"; predicted {_told(predicted)}" if predicted else "")
-        return Chart(to_svg(figure, f"wall-clock-{slug(task)}", alt), f"{task}: {times(value)} at {k_name(k)}", alt)
+        alt = f"Speed-up against K on {task}: measured {_told(measured)}" + (
+            f"; predicted {_told(predicted)}" if predicted else ""
+        )
+        return Chart(
+            to_svg(figure, f"wall-clock-{slug(task)}", alt), f"{task}: {times(value)} at {k_name(k)}", alt
+        )
 
 
 def pair_charts(benchmark: Benchmark) -> tuple[Chart, ...]:
     """For each task a bar per pair of weights at its best K, all on one scale; none where there is one pair alone."""
     bars = {
-        task: [(pair, item) for pair in benchmark.pairs if (item := benchmark.best(task, pair)) is not None] for task in benchmark.tasks
+        task: [(pair, item) for pair in benchmark.pairs if (item := benchmark.best(task, pair)) is not None]
+        for task in benchmark.tasks
     }
     bars = {task: found for task, found in bars.items() if len(found) > 1}
-    top = max((value for found in bars.values() for _, item in found for value in _measured(item)), default=1.0)
-    return tuple(_pair_chart(task, found, benchmark.tasks, 1.16 * max(top, 1.0)) for task, found in bars.items())
+    top = max(
+        (value for found in bars.values() for _, item in found for value in _measured(item)), default=1.0
+    )
+    return tuple(
+        _pair_chart(task, found, benchmark.tasks, 1.16 * max(top, 1.0)) for task, found in bars.items()
+    )
 
 
 def _pair_chart(task: str, bars: Sequence[tuple[Pair, Figures]], tasks: Sequence[str], top: float) -> Chart:
@@ -87,12 +112,28 @@ def _pair_chart(task: str, bars: Sequence[tuple[Pair, Figures]], tasks: Sequence
     with drawing(right=8) as (figure, axes):
         for x, (_, item) in enumerate(bars):
             value, around = number(item, "speedup") or 0.0, interval(item, "speedup")
-            axes.bar([x], [value], width=min(0.62, 0.16 * len(bars)), color=colour, alpha=0.85 if x == 0 else 0.5, linewidth=0)
+            axes.bar(
+                [x],
+                [value],
+                width=min(0.62, 0.16 * len(bars)),
+                color=colour,
+                alpha=0.85 if x == 0 else 0.5,
+                linewidth=0,
+            )
             _range(axes, x, item, INK, alpha=0.8)
             if len(bars) <= 5:
                 high = max(value, around[1]) if around else value
-                axes.annotate(times(value), (x, high), xytext=(0, 4), textcoords="offset points", ha="center", color=INK, fontsize=10,
-                              zorder=6, bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.9, "pad": 1})  # fmt: skip
+                axes.annotate(
+                    times(value),
+                    (x, high),
+                    xytext=(0, 4),
+                    textcoords="offset points",
+                    ha="center",
+                    color=INK,
+                    fontsize=10,
+                    zorder=6,
+                    bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.9, "pad": 1},
+                )
         axes.axhline(1, color=MUTED, linewidth=1, dashes=(1, 2))
         names = [f"{pair.target}\n+ {pair.draft}" if len(bars) > 2 else pair.name for pair, _ in bars]
         axes.set_xticks(range(len(bars)), names, fontsize=10 if len(bars) < 5 else 8)
@@ -105,8 +146,16 @@ def _pair_chart(task: str, bars: Sequence[tuple[Pair, Figures]], tasks: Sequence
 
 def sweep_charts(benchmark: Benchmark) -> tuple[Chart, ...]:
     """Measured speed-up against prompt length, output length and concurrency, a line per task, all on one scale."""
-    found = {part: {task: rows for task, rows in benchmark.sweep(part).items() if len(rows) > 1} for part in SWEEPS}
-    limits = _limits(value for tasks in found.values() for rows in tasks.values() for item in rows for value in _measured(item))
+    found = {
+        part: {task: rows for task, rows in benchmark.sweep(part).items() if len(rows) > 1} for part in SWEEPS
+    }
+    limits = _limits(
+        value
+        for tasks in found.values()
+        for rows in tasks.values()
+        for item in rows
+        for value in _measured(item)
+    )
     return tuple(_sweep_chart(part, tasks, limits) for part, tasks in found.items() if tasks)
 
 
@@ -145,8 +194,20 @@ def breakdown_chart(items: Sequence[Figures]) -> Chart | None:
                 start += share
             name = f"{pair_of(item).name}, {k_name(number(item, 'num_speculative_tokens'))}"
             figures = " / ".join(f"{share:.0%}" for share in shares)
-            axes.annotate(f"{name}: {figures}", (0, -i + 0.21), xytext=(0, 4), textcoords="offset points", color=INK, fontsize=10)
-            told.append(f"{name}: " + ", ".join(f"{words} {share:.0%}" for share, (_, _, words, _) in zip(shares, SHARES, strict=True)))
+            axes.annotate(
+                f"{name}: {figures}",
+                (0, -i + 0.21),
+                xytext=(0, 4),
+                textcoords="offset points",
+                color=INK,
+                fontsize=10,
+            )
+            told.append(
+                f"{name}: "
+                + ", ".join(
+                    f"{words} {share:.0%}" for share, (_, _, words, _) in zip(shares, SHARES, strict=True)
+                )
+            )
         axes.set_xlim(0, 1)
         axes.set_ylim(-len(rows) + 0.7, 0.75)
         axes.set_yticks([])

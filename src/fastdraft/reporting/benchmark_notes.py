@@ -22,7 +22,11 @@ NEAR_TIE_FAST = 0.2
 
 def notes(benchmark: Benchmark) -> list[Text]:
     """One paragraph for each thing to know; none for clean figures."""
-    return [note for note in (_same_text(benchmark), _lossy(benchmark), _looping(benchmark), _left_out(benchmark)) if note is not None]
+    return [
+        note
+        for note in (_same_text(benchmark), _lossy(benchmark), _looping(benchmark), _left_out(benchmark))
+        if note is not None
+    ]
 
 
 def near_tie(benchmark: Benchmark) -> float:
@@ -36,18 +40,24 @@ def differences_table(benchmark: Benchmark) -> Table | None:
     for task, prompt, token, gap in benchmark.differences():
         tie = gap is not None and gap <= limit
         words = "not computed" if gap is None else "near-tie" if tie else f"above {limit:g}"
-        rows.append(row(task, prompt, show(token, "{:g}"), Cell(show(gap, "{:.4f}"), words, "" if tie else "bad")))
+        rows.append(
+            row(task, prompt, show(token, "{:g}"), Cell(show(gap, "{:.4f}"), words, "" if tie else "bad"))
+        )
     if not rows:
         return None
     note = "Difference of the target's log-probs, in nats, of the two tokens at the first place where the texts differ."
-    return Table(("Task", "Prompt", "Token", "Gap"), tuple(rows), "Greedy texts that differ with the draft", note)
+    return Table(
+        ("Task", "Prompt", "Token", "Gap"), tuple(rows), "Greedy texts that differ with the draft", note
+    )
 
 
 def _same_text(benchmark: Benchmark) -> Text | None:
     greedy = [
         item
         for item in benchmark.rows
-        if number(item, "temperature") == 0 and number(item, "texts") and number(item, "same_text") is not None
+        if number(item, "temperature") == 0
+        and number(item, "texts")
+        and number(item, "same_text") is not None
     ]
     texts, same = (sum(number(item, key) or 0.0 for item in greedy) for key in ("texts", "same_text"))
     if not texts:
@@ -89,8 +99,13 @@ def _left_out(benchmark: Benchmark) -> Text | None:
 
 
 def _looping(benchmark: Benchmark) -> Text | None:
-    shares = {task: share for task in benchmark.tasks if (share := number(benchmark.best(task), "looping_share"))}
+    shares = {
+        task: share for task in benchmark.tasks if (share := number(benchmark.best(task), "looping_share"))
+    }
     if not shares:
         return None
     told = listing([f"{share:.0%} on {task}" for task, share in shares.items()])
-    return Text(f"Of the measured answers loop {told}: text that repeats itself is easy to predict and flatters a draft.", "muted")
+    return Text(
+        f"Of the measured answers loop {told}: text that repeats itself is easy to predict and flatters a draft.",
+        "muted",
+    )

@@ -66,12 +66,20 @@ class Benchmark:
     @cached_property
     def judged(self) -> list[Figures]:
         """Rows of whole tasks that a verdict may rest on: a measured speed-up, a fixed K, text that is the target's own."""
-        return [item for item in self.static if item.get("lossless") is not False and number(item, "speedup") is not None]
+        return [
+            item
+            for item in self.static
+            if item.get("lossless") is not False and number(item, "speedup") is not None
+        ]
 
     @cached_property
     def static(self) -> list[Figures]:
         """Rows of whole tasks with a fixed K."""
-        return [item for item in self.rows if item.get("part") == "tasks" and not number(item, "confidence_threshold")]
+        return [
+            item
+            for item in self.rows
+            if item.get("part") == "tasks" and not number(item, "confidence_threshold")
+        ]
 
     @cached_property
     def dynamic(self) -> list[Figures]:
@@ -79,7 +87,9 @@ class Benchmark:
         return [
             item
             for item in self.rows
-            if item.get("part") == "tasks" and number(item, "confidence_threshold") and number(item, "speedup") is not None
+            if item.get("part") == "tasks"
+            and number(item, "confidence_threshold")
+            and number(item, "speedup") is not None
         ]
 
     @cached_property
@@ -105,7 +115,9 @@ class Benchmark:
     @property
     def temperature(self) -> float | None:
         """Greedy, else the lowest temperature of the judged rows."""
-        return min((t for item in self.judged if (t := number(item, "temperature")) is not None), default=None)
+        return min(
+            (t for item in self.judged if (t := number(item, "temperature")) is not None), default=None
+        )
 
     def against_k(self, task: str, pair: Pair | None = None) -> list[Figures]:
         """The judged rows of one task and pair (None: the deployed), by rising K."""
@@ -113,7 +125,9 @@ class Benchmark:
         found = [
             item
             for item in self.judged
-            if item.get("task") == task and pair_of(item) == pair and number(item, "temperature") == self.temperature
+            if item.get("task") == task
+            and pair_of(item) == pair
+            and number(item, "temperature") == self.temperature
         ]
         return sorted(found, key=lambda item: number(item, "num_speculative_tokens") or 0.0)
 
@@ -139,10 +153,17 @@ class Benchmark:
         """Rows that vary one thing, by task, by its rising value; those alone that may be judged."""
         found: dict[str, list[Figures]] = {}
         for item in self.rows:
-            usable = number(item, part) is not None and number(item, "speedup") is not None and item.get("lossless") is not False
+            usable = (
+                number(item, part) is not None
+                and number(item, "speedup") is not None
+                and item.get("lossless") is not False
+            )
             if item.get("part") == part and usable:
                 found.setdefault(str(item.get("task")), []).append(item)
-        return {task: sorted(found[task], key=lambda item: number(item, part) or 0.0) for task in ordered(found, TASK_ORDER)}
+        return {
+            task: sorted(found[task], key=lambda item: number(item, part) or 0.0)
+            for task in ordered(found, TASK_ORDER)
+        }
 
     def differences(self) -> list[Difference]:
         """Every greedy text that differed, once for each place at which it did, with the widest gap found there."""
@@ -154,7 +175,9 @@ class Benchmark:
                     place = str(item.get("task")), str(case.get("prompt", "-")), number(case, "token")
                     known, gap = found.get(place), number(case, "logprob_gap")
                     if known is None or known.gap is None or (gap is not None and gap > known.gap):
-                        found[place] = Difference(*place, gap if known is None or gap is not None else known.gap)
+                        found[place] = Difference(
+                            *place, gap if known is None or gap is not None else known.gap
+                        )
         return list(found.values())
 
     @property
@@ -165,13 +188,19 @@ class Benchmark:
     def runtime_name(self) -> str:
         """`OpenVINO 2026.4.1`."""
         name = str(self.runtime.get("name") or "the runtime")
-        return " ".join(part for part in (RUNTIMES.get(name, name), str(self.runtime.get("version") or "")) if part)
+        return " ".join(
+            part for part in (RUNTIMES.get(name, name), str(self.runtime.get("version") or "")) if part
+        )
 
     @property
     def device_name(self) -> str:
         """`AMD EPYC ... (CPU)`, as far as it is recorded."""
         device, long = str(self.runtime.get("device") or ""), str(self.runtime.get("device_name") or "")
-        return f"{long} ({device})" if long and device and long != device else long or device or "a device that was not recorded"
+        return (
+            f"{long} ({device})"
+            if long and device and long != device
+            else long or device or "a device that was not recorded"
+        )
 
 
 def pair_of(item: Figures) -> Pair:
@@ -192,7 +221,8 @@ def byte_size(count: float | None) -> str:
     if count is None:
         return "-"
     value, unit = next(
-        ((count / size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if abs(count) >= size * 0.9995), (count / 1e3, "kB")
+        ((count / size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if abs(count) >= size * 0.9995),
+        (count / 1e3, "kB"),
     )
     return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f} {unit}"
 

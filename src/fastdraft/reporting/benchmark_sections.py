@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastdraft.reporting.benchmark_charts import SHARES, breakdown_chart, pair_charts, sweep_charts, wall_clock_charts
+from fastdraft.reporting.benchmark_charts import (
+    SHARES,
+    breakdown_chart,
+    pair_charts,
+    sweep_charts,
+    wall_clock_charts,
+)
 from fastdraft.reporting.benchmark_notes import differences_table, notes
 from fastdraft.reporting.benchmark_results import Benchmark
-from fastdraft.reporting.benchmark_tables import best_table, breakdown_table, dynamic_table, full_table, memory_table, passes_table
+from fastdraft.reporting.benchmark_tables import (
+    best_table,
+    breakdown_table,
+    dynamic_table,
+    full_table,
+    memory_table,
+    passes_table,
+)
 from fastdraft.reporting.benchmark_verdict import measured_verdict, pair_words
 from fastdraft.reporting.document import Block, Charts, Details, Section, Text
 from fastdraft.reporting.record import RunRecord
@@ -32,7 +45,11 @@ def wall_clock_section(record: RunRecord) -> Section | str | None:
         blocks.append(best_table(benchmark))
     blocks.append(Text(setting(benchmark), "muted"))
     blocks += _charts(benchmark)
-    blocks += [table for table in (breakdown_table(benchmark), passes_table(benchmark), memory_table(benchmark)) if table is not None]
+    blocks += [
+        table
+        for table in (breakdown_table(benchmark), passes_table(benchmark), memory_table(benchmark))
+        if table is not None
+    ]
     if benchmark.dynamic:
         blocks.append(dynamic_table(benchmark))
     blocks += notes(benchmark)
@@ -44,7 +61,12 @@ def wall_clock_section(record: RunRecord) -> Section | str | None:
     if hint:
         verdict = measured_verdict(benchmark)
         paying = verdict is not None and verdict.tone != "bad"
-        blocks.append(Details("Use it with OpenVINO GenAI" if paying else "Try it with OpenVINO GenAI on another device", text=hint))
+        blocks.append(
+            Details(
+                "Use it with OpenVINO GenAI" if paying else "Try it with OpenVINO GenAI on another device",
+                text=hint,
+            )
+        )
     lead = (
         "Seconds per token without the draft over seconds per token with it, whole answers, first token included. Predicted is "
         "tokens per target pass over the cost of a round, from passes timed alone on the same device."
@@ -55,16 +77,27 @@ def wall_clock_section(record: RunRecord) -> Section | str | None:
 def setting(benchmark: Benchmark) -> str:
     """Where and how the clock ran, in a sentence or two."""
     runtime = benchmark.runtime
-    device, draft_device, threads = str(runtime.get("device") or ""), str(runtime.get("draft_device") or ""), number(runtime, "threads")
+    device, draft_device, threads = (
+        str(runtime.get("device") or ""),
+        str(runtime.get("draft_device") or ""),
+        number(runtime, "threads"),
+    )
     parts = [f"Measured with {benchmark.runtime_name} on {benchmark.device_name}"]
     parts += [f"the draft on {draft_device}"] if draft_device and draft_device != device else []
     parts += [f"precision {runtime['precision']}"] if runtime.get("precision") else []
     parts += (
-        ["threads chosen by the runtime" if threads == 0 else f"{threads:g} thread{'s' if threads != 1 else ''}"]
+        [
+            "threads chosen by the runtime"
+            if threads == 0
+            else f"{threads:g} thread{'s' if threads != 1 else ''}"
+        ]
         if threads is not None
         else []
     )
-    item = next((found for task in benchmark.tasks if (found := benchmark.best(task))), None) or benchmark.rows[0]
+    item = (
+        next((found for task in benchmark.tasks if (found := benchmark.best(task))), None)
+        or benchmark.rows[0]
+    )
     runs = [
         words.format(value)
         for key, words in (
@@ -106,7 +139,10 @@ def _charts(benchmark: Benchmark) -> Sequence[Charts]:
     drawn = pair_charts(benchmark)
     if drawn:
         found.append(
-            Charts(drawn, "Measured speed-up at the best K by weights, the target's + the draft's; each over its own target alone.")
+            Charts(
+                drawn,
+                "Measured speed-up at the best K by weights, the target's + the draft's; each over its own target alone.",
+            )
         )
     drawn = sweep_charts(benchmark)
     if drawn:
@@ -114,5 +150,7 @@ def _charts(benchmark: Benchmark) -> Sequence[Charts]:
     drawing = breakdown_chart(benchmark.items("breakdown"))
     if drawing is not None:
         keys = tuple((variable, words) for _, variable, words, _ in SHARES)
-        found.append(Charts((drawing,), "Where the time of a speculative run goes, by the runtime's own clock.", keys))
+        found.append(
+            Charts((drawing,), "Where the time of a speculative run goes, by the runtime's own clock.", keys)
+        )
     return found

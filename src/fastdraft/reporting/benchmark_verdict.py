@@ -26,7 +26,11 @@ def headline(record: RunRecord) -> Verdict:
     forecast = give_verdict(record.results, prediction=False)
     if forecast.tone == "none":
         return measured
-    return Verdict(measured.sentence, f"Memory-bound forecast: {_lowered(forecast.sentence)} {forecast.detail}", measured.tone)
+    return Verdict(
+        measured.sentence,
+        f"Memory-bound forecast: {_lowered(forecast.sentence)} {forecast.detail}",
+        measured.tone,
+    )
 
 
 def measured_verdict(benchmark: Benchmark) -> Verdict | None:
@@ -62,7 +66,9 @@ def _composed(gains: dict[str, Figures], losses: dict[str, Figures]) -> str:
     if not gains:
         return f"do not use a draft here: even at the best K it reaches only {listing([_phrase(*entry) for entry in losses.items()])}."
     text = f"the draft brings {listing([_phrase(*entry) for entry in gains.items()])}"
-    rest = f"; do not use a draft on {listing([_phrase(*entry) for entry in losses.items()])}" if losses else ""
+    rest = (
+        f"; do not use a draft on {listing([_phrase(*entry) for entry in losses.items()])}" if losses else ""
+    )
     return f"{text}{rest}."
 
 

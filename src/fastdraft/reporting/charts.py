@@ -27,9 +27,18 @@ from fastdraft.reporting.drawing import (
     slug,
     task_colour,
     to_svg,
-)  # fmt: skip
+)
 from fastdraft.reporting.paper import PAPER_ROWS, PAPER_TASKS
-from fastdraft.reporting.results import SPEEDUPS, Results, interval, k_name, number, per_position, stage_label, temperature_name
+from fastdraft.reporting.results import (
+    SPEEDUPS,
+    Results,
+    interval,
+    k_name,
+    number,
+    per_position,
+    stage_label,
+    temperature_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +52,8 @@ def ladder_charts(results: Results, temperatures: Sequence[float], paper: bool) 
     ladders: dict[str, dict[str, list[Rung]]] = {}
     for temperature in temperatures:
         ladders[temperature_name(temperature).capitalize()] = {
-            task: [_rung(results.row(c, task, temperature, results.headline_k)) for c in results.checkpoints] for task in results.tasks
+            task: [_rung(results.row(c, task, temperature, results.headline_k)) for c in results.checkpoints]
+            for task in results.tasks
         }
     if paper:
         for pair, rates in PAPER_ROWS.items():
@@ -60,15 +70,23 @@ def ladder_charts(results: Results, temperatures: Sequence[float], paper: bool) 
         for value in (rate, around[1] if around else None)
         if value
     ]
-    top, names = _nice_top(max(values, default=1.0)), [stage_label(checkpoint) for checkpoint in results.checkpoints]
-    return tuple(_ladder_chart(f"ladder-{i}", title, ladder, names, top) for i, (title, ladder) in enumerate(ladders.items()))
+    top, names = (
+        _nice_top(max(values, default=1.0)),
+        [stage_label(checkpoint) for checkpoint in results.checkpoints],
+    )
+    return tuple(
+        _ladder_chart(f"ladder-{i}", title, ladder, names, top)
+        for i, (title, ladder) in enumerate(ladders.items())
+    )
 
 
 def _rung(item: Mapping[str, Any] | None) -> Rung:
     return number(item, "acceptance_rate"), interval(item, "acceptance_rate")
 
 
-def _ladder_chart(key: str, title: str, ladder: Mapping[str, Sequence[Rung]], names: Sequence[str], top: float) -> Chart:
+def _ladder_chart(
+    key: str, title: str, ladder: Mapping[str, Sequence[Rung]], names: Sequence[str], top: float
+) -> Chart:
     with drawing(right=80) as (figure, axes):
         labels, tasks = [], list(ladder)
         for index, (task, rungs) in enumerate(ladder.items()):
@@ -85,20 +103,30 @@ def _ladder_chart(key: str, title: str, ladder: Mapping[str, Sequence[Rung]], na
         axes.set_xlim(-0.14, len(names) - 1 + 0.14)
         axes.set_ylim(0, top)
         label_ends(axes, labels)
-        return Chart(to_svg(figure, key, f"Acceptance rate by checkpoint: {title}"), title, f"Acceptance rate by checkpoint: {title}")
+        return Chart(
+            to_svg(figure, key, f"Acceptance rate by checkpoint: {title}"),
+            title,
+            f"Acceptance rate by checkpoint: {title}",
+        )
 
 
-def against_k_chart(results: Results, task: str, temperature: float, *, key: str, name: str, limits: tuple[float, float]) -> Chart:
+def against_k_chart(
+    results: Results, task: str, temperature: float, *, key: str, name: str, limits: tuple[float, float]
+) -> Chart:
     """`key` of every checkpoint against K for one task; the K with the highest value is marked on each line."""
     with drawing(right=26) as (figure, axes):
         labels, ks = [], results.ks(None, task, temperature)
         for checkpoint in results.checkpoints:
             colour = _ladder(checkpoint)
-            rows = [results.row(checkpoint, task, temperature, k) for k in results.ks(checkpoint, task, temperature)]
+            rows = [
+                results.row(checkpoint, task, temperature, k)
+                for k in results.ks(checkpoint, task, temperature)
+            ]
             points = [
                 (k, value)
                 for row in rows
-                if (k := number(row, "num_speculative_tokens")) is not None and (value := number(row, key)) is not None
+                if (k := number(row, "num_speculative_tokens")) is not None
+                and (value := number(row, key)) is not None
             ]
             if not points:
                 continue
@@ -126,13 +154,20 @@ def positions_charts(results: Results, tasks: Sequence[str], temperature: float)
         if (ks := results.ks(c, task, temperature))
     }
     top = _nice_top(max((share for found in shares.values() for share in found), default=1.0))
-    return tuple(_positions_chart(task, {c: found for (name, c), found in shares.items() if name == task and found}, top) for task in tasks)
+    return tuple(
+        _positions_chart(
+            task, {c: found for (name, c), found in shares.items() if name == task and found}, top
+        )
+        for task in tasks
+    )
 
 
 def _positions_chart(task: str, shares: Mapping[str, Sequence[float]], top: float) -> Chart:
     with drawing(right=10) as (figure, axes):
         for checkpoint, found in shares.items():
-            draw_line(axes, [(i + 1.0, share) for i, share in enumerate(found)], _ladder(checkpoint), markers=True)
+            draw_line(
+                axes, [(i + 1.0, share) for i, share in enumerate(found)], _ladder(checkpoint), markers=True
+            )
         axes.set_ylim(0, top)
         axes.set_xticks(range(1, max((len(found) for found in shares.values()), default=1) + 1))
         axes.set_xlabel("position in the round")
@@ -145,7 +180,11 @@ def loss_chart(stage: str, lines: Sequence[Mapping[str, Any]], title: str) -> Ch
     train = _series(lines, "loss")
     names = list(dict.fromkeys(name for line in lines for name in _losses(line)))
     validation = {
-        name: [(x, y) for line in lines if (x := number(line, "tokens", "step")) is not None and (y := _losses(line).get(name))]
+        name: [
+            (x, y)
+            for line in lines
+            if (x := number(line, "tokens", "step")) is not None and (y := _losses(line).get(name))
+        ]
         for name in names
     }
     if len(train) < 2 and not any(len(points) > 1 for points in validation.values()):
@@ -166,7 +205,9 @@ def loss_chart(stage: str, lines: Sequence[Mapping[str, Any]], title: str) -> Ch
         return Chart(to_svg(figure, f"loss-{stage}", alt), title, alt)
 
 
-def validation_chart(stage: str, lines: Sequence[Mapping[str, Any]], best_step: float | None, title: str) -> Chart | None:
+def validation_chart(
+    stage: str, lines: Sequence[Mapping[str, Any]], best_step: float | None, title: str
+) -> Chart | None:
     """Validation block efficiency against trained tokens, the kept checkpoint marked."""
     points = _series(lines, "validation_block_efficiency")
     if len(points) < 2:
@@ -185,7 +226,15 @@ def validation_chart(stage: str, lines: Sequence[Mapping[str, Any]], best_step: 
         if best_step in steps:
             x, y = steps[best_step]
             draw_mark(axes, x, y, LADDER["align"])
-            axes.annotate(f"kept: {y:.2f}", (x, y), xytext=(0, 9), textcoords="offset points", ha="center", color=INK, fontsize=10)
+            axes.annotate(
+                f"kept: {y:.2f}",
+                (x, y),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                color=INK,
+                fontsize=10,
+            )
         alt = f"{title}: validation block efficiency against tokens"
         return Chart(to_svg(figure, f"validation-{stage}", alt), title, alt)
 
@@ -203,7 +252,12 @@ def smooth(points: Points, share: float = 0.04) -> Points:
 def limits_of(results: Results, key: str, temperature: float) -> tuple[float, float]:
     """One vertical range for all tasks, so that their charts can be compared."""
     rows = results.select(temperature=temperature)
-    values = [value for row in rows for value in (number(row, key), *(interval(row, key) or ())) if value is not None]
+    values = [
+        value
+        for row in rows
+        for value in (number(row, key), *(interval(row, key) or ()))
+        if value is not None
+    ]
     low, high = min([1.0, *values]), max([1.2, *values])
     return max(0.0, math.floor((low - 0.02) * 10) / 10), high + 0.14 * (high - low)
 
@@ -222,10 +276,19 @@ def _losses(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _band(axes: Axes, rows: Sequence[Mapping[str, Any] | None], key: str, colour: str) -> None:
-    around = [(k, *pair) for row in rows if (pair := interval(row, key)) and (k := number(row, "num_speculative_tokens")) is not None]
+    around = [
+        (k, *pair)
+        for row in rows
+        if (pair := interval(row, key)) and (k := number(row, "num_speculative_tokens")) is not None
+    ]
     if len(around) > 1:
         axes.fill_between(
-            [k for k, _, _ in around], [low for _, low, _ in around], [high for _, _, high in around], color=colour, alpha=0.13, linewidth=0
+            [k for k, _, _ in around],
+            [low for _, low, _ in around],
+            [high for _, _, high in around],
+            color=colour,
+            alpha=0.13,
+            linewidth=0,
         )
 
 
@@ -234,7 +297,15 @@ def _mark_best(axes: Axes, points: Points, colour: str, written: bool) -> None:
     draw_mark(axes, x, y, colour)
     if written:
         side = "left" if x <= points[0][0] + 1 else "right" if x >= points[-1][0] - 1 else "center"
-        axes.annotate(f"{y:.2f}× at {k_name(x)}", (x, y), xytext=(0, 8), textcoords="offset points", ha=side, color=INK, fontsize=10)
+        axes.annotate(
+            f"{y:.2f}× at {k_name(x)}",
+            (x, y),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha=side,
+            color=INK,
+            fontsize=10,
+        )
 
 
 def _loss_axes(axes: Axes, values: Sequence[float]) -> None:
@@ -243,11 +314,19 @@ def _loss_axes(axes: Axes, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     axes.set_yscale("log")
     axes.set_ylim(low * 0.94, high * 1.04)
-    ticks = [tick for tick in (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12) if low * 0.94 <= tick <= high * 1.04]
+    ticks = [
+        tick
+        for tick in (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12)
+        if low * 0.94 <= tick <= high * 1.04
+    ]
     if len(ticks) > 6:
         ticks = ticks[::2]
     if len(ticks) < 2:  # a narrow range between those
-        ticks = [float(tick) for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low * 0.94 <= tick <= high * 1.04]
+        ticks = [
+            float(tick)
+            for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
+            if low * 0.94 <= tick <= high * 1.04
+        ]
     axes.set_yticks(ticks)
     axes.set_yticks([], minor=True)
     plain_ticks(axes.yaxis)

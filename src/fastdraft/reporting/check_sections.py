@@ -10,7 +10,15 @@ from typing import Any
 
 from fastdraft.reporting.document import Block, Cell, Row, Section, Table, Text, row
 from fastdraft.reporting.record import RunRecord
-from fastdraft.reporting.results import Figures, Results, interval, k_name, number, stage_label, temperature_name
+from fastdraft.reporting.results import (
+    Figures,
+    Results,
+    interval,
+    k_name,
+    number,
+    stage_label,
+    temperature_name,
+)
 from fastdraft.reporting.summary import show
 
 FEWEST_PROMPTS = 8
@@ -38,7 +46,12 @@ def agreement_table(results: Results) -> Table | None:
     """Settings counted both ways: by running the decoder, and by replaying text that the target wrote."""
     rows = []
     for exact in results.select(method="exact"):
-        setting = (exact.get("checkpoint"), exact.get("task"), exact.get("temperature"), exact.get("num_speculative_tokens"))
+        setting = (
+            exact.get("checkpoint"),
+            exact.get("task"),
+            exact.get("temperature"),
+            exact.get("num_speculative_tokens"),
+        )
         replay = next(iter(results.select(*setting, method="replay")), None)
         first, second = number(exact, "block_efficiency"), number(replay, "block_efficiency")
         if first is None or second is None or replay is None:
@@ -51,7 +64,10 @@ def agreement_table(results: Results) -> Table | None:
         f"all of them. Red: intervals apart, which is judged from {FEWEST_PROMPTS} prompts on."
     )
     return Table(
-        ("Task", "At", "Exact", "Replay", "Difference"), tuple(rows), "Exact decoding against replay: tokens per target pass", note
+        ("Task", "At", "Exact", "Replay", "Difference"),
+        tuple(rows),
+        "Exact decoding against replay: tokens per target pass",
+        note,
     )
 
 
@@ -59,7 +75,11 @@ def greedy_check(raw: Mapping[str, Any]) -> Text | None:
     """Whether greedy speculative decoding wrote exactly what the target writes alone."""
     found = raw.get("greedy_check")
     found = found if isinstance(found, Mapping) else {}
-    texts, different, ties = number(found, "texts"), number(found, "different") or 0.0, number(found, "near_ties") or 0.0
+    texts, different, ties = (
+        number(found, "texts"),
+        number(found, "different") or 0.0,
+        number(found, "near_ties") or 0.0,
+    )
     if not texts:
         return None
     text = f"Greedy text with the draft is the target's own, token for token, on {texts - different:g} of {texts:g} prompts."
@@ -77,7 +97,9 @@ def looping_table(results: Results) -> Table | None:
         if share is None:
             continue
         figures = [show(number(item, f"acceptance_rate{end}")) for end in ("", "_without_looping")]
-        figures += [show(number(item, f"block_efficiency{end}"), "{:.2f}") for end in ("", "_without_looping")]
+        figures += [
+            show(number(item, f"block_efficiency{end}"), "{:.2f}") for end in ("", "_without_looping")
+        ]
         rows.append(row(task, temperature_name(temperature), f"{share:.1%}", *figures))
     if not rows:
         return None
@@ -92,13 +114,20 @@ def looping_table(results: Results) -> Table | None:
 def contamination_table(record: RunRecord) -> Table | None:
     """How many evaluation prompts share a run of 13 tokens with something trained on."""
     rows: list[Row] = []
-    holders = [record.results or {}, *(record.manifests.get(stage, {}) for stage in ("evaluate", "synthesize", "prepare", "align"))]
+    holders = [
+        record.results or {},
+        *(record.manifests.get(stage, {}) for stage in ("evaluate", "synthesize", "prepare", "align")),
+    ]
     for holder in holders:
         for path, item in _overlaps(holder.get("contamination"), ()):
             prompts, total = number(item, "prompts_with_overlap"), number(item, "prompts", "num_prompts")
             matched, grams = number(item, "ngrams_matched"), number(item, "ngrams")
             share = f"{matched / grams:.2%}" if matched is not None and grams else "-"
-            of = f"{prompts:g}" + (f" of {total:g}" if total is not None else "") if prompts is not None else "-"
+            of = (
+                f"{prompts:g}" + (f" of {total:g}" if total is not None else "")
+                if prompts is not None
+                else "-"
+            )
             rows.append(
                 row(
                     ", ".join(path) or str(item.get("task", "all")),
@@ -124,14 +153,24 @@ def contamination_table(record: RunRecord) -> Table | None:
 def _agreement_row(exact: Figures, first: float, second: float, replay: Figures) -> Row:
     around, other = interval(exact, "block_efficiency"), interval(replay, "block_efficiency")
     enough = min(number(exact, "num_prompts") or 0, number(replay, "num_prompts") or 0) >= FEWEST_PROMPTS
-    apart = enough and around is not None and other is not None and (around[0] > other[1] or other[0] > around[1])
+    apart = (
+        enough and around is not None and other is not None and (around[0] > other[1] or other[0] > around[1])
+    )
     at = (
         f"{stage_label(str(exact.get('checkpoint')))}, {temperature_name(number(exact, 'temperature'))}, "
         f"{k_name(number(exact, 'num_speculative_tokens'))}"
     )
-    cells = [Cell(f"{value:.2f}", _range_of(item, pair)) for value, item, pair in ((first, exact, around), (second, replay, other))]
+    cells = [
+        Cell(f"{value:.2f}", _range_of(item, pair))
+        for value, item, pair in ((first, exact, around), (second, replay, other))
+    ]
     difference = f"{second / first - 1:+.1%}".replace("-", "−") if first else "-"
-    return row(str(exact.get("task", "-")), at, *cells, Cell(difference, "intervals apart" if apart else "", "bad" if apart else ""))
+    return row(
+        str(exact.get("task", "-")),
+        at,
+        *cells,
+        Cell(difference, "intervals apart" if apart else "", "bad" if apart else ""),
+    )
 
 
 def _range_of(item: Figures, around: tuple[float, float] | None) -> str:

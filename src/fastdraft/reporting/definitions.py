@@ -71,7 +71,10 @@ BENCHMARK_DEFINITIONS: tuple[tuple[str, str], ...] = (
         "Quotient",
         "Measured / predicted wall clock, or measured / memory-bound speed-up by bytes: how much of the promise the clock keeps.",
     ),
-    ("Time to first token", "From handing over the prompt to the first token: both models read the prompt. Median over answers."),
+    (
+        "Time to first token",
+        "From handing over the prompt to the first token: both models read the prompt. Median over answers.",
+    ),
     ("Time per output token", "Seconds per token behind the first one. Median over answers."),
 )
 """The same for what a benchmark measures."""

@@ -41,7 +41,10 @@ class Table:
     def numeric(self) -> tuple[bool, ...]:
         """Which columns hold figures only, and so are aligned to the right; never the first, which names the row."""
         body = [row for row in self.rows if row.kind != "group"]
-        return tuple(i > 0 and bool(body) and all(_is_figure(row.cells[i].text) for row in body) for i in range(len(self.columns)))
+        return tuple(
+            i > 0 and bool(body) and all(_is_figure(row.cells[i].text) for row in body)
+            for i in range(len(self.columns))
+        )
 
 
 @dataclass(frozen=True)

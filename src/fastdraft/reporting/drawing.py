@@ -29,19 +29,46 @@ INK, MUTED, GRID, PAPER = "#010101", "#010102", "#010103", "#010104"
 LADDER = {"pretrain": "#010111", "continue_pretrain": "#010112", "align": "#010113"}
 HUES = ("#010121", "#010122", "#010123", "#010124", "#010125", "#010126")
 _VARIABLES = {
-    INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--surface",
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    PAPER: "--surface",
     **{colour: f"--ladder-{i + 1}" for i, colour in enumerate(LADDER.values())},
     **{colour: f"--hue-{i + 1}" for i, colour in enumerate(HUES)},
-}  # fmt: skip
+}
 _TASK_HUES = {"code": 0, "text": 1, "summarization": 2, "instructions": 3}
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "fastdraft", "font.family": "DejaVu Sans", "font.size": 10.5, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.labelsize": 10,
-    "text.color": INK, "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 10, "ytick.labelsize": 10, "ytick.major.size": 0, "ytick.minor.size": 0, "xtick.major.size": 3,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.facecolor": "none",
-    "figure.facecolor": "none", "lines.linewidth": 1.8, "lines.solid_capstyle": "round", "axes.unicode_minus": True,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fastdraft",
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 10,
+    "text.color": INK,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "xtick.major.size": 3,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "axes.unicode_minus": True,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +82,9 @@ class Label:
 
 
 @contextmanager
-def drawing(width: int = WIDTH, height: int = HEIGHT, right: int = 56, left: int = 32) -> Iterator[tuple[Figure, Axes]]:
+def drawing(
+    width: int = WIDTH, height: int = HEIGHT, right: int = 56, left: int = 32
+) -> Iterator[tuple[Figure, Axes]]:
     """A figure with one pair of axes in the house style; `right` pixels stay free for labels at the ends of lines."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -65,13 +94,34 @@ def drawing(width: int = WIDTH, height: int = HEIGHT, right: int = 56, left: int
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         FigureCanvasSVG(figure)
         bottom, top = 35, 12
-        yield figure, figure.add_axes((left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height))
+        yield (
+            figure,
+            figure.add_axes(
+                (
+                    left / width,
+                    bottom / height,
+                    (width - left - right) / width,
+                    (height - bottom - top) / height,
+                )
+            ),
+        )
 
 
-def draw_line(axes: Axes, points: Points, colour: str, *, markers: bool = False, width: float = 1.9, alpha: float = 1.0) -> None:
+def draw_line(
+    axes: Axes, points: Points, colour: str, *, markers: bool = False, width: float = 1.9, alpha: float = 1.0
+) -> None:
     """One series."""
-    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=width, alpha=alpha,
-              marker="o" if markers else "", markersize=4.5, markeredgecolor=PAPER, markeredgewidth=1.0)  # fmt: skip
+    axes.plot(
+        [x for x, _ in points],
+        [y for _, y in points],
+        color=colour,
+        linewidth=width,
+        alpha=alpha,
+        marker="o" if markers else "",
+        markersize=4.5,
+        markeredgecolor=PAPER,
+        markeredgewidth=1.0,
+    )
 
 
 def draw_range(axes: Axes, x: float, around: tuple[float, float], colour: str, alpha: float = 0.5) -> None:
@@ -81,7 +131,17 @@ def draw_range(axes: Axes, x: float, around: tuple[float, float], colour: str, a
 
 def draw_mark(axes: Axes, x: float, y: float, colour: str) -> None:
     """A point that stands out."""
-    axes.plot([x], [y], marker="o", markersize=8, color=colour, markeredgecolor=PAPER, markeredgewidth=1.6, zorder=5, clip_on=False)
+    axes.plot(
+        [x],
+        [y],
+        marker="o",
+        markersize=8,
+        color=colour,
+        markeredgecolor=PAPER,
+        markeredgewidth=1.6,
+        zorder=5,
+        clip_on=False,
+    )
 
 
 def label_ends(axes: Axes, labels: Sequence[Label], gap: float = 12.5) -> None:
@@ -137,7 +197,9 @@ def to_svg(figure: Figure, key: str, alt: str) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     return _clean(buffer.getvalue(), key, alt)
 
 
@@ -175,9 +237,7 @@ def _clean(svg: str, key: str, alt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*</defs>", "", svg)
     view = re.search(r'viewBox="([^"]+)"', svg)
-    head = (
-        f'<svg class="chart" role="img" aria-label={quoteattr(alt)} viewBox="{view[1] if view else ""}" xmlns="http://www.w3.org/2000/svg">'
-    )
+    head = f'<svg class="chart" role="img" aria-label={quoteattr(alt)} viewBox="{view[1] if view else ""}" xmlns="http://www.w3.org/2000/svg">'
     svg = head + svg[svg.index(">") + 1 :]
     svg = svg.replace("xlink:href=", "href=")
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
@@ -189,4 +249,6 @@ def _clean(svg: str, key: str, alt: str) -> str:
 
 
 def _colours(svg: str, variables: Mapping[str, str]) -> str:
-    return re.sub(r"#0101[0-9a-f]{2}", lambda m: f"var({variables[m[0]]})" if m[0] in variables else m[0], svg)
+    return re.sub(
+        r"#0101[0-9a-f]{2}", lambda m: f"var({variables[m[0]]})" if m[0] in variables else m[0], svg
+    )

@@ -26,12 +26,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN_DEFINITIONS = ("K", "Acceptance rate (AR)", "Block efficiency", "Memory-bound speed-up (MBSU)")
 
 
-def model_card(manifests: Mapping[str, dict[str, Any]], results: dict[str, Any] | None, benchmark: dict[str, Any] | None = None) -> str:
+def model_card(
+    manifests: Mapping[str, dict[str, Any]],
+    results: dict[str, Any] | None,
+    benchmark: dict[str, Any] | None = None,
+) -> str:
     """The card from manifests by stage and the contents of `results.json` and `benchmark.json`."""
     exported = manifests.get("export", {})
     checks = exported.get("checks")
     k = int(number(exported, "num_speculative_tokens") or 3)
-    return render_model_card(RunRecord("", manifests, results, benchmark), k, checks if isinstance(checks, Mapping) else {})
+    return render_model_card(
+        RunRecord("", manifests, results, benchmark), k, checks if isinstance(checks, Mapping) else {}
+    )
 
 
 def render_model_card(record: RunRecord, num_speculative_tokens: int, checks: Mapping[str, Any]) -> str:
@@ -74,17 +80,33 @@ def _front_matter(target: str) -> str:
 def _introduction(record: RunRecord, target: str) -> str:
     design = record.manifests.get("design", {})
     parameters = number(design, "parameters")
-    size = ", ".join(part for part in (f"{format_count(parameters)} parameters" if parameters else "", shape_of(design)) if part)
+    size = ", ".join(
+        part
+        for part in (f"{format_count(parameters)} parameters" if parameters else "", shape_of(design))
+        if part
+    )
     name = escape_markdown(target)
-    lines = [f"# A draft model for {name}", f"A small language model{f' ({size})' if size else ''} with exactly the vocabulary of {name}."]
+    lines = [
+        f"# A draft model for {name}",
+        f"A small language model{f' ({size})' if size else ''} with exactly the vocabulary of {name}.",
+    ]
     lines[1] += (
         " It proposes tokens that the target checks (speculative decoding), so the target answers faster and its output "
         "does not change. It is of no use alone."
     )
-    lines[1] += " Made with FastDraft, after the method of [arXiv 2411.11055](https://arxiv.org/abs/2411.11055)."
+    lines[1] += (
+        " Made with FastDraft, after the method of [arXiv 2411.11055](https://arxiv.org/abs/2411.11055)."
+    )
     verdict = headline(record)
     return "\n\n".join(
-        [*lines, *([f"**{escape_markdown(verdict.sentence)}** {escape_markdown(verdict.detail)}"] if verdict.tone != "none" else [])]
+        [
+            *lines,
+            *(
+                [f"**{escape_markdown(verdict.sentence)}** {escape_markdown(verdict.detail)}"]
+                if verdict.tone != "none"
+                else []
+            ),
+        ]
     )
 
 
@@ -130,17 +152,25 @@ def _figures(record: RunRecord, k: int) -> str:
     results = Results(record.results or {})
     rows = []
     for task, temperature in results.settings():
-        at_k, best = results.row(results.final, task, temperature, k), results.best(results.final, task, temperature)
+        at_k, best = (
+            results.row(results.final, task, temperature, k),
+            results.best(results.final, task, temperature),
+        )
         if at_k is None:
             continue
         spread = [
             f" ({form.format(pair[0])} to {form.format(pair[1])})" if (pair := interval(at_k, key)) else ""
             for key, form in (("acceptance_rate", "{:.3f}"), ("block_efficiency", "{:.2f}"))
         ]
-        cells = [show(number(at_k, "acceptance_rate")) + spread[0], show(number(at_k, "block_efficiency"), "{:.2f}") + spread[1]]
+        cells = [
+            show(number(at_k, "acceptance_rate")) + spread[0],
+            show(number(at_k, "block_efficiency"), "{:.2f}") + spread[1],
+        ]
         cells += [show(number(at_k, key), "{:.2f}") for key in ("mbsu_parameters", "mbsu_bytes")]
         at_best = (
-            f"{number(best, 'mbsu_parameters') or 0:.2f} ({k_name(number(best, 'num_speculative_tokens'))})" if best is not None else "-"
+            f"{number(best, 'mbsu_parameters') or 0:.2f} ({k_name(number(best, 'num_speculative_tokens'))})"
+            if best is not None
+            else "-"
         )
         rows.append(row(task, temperature_name(temperature), *cells, at_best))
     if not rows:
@@ -154,14 +184,20 @@ def _figures(record: RunRecord, k: int) -> str:
         "MBSU, bytes",
         "MBSU at best K",
     )
-    ratios = [f"{ratio:.3g} by {name}" for name in ("parameters", "bytes") if (ratio := results.cost_ratio(f"mbsu_{name}")) is not None]
+    ratios = [
+        f"{ratio:.3g} by {name}"
+        for name in ("parameters", "bytes")
+        if (ratio := results.cost_ratio(f"mbsu_{name}")) is not None
+    ]
     note = (
         "95 % intervals in brackets. "
         + (f"Cost ratio c: {', '.join(ratios)}. " if ratios else "")
         + "Wall-clock speed-up depends on machine and runtime: measure it."
     )
     definitions = "\n".join(
-        f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in DEFINITIONS if name in _SHOWN_DEFINITIONS
+        f"- {escape_markdown(name)}: {escape_markdown(text)}"
+        for name, text in DEFINITIONS
+        if name in _SHOWN_DEFINITIONS
     )
     return f"## Figures\n\n{markdown_table(Table(columns, tuple(rows), note=note))}\n\n{definitions}"
 
@@ -195,7 +231,10 @@ def _checks(checks: Mapping[str, Any]) -> str:
     tried = f"Greedy text of the target with this draft as `assistant_model` {same} to the target's alone ({compared} tokens, {dtype})."
     if "assistant_same_greedy_text" not in checks:
         tried = "Loaded, but not tried with the target, whose weights were not on this machine."
-    mass, verdict = number(checks, "padding_mass_mean") or 0.0, "under" if checks.get("padding_mass_ok") else "NOT under"
+    mass, verdict = (
+        number(checks, "padding_mass_mean") or 0.0,
+        "under" if checks.get("padding_mass_ok") else "NOT under",
+    )
     return (
         f"## Tests of these files\n\n- {tried}\n"
         f"- Mean probability on padding ids, which no tokenizer can decode: {mass:.1e}, {verdict} "
@@ -215,13 +254,19 @@ def _limits() -> str:
 
 def _provenance(record: RunRecord) -> str:
     origins = [
-        origin for manifest in record.manifests.values() if isinstance(origin := manifest.get("provenance"), Mapping) and origin.get("time")
+        origin
+        for manifest in record.manifests.values()
+        if isinstance(origin := manifest.get("provenance"), Mapping) and origin.get("time")
     ]
     if not origins:
         return ""
     last = max(origins, key=lambda origin: str(origin["time"]))
     libraries = last.get("libraries")
-    versions = ", ".join(f"{name} {version}" for name, version in libraries.items()) if isinstance(libraries, Mapping) else ""
+    versions = (
+        ", ".join(f"{name} {version}" for name, version in libraries.items())
+        if isinstance(libraries, Mapping)
+        else ""
+    )
     facts = [
         ("finished", last.get("time")),
         ("command", last.get("command")),
@@ -229,7 +274,9 @@ def _provenance(record: RunRecord) -> str:
         ("python", last.get("python")),
         ("libraries", versions),
     ]
-    return "\n".join(["## Provenance", "", *(f"- {name}: {escape_markdown(str(value))}" for name, value in facts if value)])
+    return "\n".join(
+        ["## Provenance", "", *(f"- {name}: {escape_markdown(str(value))}" for name, value in facts if value)]
+    )
 
 
 def _is_hub_id(target: str) -> bool:

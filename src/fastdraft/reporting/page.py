@@ -9,7 +9,18 @@ from __future__ import annotations
 import re
 from importlib import resources
 
-from fastdraft.reporting.document import Block, Cell, Charts, Details, Report, Row, Sample, Section, Table, Text
+from fastdraft.reporting.document import (
+    Block,
+    Cell,
+    Charts,
+    Details,
+    Report,
+    Row,
+    Sample,
+    Section,
+    Table,
+    Text,
+)
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 
@@ -20,7 +31,9 @@ def render_html(report: Report) -> str:
     from markupsafe import Markup
 
     source = resources.files("fastdraft.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.tests["kind_of"] = lambda block, name: type(block).__name__ == name
     environment.filters["drawing"] = Markup
     return environment.from_string(source).render(report=report)
@@ -34,7 +47,9 @@ def render_markdown(report: Report) -> str:
         f"**{escape_markdown(report.verdict)}**",
         escape_markdown(report.verdict_detail),
     ]
-    parts.append("\n".join(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in report.facts))
+    parts.append(
+        "\n".join(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in report.facts)
+    )
     if report.tiles:
         parts.append(
             "\n".join(
@@ -45,7 +60,9 @@ def render_markdown(report: Report) -> str:
         )
     parts += [_section(section) for section in report.sections]
     if report.omitted:
-        parts.append("## Not in this report\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in report.omitted))
+        parts.append(
+            "## Not in this report\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in report.omitted)
+        )
     parts.append(escape_markdown(report.footer))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -55,12 +72,20 @@ def markdown_table(table: Table) -> str:
     lines = ["| " + " | ".join(_cell(column) for column in table.columns) + " |"]
     lines.append("| " + " | ".join("---:" if numeric else "---" for numeric in table.numeric) + " |")
     lines += [_row(row) for row in table.rows]
-    parts = [f"**{escape_markdown(table.caption)}**" if table.caption else "", "\n".join(lines), escape_markdown(table.note)]
+    parts = [
+        f"**{escape_markdown(table.caption)}**" if table.caption else "",
+        "\n".join(lines),
+        escape_markdown(table.note),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _section(section: Section) -> str:
-    parts = [f"## {escape_markdown(section.title)}", escape_markdown(section.lead), *(_block(block) for block in section.blocks)]
+    parts = [
+        f"## {escape_markdown(section.title)}",
+        escape_markdown(section.lead),
+        *(_block(block) for block in section.blocks),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -18,7 +18,17 @@ from fastdraft.artifacts import FINGERPRINT, RunDirectory, read_json
 from fastdraft.errors import ArtifactError
 from fastdraft.reporting.results import number
 
-STAGES = ("design", "prepare", "pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "export", "benchmark")
+STAGES = (
+    "design",
+    "prepare",
+    "pretrain",
+    "continue_pretrain",
+    "synthesize",
+    "align",
+    "evaluate",
+    "export",
+    "benchmark",
+)
 OPTIONAL = ("benchmark",)
 """Stages that nobody misses in a recipe without them."""
 TRAINING = ("pretrain", "continue_pretrain", "align")
@@ -46,13 +56,21 @@ class RunRecord:
 
     def seconds(self, stage: str) -> float | None:
         """How long a stage took: its own count, which spans restarts, or the pipeline's, whichever is longer."""
-        known = [value for value in (number(self.manifests.get(stage), "seconds"), number(self.timings, stage)) if value is not None]
+        known = [
+            value
+            for value in (number(self.manifests.get(stage), "seconds"), number(self.timings, stage))
+            if value is not None
+        ]
         return max(known, default=None)
 
     @property
     def missing(self) -> list[str]:
         """Stages that have not finished; an optional one only when the recipe has its section."""
-        return [stage for stage in STAGES if stage not in self.manifests and (stage not in OPTIONAL or self.asks_for(stage))]
+        return [
+            stage
+            for stage in STAGES
+            if stage not in self.manifests and (stage not in OPTIONAL or self.asks_for(stage))
+        ]
 
     def asks_for(self, stage: str) -> bool:
         """Whether the recipe has a section for this stage."""
@@ -69,7 +87,9 @@ def read_record(run: RunDirectory) -> RunRecord:
     Raises:
         ArtifactError: when a manifest, the results or the benchmark are damaged.
     """
-    manifests = {stage: run.artifact(stage).manifest() for stage in STAGES if run.artifact(stage).is_complete()}
+    manifests = {
+        stage: run.artifact(stage).manifest() for stage in STAGES if run.artifact(stage).is_complete()
+    }
     evaluated = "evaluate" in manifests
     folder, benchmarked = run.artifact("evaluate").path, "benchmark" in manifests
     return RunRecord(
@@ -77,9 +97,15 @@ def read_record(run: RunDirectory) -> RunRecord:
         manifests=manifests,
         results=read_results(folder / "results.json") if evaluated else None,
         benchmark=read_benchmark(run.artifact("benchmark").path / BENCHMARK) if benchmarked else None,
-        metrics={stage: read_metrics(run.artifact(stage).path / "metrics.jsonl") for stage in TRAINING if stage in manifests},
+        metrics={
+            stage: read_metrics(run.artifact(stage).path / "metrics.jsonl")
+            for stage in TRAINING
+            if stage in manifests
+        },
         samples=_read_samples(folder / "samples.json") if evaluated else [],
-        recipe=(run.root / RECIPE).read_text(encoding="utf-8", errors="replace") if (run.root / RECIPE).is_file() else None,
+        recipe=(run.root / RECIPE).read_text(encoding="utf-8", errors="replace")
+        if (run.root / RECIPE).is_file()
+        else None,
         timings=_read_timings(run.root / TIMINGS),
     )
 
@@ -101,7 +127,10 @@ def read_benchmark(path: Path) -> dict[str, Any] | None:
     """
     value = _read_mapping(path, "a benchmark's figures", "benchmark")
     if value is not None and value.get("schema") != BENCHMARK_SCHEMA:
-        rule, remedy = f"must be schema {BENCHMARK_SCHEMA}", "run `fastdraft benchmark` again with --redo benchmark"
+        rule, remedy = (
+            f"must be schema {BENCHMARK_SCHEMA}",
+            "run `fastdraft benchmark` again with --redo benchmark",
+        )
         raise ArtifactError(path, f"schema {value.get('schema')}", rule, remedy)
     return value
 
@@ -124,7 +153,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def fingerprint_of(run: RunDirectory) -> dict[str, Any]:
     """The state of every finished stage, for the report's own fingerprint."""
     done = [run.artifact(stage) for stage in STAGES if run.artifact(stage).is_complete()]
-    return {artifact.name: artifact.digest() if (artifact.path / FINGERPRINT).is_file() else "unknown" for artifact in done}
+    return {
+        artifact.name: artifact.digest() if (artifact.path / FINGERPRINT).is_file() else "unknown"
+        for artifact in done
+    }
 
 
 def _read_mapping(path: Path, content: str, stage: str) -> dict[str, Any] | None:
@@ -132,14 +164,23 @@ def _read_mapping(path: Path, content: str, stage: str) -> dict[str, Any] | None
         return None
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ArtifactError(path, "not a mapping", f"must hold {content}", f"run `fastdraft {stage}` again with --redo {stage}")
+        raise ArtifactError(
+            path,
+            "not a mapping",
+            f"must hold {content}",
+            f"run `fastdraft {stage}` again with --redo {stage}",
+        )
     return value
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
     value = read_json(path) if path.is_file() else []
     items = value.get("samples", []) if isinstance(value, dict) else value
-    return [item for item in items if isinstance(item, dict) and isinstance(item.get("pieces"), list)] if isinstance(items, list) else []
+    return (
+        [item for item in items if isinstance(item, dict) and isinstance(item.get("pieces"), list)]
+        if isinstance(items, list)
+        else []
+    )
 
 
 def _read_timings(path: Path) -> dict[str, float]:

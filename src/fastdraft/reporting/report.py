@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastdraft.config import format_count
-from fastdraft.reporting.acceptance_sections import differences_section, ladder_section, positions_section, speedup_section
+from fastdraft.reporting.acceptance_sections import (
+    differences_section,
+    ladder_section,
+    positions_section,
+    speedup_section,
+)
 from fastdraft.reporting.benchmark_results import Benchmark
 from fastdraft.reporting.benchmark_sections import wall_clock_section
 from fastdraft.reporting.benchmark_verdict import headline, measured_with
@@ -19,13 +24,29 @@ from fastdraft.reporting.document import Report, Section
 from fastdraft.reporting.length_sections import length_section
 from fastdraft.reporting.record import RunRecord
 from fastdraft.reporting.results import number
-from fastdraft.reporting.run_sections import data_section, definitions_section, provenance_section, samples_section, training_section
+from fastdraft.reporting.run_sections import (
+    data_section,
+    definitions_section,
+    provenance_section,
+    samples_section,
+    training_section,
+)
 from fastdraft.reporting.tiles import tiles
 
 CHAPTERS: tuple[Callable[[RunRecord], Section | str | None], ...] = (
-    wall_clock_section, speedup_section, ladder_section, differences_section, positions_section, length_section, samples_section,
-    checks_section, training_section, data_section, provenance_section, definitions_section,
-)  # fmt: skip
+    wall_clock_section,
+    speedup_section,
+    ladder_section,
+    differences_section,
+    positions_section,
+    length_section,
+    samples_section,
+    checks_section,
+    training_section,
+    data_section,
+    provenance_section,
+    definitions_section,
+)
 """In reading order; each gives a section, or the line that says why there is none, or nothing where none is expected."""
 
 
@@ -83,17 +104,32 @@ def _subtitle(record: RunRecord) -> str:
 def _facts(record: RunRecord) -> tuple[tuple[str, str], ...]:
     design = record.manifests.get("design", {})
     parameters = number(design, "parameters")
-    draft = ", ".join(part for part in (f"{format_count(parameters)} parameters" if parameters else "", shape_of(design)) if part)
+    draft = ", ".join(
+        part
+        for part in (f"{format_count(parameters)} parameters" if parameters else "", shape_of(design))
+        if part
+    )
     clock = measured_with(Benchmark(record.benchmark)) if record.benchmark is not None else ""
-    facts = [("Target", target_name(record.manifests, record.results)), ("Draft", draft), ("Measured with", clock), ("Run", record.name)]
+    facts = [
+        ("Target", target_name(record.manifests, record.results)),
+        ("Draft", draft),
+        ("Measured with", clock),
+        ("Run", record.name),
+    ]
     return tuple((name, value) for name, value in facts if value)
 
 
 def _footer(record: RunRecord) -> str:
-    stamps = [(str(p.get("time")), p) for m in record.manifests.values() if isinstance(p := m.get("provenance"), Mapping) and p.get("time")]
+    stamps = [
+        (str(p.get("time")), p)
+        for m in record.manifests.values()
+        if isinstance(p := m.get("provenance"), Mapping) and p.get("time")
+    ]
     if not stamps:
         return "Made by FastDraft."
     time, last = max(stamps, key=lambda stamp: stamp[0])
     libraries = last.get("libraries")
-    version = f" {libraries['fastdraft']}" if isinstance(libraries, Mapping) and libraries.get("fastdraft") else ""
+    version = (
+        f" {libraries['fastdraft']}" if isinstance(libraries, Mapping) and libraries.get("fastdraft") else ""
+    )
     return f"Made by FastDraft{version} from results of {time}."

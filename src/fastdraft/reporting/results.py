@@ -71,10 +71,16 @@ class Results:
         available = self.ks()
         return min(available, key=lambda k: (abs(k - HEADLINE_K), k)) if available else None
 
-    def ks(self, checkpoint: str | None = None, task: str | None = None, temperature: float | None = None) -> list[int]:
+    def ks(
+        self, checkpoint: str | None = None, task: str | None = None, temperature: float | None = None
+    ) -> list[int]:
         """The K values that have a row."""
         return sorted(
-            {int(k) for item in self.select(checkpoint, task, temperature) if (k := number(item, "num_speculative_tokens")) is not None}
+            {
+                int(k)
+                for item in self.select(checkpoint, task, temperature)
+                if (k := number(item, "num_speculative_tokens")) is not None
+            }
         )
 
     def select(
@@ -86,10 +92,22 @@ class Results:
         method: str | None = None,
     ) -> list[Figures]:
         """Rows that match every given value."""
-        wanted = {"checkpoint": checkpoint, "task": task, "temperature": temperature, "num_speculative_tokens": k, "method": method}
-        return [item for item in self.rows if all(value is None or item.get(key) == value for key, value in wanted.items())]
+        wanted = {
+            "checkpoint": checkpoint,
+            "task": task,
+            "temperature": temperature,
+            "num_speculative_tokens": k,
+            "method": method,
+        }
+        return [
+            item
+            for item in self.rows
+            if all(value is None or item.get(key) == value for key, value in wanted.items())
+        ]
 
-    def row(self, checkpoint: str | None, task: str, temperature: float | None, k: int | None) -> Figures | None:
+    def row(
+        self, checkpoint: str | None, task: str, temperature: float | None, k: int | None
+    ) -> Figures | None:
         """The one row for a setting; replay before exact."""
         found = self.select(checkpoint, task, temperature, k)
         return min(found, key=lambda item: item.get("method") != "replay") if found else None
@@ -99,9 +117,13 @@ class Results:
         """The kinds of speed-up that these rows hold."""
         return [key for key in SPEEDUPS if any(number(item, key) is not None for item in self.rows)]
 
-    def best(self, checkpoint: str | None, task: str, temperature: float | None, key: str = "mbsu_parameters") -> Figures | None:
+    def best(
+        self, checkpoint: str | None, task: str, temperature: float | None, key: str = "mbsu_parameters"
+    ) -> Figures | None:
         """The row of the K with the highest speed-up of the kind `key`; the smallest such K when equal."""
-        candidates = [self.row(checkpoint, task, temperature, k) for k in self.ks(checkpoint, task, temperature)]
+        candidates = [
+            self.row(checkpoint, task, temperature, k) for k in self.ks(checkpoint, task, temperature)
+        ]
         rated = [item for item in candidates if item is not None and number(item, key) is not None]
         return max(rated, key=lambda item: number(item, key) or 0.0) if rated else None
 
@@ -160,7 +182,9 @@ def k_name(k: float | None) -> str:
 
 def temperature_name(temperature: float | None) -> str:
     """0 -> `greedy`, 0.6 -> `temperature 0.6`."""
-    return "greedy" if temperature == 0 else f"temperature {temperature:g}" if temperature is not None else "-"
+    return (
+        "greedy" if temperature == 0 else f"temperature {temperature:g}" if temperature is not None else "-"
+    )
 
 
 def ordered(names: Iterable[str], order: tuple[str, ...]) -> list[str]:

@@ -20,7 +20,11 @@ from fastdraft.reporting.record import STAGES, TRAINING, RunRecord
 from fastdraft.reporting.results import k_name, number, temperature_name
 from fastdraft.reporting.summary import show
 
-TITLES = {"pretrain": "Pre-training (PT)", "continue_pretrain": "Continued pre-training (CP)", "align": "Alignment (FT)"}
+TITLES = {
+    "pretrain": "Pre-training (PT)",
+    "continue_pretrain": "Continued pre-training (CP)",
+    "align": "Alignment (FT)",
+}
 
 
 def training_section(record: RunRecord) -> Section | str:
@@ -30,7 +34,12 @@ def training_section(record: RunRecord) -> Section | str:
         return "Training curves: no training stage has finished."
     drawn = [loss_chart(stage, record.metrics.get(stage, []), TITLES[stage]) for stage in stages]
     drawn += [
-        validation_chart(stage, record.metrics.get(stage, []), number(record.manifests[stage], "best_step"), "FT: tokens per target pass")
+        validation_chart(
+            stage,
+            record.metrics.get(stage, []),
+            number(record.manifests[stage], "best_step"),
+            "FT: tokens per target pass",
+        )
         for stage in stages
     ]
     charts = tuple(chart for chart in drawn if chart is not None)
@@ -51,7 +60,11 @@ def training_section(record: RunRecord) -> Section | str:
 def data_section(record: RunRecord) -> Section | str:
     """What was trained on: the prepared corpora and the text that the target wrote."""
     prepare, synthetic = record.manifests.get("prepare", {}), record.manifests.get("synthesize", {})
-    named = {"prepared corpora": corpora_table(prepare), "sources": sources_table(prepare), "synthetic data": synthetic_table(synthetic)}
+    named = {
+        "prepared corpora": corpora_table(prepare),
+        "sources": sources_table(prepare),
+        "synthetic data": synthetic_table(synthetic),
+    }
     tables = [table for table in named.values() if table is not None]
     if not tables:
         return "Data: neither prepare nor synthesize has finished."
@@ -79,9 +92,16 @@ def corpora_table(manifest: Mapping[str, Any] | None) -> Table | None:
         ]
         rows.append(row(str(name), *cells, _count(number(_mapping(corpus), "duplicates"))))
     lengths = (manifest or {}).get("row_lengths") or [number(manifest, "row_length")]
-    note = f"Packed into rows of {' and '.join(f'{length:g}' for length in lengths)} tokens." if None not in lengths else ""
+    note = (
+        f"Packed into rows of {' and '.join(f'{length:g}' for length in lengths)} tokens."
+        if None not in lengths
+        else ""
+    )
     return Table(
-        ("Corpus", "Documents", "Tokens", "Rows", "Validation tokens", "Duplicates removed"), tuple(rows), "Prepared corpora", note
+        ("Corpus", "Documents", "Tokens", "Rows", "Validation tokens", "Duplicates removed"),
+        tuple(rows),
+        "Prepared corpora",
+        note,
     )
 
 
@@ -114,16 +134,24 @@ def synthetic_table(manifest: Mapping[str, Any] | None) -> Table | None:
         *((f"filtered: {name}", number(filtered, name)) for name in filtered or {}),
         ("failed", number(manifest, "failed")),
     ]
-    rows = [row(name, show(count, "{:,.0f}"), f"{count / asked:.1%}" if asked and count is not None else "-") for name, count in entries]
+    rows = [
+        row(name, show(count, "{:,.0f}"), f"{count / asked:.1%}" if asked and count is not None else "-")
+        for name, count in entries
+    ]
     total = sum(count or 0.0 for _, count in entries)
     tokens, engine = number(manifest, "tokens"), manifest.get("engine")
     note = ". ".join(
-        [*([f"{format_count(tokens)} response tokens"] if tokens is not None else []), *([f"Engine: {engine}"] if engine else [])]
+        [
+            *([f"{format_count(tokens)} response tokens"] if tokens is not None else []),
+            *([f"Engine: {engine}"] if engine else []),
+        ]
     )
     if total != asked:
         note += f". These parts add up to {total:,.0f}, not to what was asked"
     rows.insert(0, row("asked", f"{asked:,.0f}", "100.0%", kind="strong"))
-    return Table(("Answers of the target", "Rows", "Share"), tuple(rows), "Synthetic data", f"{note}." if note else "")
+    return Table(
+        ("Answers of the target", "Rows", "Share"), tuple(rows), "Synthetic data", f"{note}." if note else ""
+    )
 
 
 def samples_section(record: RunRecord) -> Section | str:
@@ -132,15 +160,28 @@ def samples_section(record: RunRecord) -> Section | str:
         return "Samples: the evaluation wrote none."
     blocks = []
     for item in record.samples:
-        pieces = tuple((str(piece.get("text", "")), bool(piece.get("accepted"))) for piece in item["pieces"] if isinstance(piece, Mapping))
-        share = sum(len(text) for text, accepted in pieces if accepted) / max(1, sum(len(text) for text, _ in pieces))
+        pieces = tuple(
+            (str(piece.get("text", "")), bool(piece.get("accepted")))
+            for piece in item["pieces"]
+            if isinstance(piece, Mapping)
+        )
+        share = sum(len(text) for text, accepted in pieces if accepted) / max(
+            1, sum(len(text) for text, _ in pieces)
+        )
         k = number(item, "num_speculative_tokens")
         facts = [
             temperature_name(number(item, "temperature")),
             k_name(k) if k is not None else "",
             f"{share:.0%} of the text from the draft",
         ]
-        blocks.append(Sample(str(item.get("task", "")), ", ".join(fact for fact in facts if fact), str(item.get("prompt", "")), pieces))
+        blocks.append(
+            Sample(
+                str(item.get("task", "")),
+                ", ".join(fact for fact in facts if fact),
+                str(item.get("prompt", "")),
+                pieces,
+            )
+        )
     return Section(
         "Samples",
         "samples",
@@ -168,14 +209,20 @@ def provenance_section(record: RunRecord) -> Section | str:
                 str(manifest.get("fingerprint", "-")),
             )
         )
-    blocks: list[Block] = [Table(("Stage", *(["Time"] if timed else []), "Finished (UTC)", "Fingerprint"), tuple(rows))]
+    blocks: list[Block] = [
+        Table(("Stage", *(["Time"] if timed else []), "Finished (UTC)", "Fingerprint"), tuple(rows))
+    ]
     machine = _machine_table(record)
     if machine.rows:
         blocks.append(machine)
     if record.recipe is not None:
         blocks.append(Details("Resolved recipe", text=record.recipe))
     blocks += [
-        Details(f"Manifest of {stage}", text=json.dumps(_short(record.manifests[stage]), indent=1, ensure_ascii=False)) for stage in order
+        Details(
+            f"Manifest of {stage}",
+            text=json.dumps(_short(record.manifests[stage]), indent=1, ensure_ascii=False),
+        )
+        for stage in order
     ]
     return Section("Provenance", "provenance", tuple(blocks))
 
@@ -183,13 +230,19 @@ def provenance_section(record: RunRecord) -> Section | str:
 def definitions_section(record: RunRecord) -> Section:
     """What every figure means."""
     shown = DEFINITIONS + (BENCHMARK_DEFINITIONS if record.benchmark is not None else ())
-    return Section("Definitions", "definitions", (Table(("Figure", "Definition"), tuple(row(name, text) for name, text in shown)),))
+    return Section(
+        "Definitions",
+        "definitions",
+        (Table(("Figure", "Definition"), tuple(row(name, text) for name, text in shown)),),
+    )
 
 
 def _training_row(stage: str, manifest: Mapping[str, Any]) -> Row:
     losses = manifest.get("validation_loss")
     named = losses.items() if isinstance(losses, Mapping) else [("", losses)] if losses is not None else []
-    validation = ", ".join(f"{name} {value:.3f}".strip() for name, value in named if isinstance(value, (int, float)))
+    validation = ", ".join(
+        f"{name} {value:.3f}".strip() for name, value in named if isinstance(value, (int, float))
+    )
     efficiency, seconds = number(manifest, "validation_block_efficiency"), number(manifest, "seconds")
     if efficiency is not None:
         start = number(manifest, "start_block_efficiency")
@@ -202,28 +255,47 @@ def _training_row(stage: str, manifest: Mapping[str, Any]) -> Row:
         validation or "-",
     ]
     return row(
-        TITLES[stage], *cells, _count(number(manifest, "tokens_per_second")), format_seconds(seconds) if seconds is not None else "-"
+        TITLES[stage],
+        *cells,
+        _count(number(manifest, "tokens_per_second")),
+        format_seconds(seconds) if seconds is not None else "-",
     )
 
 
 def _breakdown(counts: Mapping[str, Any], title: str) -> Table:
     nested = [item for item in counts.values() if isinstance(item, Mapping)]
     if not nested:
-        return Table(("", "Rows"), tuple(row(str(name), show(number(counts, name), "{:,.0f}")) for name in counts), title)
-    keys = [key for key in dict.fromkeys(key for item in nested for key in item) if any(number(item, key) is not None for item in nested)]
+        return Table(
+            ("", "Rows"),
+            tuple(row(str(name), show(number(counts, name), "{:,.0f}")) for name in counts),
+            title,
+        )
+    keys = [
+        key
+        for key in dict.fromkeys(key for item in nested for key in item)
+        if any(number(item, key) is not None for item in nested)
+    ]
     rows = tuple(
-        row(str(name), *(show(number(item, key), "{:,.0f}") for key in keys)) for name, item in counts.items() if isinstance(item, Mapping)
+        row(str(name), *(show(number(item, key), "{:,.0f}") for key in keys))
+        for name, item in counts.items()
+        if isinstance(item, Mapping)
     )
     return Table(("", *(key.replace("_", " ") for key in keys)), rows, title)
 
 
 def _machine_table(record: RunRecord) -> Table:
     """Where and with what the last stage ran, and the settings on which the numbers depend."""
-    last = next((origin for stage in reversed(STAGES) if (origin := _provenance(record.manifests.get(stage, {})))), {})
-    facts = {name: last.get(name) for name in ("command", "python", "system", "cpus")} | _run_settings(record.recipe)
+    last = next(
+        (origin for stage in reversed(STAGES) if (origin := _provenance(record.manifests.get(stage, {})))), {}
+    )
+    facts = {name: last.get(name) for name in ("command", "python", "system", "cpus")} | _run_settings(
+        record.recipe
+    )
     libraries = ", ".join(f"{name} {version}" for name, version in _mapping(last.get("libraries")).items())
     rows = [row(name, str(value)) for name, value in facts.items() if value is not None]
-    return Table(("", ""), (*rows, *([row("libraries", libraries)] if libraries else [])), "Machine, versions and seed")
+    return Table(
+        ("", ""), (*rows, *([row("libraries", libraries)] if libraries else [])), "Machine, versions and seed"
+    )
 
 
 def _run_settings(recipe: str | None) -> dict[str, Any]:
@@ -233,7 +305,11 @@ def _run_settings(recipe: str | None) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     threads = section.get("threads")
-    return {"seed": section.get("seed"), "device": section.get("device"), "threads": "chosen by torch" if threads == 0 else threads}
+    return {
+        "seed": section.get("seed"),
+        "device": section.get("device"),
+        "threads": "chosen by torch" if threads == 0 else threads,
+    }
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -250,7 +326,9 @@ def _short(value: Any, limit: int = 12) -> Any:
     if isinstance(value, Mapping):
         return {key: _short(item, limit) for key, item in value.items()}
     if isinstance(value, list):
-        return [_short(item, limit) for item in value[:limit]] + ([f"... {len(value) - limit} more"] if len(value) > limit else [])
+        return [_short(item, limit) for item in value[:limit]] + (
+            [f"... {len(value) - limit} more"] if len(value) > limit else []
+        )
     return value
 
 

@@ -17,7 +17,11 @@ SummaryTable = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 _TASK_WIDTH = 14
 _COUNTED = (("num_speculative_tokens", "{:.0f}"), ("block_efficiency", "{:.2f}"))
-SPEEDUP_COLUMNS = {"mbsu_parameters": "MBSU param", "mbsu_bytes": "MBSU bytes", "predicted_speedup": "wall clock"}
+SPEEDUP_COLUMNS = {
+    "mbsu_parameters": "MBSU param",
+    "mbsu_bytes": "MBSU bytes",
+    "predicted_speedup": "wall clock",
+}
 """The kinds of speed-up shown, and their headings."""
 
 
@@ -39,8 +43,12 @@ def summary_tables(results: Mapping[str, Any], *, prediction: bool = True) -> li
     if figures.final is None:
         return []
     shown = {key: name for key, name in SPEEDUP_COLUMNS.items() if prediction or key != "predicted_speedup"}
-    rows = [_row(figures, task, temperature, tuple(shown)) for task in figures.tasks for temperature in figures.temperatures
-            if figures.select(figures.final, task, temperature)]  # fmt: skip
+    rows = [
+        _row(figures, task, temperature, tuple(shown))
+        for task in figures.tasks
+        for temperature in figures.temperatures
+        if figures.select(figures.final, task, temperature)
+    ]
     if not rows:
         return []
     columns = ["task", "T", "best K", "tokens/pass", *shown.values()]
@@ -62,11 +70,21 @@ def measured_tables(raw: Mapping[str, Any]) -> list[SummaryTable]:
         item = benchmark.best(task)
         around = interval(item, "speedup")
         cells = [show(number(item, key), form) for key, form in _COUNTED]
-        cells += [show(number(item, "speedup"), "{:.2f}x"), f"{around[0]:.2f}-{around[1]:.2f}" if around else "-"]
-        cells += [show(number(item, "predicted_speedup"), "{:.2f}x"), show(number(item, "predicted_quotient"), "{:.2f}")]
+        cells += [
+            show(number(item, "speedup"), "{:.2f}x"),
+            f"{around[0]:.2f}-{around[1]:.2f}" if around else "-",
+        ]
+        cells += [
+            show(number(item, "predicted_speedup"), "{:.2f}x"),
+            show(number(item, "predicted_quotient"), "{:.2f}"),
+        ]
         rows.append([_short(task), *cells])
     columns = ["task", "best K", "tokens/pass", "measured", "range", "predicted", "quotient"]
-    return [(f"Wall clock: {benchmark.runtime_name}, {benchmark.runtime.get('device') or '-'}", columns, rows)] if rows else []
+    return (
+        [(f"Wall clock: {benchmark.runtime_name}, {benchmark.runtime.get('device') or '-'}", columns, rows)]
+        if rows
+        else []
+    )
 
 
 def _short(task: str) -> str:

@@ -25,12 +25,19 @@ def tiles(record: RunRecord) -> tuple[Tile, ...]:
     parameters, target = number(design, "parameters"), design.get("target")
     if parameters is not None:
         of = number(target if isinstance(target, dict) else None, "parameters")
-        found.append(Tile("Draft parameters", format_count(parameters), f"the target has {format_count(of)}" if of else ""))
+        found.append(
+            Tile(
+                "Draft parameters",
+                format_count(parameters),
+                f"the target has {format_count(of)}" if of else "",
+            )
+        )
     names = ("parameters", "bytes", "latency")
     ratios = [
         (name, ratio)
         for name in names
-        if (ratio := number(record.results, f"cost_ratio_{name}") or number(design, f"cost_ratio_{name}")) is not None
+        if (ratio := number(record.results, f"cost_ratio_{name}") or number(design, f"cost_ratio_{name}"))
+        is not None
     ]
     if ratios:
         others = ", ".join(f"{ratio:.3g} by {name}" for name, ratio in ratios[1:])

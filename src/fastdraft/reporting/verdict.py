@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastdraft.reporting.results import SPEEDUPS, Figures, Results, k_name, number, stage_label, temperature_name
+from fastdraft.reporting.results import (
+    SPEEDUPS,
+    Figures,
+    Results,
+    k_name,
+    number,
+    stage_label,
+    temperature_name,
+)
 
 
 @dataclass(frozen=True)
@@ -49,13 +57,19 @@ def give_verdict(raw: Mapping[str, Any] | None, *, prediction: bool = True) -> V
     sentence = f"At its best K the draft reaches {listing(gains)}"
     if losses:
         sentence += f", but stays under 1 with {listing(losses)}: do not use a draft there {at}"
-    return Verdict(_explained(f"{sentence}."), _detail(results, key, prediction), "mixed" if losses else "good")
+    return Verdict(
+        _explained(f"{sentence}."), _detail(results, key, prediction), "mixed" if losses else "good"
+    )
 
 
 def best_rows(results: Results, key: str) -> dict[str, Figures]:
     """The final checkpoint's row at its best K for every task at the headline temperature, the fastest task first."""
-    found = {task: results.best(results.final, task, results.headline_temperature, key) for task in results.tasks}
-    return dict(sorted(((task, item) for task, item in found.items() if item), key=lambda pair: -_value(pair[1], key)))
+    found = {
+        task: results.best(results.final, task, results.headline_temperature, key) for task in results.tasks
+    }
+    return dict(
+        sorted(((task, item) for task, item in found.items() if item), key=lambda pair: -_value(pair[1], key))
+    )
 
 
 def listing(parts: Sequence[str]) -> str:
@@ -83,7 +97,9 @@ def _detail(results: Results, key: str, prediction: bool) -> str:
         f"checkpoint {stage_label(results.final or '')}: "
         "counted acceptance combined with relative cost, not a wall-clock measurement."
     )
-    measured = next((name for name in ("predicted_speedup", "mbsu_latency") if name in results.speedups), None)
+    measured = next(
+        (name for name in ("predicted_speedup", "mbsu_latency") if name in results.speedups), None
+    )
     best = best_rows(results, measured) if measured else {}
     if not prediction or measured is None or not best or measured == key:
         return text

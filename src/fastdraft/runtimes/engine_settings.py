@@ -83,7 +83,12 @@ class OpenAIEngineConfig(Config):
             except ValueError:
                 parts, usable = urlsplit(""), False
             if parts.username or parts.password or parts.query or parts.fragment:
-                raise RecipeError("synthesize.engine.servers", "an address with a key in it", "keys are not for recipes", "use api_key_env")
+                raise RecipeError(
+                    "synthesize.engine.servers",
+                    "an address with a key in it",
+                    "keys are not for recipes",
+                    "use api_key_env",
+                )
             if not usable:
                 raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
         return list(dict.fromkeys(value.rstrip("/") for value in values))

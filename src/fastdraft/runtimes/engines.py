@@ -51,7 +51,11 @@ def require_openvino() -> None:
     Raises:
         MissingExtraError: naming the first library that is missing.
     """
-    for module, library in (("openvino_genai", "openvino-genai"), ("openvino_tokenizers", "openvino-tokenizers"), ("nncf", "nncf")):
+    for module, library in (
+        ("openvino_genai", "openvino-genai"),
+        ("openvino_tokenizers", "openvino-tokenizers"),
+        ("nncf", "nncf"),
+    ):
         if find_spec(module) is None:
             raise MissingExtraError(library, "openvino")
     if find_spec("optimum") is None or find_spec("optimum.intel") is None:
@@ -95,7 +99,9 @@ class EngineChoice:
     def __str__(self) -> str:
         """For example `openvino (int8): on a CPU the fastest that is installed`."""
         settings = self.settings
-        weights = f" ({settings.weights}, {settings.device})" if isinstance(settings, OpenVINOEngineConfig) else ""
+        weights = (
+            f" ({settings.weights}, {settings.device})" if isinstance(settings, OpenVINOEngineConfig) else ""
+        )
         return f"{settings.kind}{weights}: {self.reason}"
 
 
@@ -131,11 +137,15 @@ def _fastest_here(context: StageContext) -> EngineChoice:
     try:
         require_openvino()
     except MissingExtraError as error:
-        reason = f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.remedy}"
+        reason = (
+            f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.remedy}"
+        )
         return EngineChoice(HuggingFaceEngineConfig(), reason)
     family = unconverted_family(context.target.location, context.target.revision)
     if family:
-        return EngineChoice(HuggingFaceEngineConfig(), f"{family} is not converted to OpenVINO: {NOT_CONVERTED[family]}")
+        return EngineChoice(
+            HuggingFaceEngineConfig(), f"{family} is not converted to OpenVINO: {NOT_CONVERTED[family]}"
+        )
     return EngineChoice(_OPENVINO_FOR[context.target.dtype], "the fastest on a CPU")
 
 
@@ -156,7 +166,9 @@ def _require_to_go_on(artifact: Artifact) -> None:
     except MissingExtraError as error:
         found = f"settings.engine.kind (openvino -> huggingface, for {error.library} is not installed here)"
         rule = "the engine that began this text must finish it"
-        raise ArtifactError(artifact.path, found, rule, f"{error.remedy}; or redo it with --redo {_STAGE}") from None
+        raise ArtifactError(
+            artifact.path, found, rule, f"{error.remedy}; or redo it with --redo {_STAGE}"
+        ) from None
 
 
 def uses_weights(settings: EngineConfig) -> bool:
@@ -180,7 +192,9 @@ class NoEngine:
 
     name = NOBODY
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         """Raises:
         AssertionError: always.
         """
@@ -220,7 +234,14 @@ def open_engines(
     """
     if isinstance(settings, OpenVINOEngineConfig):
         return _open_openvino(
-            settings, context, vocabulary, turns, batch_rows=batch_rows, end_loops=end_loops, on_answer=on_answer, stage=stage
+            settings,
+            context,
+            vocabulary,
+            turns,
+            batch_rows=batch_rows,
+            end_loops=end_loops,
+            on_answer=on_answer,
+            stage=stage,
         )
     if isinstance(settings, OpenAIEngineConfig):
         return _open_openai(settings, context, vocabulary, turns, on_answer)
@@ -229,7 +250,9 @@ def open_engines(
 
     model = load_target(context.target, pick_device(context.settings.device))
     halving = Halving(f"{stage}.batch_rows", context.console.warn)
-    answering = HuggingFaceEngine(model, vocabulary, batch_rows, on_answer, end_loops=end_loops, halving=halving)
+    answering = HuggingFaceEngine(
+        model, vocabulary, batch_rows, on_answer, end_loops=end_loops, halving=halving
+    )
     instructing = HuggingFaceEngine(model, turns, batch_rows, end_loops=True, halving=halving)
     return Engines(answering, instructing, answering.context_length)
 
@@ -270,7 +293,11 @@ def _open_openvino(
 
 
 def _open_openai(
-    settings: OpenAIEngineConfig, context: StageContext, vocabulary: Vocabulary, turns: Vocabulary, on_answer: Callable[[int], None] | None
+    settings: OpenAIEngineConfig,
+    context: StageContext,
+    vocabulary: Vocabulary,
+    turns: Vocabulary,
+    on_answer: Callable[[int], None] | None,
 ) -> Engines:
     from functools import partial
 

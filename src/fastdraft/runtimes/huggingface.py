@@ -43,7 +43,13 @@ class HuggingFaceEngine:
         end_loops: bool = False,
         halving: Halving | None = None,
     ) -> None:
-        self.model, self.vocabulary, self.batch_rows, self.on_batch, self.end_loops = model, vocabulary, batch_rows, on_batch, end_loops
+        self.model, self.vocabulary, self.batch_rows, self.on_batch, self.end_loops = (
+            model,
+            vocabulary,
+            batch_rows,
+            on_batch,
+            end_loops,
+        )
         self.halving = halving or Halving("batch_rows")
 
     @property
@@ -51,7 +57,9 @@ class HuggingFaceEngine:
         """Most positions that the target was made for."""
         return int(getattr(text_config(self.model.config), "max_position_embeddings", 2**31))
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         """One answer for each prompt, in order; reproducible for equal prompts, order, seed, batch_rows and threads.
 
         Raises:
@@ -66,7 +74,9 @@ class HuggingFaceEngine:
         for start in range(0, len(order), self.batch_rows):
             chosen = order[start : start + self.batch_rows]
             batch = [prompts[i] for i in chosen]
-            written = generate_batch(self.model, batch, sampling, max_new_tokens, eos_ids, generator, give_up, self.halving)
+            written = generate_batch(
+                self.model, batch, sampling, max_new_tokens, eos_ids, generator, give_up, self.halving
+            )
             answers.update(zip(chosen, written, strict=True))
             if self.on_batch:
                 self.on_batch(len(chosen))

@@ -37,7 +37,9 @@ class AssistedCheck:
     """What the target wrote alone."""
 
 
-def write_huggingface(checkpoint: Path, folder: Path, num_speculative_tokens: int, confidence_threshold: float) -> list[str]:
+def write_huggingface(
+    checkpoint: Path, folder: Path, num_speculative_tokens: int, confidence_threshold: float
+) -> list[str]:
     """Writes a complete Hugging Face directory from a checkpoint and returns the names of its files.
 
     Weights are stored in fp32, bit for bit those that were evaluated; tokenizer files are copied byte for byte.
@@ -69,7 +71,11 @@ def load_assistant(folder: Path, device: torch.device | str = "cpu") -> PreTrain
 
 
 def check_assisted(
-    target: PreTrainedModel, draft: PreTrainedModel, prompt_ids: Sequence[int], vocabulary: Vocabulary, max_new_tokens: int = 48
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    vocabulary: Vocabulary,
+    max_new_tokens: int = 48,
 ) -> AssistedCheck:
     """Greedy text of the target alone and with the draft as `assistant_model`, for one prompt.
 
@@ -82,7 +88,9 @@ def check_assisted(
     positions = text_positions(target, prompt)
     with quiet():
         alone = target.generate(prompt, attention_mask=mask, generation_config=settings)
-        assisted = target.generate(prompt, attention_mask=mask, generation_config=settings, assistant_model=draft, **positions)
+        assisted = target.generate(
+            prompt, attention_mask=mask, generation_config=settings, assistant_model=draft, **positions
+        )
     response = alone[0, prompt.shape[1] :].tolist()
     return AssistedCheck(response == assisted[0, prompt.shape[1] :].tolist(), len(response), response)
 
@@ -93,7 +101,11 @@ def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, t
     By itself it makes positions [axes, 1, T] for pictures and hands them on to the draft, which, as any text model, reads one for
     each token and fails. Told the positions in the text, [1, T], both use them.
     """
-    return {"position_ids": torch.arange(prompt.shape[1], device=prompt.device)[None]} if needs_positions(target.config) else {}
+    return (
+        {"position_ids": torch.arange(prompt.shape[1], device=prompt.device)[None]}
+        if needs_positions(target.config)
+        else {}
+    )
 
 
 def needs_positions(config: PreTrainedConfig) -> bool:
@@ -109,12 +121,18 @@ def _greedy(vocabulary: Vocabulary, max_new_tokens: int) -> GenerationConfig:
     eos: Any = list(vocabulary.eos_token_ids) or None
     pad = vocabulary.pad_token_id if vocabulary.pad_token_id is not None else (eos or [0])[0]
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad, bos_token_id=vocabulary.bos_token_id
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        bos_token_id=vocabulary.bos_token_id,
     )
 
 
 @torch.inference_mode()
-def padding_mass(draft: PreTrainedModel, vocabulary: Vocabulary, texts: Sequence[Sequence[int]]) -> tuple[float, float]:
+def padding_mass(
+    draft: PreTrainedModel, vocabulary: Vocabulary, texts: Sequence[Sequence[int]]
+) -> tuple[float, float]:
     """Mean and largest probability that the draft gives, at temperature 1, to all ids without a token together.
 
     Args:
@@ -128,6 +146,8 @@ def padding_mass(draft: PreTrainedModel, vocabulary: Vocabulary, texts: Sequence
     masses = []
     for ids in texts:
         logits_TV = draft(input_ids=torch.tensor([list(ids[:_CHUNK])], device=draft.device)).logits[0].float()
-        masses.append(logits_TV.softmax(-1)[:, missing].sum(-1).cpu().double())  # not every accelerator has float64
+        masses.append(
+            logits_TV.softmax(-1)[:, missing].sum(-1).cpu().double()
+        )  # not every accelerator has float64
     mass = torch.cat(masses)
     return float(mass.mean()), float(mass.max())

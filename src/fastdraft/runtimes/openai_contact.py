@@ -59,14 +59,21 @@ def contact(settings: OpenAIEngineConfig, target: TargetConfig) -> list[Contact 
     from fastdraft.modeling.loading import load_tokenizer, load_vocabulary
 
     tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
-    prompts = [prompt_ids(tokenizer, HELLO, chat) for chat in ((True, False) if has_chat_template(tokenizer) else (False,))]
+    prompts = [
+        prompt_ids(tokenizer, HELLO, chat)
+        for chat in ((True, False) if has_chat_template(tokenizer) else (False,))
+    ]
     vocabulary = load_vocabulary(target)
     found: list[Contact | TargetError] = []
     for url in settings.servers:
-        pool = Servers([url], concurrency=1, timeout=settings.timeout, retries=RETRIES, api_key_env=settings.api_key_env)
+        pool = Servers(
+            [url], concurrency=1, timeout=settings.timeout, retries=RETRIES, api_key_env=settings.api_key_env
+        )
         # The kind that the recipe counts on, since llama.cpp gives the one asked for.
         kind = settings.logprobs if settings.logprobs in ("raw", "processed") else "raw"
-        engine = OpenAIEngine(pool, tokenizer, vocabulary, 2**31, model=settings.model, api=settings.api, logprobs=kind)
+        engine = OpenAIEngine(
+            pool, tokenizer, vocabulary, 2**31, model=settings.model, api=settings.api, logprobs=kind
+        )
         try:
             found.append(pool.wait_for(_ask(engine, url, prompts, settings)))
         except TargetError as error:
@@ -76,7 +83,9 @@ def contact(settings: OpenAIEngineConfig, target: TargetConfig) -> list[Contact 
     return found
 
 
-async def _ask(engine: OpenAIEngine, url: str, prompts: Sequence[Sequence[int]], settings: OpenAIEngineConfig) -> Contact:
+async def _ask(
+    engine: OpenAIEngine, url: str, prompts: Sequence[Sequence[int]], settings: OpenAIEngineConfig
+) -> Contact:
     """Raises:
     TargetError: when the server cannot be used as the recipe says.
     """
@@ -89,14 +98,31 @@ async def _ask(engine: OpenAIEngine, url: str, prompts: Sequence[Sequence[int]],
     seconds = time.monotonic() - start
     logprobs = await _logprobs(engine, way, prompt)
     # Processed ones serve as raw ones: a recipe that says raw samples at temperature 1 without truncation only.
-    enough = {"raw": ("raw", "processed", "processed but for truncation", "given"), "processed": ("processed", "given")}
+    enough = {
+        "raw": ("raw", "processed", "processed but for truncation", "given"),
+        "processed": ("processed", "given"),
+    }
     if logprobs not in enough.get(settings.logprobs, (logprobs,)):
         rule = f"the recipe says logprobs: {settings.logprobs}"
         remedy = "start the server so (vLLM: --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs to what it gives"
-        raise TargetError(url, "answers without log-probs" if logprobs == "none" else f"log-probs are {logprobs}", rule, remedy)
+        raise TargetError(
+            url,
+            "answers without log-probs" if logprobs == "none" else f"log-probs are {logprobs}",
+            rule,
+            remedy,
+        )
     scores = await _scores_prompts(engine, way, prompt)
     context = await _context_length(engine, url)
-    return Contact(url, engine.model, context, str(way), choice.token_ids is not None, logprobs, scores, round(seconds, 3))
+    return Contact(
+        url,
+        engine.model,
+        context,
+        str(way),
+        choice.token_ids is not None,
+        logprobs,
+        scores,
+        round(seconds, 3),
+    )
 
 
 async def _logprobs(engine: OpenAIEngine, way: Way, prompt: Sequence[int]) -> str:
@@ -107,15 +133,21 @@ async def _logprobs(engine: OpenAIEngine, way: Way, prompt: Sequence[int]) -> st
             return "none"
     except (RefusedError, ValueError):
         return "none"
-    plain, cold, first = [await _likeliest(engine, way, prompt, s) for s in (Sampling(1.0), Sampling(0.25), Sampling(1.0, 1))]
-    if plain is None or cold is None or plain > -10 * EQUAL:  # where one token has it all, nothing can be told
+    plain, cold, first = [
+        await _likeliest(engine, way, prompt, s) for s in (Sampling(1.0), Sampling(0.25), Sampling(1.0, 1))
+    ]
+    if (
+        plain is None or cold is None or plain > -10 * EQUAL
+    ):  # where one token has it all, nothing can be told
         return "given"
     if abs(cold - plain) <= EQUAL:
         return "raw"
     return "processed" if first is None or first > -EQUAL else "processed but for truncation"
 
 
-async def _likeliest(engine: OpenAIEngine, way: Way, prompt: Sequence[int], sampling: Sampling) -> float | None:
+async def _likeliest(
+    engine: OpenAIEngine, way: Way, prompt: Sequence[int], sampling: Sampling
+) -> float | None:
     """Its log-prob; None where the server does not tell, or does not take such sampling (OpenAI's API knows no top-k)."""
     try:
         return await engine.first_logprob(way, prompt, sampling)
@@ -143,5 +175,8 @@ async def _context_length(engine: OpenAIEngine, url: str) -> int | None:
     for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, dict) and entry.get("id") == engine.model:
             facts = {**(entry["meta"] if isinstance(entry.get("meta"), dict) else {}), **entry}
-            return next((int(facts[key]) for key in CONTEXT_KEYS if type(facts.get(key)) is int and facts[key] > 0), None)
+            return next(
+                (int(facts[key]) for key in CONTEXT_KEYS if type(facts.get(key)) is int and facts[key] > 0),
+                None,
+            )
     return None

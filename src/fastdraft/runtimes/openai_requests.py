@@ -89,7 +89,13 @@ class Servers:
         check: Callable[[], None] = lambda: None,
         pause: float = 1.0,
     ) -> None:
-        self.timeout, self.retries, self.pause, self._check, self._key_name = timeout, retries, pause, check, api_key_env
+        self.timeout, self.retries, self.pause, self._check, self._key_name = (
+            timeout,
+            retries,
+            pause,
+            check,
+            api_key_env,
+        )
         self._key = os.environ.get(api_key_env, "").strip()
         self._servers = [_Server(url.rstrip("/")) for url in urls]
         self._room = asyncio.Semaphore(concurrency * len(urls))
@@ -144,9 +150,13 @@ class Servers:
                 except _FailedError as error:
                     failure, last = error, server
                     self._rest(server, error)
-                    alone = len(self._servers) == 1 or all(other.back_at > time.monotonic() for other in self._servers)
+                    alone = len(self._servers) == 1 or all(
+                        other.back_at > time.monotonic() for other in self._servers
+                    )
                     if attempt < self.retries and (alone or not error.whole_server):
-                        await asyncio.sleep(max(self._backoff(attempt), 0.0 if error.whole_server else error.retry_after))
+                        await asyncio.sleep(
+                            max(self._backoff(attempt), 0.0 if error.whole_server else error.retry_after)
+                        )
                 else:
                     server.failures = 0
                     return answer
@@ -194,7 +204,9 @@ class Servers:
         """Between half and the whole of a pause that doubles from attempt to attempt."""
         return min(self.pause * 2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
-    async def _once(self, server: _Server, method: str, route: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    async def _once(
+        self, server: _Server, method: str, route: str, body: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
         import httpx
 
         server.in_flight += 1
@@ -216,12 +228,23 @@ class Servers:
         status = response.status_code
         if status in (401, 403):
             key = f"the key in the environment variable {self._key_name} is not accepted"
-            rule = key if self._key else f"it wants a key, and the environment variable {self._key_name} is not set"
-            raise TargetError(server.url, f"HTTP {status}", rule, "set the variable that synthesize.engine.api_key_env names")
+            rule = (
+                key
+                if self._key
+                else f"it wants a key, and the environment variable {self._key_name} is not set"
+            )
+            raise TargetError(
+                server.url,
+                f"HTTP {status}",
+                rule,
+                "set the variable that synthesize.engine.api_key_env names",
+            )
         if status in _ASK_AGAIN:
             wait = _retry_after(response.headers.get("retry-after", ""))
             message = self._clean(_message(response.text))
-            raise _FailedError(f"HTTP {status} ({message})", whole_server=status in _OVERLOADED, retry_after=wait)
+            raise _FailedError(
+                f"HTTP {status} ({message})", whole_server=status in _OVERLOADED, retry_after=wait
+            )
         if status != 200:
             raise RefusedError(server.url, status, self._clean(_message(response.text)))
         try:
@@ -236,7 +259,12 @@ class Servers:
         where = server.url if server else self.names
         if failure.found.startswith("not JSON"):
             rule = "must be an OpenAI-compatible server"
-            return TargetError(where, failure.found, rule, "correct synthesize.engine.servers (most such addresses end in /v1)")
+            return TargetError(
+                where,
+                failure.found,
+                rule,
+                "correct synthesize.engine.servers (most such addresses end in /v1)",
+            )
         tries = f"asked {self.retries + 1} times" if self.retries else "asked once"
         remedy = "start the server or look at its log, then run the same command again: finished work is kept"
         return TargetError(where, failure.found, f"a server must answer ({tries})", remedy)
@@ -256,7 +284,9 @@ def _client(key: str, timeout: float, connections: int, urls: Sequence[str]) -> 
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None),
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-        trust_env=not all(urlsplit(url).hostname in _LOOPBACK for url in urls),  # a proxy does not know this machine's own servers
+        trust_env=not all(
+            urlsplit(url).hostname in _LOOPBACK for url in urls
+        ),  # a proxy does not know this machine's own servers
     )
 
 

@@ -84,7 +84,12 @@ class OpenAIEngine:
         on_answer: Callable[[int], None] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.servers, self.tokenizer, self.vocabulary, self.context_length = servers, tokenizer, vocabulary, context_length
+        self.servers, self.tokenizer, self.vocabulary, self.context_length = (
+            servers,
+            tokenizer,
+            vocabulary,
+            context_length,
+        )
         self.model, self.api, self.logprobs, self.on_answer, self.say = model, api, logprobs, on_answer, say
         self.reader = AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, logprobs)
         self.way: Way | None = None
@@ -95,10 +100,19 @@ class OpenAIEngine:
     def with_ends(self, vocabulary: Vocabulary) -> OpenAIEngine:
         """The same servers, whose answers end at other ids."""
         return OpenAIEngine(
-            self.servers, self.tokenizer, vocabulary, self.context_length, model=self.model, api=self.api, logprobs="none", say=self.say
+            self.servers,
+            self.tokenizer,
+            vocabulary,
+            self.context_length,
+            model=self.model,
+            api=self.api,
+            logprobs="none",
+            say=self.say,
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         """One answer for each prompt, in order; as reproducible for equal prompts, order and seed as the servers are.
 
         Raises:
@@ -106,20 +120,30 @@ class OpenAIEngine:
             TargetError: when the servers have another model, refuse, or do not answer after all tries.
         """
         check_prompts(prompts, max_new_tokens, self.context_length)
-        return self.servers.wait_for(self._generate(prompts, sampling, max_new_tokens, seed)) if prompts else []
+        return (
+            self.servers.wait_for(self._generate(prompts, sampling, max_new_tokens, seed)) if prompts else []
+        )
 
-    async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    async def _generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         if self.way is None:
             self.model = await self.check_model()
             self.way = await self.find_way(prompts, sampling)
         if self.logprobs == "processed" and not serves_replay("raw", sampling) and sampling.temperature > 0:
             await self._prove_processed(self.way, prompts[0], sampling)
         way = self.way
-        bodies = [self.question(way, prompt, sampling, max_new_tokens, answer_seed(seed, index)) for index, prompt in enumerate(prompts)]
+        bodies = [
+            self.question(way, prompt, sampling, max_new_tokens, answer_seed(seed, index))
+            for index, prompt in enumerate(prompts)
+        ]
         if not any(bodies):
             rule = "these servers take messages only: a prompt must be a conversation or a user message in the target's chat template"
             raise DataError(
-                "prompts", "none can be sent to /chat/completions", rule, "use prompts with chat: true, or a server with /completions"
+                "prompts",
+                "none can be sent to /chat/completions",
+                rule,
+                "use prompts with chat: true, or a server with /completions",
             )
         tasks = [
             asyncio.ensure_future(self._answer(way, body, list(prompt), sampling, max_new_tokens))
@@ -132,7 +156,12 @@ class OpenAIEngine:
                 task.cancel()
 
     async def _answer(
-        self, way: Way, body: dict[str, Any] | None, prompt: list[int], sampling: Sampling, max_new_tokens: int
+        self,
+        way: Way,
+        body: dict[str, Any] | None,
+        prompt: list[int],
+        sampling: Sampling,
+        max_new_tokens: int,
     ) -> Generation:
         if body is None:
             return Generation(prompt, [], [], "length", fault="prompt_not_text")
@@ -155,7 +184,12 @@ class OpenAIEngine:
                 answer = await self.servers.ask(way.route, body)
                 choice = read_choices(answer)[0]
             except RefusedError as error:
-                raise TargetError(error.server, f"HTTP {error.status} ({error.message})", "the server must answer", "see its log") from None
+                raise TargetError(
+                    error.server,
+                    f"HTTP {error.status} ({error.message})",
+                    "the server must answer",
+                    "see its log",
+                ) from None
             except ValueError as error:
                 found = str(error)
                 continue
@@ -163,12 +197,22 @@ class OpenAIEngine:
                 return choice
             found = "an answer without end (no finish_reason)"
         raise TargetError(
-            self.servers.names, found, f"asked {READS_AGAIN} times: answers must be in the OpenAI format", "see the server's log"
+            self.servers.names,
+            found,
+            f"asked {READS_AGAIN} times: answers must be in the OpenAI format",
+            "see the server's log",
         )
 
-    def question(self, way: Way, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int) -> dict[str, Any] | None:
+    def question(
+        self, way: Way, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> dict[str, Any] | None:
         """A question as JSON; None for a prompt that cannot be put in this way."""
-        body: dict[str, Any] = {"model": self.model, "max_tokens": max_new_tokens, "seed": seed, "temperature": sampling.temperature}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": max_new_tokens,
+            "seed": seed,
+            "temperature": sampling.temperature,
+        }
         body |= {"top_p": sampling.top_p} if sampling.temperature > 0 else {}
         if way.prompt == "ids":
             body["prompt"] = list(prompt)
@@ -191,8 +235,14 @@ class OpenAIEngine:
     def _extras(self) -> dict[str, Any]:
         """Keys beyond OpenAI's; each server reads those that it knows."""
         neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        asked_for = {"return_token_ids": True, "return_tokens_as_token_ids": True, "return_tokens": True}  # vLLM, vLLM, llama.cpp
-        ends = {"stop_token_ids": list(self.vocabulary.eos_token_ids)} if self.vocabulary.eos_token_ids else {}
+        asked_for = {
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "return_tokens": True,
+        }  # vLLM, vLLM, llama.cpp
+        ends = (
+            {"stop_token_ids": list(self.vocabulary.eos_token_ids)} if self.vocabulary.eos_token_ids else {}
+        )
         return {**neutral, **asked_for, **ends, "post_sampling_probs": self.logprobs == "processed"}
 
     def _as_text(self, prompt: Sequence[int]) -> str | None:
@@ -200,8 +250,16 @@ class OpenAIEngine:
         before = len(self._before_text)
         if list(prompt[:before]) != self._before_text:
             return None
-        text = str(self.tokenizer.decode(list(prompt[before:]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        return text if [int(token) for token in self.tokenizer(text, verbose=False).input_ids] == list(prompt) else None
+        text = str(
+            self.tokenizer.decode(
+                list(prompt[before:]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+        return (
+            text
+            if [int(token) for token in self.tokenizer(text, verbose=False).input_ids] == list(prompt)
+            else None
+        )
 
     def _as_messages(self, prompt: Sequence[int]) -> list[dict[str, str]] | None:
         """Messages that the server will render to these very ids; None without them."""
@@ -213,7 +271,11 @@ class OpenAIEngine:
     def _counts_differently(self, way: Way, prompt: list[int], choice: Choice) -> bool:
         if choice.prompt_ids is not None:
             return choice.prompt_ids != prompt
-        return way.prompt != "ids" and choice.num_prompt_tokens is not None and choice.num_prompt_tokens != len(prompt)
+        return (
+            way.prompt != "ids"
+            and choice.num_prompt_tokens is not None
+            and choice.num_prompt_tokens != len(prompt)
+        )
 
     async def check_model(self) -> str:
         """The target's name at every server.
@@ -233,16 +295,26 @@ class OpenAIEngine:
                 raise TargetError(url, f"HTTP {error.status} ({error.message})", rule, remedy) from None
             entries = listed.get("data")
             served = (
-                [str(entry["id"]) for entry in entries if isinstance(entry, dict) and entry.get("id")] if isinstance(entries, list) else []
+                [str(entry["id"]) for entry in entries if isinstance(entry, dict) and entry.get("id")]
+                if isinstance(entries, list)
+                else []
             )
             name = name or (served[0] if len(served) == 1 else "")
             if served and name not in served:
                 found = f"no model '{name}'" if name else f"{len(served)} models"
                 raise TargetError(
-                    url, found, f"it serves {', '.join(served[:8])}", "set synthesize.engine.model to the target's name there"
+                    url,
+                    found,
+                    f"it serves {', '.join(served[:8])}",
+                    "set synthesize.engine.model to the target's name there",
                 )
             if not name:
-                raise TargetError(url, "no list of models", "the target's name there must be known", "set synthesize.engine.model")
+                raise TargetError(
+                    url,
+                    "no list of models",
+                    "the target's name there must be known",
+                    "set synthesize.engine.model",
+                )
         return name
 
     async def find_way(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Way:
@@ -276,14 +348,24 @@ class OpenAIEngine:
             return way
         if not refused:
             rule = "api: chat takes user messages and conversations, which need a chat template"
-            raise TargetError(self.servers.names, "no prompt that can be sent as messages", rule, "set synthesize.engine.api: completions")
+            raise TargetError(
+                self.servers.names,
+                "no prompt that can be sent as messages",
+                rule,
+                "set synthesize.engine.api: completions",
+            )
         remedy = "correct synthesize.engine.servers, .model or .api; see the server's log"
         raise TargetError(self.servers.names, refused, "the server must answer as the target does", remedy)
 
     def _check_logprobs(self, choice: Choice, sampling: Sampling) -> None:
         if self.logprobs != "none" and sampling.temperature > 0 and choice.logprobs is None:
             remedy = "set synthesize.engine.logprobs=none, or target to have them from target.model's weights"
-            raise TargetError(self.servers.names, "answers without log-probs", f"the recipe says logprobs: {self.logprobs}", remedy)
+            raise TargetError(
+                self.servers.names,
+                "answers without log-probs",
+                f"the recipe says logprobs: {self.logprobs}",
+                remedy,
+            )
 
     def _tell(self, way: Way, choice: Choice) -> None:
         if choice.token_ids is None:
@@ -291,7 +373,9 @@ class OpenAIEngine:
                 f"{self.servers.names}: no token ids in its answers; their text is tokenised again, and left out where that is not exact"
             )
         if not way.extras:
-            self.say(f"{self.servers.names}: takes OpenAI's keys only; make sure that it adds no top-k, min-p or penalties of its own")
+            self.say(
+                f"{self.servers.names}: takes OpenAI's keys only; make sure that it adds no top-k, min-p or penalties of its own"
+            )
 
     async def _prove_processed(self, way: Way, prompt: Sequence[int], sampling: Sampling) -> None:
         """Asks whether the likeliest token's log-prob follows temperature and truncation, once for each of the two.
@@ -306,8 +390,12 @@ class OpenAIEngine:
         if plain is None or plain > -10 * EQUAL:  # where one token has it all, nothing can be told
             return
         for what in sorted(wanted):
-            other = await self.first_logprob(way, prompt, Sampling(0.25) if what == "temperature" else Sampling(1.0, 1))
-            follows = other is None or (abs(other - plain) > EQUAL if what == "temperature" else other > -EQUAL)
+            other = await self.first_logprob(
+                way, prompt, Sampling(0.25) if what == "temperature" else Sampling(1.0, 1)
+            )
+            follows = other is None or (
+                abs(other - plain) > EQUAL if what == "temperature" else other > -EQUAL
+            )
             if not follows:
                 rule = f"logprobs: processed needs those of the sampled distribution, but these do not follow the {what}"
                 remedy = "start the server so (vLLM: --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs=none"
@@ -329,9 +417,15 @@ def _likeliest(answer: dict[str, Any]) -> float | None:
         return None
     tops, content = logprobs.get("top_logprobs"), logprobs.get("content")
     if isinstance(tops, list) and tops and isinstance(tops[0], dict) and tops[0]:
-        return max((float(value) for value in tops[0].values() if isinstance(value, int | float)), default=None)
+        return max(
+            (float(value) for value in tops[0].values() if isinstance(value, int | float)), default=None
+        )
     if isinstance(content, list) and content and isinstance(content[0], dict):
         entries = content[0].get("top_logprobs")
-        values = [entry.get("logprob") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        values = (
+            [entry.get("logprob") for entry in entries if isinstance(entry, dict)]
+            if isinstance(entries, list)
+            else []
+        )
         return max((float(value) for value in values if isinstance(value, int | float)), default=None)
     return None

@@ -32,7 +32,11 @@ GIVE_UP_EVERY = 16
 """Tokens between two looks at whether an answer is worth going on with."""
 WHOLE_PROMPTS = 2**31 - 1
 """Tokens of one pass where no prompt may be cut into pieces."""
-_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+_EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
 
 
 def silence_telemetry() -> None:
@@ -101,12 +105,19 @@ def device_properties(device: str, precision: Precision, threads: int = 0) -> di
         raise DeviceError("device", device, f"OpenVINO sees {', '.join(seen)} here", "name one of them")
     if not device.startswith("CPU"):
         if precision == "exact":
-            raise DeviceError("device", device, "exact (float32) runs need the CPU", "use CPU, or the precision fast")
+            raise DeviceError(
+                "device", device, "exact (float32) runs need the CPU", "use CPU, or the precision fast"
+            )
         return {}
-    return {**(_EXACT if precision == "exact" else {}), **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+    return {
+        **(_EXACT if precision == "exact" else {}),
+        **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
+    }
 
 
-def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows: int = 256, tokens_per_pass: int = 0) -> Any:
+def load_pipeline(
+    folder: Path, device: str, properties: Mapping[str, Any], rows: int = 256, tokens_per_pass: int = 0
+) -> Any:
     """A ContinuousBatchingPipeline over an exported model.
 
     Args:
@@ -129,7 +140,9 @@ def load_pipeline(folder: Path, device: str, properties: Mapping[str, Any], rows
         with keeping_signal_stack():
             return genai.ContinuousBatchingPipeline(str(folder), scheduler, device, dict(properties))
     except RuntimeError as error:
-        raise ArtifactError(folder, short(error), f"OpenVINO must load it on {device}", "export the model again") from error
+        raise ArtifactError(
+            folder, short(error), f"OpenVINO must load it on {device}", "export the model again"
+        ) from error
 
 
 def check_exported(folder: Path) -> None:
@@ -144,7 +157,9 @@ def check_exported(folder: Path) -> None:
 def short(error: Exception) -> str:
     """The message of an OpenVINO error without its source positions, in one line."""
     lines = [
-        line.strip() for line in str(error).splitlines() if line.strip() and not line.lstrip().startswith(("Exception from", "Check '"))
+        line.strip()
+        for line in str(error).splitlines()
+        if line.strip() and not line.lstrip().startswith(("Exception from", "Check '"))
     ]
     return (lines[-1] if lines else str(error))[:200]
 
@@ -216,17 +231,31 @@ class OpenVINOEngine:
         threads: int = 0,
         end_loops: bool = False,
     ) -> None:
-        self.vocabulary, self.context_length, self.on_batch, self.end_loops = vocabulary, context_length, on_batch, end_loops
-        self.pipeline = load_pipeline(folder, device, device_properties(device, precision, threads), batch_rows)
+        self.vocabulary, self.context_length, self.on_batch, self.end_loops = (
+            vocabulary,
+            context_length,
+            on_batch,
+            end_loops,
+        )
+        self.pipeline = load_pipeline(
+            folder, device, device_properties(device, precision, threads), batch_rows
+        )
 
     def with_ends(self, vocabulary: Vocabulary, *, end_loops: bool) -> OpenVINOEngine:
         """The same loaded model, whose answers end at other ids."""
         twin = object.__new__(OpenVINOEngine)
-        twin.vocabulary, twin.context_length, twin.end_loops, twin.pipeline = vocabulary, self.context_length, end_loops, self.pipeline
+        twin.vocabulary, twin.context_length, twin.end_loops, twin.pipeline = (
+            vocabulary,
+            self.context_length,
+            end_loops,
+            self.pipeline,
+        )
         twin.on_batch = None
         return twin
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[Generation]:
         """One answer for each prompt, in order; reproducible for equal prompts, order, seed and threads.
 
         Raises:
@@ -237,7 +266,11 @@ class OpenVINOEngine:
         answers = []
         for index, prompt in enumerate(prompts):
             config = generation_config(sampling, max_new_tokens, eos_ids, answer_seed(seed, index))
-            answers.append(_Answer(self.pipeline.add_request(index, as_tensor(prompt), config), sampling.temperature == 0))
+            answers.append(
+                _Answer(
+                    self.pipeline.add_request(index, as_tensor(prompt), config), sampling.temperature == 0
+                )
+            )
         self._write(answers)
         if self.on_batch:
             self.on_batch(len(prompts))
@@ -290,4 +323,6 @@ class _Answer:
             self.read()
         stopped = bool(self.ids) and self.ids[-1] in eos_ids
         logprobs = [0.0] * len(self.ids) if self.greedy else self.logprobs
-        return Generation(list(prompt), self.ids, logprobs, "stop" if stopped and not self.given_up else "length")
+        return Generation(
+            list(prompt), self.ids, logprobs, "stop" if stopped and not self.given_up else "length"
+        )

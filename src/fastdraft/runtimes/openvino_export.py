@@ -89,7 +89,13 @@ def export_openvino(
         check_pair(*((pair, source) if role == "draft" else (source, pair)))
     with atomic_folder(folder) as temporary:
         convert(source, temporary, weights, revision)
-        target, draft = (temporary, temporary) if pair is None else (pair, temporary) if role == "draft" else (temporary, pair)
+        target, draft = (
+            (temporary, temporary)
+            if pair is None
+            else (pair, temporary)
+            if role == "draft"
+            else (temporary, pair)
+        )
         return check_export(target, draft)
 
 
@@ -102,20 +108,37 @@ def convert(source: str | Path, folder: Path, weights: Weights, revision: str | 
     convert_model, ov_config = _optimum()
     log = io.StringIO()
     try:
-        with _silence(log), as_text_model(str(source), revision, folder) as (location, its_revision), newer_transformers():
+        with (
+            _silence(log),
+            as_text_model(str(source), revision, folder) as (location, its_revision),
+            newer_transformers(),
+        ):
             convert_model(
-                location, str(folder), task="text-generation-with-past", library_name="transformers", stateful=True,
-                convert_tokenizer=True, revision=its_revision or "main", ov_config=ov_config(dtype="fp16" if weights == "fp16" else "fp32"),
-            )  # fmt: skip
+                location,
+                str(folder),
+                task="text-generation-with-past",
+                library_name="transformers",
+                stateful=True,
+                convert_tokenizer=True,
+                revision=its_revision or "main",
+                ov_config=ov_config(dtype="fp16" if weights == "fp16" else "fp32"),
+            )
             if weights in ("int8", "int4"):
                 compress(folder / MODEL_FILE, weights)
     except (RuntimeError, ValueError, OSError, KeyError, AttributeError, NotImplementedError) as error:
-        raise TargetError(source, f"{type(error).__name__}: {short(error)}", "must convert to OpenVINO", "try another model") from error
+        raise TargetError(
+            source, f"{type(error).__name__}: {short(error)}", "must convert to OpenVINO", "try another model"
+        ) from error
     copy_tokenizer_files(source, folder, revision)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         rule = "model, tokenizer and detokenizer must all be converted"
-        raise TargetError(source, f"no {', '.join(missing)} after the conversion", rule, "see that openvino-tokenizers is installed")
+        raise TargetError(
+            source,
+            f"no {', '.join(missing)} after the conversion",
+            rule,
+            "see that openvino-tokenizers is installed",
+        )
 
 
 def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
@@ -134,9 +157,15 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
     if weights == "int8":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     else:
-        fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        fallback = nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+        )
         model = nncf.compress_weights(
-            model, mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=GROUP, ratio=1.0, advanced_parameters=fallback
+            model,
+            mode=nncf.CompressWeightsMode.INT4_ASYM,
+            group_size=GROUP,
+            ratio=1.0,
+            advanced_parameters=fallback,
         )
     compressed = model_file.with_name("compressed.xml")
     openvino.save_model(model, compressed, compress_to_fp16=False)
@@ -155,20 +184,35 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
     room = min(context_length(raw_config(str(folder))) for folder in (target, draft)) - len(prompt) - 8
     tokens = max(1, min(TOKENS, room))
     alone = greedy(target, prompt, tokens)
-    with_draft = OpenVINOPair(target, draft, (), precision="exact").at(3).write([prompt], Sampling(0.0), tokens, 0).texts[0]
+    with_draft = (
+        OpenVINOPair(target, draft, (), precision="exact")
+        .at(3)
+        .write([prompt], Sampling(0.0), tokens, 0)
+        .texts[0]
+    )
     text = with_draft.response_ids
     gap = None
     if text != alone:
         [(_, place, gap)] = explain_differences(TieJudge(target), [prompt], [alone], [text])
         if not gap < NEAR_TIE:
             found = f"token {place + 1} of {tokens} differs with the draft, by a log-prob of {gap:.2g}"
-            raise ArtifactError(draft, found, f"greedy text must be the same (differences below {NEAR_TIE} pass)", "export it again")
+            raise ArtifactError(
+                draft,
+                found,
+                f"greedy text must be the same (differences below {NEAR_TIE} pass)",
+                "export it again",
+            )
     return ExportCheck(len(alone), text == alone, gap, with_draft.counts.block_efficiency)
 
 
 def greedy(folder: Path, prompt: list[int], tokens: int) -> list[int]:
     """What an exported model writes alone: float32, past any end-of-sequence token."""
-    return OpenVINOTarget(folder, (), precision="exact").write([prompt], Sampling(0.0), tokens, 0).texts[0].response_ids
+    return (
+        OpenVINOTarget(folder, (), precision="exact")
+        .write([prompt], Sampling(0.0), tokens, 0)
+        .texts[0]
+        .response_ids
+    )
 
 
 def _optimum() -> tuple[Any, Any]:
@@ -178,7 +222,9 @@ def _optimum() -> tuple[Any, Any]:
             from optimum.exporters.openvino import main_export
             from optimum.intel import OVConfig
     except (ImportError, RuntimeError) as error:
-        raise MissingExtraError(f"optimum-intel ({short(error)[:80]})", "openvino", INSTALL_CONVERTER) from error
+        raise MissingExtraError(
+            f"optimum-intel ({short(error)[:80]})", "openvino", INSTALL_CONVERTER
+        ) from error
     return main_export, OVConfig
 
 

@@ -15,7 +15,9 @@ from fastdraft.errors import TargetError
 from fastdraft.modeling.source import raw_config
 from fastdraft.modeling.text_part import text_family
 
-NOT_CONVERTED = {"gemma2": "its attention scores are capped, which OpenVINO's attention leaves out: it would write another text"}
+NOT_CONVERTED = {
+    "gemma2": "its attention scores are capped, which OpenVINO's attention leaves out: it would write another text"
+}
 """Text families that are not converted, and why: transformers writes for these."""
 _BOUND, _CLASS, _TRIED = "MAX_TRANSFORMERS_VERSION", "GemmaOpenVINOConfig", "5.99"
 
@@ -46,7 +48,10 @@ def require_convertible(location: str, revision: str | None = None) -> None:
     family = unconverted_family(location, revision)
     if family:
         raise TargetError(
-            location, f"family {family}", NOT_CONVERTED[family], "leave out `benchmark`, and write export.openvino.target=none"
+            location,
+            f"family {family}",
+            NOT_CONVERTED[family],
+            "leave out `benchmark`, and write export.openvino.target=none",
         )
 
 

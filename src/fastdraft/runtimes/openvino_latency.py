@@ -71,7 +71,14 @@ class LoadedModel:
     """
 
     def __init__(
-        self, folder: Path, prefix_tokens: int, room: int, *, device: str = "CPU", precision: Precision = "fast", threads: int = 0
+        self,
+        folder: Path,
+        prefix_tokens: int,
+        room: int,
+        *,
+        device: str = "CPU",
+        precision: Precision = "fast",
+        threads: int = 0,
     ) -> None:
         properties = device_properties(device, precision, threads)
         check_exported(folder)
@@ -88,7 +95,9 @@ class LoadedModel:
                 self.read(piece)
                 self.prefix_tokens += piece
         except RuntimeError as error:
-            raise ArtifactError(folder, short(error), f"OpenVINO must run it on {device}", "export the model again") from error
+            raise ArtifactError(
+                folder, short(error), f"OpenVINO must run it on {device}", "export the model again"
+            ) from error
 
     def read(self, width: int) -> float:
         """Seconds of one pass over `width` tokens behind the prefix."""
@@ -100,7 +109,9 @@ class LoadedModel:
 
     def logits(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Of the last pass, [width, vocabulary]."""
-        return np.array(self._request.get_tensor("logits").data, dtype=np.float32).reshape(-1, self._vocab_size)
+        return np.array(self._request.get_tensor("logits").data, dtype=np.float32).reshape(
+            -1, self._vocab_size
+        )
 
     def _tensors(self, width: int) -> dict[str, Any]:
         """The inputs of one sequence of `width` tokens behind `prefix_tokens`, made once."""
@@ -118,7 +129,9 @@ class LoadedModel:
                 "block_indices": (np.arange(self._blocks), np.int32),
             }
             used: list[tuple[str, Any]] = [
-                (name, np.asarray(value, dtype=kind)) for name, (value, kind) in values.items() if name in self._names
+                (name, np.asarray(value, dtype=kind))
+                for name, (value, kind) in values.items()
+                if name in self._names
             ]
             self._inputs[begin, width] = {name: openvino.Tensor(value) for name, value in used}
         return self._inputs[begin, width]
@@ -161,9 +174,13 @@ def measure_passes(
     widths = sorted({1, *widths})
     prefix = fitting_prefix([target, draft], prefix_tokens, max(widths))
     loaded = LoadedModel(target, prefix, max(widths), device=device, precision=precision, threads=threads)
-    of_draft = LoadedModel(draft, prefix, max(widths), device=draft_device or device, precision=precision, threads=threads)
+    of_draft = LoadedModel(
+        draft, prefix, max(widths), device=draft_device or device, precision=precision, threads=threads
+    )
     costs = time_passes(loaded, [of_draft], widths, repeats)
-    return Latency(costs.draft_seconds[0], costs.target_seconds, prefix, device, of_draft.weights, loaded.weights)
+    return Latency(
+        costs.draft_seconds[0], costs.target_seconds, prefix, device, of_draft.weights, loaded.weights
+    )
 
 
 def check_repeats(repeats: int) -> None:
@@ -181,7 +198,11 @@ def fitting_prefix(folders: Sequence[Path], prefix_tokens: int, room: int) -> in
 
 
 def time_passes(
-    target: LoadedModel, drafts: Sequence[LoadedModel], widths: Sequence[int], repeats: int, on_turn: Callable[[], None] = lambda: None
+    target: LoadedModel,
+    drafts: Sequence[LoadedModel],
+    widths: Sequence[int],
+    repeats: int,
+    on_turn: Callable[[], None] = lambda: None,
 ) -> PassCosts:
     """Turns of rounds in which every width and every draft comes at least once, all pairs of them over the turns.
 
@@ -252,7 +273,11 @@ def _compile(folder: Path, device: str, properties: dict[str, Any]) -> tuple[str
 
 def weights_of(model: Any) -> str:
     """int4, int8, fp16 or fp32: the narrowest type among the matrices of an IR."""
-    kinds = {op.get_element_type().get_type_name() for op in model.get_ops() if op.get_type_name() == "Constant" and len(op.shape) > 1}
+    kinds = {
+        op.get_element_type().get_type_name()
+        for op in model.get_ops()
+        if op.get_type_name() == "Constant" and len(op.shape) > 1
+    }
     return next((name for name, types in _NAMES if not kinds.isdisjoint(types)), "fp32")
 
 

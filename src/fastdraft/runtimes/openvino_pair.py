@@ -37,14 +37,20 @@ def check_pair(target: str | Path, draft: str | Path) -> None:
     _compare("vocab_size, padding included, must be equal", _size(target_config), _size(draft_config), draft)
     target_tokenizer, draft_tokenizer = load_tokenizer(str(target)), load_tokenizer(str(draft))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        _compare(f"{name} must be equal", getattr(target_tokenizer, name), getattr(draft_tokenizer, name), draft)
+        _compare(
+            f"{name} must be equal", getattr(target_tokenizer, name), getattr(draft_tokenizer, name), draft
+        )
     rule = f"both tokenizers must encode '{SENTENCE}' alike"
     _compare(rule, _encode(target_tokenizer), _encode(draft_tokenizer), draft)
     context = {"target": context_length(target_config), "draft": context_length(draft_config)}
     if context["draft"] < context["target"]:
         found = f"draft {context['draft']}, target {context['target']}"
-        remedy = "make the draft with the target's context length: its memory is read only as far as the text goes"
-        raise VocabularyError(draft, found, "the draft's context must not be shorter than the target's", remedy)
+        remedy = (
+            "make the draft with the target's context length: its memory is read only as far as the text goes"
+        )
+        raise VocabularyError(
+            draft, found, "the draft's context must not be shorter than the target's", remedy
+        )
 
 
 def context_length(config: dict[str, Any]) -> int:

@@ -63,7 +63,9 @@ class Ending:
 
     def reached(self, passes: Sequence[Pass]) -> bool:
         """Whether the last pass, or one before it, holds the answer's end."""
-        return sum(len(p.tokens) for p in passes) >= self.max_new_tokens or not self.eos_ids.isdisjoint(passes[-1].tokens)
+        return sum(len(p.tokens) for p in passes) >= self.max_new_tokens or not self.eos_ids.isdisjoint(
+            passes[-1].tokens
+        )
 
 
 class WatchedPipeline(Protocol):
@@ -72,7 +74,9 @@ class WatchedPipeline(Protocol):
     adapts: bool
     """Whether the number of proposals follows their fate, K being only where it begins."""
 
-    def write(self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None) -> list[list[Pass]]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None
+    ) -> list[list[Pass]]:
         """The passes of every answer; without an ending to look for, OpenVINO stops by itself."""
         ...
 
@@ -82,7 +86,15 @@ class WatchedPipeline(Protocol):
 
 
 def open_pipeline(
-    target: Path, draft: Path | None, *, device: str, draft_device: str, precision: Precision, threads: int, rows: int, one_by_one: bool
+    target: Path,
+    draft: Path | None,
+    *,
+    device: str,
+    draft_device: str,
+    precision: Precision,
+    threads: int,
+    rows: int,
+    one_by_one: bool,
 ) -> WatchedPipeline:
     """Loads a target, alone or with a draft.
 
@@ -107,7 +119,9 @@ def open_pipeline(
         try:
             properties["draft_model"] = import_genai().draft_model(str(draft), draft_device, **of_draft)
         except RuntimeError as error:
-            raise ArtifactError(draft, short(error), f"OpenVINO must load it on {draft_device}", "export the draft again") from error
+            raise ArtifactError(
+                draft, short(error), f"OpenVINO must load it on {draft_device}", "export the draft again"
+            ) from error
     if one_by_one or is_npu(device) or is_npu(draft_device):
         return OneByOne(target, device, properties, on_npu=is_npu(device) or is_npu(draft_device))
     return Batched(load_pipeline(target, device, properties, rows, WHOLE_PROMPTS))
@@ -120,7 +134,11 @@ def is_npu(device: str) -> bool:
 
 def _properties(device: str, precision: Precision, threads: int) -> dict[str, Any]:
     properties = device_properties(device, precision, threads)
-    return {**properties, "MAX_PROMPT_LEN": NPU_PROMPT_TOKENS, "MIN_RESPONSE_LEN": NPU_NEW_TOKENS} if is_npu(device) else properties
+    return (
+        {**properties, "MAX_PROMPT_LEN": NPU_PROMPT_TOKENS, "MIN_RESPONSE_LEN": NPU_NEW_TOKENS}
+        if is_npu(device)
+        else properties
+    )
 
 
 class Batched:
@@ -136,12 +154,16 @@ class Batched:
         self.pipeline = pipeline
         self._has_drafted = False
 
-    def write(self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None) -> list[list[Pass]]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None
+    ) -> list[list[Pass]]:
         """The passes of every answer, all requests added before the first step."""
         tensors = [as_tensor(prompt) for prompt in prompts]
         start = time.perf_counter()
         pipeline = self.pipeline
-        handles = [pipeline.add_request(i, *asked) for i, asked in enumerate(zip(tensors, configs, strict=True))]
+        handles = [
+            pipeline.add_request(i, *asked) for i, asked in enumerate(zip(tensors, configs, strict=True))
+        ]
         found: list[list[Pass]] = [[] for _ in handles]
         running = list(zip(handles, found, strict=True))
         while pipeline.has_non_finished_requests():
@@ -168,7 +190,10 @@ class Batched:
         return Measured(passes, result, _draft_passes(result) - idle, idle)
 
     def _note(self, configs: Sequence[Any], found: Sequence[Sequence[Pass]]) -> None:
-        self._has_drafted |= any(_has_proposals(passes, config.max_new_tokens) for config, passes in zip(configs, found, strict=True))
+        self._has_drafted |= any(
+            _has_proposals(passes, config.max_new_tokens)
+            for config, passes in zip(configs, found, strict=True)
+        )
 
 
 class OneByOne:
@@ -190,14 +215,21 @@ class OneByOne:
             with keeping_signal_stack():
                 self.pipeline = import_genai().LLMPipeline(str(target), device, dict(properties))
         except RuntimeError as error:
-            raise ArtifactError(target, short(error), f"OpenVINO must load it on {device}", "export the model again") from error
+            raise ArtifactError(
+                target, short(error), f"OpenVINO must load it on {device}", "export the model again"
+            ) from error
         self.adapts = on_npu
         self._has_drafted, self._listed = False, 0
 
-    def write(self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None) -> list[list[Pass]]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None
+    ) -> list[list[Pass]]:
         """The passes of every answer; the clock runs from the first prompt on."""
         start = time.perf_counter()
-        return [self._answer(prompt, config, start, ending).passes for prompt, config in zip(prompts, configs, strict=True)]
+        return [
+            self._answer(prompt, config, start, ending).passes
+            for prompt, config in zip(prompts, configs, strict=True)
+        ]
 
     def measure(self, prompt: Sequence[int], config: Any) -> Measured:
         """One answer and its metrics."""
@@ -231,8 +263,14 @@ def _listener(start: float, ending: Ending | None) -> tuple[Any, list[Pass]]:
     class Listener(genai.StreamerBase):  # type: ignore[misc, name-defined]
         def write(self, tokens: Any) -> Any:
             now = time.perf_counter() - start
-            passes.append(Pass([int(t) for t in tokens] if isinstance(tokens, Sequence) else [int(tokens)], now))
-            return genai.StreamingStatus.CANCEL if ending and ending.reached(passes) else genai.StreamingStatus.RUNNING
+            passes.append(
+                Pass([int(t) for t in tokens] if isinstance(tokens, Sequence) else [int(tokens)], now)
+            )
+            return (
+                genai.StreamingStatus.CANCEL
+                if ending and ending.reached(passes)
+                else genai.StreamingStatus.RUNNING
+            )
 
         def end(self) -> None:
             pass
@@ -265,4 +303,9 @@ def _idle_passes(passes: Sequence[Pass], max_new_tokens: int, *, has_drafted: bo
 
 def failed(device: str, error: RuntimeError) -> DeviceError:
     """What OpenVINO could not do while it wrote, as an error of ours."""
-    return DeviceError("device", device, f"OpenVINO failed: {short(error)}", "ask for less text at a time, or use another device")
+    return DeviceError(
+        "device",
+        device,
+        f"OpenVINO failed: {short(error)}",
+        "ask for less text at a time, or use another device",
+    )

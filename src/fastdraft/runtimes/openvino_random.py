@@ -40,13 +40,23 @@ if TYPE_CHECKING:
 CONVERTED_LAYERS = 3
 """The first holds what all share; the edge from the second to the third tells how one layer follows another."""
 _BLOCK = CONVERTED_LAYERS - 1
-_DEPTH_KEYS = ("layer_types", "max_window_layers", "quantization_config", "auto_map", "torch_dtype", "dtype", "transformers_version")
+_DEPTH_KEYS = (
+    "layer_types",
+    "max_window_layers",
+    "quantization_config",
+    "auto_map",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+)
 _FLOATS_AND_WEIGHTS = ("u4", "i4", "u8", "i8", "f16", "bf16", "f32")
 _ROTATED_FROM = 1024
 """Bytes; smaller constants (axes, shapes, epsilons) stay shared."""
 
 
-def export_random(config: PreTrainedConfig, tokenizer: str, folder: Path, weights: Weights, revision: str | None = None) -> None:
+def export_random(
+    config: PreTrainedConfig, tokenizer: str, folder: Path, weights: Weights, revision: str | None = None
+) -> None:
     """Writes an export of random weights into an existing folder; it runs as a real one does and says nothing sensible.
 
     Args:
@@ -81,8 +91,12 @@ def needed_bytes(models: Sequence[tuple[Architecture, Weights]]) -> int:
     finished, converting = 0, 0
     for shape, weights in models:
         vocabulary = (1 if shape.tied else 2) * shape.embedding_parameters
-        finished += shape.body_parameters * WEIGHT_BITS[weights] // 8 + vocabulary * max(WEIGHT_BITS[weights], 8) // 8  # no int4 there
-        converting = max(converting, 6 * (vocabulary + min(shape.num_layers, CONVERTED_LAYERS) * shape.layer_parameters))
+        finished += (
+            shape.body_parameters * WEIGHT_BITS[weights] // 8 + vocabulary * max(WEIGHT_BITS[weights], 8) // 8
+        )  # no int4 there
+        converting = max(
+            converting, 6 * (vocabulary + min(shape.num_layers, CONVERTED_LAYERS) * shape.layer_parameters)
+        )
     return finished + converting
 
 
@@ -93,7 +107,12 @@ def check_disk(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted:
         found = f"{free / 1e9:.1f} GB free"
-        raise DiskError(folder, found, f"the random models take {wanted / 1e9:.1f} GB", "free some space, or set TMPDIR to another disk")
+        raise DiskError(
+            folder,
+            found,
+            f"the random models take {wanted / 1e9:.1f} GB",
+            "free some space, or set TMPDIR to another disk",
+        )
 
 
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -143,9 +162,14 @@ def repeat_last_layer(model_file: Path, layers: int) -> None:
     tree = ElementTree.parse(model_file)
     nodes_at, edges_at = tree.getroot().find("layers"), tree.getroot().find("edges")
     if nodes_at is None or edges_at is None:
-        raise ArtifactError(model_file, "no layers", "must be an OpenVINO model", "see that openvino is current")
+        raise ArtifactError(
+            model_file, "no layers", "must be an OpenVINO model", "see that openvino is current"
+        )
     nodes = {node.attrib["id"]: node for node in nodes_at}
-    edges = [_Edge(*(edge.attrib[key] for key in ("from-layer", "from-port", "to-layer", "to-port"))) for edge in edges_at]
+    edges = [
+        _Edge(*(edge.attrib[key] for key in ("from-layer", "from-port", "to-layer", "to-port")))
+        for edge in edges_at
+    ]
     before, block = _block(nodes, edges, _BLOCK - 1), _block(nodes, edges, _BLOCK)
     follows = {nodes[i].attrib["name"]: i for i in block}
     chain = {
@@ -155,7 +179,12 @@ def repeat_last_layer(model_file: Path, layers: int) -> None:
     }
     kinds = [sorted(nodes[i].attrib["type"] for i in members) for members in (before, block)]
     if not chain or None in chain.values() or kinds[0] != kinds[1]:
-        raise ArtifactError(model_file, "its layers cannot be told apart", "each must be built as the one before", "report this shape")
+        raise ArtifactError(
+            model_file,
+            "its layers cannot be told apart",
+            "each must be built as the one before",
+            "report this shape",
+        )
     inner = [edge for edge in edges if edge.end in block]
     leaving = [edge for edge in edges if edge.source in block and edge.end not in block]
     new_id = itertools.count(1 + max(map(int, nodes)))
@@ -165,7 +194,9 @@ def repeat_last_layer(model_file: Path, layers: int) -> None:
             ids = {i: str(next(new_id)) for i in block}
             nodes_at.extend(_copied(nodes[i], ids[i], layer, weights) for i in block)
             for edge in inner:
-                source = ids.get(edge.source) or (last[str(chain[edge.source])] if edge.source in chain else edge.source)
+                source = ids.get(edge.source) or (
+                    last[str(chain[edge.source])] if edge.source in chain else edge.source
+                )
                 edges_at.append(_element(_Edge(source, edge.source_port, ids[edge.end], edge.end_port)))
             last = ids
     for element, edge in zip(list(edges_at), edges, strict=False):
@@ -181,7 +212,11 @@ def _block(nodes: dict[str, Any], edges: list[_Edge], layer: int) -> list[str]:
         consumers[edge.source].add(edge.end)
     owners = {i: _layer_of(node) for i, node in nodes.items()}
     inside = {i for i in nodes if owners[i] == layer}
-    free = {i for i, node in nodes.items() if owners[i] is None and consumers[i] and node.attrib["type"] != "Parameter"}
+    free = {
+        i
+        for i, node in nodes.items()
+        if owners[i] is None and consumers[i] and node.attrib["type"] != "Parameter"
+    }
     while more := {i for i in free - inside if consumers[i] <= inside}:
         inside |= more
     return [i for i in nodes if i in inside]
@@ -228,4 +263,6 @@ def _append_rotated(weights: BinaryIO, offset: int, size: int, layer: int) -> in
 
 def _element(edge: _Edge) -> Any:
     keys = ("from-layer", "from-port", "to-layer", "to-port")
-    return ElementTree.Element("edge", dict(zip(keys, (edge.source, edge.source_port, edge.end, edge.end_port), strict=True)))
+    return ElementTree.Element(
+        "edge", dict(zip(keys, (edge.source, edge.source_port, edge.end, edge.end_port), strict=True))
+    )

@@ -73,7 +73,11 @@ def set_speculation(config: Any, num_speculative_tokens: int, confidence_thresho
         confidence_threshold: Above 0 it takes the place of K.
     """
     if confidence_threshold > 0:
-        config.num_assistant_tokens, config.assistant_confidence_threshold, config.logprobs = 0, confidence_threshold, 1
+        config.num_assistant_tokens, config.assistant_confidence_threshold, config.logprobs = (
+            0,
+            confidence_threshold,
+            1,
+        )
     else:
         config.num_assistant_tokens, config.assistant_confidence_threshold = num_speculative_tokens, 0.0
 
@@ -105,15 +109,21 @@ def cut_rounds(
             continue
         accepted = min(len(written) - 1, len(inside))
         examined = min(len(written), num_speculative_tokens, len(inside))
-        rounds.append(Round(inside, [0.0] * len(inside), accepted, examined, float(accepted), num_speculative_tokens))
+        rounds.append(
+            Round(inside, [0.0] * len(inside), accepted, examined, float(accepted), num_speculative_tokens)
+        )
     return text, rounds
 
 
 def with_proposals(rounds: Sequence[Round], num_proposed: int | None) -> list[Round]:
     """The rounds of one text with differently many proposals, given how many they had in all (None: not known)."""
     whole, rest = divmod(num_proposed or 0, max(1, len(rounds)))
-    shares = [_NAN if num_proposed is None else float(whole + (number < rest)) for number in range(len(rounds))]
+    shares = [
+        _NAN if num_proposed is None else float(whole + (number < rest)) for number in range(len(rounds))
+    ]
     return [
-        ProposedRound(r.tokens, r.logprobs, r.num_accepted, r.num_examined, r.overlap_sum, DYNAMIC_PLACES, share)
+        ProposedRound(
+            r.tokens, r.logprobs, r.num_accepted, r.num_examined, r.overlap_sum, DYNAMIC_PLACES, share
+        )
         for r, share in zip(rounds, shares, strict=True)
     ]

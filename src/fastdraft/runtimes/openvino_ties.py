@@ -41,7 +41,9 @@ class TieJudge:
             with keeping_signal_stack():
                 model = core().compile_model(folder / MODEL_FILE, device, properties)
         except RuntimeError as error:
-            raise ArtifactError(folder, short(error), f"OpenVINO must load it on {device}", "export the model again") from error
+            raise ArtifactError(
+                folder, short(error), f"OpenVINO must load it on {device}", "export the model again"
+            ) from error
         self._inputs = {name for port in model.inputs for name in port.get_names()}
         self._request = model.create_infer_request()
 
@@ -49,7 +51,9 @@ class TieJudge:
         """Log-probs [V] of the token behind a text of at least one token."""
         length = len(prefix_ids)
         values = {"input_ids": prefix_ids, "attention_mask": [1] * length, "position_ids": range(length)}
-        inputs = {name: np.asarray([row], dtype=np.int64) for name, row in values.items() if name in self._inputs}
+        inputs = {
+            name: np.asarray([row], dtype=np.int64) for name, row in values.items() if name in self._inputs
+        }
         if "beam_idx" in self._inputs:
             inputs["beam_idx"] = np.zeros(1, dtype=np.int32)
         self._request.reset_state()  # the KV cache of the text before
@@ -75,7 +79,10 @@ def first_difference(alone: Sequence[int], with_draft: Sequence[int]) -> tuple[i
 
 
 def explain_differences(
-    judge: TieJudge, prompts: Sequence[Sequence[int]], alone_texts: Sequence[Sequence[int]], with_draft_texts: Sequence[Sequence[int]]
+    judge: TieJudge,
+    prompts: Sequence[Sequence[int]],
+    alone_texts: Sequence[Sequence[int]],
+    with_draft_texts: Sequence[Sequence[int]],
 ) -> list[tuple[int, int, float]]:
     """Every greedy text that differs with a draft, and by how much.
 
@@ -89,7 +96,9 @@ def explain_differences(
         For each differing text its index, the place of the first difference (from 0) and the gap in log-prob there.
     """
     found = []
-    for index, (prompt, alone, with_draft) in enumerate(zip(prompts, alone_texts, with_draft_texts, strict=True)):
+    for index, (prompt, alone, with_draft) in enumerate(
+        zip(prompts, alone_texts, with_draft_texts, strict=True)
+    ):
         difference = first_difference(alone, with_draft)
         if difference:
             place, own, other = difference

@@ -28,7 +28,12 @@ from fastdraft.runtimes.openvino_passes import (
     failed,
     open_pipeline,
 )
-from fastdraft.runtimes.openvino_speculative import DYNAMIC_PLACES, cut_rounds, set_speculation, with_proposals
+from fastdraft.runtimes.openvino_speculative import (
+    DYNAMIC_PLACES,
+    cut_rounds,
+    set_speculation,
+    with_proposals,
+)
 from fastdraft.runtimes.wall_clock import TimedBatch, TimedText
 
 NPU_MOST = 5
@@ -60,7 +65,9 @@ class _Loaded:
     context_length: int
     device: str
 
-    def configs(self, prompts: Sequence[Sequence[int]], sampling: Sampling, asked: int, seed: int) -> list[Any]:
+    def configs(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, asked: int, seed: int
+    ) -> list[Any]:
         """OpenVINO's settings for every answer.
 
         Raises:
@@ -77,7 +84,9 @@ class _Loaded:
             made.append(config)
         return made
 
-    def passes(self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None = None) -> list[list[Pass]]:
+    def passes(
+        self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None = None
+    ) -> list[list[Pass]]:
         """Raises:
         DeviceError: when OpenVINO fails or leaves a prompt without an answer.
         """
@@ -129,12 +138,25 @@ class OpenVINOTarget:
         one_by_one: bool = False,
     ) -> None:
         pipeline = open_pipeline(
-            folder, None, device=device, draft_device="", precision=precision, threads=threads, rows=rows, one_by_one=one_by_one
+            folder,
+            None,
+            device=device,
+            draft_device="",
+            precision=precision,
+            threads=threads,
+            rows=rows,
+            one_by_one=one_by_one,
         )
         self._loaded = _Loaded(pipeline, tuple(eos_ids), _context(pipeline, folder), device)
 
     def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int, *, exact_counts: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        *,
+        exact_counts: bool = False,
     ) -> TimedBatch:
         """See `Contender.write`; there is nothing to count.
 
@@ -180,7 +202,14 @@ class OpenVINOPair:
     ) -> None:
         check_pair(target, draft)
         pipeline = open_pipeline(
-            target, draft, device=device, draft_device=draft_device, precision=precision, threads=threads, rows=rows, one_by_one=one_by_one
+            target,
+            draft,
+            device=device,
+            draft_device=draft_device,
+            precision=precision,
+            threads=threads,
+            rows=rows,
+            one_by_one=one_by_one,
         )
         self._loaded = _Loaded(pipeline, tuple(eos_ids), _context(pipeline, target, draft), device)
 
@@ -195,18 +224,35 @@ class OpenVINOPair:
             RecipeError: for a K below 1, a threshold outside [0, 1), or one of them that an NPU does not take.
         """
         if num_speculative_tokens < 1:
-            raise RecipeError("num_speculative_tokens", num_speculative_tokens, "must be at least 1", "3 to 5 suits most drafts")
+            raise RecipeError(
+                "num_speculative_tokens",
+                num_speculative_tokens,
+                "must be at least 1",
+                "3 to 5 suits most drafts",
+            )
         if not 0 <= confidence_threshold < 1:
-            raise RecipeError("confidence_threshold", confidence_threshold, "must be at least 0 and below 1", "0 always proposes K tokens")
+            raise RecipeError(
+                "confidence_threshold",
+                confidence_threshold,
+                "must be at least 0 and below 1",
+                "0 always proposes K tokens",
+            )
         if self._loaded.pipeline.adapts and num_speculative_tokens > NPU_MOST:
             rule = f"OpenVINO's pipeline for NPUs begins with at most {NPU_MOST}"
             raise RecipeError("num_speculative_tokens", num_speculative_tokens, rule, "lower it")
         if self._loaded.pipeline.adapts and confidence_threshold:
             rule = "OpenVINO's pipeline for NPUs knows no threshold"
-            raise RecipeError("confidence_threshold", confidence_threshold, rule, "leave it out: there the number adapts by itself")
+            raise RecipeError(
+                "confidence_threshold",
+                confidence_threshold,
+                rule,
+                "leave it out: there the number adapts by itself",
+            )
         return OpenVINOSpeculation(self._loaded, num_speculative_tokens, confidence_threshold)
 
-    def breakdown(self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int) -> PassBreakdown:
+    def breakdown(
+        self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
+    ) -> PassBreakdown:
         """Where the time of one greedy answer goes, by OpenVINO's metrics: `inference_durations` of both models, `generate_durations`.
 
         Run it once before, to warm up; add several up for a good figure.
@@ -219,7 +265,9 @@ class OpenVINOPair:
         set_speculation(config, num_speculative_tokens)
         measured = self._loaded.measure(prompt, config)
         models = measured.result.extended_perf_metrics
-        target, draft = (model.raw_metrics for model in (models.main_model_metrics, models.draft_model_metrics))
+        target, draft = (
+            model.raw_metrics for model in (models.main_model_metrics, models.draft_model_metrics)
+        )
         # The times of idle passes are those of real ones, once more; no sum of inferences is longer than that of the steps around them.
         real = measured.num_proposed / max(1, measured.num_proposed + measured.num_idle)
         in_draft = min(real * _inference(draft, measured.num_proposed + 1), sum(draft.m_durations))
@@ -249,7 +297,11 @@ class OpenVINOSpeculation:
     lossless_sampling = False
 
     def __init__(self, loaded: _Loaded, num_speculative_tokens: int, confidence_threshold: float) -> None:
-        self._loaded, self.num_speculative_tokens, self.confidence_threshold = loaded, num_speculative_tokens, confidence_threshold
+        self._loaded, self.num_speculative_tokens, self.confidence_threshold = (
+            loaded,
+            num_speculative_tokens,
+            confidence_threshold,
+        )
 
     @property
     def is_dynamic(self) -> bool:
@@ -257,7 +309,13 @@ class OpenVINOSpeculation:
         return self.confidence_threshold > 0 or self._loaded.pipeline.adapts
 
     def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int, *, exact_counts: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        *,
+        exact_counts: bool = False,
     ) -> TimedBatch:
         """See `Contender.write`. Sampled text is not the target's own; its rounds are those of the text that was written.
 
@@ -266,7 +324,12 @@ class OpenVINOSpeculation:
             RecipeError: for sampling on an NPU. DeviceError: when OpenVINO fails.
         """
         if sampling.temperature > 0 and self._loaded.pipeline.adapts:
-            raise RecipeError("temperature", sampling.temperature, "with a draft OpenVINO's pipeline for NPUs is greedy", "use 0")
+            raise RecipeError(
+                "temperature",
+                sampling.temperature,
+                "with a draft OpenVINO's pipeline for NPUs is greedy",
+                "use 0",
+            )
         if self.is_dynamic:
             return self._write_dynamic(prompts, sampling, max_new_tokens, seed, exact_counts=exact_counts)
         k, loaded = self.num_speculative_tokens, self._loaded
@@ -275,13 +338,26 @@ class OpenVINOSpeculation:
             set_speculation(config, k)
             config.ignore_eos |= exact_counts
         ending = Ending(max_new_tokens, frozenset(loaded.eos_ids)) if exact_counts else None
-        return _batch([self._text(passes, max_new_tokens) for passes in loaded.passes(prompts, configs, ending)])
+        return _batch(
+            [self._text(passes, max_new_tokens) for passes in loaded.passes(prompts, configs, ending)]
+        )
 
     def _text(self, passes: Sequence[Pass], max_new_tokens: int) -> TimedText:
-        return _timed(passes, *cut_rounds([p.tokens for p in passes], max_new_tokens, self._loaded.eos_ids, self.num_speculative_tokens))
+        return _timed(
+            passes,
+            *cut_rounds(
+                [p.tokens for p in passes], max_new_tokens, self._loaded.eos_ids, self.num_speculative_tokens
+            ),
+        )
 
     def _write_dynamic(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int, *, exact_counts: bool
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        *,
+        exact_counts: bool,
     ) -> TimedBatch:
         loaded = self._loaded
         configs = loaded.configs(prompts, sampling, max_new_tokens, seed)
@@ -294,7 +370,9 @@ class OpenVINOSpeculation:
             found = [(passes, None) for passes in loaded.passes(prompts, configs)]
         texts = []
         for passes, num_proposed in found:
-            text, rounds = cut_rounds([p.tokens for p in passes], max_new_tokens, loaded.eos_ids, DYNAMIC_PLACES)
+            text, rounds = cut_rounds(
+                [p.tokens for p in passes], max_new_tokens, loaded.eos_ids, DYNAMIC_PLACES
+            )
             texts.append(_timed(passes, text, with_proposals(rounds, num_proposed)))
         return _batch(texts)
 

@@ -55,7 +55,13 @@ class Contender(Protocol):
     """Whether text sampled at a temperature above 0 follows the target alone."""
 
     def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int, *, exact_counts: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        *,
+        exact_counts: bool = False,
     ) -> TimedBatch:
         """Answers all prompts at the same time.
 

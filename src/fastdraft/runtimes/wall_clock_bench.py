@@ -26,7 +26,16 @@ from fastdraft.runtimes.openvino import MODEL_FILE, Precision
 from fastdraft.runtimes.wall_clock import Contender
 from fastdraft.runtimes.wall_clock_memory import MemoryRun, measure_memory
 from fastdraft.runtimes.wall_clock_plan import Plan
-from fastdraft.runtimes.wall_clock_runs import ALONE, Judge, Measured, Measurement, Units, is_finished, measure, stored
+from fastdraft.runtimes.wall_clock_runs import (
+    ALONE,
+    Judge,
+    Measured,
+    Measurement,
+    Units,
+    is_finished,
+    measure,
+    stored,
+)
 
 if TYPE_CHECKING:
     from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair
@@ -50,14 +59,21 @@ class Place:
     @property
     def settings(self) -> dict[str, Any]:
         """As the runtime's classes for pairs take them."""
-        return {"device": self.device, "draft_device": self.draft_device, "precision": self.precision, "threads": self.threads}
+        return {
+            "device": self.device,
+            "draft_device": self.draft_device,
+            "precision": self.precision,
+            "threads": self.threads,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For `benchmark.json`."""
         return {
-            "device": self.device, "draft_device": self.draft_device or self.device,
-            "threads": self.threads, "precision": self.precision,
-        }  # fmt: skip
+            "device": self.device,
+            "draft_device": self.draft_device or self.device,
+            "threads": self.threads,
+            "precision": self.precision,
+        }
 
     @property
     def in_words(self) -> str:
@@ -110,7 +126,9 @@ class Bench:
         if before != dict(device):
             found = f"begun on {before.get('device_name')}, OpenVINO {before.get('version')}"
             rule = f"one benchmark is of one device; this is {device['device_name']}, OpenVINO {device['version']}"
-            raise ArtifactError(self.units.path("device"), found, rule, "go on there, or add --redo benchmark")
+            raise ArtifactError(
+                self.units.path("device"), found, rule, "go on there, or add --redo benchmark"
+            )
 
     def latencies(self, pair: Pair, prefixes: Sequence[int]) -> list[Latency]:
         """Single passes of a pair behind each prefix."""
@@ -122,15 +140,24 @@ class Bench:
             name = f"latency-{pair.name}-{prefix}"
             if not self.units.has(name):
                 self.console.stop.check(self.folder)
-                self.units.write(name, measure_passes(pair.target, pair.draft, widths, prefix, **self.place.settings).as_dict())
+                self.units.write(
+                    name,
+                    measure_passes(pair.target, pair.draft, widths, prefix, **self.place.settings).as_dict(),
+                )
             found.append(_as_latency(self.units, name))
         return found
 
     def finished_tokens(self) -> int:
         """Planned tokens of all units that stand; the sweeps' at whichever K they were made."""
         works = [work for weights in self.plan.weights for work in self.plan.of_tasks(weights)]
-        works += [work for k in {s.num_speculative_tokens for s in self.plan.settings} for work in self.plan.of_sweeps(k)]
-        return sum(work.planned_tokens for work in works for name in self.units.names(work) if self.units.has(name))
+        works += [
+            work
+            for k in {s.num_speculative_tokens for s in self.plan.settings}
+            for work in self.plan.of_sweeps(k)
+        ]
+        return sum(
+            work.planned_tokens for work in works for name in self.units.names(work) if self.units.has(name)
+        )
 
     def measure_all(self, models: Models, works: Sequence[Measurement], progress: Progress) -> list[Measured]:
         """Every measurement of a pair; models are loaded only if one is missing."""
@@ -151,9 +178,14 @@ class Bench:
         if not self.units.has(name):
             prompts = self.plan.tasks[:BREAKDOWN_PROMPTS]
             for chosen in (prompts[:1], prompts):  # the first time warms up
-                found = [models.both.breakdown(each.prompt_ids[0], each.max_new_tokens, num_speculative_tokens) for each in chosen]
+                found = [
+                    models.both.breakdown(each.prompt_ids[0], each.max_new_tokens, num_speculative_tokens)
+                    for each in chosen
+                ]
             names = ("target_seconds", "draft_seconds", "total_seconds")
-            self.units.write(name, {field: sum(float(getattr(one, field)) for one in found) for field in names})
+            self.units.write(
+                name, {field: sum(float(getattr(one, field)) for one in found) for field in names}
+            )
         return self.units.read(name)
 
     def memory(self, pair: Pair, num_speculative_tokens: int) -> dict[str, int | None]:
@@ -163,12 +195,22 @@ class Bench:
             self.console.stop.check(self.folder)
             first = self.plan.tasks[0]
             run = MemoryRun(
-                str(pair.target), "", first.prompt_ids[0], min(MEMORY_TOKENS, first.max_new_tokens), num_speculative_tokens,
-                eos_ids=list(self.place.eos_ids), **self.place.settings,
-            )  # fmt: skip
-            found = {"alone_bytes": measure_memory(run), "with_draft_bytes": measure_memory(run.with_draft(pair.draft))}
+                str(pair.target),
+                "",
+                first.prompt_ids[0],
+                min(MEMORY_TOKENS, first.max_new_tokens),
+                num_speculative_tokens,
+                eos_ids=list(self.place.eos_ids),
+                **self.place.settings,
+            )
+            found = {
+                "alone_bytes": measure_memory(run),
+                "with_draft_bytes": measure_memory(run.with_draft(pair.draft)),
+            }
             if None in found.values():
-                self.console.warn(f"the memory of {pair.name} could not be measured: a process that loads it failed")
+                self.console.warn(
+                    f"the memory of {pair.name} could not be measured: a process that loads it failed"
+                )
             self.units.write(name, found)
         return self.units.read(name)
 
@@ -191,18 +233,29 @@ class Models:
         from fastdraft.runtimes.openvino_wall_clock import OpenVINOTarget
 
         p = self.place
-        return OpenVINOTarget(self.pair.target, p.eos_ids, device=p.device, precision=p.precision, threads=p.threads, rows=p.rows)
+        return OpenVINOTarget(
+            self.pair.target,
+            p.eos_ids,
+            device=p.device,
+            precision=p.precision,
+            threads=p.threads,
+            rows=p.rows,
+        )
 
     @cached_property
     def both(self) -> OpenVINOPair:
         """The target with its draft."""
         from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair
 
-        return OpenVINOPair(self.pair.target, self.pair.draft, self.place.eos_ids, rows=self.place.rows, **self.place.settings)
+        return OpenVINOPair(
+            self.pair.target, self.pair.draft, self.place.eos_ids, rows=self.place.rows, **self.place.settings
+        )
 
     def contenders(self, work: Measurement) -> dict[str, Contender]:
         """One for each label of a measurement."""
-        drafted = {s.label: self.both.at(s.num_speculative_tokens, s.confidence_threshold) for s in work.settings}
+        drafted = {
+            s.label: self.both.at(s.num_speculative_tokens, s.confidence_threshold) for s in work.settings
+        }
         return {ALONE: self.alone, **drafted}
 
 
@@ -211,7 +264,10 @@ def _as_latency(units: Units, name: str) -> Latency:
         return Latency.from_dict(units.read(name))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(
-            units.path(name), "damaged", "must hold medians of passes", "delete it and run the same command again"
+            units.path(name),
+            "damaged",
+            "must hold medians of passes",
+            "delete it and run the same command again",
         ) from None
 
 
@@ -264,7 +320,9 @@ def export_pairs(
 
 def model_sizes(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """`models` of `benchmark.json`: bytes of each export's weights."""
-    found = {("target", pair.target_weights): pair.target for pair in pairs} | {("draft", pair.draft_weights): pair.draft for pair in pairs}
+    found = {("target", pair.target_weights): pair.target for pair in pairs} | {
+        ("draft", pair.draft_weights): pair.draft for pair in pairs
+    }
     return [
         {"role": role, "weights": weights, "bytes": (path / MODEL_FILE).with_suffix(".bin").stat().st_size}
         for (role, weights), path in found.items()

@@ -49,9 +49,17 @@ def measure_memory(run: MemoryRun) -> int | None:
     command = [sys.executable, "-m", "fastdraft.runtimes.wall_clock_memory"]
     try:
         ended = subprocess.run(
-            command, input=json.dumps(asdict(run)), capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS, encoding="utf-8"
+            command,
+            input=json.dumps(asdict(run)),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_SECONDS,
+            encoding="utf-8",
         )
-        return int(json.loads(ended.stdout.strip().splitlines()[-1])["bytes"]) if ended.returncode == 0 else None
+        return (
+            int(json.loads(ended.stdout.strip().splitlines()[-1])["bytes"]) if ended.returncode == 0 else None
+        )
     except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, IndexError):
         return None
 
@@ -92,7 +100,9 @@ class PeakWatch:
         """Bytes of the peak above the beginning."""
         counter = _peak_counter()
         # The counter covers the process's whole life: it tells only if it has risen since.
-        peak = max(self.seen, counter) if counter is not None and counter > (self._counter or 0) else self.seen
+        peak = (
+            max(self.seen, counter) if counter is not None and counter > (self._counter or 0) else self.seen
+        )
         return peak - self.begin
 
 
@@ -122,9 +132,15 @@ def _answer(run: MemoryRun) -> int:
     watch = PeakWatch()
     with watch.looking():
         pipeline = open_pipeline(
-            Path(run.target), draft, device=run.device, draft_device=run.draft_device, precision=precision,
-            threads=run.threads, rows=1, one_by_one=False,
-        )  # fmt: skip
+            Path(run.target),
+            draft,
+            device=run.device,
+            draft_device=run.draft_device,
+            precision=precision,
+            threads=run.threads,
+            rows=1,
+            one_by_one=False,
+        )
         pipeline.write([run.prompt_ids], [config], None)
     return watch.grown
 

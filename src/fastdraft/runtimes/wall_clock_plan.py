@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastdraft.runtimes.wall_clock_prompts import EncodedTask, PromptSet, mixed_prompts, prompts_of_length, task_prompts
+from fastdraft.runtimes.wall_clock_prompts import (
+    EncodedTask,
+    PromptSet,
+    mixed_prompts,
+    prompts_of_length,
+    task_prompts,
+)
 from fastdraft.runtimes.wall_clock_runs import Measurement, Setting
 
 SWEPT = ("prompt_tokens", "max_new_tokens", "concurrency")
@@ -53,11 +59,18 @@ class Plan:
         """Every value of every factor on the deployed pair, at the lowest temperature."""
         return [
             Measurement(
-                swept.part, swept.prompts, *self.weights[0], min(self.temperatures), [Setting(num_speculative_tokens)],
-                self.repeats, self.seed, swept.concurrency, swept.value,
+                swept.part,
+                swept.prompts,
+                *self.weights[0],
+                min(self.temperatures),
+                [Setting(num_speculative_tokens)],
+                self.repeats,
+                self.seed,
+                swept.concurrency,
+                swept.value,
             )
             for swept in self.swept
-        ]  # fmt: skip
+        ]
 
     @property
     def everything(self) -> list[Measurement]:
@@ -103,16 +116,34 @@ def make_plan(
     swept = _swept(tasks, sweep, count, room)
     left_out = [words for prompts in (*sets, *(each.prompts for each in swept)) for words in prompts.left_out]
     swept = [each for each in swept if each.prompts.prompt_ids]
-    return Plan(sets, swept, list(weights), list(temperatures), list(settings), repeats, seed, list(dict.fromkeys(left_out)))
+    return Plan(
+        sets,
+        swept,
+        list(weights),
+        list(temperatures),
+        list(settings),
+        repeats,
+        seed,
+        list(dict.fromkeys(left_out)),
+    )
 
 
-def _swept(tasks: Sequence[EncodedTask], sweep: Mapping[str, Sequence[int]], count: int, room: int) -> list[Swept]:
+def _swept(
+    tasks: Sequence[EncodedTask], sweep: Mapping[str, Sequence[int]], count: int, room: int
+) -> list[Swept]:
     """Every value of every factor, the others as they usually are."""
     usual = min(task.max_new_tokens for task in tasks)
-    found = [Swept("prompt_tokens", n, prompts_of_length(tasks, count, n, usual, room)) for n in sweep["prompt_tokens"]]
-    found += [Swept("max_new_tokens", n, mixed_prompts(tasks, count, n, room)) for n in sweep["max_new_tokens"]]
+    found = [
+        Swept("prompt_tokens", n, prompts_of_length(tasks, count, n, usual, room))
+        for n in sweep["prompt_tokens"]
+    ]
+    found += [
+        Swept("max_new_tokens", n, mixed_prompts(tasks, count, n, room)) for n in sweep["max_new_tokens"]
+    ]
     at_once = sweep["concurrency"]
     if at_once:
-        whole = -(-count // max(at_once)) * max(at_once)  # every value answers the same prompts, in full batches at the largest
+        whole = -(-count // max(at_once)) * max(
+            at_once
+        )  # every value answers the same prompts, in full batches at the largest
         found += [Swept("concurrency", n, mixed_prompts(tasks, whole, usual, room), n) for n in at_once]
     return found

@@ -55,7 +55,14 @@ class EncodedTask:
         if len(self.prompt_ids) == 1:
             return 1
         first, *others = self.prompt_ids
-        return next((place for place, token in enumerate(first) if any(ids[place : place + 1] != [token] for ids in others)), len(first))
+        return next(
+            (
+                place
+                for place, token in enumerate(first)
+                if any(ids[place : place + 1] != [token] for ids in others)
+            ),
+            len(first),
+        )
 
 
 def encode(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
@@ -68,13 +75,27 @@ def encode(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
     encoded = [(prompt, first_prompt_ids(tokenizer, prompt.prompt, loaded.chat)) for prompt in loaded.prompts]
     encoded = [(prompt, ids) for prompt, ids in encoded if ids]
     if not encoded:
-        raise DataError(f"task '{task.name}'", "no prompt has a token", "a task needs at least one", "use another task")
+        raise DataError(
+            f"task '{task.name}'", "no prompt has a token", "a task needs at least one", "use another task"
+        )
     texts = [
-        [int(token) for token in tokenizer(f"{prompt.everything}\n\n", add_special_tokens=False, verbose=False).input_ids]
+        [
+            int(token)
+            for token in tokenizer(
+                f"{prompt.everything}\n\n", add_special_tokens=False, verbose=False
+            ).input_ids
+        ]
         for prompt, _ in encoded
     ]
     later = sum(len(prompt.conversation.users) - 1 for prompt, _ in encoded if prompt.conversation)
-    return EncodedTask(task.name, [prompt.id for prompt, _ in encoded], [ids for _, ids in encoded], texts, task.max_new_tokens, later)
+    return EncodedTask(
+        task.name,
+        [prompt.id for prompt, _ in encoded],
+        [ids for _, ids in encoded],
+        texts,
+        task.max_new_tokens,
+        later,
+    )
 
 
 def task_prompts(task: EncodedTask, count: int, room: int) -> PromptSet:
@@ -88,18 +109,33 @@ def task_prompts(task: EncodedTask, count: int, room: int) -> PromptSet:
     Raises:
         DataError: when none fits.
     """
-    fitting = [(name, ids) for name, ids in zip(task.names, task.prompt_ids, strict=True) if len(ids) + task.max_new_tokens <= room]
+    fitting = [
+        (name, ids)
+        for name, ids in zip(task.names, task.prompt_ids, strict=True)
+        if len(ids) + task.max_new_tokens <= room
+    ]
     if not fitting:
         rule = f"prompt and {task.max_new_tokens} new tokens must fit {room} positions (the context less one round)"
         raise DataError(
-            f"task '{task.name}'", f"none of {len(task.names)} prompts fits", rule, "shorten the prompts or lower max_new_tokens"
+            f"task '{task.name}'",
+            f"none of {len(task.names)} prompts fits",
+            rule,
+            "shorten the prompts or lower max_new_tokens",
         )
     short = len(task.names) - len(fitting)
-    left_out = [f"{task.name}: {short} of {len(task.names)} prompts are too long for the context"] if short and len(fitting) < count else []
+    left_out = (
+        [f"{task.name}: {short} of {len(task.names)} prompts are too long for the context"]
+        if short and len(fitting) < count
+        else []
+    )
     if task.later_turns:
-        left_out.append(f"{task.name}: {task.later_turns} later turns of conversations; first turns are measured")
+        left_out.append(
+            f"{task.name}: {task.later_turns} later turns of conversations; first turns are measured"
+        )
     chosen = fitting[:count]
-    return PromptSet(task.name, [name for name, _ in chosen], [ids for _, ids in chosen], task.max_new_tokens, left_out)
+    return PromptSet(
+        task.name, [name for name, _ in chosen], [ids for _, ids in chosen], task.max_new_tokens, left_out
+    )
 
 
 def mixed_prompts(tasks: Sequence[EncodedTask], count: int, max_new_tokens: int, room: int) -> PromptSet:
@@ -116,12 +152,20 @@ def mixed_prompts(tasks: Sequence[EncodedTask], count: int, max_new_tokens: int,
     ]
     label = tasks[0].name if len(tasks) == 1 else MIXED
     if not fitting:
-        return PromptSet(label, [], [], max_new_tokens, [f"{max_new_tokens} new tokens: no prompt leaves room for them in the context"])
+        return PromptSet(
+            label,
+            [],
+            [],
+            max_new_tokens,
+            [f"{max_new_tokens} new tokens: no prompt leaves room for them in the context"],
+        )
     chosen = [fitting[index % len(fitting)] for index in range(count)]
     return PromptSet(label, [name for name, _ in chosen], [ids for _, ids in chosen], max_new_tokens)
 
 
-def prompts_of_length(tasks: Sequence[EncodedTask], count: int, tokens: int, max_new_tokens: int, room: int) -> PromptSet:
+def prompts_of_length(
+    tasks: Sequence[EncodedTask], count: int, tokens: int, max_new_tokens: int, room: int
+) -> PromptSet:
     """Prompts of exactly `tokens` tokens, from each task in turn; those that are longer by themselves are left out.
 
     Returns:
@@ -129,7 +173,13 @@ def prompts_of_length(tasks: Sequence[EncodedTask], count: int, tokens: int, max
     """
     label = tasks[0].name if len(tasks) == 1 else MIXED
     if tokens + max_new_tokens > room:
-        return PromptSet(label, [], [], max_new_tokens, [f"prompts of {tokens} tokens: they do not fit the context with their answers"])
+        return PromptSet(
+            label,
+            [],
+            [],
+            max_new_tokens,
+            [f"prompts of {tokens} tokens: they do not fit the context with their answers"],
+        )
     per_task = -(-count // len(tasks))
     longer = [_lengthened(task, per_task, tokens) for task in tasks]
     left_out = [
@@ -138,13 +188,17 @@ def prompts_of_length(tasks: Sequence[EncodedTask], count: int, tokens: int, max
         if not found
     ]
     chosen = [found[index] for index in range(per_task) for found in longer if index < len(found)][:count]
-    return PromptSet(label, [name for name, _ in chosen], [ids for _, ids in chosen], max_new_tokens, left_out)
+    return PromptSet(
+        label, [name for name, _ in chosen], [ids for _, ids in chosen], max_new_tokens, left_out
+    )
 
 
 def repeated(prompts: PromptSet, count: int) -> PromptSet:
     """The same prompts again and again until there are `count`."""
     places = [index % len(prompts.names) for index in range(count)]
-    return replace(prompts, names=[prompts.names[i] for i in places], prompt_ids=[prompts.prompt_ids[i] for i in places])
+    return replace(
+        prompts, names=[prompts.names[i] for i in places], prompt_ids=[prompts.prompt_ids[i] for i in places]
+    )
 
 
 def _lengthened(task: EncodedTask, count: int, tokens: int) -> list[tuple[str, list[int]]]:
@@ -153,7 +207,12 @@ def _lengthened(task: EncodedTask, count: int, tokens: int) -> list[tuple[str, l
     for index, ids in enumerate(task.prompt_ids):
         if len(ids) <= tokens and len(found) < count:
             begin = min(task.begin, len(ids) - 1)
-            found.append((f"{task.name}/{task.names[index]}", ids[:begin] + _filling(task, index, tokens - len(ids)) + ids[begin:]))
+            found.append(
+                (
+                    f"{task.name}/{task.names[index]}",
+                    ids[:begin] + _filling(task, index, tokens - len(ids)) + ids[begin:],
+                )
+            )
     return found
 
 

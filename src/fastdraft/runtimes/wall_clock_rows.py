@@ -56,20 +56,29 @@ def _row(measured: Measured, setting: Setting, costs: PairCosts) -> dict[str, An
     # A device whose runtime adapts K by itself counts rounds of varying length, whatever was asked for.
     k = setting.num_speculative_tokens
     fixed = not setting.confidence_threshold and len(counts.num_accepted_tokens_per_pos) == k
-    position = statistics.fmean(measured.counts["prompt_tokens"]) + statistics.fmean(map(len, texts["response_ids"])) / 2
+    position = (
+        statistics.fmean(measured.counts["prompt_tokens"])
+        + statistics.fmean(map(len, texts["response_ids"])) / 2
+    )
     return {
-        "part": work.part, "task": work.prompts.task, "target_weights": work.target_weights, "draft_weights": work.draft_weights,
+        "part": work.part,
+        "task": work.prompts.task,
+        "target_weights": work.target_weights,
+        "draft_weights": work.draft_weights,
         "temperature": work.temperature,
         "num_speculative_tokens": None if setting.confidence_threshold else setting.num_speculative_tokens,
-        "confidence_threshold": setting.confidence_threshold, "concurrency": work.concurrency,
-        "prompt_tokens": tidy(statistics.fmean(measured.counts["prompt_tokens"])), "max_new_tokens": work.prompts.max_new_tokens,
-        "num_prompts": len(work.prompts.prompt_ids), "repeats": work.repeats,
+        "confidence_threshold": setting.confidence_threshold,
+        "concurrency": work.concurrency,
+        "prompt_tokens": tidy(statistics.fmean(measured.counts["prompt_tokens"])),
+        "max_new_tokens": work.prompts.max_new_tokens,
+        "num_prompts": len(work.prompts.prompt_ids),
+        "repeats": work.repeats,
         **_count_fields(counts, dynamic=not fixed),
         **times,
         **_expectations(counts, k if fixed else 0, costs, position, times, one_text=work.concurrency == 1),
         **_text_fields(measured, label),
         "speedup_without_looping": tidy(_without_looping(measured, label)) if work.concurrency == 1 else None,
-    }  # fmt: skip
+    }
 
 
 def _count_fields(counts: Counts, *, dynamic: bool) -> dict[str, Any]:
@@ -78,12 +87,16 @@ def _count_fields(counts: Counts, *, dynamic: bool) -> dict[str, Any]:
     while dynamic and per_pos and not per_pos[-1]:
         per_pos.pop()
     return {
-        "num_drafts": _count(counts.num_drafts), "num_draft_tokens": _count(counts.num_draft_tokens),
-        "num_accepted_tokens": _count(counts.num_accepted_tokens), "num_accepted_tokens_per_pos": [_count(value) for value in per_pos],
-        "num_generated_tokens": _count(counts.num_generated_tokens), "num_examined_tokens": _count(counts.num_examined_tokens),
-        "acceptance_rate": tidy(counts.acceptance_rate), "conditional_acceptance_rate": tidy(counts.conditional_acceptance_rate),
+        "num_drafts": _count(counts.num_drafts),
+        "num_draft_tokens": _count(counts.num_draft_tokens),
+        "num_accepted_tokens": _count(counts.num_accepted_tokens),
+        "num_accepted_tokens_per_pos": [_count(value) for value in per_pos],
+        "num_generated_tokens": _count(counts.num_generated_tokens),
+        "num_examined_tokens": _count(counts.num_examined_tokens),
+        "acceptance_rate": tidy(counts.acceptance_rate),
+        "conditional_acceptance_rate": tidy(counts.conditional_acceptance_rate),
         "block_efficiency": tidy(counts.block_efficiency),
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True)
@@ -100,8 +113,13 @@ class _Repeat:
 def _times(measured: Measured, label: str) -> dict[str, Any]:
     """Everything that follows from the clock."""
     alone, drafted = ([_repeat(unit["runs"][name]) for unit in measured.repeats] for name in (ALONE, label))
-    speedups = [_quotient(a.seconds, a.tokens, d.seconds, d.tokens) for a, d in zip(alone, drafted, strict=True)]
-    decode = [_quotient(a.decode_seconds, a.decode_tokens, d.decode_seconds, d.decode_tokens) for a, d in zip(alone, drafted, strict=True)]
+    speedups = [
+        _quotient(a.seconds, a.tokens, d.seconds, d.tokens) for a, d in zip(alone, drafted, strict=True)
+    ]
+    decode = [
+        _quotient(a.decode_seconds, a.decode_tokens, d.decode_seconds, d.decode_tokens)
+        for a, d in zip(alone, drafted, strict=True)
+    ]
     fields: dict[str, Any] = {"num_tokens_alone": alone[0].tokens, "num_tokens_with_draft": drafted[0].tokens}
     for name, repeats in (("alone", alone), ("with_draft", drafted)):
         seconds = [repeat.seconds for repeat in repeats]
@@ -110,7 +128,11 @@ def _times(measured: Measured, label: str) -> dict[str, Any]:
     for name, repeats in (("alone", alone), ("with_draft", drafted)):
         rates = [_ratio(repeat.tokens, repeat.seconds) for repeat in repeats]
         fields[f"tokens_per_second_{name}"] = tidy(statistics.median(rates))
-    fields |= {"speedup": tidy(statistics.median(speedups)), "speedup_low": tidy(min(speedups)), "speedup_high": tidy(max(speedups))}
+    fields |= {
+        "speedup": tidy(statistics.median(speedups)),
+        "speedup_low": tidy(min(speedups)),
+        "speedup_high": tidy(max(speedups)),
+    }
     fields["decode_speedup"] = tidy(statistics.median(decode))
     first, each = zip(*(_text_times(measured, name) for name in (ALONE, label)), strict=True)
     for field, values in (("first_token_seconds", first), ("seconds_per_output_token", each)):
@@ -154,7 +176,9 @@ def _text_times(measured: Measured, label: str) -> tuple[float, float]:
     return statistics.median(first for _, _, first in texts), statistics.median(each) if each else NAN
 
 
-def _quotient(seconds_alone: float, tokens_alone: float, seconds_with_draft: float, tokens_with_draft: float) -> float:
+def _quotient(
+    seconds_alone: float, tokens_alone: float, seconds_with_draft: float, tokens_with_draft: float
+) -> float:
     return _ratio(_ratio(seconds_alone, tokens_alone), _ratio(seconds_with_draft, tokens_with_draft))
 
 
@@ -162,7 +186,9 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else NAN
 
 
-def _expectations(counts: Counts, k: int, costs: PairCosts, position: float, times: Mapping[str, Any], *, one_text: bool) -> dict[str, Any]:
+def _expectations(
+    counts: Counts, k: int, costs: PairCosts, position: float, times: Mapping[str, Any], *, one_text: bool
+) -> dict[str, Any]:
     """What was to be expected, and the measured speed-ups over it; nothing for a K of 0, which stands for rounds of varying length."""
     bound, predicted = NAN, NAN
     if k:
@@ -171,17 +197,25 @@ def _expectations(counts: Counts, k: int, costs: PairCosts, position: float, tim
         latency = costs.at(position)
         seconds = latency.target_seconds
         if k + 1 in seconds:
-            predicted = predicted_speedup(counts.block_efficiency, k, latency.draft_seconds, seconds[1], seconds[k + 1])
+            predicted = predicted_speedup(
+                counts.block_efficiency, k, latency.draft_seconds, seconds[1], seconds[k + 1]
+            )
     speedup, decode = (NAN if times[name] is None else times[name] for name in ("speedup", "decode_speedup"))
     return {
-        "predicted_speedup": tidy(predicted), "predicted_quotient": tidy(_ratio(speedup, predicted)),
-        "decode_quotient": tidy(_ratio(decode, predicted)), "mbsu_bytes": tidy(bound), "mbsu_quotient": tidy(_ratio(speedup, bound)),
-    }  # fmt: skip
+        "predicted_speedup": tidy(predicted),
+        "predicted_quotient": tidy(_ratio(speedup, predicted)),
+        "decode_quotient": tidy(_ratio(decode, predicted)),
+        "mbsu_bytes": tidy(bound),
+        "mbsu_quotient": tidy(_ratio(speedup, bound)),
+    }
 
 
 def _text_fields(measured: Measured, label: str) -> dict[str, Any]:
     """Whether the texts are the target's own, and how many run into loops."""
-    texts, differences = measured.counts["texts"][label]["response_ids"], measured.counts["differences"][label]
+    texts, differences = (
+        measured.counts["texts"][label]["response_ids"],
+        measured.counts["differences"][label],
+    )
     return {
         "texts": len(texts),
         "same_text": None if differences is None else len(texts) - len(differences),

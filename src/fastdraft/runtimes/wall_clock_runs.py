@@ -42,7 +42,11 @@ class Setting:
     @property
     def label(self) -> str:
         """`k3`, or `c0.4`."""
-        return f"c{self.confidence_threshold:g}" if self.confidence_threshold else f"k{self.num_speculative_tokens}"
+        return (
+            f"c{self.confidence_threshold:g}"
+            if self.confidence_threshold
+            else f"k{self.num_speculative_tokens}"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class Measurement:
     def batches(self) -> list[range]:
         """Places of the prompts that are asked together."""
         count = len(self.prompts.prompt_ids)
-        return [range(begin, min(begin + self.concurrency, count)) for begin in range(0, count, self.concurrency)]
+        return [
+            range(begin, min(begin + self.concurrency, count)) for begin in range(0, count, self.concurrency)
+        ]
 
     @property
     def planned_tokens(self) -> int:
@@ -88,10 +94,17 @@ class Measurement:
     def describe(self) -> dict[str, Any]:
         """What its units depend on, kept in each of them."""
         return {
-            "part": self.part, "task": self.prompts.task, "target_weights": self.target_weights, "draft_weights": self.draft_weights,
-            "temperature": self.temperature, "concurrency": self.concurrency, "max_new_tokens": self.prompts.max_new_tokens,
-            "seed": self.seed, "labels": self.labels, "prompts": digest(self.prompts.prompt_ids),
-        }  # fmt: skip
+            "part": self.part,
+            "task": self.prompts.task,
+            "target_weights": self.target_weights,
+            "draft_weights": self.draft_weights,
+            "temperature": self.temperature,
+            "concurrency": self.concurrency,
+            "max_new_tokens": self.prompts.max_new_tokens,
+            "seed": self.seed,
+            "labels": self.labels,
+            "prompts": digest(self.prompts.prompt_ids),
+        }
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,10 @@ class Units:
 
     def names(self, work: Measurement) -> list[str]:
         """Of all units of a measurement, in the order in which they are made."""
-        return [f"{work.name}.counts", *(f"{work.name}.repeat-{number}" for number in range(1, work.repeats + 1))]
+        return [
+            f"{work.name}.counts",
+            *(f"{work.name}.repeat-{number}" for number in range(1, work.repeats + 1)),
+        ]
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -136,12 +152,21 @@ class Units:
         path = self.path(name)
         unit = read_json(path)
         if not isinstance(unit, dict) or (measurement is not None and unit.get("measurement") != measurement):
-            raise ArtifactError(path, "about another measurement", "must be this one's", "delete this file and run the same command again")
+            raise ArtifactError(
+                path,
+                "about another measurement",
+                "must be this one's",
+                "delete this file and run the same command again",
+            )
         return unit
 
 
 def measure(
-    work: Measurement, contenders: Mapping[str, Contender], units: Units, judge: Judge, on_batch: Callable[[int], None] = lambda _: None
+    work: Measurement,
+    contenders: Mapping[str, Contender],
+    units: Units,
+    judge: Judge,
+    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Measured:
     """Makes what is missing of a measurement's units and returns them all.
 
@@ -183,22 +208,32 @@ def is_finished(work: Measurement, units: Units) -> bool:
     return all(units.has(name) for name in units.names(work))
 
 
-def _answers(work: Measurement, contender: Contender, places: Sequence[int], *, exact_counts: bool = False) -> TimedBatch:
+def _answers(
+    work: Measurement, contender: Contender, places: Sequence[int], *, exact_counts: bool = False
+) -> TimedBatch:
     seed = int(digest([work.seed, work.name, places[0]]), 16) % 2**31
     prompts = [work.prompts.prompt_ids[place] for place in places]
-    return contender.write(prompts, Sampling(work.temperature), work.prompts.max_new_tokens, seed, exact_counts=exact_counts)
+    return contender.write(
+        prompts, Sampling(work.temperature), work.prompts.max_new_tokens, seed, exact_counts=exact_counts
+    )
 
 
 def _warm_up(work: Measurement, contenders: Mapping[str, Contender]) -> None:
     """A few tokens of every contender, for a process that goes on with timing."""
     prompts = [work.prompts.prompt_ids[place] for place in work.batches[0]]
     for label in work.labels:
-        contenders[label].write(prompts, Sampling(work.temperature), min(WARM_UP_TOKENS, work.prompts.max_new_tokens), work.seed)
+        contenders[label].write(
+            prompts, Sampling(work.temperature), min(WARM_UP_TOKENS, work.prompts.max_new_tokens), work.seed
+        )
 
 
-def _counted(work: Measurement, contenders: Mapping[str, Contender], judge: Judge, on_batch: Callable[[int], None]) -> dict[str, Any]:
+def _counted(
+    work: Measurement, contenders: Mapping[str, Contender], judge: Judge, on_batch: Callable[[int], None]
+) -> dict[str, Any]:
     """Texts, counts and comparisons of every setting, untimed."""
-    found: dict[str, dict[str, list[Any]]] = {label: {"response_ids": [], "counts": []} for label in work.labels}
+    found: dict[str, dict[str, list[Any]]] = {
+        label: {"response_ids": [], "counts": []} for label in work.labels
+    }
     for places in work.batches:
         for label in work.labels:
             for text in _answers(work, contenders[label], places, exact_counts=True).texts:
@@ -213,20 +248,29 @@ def _counted(work: Measurement, contenders: Mapping[str, Contender], judge: Judg
         "texts": found,
         "lossless": {label: greedy or contenders[label].lossless_sampling for label in work.labels},
         "differences": {
-            label: _differences(work, own, found[label]["response_ids"], judge) if greedy else None for label in work.labels[1:]
+            label: _differences(work, own, found[label]["response_ids"], judge) if greedy else None
+            for label in work.labels[1:]
         },
     }
 
 
 def _as_numbers(text: TimedText) -> list[float | None] | None:
     """Counts as numbers, null where the runtime cannot count; null for a text without a round (one that ended at its first token)."""
-    return [None if math.isnan(value) else float(value) for value in counts_to_array(text.counts)] if text.rounds else None
+    return (
+        [None if math.isnan(value) else float(value) for value in counts_to_array(text.counts)]
+        if text.rounds
+        else None
+    )
 
 
-def _differences(work: Measurement, own: list[list[int]], others: list[list[int]], judge: Judge) -> list[dict[str, Any]]:
+def _differences(
+    work: Measurement, own: list[list[int]], others: list[list[int]], judge: Judge
+) -> list[dict[str, Any]]:
     """Where texts leave the target's own, each with how near the two tokens are in the target's eyes."""
     found = []
-    for name, prompt, first, second in zip(work.prompts.names, work.prompts.prompt_ids, own, others, strict=True):
+    for name, prompt, first, second in zip(
+        work.prompts.names, work.prompts.prompt_ids, own, others, strict=True
+    ):
         if first == second:
             continue
         place = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
@@ -236,7 +280,9 @@ def _differences(work: Measurement, own: list[list[int]], others: list[list[int]
     return found
 
 
-def _timed(work: Measurement, contenders: Mapping[str, Contender], number: int, on_batch: Callable[[int], None]) -> dict[str, Any]:
+def _timed(
+    work: Measurement, contenders: Mapping[str, Contender], number: int, on_batch: Callable[[int], None]
+) -> dict[str, Any]:
     """One repeat: batch by batch, every setting in turn."""
     order = work.labels if number % 2 == 0 else work.labels[::-1]
     runs: dict[str, list[dict[str, Any]]] = {label: [] for label in work.labels}
@@ -257,6 +303,11 @@ def _as_times(batch: TimedBatch) -> dict[str, Any]:
     }
 
 
-def as_settings(num_speculative_tokens: Sequence[int], confidence_thresholds: Sequence[float]) -> list[Setting]:
+def as_settings(
+    num_speculative_tokens: Sequence[int], confidence_thresholds: Sequence[float]
+) -> list[Setting]:
     """Every fixed K, then every threshold."""
-    return [*map(Setting, num_speculative_tokens), *(Setting(max(num_speculative_tokens), value) for value in confidence_thresholds)]
+    return [
+        *map(Setting, num_speculative_tokens),
+        *(Setting(max(num_speculative_tokens), value) for value in confidence_thresholds),
+    ]

@@ -26,10 +26,14 @@ Row = Mapping[str, Any]
 def speaking_rows(rows: Sequence[Row], target_weights: str, draft_weights: str) -> list[Row]:
     """Rows from which the best K and the verdict follow, at the lowest temperature among them."""
     found = [
-        row for row in rows
-        if row["part"] == "tasks" and row["lossless"] and row["speedup"] is not None and not row["confidence_threshold"]
+        row
+        for row in rows
+        if row["part"] == "tasks"
+        and row["lossless"]
+        and row["speedup"] is not None
+        and not row["confidence_threshold"]
         and (row["target_weights"], row["draft_weights"]) == (target_weights, draft_weights)
-    ]  # fmt: skip
+    ]
     lowest = min((row["temperature"] for row in found), default=0.0)
     return [row for row in found if row["temperature"] == lowest]
 
@@ -50,7 +54,9 @@ def best(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def verdict(rows: Sequence[Row], latencies: Sequence[Latency], breakdown: Row | None, device: str) -> dict[str, str]:
+def verdict(
+    rows: Sequence[Row], latencies: Sequence[Latency], breakdown: Row | None, device: str
+) -> dict[str, str]:
     """A sentence for whoever has to decide, and its tone.
 
     Args:
@@ -61,7 +67,10 @@ def verdict(rows: Sequence[Row], latencies: Sequence[Latency], breakdown: Row | 
     """
     k = best(rows)["num_speculative_tokens"]
     if k is None:
-        return {"sentence": "No verdict: nothing was measured whose text is the target's own; measure at temperature 0.", "tone": "mixed"}
+        return {
+            "sentence": "No verdict: nothing was measured whose text is the target's own; measure at temperature 0.",
+            "tone": "mixed",
+        }
     chosen = [row for row in rows if row["num_speculative_tokens"] == k]
     pair = f"({device}, {chosen[0]['target_weights']} target, {chosen[0]['draft_weights']} draft)"
     good = [row for row in chosen if row["speedup"] >= WORTH]
@@ -70,16 +79,24 @@ def verdict(rows: Sequence[Row], latencies: Sequence[Latency], breakdown: Row | 
         sentence = f"Use this draft with K = {k}: measured {_each(good)} {pair}"
         lowest = min(row["speedup_low"] for row in good)
         if lowest < 1:
-            return {"sentence": f"{sentence}, but {lowest:.2f}x in one repeat: measure again on a quiet machine.", "tone": "mixed"}
+            return {
+                "sentence": f"{sentence}, but {lowest:.2f}x in one repeat: measure again on a quiet machine.",
+                "tone": "mixed",
+            }
         return {"sentence": f"{sentence}.", "tone": "good"}
     reason = _reason(poor, latencies, breakdown)
     if good:
         sentence = f"Use this draft with K = {k} where it pays: measured {_each(good)}, but {_each(poor)} {pair}; there {reason}."
         return {"sentence": sentence, "tone": "mixed"}
     if all(row["speedup"] >= 1 for row in poor):
-        sentence = f"A draft brings next to nothing here: measured {_each(poor)} at best K = {k} {pair}; {reason}."
+        sentence = (
+            f"A draft brings next to nothing here: measured {_each(poor)} at best K = {k} {pair}; {reason}."
+        )
         return {"sentence": sentence, "tone": "mixed"}
-    return {"sentence": f"Do not use a draft here: measured {_each(poor)} at best K = {k} {pair}; {reason}.", "tone": "bad"}
+    return {
+        "sentence": f"Do not use a draft here: measured {_each(poor)} at best K = {k} {pair}; {reason}.",
+        "tone": "bad",
+    }
 
 
 def _each(rows: Sequence[Row]) -> str:
@@ -113,7 +130,9 @@ def _costs(row: Row, latency: Latency) -> str:
         found, wanted = _percent(rate, digits), _percent(needed, digits)
         return f"the acceptance is too low: {found} of the proposals looked at, and costs ask for more than {wanted}"
     if draft >= verify:
-        return f"the target answers in {_ms(one)} ms a token and the draft needs {_ms(latency.draft_seconds)} ms"
+        return (
+            f"the target answers in {_ms(one)} ms a token and the draft needs {_ms(latency.draft_seconds)} ms"
+        )
     seconds = latency.target_seconds[width]
     return f"verifying is too dear: a pass of the target over {width} tokens takes {_ms(seconds)} ms, over one {_ms(one)} ms"
 
@@ -138,7 +157,9 @@ def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.2g}" if seconds < 0.1 else f"{1000 * seconds:.0f}"
 
 
-def summary_table(rows: Sequence[Row], found: Mapping[str, Any], pair: str) -> tuple[str, list[str], list[list[str]]]:
+def summary_table(
+    rows: Sequence[Row], found: Mapping[str, Any], pair: str
+) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and lines for the terminal: each task at its own best K.
 
     Args:
@@ -148,10 +169,22 @@ def summary_table(rows: Sequence[Row], found: Mapping[str, Any], pair: str) -> t
     """
     lines = []
     for task, entry in found["by_task"].items():
-        row = next(r for r in rows if r["task"] == task and r["num_speculative_tokens"] == entry["num_speculative_tokens"])
+        row = next(
+            r
+            for r in rows
+            if r["task"] == task and r["num_speculative_tokens"] == entry["num_speculative_tokens"]
+        )
         measured = f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
         cells = [_cell(row[name]) for name in ("block_efficiency", "predicted_speedup")]
-        lines.append([task[:16], str(row["num_speculative_tokens"]), *cells, measured, _cell(row["predicted_quotient"])])
+        lines.append(
+            [
+                task[:16],
+                str(row["num_speculative_tokens"]),
+                *cells,
+                measured,
+                _cell(row["predicted_quotient"]),
+            ]
+        )
     columns = ["task", "best K", "tok/pass", "predicted", "measured [range]", "quotient"]
     return f"Speed-up on the clock, {pair}", columns, lines
 
@@ -160,7 +193,9 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def breakdown_entry(target_weights: str, draft_weights: str, k: int, parts: Mapping[str, float]) -> dict[str, Any]:
+def breakdown_entry(
+    target_weights: str, draft_weights: str, k: int, parts: Mapping[str, float]
+) -> dict[str, Any]:
     """An entry of `breakdown` in `benchmark.json`.
 
     Args:
@@ -171,7 +206,11 @@ def breakdown_entry(target_weights: str, draft_weights: str, k: int, parts: Mapp
     """
     other = max(0.0, parts["total_seconds"] - parts["target_seconds"] - parts["draft_seconds"])
     return {
-        "target_weights": target_weights, "draft_weights": draft_weights, "num_speculative_tokens": k,
-        "target_seconds": tidy(parts["target_seconds"]), "draft_seconds": tidy(parts["draft_seconds"]),
-        "other_seconds": tidy(other), "total_seconds": tidy(parts["total_seconds"]),
-    }  # fmt: skip
+        "target_weights": target_weights,
+        "draft_weights": draft_weights,
+        "num_speculative_tokens": k,
+        "target_seconds": tidy(parts["target_seconds"]),
+        "draft_seconds": tidy(parts["draft_seconds"]),
+        "other_seconds": tidy(other),
+        "total_seconds": tidy(parts["total_seconds"]),
+    }

@@ -30,7 +30,7 @@ from fastdraft.training.settings import (
     SequenceKDConfig,
     TokenKDConfig,
     kind_default,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,7 +141,13 @@ def run(config: AlignConfig, context: StageContext) -> None:
         return
     save_draft(model, artifact.path / "checkpoint", context.artifact("design").path / "draft")
     fields = _summary(artifact.path, state)
-    artifact.complete(**fields, **counts, settings=resolved.as_dict(), processes=trainer.world.size, provenance=describe_run())
+    artifact.complete(
+        **fields,
+        **counts,
+        settings=resolved.as_dict(),
+        processes=trainer.world.size,
+        provenance=describe_run(),
+    )
     trainer.checkpoints.discard()
     before, after = fields["start_block_efficiency"], fields["validation_block_efficiency"]
     if before is not None and after is not None:
@@ -165,10 +171,14 @@ def _build_trainer(
     source, resolved, counts = _batches(config, context, model, device)
     compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
     trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
-    step = assemble.build_step(trained, resolved, _objective(config, context, model, device), device, compiled=compiled)
+    step = assemble.build_step(
+        trained, resolved, _objective(config, context, model, device), device, compiled=compiled
+    )
     held_out = _held_out(list(read_all(synthesize, "validation")))
     if not held_out:
-        context.console.warn("align: no held-out responses, so the last step's weights are kept instead of the best")
+        context.console.warn(
+            "align: no held-out responses, so the last step's weights are kept instead of the best"
+        )
     plan = Plan(
         title="align",
         key="align",
@@ -179,9 +189,19 @@ def _build_trainer(
         checkpoint_every=assemble.checkpoint_every(config.checkpoint_every, source.steps),
         tensorboard=config.tensorboard,
     )
-    k, vocabulary, size = _num_speculative_tokens(context), load_vocabulary(context.target), resolved.micro_batch_tokens
-    validate = HeldOutResponses(model, outside(step, model, trained), held_out, k, vocabulary, size) if held_out else None
-    trainer = Trainer(artifact.path, model, step, ahead(source, device), plan, context.console, validate, trained=trained)
+    k, vocabulary, size = (
+        _num_speculative_tokens(context),
+        load_vocabulary(context.target),
+        resolved.micro_batch_tokens,
+    )
+    validate = (
+        HeldOutResponses(model, outside(step, model, trained), held_out, k, vocabulary, size)
+        if held_out
+        else None
+    )
+    trainer = Trainer(
+        artifact.path, model, step, ahead(source, device), plan, context.console, validate, trained=trained
+    )
     return trainer, resolved, counts
 
 
@@ -196,7 +216,9 @@ def training_batches(config: AlignConfig, context: StageContext) -> AlignmentBat
     from fastdraft.modeling.loading import load_draft
 
     device = torch.device("cpu")
-    return _batches(config, context, load_draft(_start(context)[0], device=device, dtype=torch.float32), device)[0]
+    return _batches(
+        config, context, load_draft(_start(context)[0], device=device, dtype=torch.float32), device
+    )[0]
 
 
 def _batches(
@@ -205,14 +227,23 @@ def _batches(
     """The steps, the settings with which they were cut, and what became of the rows."""
     from fastdraft.training import assemble, rates
 
-    samples, counts = _samples(_responses(config, context.require("synthesize"), model), model.config.max_position_embeddings)
+    samples, counts = _samples(
+        _responses(config, context.require("synthesize"), model), model.config.max_position_embeddings
+    )
     total = sum(sample.num_tokens for sample in samples)
     budget = config.tokens or round(total * (config.passes or 1))
-    batch_tokens = config.batch_tokens or rates.batch_tokens("align", assemble.count_parameters(model), budget)
+    batch_tokens = config.batch_tokens or rates.batch_tokens(
+        "align", assemble.count_parameters(model), budget
+    )
     resolved = assemble.resolve(
-        config.optimizer, "align", model, device,
-        batch_tokens=batch_tokens, micro_batch_tokens=config.micro_batch_tokens, precision=config.precision,
-    )  # fmt: skip
+        config.optimizer,
+        "align",
+        model,
+        device,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+        precision=config.precision,
+    )
     return _source(config, context, samples, resolved), resolved, counts
 
 
@@ -243,10 +274,14 @@ def _same_vocabulary(where: str, size: int, model: PreTrainedModel) -> None:
     wanted = int(model.config.vocab_size)
     if size != wanted:
         rule = f"the draft's vocabulary has {wanted}; both must be the target's"
-        raise VocabularyError(where, f"distributions over {size} ids", rule, "redo the run from design on with this target")
+        raise VocabularyError(
+            where, f"distributions over {size} ids", rule, "redo the run from design on with this target"
+        )
 
 
-def _responses(config: AlignConfig, synthesize: Artifact, model: PreTrainedModel) -> Iterator[tuple[SyntheticRow, ResponseLogits | None]]:
+def _responses(
+    config: AlignConfig, synthesize: Artifact, model: PreTrainedModel
+) -> Iterator[tuple[SyntheticRow, ResponseLogits | None]]:
     """The training rows, each with its stored logits where the objective wants them.
 
     Raises:
@@ -264,7 +299,9 @@ def _responses(config: AlignConfig, synthesize: Artifact, model: PreTrainedModel
         yield row, logits
 
 
-def _samples(rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]], context_length: int) -> tuple[list[Sample], dict[str, int]]:
+def _samples(
+    rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]], context_length: int
+) -> tuple[list[Sample], dict[str, int]]:
     """What is trained on, and how many rows were whole, cut to the draft's context, or dropped because nothing was left.
 
     Raises:
@@ -275,22 +312,31 @@ def _samples(rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]], context
     samples = as_samples(rows)
     kept, num_cut, num_dropped = cut_to_context(samples, context_length)
     if not kept:
-        found, rule = f"0 trained tokens in {len(samples)} responses", "there must be response tokens to train on"
+        found, rule = (
+            f"0 trained tokens in {len(samples)} responses",
+            "there must be response tokens to train on",
+        )
         raise TrainingError("align", found, rule, "raise synthesize.tokens, or shorten the prompts")
     return kept, {"rows": len(kept), "rows_cut": num_cut, "rows_dropped": num_dropped}
 
 
-def _source(config: AlignConfig, context: StageContext, samples: list[Sample], resolved: Resolved) -> AlignmentBatches:
+def _source(
+    config: AlignConfig, context: StageContext, samples: list[Sample], resolved: Resolved
+) -> AlignmentBatches:
     import numpy as np
 
     from fastdraft.training.batches import AlignmentBatches, plan_batches
     from fastdraft.training.distributed import current
 
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
-    plan = plan_batches(lengths, resolved.batch_tokens, context.settings.seed, epochs=config.passes, tokens=config.tokens)
+    plan = plan_batches(
+        lengths, resolved.batch_tokens, context.settings.seed, epochs=config.passes, tokens=config.tokens
+    )
     share = _pretraining_share(config, context)
     packed = _packed(context, resolved) if share else None
-    return AlignmentBatches(samples, plan, 0, resolved.micro_batch_tokens, packed, share, share=current().share)
+    return AlignmentBatches(
+        samples, plan, 0, resolved.micro_batch_tokens, packed, share, share=current().share
+    )
 
 
 def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
@@ -324,7 +370,12 @@ def _mixture(context: StageContext) -> dict[str, float]:
     if context.has("prepare"):
         return dict.fromkeys(context.section("prepare").names, 1.0)
     rule = "needs the mixture of continue_pretrain or pretrain, or prepared corpora"
-    raise RecipeError("align.pretraining_share", "no such section", rule, "add one of them or set align.pretraining_share: 0")
+    raise RecipeError(
+        "align.pretraining_share",
+        "no such section",
+        rule,
+        "add one of them or set align.pretraining_share: 0",
+    )
 
 
 def _start(context: StageContext) -> tuple[Path, str]:
@@ -343,12 +394,19 @@ def _start(context: StageContext) -> tuple[Path, str]:
 
 def _num_speculative_tokens(context: StageContext) -> int:
     """K at which the best step is chosen: the export's, else 3."""
-    return int(context.section("export").num_speculative_tokens) if context.has("export") else DEFAULT_NUM_SPECULATIVE_TOKENS
+    return (
+        int(context.section("export").num_speculative_tokens)
+        if context.has("export")
+        else DEFAULT_NUM_SPECULATIVE_TOKENS
+    )
 
 
 def _held_out(rows: list[SyntheticRow]) -> list[SyntheticRow]:
     """At most VALIDATION_ROWS rows, chosen by hash so that every source and temperature is among them."""
-    return sorted((row for row in rows if row.response_ids), key=lambda row: hashlib.sha256(row.row_id.encode()).digest())[:VALIDATION_ROWS]
+    return sorted(
+        (row for row in rows if row.response_ids),
+        key=lambda row: hashlib.sha256(row.row_id.encode()).digest(),
+    )[:VALIDATION_ROWS]
 
 
 def _summary(folder: Path, state: TrainingState) -> dict[str, Any]:

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from fastdraft.runtimes.wall_clock_rows import PairCosts
 
 NAME = "benchmark"
-SHIPPED_TASKS: tuple[Literal["code", "summarization", "text", "instructions"], ...] = ("code", "instructions", "text", "summarization")
+SHIPPED_TASKS: tuple[Literal["code", "summarization", "text", "instructions"], ...] = (
+    "code",
+    "instructions",
+    "text",
+    "summarization",
+)
 PREFIX_TOKENS = 128
 NPU_MOST = 5
 """On an NPU OpenVINO adapts K by itself, beginning with at most this one."""
@@ -125,9 +130,13 @@ class BenchmarkConfig(Config):
         if not any(name.startswith("NPU") for name in (self.device, self.draft_device)):
             return self
         if max(self.num_speculative_tokens) > NPU_MOST:
-            raise ValueError(f"with an NPU num_speculative_tokens must be at most {NPU_MOST}: OpenVINO adapts it from there")
+            raise ValueError(
+                f"with an NPU num_speculative_tokens must be at most {NPU_MOST}: OpenVINO adapts it from there"
+            )
         if self.confidence_thresholds or max(self.temperatures) > 0:
-            raise ValueError("with an NPU only temperature 0 and no confidence thresholds: OpenVINO's pipeline knows neither with a draft")
+            raise ValueError(
+                "with an NPU only temperature 0 and no confidence thresholds: OpenVINO's pipeline knows neither with a draft"
+            )
         return self
 
     def tasks_of(self, sections: Mapping[str, Config]) -> list[Any]:
@@ -216,9 +225,13 @@ def _place(config: BenchmarkConfig, context: StageContext) -> Place:
     from fastdraft.runtimes.wall_clock_bench import Place
 
     return Place(
-        config.device, config.draft_device, config.precision, context.settings.threads,
-        rows=max([1, *config.sweep.concurrency]), eos_ids=load_vocabulary(context.target).eos_token_ids,
-    )  # fmt: skip
+        config.device,
+        config.draft_device,
+        config.precision,
+        context.settings.threads,
+        rows=max([1, *config.sweep.concurrency]),
+        eos_ids=load_vocabulary(context.target).eos_token_ids,
+    )
 
 
 def _plan(config: BenchmarkConfig, context: StageContext) -> Plan:
@@ -236,7 +249,9 @@ def _plan(config: BenchmarkConfig, context: StageContext) -> Plan:
     return make_plan(
         [encode(task, tokenizer) for task in config.tasks_of(context.sections)],
         count=config.prompts,
-        context_length=min(context_length(raw_config(target.location, target.revision)), context_length(raw_config(draft))),
+        context_length=min(
+            context_length(raw_config(target.location, target.revision)), context_length(raw_config(draft))
+        ),
         weights=[(pair.target, pair.draft) for pair in config.weights],
         temperatures=config.temperatures,
         settings=as_settings(config.num_speculative_tokens, config.confidence_thresholds),
@@ -253,11 +268,17 @@ def _exports(config: BenchmarkConfig, context: StageContext) -> list[Pair]:
 
     exported, source, console = context.require("export"), context.target, context.console
     found = exported.manifest().get("openvino") or {}
-    standing = {(role, found[role]): exported.path / "openvino" / role for role in ("target", "draft") if found.get(role, "none") != "none"}
+    standing = {
+        (role, found[role]): exported.path / "openvino" / role
+        for role in ("target", "draft")
+        if found.get(role, "none") != "none"
+    }
 
     def export(role: str, weights: Any, folder: Path, target: Path | None) -> None:
         console.stop.check(context.artifact(NAME).path)
-        console.say(f"converting the {role} for OpenVINO ({weights}): it is loaded and tried, which takes a while")
+        console.say(
+            f"converting the {role} for OpenVINO ({weights}): it is loaded and tried, which takes a while"
+        )
         if role == "target":
             export_openvino(source.location, folder, weights, revision=source.revision)
         else:
@@ -269,12 +290,19 @@ def _exports(config: BenchmarkConfig, context: StageContext) -> list[Pair]:
 
 def _prefixes(plan: Plan, pair: Pair) -> list[int]:
     """Lengths behind which passes are timed: the usual one, on the deployed pair also the swept ones."""
-    swept = [swept.value for swept in plan.swept if swept.part == "prompt_tokens"] if pair.weights == plan.weights[0] else []
+    swept = (
+        [swept.value for swept in plan.swept if swept.part == "prompt_tokens"]
+        if pair.weights == plan.weights[0]
+        else []
+    )
     return sorted({PREFIX_TOKENS, *swept})
 
 
 def _measure(
-    bench: Bench, pairs: Sequence[Pair], latencies: Mapping[tuple[str, str], list[Latency]], context: StageContext
+    bench: Bench,
+    pairs: Sequence[Pair],
+    latencies: Mapping[tuple[str, str], list[Latency]],
+    context: StageContext,
 ) -> dict[str, Any]:
     """The measured fields of `benchmark.json`."""
     from fastdraft.runtimes.wall_clock_bench import Models
@@ -286,7 +314,9 @@ def _measure(
     rows: list[dict[str, Any]] = []
     swept: list[dict[str, Any]] = []
     breakdown, memory = [], []
-    with bench.console.progress("runs in turn", plan.planned_tokens, "tokens", bench.finished_tokens()) as progress:
+    with bench.console.progress(
+        "runs in turn", plan.planned_tokens, "tokens", bench.finished_tokens()
+    ) as progress:
         for pair in pairs:
             models = Models(pair, bench.place)
             for measured in bench.measure_all(models, plan.of_tasks(pair.weights), progress):
@@ -298,10 +328,20 @@ def _measure(
             breakdown.append(breakdown_entry(*pair.weights, k, bench.breakdown(models, k)))
             del models  # before the memory of the next is taken
     for pair in pairs:
-        memory.append({"target_weights": pair.target_weights, "draft_weights": pair.draft_weights, **bench.memory(pair, k)})
+        memory.append(
+            {
+                "target_weights": pair.target_weights,
+                "draft_weights": pair.draft_weights,
+                **bench.memory(pair, k),
+            }
+        )
     speaking = speaking_rows(rows, *deployed.weights)
     return {
-        "latencies": [_latency_entry(pair, latency, bench.place) for pair in pairs for latency in latencies[pair.weights]],
+        "latencies": [
+            _latency_entry(pair, latency, bench.place)
+            for pair in pairs
+            for latency in latencies[pair.weights]
+        ],
         "breakdown": breakdown,
         "memory": memory,
         "rows": rows + swept,
@@ -319,7 +359,10 @@ def _costs(pair: Pair, latencies: Sequence[Latency], context: StageContext) -> P
     source = context.target
     target = read_architecture(load_config(source.location, source.revision, source.trust_remote_code))
     draft = read_architecture(load_config(str(context.require("export").path / "huggingface")))
-    of_draft, of_target = draft.exported_bytes_per_token(pair.draft_weights), target.exported_bytes_per_token(pair.target_weights)
+    of_draft, of_target = (
+        draft.exported_bytes_per_token(pair.draft_weights),
+        target.exported_bytes_per_token(pair.target_weights),
+    )
     return PairCosts(latencies, of_draft / of_target)
 
 
@@ -330,10 +373,14 @@ def _middle(plan: Plan) -> int:
 
 def _latency_entry(pair: Pair, latency: Latency, place: Place) -> dict[str, Any]:
     return {
-        "target_weights": pair.target_weights, "draft_weights": pair.draft_weights, "prefix_tokens": latency.prefix_tokens,
-        "draft_seconds": latency.draft_seconds, "target_seconds": {str(width): value for width, value in latency.target_seconds.items()},
-        "device": place.device, "draft_device": place.draft_device or place.device,
-    }  # fmt: skip
+        "target_weights": pair.target_weights,
+        "draft_weights": pair.draft_weights,
+        "prefix_tokens": latency.prefix_tokens,
+        "draft_seconds": latency.draft_seconds,
+        "target_seconds": {str(width): value for width, value in latency.target_seconds.items()},
+        "device": place.device,
+        "draft_device": place.draft_device or place.device,
+    }
 
 
 def _warn_if_busy(context: StageContext) -> None:
@@ -341,7 +388,9 @@ def _warn_if_busy(context: StageContext) -> None:
 
     share = busy_share()
     if share is not None and share >= BUSY:
-        context.console.warn(f"other processes keep {share:.0%} of this machine busy: times will be worse and the ranges wider")
+        context.console.warn(
+            f"other processes keep {share:.0%} of this machine busy: times will be worse and the ranges wider"
+        )
 
 
 def _tell(results: Mapping[str, Any], bench: Bench, context: StageContext) -> None:
@@ -354,7 +403,9 @@ def _tell(results: Mapping[str, Any], bench: Bench, context: StageContext) -> No
     if speaking:
         console.table(*summary_table(speaking, results["best"], f"{bench.place.in_words}, {pair}"))
     others = [f"{number} weights pairs" for number in [len(plan.weights)] if number > 1]
-    others += ["confidence thresholds"] if any(setting.confidence_threshold for setting in plan.settings) else []
+    others += (
+        ["confidence thresholds"] if any(setting.confidence_threshold for setting in plan.settings) else []
+    )
     others += [part.replace("_", " ") for part in dict.fromkeys(swept.part for swept in plan.swept)]
     if others:
         console.say(f"in benchmark.json and the report besides: {', '.join(others)}")
@@ -366,7 +417,9 @@ def _tell(results: Mapping[str, Any], bench: Bench, context: StageContext) -> No
     if cases:
         largest = max((case["logprob_gap"] or 0.0 for case in cases), default=0.0)
         texts = sum(row["texts"] for row in results["rows"] if row["same_text"] is not None)
-        console.say(f"greedy text differs from the target's own in {len(cases)} of {texts} texts; largest log-prob gap there {largest:.2g}")
+        console.say(
+            f"greedy text differs from the target's own in {len(cases)} of {texts} texts; largest log-prob gap there {largest:.2g}"
+        )
     looping = [row["looping_share"] for row in speaking]
     if looping and sum(looping) / len(looping) >= LOOPING:
         share = sum(looping) / len(looping)

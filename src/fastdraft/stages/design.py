@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 NAME = "design"
 _TOO_LARGE = 0.35  # by bytes: above it even an acceptance rate of 0.6 gains less than 1.4 times at K = 3
-_INHERITED = ("rope_parameters", "rms_norm_eps", "hidden_act", "max_position_embeddings", "original_max_position_embeddings")
+_INHERITED = (
+    "rope_parameters",
+    "rms_norm_eps",
+    "hidden_act",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
 
 
 class BudgetDraft(Config):
@@ -90,7 +96,9 @@ class DesignConfig(Config):
     @model_validator(mode="after")
     def _from_has_weights(self) -> DesignConfig:
         if isinstance(self.draft, EarlierDraft) and self.initialization != "random":
-            raise ValueError("initialization does not apply to kind: from, which brings its own weights; leave it out")
+            raise ValueError(
+                "initialization does not apply to kind: from, which brings its own weights; leave it out"
+            )
         return self
 
 
@@ -134,7 +142,9 @@ def plan(config: DesignConfig, target: TargetConfig) -> Plan:
     return Plan(shape, draft, draft_hf_config(target_config, draft), vocabulary, None)
 
 
-def resolve_shape(draft: BudgetDraft | ShapeDraft | PresetDraft, target_config: PreTrainedConfig) -> Architecture:
+def resolve_shape(
+    draft: BudgetDraft | ShapeDraft | PresetDraft, target_config: PreTrainedConfig
+) -> Architecture:
     """The architecture that a recipe asks for.
 
     Raises:
@@ -160,16 +170,25 @@ def _earlier(draft: EarlierDraft, vocabulary: Vocabulary) -> tuple[Path, PreTrai
     where = "design.draft.path"
     root = resolve_path(draft.path, where)
     found = [
-        folder for folder in (root, *(root / name for name in ("checkpoint", "huggingface", "draft"))) if (folder / "config.json").is_file()
+        folder
+        for folder in (root, *(root / name for name in ("checkpoint", "huggingface", "draft")))
+        if (folder / "config.json").is_file()
     ]
     if not found:
-        raise RecipeError(where, draft.path, "must be a directory with config.json, or a stage's folder", "correct the path")
+        raise RecipeError(
+            where, draft.path, "must be a directory with config.json, or a stage's folder", "correct the path"
+        )
     source = found[0]
     draft_config = load_config(str(source))
     if draft_config.model_type not in DRAFT_FAMILIES:
         rule = f"a draft's family must be one of {', '.join(DRAFT_FAMILIES)}"
         raise RecipeError(where, f"family {draft_config.model_type}", rule, "design a new draft")
-    check_same(vocabulary, vocabulary_of(load_tokenizer(str(source)), draft_config), special_tokens=False, where=where)
+    check_same(
+        vocabulary,
+        vocabulary_of(load_tokenizer(str(source)), draft_config),
+        special_tokens=False,
+        where=where,
+    )
     return source, draft_config
 
 
@@ -191,7 +210,11 @@ def _shape(config: DesignConfig, context: StageContext, planned: Plan) -> dict[s
     inherited = {key: getattr(planned.draft_config, key, None) for key in _INHERITED}
     vocabulary = planned.vocabulary
     shape: dict[str, Any] = {
-        "vocabulary": {"size": vocabulary.size, "digest": vocabulary.digest, "special_digest": vocabulary.special_digest},
+        "vocabulary": {
+            "size": vocabulary.size,
+            "digest": vocabulary.digest,
+            "special_digest": vocabulary.special_digest,
+        },
         "architecture": planned.draft.as_dict(),
         "inherited": inherited,
     }
@@ -256,11 +279,16 @@ def _first_weights(config: DesignConfig, context: StageContext, planned: Plan) -
         return load_draft(planned.source)
     model = build_draft(planned.draft_config, context.settings.seed)
     if config.initialization == "target_embeddings":
-        set_projected_embeddings(model, context.target.location, context.target.revision, context.settings.seed)
+        set_projected_embeddings(
+            model, context.target.location, context.target.revision, context.settings.seed
+        )
     counted = sum(parameter.numel() for parameter in model.parameters())
     if counted != planned.draft.parameters:
         raise TargetError(
-            context.target.location, f"{counted} parameters", f"the formula says {planned.draft.parameters}", "report this config as a bug"
+            context.target.location,
+            f"{counted} parameters",
+            f"the formula says {planned.draft.parameters}",
+            "report this config as a bug",
         )
     return model
 
@@ -277,13 +305,18 @@ def _set_special_ids(model: PreTrainedModel, vocabulary: Vocabulary, target: Tar
         setattr(model.config, key, special_id(target_config, key))
     eos = list(vocabulary.eos_token_ids)
     model.generation_config = GenerationConfig(
-        bos_token_id=vocabulary.bos_token_id, eos_token_id=eos[0] if len(eos) == 1 else eos or None, pad_token_id=vocabulary.pad_token_id
+        bos_token_id=vocabulary.bos_token_id,
+        eos_token_id=eos[0] if len(eos) == 1 else eos or None,
+        pad_token_id=vocabulary.pad_token_id,
     )
 
 
 def cost_ratios(draft: Architecture, target: Architecture) -> dict[str, float]:
     """Draft / target by parameters, and by bytes read per token at equal precision (an untied input embedding is not read)."""
-    return {"parameters": draft.parameters / target.parameters, "bytes": draft.bytes_per_token(8) / target.bytes_per_token(8)}
+    return {
+        "parameters": draft.parameters / target.parameters,
+        "bytes": draft.bytes_per_token(8) / target.bytes_per_token(8),
+    }
 
 
 def _show(context: StageContext, planned: Plan) -> None:
@@ -294,18 +327,37 @@ def _show(context: StageContext, planned: Plan) -> None:
     draft, target = planned.draft, planned.target
     ratios = cost_ratios(draft, target)
     rows: list[list[object]] = [
-        ["parameters", format_count(draft.parameters), format_count(target.parameters), f"{ratios['parameters']:.4f}"],
-        ["read per token", format_count(draft.read_parameters), format_count(target.read_parameters), f"{ratios['bytes']:.4f}"],
+        [
+            "parameters",
+            format_count(draft.parameters),
+            format_count(target.parameters),
+            f"{ratios['parameters']:.4f}",
+        ],
+        [
+            "read per token",
+            format_count(draft.read_parameters),
+            format_count(target.read_parameters),
+            f"{ratios['bytes']:.4f}",
+        ],
         ["layers", draft.num_layers, target.num_layers, ""],
         ["hidden size", draft.hidden_size, target.hidden_size, ""],
         ["feed-forward", draft.intermediate_size, target.intermediate_size, ""],
-        ["heads (key-value)", f"{draft.num_heads} ({draft.num_kv_heads})", f"{target.num_heads} ({target.num_kv_heads})", ""],
+        [
+            "heads (key-value)",
+            f"{draft.num_heads} ({draft.num_kv_heads})",
+            f"{target.num_heads} ({target.num_kv_heads})",
+            "",
+        ],
     ]
     context.console.table(
-        f"draft for {context.target.model} ({draft.family}, vocabulary {draft.vocab_size})", ["", "draft", "target", "cost ratio"], rows
+        f"draft for {context.target.model} ({draft.family}, vocabulary {draft.vocab_size})",
+        ["", "draft", "target", "cost ratio"],
+        rows,
     )
     if planned.reason:
-        context.console.say(f"the draft is of the family {draft.family}, not {target.family}: {planned.reason}")
+        context.console.say(
+            f"the draft is of the family {draft.family}, not {target.family}: {planned.reason}"
+        )
     if planned.draft.context_length < target.context_length:
         context.console.warn(
             f"the draft's context is {planned.draft.context_length}, the target's {target.context_length}: servers clip to the shorter one"
@@ -313,6 +365,10 @@ def _show(context: StageContext, planned: Plan) -> None:
     if switch := rope_switch(load_config(context.target.location, context.target.revision)):
         context.console.warn(switch_warning(switch))
     if ratios["bytes"] > _TOO_LARGE:
-        context.console.warn(f"a draft token costs {ratios['bytes']:.2f} of a target token: this draft can hardly pay; make it smaller")
+        context.console.warn(
+            f"a draft token costs {ratios['bytes']:.2f} of a target token: this draft can hardly pay; make it smaller"
+        )
     gains = [f"{mbsu_at(rate, PAPER_K, ratios['bytes']):.2f} at {rate}" for rate in RATES]
-    context.console.say(f"memory-bound speed-up (by bytes, K = {PAPER_K}) by acceptance rate: {', '.join(gains)}")
+    context.console.say(
+        f"memory-bound speed-up (by bytes, K = {PAPER_K}) by acceptance rate: {', '.join(gains)}"
+    )

@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from fastdraft.runtimes.engine_settings import ChosenEngine
 
 Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
-FOLDERS = {"design": "draft", "pretrain": "checkpoint", "continue_pretrain": "checkpoint", "align": "checkpoint"}
+FOLDERS = {
+    "design": "draft",
+    "pretrain": "checkpoint",
+    "continue_pretrain": "checkpoint",
+    "align": "checkpoint",
+}
 
 
 class ExactConfig(Config):
@@ -93,7 +98,9 @@ class EvaluateConfig(Config):
     @model_validator(mode="after")
     def _something_to_do(self) -> EvaluateConfig:
         if not self.tasks and self.texts.kind in ("target", "engine"):
-            raise ValueError("tasks must name at least 1 task, unless texts are of kind synthesize or transcripts")
+            raise ValueError(
+                "tasks must name at least 1 task, unless texts are of kind synthesize or transcripts"
+            )
         if self.draft_sampling == "greedy" and self.draft_temperature:
             raise ValueError("draft_sampling: greedy means draft_temperature: 0; give one of them")
         return self
@@ -124,11 +131,17 @@ def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]
         "tasks": [describe_task(task) for task in config.tasks],
         "texts": _describe_texts(config.texts, context),
         "target": model_identity(
-            target.model, target.location, target.revision, target.dtype, weights=needs_weights(config, context.sections)
+            target.model,
+            target.location,
+            target.revision,
+            target.dtype,
+            weights=needs_weights(config, context.sections),
         ),
         "seed": context.settings.seed,
         "trained_on": {artifact.name: artifact.digest() for artifact in _trained_on(context)},
-        "checkpoints": {name: context.require(name).digest() for name in present_checkpoints(config, context)},
+        "checkpoints": {
+            name: context.require(name).digest() for name in present_checkpoints(config, context)
+        },
     }
 
 
@@ -138,7 +151,11 @@ def _describe_texts(texts: TextsConfig, context: StageContext) -> dict[str, Any]
 
     if isinstance(texts, LoggedTexts):
         return texts.describe()
-    engine = {"engine": _chosen_engine(context).model_dump(mode="json", exclude=set(TRANSPORT))} if isinstance(texts, EngineTexts) else {}
+    engine = (
+        {"engine": _chosen_engine(context).model_dump(mode="json", exclude=set(TRANSPORT))}
+        if isinstance(texts, EngineTexts)
+        else {}
+    )
     return {**texts.model_dump(), **engine}
 
 
@@ -179,7 +196,14 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     from fastdraft.decoding import scoreboard
     from fastdraft.decoding.turn_prompts import opened_once, with_turns
     from fastdraft.decoding.workbench import Workbench
-    from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, pick_device, set_threads
+    from fastdraft.modeling.loading import (
+        load_draft,
+        load_target,
+        load_tokenizer,
+        load_vocabulary,
+        pick_device,
+        set_threads,
+    )
     from fastdraft.provenance import describe_run
 
     start, artifact, console = time.monotonic(), context.artifact("evaluate"), context.console
@@ -188,12 +212,21 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     folders = _drafts(config, context)
     target = load_target(context.target, device) if isinstance(config.texts, TargetTexts) else None
     vocabulary = load_vocabulary(context.target)
-    tokenizer = load_tokenizer(context.target.location, context.target.revision, context.target.trust_remote_code)
+    tokenizer = load_tokenizer(
+        context.target.location, context.target.revision, context.target.trust_remote_code
+    )
     context_length = _context_length(context, folders)
     standing = _standing_texts(config, context, tokenizer, context_length)
     engine = opened_once(partial(_engine, config, context, target))
     plan = _plan(config, context, tokenizer, context_length, standing)
-    plan = with_turns(plan, engine, folder=artifact.path, console=console, tokenizer=tokenizer, context_length=context_length)
+    plan = with_turns(
+        plan,
+        engine,
+        folder=artifact.path,
+        console=console,
+        tokenizer=tokenizer,
+        context_length=context_length,
+    )
     bench = Workbench(plan, artifact.path, console, target, vocabulary)
     # Same device and precision for both: that is what is decoded with and what latency compares.
     dtype = target.dtype if target else torch.float32
@@ -221,7 +254,9 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     _tell(context, results, scoreboard.summary_table(results["rows"], plan.num_speculative_tokens))
     tasks = {task.name: {"prompts": len(task.prompt_ids), "skipped": task.num_skipped} for task in plan.tasks}
     found = {name: results[name] for name in ("differences", "greedy_check", "contamination")}
-    artifact.complete(tasks=tasks, **found, seconds=round(time.monotonic() - start, 1), provenance=describe_run())
+    artifact.complete(
+        tasks=tasks, **found, seconds=round(time.monotonic() - start, 1), provenance=describe_run()
+    )
     artifact.remove_scratch()
 
 
@@ -234,7 +269,9 @@ def _drafts(config: EvaluateConfig, context: StageContext) -> dict[str, Path]:
     from fastdraft.modeling.loading import load_vocabulary
     from fastdraft.vocabulary import check_same
 
-    folders = {name: context.require(name).path / FOLDERS[name] for name in present_checkpoints(config, context)}
+    folders = {
+        name: context.require(name).path / FOLDERS[name] for name in present_checkpoints(config, context)
+    }
     target = load_vocabulary(context.target)
     for folder in folders.values():
         check_same(target, load_vocabulary(TargetConfig(model=str(folder))), where=str(folder))
@@ -247,10 +284,18 @@ def _context_length(context: StageContext, folders: Mapping[str, Path]) -> int:
     from fastdraft.modeling.loading import load_config
 
     target = load_config(context.target.location, context.target.revision, context.target.trust_remote_code)
-    return min(int(text_config(c).max_position_embeddings) for c in (target, *(load_config(str(f)) for f in folders.values())))
+    return min(
+        int(text_config(c).max_position_embeddings)
+        for c in (target, *(load_config(str(f)) for f in folders.values()))
+    )
 
 
-def _engine(config: EvaluateConfig, context: StageContext, target: PreTrainedModel | None, on_batch: Callable[[int], None]) -> Engine:
+def _engine(
+    config: EvaluateConfig,
+    context: StageContext,
+    target: PreTrainedModel | None,
+    on_batch: Callable[[int], None],
+) -> Engine:
     """What writes the tasks' texts: the loaded target, or the engine of synthesize."""
     from fastdraft.modeling.loading import load_vocabulary
 
@@ -262,7 +307,12 @@ def _engine(config: EvaluateConfig, context: StageContext, target: PreTrainedMod
         return HuggingFaceEngine(target, vocabulary, config.batch_rows, on_batch, halving=halving)
     from fastdraft.runtimes.engines import open_engines
 
-    shared: dict[str, Any] = {"batch_rows": config.batch_rows, "end_loops": False, "on_answer": on_batch, "stage": "evaluate"}
+    shared: dict[str, Any] = {
+        "batch_rows": config.batch_rows,
+        "end_loops": False,
+        "on_answer": on_batch,
+        "stage": "evaluate",
+    }
     return open_engines(_chosen_engine(context), context, vocabulary, vocabulary, **shared).answering
 
 
@@ -274,11 +324,17 @@ def _standing_texts(
 
     if isinstance(config.texts, (TargetTexts, EngineTexts)):
         return None
-    return gather(config.texts, context, tokenizer, context_length, greedy_draft=config.proposing_temperature == 0)
+    return gather(
+        config.texts, context, tokenizer, context_length, greedy_draft=config.proposing_temperature == 0
+    )
 
 
 def _plan(
-    config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, context_length: int, standing: StandingTexts | None
+    config: EvaluateConfig,
+    context: StageContext,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    standing: StandingTexts | None,
 ) -> Plan:
     """All prompts as token ids, and the settings."""
     from fastdraft.decoding.task_prompts import encode_task
@@ -288,7 +344,12 @@ def _plan(
         tasks = [encode_task(task, context.console, tokenizer, context_length) for task in config.tasks]
     else:
         tasks = [
-            EncodedTask(name, [row.row_id for row in rows], [row.prompt_ids for row in rows], max(len(row.response_ids) for row in rows))
+            EncodedTask(
+                name,
+                [row.row_id for row in rows],
+                [row.prompt_ids for row in rows],
+                max(len(row.response_ids) for row in rows),
+            )
             for name, rows in standing.tasks.items()
         ]
     only = tuple(standing.rows) if standing is not None else ()
@@ -312,9 +373,13 @@ def _costs(context: StageContext, folder: Path, latency: Latency | None) -> Cost
     from fastdraft.modeling.architecture import read_architecture
     from fastdraft.modeling.loading import load_config
 
-    target = read_architecture(load_config(context.target.location, context.target.revision, context.target.trust_remote_code))
+    target = read_architecture(
+        load_config(context.target.location, context.target.revision, context.target.trust_remote_code)
+    )
     draft = read_architecture(load_config(str(folder)))
-    return CostRatios(draft.parameters / target.parameters, draft.bytes_per_token(16) / target.bytes_per_token(16), latency)
+    return CostRatios(
+        draft.parameters / target.parameters, draft.bytes_per_token(16) / target.bytes_per_token(16), latency
+    )
 
 
 def _cost_fields(costs: CostRatios) -> dict[str, Any]:
@@ -328,7 +393,9 @@ def _cost_fields(costs: CostRatios) -> dict[str, Any]:
     }
 
 
-def _tell(context: StageContext, results: Mapping[str, Any], table: tuple[str, list[str], list[list[str]]]) -> None:
+def _tell(
+    context: StageContext, results: Mapping[str, Any], table: tuple[str, list[str], list[list[str]]]
+) -> None:
     """The table, and what deserves a warning."""
     from fastdraft.decoding import scoreboard
 
@@ -341,10 +408,14 @@ def _tell(context: StageContext, results: Mapping[str, Any], table: tuple[str, l
     for sentence in scoreboard.faded(results["by_position"]):
         console.warn(sentence)
     if check["different"] > check["near_ties"]:
-        console.warn("some greedy texts differ from the target's own by more than rounding; see greedy_check in results.json")
+        console.warn(
+            "some greedy texts differ from the target's own by more than rounding; see greedy_check in results.json"
+        )
 
 
-def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+def _contamination(
+    config: EvaluateConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any] | None:
     """13-grams that evaluation texts (prompts and references) share with everything trained on; null without training data."""
     from fastdraft.data.contamination import search_training_text
 
@@ -352,7 +423,9 @@ def _contamination(config: EvaluateConfig, context: StageContext, tokenizer: Pre
     if not trained_on:
         return None
     tasks = [load_task(task) for task in config.tasks]
-    texts = {task.name: [_bare_ids(tokenizer, prompt.everything) for prompt in task.prompts] for task in tasks}
+    texts = {
+        task.name: [_bare_ids(tokenizer, prompt.everything) for prompt in task.prompts] for task in tasks
+    }
     return search_training_text(texts, trained_on, context.console, context.artifact("evaluate").path)
 
 

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from fastdraft.vocabulary import Vocabulary
 
 NAME = "export"
-_CHECKPOINTS = {"align": "checkpoint", "continue_pretrain": "checkpoint", "pretrain": "checkpoint", "design": "draft"}
+_CHECKPOINTS = {
+    "align": "checkpoint",
+    "continue_pretrain": "checkpoint",
+    "pretrain": "checkpoint",
+    "design": "draft",
+}
 _PROMPT = "Once upon a time there was a small town by the sea, and in that town"
 _ROWS_PER_CORPUS = 4
 
@@ -86,7 +91,9 @@ def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     return {
         **config.model_dump(exclude=set() if "openvino" in config.formats else {"openvino"}),
         "source": {name: context.require(name).digest()},
-        "target": model_identity(target.model, target.location, target.revision, target.dtype, weights=has_weights(target.location)),
+        "target": model_identity(
+            target.model, target.location, target.revision, target.dtype, weights=has_weights(target.location)
+        ),
         "results": file_sha256(results) if results.is_file() else None,
     }
 
@@ -99,7 +106,13 @@ def run(config: ExportConfig, context: StageContext) -> None:
         TargetError: when the target cannot be loaded. DiskError: when the disk is full.
         MissingExtraError: for formats of a runtime that is not installed.
     """
-    from fastdraft.modeling.loading import load_config, load_tokenizer, load_vocabulary, set_threads, vocabulary_of
+    from fastdraft.modeling.loading import (
+        load_config,
+        load_tokenizer,
+        load_vocabulary,
+        set_threads,
+        vocabulary_of,
+    )
     from fastdraft.provenance import describe_run
     from fastdraft.reporting.model_card import render_model_card
     from fastdraft.reporting.record import read_record
@@ -121,14 +134,20 @@ def run(config: ExportConfig, context: StageContext) -> None:
     files = write_huggingface(checkpoint, folder, config.num_speculative_tokens, config.confidence_threshold)
     context.console.stop.check(artifact.path)
     checks = _check(folder, vocabulary, context)
-    write_atomic(folder / "README.md", render_model_card(read_record(context.run), config.num_speculative_tokens, checks))
+    write_atomic(
+        folder / "README.md",
+        render_model_card(read_record(context.run), config.num_speculative_tokens, checks),
+    )
     openvino = _openvino(config.openvino, folder, context) if "openvino" in config.formats else None
     artifact.complete(
         formats=config.formats,
         source=name,
         num_speculative_tokens=config.num_speculative_tokens,
         confidence_threshold=config.confidence_threshold,
-        files={file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)} for file in (*files, "README.md")},
+        files={
+            file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
+            for file in (*files, "README.md")
+        },
         checks=checks,
         **({"openvino": openvino} if openvino else {}),
         seconds=round(time.monotonic() - start, 1),
@@ -148,9 +167,13 @@ def _openvino(settings: OpenVINOFormat, draft: Path, context: StageContext) -> d
     pair = None
     if settings.target != "none":
         pair = root / "target"
-        found["target_alone"] = export_openvino(source.location, pair, settings.target, revision=source.revision).as_dict()
+        found["target_alone"] = export_openvino(
+            source.location, pair, settings.target, revision=source.revision
+        ).as_dict()
         context.console.stop.check(context.artifact(NAME).path)
-    found["pair" if pair else "draft_alone"] = export_openvino(draft, root / "draft", settings.draft, pair=pair).as_dict()
+    found["pair" if pair else "draft_alone"] = export_openvino(
+        draft, root / "draft", settings.draft, pair=pair
+    ).as_dict()
     context.console.say(f"{root}: OpenVINO loads it; target {settings.target}, draft {settings.draft}")
     return found
 
@@ -163,7 +186,11 @@ def _check(folder: Path, vocabulary: Vocabulary, context: StageContext) -> dict[
 
     draft = load_assistant(folder, pick_device(context.settings.device))
     prompt = [int(token) for token in load_tokenizer(str(folder))(_PROMPT).input_ids]
-    response, assisted = _try_assisted(draft, prompt, vocabulary, context) if has_weights(context.target.location) else ([], {})
+    response, assisted = (
+        _try_assisted(draft, prompt, vocabulary, context)
+        if has_weights(context.target.location)
+        else ([], {})
+    )
     if not assisted:
         context.console.warn(
             f"the target's weights are not in {context.target.location}: the draft was loaded, but not tried with the target"
@@ -206,7 +233,10 @@ def _as_loaded(context: StageContext) -> dict[str, Any]:
 
     target = context.target
     config = load_config(target.location, target.revision, target.trust_remote_code)
-    return {"assistant_target_class": auto_class(config).__name__, "assistant_needs_position_ids": needs_positions(config)}
+    return {
+        "assistant_target_class": auto_class(config).__name__,
+        "assistant_needs_position_ids": needs_positions(config),
+    }
 
 
 def _padding(mean: float, largest: float) -> dict[str, Any]:

@@ -55,7 +55,9 @@ class PrepareConfig(Config):
     def _names_make_folders(cls, entries: list[Any]) -> list[Any]:
         names = {entry.name for entry in entries}
         taken = (MANIFEST, FINGERPRINT)
-        if bad := {name for name in names if name.endswith(".") or name.casefold() in taken or names_a_device(name)}:
+        if bad := {
+            name for name in names if name.endswith(".") or name.casefold() in taken or names_a_device(name)
+        }:
             raise ValueError(f"a corpus cannot be called '{min(bad)}'")
         if len({name.casefold() for name in names}) < len(names):
             raise ValueError("names of corpora must differ by more than capitals: each is a folder")
@@ -69,7 +71,9 @@ class PrepareConfig(Config):
                 raise ValueError(f"long_rows.{length} must be longer than row_length ({self.row_length})")
         for length in (self.row_length, *self.long_rows):
             if longest % length:
-                raise ValueError(f"rows of {length} must fill the longest rows exactly: {longest} is no multiple of {length}")
+                raise ValueError(
+                    f"rows of {length} must fill the longest rows exactly: {longest} is no multiple of {length}"
+                )
         if sum(self.long_rows.values()) >= 1:
             raise ValueError(f"the shares of long_rows must leave some tokens for rows of {self.row_length}")
         return self
@@ -110,7 +114,9 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
             if number < len(stored) and {key: stored[number].get(key) for key in settings} == settings:
                 corpora.append(stored[number])
             else:
-                raise DataError(f"prepare.corpora[{number}] {error.where}", error.found, error.rule, error.remedy) from None
+                raise DataError(
+                    f"prepare.corpora[{number}] {error.where}", error.found, error.rule, error.remedy
+                ) from None
     sizes = config.model_dump(include={"row_length", "validation", "shard_tokens"})
     if config.long_rows:
         sizes["long_rows"] = {str(length): share for length, share in sorted(config.long_rows.items())}
@@ -155,18 +161,37 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     tokenizer, vocabulary = load_encoding(context.target)
     encoding = _encoding(tokenizer, vocabulary)
     form = {"separator_id": encoding["separator_id"], "dtype": encoding["dtype"]}
-    layout = Layout(config.row_length, dict(sorted(config.long_rows.items())), config.shard_tokens, config.validation, **form)
+    layout = Layout(
+        config.row_length,
+        dict(sorted(config.long_rows.items())),
+        config.shard_tokens,
+        config.validation,
+        **form,
+    )
     journal_path = artifact.path / ".journal" / "journal.sqlite"
     with contextlib.closing(Journal(journal_path)) as journal, _tidy(context, journal):
         tools = Tools(DocumentEncoder(tokenizer, vocabulary.size), journal, console, context.settings.seed)
-        builds = [CorpusBuild(name, entries, artifact.path / name, layout, tools) for name, entries in config.entries.items()]
+        builds = [
+            CorpusBuild(name, entries, artifact.path / name, layout, tools)
+            for name, entries in config.entries.items()
+        ]
         done = sum(build.progress.tokens for build in builds)
-        with parallel_tokenization(config.workers), console.progress("prepare", config.budget, "tokens", completed=done) as bar:
+        with (
+            parallel_tokenization(config.workers),
+            console.progress("prepare", config.budget, "tokens", completed=done) as bar,
+        ):
             for build in builds:
                 build.run(bar.advance)
         corpora = {build.name: build.result() for build in builds}
     lengths = {"row_lengths": layout.lengths} if config.long_rows else {}
-    artifact.complete(row_length=config.row_length, **lengths, **form, corpora=corpora, **_masking(config), provenance=describe_run())
+    artifact.complete(
+        row_length=config.row_length,
+        **lengths,
+        **form,
+        corpora=corpora,
+        **_masking(config),
+        provenance=describe_run(),
+    )
     shutil.rmtree(journal_path.parent, ignore_errors=True)
     _summarize(context, corpora)
 
@@ -198,4 +223,6 @@ def _summarize(context: StageContext, corpora: dict[str, Any]) -> None:
         ]
         for name, c in corpora.items()
     ]
-    context.console.table("", ["corpus", "train tokens", "rows", "validation rows", "documents", "duplicates"], rows)
+    context.console.table(
+        "", ["corpus", "train tokens", "rows", "validation rows", "documents", "duplicates"], rows
+    )

@@ -16,7 +16,14 @@ from fastdraft.config import Config, Count, format_count
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.interfaces import StageContext
 from fastdraft.provenance import describe_run
-from fastdraft.training.settings import AdamWConfig, OptimizerConfig, Precision, ScheduleConfig, WSDConfig, kind_default
+from fastdraft.training.settings import (
+    AdamWConfig,
+    OptimizerConfig,
+    Precision,
+    ScheduleConfig,
+    WSDConfig,
+    kind_default,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +71,12 @@ class PretrainConfig(Config):
     @model_validator(mode="after")
     def _budget_holds_a_batch(self) -> PretrainConfig:
         if self.batch_tokens and self.tokens < self.batch_tokens:
-            raise ValueError(f"tokens ({format_count(self.tokens)}) must be at least one batch ({format_count(self.batch_tokens)})")
-        if any(not 0 <= weight < float("inf") for weight in self.mixture.values()) or not any(self.mixture.values()):
+            raise ValueError(
+                f"tokens ({format_count(self.tokens)}) must be at least one batch ({format_count(self.batch_tokens)})"
+            )
+        if any(not 0 <= weight < float("inf") for weight in self.mixture.values()) or not any(
+            self.mixture.values()
+        ):
             raise ValueError("mixture must have shares of 0 or more, one of them above 0")
         return self
 
@@ -109,7 +120,9 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
         return
     save_draft(model, artifact.path / "checkpoint", _tokenizer_folder(context))
     fields = _summary(artifact, state)
-    artifact.complete(**fields, settings=resolved.as_dict(), processes=trainer.world.size, provenance=describe_run())
+    artifact.complete(
+        **fields, settings=resolved.as_dict(), processes=trainer.world.size, provenance=describe_run()
+    )
     trainer.checkpoints.discard()
     losses = ", ".join(f"{corpus} {loss:.3f}" for corpus, loss in fields["validation_loss"].items())
     console.say(f"  {format_count(state.tokens)} tokens, validation loss: {losses or 'no validation rows'}")
@@ -133,9 +146,15 @@ def _build_trainer(
     batch_tokens = config.batch_tokens or max(row_length, suggested)
     halved = isinstance(config, ContinuePretrainConfig) and config.start == "decayed"
     resolved = assemble.resolve(
-        config.optimizer, "pretrain", model, device,
-        batch_tokens=batch_tokens, micro_batch_tokens=config.micro_batch_tokens, precision=config.precision, halved=halved,
-    )  # fmt: skip
+        config.optimizer,
+        "pretrain",
+        model,
+        device,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+        precision=config.precision,
+        halved=halved,
+    )
     source = _source(config, context, name, resolved)
     _check_context(model, source.row_length)
     compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
@@ -153,8 +172,12 @@ def _build_trainer(
         tensorboard=config.tensorboard,
     )
     validate = _validation(outside(step, model, trained), context, source.rows_per_micro)
-    trainer = Trainer(artifact.path, model, step, ahead(source, device), plan, context.console, validate, trained=trained)
-    trainer.save_undecayed = lambda: save_draft(model, artifact.path / "undecayed", _tokenizer_folder(context))
+    trainer = Trainer(
+        artifact.path, model, step, ahead(source, device), plan, context.console, validate, trained=trained
+    )
+    trainer.save_undecayed = lambda: save_draft(
+        model, artifact.path / "undecayed", _tokenizer_folder(context)
+    )
     return trainer, resolved
 
 
@@ -181,7 +204,12 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     row_length = row_lengths(prepare.manifest())[-1]
     if resolved.batch_tokens < row_length:
         rule = f"must hold one row of {row_length} tokens"
-        raise RecipeError(f"{name}.batch_tokens", resolved.batch_tokens, rule, "raise it or lower prepare.row_length (or long_rows)")
+        raise RecipeError(
+            f"{name}.batch_tokens",
+            resolved.batch_tokens,
+            rule,
+            "raise it or lower prepare.row_length (or long_rows)",
+        )
     rows = resolved.batch_tokens // row_length
     steps = max(1, round(config.tokens / (rows * row_length)))
     used = {corpus: weight for corpus, weight in config.mixture.items() if weight > 0}
@@ -190,11 +218,16 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
         share = weight / sum(used.values())
         found = sampler.num_rows(corpus)
         if found < share * rows:
-            rule, remedy = f"its share of one batch is {share * rows:.0f} rows", f"add data or lower {name}.batch_tokens"
+            rule, remedy = (
+                f"its share of one batch is {share * rows:.0f} rows",
+                f"add data or lower {name}.batch_tokens",
+            )
             raise DataError(f"{name}.mixture.{corpus}", f"{found} rows of {row_length} tokens", rule, remedy)
         epochs = share * rows * steps / found
         if epochs > GOOD_EPOCHS:
-            context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little")
+            context.console.warn(
+                f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little"
+            )
     rows_per_micro = max(1, resolved.micro_batch_tokens // row_length)
     separator = text_separator(prepare.manifest())
     return PackedBatches(sampler, steps, row_length, rows, rows_per_micro, separator, share=current().share)
@@ -209,14 +242,19 @@ def _row_seed(config: PretrainConfig, context: StageContext, name: Name) -> int:
     seed = context.settings.seed
     if name == "pretrain" or not context.has("pretrain"):
         return seed
-    before, now = (sorted(corpus for corpus, weight in of.mixture.items() if weight > 0) for of in (context.section("pretrain"), config))
+    before, now = (
+        sorted(corpus for corpus, weight in of.mixture.items() if weight > 0)
+        for of in (context.section("pretrain"), config)
+    )
     return seed + _CONTINUED_SEED if any(a == b for a, b in zip(before, now, strict=False)) else seed
 
 
 def _check_context(model: PreTrainedModel, row_length: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and row_length > limit:
-        raise RecipeError("prepare.row_length", row_length, f"must be at most the draft's context of {limit}", "lower it")
+        raise RecipeError(
+            "prepare.row_length", row_length, f"must be at most the draft's context of {limit}", "lower it"
+        )
 
 
 def _start_digest(context: StageContext, name: Name) -> str:

@@ -34,7 +34,10 @@ def fingerprint(config: ReportConfig, context: StageContext) -> dict[str, Any]:
     """The title, the state of every finished stage, and the results."""
     from fastdraft.reporting.record import BENCHMARK, fingerprint_of
 
-    results, benchmark = context.artifact("evaluate").path / "results.json", context.artifact("benchmark").path / BENCHMARK
+    results, benchmark = (
+        context.artifact("evaluate").path / "results.json",
+        context.artifact("benchmark").path / BENCHMARK,
+    )
     return {
         "title": config.title,
         "stages": fingerprint_of(context.run),
@@ -74,7 +77,9 @@ def run(config: ReportConfig, context: StageContext) -> None:
     _print_tables(record, context)
     context.console.say(f"report: {artifact.path / 'report.html'}")
     if record.benchmark is not None:
-        context.console.say(f"model card with these figures, to publish beside the draft: {artifact.path / CARD}")
+        context.console.say(
+            f"model card with these figures, to publish beside the draft: {artifact.path / CARD}"
+        )
     _print_verdict(record, context)
 
 

@@ -104,7 +104,9 @@ class SynthesizeConfig(Config):
 
     @model_validator(mode="after")
     def _distinct_names(self) -> SynthesizeConfig:
-        names = {source.name.casefold() for source in self.prompts}  # capitals aside: each may name a task's files
+        names = {
+            source.name.casefold() for source in self.prompts
+        }  # capitals aside: each may name a task's files
         if len(names) < len(self.prompts):
             raise ValueError("every entry of prompts needs a name of its own, capitals aside")
         return self
@@ -140,10 +142,14 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
         DataError: when a prompt or task file is missing. TargetError: when weights are needed and missing.
         ArtifactError: when this machine cannot go on with the engine that began.
     """
-    return _fingerprint(config, context, choose_engine(config.engine, context).settings if config.asks else None)
+    return _fingerprint(
+        config, context, choose_engine(config.engine, context).settings if config.asks else None
+    )
 
 
-def _fingerprint(config: SynthesizeConfig, context: StageContext, engine: ChosenEngine | None) -> dict[str, Any]:
+def _fingerprint(
+    config: SynthesizeConfig, context: StageContext, engine: ChosenEngine | None
+) -> dict[str, Any]:
     """With the engine that really writes, without its transport; None: nobody is asked."""
     require_weights(config, context.target)
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
@@ -151,7 +157,9 @@ def _fingerprint(config: SynthesizeConfig, context: StageContext, engine: Chosen
         "target": _target_identity(config, context.target),
         # Without `logits: none`, so that rows written before there was a choice still count as the same work.
         "settings": {
-            **config.model_dump(mode="json", exclude={"prompts", *(("logits",) if config.logits.kind == "none" else ())}),
+            **config.model_dump(
+                mode="json", exclude={"prompts", *(("logits",) if config.logits.kind == "none" else ())}
+            ),
             "engine": engine.model_dump(mode="json", exclude=set(TRANSPORT)) if engine else {"kind": NOBODY},
         },
         "prompts": describe_sources(config.prompts, _evaluation_texts(context), context.settings.seed),
@@ -176,19 +184,27 @@ def require_weights(config: SynthesizeConfig, target: TargetConfig) -> None:
         if config.asks and uses_weights(config.engine):
             raise
         rule = "synthesize.logits: top_k scores all text with the target's weights, whoever wrote it"
-        raise TargetError(target.location, error.found, rule, "put them there, or set synthesize.logits: {kind: none}") from None
+        raise TargetError(
+            target.location, error.found, rule, "put them there, or set synthesize.logits: {kind: none}"
+        ) from None
 
 
 def _target_identity(config: SynthesizeConfig, target: TargetConfig) -> dict[str, Any]:
     from fastdraft.modeling.source import model_identity
 
-    return model_identity(target.model, target.location, target.revision, target.dtype, weights=config.needs_weights)
+    return model_identity(
+        target.model, target.location, target.revision, target.dtype, weights=config.needs_weights
+    )
 
 
 def _evaluation_texts(context: StageContext) -> set[str]:
     """Every prompt of every evaluation task, also those beyond a task's `prompts`, normalised."""
     tasks = getattr(context.sections.get("evaluate"), "tasks", [])
-    return {normalised(prompt.text) for task in tasks for prompt in load_task(task.model_copy(update={"prompts": 2**31})).prompts}
+    return {
+        normalised(prompt.text)
+        for task in tasks
+        for prompt in load_task(task.model_copy(update={"prompts": 2**31})).prompts
+    }
 
 
 def run(config: SynthesizeConfig, context: StageContext) -> None:
@@ -208,15 +224,21 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
     with context.console.progress("synthesize", config.tokens, "tokens", ledger.total.tokens) as progress:
         while ledger.total.tokens < config.tokens and (plan := ledger.next_plan()):
             _write_unit(plan, ledger, writer, artifact, context)
-            progress.update(ledger.total.tokens, f"{ledger.total.written} rows, {ledger.total.total_filtered} filtered")
+            progress.update(
+                ledger.total.tokens, f"{ledger.total.written} rows, {ledger.total.total_filtered} filtered"
+            )
             context.console.stop.check(artifact.path)
-        speed = (ledger.total.generated - before) / progress.seconds if ledger.total.generated > before else None
+        speed = (
+            (ledger.total.generated - before) / progress.seconds if ledger.total.generated > before else None
+        )
     if not ledger.total.written:
         found = f"0 of {ledger.total.asked} rows kept ({_reasons(ledger.total)})"
         raise DataError(artifact.path, found, "the target must write some text", _remedy(ledger.total))
     _tell(config, context, ledger, refused)
     name = engine.kind if engine else NOBODY
-    artifact.complete(**_manifest(config, context, ledger, refused, speed), engine=name, provenance=describe_run())
+    artifact.complete(
+        **_manifest(config, context, ledger, refused, speed), engine=name, provenance=describe_run()
+    )
     del writer  # lets go of the converted target: on Windows an open file cannot be removed
     artifact.remove_scratch()
 
@@ -228,25 +250,39 @@ def _enter_committed(ledger: Ledger, writer: UnitWriter, artifact: Artifact) -> 
         expected = (plan.name, ledger.units_of[plan.name]) if plan else (None, None)
         if (facts.get("source"), facts.get("number")) != expected:
             found = f"holds unit {facts.get('number')} of prompts '{facts.get('source')}'"
-            raise ArtifactError(path, found, f"must hold unit {expected[1]} of '{expected[0]}'", "redo it with --redo synthesize")
+            raise ArtifactError(
+                path,
+                found,
+                f"must hold unit {expected[1]} of '{expected[0]}'",
+                "redo it with --redo synthesize",
+            )
         writer.write_logits(path)  # a process may have ended between a unit's rows and their logits
         columns = read_columns(path, ["row_id", "prompt_key"])
         writer.row_filter.remember(columns["row_id"], columns["prompt_key"])
         ledger.add(facts["source"], facts["temperature"], RowCounts.from_dict(facts["counts"]))
 
 
-def _write_unit(plan: Plan, ledger: Ledger, writer: UnitWriter, artifact: Artifact, context: StageContext) -> None:
+def _write_unit(
+    plan: Plan, ledger: Ledger, writer: UnitWriter, artifact: Artifact, context: StageContext
+) -> None:
     """Asks the next unit of this source and commits it."""
     number = ledger.units_of[plan.name]
     unit = plan.unit(number)
     assert unit is not None, "has_unit said that there is one"
     rows, counts = writer.write(unit, unit_seed(context.settings.seed, ledger.units))
-    facts = {"source": plan.name, "number": number, "temperature": unit.temperature, "counts": counts.as_dict()}
+    facts = {
+        "source": plan.name,
+        "number": number,
+        "temperature": unit.temperature,
+        "counts": counts.as_dict(),
+    }
     write_rows(unit_path(artifact, ledger.units), rows, facts)
     writer.write_logits(unit_path(artifact, ledger.units))
     ledger.add(plan.name, unit.temperature, counts)
     if not ledger.open[plan.name]:
-        context.console.warn(f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units ({_reasons(counts)}); going on without")
+        context.console.warn(
+            f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units ({_reasons(counts)}); going on without"
+        )
 
 
 def _prepare(
@@ -296,7 +332,9 @@ def _prepare(
         top_k=config.top_k,
         top_p=config.top_p,
         is_evaluation=held_out.__contains__,
-        logit_writer=open_logit_writer(config.logits.k, engines.answering, context) if config.logits.kind == "top_k" else None,
+        logit_writer=open_logit_writer(config.logits.k, engines.answering, context)
+        if config.logits.kind == "top_k"
+        else None,
     )
     return writer, plans, planner.refused, engine
 
@@ -311,14 +349,18 @@ def _open(
     end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
     context.console.say(f"engine {choice}")
     try:
-        return choice.settings, open_engines(choice.settings, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
+        return choice.settings, open_engines(
+            choice.settings, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops
+        )
     except (TargetError, MissingExtraError, ArtifactError, DeviceError) as error:
         if choice.by_recipe or choice.settings.kind == "huggingface" or unit_path(artifact, 0).exists():
             raise
         context.console.warn(f"OpenVINO cannot run this target, so transformers writes: {error}")
     engine = HuggingFaceEngineConfig()
     write_json(artifact.path / FINGERPRINT, _fingerprint(config, context, engine))  # nothing is written yet
-    return engine, open_engines(engine, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops)
+    return engine, open_engines(
+        engine, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops
+    )
 
 
 def _nobody(target: TargetConfig) -> Engines:
@@ -329,7 +371,11 @@ def _nobody(target: TargetConfig) -> Engines:
 
 
 def _manifest(
-    config: SynthesizeConfig, context: StageContext, ledger: Ledger, refused: dict[str, dict[str, int]], speed: float | None
+    config: SynthesizeConfig,
+    context: StageContext,
+    ledger: Ledger,
+    refused: dict[str, dict[str, int]],
+    speed: float | None,
 ) -> dict[str, Any]:
     by_temperature = sorted(ledger.by_temperature.items(), key=lambda item: float(item[0]))
     return {
@@ -341,24 +387,43 @@ def _manifest(
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
         "target": _target_identity(config, context.target),
         "logits": config.logits.model_dump(),
-        "sampling": {name: getattr(config, name) for name in ("temperatures", "samples", "top_k", "top_p", "max_new_tokens")},
+        "sampling": {
+            name: getattr(config, name)
+            for name in ("temperatures", "samples", "top_k", "top_p", "max_new_tokens")
+        },
     }
 
 
-def _tell(config: SynthesizeConfig, context: StageContext, ledger: Ledger, refused: dict[str, dict[str, int]]) -> None:
+def _tell(
+    config: SynthesizeConfig, context: StageContext, ledger: Ledger, refused: dict[str, dict[str, int]]
+) -> None:
     """What was written, in one table, and what the user should know."""
     console = context.console
     accounts = [*ledger.by_source.items(), ("all", ledger.total)]
     rows = [
-        [name, c.asked, c.written, c.total_filtered, c.failed, format_count(c.tokens), f"{c.stopped / max(c.written, 1):.0%}", c.cut]
+        [
+            name,
+            c.asked,
+            c.written,
+            c.total_filtered,
+            c.failed,
+            format_count(c.tokens),
+            f"{c.stopped / max(c.written, 1):.0%}",
+            c.cut,
+        ]
         for name, c in accounts
     ]
-    console.table("", ["prompts", "asked", "written", "filtered", "failed", "tokens", "ended", "loops cut"], rows)
+    console.table(
+        "", ["prompts", "asked", "written", "filtered", "failed", "tokens", "ended", "loops cut"], rows
+    )
     if ledger.total.filtered:
         console.say(f"filtered: {_reasons(ledger.total)}")
     for name, reasons in refused.items():
         if any(reasons.values()):
-            console.say(f"prompts '{name}' not asked: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count))
+            console.say(
+                f"prompts '{name}' not asked: "
+                + ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+            )
     if ledger.total.tokens < config.tokens:
         done = f"{format_count(ledger.total.tokens)} of {format_count(config.tokens)} tokens"
         console.warn(f"all prompts are used up at {done}; add prompts or raise synthesize.samples")
@@ -366,7 +431,10 @@ def _tell(config: SynthesizeConfig, context: StageContext, ledger: Ledger, refus
 
 def _reasons(counts: RowCounts) -> str:
     reasons = dict(counts.filtered) | ({"failed": counts.failed} if counts.failed else {})
-    return ", ".join(f"{rows} {reason}" for reason, rows in sorted(reasons.items(), key=lambda item: -item[1])) or "none filtered"
+    return (
+        ", ".join(f"{rows} {reason}" for reason, rows in sorted(reasons.items(), key=lambda item: -item[1]))
+        or "none filtered"
+    )
 
 
 def _remedy(counts: RowCounts) -> str:

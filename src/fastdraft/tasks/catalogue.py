@@ -42,7 +42,11 @@ class ShippedTask(_Task):
     @model_validator(mode="before")
     @classmethod
     def _name_it(cls, value: Any) -> Any:
-        return {**value, "name": value.get("name") or value.get("kind", "")} if isinstance(value, dict) else value
+        return (
+            {**value, "name": value.get("name") or value.get("kind", "")}
+            if isinstance(value, dict)
+            else value
+        )
 
     @property
     def chat(self) -> bool:
@@ -68,7 +72,9 @@ class FileTask(_Task):
     @classmethod
     def _name_it(cls, value: Any) -> Any:
         if isinstance(value, dict) and not value.get("name") and isinstance(value.get("path"), str):
-            stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(value["path"]).stem).lstrip("._-")
+            stem = "".join(
+                c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(value["path"]).stem
+            ).lstrip("._-")
             return {**value, "name": stem[:NAME_CHARS] or "file"}
         return value
 
@@ -84,9 +90,13 @@ def refuse_equal_names(tasks: Sequence[ShippedTask | FileTask]) -> None:
     seen: set[str] = set()
     for task in tasks:
         if task.name.casefold() in seen:
-            raise ValueError(f"two tasks are called '{task.name}' (capitals aside); give one a name of its own")
+            raise ValueError(
+                f"two tasks are called '{task.name}' (capitals aside); give one a name of its own"
+            )
         if names_a_device(task.name):
-            raise ValueError(f"a task cannot be called '{task.name}', which Windows keeps for a device; give it another name")
+            raise ValueError(
+                f"a task cannot be called '{task.name}', which Windows keeps for a device; give it another name"
+            )
         seen.add(task.name.casefold())
 
 

@@ -45,7 +45,12 @@ def read_prompts(path: Path) -> list[TaskPrompt]:
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
-        raise DataError(path, error.strerror or "unreadable", "the task file must exist and be readable", "correct the path") from None
+        raise DataError(
+            path,
+            error.strerror or "unreadable",
+            "the task file must exist and be readable",
+            "correct the path",
+        ) from None
     prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise DataError(path, "no prompt", "a task needs at least one", 'add lines such as {"prompt": "..."}')
@@ -62,19 +67,33 @@ def _prompt(path: Path, number: int, line: bytes) -> TaskPrompt:
     try:
         row = whole_characters(json.loads(line.decode("utf-8")))
     except (ValueError, RecursionError) as error:
-        raise DataError(where, f"not JSON ({error})", "each line must be one JSON object in UTF-8", "mend or delete the line") from None
+        raise DataError(
+            where,
+            f"not JSON ({error})",
+            "each line must be one JSON object in UTF-8",
+            "mend or delete the line",
+        ) from None
     if isinstance(row, dict) and "messages" in row:
         return _conversation(str(row.get("id", number)), row, where)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-        raise DataError(where, "no text under 'prompt'", "each line needs a non-empty string under 'prompt'", "add it or delete the line")
+        raise DataError(
+            where,
+            "no text under 'prompt'",
+            "each line needs a non-empty string under 'prompt'",
+            "add it or delete the line",
+        )
     reference = row.get("reference")
-    return TaskPrompt(str(row.get("id", number)), row["prompt"], reference if isinstance(reference, str) else "")
+    return TaskPrompt(
+        str(row.get("id", number)), row["prompt"], reference if isinstance(reference, str) else ""
+    )
 
 
 def _conversation(name: str, row: dict[str, object], where: str) -> TaskPrompt:
     talk = read_conversation(row["messages"], where)
     if talk is None or not talk.users:
         found = "nothing that a user says" if talk else "tools, pictures or a late system message"
-        raise DataError(where, found, "`messages` must be text between a user and an assistant", "mend or delete the line")
+        raise DataError(
+            where, found, "`messages` must be text between a user and an assistant", "mend or delete the line"
+        )
     reference = row.get("reference")
     return TaskPrompt(name, talk.users[0], reference if isinstance(reference, str) else "", talk)

@@ -76,7 +76,9 @@ def resolve(
         optimizer=optimizer.kind,
         learning_rate=rate,
         embedding_learning_rate=rate if embedding_rate is None else embedding_rate,
-        weight_decay=(0.1 if phase == "pretrain" else 0.0) if optimizer.weight_decay is None else optimizer.weight_decay,
+        weight_decay=(0.1 if phase == "pretrain" else 0.0)
+        if optimizer.weight_decay is None
+        else optimizer.weight_decay,
         beta2=optimizer.beta2 or (0.99 if batch_tokens < LARGE_BATCH else 0.95),
         batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens or default_micro_batch_tokens(device),
@@ -85,7 +87,12 @@ def resolve(
 
 
 def build_step(
-    model: PreTrainedModel, resolved: Resolved, objective: Objective, device: torch.device, *, compiled: bool = False
+    model: PreTrainedModel,
+    resolved: Resolved,
+    objective: Objective,
+    device: torch.device,
+    *,
+    compiled: bool = False,
 ) -> TrainStep:
     """The optimisers and the step over a model whose weights are fp32 and on `device`; on a CPU its layers are written out."""
     decoder, head_VD = split_head(model)
@@ -101,7 +108,9 @@ def build_step(
     # Weights in parts are put together by the modules' own hooks (training/sharding.py).
     runs: Any = decoder if is_in_parts(model) else stand_in(decoder, device, compiled=compiled)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return TrainStep(runs, head_VD, parameters, optimizers, objective, device, autocast_dtype(resolved.precision, device))
+    return TrainStep(
+        runs, head_VD, parameters, optimizers, objective, device, autocast_dtype(resolved.precision, device)
+    )
 
 
 def rate_factor(config: WSDConfig | CosineConfig, steps: int) -> Callable[[int], float]:

@@ -54,7 +54,11 @@ class Batch:
             return self
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+            return (
+                tensor.pin_memory().to(device, non_blocking=True)
+                if device.type == "cuda"
+                else tensor.to(device)
+            )
 
         index = None if self.index is None else move(self.index)
         target = SparseTarget(move(self.target.ids), move(self.target.logprobs)) if self.target else None
@@ -137,9 +141,13 @@ class MixedSampler(Protocol):
     def groups(self, start: int, count: int) -> list[npt.NDArray[np.int64]]: ...
 
 
-def row_parts(sampler: RowSampler, start: int, count: int, rows_per_micro: int) -> Iterator[npt.NDArray[np.int64]]:
+def row_parts(
+    sampler: RowSampler, start: int, count: int, rows_per_micro: int
+) -> Iterator[npt.NDArray[np.int64]]:
     """The rows of each micro-batch [rows, length + 1]: one length each, about as many tokens as `rows_per_micro` of the longest."""
-    groups = sampler.groups(start, count) if isinstance(sampler, MixedSampler) else [sampler.rows(start, count)]
+    groups = (
+        sampler.groups(start, count) if isinstance(sampler, MixedSampler) else [sampler.rows(start, count)]
+    )
     longest = getattr(sampler, "row_length", 0)
     for rows in groups:
         at_once = rows_per_micro * max(1, longest // (rows.shape[1] - 1))
@@ -225,7 +233,10 @@ class Sample:
 
 def as_samples(rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]]) -> list[Sample]:
     """Rows of text as arrays, not lists: four bytes a token, and the rows' log-probs are let go."""
-    return [Sample(np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32), logits) for row, logits in rows]
+    return [
+        Sample(np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32), logits)
+        for row, logits in rows
+    ]
 
 
 def cut_to_context(samples: Sequence[Sample], context_length: int) -> tuple[list[Sample], int, int]:
@@ -250,7 +261,9 @@ def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
     inputs = np.full((len(samples), length), pad_id, dtype=np.int64)
     index, labels = [], []
     for row, sample in enumerate(samples):
-        ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (sample.prompt_ids, sample.response_ids)])
+        ids = np.concatenate(
+            [np.asarray(part, dtype=np.int64) for part in (sample.prompt_ids, sample.response_ids)]
+        )
         inputs[row, : len(ids) - 1] = ids[:-1]
         first = max(len(sample.prompt_ids), 1)
         index.append(row * length + np.arange(first - 1, len(ids) - 1))
@@ -263,7 +276,9 @@ def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
 def _stored_target(samples: Sequence[Sample]) -> SparseTarget | None:
     """The distributions that belong to the labels of `padded_batch`, in its order."""
     parts = [
-        sample.logits.read(max(1 - len(sample.prompt_ids), 0), len(sample.response_ids)) for sample in samples if sample.logits is not None
+        sample.logits.read(max(1 - len(sample.prompt_ids), 0), len(sample.response_ids))
+        for sample in samples
+        if sample.logits is not None
     ]
     if not parts:
         return None
@@ -290,7 +305,12 @@ def micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> list[li
 
 
 def plan_batches(
-    lengths: npt.NDArray[np.int64], batch_tokens: int, seed: int, *, epochs: float | None = None, tokens: int | None = None
+    lengths: npt.NDArray[np.int64],
+    batch_tokens: int,
+    seed: int,
+    *,
+    epochs: float | None = None,
+    tokens: int | None = None,
 ) -> list[npt.NDArray[np.int64]]:
     """Sample numbers of each step: seeded permutations, one per epoch, cut wherever `batch_tokens` are reached.
 
@@ -340,7 +360,9 @@ class AlignmentBatches:
 
     @property
     def tokens(self) -> int:
-        packed: int = self._num_packed * self.packed.rows_per_batch * self.packed.row_length if self.packed else 0
+        packed: int = (
+            self._num_packed * self.packed.rows_per_batch * self.packed.row_length if self.packed else 0
+        )
         return packed + sum(self.samples[int(i)].num_tokens for numbers in self.plan for i in numbers)
 
     def is_packed(self, step: int) -> bool:
@@ -351,4 +373,7 @@ class AlignmentBatches:
         if self.packed and self.is_packed(step):
             return self.packed.batches(packed_before)
         chosen = [self.samples[i] for i in self.plan[step - packed_before]]
-        return [padded_batch(group, self.pad_id) for group in micro_batches(self.share.deal(chosen), self.micro_batch_tokens)]
+        return [
+            padded_batch(group, self.pad_id)
+            for group in micro_batches(self.share.deal(chosen), self.micro_batch_tokens)
+        ]

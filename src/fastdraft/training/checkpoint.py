@@ -67,8 +67,15 @@ class TrainingState:
 class Checkpoints:
     """The resume checkpoints of one stage, in `folder/steps`."""
 
-    def __init__(self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], console: Console) -> None:
-        self.folder, self._model, self._optimizers, self._console = folder / FOLDER, model, optimizers, console
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], console: Console
+    ) -> None:
+        self.folder, self._model, self._optimizers, self._console = (
+            folder / FOLDER,
+            model,
+            optimizers,
+            console,
+        )
         self.saved_step = -1
 
     def sweep(self) -> None:
@@ -96,14 +103,19 @@ class Checkpoints:
             "optimizer": optimizer_tensors(self._model, self._optimizers),
         }
         with contextlib.ExitStack() as commit:
-            begun = world.on_main(lambda: str(commit.enter_context(atomic_folder(self._step_folder(state.step)))))
+            begun = world.on_main(
+                lambda: str(commit.enter_context(atomic_folder(self._step_folder(state.step))))
+            )
             folder, failed, own = Path(begun), None, {}
             try:
                 if not folder.is_dir():
                     rule, remedy = "all machines must see one folder", "set run.folder to a shared disk"
                     raise ArtifactError(folder, "not on this machine", rule, remedy)
                 with disk_errors(folder):
-                    own = {kind: write_part(folder, kind, tensors[kind], world.rank, world.size) for kind in tensors}
+                    own = {
+                        kind: write_part(folder, kind, tensors[kind], world.rank, world.size)
+                        for kind in tensors
+                    }
             except FastDraftError as error:
                 failed = error
             world.raise_first(failed)
@@ -111,17 +123,33 @@ class Checkpoints:
 
             def finish() -> None:
                 records = {kind: [record[kind] for record in written] for kind in tensors}
-                files = {name: about for kind in records for record in records[kind] for name, about in record["files"].items()}
-                self._write_state(folder, state, files, {"size": world.size, **{kind: layout(records[kind]) for kind in records}})
+                files = {
+                    name: about
+                    for kind in records
+                    for record in records[kind]
+                    for name, about in record["files"].items()
+                }
+                self._write_state(
+                    folder,
+                    state,
+                    files,
+                    {"size": world.size, **{kind: layout(records[kind]) for kind in records}},
+                )
                 commit.close()
                 self._prune(state)
 
             world.on_main(finish)
         self.saved_step = state.step
 
-    def _write_state(self, folder: Path, state: TrainingState, files: dict[str, Any], parts: dict[str, Any] | None = None) -> None:
+    def _write_state(
+        self, folder: Path, state: TrainingState, files: dict[str, Any], parts: dict[str, Any] | None = None
+    ) -> None:
         write_tensors(_random_tensors(self._device), folder / RANDOM)
-        record = {"schema": 1, "state": asdict(state), "files": {**files, **describe_files(folder, (RANDOM,))}}
+        record = {
+            "schema": 1,
+            "state": asdict(state),
+            "files": {**files, **describe_files(folder, (RANDOM,))},
+        }
         write_json(folder / STATE, {**record, "parts": parts} if parts else record)
 
     def save_best(self, step: int, model: nn.Module) -> None:
@@ -159,7 +187,9 @@ class Checkpoints:
             return state
         if found:
             remedy = f"begin the stage anew with --redo {self.folder.parent.name}"
-            raise ArtifactError(self.folder, "every checkpoint is damaged", "one whole checkpoint is needed to go on", remedy)
+            raise ArtifactError(
+                self.folder, "every checkpoint is damaged", "one whole checkpoint is needed to go on", remedy
+            )
         return TrainingState(micro_batch_limit=self._noted_limit(0))
 
     def note_limit(self, limit: int) -> None:
@@ -188,8 +218,13 @@ class Checkpoints:
         with _fitting(folder):
             state = _training_state(record["state"])
             if state.best_step >= 0:
-                check_files(self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / STATE))
-            with StoredTensors(folder, "model", record) as weights, StoredTensors(folder, "optimizer", record) as optimizer:
+                check_files(
+                    self._best_folder(state.best_step), read_json(self._best_folder(state.best_step) / STATE)
+                )
+            with (
+                StoredTensors(folder, "model", record) as weights,
+                StoredTensors(folder, "optimizer", record) as optimizer,
+            ):
                 load_weights(self._model, weights)
                 restore_optimizers(self._model, self._optimizers, optimizer)
             _restore_random(load_file(folder / RANDOM), self._device)
@@ -220,8 +255,18 @@ def _fitting(folder: Path) -> Iterator[None]:
     """Whatever is raised where files are whole but not of this run, as one line."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-        raise ArtifactError(folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it") from error
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OSError,
+        SafetensorError,
+    ) as error:
+        raise ArtifactError(
+            folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it"
+        ) from error
 
 
 def _training_state(record: Any) -> TrainingState:
@@ -233,7 +278,9 @@ def _training_state(record: Any) -> TrainingState:
     state = TrainingState(**record)
     for name, value in asdict(state).items():
         whole, optional = name not in ("seconds", "best_score"), name == "best_score"
-        if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int if whole else (int, float))):
+        if not (optional and value is None) and (
+            isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
+        ):
             raise TypeError(f"{name} is a {type(value).__name__}")
         if value is not None and (not math.isfinite(value) or (value < -1 and not optional)):
             raise ValueError(f"{name} is {value}")
@@ -253,7 +300,9 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
     return tensors
 
 
-def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], stored: StoredTensors) -> None:
+def restore_optimizers(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], stored: StoredTensors
+) -> None:
     """Puts what `optimizer_tensors` gave back in place, bit for bit; AdamW's step counts go where its kind wants them.
 
     Raises:
@@ -266,7 +315,9 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
     for name in sorted(stored.keys()):
         number, parameter_name, key = name.split("/")
         optimizer, parameter = optimizers[int(number)], parameters[parameter_name]
-        on_cpu = key == "step" and not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
+        on_cpu = key == "step" and not (
+            optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+        )
         value = stored.like(name, parameter)
         _check_alike(name, value, stored.shape(name), [] if key == "step" else list(parameter.shape))
         optimizer.state[parameter][key] = (value.cpu() if on_cpu else value).clone()

@@ -60,5 +60,13 @@ def _missing(device: torch.device) -> str:
         return "" if importlib.util.find_spec("triton") else "torch.compile needs the package triton here"
     if device.type != "cpu":
         return f"torch.compile is not used on {device.type}"
-    compilers = [os.environ.get("CXX", ""), "cl"] if sys.platform == "win32" else [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    return "" if any(name and shutil.which(name) for name in compilers) else "torch.compile needs a C++ compiler here, and none was found"
+    compilers = (
+        [os.environ.get("CXX", ""), "cl"]
+        if sys.platform == "win32"
+        else [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    )
+    return (
+        ""
+        if any(name and shutil.which(name) for name in compilers)
+        else "torch.compile needs a C++ compiler here, and none was found"
+    )

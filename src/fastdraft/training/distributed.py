@@ -88,7 +88,10 @@ class World:
         """Everyone's JSON value, by rank."""
         if self.size == 1:
             return [value]
-        return [json.loads(self._broadcast(json.dumps(value) if rank == self.rank else "", rank)) for rank in range(self.size)]
+        return [
+            json.loads(self._broadcast(json.dumps(value) if rank == self.rank else "", rank))
+            for rank in range(self.size)
+        ]
 
     def raise_first(self, own: FastDraftError | None, ahead: bool = False) -> None:
         """Raises in all processes the error of the first that has one; returns when none has.
@@ -134,13 +137,24 @@ def join(device: torch.device) -> Iterator[World]:
     """
     backend = _BACKENDS.get(device.type)
     if backend is None:
-        raise WorkerError("run.device", device.type, "has no way to add gradients of several processes", "train with one process")
+        raise WorkerError(
+            "run.device",
+            device.type,
+            "has no way to add gradients of several processes",
+            "train with one process",
+        )
     try:
-        dist.init_process_group(backend, timeout=GRADIENT_TIMEOUT, device_id=device if device.type != "cpu" else None)
+        dist.init_process_group(
+            backend, timeout=GRADIENT_TIMEOUT, device_id=device if device.type != "cpu" else None
+        )
         groups = [dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT) for _ in range(2)]
     except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
-        found = f"process {os.environ.get('RANK')} cannot reach the others ({str(error).splitlines()[0][:120]})"
-        raise WorkerError("training", found, "all processes must see each other", "check --master-addr and the network") from error
+        found = (
+            f"process {os.environ.get('RANK')} cannot reach the others ({str(error).splitlines()[0][:120]})"
+        )
+        raise WorkerError(
+            "training", found, "all processes must see each other", "check --master-addr and the network"
+        ) from error
     _joined.append(World(dist.get_rank(), dist.get_world_size(), *groups))
     try:
         yield _joined[-1]

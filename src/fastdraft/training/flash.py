@@ -44,15 +44,24 @@ class Flash:
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False, position_ids: Tensor | None = None) -> Any:
         """The decoder's own output for `input_ids` [B, T]; `position_ids` [B, T] begin anew at 0 where a row's next text begins."""
-        mask = None if position_ids is None else text_mask(position_ids, blocks=_has_blocks(self.decoder, input_ids.device))
+        mask = (
+            None
+            if position_ids is None
+            else text_mask(position_ids, blocks=_has_blocks(self.decoder, input_ids.device))
+        )
         with _attention(self.decoder.config, NAME):
-            return self._runs(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
+            return self._runs(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+            )
 
 
 def flash(decoder: nn.Module, *, compiled: bool = False, backend: str = "inductor") -> Flash | None:
     """`decoder` with flash attention, or None where it may attend to something else than all tokens before."""
     config: Any = getattr(decoder, "config", None)
-    known = getattr(config, "model_type", None) in _FAMILIES and getattr(config, "_attn_implementation", None) == "sdpa"
+    known = (
+        getattr(config, "model_type", None) in _FAMILIES
+        and getattr(config, "_attn_implementation", None) == "sdpa"
+    )
     return Flash(decoder, compiled=compiled, backend=backend) if known and not _has_windows(config) else None
 
 
@@ -75,13 +84,17 @@ def text_mask(position_ids: Tensor, *, blocks: bool) -> Any:
     return create_block_mask(sees, position_ids.shape[0], None, length, length, device=position_ids.device)
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> tuple[Tensor, None]:
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
     """[B, H, T, D] thrice -> [B, T, H, D]; without a mask causal."""
     from torch.nn.attention.flex_attention import BlockMask
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if isinstance(attention_mask, BlockMask):  # autocast, which brings what SDPA reads to one type, does not know this kernel
+    if isinstance(
+        attention_mask, BlockMask
+    ):  # autocast, which brings what SDPA reads to one type, does not know this kernel
         query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 since their rotation
         return flex_attention_forward(module, query, key, value, attention_mask, **options)[0], None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0], None
@@ -96,7 +109,9 @@ def _register() -> None:
 @contextlib.contextmanager
 def _attention(config: Any, name: str) -> Iterator[None]:
     before = config._attn_implementation_internal
-    config._attn_implementation_internal = name  # the public setter looks through the parts of a model each time
+    config._attn_implementation_internal = (
+        name  # the public setter looks through the parts of a model each time
+    )
     try:
         yield
     finally:
@@ -106,8 +121,15 @@ def _attention(config: Any, name: str) -> Iterator[None]:
 def _has_blocks(decoder: Any, device: torch.device) -> bool:
     size = getattr(decoder.layers[0].self_attn, "head_dim", 0)
     dropout = getattr(decoder.config, "attention_dropout", 0.0)
-    return device.type == "cuda" and size in _HEAD_SIZES and not dropout and importlib.util.find_spec("triton") is not None
+    return (
+        device.type == "cuda"
+        and size in _HEAD_SIZES
+        and not dropout
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def _has_windows(config: Any) -> bool:
-    return getattr(config, "sliding_window", None) is not None and bool(getattr(config, "use_sliding_window", True))
+    return getattr(config, "sliding_window", None) is not None and bool(
+        getattr(config, "use_sliding_window", True)
+    )

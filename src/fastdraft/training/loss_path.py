@@ -30,6 +30,8 @@ def cross_entropy(asked: CrossEntropyPath, device: torch.device, z_loss: float =
         return CrossEntropy(z_loss)
     if device.type != "cuda":
         remedy = f"leave {KEY} out, or set it to auto, or train on a CUDA device"
-        raise RecipeError(KEY, f"liger on {device.type}", "its kernels are Triton's and need a CUDA device", remedy)
+        raise RecipeError(
+            KEY, f"liger on {device.type}", "its kernels are Triton's and need a CUDA device", remedy
+        )
     liger_function()
     return CrossEntropy(z_loss, path="liger")

@@ -44,7 +44,12 @@ def within_memory(work: Callable[[int], Found], size: int, smallest: int, where:
         gc.collect()
         if size <= smallest:
             rule = "one row at a time must fit the device beside the weights"
-            raise TrainingError(where, "out of memory in validation", rule, "use a device with more memory, or another run.device")
+            raise TrainingError(
+                where,
+                "out of memory in validation",
+                rule,
+                "use a device with more memory, or another run.device",
+            )
         size = max(smallest, size // 2)
 
 
@@ -86,14 +91,28 @@ def cut_rows(batch: Batch, start: int, stop: int) -> Batch:
     length = batch.input_ids.shape[1]
     if batch.index is None:
         kept = slice(start * length, stop * length)
-        return replace(batch, labels=batch.labels[kept], num_tokens=(stop - start) * length, **_by_place(batch, start, stop, length))
+        return replace(
+            batch,
+            labels=batch.labels[kept],
+            num_tokens=(stop - start) * length,
+            **_by_place(batch, start, stop, length),
+        )
     chosen = (batch.index >= start * length) & (batch.index < stop * length)
     row, column = (batch.index[chosen] // length) - start, batch.index[chosen] % length
     width = int(column.max()) + 1 if len(column) else 1
-    ends = torch.zeros(stop - start, dtype=torch.int64, device=row.device).scatter_reduce(0, row, column + 1, "amax")
+    ends = torch.zeros(stop - start, dtype=torch.int64, device=row.device).scatter_reduce(
+        0, row, column + 1, "amax"
+    )
     target = SparseTarget(batch.target.ids[chosen], batch.target.logprobs[chosen]) if batch.target else None
     places = _by_place(batch, start, stop, width)
-    return replace(batch, labels=batch.labels[chosen], index=row * width + column, num_tokens=int(ends.sum()), target=target, **places)
+    return replace(
+        batch,
+        labels=batch.labels[chosen],
+        index=row * width + column,
+        num_tokens=int(ends.sum()),
+        target=target,
+        **places,
+    )
 
 
 def _by_place(batch: Batch, start: int, stop: int, width: int) -> dict[str, Any]:
@@ -101,5 +120,7 @@ def _by_place(batch: Batch, start: int, stop: int, width: int) -> dict[str, Any]
     shape = batch.input_ids.shape
     found = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {
-        name: value[start:stop, :width].contiguous() for name, value in found.items() if isinstance(value, Tensor) and value.shape == shape
+        name: value[start:stop, :width].contiguous()
+        for name, value in found.items()
+        if isinstance(value, Tensor) and value.shape == shape
     }

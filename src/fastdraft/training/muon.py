@@ -33,7 +33,9 @@ class Fp32Muon(torch.optim.Muon):
             momentum, rate = group["momentum"], group["lr"]
             for parameter, gradient, mean in zip(parameters, gradients, momenta, strict=True):
                 mean.lerp_(gradient, 1 - momentum)
-                turned = orthogonal(gradient.lerp(mean, momentum), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                turned = orthogonal(
+                    gradient.lerp(mean, momentum), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
                 parameter.mul_(1 - rate * group["weight_decay"])
                 parameter.add_(turned, alpha=-0.2 * rate * math.sqrt(max(parameter.shape)))
         return loss

@@ -44,7 +44,9 @@ class CrossEntropy:
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
         if self.path == "liger":
             return liger_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss)
-        return chunked_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss, chunk=self.chunk)[0]
+        return chunked_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss, chunk=self.chunk)[
+            0
+        ]
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,14 @@ class TokenDistillation:
     """Rows of logits at a time; 0 chooses by device."""
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
-        distribution: TargetDistribution | None = self.target.distribution(batch) if self.target else batch.target
+        distribution: TargetDistribution | None = (
+            self.target.distribution(batch) if self.target else batch.target
+        )
         if distribution is None:
             return CrossEntropy(chunk=self.chunk).loss(hidden_ND, head_VD, batch)
-        return chunked_distillation(hidden_ND, head_VD, batch.labels, distribution, self.token_loss, chunk=self.chunk)[0]
+        return chunked_distillation(
+            hidden_ND, head_VD, batch.labels, distribution, self.token_loss, chunk=self.chunk
+        )[0]
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,11 @@ class LoadedTarget:
     """Of as many ids as the draft's; its weight [V, E] may be scaled, biased or capped."""
 
     def __post_init__(self) -> None:
-        fast = flash(self.decoder) if isinstance(self.decoder, nn.Module) and self.head.weight.device.type != "cpu" else None
+        fast = (
+            flash(self.decoder)
+            if isinstance(self.decoder, nn.Module) and self.head.weight.device.type != "cpu"
+            else None
+        )
         if fast is not None:  # it is called with the draft's batches: one causal text, or texts apart
             object.__setattr__(self, "decoder", fast)
 

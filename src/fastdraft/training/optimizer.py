@@ -44,7 +44,9 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if kind == "muon":
         muon = torch.optim.Muon if low else Fp32Muon
-        optimizers.append(muon([body], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(
+            muon([body], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
     else:
         plain.insert(0, body)
     plain = [group for group in plain if group["params"]]
@@ -62,7 +64,15 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        name = "embedding" if parameter is embedding else "head" if parameter is head else "body" if parameter.ndim == 2 else "vector"
+        name = (
+            "embedding"
+            if parameter is embedding
+            else "head"
+            if parameter is head
+            else "body"
+            if parameter.ndim == 2
+            else "vector"
+        )
         groups[name].append(parameter)
     return groups
 

@@ -39,10 +39,18 @@ class DataParallel:
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world = world
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the option, 2.9 does not know the new name
-            self._module = DistributedDataParallel(_LossSum(model), broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._module.register_comm_hook(None, lambda state, bucket: _add(bucket))  # torch reads the annotations of anything else
-        self.overlap = self.committed = False  # committed: gradients may be on their way, so the step cannot be tried again
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # torch 2.13 renames the option, 2.9 does not know the new name
+            self._module = DistributedDataParallel(
+                _LossSum(model), broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self._module.register_comm_hook(
+            None, lambda state, bucket: _add(bucket)
+        )  # torch reads the annotations of anything else
+        self.overlap = self.committed = (
+            False  # committed: gradients may be on their way, so the step cannot be tried again
+        )
 
     def begin(self, overlap: bool) -> None:
         """Before a step, or before it is tried again. `overlap`: gradients travel during the last backward pass."""
@@ -68,7 +76,11 @@ class DataParallel:
             if not self._world.all_agree(True):
                 raise ElsewhereOutOfMemory
             self.committed = True
-            for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in step.parameters if parameter.grad is not None]:
+            for work in [
+                dist.all_reduce(parameter.grad, async_op=True)
+                for parameter in step.parameters
+                if parameter.grad is not None
+            ]:
                 work.wait()
         dist.all_reduce(loss)
         return loss

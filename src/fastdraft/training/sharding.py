@@ -46,7 +46,12 @@ def in_parts(model: PreTrainedModel, parallel: str, optimizer: str) -> PreTraine
     if parallel != "fsdp2" or current().size == 1:
         return model
     if optimizer != "adamw":
-        raise RecipeError("run.parallel", f"fsdp2 with {optimizer}", "its step needs whole matrices", "set optimizer.kind: adamw, or ddp")
+        raise RecipeError(
+            "run.parallel",
+            f"fsdp2 with {optimizer}",
+            "its step needs whole matrices",
+            "set optimizer.kind: adamw, or ddp",
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -91,11 +96,15 @@ def held_rows(tensor: Tensor) -> tuple[int, int] | None:
         return None
     in_parts: Any = tensor
     mesh = in_parts.device_mesh
-    rows = -(-tensor.shape[0] // mesh.size())  # as torch.chunk cuts: the last processes may hold fewer, or none
+    rows = -(
+        -tensor.shape[0] // mesh.size()
+    )  # as torch.chunk cuts: the last processes may hold fewer, or none
     first = min(tensor.shape[0], rows * mesh.get_local_rank())
     behind = min(tensor.shape[0], first + rows)
     if local(tensor).shape[0] != behind - first:
-        raise ValueError(f"process {mesh.get_local_rank()} holds {local(tensor).shape[0]} rows and not {first} to {behind}")
+        raise ValueError(
+            f"process {mesh.get_local_rank()} holds {local(tensor).shape[0]} rows and not {first} to {behind}"
+        )
     return first, behind
 
 

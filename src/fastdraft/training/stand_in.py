@@ -16,7 +16,9 @@ from fastdraft.training.flash import flash
 from fastdraft.training.written_out import write_out
 
 
-def stand_in(decoder: nn.Module, device: torch.device, *, compiled: bool = False, backend: str = "inductor") -> Any:
+def stand_in(
+    decoder: nn.Module, device: torch.device, *, compiled: bool = False, backend: str = "inductor"
+) -> Any:
     """Gives `.last_hidden_state` [B, T, D] for `input_ids`, `position_ids` and `use_cache`, as `decoder` does.
 
     `compiled`: torch.compile makes its kernels, with `backend`.

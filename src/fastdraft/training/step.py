@@ -39,7 +39,9 @@ def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":  # emulated bf16 is slower than fp32
-        probes = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        probes = [
+            getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        ]
         return any(probe() for probe in probes if probe is not None)
     return device.type == "xpu"
 
@@ -118,7 +120,12 @@ class TrainStep:
         if num_trained is None:
             num_trained = sum(batch.num_trained for batch in batches)
         if num_trained == 0:
-            raise TrainingError("training batch", "0 trained tokens", "every batch must have tokens with a loss", "check the responses")
+            raise TrainingError(
+                "training batch",
+                "0 trained tokens",
+                "every batch must have tokens with a loss",
+                "check the responses",
+            )
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             loss = self.peers.loss_sum(self, batch, last=number == len(batches))
@@ -134,7 +141,9 @@ class TrainStep:
         set_rate(self.optimizers, factor)
         for optimizer in self.optimizers:
             optimizer.step()
-        torch.autograd.graph.increment_version(self.parameters)  # fused optimisers do not, and copies of the weights go by it
+        torch.autograd.graph.increment_version(
+            self.parameters
+        )  # fused optimisers do not, and copies of the weights go by it
         self.skip()
 
     def skip(self) -> None:

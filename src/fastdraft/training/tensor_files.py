@@ -38,25 +38,38 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     OSError: with the system's error number, which safetensors hides in its text.
     """
     try:
-        save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
+        save_file(
+            {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
+            path,
+        )
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         full = number and int(number[1]) in (errno.ENOSPC, _WINDOWS_DISK_FULL)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
 
 
-def write_part(folder: Path, kind: str, tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Any]:
+def write_part(
+    folder: Path, kind: str, tensors: Mapping[str, Tensor], rank: int, size: int
+) -> dict[str, Any]:
     """Writes what this process holds of tensors in parts; process 0 also those that are whole everywhere (AdamW's step counts).
 
     Returns:
         The file's checksum, and shape and held rows (`[first, behind the last]`, None: whole) of each tensor, as JSON values.
     """
     held = {name: held_rows(tensor) for name, tensor in tensors.items()}
-    own = {name: local(tensor) for name, tensor in tensors.items() if (held[name] is None and rank == 0) or _some(held[name])}
+    own = {
+        name: local(tensor)
+        for name, tensor in tensors.items()
+        if (held[name] is None and rank == 0) or _some(held[name])
+    }
     name = file_name(kind, rank, size)
     write_tensors(own, folder / name)
     rows = {key: None if span is None else list(span) for key, span in held.items()}
-    return {"files": describe_files(folder, [name]), "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()}, "rows": rows}
+    return {
+        "files": describe_files(folder, [name]),
+        "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()},
+        "rows": rows,
+    }
 
 
 def _some(span: tuple[int, int] | None) -> bool:
@@ -66,7 +79,12 @@ def _some(span: tuple[int, int] | None) -> bool:
 def layout(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What all processes' `write_part` returned, by tensor: its shape, and by process the rows that lie in that one's file."""
     return {
-        name: {"shape": shape, "rows": None if records[0]["rows"][name] is None else [record["rows"][name] for record in records]}
+        name: {
+            "shape": shape,
+            "rows": None
+            if records[0]["rows"][name] is None
+            else [record["rows"][name] for record in records],
+        }
         for name, shape in records[0]["shapes"].items()
     }
 
@@ -86,7 +104,11 @@ class StoredTensors:
     def __init__(self, folder: Path, kind: str, record: Mapping[str, Any]) -> None:
         parts = record.get("parts")
         self._layout: dict[str, Any] | None = parts[kind] if parts else None
-        self._files = [file_name(kind, rank, parts["size"]) for rank in range(parts["size"])] if parts else [file_name(kind)]
+        self._files = (
+            [file_name(kind, rank, parts["size"]) for rank in range(parts["size"])]
+            if parts
+            else [file_name(kind)]
+        )
         if missing := set(self._files) - set(record["files"]):
             raise ValueError(f"{min(missing)} is not listed")
         for name, entry in (self._layout or {}).items():
@@ -94,7 +116,9 @@ class StoredTensors:
         self._folder, self._open, self._stack = folder, list[Any](), contextlib.ExitStack()
 
     def __enter__(self) -> StoredTensors:
-        self._open = [self._stack.enter_context(safe_open(self._folder / name, framework="pt")) for name in self._files]
+        self._open = [
+            self._stack.enter_context(safe_open(self._folder / name, framework="pt")) for name in self._files
+        ]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -132,7 +156,9 @@ class StoredTensors:
 
     def shape(self, name: str) -> list[int]:
         """That of the whole tensor."""
-        return list(self._open[0].get_slice(name).get_shape() if self._layout is None else self._layout[name]["shape"])
+        return list(
+            self._open[0].get_slice(name).get_shape() if self._layout is None else self._layout[name]["shape"]
+        )
 
 
 def _check_spans(name: str, entry: Mapping[str, Any]) -> None:
@@ -141,13 +167,19 @@ def _check_spans(name: str, entry: Mapping[str, Any]) -> None:
     if spans is None:
         return
     ends = [0, *(stop for _, stop in spans)]
-    if any(start != before or stop < start for (start, stop), before in zip(spans, ends[:-1], strict=True)) or ends[-1] != shape[0]:
+    if (
+        any(start != before or stop < start for (start, stop), before in zip(spans, ends[:-1], strict=True))
+        or ends[-1] != shape[0]
+    ):
         raise ValueError(f"{name} is not all there")
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """Size and checksum of each."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        for name in names
+    }
 
 
 def check_files(folder: Path, record: Any) -> None:
@@ -155,11 +187,28 @@ def check_files(folder: Path, record: Any) -> None:
     ArtifactError: when a file is missing or is not the one that was written.
     """
     files = record.get("files") if isinstance(record, dict) else None
-    if not isinstance(files, dict) or not all(_NAME.fullmatch(name) for name in files) or not any("model" in name for name in files):
-        raise ArtifactError(folder / STATE, "lists no files", "must name each file with its checksum", "delete this folder")
+    if (
+        not isinstance(files, dict)
+        or not all(_NAME.fullmatch(name) for name in files)
+        or not any("model" in name for name in files)
+    ):
+        raise ArtifactError(
+            folder / STATE, "lists no files", "must name each file with its checksum", "delete this folder"
+        )
     for name, expected in files.items():
         path = folder / name
         if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
-            raise ArtifactError(folder / STATE, f"no checksum of {name}", "must name each file with its checksum", "delete this folder")
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
-            raise ArtifactError(path, "damaged or missing", "must have the checksum written with it", "delete this folder")
+            raise ArtifactError(
+                folder / STATE,
+                f"no checksum of {name}",
+                "must name each file with its checksum",
+                "delete this folder",
+            )
+        if (
+            not path.is_file()
+            or path.stat().st_size != expected["bytes"]
+            or file_sha256(path) != expected["sha256"]
+        ):
+            raise ArtifactError(
+                path, "damaged or missing", "must have the checksum written with it", "delete this folder"
+            )

@@ -159,12 +159,21 @@ class Trainer:
         steps = sorted({step for (step,) in self.world.gather([self.state.step])})
         if len(steps) > 1:
             found = f"checkpoints of steps {steps[0]} and {steps[-1]}, depending on the machine"
-            raise ArtifactError(self.checkpoints.folder, found, "all machines must see one folder", "set run.folder to a shared disk")
+            raise ArtifactError(
+                self.checkpoints.folder,
+                found,
+                "all machines must see one folder",
+                "set run.folder to a shared disk",
+            )
 
     def _join_peers(self) -> DataParallel | Sharded | None:
         if self.world.size == 1:
             return None
-        peers = Sharded(self._trained, self.world) if is_in_parts(self._trained) else DataParallel(self.model, self.world)
+        peers = (
+            Sharded(self._trained, self.world)
+            if is_in_parts(self._trained)
+            else DataParallel(self.model, self.world)
+        )
         self.step.peers = peers
         return peers
 
@@ -187,7 +196,9 @@ class Trainer:
             failed = error
         counts = (sum(batch.num_tokens for batch in batches), sum(batch.num_trained for batch in batches))
         size = max((batch.input_ids.numel() for batch in batches), default=0)
-        found = self.world.gather([*counts, size, int(self.console.stop.requested), int(failed is not None)], ahead=True)
+        found = self.world.gather(
+            [*counts, size, int(self.console.stop.requested), int(failed is not None)], ahead=True
+        )
         tokens, trained, sizes, stops, failures = zip(*found, strict=True)
         if any(failures):
             self.world.raise_first(failed, ahead=True)
@@ -214,9 +225,14 @@ class Trainer:
         if state.micro_batch_limit != limit:
             events["micro_batch_limit"] = state.micro_batch_limit
         metrics.write(
-            step=state.step, tokens=state.tokens, loss=loss, lr=self.plan.peak_rate * factor, grad_norm=norm,
-            tokens_per_second=round(num_tokens / max(seconds, 1e-9), 1), **events,
-        )  # fmt: skip
+            step=state.step,
+            tokens=state.tokens,
+            loss=loss,
+            lr=self.plan.peak_rate * factor,
+            grad_norm=norm,
+            tokens_per_second=round(num_tokens / max(seconds, 1e-9), 1),
+            **events,
+        )
         if not finite:
             self._report_bad(loss, norm, factor)
         progress.advance(num_tokens, f"loss {loss:.2f}")
@@ -235,7 +251,9 @@ class Trainer:
             if self._peers:
                 self._peers.begin(overlap=size <= self._proven)
             try:
-                found = self._joint_gradients(pieces, prepared) if self._peers else self.step.gradients(pieces)
+                found = (
+                    self._joint_gradients(pieces, prepared) if self._peers else self.step.gradients(pieces)
+                )
                 self._proven = max(self._proven, size)
                 return found
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -261,13 +279,21 @@ class Trainer:
         key, peers = self.plan.key, self._peers
         if peers and peers.committed:
             self.checkpoints.note_limit(halved_limit(pieces) or 1)
-            raise WorkerError(key, "out of memory in a step like one that fitted", "all processes must fit", "smaller micro-batches follow")
+            raise WorkerError(
+                key,
+                "out of memory in a step like one that fitted",
+                "all processes must fit",
+                "smaller micro-batches follow",
+            )
         if peers and not elsewhere:
             peers.report_out_of_memory()
         limit = max(value for (value,) in self.world.gather([halved_limit(pieces)]))
         if not limit:
             length = max((batch.input_ids.shape[1] for batch in pieces), default=0)
-            rule, remedy = "one row at a time must fit the device", "use shorter rows, a smaller draft or a device with more memory"
+            rule, remedy = (
+                "one row at a time must fit the device",
+                "use shorter rows, a smaller draft or a device with more memory",
+            )
             raise TrainingError(key, f"out of memory with one row of {length} tokens", rule, remedy)
         self.state.micro_batch_limit = limit
         again = f"micro-batches of at most {limit} tokens from here on, the batch stays the same"
@@ -281,7 +307,10 @@ class Trainer:
                 raise
             rule = "weights, gradients and the optimiser's state must fit the device together"
             raise TrainingError(
-                self.plan.key, "out of memory in the update", rule, "use a smaller draft or a device with more memory"
+                self.plan.key,
+                "out of memory in the update",
+                rule,
+                "use a smaller draft or a device with more memory",
             ) from error
 
     def _report_bad(self, loss: float, norm: float, factor: float) -> None:
@@ -355,7 +384,10 @@ def _loss_sum(step: TrainStep, batch: Batch) -> float:
     def in_pieces(size: int) -> float:
         whole = size >= rows
         starts = range(0, rows, size)
-        return sum(float(step.loss_sum(batch if whole else cut_rows(batch, at, min(at + size, rows)))) for at in starts)
+        return sum(
+            float(step.loss_sum(batch if whole else cut_rows(batch, at, min(at + size, rows))))
+            for at in starts
+        )
 
     return within_memory(in_pieces, rows, 1, "validation")
 

@@ -15,7 +15,15 @@ import numpy as np
 from fastdraft.artifacts import Artifact
 from fastdraft.data.shards import PackedCorpus, open_lengths, row_lengths
 from fastdraft.decoding.replay import WrittenText
-from fastdraft.training.batches import Batch, as_samples, cut_to_context, micro_batches, packed_batch, padded_batch, text_separator
+from fastdraft.training.batches import (
+    Batch,
+    as_samples,
+    cut_to_context,
+    micro_batches,
+    packed_batch,
+    padded_batch,
+    text_separator,
+)
 from fastdraft.training.memory import within_memory
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.step import TrainStep
@@ -47,12 +55,15 @@ def corpus_losses(step: TrainStep, prepare: Artifact, rows_per_micro: int) -> Ca
     plain = replace(step, objective=CrossEntropy())
     separator = text_separator(prepare.manifest())
     batches = {
-        name: _validation_batches(corpus, rows_per_micro * longest // corpus.row_length, separator) for name, corpus in corpora.items()
+        name: _validation_batches(corpus, rows_per_micro * longest // corpus.row_length, separator)
+        for name, corpus in corpora.items()
     }
     return lambda: {name: mean_loss(plain, held) for name, held in batches.items() if held}
 
 
-def replayed_score(draft: PreTrainedModel, rows: Sequence[WrittenText], num_speculative_tokens: int, vocabulary: Vocabulary) -> float:
+def replayed_score(
+    draft: PreTrainedModel, rows: Sequence[WrittenText], num_speculative_tokens: int, vocabulary: Vocabulary
+) -> float:
     """Block efficiency over `rows` by replay (decoding/replay.py)."""
     from fastdraft.decoding.replay import block_efficiency
 
@@ -86,14 +97,20 @@ class HeldOutResponses:
         """
         self._draft, self._step = draft, replace(step, objective=CrossEntropy())
         context_length = int(draft.config.max_position_embeddings)
-        self._rows = [row for row in rows if row.is_replayable and len(row.prompt_ids) + len(row.response_ids) <= context_length]
+        self._rows = [
+            row
+            for row in rows
+            if row.is_replayable and len(row.prompt_ids) + len(row.response_ids) <= context_length
+        ]
         self._k, self._vocabulary = num_speculative_tokens, vocabulary
         samples, _, _ = cut_to_context(as_samples((row, None) for row in rows), context_length)
         self._batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
 
     def __call__(self) -> Validation:
         """The present measurement; block efficiency is its score."""
-        metrics: dict[str, Any] = {"validation_loss": {"responses": mean_loss(self._step, self._batches)} if self._batches else {}}
+        metrics: dict[str, Any] = {
+            "validation_loss": {"responses": mean_loss(self._step, self._batches)} if self._batches else {}
+        }
         if not self._rows:
             return Validation(metrics)
         score = replayed_score(self._draft, self._rows, self._k, self._vocabulary)
@@ -103,4 +120,9 @@ class HeldOutResponses:
 def _validation_batches(corpus: PackedCorpus, rows_per_micro: int, separator: int | None) -> list[Batch]:
     rows = min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))
     starts = range(0, rows, rows_per_micro)
-    return [packed_batch(np.stack([corpus[i] for i in range(start, min(start + rows_per_micro, rows))]), separator) for start in starts]
+    return [
+        packed_batch(
+            np.stack([corpus[i] for i in range(start, min(start + rows_per_micro, rows))]), separator
+        )
+        for start in starts
+    ]

@@ -64,7 +64,11 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype, before: Tensor | None) 
         return parts[0].detach()
     rows, rest = sum(part.shape[0] for part in parts), parts[0].shape[1:]
     fits = before is not None and before.dtype == dtype and before.shape == (rows, *rest)
-    joined = before if before is not None and fits else torch.empty(rows, *rest, dtype=dtype, device=parts[0].device)
+    joined = (
+        before
+        if before is not None and fits
+        else torch.empty(rows, *rest, dtype=dtype, device=parts[0].device)
+    )
     start = 0
     for part in parts:
         joined[start : start + part.shape[0]].copy_(part)
@@ -82,7 +86,10 @@ class _Layer:
     out: tuple[Stacked, Stacked]
 
     def __call__(self, x: Tensor, dtype: torch.dtype, rotation: Rotation, documents: Tensor | None) -> Tensor:
-        first, second = (Products(*into.read(dtype), *out.read(dtype)) for into, out in zip(self.into, self.out, strict=True))
+        first, second = (
+            Products(*into.read(dtype), *out.read(dtype))
+            for into, out in zip(self.into, self.out, strict=True)
+        )
         parameters = (self.gains[0], *self.into[0].parameters, *self.out[0].parameters, *self.head_gains)
         x = AttentionHalf.apply(x, self.attention, first, rotation, documents, *parameters)  # type: ignore[no-untyped-call]
         parameters = (self.gains[1], *self.into[1].parameters, *self.out[1].parameters)
@@ -131,7 +138,14 @@ def write_out(decoder: nn.Module) -> WrittenOut | None:
         return None
     read: Any = decoder
     try:
-        modules = [read.norm, *(norm for layer in read.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm))]
+        modules = [
+            read.norm,
+            *(
+                norm
+                for layer in read.layers
+                for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+            ),
+        ]
         if any(type(module).__name__ not in _NORMS for module in modules):
             return None
         return WrittenOut(decoder)
@@ -141,13 +155,19 @@ def write_out(decoder: nn.Module) -> WrittenOut | None:
 
 def _is_plain(config: Any) -> bool:
     dropouts = [getattr(config, name, 0.0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")]
-    windows = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    windows = getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    )
     return not any(dropouts) and not windows and config.hidden_act == "silu"
 
 
 def _read_layer(layer: Any, config: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    queries = [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [attention.q_proj, attention.k_proj, attention.v_proj]
+    queries = (
+        [attention.qkv_proj]
+        if hasattr(attention, "qkv_proj")
+        else [attention.q_proj, attention.k_proj, attention.v_proj]
+    )
     inner = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
     linear = (queries, [attention.o_proj], inner, [mlp.down_proj])
     for module in (*queries, attention.o_proj, *inner, mlp.down_proj):
