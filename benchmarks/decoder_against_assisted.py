@@ -28,7 +28,7 @@ from machine import Report, add_arguments, ratio, spread, table, take_turns
 from pair import Pair, add_pair_arguments, first_difference, gap_at
 
 from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.generation import Sampling
+from fastdraft.functional.generation import Sampling
 
 NAME = "decoder_against_assisted"
 ALONE, ASSISTED, OURS = "target alone", "assisted generation", "our decoder"

@@ -36,13 +36,14 @@ from fastdraft.console import format_table
 from fastdraft.data.dialogue import first_prompt_ids
 from fastdraft.data.prompts import JsonlPrompts, select_texts
 from fastdraft.decoding.autoregressive import pad_left
-from fastdraft.interfaces import Sampling, TargetConfig
+from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary, set_threads
 from fastdraft.modeling.source import copy_tokenizer_files
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openvino import OpenVINOEngine, answer_seed, as_tensor, generation_config
 from fastdraft.runtimes.openvino_export import convert
-from fastdraft.vocabulary import Vocabulary
 
 Texts = list[list[int]]
 Writer = Callable[[Sampling], Texts]

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from machine import Report, add_arguments
 
-from fastdraft.artifacts import Artifact
 from fastdraft.data.build import Layout
 from fastdraft.data.loader import open_mixture
 from fastdraft.data.shards import SPLITS
+from fastdraft.run_folder import StageFolder
 from fastdraft.training.batches import PackedBatches
 
 
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def write_corpora(folder: Path, lengths: list[int], tokens: int) -> Artifact:
+def write_corpora(folder: Path, lengths: list[int], tokens: int) -> StageFolder:
     layout = Layout(lengths[0], dict.fromkeys(lengths[1:], 0.2), 16_000_000, 0.0, 0, "uint16")
     draw, corpora = np.random.default_rng(0), {}
     for name in ("text", "code"):
@@ -84,7 +84,7 @@ def write_corpora(folder: Path, lengths: list[int], tokens: int) -> Artifact:
             writer.close_shard()
             about = {} if length == lengths[0] else {"row_length": length}
             corpora[name]["train"]["shards"] += [{**shard, **about} for shard in writer.shards]
-    artifact = Artifact(folder)
+    artifact = StageFolder(folder)
     artifact.begin({"benchmark": True})
     artifact.complete(
         row_length=lengths[0], row_lengths=lengths, dtype="uint16", separator_id=0, corpora=corpora
@@ -92,7 +92,7 @@ def write_corpora(folder: Path, lengths: list[int], tokens: int) -> Artifact:
     return artifact
 
 
-def measure(prepared: Artifact, lengths: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(prepared: StageFolder, lengths: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
     longest = max(lengths)
     rows, micro = max(1, arguments.batch_tokens // longest), max(1, arguments.micro_batch_tokens // longest)
     sampler = open_mixture(prepared, {"text": 2.0, "code": 1.0}, seed=0)

@@ -23,18 +23,18 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdraft.artifacts import Artifact, RunDirectory, read_json, write_atomic, write_json
-from fastdraft.config import format_count, parse_count
 from fastdraft.console import Console, format_seconds
 from fastdraft.data.responses import SyntheticRow, read_rows
 from fastdraft.decoding.evaluation import replay_tables
 from fastdraft.decoding.figures import tidy
 from fastdraft.functional.intervals import difference_interval, ratio_interval
-from fastdraft.interfaces import StageContext
 from fastdraft.modeling.loading import load_draft, load_vocabulary
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.recipe.base import format_count, parse_count
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.recipe.training import TokenLossName
+from fastdraft.run_folder import RunFolder, StageFolder, read_json, write_atomic, write_json
 from fastdraft.stages import align
-from fastdraft.training.settings import TokenLossName
+from fastdraft.stages.context import StageContext
 
 START, BASE, POOLED = "start", "ce", "all tasks"
 LOSSES = (BASE, *get_args(TokenLossName))
@@ -57,13 +57,13 @@ Place = tuple[str, float]
 
 
 @dataclass(frozen=True)
-class Branch(RunDirectory):
+class Branch(RunFolder):
     """A run that borrows every artifact but align from the run in `source`, and writes nothing there."""
 
     source: Path
 
-    def artifact(self, name: str) -> Artifact:
-        return Artifact((self.root if name == "align" else self.source) / name)
+    def artifact(self, name: str) -> StageFolder:
+        return StageFolder((self.root if name == "align" else self.source) / name)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Comparison:
 def train(comparison: Comparison, loss: str, console: Console) -> Path:
     """The aligned draft's folder; finished work is left alone."""
     context = comparison.context(loss, console)
-    artifact, config = context.artifact("align"), context.section("align")
+    artifact, config = context.folder("align"), context.section("align")
     if loss == START:
         return align._start(context)[0]
     artifact.begin(align.fingerprint(config, context))
@@ -252,7 +252,7 @@ def compare(comparison: Comparison, losses: Sequence[str], console: Console) -> 
         console.say(f"{loss} ({number} of {len(losses)})")
         tables[loss] = with_pooled(replay(comparison, loss, train(comparison, loss, console), console))
         if loss != START:
-            manifest = comparison.context(loss, console).artifact("align").manifest()
+            manifest = comparison.context(loss, console).folder("align").manifest()
             training[loss] = {name: manifest[name] for name in TOLD}
         rows = [row for name, table in tables.items() for row in rows_of(name, table, tables.get(BASE))]
         settings = {
@@ -330,7 +330,7 @@ def main() -> None:
     )
     console = Console(quiet=given.quiet)
     losses = [START, BASE, *(loss for loss in given.losses if loss != BASE)]
-    with console.stop.listen(), RunDirectory(comparison.out).lock():
+    with console.stop.listen(), RunFolder(comparison.out).lock():
         check_settings(comparison)
         print(page(compare(comparison, losses, console)))
 

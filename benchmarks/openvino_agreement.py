@@ -35,15 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file 
 import numpy as np
 from machine import Report
 
-from fastdraft.artifacts import atomic_folder
 from fastdraft.console import Console, format_table
 from fastdraft.data.chat import has_chat_template, prompt_ids
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.functional.acceptance import Counts, add_counts
-from fastdraft.interfaces import Sampling, TargetConfig
+from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, set_threads
 from fastdraft.modeling.source import raw_config
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.openvino_export import convert
 from fastdraft.runtimes.openvino_latency import LoadedModel
 from fastdraft.runtimes.openvino_pair import context_length

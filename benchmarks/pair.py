@@ -19,7 +19,7 @@ import torch
 from machine import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
 
 SHIPPED = ROOT / "src/fastdraft/shipped"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

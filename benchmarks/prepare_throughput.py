@@ -34,16 +34,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from machine import Report, add_arguments, ratio
 
-from fastdraft.artifacts import RunDirectory
-from fastdraft.config import load_config
 from fastdraft.console import Console
 from fastdraft.data.build import BATCH_CHARS
 from fastdraft.data.ordering import PieceStream
 from fastdraft.data.readers import jsonl_texts, read_text
 from fastdraft.data.sources import JsonlSource, SourceCodeSource
 from fastdraft.data.tokenize import DocumentEncoder, parallel_tokenization
-from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.run_folder import RunFolder
 from fastdraft.stages import prepare
+from fastdraft.stages.context import StageContext
 
 NUMBERED_CHARS = 2000
 
@@ -134,11 +135,7 @@ def stage(corpus: Path, tokenizer: str, root: Path) -> tuple[prepare.PrepareConf
     source = {"name": "text", "kind": "jsonl", "path": str(corpus)}
     config = load_config(prepare.PrepareConfig, {"row_length": 2048, "corpora": [source]}, "prepare")
     return config, StageContext(
-        RunDirectory(root),
-        RunConfig(name="benchmark"),
-        TargetConfig(model=tokenizer),
-        {},
-        Console(quiet=True),
+        RunFolder(root), RunConfig(name="benchmark"), TargetConfig(model=tokenizer), {}, Console(quiet=True)
     )
 
 
@@ -161,10 +158,10 @@ def prepare_once(corpus: Path, tokenizer: str) -> dict[str, float]:
     try:
         config, context = stage(corpus, tokenizer, root)
         begin, started = time.perf_counter(), time.process_time()
-        context.artifact("prepare").begin(prepare.fingerprint(config, context))
+        context.folder("prepare").begin(prepare.fingerprint(config, context))
         prepare.run(config, context)
         seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - started
-        text = context.artifact("prepare").manifest()["corpora"]["text"]
+        text = context.folder("prepare").manifest()["corpora"]["text"]
     finally:
         DocumentEncoder.encode = original  # type: ignore[method-assign]
         shutil.rmtree(root)

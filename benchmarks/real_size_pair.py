@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file 
 from growing.model import RECORD, grow_model, record_of, shape_of
 from growing.tensors import DTYPES, Storage
 
-from fastdraft.artifacts import read_json, write_atomic
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, FastDraftError
+from fastdraft.errors import FastDraftError
+from fastdraft.run_folder import read_json, write_atomic
 
 TARGET_SHAPE = (2048, 22, 5632, 32, 8)
 DRAFT_SHAPE = (512, 6, 1408, 8, 8)
@@ -45,7 +45,7 @@ def grown(model: str, folder: Path, sizes: Sequence[int], storage: Storage, cons
     """The larger model, made or found.
 
     Raises:
-        ArtifactError: when the folder holds another one. FastDraftError: whatever growing raises.
+        FastDraftError: when the folder holds another one. FastDraftError: whatever growing raises.
     """
     changes: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
     wanted = replace(shape_of(model)[1], **changes, tied=False)
@@ -61,7 +61,7 @@ def grown(model: str, folder: Path, sizes: Sequence[int], storage: Storage, cons
     changed = [key for key, value in expected.items() if found.get(key) != value]
     if changed:
         remedy = "delete the folder or name another --output"
-        raise ArtifactError(
+        raise FastDraftError(
             folder, f"another {', '.join(changed)}", "holds a model grown from something else", remedy
         )
     console.say(f"{folder}: already grown")

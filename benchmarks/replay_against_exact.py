@@ -34,7 +34,7 @@ from pair import Pair, add_pair_arguments, first_difference, gap_at
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
 from fastdraft.functional.acceptance import add_counts
-from fastdraft.generation import Generation, Sampling
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
 NAME = "replay_against_exact"

@@ -185,10 +185,10 @@ def wait_for_units(process: subprocess.Popen[bytes], units: Path, more: int) -> 
 
 
 def read_rows(folder: Path, name: str) -> list[Any]:
-    from fastdraft.artifacts import RunDirectory
     from fastdraft.data.responses import read_all
+    from fastdraft.run_folder import RunFolder
 
-    return list(read_all(RunDirectory(folder / "runs" / name).artifact("synthesize")))
+    return list(read_all(RunFolder(folder / "runs" / name).folder("synthesize")))
 
 
 def compare_rows(folder: Path) -> list[str]:
@@ -220,8 +220,9 @@ def compare_rows(folder: Path) -> list[str]:
 def compare_with_weights(folder: Path, target: Path) -> list[str]:
     """What was logged against what the weights say of it."""
     from fastdraft.decoding.scoring import score
-    from fastdraft.interfaces import Generation, Sampling, TargetConfig
+    from fastdraft.functional.generation import Generation, Sampling
     from fastdraft.modeling.loading import load_target, load_vocabulary
+    from fastdraft.recipe.run import TargetConfig
     from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
     config = TargetConfig(model=str(target), dtype="fp32")

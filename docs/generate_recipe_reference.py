@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fastdraft.recipe import Recipe
+from fastdraft.recipe.recipe import Recipe
 
 HEAD = """# Every key of a recipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastdraft.artifacts import RunDirectory, write_json
+from fastdraft.run_folder import RunFolder, write_json
 from report_fixture import PROVENANCE, write_run
 
 ACCEPTED = {"code": 0.78, "summarization": 0.18, "text": 0.55, "instructions": 0.5}
@@ -20,10 +20,10 @@ TARGET, DRAFT = 692_000_000, 55_000_000
 
 def write_benchmarked_run(
     root: Path, value: dict[str, Any] | None = None, stages: tuple[str, ...] = ()
-) -> RunDirectory:
+) -> RunFolder:
     """A finished run (or some of its stages) with a finished benchmark of it."""
     run = write_run(root, stages)
-    artifact = run.artifact("benchmark")
+    artifact = run.folder("benchmark")
     artifact.begin({"stage": "benchmark", "seed": 0})
     write_json(artifact.path / "benchmark.json", benchmark() if value is None else value)
     artifact.complete(seconds=512.0, provenance=PROVENANCE)

@@ -109,8 +109,8 @@ def near_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The tiny target with a little noise: a draft whose proposals are sometimes accepted."""
     import torch
 
-    from fastdraft.interfaces import TargetConfig
     from fastdraft.modeling.loading import load_target, save_draft
+    from fastdraft.recipe.run import TargetConfig
 
     model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
     generator = torch.Generator().manual_seed(0)
@@ -259,7 +259,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Pa
     import yaml
 
     from fastdraft import pipeline
-    from fastdraft.recipe import load_recipe
+    from fastdraft.recipe.recipe import load_recipe
 
     path = write_recipe(tmp_path_factory.mktemp("short-run"), tiny_target)
     value = yaml.safe_load(path.read_text(encoding="utf-8"))

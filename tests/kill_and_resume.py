@@ -41,7 +41,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import write_recipe, write_target
-from fastdraft.errors import MissingExtraError
+from fastdraft.errors import MissingExtra
 from fastdraft.pipeline import STAGE_NAMES
 from fastdraft.runtimes.engines import require_openvino
 
@@ -428,7 +428,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _can_benchmark() -> bool:
-    with contextlib.suppress(MissingExtraError):
+    with contextlib.suppress(MissingExtra):
         require_openvino()
         return True
     return False

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fastdraft.artifacts import RunDirectory, write_atomic, write_json
+from fastdraft.run_folder import RunFolder, write_atomic, write_json
 
 TASKS = {
     "code": (0.06, 0.26, 0.31),
@@ -28,7 +28,7 @@ PROVENANCE = {
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | `ticks`"
 
 
-def write_run(root: Path, stages: tuple[str, ...] = (), hostile: bool = False) -> RunDirectory:
+def write_run(root: Path, stages: tuple[str, ...] = (), hostile: bool = False) -> RunFolder:
     """A run with the given stages finished (all of them by default).
 
     Args:
@@ -36,13 +36,13 @@ def write_run(root: Path, stages: tuple[str, ...] = (), hostile: bool = False) -
         stages: Names of the stages to write; empty for all.
         hostile: Puts markup into names and texts, to test escaping.
     """
-    run = RunDirectory(root)
+    run = RunFolder(root)
     name = HOSTILE if hostile else "shipped:targets/starter"
     manifests = _manifests(name)
     for stage, fields in manifests.items():
         if stages and stage not in stages:
             continue
-        artifact = run.artifact(stage)
+        artifact = run.folder(stage)
         artifact.begin({"stage": stage, "seed": 0})
         if stage in ("pretrain", "continue_pretrain", "align"):
             write_atomic(artifact.path / "metrics.jsonl", _metrics(stage))

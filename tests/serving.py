@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from fastdraft.decoding.scoring import score
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import probabilities
-from fastdraft.interfaces import Generation, Sampling, TargetConfig
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
 PLAIN_KEYS = {

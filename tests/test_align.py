@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdraft.artifacts import digest, write_json
-from fastdraft.config import Config, load_config
 from fastdraft.data.responses import SyntheticRow, ids_hash, unit_path, write_rows
-from fastdraft.errors import Interrupted, RecipeError, TrainingError
-from fastdraft.interfaces import StageContext
+from fastdraft.errors import FastDraftError, Interrupted, RecipeError
 from fastdraft.modeling.loading import load_draft
+from fastdraft.recipe.base import Config, load_config
+from fastdraft.recipe.training import AlignConfig, PretrainConfig
+from fastdraft.run_folder import digest, write_json
 from fastdraft.stages import align
-from fastdraft.stages.align import AlignConfig
-from fastdraft.stages.pretrain import PretrainConfig
+from fastdraft.stages.context import StageContext
 from fastdraft.training.metrics import read_metrics
 from test_pretrain import StopAfter, make_context
 
@@ -61,7 +60,7 @@ def make_rows(count: int = 60, prompt: int = 6) -> list[SyntheticRow]:
 
 
 def synthesize(context: StageContext, rows: list[SyntheticRow]) -> None:
-    artifact = context.artifact("synthesize")
+    artifact = context.folder("synthesize")
     shutil.rmtree(artifact.path, ignore_errors=True)
     write_rows(unit_path(artifact, 0), rows)
     write_json(artifact.path / "fingerprint.json", {"rows": len(rows)})
@@ -77,7 +76,7 @@ def new_context(tmp_path: Path, tiny_draft: Path) -> Callable[..., StageContext]
             "align": load_config(AlignConfig, merged),
         }
         context = make_context(tmp_path / name, tiny_draft, sections)
-        pretrained = context.artifact("pretrain")
+        pretrained = context.folder("pretrain")
         shutil.copytree(tiny_draft, pretrained.path / "checkpoint")
         write_json(pretrained.path / "fingerprint.json", {"pretrain": 1})
         pretrained.complete()
@@ -89,9 +88,9 @@ def new_context(tmp_path: Path, tiny_draft: Path) -> Callable[..., StageContext]
 
 def run_stage(context: StageContext) -> dict[str, Any]:
     config = context.section("align")
-    context.artifact("align").begin(align.fingerprint(config, context))
+    context.folder("align").begin(align.fingerprint(config, context))
     align.run(config, context)
-    return context.artifact("align").manifest()
+    return context.folder("align").manifest()
 
 
 def test_alignment_raises_block_efficiency_on_held_out_prompts(
@@ -99,7 +98,7 @@ def test_alignment_raises_block_efficiency_on_held_out_prompts(
 ) -> None:
     context = new_context(epochs=20)
     manifest = run_stage(context)
-    records = read_metrics(context.artifact("align").path)
+    records = read_metrics(context.folder("align").path)
     scores = {
         r["step"]: r["validation_block_efficiency"] for r in records if "validation_block_efficiency" in r
     }
@@ -110,8 +109,8 @@ def test_alignment_raises_block_efficiency_on_held_out_prompts(
     )
     assert manifest["validation_loss"]["responses"] > 0
     assert (manifest["rows"], manifest["rows_cut"], manifest["rows_dropped"]) == (56, 0, 0)
-    assert (context.artifact("align").path / "checkpoint/tokenizer.json").is_file()
-    assert not (context.artifact("align").path / "steps").exists()
+    assert (context.folder("align").path / "checkpoint/tokenizer.json").is_file()
+    assert not (context.folder("align").path / "steps").exists()
 
 
 def test_the_checkpoint_is_the_step_with_the_best_block_efficiency_not_the_last(
@@ -122,8 +121,8 @@ def test_the_checkpoint_is_the_step_with_the_best_block_efficiency_not_the_last(
     manifest = run_stage(context := new_context("a"))
     assert manifest["best_step"] == 4
     assert manifest["validation_block_efficiency"] == 1.5
-    start = load_draft(context.artifact("pretrain").path / "checkpoint").state_dict()
-    best = load_draft(context.artifact("align").path / "checkpoint").state_dict()
+    start = load_draft(context.folder("pretrain").path / "checkpoint").state_dict()
+    best = load_draft(context.folder("align").path / "checkpoint").state_dict()
     assert any(not bool((start[name] == best[name]).all()) for name in start)
 
 
@@ -136,8 +135,8 @@ def test_when_alignment_only_harms_the_starting_weights_are_kept(
     )
     context = new_context()
     assert run_stage(context)["best_step"] == 0
-    start = load_draft(context.artifact("pretrain").path / "checkpoint").state_dict()
-    kept = load_draft(context.artifact("align").path / "checkpoint").state_dict()
+    start = load_draft(context.folder("pretrain").path / "checkpoint").state_dict()
+    kept = load_draft(context.folder("align").path / "checkpoint").state_dict()
     assert all(bool((start[name] == kept[name]).all()) for name in start)
 
 
@@ -149,13 +148,13 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
     first, second = new_context("a", **changes), new_context("b", **changes)
     expected = run_stage(first)
     config, rounds = second.section("align"), 0
-    second.artifact("align").begin(align.fingerprint(config, second))
-    while not second.artifact("align").is_complete():
+    second.folder("align").begin(align.fingerprint(config, second))
+    while not second.folder("align").is_complete():
         rounds += 1
         with contextlib.suppress(Interrupted):
             align.run(config, dataclasses.replace(second, console=StopAfter(2)))
     assert rounds > 2
-    found = second.artifact("align").manifest()
+    found = second.folder("align").manifest()
     for key in (
         "best_step",
         "validation_block_efficiency",
@@ -165,7 +164,7 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
         "validation_loss",
     ):
         assert found[key] == expected[key]
-    folders = [context.artifact("align").path / "checkpoint/model.safetensors" for context in (first, second)]
+    folders = [context.folder("align").path / "checkpoint/model.safetensors" for context in (first, second)]
     assert folders[0].read_bytes() == folders[1].read_bytes()
 
 
@@ -176,7 +175,7 @@ def test_trained_tokens_are_the_response_tokens_of_the_training_split(
     manifest = run_stage(context)
     from fastdraft.data.responses import read_all
 
-    train = list(read_all(context.artifact("synthesize"), "train"))
+    train = list(read_all(context.folder("synthesize"), "train"))
     assert manifest["trained_tokens"] == 3 * sum(len(row.response_ids) for row in train)
     assert manifest["tokens"] == 3 * sum(len(row.prompt_ids) + len(row.response_ids) - 1 for row in train)
 
@@ -201,7 +200,7 @@ def test_rows_longer_than_the_drafts_context_are_cut_and_counted(
 
 def test_zero_trained_tokens_is_an_error(new_context: Callable[..., StageContext]) -> None:
     rows = [dataclasses.replace(row, prompt_ids=[5] * 300) for row in make_rows(12)]
-    with pytest.raises(TrainingError, match="0 trained tokens"):
+    with pytest.raises(FastDraftError, match="0 trained tokens"):
         run_stage(new_context(rows=rows))
 
 

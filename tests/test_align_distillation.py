@@ -16,24 +16,23 @@ import yaml
 
 from conftest import write_recipe, write_target
 from fastdraft import pipeline
-from fastdraft.artifacts import Artifact, digest
 from fastdraft.commands import check
-from fastdraft.config import load_config
 from fastdraft.console import Console
 from fastdraft.data.responses import unit_paths
 from fastdraft.data.sparse_logits import logits_path, read_with_logits
-from fastdraft.errors import ArtifactError, Interrupted, RecipeError, VocabularyError
+from fastdraft.errors import FastDraftError, Interrupted, RecipeError, TargetError
 from fastdraft.functional.distillation import token_loss
-from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling.head import output_head
 from fastdraft.modeling.loading import load_draft, load_target, split_head
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.recipe.training import AlignConfig, TokenLossName
+from fastdraft.run_folder import StageFolder, digest
 from fastdraft.stages import align
-from fastdraft.stages.align import AlignConfig
 from fastdraft.training.batches import Sample, packed_batch, padded_batch
 from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
-from fastdraft.training.settings import TokenLossName
 from test_pretrain import StopAfter
 
 LOSSES = get_args(TokenLossName)
@@ -69,8 +68,8 @@ class Folder:
                 shutil.copytree(self.made / stage, recipe.run.root / stage)
         return recipe
 
-    def align(self, name: str, objective: dict[str, Any], **changes: Any) -> Artifact:
-        return pipeline.run(self.recipe(name, objective, **changes), only=["align"]).artifact("align")
+    def align(self, name: str, objective: dict[str, Any], **changes: Any) -> StageFolder:
+        return pipeline.run(self.recipe(name, objective, **changes), only=["align"]).folder("align")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def folder(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Folde
     return Folder(tmp_path_factory.mktemp("distil"), tiny_target)
 
 
-def losses(artifact: Artifact) -> list[float]:
+def losses(artifact: StageFolder) -> list[float]:
     return [record["loss"] for record in read_metrics(artifact.path) if "loss" in record]
 
 
@@ -114,7 +113,7 @@ def test_names_in_the_recipe_are_the_losses_that_there_are() -> None:
 
 
 def test_a_batchs_stored_rows_belong_to_its_labels(folder: Folder) -> None:
-    placed = list(read_with_logits(Artifact(folder.made / "synthesize")))[:5]
+    placed = list(read_with_logits(StageFolder(folder.made / "synthesize")))[:5]
     samples = [
         Sample(row.prompt_ids, row.response_ids[: 3 + i], logits) for i, (row, logits) in enumerate(placed)
     ]
@@ -171,7 +170,7 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
     expected = folder.align(f"whole-{source}", objective, **changes)
     recipe, rounds = folder.recipe(f"stopped-{source}", objective, **changes), 0
     context = pipeline.make_context(recipe, Console(quiet=True))
-    config, artifact = context.section("align"), context.artifact("align")
+    config, artifact = context.section("align"), context.folder("align")
     artifact.begin(align.fingerprint(config, context))
     while not artifact.is_complete():
         rounds += 1
@@ -192,8 +191,8 @@ def test_stored_without_stored_logits_is_refused_before_anything_runs(folder: Fo
 
 def test_a_unit_whose_logits_are_gone_is_named(folder: Folder) -> None:
     recipe = folder.recipe("gone", {"kind": "token_kd", "source": "stored"})
-    logits_path(unit_paths(Artifact(recipe.run.root / "synthesize"))[0]).unlink()
-    with pytest.raises(ArtifactError, match=r"unit-00000\.logits\.safetensors: missing"):
+    logits_path(unit_paths(StageFolder(recipe.run.root / "synthesize"))[0]).unlink()
+    with pytest.raises(FastDraftError, match=r"unit-00000\.logits\.safetensors: missing"):
         pipeline.run(recipe, only=["align"])
 
 
@@ -202,7 +201,7 @@ def test_a_target_over_other_ids_is_refused(folder: Folder, tmp_path: Path, tiny
     recipe = folder.recipe("other", {"kind": "token_kd"})
     context = pipeline.make_context(recipe, Console(quiet=True))
     context = dataclasses.replace(context, target=TargetConfig(model=str(other)))
-    with pytest.raises(VocabularyError, match="distributions over 336 ids"):
+    with pytest.raises(TargetError, match="distributions over 336 ids"):
         align._objective(context.section("align"), context, load_draft(tiny_draft), torch.device("cpu"))
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fastdraft import artifacts
-from fastdraft.artifacts import (
-    Artifact,
-    RunDirectory,
+from fastdraft import run_folder
+from fastdraft.errors import FastDraftError
+from fastdraft.run_folder import (
+    RunFolder,
+    StageFolder,
     atomic_folder,
     atomic_path,
     digest,
@@ -19,11 +20,10 @@ from fastdraft.artifacts import (
     write_atomic,
     write_json,
 )
-from fastdraft.errors import ArtifactError, DiskError
 
 
 def test_an_artifact_is_complete_only_when_its_manifest_stands(tmp_path: Path) -> None:
-    artifact = Artifact(tmp_path / "align")
+    artifact = StageFolder(tmp_path / "align")
     artifact.begin({"tokens": 5})
     assert not artifact.is_complete()
     artifact.complete(steps=3)
@@ -32,15 +32,15 @@ def test_an_artifact_is_complete_only_when_its_manifest_stands(tmp_path: Path) -
 
 
 def test_work_begun_with_other_settings_is_refused_naming_the_keys_that_changed(tmp_path: Path) -> None:
-    artifact = Artifact(tmp_path / "align")
+    artifact = StageFolder(tmp_path / "align")
     artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
     artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
-    with pytest.raises(ArtifactError, match=r"optimizer\.learning_rate \(0\.1 -> 0\.2\).*--redo align"):
+    with pytest.raises(FastDraftError, match=r"optimizer\.learning_rate \(0\.1 -> 0\.2\).*--redo align"):
         artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.2}})
 
 
 def test_the_digest_of_an_artifact_changes_with_its_settings(tmp_path: Path) -> None:
-    one, two = Artifact(tmp_path / "one"), Artifact(tmp_path / "two")
+    one, two = StageFolder(tmp_path / "one"), StageFolder(tmp_path / "two")
     one.begin({"tokens": 5})
     two.begin({"tokens": 6})
     assert one.digest() != two.digest()
@@ -50,8 +50,8 @@ def test_the_digest_of_an_artifact_changes_with_its_settings(tmp_path: Path) -> 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', "\x00\xff"])
 def test_a_damaged_manifest_is_one_clear_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
-    with pytest.raises(ArtifactError, match=r"manifest\.json"):
-        Artifact(tmp_path).manifest()
+    with pytest.raises(FastDraftError, match=r"manifest\.json"):
+        StageFolder(tmp_path).manifest()
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(
@@ -63,8 +63,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifacts.os, "fsync", full)
-    with pytest.raises(DiskError, match="no space left"):
+    monkeypatch.setattr(run_folder.os, "fsync", full)
+    with pytest.raises(FastDraftError, match="no space left"):
         write_atomic(path, b"new")
     assert read_json(path) == {"old": True}
     assert os.listdir(tmp_path) == ["file.json"]
@@ -96,21 +96,21 @@ def test_a_folder_replaces_the_one_before_whole(tmp_path: Path) -> None:
 
 def _try_lock(root: str, queue: "multiprocessing.Queue[str]") -> None:
     try:
-        with RunDirectory(Path(root)).lock():
+        with RunFolder(Path(root)).lock():
             queue.put("locked")
-    except ArtifactError as error:
+    except FastDraftError as error:
         queue.put(str(error))
 
 
 def test_one_process_at_a_time_owns_a_run(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    with RunDirectory(tmp_path).lock():
+    with RunFolder(tmp_path).lock():
         process = context.Process(target=_try_lock, args=(str(tmp_path), queue))
         process.start()
         assert "in use by another process" in queue.get(timeout=60)
         process.join()
-    with RunDirectory(tmp_path).lock():
+    with RunFolder(tmp_path).lock():
         pass
 
 
@@ -119,7 +119,7 @@ def test_nested_settings_are_compared_key_by_key() -> None:
 
 
 def test_discarding_removes_all(tmp_path: Path) -> None:
-    artifact = Artifact(tmp_path / "x")
+    artifact = StageFolder(tmp_path / "x")
     artifact.begin({})
     artifact.complete()
     artifact.discard()
@@ -134,7 +134,7 @@ def test_what_killed_processes_left_half_written_is_removed_under_the_lock(tmp_p
     ]
     for path in kept:
         path.write_text("whole")
-    with RunDirectory(tmp_path).lock():
+    with RunFolder(tmp_path).lock():
         pass
     assert sorted((tmp_path / "align").iterdir()) == sorted(kept)
 
@@ -142,12 +142,12 @@ def test_what_killed_processes_left_half_written_is_removed_under_the_lock(tmp_p
 def test_a_file_in_the_place_of_the_runs_folder_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(DiskError, match=r"run\.folder"), RunDirectory(place).lock():
+        with pytest.raises(FastDraftError, match=r"run\.folder"), RunFolder(place).lock():
             pass
 
 
 def test_what_only_unfinished_work_needs_is_removed(tmp_path: Path) -> None:
-    artifact = Artifact(tmp_path / "x")
+    artifact = StageFolder(tmp_path / "x")
     artifact.begin({})
     (artifact.path / "steps" / "step-1").mkdir(parents=True)
     artifact.complete()

@@ -14,10 +14,10 @@ from fastdraft.decoding import grouped_attention as grouped_attention_module
 from fastdraft.decoding.autoregressive import draw_tokens, generate_batch, pad_left
 from fastdraft.decoding.grouped_attention import grouped_attention
 from fastdraft.errors import DataError
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import probabilities
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
-from fastdraft.vocabulary import Vocabulary
 
 PROMPTS = [
     [5, 6, 7, 8, 9, 10, 11],

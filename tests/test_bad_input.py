@@ -184,9 +184,9 @@ def test_a_loss_that_is_not_a_number_stops_with_one_line(
 
 
 def test_a_run_in_use_is_refused(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastdraft.artifacts import RunDirectory
+    from fastdraft.run_folder import RunFolder
 
-    with RunDirectory(tiny_recipe.parent / "runs" / "tiny").lock():
+    with RunFolder(tiny_recipe.parent / "runs" / "tiny").lock():
         assert "in use by another process" in fails(capsys, "design", str(tiny_recipe))
 
 

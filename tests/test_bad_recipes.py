@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bad_input_fixture import refused
-from fastdraft.recipe import load_recipe
+from fastdraft.recipe.recipe import load_recipe
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 from conftest import write_recipe
 from fastdraft import cli, pipeline
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, Interrupted, RecipeError
-from fastdraft.recipe import Recipe, load_recipe
-from fastdraft.stages.benchmark import BenchmarkConfig
+from fastdraft.errors import FastDraftError, Interrupted, RecipeError
+from fastdraft.recipe.evaluation import BenchmarkConfig
+from fastdraft.recipe.recipe import Recipe, load_recipe
 
 LATER = ("prepare", "pretrain", "continue_pretrain", "synthesize", "align", "evaluate", "report")
 KEYS = {
@@ -364,7 +364,7 @@ def test_another_machine_does_not_go_on_with_it(finished: Path, tmp_path: Path) 
     (folder / "units" / "device.json").write_text(
         json.dumps({"version": "2026.4.1", "device_name": "another"}), encoding="utf-8"
     )
-    with pytest.raises(ArtifactError, match="begun on another"):
+    with pytest.raises(FastDraftError, match="begun on another"):
         pipeline.run(recipe, only=["benchmark"])
 
 

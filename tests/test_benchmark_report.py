@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from benchmark_fixture import benchmark, benchmark_row, write_benchmarked_run
-from fastdraft.artifacts import RunDirectory, write_atomic
 from fastdraft.console import Console, format_table
-from fastdraft.errors import ArtifactError
-from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
+from fastdraft.errors import FastDraftError
+from fastdraft.recipe.run import RunConfig, TargetConfig
 from fastdraft.reporting.benchmark_charts import breakdown_chart, pair_charts, sweep_charts, wall_clock_charts
 from fastdraft.reporting.benchmark_results import Benchmark, Pair, byte_size, milliseconds
 from fastdraft.reporting.benchmark_sections import launch_hint, wall_clock_section
@@ -26,7 +25,9 @@ from fastdraft.reporting.record import RunRecord, read_record
 from fastdraft.reporting.report import compose_report
 from fastdraft.reporting.summary import measured_tables
 from fastdraft.reporting.tiles import tiles
+from fastdraft.run_folder import RunFolder, write_atomic
 from fastdraft.stages import report
+from fastdraft.stages.context import StageContext
 from report_fixture import HOSTILE, results, write_run
 from test_report import Page
 
@@ -34,12 +35,12 @@ TASKS = ("code", "summarization", "text", "instructions")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return write_benchmarked_run(tmp_path_factory.mktemp("runs") / "demo")
 
 
 @pytest.fixture(scope="module")
-def page(finished: RunDirectory) -> str:
+def page(finished: RunFolder) -> str:
     return render_html(compose_report(read_record(finished)))
 
 
@@ -58,7 +59,7 @@ def with_rows(change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, A
     return value | {"rows": [change(row) for row in value["rows"]]}
 
 
-def test_the_clock_leads_the_verdict_and_the_forecast_follows(finished: RunDirectory) -> None:
+def test_the_clock_leads_the_verdict_and_the_forecast_follows(finished: RunFolder) -> None:
     verdict = headline(read_record(finished))
     assert verdict.sentence.startswith(
         "Measured on this machine: use this draft with K\u00a0=\u00a02 where it pays: "
@@ -118,7 +119,7 @@ def test_figures_of_lossy_sampling_carry_no_verdict() -> None:
     assert measured_tables(value) == []
 
 
-def test_a_task_has_one_tile_the_measured_one_first(finished: RunDirectory) -> None:
+def test_a_task_has_one_tile_the_measured_one_first(finished: RunFolder) -> None:
     found = tiles(read_record(finished))
     assert [tile.label for tile in found[:4]] == [f"{task.capitalize()}, measured" for task in TASKS]
     assert [tile.tone for tile in found[:4]] == ["good", "bad", "good", "good"]
@@ -145,7 +146,7 @@ def test_the_wall_clock_is_the_first_chapter_with_all_its_charts(page: str) -> N
 
 
 def test_the_page_stays_well_formed_without_network_and_the_same_twice(
-    finished: RunDirectory, page: str
+    finished: RunFolder, page: str
 ) -> None:
     parsed = Page(page)
     ids = [value["id"] for _, value in parsed.tags if value.get("id")]
@@ -352,15 +353,15 @@ def test_a_benchmark_that_the_recipe_asks_for_and_that_is_not_there_is_missed(tm
 
 def test_a_missing_file_of_a_finished_benchmark_leaves_the_chapter_out(tmp_path: Path) -> None:
     run = write_benchmarked_run(tmp_path / "demo")
-    (run.artifact("benchmark").path / "benchmark.json").unlink()
+    (run.folder("benchmark").path / "benchmark.json").unlink()
     assert compose_report(read_record(run)).sections[0].anchor == "speedup"
 
 
 @pytest.mark.parametrize("content", ['{"schema": 1, "rows": [', "[]", '{"schema": 2, "rows": []}'])
 def test_a_damaged_benchmark_is_one_clear_error(tmp_path: Path, content: str) -> None:
     run = write_benchmarked_run(tmp_path / "demo")
-    (run.artifact("benchmark").path / "benchmark.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"benchmark\.json"):
+    (run.folder("benchmark").path / "benchmark.json").write_text(content)
+    with pytest.raises(FastDraftError, match=r"benchmark\.json"):
         read_record(run)
 
 
@@ -390,7 +391,7 @@ def test_a_draft_that_does_not_pay_is_not_advertised() -> None:
     assert "Use it with OpenVINO GenAI" not in text
 
 
-def test_the_model_card_has_the_verdict_the_table_and_the_launch_hint(finished: RunDirectory) -> None:
+def test_the_model_card_has_the_verdict_the_table_and_the_launch_hint(finished: RunFolder) -> None:
     record = read_record(finished)
     text = model_card(record.manifests, record.results, record.benchmark)
     assert "**Measured on this machine: use this draft with K\u00a0=\u00a02" in text
@@ -407,11 +408,11 @@ def test_the_stage_writes_the_card_and_ends_with_the_verdict_in_80_columns(
     context = StageContext(
         run, settings, TargetConfig(model="target"), {"report": report.ReportConfig()}, Console()
     )
-    run.artifact("report").begin(report.fingerprint(report.ReportConfig(), context))
+    run.folder("report").begin(report.fingerprint(report.ReportConfig(), context))
     report.run(report.ReportConfig(), context)
     told = capsys.readouterr().err
-    assert (run.artifact("report").path / "model_card.md").read_text(encoding="utf-8").startswith("---\n")
-    assert run.artifact("report").manifest()["files"] == ["report.html", "report.md", "model_card.md"]
+    assert (run.folder("report").path / "model_card.md").read_text(encoding="utf-8").startswith("---\n")
+    assert run.folder("report").manifest()["files"] == ["report.html", "report.md", "model_card.md"]
     last = told[told.index("Measured on this machine") :]
     assert last.endswith("there the target accepts 18\u00a0% of what is proposed.\n")
     assert max(map(len, last.splitlines())) <= 79
@@ -429,7 +430,7 @@ def test_the_fingerprint_of_the_report_follows_the_benchmark(tmp_path: Path) -> 
         Console(),
     )
     before = report.fingerprint(report.ReportConfig(), context)
-    (run.artifact("benchmark").path / "benchmark.json").write_text('{"schema": 1}')
+    (run.folder("benchmark").path / "benchmark.json").write_text('{"schema": 1}')
     assert report.fingerprint(report.ReportConfig(), context) != before
 
 

@@ -16,7 +16,7 @@ from conftest import write_recipe
 from fastdraft.commands import check
 from fastdraft.console import Console
 from fastdraft.errors import RecipeError, TargetError
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.recipe.recipe import Recipe, load_recipe
 from serving import Served
 
 

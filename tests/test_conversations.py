@@ -14,14 +14,14 @@ from transformers import AutoTokenizer
 
 from conftest import write_recipe
 from fastdraft import pipeline
-from fastdraft.artifacts import RunDirectory, read_json
 from fastdraft.commands import check
 from fastdraft.console import Console
 from fastdraft.data.responses import ids_hash, read_all, read_rows, unit_paths
 from fastdraft.decoding.standing_texts import StandingTexts, take, trained_prompts
 from fastdraft.errors import DataError
 from fastdraft.functional.intervals import group_numbers, ratio_interval
-from fastdraft.recipe import load_recipe
+from fastdraft.recipe.recipe import load_recipe
+from fastdraft.run_folder import RunFolder, read_json
 from fastdraft.tasks import FileTask, load_task
 
 QUESTIONS = ("What is {i}?", "And {i} plus one?", "Why?")
@@ -43,7 +43,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> RunDirectory:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> RunFolder:
     """A run that trains and evaluates on conversations."""
     folder = tmp_path_factory.mktemp("talks")
     training = write_lines(folder / "training.jsonl", [talk(i, turns=1 + i % 3) for i in range(60)])
@@ -65,8 +65,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Run
     return pipeline.run(load_recipe(str(path)))
 
 
-def test_every_answer_of_a_conversation_is_trained(finished: RunDirectory, tiny_target: Path) -> None:
-    artifact, tokenizer = finished.artifact("synthesize"), AutoTokenizer.from_pretrained(tiny_target)
+def test_every_answer_of_a_conversation_is_trained(finished: RunFolder, tiny_target: Path) -> None:
+    artifact, tokenizer = finished.folder("synthesize"), AutoTokenizer.from_pretrained(tiny_target)
     rows, manifest = list(read_all(artifact)), artifact.manifest()
     prompts = [tokenizer.decode(row.prompt_ids) for row in rows]
     assert {text.count("<|user|>") for text in prompts} == {1, 2, 3}
@@ -74,17 +74,17 @@ def test_every_answer_of_a_conversation_is_trained(finished: RunDirectory, tiny_
     assert manifest["asked"] == manifest["written"] + sum(manifest["filtered"].values()) + manifest["failed"]
     for text in prompts:  # every turn but the first stands behind an answer that is a row of its own, or was one but for its end
         assert text.startswith("<|user|>\nBe brief.\n\nWhat is")
-    trained = finished.artifact("align").manifest()
+    trained = finished.folder("align").manifest()
     assert trained["rows"] == len(list(read_all(artifact, "train")))
 
 
 def test_a_stage_that_was_killed_between_units_ends_with_the_very_same_rows(
-    finished: RunDirectory, tmp_path: Path
+    finished: RunFolder, tmp_path: Path
 ) -> None:
     recipe = load_recipe(str(finished.root / "recipe.yaml"), [f"run.folder={tmp_path}"])
     for stage in ("design", "synthesize"):
         shutil.copytree(finished.root / stage, recipe.run.root / stage)
-    artifact = RunDirectory(recipe.run.root).artifact("synthesize")
+    artifact = RunFolder(recipe.run.root).folder("synthesize")
     before = {path.name: read_rows(path) for path in unit_paths(artifact)}
     (artifact.path / "manifest.json").unlink()
     for path in unit_paths(artifact)[len(before) // 2 :]:
@@ -93,8 +93,8 @@ def test_a_stage_that_was_killed_between_units_ends_with_the_very_same_rows(
     assert {path.name: read_rows(path) for path in unit_paths(artifact)} == before
 
 
-def test_turns_of_one_conversation_are_held_out_together(finished: RunDirectory, tiny_target: Path) -> None:
-    artifact, tokenizer = finished.artifact("synthesize"), AutoTokenizer.from_pretrained(tiny_target)
+def test_turns_of_one_conversation_are_held_out_together(finished: RunFolder, tiny_target: Path) -> None:
+    artifact, tokenizer = finished.folder("synthesize"), AutoTokenizer.from_pretrained(tiny_target)
     first = {
         split: {tokenizer.decode(r.prompt_ids).split("<|end|>")[0] for r in read_all(artifact, split)}
         for split in ("train", "validation")
@@ -104,9 +104,9 @@ def test_turns_of_one_conversation_are_held_out_together(finished: RunDirectory,
 
 
 def test_every_turn_is_evaluated_behind_the_targets_own_greedy_answers(
-    finished: RunDirectory, tiny_target: Path
+    finished: RunFolder, tiny_target: Path
 ) -> None:
-    folder, tokenizer = finished.artifact("evaluate").path, AutoTokenizer.from_pretrained(tiny_target)
+    folder, tokenizer = finished.folder("evaluate").path, AutoTokenizer.from_pretrained(tiny_target)
     turns = read_json(folder / "conversations" / "talks.json")["turns"]
     names = ["talk100", "talk100#2", "talk100#3", "talk101", "talk101#2"]
     assert [turn["name"] for turn in turns] == names[: len(turns)]
@@ -126,8 +126,8 @@ def test_every_turn_is_evaluated_behind_the_targets_own_greedy_answers(
     }
 
 
-def test_intervals_draw_turns_of_a_conversation_together(finished: RunDirectory) -> None:
-    folder = finished.artifact("evaluate").path
+def test_intervals_draw_turns_of_a_conversation_together(finished: RunFolder) -> None:
+    folder = finished.folder("evaluate").path
     row = next(
         row
         for row in read_json(folder / "results.json")["rows"]
@@ -145,8 +145,8 @@ def test_intervals_draw_turns_of_a_conversation_together(finished: RunDirectory)
     )
 
 
-def test_prompts_that_the_draft_was_aligned_on_are_told_turn_by_turn(finished: RunDirectory) -> None:
-    artifact = finished.artifact("synthesize")
+def test_prompts_that_the_draft_was_aligned_on_are_told_turn_by_turn(finished: RunFolder) -> None:
+    artifact = finished.folder("synthesize")
     trained, held_out = (list(read_all(artifact, split)) for split in ("train", "validation"))
     later = [row for row in trained if row.prompt_key != ids_hash(row.prompt_ids)]
     assert later, "rows of later turns carry the key of the first"
@@ -157,7 +157,7 @@ def test_prompts_that_the_draft_was_aligned_on_are_told_turn_by_turn(finished: R
 
 
 def test_check_counts_every_turn_of_a_conversation(
-    finished: RunDirectory, capsys: pytest.CaptureFixture[str]
+    finished: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check.run(load_recipe(str(finished.root / "recipe.yaml")), Console(), as_json=True)
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}

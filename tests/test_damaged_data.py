@@ -65,7 +65,7 @@ def test_a_file_cut_off_half_way_is_one_line_naming_file_and_place_and_leaves_no
     with pytest.raises(DataError, match=message) as failure:
         execute(config_of({"name": "t", "kind": kind, "path": str(path)}), context)
     assert "\n" not in str(failure.value)
-    assert not context.artifact("prepare").path.exists()
+    assert not context.folder("prepare").path.exists()
 
 
 def test_a_file_cut_off_inside_a_character_is_not_taken_for_another_encoding(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_every_kind_of_unicode_comes_through_to_the_rows(
     )
     context = context_of(tmp_path / "run", tiny_target)
     execute(config_of({"name": "t", "kind": "jsonl", "path": str(path)}), context)
-    rows = open_corpus(context.artifact("prepare"), "t", "train")
+    rows = open_corpus(context.folder("prepare"), "t", "train")
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)
     found = tokenizer.decode(
         rows.take(range(rows.rows)).reshape(-1).tolist(), clean_up_tokenization_spaces=False
@@ -188,7 +188,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path, tiny_targ
     )
     context = context_of(tmp_path / "run", tiny_target)
     execute(config_of({"name": "t", "kind": "jsonl", "path": str(path)}), context)
-    ids = open_corpus(context.artifact("prepare"), "t", "train")[1].tolist()
+    ids = open_corpus(context.folder("prepare"), "t", "train")[1].tolist()
     assert " ? half ? " in AutoTokenizer.from_pretrained(tiny_target).decode(ids)
 
 
@@ -417,7 +417,7 @@ def test_a_row_number_behind_the_corpus_is_refused(
 ) -> None:
     context = context_of(tmp_path / "run", tiny_target)
     execute(config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}), context)
-    rows = open_corpus(context.artifact("prepare"), "t", "train")
+    rows = open_corpus(context.folder("prepare"), "t", "train")
     with pytest.raises(IndexError):
         rows.take([0, rows.rows])
     assert (

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from fastdraft.artifacts import Artifact
 from fastdraft.data import loader
 from fastdraft.data.loader import MixtureSampler, permute
 from fastdraft.data.ordering import PieceStream, split_document
@@ -31,7 +30,8 @@ from fastdraft.data.sources import (
     find_files,
 )
 from fastdraft.data.tokenize import DocumentEncoder, separator_id
-from fastdraft.errors import ArtifactError, DataError, VocabularyError
+from fastdraft.errors import DataError, FastDraftError, TargetError
+from fastdraft.run_folder import StageFolder
 
 TEXTS = ["first\nline", "zweiter Satz: ä ’ 漢", "third"]
 
@@ -273,14 +273,14 @@ def test_a_saved_truncation_does_not_cut_documents(tiny_target: Path) -> None:
 def test_a_tokenizer_with_ids_beyond_the_model_is_refused(tiny_target: Path) -> None:
     from transformers import AutoTokenizer
 
-    with pytest.raises(VocabularyError, match="the model's vocabulary has 50"):
+    with pytest.raises(TargetError, match="the model's vocabulary has 50"):
         DocumentEncoder(AutoTokenizer.from_pretrained(tiny_target), 50).encode(["Once upon a time"])
 
 
 def test_the_separator_is_bos_or_else_eos() -> None:
     assert separator_id(7, (3,)) == 7
     assert separator_id(None, (3, 4)) == 3
-    with pytest.raises(VocabularyError, match="neither BOS nor EOS"):
+    with pytest.raises(TargetError, match="neither BOS nor EOS"):
         separator_id(None, ())
 
 
@@ -297,7 +297,7 @@ def test_rows_are_the_concatenation_with_a_separator_before_each_document() -> N
 # ---- shards
 
 
-def make_corpus(folder: Path, rows: int, row_ids: int = 5, rows_per_shard: int = 7) -> Artifact:
+def make_corpus(folder: Path, rows: int, row_ids: int = 5, rows_per_shard: int = 7) -> StageFolder:
     """A finished prepare artifact whose rows are filled with their own numbers."""
     splits = {}
     for split, count in (("train", rows), ("validation", 2)):
@@ -306,7 +306,7 @@ def make_corpus(folder: Path, rows: int, row_ids: int = 5, rows_per_shard: int =
         writer.write(np.repeat(np.arange(count)[:, None], row_ids, 1))
         writer.close_shard()
         splits[split] = {"rows": count, "shards": writer.shards}
-    artifact = Artifact(folder)
+    artifact = StageFolder(folder)
     artifact.begin({"x": 1})
     artifact.complete(row_length=row_ids - 1, dtype="uint16", corpora={"text": splits})
     return artifact
@@ -340,7 +340,7 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
         path.unlink()
         if damage is not None:
             path.write_bytes(damage)
-        with pytest.raises(ArtifactError, match=message):
+        with pytest.raises(FastDraftError, match=message):
             open_corpus(artifact, "text", "train")
         if damage is None:
             path.write_bytes(content)

@@ -12,20 +12,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import write_target
-from fastdraft.artifacts import RunDirectory
 from fastdraft.commands import inspect
-from fastdraft.config import load_config
 from fastdraft.console import Console
-from fastdraft.errors import RecipeError, TargetError, VocabularyError
-from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
+from fastdraft.errors import RecipeError, TargetError
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.run_folder import RunFolder
 from fastdraft.stages import design
+from fastdraft.stages.context import StageContext
 
 SHAPE = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
 
 
 def _context(root: Path, target: Path, seed: int = 0) -> StageContext:
     return StageContext(
-        RunDirectory(root),
+        RunFolder(root),
         RunConfig(name="test", seed=seed),
         TargetConfig(model=str(target)),
         {},
@@ -36,7 +37,7 @@ def _context(root: Path, target: Path, seed: int = 0) -> StageContext:
 def _design(root: Path, target: Path, seed: int = 0, **section: Any) -> tuple[Path, dict[str, Any]]:
     config = load_config(design.DesignConfig, {"draft": SHAPE, **section}, "design")
     context = _context(root, target, seed)
-    artifact = context.artifact("design")
+    artifact = context.folder("design")
     artifact.begin(design.fingerprint(config, context))
     design.run(config, context)
     return artifact.path / "draft", artifact.manifest()
@@ -114,7 +115,7 @@ def test_an_earlier_draft_gives_its_weights_to_a_fine_tune_of_the_target(
 
 def test_an_earlier_draft_of_another_vocabulary_is_refused(tiny_target: Path, tmp_path: Path) -> None:
     other = write_target(tmp_path / "other", padded_vocab=384)
-    with pytest.raises(VocabularyError, match="draft 384, target 320: vocab_size"):
+    with pytest.raises(TargetError, match="draft 384, target 320: vocab_size"):
         _design(tmp_path / "run", tiny_target, draft={"kind": "from", "path": str(other)})
     assert not (tmp_path / "run").exists()
 

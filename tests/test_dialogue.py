@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, write_tokenizer
-from fastdraft.conversation import Conversation, read_conversation
+from fastdraft.data.conversation import Conversation, read_conversation
 from fastdraft.data.dialogue import conversation_plan, dialogue_format, first_prompt_ids
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.prompts import JsonlPrompts, select_texts
@@ -19,7 +19,7 @@ from fastdraft.data.units import Unit, UnitPlan
 from fastdraft.decoding.turns import take_turns
 from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.errors import DataError, TargetError
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.functional.generation import Generation, Sampling
 
 WITH_SYSTEM = (
     "{% for m in messages %}<|{{ m['role'] if m['role'] != 'system' else 'user' }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"

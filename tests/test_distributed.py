@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import two_processes
-from fastdraft.errors import ArtifactError, DiskError, WorkerError
+from fastdraft.errors import FastDraftError
 from fastdraft.training.batches import PackedBatches, Sample, Share
 from fastdraft.training.checkpoint import optimizer_tensors
 from fastdraft.training.distributed import current, error_from, error_record
@@ -125,7 +125,7 @@ def test_parts_of_two_processes_go_on_in_one_and_in_two_again(together: Any, alo
 def test_a_part_that_one_process_cannot_write_is_the_error_of_all_and_leaves_no_folder(together: Any) -> None:
     first, second = (process["again"][:2] for process in together[1])
     assert first == second
-    assert first[0].startswith("DiskError")
+    assert first[0].startswith("FastDraftError")
     assert "no space left" in first[0]
     assert first[1] == "[]"
 
@@ -177,7 +177,7 @@ def test_a_part_that_is_missing_or_damaged_is_told_and_nothing_goes_on_from_the_
     else:
         next(entry for entry in state["parts"]["model"].values())["rows"][1][0] += 1
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="every checkpoint is damaged"):
+    with pytest.raises(FastDraftError, match="every checkpoint is damaged"):
         trainer.checkpoints.load_latest()
     told = capsys.readouterr().err
     assert {
@@ -268,7 +268,10 @@ def test_a_bad_number_in_one_process_leaves_the_step_out_in_all(together: Any) -
 
 def test_what_one_process_cannot_read_or_write_is_the_error_of_all(together: Any) -> None:
     _, seen = together
-    for key, text in (("unread", "DataError: shard 7: damaged"), ("written", "DiskError: x: no space left")):
+    for key, text in (
+        ("unread", "DataError: shard 7: damaged"),
+        ("written", "FastDraftError: x: no space left"),
+    ):
         assert seen[0][key] == seen[1][key]
         assert seen[0][key].startswith(text)
     assert seen[0]["told"] == seen[1]["told"] == {"score": 1.5, "none": None}
@@ -294,12 +297,12 @@ def test_alone_nothing_is_joined() -> None:
     assert world.gather([3, 4]) == [[3, 4]]
     assert world.on_main(lambda: 7) == 7
     world.raise_first(None)
-    with pytest.raises(DiskError):
-        world.raise_first(DiskError("x", "full", "rule", "remedy"))
+    with pytest.raises(FastDraftError):
+        world.raise_first(FastDraftError("x", "full", "rule", "remedy"))
 
 
 def test_an_error_survives_the_way_to_another_process() -> None:
-    error = WorkerError("a", "b", "c", "d")
+    error = FastDraftError("a", "b", "c", "d")
     again = error_from(json.loads(json.dumps(error_record(error))))
-    assert type(again) is WorkerError
+    assert type(again) is FastDraftError
     assert str(again) == str(error)

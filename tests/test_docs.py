@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from fastdraft.cli import _parse, build_parser
-from fastdraft.config import _models
-from fastdraft.recipe import Recipe, load_recipe, shipped_recipes
+from fastdraft.recipe.base import _models
+from fastdraft.recipe.recipe import Recipe, load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]

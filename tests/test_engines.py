@@ -12,32 +12,32 @@ import yaml
 
 from conftest import write_recipe
 from fastdraft import pipeline
-from fastdraft.artifacts import Artifact, read_json, write_json
 from fastdraft.console import Console
 from fastdraft.data.responses import unit_paths
 from fastdraft.data.transcript_lines import TranscriptPrompts
-from fastdraft.errors import ArtifactError, Interrupted, MissingExtraError, TargetError
-from fastdraft.interfaces import StageContext
+from fastdraft.errors import FastDraftError, Interrupted, MissingExtra, TargetError
 from fastdraft.modeling import loading
 from fastdraft.modeling.families import MULTIMODAL, TARGET_FAMILIES
-from fastdraft.recipe import Recipe, load_recipe
-from fastdraft.runtimes import engines, openvino_families
-from fastdraft.runtimes.engine_settings import (
+from fastdraft.recipe.data import (
     TRANSPORT,
     AutoEngineConfig,
     HuggingFaceEngineConfig,
     OpenAIEngineConfig,
     OpenVINOEngineConfig,
+    TopKLogitsConfig,
 )
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.run_folder import StageFolder, read_json, write_json
+from fastdraft.runtimes import engines, openvino_families
 from fastdraft.runtimes.engines import Engines, choose_engine, uses_weights
-from fastdraft.stages.synthesize import TopKLogitsConfig
+from fastdraft.stages.context import StageContext
 
 PARTS = ("qwen2_vl_text", "qwen2_5_vl_text")
 """Families that only stand inside others."""
 
 
 def missing() -> None:
-    raise MissingExtraError("nncf", "openvino")
+    raise MissingExtra("nncf", "openvino")
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def context_of(recipe: Recipe, console: Console | None = None) -> StageContext:
     return pipeline.make_context(recipe, console or Console(quiet=True))
 
 
-def begin(context: StageContext, engine: dict[str, Any], complete: bool = False) -> Artifact:
-    artifact = context.artifact("synthesize")
+def begin(context: StageContext, engine: dict[str, Any], complete: bool = False) -> StageFolder:
+    artifact = context.folder("synthesize")
     write_json(artifact.path / "fingerprint.json", {"settings": {"engine": engine}})
     if complete:
         artifact.complete()
@@ -244,7 +244,7 @@ def test_auto_does_not_take_over_what_a_server_began(recipe: Recipe) -> None:
     context = context_of(recipe)
     artifact = begin(context, served().model_dump(mode="json", exclude=set(TRANSPORT)))
     assert choose_engine(AutoEngineConfig(), context).settings == OpenVINOEngineConfig()
-    with pytest.raises(ArtifactError, match=r"settings\.engine\.kind \(openai -> openvino\)"):
+    with pytest.raises(FastDraftError, match=r"settings\.engine\.kind \(openai -> openvino\)"):
         artifact.begin(
             {
                 "settings": {
@@ -270,7 +270,7 @@ def test_text_begun_by_openvino_is_refused_where_it_is_missing_and_taken_when_fi
     context = context_of(recipe)
     begin(context, {"kind": "openvino"})
     with pytest.raises(
-        ArtifactError,
+        FastDraftError,
         match=r"settings\.engine\.kind \(openvino -> huggingface, for nncf.*pip install.*--redo synthesize",
     ):
         choose_engine(AutoEngineConfig(), context)
@@ -284,7 +284,7 @@ def test_an_engine_of_another_release_is_left_to_the_fingerprint(recipe: Recipe)
     artifact = begin(context, {"kind": "something"})
     assert choose_engine(AutoEngineConfig(), context).settings == OpenVINOEngineConfig()
     assert recipe.synthesize
-    with pytest.raises(ArtifactError, match=r"settings\.engine\.kind \(something -> openvino\)"):
+    with pytest.raises(FastDraftError, match=r"settings\.engine\.kind \(something -> openvino\)"):
         artifact.begin(
             {
                 "settings": {
@@ -303,7 +303,7 @@ def test_a_target_that_cannot_be_converted_is_written_by_transformers_and_stays_
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(engines, "_open_openvino", refuse_to_convert)
-    artifact = pipeline.run(recipe, Console()).artifact("synthesize")
+    artifact = pipeline.run(recipe, Console()).folder("synthesize")
     assert "no such operator" in capsys.readouterr().err
     assert artifact.manifest()["engine"] == "huggingface"
     assert artifact.stored_fingerprint()["settings"]["engine"] == {"kind": "huggingface"}
@@ -327,7 +327,7 @@ def convert_and_write(
     settings: OpenVINOEngineConfig, context: StageContext, *arguments: Any, **options: Any
 ) -> Engines:
     """As `_open_openvino` leaves the disk, without OpenVINO."""
-    copy = context.artifact("synthesize").path / "converted" / settings.weights
+    copy = context.folder("synthesize").path / "converted" / settings.weights
     copy.mkdir(parents=True, exist_ok=True)
     (copy / "openvino_model.bin").write_bytes(b"weights")
     return engines.open_engines(HuggingFaceEngineConfig(), context, *arguments, **options)
@@ -342,7 +342,7 @@ def test_the_converted_target_is_kept_until_the_stage_is_complete(
     context = context_of(recipe, console)
     stage, artifact = (
         next(stage for stage in pipeline.STAGES if stage.name == "synthesize"),
-        context.artifact("synthesize"),
+        context.folder("synthesize"),
     )
     assert recipe.synthesize
     artifact.begin(stage.fingerprint(recipe.synthesize, context))
@@ -350,7 +350,7 @@ def test_the_converted_target_is_kept_until_the_stage_is_complete(
     with pytest.raises(Interrupted):
         stage.run(recipe.synthesize, context)
     assert (artifact.path / "converted" / "int8" / "openvino_model.bin").is_file()
-    assert pipeline.run(recipe).artifact("synthesize").manifest()["engine"] == "openvino"
+    assert pipeline.run(recipe).folder("synthesize").manifest()["engine"] == "openvino"
     assert not (artifact.path / "converted").exists()
     assert read_json(artifact.path / "fingerprint.json")["settings"]["engine"]["kind"] == "openvino"
 

@@ -11,20 +11,15 @@ import numpy as np
 import pytest
 
 from conftest import TEXT, write_target
-from fastdraft.artifacts import RunDirectory, read_json, write_json
-from fastdraft.config import load_config
 from fastdraft.console import Console
-from fastdraft.errors import (
-    ArtifactError,
-    DataError,
-    FastDraftError,
-    Interrupted,
-    RecipeError,
-    VocabularyError,
-)
-from fastdraft.interfaces import RunConfig, Sampling, StageContext, TargetConfig
+from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError, TargetError
+from fastdraft.functional.generation import Sampling
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.evaluation import EvaluateConfig
+from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.run_folder import RunFolder, read_json, write_json
 from fastdraft.stages import evaluate
-from fastdraft.stages.evaluate import EvaluateConfig
+from fastdraft.stages.context import StageContext
 
 ROW_KEYS = {
     "checkpoint",
@@ -84,12 +79,12 @@ def context(root: Path, target: Path, config: EvaluateConfig, checkpoints: dict[
     sections = {**dict.fromkeys(checkpoints, config), "evaluate": config}
     run_config = RunConfig(name="r", threads=1, device="cpu")
     return StageContext(
-        RunDirectory(root), run_config, TargetConfig(model=str(target)), sections, Console(quiet=True)
+        RunFolder(root), run_config, TargetConfig(model=str(target)), sections, Console(quiet=True)
     )
 
 
 def run(config: EvaluateConfig, where: StageContext) -> dict[str, Any]:
-    artifact = where.artifact("evaluate")
+    artifact = where.folder("evaluate")
     artifact.begin(evaluate.fingerprint(config, where))
     evaluate.run(config, where)
     results: dict[str, Any] = read_json(artifact.path / "results.json")
@@ -133,7 +128,7 @@ def test_results_hold_every_row_of_the_plan_with_every_key(finished) -> None:
 
 
 def test_results_are_strict_json(finished) -> None:
-    text = (finished[1].artifact("evaluate").path / "results.json").read_text(encoding="utf-8")
+    text = (finished[1].folder("evaluate").path / "results.json").read_text(encoding="utf-8")
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
@@ -207,7 +202,7 @@ def test_checkpoints_are_compared_with_an_interval(finished) -> None:
 
 
 def test_samples_are_pieces_of_the_exact_text(finished) -> None:
-    folder = finished[1].artifact("evaluate").path
+    folder = finished[1].folder("evaluate").path
     samples = read_json(folder / "samples.json")
     assert [s["task"] for s in samples] == ["first", "first", "second", "second"]
     assert all({"text", "accepted"} == set(piece) for s in samples for piece in s["pieces"])
@@ -232,7 +227,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_counts(
     where.console.stop.requested = True
     with pytest.raises(Interrupted):
         run(config, where)
-    assert not where.artifact("evaluate").is_complete()
+    assert not where.folder("evaluate").is_complete()
     where.console.stop.requested = False
     results = run(config, where)
     # Equal but for what was measured in seconds.
@@ -248,7 +243,7 @@ def test_a_damaged_unit_is_named(finished, tmp_path: Path) -> None:
     shutil.copytree(where.run.root, root)
     (root / "evaluate" / "replay" / "align-first-0.npy").write_bytes(b"nonsense")
     damaged = context(root, Path(where.target.model), config, {"pretrain": root, "align": root})
-    with pytest.raises(ArtifactError, match=r"align-first-0\.npy"):
+    with pytest.raises(FastDraftError, match=r"align-first-0\.npy"):
         evaluate.run(config, damaged)
 
 
@@ -272,7 +267,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_told(
 def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, tiny_target: Path) -> None:
     other = write_target(tmp_path / "other-model", padded_vocab=330, layers=1, hidden=16)
     config = settings(tmp_path)
-    with pytest.raises(VocabularyError, match="vocab_size"):
+    with pytest.raises(TargetError, match="vocab_size"):
         run(config, context(tmp_path / "run", tiny_target, config, {"pretrain": other}))
 
 
@@ -315,7 +310,7 @@ def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path
 
 def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) -> None:
     from fastdraft.decoding.evaluation import as_row, greedy_difference
-    from fastdraft.interfaces import Generation
+    from fastdraft.functional.generation import Generation
     from fastdraft.modeling.loading import load_draft
 
     target = load_draft(tiny_target)
@@ -328,7 +323,7 @@ def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) ->
 
 
 def test_the_finished_manifest_tells_what_was_skipped_and_compared(finished) -> None:
-    manifest = finished[1].artifact("evaluate").manifest()
+    manifest = finished[1].folder("evaluate").manifest()
     assert manifest["tasks"] == {
         "first": {"prompts": 5, "skipped": 0},
         "second": {"prompts": 3, "skipped": 0},
@@ -343,12 +338,12 @@ def test_evaluation_texts_among_the_training_rows_are_counted(
 ) -> None:
     from fastdraft.data.responses import unit_path, write_rows
     from fastdraft.decoding.evaluation import as_row
-    from fastdraft.interfaces import Generation
+    from fastdraft.functional.generation import Generation
     from fastdraft.modeling.loading import load_tokenizer
 
     config = settings(tmp_path, exact={"prompts": 0}, num_speculative_tokens=[2], temperatures=[0])
     where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft})
-    synthesize = where.artifact("synthesize")
+    synthesize = where.folder("synthesize")
     seen = load_tokenizer(str(tiny_target))(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
     write_rows(
         unit_path(synthesize, 0),
@@ -376,7 +371,7 @@ def test_the_fingerprint_follows_the_targets_files_and_what_was_trained_on(
     assert evaluate.fingerprint(config, where)["target"] != base["target"], (
         "another fine-tune was saved over it"
     )
-    prepare = where.artifact("prepare")
+    prepare = where.folder("prepare")
     write_json(prepare.path / "fingerprint.json", {"made": 1})
     prepare.complete()
     where = StageContext(

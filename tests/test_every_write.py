@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastdraft import pipeline
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.training.metrics import Metrics, read_metrics
 
 MEASURED = ("seconds", "provenance", "tokens_per_second", "generated_tokens_per_second")

@@ -12,14 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import write_target
-from fastdraft.artifacts import RunDirectory, read_json
-from fastdraft.config import Config, load_config
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, VocabularyError
-from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
+from fastdraft.errors import FastDraftError, TargetError
 from fastdraft.modeling.loading import load_draft, load_vocabulary
+from fastdraft.recipe.base import Config, load_config
+from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.run_folder import RunFolder, read_json
 from fastdraft.runtimes import huggingface_export
 from fastdraft.stages import design, export
+from fastdraft.stages.context import StageContext
 
 
 class _Section(Config):
@@ -35,20 +36,20 @@ def context(tiny_target: Path, tmp_path: Path) -> StageContext:
         "design",
     )
     context = StageContext(
-        RunDirectory(tmp_path / "run"),
+        RunFolder(tmp_path / "run"),
         RunConfig(name="run", device="cpu"),
         TargetConfig(model=str(tiny_target)),
         {"design": config},
         Console(quiet=True),
     )
-    context.artifact("design").begin(design.fingerprint(config, context))
+    context.folder("design").begin(design.fingerprint(config, context))
     design.run(config, context)
     return context
 
 
 def _export(context: StageContext, **settings: Any) -> tuple[Path, dict[str, Any]]:
     config = load_config(export.ExportConfig, settings, "export")
-    artifact = context.artifact("export")
+    artifact = context.folder("export")
     artifact.begin(export.fingerprint(config, context))
     export.run(config, context)
     return artifact.path / "huggingface", artifact.manifest()
@@ -66,7 +67,7 @@ def test_the_export_pins_k_and_the_confidence_threshold(context: StageContext) -
 
 def test_weights_and_tokenizer_are_those_of_the_checkpoint(context: StageContext, tiny_target: Path) -> None:
     folder, manifest = _export(context)
-    checkpoint = context.artifact("design").path / "draft"
+    checkpoint = context.folder("design").path / "draft"
     assert all(
         torch.equal(a, b)
         for a, b in zip(load_draft(folder).parameters(), load_draft(checkpoint).parameters(), strict=True)
@@ -100,7 +101,7 @@ def test_a_trained_stage_goes_before_the_design_and_must_have_finished(context: 
         {**context.sections, "align": _Section()},
         context.console,
     )
-    with pytest.raises(ArtifactError, match="needs the result of 'align'"):
+    with pytest.raises(FastDraftError, match="needs the result of 'align'"):
         _export(trained)
     assert export.source_of(context)[0] == "design"
 
@@ -118,7 +119,7 @@ def test_padding_mass_is_measured_and_reported(
 
 
 def test_padding_mass_is_the_softmax_share_of_ids_without_a_token(context: StageContext) -> None:
-    draft, vocabulary = load_draft(context.artifact("design").path / "draft"), load_vocabulary(context.target)
+    draft, vocabulary = load_draft(context.folder("design").path / "draft"), load_vocabulary(context.target)
     texts = [[1, 2, 3], list(range(60))]
     with torch.no_grad():
         draft.model.embed_tokens.weight.fill_(1.0)
@@ -141,15 +142,15 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(context: StageContext, tm
     changed = StageContext(
         context.run, context.settings, TargetConfig(model=str(other)), context.sections, context.console
     )
-    with pytest.raises(VocabularyError, match="vocab_size"):
+    with pytest.raises(TargetError, match="vocab_size"):
         _export(changed)
-    assert not (context.artifact("export").path / "huggingface").exists()
+    assert not (context.folder("export").path / "huggingface").exists()
 
 
 def test_a_damaged_checkpoint_is_refused(context: StageContext) -> None:
-    weights = context.artifact("design").path / "draft" / "model.safetensors"
+    weights = context.folder("design").path / "draft" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:3000])
-    with pytest.raises(ArtifactError, match="damaged or missing weights"):
+    with pytest.raises(FastDraftError, match="damaged or missing weights"):
         _export(context)
 
 

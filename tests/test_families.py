@@ -11,29 +11,31 @@ import torch
 from transformers import Gemma3TextConfig
 
 from family_fixture import MIXED, SHAPE, TARGETS, family_config, noisy, write_family
-from fastdraft.artifacts import RunDirectory
 from fastdraft.commands import inspect
-from fastdraft.config import load_config as read_section
 from fastdraft.console import Console
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.scoring import score
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.acceptance import add_counts
-from fastdraft.interfaces import RunConfig, Sampling, StageContext, TargetConfig
+from fastdraft.functional.generation import Sampling
 from fastdraft.modeling import loading, shapes
 from fastdraft.modeling.architecture import draft_hf_config, read_architecture
 from fastdraft.modeling.counting import count_model
 from fastdraft.modeling.families import TARGET_FAMILIES, draft_family, text_config, why_draft_family
 from fastdraft.modeling.head import output_head, split_head
 from fastdraft.modeling.initialize import read_matrices
+from fastdraft.recipe.base import load_config as read_section
+from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.training import AdamWConfig
+from fastdraft.run_folder import RunFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant, write_huggingface
 from fastdraft.stages import design
+from fastdraft.stages.context import StageContext
 from fastdraft.training import assemble
 from fastdraft.training.batches import Batch
 from fastdraft.training.objective import CrossEntropy
-from fastdraft.training.settings import AdamWConfig
 
 K = 3
 GREEDY, SAMPLED = Sampling(0.0), Sampling(1.0)
@@ -57,10 +59,8 @@ def _prompts(name: str) -> list[list[int]]:
 def _design(root: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
     config = read_section(design.DesignConfig, {"draft": draft}, "design")
-    context = StageContext(
-        RunDirectory(root), RunConfig(name="test"), _target(folder), {}, Console(quiet=True)
-    )
-    artifact = context.artifact("design")
+    context = StageContext(RunFolder(root), RunConfig(name="test"), _target(folder), {}, Console(quiet=True))
+    artifact = context.folder("design")
     artifact.begin(design.fingerprint(config, context))
     design.run(config, context)
     return artifact.path / "draft", artifact.manifest()
@@ -178,9 +178,9 @@ def test_a_text_on_either_side_of_a_longropes_line_is_exact_and_design_warns_of_
     draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
     config = read_section(design.DesignConfig, {"draft": draft}, "design")
     context = StageContext(
-        RunDirectory(tmp_path / "run"), RunConfig(name="test"), _target(folder), {}, Console()
+        RunFolder(tmp_path / "run"), RunConfig(name="test"), _target(folder), {}, Console()
     )
-    context.artifact("design").begin(design.fingerprint(config, context))
+    context.folder("design").begin(design.fingerprint(config, context))
     design.run(config, context)
     assert "This rope changes at 16 tokens" in " ".join("".join(capsys.readouterr()).split())
 

@@ -16,10 +16,10 @@ import yaml
 from conftest import write_recipe
 from family_fixture import TARGETS, write_family
 from fastdraft import pipeline
-from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling.families import draft_family
 from fastdraft.modeling.loading import load_target
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface_export import load_assistant, text_positions
 
 STAGES = (

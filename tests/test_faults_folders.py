@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from conftest import write_recipe
-from fastdraft import artifacts, cli
-from fastdraft.artifacts import Artifact, RunDirectory
+from fastdraft import cli, run_folder
 from fastdraft.data import journal
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
+from fastdraft.run_folder import RunFolder, StageFolder
 from fastdraft.stages import synthesize
 from fastdraft.training.metrics import Metrics, read_metrics
 from faults_fixture import Run, failing, one_line, os_error
@@ -177,7 +177,7 @@ def test_a_second_run_with_redo_throws_nothing_away_while_the_first_works(
     short_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(short_run, "both", "export")
-    with RunDirectory(run.folder).lock():
+    with RunFolder(run.folder).lock():
         assert cli.main(["run", str(short_run), "run.name=both", "--redo", "design"]) == 2
     assert "in use by another process" in one_line(capsys)
     assert (run.folder / "evaluate" / "manifest.json").is_file()
@@ -186,7 +186,7 @@ def test_a_second_run_with_redo_throws_nothing_away_while_the_first_works(
 
 def test_a_lock_that_a_dead_process_left_does_not_block(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("4194305\nelsewhere\n", encoding="utf-8")
-    with RunDirectory(tmp_path).lock():
+    with RunFolder(tmp_path).lock():
         pass
 
 
@@ -197,8 +197,8 @@ def test_where_the_file_server_knows_no_locks_a_file_stands_for_one(
     import fcntl
 
     monkeypatch.setattr(fcntl, "flock", failing(fcntl.flock, 1, os_error(errno.ENOLCK)))
-    marker, run, here = tmp_path / ".lock.held", RunDirectory(tmp_path), socket.gethostname()
-    with run.lock(), pytest.raises(ArtifactError, match=r"in use.*delete .*\.lock\.held"), run.lock():
+    marker, run, here = tmp_path / ".lock.held", RunFolder(tmp_path), socket.gethostname()
+    with run.lock(), pytest.raises(FastDraftError, match=r"in use.*delete .*\.lock\.held"), run.lock():
         pass
     assert not marker.exists()
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -208,7 +208,7 @@ def test_where_the_file_server_knows_no_locks_a_file_stands_for_one(
         pass
     for owner in (f"{os.getppid()}\n{here}\n", f"{dead.pid}\nanother-machine\n"):
         marker.write_text(owner, encoding="utf-8")
-        with pytest.raises(ArtifactError, match="in use"), run.lock():
+        with pytest.raises(FastDraftError, match="in use"), run.lock():
             pass
 
 
@@ -247,17 +247,17 @@ def test_work_without_a_fingerprint_belongs_to_no_recipe(
 def test_a_kill_while_work_is_thrown_away_leaves_no_part_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact = Artifact(tmp_path / "synthesize")
+    artifact = StageFolder(tmp_path / "synthesize")
     artifact.begin({"seed": 0})
     (artifact.path / "units").mkdir()
     (artifact.path / "units" / "unit-00000.parquet").write_bytes(b"rows of seed 0")
     artifact.complete()
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts.shutil, "rmtree", failing(shutil.rmtree, 2, KeyboardInterrupt))
+        patch.setattr(run_folder.shutil, "rmtree", failing(shutil.rmtree, 2, KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             artifact.discard()
     assert not artifact.path.exists()
-    with RunDirectory(tmp_path).lock():
+    with RunFolder(tmp_path).lock():
         artifact.begin({"seed": 1})
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == ["synthesize"]
     assert [path.name for path in artifact.path.iterdir()] == ["fingerprint.json"]
@@ -282,5 +282,5 @@ def test_work_of_another_release_is_taken_where_it_can_be_read(
 
 def test_a_name_that_is_no_unicode_can_be_written_and_read(tmp_path: Path) -> None:
     value = {"path": os.fsdecode(b"corpus-\xff.txt"), "text": "half a pair: \ud83d", "emoji": "\U0001f98a"}
-    artifacts.write_json(tmp_path / "facts.json", value)
-    assert artifacts.read_json(tmp_path / "facts.json") == value
+    run_folder.write_json(tmp_path / "facts.json", value)
+    assert run_folder.read_json(tmp_path / "facts.json") == value

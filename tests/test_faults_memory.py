@@ -16,10 +16,11 @@ from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.decoding import logit_writer, replay, scoring
 from fastdraft.decoding.evaluation import as_row
 from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.errors import NoMemoryError
-from fastdraft.interfaces import Sampling, TargetConfig
+from fastdraft.errors import OutOfMemory
+from fastdraft.functional.generation import Sampling
 from fastdraft.machine import Halving, is_out_of_memory
 from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from faults_fixture import Run, failing, os_error
 
@@ -61,7 +62,7 @@ def test_rows_are_halved_until_they_fit_and_stay_so_in_order() -> None:
     assert max(map(len, seen)) == halving.most == 2
     assert len(warned) == 1
     assert "synthesize.batch_rows" in warned[0]
-    with pytest.raises(NoMemoryError, match=r"batch_rows: out of memory for a single row"):
+    with pytest.raises(OutOfMemory, match=r"batch_rows: out of memory for a single row"):
         halving([0], failing(lambda rows: None, 1, MemoryError))
 
 

@@ -12,7 +12,7 @@ from conftest import FORBIDDEN
 from fastdraft import cli
 from fastdraft.errors import RecipeError
 from fastdraft.provenance import without_secrets
-from fastdraft.recipe import load_recipe
+from fastdraft.recipe.recipe import load_recipe
 from faults_fixture import Run, one_line
 
 WILD = [
@@ -109,7 +109,7 @@ class TestServers:
 
     def test_a_server_that_speaks_no_tls_is_one_line(self, tiny_target: Path) -> None:
         from fastdraft.errors import TargetError
-        from fastdraft.interfaces import Sampling
+        from fastdraft.functional.generation import Sampling
         from serving import Served
         from test_openai_server import engine_of
 
@@ -123,7 +123,7 @@ class TestServers:
         self, tiny_target: Path
     ) -> None:
         from fastdraft.errors import FastDraftError
-        from fastdraft.interfaces import Sampling
+        from fastdraft.functional.generation import Sampling
         from serving import Served
         from test_openai_server import engine_of
 

@@ -20,10 +20,10 @@ import pytest
 from bad_input_fixture import refused
 from conftest import write_recipe
 from fastdraft import cli
-from fastdraft.conversation import Conversation
+from fastdraft.data.conversation import Conversation
 from fastdraft.data.prompts import JsonlPrompts
 from fastdraft.data.transcripts import TranscriptLog, read_entries
-from fastdraft.errors import DataError, DiskError
+from fastdraft.errors import DataError, FastDraftError
 from fastdraft.tasks.files import read_prompts
 from faults_fixture import Run, failing, os_error
 from test_damaged_data import ODD
@@ -164,7 +164,7 @@ def test_a_cache_that_cannot_be_written_is_not_taken_for_a_damaged_model(
 
     refuses = failing(len, 1, lambda: PermissionError(errno.EACCES, "Permission denied", "/caches/hub"))
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuses)
-    with pytest.raises(DiskError, match="/caches/hub: cannot be read or written"):
+    with pytest.raises(FastDraftError, match="/caches/hub: cannot be read or written"):
         load_config(str(tiny_target))
 
 

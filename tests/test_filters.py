@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.looping import loop_start
 from fastdraft.data.responses import SyntheticRow
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.functional.generation import Generation, Sampling
 
 WARM = Sampling(0.6)
 

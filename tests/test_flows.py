@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TEXT, write_recipe, write_tokenizer
 from fastdraft import pipeline
-from fastdraft.artifacts import RunDirectory
 from fastdraft.errors import RecipeError
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.run_folder import RunFolder
 
 EVALUATE = {"num_speculative_tokens": [2], "exact": {"num_speculative_tokens": [2], "prompts": 3}}
 
@@ -71,7 +71,7 @@ def own_prompts(folder: Path) -> dict[str, Any]:
     return {"prompts": [{"kind": "jsonl", "name": "instructions", "path": str(folder / "prompts.jsonl")}]}
 
 
-def read(run: RunDirectory, name: str) -> Any:
+def read(run: RunFolder, name: str) -> Any:
     return json.loads((run.root / name).read_text(encoding="utf-8"))
 
 

@@ -73,7 +73,7 @@ def test_the_memory_forecast_takes_the_micro_batch_that_training_takes() -> None
     import torch
 
     from fastdraft.commands.check import _micro_batch
-    from fastdraft.recipe import load_recipe
+    from fastdraft.recipe.recipe import load_recipe
     from fastdraft.training.step import default_micro_batch_tokens
 
     recipe = load_recipe("demo")

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastdraft.artifacts import Artifact
 from fastdraft.data.responses import SyntheticRow, read_metadata, read_rows, write_rows
 from fastdraft.data.shards import open_corpus
 from fastdraft.data.sparse_logits import SparseLogits, StoredLogits, write_sparse_logits
 from fastdraft.errors import FastDraftError
 from fastdraft.reporting.record import read_results
+from fastdraft.run_folder import StageFolder
 from fastdraft.training.metrics import Metrics, read_metrics
 
 few = settings(
@@ -70,7 +70,7 @@ def read(reader: Callable[[], Any]) -> Any:
 def test_a_damaged_manifest_or_fingerprint_is_a_mapping_or_one_line(
     tmp_path: Path, damaged: Callable[[bytes], bytes]
 ) -> None:
-    artifact = Artifact(tmp_path / "stage")
+    artifact = StageFolder(tmp_path / "stage")
     (artifact.path / "fingerprint.json").unlink(missing_ok=True)
     artifact.begin({"settings": {"tokens": 5}})
     artifact.complete(rows=3)
@@ -87,7 +87,7 @@ def test_a_damaged_manifest_or_fingerprint_is_a_mapping_or_one_line(
 @few
 @given(values)
 def test_a_manifest_of_any_json_is_refused_or_a_mapping(tmp_path: Path, value: Any) -> None:
-    artifact = Artifact(tmp_path)
+    artifact = StageFolder(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(value), encoding="utf-8")
     found = read(artifact.manifest)
     assert found is None or found["schema"] == 1
@@ -145,19 +145,19 @@ def test_damaged_logits_are_the_logits_that_were_written_or_one_line(
         assert np.allclose(found.logprobs, logprobs, atol=0.01)
 
 
-def corpus_of(folder: Path) -> Artifact:
+def corpus_of(folder: Path) -> StageFolder:
     """A finished prepare stage of three rows."""
     rows = np.arange(27, dtype="<u2").reshape(3, 9)
     (folder / "text").mkdir(parents=True, exist_ok=True)
     (folder / "text" / "train-00000.bin").write_bytes(rows.tobytes())
-    from fastdraft.artifacts import file_sha256, write_json
+    from fastdraft.run_folder import file_sha256, write_json
 
     shard = {"file": "train-00000.bin", "rows": 3, "sha256": file_sha256(folder / "text" / "train-00000.bin")}
     corpora = {"text": {"train": {"shards": [shard]}, "validation": {"shards": []}}}
     write_json(
         folder / "manifest.json", {"schema": 1, "row_length": 8, "dtype": "uint16", "corpora": corpora}
     )
-    return Artifact(folder)
+    return StageFolder(folder)
 
 
 @few
@@ -185,4 +185,4 @@ def test_results_of_any_content_are_refused_or_a_mapping(tmp_path: Path, content
 def test_json_that_a_parser_stumbles_over_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
     with pytest.raises(FastDraftError):
-        Artifact(tmp_path).manifest()
+        StageFolder(tmp_path).manifest()

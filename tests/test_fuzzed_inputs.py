@@ -22,19 +22,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastdraft.artifacts import RunDirectory, file_sha256, write_json
 from fastdraft.console import Console
-from fastdraft.conversation import Conversation
 from fastdraft.data.chat import prompt_ids
+from fastdraft.data.conversation import Conversation
 from fastdraft.data.prompts import JsonlPrompts
 from fastdraft.data.transcript_lines import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
-from fastdraft.errors import ArtifactError, DataError, FastDraftError, TargetError
-from fastdraft.interfaces import TargetConfig
+from fastdraft.errors import DataError, FastDraftError, TargetError
 from fastdraft.modeling.loading import load_draft, load_tokenizer, load_vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import RunFolder, file_sha256, write_json
 from fastdraft.tasks.files import read_prompts
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
-from fastdraft.vocabulary import Vocabulary
 from test_fuzzed_files import damage, few, read
 
 ODD: list[Any] = [
@@ -355,7 +355,7 @@ def test_weights_of_another_model_or_of_none_are_one_line(
 ) -> None:
     shutil.copytree(tiny_draft, tmp_path / "draft")
     HARMS[harm](tmp_path / "draft" / "model.safetensors")
-    with pytest.raises(ArtifactError, match=r"draft.*; delete its stage's folder"):
+    with pytest.raises(FastDraftError, match=r"draft.*; delete its stage's folder"):
         load_draft(tmp_path / "draft")
 
 
@@ -470,14 +470,14 @@ def test_a_checkpoint_of_other_tensors_is_one_line_though_its_checksums_are_righ
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     record["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     write_json(folder / "state.json", record)
-    with pytest.raises(ArtifactError, match="every checkpoint is damaged"):
+    with pytest.raises(FastDraftError, match="every checkpoint is damaged"):
         resumed(checkpoints, model)
 
 
 def test_best_weights_of_other_shapes_are_one_line(tmp_path: Path) -> None:
     checkpoints, model, _ = saved(tmp_path)
     checkpoints.save_best(1, model)
-    with pytest.raises(ArtifactError, match="does not fit"):
+    with pytest.raises(FastDraftError, match="does not fit"):
         checkpoints.load_best(1, nn.Linear(4, 2))
 
 
@@ -490,13 +490,13 @@ def test_a_lock_file_of_any_content_does_not_block_and_a_marker_is_one_line_or_t
     tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / ".lock").write_bytes(content)
-    with RunDirectory(tmp_path).lock():
+    with RunFolder(tmp_path).lock():
         pass
 
 
 def test_a_folder_where_the_lock_should_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(FastDraftError, match=r"\.lock"), RunDirectory(tmp_path).lock():
+    with pytest.raises(FastDraftError, match=r"\.lock"), RunFolder(tmp_path).lock():
         pass
 
 
@@ -518,5 +518,5 @@ def test_a_damaged_marker_of_a_dead_owner_is_one_line_that_names_it(
         b"-1\n" + os.uname().nodename.encode(),
     ):
         (tmp_path / ".lock.held").write_bytes(content)
-        with pytest.raises(ArtifactError, match=r"in use by another process"), RunDirectory(tmp_path).lock():
+        with pytest.raises(FastDraftError, match=r"in use by another process"), RunFolder(tmp_path).lock():
             pass

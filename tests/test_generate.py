@@ -15,7 +15,7 @@ from fastdraft.commands import generate
 from fastdraft.commands.pair import find_pair
 from fastdraft.console import Console
 from fastdraft.decoding.pieces import PieceStream, text_pieces
-from fastdraft.errors import DataError, DeviceError, FastDraftError, RecipeError, VocabularyError
+from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
 from fastdraft.modeling.loading import load_tokenizer
 
 
@@ -110,7 +110,7 @@ def test_bad_input_is_refused_in_one_line(
 
 
 def test_a_draft_of_another_vocabulary_is_refused(tiny_target: Path, tmp_path: Path) -> None:
-    with pytest.raises(VocabularyError):
+    with pytest.raises(TargetError):
         call(tiny_target, write_target(tmp_path / "other", padded_vocab=330, layers=1, hidden=16))
 
 
@@ -148,5 +148,5 @@ def test_the_line_end_that_echo_adds_is_no_part_of_the_prompt(
 
 
 def test_a_wrong_device_is_named_by_its_option(tiny_target: Path, tiny_draft: Path) -> None:
-    with pytest.raises(DeviceError, match="--device: abacus"):
+    with pytest.raises(RecipeError, match="--device: abacus"):
         call(tiny_target, tiny_draft, device="abacus")

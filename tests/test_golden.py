@@ -11,7 +11,7 @@ import pytest
 
 import fastdraft
 from fastdraft.cli import build_parser
-from fastdraft.recipe import load_recipe, shipped_recipes
+from fastdraft.recipe.recipe import load_recipe, shipped_recipes
 
 GOLDEN = Path(__file__).parent / "golden"
 DOCS = Path(__file__).parent.parent / "docs"

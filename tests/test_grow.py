@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import write_target, write_tokenizer
-from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling.loading import load_target
-from fastdraft.recipe import load_recipe
+from fastdraft.recipe.recipe import load_recipe
+from fastdraft.recipe.run import TargetConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SHAPE = {

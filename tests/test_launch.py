@@ -14,12 +14,12 @@ import pytest
 
 from conftest import write_recipe
 from fastdraft import pipeline
-from fastdraft.artifacts import Artifact
 from fastdraft.cli import build_parser, main
 from fastdraft.commands.launch import Machines, run
 from fastdraft.console import Console
-from fastdraft.errors import DeviceError, Interrupted, WorkerError
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.errors import FastDraftError, Interrupted, RecipeError
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.run_folder import StageFolder
 from fastdraft.training.metrics import read_metrics
 
 TWO = Machines(nproc_per_node=2)
@@ -95,7 +95,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_it_had_lived(
     killer.join()
     assert "a process was lost; all go on from the last checkpoint (restart 1 of 3)" in capfd.readouterr().err
     assert worst_difference(recipe, two, "pretrain") < 1e-5
-    manifest = Artifact(folder).manifest()
+    manifest = StageFolder(folder).manifest()
     assert (manifest["processes"], manifest["steps"]) == (2, 50)
     assert not (folder / "steps").exists()
 
@@ -119,9 +119,9 @@ def test_a_stop_saves_in_all_processes_and_one_process_goes_on_from_there(
 
 
 def test_arguments_that_contradict_each_other_are_refused(two: Recipe) -> None:
-    with pytest.raises(WorkerError, match="--node-rank: 2: must be 0 to 1"):
+    with pytest.raises(FastDraftError, match="--node-rank: 2: must be 0 to 1"):
         Machines(8, 2, node_rank=2).check()
-    with pytest.raises(WorkerError, match="--master-addr: missing"):
+    with pytest.raises(FastDraftError, match="--master-addr: missing"):
         Machines(8, 2, node_rank=1).check()
     Machines(8, 2, node_rank=1, master_addr="first").check()
     Machines(8, 2, node_rank=1, master_addr="127.0.0.1").check()  # two "machines" on one host
@@ -134,9 +134,9 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
     TWO.check_devices("cuda")
     TWO.check_devices("cpu")
-    with pytest.raises(DeviceError, match=r"4 cuda device.*--nproc-per-node 8 needs as many"):
+    with pytest.raises(RecipeError, match=r"4 cuda device.*--nproc-per-node 8 needs as many"):
         Machines(nproc_per_node=8).check_devices("cuda")
-    with pytest.raises(DeviceError, match=r"set run.device=cuda"):
+    with pytest.raises(RecipeError, match=r"set run.device=cuda"):
         TWO.check_devices("cuda:1")
 
 

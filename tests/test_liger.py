@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bad_input_fixture import refused
-from fastdraft.errors import MissingExtraError, RecipeError
+from fastdraft.errors import MissingExtra, RecipeError
 from fastdraft.functional.liger import liger_cross_entropy
 from fastdraft.functional.losses import chunked_cross_entropy
 from fastdraft.stages import align, pretrain
@@ -148,16 +148,14 @@ def test_liger_on_a_cpu_is_refused_in_one_line(liger: StandIn) -> None:
 
 def test_liger_that_is_missing_or_too_old_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, None)
-    with pytest.raises(
-        MissingExtraError, match=r"liger-kernel: not installed.*pip install 'fastdraft\[liger\]'"
-    ):
+    with pytest.raises(MissingExtra, match=r"liger-kernel: not installed.*pip install 'fastdraft\[liger\]'"):
         loss_path.cross_entropy("liger", CUDA)
 
     def old(input: Tensor, weight: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         raise AssertionError
 
     install(monkeypatch, old)
-    with pytest.raises(MissingExtraError, match=r"liger-kernel 0\.6\.2 or newer"):
+    with pytest.raises(MissingExtra, match=r"liger-kernel 0\.6\.2 or newer"):
         loss_path.cross_entropy("liger", CUDA)
 
 
@@ -169,7 +167,7 @@ def test_both_training_stages_take_the_recipes_word(
     object.__setattr__(context, "settings", context.settings.model_copy(update={"cross_entropy": "liger"}))
     with pytest.raises(RecipeError, match="liger on cpu"):
         pretrain.run(sections["pretrain"], context, "pretrain")
-    assert not context.artifact("pretrain").is_complete()
+    assert not context.folder("pretrain").is_complete()
     with pytest.raises(RecipeError, match="liger on cpu"):
         align._objective(align.AlignConfig(), context, build(), CPU)
 

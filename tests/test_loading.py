@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from conftest import write_target
-from fastdraft.errors import ArtifactError, DeviceError, TargetError, VocabularyError
-from fastdraft.interfaces import TargetConfig
+from fastdraft.errors import FastDraftError, RecipeError, TargetError
 from fastdraft.modeling import loading
 from fastdraft.modeling.source import copy_tokenizer_files, tokenizer_digest
-from fastdraft.vocabulary import check_same, describe, id_ranges
+from fastdraft.modeling.vocabulary import check_same, describe, id_ranges
+from fastdraft.recipe.run import TargetConfig
 
 
 def test_the_vocabulary_tells_padding_bos_eos(tiny_target: Path) -> None:
@@ -50,7 +50,7 @@ def test_each_difference_between_vocabularies_is_named(tiny_target: Path) -> Non
         (replace(same, special_digest="other"), "special tokens"),
         (replace(same, eos_token_ids=(7,)), r"draft \[7\], target \[3\]: the EOS tokens"),
     ):
-        with pytest.raises(VocabularyError, match=words):
+        with pytest.raises(TargetError, match=words):
             check_same(same, changed)
     check_same(same, replace(same, special_digest="other", eos_token_ids=(7,)), special_tokens=False)
 
@@ -59,7 +59,7 @@ def test_a_tokenizer_larger_than_the_config_is_refused(tmp_path: Path) -> None:
     write_target(tmp_path, padded_vocab=304)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
-    with pytest.raises(VocabularyError, match="vocab_size is 200"):
+    with pytest.raises(TargetError, match="vocab_size is 200"):
         loading.load_vocabulary(TargetConfig(model=str(tmp_path)))
 
 
@@ -156,7 +156,7 @@ def test_an_unreachable_hub_is_one_line() -> None:
 
 
 def test_a_corrupt_checkpoint_is_an_artifact_error(tiny_draft: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="damaged or missing weights"):
+    with pytest.raises(FastDraftError, match="damaged or missing weights"):
         loading.load_draft(_broken(tiny_draft, tmp_path / "broken", "truncated"))
 
 
@@ -170,9 +170,9 @@ def test_a_directory_without_tokenizer_is_refused(tiny_target: Path, tmp_path: P
 
 def test_an_unknown_or_absent_device_is_refused() -> None:
     assert loading.pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(DeviceError, match=r"run\.device: gpu9: must be auto"):
+    with pytest.raises(RecipeError, match=r"run\.device: gpu9: must be auto"):
         loading.pick_device("gpu9")
-    with pytest.raises(DeviceError, match="cuda:99"):
+    with pytest.raises(RecipeError, match="cuda:99"):
         loading.pick_device("cuda:99")
 
 

@@ -15,9 +15,10 @@ pytest.importorskip("httpx")
 
 from fastdraft.data.chat import prompt_ids, user_words
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError, TargetError
-from fastdraft.interfaces import Generation, Sampling, TargetConfig
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
-from fastdraft.runtimes.engine_settings import OpenAIEngineConfig
+from fastdraft.recipe.data import OpenAIEngineConfig
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openai_requests import Servers
 from fastdraft.runtimes.openai_server import OpenAIEngine, _likeliest
@@ -323,7 +324,7 @@ def test_a_stop_cancels_what_is_under_way(
     ],
 )
 def test_addresses_and_keys_that_are_none_are_refused(settings: dict[str, Any], words: str) -> None:
-    from fastdraft.config import load_config
+    from fastdraft.recipe.base import load_config
 
     with pytest.raises(FastDraftError, match=words) as caught:
         load_config(OpenAIEngineConfig, {"kind": "openai", **settings})

@@ -25,10 +25,12 @@ from fastdraft import cli, pipeline
 from fastdraft.data.responses import read_all
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.scoring import score
-from fastdraft.errors import ArtifactError, DataError, DeviceError, VocabularyError
-from fastdraft.interfaces import Generation, Sampling, TargetConfig
+from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.loading import load_target, load_vocabulary
-from fastdraft.recipe import load_recipe
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.recipe import load_recipe
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes import openvino_export
 from fastdraft.runtimes.openvino import (
     OpenVINOEngine,
@@ -39,7 +41,6 @@ from fastdraft.runtimes.openvino import (
 )
 from fastdraft.runtimes.openvino_export import export_openvino
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair
-from fastdraft.vocabulary import Vocabulary
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30)]
 
@@ -145,7 +146,7 @@ def test_an_export_that_fails_its_check_leaves_no_folder(
 
     monkeypatch.setattr(openvino_export, "convert", copy)
     monkeypatch.setattr(openvino_export, "greedy", lambda folder, prompt, tokens: [7] * tokens)
-    with pytest.raises(ArtifactError, match="differs with the draft, by a log-prob of"):
+    with pytest.raises(FastDraftError, match="differs with the draft, by a log-prob of"):
         export_openvino(tiny_target, tmp_path / "out", "fp32")
     assert list(tmp_path.iterdir()) == []
 
@@ -155,9 +156,9 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_is_converted(
 ) -> None:
     other = write_target(tmp_path / "other", padded_vocab=384)
     monkeypatch.setattr(openvino_export, "convert", lambda *_: pytest.fail("converted"))
-    with pytest.raises(VocabularyError, match="draft 384, target 320"):
+    with pytest.raises(TargetError, match="draft 384, target 320"):
         export_openvino(other, tmp_path / "out", "int8", pair=exported_target)
-    with pytest.raises(VocabularyError, match="draft 384, target 320"):
+    with pytest.raises(TargetError, match="draft 384, target 320"):
         OpenVINOPair(exported_target, other, (3,))
 
 
@@ -247,9 +248,9 @@ def test_a_loop_is_ended_where_it_shows(
 def test_what_does_not_fit_is_refused(engine: OpenVINOEngine, tiny_target: Path) -> None:
     with pytest.raises(DataError, match="fit into the context of 256"):
         engine.generate([[5] * 250], Sampling(0.0), 20, seed=0)
-    with pytest.raises(DeviceError, match="OpenVINO sees"):
+    with pytest.raises(RecipeError, match="OpenVINO sees"):
         device_properties("TPU", "fast")
-    with pytest.raises(ArtifactError, match=r"no openvino_model\.xml"):
+    with pytest.raises(FastDraftError, match=r"no openvino_model\.xml"):
         load_pipeline(tiny_target, "CPU", {})
 
 
@@ -268,7 +269,7 @@ def written(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def test_synthesize_writes_accounted_rows(written: tuple[Path, Path]) -> None:
-    artifact = pipeline.RunDirectory(written[1]).artifact("synthesize")
+    artifact = pipeline.RunFolder(written[1]).folder("synthesize")
     manifest, rows = artifact.manifest(), list(read_all(artifact))
     assert manifest["engine"] == "openvino"
     assert manifest["asked"] == manifest["written"] + sum(manifest["filtered"].values()) + manifest["failed"]

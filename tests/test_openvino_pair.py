@@ -12,8 +12,8 @@ from conftest import write_target
 from fastdraft import cli
 from fastdraft.commands import check
 from fastdraft.console import Console
-from fastdraft.errors import MissingExtraError, VocabularyError
-from fastdraft.recipe import load_recipe
+from fastdraft.errors import MissingExtra, TargetError
+from fastdraft.recipe.recipe import load_recipe
 from fastdraft.runtimes import engines
 from fastdraft.runtimes.openvino_pair import SENTENCE, check_pair, context_length
 
@@ -37,7 +37,7 @@ def test_a_pair_that_fits_is_taken_without_its_weights(tiny_target: Path, draft:
 
 def test_another_vocabulary_size_is_refused(tiny_target: Path, draft: Path) -> None:
     change(draft / "config.json", vocab_size=384)
-    with pytest.raises(VocabularyError, match=r"draft 384, target 320.*vocab_size"):
+    with pytest.raises(TargetError, match=r"draft 384, target 320.*vocab_size"):
         check_pair(tiny_target, draft)
 
 
@@ -47,7 +47,7 @@ def test_a_shorter_context_of_the_draft_is_refused_and_a_longer_one_taken(
     change(draft / "config.json", max_position_embeddings=512)
     check_pair(tiny_target, draft)
     change(draft / "config.json", max_position_embeddings=128)
-    with pytest.raises(VocabularyError, match=r"draft 128, target 256.*context"):
+    with pytest.raises(TargetError, match=r"draft 128, target 256.*context"):
         check_pair(tiny_target, draft)
 
 
@@ -61,7 +61,7 @@ def test_a_shorter_context_of_the_draft_is_refused_and_a_longer_one_taken(
 )
 def test_another_special_id_is_refused(tiny_target: Path, draft: Path, token: str, values: str) -> None:
     change(draft / "tokenizer_config.json", **{token: "<|user|>"})
-    with pytest.raises(VocabularyError, match=f"{values}.*{token}_id"):
+    with pytest.raises(TargetError, match=f"{values}.*{token}_id"):
         check_pair(tiny_target, draft)
 
 
@@ -69,7 +69,7 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(tiny_target: Path, draft: 
     state = json.loads((draft / "tokenizer.json").read_text(encoding="utf-8"))
     state["model"]["merges"] = []
     (draft / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    with pytest.raises(VocabularyError, match="must encode 'Could you"):
+    with pytest.raises(TargetError, match="must encode 'Could you"):
         check_pair(tiny_target, draft)
     assert SENTENCE.startswith("Could you")
 
@@ -98,14 +98,14 @@ def test_check_says_which_library_is_missing_before_anything_runs(
 ) -> None:
     recipe = load_recipe(str(tiny_recipe), ["synthesize.engine={kind: openvino}"])
     monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "nncf" else True)
-    with pytest.raises(MissingExtraError, match=r"nncf: not installed.*fastdraft\[openvino\]"):
+    with pytest.raises(MissingExtra, match=r"nncf: not installed.*fastdraft\[openvino\]"):
         check.run(recipe, Console(quiet=True))
     monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "optimum.intel" else True)
-    with pytest.raises(MissingExtraError, match="--no-deps optimum-intel"):
+    with pytest.raises(MissingExtra, match="--no-deps optimum-intel"):
         check.run(recipe, Console(quiet=True))
 
 
 def test_an_error_about_a_missing_library_survives_a_pickle() -> None:
-    error = MissingExtraError("optimum-intel", "openvino", "pip install it")
+    error = MissingExtra("optimum-intel", "openvino", "pip install it")
     kind, arguments = error.__reduce__()
     assert str(kind(*arguments)) == str(error)

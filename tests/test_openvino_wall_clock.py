@@ -21,17 +21,18 @@ from transformers import PreTrainedModel
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.errors import ArtifactError, DataError, DeviceError, RecipeError, VocabularyError
+from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
 from fastdraft.functional.acceptance import Counts, add_counts
-from fastdraft.interfaces import Generation, Sampling, TargetConfig
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes import openvino_passes
 from fastdraft.runtimes.openvino_passes import OneByOne, is_npu
 from fastdraft.runtimes.openvino_speculative import DYNAMIC_PLACES, cut_rounds, with_proposals
 from fastdraft.runtimes.openvino_ties import TieJudge, explain_differences, first_difference
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
 from fastdraft.runtimes.wall_clock import TimedBatch
-from fastdraft.vocabulary import Vocabulary
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30, 120, 90, 100)]
 """More than 256 tokens in all: OpenVINO's default would cut the last ones into pieces."""
@@ -373,13 +374,13 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(DataError, match="prompt 0: 230 tokens"):
         pair.at(3).write([[5] * 230], GREEDY, TOKENS, 0, exact_counts=True)
     assert pair.at(3).write([[5] * 230], GREEDY, TOKENS, 0).texts[0].response_ids
-    with pytest.raises(ArtifactError, match=r"no openvino_model\.xml"):
+    with pytest.raises(FastDraftError, match=r"no openvino_model\.xml"):
         OpenVINOPair(exported_target, tiny_draft, ())
-    with pytest.raises(ArtifactError, match=r"no openvino_model\.xml"):
+    with pytest.raises(FastDraftError, match=r"no openvino_model\.xml"):
         TieJudge(tiny_target)
-    with pytest.raises(DeviceError, match="OpenVINO sees"):
+    with pytest.raises(RecipeError, match="OpenVINO sees"):
         OpenVINOTarget(exported_target, (), device="GPU.7")
-    with pytest.raises(DeviceError, match="OpenVINO sees"):
+    with pytest.raises(RecipeError, match="OpenVINO sees"):
         OpenVINOPair(exported_target, exported_target, (), draft_device="NPU")
 
 
@@ -391,7 +392,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(
         "fastdraft.runtimes.openvino_wall_clock.open_pipeline", lambda *_, **__: pytest.fail("loaded")
     )
-    with pytest.raises(VocabularyError, match="draft 384, target 320"):
+    with pytest.raises(TargetError, match="draft 384, target 320"):
         OpenVINOPair(exported_target, write_target(tmp_path, padded_vocab=384), ())
 
 
@@ -400,10 +401,10 @@ def test_a_failure_of_openvino_is_one_line(alone: OpenVINOTarget, monkeypatch: p
         raise RuntimeError("Exception from src/x.cpp:1:\nno memory left\n")
 
     monkeypatch.setattr(alone._loaded.pipeline, "write", fail)
-    with pytest.raises(DeviceError, match="device: CPU: OpenVINO failed: no memory left"):
+    with pytest.raises(RecipeError, match="device: CPU: OpenVINO failed: no memory left"):
         alone.write(PROMPTS, GREEDY, TOKENS, 0)
     monkeypatch.setattr(alone._loaded.pipeline, "write", lambda *_: [[]])
-    with pytest.raises(DeviceError, match="left without an answer"):
+    with pytest.raises(RecipeError, match="left without an answer"):
         alone.write(PROMPTS[:1], GREEDY, TOKENS, 0)
 
 

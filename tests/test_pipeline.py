@@ -9,9 +9,9 @@ import pytest
 from conftest import write_recipe
 from fastdraft import cli
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, FastDraftError, MissingExtraError
+from fastdraft.errors import FastDraftError, MissingExtra
 from fastdraft.pipeline import STAGE_NAMES, downstream, run
-from fastdraft.recipe import load_recipe
+from fastdraft.recipe.recipe import load_recipe
 from kill_and_resume import Kind, kill_and_resume
 
 NAMES = [name for name in STAGE_NAMES if name != "benchmark"]
@@ -98,13 +98,13 @@ def test_a_library_that_a_late_stage_needs_is_asked_for_before_the_first_one_run
 ) -> None:
     monkeypatch.setattr("fastdraft.runtimes.engines.find_spec", lambda name: None)
     recipe = load_recipe(str(write_recipe(tmp_path, tiny_target)), sections)
-    with pytest.raises(MissingExtraError, match=rf"fastdraft\[{extra}\]"):
+    with pytest.raises(MissingExtra, match=rf"fastdraft\[{extra}\]"):
         run(recipe)
     assert not (tmp_path / "runs" / "tiny" / "design").exists()
 
 
 def test_a_changed_recipe_over_finished_work_is_refused_before_anything_runs(finished: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"tokens.*--redo align"):
+    with pytest.raises(FastDraftError, match=r"tokens.*--redo align"):
         run(load_recipe(str(finished), ["align.tokens=7k"]))
 
 
@@ -139,7 +139,7 @@ def test_nothing_is_thrown_away_for_a_run_that_is_refused(finished: Path) -> Non
 
 def test_one_stage_alone_is_refused_too_when_the_recipe_tells_another_story(finished: Path) -> None:
     kept = (finished.parent / "runs" / "tiny" / "recipe.yaml").read_text(encoding="utf-8")
-    with pytest.raises(ArtifactError, match="--redo pretrain"):
+    with pytest.raises(FastDraftError, match="--redo pretrain"):
         run(load_recipe(str(finished), ["pretrain.tokens=9k"]), only=["export"])
     assert (finished.parent / "runs" / "tiny" / "recipe.yaml").read_text(encoding="utf-8") == kept
 

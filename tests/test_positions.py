@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdraft.artifacts import read_json, write_json
 from fastdraft.decoding.position_figures import faded_sentence, position_results
 from fastdraft.functional import positions
 from fastdraft.functional.acceptance import counts_to_array, expected_counts
@@ -19,6 +18,7 @@ from fastdraft.reporting.length_sections import length_section
 from fastdraft.reporting.page import render_markdown
 from fastdraft.reporting.record import RunRecord, read_record
 from fastdraft.reporting.report import compose_report
+from fastdraft.run_folder import read_json, write_json
 from report_fixture import results, write_run
 
 
@@ -131,7 +131,7 @@ def report_of(folder: Path, rates: list[float]) -> RunRecord:
     }
     found["by_position"] = position_results(tables, 3, 131072, 0)
     run = write_run(folder, ())
-    write_json(run.artifact("evaluate").path / "results.json", found)
+    write_json(run.folder("evaluate").path / "results.json", found)
     return read_record(run)
 
 
@@ -185,6 +185,6 @@ def test_an_evaluation_tells_every_bucket_and_they_add_up_to_the_rows(
                 "num_generated_tokens",
             ):
                 assert sum(row[key] for row in mine) == pytest.approx(total[key], abs=1e-4)
-    folder = where.artifact("evaluate").path
+    folder = where.folder("evaluate").path
     (folder / "positions" / "align-first-0.6.npy").unlink()
     assert run(config, where)["by_position"] == read_json(folder / "results.json")["by_position"] == found

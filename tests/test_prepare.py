@@ -10,23 +10,24 @@ from typing import Any
 
 import pytest
 
-from fastdraft.artifacts import RunDirectory, file_sha256
-from fastdraft.config import load_config
 from fastdraft.console import Console
 from fastdraft.data import build
 from fastdraft.data.journal import Journal
 from fastdraft.data.loader import MixtureSampler
 from fastdraft.data.shards import ShardWriter, open_corpus
-from fastdraft.errors import ArtifactError, DataError, Interrupted, RecipeError
-from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
+from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.data import PrepareConfig
+from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.run_folder import RunFolder, file_sha256
 from fastdraft.stages import prepare
-from fastdraft.stages.prepare import PrepareConfig
+from fastdraft.stages.context import StageContext
 from fastdraft.training.batches import PackedBatches
 
 
 def context_of(root: Path, target: Path, seed: int = 0) -> StageContext:
     return StageContext(
-        RunDirectory(root),
+        RunFolder(root),
         RunConfig(name="test", seed=seed),
         TargetConfig(model=str(target)),
         {},
@@ -43,7 +44,7 @@ def config_of(*entries: dict[str, Any], **changes: Any) -> PrepareConfig:
 
 
 def execute(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
-    artifact = context.artifact("prepare")
+    artifact = context.folder("prepare")
     artifact.begin(prepare.fingerprint(config, context))
     prepare.run(config, context)
     return artifact.manifest()
@@ -70,7 +71,7 @@ def test_a_corpus_becomes_rows_of_the_targets_tokens(
         config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus), "license": "MIT"}), context
     )
     train, validation = (
-        open_corpus(context.artifact("prepare"), "text", split) for split in ("train", "validation")
+        open_corpus(context.folder("prepare"), "text", split) for split in ("train", "validation")
     )
     assert manifest["separator_id"] == 0
     assert manifest["dtype"] == "uint16"
@@ -212,7 +213,7 @@ def test_validation_is_chosen_by_the_text_alone(
         execute(
             config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus)}, validation=0.3), context
         )
-        corpus = open_corpus(context.artifact("prepare"), "text", "validation")
+        corpus = open_corpus(context.folder("prepare"), "text", "validation")
         text = tokenizer.decode([int(i) for row in range(corpus.rows) for i in corpus[row]])
         chosen.append(set(text.split("<|endoftext|>")[1:-1]))
     assert len(chosen[0] & chosen[1]) > 0.8 * len(chosen[0])
@@ -254,7 +255,7 @@ def test_a_corpus_under_one_row_is_refused_and_leaves_no_manifest(tmp_path: Path
     for _ in range(2):
         with pytest.raises(DataError, match="each split needs at least one row of 33"):
             execute(config_of({"name": "t", "kind": "jsonl", "path": str(tmp_path / "a.jsonl")}), context)
-    assert not context.artifact("prepare").path.exists(), "a mended corpus can simply be run again"
+    assert not context.folder("prepare").path.exists(), "a mended corpus can simply be run again"
 
 
 def test_a_missing_source_is_refused_before_any_work(tmp_path: Path, tiny_target: Path) -> None:
@@ -274,7 +275,7 @@ def test_finished_work_outlives_its_sources(tmp_path: Path, tiny_target: Path, s
     before = prepare.fingerprint(config, context)
     small_corpus.unlink()
     assert prepare.fingerprint(config, context) == before
-    assert not context.artifact("prepare").differences(before)
+    assert not context.folder("prepare").differences(before)
 
 
 def test_the_fingerprint_holds_what_the_shards_depend_on(
@@ -341,7 +342,7 @@ def test_prepared_rows_are_trained_on_one_token_ahead(
 ) -> None:
     context = context_of(tmp_path / "run", tiny_target)
     execute(config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}), context)
-    corpus = open_corpus(context.artifact("prepare"), "t", "train")
+    corpus = open_corpus(context.folder("prepare"), "t", "train")
     source = PackedBatches(MixtureSampler({"t": corpus}, {"t": 1.0}, 0), 2, corpus.row_length, 4, 2)
     rows = source.sampler.rows(4, 4)
     for batch, part in zip(source.batches(1), (rows[:2], rows[2:]), strict=True):
@@ -353,7 +354,7 @@ def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, tiny_target: Path, 
     journal = tmp_path / "run" / "prepare" / ".journal" / "journal.sqlite"
     journal.parent.mkdir(parents=True)
     journal.write_bytes(b"not a database, not at all" * 100)
-    with pytest.raises(ArtifactError, match="redo it with --redo prepare"):
+    with pytest.raises(FastDraftError, match="redo it with --redo prepare"):
         execute(
             config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}),
             context_of(tmp_path / "run", tiny_target),

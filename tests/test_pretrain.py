@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdraft.artifacts import RunDirectory, digest, file_sha256, write_json
-from fastdraft.config import Config, load_config
 from fastdraft.console import Console
 from fastdraft.data.loader import open_mixture
 from fastdraft.errors import DataError, Interrupted, RecipeError
-from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
+from fastdraft.recipe.base import Config, load_config
+from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.training import ContinuePretrainConfig, PretrainConfig
+from fastdraft.run_folder import RunFolder, digest, file_sha256, write_json
 from fastdraft.stages import pretrain
-from fastdraft.stages.pretrain import ContinuePretrainConfig, PretrainConfig
+from fastdraft.stages.context import StageContext
 from fastdraft.training.metrics import read_metrics
 
 LENGTH = 16
@@ -73,15 +74,15 @@ def make_context(
         write_prepared(root / "prepare", rows or {"text": 30, "code": 30})
     settings = RunConfig(name=root.name, folder=str(root.parent), device="cpu", threads=1)
     return StageContext(
-        RunDirectory(root), settings, TargetConfig(model=str(draft)), sections, Console(quiet=True)
+        RunFolder(root), settings, TargetConfig(model=str(draft)), sections, Console(quiet=True)
     )
 
 
 def run_stage(context: StageContext, name: pretrain.Name) -> dict[str, Any]:
     config = context.section(name)
-    context.artifact(name).begin(pretrain.fingerprint(config, context, name))
+    context.folder(name).begin(pretrain.fingerprint(config, context, name))
     pretrain.run(config, context, name)
-    return context.artifact(name).manifest()
+    return context.folder(name).manifest()
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_pretrain_lowers_the_validation_loss_and_leaves_complete_model_folders(
 ) -> None:
     context = new_context(tokens=64 * 60)
     manifest = run_stage(context, "pretrain")
-    records = read_metrics(context.artifact("pretrain").path)
+    records = read_metrics(context.folder("pretrain").path)
     losses = [record["validation_loss"] for record in records if "validation_loss" in record]
     assert losses[-1]["text"] < losses[0]["text"]
     assert set(losses[0]) == {"text", "code"}
@@ -117,13 +118,13 @@ def test_pretrain_lowers_the_validation_loss_and_leaves_complete_model_folders(
     assert manifest["settings"]["learning_rate"] == 0.01
     assert manifest["settings"]["precision"] == "fp32"
     for name in ("checkpoint", "undecayed"):
-        folder = context.artifact("pretrain").path / name
+        folder = context.folder("pretrain").path / name
         for file in ("config.json", "tokenizer.json", "chat_template.jinja"):
             assert (folder / file).is_file()
         assert (folder / "tokenizer.json").read_bytes() == (
-            context.artifact("design").path / "draft/tokenizer.json"
+            context.folder("design").path / "draft/tokenizer.json"
         ).read_bytes()
-    assert not (context.artifact("pretrain").path / "steps").exists()
+    assert not (context.folder("pretrain").path / "steps").exists()
 
 
 def test_continue_pretrain_starts_from_the_undecayed_weights_unless_told_otherwise(
@@ -131,7 +132,7 @@ def test_continue_pretrain_starts_from_the_undecayed_weights_unless_told_otherwi
 ) -> None:
     context = new_context()
     run_stage(context, "pretrain")
-    before = context.artifact("pretrain").path
+    before = context.folder("pretrain").path
     assert weights_of(before / "undecayed") != weights_of(before / "checkpoint")
     config = context.section("continue_pretrain")
     assert pretrain._start_folder(config, context, "continue_pretrain") == before / "undecayed"
@@ -166,18 +167,18 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
     first, second = new_context("a", optimizer=optimizer), new_context("b", optimizer=optimizer)
     run_stage(first, "pretrain")
     config, rounds = second.section("pretrain"), 0
-    second.artifact("pretrain").begin(pretrain.fingerprint(config, second, "pretrain"))
-    while not second.artifact("pretrain").is_complete():
+    second.folder("pretrain").begin(pretrain.fingerprint(config, second, "pretrain"))
+    while not second.folder("pretrain").is_complete():
         stopping = dataclasses.replace(second, console=StopAfter(3))
         rounds += 1
         try:
             pretrain.run(config, stopping, "pretrain")
         except Interrupted:
-            assert not second.artifact("pretrain").is_complete()
+            assert not second.folder("pretrain").is_complete()
     assert rounds == 4
     for name in ("checkpoint", "undecayed"):
-        assert weights_of(first.artifact("pretrain").path / name) == weights_of(
-            second.artifact("pretrain").path / name
+        assert weights_of(first.folder("pretrain").path / name) == weights_of(
+            second.folder("pretrain").path / name
         )
 
 
@@ -236,12 +237,12 @@ run_stage(context, "pretrain")
     assert (
         subprocess.run([sys.executable, "-c", script, *arguments], check=False, timeout=120).returncode == 9
     )
-    assert read_metrics(second.artifact("pretrain").path)[-1]["step"] == 7
+    assert read_metrics(second.folder("pretrain").path)[-1]["step"] == 7
     run_stage(second, "pretrain")
-    assert weights_of(first.artifact("pretrain").path / "checkpoint") == weights_of(
-        second.artifact("pretrain").path / "checkpoint"
+    assert weights_of(first.folder("pretrain").path / "checkpoint") == weights_of(
+        second.folder("pretrain").path / "checkpoint"
     )
-    steps = [record["step"] for record in read_metrics(second.artifact("pretrain").path) if "loss" in record]
+    steps = [record["step"] for record in read_metrics(second.folder("pretrain").path) if "loss" in record]
     assert steps == list(range(1, 11))
 
 
@@ -251,7 +252,7 @@ def test_the_micro_batch_may_change_half_way_without_losing_or_doubling_a_row(
     """Only the order of sums changes: same rows at the same steps, losses equal to rounding."""
     first, second, smaller = new_context("a"), new_context("b"), new_context("b", micro_batch_tokens=16)
     run_stage(first, "pretrain")
-    second.artifact("pretrain").begin(pretrain.fingerprint(second.section("pretrain"), second, "pretrain"))
+    second.folder("pretrain").begin(pretrain.fingerprint(second.section("pretrain"), second, "pretrain"))
     with pytest.raises(Interrupted):
         pretrain.run(
             second.section("pretrain"), dataclasses.replace(second, console=StopAfter(5)), "pretrain"
@@ -260,7 +261,7 @@ def test_the_micro_batch_may_change_half_way_without_losing_or_doubling_a_row(
     whole, parts = (
         [
             (r["step"], r["tokens"], r["lr"], r["loss"])
-            for r in read_metrics(c.artifact("pretrain").path)
+            for r in read_metrics(c.folder("pretrain").path)
             if "loss" in r
         ]
         for c in (first, smaller)
@@ -284,7 +285,7 @@ def test_a_corpus_smaller_than_its_share_of_a_batch_is_refused_in_one_line(
         DataError, match=r"pretrain\.mixture\.text: 3 rows of 16 tokens: its share of one batch is 4 rows"
     ):
         run_stage(context, "pretrain")
-    assert not context.artifact("pretrain").is_complete()
+    assert not context.folder("pretrain").is_complete()
 
 
 def test_a_batch_below_one_row_is_refused(new_context: Callable[..., StageContext]) -> None:
@@ -303,8 +304,8 @@ def test_corpora_without_validation_rows_give_no_validation_loss(
     tmp_path: Path, new_context: Callable[..., StageContext]
 ) -> None:
     context = new_context()
-    shutil.rmtree(context.artifact("prepare").path)
-    write_prepared(context.artifact("prepare").path, {"text": 30}, validation_rows=0)
+    shutil.rmtree(context.folder("prepare").path)
+    write_prepared(context.folder("prepare").path, {"text": 30}, validation_rows=0)
     assert run_stage(context, "pretrain")["validation_loss"] == {}
 
 
@@ -387,6 +388,6 @@ def test_continue_pretrain_never_meets_a_corpus_in_the_order_in_which_pretrain_d
         assert (seed == context.settings.seed) == (
             name == "pretrain" or not same_place
         )  # figures of other runs stay as they were
-        sampler = open_mixture(context.artifact("prepare"), section.mixture, seed)
+        sampler = open_mixture(context.folder("prepare"), section.mixture, seed)
         walks.append([row for corpus, row in sampler.sources(0, 300) if corpus == "text"][:50])
     assert sum(a == b for a, b in zip(*walks, strict=True)) < 5

@@ -11,13 +11,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastdraft import pipeline
-from fastdraft.artifacts import RunDirectory
 from fastdraft.commands import preview
 from fastdraft.commands.preview_batches import batch_row, spread_batch_rows
 from fastdraft.console import Console
 from fastdraft.data.responses import SyntheticRow, ids_hash, read_all, unit_path, write_rows
-from fastdraft.errors import ArtifactError, RecipeError, TrainingError
-from fastdraft.recipe import load_recipe
+from fastdraft.errors import FastDraftError, RecipeError
+from fastdraft.recipe.recipe import load_recipe
+from fastdraft.run_folder import RunFolder
 from fastdraft.stages.align import training_batches
 from fastdraft.training.batches import Sample, packed_batch, padded_batch
 
@@ -42,7 +42,7 @@ def finished(tiny_recipe: Path, tiny_target: Path) -> Path:
             make_row(i, prompt, tokenizer(f"Answer {i}<|end|>").input_ids)
             for i in range(unit * 10, unit * 10 + 10)
         ]
-        write_rows(unit_path(RunDirectory(root).artifact("synthesize"), unit), rows)
+        write_rows(unit_path(RunFolder(root).folder("synthesize"), unit), rows)
     return root
 
 
@@ -76,18 +76,18 @@ def test_a_text_cannot_drive_the_readers_terminal(tiny_target: Path) -> None:
 
 
 def test_more_rows_than_there_are_shows_each_once(finished: Path) -> None:
-    rows = preview.spread_rows(RunDirectory(finished).artifact("synthesize"), 100)
+    rows = preview.spread_rows(RunFolder(finished).folder("synthesize"), 100)
     assert len({row.row_id for row in rows}) == len(rows) == 30
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="must be the folder of a run"):
+    with pytest.raises(FastDraftError, match="must be the folder of a run"):
         preview.run(tmp_path, 1, Console(quiet=True))
 
 
 def test_a_run_without_rows_is_one_line(finished: Path) -> None:
     shutil.rmtree(finished / "synthesize")
-    with pytest.raises(ArtifactError, match="no synthetic rows"):
+    with pytest.raises(FastDraftError, match="no synthetic rows"):
         preview.run(finished, 1, Console(quiet=True))
 
 
@@ -98,7 +98,7 @@ def test_a_count_below_one_is_refused(finished: Path) -> None:
 
 def test_the_share_of_trained_tokens_is_told(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preview.run(finished, 1, Console())
-    row = preview.spread_rows(RunDirectory(finished).artifact("synthesize"), 1)[0]
+    row = preview.spread_rows(RunFolder(finished).folder("synthesize"), 1)[0]
     whole = len(row.prompt_ids) + len(row.response_ids)
     assert (
         f"{len(row.response_ids)} of {whole} tokens trained ({len(row.response_ids) / whole:.0%})"
@@ -108,12 +108,12 @@ def test_the_share_of_trained_tokens_is_told(finished: Path, capsys: pytest.Capt
 
 def test_a_row_without_trained_tokens_is_an_error(tiny_target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)
-    with pytest.raises(TrainingError, match="0 % trained tokens"):
+    with pytest.raises(FastDraftError, match="0 % trained tokens"):
         preview.format_row(make_row(1, [5, 6], []), tokenizer, colour=False)
     batch = padded_batch([Sample([5, 6], [7, 8]), Sample([5, 6, 9, 9], [7])], 0)
     empty = replace(batch, labels=batch.labels[:2], index=batch.index[:2])  # type: ignore[index]
     assert batch_row(empty, 0, "row").trained == [False, False, True, True]
-    with pytest.raises(TrainingError, match="row 1: 0 % trained tokens"):
+    with pytest.raises(FastDraftError, match="row 1: 0 % trained tokens"):
         batch_row(empty, 1, "row 1")
 
 
@@ -144,9 +144,7 @@ def test_the_batches_of_align_are_shown_as_the_draft_reads_them(
     responses = [row for row in rows if ", responses," in row]
     assert responses
     assert all(row.count("[[") == row.count("]]") >= 1 for row in rows)
-    written = {
-        tuple(row.response_ids) for row in read_all(RunDirectory(root).artifact("synthesize"), "train")
-    }
+    written = {tuple(row.response_ids) for row in read_all(RunFolder(root).folder("synthesize"), "train")}
     source = training_batches(recipe.align, pipeline.make_context(recipe, Console(quiet=True)))  # type: ignore[arg-type]
     for row in spread_batch_rows(source, 6):
         if "responses" in row.about:
@@ -157,5 +155,5 @@ def test_the_batches_of_align_are_shown_as_the_draft_reads_them(
 
 
 def test_the_batches_of_a_run_without_align_are_refused(finished: Path) -> None:
-    with pytest.raises(ArtifactError, match="not finished"):
+    with pytest.raises(FastDraftError, match="not finished"):
         preview.run(finished, 1, Console(quiet=True), "align")

@@ -19,7 +19,7 @@ from fastdraft.data.prompts import JsonlPrompts, normalised, select_texts
 from fastdraft.data.units import CorpusPrefixes, Unit, UnitPlan, unit_seed
 from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.errors import DataError
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.functional.generation import Generation, Sampling
 
 
 def plan(**changes: object) -> UnitPlan:

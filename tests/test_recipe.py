@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastdraft.config import Config
 from fastdraft.errors import RecipeError
-from fastdraft.recipe import Recipe, apply_override, find_recipe, load_recipe, shipped_recipes
+from fastdraft.recipe.base import Config
+from fastdraft.recipe.recipe import Recipe, apply_override, find_recipe, load_recipe, shipped_recipes
 
 MINIMAL = {"run": {"name": "t"}, "target": {"model": "somewhere"}}
 
@@ -104,7 +104,7 @@ def test_an_override_may_open_a_section() -> None:
 def test_no_section_has_more_than_twelve_keys_and_every_key_is_documented() -> None:
     seen: set[type[Config]] = set()
     todo: list[type[Config]] = [Recipe]
-    from fastdraft.config import _models
+    from fastdraft.recipe.base import _models
 
     while todo:
         cls = todo.pop()

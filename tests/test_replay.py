@@ -17,9 +17,9 @@ from fastdraft.decoding.replay import accept_probabilities, block_efficiency, le
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.decoding.workbench import EncodedTask, Plan, Workbench
 from fastdraft.functional.acceptance import add_counts
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import probabilities
-from fastdraft.interfaces import Generation, Sampling
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(320, 300, tuple(range(300, 320)), 0, (3,), 0, "")
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from fastdraft.artifacts import RunDirectory
 from fastdraft.console import Console, format_table
-from fastdraft.errors import ArtifactError
-from fastdraft.interfaces import RunConfig, StageContext, TargetConfig
+from fastdraft.errors import FastDraftError
+from fastdraft.recipe.run import RunConfig, TargetConfig
 from fastdraft.reporting.charts import loss_chart, smooth
 from fastdraft.reporting.check_sections import agreement_table
 from fastdraft.reporting.document import Sample, Table, row
@@ -26,7 +25,9 @@ from fastdraft.reporting.report import compose_report
 from fastdraft.reporting.results import Results, interval
 from fastdraft.reporting.summary import summary_tables
 from fastdraft.reporting.verdict import give_verdict
+from fastdraft.run_folder import RunFolder
 from fastdraft.stages import report
+from fastdraft.stages.context import StageContext
 from report_fixture import HOSTILE, results, write_run
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -57,7 +58,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def context_of(run: RunDirectory) -> StageContext:
+def context_of(run: RunFolder) -> StageContext:
     settings = RunConfig(name=run.root.name, folder=str(run.root.parent))
     return StageContext(
         run, settings, TargetConfig(model="target"), {"report": report.ReportConfig()}, Console()
@@ -65,12 +66,12 @@ def context_of(run: RunDirectory) -> StageContext:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return write_run(tmp_path_factory.mktemp("runs") / "demo")
 
 
 @pytest.fixture(scope="module")
-def page(finished: RunDirectory) -> str:
+def page(finished: RunFolder) -> str:
     return render_html(compose_report(read_record(finished)))
 
 
@@ -79,11 +80,11 @@ def test_the_stage_writes_both_files_and_prints_the_summary_and_the_path(
 ) -> None:
     run = write_run(tmp_path / "demo")
     context, config = context_of(run), report.ReportConfig(title="My draft")
-    run.artifact("report").begin(report.fingerprint(config, context))
+    run.folder("report").begin(report.fingerprint(config, context))
     report.run(config, context)
-    folder = run.artifact("report").path
+    folder = run.folder("report").path
     told = capsys.readouterr().err
-    assert run.artifact("report").is_complete()
+    assert run.folder("report").is_complete()
     assert "<title>My draft</title>" in (folder / "report.html").read_text(encoding="utf-8")
     assert (folder / "report.md").read_text(encoding="utf-8").startswith("# My draft\n")
     assert "instructions" in told
@@ -99,7 +100,7 @@ def test_the_fingerprint_follows_the_results_and_the_finished_stages(tmp_path: P
     assert json.loads(json.dumps(before)) == before
     assert before["results"] == after["results"]
     assert before["stages"] != after["stages"]
-    (run.artifact("evaluate").path / "results.json").write_text("{}")
+    (run.folder("evaluate").path / "results.json").write_text("{}")
     assert report.fingerprint(config, context)["results"] != after["results"]
 
 
@@ -156,7 +157,7 @@ def test_provenance_holds_versions_seed_and_the_resolved_recipe(page: str) -> No
         assert words in part
 
 
-def test_the_same_run_gives_the_same_bytes(finished: RunDirectory, page: str) -> None:
+def test_the_same_run_gives_the_same_bytes(finished: RunFolder, page: str) -> None:
     assert render_html(compose_report(read_record(finished))) == page
 
 
@@ -195,15 +196,15 @@ def test_a_run_without_some_stages_still_gets_a_report_that_says_so(
 
 
 def test_a_run_without_anything_still_gets_a_report(tmp_path: Path) -> None:
-    composed = compose_report(read_record(RunDirectory(tmp_path / "empty")))
+    composed = compose_report(read_record(RunFolder(tmp_path / "empty")))
     assert composed.tone == "none"
     assert "not been evaluated" in render_html(composed)
 
 
 def test_a_damaged_results_file_is_one_clear_error(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
-    (run.artifact("evaluate").path / "results.json").write_text('{"rows": [')
-    with pytest.raises(ArtifactError, match=r"results\.json"):
+    (run.folder("evaluate").path / "results.json").write_text('{"rows": [')
+    with pytest.raises(FastDraftError, match=r"results\.json"):
         read_record(run)
 
 
@@ -316,7 +317,7 @@ def test_a_task_with_a_very_long_name_still_fits_80_columns() -> None:
     assert max(len(line) for table in summary_tables(raw) for line in format_table(*table).splitlines()) <= 80
 
 
-def test_markdown_has_the_tables_of_the_page(finished: RunDirectory) -> None:
+def test_markdown_has_the_tables_of_the_page(finished: RunFolder) -> None:
     composed = compose_report(read_record(finished))
     text = render_markdown(composed)
     for section in composed.sections:
@@ -348,7 +349,7 @@ def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
     assert [y for _, y in smooth([(0, 0.0), (1, 2.0), (2, 4.0)], share=0.67)] == [0.0, 1.0, 3.0]
 
 
-def test_the_synthetic_table_adds_up_to_what_was_asked(finished: RunDirectory) -> None:
+def test_the_synthetic_table_adds_up_to_what_was_asked(finished: RunFolder) -> None:
     text = render_markdown(compose_report(read_record(finished)))
     assert "| **asked** | **2,400** | **100.0%** |" in text
     assert "| filtered: looping | 88 | 3.7% |" in text
@@ -362,12 +363,12 @@ def test_the_time_of_a_stage_is_the_longer_of_its_own_and_the_pipelines() -> Non
     assert (record.seconds("align"), record.seconds("export"), record.seconds("design")) == (30.0, 2.0, None)
 
 
-def card_of(run: RunDirectory) -> str:
+def card_of(run: RunFolder) -> str:
     record = read_record(run)
     return model_card(record.manifests, record.results)
 
 
-def test_the_model_card_has_front_matter_usage_figures_sources_and_limits(finished: RunDirectory) -> None:
+def test_the_model_card_has_front_matter_usage_figures_sources_and_limits(finished: RunFolder) -> None:
     text = card_of(finished)
     front = text.split("---\n")[1]
     assert "library_name: transformers" in front

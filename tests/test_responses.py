@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fastdraft.artifacts import Artifact
 from fastdraft.data.responses import (
     SyntheticRow,
     ids_hash,
@@ -20,7 +19,8 @@ from fastdraft.data.responses import (
     validation_keys,
     write_rows,
 )
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
+from fastdraft.run_folder import StageFolder
 
 
 def make_row(number: int, prompt: int | None = None) -> SyntheticRow:
@@ -76,12 +76,12 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "unit-00000.parquet"
     write_rows(path, [make_row(i) for i in range(50)])
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ArtifactError, match="damaged"):
+    with pytest.raises(FastDraftError, match="damaged"):
         read_rows(path)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="missing"):
+    with pytest.raises(FastDraftError, match="missing"):
         read_rows(tmp_path / "unit-00000.parquet")
 
 
@@ -90,8 +90,8 @@ def test_the_hash_knows_where_prompt_and_response_part() -> None:
     assert ids_hash([1, 2], [3]) == ids_hash([1, 2], [3])
 
 
-def artifact_with(tmp_path: Path, rows: list[SyntheticRow]) -> Artifact:
-    artifact = Artifact(tmp_path / "synthesize")
+def artifact_with(tmp_path: Path, rows: list[SyntheticRow]) -> StageFolder:
+    artifact = StageFolder(tmp_path / "synthesize")
     for unit in range(0, len(rows), 10):
         write_rows(unit_path(artifact, unit // 10), rows[unit : unit + 10])
     return artifact

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from fastdraft import pipeline
 from fastdraft.console import Console
-from fastdraft.errors import DiskError, Interrupted
+from fastdraft.errors import FastDraftError, Interrupted
 from fastdraft.training.metrics import Metrics
 from test_every_write import DEAD_PROCESS, copy_without, differing, recipe_in, result
 
@@ -79,7 +79,7 @@ def test_a_stage_that_crashes_again_and_again_ends_in_the_same_files(
         console = Console(quiet=True)
         with pytest.MonkeyPatch.context() as patch:
             copy = crash_at(patch, run, kind, write, console)
-            with contextlib.suppress(_KilledError, KeyboardInterrupt, DiskError, Interrupted):
+            with contextlib.suppress(_KilledError, KeyboardInterrupt, FastDraftError, Interrupted):
                 pipeline.run(recipe_in(short_run, run.name), console, only=[stage])
         if copy.exists():
             shutil.rmtree(run)

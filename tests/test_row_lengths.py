@@ -20,7 +20,7 @@ from fastdraft.data.ordering import piece_chars
 from fastdraft.data.row_lengths import length_for
 from fastdraft.data.shards import PackedCorpus, open_corpus, open_lengths, row_lengths
 from fastdraft.errors import DataError, Interrupted, RecipeError
-from fastdraft.recipe import load_recipe
+from fastdraft.recipe.recipe import load_recipe
 from fastdraft.reporting.run_sections import corpora_table
 from fastdraft.training.batches import PackedBatches
 from test_prepare import config_of, context_of, crash, execute, shards_of
@@ -59,14 +59,14 @@ def test_long_rows_hold_long_documents_in_their_share_and_short_ones_never(
     manifest = execute(config_of(entry, long_rows={128: 0.25}, validation=0.2), context)
     assert row_lengths(manifest) == [32, 128]
     for split in ("train", "validation"):
-        rows = open_lengths(context.artifact("prepare"), "t", split)
+        rows = open_lengths(context.folder("prepare"), "t", split)
         assert rows[128].rows > 0
         lengths = np.diff(np.flatnonzero(rows[128].take(range(rows[128].rows)).reshape(-1) == SEPARATOR))
         assert lengths.min() >= 64
         total = sum(corpus.tokens for corpus in rows.values())
         assert manifest["corpora"]["t"][split]["tokens"] == total
         assert abs(rows[128].tokens - 0.25 * total) < 2 * 400, "to within two documents"
-    assert open_corpus(context.artifact("prepare"), "t", "train").row_length == 32
+    assert open_corpus(context.folder("prepare"), "t", "train").row_length == 32
     table = corpora_table(manifest)
     assert table is not None
     assert "rows of 32 and 128 tokens" in table.note
@@ -108,7 +108,7 @@ def test_without_long_documents_there_are_no_long_rows_and_a_warning_says_so(
     )
     assert any("0.0% of the tokens are in rows of 1024, 10.0% were asked for" in text for text in warnings)
     assert all("row_length" not in shard for shard in manifest["corpora"]["t"]["train"]["shards"])
-    sampler = open_mixture(context.artifact("prepare"), {"t": 1.0}, 0)
+    sampler = open_mixture(context.folder("prepare"), {"t": 1.0}, 0)
     assert sampler.row_length == 32
     assert sampler.names == ["t"]
 
@@ -138,8 +138,8 @@ def test_the_fingerprint_knows_long_rows_and_old_shards_still_fit(
     assert "long_rows" not in prepare.fingerprint(config_of(entry), context)
     mixed = config_of(entry, long_rows={64: 0.2})
     execute(mixed, context)
-    assert not context.artifact("prepare").differences(prepare.fingerprint(mixed, context))
-    assert context.artifact("prepare").differences(
+    assert not context.folder("prepare").differences(prepare.fingerprint(mixed, context))
+    assert context.folder("prepare").differences(
         prepare.fingerprint(config_of(entry, long_rows={64: 0.3}), context)
     )
 
@@ -234,14 +234,14 @@ def with_long_rows(recipe: Path, folder: str, **pretrain: Any) -> Path:
 
 def test_a_run_trains_on_all_lengths_validates_each_and_goes_on_after_a_stop(tiny_recipe: Path) -> None:
     path = str(with_long_rows(tiny_recipe, "mixed"))
-    whole = pipeline.run(load_recipe(path), only=("design", "prepare", "pretrain")).artifact("pretrain")
+    whole = pipeline.run(load_recipe(path), only=("design", "prepare", "pretrain")).folder("pretrain")
     assert set(whole.manifest()["validation_loss"]) == {"text", "text@128", "code", "code@128"}
     assert whole.manifest()["tokens"] == 16 * 512
     recipe = load_recipe(path, ["run.name=stopped"])
     pipeline.run(recipe, only=("design", "prepare"))
     with pytest.raises(Interrupted):
         pipeline.run(recipe, StopAfter(7), only=("pretrain",))
-    stopped = pipeline.run(recipe, only=("pretrain",)).artifact("pretrain")
+    stopped = pipeline.run(recipe, only=("pretrain",)).folder("pretrain")
     assert weights_of(stopped.path / "checkpoint") == weights_of(whole.path / "checkpoint")
 
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.scoring import ScoringEngine, score
-from fastdraft.interfaces import Generation, Sampling, TargetConfig
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.loading import load_target
+from fastdraft.recipe.run import TargetConfig
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44], [100]]
 

@@ -16,7 +16,7 @@ pytest.importorskip("httpx")
 from conftest import CHAT_TEMPLATE, write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
-from fastdraft.conversation import Conversation
+from fastdraft.data.conversation import Conversation
 from fastdraft.data.dialogue import conversation_plan
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.responses import SyntheticRow, ids_hash, read_all
@@ -27,9 +27,10 @@ from fastdraft.decoding.turn_prompts import opened_once, with_turns
 from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.decoding.workbench import EncodedTask, Plan
 from fastdraft.errors import TargetError
-from fastdraft.interfaces import Engine, Generation, RenderedPrompt, Sampling, TargetConfig
+from fastdraft.functional.generation import Engine, Generation, RenderedPrompt, Sampling
 from fastdraft.modeling.loading import load_tokenizer, load_vocabulary
-from fastdraft.recipe import load_recipe
+from fastdraft.recipe.recipe import load_recipe
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes import engines
 from fastdraft.runtimes.openai_requests import Servers
 from fastdraft.runtimes.openai_server import OpenAIEngine
@@ -233,9 +234,9 @@ def test_a_run_of_conversations_over_a_chat_server_evaluates_every_turn_with_one
         run = pipeline.run(recipe)
     finally:
         (tmp_path / "away").rename(target / "model.safetensors")
-    rows = list(read_all(run.artifact("synthesize")))
+    rows = list(read_all(run.folder("synthesize")))
     assert any(row.prompt_key != ids_hash(row.prompt_ids) for row in rows), "later turns are there"
-    results = json.loads((run.artifact("evaluate").path / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((run.folder("evaluate").path / "results.json").read_text(encoding="utf-8"))
     assert {(row["num_prompts"], row["num_conversations"]) for row in results["rows"]} == {(6, 3)}
     assert opened.count("evaluate") == 1
 

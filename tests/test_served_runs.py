@@ -21,12 +21,12 @@ from fastdraft.console import Console
 from fastdraft.data.responses import SyntheticRow, read_all, read_rows
 from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.decoding.logit_writer import sparse_logits
-from fastdraft.errors import DataError, FastDraftError, MissingExtraError, RecipeError, TargetError
+from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
 from fastdraft.modeling.loading import load_target
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.recipe.evaluation import SHIPPED_TASKS, BenchmarkConfig
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.recipe.training import TokenKDConfig
 from fastdraft.runtimes import engines
-from fastdraft.stages.benchmark import SHIPPED_TASKS, BenchmarkConfig
-from fastdraft.training.settings import TokenKDConfig
 from serving import Served
 
 
@@ -64,7 +64,7 @@ class Run:
 
     def results(self, **evaluate: Any) -> dict[str, Any]:
         run = pipeline.run(self.recipe(**evaluate), only=["evaluate"], redo=["evaluate"])
-        return dict(json.loads((run.artifact("evaluate").path / "results.json").read_text(encoding="utf-8")))
+        return dict(json.loads((run.folder("evaluate").path / "results.json").read_text(encoding="utf-8")))
 
     def weights(self, *, here: bool) -> None:
         source, goal = (
@@ -202,7 +202,7 @@ def test_training_rows_from_a_log_are_those_of_the_log(run: Run) -> None:
     recipe = run.recipe("from-log", {"tokens": "1M", "batch_rows": 8, "prompts": [source]})
     shutil.copytree(run.recipe().run.root / "design", recipe.run.root / "design")
     shutil.copytree(run.recipe().run.root / "prepare", recipe.run.root / "prepare")
-    artifact = pipeline.run(recipe, only=["synthesize"]).artifact("synthesize")
+    artifact = pipeline.run(recipe, only=["synthesize"]).folder("synthesize")
     assert sorted(read_all(artifact), key=lambda row: row.row_id) == sorted(rows, key=lambda row: row.row_id)
     assert artifact.manifest()["engine"] == "none"
 
@@ -223,7 +223,7 @@ def test_logits_of_a_servers_text_come_from_the_weights_and_teach_the_draft(run:
     assert len(run.served.asked) == asked
     assert not (recipe.run.root / "synthesize").exists(), "nothing is claimed before the weights are there"
     run.weights(here=True)
-    artifact = pipeline.run(recipe, only=["synthesize"]).artifact("synthesize")
+    artifact = pipeline.run(recipe, only=["synthesize"]).folder("synthesize")
     plain = pipeline.make_context(run.recipe(), _quiet()).require("synthesize")
     assert list(read_all(artifact)) == list(read_all(plain))
     assert artifact.manifest()["logits"] == {"kind": "top_k", "k": 16}
@@ -234,7 +234,7 @@ def test_logits_of_a_servers_text_come_from_the_weights_and_teach_the_draft(run:
     assert recipe.align
     objective = TokenKDConfig(kind="token_kd", loss="forward_kl", source="stored")
     distilled = recipe.model_copy(update={"align": recipe.align.model_copy(update={"objective": objective})})
-    assert pipeline.run(distilled, only=["align"]).artifact("align").is_complete()
+    assert pipeline.run(distilled, only=["align"]).folder("align").is_complete()
 
 
 def test_logits_of_logged_text_come_from_the_weights(run: Run) -> None:
@@ -243,7 +243,7 @@ def test_logits_of_logged_text_come_from_the_weights(run: Run) -> None:
     synthesize = {"tokens": "1M", "batch_rows": 8, "prompts": [source], "logits": {"kind": "top_k", "k": 4}}
     recipe = ready(run, run.recipe("scored-log", synthesize), "design", "prepare")
     run.weights(here=True)
-    artifact = pipeline.run(recipe, only=["synthesize"]).artifact("synthesize")
+    artifact = pipeline.run(recipe, only=["synthesize"]).folder("synthesize")
     assert artifact.manifest()["engine"] == "none"
     assert sum(1 for _ in read_with_logits(artifact)) == len(rows)
 
@@ -257,7 +257,7 @@ def test_auto_answers_the_tasks_with_the_engine_that_wrote_the_rows(
     recipe = ready(run, run.recipe("local", local, texts="engine"), "design", "prepare", "pretrain")
     pipeline.run(recipe, only=["synthesize", "align"])
     monkeypatch.setattr(engines, "require_openvino", lambda: None)  # installed since: what began goes on
-    evaluated = pipeline.run(recipe, only=["evaluate"]).artifact("evaluate")
+    evaluated = pipeline.run(recipe, only=["evaluate"]).folder("evaluate")
     assert evaluated.stored_fingerprint()["texts"] == {"kind": "engine", "engine": {"kind": "huggingface"}}
     assert "model.safetensors" in evaluated.stored_fingerprint()["target"]["files"]
 
@@ -271,7 +271,7 @@ def test_a_converted_target_leaves_with_the_stage_that_needed_it(
         settings: Any, context: Any, *arguments: Any, stage: str, **options: Any
     ) -> engines.Engines:
         stages.append(stage)
-        copy = context.artifact(stage).path / "converted" / settings.weights
+        copy = context.folder(stage).path / "converted" / settings.weights
         copy.mkdir(parents=True)
         return engines.open_engines(engines.HuggingFaceEngineConfig(), context, *arguments, **options)
 
@@ -285,7 +285,7 @@ def test_a_converted_target_leaves_with_the_stage_that_needed_it(
 
 
 def _not_installed() -> None:
-    raise MissingExtraError("nncf", "openvino")
+    raise MissingExtra("nncf", "openvino")
 
 
 def test_texts_of_an_engine_that_is_not_settled_are_refused(run: Run) -> None:

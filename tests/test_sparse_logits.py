@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from conftest import write_recipe
 from fastdraft import pipeline
-from fastdraft.artifacts import Artifact
 from fastdraft.data import sparse_logits as stored_logits
 from fastdraft.data.responses import read_all, read_rows, unit_paths
 from fastdraft.data.sparse_logits import (
@@ -31,11 +30,12 @@ from fastdraft.data.sparse_logits import (
 )
 from fastdraft.decoding import logit_writer
 from fastdraft.decoding.logit_writer import LogitWriter, sparse_logits
-from fastdraft.errors import ArtifactError, FastDraftError, RecipeError, TargetError
+from fastdraft.errors import FastDraftError, RecipeError, TargetError
 from fastdraft.functional.distillation import SparseTarget, top_k_buckets
-from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling.loading import load_target
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import StageFolder
 
 
 def made(tokens: int, k: int, vocab_size: int, seed: int = 0) -> SparseLogits:
@@ -139,11 +139,11 @@ class Folder:
         path.write_text(yaml.safe_dump(value), encoding="utf-8")
         return load_recipe(str(path))
 
-    def run(self, recipe: Recipe) -> Artifact:
+    def run(self, recipe: Recipe) -> StageFolder:
         for stage in ("design", "prepare"):
             if not (recipe.run.root / stage).exists():
                 shutil.copytree(self.prepared / stage, recipe.run.root / stage)
-        return pipeline.run(recipe, only=["synthesize"]).artifact("synthesize")
+        return pipeline.run(recipe, only=["synthesize"]).folder("synthesize")
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +152,16 @@ def folder(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Folde
 
 
 @pytest.fixture(scope="module")
-def written(folder: Folder) -> Artifact:
+def written(folder: Folder) -> StageFolder:
     """A finished stage with logits; tests only read it."""
     return folder.run(folder.recipe())
 
 
-def contents(artifact: Artifact) -> dict[str, bytes]:
+def contents(artifact: StageFolder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (artifact.path / "units").iterdir()}
 
 
-def test_every_unit_has_its_logits_and_every_token_its_record(written: Artifact) -> None:
+def test_every_unit_has_its_logits_and_every_token_its_record(written: StageFolder) -> None:
     assert written.manifest()["logits"] == {"kind": "top_k", "k": 16}
     for path in unit_paths(written):
         facts = StoredLogits(logits_path(path)).facts
@@ -175,7 +175,7 @@ def test_every_unit_has_its_logits_and_every_token_its_record(written: Artifact)
 
 
 def test_a_rows_logits_are_the_targets_own_at_temperature_1_with_no_id_masked(
-    written: Artifact, target: PreTrainedModel
+    written: StageFolder, target: PreTrainedModel
 ) -> None:
     placed = list(read_with_logits(written))
     assert [row.row_id for row, _ in placed] == [row.row_id for row in read_all(written)]
@@ -196,7 +196,7 @@ def test_a_rows_logits_are_the_targets_own_at_temperature_1_with_no_id_masked(
     )
 
 
-def test_scoring_in_small_batches_gives_the_same_rows(written: Artifact, target: PreTrainedModel) -> None:
+def test_scoring_in_small_batches_gives_the_same_rows(written: StageFolder, target: PreTrainedModel) -> None:
     rows = list(read_all(written))[:9]
     for one, other in zip(
         sparse_logits(target, rows, 8), sparse_logits(target, rows, 8, batch_tokens=1), strict=True
@@ -207,7 +207,7 @@ def test_scoring_in_small_batches_gives_the_same_rows(written: Artifact, target:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_kill_between_a_unit_and_its_logits_resumes_to_the_very_files_of_an_undisturbed_run(
-    folder: Folder, written: Artifact, monkeypatch: pytest.MonkeyPatch, moment: str
+    folder: Folder, written: StageFolder, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     recipe, real, calls = folder.recipe(), logit_writer.write_sparse_logits, 0
 
@@ -247,16 +247,16 @@ def test_without_logits_nothing_is_scored_and_the_fingerprint_is_as_before_there
     assert artifact.manifest()["logits"] == {"kind": "none"}
 
 
-def test_logits_of_other_rows_are_refused(written: Artifact, tmp_path: Path) -> None:
-    artifact = Artifact(shutil.copytree(written.path, tmp_path / "synthesize"))
+def test_logits_of_other_rows_are_refused(written: StageFolder, tmp_path: Path) -> None:
+    artifact = StageFolder(shutil.copytree(written.path, tmp_path / "synthesize"))
     full = [path for path in unit_paths(artifact) if read_rows(path)]
     shutil.copyfile(logits_path(full[0]), logits_path(full[1]))
-    with pytest.raises(ArtifactError, match="belongs to other rows"):
+    with pytest.raises(FastDraftError, match="belongs to other rows"):
         list(read_with_logits(artifact))
 
 
 def test_missing_and_damaged_files_are_the_users_error_whatever_bytes_they_hold(
-    written: Artifact, tmp_path: Path
+    written: StageFolder, tmp_path: Path
 ) -> None:
     path = logits_path(next(path for path in unit_paths(written) if read_rows(path)))
     whole, draw, damaged = path.read_bytes(), random.Random(0), tmp_path / "u.logits.safetensors"
@@ -271,9 +271,9 @@ def test_missing_and_damaged_files_are_the_users_error_whatever_bytes_they_hold(
         stored = StoredLogits(damaged)
         with contextlib.suppress(FastDraftError):
             stored.read(0, stored.facts["tokens"])
-    with pytest.raises(ArtifactError, match="missing"):
+    with pytest.raises(FastDraftError, match="missing"):
         StoredLogits(tmp_path / "nowhere").read(0, 1)
-    with pytest.raises(ArtifactError, match="asked for"):
+    with pytest.raises(FastDraftError, match="asked for"):
         StoredLogits(path).read(0, 10**6)
 
 
@@ -283,7 +283,7 @@ def test_a_k_that_leaves_no_tail_is_refused(folder: Folder) -> None:
 
 
 def test_numbers_that_are_not_finite_are_refused_and_nothing_is_written(
-    written: Artifact, tiny_target: Path, tmp_path: Path
+    written: StageFolder, tiny_target: Path, tmp_path: Path
 ) -> None:
     broken = load_target(TargetConfig(model=str(tiny_target)), "cpu")
     with torch.no_grad():

@@ -23,10 +23,10 @@ from transformers import (
 from fastdraft.decoding.cache import Reader
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import DataError, RecipeError, TargetError
+from fastdraft.functional.generation import Sampling
 from fastdraft.functional.sampling import probabilities
 from fastdraft.functional.verification import recovery, verify, verify_greedy
-from fastdraft.interfaces import Sampling
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
 
 GREEDY = Sampling(0.0)
 TINY = Vocabulary(320, 300, tuple(range(300, 320)), 0, (3,), 0, "")

@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdraft.config import load_config as read_section
 from fastdraft.functional.distillation import DenseTarget, chunked_distillation, token_loss
 from fastdraft.functional.losses import chunked_cross_entropy
-from fastdraft.interfaces import TargetConfig
 from fastdraft.modeling.architecture import draft_hf_config, read_architecture
 from fastdraft.modeling.initialize import build_draft
 from fastdraft.modeling.loading import load_vocabulary
 from fastdraft.modeling.shapes import explicit
+from fastdraft.recipe.base import load_config as read_section
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.recipe.training import AdamWConfig
 from fastdraft.stages import design
 from fastdraft.training import assemble
 from fastdraft.training.batches import Batch
 from fastdraft.training.objective import CrossEntropy
-from fastdraft.training.settings import AdamWConfig
 
 VOCAB, WIDTH, CHUNK = 4096, 8, 16
 LLAMA_VOCAB = 128_256

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import write_recipe
 from fastdraft import pipeline
-from fastdraft.artifacts import Artifact
 from fastdraft.console import Console
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.responses import read_all, read_metadata, read_rows, unit_path, unit_paths
-from fastdraft.errors import ArtifactError, DataError, FastDraftError, Interrupted, RecipeError
-from fastdraft.recipe import Recipe, load_recipe
+from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.run_folder import StageFolder
 from fastdraft.stages import synthesize
 from fastdraft.tasks import FileTask
 
@@ -49,8 +49,8 @@ class Folder:
                 shutil.copytree(self.prepared / stage, recipe.run.root / stage)
         return recipe
 
-    def run(self, recipe: Recipe) -> Artifact:
-        return pipeline.run(self.ready(recipe), only=["synthesize"]).artifact("synthesize")
+    def run(self, recipe: Recipe) -> StageFolder:
+        return pipeline.run(self.ready(recipe), only=["synthesize"]).folder("synthesize")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def folder(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Folde
 
 
 @pytest.fixture(scope="module")
-def written(folder: Folder) -> Artifact:
+def written(folder: Folder) -> StageFolder:
     """A finished stage; tests only read it."""
     return folder.run(folder.recipe())
 
@@ -76,11 +76,11 @@ def instructions(folder: Folder, **changes: object) -> dict[str, object]:
     return {**INSTRUCTIONS, "path": str(folder.root / "prompts.jsonl"), **changes}
 
 
-def contents(artifact: Artifact) -> dict[str, bytes]:
+def contents(artifact: StageFolder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (artifact.path / "units").iterdir()}
 
 
-def test_the_stage_writes_until_its_budget_and_accounts_for_every_row(written: Artifact) -> None:
+def test_the_stage_writes_until_its_budget_and_accounts_for_every_row(written: StageFolder) -> None:
     manifest, rows = written.manifest(), list(read_all(written))
     assert manifest["asked"] == manifest["written"] + sum(manifest["filtered"].values()) + manifest["failed"]
     assert manifest["written"] == len(rows) == len({row.row_id for row in rows})
@@ -94,7 +94,7 @@ def test_the_stage_writes_until_its_budget_and_accounts_for_every_row(written: A
 
 
 def test_rows_hold_the_prompts_as_asked_and_the_answers_as_drawn(
-    written: Artifact, tokenizer: PreTrainedTokenizerBase
+    written: StageFolder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     for row in read_all(written):
         assert len(row.logprobs) == len(row.response_ids) <= 16
@@ -105,7 +105,7 @@ def test_rows_hold_the_prompts_as_asked_and_the_answers_as_drawn(
             assert tokenizer.decode(row.prompt_ids).endswith("<|end|>\n<|assistant|>\n")
 
 
-def test_units_carry_their_account(written: Artifact) -> None:
+def test_units_carry_their_account(written: StageFolder) -> None:
     for path in unit_paths(written):
         counts = RowCounts.from_dict(read_metadata(path)["counts"])
         assert counts.balance() == 0
@@ -127,7 +127,7 @@ def test_any_beginning_of_the_units_holds_the_shares(folder: Folder) -> None:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_killed_run_goes_on_to_the_very_files_of_an_undisturbed_one(
-    folder: Folder, written: Artifact, monkeypatch: pytest.MonkeyPatch, moment: str
+    folder: Folder, written: StageFolder, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     recipe, real, calls = folder.recipe(), synthesize.write_rows, 0
 
@@ -160,7 +160,7 @@ def test_a_stop_is_obeyed_between_two_units_and_the_same_command_goes_on(folder:
     recipe, console = folder.ready(folder.recipe()), Console(quiet=True)
     console.stop.requested = True
     context = pipeline.make_context(recipe, console)
-    artifact = context.artifact("synthesize")
+    artifact = context.folder("synthesize")
     assert recipe.synthesize
     artifact.begin(synthesize.fingerprint(recipe.synthesize, context))
     with pytest.raises(Interrupted):
@@ -174,7 +174,7 @@ def test_a_damaged_unit_of_an_earlier_process_is_refused(folder: Folder) -> None
     artifact = folder.run(recipe)
     (artifact.path / "manifest.json").unlink()
     unit_path(artifact, 1).write_bytes(b"PAR1")
-    with pytest.raises(ArtifactError, match="unit-00001"):
+    with pytest.raises(FastDraftError, match="unit-00001"):
         folder.run(recipe)
 
 
@@ -183,7 +183,7 @@ def test_a_unit_of_another_plan_is_refused(folder: Folder) -> None:
     artifact = folder.run(recipe)
     (artifact.path / "manifest.json").unlink()
     unit_path(artifact, 0).write_bytes(unit_path(artifact, 1).read_bytes())
-    with pytest.raises(ArtifactError, match="must hold unit 0 of 'instructions'"):
+    with pytest.raises(FastDraftError, match="must hold unit 0 of 'instructions'"):
         folder.run(recipe)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, DiskError, Interrupted, TrainingError
+from fastdraft.errors import FastDraftError, Interrupted
 from fastdraft.training.batches import PackedBatches, Sample, padded_batch
 from fastdraft.training.checkpoint import Checkpoints, TrainingState, optimizer_tensors
 from fastdraft.training.metrics import read_metrics
@@ -250,7 +250,7 @@ def test_when_every_checkpoint_is_damaged_the_error_says_what_to_do(tmp_path: Pa
     kill_at(make_trainer(tmp_path, checkpoint_every=3), 8)
     for path in tmp_path.glob("steps/*/model.safetensors"):
         path.write_bytes(b"")
-    with pytest.raises(ArtifactError, match="--redo"):
+    with pytest.raises(FastDraftError, match="--redo"):
         make_trainer(tmp_path, checkpoint_every=3).run()
 
 
@@ -333,12 +333,12 @@ def test_a_step_with_a_nan_loss_is_left_out_and_reported(
 
 
 def test_three_nan_losses_in_a_row_end_the_run_naming_step_and_rate(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"step 5, rate 0\.01.*learning_rate"):
+    with pytest.raises(FastDraftError, match=r"step 5, rate 0\.01.*learning_rate"):
         make_trainer(tmp_path, objective=Poisoned({5, 7, 9})).run()
 
 
 def test_a_batch_without_trained_tokens_is_an_error() -> None:
-    with pytest.raises(TrainingError, match="0 trained tokens"):
+    with pytest.raises(FastDraftError, match="0 trained tokens"):
         make_step(Model()).gradients([])
 
 
@@ -361,6 +361,6 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("fastdraft.training.tensor_files.save_file", full)
-    with pytest.raises(DiskError, match="no space left"):
+    with pytest.raises(FastDraftError, match="no space left"):
         make_trainer(tmp_path, checkpoint_every=3).run()
     assert [path.name for path in (tmp_path / "steps").iterdir()] == ["step-000000003"]

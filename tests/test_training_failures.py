@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdraft.errors import Interrupted, TrainingError
+from fastdraft.errors import FastDraftError, Interrupted
 from fastdraft.machine import is_out_of_memory
 from fastdraft.training.batches import Batch, Sample, padded_batch
 from fastdraft.training.checkpoint import optimizer_tensors
@@ -98,7 +98,7 @@ def test_the_smaller_micro_batch_is_kept_by_a_resumed_run(
 
 def test_a_row_that_does_not_fit_alone_ends_the_run_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(
-        TrainingError, match=rf"pretrain: out of memory with one row of {LENGTH} tokens: .*shorter rows"
+        FastDraftError, match=rf"pretrain: out of memory with one row of {LENGTH} tokens: .*shorter rows"
     ):
         small_device(make_trainer(tmp_path), LENGTH - 1).run()
 
@@ -111,7 +111,7 @@ def test_an_update_that_does_not_fit_is_not_tried_again(tmp_path: Path) -> None:
         raise MemoryError
 
     trainer.step.update = full  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match="out of memory in the update"):
+    with pytest.raises(FastDraftError, match="out of memory in the update"):
         trainer.run()
     assert len(calls) == 1
 
@@ -132,7 +132,7 @@ def test_validation_that_does_not_fit_is_done_in_pieces_with_the_same_loss(tmp_p
     step.loss_sum = lambda batch: loss_sum(batch) if batch.input_ids.shape[0] == 1 else _raise(MemoryError())  # type: ignore[method-assign]
     assert mean_loss(step, batches) == pytest.approx(wanted, rel=1e-6)
     step.loss_sum = lambda batch: _raise(MemoryError())  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match="validation: out of memory"):
+    with pytest.raises(FastDraftError, match="validation: out of memory"):
         mean_loss(step, batches)
 
 
@@ -201,7 +201,7 @@ def test_the_count_of_bad_steps_in_a_row_goes_on_over_a_restart(tmp_path: Path) 
     trainer._report_bad = stop_after_the_second  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         trainer.run()
-    with pytest.raises(TrainingError, match=f"step 4.*{BAD_STEPS_IN_A_ROW} steps in a row"):
+    with pytest.raises(FastDraftError, match=f"step 4.*{BAD_STEPS_IN_A_ROW} steps in a row"):
         make_trainer(tmp_path, objective=Poisoned({1})).run()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdraft.errors import MissingExtraError
+from fastdraft.errors import MissingExtra
 from fastdraft.training import rates
 from fastdraft.training.batches import (
     AlignmentBatches,
@@ -233,7 +233,7 @@ def test_tensorboard_without_its_package_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r"fastdraft\[tensorboard\]"):
+    with pytest.raises(MissingExtra, match=r"fastdraft\[tensorboard\]"):
         Metrics(tmp_path, step=0, tensorboard=True)
 
 

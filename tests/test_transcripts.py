@@ -12,8 +12,9 @@ from fastdraft.data.chat import prompt_ids
 from fastdraft.data.transcript_lines import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.errors import DataError
-from fastdraft.interfaces import Generation, Sampling, TargetConfig
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
 

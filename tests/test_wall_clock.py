@@ -13,8 +13,8 @@ import pytest
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.decoding.speculative import Round
-from fastdraft.errors import ArtifactError, DataError
-from fastdraft.interfaces import Sampling
+from fastdraft.errors import DataError, FastDraftError
+from fastdraft.functional.generation import Sampling
 from fastdraft.runtimes.wall_clock import TimedBatch, TimedText
 from fastdraft.runtimes.wall_clock_bench import Pair, export_pairs, model_sizes
 from fastdraft.runtimes.wall_clock_memory import PeakWatch
@@ -310,10 +310,10 @@ def test_a_unit_of_something_else_is_refused(tmp_path: Path) -> None:
     path = units.path(units.names(work())[1])
     value = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(value | {"measurement": {"part": "other"}}), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="about another measurement"):
+    with pytest.raises(FastDraftError, match="about another measurement"):
         stored(work(), units)
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(ArtifactError, match="unreadable"):
+    with pytest.raises(FastDraftError, match="unreadable"):
         stored(work(), units)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastdraft.console import Console
-from fastdraft.errors import DataError, DiskError, FastDraftError, WorkerError
+from fastdraft.errors import DataError, FastDraftError
 from fastdraft.training import tensor_files
 from fastdraft.training.batches import AlignmentBatches, PackedBatches, Sample, plan_batches
 from fastdraft.training.distributed import World, current, join
@@ -173,7 +173,7 @@ def everything(folder: Path, world: World) -> dict[str, Any]:
     stops = interrupted_runs(folder / "stops", world)
 
     def full_disk() -> None:
-        raise DiskError("x", "no space left", "must fit", "free some")
+        raise FastDraftError("x", "no space left", "must fit", "free some")
 
     written = outcome(lambda: world.on_main(full_disk))
     told = world.on_main(lambda: {"score": 1.5, "none": None})
@@ -207,7 +207,7 @@ def late_lack_of_memory(folder: Path, rank: int) -> str:
     late.step.loss_sum = failing  # type: ignore[method-assign]
     try:
         late.run()
-    except WorkerError as error:
+    except FastDraftError as error:
         return str(error)
     except RuntimeError as error:
         return f"lost: {error}"

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdraft.artifacts import atomic_folder, write_json
-from fastdraft.config import format_count
 from fastdraft.console import Console, Progress
-from fastdraft.errors import ArtifactError, DiskError
-from fastdraft.interfaces import TargetConfig
+from fastdraft.errors import FastDraftError
 from fastdraft.modeling.architecture import Architecture, read_architecture
 from fastdraft.modeling.loading import load_config, load_target
 from fastdraft.modeling.source import copy_tokenizer_files, local_file, model_identity, raw_config
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import atomic_folder, write_json
 from growing.shape import check_shape, grown_config
 from growing.tensors import Grower, Storage, Weights, check_tensors, grown_tensors
 
@@ -94,7 +94,7 @@ def compare(location: str, folder: Path, storage: Storage) -> Check:
     """Logits of both on random tokens.
 
     Raises:
-        ArtifactError: when they differ by more than float32 rounding.
+        FastDraftError: when they differ by more than float32 rounding.
     """
     config = load_config(location)
     shape = (ROWS, min(ROW_TOKENS, int(config.max_position_embeddings)))
@@ -117,7 +117,7 @@ def compare(location: str, folder: Path, storage: Storage) -> Check:
     )
     if not check.max_difference <= TOLERANCE * max(1.0, check.largest_logit):
         found = f"logits differ by {check.max_difference:.2g} of {check.largest_logit:.2g}"
-        raise ArtifactError(
+        raise FastDraftError(
             folder, found, "a grown model must have its source's outputs", "report this shape as a bug"
         )
     return check
@@ -128,7 +128,7 @@ def layerwise_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
     """Logits [B, T, V] in float32 with one layer's weights in memory at a time, so that size is bounded by the disk alone.
 
     Raises:
-        ArtifactError: when the files lack a weight of the model.
+        FastDraftError: when the files lack a weight of the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -155,7 +155,7 @@ def layerwise_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
         layer.register_forward_pre_hook(fetch)
         layer.register_forward_hook(lambda module, *_: module.to_empty(device="meta") and None)
     if set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
-        raise ArtifactError(
+        raise FastDraftError(
             folder,
             f"no weights for {sorted(missing)[0]}",
             "every weight must be there",
@@ -179,7 +179,7 @@ def grow_model(
     weights = Weights(location)
     check_tensors(weights, source, location)
     if output.exists():
-        raise ArtifactError(output, "exists", "a new directory is written", "delete it or name another one")
+        raise FastDraftError(output, "exists", "a new directory is written", "delete it or name another one")
     _check_disk(output, wanted.parameters * storage.torch_dtype.itemsize)
     with atomic_folder(output) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -216,6 +216,6 @@ def _check_disk(output: Path, needed: int) -> None:
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise DiskError(
+        raise FastDraftError(
             output, f"{format_count(free)} bytes free", f"needs {format_count(needed)}", "free some space"
         )

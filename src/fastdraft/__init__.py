@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastdraft.errors import FastDraftError
     from fastdraft.functional.acceptance import Counts
     from fastdraft.pipeline import run
-    from fastdraft.recipe import Recipe, load_recipe
+    from fastdraft.recipe.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = ["Counts", "FastDraftError", "Recipe", "SpeculativeDecoder", "__version__", "load_recipe", "run"]
@@ -22,9 +22,9 @@ __all__ = ["Counts", "FastDraftError", "Recipe", "SpeculativeDecoder", "__versio
 _HOME = {
     "Counts": "fastdraft.functional.acceptance",
     "FastDraftError": "fastdraft.errors",
-    "Recipe": "fastdraft.recipe",
+    "Recipe": "fastdraft.recipe.recipe",
     "SpeculativeDecoder": "fastdraft.decoding.speculative",
-    "load_recipe": "fastdraft.recipe",
+    "load_recipe": "fastdraft.recipe.recipe",
     "run": "fastdraft.pipeline",
 }
 

@@ -328,7 +328,7 @@ def _add_generate(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from fastdraft import pipeline
     from fastdraft.console import Console
-    from fastdraft.recipe import load_recipe
+    from fastdraft.recipe.recipe import load_recipe
 
     if getattr(arguments, "dry_run", False):
         _check(arguments)
@@ -360,7 +360,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     from fastdraft.commands import check
     from fastdraft.console import Console
-    from fastdraft.recipe import load_recipe
+    from fastdraft.recipe.recipe import load_recipe
 
     recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(quiet=arguments.quiet)
     processes = getattr(arguments, "nproc_per_node", 1) * getattr(arguments, "nnodes", 1)

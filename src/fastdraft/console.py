@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from fastdraft.config import format_count
 from fastdraft.errors import Interrupted
+from fastdraft.recipe.base import format_count
 
 PLAIN_SECONDS = 10.0
 TABLE_WIDTH = 79

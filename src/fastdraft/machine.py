@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from fastdraft.errors import DiskError, FastDraftError, NoMemoryError
+from fastdraft.errors import FastDraftError, OutOfMemory
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ _OUT_OF_MEMORY = re.compile(
 """How libraries say it in errors of no kind of their own: torch's allocators on every system, cuBLAS, OpenVINO, C++ itself."""
 
 
-def disk_error(error: OSError, path: object) -> DiskError | None:
+def disk_error(error: OSError, path: object) -> FastDraftError | None:
     """The line for a failed call of the operating system; None for what is no disk's fault (a reader that has gone, a network).
 
     Args:
@@ -74,7 +74,7 @@ def disk_error(error: OSError, path: object) -> DiskError | None:
     )
     if named is None and error.errno == errno.ENOENT:
         found = error.strerror or found  # for example: no usable temporary directory
-    return DiskError(named or path, found, *rest)
+    return FastDraftError(named or path, found, *rest)
 
 
 @contextlib.contextmanager
@@ -98,7 +98,7 @@ def machine_errors(place: Path, smaller: str) -> Iterator[None]:
         smaller: What makes the work need less memory, as a remedy.
 
     Raises:
-        DiskError: for errors of disks, folders and their names. NoMemoryError: when memory ran out.
+        FastDraftError: for errors of disks, folders and their names. OutOfMemory: when memory ran out.
     """
     try:
         with disk_errors(place):
@@ -110,7 +110,7 @@ def machine_errors(place: Path, smaller: str) -> Iterator[None]:
             f"{error.object!a:.80} has characters that '{error.encoding}' cannot write",
             "this system must be able to write names",
         )
-        raise DiskError(
+        raise FastDraftError(
             place, words, rule, "set a UTF-8 locale such as LC_ALL=C.UTF-8, or use other names"
         ) from error
     except Exception as error:
@@ -119,12 +119,12 @@ def machine_errors(place: Path, smaller: str) -> Iterator[None]:
             if found is None:
                 raise
             raise found from error
-        raise NoMemoryError(
+        raise OutOfMemory(
             place, "out of memory", "this work must fit into the memory that is free", smaller
         ) from error
 
 
-def _hidden_disk_error(error: Exception, place: Path) -> DiskError | None:
+def _hidden_disk_error(error: Exception, place: Path) -> FastDraftError | None:
     """For safetensors, which hides the system's error number in its text."""
     number = _SAFETENSORS.search(str(error)) if type(error).__name__ == "SafetensorError" else None
     return disk_error(OSError(int(number[1]), str(error)), place) if number else None
@@ -153,7 +153,7 @@ class Halving:
         """Calls `work` with all rows in order, in as few pieces as fit; a piece that failed is given again in halves.
 
         Raises:
-            NoMemoryError: when a single row does not fit.
+            OutOfMemory: when a single row does not fit.
         """
         waiting = [rows]
         while waiting:
@@ -177,7 +177,7 @@ class Halving:
 
     def _lower(self, rows: int) -> None:
         if rows == 1:
-            raise NoMemoryError(
+            raise OutOfMemory(
                 self.where,
                 "out of memory for a single row",
                 "one row must fit",

@@ -15,13 +15,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdraft.artifacts import FINGERPRINT, RunDirectory, read_json, write_atomic, write_json
-from fastdraft.config import Config
 from fastdraft.console import Console, format_seconds
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
-from fastdraft.interfaces import StageContext
 from fastdraft.machine import machine_errors
-from fastdraft.recipe import Recipe
+from fastdraft.recipe.base import Config
+from fastdraft.recipe.recipe import Recipe
+from fastdraft.run_folder import FINGERPRINT, RunFolder, read_json, write_atomic, write_json
+from fastdraft.stages.context import StageContext
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stage:
 
     def check_installed(self, config: Config) -> None:
         """Raises:
-        MissingExtraError: when the stage needs a library that is not there.
+        MissingExtra: when the stage needs a library that is not there.
         """
         check = getattr(
             importlib.import_module(f"fastdraft.stages.{self.module or self.name}"), "check_installed", None
@@ -118,7 +118,7 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 def make_context(recipe: Recipe, console: Console) -> StageContext:
     """What every stage of this recipe is given."""
-    return StageContext(RunDirectory(recipe.run.root), recipe.run, recipe.target, recipe.sections(), console)
+    return StageContext(RunFolder(recipe.run.root), recipe.run, recipe.target, recipe.sections(), console)
 
 
 def downstream(names: Iterable[str]) -> set[str]:
@@ -141,7 +141,7 @@ def run(
     only: Iterable[str] | None = None,
     redo: Iterable[str] = (),
     launch: Launch | None = None,
-) -> RunDirectory:
+) -> RunFolder:
     """Takes a recipe through its stages (or `only` some) and returns the run's directory.
 
     Args:
@@ -158,14 +158,14 @@ def run(
     wanted, redone = _wanted(recipe, only), _redone(redo)
     _refuse_gaps(wanted, redone, context)
     for stage in wanted:
-        if stage.name in redone or not context.artifact(stage.name).is_complete():
+        if stage.name in redone or not context.folder(stage.name).is_complete():
             stage.check_installed(recipe.sections()[stage.name])  # now, and not after hours of training
             refuse_missing_weights(recipe, stage.name)
     start = time.monotonic()
     with machine_errors(context.run.root, Stage.smaller), context.console.stop.listen(), context.run.lock():
         refuse_changes(recipe, context, redone, wanted)
         for name in redone:
-            context.artifact(name).discard()
+            context.folder(name).discard()
         write_atomic(context.run.root / "recipe.yaml", recipe.dump())
         worked = sum([_run_stage(stage, recipe, context, launch) for stage in wanted])
     if worked > 1:
@@ -187,14 +187,14 @@ def refuse_changes(
         wanted: Stages that will run; of the others, inputs may be missing (the run was moved to another machine).
 
     Raises:
-        ArtifactError: when work that stands was done with other settings.
+        FastDraftError: when work that stands was done with other settings.
     """
     for stage in STAGES:
-        artifact = context.artifact(stage.name)
+        artifact = context.folder(stage.name)
         begun = context.has(stage.name) and (artifact.path / FINGERPRINT).exists()
         if not begun or stage.remade or stage.name in redone:
             continue
-        if not all(context.artifact(name).is_complete() for name in stage.builds_on if context.has(name)):
+        if not all(context.folder(name).is_complete() for name in stage.builds_on if context.has(name)):
             continue
         with contextlib.nullcontext() if stage in wanted else contextlib.suppress(DataError, TargetError):
             artifact.begin(stage.fingerprint(recipe.sections()[stage.name], context))
@@ -291,12 +291,12 @@ def _refuse_gaps(wanted: Sequence[Stage], redone: Collection[str], context: Stag
 
 def _run_stage(stage: Stage, recipe: Recipe, context: StageContext, launch: Launch | None) -> bool:
     """Whether there was anything to do."""
-    with machine_errors(context.artifact(stage.name).path, stage.smaller):
+    with machine_errors(context.folder(stage.name).path, stage.smaller):
         return _do_stage(stage, recipe, context, launch)
 
 
 def _do_stage(stage: Stage, recipe: Recipe, context: StageContext, launch: Launch | None) -> bool:
-    config, artifact = recipe.sections()[stage.name], context.artifact(stage.name)
+    config, artifact = recipe.sections()[stage.name], context.folder(stage.name)
     fingerprint = stage.fingerprint(config, context)
     if stage.remade and artifact.differences(fingerprint):
         artifact.discard()

@@ -18,16 +18,16 @@ from typing import Any
 from fastdraft import forecast
 from fastdraft.commands import check_servers
 from fastdraft.commands.check_fit import check_fit
-from fastdraft.config import format_count
 from fastdraft.console import TABLE_WIDTH, Console, format_seconds, format_table
-from fastdraft.errors import DiskError, RecipeError
-from fastdraft.interfaces import StageContext
+from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.pipeline import STAGES, make_context, refuse_changes, refuse_missing_weights
-from fastdraft.recipe import Recipe
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.evaluation import BenchmarkConfig
+from fastdraft.recipe.recipe import Recipe
 from fastdraft.runtimes.engines import choose_engine, require_openvino
 from fastdraft.runtimes.openvino_families import require_convertible
 from fastdraft.stages import design, evaluate, synthesize
-from fastdraft.stages.benchmark import BenchmarkConfig
+from fastdraft.stages.context import StageContext
 
 WRITES = 3
 """Passes over a task's text: written once by the target, replayed by each checkpoint, part of it decoded exactly."""
@@ -88,7 +88,7 @@ def run(
     free = _free_bytes(recipe.run.root)
     needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
     if needed > free:
-        raise DiskError(
+        raise FastDraftError(
             recipe.run.root,
             f"{_size(free)} free",
             f"the run needs about {_size(needed)}",
@@ -242,7 +242,7 @@ def _check_template(recipe: Recipe) -> None:
 
 
 def _state(name: str, context: StageContext) -> str:
-    artifact = context.artifact(name)
+    artifact = context.folder(name)
     if artifact.is_complete():
         return "done"
     return "unfinished" if (artifact.path / "fingerprint.json").exists() else "new"

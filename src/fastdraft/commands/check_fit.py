@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastdraft.errors import DiskError, RecipeError
-from fastdraft.recipe import Recipe
+from fastdraft.errors import FastDraftError, RecipeError
+from fastdraft.recipe.recipe import Recipe
 from fastdraft.stages import design
 
 
@@ -18,7 +18,7 @@ def check_fit(recipe: Recipe, plan: design.Plan) -> None:
     """Refuses a folder that cannot be made, and lengths or counts that the target or its draft cannot take.
 
     Raises:
-        DiskError: when the run's folder cannot be made. RecipeError: naming the setting that does not fit.
+        FastDraftError: when the run's folder cannot be made. RecipeError: naming the setting that does not fit.
     """
     check_folder(recipe.run.root)
     context = min(plan.draft.context_length, plan.target.context_length)
@@ -43,20 +43,20 @@ def check_folder(root: Path) -> None:
     """Refuses a place where no folder can be made or written; makes nothing.
 
     Raises:
-        DiskError: naming what stands in the way.
+        FastDraftError: naming what stands in the way.
     """
     place = root.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise DiskError(
+        raise FastDraftError(
             root,
             f"{place} is a file",
             "the run's folder must be one that can be made",
             "set another run.folder",
         )
     if not os.access(place, os.W_OK | os.X_OK):
-        raise DiskError(
+        raise FastDraftError(
             root,
             f"{place} cannot be written",
             "the run's folder must be writable",

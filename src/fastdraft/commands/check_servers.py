@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.console import TABLE_WIDTH
 from fastdraft.errors import RecipeError, TargetError
-from fastdraft.recipe import Recipe
+from fastdraft.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from fastdraft.runtimes.openai_contact import Contact
@@ -22,7 +22,7 @@ def ask(recipe: Recipe) -> list[Contact | TargetError]:
     """Asks the servers of `synthesize.engine`.
 
     Raises:
-        RecipeError: when the recipe names none. MissingExtraError: without httpx.
+        RecipeError: when the recipe names none. MissingExtra: without httpx.
     """
     from fastdraft.runtimes.openai_contact import contact
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, RecipeError
-from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path, user_path
+from fastdraft.errors import FastDraftError, RecipeError
+from fastdraft.recipe.run import PYTHON, SHIPPED, resolve_path, user_path
 
 
 def run(
@@ -44,7 +44,7 @@ def run(
         raise RecipeError("--output", folder, "exists and is not an earlier export", "name another folder")
     pair = None if target is None else user_path(target, "--target")
     if pair is not None and not (pair / MODEL_FILE).is_file():
-        raise ArtifactError(
+        raise FastDraftError(
             pair, f"no {MODEL_FILE}", "--target must be an exported target", "export the target first"
         )
     check = export_openvino(location, folder, weights, pair=pair)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdraft.console import Console
-from fastdraft.conversation import whole_characters
-from fastdraft.errors import DataError, DeviceError, RecipeError
-from fastdraft.interfaces import Sampling, TargetConfig
+from fastdraft.data.conversation import whole_characters
+from fastdraft.errors import DataError, RecipeError
+from fastdraft.functional.generation import Sampling
+from fastdraft.recipe.run import TargetConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +146,7 @@ def run(
     Raises:
         RecipeError: for a setting out of range.
         DataError: when there is no prompt or it does not fit the context.
-        VocabularyError: when the two do not share a vocabulary.
+        TargetError: when the two do not share a vocabulary.
     """
     _check(temperature, top_k, top_p, max_new_tokens, seed)
     decoder, tokenizer = _open(target, draft, num_speculative_tokens, device)
@@ -226,13 +227,13 @@ def _open(
         load_vocabulary,
         pick_device,
     )
-    from fastdraft.vocabulary import check_same
+    from fastdraft.modeling.vocabulary import check_same
 
     config = target if isinstance(target, TargetConfig) else TargetConfig(model=target)
     try:
         where = pick_device(device)
-    except DeviceError as error:
-        raise DeviceError("--device", error.found, error.rule, "use --device auto") from None
+    except RecipeError as error:
+        raise RecipeError("--device", error.found, error.rule, "use --device auto") from None
     vocabulary = load_vocabulary(config)
     check_same(vocabulary, load_vocabulary(TargetConfig(model=draft)), where=draft)
     model = load_target(config, where)

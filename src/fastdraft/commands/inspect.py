@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastdraft.commands.inspect_measure import MeasureSettings, measure
-from fastdraft.config import format_count
 from fastdraft.console import Console, format_table
 from fastdraft.errors import RecipeError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
-from fastdraft.interfaces import TargetConfig
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.run import TargetConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -108,7 +108,7 @@ def run(
 
     Raises:
         TargetError: when the target cannot be read or is not supported.
-        VocabularyError: when its tokenizer and config contradict each other.
+        TargetError: when its tokenizer and config contradict each other.
         FastDraftError: when measuring fails; see `inspect_measure.measure`.
     """
     target = TargetConfig(model=location, revision=revision, trust_remote_code=trust_remote_code)
@@ -135,7 +135,7 @@ def inspect(target: TargetConfig) -> Inspection:
     """Reads config and tokenizer and works out the rest.
 
     Raises:
-        TargetError, VocabularyError: as `run`.
+        TargetError, TargetError: as `run`.
     """
     from fastdraft.modeling.architecture import count_parameters, read_architecture
     from fastdraft.modeling.loading import load_config, load_encoding

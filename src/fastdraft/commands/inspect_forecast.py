@@ -11,7 +11,6 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.config import format_count
 from fastdraft.console import format_table
 from fastdraft.forecast import (
     PAPER_K,
@@ -20,6 +19,7 @@ from fastdraft.forecast import (
     conditional_acceptance_rate,
     predicted_speedup,
 )
+from fastdraft.recipe.base import format_count
 
 if TYPE_CHECKING:
     from fastdraft.modeling.architecture import Architecture

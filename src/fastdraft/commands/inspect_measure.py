@@ -20,10 +20,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastdraft.commands.inspect_forecast import DraftCost, Measurement
-from fastdraft.config import format_count
 from fastdraft.console import Console
 from fastdraft.errors import RecipeError, TargetError
-from fastdraft.interfaces import user_path
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.run import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -116,9 +116,9 @@ def measure(
         revision: On the hub.
 
     Raises:
-        RecipeError: for settings that make no sense. MissingExtraError: without OpenVINO or its converter.
-        DeviceError: for a device that is not there. DiskError: when there is no room for the random models.
-        TargetError, ArtifactError: when a shape cannot be converted or run.
+        RecipeError: for settings that make no sense. MissingExtra: without OpenVINO or its converter.
+        RecipeError: for a device that is not there. FastDraftError: when there is no room for the random models.
+        TargetError, FastDraftError: when a shape cannot be converted or run.
     """
     from fastdraft.runtimes.openvino import device_properties
     from fastdraft.runtimes.openvino_device import describe_device

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from fastdraft import pipeline
-from fastdraft.artifacts import FINGERPRINT, read_json, write_json
 from fastdraft.commands.worker import JOB, OUTCOMES, STOP
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, DeviceError, FastDraftError, Interrupted, WorkerError
-from fastdraft.interfaces import StageContext
-from fastdraft.recipe import Recipe
+from fastdraft.errors import FastDraftError, Interrupted, RecipeError
+from fastdraft.recipe.recipe import Recipe
+from fastdraft.run_folder import FINGERPRINT, read_json, write_json
+from fastdraft.stages.context import StageContext
 
 POLL_SECONDS = 0.2
 PATIENCE = timedelta(minutes=15)
@@ -59,15 +59,15 @@ class Machines:
 
     def check(self) -> None:
         """Raises:
-        WorkerError: when the arguments contradict each other.
+        FastDraftError: when the arguments contradict each other.
         """
         if not 0 <= self.node_rank < self.nnodes:
             rule = f"must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}"
-            raise WorkerError(
+            raise FastDraftError(
                 "--node-rank", self.node_rank, rule, "give each machine its own number, the first one 0"
             )
         if self.node_rank and not self.master_addr:
-            raise WorkerError(
+            raise FastDraftError(
                 "--master-addr",
                 "missing",
                 "every machine must know the first one",
@@ -76,7 +76,7 @@ class Machines:
 
     def check_devices(self, device: str) -> None:
         """Raises:
-        DeviceError: when this machine has fewer devices than it is to have processes.
+        RecipeError: when this machine has fewer devices than it is to have processes.
         """
         import torch
 
@@ -87,7 +87,7 @@ class Machines:
             return
         count = torch.accelerator.device_count()
         if picked.index is not None:
-            raise DeviceError(
+            raise RecipeError(
                 "run.device",
                 device,
                 "each process takes a device of its own",
@@ -95,7 +95,7 @@ class Machines:
             )
         if count < self.nproc_per_node:
             rule = f"--nproc-per-node {self.nproc_per_node} needs as many"
-            raise DeviceError(
+            raise RecipeError(
                 "run.device",
                 f"{count} {picked.type} device(s)",
                 rule,
@@ -109,7 +109,7 @@ def run(
     """`pipeline.run` with the training stages on all machines; on all but the first machine, their share of it.
 
     Raises:
-        FastDraftError: as `pipeline.run`; WorkerError also when processes or machines are lost.
+        FastDraftError: as `pipeline.run`; FastDraftError also when processes or machines are lost.
     """
     machines.check()
     if machines.processes == 1:
@@ -165,20 +165,20 @@ def _follow(recipe: Recipe, console: Console, machines: Machines) -> None:
         board.acknowledge()
         if call["error"]:
             rule, remedy = "all machines end with the first", "mend it there and give the same commands again"
-            raise WorkerError("machine 0", call["error"], rule, remedy)
+            raise FastDraftError("machine 0", call["error"], rule, remedy)
 
 
 def _await_stage(context: StageContext, stage: str) -> None:
     """What the first machine wrote must come into sight.
 
     Raises:
-        ArtifactError: when it does not.
+        FastDraftError: when it does not.
     """
-    path, begin = context.artifact(stage).path / FINGERPRINT, time.monotonic()
+    path, begin = context.folder(stage).path / FINGERPRINT, time.monotonic()
     while not path.exists():
         if time.monotonic() - begin > SHARED_DISK_SECONDS:
             rule = "all machines must see one run folder"
-            raise ArtifactError(
+            raise FastDraftError(
                 path, "not seen from this machine", rule, "set run.folder to a disk that they share"
             )
         time.sleep(POLL_SECONDS)
@@ -191,7 +191,7 @@ def _launch(
 
     Raises:
         FastDraftError: what a worker met. Interrupted: stopped by a signal, after a checkpoint.
-        WorkerError: when processes were lost more than `max_restarts` times.
+        FastDraftError: when processes were lost more than `max_restarts` times.
     """
     with tempfile.TemporaryDirectory(prefix="fastdraft-") as temporary:
         folder = Path(temporary)
@@ -218,10 +218,10 @@ def _launch(
 
         raise error_from(records[0])
     if context.console.stop.requested and failures:
-        raise Interrupted(context.artifact(stage).path)
+        raise Interrupted(context.folder(stage).path)
     if failures:
         rule = f"all processes must live; {machines.max_restarts} restarts are used up"
-        raise WorkerError(
+        raise FastDraftError(
             stage,
             failures[0],
             rule,
@@ -286,7 +286,7 @@ class _Board:
         """Waits for the first machine's next word.
 
         Raises:
-            WorkerError: when it is gone. Interrupted: when this machine was asked to stop.
+            FastDraftError: when it is gone. Interrupted: when this machine was asked to stop.
         """
         while True:
             console.stop.check("this machine")
@@ -300,7 +300,7 @@ class _Board:
                     "it leads the run",
                     "see its error, then give the same commands again on all machines",
                 )
-                raise WorkerError("machine 0", "gone", rule, remedy) from error
+                raise FastDraftError("machine 0", "gone", rule, remedy) from error
             time.sleep(POLL_SECONDS)
 
     def acknowledge(self) -> None:
@@ -327,7 +327,9 @@ def _open_store(machines: Machines) -> Any:
             if main
             else "start the first machine, and check --master-addr and --master-port"
         )
-        raise WorkerError("--master-addr", f"{place}: {found}", "all machines meet there", remedy) from error
+        raise FastDraftError(
+            "--master-addr", f"{place}: {found}", "all machines meet there", remedy
+        ) from error
 
 
 def _free_port() -> int:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastdraft.config import load_config
-from fastdraft.errors import ArtifactError, RecipeError
-from fastdraft.interfaces import TargetConfig
-from fastdraft.recipe import read_yaml
+from fastdraft.errors import FastDraftError, RecipeError
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.recipe import read_yaml
+from fastdraft.recipe.run import TargetConfig
 
 _DRAFTS = (
     "export/huggingface",
@@ -28,7 +28,7 @@ def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[T
 
     Raises:
         RecipeError: when neither a run nor both locations are given.
-        ArtifactError: when the run has no recipe or no draft yet.
+        FastDraftError: when the run has no recipe or no draft yet.
     """
     if run is None:
         if not (target and draft):
@@ -47,7 +47,7 @@ def _target_of(run: Path) -> TargetConfig:
         recipe = read_yaml(run / "recipe.yaml")
         return load_config(TargetConfig, recipe["target"], "target")
     except (RecipeError, TypeError, KeyError):
-        raise ArtifactError(
+        raise FastDraftError(
             run,
             "has no readable recipe.yaml",
             "must be the folder of a run",
@@ -59,6 +59,6 @@ def _draft_of(run: Path) -> str:
     for name in _DRAFTS:
         if (run / name / "config.json").is_file():
             return str(run / name)
-    raise ArtifactError(
+    raise FastDraftError(
         run, "holds no draft yet", "the design stage must have finished", "run `fastdraft run RECIPE` first"
     )

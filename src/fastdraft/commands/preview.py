@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastdraft.artifacts import Artifact, RunDirectory
 from fastdraft.commands.preview_batches import BatchRow, align_rows
 from fastdraft.console import Console
 from fastdraft.data.responses import SyntheticRow, read_columns, read_rows, unit_paths
-from fastdraft.errors import ArtifactError, RecipeError, TrainingError
-from fastdraft.recipe import load_recipe
+from fastdraft.errors import FastDraftError, RecipeError
+from fastdraft.recipe.recipe import load_recipe
+from fastdraft.run_folder import RunFolder, StageFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,19 +46,19 @@ def run(
         console: Where news go.
 
     Raises:
-        ArtifactError: when the folder is no run's, or the run has no synthetic rows yet.
-        RecipeError: when `count` is below 1. TrainingError: when a row has no trained token.
+        FastDraftError: when the folder is no run's, or the run has no synthetic rows yet.
+        RecipeError: when `count` is below 1. FastDraftError: when a row has no trained token.
     """
     if count < 1:
         raise RecipeError("--count", count, "must be at least 1", "for example --count 5")
     from fastdraft.modeling.loading import load_tokenizer
 
     if not (run / "recipe.yaml").is_file():
-        raise ArtifactError(
+        raise FastDraftError(
             run, "has no recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo"
         )
     console, recipe = console or Console(quiet=True), load_recipe(str(run / "recipe.yaml"))
-    written = spread_rows(RunDirectory(run).artifact("synthesize"), count)
+    written = spread_rows(RunFolder(run).folder("synthesize"), count)
     batched = align_rows(run, recipe, count, console) if stage == "align" else []
     target = recipe.target
     tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
@@ -71,17 +71,17 @@ def run(
         print(text)
 
 
-def spread_rows(artifact: Artifact, count: int) -> list[SyntheticRow]:
+def spread_rows(artifact: StageFolder, count: int) -> list[SyntheticRow]:
     """Up to `count` rows at even distances over all units.
 
     Raises:
-        ArtifactError: when there is no row.
+        FastDraftError: when there is no row.
     """
     paths = unit_paths(artifact)
     sizes = [len(read_columns(path, ["row_id"])["row_id"]) for path in paths]
     total = sum(sizes)
     if not total:
-        raise ArtifactError(
+        raise FastDraftError(
             artifact.path,
             "no synthetic rows",
             "the synthesize stage must have written some",
@@ -103,11 +103,11 @@ def format_row(row: SyntheticRow, tokenizer: PreTrainedTokenizerBase, colour: bo
     """One row as text, special tokens written out.
 
     Raises:
-        TrainingError: when it has no trained token.
+        FastDraftError: when it has no trained token.
     """
     facts = f"{row.source}, temperature {row.temperature:g}, {row.finish_reason}, {len(row.prompt_ids)} + {len(row.response_ids)} tokens"
     if not row.response_ids:
-        raise TrainingError(
+        raise FastDraftError(
             f"row {row.row_id}", "0 % trained tokens", "every row must have a response", "redo synthesize"
         )
     trained = [False] * len(row.prompt_ids) + [True] * len(row.response_ids)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdraft.artifacts import RunDirectory
 from fastdraft.console import Console
-from fastdraft.errors import TrainingError
-from fastdraft.interfaces import StageContext
-from fastdraft.recipe import Recipe
+from fastdraft.errors import FastDraftError
+from fastdraft.recipe.recipe import Recipe
+from fastdraft.run_folder import RunFolder
+from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
     from fastdraft.training.batches import Batch, BatchSource
@@ -36,12 +36,12 @@ def align_rows(run: Path, recipe: Recipe, count: int, console: Console) -> list[
     """Up to `count` rows of align's batches.
 
     Raises:
-        RecipeError: when the recipe has no such stage. ArtifactError: when what it builds on has not finished.
-        TrainingError: when a row has no trained token.
+        RecipeError: when the recipe has no such stage. FastDraftError: when what it builds on has not finished.
+        FastDraftError: when a row has no trained token.
     """
     from fastdraft.stages.align import training_batches
 
-    context = StageContext(RunDirectory(run), recipe.run, recipe.target, recipe.sections(), console)
+    context = StageContext(RunFolder(run), recipe.run, recipe.target, recipe.sections(), console)
     source = training_batches(context.section("align"), context)
     return list(spread_batch_rows(source, count))
 
@@ -50,7 +50,7 @@ def spread_batch_rows(source: BatchSource, count: int) -> Iterator[BatchRow]:
     """One row each of up to `count` steps at even distances; the last is a packed one where there are any.
 
     Raises:
-        TrainingError: when a row has no trained token.
+        FastDraftError: when a row has no trained token.
     """
     count = min(count, source.steps)
     steps = [i * source.steps // count for i in range(count)]
@@ -71,7 +71,7 @@ def batch_row(batch: Batch, place: int, about: str) -> BatchRow:
     """Row `place` of a micro-batch.
 
     Raises:
-        TrainingError: when it has no trained token.
+        FastDraftError: when it has no trained token.
     """
     length = batch.input_ids.shape[1]
     inputs = batch.input_ids[place].tolist()
@@ -84,7 +84,7 @@ def batch_row(batch: Batch, place: int, about: str) -> BatchRow:
     }
     if not labels:
         rule = "every row must have trained tokens"
-        raise TrainingError(
+        raise FastDraftError(
             about,
             "0 % trained tokens",
             rule,

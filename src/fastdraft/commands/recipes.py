@@ -8,9 +8,9 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from fastdraft.artifacts import write_atomic
 from fastdraft.errors import RecipeError
-from fastdraft.recipe import shipped_recipes
+from fastdraft.recipe.recipe import shipped_recipes
+from fastdraft.run_folder import write_atomic
 
 
 def run(copy: str | None = None) -> None:

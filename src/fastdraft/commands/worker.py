@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fastdraft.console import Console
     from fastdraft.errors import FastDraftError
-    from fastdraft.recipe import Recipe
+    from fastdraft.recipe.recipe import Recipe
     from fastdraft.training.distributed import World
 
 JOB, STOP, OUTCOMES = "job.json", "stop", "outcome-*.json"
@@ -32,9 +32,9 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed out",
 
 def main(folder: Path) -> int:
     """Works at the job in `folder`; returns the exit code: 1 where all should begin again from the last checkpoint."""
-    from fastdraft.artifacts import read_json
     from fastdraft.console import Console
-    from fastdraft.errors import FastDraftError, WorkerError
+    from fastdraft.errors import FastDraftError
+    from fastdraft.run_folder import read_json
 
     job = read_json(folder / JOB)
     # Which machine has process 0 is the launcher's choice; the user looks at the first machine.
@@ -42,7 +42,7 @@ def main(folder: Path) -> int:
     threading.Thread(target=_watch, args=(folder, console, os.getppid()), daemon=True).start()
     try:
         _work(job, folder, console)
-    except WorkerError as error:
+    except FastDraftError as error:
         print(f"process {os.environ['RANK']}: {error}", file=sys.stderr)
         return 1
     except FastDraftError as error:
@@ -55,7 +55,7 @@ def main(folder: Path) -> int:
                 "a fault of the program, see the trace above",
             )
             _report(
-                WorkerError(job["stage"], found, rule, "progress is saved; report it, or try one process"),
+                FastDraftError(job["stage"], found, rule, "progress is saved; report it, or try one process"),
                 folder,
             )
         return 1
@@ -64,16 +64,16 @@ def main(folder: Path) -> int:
 
 def _report(error: FastDraftError, folder: Path) -> None:
     """Leaves an error to the process that started this one, and to those that would only meet it again."""
-    from fastdraft.artifacts import write_json
+    from fastdraft.run_folder import write_json
     from fastdraft.training.distributed import error_record
 
     write_json(folder / OUTCOMES.replace("*", os.environ["RANK"]), error_record(error))
 
 
 def _work(job: dict[str, Any], folder: Path, console: Console) -> None:
-    from fastdraft.config import load_config
     from fastdraft.pipeline import STAGES, make_context
-    from fastdraft.recipe import Recipe
+    from fastdraft.recipe.base import load_config
+    from fastdraft.recipe.recipe import Recipe
     from fastdraft.training.distributed import join
 
     recipe = load_config(Recipe, job["recipe"])
@@ -95,8 +95,8 @@ def _work(job: dict[str, Any], folder: Path, console: Console) -> None:
 
 def _met_earlier_error(world: World, folder: Path) -> bool:
     """Whether one process met an error before it took the others down with it: it is everyone's now, for it would only come again."""
-    from fastdraft.artifacts import read_json
     from fastdraft.errors import FastDraftError
+    from fastdraft.run_folder import read_json
     from fastdraft.training.distributed import error_from
 
     records = [read_json(path) for path in sorted(folder.glob(OUTCOMES))]

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.config import format_count
 from fastdraft.console import Console
 from fastdraft.data.journal import Journal
 from fastdraft.data.ordering import WINDOW_CHARS, PieceStream, piece_chars
@@ -26,7 +25,8 @@ from fastdraft.data.packing import RowPacker
 from fastdraft.data.row_lengths import all_lengths, length_for
 from fastdraft.data.shards import SPLITS, ShardWriter, Split, shard_prefix
 from fastdraft.data.tokenize import DocumentEncoder
-from fastdraft.errors import ArtifactError, DataError
+from fastdraft.errors import DataError, FastDraftError
+from fastdraft.recipe.base import format_count
 
 BATCH_CHARS, COMMIT_CHARS = 1_000_000, 16_000_000
 """Text encoded at a time; text after which a commit follows: about four million tokens, some seconds."""
@@ -121,7 +121,7 @@ class CorpusBuild:
         tools: Of the run.
 
     Raises:
-        ArtifactError: when unfinished work is not what the journal says.
+        FastDraftError: when unfinished work is not what the journal says.
     """
 
     def __init__(self, name: str, entries: Sequence[Any], folder: Path, layout: Layout, tools: Tools) -> None:
@@ -359,7 +359,7 @@ def _restored(state: dict[str, Any], where: Path) -> Progress:
             "unfinished work must be of the same version to go on from it",
             "redo it with --redo prepare",
         )
-        raise ArtifactError(where, "begun by another version", rule, remedy) from None
+        raise FastDraftError(where, "begun by another version", rule, remedy) from None
 
 
 def _valid(piece: str) -> tuple[str, bytes]:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.artifacts import Artifact
 from fastdraft.console import Console
 from fastdraft.data.responses import read_all
 from fastdraft.data.shards import PackedCorpus, corpus_names, open_lengths
+from fastdraft.run_folder import StageFolder
 
 NGRAM = 13
 CHUNK_IDS = 1 << 20
@@ -101,7 +101,7 @@ def _distinct(arrays: list[U64]) -> int:
 
 def search_training_text(
     tasks: Mapping[str, Sequence[Sequence[int]]],
-    trained_on: Sequence[Artifact],
+    trained_on: Sequence[StageFolder],
     console: Console,
     folder: Path,
 ) -> dict[str, dict[str, Any]]:

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.conversation import Conversation, Prompt
 from fastdraft.data.chat import has_chat_template, prompt_ids, render_prompt, render_text
+from fastdraft.data.conversation import Conversation, Prompt
 from fastdraft.errors import TargetError
-from fastdraft.interfaces import Generation, RenderedPrompt
+from fastdraft.functional.generation import Generation, RenderedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

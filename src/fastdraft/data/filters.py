@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fastdraft.data.looping import loop_start
 from fastdraft.data.responses import SyntheticRow, ids_hash
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.functional.generation import Generation, Sampling
 
 Looping = Literal["cut", "drop", "keep"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastdraft.data.place import Place
-from fastdraft.errors import DataError, MissingExtraError
+from fastdraft.errors import DataError, MissingExtra
 
 if TYPE_CHECKING:
     from fastdraft.data.sources import HubSource
@@ -22,12 +22,12 @@ def open_dataset(source: HubSource) -> Any:
     """The data set as the library streams it.
 
     Raises:
-        MissingExtraError: without the library. DataError: when the data set cannot be reached.
+        MissingExtra: without the library. DataError: when the data set cannot be reached.
     """
     try:
         from datasets import load_dataset
     except ImportError:
-        raise MissingExtraError("datasets", "datasets") from None
+        raise MissingExtra("datasets", "datasets") from None
     try:
         return load_dataset(
             source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdraft.errors import ArtifactError, DiskError
+from fastdraft.errors import FastDraftError
 
 CACHE_KIB, MOST_VARIABLES = 32_768, 900
 """Memory for the database's pages; digests asked for at once (SQLite takes 999 in every version)."""
@@ -87,14 +87,14 @@ class Journal:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise DiskError(
+            raise FastDraftError(
                 self._path,
                 str(error),
                 "the journal must be writable",
                 "free some space and run the same command again",
             ) from error
         except (sqlite3.Error, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise ArtifactError(
+            raise FastDraftError(
                 self._path,
                 f"damaged ({error})",
                 "unfinished work must be whole to go on from it",

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.artifacts import Artifact
 from fastdraft.data.shards import PackedCorpus, open_corpus, open_lengths
 from fastdraft.errors import DataError
+from fastdraft.run_folder import StageFolder
 
 __all__ = ["MixtureSampler", "PackedCorpus", "open_corpus", "open_mixture", "permute"]
 
@@ -207,11 +207,11 @@ def corpus_of(name: str) -> str:
     return name.split("@", maxsplit=1)[0]
 
 
-def open_mixture(prepare: Artifact, weights: Mapping[str, float], seed: int) -> MixtureSampler:
+def open_mixture(prepare: StageFolder, weights: Mapping[str, float], seed: int) -> MixtureSampler:
     """The training rows of a finished prepare stage, of every length: those longer than the shortest under names like `text@4096`.
 
     Raises:
-        DataError: as the sampler, or when a corpus was not prepared. ArtifactError: when a shard is missing or damaged.
+        DataError: as the sampler, or when a corpus was not prepared. FastDraftError: when a shard is missing or damaged.
     """
     corpora: dict[str, PackedCorpus] = {}
     shares: dict[str, float] = {}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.artifacts import Artifact
 from fastdraft.data.prompts import (
     CorpusPrompts,
     MagpiePrompts,
@@ -23,11 +22,12 @@ from fastdraft.data.prompts import (
 from fastdraft.data.transcript_lines import TranscriptPrompts
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import CorpusPrefixes, Plan, StandingPlan, UnitPlan
+from fastdraft.run_folder import StageFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastdraft.vocabulary import Vocabulary
+    from fastdraft.modeling.vocabulary import Vocabulary
 
 
 def describe_sources(sources: Iterable[PromptConfig], held_out: set[str], seed: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Planner:
     """Answers for each prompt at each temperature above 0."""
     unit_rows: int
     seed: int
-    prepared: Callable[[], Artifact]
+    prepared: Callable[[], StageFolder]
     """Gives the finished prepare stage; called for prefixes of a corpus only."""
     refused: dict[str, dict[str, int]] = field(default_factory=dict)
     """Filled while planning: prompts that are not asked, by source and reason."""
@@ -78,7 +78,7 @@ class Planner:
         """Each source's units, in the order of the recipe.
 
         Raises:
-            DataError: when a source is missing, damaged, or nothing of it is left. ArtifactError: when a corpus is not prepared.
+            DataError: when a source is missing, damaged, or nothing of it is left. FastDraftError: when a corpus is not prepared.
         """
         return [self._plan(source, place) for place, source in enumerate(sources)]
 

@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastdraft.config import Config, Count
-from fastdraft.conversation import Conversation, Prompt, read_conversation
+from fastdraft.data.conversation import Conversation, Prompt, read_conversation
 from fastdraft.data.readers import jsonl_values
 from fastdraft.data.sources import HubSource, JsonlSource
 from fastdraft.data.transcript_lines import TranscriptLog, TranscriptPrompts, read_entries
 from fastdraft.errors import DataError
+from fastdraft.recipe.base import Config, Count
 
 
 class _Prompts(Config):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from fastdraft.conversation import whole_characters
+from fastdraft.data.conversation import whole_characters
 from fastdraft.errors import DataError
 
 BOM = b"\xef\xbb\xbf"

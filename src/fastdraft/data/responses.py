@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastdraft.artifacts import Artifact, atomic_path, digest
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
+from fastdraft.run_folder import StageFolder, atomic_path, digest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,7 +89,7 @@ def write_rows(path: Path, rows: Iterable[SyntheticRow], metadata: Mapping[str, 
     """Writes all rows, and any facts about them, as one Parquet file: all of it or nothing.
 
     Raises:
-        DiskError: when the disk is full or the folder cannot be written.
+        FastDraftError: when the disk is full or the folder cannot be written.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -107,7 +107,7 @@ def read_rows(path: Path) -> list[SyntheticRow]:
     """All rows of one file, in order.
 
     Raises:
-        ArtifactError: when the file is missing or damaged.
+        FastDraftError: when the file is missing or damaged.
     """
     with _one_line(path):
         return [
@@ -119,7 +119,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The facts that `write_rows` kept beside the rows.
 
     Raises:
-        ArtifactError: when the file is missing or damaged.
+        FastDraftError: when the file is missing or damaged.
     """
     with _one_line(path):
         value = json.loads((_read(path, ["row_id"]).schema.metadata or {}).get(_METADATA, b"{}"))
@@ -132,7 +132,7 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
     """Some columns of one file, by name.
 
     Raises:
-        ArtifactError: when the file is missing or damaged.
+        FastDraftError: when the file is missing or damaged.
     """
     with _one_line(path):
         columns: dict[str, list[Any]] = _read(path, list(names)).to_pydict()
@@ -168,24 +168,24 @@ def _one_line(path: Path) -> Iterator[None]:
         OverflowError,
     ) as error:
         found = "missing" if not path.exists() else f"damaged ({str(error)[:80]})"
-        raise ArtifactError(
+        raise FastDraftError(
             path, found, "must be a Parquet file of synthetic rows", "redo the stage that wrote it"
         ) from None
 
 
-def unit_path(artifact: Artifact, index: int) -> Path:
+def unit_path(artifact: StageFolder, index: int) -> Path:
     """Where the unit of that index is kept."""
     return artifact.path / UNITS / f"unit-{index:05}.parquet"
 
 
-def unit_paths(artifact: Artifact) -> list[Path]:
+def unit_paths(artifact: StageFolder) -> list[Path]:
     """Every unit that is there, in the order of writing."""
     return sorted(
         (artifact.path / UNITS).glob("unit-*.parquet"), key=lambda path: int(path.stem.removeprefix("unit-"))
     )
 
 
-def read_all(synthesize: Artifact, split: Split | None = None) -> Iterator[SyntheticRow]:
+def read_all(synthesize: StageFolder, split: Split | None = None) -> Iterator[SyntheticRow]:
     """Every row in the order of writing, one unit in memory at a time.
 
     Args:
@@ -193,17 +193,19 @@ def read_all(synthesize: Artifact, split: Split | None = None) -> Iterator[Synth
         split: `validation` holds about 5 % of the prompts (at least a few), `train` all the others; None gives both.
 
     Raises:
-        ArtifactError: when a unit is damaged.
+        FastDraftError: when a unit is damaged.
     """
     for _, _, row in read_placed(synthesize, split):
         yield row
 
 
-def read_placed(synthesize: Artifact, split: Split | None = None) -> Iterator[tuple[Path, int, SyntheticRow]]:
+def read_placed(
+    synthesize: StageFolder, split: Split | None = None
+) -> Iterator[tuple[Path, int, SyntheticRow]]:
     """As `read_all`; each row with its unit and the number of response tokens that stand before it there.
 
     Raises:
-        ArtifactError: when a unit is damaged.
+        FastDraftError: when a unit is damaged.
     """
     paths = unit_paths(synthesize)
     _check_whole(synthesize, paths)
@@ -220,13 +222,13 @@ def read_placed(synthesize: Artifact, split: Split | None = None) -> Iterator[tu
             before += len(row.response_ids)
 
 
-def _check_whole(synthesize: Artifact, paths: Sequence[Path]) -> None:
+def _check_whole(synthesize: StageFolder, paths: Sequence[Path]) -> None:
     """A finished stage has every unit that it wrote: training on what is left of them would go unnoticed."""
     written = synthesize.manifest().get("units", len(paths)) if synthesize.is_complete() else len(paths)
     missing = {unit_path(synthesize, index) for index in range(written)} - set(paths)
     if missing:
         rule = f"the {written} units of a finished stage must stay where they are"
-        raise ArtifactError(
+        raise FastDraftError(
             min(missing), "missing", rule, "put it back, or do the stage again with --redo synthesize"
         )
 

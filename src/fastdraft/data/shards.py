@@ -19,9 +19,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.artifacts import MANIFEST, Artifact, file_sha256
-from fastdraft.errors import ArtifactError, DataError
+from fastdraft.errors import DataError, FastDraftError
 from fastdraft.machine import disk_errors
+from fastdraft.run_folder import MANIFEST, StageFolder, file_sha256
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -64,7 +64,7 @@ class ShardWriter:
         """Brings the folder back to a committed state.
 
         Raises:
-            ArtifactError: when committed bytes are no longer there.
+            FastDraftError: when committed bytes are no longer there.
         """
         self.shards, self.open_rows = list(shards), open_rows
         partial, final = self._path(".partial"), self._path(".bin")
@@ -78,7 +78,7 @@ class ShardWriter:
                     extra.unlink()
             partial.touch()
             if partial.stat().st_size < self._bytes(open_rows):
-                raise ArtifactError(
+                raise FastDraftError(
                     partial,
                     "shorter than was committed",
                     "unfinished work must be whole to go on from it",
@@ -190,12 +190,12 @@ class PackedCorpus:
         return len(self._shards)
 
 
-def corpus_names(prepare: Artifact) -> list[str]:
+def corpus_names(prepare: StageFolder) -> list[str]:
     """The corpora of a finished prepare stage, in the recipe's order."""
     return list(_corpora(prepare.path / MANIFEST, prepare.manifest()))
 
 
-def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | None = None) -> PackedCorpus:
+def open_corpus(prepare: StageFolder, corpus: str, split: Split, verify: bool | None = None) -> PackedCorpus:
     """One split of one prepared corpus; of several row lengths the shortest (`open_lengths` has all).
 
     Args:
@@ -206,13 +206,13 @@ def open_corpus(prepare: Artifact, corpus: str, split: Split, verify: bool | Non
 
     Raises:
         DataError: when there is no corpus of that name.
-        ArtifactError: when a shard is missing or damaged.
+        FastDraftError: when a shard is missing or damaged.
     """
     return next(iter(open_lengths(prepare, corpus, split, verify).values()))
 
 
 def open_lengths(
-    prepare: Artifact, corpus: str, split: Split, verify: bool | None = None
+    prepare: StageFolder, corpus: str, split: Split, verify: bool | None = None
 ) -> dict[int, PackedCorpus]:
     """One split of one prepared corpus by row length, the shortest first; a length may have no rows.
 
@@ -246,7 +246,7 @@ def row_lengths(manifest: Mapping[str, Any]) -> list[int]:
     """The lengths of a prepare stage's rows, the shortest first.
 
     Raises:
-        ArtifactError: when the manifest lists none, or what is no length.
+        FastDraftError: when the manifest lists none, or what is no length.
     """
     lengths = manifest.get("row_lengths", [manifest["row_length"]])
     if (
@@ -280,8 +280,8 @@ def _listed(where: Path, corpus: Any, split: Split) -> list[dict[str, Any]]:
     return shards
 
 
-def _damaged(where: Path | str, found: str) -> ArtifactError:
-    return ArtifactError(
+def _damaged(where: Path | str, found: str) -> FastDraftError:
+    return FastDraftError(
         where,
         f"damaged ({found})",
         "must list each corpus with its shards",
@@ -292,11 +292,11 @@ def _damaged(where: Path | str, found: str) -> ArtifactError:
 def _check_shard(path: Path, shard: dict[str, Any], row_bytes: int, verify: bool) -> None:
     remedy = "run it again with --redo prepare"
     if not path.is_file():
-        raise ArtifactError(path, "missing", "every shard of the manifest must be there", remedy)
+        raise FastDraftError(path, "missing", "every shard of the manifest must be there", remedy)
     size = path.stat().st_size
     if size != shard["rows"] * row_bytes:
-        raise ArtifactError(
+        raise FastDraftError(
             path, f"corrupt shard of {size} bytes", f"must have {shard['rows'] * row_bytes} bytes", remedy
         )
     if verify and file_sha256(path) != shard["sha256"]:
-        raise ArtifactError(path, "corrupt shard", "its checksum must be the manifest's", remedy)
+        raise FastDraftError(path, "corrupt shard", "its checksum must be the manifest's", remedy)

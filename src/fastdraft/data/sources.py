@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fastdraft.config import Config, Count, FolderName
 from fastdraft.data.place import Place
 from fastdraft.data.readers import jsonl_texts, parquet_texts, read_text
 from fastdraft.errors import DataError
-from fastdraft.interfaces import PYTHON, SHIPPED, resolve_path, user_path
+from fastdraft.recipe.base import Config, Count, FolderName
+from fastdraft.recipe.run import PYTHON, SHIPPED, resolve_path, user_path
 
 HASHED_FILES, HASHED_BYTES = 64, 1 << 16
 NOT_CODE = [
@@ -218,7 +218,7 @@ class HubSource(_Source):
         """(data set and row, whatever stands in the column `field`) of each row, as the data set orders them.
 
         Raises:
-            MissingExtraError: without the library. DataError: when the data set cannot be reached or has no such column.
+            MissingExtra: without the library. DataError: when the data set cannot be reached or has no such column.
         """
         from fastdraft.data.hub import rows_in_order
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdraft.artifacts import Artifact, digest, write_atomic
 from fastdraft.data.responses import Split, SyntheticRow, read_columns, read_placed
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
+from fastdraft.run_folder import StageFolder, digest, write_atomic
 
 _RECORDS, _FACTS, _SUFFIX = "records", "facts", ".logits.safetensors"
 _LOW_BITS = 16
@@ -73,7 +73,7 @@ def write_sparse_logits(path: Path, logits: SparseLogits, vocab_size: int, rows:
         rows: The unit's `rows_digest`.
 
     Raises:
-        DiskError: when the disk is full or the folder cannot be written.
+        FastDraftError: when the disk is full or the folder cannot be written.
     """
     from safetensors.numpy import save
 
@@ -108,7 +108,7 @@ class StoredLogits:
         """`tokens`, `k`, `vocab_size`, `rows`.
 
         Raises:
-            ArtifactError: when the file is missing or damaged.
+            FastDraftError: when the file is missing or damaged.
         """
         facts = self._read(0, 0)[1]
         if (
@@ -122,7 +122,7 @@ class StoredLogits:
         """The distributions at tokens `start` to `stop` of the unit.
 
         Raises:
-            ArtifactError: when the file is missing or damaged.
+            FastDraftError: when the file is missing or damaged.
         """
         content, facts = self._read(start, stop)
         if len(content) != stop - start:
@@ -173,9 +173,9 @@ class StoredLogits:
         ) as error:
             raise self._damaged(str(error)[:80] if self.path.exists() else "") from None
 
-    def _damaged(self, why: str) -> ArtifactError:
+    def _damaged(self, why: str) -> FastDraftError:
         found = f"damaged ({why})" if why else "missing"
-        return ArtifactError(
+        return FastDraftError(
             self.path, found, "must hold the target's stored logits", "redo the stage with --redo synthesize"
         )
 
@@ -194,12 +194,12 @@ class RowLogits:
 
 
 def read_with_logits(
-    synthesize: Artifact, split: Split | None = None
+    synthesize: StageFolder, split: Split | None = None
 ) -> Iterator[tuple[SyntheticRow, RowLogits]]:
     """Every row in the order of writing with its logits, which are read later, when asked for.
 
     Raises:
-        ArtifactError: when a unit's logits are missing, damaged or those of other rows.
+        FastDraftError: when a unit's logits are missing, damaged or those of other rows.
     """
     unit, path = None, None
     for placed, before, row in read_placed(synthesize, split):
@@ -213,7 +213,7 @@ def _matching(unit: Path) -> StoredLogits:
     tokens = sum(map(len, columns["response_ids"]))
     if stored.facts["rows"] != rows_digest(columns["row_id"]) or stored.facts["tokens"] != tokens:
         remedy = "redo the stage with --redo synthesize"
-        raise ArtifactError(
+        raise FastDraftError(
             stored.path, "belongs to other rows", f"must hold the logits of {unit.name}", remedy
         )
     return stored

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.errors import VocabularyError
+from fastdraft.errors import TargetError
 
 CONTROL = re.compile(r"<\|.*\|>", re.DOTALL)
 
@@ -48,13 +48,13 @@ def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
     """The id before every document: BOS, or EOS for a tokenizer without BOS.
 
     Raises:
-        VocabularyError: when there is neither.
+        TargetError: when there is neither.
     """
     if bos_token_id is not None:
         return bos_token_id
     if eos_token_ids:
         return eos_token_ids[0]
-    raise VocabularyError(
+    raise TargetError(
         "tokenizer",
         "neither BOS nor EOS",
         "documents need a token between them",
@@ -93,7 +93,7 @@ class DocumentEncoder:
         """Ids of each text, 1-D, in order; equal for any number of threads.
 
         Raises:
-            VocabularyError: when the tokenizer gives an id that the model does not have.
+            TargetError: when the tokenizer gives an id that the model does not have.
         """
         fast = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
         flat, ends = array("I"), [0]
@@ -103,7 +103,7 @@ class DocumentEncoder:
         ids = np.array(flat, dtype=np.uint32)
         top = int(ids.max(initial=0))
         if top >= self._size:
-            raise VocabularyError(
+            raise TargetError(
                 "tokenizer",
                 f"gives id {top}",
                 f"the model's vocabulary has {self._size}",

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fastdraft.config import Config, Count
 from fastdraft.data.openai_format import Choice, LogprobKind, read_choices, read_logprob
 from fastdraft.data.readers import read_jsonl
 from fastdraft.data.sources import FoundFile, JsonlSource
 from fastdraft.errors import DataError
-from fastdraft.interfaces import Sampling
+from fastdraft.functional.generation import Sampling
+from fastdraft.recipe.base import Config, Count
 
 _NEUTRAL = {
     "min_p": 0,

@@ -17,12 +17,12 @@ from fastdraft.data.openai_format import AnswerReader, Choice
 from fastdraft.data.responses import ids_hash
 from fastdraft.data.transcript_lines import Entry, TranscriptLog, read_entries
 from fastdraft.errors import DataError, TargetError
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.functional.generation import Generation, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastdraft.vocabulary import Vocabulary
+    from fastdraft.modeling.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from fastdraft.artifacts import digest
-from fastdraft.conversation import Conversation
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.data.conversation import Conversation
+from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.run_folder import digest
 
 if TYPE_CHECKING:
     from fastdraft.data.shards import PackedCorpus

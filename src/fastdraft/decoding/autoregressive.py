@@ -20,8 +20,8 @@ from transformers.cache_utils import Cache
 
 from fastdraft.decoding.cache import PreallocatedLayer
 from fastdraft.decoding.grouped_attention import grouped_attention
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import token_at, warp
-from fastdraft.generation import Generation, Sampling
 from fastdraft.machine import Halving
 
 DROP_SHARE = 0.15
@@ -149,7 +149,7 @@ def generate_batch(  # noqa: PLR0917
 
     Raises:
         ValueError: for an empty prompt or `max_new_tokens` below 1.
-        NoMemoryError: when a single row does not fit.
+        OutOfMemory: when a single row does not fit.
     """
     if not prompts:
         return []

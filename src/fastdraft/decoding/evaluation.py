@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fastdraft.artifacts import digest
 from fastdraft.data.looping import is_looping
 from fastdraft.data.responses import SyntheticRow, ids_hash
 from fastdraft.decoding.figures import CountsTable, counts_table
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.positions import counts_by_bucket
-from fastdraft.interfaces import Generation, Sampling
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.run_folder import digest
 
 HEADLINE_K = 3
 NEAR_TIE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}

@@ -22,9 +22,10 @@ from fastdraft.data.sparse_logits import SparseLogits, logits_path, rows_digest,
 from fastdraft.decoding.replay import TokenText, batch_tokens_of, held_slices, pass_by_pass, response_hidden
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import top_k_buckets
-from fastdraft.interfaces import Engine, StageContext
+from fastdraft.functional.generation import Engine
 from fastdraft.modeling.head import OutputHead, output_head
 from fastdraft.modeling.loading import load_target, pick_device
+from fastdraft.stages.context import StageContext
 
 
 @torch.inference_mode()
@@ -97,7 +98,7 @@ class LogitWriter:
 
         Raises:
             TargetError: when the target's numbers are not finite.
-            DiskError: when the disk is full or the folder cannot be written.
+            FastDraftError: when the disk is full or the folder cannot be written.
         """
         path = logits_path(unit)
         if path.exists():

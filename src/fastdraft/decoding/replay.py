@@ -25,7 +25,7 @@ from fastdraft.functional.acceptance import Counts, add_counts, batched_expected
 from fastdraft.functional.sampling import mask_ids, warp
 from fastdraft.machine import Halving
 from fastdraft.modeling.head import OutputHead, output_head
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
 
 LOGITS_HELD = {"cpu": 2**21, "other": 2**26}
 """Entries of the logits held at once: as many as stay in a CPU's cache (8 MiB of float32), or fill an accelerator's units (256 MiB)."""
@@ -171,7 +171,7 @@ def pass_by_pass(rows: Sequence[TokenText], batch_tokens: int, work: Callable[[S
     """Calls `work` with the numbers of rows of near-equal length, fewer at a time where memory runs out.
 
     Raises:
-        NoMemoryError: when a single row does not fit.
+        OutOfMemory: when a single row does not fit.
     """
     halving = Halving("a pass over text")
     for chosen in length_batches(rows, batch_tokens):

@@ -24,8 +24,8 @@ from fastdraft.decoding.replay import (
     pass_by_pass,
     response_hidden,
 )
+from fastdraft.functional.generation import Engine, Generation, Sampling
 from fastdraft.functional.sampling import warp
-from fastdraft.generation import Engine, Generation, Sampling
 from fastdraft.modeling.head import OutputHead, output_head
 
 

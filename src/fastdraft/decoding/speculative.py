@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from fastdraft.decoding.cache import Reader
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.functional.acceptance import Counts, add_counts
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import draw, mask_ids, probabilities
 from fastdraft.functional.verification import verify, verify_greedy
-from fastdraft.generation import Generation, Sampling
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fastdraft.artifacts import Artifact
 from fastdraft.data.responses import (
     SyntheticRow,
     ids_hash,
@@ -19,17 +18,19 @@ from fastdraft.data.responses import (
     unit_paths,
     validation_keys,
 )
-from fastdraft.data.texts import HeldOutTexts, LoggedTexts
 from fastdraft.data.transcript_lines import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.decoding.evaluation import as_row
 from fastdraft.errors import DataError
-from fastdraft.interfaces import Generation, Sampling, StageContext
+from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.recipe.evaluation import HeldOutTexts, LoggedTexts
+from fastdraft.run_folder import StageFolder
+from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastdraft.vocabulary import Vocabulary
+    from fastdraft.modeling.vocabulary import Vocabulary
 
 Score = Callable[[list[Generation], Sampling], list[Generation]]
 """Gives texts the log-probs of a model."""
@@ -73,7 +74,7 @@ def gather(
         greedy_draft: The draft proposes its likeliest token, so that no log-prob is needed.
 
     Raises:
-        ArtifactError: when held-out rows are wanted and synthesize has not finished.
+        FastDraftError: when held-out rows are wanted and synthesize has not finished.
         DataError: when no text serves.
     """
     from fastdraft.modeling.loading import load_vocabulary
@@ -83,8 +84,8 @@ def gather(
         rows = list(read_all(context.require("synthesize"), "validation"))
     else:
         rows = logged_rows(texts, tokenizer, load_vocabulary(context.target), context.settings.seed, found)
-        if context.has("synthesize") and context.artifact("synthesize").is_complete():
-            trained = trained_prompts(context.artifact("synthesize"))
+        if context.has("synthesize") and context.folder("synthesize").is_complete():
+            trained = trained_prompts(context.folder("synthesize"))
     score = _score(context) if texts.logprobs == "target" else None
     take(rows, found, context_length=context_length, trained=trained, score=score, greedy_draft=greedy_draft)
     if found.left_out:
@@ -108,7 +109,7 @@ def _score(context: StageContext) -> Score:
     return partial(score, load_target(context.target, pick_device(context.settings.device)))
 
 
-def trained_prompts(synthesize: Artifact) -> frozenset[str]:
+def trained_prompts(synthesize: StageFolder) -> frozenset[str]:
     """Hashes of the prompts, those of later turns too, whose answers the draft was aligned on."""
     rows: list[
         tuple[str, str]

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.artifacts import read_json, write_json
 from fastdraft.console import Console
 from fastdraft.data.dialogue import dialogue_format
 from fastdraft.decoding.evaluation import derive_seed
 from fastdraft.decoding.turns import take_turns
 from fastdraft.decoding.workbench import EncodedTask, Plan, refuse_faults
-from fastdraft.errors import ArtifactError, DataError
-from fastdraft.interfaces import Engine, Generation, RenderedPrompt, Sampling
+from fastdraft.errors import DataError, FastDraftError
+from fastdraft.functional.generation import Engine, Generation, RenderedPrompt, Sampling
+from fastdraft.run_folder import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def with_turns(
     Raises:
         DataError: when no prompt of a task fits the context. TargetError: when the template cannot render a conversation,
             or a served target's answers are not whole.
-        ArtifactError: when kept prompts are damaged.
+        FastDraftError: when kept prompts are damaged.
     """
     missing = [task for task in plan.tasks if task.conversations and not _path(folder, task).exists()]
     if missing:
@@ -158,7 +158,7 @@ def _read(task: EncodedTask, folder: Path, console: Console) -> EncodedTask:
         too_long, ended, note = int(kept["too_long"]), int(kept["ended"]), str(kept["note"])
     except (KeyError, TypeError, ValueError):
         remedy = "delete this file and run the same command again"
-        raise ArtifactError(
+        raise FastDraftError(
             _path(folder, task), "damaged", "must hold the prompts of every turn", remedy
         ) from None
     if not prompts and not task.prompt_ids:

@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from fastdraft.conversation import Conversation
+from fastdraft.data.conversation import Conversation
 from fastdraft.data.dialogue import DialogueFormat
 from fastdraft.data.looping import is_looping
-from fastdraft.interfaces import Generation
+from fastdraft.functional.generation import Generation
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fastdraft.data.prompts import normalised
 from fastdraft.data.responses import SyntheticRow, ids_hash
 from fastdraft.data.units import Unit
 from fastdraft.decoding.turns import take_turns
-from fastdraft.interfaces import Engine, Generation, Sampling
+from fastdraft.functional.generation import Engine, Generation, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

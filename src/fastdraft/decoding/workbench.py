@@ -20,20 +20,20 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from fastdraft.artifacts import read_json, write_atomic, write_json
 from fastdraft.console import Console
-from fastdraft.conversation import Conversation
+from fastdraft.data.conversation import Conversation
 from fastdraft.data.responses import SyntheticRow, read_columns, read_rows, write_rows
 from fastdraft.decoding.evaluation import as_row, derive_seed, exact_runs, replay_tables
 from fastdraft.decoding.figures import CountsTable, Setting, counts_table
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.position_figures import Place, Positions
 from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.errors import ArtifactError, TargetError
+from fastdraft.errors import FastDraftError, TargetError
 from fastdraft.functional.acceptance import TOTALS
+from fastdraft.functional.generation import Engine, Generation, Sampling
 from fastdraft.functional.intervals import Groups, group_numbers
-from fastdraft.interfaces import Engine, Generation, Sampling
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.run_folder import read_json, write_atomic, write_json
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def _read_array(path: Path) -> Positions:
         return values
     except (ValueError, OSError, EOFError) as error:
         found = f"damaged ({str(error)[:60]})"
-        raise ArtifactError(
+        raise FastDraftError(
             path, found, "must hold replayed counts", "delete this file and run the same command again"
         ) from None
 
@@ -347,6 +347,6 @@ def _read_exact(path: Path) -> ExactUnit:
         accepted = [[bool(flag) for flag in flags] for flags in unit["accepted"]]
         return ExactUnit(np.array(unit["counts"], dtype=np.float64), unit["response_ids"], accepted)
     except (KeyError, TypeError, ValueError):
-        raise ArtifactError(
+        raise FastDraftError(
             path, "damaged", "must hold an exact run", "delete this file and run the same command again"
         ) from None

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdraft.errors import MissingExtraError
+from fastdraft.errors import MissingExtra
 from fastdraft.functional.losses import IGNORE_INDEX, compute_dtypes
 
 LIBRARY, EXTRA = "liger-kernel", "liger"
@@ -26,15 +26,15 @@ def liger_function() -> Callable[..., Tensor]:
     """`liger_kernel.transformers.functional.liger_fused_linear_cross_entropy`.
 
     Raises:
-        MissingExtraError: when liger-kernel is not installed, or is older than 0.6.2, which could not yet add gradients up in fp32.
+        MissingExtra: when liger-kernel is not installed, or is older than 0.6.2, which could not yet add gradients up in fp32.
     """
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError:
-        raise MissingExtraError(LIBRARY, EXTRA) from None
+        raise MissingExtra(LIBRARY, EXTRA) from None
     function: Callable[..., Tensor] = liger_fused_linear_cross_entropy
     if "accum_dtype" not in inspect.signature(function).parameters:
-        raise MissingExtraError(f"{LIBRARY} 0.6.2 or newer", EXTRA)
+        raise MissingExtra(f"{LIBRARY} 0.6.2 or newer", EXTRA)
     return function
 
 
@@ -59,7 +59,7 @@ def liger_cross_entropy(
         The sum in nats: scalar, fp32, differentiable once by hidden and head.
 
     Raises:
-        MissingExtraError: when liger-kernel is not there.
+        MissingExtra: when liger-kernel is not there.
     """
     function, (compute, _) = liger_function(), compute_dtypes(hidden_ND)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # it knows no autocast for the head's gradient

@@ -33,7 +33,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line(location: str) -> Iterator[None]:
-    """Turns whatever a library raises while loading into one TargetError; into a DiskError where another place is at fault, such as a
+    """Turns whatever a library raises while loading into one TargetError; into a FastDraftError where another place is at fault, such as a
     cache that cannot be written.
     """
     try:

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdraft.artifacts import atomic_folder, read_json
-from fastdraft.errors import ArtifactError, DeviceError, TargetError
-from fastdraft.interfaces import TargetConfig
+from fastdraft.errors import FastDraftError, RecipeError, TargetError
 from fastdraft.machine import no_collection
 from fastdraft.modeling.architecture import read_architecture
 from fastdraft.modeling.counting import auto_class
@@ -35,7 +33,9 @@ from fastdraft.modeling.source import (
     is_hub_id,
     raw_config,
 )
-from fastdraft.vocabulary import Description, Vocabulary, build_vocabulary, describe
+from fastdraft.modeling.vocabulary import Description, Vocabulary, build_vocabulary, describe
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import atomic_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ def pick_device(name: str) -> torch.device:
     """The device that a recipe names; `auto` is the accelerator that torch finds, else the CPU.
 
     Raises:
-        DeviceError: when the device is unknown or not there.
+        RecipeError: when the device is unknown or not there.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
@@ -74,7 +74,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DeviceError(
+        raise RecipeError(
             "run.device",
             name,
             "must be auto, cpu, cuda, xpu or mps, or one with an index",
@@ -83,7 +83,7 @@ def pick_device(name: str) -> torch.device:
     count = torch.accelerator.device_count() if found and found.type == device.type else 0
     if device.type != "cpu" and (device.index or 0) >= count:
         has = f"{count} {device.type} device(s)" if count else str(found or "no accelerator")
-        raise DeviceError("run.device", name, f"this machine's torch sees {has}", "use run.device=auto")
+        raise RecipeError("run.device", name, f"this machine's torch sees {has}", "use run.device=auto")
     return device
 
 
@@ -135,7 +135,7 @@ def load_generation_config(location: str, revision: str | None = None) -> Genera
             raise explain(location, error) from error
     try:
         return GenerationConfig(eos_token_id=dict(read_json(path)).get("eos_token_id"))
-    except (ArtifactError, TypeError, ValueError, AttributeError) as error:
+    except (FastDraftError, TypeError, ValueError, AttributeError) as error:
         found = str(getattr(error, "found", "not an object"))
         raise TargetError(
             path, found, "must be a JSON object", "fetch the model again, or delete this file"
@@ -160,7 +160,7 @@ def load_encoding(target: TargetConfig) -> tuple[PreTrainedTokenizerBase, Vocabu
 
     Raises:
         TargetError: when one of them cannot be loaded.
-        VocabularyError: when the tokenizer has ids that the model has no row for.
+        TargetError: when the tokenizer has ids that the model has no row for.
     """
     config = load_config(target.location, target.revision, target.trust_remote_code)
     loaded = _loaded(target.location, target.revision, target.trust_remote_code)
@@ -342,7 +342,7 @@ def load_draft(
     """A draft or checkpoint that FastDraft wrote: eval mode, on `device`.
 
     Raises:
-        ArtifactError: when a file is missing or damaged, or a weight is not finite.
+        FastDraftError: when a file is missing or damaged, or a weight is not finite.
     """
     try:
         check_weights(str(folder))
@@ -350,7 +350,7 @@ def load_draft(
             _refuse_whole_numbers(folder)
             return _own_memory(_from_pretrained(str(folder), dtype)).to(device).eval()
     except TargetError as error:
-        raise ArtifactError(
+        raise FastDraftError(
             error.where, error.found, error.rule, "delete its stage's folder and run the stage again"
         ) from error
 
@@ -446,7 +446,7 @@ def save_draft(model: PreTrainedModel, folder: Path, tokenizer_files_from: Path)
         tokenizer_files_from: A directory whose tokenizer files are copied byte for byte.
 
     Raises:
-        DiskError: when the disk is full or not writable.
+        FastDraftError: when the disk is full or not writable.
     """
     with atomic_folder(folder) as temporary:
         with quiet():

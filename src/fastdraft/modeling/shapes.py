@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fastdraft.config import format_count
 from fastdraft.errors import RecipeError
 from fastdraft.modeling.architecture import Architecture
+from fastdraft.recipe.base import format_count
 
 TOLERANCE = 0.03
 TIED_BELOW = 14_000_000

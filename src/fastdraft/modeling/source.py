@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdraft.artifacts import file_sha256
 from fastdraft.errors import TargetError
 from fastdraft.machine import disk_errors
 from fastdraft.modeling.families import TARGET_FAMILIES
+from fastdraft.run_folder import file_sha256
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -340,7 +340,7 @@ def copy_tokenizer_files(source: str | Path, folder: Path, revision: str | None 
     """Copies tokenizer files byte for byte from a directory or the hub; returns their names.
 
     Raises:
-        TargetError: when there are none. DiskError: when the disk is full.
+        TargetError: when there are none. FastDraftError: when the disk is full.
     """
     names = []
     with disk_errors(folder):

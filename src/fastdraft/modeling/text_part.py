@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.interfaces import TargetConfig
 from fastdraft.machine import disk_errors
 from fastdraft.modeling.families import MULTIMODAL, plain_rope, special_id, text_config
 from fastdraft.modeling.source import copy_tokenizer_files, raw_config
+from fastdraft.recipe.run import TargetConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -69,7 +69,7 @@ def as_text_model(location: str, revision: str | None, beside: Path) -> Iterator
         beside: A directory on the disk that has room for the text part's weights.
 
     Raises:
-        TargetError: when the model cannot be loaded. DiskError: when the disk is full.
+        TargetError: when the model cannot be loaded. FastDraftError: when the disk is full.
     """
     if raw_config(location, revision)["model_type"] not in MULTIMODAL:
         yield location, revision

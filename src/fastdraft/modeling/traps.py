@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.config import format_count
 from fastdraft.modeling.architecture import Architecture, has_rotary_factors, rope_switch
 from fastdraft.modeling.families import special_id, text_config
-from fastdraft.vocabulary import Vocabulary, id_ranges
+from fastdraft.modeling.vocabulary import Vocabulary, id_ranges
+from fastdraft.recipe.base import format_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

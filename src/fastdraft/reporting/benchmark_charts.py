@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fastdraft.config import format_count
+from fastdraft.recipe.base import format_count
 from fastdraft.reporting.benchmark_results import SWEEPS, Benchmark, Pair, pair_of, times
 from fastdraft.reporting.document import Chart
 from fastdraft.reporting.drawing import (

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.config import format_count
+from fastdraft.recipe.base import format_count
 from fastdraft.reporting.document import Chart
 from fastdraft.reporting.drawing import (
     INK,

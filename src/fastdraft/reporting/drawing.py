@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
-from fastdraft.artifacts import digest
+from fastdraft.run_folder import digest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fastdraft.config import format_count
+from fastdraft.recipe.base import format_count
 from fastdraft.reporting.benchmark_results import Benchmark
 from fastdraft.reporting.benchmark_sections import launch_hint, setting
 from fastdraft.reporting.benchmark_tables import compact_table

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from fastdraft.artifacts import FINGERPRINT, RunDirectory, read_json
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
 from fastdraft.reporting.results import number
+from fastdraft.run_folder import FINGERPRINT, RunFolder, read_json
 
 STAGES = (
     "design",
@@ -81,24 +81,22 @@ class RunRecord:
         return isinstance(recipe, dict) and recipe.get(stage) is not None
 
 
-def read_record(run: RunDirectory) -> RunRecord:
+def read_record(run: RunFolder) -> RunRecord:
     """Everything a report shows about `run`.
 
     Raises:
-        ArtifactError: when a manifest, the results or the benchmark are damaged.
+        FastDraftError: when a manifest, the results or the benchmark are damaged.
     """
-    manifests = {
-        stage: run.artifact(stage).manifest() for stage in STAGES if run.artifact(stage).is_complete()
-    }
+    manifests = {stage: run.folder(stage).manifest() for stage in STAGES if run.folder(stage).is_complete()}
     evaluated = "evaluate" in manifests
-    folder, benchmarked = run.artifact("evaluate").path, "benchmark" in manifests
+    folder, benchmarked = run.folder("evaluate").path, "benchmark" in manifests
     return RunRecord(
         name=run.root.name,
         manifests=manifests,
         results=read_results(folder / "results.json") if evaluated else None,
-        benchmark=read_benchmark(run.artifact("benchmark").path / BENCHMARK) if benchmarked else None,
+        benchmark=read_benchmark(run.folder("benchmark").path / BENCHMARK) if benchmarked else None,
         metrics={
-            stage: read_metrics(run.artifact(stage).path / "metrics.jsonl")
+            stage: read_metrics(run.folder(stage).path / "metrics.jsonl")
             for stage in TRAINING
             if stage in manifests
         },
@@ -114,7 +112,7 @@ def read_results(path: Path) -> dict[str, Any] | None:
     """The content of `results.json`; None when there is no such file.
 
     Raises:
-        ArtifactError: when it is damaged.
+        FastDraftError: when it is damaged.
     """
     return _read_mapping(path, "an evaluation's results", "evaluate")
 
@@ -123,7 +121,7 @@ def read_benchmark(path: Path) -> dict[str, Any] | None:
     """The content of `benchmark.json`; None when there is no such file.
 
     Raises:
-        ArtifactError: when it is damaged, or of another schema.
+        FastDraftError: when it is damaged, or of another schema.
     """
     value = _read_mapping(path, "a benchmark's figures", "benchmark")
     if value is not None and value.get("schema") != BENCHMARK_SCHEMA:
@@ -131,7 +129,7 @@ def read_benchmark(path: Path) -> dict[str, Any] | None:
             f"must be schema {BENCHMARK_SCHEMA}",
             "run `fastdraft benchmark` again with --redo benchmark",
         )
-        raise ArtifactError(path, f"schema {value.get('schema')}", rule, remedy)
+        raise FastDraftError(path, f"schema {value.get('schema')}", rule, remedy)
     return value
 
 
@@ -150,9 +148,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [lines[key] for key in sorted(lines)]
 
 
-def fingerprint_of(run: RunDirectory) -> dict[str, Any]:
+def fingerprint_of(run: RunFolder) -> dict[str, Any]:
     """The state of every finished stage, for the report's own fingerprint."""
-    done = [run.artifact(stage) for stage in STAGES if run.artifact(stage).is_complete()]
+    done = [run.folder(stage) for stage in STAGES if run.folder(stage).is_complete()]
     return {
         artifact.name: artifact.digest() if (artifact.path / FINGERPRINT).is_file() else "unknown"
         for artifact in done
@@ -164,7 +162,7 @@ def _read_mapping(path: Path, content: str, stage: str) -> dict[str, Any] | None
         return None
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ArtifactError(
+        raise FastDraftError(
             path,
             "not a mapping",
             f"must hold {content}",

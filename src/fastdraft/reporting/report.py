@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastdraft.config import format_count
+from fastdraft.recipe.base import format_count
 from fastdraft.reporting.acceptance_sections import (
     differences_section,
     ladder_section,

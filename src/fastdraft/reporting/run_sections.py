@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from fastdraft.config import format_count
 from fastdraft.console import format_seconds
+from fastdraft.recipe.base import format_count
 from fastdraft.reporting.charts import loss_chart, validation_chart
 from fastdraft.reporting.definitions import BENCHMARK_DEFINITIONS, DEFINITIONS
 from fastdraft.reporting.document import Block, Charts, Details, Row, Sample, Section, Table, Text, row

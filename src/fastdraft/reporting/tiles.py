@@ -6,8 +6,8 @@ cost, its training and its time.
 
 from __future__ import annotations
 
-from fastdraft.config import format_count
 from fastdraft.console import format_seconds
+from fastdraft.recipe.base import format_count
 from fastdraft.reporting.benchmark_results import Benchmark, times, worth
 from fastdraft.reporting.document import Tile
 from fastdraft.reporting.record import RunRecord

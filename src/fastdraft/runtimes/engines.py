@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fastdraft.artifacts import FINGERPRINT
-from fastdraft.errors import ArtifactError, MissingExtraError
-from fastdraft.interfaces import Generation, Sampling
+from fastdraft.errors import FastDraftError, MissingExtra
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.machine import Halving
-from fastdraft.runtimes.engine_settings import (
+from fastdraft.recipe.data import (
     AutoEngineConfig,
     ChosenEngine,
     EngineConfig,
@@ -29,12 +28,14 @@ from fastdraft.runtimes.engine_settings import (
     OpenAIEngineConfig,
     OpenVINOEngineConfig,
 )
+from fastdraft.run_folder import FINGERPRINT
 from fastdraft.runtimes.openvino_families import NOT_CONVERTED, unconverted_family
 
 if TYPE_CHECKING:
-    from fastdraft.artifacts import Artifact
-    from fastdraft.interfaces import Engine, StageContext
-    from fastdraft.vocabulary import Vocabulary
+    from fastdraft.functional.generation import Engine
+    from fastdraft.modeling.vocabulary import Vocabulary
+    from fastdraft.run_folder import StageFolder
+    from fastdraft.stages.context import StageContext
 
 
 INSTALL_CONVERTER = "pip install --no-deps optimum-intel optimum; pip install requests (with its dependencies it brings torchvision)"
@@ -49,7 +50,7 @@ def require_openvino() -> None:
     """Looks whether everything that converting and running needs is installed, without importing it.
 
     Raises:
-        MissingExtraError: naming the first library that is missing.
+        MissingExtra: naming the first library that is missing.
     """
     for module, library in (
         ("openvino_genai", "openvino-genai"),
@@ -57,21 +58,21 @@ def require_openvino() -> None:
         ("nncf", "nncf"),
     ):
         if find_spec(module) is None:
-            raise MissingExtraError(library, "openvino")
+            raise MissingExtra(library, "openvino")
     if find_spec("optimum") is None or find_spec("optimum.intel") is None:
-        raise MissingExtraError("optimum-intel", "openvino", INSTALL_CONVERTER)
+        raise MissingExtra("optimum-intel", "openvino", INSTALL_CONVERTER)
 
 
 def require_installed(settings: EngineConfig) -> None:
     """Looks whether what the named engine needs is installed; `auto` takes what there is.
 
     Raises:
-        MissingExtraError: naming the first library that is missing.
+        MissingExtra: naming the first library that is missing.
     """
     if isinstance(settings, OpenVINOEngineConfig):
         require_openvino()
     if isinstance(settings, OpenAIEngineConfig) and find_spec("httpx") is None:
-        raise MissingExtraError("httpx", "server")
+        raise MissingExtra("httpx", "server")
 
 
 _Local = HuggingFaceEngineConfig | OpenVINOEngineConfig
@@ -113,12 +114,12 @@ def choose_engine(settings: EngineConfig, context: StageContext) -> EngineChoice
         context: Names the device, the target's precision and the folder in which work may have begun.
 
     Raises:
-        DeviceError: for a `run.device` that is unknown or not there.
-        ArtifactError: when unfinished work was begun by OpenVINO, which is not installed here.
+        RecipeError: for a `run.device` that is unknown or not there.
+        FastDraftError: when unfinished work was begun by OpenVINO, which is not installed here.
     """
     if not isinstance(settings, AutoEngineConfig):
         return EngineChoice(settings, "as the recipe says", by_recipe=True)
-    artifact = context.artifact(_STAGE)
+    artifact = context.folder(_STAGE)
     begun = _begun(artifact)
     if begun is not None and artifact.is_complete():
         return EngineChoice(begun, "it wrote what is there")
@@ -136,7 +137,7 @@ def _fastest_here(context: StageContext) -> EngineChoice:
         return EngineChoice(HuggingFaceEngineConfig(), f"the target runs on {device}")
     try:
         require_openvino()
-    except MissingExtraError as error:
+    except MissingExtra as error:
         reason = (
             f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.remedy}"
         )
@@ -149,7 +150,7 @@ def _fastest_here(context: StageContext) -> EngineChoice:
     return EngineChoice(_OPENVINO_FOR[context.target.dtype], "the fastest on a CPU")
 
 
-def _begun(artifact: Artifact) -> _Local | None:
+def _begun(artifact: StageFolder) -> _Local | None:
     """The engine of work that was begun; None when there is none, or none that `auto` could stand for."""
     if not (artifact.path / FINGERPRINT).exists():
         return None
@@ -160,13 +161,13 @@ def _begun(artifact: Artifact) -> _Local | None:
         return None
 
 
-def _require_to_go_on(artifact: Artifact) -> None:
+def _require_to_go_on(artifact: StageFolder) -> None:
     try:
         require_openvino()
-    except MissingExtraError as error:
+    except MissingExtra as error:
         found = f"settings.engine.kind (openvino -> huggingface, for {error.library} is not installed here)"
         rule = "the engine that began this text must finish it"
-        raise ArtifactError(
+        raise FastDraftError(
             artifact.path, found, rule, f"{error.remedy}; or redo it with --redo {_STAGE}"
         ) from None
 
@@ -338,7 +339,7 @@ def _exported_target(settings: OpenVINOEngineConfig, context: StageContext, stag
     """The target's export beside the units, until the stage is complete: converted once, found again by a process that goes on."""
     from fastdraft.runtimes.openvino_export import export_openvino
 
-    folder = context.artifact(stage).path / _CONVERTED / settings.weights
+    folder = context.folder(stage).path / _CONVERTED / settings.weights
     if not folder.is_dir():
         context.console.say(f"converting the target for OpenVINO ({settings.weights})")
         export_openvino(context.target.location, folder, settings.weights, revision=context.target.revision)

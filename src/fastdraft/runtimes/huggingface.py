@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from fastdraft.data.looping import is_looping
 from fastdraft.decoding.autoregressive import generate_batch
-from fastdraft.generation import Generation, Sampling, check_prompts
+from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.machine import Halving
 from fastdraft.modeling.families import text_config
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
 
 
 class HuggingFaceEngine:
@@ -64,7 +64,7 @@ class HuggingFaceEngine:
 
         Raises:
             DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
-            NoMemoryError: when a single row does not fit into memory.
+            OutOfMemory: when a single row does not fit into memory.
         """
         check_prompts(prompts, max_new_tokens, self.context_length)
         generator = torch.Generator().manual_seed(seed)

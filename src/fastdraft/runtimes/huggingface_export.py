@@ -16,7 +16,7 @@ import torch
 
 from fastdraft.modeling.families import text_config
 from fastdraft.modeling.loading import load_draft, quiet, save_draft
-from fastdraft.vocabulary import Vocabulary
+from fastdraft.modeling.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -51,7 +51,7 @@ def write_huggingface(
         confidence_threshold: The draft stops proposing below this probability; 0 never stops early.
 
     Raises:
-        ArtifactError: when the checkpoint is damaged. DiskError: when the disk is full.
+        FastDraftError: when the checkpoint is damaged. FastDraftError: when the disk is full.
     """
     model = load_draft(checkpoint)
     config = model.generation_config

@@ -13,8 +13,9 @@ from typing import Any
 
 from fastdraft.data.openai_format import read_choices
 from fastdraft.errors import TargetError
-from fastdraft.interfaces import Sampling, TargetConfig
-from fastdraft.runtimes.engine_settings import OpenAIEngineConfig
+from fastdraft.functional.generation import Sampling
+from fastdraft.recipe.data import OpenAIEngineConfig
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.openai_requests import RefusedError, Servers
 from fastdraft.runtimes.openai_server import EQUAL, OpenAIEngine, Way
 

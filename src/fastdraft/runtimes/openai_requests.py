@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from fastdraft.errors import MissingExtraError, TargetError
+from fastdraft.errors import MissingExtra, TargetError
 
 if TYPE_CHECKING:
     import httpx
@@ -75,7 +75,7 @@ class Servers:
         pause: Seconds before a question is asked the second time; they double from time to time.
 
     Raises:
-        MissingExtraError: without httpx.
+        MissingExtra: without httpx.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ def _client(key: str, timeout: float, connections: int, urls: Sequence[str]) -> 
     try:
         import httpx
     except ImportError:
-        raise MissingExtraError("httpx", "server") from None
+        raise MissingExtra("httpx", "server") from None
     return httpx.AsyncClient(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None),

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastdraft.data.chat import plain_prefix_ids, user_words
 from fastdraft.data.openai_format import AnswerReader, Choice, LogprobKind, read_choices, serves_replay
 from fastdraft.errors import DataError, TargetError
-from fastdraft.interfaces import Generation, RenderedPrompt, Sampling, check_prompts
+from fastdraft.functional.generation import Generation, RenderedPrompt, Sampling, check_prompts
+from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.runtimes.openai_requests import RefusedError, Servers
 from fastdraft.runtimes.openvino import answer_seed
-from fastdraft.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fastdraft.data.looping import is_looping
-from fastdraft.errors import ArtifactError, DeviceError, MissingExtraError
-from fastdraft.interfaces import Generation, Sampling, check_prompts
+from fastdraft.errors import FastDraftError, MissingExtra, RecipeError
+from fastdraft.functional.generation import Generation, Sampling, check_prompts
+from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.runtimes.openvino_signals import keeping_signal_stack
-from fastdraft.vocabulary import Vocabulary
 
 Precision = Literal["fast", "exact"]
 """fast: the device's own choice, on a CPU with an 8-bit KV cache; exact: float32 throughout."""
@@ -63,12 +63,12 @@ def import_genai() -> Any:
     """The module openvino_genai.
 
     Raises:
-        MissingExtraError: when it is not installed.
+        MissingExtra: when it is not installed.
     """
     try:
         import openvino_genai
     except ImportError:
-        raise MissingExtraError("openvino-genai", "openvino") from None
+        raise MissingExtra("openvino-genai", "openvino") from None
     return openvino_genai
 
 
@@ -79,7 +79,7 @@ def core() -> Any:
     Each Core loads a CPU plugin of its own; see openvino_signals.py for what that does to signals.
 
     Raises:
-        MissingExtraError: when OpenVINO is not installed.
+        MissingExtra: when OpenVINO is not installed.
     """
     import_genai()
     import openvino
@@ -96,16 +96,16 @@ def device_properties(device: str, precision: Precision, threads: int = 0) -> di
         threads: CPU threads; 0 leaves OpenVINO's own choice.
 
     Raises:
-        DeviceError: when OpenVINO does not see the device, or it cannot be exact.
+        RecipeError: when OpenVINO does not see the device, or it cannot be exact.
     """
     import_genai()
     with keeping_signal_stack():
         seen = core().available_devices
     if device.partition(".")[0] not in {name.partition(".")[0] for name in seen}:
-        raise DeviceError("device", device, f"OpenVINO sees {', '.join(seen)} here", "name one of them")
+        raise RecipeError("device", device, f"OpenVINO sees {', '.join(seen)} here", "name one of them")
     if not device.startswith("CPU"):
         if precision == "exact":
-            raise DeviceError(
+            raise RecipeError(
                 "device", device, "exact (float32) runs need the CPU", "use CPU, or the precision fast"
             )
         return {}
@@ -128,7 +128,7 @@ def load_pipeline(
         tokens_per_pass: Most tokens that one pass reads; longer prompts are cut. 0: OpenVINO's own choice, 256.
 
     Raises:
-        ArtifactError: when OpenVINO cannot load the files.
+        FastDraftError: when OpenVINO cannot load the files.
     """
     genai = import_genai()
     check_exported(folder)
@@ -140,18 +140,18 @@ def load_pipeline(
         with keeping_signal_stack():
             return genai.ContinuousBatchingPipeline(str(folder), scheduler, device, dict(properties))
     except RuntimeError as error:
-        raise ArtifactError(
+        raise FastDraftError(
             folder, short(error), f"OpenVINO must load it on {device}", "export the model again"
         ) from error
 
 
 def check_exported(folder: Path) -> None:
     """Raises:
-    ArtifactError: when a folder holds no exported model.
+    FastDraftError: when a folder holds no exported model.
     """
     if not (folder / MODEL_FILE).is_file():
         remedy = "run fastdraft export with --format openvino"
-        raise ArtifactError(folder, f"no {MODEL_FILE}", "must be a model exported for OpenVINO", remedy)
+        raise FastDraftError(folder, f"no {MODEL_FILE}", "must be a model exported for OpenVINO", remedy)
 
 
 def short(error: Exception) -> str:
@@ -212,8 +212,8 @@ class OpenVINOEngine:
         end_loops: Ends an answer that has run into a loop instead of writing it to its limit.
 
     Raises:
-        MissingExtraError: without openvino-genai. DeviceError: for a device that is not there.
-        ArtifactError: when the files cannot be loaded.
+        MissingExtra: without openvino-genai. RecipeError: for a device that is not there.
+        FastDraftError: when the files cannot be loaded.
     """
 
     name = "openvino"

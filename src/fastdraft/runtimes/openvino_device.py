@@ -15,7 +15,7 @@ def describe_device(device: str, precision: Precision = "fast") -> dict[str, str
     """`version` of OpenVINO and `device_name`, as "AMD EPYC" or "Intel(R) Arc(TM) Graphics".
 
     Raises:
-        MissingExtraError, DeviceError: as for `device_properties`.
+        MissingExtra, RecipeError: as for `device_properties`.
     """
     device_properties(device, precision)
     with keeping_signal_stack():

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastdraft.artifacts import atomic_folder
-from fastdraft.errors import ArtifactError, MissingExtraError, TargetError
-from fastdraft.interfaces import Sampling
+from fastdraft.errors import FastDraftError, MissingExtra, TargetError
+from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.loading import load_config, load_tokenizer, quiet
 from fastdraft.modeling.source import check_weights, copy_tokenizer_files, raw_config
 from fastdraft.modeling.text_part import as_text_model
+from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.engines import INSTALL_CONVERTER
 from fastdraft.runtimes.openvino import MODEL_FILE, core, import_genai, short
 from fastdraft.runtimes.openvino_families import newer_transformers
@@ -78,9 +78,9 @@ def export_openvino(
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        VocabularyError: when the two do not fit, before anything is converted.
-        MissingExtraError: without openvino, nncf or optimum-intel. TargetError: when the source cannot be converted.
-        ArtifactError: when the exported files do not load or write other text with a draft. DiskError: disk full.
+        TargetError: when the two do not fit, before anything is converted.
+        MissingExtra: without openvino, nncf or optimum-intel. TargetError: when the source cannot be converted.
+        FastDraftError: when the exported files do not load or write other text with a draft. FastDraftError: disk full.
     """
     import_genai()
     load_config(str(source), revision)
@@ -103,7 +103,7 @@ def convert(source: str | Path, folder: Path, weights: Weights, revision: str | 
     """Writes the IR of model, tokenizer and detokenizer, and the tokenizer files of the source, into an existing directory.
 
     Raises:
-        MissingExtraError, TargetError: as for `export_openvino`.
+        MissingExtra, TargetError: as for `export_openvino`.
     """
     convert_model, ov_config = _optimum()
     log = io.StringIO()
@@ -145,12 +145,12 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
     """Compresses the weights of an IR in place, without data.
 
     Raises:
-        MissingExtraError: without nncf.
+        MissingExtra: without nncf.
     """
     try:
         import nncf
     except ImportError:
-        raise MissingExtraError("nncf", "openvino") from None
+        raise MissingExtra("nncf", "openvino") from None
     import openvino
 
     model = core().read_model(model_file)
@@ -178,7 +178,7 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
     """Loads both, writes 32 greedy tokens without and with the draft, in float32, and compares.
 
     Raises:
-        ArtifactError: when a file does not load, or the texts differ by more than a near-tie. DeviceError: when OpenVINO fails.
+        FastDraftError: when a file does not load, or the texts differ by more than a near-tie. RecipeError: when OpenVINO fails.
     """
     prompt = [int(token) for token in load_tokenizer(str(target))(_PROMPT).input_ids]
     room = min(context_length(raw_config(str(folder))) for folder in (target, draft)) - len(prompt) - 8
@@ -196,7 +196,7 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
         [(_, place, gap)] = explain_differences(TieJudge(target), [prompt], [alone], [text])
         if not gap < NEAR_TIE:
             found = f"token {place + 1} of {tokens} differs with the draft, by a log-prob of {gap:.2g}"
-            raise ArtifactError(
+            raise FastDraftError(
                 draft,
                 found,
                 f"greedy text must be the same (differences below {NEAR_TIE} pass)",
@@ -222,9 +222,7 @@ def _optimum() -> tuple[Any, Any]:
             from optimum.exporters.openvino import main_export
             from optimum.intel import OVConfig
     except (ImportError, RuntimeError) as error:
-        raise MissingExtraError(
-            f"optimum-intel ({short(error)[:80]})", "openvino", INSTALL_CONVERTER
-        ) from error
+        raise MissingExtra(f"optimum-intel ({short(error)[:80]})", "openvino", INSTALL_CONVERTER) from error
     return main_export, OVConfig
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fastdraft.decoding.latency import Latency
-from fastdraft.errors import ArtifactError, RecipeError
+from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.modeling.source import raw_config
 from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_exported, core, device_properties, short
 from fastdraft.runtimes.openvino_pair import context_length
@@ -66,8 +66,8 @@ class LoadedModel:
         threads: CPU threads; 0 leaves OpenVINO's own choice.
 
     Raises:
-        MissingExtraError: without openvino-genai. DeviceError: for a device that is not there.
-        ArtifactError: when the files cannot be compiled or run there.
+        MissingExtra: without openvino-genai. RecipeError: for a device that is not there.
+        FastDraftError: when the files cannot be compiled or run there.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LoadedModel:
                 self.read(piece)
                 self.prefix_tokens += piece
         except RuntimeError as error:
-            raise ArtifactError(
+            raise FastDraftError(
                 folder, short(error), f"OpenVINO must run it on {device}", "export the model again"
             ) from error
 
@@ -168,7 +168,7 @@ def measure_passes(
         repeats: Turns whose median is taken.
 
     Raises:
-        MissingExtraError, DeviceError, ArtifactError: as for `LoadedModel`.
+        MissingExtra, RecipeError, FastDraftError: as for `LoadedModel`.
     """
     check_repeats(repeats)
     widths = sorted({1, *widths})

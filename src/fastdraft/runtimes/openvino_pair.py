@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.errors import VocabularyError
+from fastdraft.errors import TargetError
 from fastdraft.modeling.loading import load_tokenizer
 from fastdraft.modeling.source import raw_config
 
@@ -30,7 +30,7 @@ def check_pair(target: str | Path, draft: str | Path) -> None:
         draft: Directory of the draft, Hugging Face or exported.
 
     Raises:
-        VocabularyError: naming the first rule that fails and both values.
+        TargetError: naming the first rule that fails and both values.
         TargetError: when a config or tokenizer cannot be read.
     """
     target_config, draft_config = raw_config(str(target)), raw_config(str(draft))
@@ -48,9 +48,7 @@ def check_pair(target: str | Path, draft: str | Path) -> None:
         remedy = (
             "make the draft with the target's context length: its memory is read only as far as the text goes"
         )
-        raise VocabularyError(
-            draft, found, "the draft's context must not be shorter than the target's", remedy
-        )
+        raise TargetError(draft, found, "the draft's context must not be shorter than the target's", remedy)
 
 
 def context_length(config: dict[str, Any]) -> int:
@@ -69,4 +67,4 @@ def _encode(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _compare(rule: str, target: object, draft: object, where: str | Path) -> None:
     if target != draft:
-        raise VocabularyError(where, f"draft {draft}, target {target}", rule, _REMEDY)
+        raise TargetError(where, f"draft {draft}, target {target}", rule, _REMEDY)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastdraft.errors import ArtifactError, DeviceError
+from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.runtimes.openvino import (
     WHOLE_PROMPTS,
     Precision,
@@ -109,7 +109,7 @@ def open_pipeline(
         one_by_one: The pipeline that NPUs need, on any device.
 
     Raises:
-        MissingExtraError, DeviceError, ArtifactError: as for `OpenVINOEngine`.
+        MissingExtra, RecipeError, FastDraftError: as for `OpenVINOEngine`.
     """
     draft_device = draft_device or device
     properties = _properties(device, precision, threads)
@@ -119,7 +119,7 @@ def open_pipeline(
         try:
             properties["draft_model"] = import_genai().draft_model(str(draft), draft_device, **of_draft)
         except RuntimeError as error:
-            raise ArtifactError(
+            raise FastDraftError(
                 draft, short(error), f"OpenVINO must load it on {draft_device}", "export the draft again"
             ) from error
     if one_by_one or is_npu(device) or is_npu(draft_device):
@@ -206,7 +206,7 @@ class OneByOne:
         on_npu: Whether target or draft are on an NPU; elsewhere OpenVINO runs continuous batching behind the same calls.
 
     Raises:
-        ArtifactError: when OpenVINO cannot load the files.
+        FastDraftError: when OpenVINO cannot load the files.
     """
 
     def __init__(self, target: Path, device: str, properties: Mapping[str, Any], *, on_npu: bool) -> None:
@@ -215,7 +215,7 @@ class OneByOne:
             with keeping_signal_stack():
                 self.pipeline = import_genai().LLMPipeline(str(target), device, dict(properties))
         except RuntimeError as error:
-            raise ArtifactError(
+            raise FastDraftError(
                 target, short(error), f"OpenVINO must load it on {device}", "export the model again"
             ) from error
         self.adapts = on_npu
@@ -301,9 +301,9 @@ def _idle_passes(passes: Sequence[Pass], max_new_tokens: int, *, has_drafted: bo
     return int(has_drafted) + int(last_is_single and (has_drafted or _has_proposals(passes, max_new_tokens)))
 
 
-def failed(device: str, error: RuntimeError) -> DeviceError:
+def failed(device: str, error: RuntimeError) -> RecipeError:
     """What OpenVINO could not do while it wrote, as an error of ours."""
-    return DeviceError(
+    return RecipeError(
         "device",
         device,
         f"OpenVINO failed: {short(error)}",

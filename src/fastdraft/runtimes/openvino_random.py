@@ -24,11 +24,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from fastdraft.artifacts import write_json
-from fastdraft.errors import ArtifactError, DiskError
+from fastdraft.errors import FastDraftError
 from fastdraft.modeling.architecture import WEIGHT_BITS
 from fastdraft.modeling.initialize import STD
 from fastdraft.modeling.source import copy_tokenizer_files
+from fastdraft.run_folder import write_json
 from fastdraft.runtimes.openvino import MODEL_FILE
 from fastdraft.runtimes.openvino_export import Weights, convert
 
@@ -67,8 +67,8 @@ def export_random(
         revision: Of the tokenizer.
 
     Raises:
-        MissingExtraError: without openvino, nncf or optimum-intel. TargetError: when the shape cannot be converted.
-        ArtifactError: when the converted layers cannot be repeated. DiskError: when there is no room.
+        MissingExtra: without openvino, nncf or optimum-intel. TargetError: when the shape cannot be converted.
+        FastDraftError: when the converted layers cannot be repeated. FastDraftError: when there is no room.
     """
     layers = int(config.num_hidden_layers)
     shallow = with_layers(config, min(layers, CONVERTED_LAYERS))
@@ -102,12 +102,12 @@ def needed_bytes(models: Sequence[tuple[Architecture, Weights]]) -> int:
 
 def check_disk(folder: Path, wanted: int) -> None:
     """Raises:
-    DiskError: when less than `wanted` bytes are free.
+    FastDraftError: when less than `wanted` bytes are free.
     """
     free = shutil.disk_usage(folder).free
     if free < wanted:
         found = f"{free / 1e9:.1f} GB free"
-        raise DiskError(
+        raise FastDraftError(
             folder,
             found,
             f"the random models take {wanted / 1e9:.1f} GB",
@@ -157,12 +157,12 @@ def repeat_last_layer(model_file: Path, layers: int) -> None:
         layers: Wanted depth.
 
     Raises:
-        ArtifactError: when the layers are not named, or not joined, as optimum-intel does it.
+        FastDraftError: when the layers are not named, or not joined, as optimum-intel does it.
     """
     tree = ElementTree.parse(model_file)
     nodes_at, edges_at = tree.getroot().find("layers"), tree.getroot().find("edges")
     if nodes_at is None or edges_at is None:
-        raise ArtifactError(
+        raise FastDraftError(
             model_file, "no layers", "must be an OpenVINO model", "see that openvino is current"
         )
     nodes = {node.attrib["id"]: node for node in nodes_at}
@@ -179,7 +179,7 @@ def repeat_last_layer(model_file: Path, layers: int) -> None:
     }
     kinds = [sorted(nodes[i].attrib["type"] for i in members) for members in (before, block)]
     if not chain or None in chain.values() or kinds[0] != kinds[1]:
-        raise ArtifactError(
+        raise FastDraftError(
             model_file,
             "its layers cannot be told apart",
             "each must be built as the one before",

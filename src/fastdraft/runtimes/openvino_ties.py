@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
 from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_exported, core, device_properties, short
 from fastdraft.runtimes.openvino_signals import keeping_signal_stack
 
@@ -31,7 +31,7 @@ class TieJudge:
         precision: exact (float32, on a CPU) or fast.
 
     Raises:
-        ArtifactError: when the files cannot be loaded. DeviceError: when the device is not there, or cannot be exact.
+        FastDraftError: when the files cannot be loaded. RecipeError: when the device is not there, or cannot be exact.
     """
 
     def __init__(self, folder: Path, device: str = "CPU", precision: Precision = "exact") -> None:
@@ -41,7 +41,7 @@ class TieJudge:
             with keeping_signal_stack():
                 model = core().compile_model(folder / MODEL_FILE, device, properties)
         except RuntimeError as error:
-            raise ArtifactError(
+            raise FastDraftError(
                 folder, short(error), f"OpenVINO must load it on {device}", "export the model again"
             ) from error
         self._inputs = {name for port in model.inputs for name in port.get_names()}

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastdraft.decoding.speculative import Round, check_room
 from fastdraft.errors import RecipeError
-from fastdraft.interfaces import Sampling
+from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.source import raw_config
 from fastdraft.runtimes.openvino import Precision, answer_seed, generation_config
 from fastdraft.runtimes.openvino_pair import check_pair, context_length
@@ -88,7 +88,7 @@ class _Loaded:
         self, prompts: Sequence[Sequence[int]], configs: Sequence[Any], ending: Ending | None = None
     ) -> list[list[Pass]]:
         """Raises:
-        DeviceError: when OpenVINO fails or leaves a prompt without an answer.
+        RecipeError: when OpenVINO fails or leaves a prompt without an answer.
         """
         try:
             found = self.pipeline.write(prompts, configs, ending)
@@ -100,7 +100,7 @@ class _Loaded:
 
     def measure(self, prompt: Sequence[int], config: Any) -> Measured:
         """Raises:
-        DeviceError: when OpenVINO fails.
+        RecipeError: when OpenVINO fails.
         """
         try:
             return self.pipeline.measure(prompt, config)
@@ -121,7 +121,7 @@ class OpenVINOTarget:
         one_by_one: Runs the pipeline that an NPU needs on this device too.
 
     Raises:
-        ArtifactError, DeviceError, MissingExtraError: as for `OpenVINOEngine`.
+        FastDraftError, RecipeError, MissingExtra: as for `OpenVINOEngine`.
     """
 
     lossless_sampling = True
@@ -161,7 +161,7 @@ class OpenVINOTarget:
         """See `Contender.write`; there is nothing to count.
 
         Raises:
-            DataError: when a prompt is empty or does not fit. DeviceError: when OpenVINO fails.
+            DataError: when a prompt is empty or does not fit. RecipeError: when OpenVINO fails.
         """
         loaded = self._loaded
         found = loaded.passes(prompts, loaded.configs(prompts, sampling, max_new_tokens, seed))
@@ -183,8 +183,8 @@ class OpenVINOPair:
         one_by_one: Runs the pipeline that an NPU needs on this device too.
 
     Raises:
-        VocabularyError: when the pair does not fit, before anything is loaded.
-        ArtifactError, DeviceError, MissingExtraError: as for `OpenVINOEngine`.
+        TargetError: when the pair does not fit, before anything is loaded.
+        FastDraftError, RecipeError, MissingExtra: as for `OpenVINOEngine`.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class OpenVINOPair:
         Run it once before, to warm up; add several up for a good figure.
 
         Raises:
-            DataError: when the prompt does not fit. RecipeError: as for `at`. DeviceError: when OpenVINO fails.
+            DataError: when the prompt does not fit. RecipeError: as for `at`. RecipeError: when OpenVINO fails.
         """
         self.at(num_speculative_tokens)
         config = self._loaded.configs([prompt], Sampling(0.0), max_new_tokens, 0)[0]
@@ -321,7 +321,7 @@ class OpenVINOSpeculation:
 
         Raises:
             DataError: when a prompt is empty or does not fit (exact counts of a fixed K need room for K + 1 tokens more).
-            RecipeError: for sampling on an NPU. DeviceError: when OpenVINO fails.
+            RecipeError: for sampling on an NPU. RecipeError: when OpenVINO fails.
         """
         if sampling.temperature > 0 and self._loaded.pipeline.adapts:
             raise RecipeError(

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from fastdraft.decoding.speculative import Round
 from fastdraft.functional.acceptance import Counts, add_counts
-from fastdraft.interfaces import Sampling
+from fastdraft.functional.generation import Sampling
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.console import Console, Progress
 from fastdraft.decoding.latency import Latency
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
 from fastdraft.machine import disk_errors
 from fastdraft.runtimes.openvino import MODEL_FILE, Precision
 from fastdraft.runtimes.wall_clock import Contender
@@ -117,7 +117,7 @@ class Bench:
         """Notes the machine, or sees that it is the one that began.
 
         Raises:
-            ArtifactError: when units were measured on another device or release.
+            FastDraftError: when units were measured on another device or release.
         """
         if not self.units.has("device"):
             self.units.write("device", dict(device))
@@ -126,7 +126,7 @@ class Bench:
         if before != dict(device):
             found = f"begun on {before.get('device_name')}, OpenVINO {before.get('version')}"
             rule = f"one benchmark is of one device; this is {device['device_name']}, OpenVINO {device['version']}"
-            raise ArtifactError(
+            raise FastDraftError(
                 self.units.path("device"), found, rule, "go on there, or add --redo benchmark"
             )
 
@@ -263,7 +263,7 @@ def _as_latency(units: Units, name: str) -> Latency:
     try:
         return Latency.from_dict(units.read(name))
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ArtifactError(
+        raise FastDraftError(
             units.path(name),
             "damaged",
             "must hold medians of passes",

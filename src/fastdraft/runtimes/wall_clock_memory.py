@@ -120,7 +120,7 @@ def _peak_counter() -> int | None:
 def _answer(run: MemoryRun) -> int:
     """Loads what `run` names, answers its prompt and returns the bytes that this took."""
     # Not OpenVINOPair: it reads both tokenizers to compare them, and what they take would count.
-    from fastdraft.interfaces import Sampling
+    from fastdraft.functional.generation import Sampling
     from fastdraft.runtimes.openvino import Precision, generation_config
     from fastdraft.runtimes.openvino_passes import open_pipeline
 

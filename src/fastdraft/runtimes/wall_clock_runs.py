@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdraft.artifacts import digest, read_json, write_json
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
 from fastdraft.functional.acceptance import counts_to_array
-from fastdraft.interfaces import Sampling
+from fastdraft.functional.generation import Sampling
+from fastdraft.run_folder import digest, read_json, write_json
 from fastdraft.runtimes.wall_clock import Contender, TimedBatch, TimedText
 from fastdraft.runtimes.wall_clock_prompts import PromptSet
 
@@ -147,12 +147,12 @@ class Units:
         """A finished unit.
 
         Raises:
-            ArtifactError: when it is damaged, or about something else than `measurement`.
+            FastDraftError: when it is damaged, or about something else than `measurement`.
         """
         path = self.path(name)
         unit = read_json(path)
         if not isinstance(unit, dict) or (measurement is not None and unit.get("measurement") != measurement):
-            raise ArtifactError(
+            raise FastDraftError(
                 path,
                 "about another measurement",
                 "must be this one's",
@@ -178,7 +178,7 @@ def measure(
         on_batch: Called with the planned tokens that are done, after every batch of every setting has been answered; may raise.
 
     Raises:
-        ArtifactError: for a unit that is damaged or about something else.
+        FastDraftError: for a unit that is damaged or about something else.
     """
     about, (first, *rest) = work.describe(), units.names(work)
     warm = not units.has(first)
@@ -197,7 +197,7 @@ def stored(work: Measurement, units: Units) -> Measured:
     """A finished measurement, from its units alone.
 
     Raises:
-        ArtifactError: when one is missing, damaged or about something else.
+        FastDraftError: when one is missing, damaged or about something else.
     """
     counts, *repeats = (units.read(name, work.describe()) for name in units.names(work))
     return Measured(work, counts, repeats)

@@ -11,26 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BeforeValidator, Field, model_validator
-
-from fastdraft.artifacts import Artifact
-from fastdraft.config import Config, Count, format_count
-from fastdraft.errors import RecipeError, TrainingError, VocabularyError
-from fastdraft.interfaces import StageContext, TargetConfig
+from fastdraft.errors import FastDraftError, RecipeError, TargetError
 from fastdraft.provenance import describe_run
-from fastdraft.training.settings import (
-    AdamWConfig,
-    CosineConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    Precision,
-    ScheduleConfig,
-    SequenceKDConfig,
-    TokenKDConfig,
-    kind_default,
-)
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.recipe.training import AlignConfig, TokenKDConfig
+from fastdraft.run_folder import StageFolder
+from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +32,6 @@ if TYPE_CHECKING:
     from fastdraft.training.trainer import Trainer
 
 VALIDATION_ROWS = 128
-DEFAULT_EPOCHS = 3.0
 DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
 _PRETRAINING = ("continue_pretrain", "pretrain")
@@ -51,47 +39,6 @@ _PRETRAINING = ("continue_pretrain", "pretrain")
 _NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "tensorboard"}
 _MIXTURE_SEED = 0x5EED
 """Added to the seed, so that alignment sees the mixture's rows in another order than pre-training did."""
-
-
-class AlignConfig(Config):
-    """`align:` — fine-tuning on the target's own text."""
-
-    tokens: Count | None = Field(default=None, gt=0)
-    """Budget in input tokens of synthetic text; instead of epochs."""
-    epochs: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
-    """Passes over the synthetic text; instead of tokens. Neither given: 3."""
-    pretraining_share: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the steps that come from the pre-training mixture (without one: from all prepared corpora in equal parts): without them
-    the draft forgets what the prompts do not cover. Left out: 0.1, or 0 where the recipe prepares no corpora."""
-    objective: Annotated[ObjectiveConfig, BeforeValidator(kind_default("sequence_kd"))] = SequenceKDConfig()
-    """sequence_kd: cross-entropy on the target's responses; token_kd: the target's distribution at each token of them."""
-    batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens of one optimiser step; left out: by the draft's size (16k at 1M parameters, 64k from 50M on) and the budget."""
-    micro_batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens, padding included, that go through the model at once. Left out: 8k on a CPU, 32k elsewhere."""
-    optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
-    """adamw or muon; best the family that pre-training used."""
-    schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("cosine"))] = CosineConfig(warmup=0.03)
-    """cosine to zero, or wsd."""
-    precision: Precision = "auto"
-    """bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
-    checkpoint_every: int | None = Field(default=None, ge=0)
-    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
-    validate_every: int | None = Field(default=None, ge=0)
-    """Steps between measurements of block efficiency, whose best is kept; 0: only at start and end. Left out: ten times a run."""
-    tensorboard: bool = False
-    """Write TensorBoard files too (needs the extra 'tensorboard')."""
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> AlignConfig:
-        if self.tokens is not None and self.epochs is not None:
-            raise ValueError("tokens and epochs are two ways to say one thing: give one of them")
-        return self
-
-    @property
-    def passes(self) -> float | None:
-        """Epochs, where no token budget is given."""
-        return (self.epochs or DEFAULT_EPOCHS) if self.tokens is None else None
 
 
 def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
@@ -102,9 +49,9 @@ def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
         "seed": context.settings.seed,
         "start": _start(context)[1],
-        "synthesize": context.artifact("synthesize").digest(),
+        "synthesize": context.folder("synthesize").digest(),
         "mixture": mixture,
-        "prepare": context.artifact("prepare").digest() if mixture else None,
+        "prepare": context.folder("prepare").digest() if mixture else None,
         "num_speculative_tokens": _num_speculative_tokens(context),
         **teaching,
     }
@@ -130,7 +77,7 @@ def run(config: AlignConfig, context: StageContext) -> None:
     set_threads(context.settings.threads)
     device = pick_device(context.settings.device)
     torch.manual_seed(context.settings.seed)
-    artifact = context.artifact("align")
+    artifact = context.folder("align")
     model = load_draft(_start(context)[0], device=device, dtype=torch.float32)
     trainer, resolved, counts = _build_trainer(config, context, model, device)
     responses = f"{format_count(counts['rows'])} responses, {counts['rows_cut']} cut to the draft's context"
@@ -139,7 +86,7 @@ def run(config: AlignConfig, context: StageContext) -> None:
         state = trainer.run()
     if not trainer.world.is_main:
         return
-    save_draft(model, artifact.path / "checkpoint", context.artifact("design").path / "draft")
+    save_draft(model, artifact.path / "checkpoint", context.folder("design").path / "draft")
     fields = _summary(artifact.path, state)
     artifact.complete(
         **fields,
@@ -167,7 +114,7 @@ def _build_trainer(
     from fastdraft.training.transfer import ahead
     from fastdraft.training.validation import HeldOutResponses
 
-    artifact, synthesize = context.artifact("align"), context.require("synthesize")
+    artifact, synthesize = context.folder("align"), context.require("synthesize")
     source, resolved, counts = _batches(config, context, model, device)
     compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
     trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
@@ -209,7 +156,7 @@ def training_batches(config: AlignConfig, context: StageContext) -> AlignmentBat
     """What training reads at each step, for whoever wants to look at it.
 
     Raises:
-        ArtifactError: when a stage that it builds on has not finished. TrainingError: when nothing is left to train on.
+        FastDraftError: when a stage that it builds on has not finished. FastDraftError: when nothing is left to train on.
     """
     import torch
 
@@ -251,7 +198,7 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
     """What the recipe's objective teaches, with the target loaded where it is asked at every step.
 
     Raises:
-        VocabularyError: when the target scores other ids than the draft.
+        TargetError: when the target scores other ids than the draft.
     """
     from fastdraft.functional.distillation import token_loss
     from fastdraft.modeling.head import output_head
@@ -274,19 +221,19 @@ def _same_vocabulary(where: str, size: int, model: PreTrainedModel) -> None:
     wanted = int(model.config.vocab_size)
     if size != wanted:
         rule = f"the draft's vocabulary has {wanted}; both must be the target's"
-        raise VocabularyError(
+        raise TargetError(
             where, f"distributions over {size} ids", rule, "redo the run from design on with this target"
         )
 
 
 def _responses(
-    config: AlignConfig, synthesize: Artifact, model: PreTrainedModel
+    config: AlignConfig, synthesize: StageFolder, model: PreTrainedModel
 ) -> Iterator[tuple[SyntheticRow, ResponseLogits | None]]:
     """The training rows, each with its stored logits where the objective wants them.
 
     Raises:
-        ArtifactError: when the logits are missing, damaged or another unit's.
-        VocabularyError: when they are over other ids than the draft's.
+        FastDraftError: when the logits are missing, damaged or another unit's.
+        TargetError: when they are over other ids than the draft's.
     """
     from fastdraft.data.responses import read_all
     from fastdraft.data.sparse_logits import read_with_logits
@@ -305,7 +252,7 @@ def _samples(
     """What is trained on, and how many rows were whole, cut to the draft's context, or dropped because nothing was left.
 
     Raises:
-        TrainingError: when no response token is left to train on.
+        FastDraftError: when no response token is left to train on.
     """
     from fastdraft.training.batches import as_samples, cut_to_context
 
@@ -316,7 +263,7 @@ def _samples(
             f"0 trained tokens in {len(samples)} responses",
             "there must be response tokens to train on",
         )
-        raise TrainingError("align", found, rule, "raise synthesize.tokens, or shorten the prompts")
+        raise FastDraftError("align", found, rule, "raise synthesize.tokens, or shorten the prompts")
     return kept, {"rows": len(kept), "rows_cut": num_cut, "rows_dropped": num_dropped}
 
 
@@ -382,7 +329,7 @@ def _start(context: StageContext) -> tuple[Path, str]:
     """Folder and digest of the latest weights before alignment.
 
     Raises:
-        ArtifactError: when the stage that trains them has not finished.
+        FastDraftError: when the stage that trains them has not finished.
     """
     for stage in _PRETRAINING:
         if context.has(stage):

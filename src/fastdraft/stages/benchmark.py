@@ -10,14 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator, model_validator
-
-from fastdraft.artifacts import write_json
-from fastdraft.config import Config, distinct
-from fastdraft.interfaces import StageContext
-from fastdraft.tasks import ShippedTask, TaskConfig, describe_task, refuse_equal_names
+from fastdraft.recipe.evaluation import BenchmarkConfig
+from fastdraft.run_folder import write_json
+from fastdraft.stages.context import StageContext
+from fastdraft.tasks import describe_task
 
 if TYPE_CHECKING:
     from fastdraft.decoding.latency import Latency
@@ -26,12 +24,6 @@ if TYPE_CHECKING:
     from fastdraft.runtimes.wall_clock_rows import PairCosts
 
 NAME = "benchmark"
-SHIPPED_TASKS: tuple[Literal["code", "summarization", "text", "instructions"], ...] = (
-    "code",
-    "instructions",
-    "text",
-    "summarization",
-)
 PREFIX_TOKENS = 128
 NPU_MOST = 5
 """On an NPU OpenVINO adapts K by itself, beginning with at most this one."""
@@ -41,119 +33,9 @@ LOOPING = 0.25
 """Share of looping texts from which it is said."""
 
 
-class WeightsPair(Config):
-    """Precision of a target and its draft."""
-
-    target: Literal["fp32", "fp16", "int8", "int4"] = "int4"
-    """int4 is how targets are served on PCs: one token reads the fewest bytes."""
-    draft: Literal["fp32", "fp16", "int8", "int4"] = "int8"
-    """A small draft loses acceptance in int4 and gains little time."""
-
-
-class SweepConfig(Config):
-    """One factor at a time, at the best K of the first pair, on the tasks' prompts in turn; an empty list leaves a factor out."""
-
-    prompt_tokens: list[int] = Field(default=[128, 1024])
-    """Lengths of the prompts: the longer, the more a pass costs beside its weights. Shorter ones get texts of their task in front."""
-    max_new_tokens: list[int] = Field(default=[32, 128, 512])
-    """Most tokens of an answer: in short ones the prompt's own pass, which no draft hastens, weighs more."""
-    concurrency: list[int] = Field(default=[1, 4, 16])
-    """Texts at a time: with more of them a pass verifies less cheaply, and a draft gains less."""
-
-    @field_validator("prompt_tokens", "max_new_tokens")
-    @classmethod
-    def _lengths(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 2**20, "lengths must be between 1 and 1048576 tokens")
-
-    @field_validator("concurrency")
-    @classmethod
-    def _texts(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 256, "concurrency must be between 1 and 256 texts")
-
-
-class BenchmarkConfig(Config):
-    """`benchmark:` — what is measured on this device, and how often."""
-
-    runtime: Literal["openvino"] = "openvino"
-    """Needs the extra `openvino`."""
-    device: str = Field(default="CPU", min_length=1)
-    """OpenVINO's name of the device that runs the target: CPU, GPU, GPU.1, NPU."""
-    draft_device: str = ""
-    """The draft's; "" is the target's."""
-    precision: Literal["fast", "exact"] = "fast"
-    """fast: the device's own, as users run it; exact: float32 throughout, where greedy text cannot differ but times mean nothing."""
-    weights: list[WeightsPair] = Field(default=[WeightsPair()], min_length=1)
-    """The first is the deployed one: best K, verdict and sweeps are its; others show what another precision would cost and gain."""
-    tasks: list[TaskConfig] | None = Field(default=None, min_length=1)
-    """As in `evaluate.tasks`; null: those, or the four shipped ones where it has none."""
-    prompts: int = Field(default=8, ge=1)
-    """Of each task, from the front: ranges over the repeats tell whether they suffice."""
-    num_speculative_tokens: list[int] = Field(default=[1, 2, 3, 4, 5], min_length=1)
-    """Every K that is timed; the best depends on acceptance and on both models' costs here."""
-    temperatures: list[float] = Field(default=[0.0], min_length=1)
-    """Of the target; 0 is greedy. OpenVINO 2026.4 does not sample losslessly with a draft: other rows are marked and give no verdict."""
-    confidence_thresholds: list[float] = Field(default=[])
-    """Drafts of varying length beside the fixed K: a round proposes until the draft is less sure of a token than this."""
-    sweep: SweepConfig = SweepConfig()
-    """Prompt length, answer length, texts at a time."""
-    repeats: int = Field(default=3, ge=1, le=100)
-    """Timed runs of everything, target alone and with the draft in turn; medians and ranges are over them."""
-
-    @field_validator("num_speculative_tokens")
-    @classmethod
-    def _every_k(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
-
-    @field_validator("temperatures")
-    @classmethod
-    def _temperatures(cls, values: list[float]) -> list[float]:
-        return distinct(values, 0, 10, "temperatures must be between 0 and 10")
-
-    @field_validator("confidence_thresholds")
-    @classmethod
-    def _thresholds(cls, values: list[float]) -> list[float]:
-        return distinct(values, 1e-6, 1 - 1e-6, "confidence thresholds must be above 0 and below 1")
-
-    @field_validator("weights")
-    @classmethod
-    def _once(cls, values: list[WeightsPair]) -> list[WeightsPair]:
-        return list(dict.fromkeys(values))
-
-    @field_validator("tasks")
-    @classmethod
-    def _names(cls, tasks: list[Any] | None) -> list[Any] | None:
-        refuse_equal_names(tasks or ())
-        return tasks
-
-    @model_validator(mode="after")
-    def _what_an_npu_takes(self) -> BenchmarkConfig:
-        if not any(name.startswith("NPU") for name in (self.device, self.draft_device)):
-            return self
-        if max(self.num_speculative_tokens) > NPU_MOST:
-            raise ValueError(
-                f"with an NPU num_speculative_tokens must be at most {NPU_MOST}: OpenVINO adapts it from there"
-            )
-        if self.confidence_thresholds or max(self.temperatures) > 0:
-            raise ValueError(
-                "with an NPU only temperature 0 and no confidence thresholds: OpenVINO's pipeline knows neither with a draft"
-            )
-        return self
-
-    def tasks_of(self, sections: Mapping[str, Config]) -> list[Any]:
-        """Its own tasks, those of `evaluate`, or the shipped ones.
-
-        Args:
-            sections: Of the recipe.
-        """
-        if self.tasks is not None:
-            return self.tasks
-        evaluated = list(getattr(sections.get("evaluate"), "tasks", []))
-        return evaluated or [ShippedTask(kind=kind) for kind in SHIPPED_TASKS]
-
-
 def check_installed(config: BenchmarkConfig) -> None:
     """Raises:
-    MissingExtraError: without OpenVINO.
+    MissingExtra: without OpenVINO.
     """
     from fastdraft.runtimes.engines import require_openvino
 
@@ -180,9 +62,9 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     """Writes `benchmark.json`.
 
     Raises:
-        MissingExtraError: without OpenVINO. DeviceError: for a device that it does not see.
-        VocabularyError: when draft and target do not fit. DataError: when no prompt of a task fits the context.
-        ArtifactError: when an export or a unit is missing, damaged or of another machine.
+        MissingExtra: without OpenVINO. RecipeError: for a device that it does not see.
+        TargetError: when draft and target do not fit. DataError: when no prompt of a task fits the context.
+        FastDraftError: when an export or a unit is missing, damaged or of another machine.
         Interrupted: after a signal, with all finished units saved.
     """
     from fastdraft.provenance import describe_run
@@ -191,7 +73,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     from fastdraft.runtimes.openvino_pair import check_pair
     from fastdraft.runtimes.wall_clock_bench import Bench, model_sizes
 
-    start, artifact, console = time.monotonic(), context.artifact(NAME), context.console
+    start, artifact, console = time.monotonic(), context.folder(NAME), context.console
     require_openvino()
     device = describe_device(config.device, config.precision)
     if config.draft_device:
@@ -275,7 +157,7 @@ def _exports(config: BenchmarkConfig, context: StageContext) -> list[Pair]:
     }
 
     def export(role: str, weights: Any, folder: Path, target: Path | None) -> None:
-        console.stop.check(context.artifact(NAME).path)
+        console.stop.check(context.folder(NAME).path)
         console.say(
             f"converting the {role} for OpenVINO ({weights}): it is loaded and tried, which takes a while"
         )
@@ -285,7 +167,7 @@ def _exports(config: BenchmarkConfig, context: StageContext) -> list[Pair]:
             export_openvino(exported.path / "huggingface", folder, weights, pair=target)
 
     weights = [(pair.target, pair.draft) for pair in config.weights]
-    return export_pairs(weights, standing, context.artifact(NAME).path / "models", export)
+    return export_pairs(weights, standing, context.folder(NAME).path / "models", export)
 
 
 def _prefixes(plan: Plan, pair: Pair) -> list[int]:

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
-from fastdraft.artifacts import digest, file_sha256
-from fastdraft.config import Config, Count, format_count
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
-from fastdraft.interfaces import StageContext, TargetConfig, resolve_path
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.run import TargetConfig, resolve_path
+from fastdraft.recipe.training import BudgetDraft, DesignConfig, EarlierDraft, PresetDraft, ShapeDraft
+from fastdraft.run_folder import digest, file_sha256
+from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from fastdraft.modeling.architecture import Architecture
-    from fastdraft.vocabulary import Vocabulary
+    from fastdraft.modeling.vocabulary import Vocabulary
 
 NAME = "design"
 _TOO_LARGE = 0.35  # by bytes: above it even an acceptance rate of 0.6 gains less than 1.4 times at K = 3
@@ -36,70 +36,6 @@ _INHERITED = (
     "max_position_embeddings",
     "original_max_position_embeddings",
 )
-
-
-class BudgetDraft(Config):
-    """A shape found for a number of parameters, within 3 %; shallow ones are preferred."""
-
-    kind: Literal["budget"] = "budget"
-    parameters: Count = Field(gt=0)
-    """All parameters, the vocabulary's matrices included."""
-    layers: int | None = Field(default=None, ge=1, le=128)
-    """Fixes the depth; null lets the search choose."""
-
-
-class ShapeDraft(Config):
-    """A shape given by numbers."""
-
-    kind: Literal["shape"]
-    hidden_size: int = Field(ge=2)
-    """Width; multiples of 256 keep every quantisation open."""
-    num_layers: int = Field(ge=1)
-    """Depth: what latency depends on most."""
-    intermediate_size: int = Field(ge=1)
-    """Width of the feed-forward part."""
-    num_heads: int | None = Field(default=None, ge=1)
-    """null: heads 64 wide, narrower in small drafts."""
-    num_kv_heads: int | None = Field(default=None, ge=1)
-    """null: in the target's ratio to the heads."""
-    tied: bool | None = None
-    """Whether embedding and head share one matrix; null: only when the target's do and the draft has under 14 M parameters."""
-
-
-class PresetDraft(Config):
-    """A published FastDraft shape, reconstructed from its file size."""
-
-    kind: Literal["preset"]
-    name: Literal["phi-3-mini-50m", "llama-3.1-8b-150m"]
-    """52,107,776 parameters at Phi-3-mini's vocabulary, 154,147,328 at Llama-3.1's."""
-
-
-class EarlierDraft(Config):
-    """Starts from an earlier draft of the same vocabulary: its shape and its weights."""
-
-    kind: Literal["from"]
-    path: str = Field(min_length=1)
-    """A Hugging Face directory, or the folder of a stage (`runs/NAME/pretrain`; to pre-train further: `runs/NAME/pretrain/undecayed`)."""
-
-
-DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]
-
-
-class DesignConfig(Config):
-    """`design:` — the draft's shape and first weights."""
-
-    draft: DraftConfig
-    """budget, shape, preset or from."""
-    initialization: Literal["random", "target_embeddings"] = "random"
-    """random as in the paper; target_embeddings projects the target's embedding and head to the draft's width."""
-
-    @model_validator(mode="after")
-    def _from_has_weights(self) -> DesignConfig:
-        if isinstance(self.draft, EarlierDraft) and self.initialization != "random":
-            raise ValueError(
-                "initialization does not apply to kind: from, which brings its own weights; leave it out"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -127,7 +63,7 @@ def plan(config: DesignConfig, target: TargetConfig) -> Plan:
     """Resolves the section against the target's config and tokenizer; reads no weights.
 
     Raises:
-        TargetError, VocabularyError: when the target cannot serve. RecipeError: when no such draft can exist.
+        TargetError, TargetError: when the target cannot serve. RecipeError: when no such draft can exist.
     """
     from fastdraft.modeling.architecture import draft_hf_config, read_architecture
     from fastdraft.modeling.loading import load_config, load_vocabulary
@@ -165,7 +101,7 @@ def _earlier(draft: EarlierDraft, vocabulary: Vocabulary) -> tuple[Path, PreTrai
     """The directory and config of an earlier draft, its vocabulary checked; special tokens may differ between fine-tunes."""
     from fastdraft.modeling.families import DRAFT_FAMILIES
     from fastdraft.modeling.loading import load_config, load_tokenizer, vocabulary_of
-    from fastdraft.vocabulary import check_same
+    from fastdraft.modeling.vocabulary import check_same
 
     where = "design.draft.path"
     root = resolve_path(draft.path, where)
@@ -236,14 +172,14 @@ def run(config: DesignConfig, context: StageContext) -> None:
     """Writes `draft/`, a Hugging Face directory, and a manifest with sizes and cost ratios.
 
     Raises:
-        TargetError, VocabularyError, RecipeError, DiskError: each in one line.
+        TargetError, TargetError, RecipeError, FastDraftError: each in one line.
     """
     from tempfile import TemporaryDirectory
 
     from fastdraft.modeling.loading import copy_tokenizer_files, save_draft
     from fastdraft.provenance import describe_run
 
-    artifact = context.artifact(NAME)
+    artifact = context.folder(NAME)
     planned = plan(config, context.target)
     model = _first_weights(config, context, planned)
     _set_special_ids(model, planned.vocabulary, context.target)

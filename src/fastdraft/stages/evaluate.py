@@ -10,16 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
-
-from fastdraft.artifacts import Artifact, write_json
-from fastdraft.config import Config, distinct
-from fastdraft.data.texts import EngineTexts, LoggedTexts, TargetTexts, TextsConfig, bare_kind
-from fastdraft.interfaces import Engine, StageContext, TargetConfig
+from fastdraft.functional.generation import Engine
 from fastdraft.machine import Halving
-from fastdraft.tasks import TaskConfig, describe_task, load_task, refuse_equal_names
+from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, LoggedTexts, TargetTexts, TextsConfig
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import StageFolder, write_json
+from fastdraft.stages.context import StageContext
+from fastdraft.tasks import describe_task, load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,87 +27,14 @@ if TYPE_CHECKING:
     from fastdraft.decoding.latency import Latency
     from fastdraft.decoding.standing_texts import StandingTexts
     from fastdraft.decoding.workbench import Plan
-    from fastdraft.runtimes.engine_settings import ChosenEngine
+    from fastdraft.recipe.data import ChosenEngine
 
-Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
 FOLDERS = {
     "design": "draft",
     "pretrain": "checkpoint",
     "continue_pretrain": "checkpoint",
     "align": "checkpoint",
 }
-
-
-class ExactConfig(Config):
-    """Real speculative decoding, beside replay: slower, and proof that both agree and that greedy text is the target's own."""
-
-    num_speculative_tokens: list[int] = Field(default=[3], min_length=1)
-    """K of the exact runs."""
-    prompts: int = Field(default=16, ge=0)
-    """Prompts of each task and temperature, from the front; 0 leaves exact runs out."""
-
-    @field_validator("num_speculative_tokens")
-    @classmethod
-    def _checked(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
-
-
-class EvaluateConfig(Config):
-    """`evaluate:` — on what, and how, drafts are compared."""
-
-    tasks: list[TaskConfig] = Field(default=[])
-    """Shipped tasks by kind (code, summarization, text, instructions) or `kind: file`; needed unless `texts` stand already."""
-    texts: Annotated[TextsConfig, BeforeValidator(bare_kind)] = TargetTexts()
-    """Where the target's texts come from, over which drafts are replayed: the target itself, its servers, held-out rows, logs."""
-    temperatures: list[float] = Field(default=[0.0, 0.6], min_length=1)
-    """At which the target answers the tasks; 0 is greedy."""
-    num_speculative_tokens: list[int] = Field(default=[1, 2, 3, 4, 5, 6, 7, 8], min_length=1)
-    """Every K that replay covers: one pass of the draft serves them all."""
-    checkpoints: list[Checkpoint] = Field(default=["pretrain", "continue_pretrain", "align"], min_length=1)
-    """Which drafts of this run; those whose stage is not in the recipe are left out (design: the draft as it began)."""
-    exact: ExactConfig = ExactConfig()
-    """Exact runs of the last checkpoint."""
-    top_k: int = Field(default=0, ge=0)
-    """Of target and draft; 0 keeps all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Of target and draft; 1 keeps all."""
-    draft_temperature: float | None = Field(default=None, ge=0, le=10)
-    """The draft's own temperature where the target samples; any value is lossless; null: the target's."""
-    draft_sampling: Literal["sampled", "greedy"] = "sampled"
-    """greedy: the draft proposes its likeliest token even where the target samples, as vLLM does by default."""
-    batch_rows: int = Field(default=64, ge=1, le=65_536)
-    """Prompts that the target answers together."""
-
-    @field_validator("temperatures")
-    @classmethod
-    def _temperatures(cls, values: list[float]) -> list[float]:
-        return distinct(values, 0, 10, "temperatures must be between 0 and 10")
-
-    @field_validator("num_speculative_tokens")
-    @classmethod
-    def _every_k(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
-
-    @field_validator("tasks")
-    @classmethod
-    def _names(cls, tasks: list[Any]) -> list[Any]:
-        refuse_equal_names(tasks)
-        return tasks
-
-    @model_validator(mode="after")
-    def _something_to_do(self) -> EvaluateConfig:
-        if not self.tasks and self.texts.kind in ("target", "engine"):
-            raise ValueError(
-                "tasks must name at least 1 task, unless texts are of kind synthesize or transcripts"
-            )
-        if self.draft_sampling == "greedy" and self.draft_temperature:
-            raise ValueError("draft_sampling: greedy means draft_temperature: 0; give one of them")
-        return self
-
-    @property
-    def proposing_temperature(self) -> float | None:
-        """Of the draft where the target samples; None: the target's."""
-        return 0.0 if self.draft_sampling == "greedy" else self.draft_temperature
 
 
 def present_checkpoints(config: EvaluateConfig, context: StageContext) -> list[str]:
@@ -147,7 +73,7 @@ def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]
 
 def _describe_texts(texts: TextsConfig, context: StageContext) -> dict[str, Any]:
     """With the log's files, or the engine that really writes."""
-    from fastdraft.runtimes.engine_settings import TRANSPORT
+    from fastdraft.recipe.data import TRANSPORT
 
     if isinstance(texts, LoggedTexts):
         return texts.describe()
@@ -185,8 +111,8 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
 
     Raises:
         DataError: when no prompt of a task fits the context.
-        VocabularyError: when a draft's vocabulary is not the target's.
-        ArtifactError: when a checkpoint is missing or damaged.
+        TargetError: when a draft's vocabulary is not the target's.
+        FastDraftError: when a checkpoint is missing or damaged.
         Interrupted: after a signal, with all finished units saved.
     """
     from functools import cache, partial
@@ -206,7 +132,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     )
     from fastdraft.provenance import describe_run
 
-    start, artifact, console = time.monotonic(), context.artifact("evaluate"), context.console
+    start, artifact, console = time.monotonic(), context.folder("evaluate"), context.console
     set_threads(context.settings.threads)
     device = pick_device(context.settings.device)
     folders = _drafts(config, context)
@@ -264,10 +190,10 @@ def _drafts(config: EvaluateConfig, context: StageContext) -> dict[str, Path]:
     """Folders of the drafts that are compared.
 
     Raises:
-        ArtifactError: when a stage has not finished. VocabularyError: when a draft's vocabulary is not the target's.
+        FastDraftError: when a stage has not finished. TargetError: when a draft's vocabulary is not the target's.
     """
     from fastdraft.modeling.loading import load_vocabulary
-    from fastdraft.vocabulary import check_same
+    from fastdraft.modeling.vocabulary import check_same
 
     folders = {
         name: context.require(name).path / FOLDERS[name] for name in present_checkpoints(config, context)
@@ -426,12 +352,12 @@ def _contamination(
     texts = {
         task.name: [_bare_ids(tokenizer, prompt.everything) for prompt in task.prompts] for task in tasks
     }
-    return search_training_text(texts, trained_on, context.console, context.artifact("evaluate").path)
+    return search_training_text(texts, trained_on, context.console, context.folder("evaluate").path)
 
 
-def _trained_on(context: StageContext) -> list[Artifact]:
+def _trained_on(context: StageContext) -> list[StageFolder]:
     """The finished artifacts of this recipe that hold training text."""
-    artifacts = [context.artifact(name) for name in ("prepare", "synthesize") if context.has(name)]
+    artifacts = [context.folder(name) for name in ("prepare", "synthesize") if context.has(name)]
     return [artifact for artifact in artifacts if artifact.is_complete()]
 
 

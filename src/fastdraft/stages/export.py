@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
-
-from fastdraft.artifacts import Artifact, file_sha256, write_atomic
-from fastdraft.config import Config
-from fastdraft.interfaces import StageContext
+from fastdraft.recipe.evaluation import ExportConfig, OpenVINOFormat
+from fastdraft.run_folder import StageFolder, file_sha256, write_atomic
+from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fastdraft.vocabulary import Vocabulary
+    from fastdraft.modeling.vocabulary import Vocabulary
 
 NAME = "export"
 _CHECKPOINTS = {
@@ -33,37 +31,9 @@ _PROMPT = "Once upon a time there was a small town by the sea, and in that town"
 _ROWS_PER_CORPUS = 4
 
 
-class OpenVINOFormat(Config):
-    """Precision of the pair in OpenVINO; the paper serves an int4 target with an int8 draft."""
-
-    target: Literal["none", "fp16", "int8", "int4"] = "int4"
-    """int4 reads the fewest bytes; int8 is kinder to targets below a billion parameters; none exports the draft alone."""
-    draft: Literal["fp16", "int8", "int4"] = "int8"
-    """A small draft loses acceptance in int4."""
-
-
-class ExportConfig(Config):
-    """`export:` — for which runtimes, with which settings pinned."""
-
-    formats: list[Literal["huggingface", "openvino"]] = Field(default=["huggingface"], min_length=1)
-    """huggingface: safetensors, config, tokenizer; what vLLM loads and what others are converted from, so always written.
-    openvino: IR of target and draft; needs the extra `openvino`."""
-    openvino: OpenVINOFormat = OpenVINOFormat()
-    """Used when `formats` names it."""
-    num_speculative_tokens: int = Field(default=3, ge=1, le=64)
-    """K, pinned in the generation config. The paper serves with 3 to 5."""
-    confidence_threshold: float = Field(default=0.0, ge=0, le=1)
-    """The draft stops proposing below this probability; 0: never, for dynamic lengths bring nothing to drafts this small (FastDraft)."""
-
-    @field_validator("formats")
-    @classmethod
-    def _once(cls, formats: list[str]) -> list[str]:
-        return list(dict.fromkeys(formats))
-
-
 def check_installed(config: ExportConfig) -> None:
     """Raises:
-    MissingExtraError: when a format needs a library that is not there.
+    MissingExtra: when a format needs a library that is not there.
     """
     if "openvino" in config.formats:
         from fastdraft.runtimes.engines import require_openvino
@@ -75,7 +45,7 @@ def source_of(context: StageContext) -> tuple[str, Path]:
     """The stage whose draft is exported, and the draft's directory.
 
     Raises:
-        ArtifactError: when that stage has not finished.
+        FastDraftError: when that stage has not finished.
     """
     name = next((stage for stage in _CHECKPOINTS if context.has(stage)), "design")
     return name, context.require(name).path / _CHECKPOINTS[name]
@@ -87,7 +57,7 @@ def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
 
     name, _ = source_of(context)
     target = context.target
-    results = context.artifact("evaluate").path / "results.json"
+    results = context.folder("evaluate").path / "results.json"
     return {
         **config.model_dump(exclude=set() if "openvino" in config.formats else {"openvino"}),
         "source": {name: context.require(name).digest()},
@@ -102,9 +72,9 @@ def run(config: ExportConfig, context: StageContext) -> None:
     """Writes `huggingface/`, loads it back beside the target and records what was found.
 
     Raises:
-        ArtifactError: when the checkpoint is missing or damaged. VocabularyError: when it is not the target's.
-        TargetError: when the target cannot be loaded. DiskError: when the disk is full.
-        MissingExtraError: for formats of a runtime that is not installed.
+        FastDraftError: when the checkpoint is missing or damaged. TargetError: when it is not the target's.
+        TargetError: when the target cannot be loaded. FastDraftError: when the disk is full.
+        MissingExtra: for formats of a runtime that is not installed.
     """
     from fastdraft.modeling.loading import (
         load_config,
@@ -113,15 +83,15 @@ def run(config: ExportConfig, context: StageContext) -> None:
         set_threads,
         vocabulary_of,
     )
+    from fastdraft.modeling.vocabulary import check_same
     from fastdraft.provenance import describe_run
     from fastdraft.reporting.model_card import render_model_card
     from fastdraft.reporting.record import read_record
     from fastdraft.runtimes.huggingface_export import write_huggingface
-    from fastdraft.vocabulary import check_same
 
     start = time.monotonic()
     set_threads(context.settings.threads)
-    artifact = context.artifact(NAME)
+    artifact = context.folder(NAME)
     name, checkpoint = source_of(context)
     vocabulary = load_vocabulary(context.target)
     check_same(
@@ -161,7 +131,7 @@ def _openvino(settings: OpenVINOFormat, draft: Path, context: StageContext) -> d
     from fastdraft.runtimes.openvino_export import export_openvino
     from fastdraft.runtimes.openvino_pair import check_pair
 
-    root, source = context.artifact(NAME).path / "openvino", context.target
+    root, source = context.folder(NAME).path / "openvino", context.target
     found: dict[str, Any] = {"target": settings.target, "draft": settings.draft}
     check_pair(source.location, draft)
     pair = None
@@ -170,7 +140,7 @@ def _openvino(settings: OpenVINOFormat, draft: Path, context: StageContext) -> d
         found["target_alone"] = export_openvino(
             source.location, pair, settings.target, revision=source.revision
         ).as_dict()
-        context.console.stop.check(context.artifact(NAME).path)
+        context.console.stop.check(context.folder(NAME).path)
     found["pair" if pair else "draft_alone"] = export_openvino(
         draft, root / "draft", settings.draft, pair=pair
     ).as_dict()
@@ -252,7 +222,7 @@ def _padding(mean: float, largest: float) -> dict[str, Any]:
 
 def _validation_rows(context: StageContext) -> list[list[int]]:
     """A few held-out rows of every corpus, when corpora were prepared."""
-    prepare: Artifact = context.artifact("prepare")
+    prepare: StageFolder = context.folder("prepare")
     if not prepare.is_complete():
         return []
     from fastdraft.data.shards import corpus_names, open_corpus

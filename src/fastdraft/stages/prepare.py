@@ -9,90 +9,23 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator, model_validator
-
-from fastdraft import artifacts
-from fastdraft.artifacts import FINGERPRINT, MANIFEST
-from fastdraft.config import Config, Count, format_count, names_a_device
-from fastdraft.data.sources import SourceConfig
+from fastdraft import run_folder
 from fastdraft.errors import DataError
-from fastdraft.interfaces import StageContext
 from fastdraft.provenance import describe_run
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.data import PrepareConfig
+from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastdraft.data.journal import Journal
-    from fastdraft.vocabulary import Vocabulary
+    from fastdraft.modeling.vocabulary import Vocabulary
 
 KEPT_TOKENS = 20_000_000
 """Unfinished work of fewer tokens is removed when a source turns out to be bad."""
-
-
-class PrepareConfig(Config):
-    """`prepare:` — the corpora and their form on disk."""
-
-    row_length: int = Field(default=2048, ge=8)
-    """Tokens in a training row; the draft's training context."""
-    long_rows: dict[int, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
-    """Share of each corpus's tokens by greater row length, such as `{4096: 0.2}`: documents that fill half of such a row go there, the rest
-    into rows of `row_length`. Every step trains on all lengths in these shares, so that the draft sees long contexts at little cost."""
-    validation: float = Field(default=0.005, ge=0, le=0.5)
-    """Share of the documents kept for validation; small corpora keep a few rows anyway."""
-    workers: int = Field(default=0, ge=0)
-    """Tokenisation threads; 0 is all cores. The result does not depend on it."""
-    shard_tokens: Count = Field(default=64_000_000, ge=1)
-    """Tokens in a shard file."""
-    document_masking: bool = False
-    """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
-    corpora: list[SourceConfig] = Field(min_length=1)
-    """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
-
-    @field_validator("corpora")
-    @classmethod
-    def _names_make_folders(cls, entries: list[Any]) -> list[Any]:
-        names = {entry.name for entry in entries}
-        taken = (MANIFEST, FINGERPRINT)
-        if bad := {
-            name for name in names if name.endswith(".") or name.casefold() in taken or names_a_device(name)
-        }:
-            raise ValueError(f"a corpus cannot be called '{min(bad)}'")
-        if len({name.casefold() for name in names}) < len(names):
-            raise ValueError("names of corpora must differ by more than capitals: each is a folder")
-        return entries
-
-    @model_validator(mode="after")
-    def _lengths_fit_together(self) -> PrepareConfig:
-        longest = max(self.long_rows, default=self.row_length)
-        for length in self.long_rows:
-            if length <= self.row_length:
-                raise ValueError(f"long_rows.{length} must be longer than row_length ({self.row_length})")
-        for length in (self.row_length, *self.long_rows):
-            if longest % length:
-                raise ValueError(
-                    f"rows of {length} must fill the longest rows exactly: {longest} is no multiple of {length}"
-                )
-        if sum(self.long_rows.values()) >= 1:
-            raise ValueError(f"the shares of long_rows must leave some tokens for rows of {self.row_length}")
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """The corpora, in order of their first entry."""
-        return list(dict.fromkeys(entry.name for entry in self.corpora))
-
-    @property
-    def entries(self) -> dict[str, list[Any]]:
-        """The entries of each corpus."""
-        return {name: [entry for entry in self.corpora if entry.name == name] for name in self.names}
-
-    @property
-    def budget(self) -> int | None:
-        """Tokens of all entries; None when one is open."""
-        budgets = [entry.tokens for entry in self.corpora]
-        return sum(budget or 0 for budget in budgets) if all(budgets) else None
 
 
 def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
@@ -103,7 +36,7 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
     """
     from fastdraft.modeling.loading import load_encoding
 
-    artifact = context.artifact("prepare")
+    artifact = context.folder("prepare")
     stored = artifact.stored_fingerprint().get("corpora", []) if artifact.is_complete() else []
     corpora = []
     for number, entry in enumerate(config.corpora):
@@ -139,7 +72,7 @@ def _encoding(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> dic
 
     return {
         "vocabulary": vocabulary.digest,
-        "added_words": artifacts.digest(added_words(tokenizer)),
+        "added_words": run_folder.digest(added_words(tokenizer)),
         "separator_id": separator_id(vocabulary.bos_token_id, vocabulary.eos_token_ids),
         "dtype": token_dtype(vocabulary.size),
     }
@@ -150,14 +83,14 @@ def run(config: PrepareConfig, context: StageContext) -> None:
 
     Raises:
         DataError: for a missing, damaged or empty corpus, or one too small for a row in each split.
-        VocabularyError: when the target's tokenizer does not fit its model.
+        TargetError: when the target's tokenizer does not fit its model.
     """
     from fastdraft.data.build import CorpusBuild, Layout, Tools
     from fastdraft.data.journal import Journal
     from fastdraft.data.tokenize import DocumentEncoder, parallel_tokenization
     from fastdraft.modeling.loading import load_encoding
 
-    artifact, console = context.artifact("prepare"), context.console
+    artifact, console = context.folder("prepare"), context.console
     tokenizer, vocabulary = load_encoding(context.target)
     encoding = _encoding(tokenizer, vocabulary)
     form = {"separator_id": encoding["separator_id"], "dtype": encoding["dtype"]}
@@ -207,7 +140,7 @@ def _tidy(context: StageContext, journal: Journal) -> Iterator[None]:
     except DataError:
         if sum(state["progress"]["tokens"] for state in journal.states()) < KEPT_TOKENS:
             journal.close()
-            context.artifact("prepare").discard()
+            context.folder("prepare").discard()
         raise
 
 

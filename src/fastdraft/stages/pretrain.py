@@ -7,23 +7,14 @@ token budget becomes steps, and what is left behind: `checkpoint/`, `undecayed/`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-
-from fastdraft.artifacts import Artifact
-from fastdraft.config import Config, Count, format_count
 from fastdraft.errors import DataError, RecipeError
-from fastdraft.interfaces import StageContext
 from fastdraft.provenance import describe_run
-from fastdraft.training.settings import (
-    AdamWConfig,
-    OptimizerConfig,
-    Precision,
-    ScheduleConfig,
-    WSDConfig,
-    kind_default,
-)
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.training import ContinuePretrainConfig, PretrainConfig
+from fastdraft.run_folder import StageFolder
+from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,61 +33,13 @@ _CONTINUED_SEED = 0xC0DE
 """Added to the seed where continue_pretrain would else meet a corpus in the order in which pretrain did."""
 
 
-class PretrainConfig(Config):
-    """`pretrain:` — next-token training on packed rows."""
-
-    tokens: Count = Field(gt=0)
-    """Budget; the paper: 5B of text, then 7.5B of code and text."""
-    mixture: dict[str, float] = Field(default_factory=lambda: {"text": 1.0}, min_length=1)
-    """Share of each prepared corpus, on any scale."""
-    batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens of one optimiser step; left out: by the draft's size and the budget (16k at 1M parameters, 262k at 50M, 524k at 150M)."""
-    micro_batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens that go through the model at once: memory and speed, not the result. Left out: 8k on a CPU, 32k elsewhere."""
-    optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
-    """adamw or muon."""
-    schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("wsd"))] = WSDConfig()
-    """wsd keeps the weights from before the decay, from which continue_pretrain starts; or cosine."""
-    precision: Precision = "auto"
-    """bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
-    z_loss: float = Field(default=1e-5, ge=0, le=1, allow_inf_nan=False)
-    """Weight of the squared log-partition in the loss (PaLM, arXiv 2204.02311)."""
-    checkpoint_every: int | None = Field(default=None, ge=0)
-    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
-    validate_every: int | None = Field(default=None, ge=0)
-    """Steps between validations; 0: only at the end. Left out: ten times a run."""
-    tensorboard: bool = False
-    """Write TensorBoard files too (needs the extra 'tensorboard')."""
-
-    @model_validator(mode="after")
-    def _budget_holds_a_batch(self) -> PretrainConfig:
-        if self.batch_tokens and self.tokens < self.batch_tokens:
-            raise ValueError(
-                f"tokens ({format_count(self.tokens)}) must be at least one batch ({format_count(self.batch_tokens)})"
-            )
-        if any(not 0 <= weight < float("inf") for weight in self.mixture.values()) or not any(
-            self.mixture.values()
-        ):
-            raise ValueError("mixture must have shares of 0 or more, one of them above 0")
-        return self
-
-
-class ContinuePretrainConfig(PretrainConfig):
-    """`continue_pretrain:` — the same on a mixture with code, from pretrain's weights."""
-
-    mixture: dict[str, float] = Field(default_factory=lambda: {"code": 2.0, "text": 1.0}, min_length=1)
-    """Share of each prepared corpus; the paper: 2 parts code, 1 part text."""
-    start: Literal["undecayed", "decayed"] = "undecayed"
-    """pretrain's weights from before its rate fell (trained on at the same rate), or its result (an open rate is then halved)."""
-
-
 def fingerprint(config: PretrainConfig, context: StageContext, name: Name) -> dict[str, Any]:
     """What the weights depend on: the draft's shape, vocabulary and start, the prepared rows, these settings, the seed."""
     return {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
         "seed": context.settings.seed,
         "start": _start_digest(context, name),
-        "prepare": context.artifact("prepare").digest(),
+        "prepare": context.folder("prepare").digest(),
     }
 
 
@@ -110,7 +53,7 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     set_threads(context.settings.threads)
     device = pick_device(context.settings.device)
     torch.manual_seed(context.settings.seed)
-    artifact, console = context.artifact(name), context.console
+    artifact, console = context.folder(name), context.console
     model = load_draft(_start_folder(config, context, name), device=device, dtype=torch.float32)
     trainer, resolved = _build_trainer(config, context, name, model, device)
     console.say(f"  {resolved}, {trainer.source.steps} steps")
@@ -140,7 +83,7 @@ def _build_trainer(
     from fastdraft.training.trainer import Plan, Trainer
     from fastdraft.training.transfer import ahead
 
-    artifact = context.artifact(name)
+    artifact = context.folder(name)
     row_length = row_lengths(context.require("prepare").manifest())[-1]
     suggested = rates.batch_tokens("pretrain", assemble.count_parameters(model), config.tokens)
     batch_tokens = config.batch_tokens or max(row_length, suggested)
@@ -259,8 +202,8 @@ def _check_context(model: PreTrainedModel, row_length: int) -> None:
 
 def _start_digest(context: StageContext, name: Name) -> str:
     if name == "continue_pretrain" and context.has("pretrain"):
-        return context.artifact("pretrain").digest()
-    design = context.artifact("design")
+        return context.folder("pretrain").digest()
+    design = context.folder("design")
     shape = design.manifest().get("shape_digest") if design.is_complete() else None
     return str(shape or design.digest())
 
@@ -283,10 +226,10 @@ def _start_folder(config: PretrainConfig, context: StageContext, name: Name) -> 
 
 
 def _tokenizer_folder(context: StageContext) -> Path:
-    return context.artifact("design").path / "draft"
+    return context.folder("design").path / "draft"
 
 
-def _summary(artifact: Artifact, state: TrainingState) -> dict[str, Any]:
+def _summary(artifact: StageFolder, state: TrainingState) -> dict[str, Any]:
     from fastdraft.training.metrics import read_metrics
     from fastdraft.training.trainer import final_train_loss
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.artifacts import file_sha256, write_atomic
-from fastdraft.config import Config
-from fastdraft.interfaces import StageContext
 from fastdraft.provenance import describe_run
+from fastdraft.recipe.evaluation import ReportConfig
+from fastdraft.run_folder import file_sha256, write_atomic
+from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
     from fastdraft.reporting.record import RunRecord
@@ -23,20 +23,13 @@ CARD = "model_card.md"
 WIDTH = 79
 
 
-class ReportConfig(Config):
-    """`report:` — how the report presents itself."""
-
-    title: str | None = None
-    """Headline of the page; without it, the run's name."""
-
-
 def fingerprint(config: ReportConfig, context: StageContext) -> dict[str, Any]:
     """The title, the state of every finished stage, and the results."""
     from fastdraft.reporting.record import BENCHMARK, fingerprint_of
 
     results, benchmark = (
-        context.artifact("evaluate").path / "results.json",
-        context.artifact("benchmark").path / BENCHMARK,
+        context.folder("evaluate").path / "results.json",
+        context.folder("benchmark").path / BENCHMARK,
     )
     return {
         "title": config.title,
@@ -50,15 +43,15 @@ def run(config: ReportConfig, context: StageContext) -> None:
     """Writes the files and prints the summary tables, the path and, last, the verdict.
 
     Raises:
-        ArtifactError: when a manifest, the results or the benchmark are damaged.
-        DiskError: when the files cannot be written.
+        FastDraftError: when a manifest, the results or the benchmark are damaged.
+        FastDraftError: when the files cannot be written.
     """
     from fastdraft.reporting.model_card import model_card
     from fastdraft.reporting.page import render_html, render_markdown
     from fastdraft.reporting.record import read_record
     from fastdraft.reporting.report import compose_report
 
-    artifact = context.artifact(NAME)
+    artifact = context.folder(NAME)
     context.console.stop.check(artifact.path)
     record = read_record(context.run)
     report = compose_report(record, config.title)

@@ -9,30 +9,20 @@ Which engine writes is settled before the fingerprint, which names it: a run's t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator, model_validator
-
-from fastdraft.artifacts import FINGERPRINT, Artifact, write_json
-from fastdraft.config import Config, Count, distinct, format_count
-from fastdraft.data.filters import Looping, RowCounts
+from fastdraft.data.filters import RowCounts
 from fastdraft.data.ledger import DRY_UNITS, Ledger
 from fastdraft.data.plans import Planner, describe_sources
-from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, PromptConfig, normalised
+from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, normalised
 from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
-from fastdraft.data.transcript_lines import TranscriptPrompts
 from fastdraft.data.units import Plan, unit_seed
-from fastdraft.errors import ArtifactError, DataError, DeviceError, MissingExtraError, TargetError
-from fastdraft.interfaces import StageContext, TargetConfig
+from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
 from fastdraft.provenance import describe_run
-from fastdraft.runtimes.engine_settings import (
-    TRANSPORT,
-    AutoEngineConfig,
-    ChosenEngine,
-    EngineConfig,
-    HuggingFaceEngineConfig,
-    OpenAIEngineConfig,
-)
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.data import TRANSPORT, ChosenEngine, HuggingFaceEngineConfig, SynthesizeConfig
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import FINGERPRINT, StageFolder, write_json
 from fastdraft.runtimes.engines import (
     NOBODY,
     Engines,
@@ -42,95 +32,17 @@ from fastdraft.runtimes.engines import (
     require_installed,
     uses_weights,
 )
+from fastdraft.stages.context import StageContext
 from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
     from fastdraft.decoding.unit_writer import UnitWriter
-    from fastdraft.vocabulary import Vocabulary
-
-
-class NoLogitsConfig(Config):
-    """Only the tokens: all that sequence-level distillation needs."""
-
-    kind: Literal["none"] = "none"
-
-
-class TopKLogitsConfig(Config):
-    """At every response token the target's most likely tokens and the mass of all others, at temperature 1, by a scoring pass of the
-    target's weights: they must be here, also where a server or a log gives the text.
-    """
-
-    kind: Literal["top_k"] = "top_k"
-    k: int = Field(default=64, ge=1, le=1024)
-    """Tokens kept. About 4 bytes each: 258 to 274 bytes a response token for 64."""
-
-
-LogitsConfig = Annotated[NoLogitsConfig | TopKLogitsConfig, Field(discriminator="kind")]
-
-
-class SynthesizeConfig(Config):
-    """`synthesize:` — what the target is asked, and how it answers."""
-
-    prompts: list[PromptConfig] = Field(min_length=1)
-    """Where prompts come from; `share` divides the budget's tokens."""
-    tokens: Count = Field(default=250_000, ge=1)
-    """Response tokens to write; the unit that reaches it is the last. (FastDraft's own number is not published.)"""
-    temperatures: list[float] = Field(default=[0.0, 0.6, 0.8, 1.0], min_length=1)
-    """Greedy and the paper's three; each prompt is asked at one, then, if the budget lasts, at the next."""
-    samples: int = Field(default=1, ge=1)
-    """Answers for each prompt at each temperature above 0, if the budget lasts; greedy is asked once."""
-    max_new_tokens: int = Field(default=256, ge=1)
-    """Length at which an answer is cut."""
-    batch_rows: int = Field(default=64, ge=1, le=65_536)
-    """Prompts in a unit: generated together, committed together."""
-    top_k: int = Field(default=0, ge=0)
-    """0 keeps all: the draft learns the whole distribution."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """1 keeps all."""
-    logits: LogitsConfig = NoLogitsConfig()
-    """none, or top_k: the target's distributions beside its tokens, for token-level distillation without the target."""
-    keep_truncated: bool = True
-    """Keeps chat answers cut by max_new_tokens: every token of them is the target's own. false leaves such rows out."""
-    looping: Looping = "cut"
-    """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
-    engine: EngineConfig = AutoEngineConfig()
-    """What runs the target: auto, huggingface, openvino, or openai for a server."""
-
-    @field_validator("temperatures")
-    @classmethod
-    def _distinct_temperatures(cls, values: list[float]) -> list[float]:
-        distinct(values, 0, 10, "temperatures must be between 0 and 10")
-        return list(dict.fromkeys(values))
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> SynthesizeConfig:
-        names = {
-            source.name.casefold() for source in self.prompts
-        }  # capitals aside: each may name a task's files
-        if len(names) < len(self.prompts):
-            raise ValueError("every entry of prompts needs a name of its own, capitals aside")
-        return self
-
-    @model_validator(mode="after")
-    def _logprobs_fit_the_sampling(self) -> SynthesizeConfig:
-        if isinstance(self.engine, OpenAIEngineConfig) and self.asks:
-            self.engine.check_sampling(self.temperatures, self.top_k, self.top_p)
-        return self
-
-    @property
-    def asks(self) -> bool:
-        """Whether the target is asked anything: not where all answers stand already."""
-        return any(not isinstance(source, TranscriptPrompts) for source in self.prompts)
-
-    @property
-    def needs_weights(self) -> bool:
-        """Whether the target's weights must be on this machine: they write, or score what others wrote."""
-        return self.logits.kind == "top_k" or (self.asks and uses_weights(self.engine))
+    from fastdraft.modeling.vocabulary import Vocabulary
 
 
 def check_installed(config: SynthesizeConfig) -> None:
     """Raises:
-    MissingExtraError: when the engine needs a library that is not there.
+    MissingExtra: when the engine needs a library that is not there.
     """
     require_installed(config.engine)
 
@@ -140,7 +52,7 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
 
     Raises:
         DataError: when a prompt or task file is missing. TargetError: when weights are needed and missing.
-        ArtifactError: when this machine cannot go on with the engine that began.
+        FastDraftError: when this machine cannot go on with the engine that began.
     """
     return _fingerprint(
         config, context, choose_engine(config.engine, context).settings if config.asks else None
@@ -164,7 +76,7 @@ def _fingerprint(
         },
         "prompts": describe_sources(config.prompts, _evaluation_texts(context), context.settings.seed),
         "seed": context.settings.seed,
-        "prepare": context.artifact("prepare").digest() if uses_corpus else None,
+        "prepare": context.folder("prepare").digest() if uses_corpus else None,
     }
 
 
@@ -212,9 +124,9 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
 
     Raises:
         DataError: when no row at all could be kept.
-        ArtifactError: when a committed unit is damaged.
+        FastDraftError: when a committed unit is damaged.
     """
-    artifact = context.artifact("synthesize")
+    artifact = context.folder("synthesize")
     writer, plans, refused, engine = _prepare(config, context)
     ledger = Ledger(plans)
     for leftover in (artifact.path / UNITS).glob(".*.tmp"):
@@ -243,14 +155,14 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
     artifact.remove_scratch()
 
 
-def _enter_committed(ledger: Ledger, writer: UnitWriter, artifact: Artifact) -> None:
+def _enter_committed(ledger: Ledger, writer: UnitWriter, artifact: StageFolder) -> None:
     """Takes over the units of an earlier process, in order, up to the first that is missing."""
     while (path := unit_path(artifact, ledger.units)).exists():
         facts, plan = read_metadata(path), ledger.next_plan()
         expected = (plan.name, ledger.units_of[plan.name]) if plan else (None, None)
         if (facts.get("source"), facts.get("number")) != expected:
             found = f"holds unit {facts.get('number')} of prompts '{facts.get('source')}'"
-            raise ArtifactError(
+            raise FastDraftError(
                 path,
                 found,
                 f"must hold unit {expected[1]} of '{expected[0]}'",
@@ -263,7 +175,7 @@ def _enter_committed(ledger: Ledger, writer: UnitWriter, artifact: Artifact) -> 
 
 
 def _write_unit(
-    plan: Plan, ledger: Ledger, writer: UnitWriter, artifact: Artifact, context: StageContext
+    plan: Plan, ledger: Ledger, writer: UnitWriter, artifact: StageFolder, context: StageContext
 ) -> None:
     """Asks the next unit of this source and commits it."""
     number = ledger.units_of[plan.name]
@@ -345,14 +257,14 @@ def _open(
     """The chosen engine, opened; where it was not the recipe's choice and cannot run this target, transformers in its place."""
     if not config.asks:
         return None, _nobody(context.target)
-    choice, artifact = choose_engine(config.engine, context), context.artifact("synthesize")
+    choice, artifact = choose_engine(config.engine, context), context.folder("synthesize")
     end_loops = config.looping != "keep"  # what would be cut off or dropped need not be written
     context.console.say(f"engine {choice}")
     try:
         return choice.settings, open_engines(
             choice.settings, context, vocabulary, turns, batch_rows=config.batch_rows, end_loops=end_loops
         )
-    except (TargetError, MissingExtraError, ArtifactError, DeviceError) as error:
+    except (TargetError, MissingExtra, FastDraftError, RecipeError) as error:
         if choice.by_recipe or choice.settings.kind == "huggingface" or unit_path(artifact, 0).exists():
             raise
         context.console.warn(f"OpenVINO cannot run this target, so transformers writes: {error}")

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastdraft.artifacts import file_sha256
-from fastdraft.config import Config, names_a_device
-from fastdraft.interfaces import SHIPPED, resolve_path
+from fastdraft.recipe.base import Config, names_a_device
+from fastdraft.recipe.run import SHIPPED, resolve_path
+from fastdraft.run_folder import file_sha256
 from fastdraft.tasks.files import TaskPrompt, read_prompts
 
 NAME_CHARS = 100

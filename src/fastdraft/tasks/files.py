@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdraft.conversation import Conversation, Prompt, read_conversation, whole_characters
+from fastdraft.data.conversation import Conversation, Prompt, read_conversation, whole_characters
 from fastdraft.errors import DataError
 
 

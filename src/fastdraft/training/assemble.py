@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fastdraft.config import format_count
 from fastdraft.modeling.loading import split_head
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.training import AdamWConfig, CosineConfig, MuonConfig, Precision, WSDConfig
 from fastdraft.training import rates, schedule
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import build_optimizers
-from fastdraft.training.settings import AdamWConfig, CosineConfig, MuonConfig, Precision, WSDConfig
 from fastdraft.training.sharding import is_in_parts
 from fastdraft.training.stand_in import stand_in
 from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastdraft.artifacts import atomic_folder, read_json, write_json
 from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, FastDraftError
+from fastdraft.errors import FastDraftError
 from fastdraft.machine import disk_errors
+from fastdraft.run_folder import atomic_folder, read_json, write_json
 from fastdraft.training.distributed import World
 from fastdraft.training.tensor_files import (
     RANDOM,
@@ -96,7 +96,7 @@ class Checkpoints:
         """The same of weights in parts: every process writes its own, process 0 the rest; call it in all.
 
         Raises:
-            DiskError: in all processes, where one cannot write. ArtifactError: where one does not see the folder.
+            FastDraftError: in all processes, where one cannot write. FastDraftError: where one does not see the folder.
         """
         tensors: dict[str, dict[str, Tensor]] = {
             "model": dict(self._model.named_parameters()),
@@ -110,7 +110,7 @@ class Checkpoints:
             try:
                 if not folder.is_dir():
                     rule, remedy = "all machines must see one folder", "set run.folder to a shared disk"
-                    raise ArtifactError(folder, "not on this machine", rule, remedy)
+                    raise FastDraftError(folder, "not on this machine", rule, remedy)
                 with disk_errors(folder):
                     own = {
                         kind: write_part(folder, kind, tensors[kind], world.rank, world.size)
@@ -162,7 +162,7 @@ class Checkpoints:
         """Puts the best weights into `model`.
 
         Raises:
-            ArtifactError: when they are damaged.
+            FastDraftError: when they are damaged.
         """
         folder = self._best_folder(step)
         check_files(folder, read_json(folder / STATE))
@@ -173,13 +173,13 @@ class Checkpoints:
         """Restores the newest whole checkpoint; a fresh state when there is none at all.
 
         Raises:
-            ArtifactError: when there are checkpoints but every one is damaged.
+            FastDraftError: when there are checkpoints but every one is damaged.
         """
         found = sorted(self.folder.glob("step-*"), reverse=True)
         for folder in found:
             try:
                 state = self._load(folder)
-            except ArtifactError as error:
+            except FastDraftError as error:
                 self._console.warn(f"{error}; trying the one before")
                 continue
             self.saved_step = state.step
@@ -187,7 +187,7 @@ class Checkpoints:
             return state
         if found:
             remedy = f"begin the stage anew with --redo {self.folder.parent.name}"
-            raise ArtifactError(
+            raise FastDraftError(
                 self.folder, "every checkpoint is damaged", "one whole checkpoint is needed to go on", remedy
             )
         return TrainingState(micro_batch_limit=self._noted_limit(0))
@@ -200,7 +200,7 @@ class Checkpoints:
         """The smaller of a checkpoint's limit and one noted since; 0 where there is neither."""
         noted = 0
         if (self.folder / _LIMIT).exists():
-            with contextlib.suppress(ArtifactError, KeyError, TypeError, ValueError):
+            with contextlib.suppress(FastDraftError, KeyError, TypeError, ValueError):
                 noted = int(read_json(self.folder / _LIMIT)["micro_batch_limit"])
         return min(filter(None, (limit, noted)), default=0)
 
@@ -236,7 +236,7 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
         needed = {state.best_step}
         for folder in steps[-KEEP:]:
-            with contextlib.suppress(ArtifactError, KeyError, TypeError):
+            with contextlib.suppress(FastDraftError, KeyError, TypeError):
                 needed.add(read_json(folder / STATE)["state"]["best_step"])
         for folder in self.folder.glob("best-*"):
             number = folder.name.removeprefix("best-")
@@ -264,7 +264,7 @@ def _fitting(folder: Path) -> Iterator[None]:
         OSError,
         SafetensorError,
     ) as error:
-        raise ArtifactError(
+        raise FastDraftError(
             folder, f"does not fit ({error})", "must be a checkpoint of this run", "delete it"
         ) from error
 

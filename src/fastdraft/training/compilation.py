@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdraft.interfaces import Compile
+from fastdraft.recipe.run import Compile
 
 MIN_TOKENS = 50_000_000
 """Training tokens below which an accelerator is done before a compilation has paid."""

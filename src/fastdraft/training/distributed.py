@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from fastdraft import errors
-from fastdraft.errors import FastDraftError, WorkerError
+from fastdraft.errors import FastDraftError
 from fastdraft.training.batches import WHOLE, Share
 
 GRADIENT_TIMEOUT = timedelta(minutes=10)
@@ -68,7 +68,7 @@ class World:
 
         Raises:
             FastDraftError: the very error that process 0 met.
-            WorkerError: elsewhere, when process 0 met an error of another kind, which it raises itself.
+            FastDraftError: elsewhere, when process 0 met an error of another kind, which it raises itself.
         """
         if self.size == 1:
             return work()
@@ -133,11 +133,11 @@ def join(device: torch.device) -> Iterator[World]:
         device: This process's own; it decides the backend of gradients.
 
     Raises:
-        WorkerError: when the others cannot be reached.
+        FastDraftError: when the others cannot be reached.
     """
     backend = _BACKENDS.get(device.type)
     if backend is None:
-        raise WorkerError(
+        raise FastDraftError(
             "run.device",
             device.type,
             "has no way to add gradients of several processes",
@@ -152,7 +152,7 @@ def join(device: torch.device) -> Iterator[World]:
         found = (
             f"process {os.environ.get('RANK')} cannot reach the others ({str(error).splitlines()[0][:120]})"
         )
-        raise WorkerError(
+        raise FastDraftError(
             "training", found, "all processes must see each other", "check --master-addr and the network"
         ) from error
     _joined.append(World(dist.get_rank(), dist.get_world_size(), *groups))
@@ -179,5 +179,7 @@ def _result(record: dict[str, Any]) -> Any:
     if "error" not in record:
         return record["result"]
     if record["error"] is None:
-        raise WorkerError("training", "process 0 failed", "all processes work or none", "see its error above")
+        raise FastDraftError(
+            "training", "process 0 failed", "all processes work or none", "see its error above"
+        )
     raise error_from(record["error"])

@@ -13,7 +13,7 @@ import torch
 
 from fastdraft.errors import RecipeError
 from fastdraft.functional.liger import liger_function
-from fastdraft.interfaces import CrossEntropyPath
+from fastdraft.recipe.run import CrossEntropyPath
 from fastdraft.training.objective import CrossEntropy
 
 KEY = "run.cross_entropy"
@@ -24,7 +24,7 @@ def cross_entropy(asked: CrossEntropyPath, device: torch.device, z_loss: float =
 
     Raises:
         RecipeError: for `liger` on a device that is not CUDA's.
-        MissingExtraError: for `liger` where it is not installed, or is too old.
+        MissingExtra: for `liger` where it is not installed, or is too old.
     """
     if asked != "liger":
         return CrossEntropy(z_loss)

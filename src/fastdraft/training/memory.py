@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdraft.errors import TrainingError
+from fastdraft.errors import FastDraftError
 from fastdraft.functional.distillation import SparseTarget
 from fastdraft.machine import is_out_of_memory
 from fastdraft.training.batches import Batch
@@ -33,7 +33,7 @@ def within_memory(work: Callable[[int], Found], size: int, smallest: int, where:
         where: The recipe's section, named in the error.
 
     Raises:
-        TrainingError: when not even `smallest` fits.
+        FastDraftError: when not even `smallest` fits.
     """
     while True:
         try:
@@ -44,7 +44,7 @@ def within_memory(work: Callable[[int], Found], size: int, smallest: int, where:
         gc.collect()
         if size <= smallest:
             rule = "one row at a time must fit the device beside the weights"
-            raise TrainingError(
+            raise FastDraftError(
                 where,
                 "out of memory in validation",
                 rule,

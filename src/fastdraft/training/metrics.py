@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastdraft.artifacts import write_atomic
-from fastdraft.errors import MissingExtraError
+from fastdraft.errors import MissingExtra
 from fastdraft.machine import disk_errors
+from fastdraft.run_folder import write_atomic
 
 FILE = "metrics.jsonl"
 
@@ -28,7 +28,7 @@ class Metrics:
         silent: write nothing; of all processes of a run only one writes.
 
     Raises:
-        MissingExtraError: TensorBoard asked for but not installed.
+        MissingExtra: TensorBoard asked for but not installed.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False, silent: bool = False) -> None:
@@ -86,7 +86,7 @@ def _open_board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise MissingExtraError("tensorboard", "tensorboard") from None
+        raise MissingExtra("tensorboard", "tensorboard") from None
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

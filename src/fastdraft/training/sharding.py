@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdraft.errors import RecipeError, WorkerError
+from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.training.batches import Batch
 from fastdraft.training.distributed import World, current
 from fastdraft.training.flash import flash
@@ -41,7 +41,7 @@ def in_parts(model: PreTrainedModel, parallel: str, optimizer: str) -> PreTraine
 
     Raises:
         RecipeError: for Muon, whose step needs whole matrices.
-        WorkerError: for a model whose layers cannot be told apart.
+        FastDraftError: for a model whose layers cannot be told apart.
     """
     if parallel != "fsdp2" or current().size == 1:
         return model
@@ -59,7 +59,9 @@ def in_parts(model: PreTrainedModel, parallel: str, optimizer: str) -> PreTraine
     layers = getattr(trained.get_decoder(), "layers", None)
     if layers is None:
         rule = "needs a decoder with a list of layers"
-        raise WorkerError("run.parallel", f"fsdp2 for {type(model).__name__}", rule, "set run.parallel: ddp")
+        raise FastDraftError(
+            "run.parallel", f"fsdp2 for {type(model).__name__}", rule, "set run.parallel: ddp"
+        )
     mesh = init_device_mesh(model.device.type, (current().size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdraft.errors import TrainingError
+from fastdraft.errors import FastDraftError
 from fastdraft.training.batches import Batch
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import set_rate
@@ -115,12 +115,12 @@ class TrainStep:
             numbers is the step's only wait for the device.
 
         Raises:
-            TrainingError: when no token of the batch has a loss.
+            FastDraftError: when no token of the batch has a loss.
         """
         if num_trained is None:
             num_trained = sum(batch.num_trained for batch in batches)
         if num_trained == 0:
-            raise TrainingError(
+            raise FastDraftError(
                 "training batch",
                 "0 trained tokens",
                 "every batch must have tokens with a loss",

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdraft.artifacts import file_sha256
-from fastdraft.errors import ArtifactError
+from fastdraft.errors import FastDraftError
+from fastdraft.run_folder import file_sha256
 from fastdraft.training.sharding import from_rows, held_rows, local
 
 RANDOM, STATE = "random.safetensors", "state.json"
@@ -184,7 +184,7 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 
 def check_files(folder: Path, record: Any) -> None:
     """Raises:
-    ArtifactError: when a file is missing or is not the one that was written.
+    FastDraftError: when a file is missing or is not the one that was written.
     """
     files = record.get("files") if isinstance(record, dict) else None
     if (
@@ -192,13 +192,13 @@ def check_files(folder: Path, record: Any) -> None:
         or not all(_NAME.fullmatch(name) for name in files)
         or not any("model" in name for name in files)
     ):
-        raise ArtifactError(
+        raise FastDraftError(
             folder / STATE, "lists no files", "must name each file with its checksum", "delete this folder"
         )
     for name, expected in files.items():
         path = folder / name
         if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
-            raise ArtifactError(
+            raise FastDraftError(
                 folder / STATE,
                 f"no checksum of {name}",
                 "must name each file with its checksum",
@@ -209,6 +209,6 @@ def check_files(folder: Path, record: Any) -> None:
             or path.stat().st_size != expected["bytes"]
             or file_sha256(path) != expected["sha256"]
         ):
-            raise ArtifactError(
+            raise FastDraftError(
                 path, "damaged or missing", "must have the checksum written with it", "delete this folder"
             )

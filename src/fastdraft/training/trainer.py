@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastdraft.console import Console, Progress
-from fastdraft.errors import ArtifactError, FastDraftError, Interrupted, TrainingError, WorkerError
+from fastdraft.errors import FastDraftError, Interrupted
 from fastdraft.machine import is_out_of_memory
 from fastdraft.training.batches import Batch, BatchSource
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
@@ -117,7 +117,7 @@ class Trainer:
         """Trains to the end and leaves the final weights (the best ones, where validation gives a score) in the model.
 
         Raises:
-            TrainingError: losses are NaN or infinite several steps in a row, a batch has no trained tokens, or one row does not fit.
+            FastDraftError: losses are NaN or infinite several steps in a row, a batch has no trained tokens, or one row does not fit.
             Interrupted: a stop was asked for; a checkpoint is saved.
         """
         self._load()
@@ -151,7 +151,7 @@ class Trainer:
         """Goes on from the newest checkpoint, the same one in all processes.
 
         Raises:
-            ArtifactError: when they do not find the same.
+            FastDraftError: when they do not find the same.
         """
         if self.world.is_main:
             self.checkpoints.sweep()
@@ -159,7 +159,7 @@ class Trainer:
         steps = sorted({step for (step,) in self.world.gather([self.state.step])})
         if len(steps) > 1:
             found = f"checkpoints of steps {steps[0]} and {steps[-1]}, depending on the machine"
-            raise ArtifactError(
+            raise FastDraftError(
                 self.checkpoints.folder,
                 found,
                 "all machines must see one folder",
@@ -241,7 +241,7 @@ class Trainer:
         """The step's gradients; where memory runs out, of the same batch again in smaller micro-batches, from then on.
 
         Raises:
-            TrainingError: when one row alone does not fit.
+            FastDraftError: when one row alone does not fit.
         """
         for batch in prepared.batches:
             arrive(batch)  # before it is cut: the copy to the device may be under way
@@ -273,13 +273,13 @@ class Trainer:
         """Halves the micro-batches of all processes.
 
         Raises:
-            TrainingError: when one row alone does not fit.
-            WorkerError: when the others cannot be told in the middle of this step; all go on from the latest checkpoint then.
+            FastDraftError: when one row alone does not fit.
+            FastDraftError: when the others cannot be told in the middle of this step; all go on from the latest checkpoint then.
         """
         key, peers = self.plan.key, self._peers
         if peers and peers.committed:
             self.checkpoints.note_limit(halved_limit(pieces) or 1)
-            raise WorkerError(
+            raise FastDraftError(
                 key,
                 "out of memory in a step like one that fitted",
                 "all processes must fit",
@@ -294,7 +294,7 @@ class Trainer:
                 "one row at a time must fit the device",
                 "use shorter rows, a smaller draft or a device with more memory",
             )
-            raise TrainingError(key, f"out of memory with one row of {length} tokens", rule, remedy)
+            raise FastDraftError(key, f"out of memory with one row of {length} tokens", rule, remedy)
         self.state.micro_batch_limit = limit
         again = f"micro-batches of at most {limit} tokens from here on, the batch stays the same"
         self.console.warn(f"{key}: out of memory at step {self.state.step + 1}: {again}")
@@ -306,7 +306,7 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             rule = "weights, gradients and the optimiser's state must fit the device together"
-            raise TrainingError(
+            raise FastDraftError(
                 self.plan.key,
                 "out of memory in the update",
                 rule,
@@ -318,7 +318,7 @@ class Trainer:
         if self.state.skipped_in_a_row >= BAD_STEPS_IN_A_ROW:
             rule = f"{BAD_STEPS_IN_A_ROW} steps in a row were not finite"
             remedy = f"lower {self.plan.key}.optimizer.learning_rate or set precision: fp32, then --redo {self.plan.key}"
-            raise TrainingError(self.plan.key, found, rule, remedy)
+            raise FastDraftError(self.plan.key, found, rule, remedy)
         self.console.warn(f"{self.plan.key}: {found}: step left out")
 
     def _after_step(self, metrics: Metrics) -> None:
@@ -371,7 +371,7 @@ def mean_loss(step: TrainStep, batches: list[Batch]) -> float:
     """The objective's mean over all trained tokens, in nats, without touching gradients; in smaller pieces where memory runs out.
 
     Raises:
-        TrainingError: when one row alone does not fit.
+        FastDraftError: when one row alone does not fit.
     """
     with torch.no_grad():
         total = sum(_loss_sum(step, batch) for batch in batches)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdraft.artifacts import Artifact
 from fastdraft.data.shards import PackedCorpus, open_lengths, row_lengths
 from fastdraft.decoding.replay import WrittenText
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.run_folder import StageFolder
 from fastdraft.training.batches import (
     Batch,
     as_samples,
@@ -28,7 +29,6 @@ from fastdraft.training.memory import within_memory
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.step import TrainStep
 from fastdraft.training.trainer import Validation, mean_loss
-from fastdraft.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,9 @@ REPLAYED_TOKENS = 8192
 """Tokens of responses that go through the draft at once."""
 
 
-def corpus_losses(step: TrainStep, prepare: Artifact, rows_per_micro: int) -> Callable[[], dict[str, float]]:
+def corpus_losses(
+    step: TrainStep, prepare: StageFolder, rows_per_micro: int
+) -> Callable[[], dict[str, float]]:
     """A function that gives the present loss on the validation rows of every prepared corpus by name.
 
     Corpora without validation rows are left out. Rows longer than the shortest have a loss of their own, under names like `text@4096`.

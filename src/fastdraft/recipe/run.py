@@ -1,39 +1,16 @@
-"""The few types that rooms share: what a stage is given, and what an engine must be able to do.
-
-Decides the run-wide settings (`run:` and `target:` in a recipe) and the `StageContext` handed to every stage; what a text and an
-engine are stands in generation.py and is handed on from here.
-"""
+"""`run:` and `target:`: where results go, the seed, the device, and the model that the draft is made for."""
 
 from __future__ import annotations
 
 import sys
 import sysconfig
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
-from fastdraft.artifacts import Artifact, RunDirectory
-from fastdraft.config import Config, FolderName, short
-from fastdraft.console import Console
-from fastdraft.errors import ArtifactError, DataError, RecipeError
-from fastdraft.generation import Engine, Generation, RenderedPrompt, Sampling, check_prompts
-
-__all__ = [
-    "PYTHON",
-    "SHIPPED",
-    "Engine",
-    "Generation",
-    "RenderedPrompt",
-    "RunConfig",
-    "Sampling",
-    "StageContext",
-    "TargetConfig",
-    "check_prompts",
-    "resolve_path",
-]
+from fastdraft.errors import DataError, RecipeError
+from fastdraft.recipe.base import Config, FolderName, short
 
 SHIPPED, PYTHON = "shipped:", "python:"
 
@@ -72,7 +49,7 @@ def resolve_path(text: str, where: str = "path") -> Path:
         DataError: when a `shipped:` or `python:` name does not exist.
     """
     if text.startswith(SHIPPED):
-        path = Path(__file__).parent / "shipped" / text.removeprefix(SHIPPED)
+        path = Path(__file__).parents[1] / "shipped" / text.removeprefix(SHIPPED)
     elif text.startswith(PYTHON):
         name = text.removeprefix(PYTHON)
         folder, _, rest = name.partition("/")
@@ -158,49 +135,3 @@ class TargetConfig(Config):
             if self.model.startswith((SHIPPED, PYTHON))
             else str(user_path(self.model, "target.model"))
         )
-
-
-@dataclass(frozen=True)
-class StageContext:
-    """All that a stage may know besides its own section."""
-
-    run: RunDirectory
-    settings: RunConfig
-    target: TargetConfig
-    sections: Mapping[str, Config]
-    """Every section of the recipe by stage name: a stage may read another's settings, never its code."""
-    console: Console
-
-    def artifact(self, stage: str) -> Artifact:
-        return self.run.artifact(stage)
-
-    def require(self, stage: str) -> Artifact:
-        """The finished artifact of an earlier stage.
-
-        Raises:
-            ArtifactError: when that stage has not finished.
-        """
-        artifact = self.artifact(stage)
-        if not artifact.is_complete():
-            raise ArtifactError(
-                artifact.path,
-                "not finished",
-                f"this stage needs the result of '{stage}'",
-                f"run `fastdraft {stage} RECIPE` first",
-            )
-        return artifact
-
-    def section(self, stage: str) -> Any:
-        """Another stage's settings.
-
-        Raises:
-            RecipeError: when the recipe has no such section.
-        """
-        if stage not in self.sections:
-            raise RecipeError(
-                stage, "missing", "this stage needs that section", f"add `{stage}:` to the recipe"
-            )
-        return self.sections[stage]
-
-    def has(self, stage: str) -> bool:
-        return stage in self.sections

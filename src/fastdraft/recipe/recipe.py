@@ -15,20 +15,14 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from fastdraft.config import Config, load_config, short
 from fastdraft.errors import RecipeError
-from fastdraft.interfaces import RunConfig, TargetConfig, user_path
-from fastdraft.stages.align import AlignConfig
-from fastdraft.stages.benchmark import BenchmarkConfig
-from fastdraft.stages.design import DesignConfig
-from fastdraft.stages.evaluate import EvaluateConfig
-from fastdraft.stages.export import ExportConfig
-from fastdraft.stages.prepare import PrepareConfig
-from fastdraft.stages.pretrain import ContinuePretrainConfig, PretrainConfig
-from fastdraft.stages.report import ReportConfig
-from fastdraft.stages.synthesize import SynthesizeConfig
+from fastdraft.recipe.base import Config, load_config, short
+from fastdraft.recipe.data import PrepareConfig, SynthesizeConfig
+from fastdraft.recipe.evaluation import BenchmarkConfig, EvaluateConfig, ExportConfig, ReportConfig
+from fastdraft.recipe.run import RunConfig, TargetConfig, user_path
+from fastdraft.recipe.training import AlignConfig, ContinuePretrainConfig, DesignConfig, PretrainConfig
 
-SHIPPED_RECIPES = Path(__file__).parent / "recipes"
+SHIPPED_RECIPES = Path(__file__).parents[1] / "recipes"
 LARGEST_RECIPE = 1 << 20
 """Bytes. A recipe has a few thousand: what is larger is another file."""
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastdraft.artifacts import digest
-from fastdraft.errors import VocabularyError
+from fastdraft.errors import TargetError
 from fastdraft.machine import no_collection
+from fastdraft.run_folder import digest
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ def build_vocabulary(
         where: Named in errors.
 
     Raises:
-        VocabularyError: when the tokenizer has ids that the model has no row for.
+        TargetError: when the tokenizer has ids that the model has no row for.
     """
     largest = max(tokenizer.ids, default=-1)
     if largest >= size:
-        raise VocabularyError(
+        raise TargetError(
             where,
             f"token id {largest}",
             f"the config's vocab_size is {size}",
@@ -150,7 +150,7 @@ def check_same(
         where: Named in errors.
 
     Raises:
-        VocabularyError: naming the first rule that fails and both values.
+        TargetError: naming the first rule that fails and both values.
     """
     remedy = "use a draft that was made for this target's tokenizer"
     rules: list[tuple[str, object, object]] = [
@@ -165,4 +165,4 @@ def check_same(
         ]
     for rule, found, wanted in rules:
         if found != wanted:
-            raise VocabularyError(where, f"draft {found}, target {wanted}", rule, remedy)
+            raise TargetError(where, f"draft {found}, target {wanted}", rule, remedy)

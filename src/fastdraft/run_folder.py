@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdraft.errors import ArtifactError, DiskError
+from fastdraft.errors import FastDraftError
 from fastdraft.machine import TEMPORARY, disk_errors
 
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
@@ -34,7 +34,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes the whole file under a temporary name, forces it to disk, then renames it over `path`.
 
     Raises:
-        DiskError: when the disk is full or the folder cannot be written.
+        FastDraftError: when the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
         # A lone surrogate (a file name that is no UTF-8, a damaged text) becomes its escape, which JSON reads back as it was.
@@ -102,14 +102,16 @@ def read_json(path: Path) -> Any:
     """The value of a JSON file.
 
     Raises:
-        ArtifactError: when the file is missing or damaged.
+        FastDraftError: when the file is missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(path, "missing", "this file must exist", "run the stage that writes it") from None
+        raise FastDraftError(
+            path, "missing", "this file must exist", "run the stage that writes it"
+        ) from None
     except (ValueError, RecursionError, OSError) as error:
-        raise ArtifactError(
+        raise FastDraftError(
             path, f"unreadable ({error})", "must be valid JSON", "delete this folder and run its stage again"
         ) from None
 
@@ -143,7 +145,7 @@ class _Fields(dict[str, Any]):
         self._path = path
 
     def __missing__(self, key: str) -> Any:
-        raise ArtifactError(
+        raise FastDraftError(
             self._path,
             f"no '{key}'",
             "must hold what its stage wrote",
@@ -152,7 +154,7 @@ class _Fields(dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class Artifact:
+class StageFolder:
     """One stage's folder: complete when its manifest stands."""
 
     path: Path
@@ -168,20 +170,20 @@ class Artifact:
         """What the stage wrote about its result; at least `schema`, `stage` and `fingerprint`.
 
         Raises:
-            ArtifactError: when the stage is not finished or the manifest is damaged.
+            FastDraftError: when the stage is not finished or the manifest is damaged.
         """
         value = read_json(self.path / MANIFEST)
         schema = value.get("schema") if isinstance(value, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
             found, rule = f"schema {schema}, of a newer release", f"this release reads schema {SCHEMA}"
-            raise ArtifactError(
+            raise FastDraftError(
                 self.path / MANIFEST,
                 found,
                 rule,
                 f"upgrade fastdraft, or do it again with --redo {self.name}",
             )
         if schema != SCHEMA:
-            raise ArtifactError(
+            raise FastDraftError(
                 self.path / MANIFEST,
                 "another schema",
                 f"must be schema {SCHEMA}",
@@ -197,11 +199,11 @@ class Artifact:
         """What the work in this folder was begun under.
 
         Raises:
-            ArtifactError: when there is none or it is damaged.
+            FastDraftError: when there is none or it is damaged.
         """
         value = read_json(self.path / FINGERPRINT)
         if not isinstance(value, dict):
-            raise ArtifactError(
+            raise FastDraftError(
                 self.path / FINGERPRINT,
                 "not a mapping",
                 "must hold the stage's settings",
@@ -217,7 +219,7 @@ class Artifact:
             old = flatten(self.stored_fingerprint())
         except RecursionError:
             rule, remedy = "must hold the stage's settings", "delete this folder and run its stage again"
-            raise ArtifactError(self.path / FINGERPRINT, "nested too deeply", rule, remedy) from None
+            raise FastDraftError(self.path / FINGERPRINT, "nested too deeply", rule, remedy) from None
         new = flatten(json.loads(json.dumps(fingerprint, default=str)))
         return [
             f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})"
@@ -229,11 +231,11 @@ class Artifact:
         """Claims the folder for these settings, or goes on with work begun under the same ones.
 
         Raises:
-            ArtifactError: when the folder holds work begun under other settings.
+            FastDraftError: when the folder holds work begun under other settings.
         """
         changed = self.differences(fingerprint)
         if changed:
-            raise ArtifactError(
+            raise FastDraftError(
                 self.path,
                 "; ".join(changed[:4]),
                 "this work was done with other settings",
@@ -246,7 +248,7 @@ class Artifact:
         """Work without a fingerprint may be of any settings; only a manifest that names these lets it count as theirs.
 
         Raises:
-            ArtifactError: when there is such work.
+            FastDraftError: when there is such work.
         """
         if (self.path / FINGERPRINT).exists() or not self.path.is_dir() or not any(self.path.iterdir()):
             return
@@ -258,7 +260,7 @@ class Artifact:
             f"{FINGERPRINT} is missing beside other files",
             "it tells with which settings they were made",
         )
-        raise ArtifactError(
+        raise FastDraftError(
             self.path, found, rule, f"put it back, or do the stage again with --redo {self.name}"
         )
 
@@ -288,13 +290,13 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class RunDirectory:
+class RunFolder:
     """`runs/NAME`: one folder for each stage."""
 
     root: Path
 
-    def artifact(self, name: str) -> Artifact:
-        return Artifact(self.root / name)
+    def folder(self, name: str) -> StageFolder:
+        return StageFolder(self.root / name)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -303,14 +305,14 @@ class RunDirectory:
         What killed processes left half-written is removed: nobody else writes here while the lock is held.
 
         Raises:
-            ArtifactError: when another process holds it. DiskError: when the folder cannot be made or written.
+            FastDraftError: when another process holds it. FastDraftError: when the folder cannot be made or written.
         """
         with disk_errors(self.root):
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError, FileNotFoundError):
                 rule = "the run's folder must be one that can be made"
-                raise DiskError(
+                raise FastDraftError(
                     self.root, "no folder can be made here", rule, "set another run.folder"
                 ) from None
             lock = _acquire_lock(self.root)
@@ -354,7 +356,7 @@ def _acquire_lock(root: Path) -> Any:
             lock.acquire()
     except Timeout:
         remedy = f"wait for it, or use another run.name{f'; if its machine is dead, delete {marker}' if marker.exists() else ''}"
-        raise ArtifactError(
+        raise FastDraftError(
             root, "in use by another process", "one process at a time may write a run", remedy
         ) from None
     return lock

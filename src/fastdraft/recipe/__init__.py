@@ -1,0 +1,1 @@
+"""The recipe: every setting of a run, by section; `recipe.load_recipe` reads and validates one."""

@@ -1,0 +1,268 @@
+"""The recipe keys that every training stage shares: optimiser, schedule, objective.
+
+Decides names and limits; what each means is in training/optimizer.py, schedule.py and objective.py. Imports no torch, so that a
+recipe loads quickly.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from fastdraft.recipe.base import Config, Count, format_count
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class AdamWConfig(Config):
+    """AdamW for every weight."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """Peak rate; left out: by the draft's size (training/rates.py: 3e-3 at 1M parameters, 2e-3 at 50M, 1.5e-3 at 150M; less for align)."""
+    embedding_learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """Peak rate of embeddings, head, gains and biases; left out: the same."""
+    weight_decay: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+    """Never on embeddings, gains, biases; left out: 0.1 in pre-training, 0 in align."""
+    beta2: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+    """Memory of squared gradients; left out: 0.99 for batches under 524k tokens, else 0.95 (small batches are noisier)."""
+
+
+class MuonConfig(Config):
+    """Muon for the body's matrices, AdamW for embeddings, head, gains and biases."""
+
+    kind: Literal["muon"] = "muon"
+    learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """Peak rate of the matrices, in AdamW's scale; left out: by the draft's size."""
+    embedding_learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """Peak rate of the AdamW part; left out: by the draft's size."""
+    weight_decay: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+    """Never on embeddings, gains, biases; left out: 0.1 in pre-training, 0 in align."""
+    beta2: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+    """Of the AdamW part; left out: by the batch size, as for adamw."""
+
+
+OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
+
+
+class WSDConfig(Config):
+    """Warm-up, constant, linear to zero; the weights before the decay are kept for continued training."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the steps."""
+    decay: float = Field(default=0.25, ge=0, le=1)
+    """Share of the steps; 0.2 to 0.3 is usual."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> WSDConfig:
+        if self.warmup + self.decay > 1:
+            raise ValueError("warmup and decay together must be at most 1")
+        return self
+
+
+class CosineConfig(Config):
+    """Warm-up, then half a cosine."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the steps."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """Rate at the end as a share of the peak."""
+
+
+ScheduleConfig = Annotated[WSDConfig | CosineConfig, Field(discriminator="kind")]
+
+
+class SequenceKDConfig(Config):
+    """Cross-entropy on responses that the target wrote: the paper's alignment."""
+
+    kind: Literal["sequence_kd"] = "sequence_kd"
+
+
+TokenLossName = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "ce_kl", "ce_tvd", "lk_hybrid", "lk_log"]
+
+
+class TokenKDConfig(Config):
+    """Distils the target's distribution at every token, not only the token that it chose (functional/distillation.py)."""
+
+    kind: Literal["token_kd"] = "token_kd"
+    loss: TokenLossName = "forward_kl"
+    """forward_kl, reverse_kl, jsd, tvd, ce_kl (half cross-entropy, half KL), ce_tvd, lk_hybrid (KL, then tvd) or lk_log (-log of the
+    chance of acceptance)."""
+    source: Literal["target", "stored"] = "target"
+    """target: loaded beside the draft, all tokens compared, on the pre-training mixture too. stored: what `synthesize.logits` kept; the
+    mixture's steps have cross-entropy."""
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    """Of jsd: the target's weight in the mean of both distributions; left out: 0.5."""
+
+    @model_validator(mode="after")
+    def _beta_belongs_to_jsd(self) -> TokenKDConfig:
+        if self.beta is not None and self.loss != "jsd":
+            raise ValueError("beta belongs to loss: jsd; leave it out")
+        return self
+
+
+ObjectiveConfig = Annotated[SequenceKDConfig | TokenKDConfig, Field(discriminator="kind")]
+
+
+def kind_default(kind: str) -> Any:
+    """Lets a section that gives only some keys leave `kind` out: `{learning_rate: 1e-3}` is an AdamW."""
+    return lambda value: {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+class BudgetDraft(Config):
+    """A shape found for a number of parameters, within 3 %; shallow ones are preferred."""
+
+    kind: Literal["budget"] = "budget"
+    parameters: Count = Field(gt=0)
+    """All parameters, the vocabulary's matrices included."""
+    layers: int | None = Field(default=None, ge=1, le=128)
+    """Fixes the depth; null lets the search choose."""
+
+
+class ShapeDraft(Config):
+    """A shape given by numbers."""
+
+    kind: Literal["shape"]
+    hidden_size: int = Field(ge=2)
+    """Width; multiples of 256 keep every quantisation open."""
+    num_layers: int = Field(ge=1)
+    """Depth: what latency depends on most."""
+    intermediate_size: int = Field(ge=1)
+    """Width of the feed-forward part."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """null: heads 64 wide, narrower in small drafts."""
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """null: in the target's ratio to the heads."""
+    tied: bool | None = None
+    """Whether embedding and head share one matrix; null: only when the target's do and the draft has under 14 M parameters."""
+
+
+class PresetDraft(Config):
+    """A published FastDraft shape, reconstructed from its file size."""
+
+    kind: Literal["preset"]
+    name: Literal["phi-3-mini-50m", "llama-3.1-8b-150m"]
+    """52,107,776 parameters at Phi-3-mini's vocabulary, 154,147,328 at Llama-3.1's."""
+
+
+class EarlierDraft(Config):
+    """Starts from an earlier draft of the same vocabulary: its shape and its weights."""
+
+    kind: Literal["from"]
+    path: str = Field(min_length=1)
+    """A Hugging Face directory, or the folder of a stage (`runs/NAME/pretrain`; to pre-train further: `runs/NAME/pretrain/undecayed`)."""
+
+
+DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]
+
+
+class DesignConfig(Config):
+    """`design:` — the draft's shape and first weights."""
+
+    draft: DraftConfig
+    """budget, shape, preset or from."""
+    initialization: Literal["random", "target_embeddings"] = "random"
+    """random as in the paper; target_embeddings projects the target's embedding and head to the draft's width."""
+
+    @model_validator(mode="after")
+    def _from_has_weights(self) -> DesignConfig:
+        if isinstance(self.draft, EarlierDraft) and self.initialization != "random":
+            raise ValueError(
+                "initialization does not apply to kind: from, which brings its own weights; leave it out"
+            )
+        return self
+
+
+class PretrainConfig(Config):
+    """`pretrain:` — next-token training on packed rows."""
+
+    tokens: Count = Field(gt=0)
+    """Budget; the paper: 5B of text, then 7.5B of code and text."""
+    mixture: dict[str, float] = Field(default_factory=lambda: {"text": 1.0}, min_length=1)
+    """Share of each prepared corpus, on any scale."""
+    batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens of one optimiser step; left out: by the draft's size and the budget (16k at 1M parameters, 262k at 50M, 524k at 150M)."""
+    micro_batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens that go through the model at once: memory and speed, not the result. Left out: 8k on a CPU, 32k elsewhere."""
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
+    """adamw or muon."""
+    schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("wsd"))] = WSDConfig()
+    """wsd keeps the weights from before the decay, from which continue_pretrain starts; or cosine."""
+    precision: Precision = "auto"
+    """bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
+    z_loss: float = Field(default=1e-5, ge=0, le=1, allow_inf_nan=False)
+    """Weight of the squared log-partition in the loss (PaLM, arXiv 2204.02311)."""
+    checkpoint_every: int | None = Field(default=None, ge=0)
+    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
+    validate_every: int | None = Field(default=None, ge=0)
+    """Steps between validations; 0: only at the end. Left out: ten times a run."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (needs the extra 'tensorboard')."""
+
+    @model_validator(mode="after")
+    def _budget_holds_a_batch(self) -> PretrainConfig:
+        if self.batch_tokens and self.tokens < self.batch_tokens:
+            raise ValueError(
+                f"tokens ({format_count(self.tokens)}) must be at least one batch ({format_count(self.batch_tokens)})"
+            )
+        if any(not 0 <= weight < float("inf") for weight in self.mixture.values()) or not any(
+            self.mixture.values()
+        ):
+            raise ValueError("mixture must have shares of 0 or more, one of them above 0")
+        return self
+
+
+class ContinuePretrainConfig(PretrainConfig):
+    """`continue_pretrain:` — the same on a mixture with code, from pretrain's weights."""
+
+    mixture: dict[str, float] = Field(default_factory=lambda: {"code": 2.0, "text": 1.0}, min_length=1)
+    """Share of each prepared corpus; the paper: 2 parts code, 1 part text."""
+    start: Literal["undecayed", "decayed"] = "undecayed"
+    """pretrain's weights from before its rate fell (trained on at the same rate), or its result (an open rate is then halved)."""
+
+
+DEFAULT_EPOCHS = 3.0
+
+
+class AlignConfig(Config):
+    """`align:` — fine-tuning on the target's own text."""
+
+    tokens: Count | None = Field(default=None, gt=0)
+    """Budget in input tokens of synthetic text; instead of epochs."""
+    epochs: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    """Passes over the synthetic text; instead of tokens. Neither given: 3."""
+    pretraining_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps that come from the pre-training mixture (without one: from all prepared corpora in equal parts): without them
+    the draft forgets what the prompts do not cover. Left out: 0.1, or 0 where the recipe prepares no corpora."""
+    objective: Annotated[ObjectiveConfig, BeforeValidator(kind_default("sequence_kd"))] = SequenceKDConfig()
+    """sequence_kd: cross-entropy on the target's responses; token_kd: the target's distribution at each token of them."""
+    batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens of one optimiser step; left out: by the draft's size (16k at 1M parameters, 64k from 50M on) and the budget."""
+    micro_batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens, padding included, that go through the model at once. Left out: 8k on a CPU, 32k elsewhere."""
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
+    """adamw or muon; best the family that pre-training used."""
+    schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("cosine"))] = CosineConfig(warmup=0.03)
+    """cosine to zero, or wsd."""
+    precision: Precision = "auto"
+    """bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
+    checkpoint_every: int | None = Field(default=None, ge=0)
+    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
+    validate_every: int | None = Field(default=None, ge=0)
+    """Steps between measurements of block efficiency, whose best is kept; 0: only at start and end. Left out: ten times a run."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (needs the extra 'tensorboard')."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> AlignConfig:
+        if self.tokens is not None and self.epochs is not None:
+            raise ValueError("tokens and epochs are two ways to say one thing: give one of them")
+        return self
+
+    @property
+    def passes(self) -> float | None:
+        """Epochs, where no token budget is given."""
+        return (self.epochs or DEFAULT_EPOCHS) if self.tokens is None else None
