@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedModel
 
 from fastdraft.decoding.cache import Reader
+from fastdraft.json_rows import JsonRow
 
 
 @dataclass(frozen=True)
-class Latency:
+class Latency(JsonRow):
     """Median seconds of one pass after a prefix of `prefix_tokens`, batch 1."""
 
     draft_seconds: float

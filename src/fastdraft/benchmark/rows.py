@@ -1,0 +1,231 @@
+"""`benchmark.json` as dataclasses, and the rules for which of its rows a verdict may rest on.
+
+`BenchmarkResults.from_json(read_json(path))`; written by the benchmark stage, read by reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fastdraft.evaluation.results import TASK_ORDER, ordered
+from fastdraft.json_rows import JsonRow, Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDifference(JsonRow):
+    """A greedy text that is not the same with the draft."""
+
+    prompt: str
+    token: int
+    """Index of the first token that differs."""
+    logprob_gap: float | None
+    """Between the target's log-probs of the two tokens there; None where one text ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRow(JsonRow):
+    """One task under the clock, without and with the draft; null what cannot be computed."""
+
+    part: str
+    """`tasks`, or what alone is varied at the best K: `prompt_tokens`, `max_new_tokens`, `concurrency`."""
+    task: str
+    target_weights: str
+    draft_weights: str
+    temperature: float
+    num_speculative_tokens: int | None
+    confidence_threshold: float = 0.0
+    """0: every round proposes K tokens. Others stand in files of earlier releases alone."""
+    concurrency: int = 1
+    prompt_tokens: float | None = None
+    max_new_tokens: int
+    num_prompts: int
+    repeats: int
+    num_drafts: Number | None = None
+    num_draft_tokens: Number | None = None
+    num_accepted_tokens: Number | None = None
+    num_accepted_tokens_per_pos: list[Number | None]
+    num_generated_tokens: Number | None = None
+    num_examined_tokens: Number | None = None
+    acceptance_rate: float | None = None
+    conditional_acceptance_rate: float | None = None
+    block_efficiency: float | None = None
+    num_tokens_alone: int
+    num_tokens_with_draft: int
+    seconds_alone: float | None = None
+    seconds_alone_low: float | None = None
+    seconds_alone_high: float | None = None
+    seconds_with_draft: float | None = None
+    seconds_with_draft_low: float | None = None
+    seconds_with_draft_high: float | None = None
+    tokens_per_second_alone: float | None = None
+    tokens_per_second_with_draft: float | None = None
+    speedup: float | None = None
+    """Median over the repeats of seconds per token alone / with the draft; low and high are its range."""
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    decode_speedup: float | None = None
+    """The same behind each text's first token."""
+    first_token_seconds_alone: float | None = None
+    first_token_seconds_with_draft: float | None = None
+    seconds_per_output_token_alone: float | None = None
+    seconds_per_output_token_with_draft: float | None = None
+    predicted_speedup: float | None = None
+    predicted_quotient: float | None = None
+    decode_quotient: float | None = None
+    mbsu_bytes: float | None = None
+    mbsu_quotient: float | None = None
+    texts: int
+    same_text: int | None = None
+    differences: list[TextDifference] = field(default_factory=list)
+    looping_share: float | None = None
+    lossless: bool
+    speedup_without_looping: float | None = None
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        return self.target_weights, self.draft_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassesRow(JsonRow):
+    """What one pass of each model takes alone, behind a prefix."""
+
+    target_weights: str
+    draft_weights: str
+    prefix_tokens: int
+    draft_seconds: float
+    target_seconds: dict[int, float]
+    """By the tokens read at once."""
+    device: str
+    draft_device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakdownRow(JsonRow):
+    """Where the time of a speculative run goes, by the runtime's own clock."""
+
+    target_weights: str
+    draft_weights: str
+    num_speculative_tokens: int
+    target_seconds: float
+    draft_seconds: float
+    other_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow(JsonRow):
+    """Peak memory of a fresh process; None where that process failed."""
+
+    target_weights: str
+    draft_weights: str
+    alone_bytes: int | None
+    with_draft_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize(JsonRow):
+    """Bytes of an export's weights."""
+
+    role: str
+    weights: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeUsed(JsonRow):
+    """What the clock ran on."""
+
+    name: str
+    version: str
+    device_name: str
+    device: str
+    draft_device: str
+    threads: int
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskBest(JsonRow):
+    """A task's fastest K."""
+
+    num_speculative_tokens: int
+    speedup: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestK(JsonRow):
+    """K of the largest geometric mean over the tasks, and each task's own; None where nothing may be judged."""
+
+    num_speculative_tokens: int | None
+    by_task: dict[str, TaskBest]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResults(JsonRow):
+    """All of `benchmark.json`; the pair of weights that is deployed comes first everywhere."""
+
+    schema: int = 1
+    runtime: RuntimeUsed
+    target: str
+    draft: str
+    block: dict[str, Any]
+    """`settings` of the recipe, and what was `left_out`."""
+    models: list[ModelSize]
+    latencies: list[PassesRow]
+    breakdown: list[BreakdownRow]
+    memory: list[MemoryRow]
+    rows: list[BenchmarkRow]
+    best: BestK
+    verdict: dict[str, str]
+    """`sentence` and `tone`: good, mixed or bad."""
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Weights of target and draft, those deployed first."""
+        return list(dict.fromkeys(row.weights for row in self.rows))
+
+    def judged(self, pair: tuple[str, str] | None = None) -> list[BenchmarkRow]:
+        """`judged_rows` of a pair of weights, by default the deployed one."""
+        return judged_rows(self.rows, pair or self.pairs[0]) if self.pairs else []
+
+    def fastest(self, task: str, pair: tuple[str, str] | None = None) -> BenchmarkRow | None:
+        """The judged row of a task's best K."""
+        rows = [row for row in self.judged(pair) if row.task == task]
+        return max(rows, key=lambda row: row.speedup or 0.0, default=None)
+
+
+def judged_rows(rows: Iterable[BenchmarkRow], weights: tuple[str, str]) -> list[BenchmarkRow]:
+    """Rows on which a verdict may rest: whole tasks, text that is the target's own, the lowest temperature among them."""
+    found = [
+        row
+        for row in rows
+        if row.part == "tasks"
+        and row.weights == weights
+        and row.lossless
+        and row.speedup is not None
+        and row.num_speculative_tokens is not None
+        and not row.confidence_threshold
+    ]
+    lowest = min((row.temperature for row in found), default=0.0)
+    at_lowest = [row for row in found if row.temperature == lowest]
+    tasks = ordered((row.task for row in at_lowest), TASK_ORDER)
+    return sorted(at_lowest, key=lambda row: (tasks.index(row.task), row.num_speculative_tokens))
+
+
+def best_k(judged: Sequence[BenchmarkRow]) -> BestK:
+    """The best K of `judged_rows`."""
+    by_task: dict[str, TaskBest] = {}
+    speedups: dict[int, list[float]] = {}
+    for row in judged:
+        k, speedup = row.num_speculative_tokens or 0, row.speedup or 0.0
+        speedups.setdefault(k, []).append(speedup)
+        if row.task not in by_task or speedup > by_task[row.task].speedup:
+            by_task[row.task] = TaskBest(num_speculative_tokens=k, speedup=speedup)
+    means = {k: math.prod(values) ** (1 / len(values)) for k, values in speedups.items()}
+    k = max(means, key=lambda k: (means[k], -k)) if means else None
+    return BestK(num_speculative_tokens=k, by_task=by_task)
