@@ -73,12 +73,16 @@ class Interrupted(FastDraftError):
 
     def __init__(self, where: object) -> None:
         self.stopped_at = where
-        super().__init__(f"{where}: stopped by a signal; progress is saved", "run the same command again to go on")
+        super().__init__(
+            f"{where}: stopped by a signal; progress is saved", "run the same command again to go on"
+        )
 
     def __reduce__(self) -> tuple[type[FastDraftError], tuple[str]]:  # type: ignore[override]
         return type(self), (str(self.stopped_at),)
 
 
 def _one_line(text: object) -> str:
-    shown = _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), " ".join(str(text).split()))
+    shown = _STEERING.sub(
+        lambda match: match[0].encode("unicode_escape").decode("ascii"), " ".join(str(text).split())
+    )
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST * 3 // 4]} ... {shown[-_LONGEST // 4 :]}"

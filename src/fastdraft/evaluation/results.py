@@ -251,7 +251,9 @@ class EvaluationResults(JsonRow):
         """One row for each K: by replay, which covers every checkpoint and K; else exact."""
         found = self.select(checkpoint=checkpoint, task=task, temperature=temperature)
         chosen = {row.num_speculative_tokens: row for row in found}
-        return list((chosen | {row.num_speculative_tokens: row for row in found if row.method == "replay"}).values())
+        return list(
+            (chosen | {row.num_speculative_tokens: row for row in found if row.method == "replay"}).values()
+        )
 
     def row(self, checkpoint: str, task: str, temperature: float, k: int | None = None) -> ResultRow | None:
         """The one row at a K, the headline's by default."""
