@@ -300,7 +300,6 @@ def _do_stage(stage: Stage, recipe: Recipe, context: StageContext, launch: Launc
     fingerprint = stage.fingerprint(config, context)
     if stage.remade and artifact.differences(fingerprint):
         artifact.discard()
-    artifact.refuse_orphans(fingerprint)
     fresh = not (artifact.path / FINGERPRINT).exists()
     artifact.begin(fingerprint)
     if artifact.is_complete():

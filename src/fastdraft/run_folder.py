@@ -1,46 +1,33 @@
-"""The run directory: what a stage leaves behind, when it counts as finished, and whose recipe it belongs to.
+"""A run's folder: one folder per stage, each complete when its `manifest.json` stands.
 
-Decides that an artifact is a folder whose `manifest.json` is written last; that every file is written to a temporary
-name and renamed; that a stage's fingerprint (just the settings and inputs that it depends on) is written first, so a
-changed recipe over existing work is refused with the keys that changed; and that one process at a time owns a run.
+    folder = RunFolder(Path("runs/demo")).folder("evaluate")
+    folder.begin(fingerprint); found = folder.keep("latency.json", measure); folder.complete(prompts=100)
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from fastdraft.errors import FastDraftError
 from fastdraft.machine import TEMPORARY, disk_errors
 
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
-_HELD: list[Path] = []
-"""Runs that this process has locked."""
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-SCRATCH = ("steps", ".journal", "converted")
-"""Folders of resume checkpoints, journals and converted copies of the target, of no use once a stage is complete."""
+_LAYOUT = 2
+"""Of what stages keep in their folders; work of another release is refused. Not in manifests, whose schema is public."""
+_SCRATCH = ("steps", ".journal", "converted")
+"""Of no use once a stage is complete: resume checkpoints, journals, converted copies of the target."""
 
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes the whole file under a temporary name, forces it to disk, then renames it over `path`.
-
-    Raises:
-        FastDraftError: when the disk is full or the folder cannot be written.
-    """
-    with atomic_path(path) as temporary:
-        # A lone surrogate (a file name that is no UTF-8, a damaged text) becomes its escape, which JSON reads back as it was.
-        temporary.write_bytes(
-            content.encode(errors="backslashreplace") if isinstance(content, str) else content
-        )
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -68,9 +55,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    with contextlib.suppress(
-                        PermissionError
-                    ):  # a library may write files that even their owner may only read
+                    with contextlib.suppress(PermissionError):  # a library may write files that are read-only
                         _force(file)
             if path.exists():
                 shutil.rmtree(path)
@@ -80,17 +65,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """The temporary name. Its folder is made, in a run that this process works at only if the folder around it stands:
-    where that has gone, somebody has moved or deleted the whole run, and no part of it may be begun in its old place.
-    """
-    path.parent.mkdir(parents=not any(root in path.parents for root in _HELD), exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _force(file: Path) -> None:
-    """To the disk: after a power cut a file under its final name must not be empty."""
-    with open(file, "rb+") as opened:
+    with open(file, "rb+") as opened:  # to the disk: after a power cut a file under its final name must not be empty
         os.fsync(opened.fileno())
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes the whole file under a temporary name, forces it to disk, then renames it over `path`."""
+    with atomic_path(path) as temporary:
+        # Half a surrogate pair (of a file's name, a damaged text) becomes its escape, which JSON reads back as it was.
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -99,21 +87,22 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        FastDraftError: when the file is missing or damaged.
-    """
-    try:
+    """The value of a JSON file that this program wrote."""
+    with _readable(path):
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """The one message about files that this program wrote itself and cannot read."""
+    try:
+        yield
     except FileNotFoundError:
+        raise FastDraftError(f"{path}: missing; this file must exist", "run the stage that writes it") from None
+    except (ValueError, LookupError, TypeError, EOFError, OSError, RecursionError) as error:
         raise FastDraftError(
-            path, "missing", "this file must exist", "run the stage that writes it"
-        ) from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise FastDraftError(
-            path, f"unreadable ({error})", "must be valid JSON", "delete this folder and run its stage again"
-        ) from None
+            f"{path}: unreadable ({error})", "delete it and run the same command again"
+        ) from error
 
 
 def file_sha256(path: Path) -> str:
@@ -137,25 +126,9 @@ def flatten(value: Mapping[str, Any] | list[Any], prefix: str = "") -> dict[str,
     return flat
 
 
-class _Fields(dict[str, Any]):
-    """A manifest's fields: one that is asked for and missing is the file's fault, told in one line."""
-
-    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
-        super().__init__(fields)
-        self._path = path
-
-    def __missing__(self, key: str) -> Any:
-        raise FastDraftError(
-            self._path,
-            f"no '{key}'",
-            "must hold what its stage wrote",
-            "delete this folder and run its stage again",
-        )
-
-
 @dataclass(frozen=True)
 class StageFolder:
-    """One stage's folder: complete when its manifest stands."""
+    """One stage's folder: its fingerprint is written first, its manifest last."""
 
     path: Path
 
@@ -167,60 +140,32 @@ class StageFolder:
         return (self.path / MANIFEST).is_file()
 
     def manifest(self) -> dict[str, Any]:
-        """What the stage wrote about its result; at least `schema`, `stage` and `fingerprint`.
-
-        Raises:
-            FastDraftError: when the stage is not finished or the manifest is damaged.
-        """
-        value = read_json(self.path / MANIFEST)
-        schema = value.get("schema") if isinstance(value, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA:
-            found, rule = f"schema {schema}, of a newer release", f"this release reads schema {SCHEMA}"
+        """What the stage wrote about its result; at least `schema`, `stage` and `fingerprint`."""
+        value: dict[str, Any] = read_json(self.path / MANIFEST)
+        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
             raise FastDraftError(
-                self.path / MANIFEST,
-                found,
-                rule,
-                f"upgrade fastdraft, or do it again with --redo {self.name}",
-            )
-        if schema != SCHEMA:
-            raise FastDraftError(
-                self.path / MANIFEST,
-                "another schema",
-                f"must be schema {SCHEMA}",
-                "delete this folder and run its stage again",
-            )
-        return _Fields(self.path / MANIFEST, value)
-
-    def digest(self) -> str:
-        """Stands for this artifact in the fingerprints of the stages after it."""
-        return digest(self.stored_fingerprint())
-
-    def stored_fingerprint(self) -> dict[str, Any]:
-        """What the work in this folder was begun under.
-
-        Raises:
-            FastDraftError: when there is none or it is damaged.
-        """
-        value = read_json(self.path / FINGERPRINT)
-        if not isinstance(value, dict):
-            raise FastDraftError(
-                self.path / FINGERPRINT,
-                "not a mapping",
-                "must hold the stage's settings",
-                "delete this folder and run its stage again",
+                f"{self.path / MANIFEST}: not of schema {SCHEMA}, which this release reads",
+                f"redo the stage with --redo {self.name}",
             )
         return value
+
+    def stored_fingerprint(self) -> dict[str, Any]:
+        """What the work in this folder was begun under."""
+        value: dict[str, Any] = read_json(self.path / FINGERPRINT)
+        return value
+
+    def digest(self) -> str:
+        """Stands for this folder's result in the fingerprints of the stages after it."""
+        return digest(self.stored_fingerprint())
 
     def differences(self, fingerprint: Mapping[str, Any]) -> list[str]:
         """The keys, with both values, in which existing work differs from `fingerprint`; empty for none or no work yet."""
         if not (self.path / FINGERPRINT).exists():
             return []
-        try:
-            old = flatten(self.stored_fingerprint())
-        except RecursionError:
-            rule, remedy = "must hold the stage's settings", "delete this folder and run its stage again"
-            raise FastDraftError(self.path / FINGERPRINT, "nested too deeply", rule, remedy) from None
-        new = flatten(json.loads(json.dumps(fingerprint, default=str)))
+        old = flatten(self.stored_fingerprint())
+        new = flatten(json.loads(json.dumps({**fingerprint, "layout": _LAYOUT}, default=str)))
+        if old.get("layout") != _LAYOUT:
+            return ["made by another release of fastdraft"]
         return [
             f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})"
             for key in sorted({*old, *new})
@@ -228,41 +173,45 @@ class StageFolder:
         ]
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
-        """Claims the folder for these settings, or goes on with work begun under the same ones.
-
-        Raises:
-            FastDraftError: when the folder holds work begun under other settings.
-        """
+        """Claims the folder for these settings, or goes on with work begun under the same ones; other work is refused."""
         changed = self.differences(fingerprint)
         if changed:
             raise FastDraftError(
-                self.path,
-                "; ".join(changed[:4]),
-                "this work was done with other settings",
+                f"{self.path}: {'; '.join(changed[:4])}: this work was done with other settings",
                 f"use another run.name, or redo it with --redo {self.name}",
             )
         if not (self.path / FINGERPRINT).exists():
-            write_json(self.path / FINGERPRINT, fingerprint)
+            write_json(self.path / FINGERPRINT, {**fingerprint, "layout": _LAYOUT})
 
-    def refuse_orphans(self, fingerprint: Mapping[str, Any]) -> None:
-        """Work without a fingerprint may be of any settings; only a manifest that names these lets it count as theirs.
+    def has(self, name: str) -> bool:
+        """Whether `keep` has a result of that name."""
+        return (self.path / name).exists()
 
-        Raises:
-            FastDraftError: when there is such work.
+    def keep(
+        self,
+        name: str,
+        make: Callable[[], T],
+        *,
+        read: Callable[[Path], T] = read_json,
+        write: Callable[[Path, T], object] = write_json,
+    ) -> T:
+        """What `name` holds; made and written, all of it or nothing, where it is not there yet.
+
+        A killed stage repeats one of these. The result is always what `read` gives, so that a resumed run sees the very same.
+
+        Args:
+            name: A path inside the folder.
+            make: Called only where the file is not there.
+            read: Reads the file; whatever it raises becomes one line for the user.
+            write: Given a temporary path and the result.
         """
-        if (self.path / FINGERPRINT).exists() or not self.path.is_dir() or not any(self.path.iterdir()):
-            return
-        if self.is_complete() and self.manifest().get("fingerprint") == digest(
-            json.loads(json.dumps(fingerprint, default=str))
-        ):
-            return
-        found, rule = (
-            f"{FINGERPRINT} is missing beside other files",
-            "it tells with which settings they were made",
-        )
-        raise FastDraftError(
-            self.path, found, rule, f"put it back, or do the stage again with --redo {self.name}"
-        )
+        path = self.path / name
+        if not path.exists():
+            value = make()
+            with atomic_path(path) as temporary:
+                write(temporary, value)
+        with _readable(path):
+            return read(path)
 
     def complete(self, **fields: Any) -> None:
         """Writes the manifest: from here on the stage counts as finished."""
@@ -273,7 +222,7 @@ class StageFolder:
 
     def remove_scratch(self) -> None:
         """Removes what only an unfinished stage needs; a kill right after the manifest may have left it."""
-        for name in SCRATCH:
+        for name in _SCRATCH:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def discard(self) -> None:
@@ -281,11 +230,7 @@ class StageFolder:
         aside = self.path.with_name(f".{self.name}.{os.getpid()}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
-            try:
-                os.replace(self.path, aside)
-            except PermissionError:  # Windows, where somebody looks into it
-                (self.path / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(self.path, ignore_errors=True)
+            os.replace(self.path, aside)
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -303,74 +248,26 @@ class RunFolder:
         """Holds the run for this process; the operating system lets go when the process dies.
 
         What killed processes left half-written is removed: nobody else writes here while the lock is held.
-
-        Raises:
-            FastDraftError: when another process holds it. FastDraftError: when the folder cannot be made or written.
         """
-        with disk_errors(self.root):
-            try:
-                self.root.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError, FileNotFoundError):
-                rule = "the run's folder must be one that can be made"
-                raise FastDraftError(
-                    self.root, "no folder can be made here", rule, "set another run.folder"
-                ) from None
-            lock = _acquire_lock(self.root)
-        _HELD.append(self.root)
+        lock = FileLock(str(self.root / ".lock"), timeout=0)
         try:
-            self._remove_unfinished()
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise FastDraftError(
+                f"{self.root}: in use by another process; one at a time may write a run",
+                "wait for it, or use another run.name",
+            ) from None
+        except OSError as error:
+            raise FastDraftError(
+                f"{self.root}: no folder can be made here ({error.strerror})", "set another run.folder"
+            ) from None
+        try:
+            for path in list(self.root.rglob(".*.tmp")):
+                if TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
             yield
         finally:
-            _HELD.remove(self.root)
             lock.release()
-
-    def _remove_unfinished(self) -> None:
-        for folder, folders, files in os.walk(self.root):
-            for name in filter(TEMPORARY.fullmatch, [*folders, *files]):
-                path = Path(folder) / name
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-            folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]
-
-
-def _acquire_lock(root: Path) -> Any:
-    """The held lock of a run's folder.
-
-    Where the file server knows no locks that die with their process, a file with the owner's name stands for one.
-    """
-    from filelock import FileLock, SoftFileLock, Timeout
-
-    lock, marker = FileLock(str(root / ".lock"), timeout=0), root / ".lock.held"
-    try:
-        try:
-            lock.acquire()
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            if _owner_is_dead(marker):
-                marker.unlink(missing_ok=True)
-            lock = SoftFileLock(str(marker), timeout=0)
-            lock.acquire()
-    except Timeout:
-        remedy = f"wait for it, or use another run.name{f'; if its machine is dead, delete {marker}' if marker.exists() else ''}"
-        raise FastDraftError(
-            root, "in use by another process", "one process at a time may write a run", remedy
-        ) from None
-    return lock
-
-
-def _owner_is_dead(marker: Path) -> bool:
-    """Whether the process of this machine that a marker names is no more; False for other machines, of which nobody here can tell."""
-    try:
-        pid, host = marker.read_text(encoding="utf-8").split()[:2]
-        if host != socket.gethostname() or os.name != "posix":
-            return False
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return False

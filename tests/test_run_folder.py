@@ -1,4 +1,4 @@
-"""The run directory: complete or not, whose settings, atomic writes, locks, full disks."""
+"""The run's folder: complete or not, whose settings, kept results, atomic writes, locks, full disks."""
 
 import errno
 import multiprocessing
@@ -22,24 +22,31 @@ from fastdraft.run_folder import (
 )
 
 
-def test_an_artifact_is_complete_only_when_its_manifest_stands(tmp_path: Path) -> None:
-    artifact = StageFolder(tmp_path / "align")
-    artifact.begin({"tokens": 5})
-    assert not artifact.is_complete()
-    artifact.complete(steps=3)
-    assert artifact.is_complete()
-    assert artifact.manifest()["steps"] == 3
+def test_a_stage_is_complete_only_when_its_manifest_stands(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "align")
+    folder.begin({"tokens": 5})
+    assert not folder.is_complete()
+    folder.complete(steps=3)
+    assert folder.is_complete()
+    assert folder.manifest()["steps"] == 3
 
 
 def test_work_begun_with_other_settings_is_refused_naming_the_keys_that_changed(tmp_path: Path) -> None:
-    artifact = StageFolder(tmp_path / "align")
-    artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
-    artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
+    folder = StageFolder(tmp_path / "align")
+    folder.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
+    folder.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
     with pytest.raises(FastDraftError, match=r"optimizer\.learning_rate \(0\.1 -> 0\.2\).*--redo align"):
-        artifact.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.2}})
+        folder.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.2}})
 
 
-def test_the_digest_of_an_artifact_changes_with_its_settings(tmp_path: Path) -> None:
+def test_work_of_another_release_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "align")
+    write_json(folder.path / "fingerprint.json", {"tokens": 5})
+    with pytest.raises(FastDraftError, match=r"another release.*--redo align"):
+        folder.begin({"tokens": 5})
+
+
+def test_the_digest_of_a_stage_changes_with_its_settings(tmp_path: Path) -> None:
     one, two = StageFolder(tmp_path / "one"), StageFolder(tmp_path / "two")
     one.begin({"tokens": 5})
     two.begin({"tokens": 6})
@@ -47,11 +54,48 @@ def test_the_digest_of_an_artifact_changes_with_its_settings(tmp_path: Path) -> 
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
 
 
+def test_nested_settings_are_compared_key_by_key() -> None:
+    assert flatten({"a": {"b": [1, {"c": 2}]}, "d": []}) == {"a.b[0]": 1, "a.b[1].c": 2, "d": []}
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', "\x00\xff"])
 def test_a_damaged_manifest_is_one_clear_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
     with pytest.raises(FastDraftError, match=r"manifest\.json"):
         StageFolder(tmp_path).manifest()
+
+
+def test_a_kept_result_is_made_once_and_read_ever_after(tmp_path: Path) -> None:
+    folder, made = StageFolder(tmp_path), []
+
+    def make() -> dict[int, float]:
+        made.append(1)
+        return {1: 0.5}
+
+    first = folder.keep("parts/one.json", make)
+    assert first == folder.keep("parts/one.json", make) == {"1": 0.5}, "what a resumed run sees, at once"
+    assert (len(made), folder.has("parts/one.json"), folder.has("parts/two.json")) == (1, True, False)
+
+
+def test_a_result_that_cannot_be_made_or_written_leaves_nothing(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path)
+
+    def half(path: Path, value: str) -> None:
+        path.write_text(value[:2])
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        folder.keep("text", lambda: "whole", read=Path.read_text, write=half)
+    with pytest.raises(ZeroDivisionError):
+        folder.keep("number", lambda: 1 / 0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_kept_result_that_cannot_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text("{")
+    with pytest.raises(FastDraftError, match=r"one\.json: unreadable .*; delete it") as raised:
+        StageFolder(tmp_path).keep("one.json", dict)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(
@@ -71,19 +115,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(
 
 
 def test_a_block_that_fails_leaves_neither_file_nor_folder(tmp_path: Path) -> None:
-    def file() -> None:
-        with atomic_path(tmp_path / "file") as path:
-            path.write_text("half")
-            raise RuntimeError
-
-    def folder() -> None:
-        with atomic_folder(tmp_path / "folder") as path:
-            (path / "part").write_text("half")
-            raise RuntimeError
-
-    for write in (file, folder):
-        with pytest.raises(RuntimeError):
-            write()
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "file") as path:
+        path.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "folder") as path:
+        (path / "part").write_text("half")
+        raise RuntimeError
     assert os.listdir(tmp_path) == []
 
 
@@ -114,24 +151,22 @@ def test_one_process_at_a_time_owns_a_run(tmp_path: Path) -> None:
         pass
 
 
-def test_nested_settings_are_compared_key_by_key() -> None:
-    assert flatten({"a": {"b": [1, {"c": 2}]}, "d": []}) == {"a.b[0]": 1, "a.b[1].c": 2, "d": []}
-
-
-def test_discarding_removes_all(tmp_path: Path) -> None:
-    artifact = StageFolder(tmp_path / "x")
-    artifact.begin({})
-    artifact.complete()
-    artifact.discard()
-    assert not artifact.path.exists()
+def test_discarding_removes_all_and_what_only_unfinished_work_needs_goes_at_its_end(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "x")
+    folder.begin({})
+    (folder.path / "steps" / "step-1").mkdir(parents=True)
+    folder.complete()
+    folder.remove_scratch()
+    assert sorted(os.listdir(folder.path)) == ["fingerprint.json", "manifest.json"]
+    folder.discard()
+    assert not folder.path.exists()
 
 
 def test_what_killed_processes_left_half_written_is_removed_under_the_lock(tmp_path: Path) -> None:
     (tmp_path / "align" / ".checkpoint.4711.tmp" / "inner").mkdir(parents=True)
+    (tmp_path / "align" / ".checkpoint.4711.tmp" / ".part.4711.tmp").write_text("half")
     (tmp_path / "align" / ".unit-00001.parquet.12.tmp").write_text("half")
-    kept = [
-        tmp_path / "align" / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")
-    ]
+    kept = [tmp_path / "align" / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")]
     for path in kept:
         path.write_text("whole")
     with RunFolder(tmp_path).lock():
@@ -144,12 +179,3 @@ def test_a_file_in_the_place_of_the_runs_folder_is_one_clear_error(tmp_path: Pat
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(FastDraftError, match=r"run\.folder"), RunFolder(place).lock():
             pass
-
-
-def test_what_only_unfinished_work_needs_is_removed(tmp_path: Path) -> None:
-    artifact = StageFolder(tmp_path / "x")
-    artifact.begin({})
-    (artifact.path / "steps" / "step-1").mkdir(parents=True)
-    artifact.complete()
-    artifact.remove_scratch()
-    assert sorted(path.name for path in artifact.path.iterdir()) == ["fingerprint.json", "manifest.json"]
