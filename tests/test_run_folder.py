@@ -166,7 +166,9 @@ def test_what_killed_processes_left_half_written_is_removed_under_the_lock(tmp_p
     (tmp_path / "align" / ".checkpoint.4711.tmp" / "inner").mkdir(parents=True)
     (tmp_path / "align" / ".checkpoint.4711.tmp" / ".part.4711.tmp").write_text("half")
     (tmp_path / "align" / ".unit-00001.parquet.12.tmp").write_text("half")
-    kept = [tmp_path / "align" / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")]
+    kept = [
+        tmp_path / "align" / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")
+    ]
     for path in kept:
         path.write_text("whole")
     with RunFolder(tmp_path).lock():

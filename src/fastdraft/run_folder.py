@@ -1,7 +1,7 @@
 """A run's folder: one folder per stage, each complete when its `manifest.json` stands.
 
-    folder = RunFolder(Path("runs/demo")).folder("evaluate")
-    folder.begin(fingerprint); found = folder.keep("latency.json", measure); folder.complete(prompts=100)
+folder = RunFolder(Path("runs/demo")).folder("evaluate")
+folder.begin(fingerprint); found = folder.keep("latency.json", measure); folder.complete(prompts=100)
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _beside(path: Path) -> Path:
 
 
 def _force(file: Path) -> None:
-    with open(file, "rb+") as opened:  # to the disk: after a power cut a file under its final name must not be empty
+    with open(
+        file, "rb+"
+    ) as opened:  # to the disk: after a power cut a file under its final name must not be empty
         os.fsync(opened.fileno())
 
 
@@ -78,7 +80,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes the whole file under a temporary name, forces it to disk, then renames it over `path`."""
     with atomic_path(path) as temporary:
         # Half a surrogate pair (of a file's name, a damaged text) becomes its escape, which JSON reads back as it was.
-        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        temporary.write_bytes(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
 
 
 def write_json(path: Path, value: object) -> None:
@@ -98,7 +102,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise FastDraftError(f"{path}: missing; this file must exist", "run the stage that writes it") from None
+        raise FastDraftError(
+            f"{path}: missing; this file must exist", "run the stage that writes it"
+        ) from None
     except (ValueError, LookupError, TypeError, EOFError, OSError, RecursionError) as error:
         raise FastDraftError(
             f"{path}: unreadable ({error})", "delete it and run the same command again"
