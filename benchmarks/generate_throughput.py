@@ -33,7 +33,7 @@ from machine import Report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastdraft.console import format_table
-from fastdraft.data.dialogue import first_prompt_ids
+from fastdraft.data.chat import first_prompt_ids
 from fastdraft.data.prompts import JsonlPrompts, select_texts
 from fastdraft.decoding.autoregressive import pad_left
 from fastdraft.functional.generation import Sampling

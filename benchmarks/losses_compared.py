@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdraft.console import Console, format_seconds
-from fastdraft.data.responses import SyntheticRow, read_rows
+from fastdraft.data.rows import SyntheticRow, read_rows
 from fastdraft.decoding.evaluation import replay_tables
 from fastdraft.decoding.figures import tidy
 from fastdraft.functional.intervals import difference_interval, ratio_interval

@@ -185,7 +185,7 @@ def wait_for_units(process: subprocess.Popen[bytes], units: Path, more: int) -> 
 
 
 def read_rows(folder: Path, name: str) -> list[Any]:
-    from fastdraft.data.responses import read_all
+    from fastdraft.data.rows import read_all
     from fastdraft.run_folder import RunFolder
 
     return list(read_all(RunFolder(folder / "runs" / name).folder("synthesize")))

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from fastdraft.data.looping import is_looping
+from fastdraft.data.filters import is_looping
 from fastdraft.functional.acceptance import (
     Counts,
     add_counts,

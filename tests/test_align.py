@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdraft.data.responses import SyntheticRow, ids_hash, unit_path, write_rows
+from fastdraft.data.rows import SyntheticRow, ids_hash, unit_path, write_rows
 from fastdraft.errors import FastDraftError, Interrupted, RecipeError
 from fastdraft.modeling.loading import load_draft
 from fastdraft.recipe.base import Config, load_config
@@ -173,7 +173,7 @@ def test_trained_tokens_are_the_response_tokens_of_the_training_split(
 ) -> None:
     context = new_context(epochs=3, pretraining_share=0)
     manifest = run_stage(context)
-    from fastdraft.data.responses import read_all
+    from fastdraft.data.rows import read_all
 
     train = list(read_all(context.folder("synthesize"), "train"))
     assert manifest["trained_tokens"] == 3 * sum(len(row.response_ids) for row in train)

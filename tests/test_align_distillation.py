@@ -18,7 +18,7 @@ from conftest import write_recipe, write_target
 from fastdraft import pipeline
 from fastdraft.commands import check
 from fastdraft.console import Console
-from fastdraft.data.responses import unit_paths
+from fastdraft.data.rows import unit_paths
 from fastdraft.data.sparse_logits import logits_path, read_with_logits
 from fastdraft.errors import FastDraftError, Interrupted, RecipeError, TargetError
 from fastdraft.functional.distillation import token_loss

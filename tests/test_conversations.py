@@ -16,7 +16,7 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.commands import check
 from fastdraft.console import Console
-from fastdraft.data.responses import ids_hash, read_all, read_rows, unit_paths
+from fastdraft.data.rows import ids_hash, read_all, read_rows, unit_paths
 from fastdraft.decoding.standing_texts import StandingTexts, take, trained_prompts
 from fastdraft.errors import DataError
 from fastdraft.functional.intervals import group_numbers, ratio_interval

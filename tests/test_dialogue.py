@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, write_tokenizer
-from fastdraft.data.conversation import Conversation, read_conversation
-from fastdraft.data.dialogue import conversation_plan, dialogue_format, first_prompt_ids
+from fastdraft.data.chat import Conversation, read_conversation
+from fastdraft.data.chat import conversation_plan, dialogue_format, first_prompt_ids
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.prompts import JsonlPrompts, select_texts
 from fastdraft.data.units import Unit, UnitPlan

@@ -13,7 +13,7 @@ import yaml
 from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
-from fastdraft.data.responses import unit_paths
+from fastdraft.data.rows import unit_paths
 from fastdraft.data.transcript_lines import TranscriptPrompts
 from fastdraft.errors import FastDraftError, Interrupted, MissingExtra, TargetError
 from fastdraft.modeling import loading

@@ -336,7 +336,7 @@ def test_the_finished_manifest_tells_what_was_skipped_and_compared(finished) -> 
 def test_evaluation_texts_among_the_training_rows_are_counted(
     tmp_path: Path, tiny_target: Path, tiny_draft: Path
 ) -> None:
-    from fastdraft.data.responses import unit_path, write_rows
+    from fastdraft.data.rows import unit_path, write_rows
     from fastdraft.decoding.evaluation import as_row
     from fastdraft.functional.generation import Generation
     from fastdraft.modeling.loading import load_tokenizer

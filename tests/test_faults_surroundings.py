@@ -20,7 +20,7 @@ import pytest
 from bad_input_fixture import refused
 from conftest import write_recipe
 from fastdraft import cli
-from fastdraft.data.conversation import Conversation
+from fastdraft.data.chat import Conversation
 from fastdraft.data.prompts import JsonlPrompts
 from fastdraft.data.transcripts import TranscriptLog, read_entries
 from fastdraft.errors import DataError, FastDraftError

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdraft.data.filters import RowCounts, RowFilter
-from fastdraft.data.looping import loop_start
-from fastdraft.data.responses import SyntheticRow
+from fastdraft.data.filters import RowCounts, RowFilter, loop_start
+from fastdraft.data.rows import SyntheticRow
 from fastdraft.functional.generation import Generation, Sampling
 
 WARM = Sampling(0.6)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastdraft.data.responses import SyntheticRow, read_metadata, read_rows, write_rows
+from fastdraft.data.rows import SyntheticRow, read_metadata, read_rows, write_rows
 from fastdraft.data.shards import open_corpus
 from fastdraft.data.sparse_logits import SparseLogits, StoredLogits, write_sparse_logits
 from fastdraft.errors import FastDraftError

@@ -24,7 +24,7 @@ from torch import nn
 
 from fastdraft.console import Console
 from fastdraft.data.chat import prompt_ids
-from fastdraft.data.conversation import Conversation
+from fastdraft.data.chat import Conversation
 from fastdraft.data.prompts import JsonlPrompts
 from fastdraft.data.transcript_lines import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from conftest import write_recipe, write_target
 from family_fixture import write_family
 from fastdraft import cli, pipeline
-from fastdraft.data.responses import read_all
+from fastdraft.data.rows import read_all
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError

@@ -14,7 +14,7 @@ from fastdraft import pipeline
 from fastdraft.commands import preview
 from fastdraft.commands.preview_batches import batch_row, spread_batch_rows
 from fastdraft.console import Console
-from fastdraft.data.responses import SyntheticRow, ids_hash, read_all, unit_path, write_rows
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, unit_path, write_rows
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastdraft.console import Console
-from fastdraft.data.responses import SyntheticRow
+from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding import replay as module
 from fastdraft.decoding.evaluation import as_row, exact_runs
 from fastdraft.decoding.replay import accept_probabilities, block_efficiency, length_batches, replay

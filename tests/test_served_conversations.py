@@ -16,10 +16,10 @@ pytest.importorskip("httpx")
 from conftest import CHAT_TEMPLATE, write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
-from fastdraft.data.conversation import Conversation
-from fastdraft.data.dialogue import conversation_plan
+from fastdraft.data.chat import Conversation
+from fastdraft.data.chat import conversation_plan
 from fastdraft.data.filters import RowCounts, RowFilter
-from fastdraft.data.responses import SyntheticRow, ids_hash, read_all
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_all
 from fastdraft.data.transcript_lines import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import UnitPlan

@@ -18,7 +18,7 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.commands import check
 from fastdraft.console import Console
-from fastdraft.data.responses import SyntheticRow, read_all, read_rows
+from fastdraft.data.rows import SyntheticRow, read_all, read_rows
 from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.decoding.logit_writer import sparse_logits
 from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.data import sparse_logits as stored_logits
-from fastdraft.data.responses import read_all, read_rows, unit_paths
+from fastdraft.data.rows import read_all, read_rows, unit_paths
 from fastdraft.data.sparse_logits import (
     SparseLogits,
     StoredLogits,

@@ -14,7 +14,7 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.data.filters import RowCounts
-from fastdraft.data.responses import read_all, read_metadata, read_rows, unit_path, unit_paths
+from fastdraft.data.rows import read_all, read_metadata, read_rows, unit_path, unit_paths
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.run_folder import StageFolder

@@ -317,9 +317,9 @@ def _divided(stage: StageForecast, device: str, processes: int) -> StageForecast
 
 def _record_bytes(k: int, vocab_size: int) -> int:
     """Disk for the stored logits of one token."""
-    from fastdraft.data.sparse_logits import record_type
+    from fastdraft.data.sparse_logits import bytes_per_token
 
-    return record_type(k, vocab_size).itemsize
+    return bytes_per_token(k, vocab_size)
 
 
 def _asks_target(recipe: Recipe) -> bool:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdraft.console import Console
-from fastdraft.data.conversation import whole_characters
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.functional.generation import Sampling
 from fastdraft.recipe.run import TargetConfig
@@ -163,14 +162,6 @@ def run(
                 "there must be a prompt",
                 "give --prompt TEXT or pipe text into the command",
             )
-        if whole_characters(text) != text:  # how Python hands on bytes that the locale cannot read
-            rule = "a prompt must be text in the character set of this terminal"
-            raise DataError(
-                "--prompt",
-                "bytes that are no text",
-                rule,
-                "convert it to UTF-8, or set a UTF-8 locale such as LC_ALL=C.UTF-8",
-            )
         answers = [_first(writer, text, chat, compare)]
     _report(writer, answers, compare)
 
@@ -266,7 +257,7 @@ def _converse(writer: _Writer) -> list[_Answer]:
     answers: list[_Answer] = []
     while True:
         try:
-            text = whole_characters(input("> ").strip())
+            text = input("> ").strip()
             if not text:
                 continue
             messages.append({"role": "user", "content": text})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastdraft.commands.preview_batches import BatchRow, align_rows
 from fastdraft.console import Console
-from fastdraft.data.responses import SyntheticRow, read_columns, read_rows, unit_paths
+from fastdraft.data.rows import SyntheticRow, read_columns, read_rows, unit_paths
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder, StageFolder

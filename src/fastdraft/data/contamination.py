@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdraft.console import Console
-from fastdraft.data.responses import read_all
+from fastdraft.data.rows import read_all
 from fastdraft.data.shards import PackedCorpus, corpus_names, open_lengths
 from fastdraft.run_folder import StageFolder
 

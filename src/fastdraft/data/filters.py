@@ -1,24 +1,42 @@
-"""Which of the target's responses are kept, and why the others are not.
+"""Which of the target's responses are kept and why others are not, with an account: asked = written + filtered + failed.
 
-Decides the reasons and their order (failed, unknown_id, empty, looping, truncated, duplicate), that a loop is cut off
-behind its second round by default instead of taking the whole row with it, and that every row asked for is accounted for:
-asked = written + filtered + failed.
+Also what a loop is: a period of at most 32 tokens that fills the end of a text at least three times and for 32 tokens. A draft predicts
+a loop easily, so acceptance on looping texts flatters: evaluation reports their share, and synthesis cuts loops off.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from fastdraft.data.looping import loop_start
-from fastdraft.data.responses import SyntheticRow, ids_hash
+from fastdraft.data.rows import SyntheticRow, ids_hash
 from fastdraft.functional.generation import Generation, Sampling
 
-Looping = Literal["cut", "drop", "keep"]
-
+MAX_PERIOD, MIN_TOKENS, MIN_TIMES = 32, 32, 3
 ROUNDS_KEPT = 2
+"""A loop is cut off behind its second round."""
+
+
+def loop_start(token_ids: Sequence[int]) -> tuple[int, int] | None:
+    """Where the loop at the end of a text begins and its period, the shortest of several; None where it does not end in one."""
+    count = len(token_ids)
+    for period in range(1, MAX_PERIOD + 1):
+        needed = max(MIN_TOKENS, MIN_TIMES * period)
+        if needed > count:
+            return None  # longer periods need longer texts still
+        start = count - period
+        while start > 0 and token_ids[start - 1] == token_ids[start - 1 + period]:
+            start -= 1
+        if count - start >= needed:
+            return start, period
+    return None
+
+
+def is_looping(token_ids: Sequence[int]) -> bool:
+    """Whether a text ends in a loop."""
+    return loop_start(token_ids) is not None
 
 
 @dataclass
@@ -56,8 +74,15 @@ class RowCounts:
     def total_filtered(self) -> int:
         return sum(self.filtered.values())
 
+    @property
+    def reasons(self) -> str:
+        """Why rows were left out, the most frequent first."""
+        counts = {**self.filtered, **({"failed": self.failed} if self.failed else {})}
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        return ", ".join(f"{rows} {reason}" for reason, rows in ordered) or "none filtered"
+
     def balance(self) -> int:
-        """The rows not accounted for, asked - written - filtered - failed: 0 unless a row was lost or doubled."""
+        """The rows not accounted for: 0 unless a row was lost or doubled."""
         return self.asked - self.written - self.total_filtered - self.failed
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,7 +100,7 @@ class RowFilter:
     Args:
         missing_ids: Ids that the tokenizer has no token for. The target is free to draw them, but such text has no meaning.
         decode: Text of token ids, special tokens left out.
-        looping: What happens to a row that ends in a loop: cut behind the loop's second round, drop, or keep.
+        looping: cut, drop or keep: what happens to a row that ends in a loop.
         keep_truncated: Keeps chat answers that the limit on new tokens ended.
     """
 
@@ -83,7 +108,7 @@ class RowFilter:
         self,
         missing_ids: Iterable[int],
         decode: Callable[[list[int]], str],
-        looping: Looping = "cut",
+        looping: str = "cut",
         keep_truncated: bool = True,
     ) -> None:
         self.missing_ids, self.decode = frozenset(missing_ids), decode
@@ -111,9 +136,10 @@ class RowFilter:
         if any(map(math.isnan, generation.logprobs)):
             counts.failed += 1
             return None
-        kept, was_cut = self._cut(generation)
+        kept = self._without_loop(generation)
+        was_cut = kept is not generation
+        row = SyntheticRow.of(kept, source, sampling)
         reason = self._reason(generation, kept, was_cut, chat)
-        row = self._row(kept, source, sampling)
         if not reason and row.row_id in self._rows:
             reason = "duplicate"
         if reason:
@@ -126,40 +152,22 @@ class RowFilter:
         counts.cut += was_cut
         return row
 
-    def _cut(self, generation: Generation) -> tuple[Generation, bool]:
-        """The response without the loop that it ends in, and whether there was one to cut."""
-        if self.looping != "cut":
-            return generation, False
-        ids = generation.response_ids
-        loop = loop_start(ids[:-1] if generation.finish_reason == "stop" else ids)
+    def _without_loop(self, generation: Generation) -> Generation:
+        """The response up to the end of its loop's second round; itself where there is nothing to cut."""
+        loop = loop_start(generation.body) if self.looping == "cut" else None
         if loop is None:
-            return generation, False
+            return generation
         stop = loop[0] + ROUNDS_KEPT * loop[1]
-        return Generation(generation.prompt_ids, ids[:stop], generation.logprobs[:stop], "length"), True
+        ids, logprobs = generation.response_ids[:stop], generation.logprobs[:stop]
+        return replace(generation, response_ids=ids, logprobs=logprobs, finish_reason="length")
 
-    def _reason(self, generation: Generation, kept: Generation, was_cut: bool, chat: bool) -> str | None:
-        body = kept.response_ids[:-1] if kept.finish_reason == "stop" else kept.response_ids
+    def _reason(self, generation: Generation, kept: Generation, was_cut: bool, chat: bool) -> str:
         if not self.missing_ids.isdisjoint(generation.response_ids):
             return "unknown_id"
-        if not self.decode(body).strip():
+        if not self.decode(kept.body).strip():
             return "empty"
-        if self.looping == "drop" and loop_start(body):
+        if self.looping == "drop" and is_looping(kept.body):
             return "looping"
         if chat and not self.keep_truncated and generation.finish_reason == "length" and not was_cut:
             return "truncated"
-        return None
-
-    @staticmethod
-    def _row(kept: Generation, source: str, sampling: Sampling) -> SyntheticRow:
-        return SyntheticRow(
-            row_id=ids_hash(kept.prompt_ids, kept.response_ids),
-            source=source,
-            prompt_key=ids_hash(kept.prompt_ids),
-            prompt_ids=kept.prompt_ids,
-            response_ids=kept.response_ids,
-            logprobs=kept.logprobs,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            finish_reason=kept.finish_reason,
-        )
+        return ""

@@ -95,15 +95,17 @@ class Planner:
         return UnitPlan(name=source.name, share=source.share, temperatures=temperatures, **common, **own)
 
     def _texts(self, source: TextPrompts) -> dict[str, Any]:
-        from fastdraft.data.chat import has_chat_template, prompt_ids
-        from fastdraft.data.dialogue import conversation_plan
+        from fastdraft.data.chat import Conversation, dialogue_format, has_chat_template, prompt_ids
 
         chosen = select_texts(source, self.held_out, self.seed)
         self.refused[source.name] = chosen.refused
-        if found := conversation_plan(self.tokenizer, chosen.texts):
-            if found.format.note:
-                self.notes[source.name] = found.format.note
-            return found.fields
+        if any(isinstance(prompt, Conversation) for prompt in chosen.texts):
+            talks = [p if isinstance(p, Conversation) else Conversation((p,)) for p in chosen.texts]
+            form = dialogue_format(self.tokenizer, talks)
+            if form.note:
+                self.notes[source.name] = form.note
+            encode = lambda index: form.prompt_ids(talks[index], ())  # noqa: E731
+            return {"size": len(talks), "chat": form.template, "conversation": talks.__getitem__, "encode": encode}
         texts, chat = [str(text) for text in chosen.texts], source.chat and has_chat_template(self.tokenizer)
         return {
             "size": len(texts),

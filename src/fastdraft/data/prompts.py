@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastdraft.data.conversation import Conversation, Prompt, read_conversation
+from fastdraft.data.chat import Conversation, Prompt, read_conversation
 from fastdraft.data.readers import jsonl_values
 from fastdraft.data.sources import HubSource, JsonlSource
 from fastdraft.data.transcript_lines import TranscriptLog, TranscriptPrompts, read_entries

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from fastdraft.data.conversation import whole_characters
 from fastdraft.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
@@ -201,7 +200,7 @@ def jsonl_values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         DataError: when the file is damaged, or a line has no such field.
     """
     for number, row in read_jsonl(path):
-        yield f"{path} line {number}", whole_characters(_value(row, path, number, field))
+        yield f"{path} line {number}", _value(row, path, number, field)
 
 
 def _value(row: dict[str, Any], path: Path, number: int, field: str) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from fastdraft.data.conversation import Conversation
+from fastdraft.data.chat import Conversation
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.run_folder import digest
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fastdraft.data.looping import is_looping
-from fastdraft.data.responses import SyntheticRow, ids_hash
+from fastdraft.data.filters import is_looping
+from fastdraft.data.rows import SyntheticRow, ids_hash
 from fastdraft.decoding.figures import CountsTable, counts_table
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult

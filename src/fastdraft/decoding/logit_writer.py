@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdraft.data.responses import read_rows
-from fastdraft.data.sparse_logits import SparseLogits, logits_path, rows_digest, write_sparse_logits
+from fastdraft.data.rows import read_rows
+from fastdraft.data.sparse_logits import SparseLogits, logits_path, write_sparse_logits
 from fastdraft.decoding.replay import TokenText, batch_tokens_of, held_slices, pass_by_pass, response_hidden
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import top_k_buckets
@@ -122,7 +122,7 @@ class LogitWriter:
                 "the target must compute finite numbers",
                 "set target.dtype to bf16 or fp32",
             )
-        write_sparse_logits(path, logits, self.vocab_size, rows_digest([row.row_id for row in rows]))
+        write_sparse_logits(path, logits, self.vocab_size)
 
 
 def open_logit_writer(k: int, engine: Engine, context: StageContext) -> LogitWriter:

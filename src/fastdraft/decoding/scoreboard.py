@@ -79,7 +79,7 @@ def looping_of(unit: ExactUnit) -> Any:
     """Looping flags of texts that an exact run wrote."""
     import numpy as np
 
-    from fastdraft.data.looping import is_looping
+    from fastdraft.data.filters import is_looping
 
     return np.array([is_looping(ids) for ids in unit.response_ids], dtype=bool)
 

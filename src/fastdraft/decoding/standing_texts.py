@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fastdraft.data.responses import (
+from fastdraft.data.rows import (
     SyntheticRow,
     ids_hash,
     read_all,

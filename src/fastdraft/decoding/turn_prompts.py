@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdraft.console import Console
-from fastdraft.data.dialogue import dialogue_format
+from fastdraft.data.chat import dialogue_format
 from fastdraft.decoding.evaluation import derive_seed
 from fastdraft.decoding.turns import take_turns
 from fastdraft.decoding.workbench import EncodedTask, Plan, refuse_faults
@@ -98,9 +98,7 @@ def _take(
 ) -> dict[str, Any]:
     """The prompts of every turn as they are kept."""
     talks = [talk for _, talk in task.conversations]
-    form = dialogue_format(tokenizer, max(len(talk.users) for talk in talks))
-    if not any(talk.system for talk in talks):
-        form = replace(form, folds_system=False)
+    form = dialogue_format(tokenizer, talks)
 
     def ask(number: int, prompts: list[list[int]]) -> list[Generation]:
         written = engine.generate(

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from fastdraft.data.conversation import Conversation
-from fastdraft.data.dialogue import DialogueFormat
-from fastdraft.data.looping import is_looping
+from fastdraft.data.chat import Conversation
+from fastdraft.data.chat import DialogueFormat
+from fastdraft.data.filters import is_looping
 from fastdraft.functional.generation import Generation
 
 
@@ -93,7 +93,7 @@ def take_turns(
 
 
 def _history(form: DialogueFormat, answer: Generation, missing_ids: Collection[int]) -> str | None:
-    body = answer.response_ids[:-1] if answer.finish_reason == "stop" else answer.response_ids
+    body = answer.body
     if (
         answer.fault
         or any(map(math.isnan, answer.logprobs))

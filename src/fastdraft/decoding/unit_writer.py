@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdraft.data.chat import render_prompt, special_ids
-from fastdraft.data.dialogue import DialogueFormat, dialogue_format
+from fastdraft.data.chat import dialogue_format
 from fastdraft.data.filters import RowCounts, RowFilter
-from fastdraft.data.looping import is_looping
+from fastdraft.data.filters import is_looping
 from fastdraft.data.prompts import normalised
-from fastdraft.data.responses import SyntheticRow, ids_hash
+from fastdraft.data.rows import SyntheticRow, ids_hash
 from fastdraft.data.units import Unit
 from fastdraft.decoding.turns import take_turns
 from fastdraft.functional.generation import Engine, Generation, Sampling
@@ -103,10 +102,6 @@ class UnitWriter:
         assert counts.balance() == 0, f"unaccounted rows: {counts}"
         return [replace(row, prompt_key=key or row.prompt_key) for row, key in judged if row], counts
 
-    @cached_property
-    def _format(self) -> DialogueFormat:
-        return dialogue_format(self.tokenizer)
-
     def _converse(self, unit: Unit, seed: int) -> tuple[list[SyntheticRow], RowCounts]:
         """Every turn of every conversation; asked counts turns."""
         counts = RowCounts(asked=sum(len(talk.users) for talk in unit.conversations))
@@ -114,7 +109,7 @@ class UnitWriter:
             Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
         )
         found = take_turns(
-            self._format,
+            dialogue_format(self.tokenizer, unit.conversations),
             unit.conversations,
             lambda number, prompts: self.engine.generate(
                 prompts, sampling, self.max_new_tokens, seed + number

@@ -21,8 +21,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from fastdraft.console import Console
-from fastdraft.data.conversation import Conversation
-from fastdraft.data.responses import SyntheticRow, read_columns, read_rows, write_rows
+from fastdraft.data.chat import Conversation
+from fastdraft.data.rows import SyntheticRow, read_columns, read_rows, write_rows
 from fastdraft.decoding.evaluation import as_row, derive_seed, exact_runs, replay_tables
 from fastdraft.decoding.figures import CountsTable, Setting, counts_table
 from fastdraft.decoding.latency import Latency, measure_latency

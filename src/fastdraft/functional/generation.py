@@ -40,6 +40,16 @@ class Generation:
     fault: str = ""
     """Why this answer is no use as a row, in one word; empty for every good one."""
 
+    @classmethod
+    def failed(cls, prompt_ids: list[int], fault: str) -> Generation:
+        """An answer that is no use."""
+        return cls(prompt_ids, [], [], "length", fault)
+
+    @property
+    def body(self) -> list[int]:
+        """The response without the EOS id that ended it."""
+        return self.response_ids[:-1] if self.finish_reason == "stop" else self.response_ids
+
 
 class RenderedPrompt(list[int]):
     """A prompt as token ids that still knows the messages it was rendered from, for servers that render messages themselves.

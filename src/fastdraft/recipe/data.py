@@ -12,13 +12,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from fastdraft.data.filters import Looping
-from fastdraft.data.openai_format import serves_replay
 from fastdraft.data.prompts import PromptConfig
 from fastdraft.data.sources import SourceConfig
 from fastdraft.data.transcript_lines import TranscriptPrompts
 from fastdraft.errors import RecipeError
-from fastdraft.functional.generation import Sampling
 from fastdraft.recipe.base import Config, Count, distinct, names_a_device
 from fastdraft.run_folder import FINGERPRINT, MANIFEST
 
@@ -102,7 +99,7 @@ class OpenAIEngineConfig(Config):
         """Raises:
         RecipeError: when raw log-probs would have to stand for those of another distribution.
         """
-        wrong = [t for t in temperatures if t > 0 and not serves_replay("raw", Sampling(t, top_k, top_p))]
+        wrong = [t for t in temperatures if t > 0 and (t != 1 or top_k or top_p < 1)]
         if self.logprobs == "raw" and wrong:
             found = f"raw at temperature {wrong[0]:g}{', truncated' if top_k or top_p < 1 else ''}"
             rule = "raw log-probs are those of the sampled distribution only at temperature 1 without top_k and top_p"
@@ -179,6 +176,9 @@ class PrepareConfig(Config):
         """Tokens of all entries; None when one is open."""
         budgets = [entry.tokens for entry in self.corpora]
         return sum(budget or 0 for budget in budgets) if all(budgets) else None
+
+
+Looping = Literal["cut", "drop", "keep"]
 
 
 class NoLogitsConfig(Config):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from fastdraft.data.looping import is_looping
+from fastdraft.data.filters import is_looping
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.machine import Halving

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastdraft.data.chat import plain_prefix_ids, user_words
+from fastdraft.data.chat import plain_prefix_ids
 from fastdraft.data.openai_format import AnswerReader, Choice, LogprobKind, read_choices, serves_replay
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, RenderedPrompt, Sampling, check_prompts
@@ -265,8 +265,7 @@ class OpenAIEngine:
         """Messages that the server will render to these very ids; None without them."""
         if isinstance(prompt, RenderedPrompt):
             return prompt.messages
-        words = user_words(self.tokenizer, prompt)
-        return None if words is None else [{"role": "user", "content": words}]
+        return None
 
     def _counts_differently(self, way: Way, prompt: list[int], choice: Choice) -> bool:
         if choice.prompt_ids is not None:

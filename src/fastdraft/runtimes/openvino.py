@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastdraft.data.looping import is_looping
+from fastdraft.data.filters import is_looping
 from fastdraft.errors import FastDraftError, MissingExtra, RecipeError
 from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.modeling.vocabulary import Vocabulary

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fastdraft.data.dialogue import first_prompt_ids
+from fastdraft.data.chat import first_prompt_ids
 from fastdraft.errors import DataError
 from fastdraft.tasks import TaskConfig, load_task
 

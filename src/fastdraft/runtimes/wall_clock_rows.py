@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdraft.data.looping import is_looping
+from fastdraft.data.filters import is_looping
 from fastdraft.decoding.figures import tidy, tidy_count
 from fastdraft.decoding.latency import Latency
 from fastdraft.forecast import mbsu, predicted_speedup

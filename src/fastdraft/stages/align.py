@@ -24,7 +24,7 @@ from fastdraft.stages.context import StageContext
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fastdraft.data.responses import SyntheticRow
+    from fastdraft.data.rows import SyntheticRow
     from fastdraft.training.assemble import Resolved
     from fastdraft.training.batches import AlignmentBatches, PackedBatches, ResponseLogits, Sample
     from fastdraft.training.checkpoint import TrainingState
@@ -105,7 +105,7 @@ def run(config: AlignConfig, context: StageContext) -> None:
 def _build_trainer(
     config: AlignConfig, context: StageContext, model: PreTrainedModel, device: Any
 ) -> tuple[Trainer, Resolved, dict[str, int]]:
-    from fastdraft.data.responses import read_all
+    from fastdraft.data.rows import read_all
     from fastdraft.modeling.loading import load_vocabulary
     from fastdraft.training import assemble
     from fastdraft.training.compilation import settle
@@ -235,15 +235,13 @@ def _responses(
         FastDraftError: when the logits are missing, damaged or another unit's.
         TargetError: when they are over other ids than the draft's.
     """
-    from fastdraft.data.responses import read_all
+    from fastdraft.data.rows import read_all
     from fastdraft.data.sparse_logits import read_with_logits
 
     if not isinstance(config.objective, TokenKDConfig) or config.objective.source == "target":
         yield from ((row, None) for row in read_all(synthesize, "train"))
         return
-    for row, logits in read_with_logits(synthesize, "train"):
-        _same_vocabulary(str(logits.unit.path), logits.unit.facts["vocab_size"], model)
-        yield row, logits
+    yield from read_with_logits(synthesize, "train")
 
 
 def _samples(

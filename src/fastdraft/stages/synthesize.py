@@ -15,7 +15,7 @@ from fastdraft.data.filters import RowCounts
 from fastdraft.data.ledger import DRY_UNITS, Ledger
 from fastdraft.data.plans import Planner, describe_sources
 from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, normalised
-from fastdraft.data.responses import UNITS, read_columns, read_metadata, unit_path, write_rows
+from fastdraft.data.rows import read_columns, read_facts, unit_path, write_rows
 from fastdraft.data.units import Plan, unit_seed
 from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
 from fastdraft.provenance import describe_run
@@ -129,7 +129,7 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
     artifact = context.folder("synthesize")
     writer, plans, refused, engine = _prepare(config, context)
     ledger = Ledger(plans)
-    for leftover in (artifact.path / UNITS).glob(".*.tmp"):
+    for leftover in (artifact.path / "units").glob(".*.tmp"):
         leftover.unlink()
     _enter_committed(ledger, writer, artifact)
     before = ledger.total.generated
@@ -158,7 +158,7 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
 def _enter_committed(ledger: Ledger, writer: UnitWriter, artifact: StageFolder) -> None:
     """Takes over the units of an earlier process, in order, up to the first that is missing."""
     while (path := unit_path(artifact, ledger.units)).exists():
-        facts, plan = read_metadata(path), ledger.next_plan()
+        facts, plan = read_facts(path), ledger.next_plan()
         expected = (plan.name, ledger.units_of[plan.name]) if plan else (None, None)
         if (facts.get("source"), facts.get("number")) != expected:
             found = f"holds unit {facts.get('number')} of prompts '{facts.get('source')}'"

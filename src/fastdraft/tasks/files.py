@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdraft.data.conversation import Conversation, Prompt, read_conversation, whole_characters
+from fastdraft.data.chat import Conversation, Prompt, read_conversation
 from fastdraft.errors import DataError
 
 
@@ -65,7 +65,7 @@ def read_prompts(path: Path) -> list[TaskPrompt]:
 def _prompt(path: Path, number: int, line: bytes) -> TaskPrompt:
     where = f"{path} line {number}"
     try:
-        row = whole_characters(json.loads(line.decode("utf-8")))
+        row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(
             where,

@@ -22,7 +22,7 @@ from fastdraft.data.sparse_logits import SparseLogits
 from fastdraft.functional.distillation import SparseTarget
 
 if TYPE_CHECKING:
-    from fastdraft.data.responses import SyntheticRow
+    from fastdraft.data.rows import SyntheticRow
 
 
 @dataclass(frozen=True)

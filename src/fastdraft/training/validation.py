@@ -33,7 +33,7 @@ from fastdraft.training.trainer import Validation, mean_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fastdraft.data.responses import SyntheticRow
+    from fastdraft.data.rows import SyntheticRow
 
 VALIDATION_TOKENS = 65_536
 """Tokens read of each corpus."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fastdraft.data.responses import (
+from fastdraft.data.rows import (
     SyntheticRow,
     ids_hash,
     read_all,
     read_columns,
-    read_metadata,
+    read_facts,
     read_rows,
     unit_path,
     unit_paths,
@@ -52,12 +52,12 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 def test_a_file_without_rows_is_a_file(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [], {"asked": 4})
     assert read_rows(tmp_path / "rows.parquet") == []
-    assert read_metadata(tmp_path / "rows.parquet") == {"asked": 4}
+    assert read_facts(tmp_path / "rows.parquet") == {"asked": 4}
 
 
 def test_facts_are_kept_beside_the_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [make_row(1)], {"source": "näme", "counts": {"asked": 2}})
-    assert read_metadata(tmp_path / "rows.parquet") == {"source": "näme", "counts": {"asked": 2}}
+    assert read_facts(tmp_path / "rows.parquet") == {"source": "näme", "counts": {"asked": 2}}
 
 
 def test_columns_can_be_read_alone(tmp_path: Path) -> None:
@@ -71,18 +71,13 @@ def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-@pytest.mark.parametrize("keep", [0, 10, -20])
-def test_a_damaged_file_is_one_line(tmp_path: Path, keep: int) -> None:
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "unit-00000.parquet"
     write_rows(path, [make_row(i) for i in range(50)])
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(FastDraftError, match="damaged"):
-        read_rows(path)
-
-
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(FastDraftError, match="missing"):
-        read_rows(tmp_path / "unit-00000.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    for broken in (path, tmp_path / "unit-00001.parquet"):
+        with pytest.raises(FastDraftError, match="unreadable.*delete it and run again"):
+            read_rows(broken)
 
 
 def test_the_hash_knows_where_prompt_and_response_part() -> None:
@@ -90,24 +85,24 @@ def test_the_hash_knows_where_prompt_and_response_part() -> None:
     assert ids_hash([1, 2], [3]) == ids_hash([1, 2], [3])
 
 
-def artifact_with(tmp_path: Path, rows: list[SyntheticRow]) -> StageFolder:
-    artifact = StageFolder(tmp_path / "synthesize")
+def folder_with(tmp_path: Path, rows: list[SyntheticRow]) -> StageFolder:
+    folder = StageFolder(tmp_path / "synthesize")
     for unit in range(0, len(rows), 10):
-        write_rows(unit_path(artifact, unit // 10), rows[unit : unit + 10])
-    return artifact
+        write_rows(unit_path(folder, unit // 10), rows[unit : unit + 10])
+    return folder
 
 
 def test_all_rows_come_in_the_order_of_writing(tmp_path: Path) -> None:
     rows = [make_row(i) for i in range(120)]
-    artifact = artifact_with(tmp_path, rows)
-    assert len(unit_paths(artifact)) == 12
-    assert list(read_all(artifact)) == rows
+    folder = folder_with(tmp_path, rows)
+    assert len(unit_paths(folder)) == 12
+    assert list(read_all(folder)) == rows
 
 
 def test_the_splits_hold_every_row_once_and_share_no_prompt(tmp_path: Path) -> None:
     rows = [make_row(i, prompt=i % 100) for i in range(400)]
-    artifact = artifact_with(tmp_path, rows)
-    train, validation = list(read_all(artifact, "train")), list(read_all(artifact, "validation"))
+    folder = folder_with(tmp_path, rows)
+    train, validation = list(read_all(folder, "train")), list(read_all(folder, "validation"))
     assert {row.prompt_key for row in train}.isdisjoint(row.prompt_key for row in validation)
     assert sorted(row.row_id for row in train + validation) == sorted(row.row_id for row in rows)
     assert validation
