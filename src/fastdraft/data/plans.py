@@ -105,7 +105,12 @@ class Planner:
             if form.note:
                 self.notes[source.name] = form.note
             encode = lambda index: form.prompt_ids(talks[index], ())  # noqa: E731
-            return {"size": len(talks), "chat": form.template, "conversation": talks.__getitem__, "encode": encode}
+            return {
+                "size": len(talks),
+                "chat": form.template,
+                "conversation": talks.__getitem__,
+                "encode": encode,
+            }
         texts, chat = [str(text) for text in chosen.texts], source.chat and has_chat_template(self.tokenizer)
         return {
             "size": len(texts),

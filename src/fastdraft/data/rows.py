@@ -156,7 +156,9 @@ def read_with_places(
         paths = [folder.path / unit_name(index) for index in range(units)]
     held: frozenset[str] = frozenset()
     if split:
-        held = validation_keys(key for path in paths for key in read_columns(path, ["prompt_key"])["prompt_key"])
+        held = validation_keys(
+            key for path in paths for key in read_columns(path, ["prompt_key"])["prompt_key"]
+        )
     for path in paths:
         before = 0
         for row in read_rows(path):

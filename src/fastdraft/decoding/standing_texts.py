@@ -10,14 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fastdraft.data.rows import (
-    SyntheticRow,
-    ids_hash,
-    read_all,
-    read_columns,
-    unit_paths,
-    validation_keys,
-)
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, read_columns, unit_paths, validation_keys
 from fastdraft.data.transcript_lines import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.decoding.evaluation import as_row
