@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from fastdraft.decoding import autoregressive
-from fastdraft.decoding import grouped_attention as grouped_attention_module
+from fastdraft.decoding import cache as cache_module
 from fastdraft.decoding.autoregressive import draw_tokens, generate_batch, pad_left
-from fastdraft.decoding.grouped_attention import grouped_attention
+from fastdraft.decoding.cache import grouped_attention
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import probabilities
@@ -196,7 +196,7 @@ def test_grouped_attention_gives_the_logits_of_plain_attention_and_is_undone(
     plain = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
     cache.crop(-count)
     monkeypatch.setattr(
-        grouped_attention_module, "sdpa_attention_forward", None
+        cache_module, "sdpa_attention_forward", None
     )  # keys must not go the way on which they are copied
     with grouped_attention(model):
         assert model.config._attn_implementation != "sdpa"

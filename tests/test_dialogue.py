@@ -16,7 +16,7 @@ from fastdraft.data.chat import conversation_plan, dialogue_format, first_prompt
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.prompts import JsonlPrompts, select_texts
 from fastdraft.data.units import Unit, UnitPlan
-from fastdraft.decoding.turns import take_turns
+from fastdraft.decoding.conversations import take_turns
 from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling

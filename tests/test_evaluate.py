@@ -305,7 +305,7 @@ def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path
     assert list(latency.target_seconds) == [1, 2, 4]
     assert latency.prefix_tokens == 252
     assert latency.cost_ratio > 0
-    assert Latency.from_dict(json.loads(json.dumps(latency.as_dict()))) == latency
+    assert Latency.from_json(json.loads(json.dumps(latency.to_json()))) == latency
 
 
 def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) -> None:

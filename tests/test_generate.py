@@ -14,7 +14,7 @@ from conftest import write_target
 from fastdraft.commands import generate
 from fastdraft.commands.pair import find_pair
 from fastdraft.console import Console
-from fastdraft.decoding.pieces import PieceStream, text_pieces
+from fastdraft.decoding.token_stream import TokenStream, text_pieces
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
 from fastdraft.modeling.loading import load_tokenizer
 
@@ -120,7 +120,7 @@ def test_a_draft_of_another_vocabulary_is_refused(tiny_target: Path, tmp_path: P
 def test_pieces_join_to_the_text_whatever_bytes_the_tokens_end_in(tiny_target: Path, text: str) -> None:
     tokenizer = load_tokenizer(str(tiny_target))
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    stream = PieceStream(tokenizer)
+    stream = TokenStream(tokenizer)
     assert "".join([stream.feed(token) for token in ids] + [stream.finish()]) == text
     pieces = text_pieces(tokenizer, [*ids, 3], [i % 3 > 0 for i in range(len(ids) + 1)])
     assert "".join(str(piece["text"]) for piece in pieces) == text

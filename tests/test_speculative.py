@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastdraft.decoding.cache import Reader
+from fastdraft.decoding.cache import ModelReader
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.functional.generation import Sampling
@@ -308,7 +308,7 @@ def test_a_sliding_window_target_is_decoded_rightly_past_its_window() -> None:
 
 def test_a_reader_that_takes_back_tokens_reads_on_as_if_they_had_not_been(target: PreTrainedModel) -> None:
     with torch.inference_mode():
-        reader, other = Reader(target, 4), Reader(target, 64)  # the first must grow
+        reader, other = ModelReader(target, 4), ModelReader(target, 64)  # the first must grow
         reader.read(torch.tensor([5, 6, 7]))
         reader.read(torch.tensor([8, 9, 10, 11]))
         reader.take_back(4)
@@ -334,7 +334,7 @@ def test_impossible_settings_are_refused_in_one_line(target: PreTrainedModel, dr
 def test_a_model_whose_state_cannot_be_taken_back_is_refused(draft: PreTrainedModel) -> None:
     other = llama(8, seed=0)
     other.config.layer_types = ["linear_attention"]
-    refuse(lambda: Reader(other, 8), TargetError, "linear_attention")
+    refuse(lambda: ModelReader(other, 8), TargetError, "linear_attention")
 
 
 class Waits(TorchFunctionMode):
@@ -373,7 +373,7 @@ def test_a_round_waits_for_the_device_once(
 
 
 def test_what_stands_in_a_cache_is_never_copied_again(target: PreTrainedModel) -> None:
-    reader = Reader(target, 40)
+    reader = ModelReader(target, 40)
     with torch.inference_mode():
         reader.read(torch.arange(4, 24))
         places = [layer.keys.data_ptr() for layer in reader.cache.layers]

@@ -57,9 +57,9 @@ class _Writer:
 
     def answer(self, prompt_ids: list[int]) -> _Answer:
         """Streams one answer to stdout."""
-        from fastdraft.decoding.pieces import PieceStream
+        from fastdraft.decoding.token_stream import TokenStream
 
-        stream, rounds = PieceStream(self.tokenizer), []
+        stream, rounds = TokenStream(self.tokenizer), []
         start = time.perf_counter()
         for found in self.decoder.rounds(prompt_ids, self.sampling, self.room(prompt_ids), self.seed):
             rounds.append(found)

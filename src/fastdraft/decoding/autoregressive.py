@@ -1,8 +1,6 @@
 """Plain generation, many prompts at a time: the target writes, one token per pass, with the log-prob of each.
 
-Decides that prompts are padded on the left, that one random number per row and step is drawn whether or not the row still
-writes (so that dropping finished rows from the batch, or writing it in pieces where memory is short, leaves every row's random
-numbers alone), and that nothing is masked: the text is the model's own.
+    answers = generate_batch(model, prompts, Sampling(0.6), max_new_tokens=64, eos_ids={3}, generator=generator)
 
 Shape suffixes: B rows in the batch, T positions, V vocabulary.
 """
@@ -11,15 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from fastdraft.decoding.cache import PreallocatedLayer
-from fastdraft.decoding.grouped_attention import grouped_attention
+from fastdraft.decoding.cache import grouped_attention, new_cache
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import token_at, warp
 from fastdraft.machine import Halving
@@ -29,24 +24,6 @@ DROP_SHARE = 0.15
 GIVE_UP_EVERY = 16
 """Tokens between two looks at whether an answer is worth going on with."""
 PADDING_ID = 0
-
-
-class BatchLayer(PreallocatedLayer):
-    """Keys and values in preallocated buffers from which whole rows can be dropped."""
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps only these rows of the batch."""
-        if self._buffers is None:
-            return
-        keys, values = self._buffers
-        length, kept = self.get_seq_length(), (len(indices), *keys.shape[1:])
-        fresh = keys.new_empty(kept), values.new_empty(len(indices), *values.shape[1:])
-        fresh[0][:, :, :length], fresh[1][:, :, :length] = (
-            keys[indices, :, :length],
-            values[indices, :, :length],
-        )
-        self._buffers = fresh
-        self.keys, self.values = fresh[0][:, :, :length], fresh[1][:, :, :length]
 
 
 class _Batch:
@@ -62,15 +39,17 @@ class _Batch:
         self.places_B = torch.arange(len(prompts))
         """The same on the CPU, where the random numbers are drawn."""
         self.done_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-        capacity = self.width + max_new_tokens
-        self.cache = Cache(layer_class_to_replicate=partial(BatchLayer, capacity))
+        self.cache = new_cache(self.width + max_new_tokens)
 
     def logits(self) -> Tensor:
         """One pass: logits [B, V] behind the last position; only that position goes through the output head."""
-        mask_BT = self.mask_BT[:, : self.width]
-        inputs = {"input_ids": self.ids_BT, "attention_mask": mask_BT, "position_ids": self.positions_BT}
         logits_BTV: Tensor = self.model(
-            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=self.ids_BT,
+            attention_mask=self.mask_BT[:, : self.width],
+            position_ids=self.positions_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
         ).logits
         return logits_BTV[:, -1]
 
@@ -80,26 +59,23 @@ class _Batch:
         finished = int(self.done_B.sum())
         if finished == len(self.rows_B):
             return False
-        self.ids_BT, self.positions_BT, self.width = (
-            token_B[:, None],
-            self.positions_BT[:, -1:] + 1,
-            self.width + 1,
-        )
+        self.ids_BT, self.positions_BT = token_B[:, None], self.positions_BT[:, -1:] + 1
+        self.width += 1
         if finished >= DROP_SHARE * len(self.rows_B):
             keep_B = (~self.done_B).nonzero().squeeze(-1)
             self.cache.batch_select_indices(keep_B)
-            self.rows_B, self.done_B, self.mask_BT = (
-                self.rows_B[keep_B],
-                self.done_B[keep_B],
-                self.mask_BT[keep_B],
-            )
+            for name in ("rows_B", "done_B", "mask_BT", "ids_BT", "positions_BT"):
+                setattr(self, name, getattr(self, name)[keep_B])
             self.places_B = self.rows_B.cpu()
-            self.ids_BT, self.positions_BT = self.ids_BT[keep_B], self.positions_BT[keep_B]
         return True
 
 
 class _Draws:
-    """A batch's random numbers, one for each row and step, from which a piece of the batch takes those of its own rows."""
+    """A batch's random numbers, one for each row and step, from which a piece of the batch takes those of its own rows.
+
+    They are drawn whether or not a row still writes, so that dropping finished rows, or writing the batch in pieces where
+    memory is short, leaves every row's random numbers alone.
+    """
 
     def __init__(self, generator: torch.Generator, rows: int) -> None:
         self.generator, self.rows = generator, rows
@@ -115,7 +91,7 @@ class _Draws:
         return torch.rand(self.rows, generator=self.generator, dtype=torch.float64)[piece.start : piece.stop]
 
     def end(self, steps: int) -> None:
-        """Notes the state behind a piece's last step; the generator is left as the longest piece left it, as the whole batch would."""
+        """Leaves the generator as the longest piece left it, as the whole batch would have."""
         if steps > self._most:
             self._most, self._end = steps, self.generator.get_state()
         self.generator.set_state(self._end)
@@ -131,7 +107,9 @@ def generate_batch(  # noqa: PLR0917
     give_up: Callable[[list[int]], bool] | None = None,
     halving: Halving | None = None,
 ) -> list[Generation]:
-    """One answer for each prompt, reproducible for equal prompts, order, generator state and threads.
+    """One answer for each prompt, in order; reproducible for equal prompts, order, generator state and threads.
+
+    Where the model's logits are not finite the answer ends with that step's token and a NaN log-prob.
 
     Args:
         model: In evaluation mode.
@@ -142,14 +120,6 @@ def generate_batch(  # noqa: PLR0917
         generator: On the CPU; its state moves on.
         give_up: Asked now and then for each unfinished answer so far; True ends it there as if the limit was reached.
         halving: Writes the batch in pieces where memory runs out, every row from the same random numbers.
-
-    Returns:
-        Answers in the order of `prompts`. Where the model's logits are not finite the answer ends with that step's
-        token and a NaN log-prob.
-
-    Raises:
-        ValueError: for an empty prompt or `max_new_tokens` below 1.
-        OutOfMemory: when a single row does not fit.
     """
     if not prompts:
         return []
@@ -161,9 +131,8 @@ def generate_batch(  # noqa: PLR0917
     def write(piece: Sequence[int]) -> None:
         draws.begin()
         place = range(piece[0], piece[-1] + 1)
-        answers.extend(
-            _write(model, [prompts[i] for i in piece], sampling, max_new_tokens, eos, draws, place, give_up)
-        )
+        chosen = [prompts[i] for i in piece]
+        answers.extend(_write(model, chosen, sampling, max_new_tokens, eos, draws, place, give_up))
 
     (halving or Halving("batch_rows"))(range(len(prompts)), write)
     return answers
@@ -189,11 +158,9 @@ def _write(  # noqa: PLR0917
     batch = _Batch(model, prompts, max_new_tokens)
     with grouped_attention(model):
         for step in range(max_new_tokens):
-            random_B = draws.step(place) if sampling.temperature > 0 else None
+            random_B = draws.step(place)[batch.places_B] if sampling.temperature > 0 else None
             steps += 1
-            token_B, logprob_B = draw_tokens(
-                batch.logits(), sampling, None if random_B is None else random_B[batch.places_B]
-            )
+            token_B, logprob_B = draw_tokens(batch.logits(), sampling, random_B)
             tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
             done_B = torch.isin(token_B, eos) | logprob_B.isnan()
             if give_up and (step + 1) % GIVE_UP_EVERY == 0:
@@ -235,6 +202,8 @@ def pad_left(prompts: Sequence[Sequence[int]], extra: int = 0) -> tuple[Tensor, 
 def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """Next token of each row and the natural log of its probability under the distribution drawn from (0 when greedy).
 
+    Nothing is masked, the ids that the tokenizer lacks neither: the text is the model's own.
+
     Args:
         logits_BV: Raw logits.
         sampling: Temperature, top-k, top-p.
@@ -252,11 +221,10 @@ def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None)
 
 
 def _generation(
-    prompt: Sequence[int], tokens: list[int], logprobs: list[float], eos_ids: set[int] | frozenset[int]
+    prompt: Sequence[int], tokens: list[int], logprobs: list[float], eos_ids: frozenset[int]
 ) -> Generation:
-    for position, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), 1):
+    for length, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), 1):
         if token in eos_ids or math.isnan(logprob):
-            return Generation(
-                list(prompt), tokens[:position], logprobs[:position], "stop" if token in eos_ids else "length"
-            )
+            reason = "stop" if token in eos_ids else "length"
+            return Generation(list(prompt), tokens[:length], logprobs[:length], reason)
     return Generation(list(prompt), tokens, logprobs, "length")

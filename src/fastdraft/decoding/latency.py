@@ -1,8 +1,6 @@
 """What one pass of a model costs on this device: the measured side of the cost ratio.
 
-Decides that a cost is the median over many passes with a filled cache, that the target is also timed reading several
-tokens at once (verification), that draft and target take turns so that a slow spell of the machine hits both, and that
-the same precision and device are used as in decoding.
+latency = measure_latency(target, draft, widths=[2, 4]); latency.cost_ratio
 """
 
 from __future__ import annotations
@@ -10,13 +8,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from fastdraft.decoding.cache import Reader
+from fastdraft.decoding.cache import ModelReader
 from fastdraft.json_rows import JsonRow
 
 
@@ -38,19 +35,6 @@ class Latency(JsonRow):
         """Draft over target, one token each."""
         return self.draft_seconds / self.target_seconds[1]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Latency:
-        return cls(
-            **{
-                **value,
-                "target_seconds": {int(width): seconds for width, seconds in value["target_seconds"].items()},
-            }
-        )
-
 
 @torch.inference_mode()
 def measure_latency(
@@ -63,43 +47,35 @@ def measure_latency(
     """Times single passes of both models.
 
     Args:
-        target: Read one token and each of `widths` at once.
-        draft: Read one token.
+        target: Reads one token and each of `widths` at once.
+        draft: Reads one token.
         widths: How many tokens the target reads at once; 1 is always measured.
         prefix_tokens: Tokens in the cache before each pass; lowered to fit a short context.
         repeats: Passes of each kind after two that warm up.
     """
     widths = sorted({1, *widths})
-    models = (target, draft)
-    room = min(int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in models) - max(
-        widths
-    )
-    prefix = max(1, min(prefix_tokens, room))
-    readers = [Reader(m, prefix + max(widths)) for m in models]
+    contexts = [int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in (target, draft)]
+    prefix = max(1, min(prefix_tokens, min(contexts) - widths[-1]))
+    readers = [ModelReader(m, prefix + widths[-1]) for m in (target, draft)]
     for reader in readers:
         reader.read(_any_ids(reader, prefix))
     jobs = [(readers[1], 1), *((readers[0], width) for width in widths)]
     seconds: list[list[float]] = [[] for _ in jobs]
     for turn in range(repeats + 2):
-        for job, times in zip(jobs, seconds, strict=True):
+        for job, times in zip(jobs, seconds, strict=True):  # in turns: a slow spell of the machine hits all
             taken = _one_pass(*job, prefix)
             if turn >= 2:
                 times.append(taken)
     draft_seconds, *by_width = [statistics.median(times) for times in seconds]
-    dtypes = [str(m.dtype).removeprefix("torch.") for m in models]
-    return Latency(
-        draft_seconds,
-        dict(zip(widths, by_width, strict=True)),
-        prefix,
-        str(target.device),
-        dtypes[1],
-        dtypes[0],
-    )
+    target_dtype, draft_dtype = (str(m.dtype).removeprefix("torch.") for m in (target, draft))
+    target_seconds = dict(zip(widths, by_width, strict=True))
+    return Latency(draft_seconds, target_seconds, prefix, str(target.device), draft_dtype, target_dtype)
 
 
-def _one_pass(reader: Reader, width: int, prefix: int) -> float:
+def _one_pass(reader: ModelReader, width: int, prefix: int) -> float:
     ids_T = _any_ids(reader, width)
-    _wait(reader.model.device)
+    if reader.model.device.type != "cpu":
+        torch.accelerator.synchronize(reader.model.device)
     start = time.perf_counter()
     reader.read(ids_T, keep=width).argmax(-1).tolist()
     seconds = time.perf_counter() - start
@@ -107,11 +83,6 @@ def _one_pass(reader: Reader, width: int, prefix: int) -> float:
     return seconds
 
 
-def _any_ids(reader: Reader, count: int) -> torch.Tensor:
+def _any_ids(reader: ModelReader, count: int) -> torch.Tensor:
     vocab_size = int(reader.model.config.get_text_config(decoder=True).vocab_size)
     return torch.arange(5, 5 + count, device=reader.model.device) % vocab_size
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

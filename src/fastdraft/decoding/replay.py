@@ -1,13 +1,8 @@
 """Replay: what speculative decoding would have done, read off text that the target already wrote.
 
-Decides that one teacher-forced pass of the draft over prompt and response gives each token's probability to be accepted,
-min(1, draft_probs[x] / target_probs[x]), the target's side of it coming from the log-probs recorded when the text was
-written; and that these give the expected counts for every number of proposals (functional/acceptance.py). Rows are
-batched by length under a token budget; only response positions go through the output head, those of all rows of a batch one
-behind the other (a short answer alone would not fill a matrix product), and so many at a time that memory does not grow with
-the vocabulary or the number of rows.
-
-Shape suffixes: B rows of a batch, T positions, N response positions, D hidden, V vocabulary.
+One teacher-forced pass of the draft gives each token's probability to be accepted, min(1, draft_probs[x] / target_probs[x]),
+the target's side coming from the log-probs kept with the text; these give the expected counts for every K
+(functional/acceptance.py). Shape suffixes: B rows of a batch, T positions, N response positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,8 +26,7 @@ LOGITS_HELD = {"cpu": 2**21, "other": 2**26}
 """Entries of the logits held at once: as many as stay in a CPU's cache (8 MiB of float32), or fill an accelerator's units (256 MiB)."""
 BATCH_TOKENS = {"cpu": 2048, "other": 8192}
 """Positions in one pass, for the same reason."""
-COUNTED_TOGETHER = 256
-"""Texts whose expected counts are worked out together."""
+_COUNTED_TOGETHER = 256
 
 
 class TokenText(Protocol):
@@ -45,7 +39,7 @@ class TokenText(Protocol):
 
 
 class WrittenText(TokenText, Protocol):
-    """What replay needs to know of a text: the fields of `data.responses.SyntheticRow`."""
+    """What replay needs to know of a text: fields of `data.rows.SyntheticRow`."""
 
     @property
     def logprobs(self) -> list[float]: ...
@@ -91,16 +85,14 @@ def counts_of_accepts(
     accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]
 ) -> list[dict[int, Counts]]:
     """For each text a dictionary from K to expected counts, from its accept probabilities."""
-    starts = range(0, len(accepts), COUNTED_TOGETHER)
     # Neighbours in length share a recursion, so that short texts do not pay for the longest.
     order = sorted(range(len(accepts)), key=lambda i: len(accepts[i]))
     counts: list[dict[int, Counts]] = [{} for _ in accepts]
-    for start in starts:
-        chosen = order[start : start + COUNTED_TOGETHER]
-        for index, found in zip(
-            chosen, batched_expected_counts([accepts[i] for i in chosen], num_speculative_tokens), strict=True
-        ):
-            counts[index] = found
+    for start in range(0, len(accepts), _COUNTED_TOGETHER):
+        chosen = order[start : start + _COUNTED_TOGETHER]
+        found = batched_expected_counts([accepts[i] for i in chosen], num_speculative_tokens)
+        for index, by_k in zip(chosen, found, strict=True):
+            counts[index] = by_k
     return counts
 
 
@@ -131,24 +123,17 @@ def accept_probabilities(
 ) -> list[NDArray[np.float64]]:
     """For each row, each response token's probability to be accepted if the draft proposes at its place; 0 or 1 when greedy."""
     accepts: list[NDArray[np.float64]] = [np.zeros(0) for _ in rows]
-    missing = (
-        torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device)
-        if vocabulary.missing_ids
-        else None
-    )
+    missing = vocabulary.missing_ids
+    missing_M = torch.tensor(missing, dtype=torch.long, device=draft.device) if missing else None
     decoder, head = output_head(draft)
 
     def replay_piece(chosen: Sequence[int]) -> None:
         batch = [rows[i] for i in chosen]
         hidden = response_hidden(decoder, batch, draft.device)
+        # What was drawn alike goes through the output head together: a short answer alone would not fill a matrix product.
         for alike in alike_places((row.temperature, row.top_k, row.top_p) for row in batch):
-            found = _accept(
-                torch.cat([hidden[b] for b in alike]),
-                head,
-                [batch[b] for b in alike],
-                missing,
-                draft_temperature,
-            )
+            hidden_ND = torch.cat([hidden[b] for b in alike])
+            found = _accept(hidden_ND, head, [batch[b] for b in alike], missing_M, draft_temperature)
             ends = np.cumsum([len(batch[b].response_ids) for b in alike])
             for b, accept in zip(alike, np.split(found, ends[:-1]), strict=True):
                 accepts[chosen[b]] = accept
@@ -160,7 +145,7 @@ def accept_probabilities(
 
 
 def alike_places(keys: Iterable[Hashable]) -> list[list[int]]:
-    """Places of equal keys together, in order: what was drawn alike goes through the output head together."""
+    """Places of equal keys together, in order."""
     places: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
@@ -168,11 +153,7 @@ def alike_places(keys: Iterable[Hashable]) -> list[list[int]]:
 
 
 def pass_by_pass(rows: Sequence[TokenText], batch_tokens: int, work: Callable[[Sequence[int]], None]) -> None:
-    """Calls `work` with the numbers of rows of near-equal length, fewer at a time where memory runs out.
-
-    Raises:
-        OutOfMemory: when a single row does not fit.
-    """
+    """Calls `work` with the numbers of rows of near-equal length, fewer at a time where memory runs out."""
     halving = Halving("a pass over text")
     for chosen in length_batches(rows, batch_tokens):
         halving(chosen, work)
@@ -216,26 +197,23 @@ def _accept(
     hidden_ND: Tensor,
     head: OutputHead,
     rows: Sequence[WrittenText],
-    missing: Tensor | None,
+    missing_M: Tensor | None,
     draft_temperature: float | None,
 ) -> NDArray[np.float64]:
     """Accept probabilities of all response tokens of rows that were drawn alike, one row behind the other."""
     first = rows[0]
-    temperature = (
-        first.temperature if draft_temperature is None or first.temperature == 0 else draft_temperature
-    )
-    tokens_N = torch.tensor(
-        [token for row in rows for token in row.response_ids], dtype=torch.long, device=hidden_ND.device
-    )
+    own = draft_temperature is None or first.temperature == 0
+    temperature = first.temperature if own else draft_temperature
+    tokens = [token for row in rows for token in row.response_ids]
+    tokens_N = torch.tensor(tokens, dtype=torch.long, device=hidden_ND.device)
     parts = []
     for held in held_slices(tokens_N, head.vocab_size):
-        logits_NV = mask_ids(head.logits(hidden_ND[held]), missing)
+        logits_NV = mask_ids(head.logits(hidden_ND[held]), missing_M)
         if temperature == 0:
             parts.append(logits_NV.argmax(-1) == tokens_N[held])
         else:
-            parts.append(
-                chosen_logprobs(warp(logits_NV, temperature, first.top_k, first.top_p), tokens_N[held])
-            )
+            warped_NV = warp(logits_NV, temperature, first.top_k, first.top_p)
+            parts.append(chosen_logprobs(warped_NV, tokens_N[held]))
     if not parts:
         return np.zeros(0)
     found_N = torch.cat(parts).cpu().double()  # on the CPU, because not every accelerator has float64

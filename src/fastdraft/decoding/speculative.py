@@ -1,31 +1,42 @@
 """Speculative decoding: the draft proposes, the target verifies, the text is the target's own.
 
-Decides the conventions by which everything here is counted: batch 1, draft and target in one process with a cache each;
-the first round drafts straight from the prompt (the target reads prompt and proposals in one pass); every round proposes
-K tokens; what stands beyond the end of the text is discarded and not counted as accepted; the end-of-sequence token
-counts as generated. Temperature, top-k and top-p shape both distributions. Ids that the tokenizer does not have are masked
-for the draft, never for the target. All randomness comes from one seed. A round waits for the device once, when all is decided
-there, and copies nothing that an earlier round wrote.
-
-Shape suffixes: K proposals, E = K + 1, T tokens, V vocabulary.
+Conventions by which everything here is counted: batch 1; the first round drafts straight from the prompt; every round
+proposes K tokens; what stands beyond the end of the text is discarded and not counted as accepted; the end-of-sequence
+token counts as generated. Shape suffixes: K proposals, E = K + 1, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdraft.decoding.cache import Reader
+from fastdraft.decoding.cache import ModelReader
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import draw, mask_ids, probabilities
 from fastdraft.functional.verification import verify, verify_greedy
 from fastdraft.modeling.vocabulary import Vocabulary
+
+
+class Reader(Protocol):
+    """A model while it reads one text: all that decoding needs of it."""
+
+    length: int
+    """Tokens read so far and not taken back."""
+
+    def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
+        """Reads T more tokens; the logits after each of the last `keep`, [keep, V]."""
+        ...
+
+    def take_back(self, length: int) -> None:
+        """Keeps the first `length` tokens only; nothing happens when fewer were read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,12 @@ class Round:
     @property
     def counts(self) -> Counts:
         """This round alone, as counts."""
-        k = self.num_speculative_tokens
-        per_pos = tuple(float(j < self.num_accepted) for j in range(k))
-        accepted, examined = float(self.num_accepted), float(self.num_examined)
+        k, accepted, examined = (
+            self.num_speculative_tokens,
+            float(self.num_accepted),
+            float(self.num_examined),
+        )
+        per_pos = tuple(float(j < accepted) for j in range(k))
         return Counts(
             1.0, float(k), accepted, per_pos, examined, float(len(self.tokens)), self.overlap_sum, examined
         )
@@ -72,27 +86,9 @@ class SpeculativeResult:
         return [place < r.num_accepted for r in self.rounds for place in range(len(r.tokens))]
 
 
-def check_room(
-    prompt_ids: list[int], max_new_tokens: int, context_length: int, where: str = "prompt"
-) -> None:
-    """Raises:
-    DataError: when there is no prompt, or prompt and answer do not fit the context.
-    """
-    if not prompt_ids:
-        raise DataError(where, "no tokens", "a prompt needs at least one token", "give some text")
-    if len(prompt_ids) + max_new_tokens > context_length:
-        found = f"{len(prompt_ids)} tokens and {max_new_tokens} new ones"
-        raise DataError(
-            where,
-            found,
-            f"the context holds {context_length} tokens",
-            "shorten the prompt or lower max_new_tokens",
-        )
-
-
 @dataclass(frozen=True)
 class _Text:
-    """A text while it is being written: what both models have read of it, its ids, how it is drawn."""
+    """A text while it is being written."""
 
     target: Reader
     draft: Reader
@@ -127,29 +123,28 @@ class SpeculativeDecoder:
     ) -> None:
         if num_speculative_tokens < 1:
             raise RecipeError(
-                "num_speculative_tokens",
-                num_speculative_tokens,
-                "must be at least 1",
+                f"num_speculative_tokens: {num_speculative_tokens}, must be at least 1",
                 "3 to 5 suits most drafts",
             )
         if draft_temperature is not None and draft_temperature < 0:
             raise RecipeError(
-                "draft_temperature", draft_temperature, "must not be negative", "0 proposes greedily"
+                f"draft_temperature: {draft_temperature}, must not be negative", "0 proposes greedily"
             )
         self.target, self.draft, self.vocabulary = target, draft, vocabulary
         self.num_speculative_tokens, self.draft_temperature = num_speculative_tokens, draft_temperature
         self._eos = frozenset(vocabulary.eos_token_ids)
-        self._missing = (
-            torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=draft.device)
-            if vocabulary.missing_ids
-            else None
-        )
+        missing = vocabulary.missing_ids
+        self._missing = torch.tensor(missing, dtype=torch.long, device=draft.device) if missing else None
 
     @property
     def context_length(self) -> int:
         """Tokens that both models can read: prompt and answer together."""
         models = (self.target, self.draft)
         return min(int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in models)
+
+    def readers(self, capacity: int) -> tuple[Reader, Reader]:
+        """Target and draft at the beginning of a text of at most `capacity` tokens; all passes go through these two."""
+        return ModelReader(self.target, capacity), ModelReader(self.draft, capacity)
 
     def generate(
         self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int
@@ -172,13 +167,13 @@ class SpeculativeDecoder:
     ) -> Iterator[Round]:
         """The text round by round, as it is written."""
         check_room(prompt_ids, max_new_tokens, self.context_length)
-        k, device = self.num_speculative_tokens, self.target.device
-        generator = torch.Generator(device=device).manual_seed(seed)
-        capacity = len(prompt_ids) + max_new_tokens + k + 1
+        device, length = self.target.device, len(prompt_ids)
+        end = length + max_new_tokens
+        capacity = end + self.num_speculative_tokens + 1
         ids_T = torch.zeros(capacity, dtype=torch.long, device=device)
-        ids_T[: len(prompt_ids)] = torch.tensor(prompt_ids, device=device)
-        text = _Text(Reader(self.target, capacity), Reader(self.draft, capacity), ids_T, sampling, generator)
-        length, end = len(prompt_ids), len(prompt_ids) + max_new_tokens
+        ids_T[:length] = torch.tensor(prompt_ids, device=device)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        text = _Text(*self.readers(capacity), ids_T, sampling, generator)
         while length < end:
             with torch.inference_mode():
                 found = self._round(text, length, end)
@@ -193,7 +188,8 @@ class SpeculativeDecoder:
         After K acceptances the draft has not read its own last proposal; it reads it next time together with the bonus token.
         """
         ids_T, sampling = text.ids, text.sampling
-        k = self._proposals(length)
+        # Proposals beyond the models' context would be discarded, and some cannot be read.
+        k = min(self.num_speculative_tokens, self.context_length - length)
         draft_probs_KV = self._propose(text, length, k)
         logits_EV = text.target.read(ids_T[text.target.length : length + k], keep=k + 1)
         proposed_K = ids_T[length : length + k]
@@ -208,7 +204,8 @@ class SpeculativeDecoder:
         num_accepted, ids, logprobs, overlaps = _fetch(
             accepted_count, written_E, target_probs_EV, draft_probs_KV
         )
-        tokens = self._inside(ids[: num_accepted + 1], end - length)
+        tokens = ids[: min(num_accepted + 1, end - length)]
+        tokens = tokens[: next((place for place, token in enumerate(tokens, 1) if token in self._eos), None)]
         text.target.take_back(length + num_accepted)
         text.draft.take_back(length + num_accepted)
         # The one refused stands at num_accepted; if the text ended before it, nobody asked.
@@ -219,12 +216,8 @@ class SpeculativeDecoder:
             tokens, logprobs[: len(tokens)], accepted, examined, overlap, self.num_speculative_tokens
         )
 
-    def _proposals(self, length: int) -> int:
-        """How many of the K proposals are really made: those beyond the models' context would be discarded, and some cannot be read."""
-        return min(self.num_speculative_tokens, self.context_length - length)
-
     def _propose(self, text: _Text, length: int, num_proposals: int) -> Tensor:
-        """Writes the proposals at `length` and after; the distributions that they were drawn from, [K, V] (empty rows when greedy)."""
+        """Writes the proposals at `length` and after; the distributions that they were drawn from, [K, V] (empty when greedy)."""
         draft, ids_T, sampling = text.draft, text.ids, text.sampling
         temperature = sampling.temperature if self.draft_temperature is None else self.draft_temperature
         drawn_from: list[Tensor] = []
@@ -238,12 +231,18 @@ class SpeculativeDecoder:
             drawn_from.append(probs_1V)
         return torch.cat(drawn_from) if drawn_from else torch.empty(0)
 
-    def _inside(self, tokens: list[int], room: int) -> list[int]:
-        """`tokens` up to the end of the text: its first end-of-sequence token or its last place."""
-        for place, token in enumerate(tokens[:room]):
-            if token in self._eos:
-                return tokens[: place + 1]
-        return tokens[:room]
+
+def check_room(
+    prompt_ids: list[int], max_new_tokens: int, context_length: int, where: str = "prompt"
+) -> None:
+    """Raises DataError when there is no prompt, or prompt and answer do not fit the context."""
+    if not prompt_ids:
+        raise DataError(f"{where}: no tokens; a prompt needs at least one token", "give some text")
+    if len(prompt_ids) + max_new_tokens > context_length:
+        raise DataError(
+            f"{where}: {len(prompt_ids)} tokens and {max_new_tokens} new ones; the context holds {context_length} tokens",
+            "shorten the prompt or lower max_new_tokens",
+        )
 
 
 def _fetch(
@@ -260,11 +259,6 @@ def _fetch(
     logprobs_E = target_probs_EV.gather(-1, ids_E[:, None]).squeeze(-1).log()
     overlap_K = torch.minimum(target_probs_EV[:-1], draft_probs_KV).sum(-1)
     # As float32, which holds every id below 2^24: vocabularies are a hundred times smaller.
-    found = torch.cat([num_accepted[None].float(), ids_E.float(), logprobs_E, overlap_K]).tolist()
+    count, *found = torch.cat([num_accepted[None].float(), ids_E.float(), logprobs_E, overlap_K]).tolist()
     places = len(ids_E)
-    ids, logprobs, overlaps = (
-        found[1 : places + 1],
-        found[places + 1 : 2 * places + 1],
-        found[2 * places + 1 :],
-    )
-    return int(found[0]), [int(i) for i in ids], logprobs, overlaps
+    return int(count), [int(i) for i in found[:places]], found[places : 2 * places], found[2 * places :]

@@ -20,7 +20,7 @@ from fastdraft.data.filters import is_looping
 from fastdraft.data.prompts import normalised
 from fastdraft.data.rows import SyntheticRow, ids_hash
 from fastdraft.data.units import Unit
-from fastdraft.decoding.turns import take_turns
+from fastdraft.decoding.conversations import take_turns
 from fastdraft.functional.generation import Engine, Generation, Sampling
 
 if TYPE_CHECKING:

@@ -303,8 +303,8 @@ class Workbench:
         path = self.folder / "latency.json"
         if not path.exists():
             widths = [k + 1 for k in self.plan.num_speculative_tokens]
-            write_json(path, measure_latency(self.loaded_target, draft(), widths).as_dict())
-        return Latency.from_dict(read_json(path))
+            write_json(path, measure_latency(self.loaded_target, draft(), widths).to_json())
+        return Latency.from_json(read_json(path))
 
 
 def refuse_faults(task: str, written: Sequence[Generation]) -> None:

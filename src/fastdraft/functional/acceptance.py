@@ -1,9 +1,8 @@
 """Counts of speculative decoding, and their exact expectation from per-token accept probabilities.
 
-Decides that counts are stored and added while rates are derived when printed, what each count means, and how replay turns
-one accept probability for every token of a text into the expected counts of a run over that text, for any number of
-proposals. Conventions: the first round drafts straight from the prompt; every round proposes K tokens; what stands beyond
-the end of the text is discarded and not counted as accepted; the end-of-sequence token counts as a generated token.
+Counts are stored and added; rates are derived when printed. Conventions: the first round drafts straight from the prompt;
+every round proposes K tokens; what stands beyond the end of the text is discarded and not counted as accepted; the
+end-of-sequence token counts as a generated token. Shape suffixes: B texts, T tokens, K proposals, E = K + 1.
 """
 
 from __future__ import annotations
@@ -69,11 +68,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def add_counts(counts: Iterable[Counts]) -> Counts:
-    """The sum of any number of counts of the same K; an empty `Counts()` fits any K.
-
-    Raises:
-        ValueError: for counts of different K.
-    """
+    """The sum of any number of counts of the same K; an empty `Counts()` fits any K."""
     listed = [c for c in counts if c != Counts()]
     if not listed:
         return Counts()

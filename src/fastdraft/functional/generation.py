@@ -1,9 +1,4 @@
-"""What is asked of a text that a model writes, and what is known of it afterwards.
-
-Decides what a sampling distribution and an answer consist of, and the `Engine` protocol by which any runtime writes text as
-the target. Apart from interfaces.py, which hands these names on, because decoding and its benchmarks need nothing else of it:
-they run where only torch and transformers are installed.
-"""
+"""What is asked of a text that a model writes, and what is known of it afterwards."""
 
 from __future__ import annotations
 
@@ -52,12 +47,7 @@ class Generation:
 
 
 class RenderedPrompt(list[int]):
-    """A prompt as token ids that still knows the messages it was rendered from, for servers that render messages themselves.
-
-    Args:
-        ids: As this target's template writes the messages.
-        messages: Each with a `role` and a `content`.
-    """
+    """A prompt as token ids that still knows the messages it was rendered from, for servers that render messages themselves."""
 
     def __init__(self, ids: Iterable[int], messages: Iterable[Mapping[str, str]]) -> None:
         super().__init__(ids)
@@ -65,18 +55,13 @@ class RenderedPrompt(list[int]):
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> None:
-    """What every engine asks of its prompts.
-
-    Raises:
-        DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
-    """
+    """Raises DataError when a prompt is empty or leaves no room for `max_new_tokens` in the target's context."""
     for index, prompt in enumerate(prompts):
         if not prompt or len(prompt) + max_new_tokens > context_length:
-            rule = (
-                f"prompt and max_new_tokens ({max_new_tokens}) must fit into the context of {context_length}"
-            )
             raise DataError(
-                f"prompt {index}", f"{len(prompt)} tokens", rule, "shorten the prompt or lower max_new_tokens"
+                f"prompt {index}: {len(prompt)} tokens; prompt and max_new_tokens ({max_new_tokens}) must fit into "
+                f"the context of {context_length}",
+                "shorten the prompt or lower max_new_tokens",
             )
 
 

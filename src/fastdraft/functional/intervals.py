@@ -1,10 +1,7 @@
-"""How sure a rate is: 95 % bootstrap intervals over prompts.
+"""How sure a rate is: 95 % bootstrap intervals over prompts, seeded.
 
-Decides that prompts are what is drawn again (tokens of one text depend on each other), all turns of a conversation and all answers
-to one prompt together (they depend on each other too), that a rate is the ratio of two sums (never a mean of ratios), and that two
-checkpoints are compared on the same prompts drawn together. Seeded.
-
-Source: the cluster bootstrap, Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8, whole clusters drawn.
+Prompts are what is drawn again, turns of a conversation and answers to one prompt together: they depend on each other. The
+cluster bootstrap of Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Where in a text a draft is accepted: the expected counts of replay, split by absolute position.
 
-Decides the buckets (0 to 512, then each twice as long as all before: 512, 1k, 2k, 4k, ...), that a round belongs whole to the bucket
-in which its first proposal stands, and that the buckets' counts add up to those of the text.
-
-Shape suffixes: B texts, T response positions, K proposals of a round, C columns of `counts_to_array`.
+A round belongs whole to the bucket in which its first proposal stands. Shape suffixes: B texts, T response positions,
+K proposals of a round, C columns of `counts_to_array`.
 """
 
 from __future__ import annotations

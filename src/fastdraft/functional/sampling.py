@@ -1,10 +1,7 @@
-"""From logits to the distribution that text is drawn from: temperature, then top-k, then top-p.
+"""From logits to the distribution that text is drawn from: temperature, then top-k, then top-p (the order of transformers, vLLM, OpenVINO).
 
-Decides the order of the three (that of Hugging Face transformers, vLLM and OpenVINO), that temperature 0 is the one-hot
-argmax, that ties at the k-th place are all kept, and that everything is computed in float32. Target and draft go
-through the same functions, which is what makes speculative sampling and replay exact.
-
-Shapes: B stands for any leading axes, V for the vocabulary.
+Target and draft go through these same functions, which is what makes speculative sampling and replay exact. Everything is
+computed in float32. Shapes: B stands for any leading axes, V for the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,9 +20,6 @@ def warp(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1
         temperature: Divides the logits; must be above 0.
         top_k: Keeps the k largest, ties included; 0 keeps all.
         top_p: Keeps the smallest set of most likely tokens that holds at least this mass (Holtzman et al., 1904.09751); 1 keeps all.
-
-    Raises:
-        ValueError: for a temperature that is not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be above 0; greedy has no logits to warp")

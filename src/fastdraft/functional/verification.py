@@ -1,11 +1,7 @@
 """Which proposals the target keeps, and which token it adds: the step that makes speculative decoding lossless.
 
-Decides acceptance by Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318): a proposal x drawn from
-draft_probs is kept with probability min(1, target_probs[x] / draft_probs[x]); the first one refused is replaced by a draw
-from norm(max(0, target_probs - draft_probs)) (the recovered token), and after K acceptances one more token is drawn from
-the target (the bonus token). What comes out is distributed exactly as the target's own text, whatever the draft.
-And that results stay on the device: one who decodes waits for it once a round, not at every decision.
-
+Leviathan et al. (arXiv 2211.17192), Chen et al. (arXiv 2302.01318): a proposal x is kept with probability
+min(1, target_probs[x] / draft_probs[x]); the first one refused is replaced by a draw from norm(max(0, target_probs - draft_probs)).
 Shape suffixes: K proposals, E = K + 1 positions of the target, V vocabulary. One sequence, no batch axis.
 """
 

@@ -142,7 +142,7 @@ class Bench:
                 self.console.stop.check(self.folder)
                 self.units.write(
                     name,
-                    measure_passes(pair.target, pair.draft, widths, prefix, **self.place.settings).as_dict(),
+                    measure_passes(pair.target, pair.draft, widths, prefix, **self.place.settings).to_json(),
                 )
             found.append(_as_latency(self.units, name))
         return found
@@ -261,7 +261,7 @@ class Models:
 
 def _as_latency(units: Units, name: str) -> Latency:
     try:
-        return Latency.from_dict(units.read(name))
+        return Latency.from_json(units.read(name))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise FastDraftError(
             units.path(name),

@@ -315,7 +315,7 @@ def _cost_fields(costs: CostRatios) -> dict[str, Any]:
         "cost_ratio_parameters": round(costs.parameters, 6),
         "cost_ratio_bytes": round(costs.bytes, 6),
         "cost_ratio_latency": round(latency.cost_ratio, 6) if latency else None,
-        "latency": latency.as_dict() if latency else None,
+        "latency": latency.to_json() if latency else None,
     }
 
 

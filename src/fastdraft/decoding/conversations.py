@@ -1,8 +1,7 @@
 """Conversations with a target: every turn asked in order, its own earlier answers standing in the prompts of the later ones.
 
-Decides that the answers of a log are never read: what stands before a later turn is what this target says, as when it is served,
-and every trained or replayed token is its own. Turns of the same number are asked together. A conversation ends early where an
-answer leaves no history: it fails, is empty, runs into a loop or stops in the middle of thinking.
+Answers of a log are never read: what stands before a later turn is what this target says, as when it is served. Turns of
+the same number are asked together.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from fastdraft.data.chat import Conversation
-from fastdraft.data.chat import DialogueFormat
+from fastdraft.data.chat import Conversation, DialogueFormat
 from fastdraft.data.filters import is_looping
 from fastdraft.functional.generation import Generation
 
@@ -39,7 +37,7 @@ class Turns:
     too_long: int
     """Turns whose prompt leaves no room for an answer, and those behind them."""
     ended: int
-    """Turns behind an answer that leaves no history."""
+    """Turns behind an answer that leaves no history: it failed, is empty, loops or stops in the middle of thinking."""
 
 
 def take_turns(
@@ -60,9 +58,6 @@ def take_turns(
         room: The most tokens of a prompt.
         missing_ids: Ids without a token: an answer with one of them ends its conversation.
         last_answers: Asks for the answers of the last turns too; else their prompts are all that is wanted.
-
-    Raises:
-        TargetError: when the template refuses a conversation.
     """
     answers: list[list[str]] = [[] for _ in conversations]
     open_talks = [place for place, talk in enumerate(conversations) if talk.users]
@@ -76,9 +71,8 @@ def take_turns(
             else:
                 too_long += len(conversations[place].users) - number
         wanted = [place for place in prompts if last_answers or number + 1 < len(conversations[place].users)]
-        written = dict(
-            zip(wanted, ask(number, [prompts[place] for place in wanted]) if wanted else [], strict=True)
-        )
+        given = ask(number, [prompts[place] for place in wanted]) if wanted else []
+        written = dict(zip(wanted, given, strict=True))
         turns += [Turn(place, number, ids, written.get(place)) for place, ids in prompts.items()]
         open_talks = []
         for place, answer in written.items():
@@ -93,12 +87,11 @@ def take_turns(
 
 
 def _history(form: DialogueFormat, answer: Generation, missing_ids: Collection[int]) -> str | None:
-    body = answer.body
-    if (
+    body = answer.response_ids[:-1] if answer.finish_reason == "stop" else answer.response_ids
+    unusable = (
         answer.fault
         or any(map(math.isnan, answer.logprobs))
         or not set(missing_ids).isdisjoint(body)
         or is_looping(body)
-    ):
-        return None
-    return form.answer(answer)
+    )
+    return None if unusable else form.answer(answer)

@@ -1,0 +1,64 @@
+"""Tokens as text, each piece as soon as it is certain, marked as proposed by the draft or written by the target.
+
+stream = TokenStream(tokenizer); text = stream.feed(token_id) + stream.finish()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\ufffd"
+_WINDOW = (
+    6  # tokens before the new one that are decoded along, so that spaces and joined characters come out right
+)
+
+
+class TokenStream:
+    """Turns tokens into text one by one, in constant time for each; special tokens are not shown."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # tokens of `_ids` whose text has been given out
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token makes certain; empty when a character is still incomplete."""
+        self._ids.append(token_id)
+        return self._show(final=False)
+
+    def finish(self) -> str:
+        """Whatever was held back."""
+        return self._show(final=True)
+
+    def _show(self, final: bool) -> str:
+        if self._shown == len(self._ids):
+            return ""
+        before, text = self._decode(self._ids[: self._shown]), self._decode(self._ids)
+        if not final and text.endswith(_UNFINISHED) and len(self._ids) - self._shown < _WINDOW:
+            return ""
+        self._ids = self._ids[max(0, self._shown - _WINDOW) :]
+        self._shown = len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def text_pieces(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], accepted: Iterable[bool]
+) -> list[dict[str, str | bool]]:
+    """`[{"text": ..., "accepted": ...}, ...]`: neighbours of the same kind joined."""
+    stream, flag = TokenStream(tokenizer), False
+    shown: list[tuple[str, bool]] = []
+    for token_id, flag in zip(token_ids, accepted, strict=True):
+        shown.append((stream.feed(token_id), bool(flag)))
+    shown.append((stream.finish(), bool(flag)))
+    pieces: list[dict[str, str | bool]] = []
+    for text, kind in shown:
+        if text and pieces and pieces[-1]["accepted"] == kind:
+            pieces[-1]["text"] = f"{pieces[-1]['text']}{text}"
+        elif text:
+            pieces.append({"text": text, "accepted": kind})
+    return pieces
