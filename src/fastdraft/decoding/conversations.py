@@ -87,11 +87,10 @@ def take_turns(
 
 
 def _history(form: DialogueFormat, answer: Generation, missing_ids: Collection[int]) -> str | None:
-    body = answer.response_ids[:-1] if answer.finish_reason == "stop" else answer.response_ids
     unusable = (
         answer.fault
         or any(map(math.isnan, answer.logprobs))
-        or not set(missing_ids).isdisjoint(body)
-        or is_looping(body)
+        or not set(missing_ids).isdisjoint(answer.body)
+        or is_looping(answer.body)
     )
     return None if unusable else form.answer(answer)
