@@ -1,1 +1,0 @@
-"""Growing a trained model without changing its outputs; benchmarks/grow.py is its command."""
