@@ -1,8 +1,4 @@
-"""The keys of `synthesize.engine`: which runtimes may write as the target, and how each is asked.
-
-Decides what each engine's settings mean, which addresses and log-probs are refused before any work, and which of the keys the text
-does not depend on. Imports no runtime.
-"""
+"""`prepare:` and `synthesize:`: corpora, prompts, what the target is asked, and the engine that answers."""
 
 from __future__ import annotations
 
@@ -12,34 +8,238 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from fastdraft.data.prompts import PromptConfig
-from fastdraft.data.sources import SourceConfig
-from fastdraft.data.transcript_lines import TranscriptPrompts
-from fastdraft.errors import RecipeError
-from fastdraft.recipe.base import Config, Count, distinct, names_a_device
-from fastdraft.run_folder import FINGERPRINT, MANIFEST
+from fastdraft.recipe.base import Config, Count, FolderName, distinct, refuse_equal_names
+
+Weights = Literal["fp32", "fp16", "int8", "int4"]
+LogprobKind = Literal["processed", "raw", "none"]
+NOT_CODE = [
+    *("test", "tests", "test_*.py", "*_test.py", "idle_test", "site-packages", "dist-packages"),
+    *("node_modules", "__pycache__", ".*"),
+]
+
+
+class Corpus(Config):
+    """What every kind of corpus has."""
+
+    name: FolderName
+    """The corpus; entries of one name make one corpus, each with its own budget."""
+    tokens: Count | None = Field(default=None, ge=1)
+    """Stop after this many tokens of this entry, validation included; unset takes all."""
+    license: str = ""
+    """Noted in the manifest and the model card; not read otherwise."""
+
+
+class RowsCorpus(Corpus):
+    """JSON objects, one a line (plain, .gz, .xz or .zst), or Parquet files."""
+
+    kind: Literal["jsonl", "parquet"]
+    path: str = Field(min_length=1)
+    """A file, a folder or a pattern such as `books/**/*.jsonl`; `shipped:` and `python:` names too."""
+    field: str = "text"
+    """The key or column that holds the text."""
+
+
+class TextCorpus(Corpus):
+    """Text files in UTF-8, each one document."""
+
+    kind: Literal["text"]
+    path: str = Field(min_length=1)
+    """A file, a folder (its .txt and .md files) or a pattern."""
+
+
+class SourceCodeCorpus(Corpus):
+    """Source code, each file one document; files that are not UTF-8 are passed over and counted."""
+
+    kind: Literal["source_code"]
+    path: str = Field(min_length=1)
+    """A folder (its .py files) or a pattern such as `src/**/*.java`; `shipped:` and `python:` names too."""
+    exclude: list[str] = NOT_CODE
+    """File or folder names to leave out, anywhere below `path`; tests and installed packages by default."""
+
+
+class HubRows(Config):
+    """Which rows of a data set of the Hugging Face hub."""
+
+    dataset: str = Field(min_length=1)
+    """Hub id."""
+    subset: str | None = None
+    """The data set's configuration."""
+    split: str = "train"
+    """The data set's split."""
+    revision: str | None = None
+    """Commit to pin, so that a resumed run reads the same rows."""
+
+
+class HubCorpus(HubRows, Corpus):
+    """A data set of the Hugging Face hub, streamed."""
+
+    kind: Literal["hub"]
+    field: str = "text"
+    """The column that holds the text."""
+
+
+CorpusConfig = Annotated[
+    RowsCorpus | TextCorpus | SourceCodeCorpus | HubCorpus, Field(discriminator="kind")
+]
+
+
+class PrepareConfig(Config):
+    """`prepare:` — the corpora and their form on disk."""
+
+    row_length: int = Field(default=2048, ge=8)
+    """Tokens in a training row; the draft's training context."""
+    validation: float = Field(default=0.005, ge=0, le=0.5)
+    """Share of the documents kept for validation; small corpora keep a few rows anyway."""
+    document_masking: bool = False
+    """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
+    corpora: list[CorpusConfig] = Field(min_length=1)
+    """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
+
+    @field_validator("corpora")
+    @classmethod
+    def _names_make_folders(cls, entries: list[Any]) -> list[Any]:
+        refuse_equal_names(sorted({entry.name for entry in entries}))
+        return entries
+
+    @property
+    def names(self) -> list[str]:
+        """The corpora, in order of their first entry."""
+        return list(dict.fromkeys(entry.name for entry in self.corpora))
+
+    @property
+    def entries(self) -> dict[str, list[Any]]:
+        """The entries of each corpus."""
+        return {name: [entry for entry in self.corpora if entry.name == name] for name in self.names}
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens of all entries; None when one is open."""
+        budgets = [entry.tokens for entry in self.corpora]
+        return sum(budget or 0 for budget in budgets) if all(budgets) else None
+
+
+class Prompts(Config):
+    """What every source of prompts has."""
+
+    name: FolderName
+    """How manifests and tables call this source."""
+    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Part of the budget's tokens, relative to the other sources."""
+    count: Count | None = Field(default=None, ge=1)
+    """At most this many prompts, after the seeded shuffle (of a hub data set: rows read from its beginning, 100k if unset)."""
+
+
+class TextPrompts(Prompts):
+    """What sources of text or conversations have."""
+
+    chat: bool = True
+    """Puts each text into the target's chat template as a user message, if it has a template; else bare text. Conversations always go
+    through the template if there is one."""
+    field: str = "prompt"
+    """The key or column of the prompt: text, or a list of messages whose every answer the target gives anew."""
+
+
+class JsonlPrompts(TextPrompts):
+    """JSON objects, one a line; plain, .gz, .xz or .zst."""
+
+    kind: Literal["jsonl"]
+    path: str = Field(min_length=1)
+    """A file, a folder or a pattern; `shipped:` and `python:` names too."""
+
+
+class HubPrompts(HubRows, TextPrompts):
+    """A data set of the Hugging Face hub, streamed from its beginning and held in memory."""
+
+    kind: Literal["hub"]
+
+
+class MagpiePrompts(Prompts):
+    """The target writes the instruction itself, given only the chat template's beginning (Magpie, arXiv 2406.08464)."""
+
+    kind: Literal["magpie"]
+
+
+class CorpusPrompts(Prompts):
+    """Beginnings of prepared documents, continued without template: how base models write, and code and prose in any model."""
+
+    kind: Literal["corpus"]
+    corpus: str = Field(min_length=1)
+    """One of `prepare.corpora`; only its training split is used."""
+    prompt_tokens: tuple[int, int] = (16, 128)
+    """Shortest and longest prefix, in tokens; drawn evenly."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CorpusPrompts:
+        if not 1 <= self.prompt_tokens[0] <= self.prompt_tokens[1]:
+            raise ValueError("prompt_tokens must be [shortest, longest] with 1 <= shortest <= longest")
+        return self
+
+
+class LogConfig(Config):
+    """Logged prompts and answers of the target in the OpenAI format: nothing is asked, the target's weights are not needed. JSONL of
+    {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...}, {"request": ..., "response": ...}, or the output of
+    a batch with its `requests`.
+    """
+
+    kind: Literal["transcripts"]
+    path: str = Field(min_length=1)
+    """A file, a folder or a pattern; .gz, .xz and .zst too."""
+    requests: str = ""
+    """Of outputs of the Batch API, which hold answers only: the file, folder or pattern of their requests, joined by `custom_id`."""
+    temperature: float | None = Field(default=None, ge=0, le=10)
+    """Of lines that do not tell theirs; unset, such a line stops the run."""
+    top_k: int = Field(default=0, ge=0)
+    """Of lines that do not tell theirs."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of lines that do not tell theirs."""
+    logprobs: LogprobKind = "none"
+    """What the logged log-probs are of: processed, the sampled distribution; raw, the logits (of use at temperature 1 untruncated)."""
+
+
+class LogPrompts(LogConfig, Prompts):
+    """Logs as training rows."""
+
+
+PromptConfig = Annotated[
+    JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts | LogPrompts, Field(discriminator="kind")
+]
+
+
+class NoLogitsConfig(Config):
+    """Only the tokens: all that sequence-level distillation needs."""
+
+    kind: Literal["none"] = "none"
+
+
+class TopKLogitsConfig(Config):
+    """At every response token the target's most likely tokens and the mass of all others, at temperature 1, by a scoring pass of the
+    target's weights: they must be here, also where a server or a log gives the text.
+    """
+
+    kind: Literal["top_k"]
+    k: int = Field(default=64, ge=1, le=1024)
+    """Tokens kept. About 4 bytes each: 258 to 274 bytes a response token for 64."""
 
 
 class AutoEngineConfig(Config):
-    """OpenVINO on a CPU where it is installed, else transformers; `fastdraft check` and the manifest say which."""
+    """OpenVINO on a CPU where it is installed (in int8, or what `target.dtype` names), else transformers; `check` and the manifest say
+    which.
+    """
 
     kind: Literal["auto"] = "auto"
-    """OpenVINO then runs the target in int8 (starter: total variation of 0.01 a token from float32), or in what `target.dtype` names."""
 
 
 class HuggingFaceEngineConfig(Config):
-    """transformers, in this process."""
+    """transformers, in this process: wherever torch runs; reproducible bit for bit for equal threads."""
 
     kind: Literal["huggingface"] = "huggingface"
-    """Runs wherever torch runs; reproducible bit for bit for equal threads."""
 
 
 class OpenVINOEngineConfig(Config):
-    """OpenVINO's continuous batching, in this process; needs the extra `openvino`."""
+    """OpenVINO's continuous batching, in this process, on CPUs and Intel's GPUs; needs the extra `openvino`."""
 
     kind: Literal["openvino"] = "openvino"
-    """Runs on CPUs and Intel's GPUs; reproducible for equal threads."""
-    weights: Literal["fp32", "fp16", "int8", "int4"] = "int8"
+    weights: Weights = "int8"
     """Precision of the target that writes: the fewer bits, the faster and the further from the original."""
     precision: Literal["fast", "exact"] = "fast"
     """fast: the device's own, on a CPU with an 8-bit KV cache; exact: float32 throughout."""
@@ -55,7 +255,6 @@ class OpenAIEngineConfig(Config):
     """
 
     kind: Literal["openai"]
-    """Asks over HTTP; as reproducible as the server is."""
     servers: list[str] = Field(min_length=1)
     """Base addresses, such as http://127.0.0.1:8000/v1; several of one model share the work."""
     model: str = ""
@@ -78,126 +277,22 @@ class OpenAIEngineConfig(Config):
     @field_validator("servers")
     @classmethod
     def _addresses(cls, values: list[str]) -> list[str]:
-        for value in values:
-            try:
-                parts = urlsplit(value)
-                usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-            except ValueError:
-                parts, usable = urlsplit(""), False
-            if parts.username or parts.password or parts.query or parts.fragment:
-                raise RecipeError(
-                    "synthesize.engine.servers",
-                    "an address with a key in it",
-                    "keys are not for recipes",
-                    "use api_key_env",
-                )
-            if not usable:
-                raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
-        return list(dict.fromkeys(value.rstrip("/") for value in values))
+        return list(dict.fromkeys(_address(value) for value in values))
 
-    def check_sampling(self, temperatures: Sequence[float], top_k: int, top_p: float) -> None:
-        """Raises:
-        RecipeError: when raw log-probs would have to stand for those of another distribution.
-        """
-        wrong = [t for t in temperatures if t > 0 and (t != 1 or top_k or top_p < 1)]
-        if self.logprobs == "raw" and wrong:
-            found = f"raw at temperature {wrong[0]:g}{', truncated' if top_k or top_p < 1 else ''}"
-            rule = "raw log-probs are those of the sampled distribution only at temperature 1 without top_k and top_p"
-            remedy = "set it to none, to target (scored by the weights), or to processed where the server gives those"
-            raise RecipeError("synthesize.engine.logprobs", found, rule, remedy)
+
+def _address(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("must be addresses without a key: name its environment variable in api_key_env")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # port: ValueError beyond 65535
+        raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
+    return value.rstrip("/")
 
 
 TRANSPORT = frozenset({"servers", "concurrency", "timeout", "retries", "api_key_env"})
 """Keys of an engine on which the text does not depend."""
 
 ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig | OpenAIEngineConfig
-EngineConfig = Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="kind")]
-
-
-class PrepareConfig(Config):
-    """`prepare:` — the corpora and their form on disk."""
-
-    row_length: int = Field(default=2048, ge=8)
-    """Tokens in a training row; the draft's training context."""
-    long_rows: dict[int, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
-    """Share of each corpus's tokens by greater row length, such as `{4096: 0.2}`: documents that fill half of such a row go there, the rest
-    into rows of `row_length`. Every step trains on all lengths in these shares, so that the draft sees long contexts at little cost."""
-    validation: float = Field(default=0.005, ge=0, le=0.5)
-    """Share of the documents kept for validation; small corpora keep a few rows anyway."""
-    workers: int = Field(default=0, ge=0)
-    """Tokenisation threads; 0 is all cores. The result does not depend on it."""
-    shard_tokens: Count = Field(default=64_000_000, ge=1)
-    """Tokens in a shard file."""
-    document_masking: bool = False
-    """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
-    corpora: list[SourceConfig] = Field(min_length=1)
-    """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
-
-    @field_validator("corpora")
-    @classmethod
-    def _names_make_folders(cls, entries: list[Any]) -> list[Any]:
-        names = {entry.name for entry in entries}
-        taken = (MANIFEST, FINGERPRINT)
-        if bad := {
-            name for name in names if name.endswith(".") or name.casefold() in taken or names_a_device(name)
-        }:
-            raise ValueError(f"a corpus cannot be called '{min(bad)}'")
-        if len({name.casefold() for name in names}) < len(names):
-            raise ValueError("names of corpora must differ by more than capitals: each is a folder")
-        return entries
-
-    @model_validator(mode="after")
-    def _lengths_fit_together(self) -> PrepareConfig:
-        longest = max(self.long_rows, default=self.row_length)
-        for length in self.long_rows:
-            if length <= self.row_length:
-                raise ValueError(f"long_rows.{length} must be longer than row_length ({self.row_length})")
-        for length in (self.row_length, *self.long_rows):
-            if longest % length:
-                raise ValueError(
-                    f"rows of {length} must fill the longest rows exactly: {longest} is no multiple of {length}"
-                )
-        if sum(self.long_rows.values()) >= 1:
-            raise ValueError(f"the shares of long_rows must leave some tokens for rows of {self.row_length}")
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """The corpora, in order of their first entry."""
-        return list(dict.fromkeys(entry.name for entry in self.corpora))
-
-    @property
-    def entries(self) -> dict[str, list[Any]]:
-        """The entries of each corpus."""
-        return {name: [entry for entry in self.corpora if entry.name == name] for name in self.names}
-
-    @property
-    def budget(self) -> int | None:
-        """Tokens of all entries; None when one is open."""
-        budgets = [entry.tokens for entry in self.corpora]
-        return sum(budget or 0 for budget in budgets) if all(budgets) else None
-
-
-Looping = Literal["cut", "drop", "keep"]
-
-
-class NoLogitsConfig(Config):
-    """Only the tokens: all that sequence-level distillation needs."""
-
-    kind: Literal["none"] = "none"
-
-
-class TopKLogitsConfig(Config):
-    """At every response token the target's most likely tokens and the mass of all others, at temperature 1, by a scoring pass of the
-    target's weights: they must be here, also where a server or a log gives the text.
-    """
-
-    kind: Literal["top_k"] = "top_k"
-    k: int = Field(default=64, ge=1, le=1024)
-    """Tokens kept. About 4 bytes each: 258 to 274 bytes a response token for 64."""
-
-
-LogitsConfig = Annotated[NoLogitsConfig | TopKLogitsConfig, Field(discriminator="kind")]
 
 
 class SynthesizeConfig(Config):
@@ -219,44 +314,32 @@ class SynthesizeConfig(Config):
     """0 keeps all: the draft learns the whole distribution."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """1 keeps all."""
-    logits: LogitsConfig = NoLogitsConfig()
+    logits: Annotated[NoLogitsConfig | TopKLogitsConfig, Field(discriminator="kind")] = NoLogitsConfig()
     """none, or top_k: the target's distributions beside its tokens, for token-level distillation without the target."""
-    keep_truncated: bool = True
-    """Keeps chat answers cut by max_new_tokens: every token of them is the target's own. false leaves such rows out."""
-    looping: Looping = "cut"
+    looping: Literal["cut", "drop", "keep"] = "cut"
     """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
-    engine: EngineConfig = AutoEngineConfig()
+    engine: Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="kind")] = AutoEngineConfig()
     """What runs the target: auto, huggingface, openvino, or openai for a server."""
 
     @field_validator("temperatures")
     @classmethod
-    def _distinct_temperatures(cls, values: list[float]) -> list[float]:
+    def _in_the_order_given(cls, values: list[float]) -> list[float]:
         distinct(values, 0, 10, "temperatures must be between 0 and 10")
         return list(dict.fromkeys(values))
 
     @model_validator(mode="after")
-    def _distinct_names(self) -> SynthesizeConfig:
-        names = {
-            source.name.casefold() for source in self.prompts
-        }  # capitals aside: each may name a task's files
-        if len(names) < len(self.prompts):
-            raise ValueError("every entry of prompts needs a name of its own, capitals aside")
-        return self
-
-    @model_validator(mode="after")
-    def _logprobs_fit_the_sampling(self) -> SynthesizeConfig:
-        if isinstance(self.engine, OpenAIEngineConfig) and self.asks:
-            self.engine.check_sampling(self.temperatures, self.top_k, self.top_p)
+    def _fits_together(self) -> SynthesizeConfig:
+        refuse_equal_names([source.name for source in self.prompts])
+        truncated = self.top_k > 0 or self.top_p < 1
+        raw = self.engine.kind == "openai" and self.engine.logprobs == "raw" and self.asks
+        if raw and any(t > 0 and (t != 1 or truncated) for t in self.temperatures):
+            raise ValueError(
+                "engine.logprobs: raw are those of the sampled distribution only at temperature 1 without top_k and top_p; "
+                "set none, target (scored by the weights), or processed where the server gives those"
+            )
         return self
 
     @property
     def asks(self) -> bool:
         """Whether the target is asked anything: not where all answers stand already."""
-        return any(not isinstance(source, TranscriptPrompts) for source in self.prompts)
-
-    @property
-    def needs_weights(self) -> bool:
-        """Whether the target's weights must be on this machine: they write, or score what others wrote."""
-        from fastdraft.runtimes.engines import uses_weights
-
-        return self.logits.kind == "top_k" or (self.asks and uses_weights(self.engine))
+        return any(source.kind != "transcripts" for source in self.prompts)

@@ -1,56 +1,108 @@
-"""Where the target's texts come from, over which an evaluation replays drafts.
-
-Decides the kinds: the target writes them here, the engine of synthesize writes them, held-out rows of synthesize, logs.
-"""
+"""`evaluate:`, `export:`, `benchmark:` and `report:`: tasks, texts, and what is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from fastdraft.data.openai_format import LogprobKind
-from fastdraft.data.transcript_lines import TranscriptLog
-from fastdraft.recipe.base import Config, distinct
-from fastdraft.tasks import ShippedTask, TaskConfig, refuse_equal_names
+from fastdraft.recipe.base import Config, Count, FolderName, distinct, refuse_equal_names
+from fastdraft.recipe.data import LogConfig, Weights
+
+_NAME_CHARS = 100
+
+
+class TaskSettings(Config):
+    """What every task has."""
+
+    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=_NAME_CHARS)
+    """How results call the task; the default is its kind, for files the file's name."""
+    prompts: int = Field(default=100, ge=1)
+    """At most this many prompts, spread evenly over the file."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Length at which an answer is cut."""
+
+
+class ShippedTask(TaskSettings):
+    """A task that ships with the package. code: HumanEval headers; summarization: public-domain prose; text: openings from books;
+    instructions: held-out instructions.
+    """
+
+    kind: Literal["code", "summarization", "text", "instructions"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_it(cls, value: Any) -> Any:
+        return {**value, "name": value.get("name") or value.get("kind", "")} if isinstance(value, dict) else value
+
+    @property
+    def path(self) -> str:
+        return f"shipped:tasks/{self.kind}.jsonl"
+
+    @property
+    def chat(self) -> bool:
+        return self.kind in ("summarization", "instructions")  # code and text are bare, as in the paper
+
+
+class FileTask(TaskSettings):
+    """Prompts of the user's own."""
+
+    kind: Literal["file"]
+    path: str = Field(min_length=1)
+    """JSONL with `prompt` (text) or `messages` (a conversation) and, if wanted, `id` and `reference` in each line. Of a conversation every
+    turn is a prompt, with the target's own greedy answers before it."""
+    chat: bool = False
+    """Puts each text into the target's chat template as a user message; conversations always go through it, if there is one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_it(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.get("name") and isinstance(value.get("path"), str):
+            stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(value["path"]).stem)
+            return {**value, "name": stem.lstrip("._-")[:_NAME_CHARS] or "file"}
+        return value
+
+
+TaskConfig = Annotated[ShippedTask | FileTask, Field(discriminator="kind")]
 
 
 class TargetTexts(Config):
     """The target answers the tasks here, with its weights; only then are there exact runs and latencies."""
 
     kind: Literal["target"] = "target"
-    """By transformers, in this process."""
 
 
 class EngineTexts(Config):
     """`synthesize.engine` answers the tasks, so that a served target needs no weights here."""
 
     kind: Literal["engine"]
-    """The engine that wrote the training rows."""
 
 
 class HeldOutTexts(Config):
     """The held-out rows of synthesize; every source of prompts is a task, every temperature that it has counts."""
 
     kind: Literal["synthesize"]
-    """Nothing is asked: the target's weights are not needed."""
     logprobs: Literal["own", "target"] = "own"
     """own: as they were written; target: those of target.model's weights, by a scoring pass."""
 
 
-class LoggedTexts(TranscriptLog):
+class LoggedTexts(LogConfig):
     """Logs of the target as a task; prompts that the draft was trained on are left out."""
 
-    logprobs: LogprobKind | Literal["target"] = "none"  # type: ignore[assignment]
+    name: FolderName
+    """How tables call this log."""
+    count: Count | None = Field(default=None, ge=1)
+    """At most this many answers, after a seeded shuffle; unset takes all."""
+    logprobs: Literal["processed", "raw", "none", "target"] = "none"  # type: ignore[assignment]
     """What the logged log-probs are of; target: take those of target.model's weights instead, by a scoring pass."""
 
 
 TextsConfig = Annotated[TargetTexts | EngineTexts | HeldOutTexts | LoggedTexts, Field(discriminator="kind")]
 
 
-def bare_kind(value: object) -> object:
-    """`texts: synthesize` for `texts: {kind: synthesize}`."""
+def _bare_kind(value: object) -> object:  # `texts: synthesize` for `texts: {kind: synthesize}`
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -76,7 +128,7 @@ class EvaluateConfig(Config):
 
     tasks: list[TaskConfig] = Field(default=[])
     """Shipped tasks by kind (code, summarization, text, instructions) or `kind: file`; needed unless `texts` stand already."""
-    texts: Annotated[TextsConfig, BeforeValidator(bare_kind)] = TargetTexts()
+    texts: Annotated[TextsConfig, BeforeValidator(_bare_kind)] = TargetTexts()
     """Where the target's texts come from, over which drafts are replayed: the target itself, its servers, held-out rows, logs."""
     temperatures: list[float] = Field(default=[0.0, 0.6], min_length=1)
     """At which the target answers the tasks; 0 is greedy."""
@@ -91,9 +143,8 @@ class EvaluateConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Of target and draft; 1 keeps all."""
     draft_temperature: float | None = Field(default=None, ge=0, le=10)
-    """The draft's own temperature where the target samples; any value is lossless; null: the target's."""
-    draft_sampling: Literal["sampled", "greedy"] = "sampled"
-    """greedy: the draft proposes its likeliest token even where the target samples, as vLLM does by default."""
+    """The draft's own temperature where the target samples; any value is lossless; 0: it proposes its likeliest token, as vLLM does by
+    default; null: the target's."""
     batch_rows: int = Field(default=64, ge=1, le=65_536)
     """Prompts that the target answers together."""
 
@@ -110,7 +161,7 @@ class EvaluateConfig(Config):
     @field_validator("tasks")
     @classmethod
     def _names(cls, tasks: list[Any]) -> list[Any]:
-        refuse_equal_names(tasks)
+        refuse_equal_names([task.name for task in tasks])
         return tasks
 
     @model_validator(mode="after")
@@ -119,14 +170,7 @@ class EvaluateConfig(Config):
             raise ValueError(
                 "tasks must name at least 1 task, unless texts are of kind synthesize or transcripts"
             )
-        if self.draft_sampling == "greedy" and self.draft_temperature:
-            raise ValueError("draft_sampling: greedy means draft_temperature: 0; give one of them")
         return self
-
-    @property
-    def proposing_temperature(self) -> float | None:
-        """Of the draft where the target samples; None: the target's."""
-        return 0.0 if self.draft_sampling == "greedy" else self.draft_temperature
 
 
 class OpenVINOFormat(Config):
@@ -148,8 +192,6 @@ class ExportConfig(Config):
     """Used when `formats` names it."""
     num_speculative_tokens: int = Field(default=3, ge=1, le=64)
     """K, pinned in the generation config. The paper serves with 3 to 5."""
-    confidence_threshold: float = Field(default=0.0, ge=0, le=1)
-    """The draft stops proposing below this probability; 0: never, for dynamic lengths bring nothing to drafts this small (FastDraft)."""
 
     @field_validator("formats")
     @classmethod
@@ -165,15 +207,12 @@ SHIPPED_TASKS: tuple[Literal["code", "summarization", "text", "instructions"], .
 )
 
 
-NPU_MOST = 5
-
-
 class WeightsPair(Config):
     """Precision of a target and its draft."""
 
-    target: Literal["fp32", "fp16", "int8", "int4"] = "int4"
+    target: Weights = "int4"
     """int4 is how targets are served on PCs: one token reads the fewest bytes."""
-    draft: Literal["fp32", "fp16", "int8", "int4"] = "int8"
+    draft: Weights = "int8"
     """A small draft loses acceptance in int4 and gains little time."""
 
 
@@ -201,10 +240,8 @@ class SweepConfig(Config):
 class BenchmarkConfig(Config):
     """`benchmark:` — what is measured on this device, and how often."""
 
-    runtime: Literal["openvino"] = "openvino"
-    """Needs the extra `openvino`."""
     device: str = Field(default="CPU", min_length=1)
-    """OpenVINO's name of the device that runs the target: CPU, GPU, GPU.1, NPU."""
+    """OpenVINO's name of the device that runs the target: CPU, GPU, GPU.1."""
     draft_device: str = ""
     """The draft's; "" is the target's."""
     precision: Literal["fast", "exact"] = "fast"
@@ -219,8 +256,6 @@ class BenchmarkConfig(Config):
     """Every K that is timed; the best depends on acceptance and on both models' costs here."""
     temperatures: list[float] = Field(default=[0.0], min_length=1)
     """Of the target; 0 is greedy. OpenVINO 2026.4 does not sample losslessly with a draft: other rows are marked and give no verdict."""
-    confidence_thresholds: list[float] = Field(default=[])
-    """Drafts of varying length beside the fixed K: a round proposes until the draft is less sure of a token than this."""
     sweep: SweepConfig = SweepConfig()
     """Prompt length, answer length, texts at a time."""
     repeats: int = Field(default=3, ge=1, le=100)
@@ -236,11 +271,6 @@ class BenchmarkConfig(Config):
     def _temperatures(cls, values: list[float]) -> list[float]:
         return distinct(values, 0, 10, "temperatures must be between 0 and 10")
 
-    @field_validator("confidence_thresholds")
-    @classmethod
-    def _thresholds(cls, values: list[float]) -> list[float]:
-        return distinct(values, 1e-6, 1 - 1e-6, "confidence thresholds must be above 0 and below 1")
-
     @field_validator("weights")
     @classmethod
     def _once(cls, values: list[WeightsPair]) -> list[WeightsPair]:
@@ -249,22 +279,8 @@ class BenchmarkConfig(Config):
     @field_validator("tasks")
     @classmethod
     def _names(cls, tasks: list[Any] | None) -> list[Any] | None:
-        refuse_equal_names(tasks or ())
+        refuse_equal_names([task.name for task in tasks or ()])
         return tasks
-
-    @model_validator(mode="after")
-    def _what_an_npu_takes(self) -> BenchmarkConfig:
-        if not any(name.startswith("NPU") for name in (self.device, self.draft_device)):
-            return self
-        if max(self.num_speculative_tokens) > NPU_MOST:
-            raise ValueError(
-                f"with an NPU num_speculative_tokens must be at most {NPU_MOST}: OpenVINO adapts it from there"
-            )
-        if self.confidence_thresholds or max(self.temperatures) > 0:
-            raise ValueError(
-                "with an NPU only temperature 0 and no confidence thresholds: OpenVINO's pipeline knows neither with a draft"
-            )
-        return self
 
     def tasks_of(self, sections: Mapping[str, Config]) -> list[Any]:
         """Its own tasks, those of `evaluate`, or the shipped ones.
@@ -279,7 +295,4 @@ class BenchmarkConfig(Config):
 
 
 class ReportConfig(Config):
-    """`report:` — how the report presents itself."""
-
-    title: str | None = None
-    """Headline of the page; without it, the run's name."""
+    """`report:` — one page about the run; it has no keys."""

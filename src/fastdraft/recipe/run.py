@@ -1,4 +1,4 @@
-"""`run:` and `target:`: where results go, the seed, the device, and the model that the draft is made for."""
+"""`run:` and `target:`: where results go, the seed, the device, and the model that the draft is made for; paths as a recipe writes them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,25 @@ import sysconfig
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.recipe.base import Config, FolderName, short
 
 SHIPPED, PYTHON = "shipped:", "python:"
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 def user_path(text: str, where: str = "path") -> Path:
-    """A path as a user writes it, `~` meant as the home folder.
-
-    Raises:
-        RecipeError: when the system can have no such path: an unknown user behind `~`, a NUL byte, a name that is too long.
-    """
+    """A path as a user writes it, `~` meant as the home folder."""
     try:
-        if "\0" in text:
-            raise ValueError("a NUL byte")
         path = Path(text).expanduser()
-        path.exists()
-    except (RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, PermissionError):
-            return path
-        found = error.strerror if isinstance(error, OSError) else str(error)
-        raise RecipeError(
-            where,
-            f"{short(text)} ({found})",
-            "must be a path that this machine can have",
-            "write the whole path",
-        ) from None
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
+    except (RuntimeError, ValueError, OSError) as error:  # no such user, a NUL byte, too long a name
+        found = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{where}: {short(text)} ({found}): no path that this machine can have", "correct it") from None
     return path
 
 
@@ -44,39 +34,20 @@ def resolve_path(text: str, where: str = "path") -> Path:
 
     `shipped:data/x` lies inside the installed package; `python:stdlib` is the standard library's folder and
     `python:site-packages/NAME` an installed package's; everything else is relative to the working directory.
-
-    Raises:
-        DataError: when a `shipped:` or `python:` name does not exist.
     """
     if text.startswith(SHIPPED):
         path = Path(__file__).parents[1] / "shipped" / text.removeprefix(SHIPPED)
     elif text.startswith(PYTHON):
-        name = text.removeprefix(PYTHON)
-        folder, _, rest = name.partition("/")
+        folder, _, rest = text.removeprefix(PYTHON).partition("/")
         roots = {"stdlib": sysconfig.get_path("stdlib"), "site-packages": sysconfig.get_path("purelib")}
         if folder not in roots:
-            raise DataError(
-                where,
-                text,
-                f"must be one of {', '.join(PYTHON + root for root in roots)}",
-                "correct the name",
-            )
+            raise DataError(f"{where}: {text}: must begin with {' or '.join(PYTHON + root for root in roots)}", "correct it")
         path = Path(roots[folder]) / rest
     else:
         return user_path(text, where)
     if not path.exists():
-        raise DataError(
-            where, text, f"must exist for {sys.executable}", "correct the name or install what holds it"
-        )
+        raise DataError(f"{where}: {text}: must exist for {sys.executable}", "correct the name or install what holds it")
     return path
-
-
-Compile = Literal["auto"] | bool
-"""Whether training compiles the draft's layers."""
-
-
-CrossEntropyPath = Literal["auto", "chunked", "liger"]
-"""What computes cross-entropy over the vocabulary in training."""
 
 
 class RunConfig(Config):
@@ -91,17 +62,14 @@ class RunConfig(Config):
     device: str = "auto"
     """auto, cpu, cuda, xpu, mps, or one of them with an index such as cuda:1."""
     threads: int = Field(default=0, ge=0, le=4096)
-    """CPU threads for torch; 0 lets torch choose. Results are bit-for-bit equal only for equal threads."""
-    compile: Compile = "auto"
+    """CPU threads; 0 takes all cores. Results are bit-for-bit equal only for equal threads."""
+    precision: Precision = "auto"
+    """Of training: bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
+    compile: Literal["auto"] | bool = "auto"
     """auto, true or false: whether training compiles the draft (torch.compile). auto: on CUDA devices, in runs long enough to earn it
     back; on a CPU the layers are written out instead. Where a compiler is missing, the log says so."""
-
-    cross_entropy: CrossEntropyPath = "auto"
-    """auto, chunked or liger: what computes cross-entropy over the vocabulary in training; the numbers are the same. auto is chunked, ours;
-    liger takes Liger's Triton kernels (CUDA only, needs the extra 'liger'). Losses of token_kd are always ours."""
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
-    """How several processes (`--nproc-per-node`) train: ddp, the whole draft in each; fsdp2, a part of each weight and of the optimiser's
-    state in each, for drafts that do not fit otherwise (AdamW only)."""
+    tensorboard: bool = False
+    """Whether training writes TensorBoard files too (needs the extra `tensorboard`)."""
 
     @property
     def root(self) -> Path:
@@ -111,27 +79,14 @@ class RunConfig(Config):
 class TargetConfig(Config):
     """`target:` — the model that the draft is made for."""
 
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1, pattern=r"\S")
     """A directory, a hub id, or `shipped:targets/starter`."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision in which the target runs; auto: its own on an accelerator, fp32 on a CPU."""
-    trust_remote_code: bool = False
-    """Runs Python code that comes with the model. Only if you trust its authors."""
-
-    @field_validator("model")
-    @classmethod
-    def _not_blank(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("must name a directory or a hub id")
-        return value
 
     @property
     def location(self) -> str:
         """The directory on this machine, or the hub id."""
-        return (
-            str(resolve_path(self.model, "target.model"))
-            if self.model.startswith((SHIPPED, PYTHON))
-            else str(user_path(self.model, "target.model"))
-        )
+        return str(resolve_path(self.model, "target.model"))

@@ -1,8 +1,4 @@
-"""The recipe keys that every training stage shares: optimiser, schedule, objective.
-
-Decides names and limits; what each means is in training/optimizer.py, schedule.py and objective.py. Imports no torch, so that a
-recipe loads quickly.
-"""
+"""`design:`, `pretrain:`, `continue_pretrain:` and `align:`: the draft's shape, and how it is trained."""
 
 from __future__ import annotations
 
@@ -12,38 +8,26 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fastdraft.recipe.base import Config, Count, format_count
 
-Precision = Literal["auto", "bf16", "fp32"]
+
+def kind_default(kind: str) -> Any:
+    """Lets a section that gives only some keys leave `kind` out: `{learning_rate: 1e-3}` is an AdamW."""
+    return lambda value: {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
 
 
-class AdamWConfig(Config):
-    """AdamW for every weight."""
+class OptimizerConfig(Config):
+    """`adamw` for every weight, or `muon` for the body's matrices and AdamW for embeddings, head, gains and biases."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw or muon."""
     learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    """Peak rate; left out: by the draft's size (training/rates.py: 3e-3 at 1M parameters, 2e-3 at 50M, 1.5e-3 at 150M; less for align)."""
+    """Peak rate (muon: of the matrices, in AdamW's scale); left out: by the draft's size (training/defaults.py: 3e-3 at 1M parameters,
+    2e-3 at 50M, 1.5e-3 at 150M; less for align)."""
     embedding_learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    """Peak rate of embeddings, head, gains and biases; left out: the same."""
+    """Peak rate of embeddings, head, gains and biases; left out: the same (muon: by the draft's size)."""
     weight_decay: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
     """Never on embeddings, gains, biases; left out: 0.1 in pre-training, 0 in align."""
     beta2: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
-    """Memory of squared gradients; left out: 0.99 for batches under 524k tokens, else 0.95 (small batches are noisier)."""
-
-
-class MuonConfig(Config):
-    """Muon for the body's matrices, AdamW for embeddings, head, gains and biases."""
-
-    kind: Literal["muon"] = "muon"
-    learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    """Peak rate of the matrices, in AdamW's scale; left out: by the draft's size."""
-    embedding_learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    """Peak rate of the AdamW part; left out: by the draft's size."""
-    weight_decay: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
-    """Never on embeddings, gains, biases; left out: 0.1 in pre-training, 0 in align."""
-    beta2: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
-    """Of the AdamW part; left out: by the batch size, as for adamw."""
-
-
-OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
+    """AdamW's memory of squared gradients; left out: 0.99 for batches under 524k tokens, else 0.95 (small batches are noisier)."""
 
 
 class WSDConfig(Config):
@@ -63,13 +47,11 @@ class WSDConfig(Config):
 
 
 class CosineConfig(Config):
-    """Warm-up, then half a cosine."""
+    """Warm-up, then half a cosine to zero."""
 
     kind: Literal["cosine"] = "cosine"
     warmup: float = Field(default=0.01, ge=0, lt=1)
     """Share of the steps."""
-    final: float = Field(default=0.0, ge=0, le=1)
-    """Rate at the end as a share of the peak."""
 
 
 ScheduleConfig = Annotated[WSDConfig | CosineConfig, Field(discriminator="kind")]
@@ -94,22 +76,9 @@ class TokenKDConfig(Config):
     source: Literal["target", "stored"] = "target"
     """target: loaded beside the draft, all tokens compared, on the pre-training mixture too. stored: what `synthesize.logits` kept; the
     mixture's steps have cross-entropy."""
-    beta: float | None = Field(default=None, gt=0, lt=1)
-    """Of jsd: the target's weight in the mean of both distributions; left out: 0.5."""
-
-    @model_validator(mode="after")
-    def _beta_belongs_to_jsd(self) -> TokenKDConfig:
-        if self.beta is not None and self.loss != "jsd":
-            raise ValueError("beta belongs to loss: jsd; leave it out")
-        return self
 
 
 ObjectiveConfig = Annotated[SequenceKDConfig | TokenKDConfig, Field(discriminator="kind")]
-
-
-def kind_default(kind: str) -> Any:
-    """Lets a section that gives only some keys leave `kind` out: `{learning_rate: 1e-3}` is an AdamW."""
-    return lambda value: {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
 
 
 class BudgetDraft(Config):
@@ -187,20 +156,14 @@ class PretrainConfig(Config):
     """Tokens of one optimiser step; left out: by the draft's size and the budget (16k at 1M parameters, 262k at 50M, 524k at 150M)."""
     micro_batch_tokens: Count | None = Field(default=None, gt=0)
     """Tokens that go through the model at once: memory and speed, not the result. Left out: 8k on a CPU, 32k elsewhere."""
-    optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """adamw or muon."""
     schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("wsd"))] = WSDConfig()
     """wsd keeps the weights from before the decay, from which continue_pretrain starts; or cosine."""
-    precision: Precision = "auto"
-    """bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
-    z_loss: float = Field(default=1e-5, ge=0, le=1, allow_inf_nan=False)
-    """Weight of the squared log-partition in the loss (PaLM, arXiv 2204.02311)."""
     checkpoint_every: int | None = Field(default=None, ge=0)
     """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
     validate_every: int | None = Field(default=None, ge=0)
     """Steps between validations; 0: only at the end. Left out: ten times a run."""
-    tensorboard: bool = False
-    """Write TensorBoard files too (needs the extra 'tensorboard')."""
 
     @model_validator(mode="after")
     def _budget_holds_a_batch(self) -> PretrainConfig:
@@ -224,16 +187,11 @@ class ContinuePretrainConfig(PretrainConfig):
     """pretrain's weights from before its rate fell (trained on at the same rate), or its result (an open rate is then halved)."""
 
 
-DEFAULT_EPOCHS = 3.0
-
-
 class AlignConfig(Config):
     """`align:` — fine-tuning on the target's own text."""
 
     tokens: Count | None = Field(default=None, gt=0)
-    """Budget in input tokens of synthetic text; instead of epochs."""
-    epochs: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
-    """Passes over the synthetic text; instead of tokens. Neither given: 3."""
+    """Budget in input tokens of synthetic text; left out: three passes over it."""
     pretraining_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps that come from the pre-training mixture (without one: from all prepared corpora in equal parts): without them
     the draft forgets what the prompts do not cover. Left out: 0.1, or 0 where the recipe prepares no corpora."""
@@ -243,26 +201,11 @@ class AlignConfig(Config):
     """Tokens of one optimiser step; left out: by the draft's size (16k at 1M parameters, 64k from 50M on) and the budget."""
     micro_batch_tokens: Count | None = Field(default=None, gt=0)
     """Tokens, padding included, that go through the model at once. Left out: 8k on a CPU, 32k elsewhere."""
-    optimizer: Annotated[OptimizerConfig, BeforeValidator(kind_default("adamw"))] = AdamWConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """adamw or muon; best the family that pre-training used."""
     schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("cosine"))] = CosineConfig(warmup=0.03)
     """cosine to zero, or wsd."""
-    precision: Precision = "auto"
-    """bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
     checkpoint_every: int | None = Field(default=None, ge=0)
     """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
     validate_every: int | None = Field(default=None, ge=0)
     """Steps between measurements of block efficiency, whose best is kept; 0: only at start and end. Left out: ten times a run."""
-    tensorboard: bool = False
-    """Write TensorBoard files too (needs the extra 'tensorboard')."""
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> AlignConfig:
-        if self.tokens is not None and self.epochs is not None:
-            raise ValueError("tokens and epochs are two ways to say one thing: give one of them")
-        return self
-
-    @property
-    def passes(self) -> float | None:
-        """Epochs, where no token budget is given."""
-        return (self.epochs or DEFAULT_EPOCHS) if self.tokens is None else None
