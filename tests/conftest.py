@@ -186,7 +186,7 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
         "optimizer": {"kind": "muon", "learning_rate": 0.003},
     }
     recipe: dict[str, object] = {
-        "run": {"name": "tiny", "folder": str(folder / "runs"), "threads": 1, "device": "cpu"},
+        "run": {"name": "tiny", "folder": str(folder / "runs"), "threads": 1, "device": "cpu", "precision": "fp32"},
         "target": {"model": str(target)},
         "design": {
             "draft": {
@@ -202,17 +202,15 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
         "prepare": {
             "row_length": 64,
             "validation": 0.1,
-            "shard_tokens": "4k",
             "corpora": [
                 {"name": "text", "kind": "jsonl", "path": str(corpus), "tokens": "20k"},
                 {"name": "code", "kind": "source_code", "path": str(code), "tokens": "8k"},
             ],
         },
-        "pretrain": {"tokens": "8k", "mixture": {"text": 1}, "precision": "fp32", **training},
+        "pretrain": {"tokens": "8k", "mixture": {"text": 1}, **training},
         "continue_pretrain": {
             "tokens": "8k",
             "mixture": {"code": 2, "text": 1},
-            "precision": "fp32",
             **training,
         },
         "synthesize": {
@@ -229,7 +227,7 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
                 {"kind": "corpus", "name": "code", "corpus": "code", "share": 1, "prompt_tokens": [8, 24]},
             ],
         },
-        "align": {"tokens": "6k", "precision": "fp32", **training},
+        "align": {"tokens": "6k", **training},
         "evaluate": {
             "tasks": [
                 {"kind": "file", "name": "own", "path": str(tasks), "chat": True, "max_new_tokens": 16}
@@ -267,12 +265,9 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Pa
     for stage in ("pretrain", "align"):
         value[stage].update(short)
     del value["continue_pretrain"], value["report"]
-    value["prepare"]["corpora"][0]["tokens"], value["prepare"]["shard_tokens"] = "6k", "2k"
+    value["prepare"]["corpora"][0]["tokens"] = "6k"
     value["synthesize"].update(
         {"tokens": 250, "batch_rows": 8, "max_new_tokens": 12, "temperatures": [0, 1.0]}
-    )
-    next(p for p in value["synthesize"]["prompts"] if p["kind"] == "magpie")["max_instruction_tokens"] = (
-        8  # never ends: is given up
     )
     value["evaluate"].update(
         {

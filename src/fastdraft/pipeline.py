@@ -72,7 +72,7 @@ STAGES = (
         "prepare",
         "corpora -> tokenised, packed shards",
         ("design",),
-        smaller="lower prepare.workers or close other programs",
+        smaller="lower run.threads or close other programs",
     ),
     Stage(
         "pretrain",

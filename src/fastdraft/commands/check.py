@@ -19,6 +19,9 @@ from fastdraft import forecast
 from fastdraft.commands import check_servers
 from fastdraft.commands.check_fit import check_fit
 from fastdraft.console import TABLE_WIDTH, Console, format_seconds, format_table
+from fastdraft.data.prompts import look as look_at_prompts
+from fastdraft.data.sources import source_files
+from fastdraft.data.transcript_lines import look as look_at_log
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.pipeline import STAGES, make_context, refuse_changes, refuse_missing_weights
 from fastdraft.recipe.base import format_count
@@ -64,11 +67,9 @@ def run(
         FastDraftError: in one line, for the first thing that cannot work.
     """
     from fastdraft.modeling.loading import pick_device
-    from fastdraft.training.loss_path import cross_entropy
 
     context, picked = make_context(recipe, console), pick_device(recipe.run.device)
     device = str(picked)
-    cross_entropy(recipe.run.cross_entropy, picked)  # refuses what training could not use
     if recipe.design is None:
         raise RecipeError(
             "design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe"
@@ -135,16 +136,18 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         if corpus.kind == "hub":
             yield f"prepare.corpora[{number}]: {corpus.dataset}"
         else:
-            corpus.files()
+            source_files(corpus)
     for number, prompts in enumerate(recipe.synthesize.prompts if recipe.synthesize else ()):
         if prompts.kind == "hub":
             yield f"synthesize.prompts[{number}]: {prompts.dataset}"
-        elif prompts.kind in ("transcripts", "jsonl"):
-            prompts.look()
+        elif prompts.kind == "jsonl":
+            look_at_prompts(prompts)
+        elif prompts.kind == "transcripts":
+            look_at_log(prompts)
     for task in recipe.evaluate.tasks if recipe.evaluate else ():
         load_task(task)
     if recipe.evaluate and recipe.evaluate.texts.kind == "transcripts":
-        recipe.evaluate.texts.look()
+        look_at_log(recipe.evaluate.texts)
     if recipe.synthesize and any(prompts.kind == "magpie" for prompts in recipe.synthesize.prompts):
         _check_template(recipe)
     _check_runtimes(recipe)
@@ -162,9 +165,9 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
 def _check_row_lengths(recipe: Recipe, plan: design.Plan) -> None:
     """A row must fit into the draft's context, and into a batch where its size is given."""
     limit = getattr(plan.draft_config, "max_position_embeddings", None)
-    longest = max((recipe.prepare.row_length, *recipe.prepare.long_rows)) if recipe.prepare else 0
+    longest = recipe.prepare.row_length if recipe.prepare else 0
     if recipe.prepare and limit and longest > limit:
-        key = "prepare.long_rows" if recipe.prepare.long_rows else "prepare.row_length"
+        key = "prepare.row_length"
         raise RecipeError(key, longest, f"must be at most the draft's context of {limit}", "lower it")
     for name in ("pretrain", "continue_pretrain"):
         section = getattr(recipe, name)
@@ -260,7 +263,7 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
     elif name == "prepare" and recipe.prepare:
         tokens = sum(corpus.tokens or 0 for corpus in recipe.prepare.corpora)
         seconds, disk = (
-            forecast.tokenize_seconds(tokens, recipe.prepare.workers),
+            forecast.tokenize_seconds(tokens, recipe.run.threads),
             forecast.shard_bytes(tokens, draft.vocab_size),
         )
     elif name in ("pretrain", "continue_pretrain", "align"):
@@ -335,14 +338,14 @@ def _training_tokens(name: str, recipe: Recipe) -> int:
     if recipe.align is None:
         return 0
     written = recipe.synthesize.tokens if recipe.synthesize else 0
-    return int(recipe.align.tokens or written * (recipe.align.passes or 1))
+    return int(recipe.align.tokens or written * (3))
 
 
 def _micro_batch(name: str, recipe: Recipe, device: str) -> int:
     """Tokens that go through the draft at once: at least one row."""
     from fastdraft.training.step import MICRO_BATCH_TOKENS
 
-    longest = max((recipe.prepare.row_length, *recipe.prepare.long_rows)) if recipe.prepare else 0
+    longest = recipe.prepare.row_length if recipe.prepare else 0
     return max(
         longest,
         int(
@@ -370,7 +373,7 @@ def _evaluation_tokens(recipe: Recipe) -> int:
 def _benchmark(recipe: Recipe, config: BenchmarkConfig, plan: design.Plan) -> tuple[int, float, float, float]:
     """Tokens, seconds, bytes on disk and in memory: every setting in turn, the untimed run besides."""
     tasks, sweep = config.tasks_of(recipe.sections()), config.sweep
-    settings = 1 + len(config.num_speculative_tokens) + len(config.confidence_thresholds)
+    settings = 1 + len(config.num_speculative_tokens)
     per_pair = (
         settings * len(config.temperatures) * config.prompts * sum(task.max_new_tokens for task in tasks)
     )

@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from fastdraft.data.place import Place
+from fastdraft.data.sources import documents
 
 WINDOW_CHARS = 32_000_000
 """Text held for shuffling; the memory of a source is a small multiple of this (and of its longest document), whatever its size."""
@@ -64,12 +65,7 @@ def _cut(text: str, start: int, limit: int) -> int:
     return end if end > low else high
 
 
-class Source(Protocol):
-    """Anything that yields documents; sources.py has the recipe's kinds."""
-
-    def documents(self, seed: int, skipped: Callable[[str], None], place: Place) -> Iterator[str]:
-        """Whole documents in an order of the seed, from `place` on, which moves with each."""
-        ...
+Source = Any
 
 
 class PieceStream:
@@ -98,7 +94,7 @@ class PieceStream:
     ) -> None:
         state = state or {"block": 0, "taken": 0, "place": {}}
         self._place = Place.from_state(state["place"])
-        self._documents = source.documents(seed, self._skip, self._place)
+        self._documents = documents(source, seed, self._skip, self._place)
         self._seed, self._window, self._limit = seed, window_chars, limit
         self._giving: list[str] = []
         self._filling: list[str] = []

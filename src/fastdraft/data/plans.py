@@ -10,24 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.data.prompts import (
-    CorpusPrompts,
-    MagpiePrompts,
-    PromptConfig,
-    TextPrompts,
-    normalised,
-    refused_transcripts,
-    select_texts,
-)
-from fastdraft.data.transcript_lines import TranscriptPrompts
+from fastdraft.data import prompts, transcript_lines
+from fastdraft.data.prompts import normalised, refused_transcripts, select_texts
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import CorpusPrefixes, Plan, StandingPlan, UnitPlan
+from fastdraft.recipe.data import CorpusPrompts, MagpiePrompts, PromptConfig, TextPrompts, TranscriptPrompts
 from fastdraft.run_folder import StageFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastdraft.modeling.vocabulary import Vocabulary
+
+INSTRUCTION_TOKENS = 256
+"""Longer instructions, of those that the target writes itself, are left out."""
 
 
 def describe_sources(sources: Iterable[PromptConfig], held_out: set[str], seed: int) -> dict[str, Any]:
@@ -40,12 +36,12 @@ def describe_sources(sources: Iterable[PromptConfig], held_out: set[str], seed: 
     for source in sources:
         if isinstance(source, TextPrompts):
             found[source.name] = {
-                **source.describe(),
+                **prompts.describe(source),
                 "refused_for_evaluation": select_texts(source, held_out, seed).digest,
             }
         elif isinstance(source, TranscriptPrompts):
             found[source.name] = {
-                **source.describe(),
+                **transcript_lines.describe(source),
                 "refused_for_evaluation": refused_transcripts(source, held_out),
             }
         else:
@@ -145,5 +141,5 @@ class Planner:
         return {
             "size": source.count,
             "encode": lambda index: list(prefix),
-            "instruction_tokens": source.max_instruction_tokens,
+            "instruction_tokens": INSTRUCTION_TOKENS,
         }

@@ -12,149 +12,43 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from fastdraft.data.chat import Conversation, Prompt, read_conversation
 from fastdraft.data.readers import jsonl_values
-from fastdraft.data.sources import HubSource, JsonlSource
-from fastdraft.data.transcript_lines import TranscriptLog, TranscriptPrompts, read_entries
+from fastdraft.data.hub import rows_in_order
+from fastdraft.data.sources import JSONL, describe_files, find_files
+from fastdraft.data.transcript_lines import read_entries
 from fastdraft.errors import DataError
-from fastdraft.recipe.base import Config, Count
+from fastdraft.recipe.data import HubPrompts, JsonlPrompts, TextPrompts, TranscriptLog
 
 
-class _Prompts(Config):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    """How manifests and tables call this source."""
-    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Part of the budget's tokens, relative to the other sources."""
-    count: Count | None = Field(default=None, ge=1)
-    """At most this many prompts, after the seeded shuffle; unset takes all."""
+def values(source: TextPrompts) -> Iterator[tuple[str, Any]]:
+    """(where it stands, text or list of messages) of each row of the source."""
+    if isinstance(source, HubPrompts):
+        yield from itertools.islice(rows_in_order(source), source.count or 100_000)
+    elif isinstance(source, JsonlPrompts):
+        for file in find_files(source.path, JSONL):
+            yield from jsonl_values(file.path, source.field)
 
 
-class TextPrompts(_Prompts):
-    """A source that holds prompts as text or as conversations."""
-
-    chat: bool = True
-    """Puts each text into the target's chat template as a user message, if it has a template; else bare text. Conversations always go
-    through the template if there is one."""
-
-    def values(self) -> Iterator[tuple[str, Any]]:
-        """(place, text or list of messages) as they stand in the source.
-
-        Raises:
-            DataError: when the source is missing or damaged.
-        """
-        raise NotImplementedError
-
-    def prompts(self) -> Iterator[Prompt | None]:
-        """Every row's prompt; None for a conversation that cannot be asked again.
-
-        Raises:
-            DataError: when the source is missing or damaged, or a row holds neither text nor messages.
-        """
-        for where, value in self.values():
-            yield value or "" if isinstance(value, str | None) else read_conversation(value, where)
-
-    def describe(self) -> dict[str, Any]:
-        """The settings and what they point at now, for fingerprints."""
-        raise NotImplementedError
+def prompts(source: TextPrompts) -> Iterator[Prompt | None]:
+    """Every row's prompt; None for a conversation that cannot be asked again."""
+    for where, value in values(source):
+        yield value or "" if isinstance(value, str | None) else read_conversation(value, where)
 
 
-class JsonlPrompts(TextPrompts):
-    """JSON objects, one a line; plain, .gz, .xz or .zst."""
-
-    kind: Literal["jsonl"] = "jsonl"
-    """A JSONL file."""
-    path: str = Field(min_length=1)
-    """A file, a folder or a pattern; `shipped:` and `python:` names too."""
-    field: str = "prompt"
-    """The key that holds the prompt: text, or a list of messages whose every answer the target gives anew."""
-
-    def _source(self) -> JsonlSource:
-        return JsonlSource(name=self.name, path=self.path, field=self.field)
-
-    def look(self) -> None:
-        """Reads the first row, so that a wrong path or key shows before hours of other work.
-
-        Raises:
-            DataError: when there is no file, or its first row is damaged, or no row holds a prompt.
-        """
-        if next(self.prompts(), None) is None:
-            raise DataError(
-                self.path,
-                "no prompt in it",
-                f"must hold rows with the key '{self.field}'",
-                "add rows or correct the path",
-            )
-
-    def values(self) -> Iterator[tuple[str, Any]]:
-        for file in self._source().files():
-            yield from jsonl_values(file.path, self.field)
-
-    def describe(self) -> dict[str, Any]:
-        return {**self.model_dump(), **self._source().describe()}
+def look(source: JsonlPrompts) -> None:
+    """Reads the first row, so that a wrong path or key shows before hours of other work."""
+    if next(prompts(source), None) is None:
+        message = f"{source.path}: no prompt in it: must hold rows with the key '{source.field}'"
+        raise DataError(message, "add rows or correct the path")
 
 
-class HubPrompts(TextPrompts):
-    """A data set of the Hugging Face hub, streamed from its beginning; needs the extra `datasets`."""
-
-    kind: Literal["hub"] = "hub"
-    """A hub data set."""
-    dataset: str = Field(min_length=1)
-    """Hub id."""
-    subset: str | None = None
-    """The data set's configuration."""
-    split: str = "train"
-    """The data set's split."""
-    revision: str | None = None
-    """Commit to pin, so that a resumed run reads the same rows."""
-    field: str = "prompt"
-    """The column that holds the prompt: text, or a list of messages whose every answer the target gives anew."""
-    count: Count | None = Field(default=100_000, ge=1)
-    """Rows read from the beginning of the data set; they are held in memory."""
-
-    def values(self) -> Iterator[tuple[str, Any]]:
-        source = HubSource(
-            **self.model_dump(include={"name", "dataset", "subset", "split", "revision", "field"})
-        )
-        return itertools.islice(source.values(), self.count)
-
-    def describe(self) -> dict[str, Any]:
-        return self.model_dump()
-
-
-class MagpiePrompts(_Prompts):
-    """The target writes the instruction itself, given only the chat template's beginning (Magpie, arXiv 2406.08464)."""
-
-    kind: Literal["magpie"] = "magpie"
-    """The target's own instructions."""
-    max_instruction_tokens: int = Field(default=256, ge=8)
-    """Longer instructions are left out."""
-
-
-class CorpusPrompts(_Prompts):
-    """Beginnings of prepared documents, continued without template: how base models write, and code and prose in any model."""
-
-    kind: Literal["corpus"] = "corpus"
-    """Prefixes of a prepared corpus."""
-    corpus: str = Field(min_length=1)
-    """One of `prepare.corpora`; only its training split is used."""
-    prompt_tokens: tuple[int, int] = (16, 128)
-    """Shortest and longest prefix, in tokens; drawn evenly."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CorpusPrompts:
-        if not 1 <= self.prompt_tokens[0] <= self.prompt_tokens[1]:
-            raise ValueError("prompt_tokens must be [shortest, longest] with 1 <= shortest <= longest")
-        return self
-
-
-PromptConfig = Annotated[
-    JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts | TranscriptPrompts, Field(discriminator="kind")
-]
-"""One entry of `synthesize.prompts`, told apart by `kind`."""
+def describe(source: TextPrompts) -> dict[str, Any]:
+    """The settings and what they point at now, for fingerprints."""
+    files = describe_files(find_files(source.path, JSONL)) if isinstance(source, JsonlPrompts) else {}
+    return {**source.model_dump(), **files}
 
 
 def normalised(text: str) -> str:
@@ -189,7 +83,7 @@ def select_texts(config: TextPrompts, evaluation: Iterable[str], seed: int) -> P
     texts: list[Prompt] = []
     refused = {"evaluation": 0, "empty": 0, "repeated": 0}
     met: set[str] = set()
-    for text in config.prompts():
+    for text in prompts(config):
         if text is None:
             refused["unsupported"] = refused.get("unsupported", 0) + 1
             continue

@@ -12,16 +12,14 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from fastdraft.data.openai_format import Choice, LogprobKind, read_choices, read_logprob
+from fastdraft.data.openai_format import Choice, read_choices, read_logprob
 from fastdraft.data.readers import read_jsonl
-from fastdraft.data.sources import FoundFile, JsonlSource
+from fastdraft.data.sources import JSONL, describe_files, find_files
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Sampling
-from fastdraft.recipe.base import Config, Count
+from fastdraft.recipe.data import LogprobKind, TranscriptLog
 
 _NEUTRAL = {
     "min_p": 0,
@@ -47,80 +45,24 @@ _HOTTEST, _LARGEST_TOP_K = 10, 1 << 30
 _SHAPES = "must hold `messages` or `prompt`, and `choices`, `response` or a last message of the assistant"
 
 
-class TranscriptLog(Config):
-    """Logged prompts and answers of the target in the OpenAI format: nothing is asked, the target's weights are not needed."""
-
-    kind: Literal["transcripts"]
-    """JSONL: {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...}, {"request": ..., "response": ...}, or the
-    output of a batch with its `requests`."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    """How manifests and tables call this log."""
-    path: str = Field(min_length=1)
-    """A file, a folder or a pattern; .gz, .xz and .zst too."""
-    requests: str = ""
-    """Of outputs of the Batch API, which hold answers only: the file, folder or pattern of their requests, joined by `custom_id`."""
-    count: Count | None = Field(default=None, ge=1)
-    """At most this many answers, after a seeded shuffle; unset takes all."""
-    temperature: float | None = Field(default=None, ge=0, le=_HOTTEST)
-    """Of lines that do not tell theirs; unset, such a line stops the run."""
-    top_k: int = Field(default=0, ge=0)
-    """Of lines that do not tell theirs."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Of lines that do not tell theirs."""
-    logprobs: LogprobKind = "none"
-    """What the logged log-probs are of: processed, the sampled distribution; raw, the logits (of use at temperature 1 untruncated)."""
-
-    def files(self) -> list[FoundFile]:
-        """The log's files.
-
-        Raises:
-            DataError: when there is none.
-        """
-        return self._source().files()
-
-    def look(self) -> None:
-        """Reads the first line, so that a wrong path or a shape that is not understood shows before hours of other work.
-
-        Raises:
-            DataError: when there is no file, or no line, or the first one cannot be understood.
-        """
-        if next(read_entries(self), None) is None:
-            raise DataError(
-                self.path, "no line in it", "must hold logged answers", "add some or correct the path"
-            )
-
-    def describe(self) -> dict[str, Any]:
-        """The settings and what they point at now, for fingerprints."""
-        own = self.model_dump(mode="json", exclude=set() if self.requests else {"requests"})
-        asked = {"requests_files": self._requests().describe()} if self.requests else {}
-        return {**own, **self._source().describe(), **asked}
-
-    def asked(self) -> dict[str, Mapping[str, Any]]:
-        """`custom_id` -> request, of `requests`; empty without them.
-
-        Raises:
-            DataError: when there is no such file, or a line is damaged.
-        """
-        files = self._requests().files() if self.requests else []
-        rows = (row for file in files for _, row in read_jsonl(file.path))
-        return {
-            str(row["custom_id"]): row["body"]
-            for row in rows
-            if "custom_id" in row and isinstance(row.get("body"), dict)
-        }
-
-    def _source(self) -> JsonlSource:
-        return JsonlSource(name=self.name, path=self.path)
-
-    def _requests(self) -> JsonlSource:
-        return JsonlSource(name=self.name, path=self.requests)
+def look(log: TranscriptLog) -> None:
+    """Reads the first line, so that a wrong path or a shape that is not understood shows before hours of other work."""
+    if next(read_entries(log), None) is None:
+        raise DataError(f"{log.path}: no line in it: must hold logged answers", "add some or correct the path")
 
 
-class TranscriptPrompts(TranscriptLog):
-    """The same as training rows."""
+def describe(log: TranscriptLog) -> dict[str, Any]:
+    """The settings and what they point at now, for fingerprints."""
+    own = log.model_dump(mode="json", exclude=set() if log.requests else {"requests"})
+    asked = {"requests_files": describe_files(find_files(log.requests, JSONL))} if log.requests else {}
+    return {**own, **describe_files(find_files(log.path, JSONL)), **asked}
 
-    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Part of the budget's tokens, relative to the other sources."""
+
+def _asked(log: TranscriptLog) -> dict[str, Mapping[str, Any]]:
+    """`custom_id` -> request, of `requests`; empty without them."""
+    files = find_files(log.requests, JSONL) if log.requests else []
+    rows = (row for file in files for _, row in read_jsonl(file.path))
+    return {str(row["custom_id"]): row["body"] for row in rows if "custom_id" in row and isinstance(row.get("body"), dict)}
 
 
 @dataclass(frozen=True)
@@ -160,8 +102,8 @@ def read_entries(config: TranscriptLog) -> Iterator[Entry]:
     Raises:
         DataError: naming the file and line that is damaged, of no known shape, or silent about its temperature.
     """
-    asked = config.asked()
-    for file in config.files():
+    asked = _asked(config)
+    for file in find_files(config.path, JSONL):
         for number, row in read_jsonl(file.path):
             where = f"{file.path} line {number}"
             yield _entry(where, {**row, "request": _request(where, row, asked)} if asked else row, config)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from fastdraft.data.chat import render_prompt
 from fastdraft.data.openai_format import AnswerReader, Choice
 from fastdraft.data.rows import ids_hash
-from fastdraft.data.transcript_lines import Entry, TranscriptLog, read_entries
+from fastdraft.data.transcript_lines import Entry, read_entries
+from fastdraft.recipe.data import TranscriptLog
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, read_columns, unit_paths, validation_keys
-from fastdraft.data.transcript_lines import TranscriptLog
+from fastdraft.recipe.data import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.decoding.evaluation import as_row
 from fastdraft.errors import DataError
@@ -84,7 +84,7 @@ def gather(
     if found.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(found.left_out.items()))
         hint = (
-            "; sampled answers without log-probs count with evaluate.draft_sampling: greedy"
+            "; sampled answers without log-probs count with evaluate.draft_temperature: 0"
             if "no_logprobs" in found.left_out
             else ""
         )

@@ -12,7 +12,8 @@ from fastdraft.console import Console
 from fastdraft.data.chat import prompt_ids
 from fastdraft.decoding.workbench import EncodedTask
 from fastdraft.errors import DataError
-from fastdraft.tasks import TaskConfig, load_task
+from fastdraft.recipe.evaluation import TaskConfig
+from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -187,7 +187,7 @@ class Workbench:
         unknown = sum(len(generation.logprobs) != len(generation.response_ids) for generation in written)
         if unknown and temperature > 0 and self.plan.draft_temperature != 0:
             rule = "replay of sampled text needs the log-prob of every token under the sampled distribution"
-            remedy = "set synthesize.engine.logprobs to processed or target, evaluate.temperatures=[0], or evaluate.draft_sampling=greedy"
+            remedy = "set synthesize.engine.logprobs to processed or target, evaluate.temperatures=[0], or evaluate.draft_temperature=0"
             raise TargetError(where, f"{unknown} of {count} answers without log-probs", rule, remedy)
 
     def replay_all(

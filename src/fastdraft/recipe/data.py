@@ -1,123 +1,17 @@
-"""`prepare:` and `synthesize:`: corpora, prompts, what the target is asked, and the engine that answers."""
+"""`synthesize:` — prompts, what the target is asked, and the engine that answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from fastdraft.recipe.base import Config, Count, FolderName, distinct, refuse_equal_names
+from fastdraft.recipe.prepare import HubRows
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
 LogprobKind = Literal["processed", "raw", "none"]
-NOT_CODE = [
-    *("test", "tests", "test_*.py", "*_test.py", "idle_test", "site-packages", "dist-packages"),
-    *("node_modules", "__pycache__", ".*"),
-]
-
-
-class Corpus(Config):
-    """What every kind of corpus has."""
-
-    name: FolderName
-    """The corpus; entries of one name make one corpus, each with its own budget."""
-    tokens: Count | None = Field(default=None, ge=1)
-    """Stop after this many tokens of this entry, validation included; unset takes all."""
-    license: str = ""
-    """Noted in the manifest and the model card; not read otherwise."""
-
-
-class RowsCorpus(Corpus):
-    """JSON objects, one a line (plain, .gz, .xz or .zst), or Parquet files."""
-
-    kind: Literal["jsonl", "parquet"]
-    path: str = Field(min_length=1)
-    """A file, a folder or a pattern such as `books/**/*.jsonl`; `shipped:` and `python:` names too."""
-    field: str = "text"
-    """The key or column that holds the text."""
-
-
-class TextCorpus(Corpus):
-    """Text files in UTF-8, each one document."""
-
-    kind: Literal["text"]
-    path: str = Field(min_length=1)
-    """A file, a folder (its .txt and .md files) or a pattern."""
-
-
-class SourceCodeCorpus(Corpus):
-    """Source code, each file one document; files that are not UTF-8 are passed over and counted."""
-
-    kind: Literal["source_code"]
-    path: str = Field(min_length=1)
-    """A folder (its .py files) or a pattern such as `src/**/*.java`; `shipped:` and `python:` names too."""
-    exclude: list[str] = NOT_CODE
-    """File or folder names to leave out, anywhere below `path`; tests and installed packages by default."""
-
-
-class HubRows(Config):
-    """Which rows of a data set of the Hugging Face hub."""
-
-    dataset: str = Field(min_length=1)
-    """Hub id."""
-    subset: str | None = None
-    """The data set's configuration."""
-    split: str = "train"
-    """The data set's split."""
-    revision: str | None = None
-    """Commit to pin, so that a resumed run reads the same rows."""
-
-
-class HubCorpus(HubRows, Corpus):
-    """A data set of the Hugging Face hub, streamed."""
-
-    kind: Literal["hub"]
-    field: str = "text"
-    """The column that holds the text."""
-
-
-CorpusConfig = Annotated[
-    RowsCorpus | TextCorpus | SourceCodeCorpus | HubCorpus, Field(discriminator="kind")
-]
-
-
-class PrepareConfig(Config):
-    """`prepare:` — the corpora and their form on disk."""
-
-    row_length: int = Field(default=2048, ge=8)
-    """Tokens in a training row; the draft's training context."""
-    validation: float = Field(default=0.005, ge=0, le=0.5)
-    """Share of the documents kept for validation; small corpora keep a few rows anyway."""
-    document_masking: bool = False
-    """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
-    corpora: list[CorpusConfig] = Field(min_length=1)
-    """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
-
-    @field_validator("corpora")
-    @classmethod
-    def _names_make_folders(cls, entries: list[Any]) -> list[Any]:
-        refuse_equal_names(sorted({entry.name for entry in entries}))
-        return entries
-
-    @property
-    def names(self) -> list[str]:
-        """The corpora, in order of their first entry."""
-        return list(dict.fromkeys(entry.name for entry in self.corpora))
-
-    @property
-    def entries(self) -> dict[str, list[Any]]:
-        """The entries of each corpus."""
-        return {name: [entry for entry in self.corpora if entry.name == name] for name in self.names}
-
-    @property
-    def budget(self) -> int | None:
-        """Tokens of all entries; None when one is open."""
-        budgets = [entry.tokens for entry in self.corpora]
-        return sum(budget or 0 for budget in budgets) if all(budgets) else None
-
-
 class Prompts(Config):
     """What every source of prompts has."""
 
@@ -175,7 +69,7 @@ class CorpusPrompts(Prompts):
         return self
 
 
-class LogConfig(Config):
+class TranscriptLog(Config):
     """Logged prompts and answers of the target in the OpenAI format: nothing is asked, the target's weights are not needed. JSONL of
     {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...}, {"request": ..., "response": ...}, or the output of
     a batch with its `requests`.
@@ -196,12 +90,12 @@ class LogConfig(Config):
     """What the logged log-probs are of: processed, the sampled distribution; raw, the logits (of use at temperature 1 untruncated)."""
 
 
-class LogPrompts(LogConfig, Prompts):
+class TranscriptPrompts(TranscriptLog, Prompts):
     """Logs as training rows."""
 
 
 PromptConfig = Annotated[
-    JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts | LogPrompts, Field(discriminator="kind")
+    JsonlPrompts | HubPrompts | MagpiePrompts | CorpusPrompts | TranscriptPrompts, Field(discriminator="kind")
 ]
 
 
@@ -292,7 +186,9 @@ def _address(value: str) -> str:
 TRANSPORT = frozenset({"servers", "concurrency", "timeout", "retries", "api_key_env"})
 """Keys of an engine on which the text does not depend."""
 
+Looping = Literal["cut", "drop", "keep"]
 ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig | OpenAIEngineConfig
+EngineConfig = Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="kind")]
 
 
 class SynthesizeConfig(Config):
@@ -316,9 +212,9 @@ class SynthesizeConfig(Config):
     """1 keeps all."""
     logits: Annotated[NoLogitsConfig | TopKLogitsConfig, Field(discriminator="kind")] = NoLogitsConfig()
     """none, or top_k: the target's distributions beside its tokens, for token-level distillation without the target."""
-    looping: Literal["cut", "drop", "keep"] = "cut"
+    looping: Looping = "cut"
     """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
-    engine: Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="kind")] = AutoEngineConfig()
+    engine: EngineConfig = AutoEngineConfig()
     """What runs the target: auto, huggingface, openvino, or openai for a server."""
 
     @field_validator("temperatures")
@@ -343,3 +239,9 @@ class SynthesizeConfig(Config):
     def asks(self) -> bool:
         """Whether the target is asked anything: not where all answers stand already."""
         return any(source.kind != "transcripts" for source in self.prompts)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the target's weights must be on this machine: they write, or score what others wrote."""
+        served = self.engine.kind == "openai" and self.engine.logprobs != "target"
+        return self.logits.kind == "top_k" or (self.asks and not served)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fastdraft.recipe.base import Config, Count, FolderName, distinct, refuse_equal_names
-from fastdraft.recipe.data import LogConfig, Weights
+from fastdraft.recipe.data import TranscriptLog, Weights
 
 _NAME_CHARS = 100
 
@@ -88,7 +88,7 @@ class HeldOutTexts(Config):
     """own: as they were written; target: those of target.model's weights, by a scoring pass."""
 
 
-class LoggedTexts(LogConfig):
+class LoggedTexts(TranscriptLog):
     """Logs of the target as a task; prompts that the draft was trained on are left out."""
 
     name: FolderName

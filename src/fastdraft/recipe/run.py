@@ -14,6 +14,7 @@ from fastdraft.recipe.base import Config, FolderName, short
 
 SHIPPED, PYTHON = "shipped:", "python:"
 Precision = Literal["auto", "bf16", "fp32"]
+Compile = Literal["auto"] | bool
 
 
 def user_path(text: str, where: str = "path") -> Path:
@@ -65,7 +66,7 @@ class RunConfig(Config):
     """CPU threads; 0 takes all cores. Results are bit-for-bit equal only for equal threads."""
     precision: Precision = "auto"
     """Of training: bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
-    compile: Literal["auto"] | bool = "auto"
+    compile: Compile = "auto"
     """auto, true or false: whether training compiles the draft (torch.compile). auto: on CUDA devices, in runs long enough to earn it
     back; on a CPU the layers are written out instead. Where a compiler is missing, the log says so."""
     tensorboard: bool = False
@@ -85,6 +86,8 @@ class TargetConfig(Config):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision in which the target runs; auto: its own on an accelerator, fp32 on a CPU."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with the model. Only if you trust its authors."""
 
     @property
     def location(self) -> str:

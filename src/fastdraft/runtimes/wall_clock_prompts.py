@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from fastdraft.data.chat import first_prompt_ids
 from fastdraft.errors import DataError
-from fastdraft.tasks import TaskConfig, load_task
+from fastdraft.recipe.evaluation import TaskConfig
+from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

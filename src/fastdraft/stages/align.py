@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 VALIDATION_ROWS = 128
 DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
+DEFAULT_EPOCHS = 3.0
 _PRETRAINING = ("continue_pretrain", "pretrain")
 """Stages that may come before, the latest first."""
-_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "tensorboard"}
+_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every"}
 _MIXTURE_SEED = 0x5EED
 """Added to the seed, so that alignment sees the mixture's rows in another order than pre-training did."""
 
@@ -47,6 +48,7 @@ def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
     teaching = {"target": _target_identity(context.target)} if _needs_target(config) else {}
     return {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
+        "precision": context.settings.precision,
         "seed": context.settings.seed,
         "start": _start(context)[1],
         "synthesize": context.folder("synthesize").digest(),
@@ -117,7 +119,7 @@ def _build_trainer(
     artifact, synthesize = context.folder("align"), context.require("synthesize")
     source, resolved, counts = _batches(config, context, model, device)
     compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
-    trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
+    trained = in_parts(model, "ddp", config.optimizer.kind)
     step = assemble.build_step(
         trained, resolved, _objective(config, context, model, device), device, compiled=compiled
     )
@@ -134,7 +136,7 @@ def _build_trainer(
         validate_every=assemble.validate_every(config.validate_every, source.steps),
         validate_first=True,
         checkpoint_every=assemble.checkpoint_every(config.checkpoint_every, source.steps),
-        tensorboard=config.tensorboard,
+        tensorboard=context.settings.tensorboard,
     )
     k, vocabulary, size = (
         _num_speculative_tokens(context),
@@ -178,7 +180,7 @@ def _batches(
         _responses(config, context.require("synthesize"), model), model.config.max_position_embeddings
     )
     total = sum(sample.num_tokens for sample in samples)
-    budget = config.tokens or round(total * (config.passes or 1))
+    budget = config.tokens or round(total * DEFAULT_EPOCHS)
     batch_tokens = config.batch_tokens or rates.batch_tokens(
         "align", assemble.count_parameters(model), budget
     )
@@ -189,7 +191,7 @@ def _batches(
         device,
         batch_tokens=batch_tokens,
         micro_batch_tokens=config.micro_batch_tokens,
-        precision=config.precision,
+        precision=context.settings.precision,
     )
     return _source(config, context, samples, resolved), resolved, counts
 
@@ -208,8 +210,8 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
 
     objective = config.objective
     if not isinstance(objective, TokenKDConfig):
-        return cross_entropy(context.settings.cross_entropy, device)
-    loss = token_loss(objective.loss, objective.beta or 0.5)
+        return cross_entropy("auto", device)
+    loss = token_loss(objective.loss, 0.5)
     if objective.source == "stored":
         return TokenDistillation(loss)
     target = LoadedTarget(*output_head(load_target(context.target, device)))
@@ -275,7 +277,7 @@ def _source(
 
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
     plan = plan_batches(
-        lengths, resolved.batch_tokens, context.settings.seed, epochs=config.passes, tokens=config.tokens
+        lengths, resolved.batch_tokens, context.settings.seed, epochs=None if config.tokens else DEFAULT_EPOCHS, tokens=config.tokens
     )
     share = _pretraining_share(config, context)
     packed = _packed(context, resolved) if share else None

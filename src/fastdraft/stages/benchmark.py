@@ -89,7 +89,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     found = _measure(bench, pairs, latencies, context)
     results = {
         "schema": 1,
-        "runtime": {"name": config.runtime, **device, **bench.place.as_dict()},
+        "runtime": {"name": "openvino", **device, **bench.place.as_dict()},
         "target": context.target.model,
         "draft": context.require("export").manifest()["source"],
         "block": {"settings": config.model_dump(), "left_out": bench.plan.left_out},
@@ -136,7 +136,7 @@ def _plan(config: BenchmarkConfig, context: StageContext) -> Plan:
         ),
         weights=[(pair.target, pair.draft) for pair in config.weights],
         temperatures=config.temperatures,
-        settings=as_settings(config.num_speculative_tokens, config.confidence_thresholds),
+        settings=as_settings(config.num_speculative_tokens, []),
         sweep=config.sweep.model_dump(),
         repeats=config.repeats,
         seed=context.settings.seed,

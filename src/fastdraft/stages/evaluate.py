@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.functional.generation import Engine
 from fastdraft.machine import Halving
+from fastdraft.data.transcript_lines import describe
 from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, LoggedTexts, TargetTexts, TextsConfig
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import StageFolder, write_json
@@ -76,7 +77,7 @@ def _describe_texts(texts: TextsConfig, context: StageContext) -> dict[str, Any]
     from fastdraft.recipe.data import TRANSPORT
 
     if isinstance(texts, LoggedTexts):
-        return texts.describe()
+        return describe(texts)
     engine = (
         {"engine": _chosen_engine(context).model_dump(mode="json", exclude=set(TRANSPORT))}
         if isinstance(texts, EngineTexts)
@@ -251,7 +252,7 @@ def _standing_texts(
     if isinstance(config.texts, (TargetTexts, EngineTexts)):
         return None
     return gather(
-        config.texts, context, tokenizer, context_length, greedy_draft=config.proposing_temperature == 0
+        config.texts, context, tokenizer, context_length, greedy_draft=config.draft_temperature == 0
     )
 
 
@@ -288,7 +289,7 @@ def _plan(
         exact_prompts=config.exact.prompts,
         top_k=config.top_k,
         top_p=config.top_p,
-        draft_temperature=config.proposing_temperature,
+        draft_temperature=config.draft_temperature,
         seed=context.settings.seed,
     )
 

@@ -101,7 +101,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         where=str(checkpoint),
     )
     folder = artifact.path / "huggingface"
-    files = write_huggingface(checkpoint, folder, config.num_speculative_tokens, config.confidence_threshold)
+    files = write_huggingface(checkpoint, folder, config.num_speculative_tokens, 0.0)
     context.console.stop.check(artifact.path)
     checks = _check(folder, vocabulary, context)
     write_atomic(
@@ -113,7 +113,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         formats=config.formats,
         source=name,
         num_speculative_tokens=config.num_speculative_tokens,
-        confidence_threshold=config.confidence_threshold,
+        confidence_threshold=0.0,
         files={
             file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
             for file in (*files, "README.md")

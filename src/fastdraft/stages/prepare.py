@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastdraft import run_folder
+from fastdraft.data.sources import describe
 from fastdraft.errors import DataError
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fastdraft.data.journal import Journal
     from fastdraft.modeling.vocabulary import Vocabulary
 
+SHARD_TOKENS = 16_000_000
 KEPT_TOKENS = 20_000_000
 """Unfinished work of fewer tokens is removed when a source turns out to be bad."""
 
@@ -41,18 +43,16 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
     corpora = []
     for number, entry in enumerate(config.corpora):
         try:
-            corpora.append(entry.describe())
+            corpora.append(describe(entry))
         except DataError as error:
             settings = entry.model_dump(exclude={"license"})
             if number < len(stored) and {key: stored[number].get(key) for key in settings} == settings:
                 corpora.append(stored[number])
             else:
                 raise DataError(
-                    f"prepare.corpora[{number}] {error.where}", error.found, error.rule, error.remedy
+                    f"prepare.corpora[{number}]: {error.message}", error.fix
                 ) from None
-    sizes = config.model_dump(include={"row_length", "validation", "shard_tokens"})
-    if config.long_rows:
-        sizes["long_rows"] = {str(length): share for length, share in sorted(config.long_rows.items())}
+    sizes = config.model_dump(include={"row_length", "validation"})
     encoding = _encoding(*load_encoding(context.target))
     return {**encoding, "seed": context.settings.seed, **sizes, **_masking(config), "corpora": corpora}
 
@@ -96,8 +96,8 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     form = {"separator_id": encoding["separator_id"], "dtype": encoding["dtype"]}
     layout = Layout(
         config.row_length,
-        dict(sorted(config.long_rows.items())),
-        config.shard_tokens,
+        {},
+        SHARD_TOKENS,
         config.validation,
         **form,
     )
@@ -106,20 +106,18 @@ def run(config: PrepareConfig, context: StageContext) -> None:
         tools = Tools(DocumentEncoder(tokenizer, vocabulary.size), journal, console, context.settings.seed)
         builds = [
             CorpusBuild(name, entries, artifact.path / name, layout, tools)
-            for name, entries in config.entries.items()
+            for name, entries in config.sources.items()
         ]
         done = sum(build.progress.tokens for build in builds)
         with (
-            parallel_tokenization(config.workers),
+            parallel_tokenization(context.settings.threads),
             console.progress("prepare", config.budget, "tokens", completed=done) as bar,
         ):
             for build in builds:
                 build.run(bar.advance)
         corpora = {build.name: build.result() for build in builds}
-    lengths = {"row_lengths": layout.lengths} if config.long_rows else {}
     artifact.complete(
         row_length=config.row_length,
-        **lengths,
         **form,
         corpora=corpora,
         **_masking(config),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Name = Literal["pretrain", "continue_pretrain"]
 GOOD_EPOCHS = 4
-_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every", "tensorboard"}
+_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every"}
 """Keys that may change while a run is under way: they do not change what is learned."""
 _CONTINUED_SEED = 0xC0DE
 """Added to the seed where continue_pretrain would else meet a corpus in the order in which pretrain did."""
@@ -37,6 +37,7 @@ def fingerprint(config: PretrainConfig, context: StageContext, name: Name) -> di
     """What the weights depend on: the draft's shape, vocabulary and start, the prepared rows, these settings, the seed."""
     return {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
+        "precision": context.settings.precision,
         "seed": context.settings.seed,
         "start": _start_digest(context, name),
         "prepare": context.folder("prepare").digest(),
@@ -95,14 +96,14 @@ def _build_trainer(
         device,
         batch_tokens=batch_tokens,
         micro_batch_tokens=config.micro_batch_tokens,
-        precision=config.precision,
+        precision=context.settings.precision,
         halved=halved,
     )
     source = _source(config, context, name, resolved)
     _check_context(model, source.row_length)
     compiled = settle(context.settings.compile, device, source.tokens, context.console.say)
-    trained = in_parts(model, context.settings.parallel, config.optimizer.kind)
-    objective = cross_entropy(context.settings.cross_entropy, device, config.z_loss)
+    trained = in_parts(model, "ddp", config.optimizer.kind)
+    objective = cross_entropy("auto", device, 1e-5)
     step = assemble.build_step(trained, resolved, objective, device, compiled=compiled)
     plan = Plan(
         title=name,
@@ -112,7 +113,7 @@ def _build_trainer(
         validate_every=assemble.validate_every(config.validate_every, source.steps),
         checkpoint_every=assemble.checkpoint_every(config.checkpoint_every, source.steps),
         undecayed_step=assemble.undecayed_step(config.schedule, source.steps),
-        tensorboard=config.tensorboard,
+        tensorboard=context.settings.tensorboard,
     )
     validate = _validation(outside(step, model, trained), context, source.rows_per_micro)
     trainer = Trainer(
@@ -151,7 +152,7 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
             f"{name}.batch_tokens",
             resolved.batch_tokens,
             rule,
-            "raise it or lower prepare.row_length (or long_rows)",
+            "raise it or lower prepare.row_length",
         )
     rows = resolved.batch_tokens // row_length
     steps = max(1, round(config.tokens / (rows * row_length)))

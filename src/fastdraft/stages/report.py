@@ -32,7 +32,6 @@ def fingerprint(config: ReportConfig, context: StageContext) -> dict[str, Any]:
         context.folder("benchmark").path / BENCHMARK,
     )
     return {
-        "title": config.title,
         "stages": fingerprint_of(context.run),
         "results": file_sha256(results) if results.is_file() else None,
         **({"benchmark": file_sha256(benchmark)} if benchmark.is_file() else {}),
@@ -54,7 +53,7 @@ def run(config: ReportConfig, context: StageContext) -> None:
     artifact = context.folder(NAME)
     context.console.stop.check(artifact.path)
     record = read_record(context.run)
-    report = compose_report(record, config.title)
+    report = compose_report(record)
     write_atomic(artifact.path / "report.md", render_markdown(report))
     write_atomic(artifact.path / "report.html", render_html(report))
     files = ["report.html", "report.md"]

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.ledger import DRY_UNITS, Ledger
 from fastdraft.data.plans import Planner, describe_sources
-from fastdraft.data.prompts import CorpusPrompts, MagpiePrompts, normalised
+from fastdraft.data.prompts import normalised
 from fastdraft.data.rows import read_columns, read_facts, unit_path, write_rows
 from fastdraft.data.units import Plan, unit_seed
 from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.data import TRANSPORT, ChosenEngine, HuggingFaceEngineConfig, SynthesizeConfig
+from fastdraft.recipe.data import TRANSPORT, ChosenEngine, HuggingFaceEngineConfig, SynthesizeConfig, CorpusPrompts, MagpiePrompts
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import FINGERPRINT, StageFolder, write_json
 from fastdraft.runtimes.engines import (
@@ -233,7 +233,7 @@ def _prepare(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    row_filter = RowFilter(vocabulary.missing_ids, decode, config.looping, config.keep_truncated)
+    row_filter = RowFilter(vocabulary.missing_ids, decode, config.looping)
     writer = UnitWriter(
         engines.answering,
         instruction_engine=engines.instructing,
@@ -279,7 +279,7 @@ def _nobody(target: TargetConfig) -> Engines:
     """For answers that stand already: all that is asked of the target is how long they may be."""
     from fastdraft.modeling.loading import load_config
 
-    return no_engines(int(load_config(target.location, target.revision).max_position_embeddings))
+    return no_engines(int(load_config(target.location, target.revision, target.trust_remote_code).max_position_embeddings))
 
 
 def _manifest(
@@ -354,4 +354,4 @@ def _remedy(counts: RowCounts) -> str:
         return "its numbers are not finite in this precision: set target.dtype=fp32"
     if counts.filtered.get("prompt_too_long", 0) * 2 > counts.asked:
         return "shorten the prompts or lower synthesize.max_new_tokens"
-    return "check prompts and target, or change `looping` and `keep_truncated`"
+    return "check prompts and target, or change `looping`"

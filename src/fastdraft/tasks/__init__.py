@@ -1,23 +1,6 @@
-"""Evaluation tasks by name or from files; see catalogue.py for what ships."""
+"""Evaluation tasks: catalogue.py loads a recipe's task, files.py reads its prompts."""
 
-from fastdraft.tasks.catalogue import (
-    FileTask,
-    ShippedTask,
-    Task,
-    TaskConfig,
-    describe_task,
-    load_task,
-    refuse_equal_names,
-)
+from fastdraft.tasks.catalogue import Task, describe_task, load_task
 from fastdraft.tasks.files import TaskPrompt
 
-__all__ = [
-    "FileTask",
-    "ShippedTask",
-    "Task",
-    "TaskConfig",
-    "TaskPrompt",
-    "describe_task",
-    "load_task",
-    "refuse_equal_names",
-]
+__all__ = ["Task", "TaskPrompt", "describe_task", "load_task"]

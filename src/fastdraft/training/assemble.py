@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from fastdraft.modeling.loading import split_head
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.training import AdamWConfig, CosineConfig, MuonConfig, Precision, WSDConfig
+from fastdraft.recipe.run import Precision
+from fastdraft.recipe.training import CosineConfig, OptimizerConfig, WSDConfig
 from fastdraft.training import rates, schedule
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import build_optimizers
@@ -55,7 +56,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def resolve(
-    optimizer: AdamWConfig | MuonConfig,
+    optimizer: OptimizerConfig,
     phase: rates.Phase,
     model: torch.nn.Module,
     device: torch.device,
@@ -118,8 +119,8 @@ def rate_factor(config: WSDConfig | CosineConfig, steps: int) -> Callable[[int],
     if isinstance(config, WSDConfig):
         warmup, decay = config.warmup, config.decay
         return lambda step: schedule.wsd_factor(step, steps, warmup, decay)
-    warmup, final = config.warmup, config.final
-    return lambda step: schedule.cosine_factor(step, steps, warmup, final)
+    warmup = config.warmup
+    return lambda step: schedule.cosine_factor(step, steps, warmup, 0.0)
 
 
 def undecayed_step(config: WSDConfig | CosineConfig, steps: int) -> int:

@@ -13,13 +13,12 @@ import torch
 
 from fastdraft.errors import RecipeError
 from fastdraft.functional.liger import liger_function
-from fastdraft.recipe.run import CrossEntropyPath
 from fastdraft.training.objective import CrossEntropy
 
 KEY = "run.cross_entropy"
 
 
-def cross_entropy(asked: CrossEntropyPath, device: torch.device, z_loss: float = 0.0) -> CrossEntropy:
+def cross_entropy(asked: str, device: torch.device, z_loss: float = 0.0) -> CrossEntropy:
     """The objective that `run.cross_entropy` means on this device.
 
     Raises:

@@ -1,0 +1,109 @@
+"""`prepare:` — the corpora of a recipe and their form on disk; data/corpora.py reads them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from fastdraft.recipe.base import Config, Count, FolderName, refuse_equal_names
+
+NOT_CODE = [
+    *("test", "tests", "test_*.py", "*_test.py", "idle_test", "site-packages", "dist-packages"),
+    *("node_modules", "__pycache__", ".*"),
+]
+
+
+class Source(Config):
+    """What every kind of corpus has."""
+
+    name: FolderName
+    """The corpus; entries of one name make one corpus, each with its own budget."""
+    tokens: Count | None = Field(default=None, ge=1)
+    """Stop after this many tokens of this entry, validation included; unset takes all."""
+    license: str = ""
+    """Noted in the manifest and the model card; not read otherwise."""
+
+
+class RowsSource(Source):
+    """JSON objects, one a line (plain, .gz, .xz or .zst), or Parquet files."""
+
+    kind: Literal["jsonl", "parquet"]
+    path: str = Field(min_length=1)
+    """A file, a folder or a pattern such as `books/**/*.jsonl`; `shipped:` and `python:` names too."""
+    field: str = "text"
+    """The key or column that holds the text."""
+
+
+class TextSource(Source):
+    """Text files in UTF-8, each one document."""
+
+    kind: Literal["text"]
+    path: str = Field(min_length=1)
+    """A file, a folder (its .txt and .md files) or a pattern."""
+
+
+class SourceCodeSource(Source):
+    """Source code, each file one document; files that are not UTF-8 are passed over and counted."""
+
+    kind: Literal["source_code"]
+    path: str = Field(min_length=1)
+    """A folder (its .py files) or a pattern such as `src/**/*.java`; `shipped:` and `python:` names too."""
+    exclude: list[str] = NOT_CODE
+    """File or folder names to leave out, anywhere below `path`; tests and installed packages by default."""
+
+
+class HubRows(Config):
+    """Which rows of a data set of the Hugging Face hub."""
+
+    dataset: str = Field(min_length=1)
+    """Hub id."""
+    subset: str | None = None
+    """The data set's configuration."""
+    split: str = "train"
+    """The data set's split."""
+    revision: str | None = None
+    """Commit to pin, so that a resumed run reads the same rows."""
+
+
+class HubSource(HubRows, Source):
+    """A data set of the Hugging Face hub, streamed."""
+
+    kind: Literal["hub"]
+    field: str = "text"
+    """The column that holds the text."""
+
+
+FileSource = RowsSource | TextSource | SourceCodeSource
+SourceConfig = FileSource | HubSource
+
+
+class PrepareConfig(Config):
+    """`prepare:` — the corpora and their form on disk."""
+
+    row_length: int = Field(default=2048, ge=8)
+    """Tokens in a training row; the draft's training context."""
+    validation: float = Field(default=0.005, ge=0, le=0.5)
+    """Share of the documents kept for validation; small corpora keep a few rows anyway."""
+    document_masking: bool = False
+    """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
+    corpora: list[Annotated[SourceConfig, Field(discriminator="kind")]] = Field(min_length=1)
+    """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
+
+    @field_validator("corpora")
+    @classmethod
+    def _names_make_folders(cls, entries: list[Any]) -> list[Any]:
+        refuse_equal_names(sorted({entry.name for entry in entries}))
+        return entries
+
+    @property
+    def sources(self) -> dict[str, list[SourceConfig]]:
+        """The entries of each corpus, corpora in order of their first entry."""
+        names = dict.fromkeys(entry.name for entry in self.corpora)
+        return {name: [entry for entry in self.corpora if entry.name == name] for name in names}
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens of all entries; None when one is open."""
+        budgets = [entry.tokens for entry in self.corpora]
+        return sum(budget or 0 for budget in budgets) if all(budgets) else None
