@@ -34,7 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastdraft.console import format_table
 from fastdraft.data.chat import first_prompt_ids
-from fastdraft.data.prompts import JsonlPrompts, select_texts
+from fastdraft.data.prompts import select_texts
+from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.decoding.autoregressive import pad_left
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary, set_threads
@@ -146,7 +147,7 @@ class Contenders:
 def read_prompts(target: TargetConfig, arguments: argparse.Namespace, room: int) -> Texts:
     """The first prompts that fit, as the target reads them, shortest first."""
     tokenizer = load_tokenizer(target.location)
-    chosen = select_texts(JsonlPrompts(name="p", path=arguments.file), set(), 0).texts
+    chosen = select_texts(JsonlPrompts(kind="jsonl", name="p", path=arguments.file), set(), 0).texts
     encoded = (first_prompt_ids(tokenizer, prompt, chat=True) for prompt in chosen)
     fitting = (ids for ids in encoded if len(ids) <= room)
     return sorted((ids for ids, _ in zip(fitting, range(arguments.prompts), strict=False)), key=len)

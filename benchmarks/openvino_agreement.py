@@ -51,7 +51,8 @@ from fastdraft.runtimes.openvino_pair import context_length
 from fastdraft.runtimes.openvino_ties import TieJudge, first_difference
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
 from fastdraft.runtimes.wall_clock import Contender, TimedText
-from fastdraft.tasks import ShippedTask, load_task
+from fastdraft.recipe.evaluation import ShippedTask
+from fastdraft.tasks import load_task
 
 TASKS = ("code", "instructions", "text", "summarization")
 GREEDY = Sampling(0.0)

@@ -22,7 +22,8 @@ from fastdraft.errors import DataError
 from fastdraft.functional.intervals import group_numbers, ratio_interval
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder, read_json
-from fastdraft.tasks import FileTask, load_task
+from fastdraft.recipe.evaluation import FileTask
+from fastdraft.tasks import load_task
 
 QUESTIONS = ("What is {i}?", "And {i} plus one?", "Why?")
 

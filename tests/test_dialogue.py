@@ -14,7 +14,8 @@ from conftest import CHAT_TEMPLATE, write_tokenizer
 from fastdraft.data.chat import Conversation, read_conversation
 from fastdraft.data.chat import conversation_plan, dialogue_format, first_prompt_ids
 from fastdraft.data.filters import RowFilter
-from fastdraft.data.prompts import JsonlPrompts, select_texts
+from fastdraft.data.prompts import select_texts
+from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.data.units import Unit, UnitPlan
 from fastdraft.decoding.conversations import take_turns
 from fastdraft.decoding.unit_writer import UnitWriter
@@ -136,7 +137,7 @@ def test_answers_of_the_log_are_never_read(tokenizer: PreTrainedTokenizerBase, t
     ]
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     chosen = select_texts(
-        JsonlPrompts(name="talks", path=str(tmp_path / "talks.jsonl"), field="messages"), set(), 0
+        JsonlPrompts(kind="jsonl", name="talks", path=str(tmp_path / "talks.jsonl"), field="messages"), set(), 0
     ).texts
     engine = Scripted(templated(tokenizer, WITH_SYSTEM), ANSWERS)
     rows, _ = written(tokenizer, engine, [talk for talk in chosen if isinstance(talk, Conversation)])
@@ -328,7 +329,7 @@ def test_what_cannot_be_asked_again_is_counted(log: list[dict[str, Any]], tmp_pa
         json.dumps({"messages": log}) + "\n" + json.dumps({"messages": messages(("user", "a"))}) + "\n"
     )
     assert (
-        select_texts(JsonlPrompts(name="t", path=str(path), field="messages"), set(), 0).refused[
+        select_texts(JsonlPrompts(kind="jsonl", name="t", path=str(path), field="messages"), set(), 0).refused[
             "unsupported"
         ]
         == 1
@@ -342,7 +343,7 @@ def test_a_damaged_conversation_stops_the_run_with_its_line(log: Any, tmp_path: 
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": log}) + "\n")
     with pytest.raises(DataError, match=r"talks.jsonl line 1"):
-        select_texts(JsonlPrompts(name="t", path=str(path), field="messages"), set(), 0)
+        select_texts(JsonlPrompts(kind="jsonl", name="t", path=str(path), field="messages"), set(), 0)
 
 
 def test_a_conversation_is_refused_where_any_of_its_questions_is_an_evaluation_prompt(tmp_path: Path) -> None:
@@ -353,7 +354,7 @@ def test_a_conversation_is_refused_where_any_of_its_questions_is_an_evaluation_p
         messages(),
     ]
     path.write_text("".join(json.dumps({"messages": log}) + "\n" for log in [*logs, logs[1]]))
-    chosen = select_texts(JsonlPrompts(name="t", path=str(path), field="messages"), {"held out?"}, 0)
+    chosen = select_texts(JsonlPrompts(kind="jsonl", name="t", path=str(path), field="messages"), {"held out?"}, 0)
     assert chosen.texts == [Conversation(("b",))]
     assert chosen.refused == {"evaluation": 1, "empty": 1, "repeated": 1}
     assert chosen.digest

@@ -14,7 +14,7 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.data.rows import unit_paths
-from fastdraft.data.transcript_lines import TranscriptPrompts
+from fastdraft.recipe.data import TranscriptPrompts
 from fastdraft.errors import FastDraftError, Interrupted, MissingExtra, TargetError
 from fastdraft.modeling import loading
 from fastdraft.modeling.families import MULTIMODAL, TARGET_FAMILIES

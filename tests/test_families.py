@@ -27,7 +27,7 @@ from fastdraft.modeling.head import output_head, split_head
 from fastdraft.modeling.initialize import read_matrices
 from fastdraft.recipe.base import load_config as read_section
 from fastdraft.recipe.run import RunConfig, TargetConfig
-from fastdraft.recipe.training import AdamWConfig
+from fastdraft.recipe.training import OptimizerConfig
 from fastdraft.run_folder import RunFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant, write_huggingface
@@ -304,7 +304,7 @@ def _target(folder: Path) -> TargetConfig:
 def _trained(draft: Any) -> bool:
     """One step lowers the loss of its own batch."""
     settings = assemble.resolve(
-        AdamWConfig(kind="adamw", learning_rate=0.01),
+        OptimizerConfig(kind="adamw", learning_rate=0.01),
         "pretrain",
         draft,
         torch.device("cpu"),

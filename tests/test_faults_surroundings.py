@@ -21,7 +21,7 @@ from bad_input_fixture import refused
 from conftest import write_recipe
 from fastdraft import cli
 from fastdraft.data.chat import Conversation
-from fastdraft.data.prompts import JsonlPrompts
+from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.data.transcripts import TranscriptLog, read_entries
 from fastdraft.errors import DataError, FastDraftError
 from fastdraft.tasks.files import read_prompts
@@ -54,8 +54,8 @@ def test_every_kind_of_text_is_asked_as_it_stands(tmp_path: Path, name: str, end
         ends,
         {"id": text, "prompt": text, "messages": messages, "temperature": 0, "response": text},
     )
-    assert list(JsonlPrompts(name="own", path=str(path)).prompts()) == [wanted]
-    assert list(JsonlPrompts(name="own", path=str(path), field="messages").prompts()) == [
+    assert list(JsonlPrompts(kind="jsonl", name="own", path=str(path)).prompts()) == [wanted]
+    assert list(JsonlPrompts(kind="jsonl", name="own", path=str(path), field="messages").prompts()) == [
         Conversation((wanted,))
     ]
     (entry,) = read_entries(TranscriptLog(kind="transcripts", name="log", path=str(path)))

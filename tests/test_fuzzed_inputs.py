@@ -25,8 +25,8 @@ from torch import nn
 from fastdraft.console import Console
 from fastdraft.data.chat import prompt_ids
 from fastdraft.data.chat import Conversation
-from fastdraft.data.prompts import JsonlPrompts
-from fastdraft.data.transcript_lines import TranscriptLog
+from fastdraft.recipe.data import JsonlPrompts
+from fastdraft.recipe.data import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.errors import DataError, FastDraftError, TargetError
 from fastdraft.modeling.loading import load_draft, load_tokenizer, load_vocabulary
@@ -261,7 +261,7 @@ def test_damaged_prompts_and_tasks_are_one_line_or_can_be_asked(
         prompt_ids(reading[0], task.text, True)
         assert json.dumps(task.id)
     for name in ("prompt", "messages"):
-        asked = JsonlPrompts(name="own", path=str(path), field=name)
+        asked = JsonlPrompts(kind="jsonl", name="own", path=str(path), field=name)
         for prompt in read(lambda asked=asked: list(asked.prompts())) or []:  # type: ignore[misc]
             for text in prompt.users if isinstance(prompt, Conversation) else [prompt or ""]:
                 prompt_ids(reading[0], text, True)

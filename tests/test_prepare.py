@@ -17,7 +17,7 @@ from fastdraft.data.loader import MixtureSampler
 from fastdraft.data.shards import ShardWriter, open_corpus
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.recipe.base import load_config
-from fastdraft.recipe.data import PrepareConfig
+from fastdraft.recipe.prepare import PrepareConfig
 from fastdraft.recipe.run import RunConfig, TargetConfig
 from fastdraft.run_folder import RunFolder, file_sha256
 from fastdraft.stages import prepare

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastdraft.data.chat import render_prompt, user_prefix_ids
 from fastdraft.data.filters import RowFilter
-from fastdraft.data.prompts import JsonlPrompts, normalised, select_texts
+from fastdraft.data.prompts import normalised, select_texts
+from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.data.units import CorpusPrefixes, Unit, UnitPlan, unit_seed
 from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.errors import DataError
@@ -116,7 +117,7 @@ def test_a_prefix_is_never_empty(row: list[int], shortest: int) -> None:
 def prompt_file(tmp_path: Path, prompts: Sequence[str]) -> JsonlPrompts:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
-    return JsonlPrompts(name="p", path=str(path))
+    return JsonlPrompts(kind="jsonl", name="p", path=str(path))
 
 
 def test_evaluation_prompts_are_refused_however_spaced_and_capitalised(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_an_override_may_open_a_section() -> None:
 def test_no_section_has_more_than_twelve_keys_and_every_key_is_documented() -> None:
     seen: set[type[Config]] = set()
     todo: list[type[Config]] = [Recipe]
-    from fastdraft.recipe.base import _models
+    from fastdraft.recipe.base import models as _models
 
     while todo:
         cls = todo.pop()

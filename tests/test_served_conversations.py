@@ -20,7 +20,7 @@ from fastdraft.data.chat import Conversation
 from fastdraft.data.chat import conversation_plan
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_all
-from fastdraft.data.transcript_lines import TranscriptLog
+from fastdraft.recipe.data import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import UnitPlan
 from fastdraft.decoding.turn_prompts import opened_once, with_turns

@@ -24,7 +24,7 @@ from fastdraft.modeling.loading import load_vocabulary
 from fastdraft.modeling.shapes import explicit
 from fastdraft.recipe.base import load_config as read_section
 from fastdraft.recipe.run import TargetConfig
-from fastdraft.recipe.training import AdamWConfig
+from fastdraft.recipe.training import OptimizerConfig
 from fastdraft.stages import design
 from fastdraft.training import assemble
 from fastdraft.training.batches import Batch
@@ -157,7 +157,7 @@ def test_a_draft_of_that_vocabulary_trains_and_never_holds_the_logits_of_all_tok
     )
     draft, device = build_draft(draft_hf_config(target, shape), 0), torch.device("cpu")
     settings = assemble.resolve(
-        AdamWConfig(learning_rate=0.01),
+        OptimizerConfig(learning_rate=0.01),
         "pretrain",
         draft,
         device,

@@ -19,7 +19,7 @@ from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.run_folder import StageFolder
 from fastdraft.stages import synthesize
-from fastdraft.tasks import FileTask
+from fastdraft.recipe.evaluation import FileTask
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastdraft.data.chat import prompt_ids
-from fastdraft.data.transcript_lines import TranscriptLog
+from fastdraft.recipe.data import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling

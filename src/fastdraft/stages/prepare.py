@@ -16,7 +16,7 @@ from fastdraft.data.sources import describe
 from fastdraft.errors import DataError
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.data import PrepareConfig
+from fastdraft.recipe.prepare import PrepareConfig
 from fastdraft.stages.context import StageContext
 
 if TYPE_CHECKING:
