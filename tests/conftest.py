@@ -186,7 +186,13 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
         "optimizer": {"kind": "muon", "learning_rate": 0.003},
     }
     recipe: dict[str, object] = {
-        "run": {"name": "tiny", "folder": str(folder / "runs"), "threads": 1, "device": "cpu", "precision": "fp32"},
+        "run": {
+            "name": "tiny",
+            "folder": str(folder / "runs"),
+            "threads": 1,
+            "device": "cpu",
+            "precision": "fp32",
+        },
         "target": {"model": str(target)},
         "design": {
             "draft": {
@@ -208,11 +214,7 @@ def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
             ],
         },
         "pretrain": {"tokens": "8k", "mixture": {"text": 1}, **training},
-        "continue_pretrain": {
-            "tokens": "8k",
-            "mixture": {"code": 2, "text": 1},
-            **training,
-        },
+        "continue_pretrain": {"tokens": "8k", "mixture": {"code": 2, "text": 1}, **training},
         "synthesize": {
             "tokens": "4k",
             "temperatures": [0, 0.6, 1.0],

@@ -64,11 +64,6 @@ def test_an_unknown_key_inside_a_tagged_alternative_names_the_keys_of_that_alter
         load_config(Section, {"schedule": {"kind": "cosine", "finl": 0}})
 
 
-def test_a_key_left_over_from_another_kind_tells_how_a_kind_is_changed() -> None:
-    with pytest.raises(RecipeError, match=r"schedule\.decay.*set all of it, 'schedule=\{kind: cosine\}'"):
-        load_config(Section, {"schedule": {"kind": "cosine", "decay": 3}})
-
-
 def test_a_wrong_value_names_key_value_rule_and_remedy_in_one_line() -> None:
     with pytest.raises(RecipeError) as caught:
         load_config(Section, {"schedule": {"kind": "cosine", "final": -1}})

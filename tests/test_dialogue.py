@@ -137,7 +137,9 @@ def test_answers_of_the_log_are_never_read(tokenizer: PreTrainedTokenizerBase, t
     ]
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     chosen = select_texts(
-        JsonlPrompts(kind="jsonl", name="talks", path=str(tmp_path / "talks.jsonl"), field="messages"), set(), 0
+        JsonlPrompts(kind="jsonl", name="talks", path=str(tmp_path / "talks.jsonl"), field="messages"),
+        set(),
+        0,
     ).texts
     engine = Scripted(templated(tokenizer, WITH_SYSTEM), ANSWERS)
     rows, _ = written(tokenizer, engine, [talk for talk in chosen if isinstance(talk, Conversation)])
@@ -329,9 +331,9 @@ def test_what_cannot_be_asked_again_is_counted(log: list[dict[str, Any]], tmp_pa
         json.dumps({"messages": log}) + "\n" + json.dumps({"messages": messages(("user", "a"))}) + "\n"
     )
     assert (
-        select_texts(JsonlPrompts(kind="jsonl", name="t", path=str(path), field="messages"), set(), 0).refused[
-            "unsupported"
-        ]
+        select_texts(
+            JsonlPrompts(kind="jsonl", name="t", path=str(path), field="messages"), set(), 0
+        ).refused["unsupported"]
         == 1
     )
 
@@ -354,7 +356,9 @@ def test_a_conversation_is_refused_where_any_of_its_questions_is_an_evaluation_p
         messages(),
     ]
     path.write_text("".join(json.dumps({"messages": log}) + "\n" for log in [*logs, logs[1]]))
-    chosen = select_texts(JsonlPrompts(kind="jsonl", name="t", path=str(path), field="messages"), {"held out?"}, 0)
+    chosen = select_texts(
+        JsonlPrompts(kind="jsonl", name="t", path=str(path), field="messages"), {"held out?"}, 0
+    )
     assert chosen.texts == [Conversation(("b",))]
     assert chosen.refused == {"evaluation": 1, "empty": 1, "repeated": 1}
     assert chosen.digest

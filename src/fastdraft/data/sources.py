@@ -41,9 +41,13 @@ def source_files(source: FileSource) -> list[FoundFile]:
         return found
 
     def is_excluded(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in source.exclude)
+        return any(
+            fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in source.exclude
+        )
 
-    return [file for file in found if not is_excluded(file.name)] or _nothing(source.path, "no file is left after `exclude`")
+    return [file for file in found if not is_excluded(file.name)] or _nothing(
+        source.path, "no file is left after `exclude`"
+    )
 
 
 def describe(source: SourceConfig) -> dict[str, Any]:
@@ -53,7 +57,10 @@ def describe(source: SourceConfig) -> dict[str, Any]:
 
 
 def documents(
-    source: SourceConfig, seed: int, skipped: Callable[[str], None] = lambda reason: None, place: Place | None = None
+    source: SourceConfig,
+    seed: int,
+    skipped: Callable[[str], None] = lambda reason: None,
+    place: Place | None = None,
 ) -> Iterator[str]:
     """Whole documents, files in seeded order; begins behind `place` and moves it; `skipped` is told of a file passed over."""
     place = place or Place()
@@ -71,7 +78,9 @@ def documents(
             yield text
 
 
-def _texts(source: FileSource, path: Path, after: int, skipped: Callable[[str], None]) -> Iterator[tuple[int, str]]:
+def _texts(
+    source: FileSource, path: Path, after: int, skipped: Callable[[str], None]
+) -> Iterator[tuple[int, str]]:
     """(line or row, text) of one file's documents behind line or row `after`."""
     if source.kind == "jsonl":
         yield from jsonl_texts(path, source.field, after)

@@ -48,7 +48,9 @@ _SHAPES = "must hold `messages` or `prompt`, and `choices`, `response` or a last
 def look(log: TranscriptLog) -> None:
     """Reads the first line, so that a wrong path or a shape that is not understood shows before hours of other work."""
     if next(read_entries(log), None) is None:
-        raise DataError(f"{log.path}: no line in it: must hold logged answers", "add some or correct the path")
+        raise DataError(
+            f"{log.path}: no line in it: must hold logged answers", "add some or correct the path"
+        )
 
 
 def describe(log: TranscriptLog) -> dict[str, Any]:
@@ -62,7 +64,11 @@ def _asked(log: TranscriptLog) -> dict[str, Mapping[str, Any]]:
     """`custom_id` -> request, of `requests`; empty without them."""
     files = find_files(log.requests, JSONL) if log.requests else []
     rows = (row for file in files for _, row in read_jsonl(file.path))
-    return {str(row["custom_id"]): row["body"] for row in rows if "custom_id" in row and isinstance(row.get("body"), dict)}
+    return {
+        str(row["custom_id"]): row["body"]
+        for row in rows
+        if "custom_id" in row and isinstance(row.get("body"), dict)
+    }
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ Number = TypeVar("Number", int, float)
 class Config(BaseModel):
     """A recipe section: frozen, unknown keys refused; the docstrings of its fields are the reference."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
 
 
 def parse_count(value: object) -> int:
@@ -51,7 +53,9 @@ def format_count(count: float) -> str:
 
 def _folder_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-        raise ValueError("must be letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit: it names a folder")
+        raise ValueError(
+            "must be letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit: it names a folder"
+        )
     return value
 
 
@@ -90,7 +94,10 @@ def load_config(cls: type[C], value: Mapping[str, Any], where: str = "") -> C:
 
 def _recipe_error(error: ValidationError, cls: type[BaseModel], value: object, where: str) -> RecipeError:
     first = error.errors(include_url=False)[0]
-    loc, kind, rule = first["loc"], first["type"], str(first["msg"]).removeprefix("Value error, ")
+    loc, kind = first["loc"], first["type"]
+    rule = re.sub(
+        r"^(Input|String|List|Dictionary) should", "must", str(first["msg"]).removeprefix("Value error, ")
+    )
     key, fix = _dotted(loc, value, where) or "recipe", "change it in the recipe or on the command line"
     if kind == "missing":
         return RecipeError(f"{key}: missing: this key is required", "add it to the recipe")
@@ -98,7 +105,10 @@ def _recipe_error(error: ValidationError, cls: type[BaseModel], value: object, w
     if kind == "extra_forbidden":
         known = sorted({name for section in _sections(cls, loc[:-1]) for name in section.model_fields})
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        rule, fix = "unknown key", f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known) or 'none'}"
+        rule, fix = (
+            "unknown key",
+            f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known) or 'none'}",
+        )
         if _SECRET_KEY.search(str(loc[-1])):
             found, fix = "a secret", "keys are not for recipes: use api_key_env"
     elif isinstance(first["input"], Mapping) and kind == "value_error":
@@ -120,7 +130,9 @@ def _dotted(loc: tuple[int | str, ...], value: object, text: str) -> str:
 
 def short(value: object) -> str:
     """A value on one line of at most 80 characters, however large it is; what looks like a secret is left out."""
-    text = _SECRET.sub(r"\1(not shown)", type(value).__name__ if isinstance(value, BaseModel) else _repr.repr(value))
+    text = _SECRET.sub(
+        r"\1(not shown)", type(value).__name__ if isinstance(value, BaseModel) else _repr.repr(value)
+    )
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -140,6 +152,15 @@ def _sections(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[type[Bas
     """The section classes that may stand at `loc`; the tag of a union's member picks that member."""
     found = [cls]
     for part in (part for part in loc if isinstance(part, str)):
-        tagged = [m for m in found if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)]
-        found = tagged or [model for m in found if part in m.model_fields for model in models(m.model_fields[part].annotation)]
+        tagged = [
+            m
+            for m in found
+            if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)
+        ]
+        found = tagged or [
+            model
+            for m in found
+            if part in m.model_fields
+            for model in models(m.model_fields[part].annotation)
+        ]
     return found

@@ -12,6 +12,8 @@ from fastdraft.recipe.prepare import HubRows
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
 LogprobKind = Literal["processed", "raw", "none"]
+
+
 class Prompts(Config):
     """What every source of prompts has."""
 
@@ -178,7 +180,9 @@ def _address(value: str) -> str:
     parts = urlsplit(value)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("must be addresses without a key: name its environment variable in api_key_env")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # port: ValueError beyond 65535
+    if (
+        parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    ):  # port: ValueError beyond 65535
         raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
     return value.rstrip("/")
 

@@ -35,7 +35,11 @@ class ShippedTask(TaskSettings):
     @model_validator(mode="before")
     @classmethod
     def _name_it(cls, value: Any) -> Any:
-        return {**value, "name": value.get("name") or value.get("kind", "")} if isinstance(value, dict) else value
+        return (
+            {**value, "name": value.get("name") or value.get("kind", "")}
+            if isinstance(value, dict)
+            else value
+        )
 
     @property
     def path(self) -> str:
@@ -60,7 +64,9 @@ class FileTask(TaskSettings):
     @classmethod
     def _name_it(cls, value: Any) -> Any:
         if isinstance(value, dict) and not value.get("name") and isinstance(value.get("path"), str):
-            stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(value["path"]).stem)
+            stem = "".join(
+                c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(value["path"]).stem
+            )
             return {**value, "name": stem.lstrip("._-")[:_NAME_CHARS] or "file"}
         return value
 

@@ -54,14 +54,21 @@ class Recipe(Config):
     def _corpora_are_prepared(self) -> Recipe:
         prepared = {corpus.name for corpus in self.prepare.corpora} if self.prepare else set()
         sources = enumerate(self.synthesize.prompts if self.synthesize else ())
-        named = [(f"synthesize.prompts[{n}].corpus", prompts.corpus) for n, prompts in sources if prompts.kind == "corpus"]
+        named = [
+            (f"synthesize.prompts[{n}].corpus", prompts.corpus)
+            for n, prompts in sources
+            if prompts.kind == "corpus"
+        ]
         for stage in ("pretrain", "continue_pretrain"):
             if (section := getattr(self, stage)) and self.prepare:
                 named += [(f"{stage}.mixture", name) for name in section.mixture]
         for key, name in named:
             if name not in prepared:
                 known = ", ".join(sorted(prepared)) or "there are none"
-                raise RecipeError(f"{key}: {name}: must be one of prepare.corpora ({known})", "correct it, or prepare that corpus")
+                raise RecipeError(
+                    f"{key}: {name}: must be one of prepare.corpora ({known})",
+                    "correct it, or prepare that corpus",
+                )
         return self
 
     @model_validator(mode="after")
@@ -69,7 +76,9 @@ class Recipe(Config):
         objective, synthesize = self.align.objective if self.align else None, self.synthesize
         if objective and objective.kind == "token_kd" and objective.source == "stored" and synthesize:
             if synthesize.logits.kind != "top_k":
-                message = "align.objective.source: stored: needs the target's logits, but synthesize.logits is none"
+                message = (
+                    "align.objective.source: stored: needs the target's logits, but synthesize.logits is none"
+                )
                 raise RecipeError(message, "set synthesize.logits: {kind: top_k}, or source: target")
         if self.evaluate and self.evaluate.texts.kind == "engine":
             if not synthesize:
@@ -102,7 +111,9 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     if name and path.is_dir():
-        raise RecipeError(f"{name}: is a folder: must be a recipe file or a shipped recipe", f"give {path / 'recipe.yaml'}")
+        raise RecipeError(
+            f"{name}: is a folder: must be a recipe file or a shipped recipe", f"give {path / 'recipe.yaml'}"
+        )
     stem = path.name.removesuffix(".yaml")
     if stem in shipped and path.parent.name in ("", "recipes"):
         return shipped[stem]
@@ -118,7 +129,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     value = read_yaml(path)
     if not isinstance(value, dict):
-        raise RecipeError(f"{path}: {short(value)}: must hold sections such as `run:` and `target:`", "see the shipped recipes")
+        raise RecipeError(
+            f"{path}: {short(value)}: must hold sections such as `run:` and `target:`",
+            "see the shipped recipes",
+        )
     for override in overrides:
         apply_override(value, override)
     return load_config(Recipe, value)
@@ -131,7 +145,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' is given twice", key.start_mark
+                )
             seen.add(getattr(key, "value", "") if isinstance(key, yaml.ScalarNode) else "")
         return super().construct_mapping(node, deep)
 
@@ -154,7 +170,11 @@ def read_yaml(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, str(error.problem or error.context)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        fix = "write Windows paths in single quotes" if "escape" in problem else "correct it; indent with spaces"
+        fix = (
+            "write Windows paths in single quotes"
+            if "escape" in problem
+            else "correct it; indent with spaces"
+        )
         raise RecipeError(f"{path}: {where}{problem}: no YAML that can be read", fix) from None
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(f"{path}: {error}", "name a recipe: a YAML file") from None

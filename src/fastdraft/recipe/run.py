@@ -26,7 +26,9 @@ def user_path(text: str, where: str = "path") -> Path:
         return path
     except (RuntimeError, ValueError, OSError) as error:  # no such user, a NUL byte, too long a name
         found = getattr(error, "strerror", None) or error
-        raise RecipeError(f"{where}: {short(text)} ({found}): no path that this machine can have", "correct it") from None
+        raise RecipeError(
+            f"{where}: {short(text)} ({found}): no path that this machine can have", "correct it"
+        ) from None
     return path
 
 
@@ -42,12 +44,17 @@ def resolve_path(text: str, where: str = "path") -> Path:
         folder, _, rest = text.removeprefix(PYTHON).partition("/")
         roots = {"stdlib": sysconfig.get_path("stdlib"), "site-packages": sysconfig.get_path("purelib")}
         if folder not in roots:
-            raise DataError(f"{where}: {text}: must begin with {' or '.join(PYTHON + root for root in roots)}", "correct it")
+            raise DataError(
+                f"{where}: {text}: must begin with {' or '.join(PYTHON + root for root in roots)}",
+                "correct it",
+            )
         path = Path(roots[folder]) / rest
     else:
         return user_path(text, where)
     if not path.exists():
-        raise DataError(f"{where}: {text}: must exist for {sys.executable}", "correct the name or install what holds it")
+        raise DataError(
+            f"{where}: {text}: must exist for {sys.executable}", "correct the name or install what holds it"
+        )
     return path
 
 

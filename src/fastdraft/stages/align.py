@@ -277,7 +277,11 @@ def _source(
 
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
     plan = plan_batches(
-        lengths, resolved.batch_tokens, context.settings.seed, epochs=None if config.tokens else DEFAULT_EPOCHS, tokens=config.tokens
+        lengths,
+        resolved.batch_tokens,
+        context.settings.seed,
+        epochs=None if config.tokens else DEFAULT_EPOCHS,
+        tokens=config.tokens,
     )
     share = _pretraining_share(config, context)
     packed = _packed(context, resolved) if share else None

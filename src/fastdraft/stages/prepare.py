@@ -49,9 +49,7 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
             if number < len(stored) and {key: stored[number].get(key) for key in settings} == settings:
                 corpora.append(stored[number])
             else:
-                raise DataError(
-                    f"prepare.corpora[{number}]: {error.message}", error.fix
-                ) from None
+                raise DataError(f"prepare.corpora[{number}]: {error.message}", error.fix) from None
     sizes = config.model_dump(include={"row_length", "validation"})
     encoding = _encoding(*load_encoding(context.target))
     return {**encoding, "seed": context.settings.seed, **sizes, **_masking(config), "corpora": corpora}
@@ -94,13 +92,7 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     tokenizer, vocabulary = load_encoding(context.target)
     encoding = _encoding(tokenizer, vocabulary)
     form = {"separator_id": encoding["separator_id"], "dtype": encoding["dtype"]}
-    layout = Layout(
-        config.row_length,
-        {},
-        SHARD_TOKENS,
-        config.validation,
-        **form,
-    )
+    layout = Layout(config.row_length, {}, SHARD_TOKENS, config.validation, **form)
     journal_path = artifact.path / ".journal" / "journal.sqlite"
     with contextlib.closing(Journal(journal_path)) as journal, _tidy(context, journal):
         tools = Tools(DocumentEncoder(tokenizer, vocabulary.size), journal, console, context.settings.seed)
@@ -117,11 +109,7 @@ def run(config: PrepareConfig, context: StageContext) -> None:
                 build.run(bar.advance)
         corpora = {build.name: build.result() for build in builds}
     artifact.complete(
-        row_length=config.row_length,
-        **form,
-        corpora=corpora,
-        **_masking(config),
-        provenance=describe_run(),
+        row_length=config.row_length, **form, corpora=corpora, **_masking(config), provenance=describe_run()
     )
     shutil.rmtree(journal_path.parent, ignore_errors=True)
     _summarize(context, corpora)

@@ -149,10 +149,7 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     if resolved.batch_tokens < row_length:
         rule = f"must hold one row of {row_length} tokens"
         raise RecipeError(
-            f"{name}.batch_tokens",
-            resolved.batch_tokens,
-            rule,
-            "raise it or lower prepare.row_length",
+            f"{name}.batch_tokens", resolved.batch_tokens, rule, "raise it or lower prepare.row_length"
         )
     rows = resolved.batch_tokens // row_length
     steps = max(1, round(config.tokens / (rows * row_length)))

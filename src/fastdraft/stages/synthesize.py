@@ -20,7 +20,14 @@ from fastdraft.data.units import Plan, unit_seed
 from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.data import TRANSPORT, ChosenEngine, HuggingFaceEngineConfig, SynthesizeConfig, CorpusPrompts, MagpiePrompts
+from fastdraft.recipe.data import (
+    TRANSPORT,
+    ChosenEngine,
+    HuggingFaceEngineConfig,
+    SynthesizeConfig,
+    CorpusPrompts,
+    MagpiePrompts,
+)
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import FINGERPRINT, StageFolder, write_json
 from fastdraft.runtimes.engines import (
@@ -279,7 +286,9 @@ def _nobody(target: TargetConfig) -> Engines:
     """For answers that stand already: all that is asked of the target is how long they may be."""
     from fastdraft.modeling.loading import load_config
 
-    return no_engines(int(load_config(target.location, target.revision, target.trust_remote_code).max_position_embeddings))
+    return no_engines(
+        int(load_config(target.location, target.revision, target.trust_remote_code).max_position_embeddings)
+    )
 
 
 def _manifest(

@@ -15,6 +15,7 @@ from fastdraft.recipe.run import resolve_path
 from fastdraft.run_folder import file_sha256
 from fastdraft.tasks.files import TaskPrompt, read_prompts
 
+
 @dataclass(frozen=True)
 class Task:
     """Prompts under one name."""
