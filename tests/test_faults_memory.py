@@ -18,7 +18,7 @@ from fastdraft.decoding.evaluation import as_row
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import OutOfMemory
 from fastdraft.functional.generation import Sampling
-from fastdraft.machine import Halving, is_out_of_memory
+from fastdraft.errors import Halving, is_out_of_memory
 from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine

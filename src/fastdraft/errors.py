@@ -1,4 +1,4 @@
-"""The errors that FastDraft raises on purpose.
+"""The errors that FastDraft raises on purpose, and what becomes one at a single place: a full disk, and memory that does not suffice.
 
 Each is one line for the user: the recipe key or file, what stands there, the rule, then what to do about it. The command line
 prints it and exits with `exit_code`; the Python API raises it.
@@ -6,11 +6,22 @@ prints it and exits with `exit_code`; the Python API raises it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import gc
 import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 # Control characters that are no white space, and those that turn the direction of writing: a damaged file must not steer the terminal.
 _STEERING = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _LONGEST = 600
+# How torch's allocators, cuBLAS, OpenVINO and C++ itself say it in errors of no kind of their own.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can.?.?t allocate memory|not enough memory|failed to allocate|bad_alloc|ALLOC_FAILED", re.I
+)
 
 
 class FastDraftError(Exception):
@@ -57,10 +68,8 @@ class MissingExtra(FastDraftError):
 
     def __init__(self, library: str, extra: str, command: str = "") -> None:
         self.library, self.extra, self.command = library, extra, command
-        super().__init__(
-            f"{library} is not installed; this needs the extra '{extra}'",
-            command or f"pip install 'fastdraft[{extra}]'",
-        )
+        message = f"{library} is not installed; this needs the extra '{extra}'"
+        super().__init__(message, command or f"pip install 'fastdraft[{extra}]'")
 
     def __reduce__(self) -> tuple[type[FastDraftError], tuple[str, str, str]]:  # type: ignore[override]
         return type(self), (self.library, self.extra, self.command)
@@ -83,6 +92,95 @@ class Interrupted(FastDraftError):
 
 def _one_line(text: object) -> str:
     shown = _STEERING.sub(
-        lambda match: match[0].encode("unicode_escape").decode("ascii"), " ".join(str(text).split())
+        lambda found: found[0].encode("unicode_escape").decode(), " ".join(str(text).split())
     )
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST * 3 // 4]} ... {shown[-_LONGEST // 4 :]}"
+
+
+@contextlib.contextmanager
+def machine_errors(where: object, smaller: str) -> Iterator[None]:
+    """Turns what the machine does to the work inside into one line: its disk is full or gone, its memory does not suffice.
+
+    Args:
+        where: What to name where an error names no file.
+        smaller: What makes the work need less memory.
+    """
+    try:
+        yield
+    except (FastDraftError, BrokenPipeError):
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        found = "no space left on the disk" if full else error.strerror or error
+        fix = "free some space" if full else "mend it"
+        message = f"{error.filename or where}: {found}"
+        raise FastDraftError(message, f"{fix} and run the same command again") from error
+    except Exception as error:
+        if "os error 28" in str(error):  # safetensors hides the system's number in its text
+            raise FastDraftError(
+                f"{where}: no space left on the disk", "free some space and run again"
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{where}: out of memory", smaller) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, as Python, torch, numpy, Arrow and OpenVINO say it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+class Halving:
+    """Work over rows that is tried again in halves where memory runs out, and stays small from then on.
+
+    Args:
+        key: The recipe key to lower.
+        warn: Told once, when rows are first halved.
+    """
+
+    def __init__(self, key: str, warn: Callable[[str], None] | None = None) -> None:
+        self.key, self.most, self._warn = key, sys.maxsize, warn
+
+    def __call__(self, rows: Sequence[T], work: Callable[[Sequence[T]], None]) -> None:
+        """Calls `work` with all rows in order, in as few pieces as fit."""
+        waiting = [rows]
+        while waiting:
+            piece = waiting.pop()
+            if len(piece) > self.most:
+                waiting += [piece[self.most :], piece[: self.most]]
+            elif piece and not self._fits(piece, work):
+                self._lower(len(piece))
+                waiting.append(piece)
+
+    @staticmethod
+    def _fits(piece: Sequence[T], work: Callable[[Sequence[T]], None]) -> bool:
+        try:
+            work(piece)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False  # outside this block nothing holds the failed pass's tensors any more
+        return True
+
+    def _lower(self, rows: int) -> None:
+        if rows == 1:
+            raise OutOfMemory(
+                f"{self.key}: out of memory for a single row", "shorten the rows or free some memory"
+            )
+        if self.most == sys.maxsize and self._warn:
+            self._warn(
+                f"out of memory with {rows} rows at a time: going on with half; lower {self.key} to begin there"
+            )
+        self.most = rows // 2
+        free_memory()
+
+
+def free_memory() -> None:
+    """Gives back what a failed pass left; looks for an accelerator only where torch is loaded."""
+    gc.collect(1)  # what a pass leaves is young, and all else a long look
+    torch = sys.modules.get("torch")
+    accelerator = torch and torch.accelerator.current_accelerator(check_available=True)
+    if torch and accelerator and hasattr(torch.get_device_module(accelerator), "empty_cache"):
+        torch.get_device_module(accelerator).empty_cache()

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastdraft.console import Console, format_seconds
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
-from fastdraft.machine import machine_errors
+from fastdraft.errors import machine_errors
 from fastdraft.recipe.base import Config
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import FINGERPRINT, RunFolder, read_json, write_atomic, write_json

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts
 from fastdraft.functional.sampling import mask_ids, warp
-from fastdraft.machine import Halving
+from fastdraft.errors import Halving
 from fastdraft.modeling.head import OutputHead, output_head
 from fastdraft.modeling.vocabulary import Vocabulary
 

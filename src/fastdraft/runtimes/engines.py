@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fastdraft.errors import FastDraftError, MissingExtra
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.machine import Halving
+from fastdraft.errors import Halving
 from fastdraft.recipe.data import (
     AutoEngineConfig,
     ChosenEngine,

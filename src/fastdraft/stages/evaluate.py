@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdraft.functional.generation import Engine
-from fastdraft.machine import Halving
+from fastdraft.errors import Halving
 from fastdraft.data.transcript_lines import describe
 from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, LoggedTexts, TargetTexts, TextsConfig
 from fastdraft.recipe.run import TargetConfig

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdraft.errors import FastDraftError
 from fastdraft.functional.distillation import SparseTarget
-from fastdraft.machine import is_out_of_memory
+from fastdraft.errors import is_out_of_memory
 from fastdraft.training.batches import Batch
 
 Found = TypeVar("Found")

@@ -20,7 +20,7 @@ from torch import nn
 
 from fastdraft.console import Console, Progress
 from fastdraft.errors import FastDraftError, Interrupted
-from fastdraft.machine import is_out_of_memory
+from fastdraft.errors import is_out_of_memory
 from fastdraft.training.batches import Batch, BatchSource
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from fastdraft.training.distributed import World, current
