@@ -28,13 +28,14 @@ from fastdraft.data.rows import SyntheticRow, read_rows
 from fastdraft.decoding.evaluation import replay_tables
 from fastdraft.decoding.figures import tidy
 from fastdraft.functional.intervals import difference_interval, ratio_interval
-from fastdraft.modeling.loading import load_draft, load_vocabulary
+from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import format_count, parse_count
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.recipe.training import TokenLossName
 from fastdraft.run_folder import RunFolder, StageFolder, read_json, write_atomic, write_json
 from fastdraft.stages import align
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 START, BASE, POOLED = "start", "ce", "all tasks"
 LOSSES = (BASE, *get_args(TokenLossName))
@@ -96,7 +97,7 @@ class Comparison:
             str(self.run / "recipe.yaml"), [*own, *([f"run.threads={self.threads}"] if self.threads else [])]
         )
         branch = Branch(self.out / loss, self.run)
-        return StageContext(branch, recipe.run, recipe.target, recipe.sections(), console)
+        return StageContext(branch, recipe.run, Target(recipe.target), recipe.sections(), console)
 
     def texts(self) -> dict[Place, list[SyntheticRow]]:
         """What the target wrote for the evaluation, by task and temperature."""
@@ -134,7 +135,7 @@ def replay(comparison: Comparison, loss: str, folder: Path, console: Console) ->
     }
     missing = {place: rows for place, rows in texts.items() if not paths[place].exists()}
     if missing:
-        draft, vocabulary = load_draft(folder), load_vocabulary(context.target)
+        draft, vocabulary = load_draft(folder), context.target.vocabulary
         with console.progress(f"replay {loss}", len(texts), "tasks", len(texts) - len(missing)) as progress:
             for place, rows in missing.items():
                 buffer = io.BytesIO()

@@ -41,10 +41,11 @@ from fastdraft.data.readers import jsonl_texts, read_text
 from fastdraft.data.sources import JsonlSource, SourceCodeSource
 from fastdraft.data.tokenize import DocumentEncoder, parallel_tokenization
 from fastdraft.recipe.base import load_config
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder
 from fastdraft.stages import prepare
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 NUMBERED_CHARS = 2000
 
@@ -135,7 +136,7 @@ def stage(corpus: Path, tokenizer: str, root: Path) -> tuple[prepare.PrepareConf
     source = {"name": "text", "kind": "jsonl", "path": str(corpus)}
     config = load_config(prepare.PrepareConfig, {"row_length": 2048, "corpora": [source]}, "prepare")
     return config, StageContext(
-        RunFolder(root), RunConfig(name="benchmark"), TargetConfig(model=tokenizer), {}, Console(quiet=True)
+        RunFolder(root), RunConfig(name="benchmark"), Target.at(tokenizer), {}, Console(quiet=True)
     )
 
 
@@ -180,9 +181,8 @@ def peak_mib() -> float:
 
 
 def measure_rate(corpus: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from fastdraft.modeling.loading import load_tokenizer
 
-    encoder = DocumentEncoder(load_tokenizer(TargetConfig(model=arguments.tokenizer).location), 1 << 31)
+    encoder = DocumentEncoder(Target.at(arguments.tokenizer).tokenizer, 1 << 31)
     bare = encoder._tokenizer
     batches = list(batched(PieceStream(JsonlSource(name="text", path=str(corpus)), 0)))
     rounds: dict[str, list[float]] = {"raw": [], "raw_fast": [], "prepare": [], "prepare_after_start": []}

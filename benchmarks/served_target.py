@@ -221,15 +221,14 @@ def compare_with_weights(folder: Path, target: Path) -> list[str]:
     """What was logged against what the weights say of it."""
     from fastdraft.decoding.scoring import score
     from fastdraft.functional.generation import Generation, Sampling
-    from fastdraft.modeling.loading import load_target, load_vocabulary
-    from fastdraft.recipe.run import TargetConfig
     from fastdraft.runtimes.huggingface import HuggingFaceEngine
+    from fastdraft.target import Target
 
-    config = TargetConfig(model=str(target), dtype="fp32")
-    model, rows, gaps, same = load_target(config, "cpu"), read_rows(folder, "disturbed"), [0.0], 0
+    opened = Target.at(target)
+    model, rows, gaps, same = opened.model("cpu"), read_rows(folder, "disturbed"), [0.0], 0
     greedy = [row for row in rows if row.temperature == 0]
     limit = max(len(row.response_ids) for row in rows)
-    own = HuggingFaceEngine(model, load_vocabulary(config)).generate(
+    own = HuggingFaceEngine(model, opened.vocabulary).generate(
         [row.prompt_ids for row in greedy], Sampling(0.0), limit, 0
     )
     for row, generation in zip(greedy, own, strict=True):  # loops are cut off in rows

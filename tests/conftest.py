@@ -109,17 +109,17 @@ def near_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The tiny target with a little noise: a draft whose proposals are sometimes accepted."""
     import torch
 
-    from fastdraft.modeling.loading import load_target, save_draft
-    from fastdraft.recipe.run import TargetConfig
+    from fastdraft.modeling.drafts import save_draft
+    from fastdraft.target import Target
 
-    model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    model = Target.at(tiny_target).model("cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.add_(0.15 * weight.std() * torch.randn(weight.shape, generator=generator))
     folder = tmp_path_factory.mktemp("near") / "draft"
-    save_draft(model, folder, tiny_target)
+    save_draft(model, folder, Target.at(tiny_target))
     return folder
 
 

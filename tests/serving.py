@@ -25,9 +25,8 @@ import torch
 from fastdraft.decoding.scoring import score
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import probabilities
-from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
+from fastdraft.target import Target
 
 PLAIN_KEYS = {
     "model",
@@ -55,11 +54,11 @@ class Served:
         name: str = "target",
         port: int = 0,
     ) -> None:
-        config = TargetConfig(model=str(folder), dtype="fp32")
+        config = Target.at(folder)
         self.model, self.tokenizer, self.vocabulary = (
-            load_target(config, "cpu"),
-            load_tokenizer(str(folder)),
-            load_vocabulary(config),
+            config.model("cpu"),
+            Target.at(folder).tokenizer,
+            config.vocabulary,
         )
         self.style, self.logprobs, self.key, self.name = style, logprobs, key, name
         self.context_length = int(self.model.config.max_position_embeddings)

@@ -15,7 +15,7 @@ import pytest
 
 from fastdraft.data.rows import SyntheticRow, ids_hash, unit_path, write_rows
 from fastdraft.errors import FastDraftError, Interrupted, RecipeError
-from fastdraft.modeling.loading import load_draft
+from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import Config, load_config
 from fastdraft.recipe.training import AlignConfig, PretrainConfig
 from fastdraft.run_folder import digest, write_json

@@ -22,14 +22,14 @@ from fastdraft.data.rows import unit_paths
 from fastdraft.data.sparse_logits import logits_path, read_with_logits
 from fastdraft.errors import FastDraftError, Interrupted, RecipeError, TargetError
 from fastdraft.functional.distillation import token_loss
-from fastdraft.modeling.head import output_head
-from fastdraft.modeling.loading import load_draft, load_target, split_head
+from fastdraft.modeling.drafts import load_draft
+from fastdraft.modeling.heads import output_head, split_head
 from fastdraft.recipe.base import load_config
 from fastdraft.recipe.recipe import Recipe, load_recipe
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.recipe.training import AlignConfig, TokenLossName
 from fastdraft.run_folder import StageFolder, digest
 from fastdraft.stages import align
+from fastdraft.target import Target
 from fastdraft.training.batches import Sample, packed_batch, padded_batch
 from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
@@ -130,7 +130,7 @@ def test_a_batchs_stored_rows_belong_to_its_labels(folder: Folder) -> None:
 def test_a_loaded_target_gives_its_own_distribution_at_the_trained_positions_padding_ids_included(
     tiny_target: Path,
 ) -> None:
-    model = load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    model = Target.at(tiny_target).model("cpu")
     batch = padded_batch([Sample([5, 6, 7], [8, 9]), Sample([10], [11, 12, 13, 14])], 0)
     logits = LoadedTarget(*output_head(model)).distribution(batch).logits
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_a_loaded_target_gives_its_own_distribution_at_the_trained_positions_pad
 def test_rows_of_the_mixture_have_cross_entropy_unless_the_target_is_there_to_ask(
     tiny_target: Path, tiny_draft: Path
 ) -> None:
-    draft, target = load_draft(tiny_draft), load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    draft, target = load_draft(tiny_draft), Target.at(tiny_target).model("cpu")
     batch = packed_batch(np.arange(60, dtype=np.int64).reshape(2, 30))
     decoder, head = split_head(draft)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_a_target_over_other_ids_is_refused(folder: Folder, tmp_path: Path, tiny
     other = write_target(tmp_path / "other", padded_vocab=336)
     recipe = folder.recipe("other", {"kind": "token_kd"})
     context = pipeline.make_context(recipe, Console(quiet=True))
-    context = dataclasses.replace(context, target=TargetConfig(model=str(other)))
+    context = dataclasses.replace(context, target=Target.at(other))
     with pytest.raises(TargetError, match="distributions over 336 ids"):
         align._objective(context.section("align"), context, load_draft(tiny_draft), torch.device("cpu"))
 

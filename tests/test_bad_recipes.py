@@ -99,7 +99,6 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tiny_recipe: Path) -> 
         ("run.name=3", "run.name: 3: must be text (in quotes)"),
         ("run=[]", "run: []: must be a section of keys and values"),
         ("target.model=3", "target.model: 3: must be text"),
-        ("target.trust_remote_code=maybe", "must be true or false"),
         (
             "pretrain.optimizer.learning_rate=.nan",
             "pretrain.optimizer.learning_rate: nan: must be a finite number",

@@ -12,7 +12,7 @@ import pytest
 from benchmark_fixture import benchmark, benchmark_row, write_benchmarked_run
 from fastdraft.console import Console, format_table
 from fastdraft.errors import FastDraftError
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.reporting.benchmark_charts import breakdown_chart, pair_charts, sweep_charts, wall_clock_charts
 from fastdraft.reporting.benchmark_results import Benchmark, Pair, byte_size, milliseconds
 from fastdraft.reporting.benchmark_sections import launch_hint, wall_clock_section
@@ -28,6 +28,7 @@ from fastdraft.reporting.tiles import tiles
 from fastdraft.run_folder import RunFolder, write_atomic
 from fastdraft.stages import report
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from report_fixture import HOSTILE, results, write_run
 from test_report import Page
 
@@ -405,9 +406,7 @@ def test_the_stage_writes_the_card_and_ends_with_the_verdict_in_80_columns(
 ) -> None:
     run = write_benchmarked_run(tmp_path / "demo")
     settings = RunConfig(name="demo", folder=str(tmp_path))
-    context = StageContext(
-        run, settings, TargetConfig(model="target"), {"report": report.ReportConfig()}, Console()
-    )
+    context = StageContext(run, settings, Target.at("target"), {"report": report.ReportConfig()}, Console())
     run.folder("report").begin(report.fingerprint(report.ReportConfig(), context))
     report.run(report.ReportConfig(), context)
     told = capsys.readouterr().err
@@ -423,11 +422,7 @@ def test_the_stage_writes_the_card_and_ends_with_the_verdict_in_80_columns(
 def test_the_fingerprint_of_the_report_follows_the_benchmark(tmp_path: Path) -> None:
     run = write_benchmarked_run(tmp_path / "demo")
     context = StageContext(
-        run,
-        RunConfig(name="demo"),
-        TargetConfig(model="target"),
-        {"report": report.ReportConfig()},
-        Console(),
+        run, RunConfig(name="demo"), Target.at("target"), {"report": report.ReportConfig()}, Console()
     )
     before = report.fingerprint(report.ReportConfig(), context)
     (run.folder("benchmark").path / "benchmark.json").write_text('{"schema": 1}')

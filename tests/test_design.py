@@ -16,21 +16,18 @@ from fastdraft.commands import inspect
 from fastdraft.console import Console
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.recipe.base import load_config
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder
 from fastdraft.stages import design
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 SHAPE = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
 
 
 def _context(root: Path, target: Path, seed: int = 0) -> StageContext:
     return StageContext(
-        RunFolder(root),
-        RunConfig(name="test", seed=seed),
-        TargetConfig(model=str(target)),
-        {},
-        Console(quiet=True),
+        RunFolder(root), RunConfig(name="test", seed=seed), Target.at(target), {}, Console(quiet=True)
     )
 
 

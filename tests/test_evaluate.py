@@ -16,10 +16,11 @@ from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.functional.generation import Sampling
 from fastdraft.recipe.base import load_config
 from fastdraft.recipe.evaluation import EvaluateConfig
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, read_json, write_json
 from fastdraft.stages import evaluate
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 ROW_KEYS = {
     "checkpoint",
@@ -78,9 +79,7 @@ def context(root: Path, target: Path, config: EvaluateConfig, checkpoints: dict[
             write_json(folder / "manifest.json", {"schema": 1, "stage": name})
     sections = {**dict.fromkeys(checkpoints, config), "evaluate": config}
     run_config = RunConfig(name="r", threads=1, device="cpu")
-    return StageContext(
-        RunFolder(root), run_config, TargetConfig(model=str(target)), sections, Console(quiet=True)
-    )
+    return StageContext(RunFolder(root), run_config, Target.at(target), sections, Console(quiet=True))
 
 
 def run(config: EvaluateConfig, where: StageContext) -> dict[str, Any]:
@@ -297,7 +296,7 @@ def test_settings_out_of_range_are_refused_in_one_line(
 
 def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path, tiny_draft: Path) -> None:
     from fastdraft.decoding.latency import Latency, measure_latency
-    from fastdraft.modeling.loading import load_draft
+    from fastdraft.modeling.drafts import load_draft
 
     latency = measure_latency(
         load_draft(tiny_target), load_draft(tiny_draft), [2, 4], prefix_tokens=400, repeats=3
@@ -311,7 +310,7 @@ def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path
 def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) -> None:
     from fastdraft.decoding.evaluation import as_row, greedy_difference
     from fastdraft.functional.generation import Generation
-    from fastdraft.modeling.loading import load_draft
+    from fastdraft.modeling.drafts import load_draft
 
     target = load_draft(tiny_target)
     row = as_row(Generation([5, 6], [7, 8, 9], [0.0] * 3, "length"), Sampling(0.0), "")
@@ -339,12 +338,11 @@ def test_evaluation_texts_among_the_training_rows_are_counted(
     from fastdraft.data.rows import unit_path, write_rows
     from fastdraft.decoding.evaluation import as_row
     from fastdraft.functional.generation import Generation
-    from fastdraft.modeling.loading import load_tokenizer
 
     config = settings(tmp_path, exact={"prompts": 0}, num_speculative_tokens=[2], temperatures=[0])
     where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft})
     synthesize = where.folder("synthesize")
-    seen = load_tokenizer(str(tiny_target))(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
+    seen = Target.at(tiny_target).tokenizer(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
     write_rows(
         unit_path(synthesize, 0),
         [as_row(Generation([5, 6], [*seen, 3], [0.0] * (len(seen) + 1), "stop"), Sampling(0.0), "x")],

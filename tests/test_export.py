@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import write_target
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, TargetError
-from fastdraft.modeling.loading import load_draft, load_vocabulary
+from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import Config, load_config
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, read_json
 from fastdraft.runtimes import huggingface_export
 from fastdraft.stages import design, export
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 
 class _Section(Config):
@@ -38,7 +39,7 @@ def context(tiny_target: Path, tmp_path: Path) -> StageContext:
     context = StageContext(
         RunFolder(tmp_path / "run"),
         RunConfig(name="run", device="cpu"),
-        TargetConfig(model=str(tiny_target)),
+        Target.at(tiny_target),
         {"design": config},
         Console(quiet=True),
     )
@@ -119,7 +120,7 @@ def test_padding_mass_is_measured_and_reported(
 
 
 def test_padding_mass_is_the_softmax_share_of_ids_without_a_token(context: StageContext) -> None:
-    draft, vocabulary = load_draft(context.folder("design").path / "draft"), load_vocabulary(context.target)
+    draft, vocabulary = load_draft(context.folder("design").path / "draft"), context.target.vocabulary
     texts = [[1, 2, 3], list(range(60))]
     with torch.no_grad():
         draft.model.embed_tokens.weight.fill_(1.0)
@@ -139,9 +140,7 @@ def test_padding_mass_is_the_softmax_share_of_ids_without_a_token(context: Stage
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(context: StageContext, tmp_path: Path) -> None:
     other = write_target(tmp_path / "other", padded_vocab=384)
-    changed = StageContext(
-        context.run, context.settings, TargetConfig(model=str(other)), context.sections, context.console
-    )
+    changed = StageContext(context.run, context.settings, Target.at(other), context.sections, context.console)
     with pytest.raises(TargetError, match="vocab_size"):
         _export(changed)
     assert not (context.folder("export").path / "huggingface").exists()
@@ -172,7 +171,7 @@ def test_a_target_whose_weights_are_elsewhere_still_gets_its_draft_exported_and_
 ) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(tiny_target, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    folder, manifest = _export(replace(context, target=TargetConfig(model=str(bare))))
+    folder, manifest = _export(replace(context, target=Target.at(bare)))
     assert "assistant_same_greedy_text" not in manifest["checks"]
     assert manifest["checks"]["padding_mass_mean"] > 0
     assert load_draft(folder).config.vocab_size == 320

@@ -19,20 +19,22 @@ from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Sampling
-from fastdraft.modeling import loading, shapes
+from fastdraft.modeling import shapes
 from fastdraft.modeling.architecture import draft_hf_config, read_architecture
 from fastdraft.modeling.counting import count_model
+from fastdraft.modeling.drafts import load_draft, save_draft
 from fastdraft.modeling.families import TARGET_FAMILIES, draft_family, text_config, why_draft_family
-from fastdraft.modeling.head import output_head, split_head
+from fastdraft.modeling.heads import output_head, split_head
 from fastdraft.modeling.initialize import read_matrices
 from fastdraft.recipe.base import load_config as read_section
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.recipe.training import OptimizerConfig
 from fastdraft.run_folder import RunFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant, write_huggingface
 from fastdraft.stages import design
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from fastdraft.training import assemble
 from fastdraft.training.batches import Batch
 from fastdraft.training.objective import CrossEntropy
@@ -49,7 +51,7 @@ PAST_LONGROPE = [
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """Name, directory and loaded model of one family."""
     folder = write_family(tmp_path_factory.mktemp(request.param), request.param)
-    return request.param, folder, loading.load_target(_target(folder), "cpu")
+    return request.param, folder, _target(folder).model("cpu")
 
 
 def _prompts(name: str) -> list[list[int]]:
@@ -68,7 +70,7 @@ def _design(root: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def test_the_counted_parameters_are_the_loaded_models_own(target: tuple[str, Path, Any]) -> None:
     _, folder, model = target
-    shape = read_architecture(loading.load_config(str(folder)))
+    shape = read_architecture(Target.at(folder).config)
     counted = count_model(model)
     assert (shape.parameters, shape.read_parameters, shape.tied) == (
         counted.stored,
@@ -80,7 +82,7 @@ def test_the_counted_parameters_are_the_loaded_models_own(target: tuple[str, Pat
 
 def test_embedding_and_head_are_found_in_the_files(target: tuple[str, Path, Any]) -> None:
     _, folder, model = target
-    matrices = read_matrices(str(folder))
+    matrices = read_matrices(_target(folder))
     assert torch.equal(matrices["model.embed_tokens.weight"], model.get_input_embeddings().weight)
     if not count_model(model).tied:
         assert torch.equal(matrices["lm_head.weight"], model.get_output_embeddings().weight)
@@ -104,7 +106,7 @@ def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
     target: tuple[str, Path, Any],
 ) -> None:
     name, folder, model = target
-    vocabulary = loading.load_vocabulary(_target(folder))
+    vocabulary = _target(folder).vocabulary
     assert vocabulary.eos_token_ids == (3, 5)
     draft, prompts = noisy(model), _prompts(name)
     written = HuggingFaceEngine(model, vocabulary, 8).generate(prompts, GREEDY, 24, 0)
@@ -129,7 +131,7 @@ def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
 
 def test_log_probs_of_written_text_are_found_again_by_scoring(target: tuple[str, Path, Any]) -> None:
     name, folder, model = target
-    vocabulary = loading.load_vocabulary(_target(folder))
+    vocabulary = _target(folder).vocabulary
     written = HuggingFaceEngine(model, vocabulary, 8).generate(_prompts(name), SAMPLED, 16, 1)
     for row, scored in zip(written, score(model, written, SAMPLED), strict=True):
         assert scored.logprobs == pytest.approx(row.logprobs, abs=2e-3)
@@ -140,7 +142,7 @@ def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(
 ) -> None:
     name, folder, model = target
     checkpoint, manifest = _design(tmp_path / "run", folder)
-    draft = loading.load_draft(checkpoint)
+    draft = load_draft(checkpoint)
     assert manifest["parameters"] == sum(p.numel() for p in draft.parameters())
     assert manifest["target"]["parameters"] == count_model(model).stored
     assert manifest["family"]["draft"] == draft.config.model_type
@@ -148,8 +150,8 @@ def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(
     assert draft.config.vocab_size == 320
     assert draft.config.max_position_embeddings == 160
     assert _trained(draft)
-    vocabulary = loading.load_vocabulary(_target(folder))
-    loading.save_draft(draft, tmp_path / "checkpoint", checkpoint)
+    vocabulary = _target(folder).vocabulary
+    save_draft(draft, tmp_path / "checkpoint", Target.at(checkpoint))
     write_huggingface(tmp_path / "checkpoint", tmp_path / "huggingface", K, 0.0)
     assert check_assisted(
         model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24
@@ -161,10 +163,7 @@ def test_a_text_on_either_side_of_a_longropes_line_is_exact_and_design_warns_of_
     length: int, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_family(tmp_path / "target", "phi3-longrope")
-    model, endless = (
-        loading.load_target(_target(folder), "cpu"),
-        replace(loading.load_vocabulary(_target(folder)), eos_token_ids=()),
-    )
+    model, endless = (_target(folder).model("cpu"), replace(_target(folder).vocabulary, eos_token_ids=()))
     prompt, text = PROMPTS[2][:length], list(PROMPTS[2][:length])
     with torch.inference_mode():
         for _ in range(tokens):  # no cache: every token from the whole text
@@ -190,8 +189,8 @@ def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(
     name: str, tmp_path: Path
 ) -> None:
     folder = write_family(tmp_path, name)
-    model = loading.load_target(_target(folder), "cpu")
-    endless = replace(loading.load_vocabulary(_target(folder)), eos_token_ids=())
+    model = _target(folder).model("cpu")
+    endless = replace(_target(folder).vocabulary, eos_token_ids=())
     [written] = HuggingFaceEngine(model, endless, 8).generate(PROMPTS[2:], GREEDY, 130, 0)
     for k in (1, 4):
         found = SpeculativeDecoder(model, noisy(model), endless, k).generate(PROMPTS[2], GREEDY, 130, 0)
@@ -272,7 +271,7 @@ def test_of_learned_positions_a_token_reads_none_worth_counting() -> None:
 
 
 def test_attention_with_capped_scores_does_not_use_fused_kernels(tmp_path: Path) -> None:
-    model = loading.load_target(TargetConfig(model=str(write_family(tmp_path, "gemma2"))), "cpu")
+    model = Target.at(write_family(tmp_path, "gemma2")).model("cpu")
     assert model.config._attn_implementation == "eager"
     with pytest.raises(TargetError, match="its logits are more than one product"):
         split_head(model)
@@ -297,8 +296,8 @@ def test_inspect_says_why_the_draft_is_a_llama_and_what_experts_cost(
     assert "verifying several tokens reads more experts" in text
 
 
-def _target(folder: Path) -> TargetConfig:
-    return TargetConfig(model=str(folder))
+def _target(folder: Path) -> Target:
+    return Target.at(folder)
 
 
 def _trained(draft: Any) -> bool:

@@ -17,10 +17,9 @@ from conftest import write_recipe
 from family_fixture import TARGETS, write_family
 from fastdraft import pipeline
 from fastdraft.modeling.families import draft_family
-from fastdraft.modeling.loading import load_target
 from fastdraft.recipe.recipe import Recipe, load_recipe
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface_export import load_assistant, text_positions
+from fastdraft.target import Target
 
 STAGES = (
     "design",
@@ -87,7 +86,7 @@ def test_a_target_of_every_family_goes_through_the_whole_pipeline_and_takes_the_
 
 def _assert_taken_by_generate(target_folder: Path, draft_folder: Path) -> None:
     """Greedy text with our draft as `assistant_model` is the target's own, in transformers' own loops, past a refused proposal."""
-    target, draft = load_target(TargetConfig(model=str(target_folder)), "cpu"), load_assistant(draft_folder)
+    target, draft = Target.at(target_folder).model("cpu"), load_assistant(draft_folder)
     prompt = torch.tensor([[7 + (i * 37) % 280 for i in range(20)]])
     settings = {
         "attention_mask": torch.ones_like(prompt),

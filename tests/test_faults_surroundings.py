@@ -24,6 +24,7 @@ from fastdraft.data.chat import Conversation
 from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.data.transcripts import TranscriptLog, read_entries
 from fastdraft.errors import DataError, FastDraftError
+from fastdraft.target import Target
 from fastdraft.tasks.files import read_prompts
 from faults_fixture import Run, failing, os_error
 from test_damaged_data import ODD
@@ -160,12 +161,10 @@ def test_a_cache_that_cannot_be_written_is_not_taken_for_a_damaged_model(
 ) -> None:
     from transformers import AutoConfig
 
-    from fastdraft.modeling.loading import load_config
-
     refuses = failing(len, 1, lambda: PermissionError(errno.EACCES, "Permission denied", "/caches/hub"))
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuses)
     with pytest.raises(FastDraftError, match="/caches/hub: cannot be read or written"):
-        load_config(str(tiny_target))
+        Target.at(tiny_target).config
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,10 @@ from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.recipe.data import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.errors import DataError, FastDraftError, TargetError
-from fastdraft.modeling.loading import load_draft, load_tokenizer, load_vocabulary
+from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import RunFolder, file_sha256, write_json
+from fastdraft.target import Target
 from fastdraft.tasks.files import read_prompts
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from test_fuzzed_files import damage, few, read
@@ -149,7 +149,7 @@ LINES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def reading(tiny_target: Path) -> tuple[Any, Vocabulary]:
     """Tokenizer and vocabulary of the tiny target."""
-    return load_tokenizer(str(tiny_target)), load_vocabulary(TargetConfig(model=str(tiny_target)))
+    return Target.at(tiny_target).tokenizer, Target.at(tiny_target).vocabulary
 
 
 def log_of(folder: Path, *lines: Any, **values: Any) -> TranscriptLog:
@@ -274,8 +274,8 @@ NAMES = ["config.json", "tokenizer_config.json", "generation_config.json", "toke
 
 def opened(folder: Path) -> Any:
     """Everything that is read of a draft before it works; its weights are given."""
-    load_vocabulary(TargetConfig(model=str(folder)))
-    prompt_ids(load_tokenizer(str(folder)), "a fox", True)
+    Target.at(folder).vocabulary
+    prompt_ids(Target.at(folder).tokenizer, "a fox", True)
     return load_draft(folder).state_dict()
 
 
@@ -381,7 +381,7 @@ def test_a_tokenizer_that_would_fail_later_is_refused_when_it_is_loaded(  # noqa
         json.dumps(changed(json.loads(path.read_text(encoding="utf-8")), place, value)), encoding="utf-8"
     )
     with pytest.raises(TargetError, match=said):
-        load_tokenizer(str(tmp_path / "draft"))
+        Target.at(tmp_path / "draft").tokenizer
 
 
 # ---- resume checkpoints

@@ -16,7 +16,7 @@ from fastdraft.commands.pair import find_pair
 from fastdraft.console import Console
 from fastdraft.decoding.token_stream import TokenStream, text_pieces
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
-from fastdraft.modeling.loading import load_tokenizer
+from fastdraft.target import Target
 
 
 def call(target: Path, draft: Path, **changes: Any) -> None:
@@ -118,7 +118,7 @@ def test_a_draft_of_another_vocabulary_is_refused(tiny_target: Path, tmp_path: P
     "text", ["The fox – jumps: 日本語 and naïve 🦊 again", "def f(x):\n    return x  # plain"]
 )
 def test_pieces_join_to_the_text_whatever_bytes_the_tokens_end_in(tiny_target: Path, text: str) -> None:
-    tokenizer = load_tokenizer(str(tiny_target))
+    tokenizer = Target.at(tiny_target).tokenizer
     ids = tokenizer(text, add_special_tokens=False).input_ids
     stream = TokenStream(tokenizer)
     assert "".join([stream.feed(token) for token in ids] + [stream.finish()]) == text

@@ -13,7 +13,7 @@ from fastdraft.decoding.logit_writer import LogitWriter, sparse_logits
 from fastdraft.errors import TargetError
 from fastdraft.functional.distillation import DenseTarget, chunked_distillation, token_loss, top_k_buckets
 from fastdraft.functional.generation import Generation
-from fastdraft.modeling.head import output_head, split_head
+from fastdraft.modeling.heads import output_head, split_head
 from fastdraft.training.batches import Batch, Sample, padded_batch
 from fastdraft.training.objective import LoadedTarget, TokenDistillation
 

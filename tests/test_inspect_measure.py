@@ -19,8 +19,8 @@ from fastdraft.commands.inspect_forecast import DraftCost, Measurement
 from fastdraft.commands.inspect_measure import MeasureSettings, settings_of
 from fastdraft.errors import RecipeError
 from fastdraft.forecast import PAPER_K, RATES, acceptance_rate, block_efficiency, conditional_acceptance_rate
-from fastdraft.modeling.architecture import Architecture, read_architecture
-from fastdraft.modeling.loading import load_config
+from fastdraft.modeling.architecture import Architecture
+from fastdraft.target import Target
 
 RUNTIME = {
     "name": "openvino",
@@ -33,7 +33,7 @@ RUNTIME = {
 
 @pytest.fixture
 def shape(tiny_target: Path) -> Architecture:
-    return read_architecture(load_config(str(tiny_target)))
+    return Target.at(tiny_target).architecture
 
 
 def measurement(shape: Architecture, *draft_seconds: float) -> Measurement:

@@ -130,7 +130,7 @@ def test_arguments_that_contradict_each_other_are_refused(two: Recipe) -> None:
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr("fastdraft.modeling.loading.pick_device", torch.device)
+    monkeypatch.setattr("fastdraft.modeling.pick_device", torch.device)
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
     TWO.check_devices("cuda")
     TWO.check_devices("cpu")

@@ -16,13 +16,12 @@ pytest.importorskip("httpx")
 from fastdraft.data.chat import prompt_ids, user_words
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
 from fastdraft.recipe.data import OpenAIEngineConfig
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openai_requests import Servers
 from fastdraft.runtimes.openai_server import OpenAIEngine, _likeliest
 from fastdraft.runtimes.openvino import answer_seed
+from fastdraft.target import Target
 from serving import Served
 
 WORDS = [
@@ -36,7 +35,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_target: Path) -> Any:
-    return load_tokenizer(str(tiny_target))
+    return Target.at(tiny_target).tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def engine_of(folder: Path, *servers: Served, check: Any = lambda: None, **chang
     }
     transport |= {key: changes.pop(key) for key in list(changes) if key in transport}
     pool = Servers([one.url for one in servers] or changes.pop("urls"), check=check, **transport)
-    tokenizer, vocabulary = load_tokenizer(str(folder)), load_vocabulary(TargetConfig(model=str(folder)))
+    tokenizer, vocabulary = Target.at(folder).tokenizer, Target.at(folder).vocabulary
     return OpenAIEngine(pool, tokenizer, vocabulary, 256, **{"logprobs": "processed", **changes})
 
 
@@ -74,8 +73,8 @@ def own(
     folder: Path, prompts: list[list[int]], sampling: Sampling, length: int, seed: int
 ) -> list[Generation]:
     """What the weights write with the very seeds that the engine sends."""
-    config = TargetConfig(model=str(folder))
-    engine = HuggingFaceEngine(load_target(config, "cpu"), load_vocabulary(config))
+    config = Target.at(folder)
+    engine = HuggingFaceEngine(config.model("cpu"), config.vocabulary)
     return [
         engine.generate([prompt], sampling, length, answer_seed(seed, i))[0]
         for i, prompt in enumerate(prompts)

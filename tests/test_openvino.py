@@ -27,10 +27,8 @@ from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.modeling.loading import load_target, load_vocabulary
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.recipe import load_recipe
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes import openvino_export
 from fastdraft.runtimes.openvino import (
     OpenVINOEngine,
@@ -41,18 +39,19 @@ from fastdraft.runtimes.openvino import (
 )
 from fastdraft.runtimes.openvino_export import export_openvino
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair
+from fastdraft.target import Target
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30)]
 
 
 @pytest.fixture(scope="module")
 def vocabulary(tiny_target: Path) -> Vocabulary:
-    return load_vocabulary(TargetConfig(model=str(tiny_target)))
+    return Target.at(tiny_target).vocabulary
 
 
 @pytest.fixture(scope="module")
 def target(tiny_target: Path) -> PreTrainedModel:
-    return load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    return Target.at(tiny_target).model("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +193,9 @@ def test_the_text_part_of_a_multimodal_target_is_converted_and_writes_the_target
     source = write_family(tmp_path / "target", name)
     (tmp_path / "out").mkdir()
     openvino_export.convert(source, tmp_path / "out", "fp32")
-    own = TargetConfig(model=str(source))
-    endless = replace(load_vocabulary(own), eos_token_ids=())
-    [expected] = greedy(load_target(own, "cpu"), [PROMPTS[3]], 32, endless)
+    own = Target.at(source)
+    endless = replace(own.vocabulary, eos_token_ids=())
+    [expected] = greedy(own.model("cpu"), [PROMPTS[3]], 32, endless)
     assert openvino_export.greedy(tmp_path / "out", PROMPTS[3], 32) == expected.response_ids
     assert len(set(expected.response_ids)) > 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]

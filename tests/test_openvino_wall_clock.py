@@ -24,15 +24,15 @@ from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
+from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes import openvino_passes
 from fastdraft.runtimes.openvino_passes import OneByOne, is_npu
 from fastdraft.runtimes.openvino_speculative import DYNAMIC_PLACES, cut_rounds, with_proposals
 from fastdraft.runtimes.openvino_ties import TieJudge, explain_differences, first_difference
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
 from fastdraft.runtimes.wall_clock import TimedBatch
+from fastdraft.target import Target
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30, 120, 90, 100)]
 """More than 256 tokens in all: OpenVINO's default would cut the last ones into pieces."""
@@ -43,12 +43,12 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def vocabulary(tiny_target: Path) -> Vocabulary:
     # OpenVINO masks none of the draft's ids.
-    return replace(load_vocabulary(TargetConfig(model=str(tiny_target))), missing_ids=())
+    return replace(Target.at(tiny_target).vocabulary, missing_ids=())
 
 
 @pytest.fixture(scope="module")
 def target(tiny_target: Path) -> PreTrainedModel:
-    return load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    return Target.at(tiny_target).model("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,12 @@ from fastdraft.console import Console
 from fastdraft.data.loader import open_mixture
 from fastdraft.errors import DataError, Interrupted, RecipeError
 from fastdraft.recipe.base import Config, load_config
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.recipe.training import ContinuePretrainConfig, PretrainConfig
 from fastdraft.run_folder import RunFolder, digest, file_sha256, write_json
 from fastdraft.stages import pretrain
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from fastdraft.training.metrics import read_metrics
 
 LENGTH = 16
@@ -73,9 +74,7 @@ def make_context(
         )
         write_prepared(root / "prepare", rows or {"text": 30, "code": 30})
     settings = RunConfig(name=root.name, folder=str(root.parent), device="cpu", threads=1)
-    return StageContext(
-        RunFolder(root), settings, TargetConfig(model=str(draft)), sections, Console(quiet=True)
-    )
+    return StageContext(RunFolder(root), settings, Target.at(draft), sections, Console(quiet=True))
 
 
 def run_stage(context: StageContext, name: pretrain.Name) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from fastdraft.console import Console, format_table
 from fastdraft.errors import FastDraftError
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.reporting.charts import loss_chart, smooth
 from fastdraft.reporting.check_sections import agreement_table
 from fastdraft.reporting.document import Sample, Table, row
@@ -28,6 +28,7 @@ from fastdraft.reporting.verdict import give_verdict
 from fastdraft.run_folder import RunFolder
 from fastdraft.stages import report
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from report_fixture import HOSTILE, results, write_run
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -60,9 +61,7 @@ class Page(HTMLParser):
 
 def context_of(run: RunFolder) -> StageContext:
     settings = RunConfig(name=run.root.name, folder=str(run.root.parent))
-    return StageContext(
-        run, settings, TargetConfig(model="target"), {"report": report.ReportConfig()}, Console()
-    )
+    return StageContext(run, settings, Target.at("target"), {"report": report.ReportConfig()}, Console())
 
 
 @pytest.fixture(scope="module")

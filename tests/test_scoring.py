@@ -14,15 +14,14 @@ from transformers import PreTrainedModel
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.scoring import ScoringEngine, score
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.modeling.loading import load_target
-from fastdraft.recipe.run import TargetConfig
+from fastdraft.target import Target
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44], [100]]
 
 
 @pytest.fixture(scope="module")
 def model(tiny_target: Path) -> PreTrainedModel:
-    return load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    return Target.at(tiny_target).model("cpu")
 
 
 def write(model: PreTrainedModel, sampling: Sampling) -> list[Generation]:

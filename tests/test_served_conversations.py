@@ -28,12 +28,11 @@ from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.decoding.workbench import EncodedTask, Plan
 from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Engine, Generation, RenderedPrompt, Sampling
-from fastdraft.modeling.loading import load_tokenizer, load_vocabulary
 from fastdraft.recipe.recipe import load_recipe
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes import engines
 from fastdraft.runtimes.openai_requests import Servers
 from fastdraft.runtimes.openai_server import OpenAIEngine
+from fastdraft.target import Target
 from serving import Served
 
 WITH_SYSTEM = CHAT_TEMPLATE.replace(
@@ -107,13 +106,11 @@ def engine_of(folder: Path, server: Served, retries: int = 4) -> OpenAIEngine:
         api_key_env="FASTDRAFT_TEST_KEY",
         pause=0.02,
     )
-    return OpenAIEngine(
-        pool, load_tokenizer(str(folder)), load_vocabulary(TargetConfig(model=str(folder))), 256
-    )
+    return OpenAIEngine(pool, Target.at(folder).tokenizer, Target.at(folder).vocabulary, 256)
 
 
 def written(folder: Path, engine: Engine, talks: list[Conversation]) -> tuple[list[SyntheticRow], RowCounts]:
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = Target.at(folder).tokenizer
     found = conversation_plan(tokenizer, talks)
     assert found is not None
     unit = UnitPlan(name="talks", temperatures=[0.0], unit_rows=8, **found.fields).unit(0)
@@ -128,7 +125,7 @@ def test_a_chat_server_is_asked_every_turn_with_its_own_earlier_answers(
 ) -> None:
     chat_server.asked.clear()
     rows, counts = written(target, engine_of(target, chat_server), TALKS)
-    assert (rows, counts) == written(target, Local(load_tokenizer(str(target))), TALKS)
+    assert (rows, counts) == written(target, Local(Target.at(target).tokenizer), TALKS)
     assert counts.written == 6
     longest = max((body.get("messages", []) for body in chat_server.asked), key=len)
     assert [message["role"] for message in longest] == [
@@ -144,7 +141,7 @@ def test_a_chat_server_is_asked_every_turn_with_its_own_earlier_answers(
         "Second?",
         "Third?",
     ]
-    tokenizer = load_tokenizer(str(target))
+    tokenizer = Target.at(target).tokenizer
     said = [tokenizer.decode(row.response_ids[:-1]) for row in rows]
     assert all(message["content"] in said for message in longest if message["role"] == "assistant")
 
@@ -154,7 +151,7 @@ def test_a_chat_server_whose_template_takes_no_system_message_gets_it_in_the_fir
 ) -> None:
     with Talking(tiny_target, style="chat").running() as one:
         rows, counts = written(tiny_target, engine_of(tiny_target, one), TALKS)
-    assert (rows, counts) == written(tiny_target, Local(load_tokenizer(str(tiny_target))), TALKS)
+    assert (rows, counts) == written(tiny_target, Local(Target.at(tiny_target).tokenizer), TALKS)
     assert counts.written == 6
     assert {"role": "user", "content": "Be brief.\n\nFirst?"} in [
         body["messages"][0] for body in one.asked if "messages" in body
@@ -168,7 +165,7 @@ def test_kept_prompts_of_later_turns_still_know_their_messages(
         "talks", [], [], 40, conversations=[(f"talk{i}", talk) for i, talk in enumerate(TALKS)]
     )
     plan = Plan([task], [0.0], [3], [], 0)
-    tokenizer = load_tokenizer(str(target))
+    tokenizer = Target.at(target).tokenizer
     place: dict[str, Any] = {
         "folder": tmp_path,
         "console": Console(quiet=True),
@@ -304,7 +301,7 @@ def test_turns_of_a_logged_conversation_belong_together(target: Path, tmp_path: 
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     log = TranscriptLog(kind="transcripts", name="log", path=str(path))
-    tokenizer, vocabulary = load_tokenizer(str(target)), load_vocabulary(TargetConfig(model=str(target)))
+    tokenizer, vocabulary = Target.at(target).tokenizer, Target.at(target).vocabulary
     first, second, other = read_transcripts(log, tokenizer, vocabulary, 0, shuffled=False).rows
     assert (first.key, other.key) == ("", "")
     assert second.key == ids_hash(first.generation.prompt_ids)

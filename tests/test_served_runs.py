@@ -22,11 +22,11 @@ from fastdraft.data.rows import SyntheticRow, read_all, read_rows
 from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.decoding.logit_writer import sparse_logits
 from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
-from fastdraft.modeling.loading import load_target
 from fastdraft.recipe.evaluation import SHIPPED_TASKS, BenchmarkConfig
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.recipe.training import TokenKDConfig
 from fastdraft.runtimes import engines
+from fastdraft.target import Target
 from serving import Served
 
 
@@ -227,7 +227,7 @@ def test_logits_of_a_servers_text_come_from_the_weights_and_teach_the_draft(run:
     plain = pipeline.make_context(run.recipe(), _quiet()).require("synthesize")
     assert list(read_all(artifact)) == list(read_all(plain))
     assert artifact.manifest()["logits"] == {"kind": "top_k", "k": 16}
-    model = load_target(recipe.target, "cpu")
+    model = Target(recipe.target).model("cpu")
     row, logits = next(read_with_logits(artifact))
     own = sparse_logits(model, [row], 16)[0]
     assert np.array_equal(logits.read(0, len(row.response_ids)).ids, own.ids)

@@ -32,10 +32,9 @@ from fastdraft.decoding import logit_writer
 from fastdraft.decoding.logit_writer import LogitWriter, sparse_logits
 from fastdraft.errors import FastDraftError, RecipeError, TargetError
 from fastdraft.functional.distillation import SparseTarget, top_k_buckets
-from fastdraft.modeling.loading import load_target
 from fastdraft.recipe.recipe import Recipe, load_recipe
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import StageFolder
+from fastdraft.target import Target
 
 
 def made(tokens: int, k: int, vocab_size: int, seed: int = 0) -> SparseLogits:
@@ -117,7 +116,7 @@ def test_probabilities_too_small_for_half_precision_stay_finite(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def target(tiny_target: Path) -> PreTrainedModel:
-    return load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    return Target.at(tiny_target).model("cpu")
 
 
 class Folder:
@@ -285,7 +284,7 @@ def test_a_k_that_leaves_no_tail_is_refused(folder: Folder) -> None:
 def test_numbers_that_are_not_finite_are_refused_and_nothing_is_written(
     written: StageFolder, tiny_target: Path, tmp_path: Path
 ) -> None:
-    broken = load_target(TargetConfig(model=str(tiny_target)), "cpu")
+    broken = Target.at(tiny_target).model("cpu")
     with torch.no_grad():
         broken.lm_head.weight[5] = torch.nan
     unit = next(path for path in unit_paths(written) if read_rows(path))

@@ -13,17 +13,16 @@ from fastdraft.recipe.data import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
+from fastdraft.target import Target
 
 
 @pytest.fixture(scope="module")
 def written(tiny_target: Path) -> Generation:
     """One sampled answer of the target."""
-    config = TargetConfig(model=str(tiny_target))
-    engine = HuggingFaceEngine(load_target(config, "cpu"), load_vocabulary(config))
-    prompt = prompt_ids(load_tokenizer(str(tiny_target)), "What is a fox?", True)
+    config = Target.at(tiny_target)
+    engine = HuggingFaceEngine(config.model("cpu"), config.vocabulary)
+    prompt = prompt_ids(Target.at(tiny_target).tokenizer, "What is a fox?", True)
     return engine.generate([prompt], Sampling(0.7), 12, 1)[0]
 
 
@@ -33,9 +32,7 @@ def read(folder: Path, target: Path, *lines: object, **settings: Any) -> Any:
     config = TranscriptLog(
         **{"kind": "transcripts", "name": "log", "path": str(path), "logprobs": "processed", **settings}
     )
-    return read_transcripts(
-        config, load_tokenizer(str(target)), load_vocabulary(TargetConfig(model=str(target))), 0
-    )
+    return read_transcripts(config, Target.at(target).tokenizer, Target.at(target).vocabulary, 0)
 
 
 def shapes(written: Generation, text: str) -> dict[str, dict[str, Any]]:
@@ -106,7 +103,7 @@ def shapes(written: Generation, text: str) -> dict[str, dict[str, Any]]:
 def test_every_shape_of_line_gives_the_answer_that_was_written(
     tmp_path: Path, tiny_target: Path, written: Generation, shape: str
 ) -> None:
-    text = load_tokenizer(str(tiny_target)).decode(written.response_ids, skip_special_tokens=True)
+    text = Target.at(tiny_target).tokenizer.decode(written.response_ids, skip_special_tokens=True)
     rows = read(tmp_path, tiny_target, shapes(written, text)[shape]).rows
     assert len(rows) == 1
     assert rows[0].generation == written
@@ -125,7 +122,7 @@ def test_a_conversation_that_ends_with_the_assistant_is_an_answer(tmp_path: Path
         {"messages": [*turns, {"role": "assistant", "content": "the stars"}]},
         temperature=1.0,
     ).rows[0]
-    tokenizer = load_tokenizer(str(tiny_target))
+    tokenizer = Target.at(tiny_target).tokenizer
     assert tokenizer.decode(row.generation.response_ids) == "the stars<|end|>"
     assert "One fox." in tokenizer.decode(row.generation.prompt_ids)
     assert row.generation.logprobs == [], "nobody told them"
@@ -289,7 +286,7 @@ def test_the_output_of_a_batch_is_read_with_its_requests(tmp_path: Path, tiny_ta
     }
     rows = read(tmp_path, tiny_target, line, requests=str(requests)).rows
     assert [row.generation.prompt_ids for row in rows] == [
-        prompt_ids(load_tokenizer(str(tiny_target)), "Where is Paris?", True)
+        prompt_ids(Target.at(tiny_target).tokenizer, "Where is Paris?", True)
     ]
     assert rows[0].sampling == Sampling(0.0)
     with pytest.raises(DataError, match="custom_id 'r9': must be in the file that `requests` names"):

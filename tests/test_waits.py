@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdraft.functional.distillation import SparseTarget, token_loss
-from fastdraft.modeling.head import output_head
+from fastdraft.modeling.heads import output_head
 from fastdraft.training.batches import Batch
 from fastdraft.training.flash import text_mask
 from fastdraft.training.objective import CrossEntropy, LoadedTarget, Objective, TokenDistillation

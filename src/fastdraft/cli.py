@@ -376,7 +376,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
     inspect.run(
         arguments.target,
         revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
         console=Console(),
         as_json=arguments.json,
         measuring=settings_of(vars(arguments)),

@@ -22,6 +22,7 @@ from fastdraft.recipe.base import Config
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import FINGERPRINT, RunFolder, read_json, write_atomic, write_json
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 def make_context(recipe: Recipe, console: Console) -> StageContext:
     """What every stage of this recipe is given."""
-    return StageContext(RunFolder(recipe.run.root), recipe.run, recipe.target, recipe.sections(), console)
+    return StageContext(
+        RunFolder(recipe.run.root), recipe.run, Target(recipe.target), recipe.sections(), console
+    )
 
 
 def downstream(names: Iterable[str]) -> set[str]:
@@ -210,10 +213,9 @@ def refuse_missing_weights(recipe: Recipe, name: str) -> None:
     Raises:
         TargetError: when it does and they are not in the target's directory.
     """
-    from fastdraft.modeling.source import has_weights
 
     reason = _why_weights(recipe, name)
-    if reason and not has_weights(recipe.target.location):
+    if reason and not Target(recipe.target).has_weights:
         rule, remedy = reason
         raise TargetError(
             recipe.target.location, "no model.safetensors", rule, f"put the weights there, or {remedy}"

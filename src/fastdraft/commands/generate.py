@@ -20,6 +20,7 @@ from fastdraft.console import Console
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.functional.generation import Sampling
 from fastdraft.recipe.run import TargetConfig
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,27 +212,18 @@ def _open(
 ) -> tuple[SpeculativeDecoder, PreTrainedTokenizerBase]:
     """Loads the pair."""
     from fastdraft.decoding.speculative import SpeculativeDecoder
-    from fastdraft.modeling.loading import (
-        load_draft,
-        load_target,
-        load_tokenizer,
-        load_vocabulary,
-        pick_device,
-    )
+    from fastdraft.modeling.drafts import load_draft, pick_device
     from fastdraft.modeling.vocabulary import check_same
 
-    config = target if isinstance(target, TargetConfig) else TargetConfig(model=target)
-    try:
-        where = pick_device(device)
-    except RecipeError as error:
-        raise RecipeError("--device", error.found, error.rule, "use --device auto") from None
-    vocabulary = load_vocabulary(config)
-    check_same(vocabulary, load_vocabulary(TargetConfig(model=draft)), where=draft)
-    model = load_target(config, where)
+    opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
+    where = pick_device(device, "--device")
+    vocabulary = opened.vocabulary
+    check_same(vocabulary, Target.at(draft).vocabulary, where=draft)
+    model = opened.model(where)
     decoder = SpeculativeDecoder(
         model, load_draft(Path(draft), where, model.dtype), vocabulary, num_speculative_tokens
     )
-    return decoder, load_tokenizer(config.location, config.revision, config.trust_remote_code)
+    return decoder, opened.tokenizer
 
 
 def _first(writer: _Writer, text: str, chat: bool, warm_up: bool) -> _Answer:

@@ -19,7 +19,7 @@ from fastdraft.errors import RecipeError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.run import TargetConfig
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -91,7 +91,6 @@ def run(
     location: str,
     *,
     revision: str | None = None,
-    trust_remote_code: bool = False,
     console: Console,
     as_json: bool = False,
     measuring: MeasureSettings | None = None,
@@ -101,7 +100,6 @@ def run(
     Args:
         location: A directory, a hub id, or `shipped:targets/starter`.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Allows a tokenizer with code of its own.
         console: For notes and progress; results go to stdout.
         as_json: JSON instead of text.
         measuring: How passes are to be measured; None measures nothing.
@@ -111,7 +109,7 @@ def run(
         TargetError: when its tokenizer and config contradict each other.
         FastDraftError: when measuring fails; see `inspect_measure.measure`.
     """
-    target = TargetConfig(model=location, revision=revision, trust_remote_code=trust_remote_code)
+    target = Target.at(location, revision)
     inspection = inspect(target)
     if not inspection.candidates:
         console.warn("no draft would cost less than half of this target: a draft cannot pay here")
@@ -131,22 +129,21 @@ def run(
         print("\n" + measured.text())
 
 
-def inspect(target: TargetConfig) -> Inspection:
+def inspect(target: Target) -> Inspection:
     """Reads config and tokenizer and works out the rest.
 
     Raises:
         TargetError, TargetError: as `run`.
     """
-    from fastdraft.modeling.architecture import count_parameters, read_architecture
-    from fastdraft.modeling.loading import load_config, load_encoding
+    from fastdraft.modeling.architecture import count_parameters
     from fastdraft.modeling.traps import find_traps
 
-    config = load_config(target.location, target.revision, target.trust_remote_code)
-    tokenizer, vocabulary = load_encoding(target)
-    architecture = read_architecture(config, target.location)
+    config = target.config
+    tokenizer, vocabulary = target.tokenizer, target.vocabulary
+    architecture = target.architecture
     traps = find_traps(vocabulary, tokenizer, config, architecture)
     return Inspection(
-        target.model,
+        target.name,
         config,
         architecture,
         count_parameters(config),

@@ -24,6 +24,7 @@ from fastdraft.console import Console
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.recipe.base import format_count
 from fastdraft.recipe.run import user_path
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -195,7 +196,6 @@ def _shape(name: str, config: PreTrainedConfig, target: Architecture) -> Archite
 
 def _exported_draft(name: str, target: str) -> Built:
     from fastdraft.modeling.architecture import read_architecture
-    from fastdraft.modeling.loading import load_config
     from fastdraft.runtimes.openvino import MODEL_FILE
     from fastdraft.runtimes.openvino_pair import check_pair
 
@@ -204,7 +204,7 @@ def _exported_draft(name: str, target: str) -> Built:
         rule = "must be HIDDENxLAYERS, such as 512x6, or the folder of an exported draft"
         raise RecipeError("--draft", name, rule, "run fastdraft export first for a folder")
     check_pair(target, folder)
-    config = load_config(str(folder))
+    config = Target.at(folder).config
     return Built(folder.name, read_architecture(config), config, folder, "int8", False)
 
 

@@ -80,7 +80,7 @@ class Machines:
         """
         import torch
 
-        from fastdraft.modeling.loading import pick_device
+        from fastdraft.modeling.drafts import pick_device
 
         picked = pick_device(device)
         if picked.type == "cpu":

@@ -21,6 +21,7 @@ from fastdraft.data.rows import SyntheticRow, read_columns, read_rows, unit_path
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder, StageFolder
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,6 @@ def run(
     """
     if count < 1:
         raise RecipeError("--count", count, "must be at least 1", "for example --count 5")
-    from fastdraft.modeling.loading import load_tokenizer
 
     if not (run / "recipe.yaml").is_file():
         raise FastDraftError(
@@ -60,8 +60,7 @@ def run(
     console, recipe = console or Console(quiet=True), load_recipe(str(run / "recipe.yaml"))
     written = spread_rows(RunFolder(run).folder("synthesize"), count)
     batched = align_rows(run, recipe, count, console) if stage == "align" else []
-    target = recipe.target
-    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
+    tokenizer = Target(recipe.target).tokenizer
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     console.say("trained tokens are " + ("green" if colour else f"between {_MARKS[0]} and {_MARKS[1]}"))
     shown = [format_batch_row(row, tokenizer, colour) for row in batched] or [

@@ -111,7 +111,7 @@ def _met_earlier_error(world: World, folder: Path) -> bool:
 def _own_device(recipe: Recipe) -> torch.device:
     import torch
 
-    from fastdraft.modeling.loading import pick_device
+    from fastdraft.modeling.drafts import pick_device
 
     device = pick_device(recipe.run.device)
     if device.type == "cpu":

@@ -23,8 +23,8 @@ from fastdraft.decoding.replay import TokenText, batch_tokens_of, held_slices, p
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import top_k_buckets
 from fastdraft.functional.generation import Engine
-from fastdraft.modeling.head import OutputHead, output_head
-from fastdraft.modeling.loading import load_target, pick_device
+from fastdraft.modeling.drafts import pick_device
+from fastdraft.modeling.heads import OutputHead, output_head
 from fastdraft.stages.context import StageContext
 
 
@@ -133,5 +133,5 @@ def open_logit_writer(k: int, engine: Engine, context: StageContext) -> LogitWri
     """
     model = getattr(engine, "model", None)
     if not isinstance(model, PreTrainedModel):
-        model = load_target(context.target, pick_device(context.settings.device))
+        model = context.target.model(pick_device(context.settings.device))
     return LogitWriter(model, k)

@@ -23,7 +23,7 @@ from fastdraft.decoding.replay import (
 )
 from fastdraft.functional.generation import Engine, Generation, Sampling
 from fastdraft.functional.sampling import warp
-from fastdraft.modeling.head import output_head
+from fastdraft.modeling.heads import output_head
 
 
 @torch.inference_mode()

@@ -70,13 +70,12 @@ def gather(
         FastDraftError: when held-out rows are wanted and synthesize has not finished.
         DataError: when no text serves.
     """
-    from fastdraft.modeling.loading import load_vocabulary
 
     found, trained = StandingTexts(), frozenset[str]()
     if isinstance(texts, HeldOutTexts):
         rows = list(read_all(context.require("synthesize"), "validation"))
     else:
-        rows = logged_rows(texts, tokenizer, load_vocabulary(context.target), context.settings.seed, found)
+        rows = logged_rows(texts, tokenizer, context.target.vocabulary, context.settings.seed, found)
         if context.has("synthesize") and context.folder("synthesize").is_complete():
             trained = trained_prompts(context.folder("synthesize"))
     score = _score(context) if texts.logprobs == "target" else None
@@ -97,9 +96,9 @@ def _score(context: StageContext) -> Score:
     from functools import partial
 
     from fastdraft.decoding.scoring import score
-    from fastdraft.modeling.loading import load_target, pick_device
+    from fastdraft.modeling.drafts import pick_device
 
-    return partial(score, load_target(context.target, pick_device(context.settings.device)))
+    return partial(score, context.target.model(pick_device(context.settings.device)))
 
 
 def trained_prompts(synthesize: StageFolder) -> frozenset[str]:

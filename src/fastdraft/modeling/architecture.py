@@ -161,6 +161,11 @@ def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") 
         output_bias=attention_bias,
         mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
     )
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_length"):
+        if getattr(shape, name) < 1:
+            raise TargetError(
+                f"{where}: {name} {getattr(shape, name)}; must be at least 1", "fetch the model again"
+            )
     return shape if family in DRAFT_FAMILIES and config is hf_config else _counted(shape, hf_config)
 
 

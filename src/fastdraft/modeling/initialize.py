@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdraft.errors import TargetError
-from fastdraft.modeling.source import weight_files
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -61,7 +61,7 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
 
 
 @torch.no_grad()
-def set_projected_embeddings(model: PreTrainedModel, location: str, revision: str | None, seed: int) -> None:
+def set_projected_embeddings(model: PreTrainedModel, target: Target, seed: int) -> None:
     """Replaces embedding and head by the target's, projected to the draft's width; the body stays as it is.
 
     Only these two matrices of the target are read. A tied draft takes the embedding.
@@ -71,14 +71,16 @@ def set_projected_embeddings(model: PreTrainedModel, location: str, revision: st
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
-    matrices = read_matrices(location, revision)
-    embedding.copy_(project(_rows(matrices[_EMBEDDING], embedding, location), embedding.shape[1], seed))
+    matrices = read_matrices(target)
+    embedding.copy_(
+        project(_rows(matrices[_EMBEDDING], embedding, target.location), embedding.shape[1], seed)
+    )
     if head is not embedding:
         source = matrices.get(_HEAD, matrices[_EMBEDDING])
-        head.copy_(project(_rows(source, head, location), head.shape[1], seed + 1))
+        head.copy_(project(_rows(source, head, target.location), head.shape[1], seed + 1))
 
 
-def read_matrices(location: str, revision: str | None = None) -> dict[str, Tensor]:
+def read_matrices(target: Target) -> dict[str, Tensor]:
     """The target's embedding [vocabulary, hidden], and its head when it is not tied, without loading anything else.
 
     Raises:
@@ -87,14 +89,14 @@ def read_matrices(location: str, revision: str | None = None) -> dict[str, Tenso
     from safetensors import safe_open
 
     matrices: dict[str, Tensor] = {}
-    for name, path in weight_files(location, revision, (*_EMBEDDINGS, *_HEADS)).items():
+    for name, path in target.files.weights((*_EMBEDDINGS, *_HEADS)).items():
         kind = _EMBEDDING if name in _EMBEDDINGS else _HEAD
         with safe_open(path, framework="pt") as file:
             if kind not in matrices and name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
                 matrices[kind] = file.get_tensor(name)
     if _EMBEDDING not in matrices:
         raise TargetError(
-            location,
+            target.location,
             f"no {_EMBEDDING}",
             "initialization: target_embeddings needs it",
             "use initialization: random",
@@ -141,10 +143,10 @@ def _rows(matrix_VH: Tensor, wanted: Tensor, location: str) -> Tensor:
     return matrix_VH
 
 
-def matrices_digest(location: str, revision: str | None = None) -> str:
+def matrices_digest(target: Target) -> str:
     """Stands for the target's embedding and head in a fingerprint: a digest of about a thousand of their rows."""
     total = hashlib.sha256()
-    for name, matrix in sorted(read_matrices(location, revision).items()):
+    for name, matrix in sorted(read_matrices(target).items()):
         step = max(1, len(matrix) // 1024)
         total.update(
             f"{name} {tuple(matrix.shape)} {matrix.dtype}".encode()

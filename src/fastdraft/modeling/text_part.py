@@ -13,10 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.machine import disk_errors
 from fastdraft.modeling.families import MULTIMODAL, plain_rope, special_id, text_config
-from fastdraft.modeling.source import copy_tokenizer_files, raw_config
-from fastdraft.recipe.run import TargetConfig
+from fastdraft.modeling.model_files import quiet
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -60,26 +59,18 @@ def _standing_config(config: PreTrainedConfig, tied: bool) -> PreTrainedConfig:
 
 
 @contextlib.contextmanager
-def as_text_model(location: str, revision: str | None, beside: Path) -> Iterator[tuple[str, str | None]]:
-    """Location and revision of a model that is text only: the model's own, or a directory that lives as long as the block.
+def as_text_model(target: Target, beside: Path) -> Iterator[Target]:
+    """The target itself where it is text only; else its text part in a directory that lives as long as the block.
 
     Args:
-        location: Directory or hub id.
-        revision: Branch, tag or commit on the hub.
+        target: Any target.
         beside: A directory on the disk that has room for the text part's weights.
-
-    Raises:
-        TargetError: when the model cannot be loaded. FastDraftError: when the disk is full.
     """
-    if raw_config(location, revision)["model_type"] not in MULTIMODAL:
-        yield location, revision
+    if target.files.config["model_type"] not in MULTIMODAL:
+        yield target
         return
-    from fastdraft.modeling.loading import load_target, quiet
-
     with TemporaryDirectory(dir=beside.parent, prefix=".text-part-") as folder:
-        with disk_errors(Path(folder)), quiet():
-            text_model(load_target(TargetConfig(model=location, revision=revision), "cpu")).save_pretrained(
-                folder
-            )
-        copy_tokenizer_files(location, Path(folder), revision)
-        yield folder, None
+        with quiet():
+            text_model(target.model("cpu")).save_pretrained(folder)
+        target.copy_tokenizer(Path(folder))
+        yield Target.at(folder)

@@ -1,19 +1,17 @@
-"""What a target and its draft must share: one vocabulary, padding rows included.
+"""What a target and its draft must share: one vocabulary, padding rows included; `check_same` names the first difference.
 
-Decides which differences between two vocabularies are fatal and in which words each is told, and how a tokenizer is
-reduced to digests: one of its ordinary tokens (text, ids, merges, splitting rules), one of its special tokens, so that a
-draft may serve every fine-tune that only renames or adds special tokens.
+A tokenizer is reduced to two digests, of its ordinary and of its special tokens, so that a draft may serve every
+fine-tune that only renames or adds special tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastdraft.errors import TargetError
-from fastdraft.machine import no_collection
 from fastdraft.run_folder import digest
 
 
@@ -67,22 +65,19 @@ class Description:
 
 
 def describe(tokenizer_state: str) -> Description:
-    """Reduces a tokenizer to its ids and digests; of 128 thousand tokens, about a second's work.
-
-    Args:
-        tokenizer_state: The fast tokenizer's complete JSON state (the content of `tokenizer.json`).
-    """
-    with no_collection():
-        state = json.loads(tokenizer_state)
-        model, added = state["model"], state.get("added_tokens") or []
-        ordinary = _ordinary_ids(model)
-        rules = {key: state.get(key) for key in ("normalizer", "pre_tokenizer")}
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
-        return Description(
-            ids=frozenset(ordinary.values()) | {int(token["id"]) for token in added},
-            digest=digest([model.get("type"), ordinary, merges, rules]),
-            special_digest=digest(sorted((int(token["id"]), token["content"]) for token in added)),
-        )
+    """Reduces a tokenizer's JSON state (the content of `tokenizer.json`); of 128 thousand tokens, about a second's work."""
+    state = json.loads(tokenizer_state)
+    model, added = state["model"], state.get("added_tokens") or []
+    vocab = model.get("vocab") or {}
+    # A Unigram model lists its tokens in the order of their ids.
+    ordinary = vocab if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
+    rules = {key: state.get(key) for key in ("normalizer", "pre_tokenizer")}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
+    return Description(
+        ids=frozenset(ordinary.values()) | {int(token["id"]) for token in added},
+        digest=digest([model.get("type"), ordinary, merges, rules]),
+        special_digest=digest(sorted((int(token["id"]), token["content"]) for token in added)),
+    )
 
 
 def build_vocabulary(
@@ -94,27 +89,11 @@ def build_vocabulary(
     pad: int | None,
     where: str = "tokenizer",
 ) -> Vocabulary:
-    """What must agree, from a tokenizer and the model's own numbers.
-
-    Args:
-        size: `vocab_size` of the model's config.
-        tokenizer: From `describe`.
-        bos: Id of the token that begins a text, None when there is none.
-        eos: Ids that end a text, in order of preference, repeats allowed.
-        pad: Id of the padding token.
-        where: Named in errors.
-
-    Raises:
-        TargetError: when the tokenizer has ids that the model has no row for.
-    """
+    """What must agree, from a tokenizer and the model's own numbers; `eos` in order of preference, repeats allowed."""
     largest = max(tokenizer.ids, default=-1)
     if largest >= size:
-        raise TargetError(
-            where,
-            f"token id {largest}",
-            f"the config's vocab_size is {size}",
-            "take config and tokenizer from the same model",
-        )
+        fix = "take config and tokenizer from the same model"
+        raise TargetError(f"{where}: the tokenizer has id {largest}, the config's vocab_size is {size}", fix)
     return Vocabulary(
         size=size,
         num_tokens=len(tokenizer.ids),
@@ -127,32 +106,14 @@ def build_vocabulary(
     )
 
 
-def _ordinary_ids(model: Mapping[str, Any]) -> dict[str, int]:
-    """Token text -> id of a tokenizer's model; a Unigram model lists its tokens in id order."""
-    entries = model.get("vocab") or {}
-    return (
-        dict(entries)
-        if isinstance(entries, dict)
-        else {entry[0]: index for index, entry in enumerate(entries)}
-    )
-
-
 def check_same(
     target: Vocabulary, draft: Vocabulary, *, special_tokens: bool = True, where: str = "draft vocabulary"
 ) -> None:
-    """Refuses a draft that could not speak for the target.
+    """Refuses a draft that could not speak for the target, naming the first rule that fails.
 
-    Args:
-        target: The target's vocabulary.
-        draft: The draft's.
-        special_tokens: Whether special tokens, BOS and EOS must agree too; a draft that is about to be trained further
-            for another fine-tune of the family may differ in them.
-        where: Named in errors.
-
-    Raises:
-        TargetError: naming the first rule that fails and both values.
+    Without `special_tokens` these, BOS and EOS may differ: such a draft is about to be trained further for another
+    fine-tune of the family.
     """
-    remedy = "use a draft that was made for this target's tokenizer"
     rules: list[tuple[str, object, object]] = [
         ("vocab_size, padding included, must be equal", draft.size, target.size),
         ("ordinary tokens, merges and splitting rules must be equal", draft.digest, target.digest),
@@ -165,4 +126,5 @@ def check_same(
         ]
     for rule, found, wanted in rules:
         if found != wanted:
-            raise TargetError(where, f"draft {found}, target {wanted}", rule, remedy)
+            fix = "use a draft that was made for this target's tokenizer"
+            raise TargetError(f"{where}: draft {found}, target {wanted}; {rule}", fix)

@@ -93,8 +93,6 @@ class TargetConfig(Config):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision in which the target runs; auto: its own on an accelerator, fp32 on a CPU."""
-    trust_remote_code: bool = False
-    """Runs Python code that comes with the model. Only if you trust its authors."""
 
     @property
     def location(self) -> str:

@@ -130,7 +130,7 @@ def choose_engine(settings: EngineConfig, context: StageContext) -> EngineChoice
 
 
 def _fastest_here(context: StageContext) -> EngineChoice:
-    from fastdraft.modeling.loading import pick_device
+    from fastdraft.modeling.drafts import pick_device
 
     device = pick_device(context.settings.device)
     if device.type != "cpu":
@@ -246,10 +246,10 @@ def open_engines(
         )
     if isinstance(settings, OpenAIEngineConfig):
         return _open_openai(settings, context, vocabulary, turns, on_answer)
-    from fastdraft.modeling.loading import load_target, pick_device
+    from fastdraft.modeling.drafts import pick_device
     from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
-    model = load_target(context.target, pick_device(context.settings.device))
+    model = context.target.model(pick_device(context.settings.device))
     halving = Halving(f"{stage}.batch_rows", context.console.warn)
     answering = HuggingFaceEngine(
         model, vocabulary, batch_rows, on_answer, end_loops=end_loops, halving=halving
@@ -270,16 +270,14 @@ def _open_openvino(
     stage: str,
 ) -> Engines:
     from fastdraft.decoding.scoring import ScoringEngine
-    from fastdraft.modeling.loading import load_target, pick_device
-    from fastdraft.modeling.source import raw_config
+    from fastdraft.modeling.drafts import pick_device
     from fastdraft.runtimes.openvino import OpenVINOEngine, device_properties
-    from fastdraft.runtimes.openvino_pair import context_length
 
     device_properties(settings.device, settings.precision)  # refuses before minutes of converting
     engine = OpenVINOEngine(
         _exported_target(settings, context, stage),
         vocabulary,
-        context_length(raw_config(context.target.location, context.target.revision)),
+        context.target.context_length,
         batch_rows,
         on_answer,
         device=settings.device,
@@ -289,7 +287,7 @@ def _open_openvino(
     )
     answering: Engine = engine
     if settings.logprobs == "target":
-        answering = ScoringEngine(engine, load_target(context.target, pick_device(context.settings.device)))
+        answering = ScoringEngine(engine, context.target.model(pick_device(context.settings.device)))
     return Engines(answering, engine.with_ends(turns, end_loops=True), engine.context_length)
 
 
@@ -302,12 +300,12 @@ def _open_openai(
 ) -> Engines:
     from functools import partial
 
-    from fastdraft.modeling.loading import load_config, load_target, load_tokenizer, pick_device
+    from fastdraft.modeling.drafts import pick_device
     from fastdraft.runtimes.openai_requests import Servers
     from fastdraft.runtimes.openai_server import OpenAIEngine
 
     target = context.target
-    config = load_config(target.location, target.revision, target.trust_remote_code)
+    config = target.config
     servers = Servers(
         settings.servers,
         concurrency=settings.concurrency,
@@ -318,7 +316,7 @@ def _open_openai(
     )
     engine = OpenAIEngine(
         servers,
-        load_tokenizer(target.location, target.revision, target.trust_remote_code),
+        target.tokenizer,
         vocabulary,
         int(getattr(config, "max_position_embeddings", 2**31)),
         model=settings.model,
@@ -331,7 +329,7 @@ def _open_openai(
     if settings.logprobs == "target":
         from fastdraft.decoding.scoring import ScoringEngine
 
-        answering = ScoringEngine(engine, load_target(target, pick_device(context.settings.device)))
+        answering = ScoringEngine(engine, target.model(pick_device(context.settings.device)))
     return Engines(answering, engine.with_ends(turns), engine.context_length)
 
 

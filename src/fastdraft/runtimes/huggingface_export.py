@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastdraft.modeling.drafts import load_draft, save_draft
 from fastdraft.modeling.families import text_config
-from fastdraft.modeling.loading import load_draft, quiet, save_draft
+from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -58,7 +60,7 @@ def write_huggingface(
     config.num_assistant_tokens = num_speculative_tokens
     config.num_assistant_tokens_schedule = "constant"
     config.assistant_confidence_threshold = confidence_threshold
-    save_draft(model, folder, checkpoint)
+    save_draft(model, folder, Target.at(checkpoint))
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 

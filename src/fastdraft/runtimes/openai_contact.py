@@ -15,9 +15,9 @@ from fastdraft.data.openai_format import read_choices
 from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Sampling
 from fastdraft.recipe.data import OpenAIEngineConfig
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.openai_requests import RefusedError, Servers
 from fastdraft.runtimes.openai_server import EQUAL, OpenAIEngine, Way
+from fastdraft.target import Target
 
 HELLO = "Hello"
 RETRIES = 1
@@ -46,7 +46,7 @@ class Contact:
     """Of one question of one token."""
 
 
-def contact(settings: OpenAIEngineConfig, target: TargetConfig) -> list[Contact | TargetError]:
+def contact(settings: OpenAIEngineConfig, target: Target) -> list[Contact | TargetError]:
     """Asks every server of a recipe a handful of questions, one after the other.
 
     Args:
@@ -57,14 +57,13 @@ def contact(settings: OpenAIEngineConfig, target: TargetConfig) -> list[Contact 
         For each server what it said, or why it is no use.
     """
     from fastdraft.data.chat import has_chat_template, prompt_ids
-    from fastdraft.modeling.loading import load_tokenizer, load_vocabulary
 
-    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
+    tokenizer = target.tokenizer
     prompts = [
         prompt_ids(tokenizer, HELLO, chat)
         for chat in ((True, False) if has_chat_template(tokenizer) else (False,))
     ]
-    vocabulary = load_vocabulary(target)
+    vocabulary = target.vocabulary
     found: list[Contact | TargetError] = []
     for url in settings.servers:
         pool = Servers(

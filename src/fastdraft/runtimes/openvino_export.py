@@ -18,16 +18,16 @@ from typing import Any, Literal
 
 from fastdraft.errors import FastDraftError, MissingExtra, TargetError
 from fastdraft.functional.generation import Sampling
-from fastdraft.modeling.loading import load_config, load_tokenizer, quiet
-from fastdraft.modeling.source import check_weights, copy_tokenizer_files, raw_config
+from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.text_part import as_text_model
 from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.engines import INSTALL_CONVERTER
 from fastdraft.runtimes.openvino import MODEL_FILE, core, import_genai, short
 from fastdraft.runtimes.openvino_families import newer_transformers
-from fastdraft.runtimes.openvino_pair import check_pair, context_length
+from fastdraft.runtimes.openvino_pair import check_pair
 from fastdraft.runtimes.openvino_ties import TieJudge, explain_differences
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
+from fastdraft.target import Target
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
 FILES = (MODEL_FILE, "openvino_tokenizer.xml", "openvino_detokenizer.xml", "config.json")
@@ -83,8 +83,9 @@ def export_openvino(
         FastDraftError: when the exported files do not load or write other text with a draft. FastDraftError: disk full.
     """
     import_genai()
-    load_config(str(source), revision)
-    check_weights(str(source))
+    model = Target.at(source, revision)
+    model.config  # noqa: B018 (refuses other families)
+    model.files.check_weights()
     if pair is not None:
         check_pair(*((pair, source) if role == "draft" else (source, pair)))
     with atomic_folder(folder) as temporary:
@@ -108,19 +109,15 @@ def convert(source: str | Path, folder: Path, weights: Weights, revision: str | 
     convert_model, ov_config = _optimum()
     log = io.StringIO()
     try:
-        with (
-            _silence(log),
-            as_text_model(str(source), revision, folder) as (location, its_revision),
-            newer_transformers(),
-        ):
+        with _silence(log), as_text_model(Target.at(source, revision), folder) as text, newer_transformers():
             convert_model(
-                location,
+                text.location,
                 str(folder),
                 task="text-generation-with-past",
                 library_name="transformers",
                 stateful=True,
                 convert_tokenizer=True,
-                revision=its_revision or "main",
+                revision=text.revision or "main",
                 ov_config=ov_config(dtype="fp16" if weights == "fp16" else "fp32"),
             )
             if weights in ("int8", "int4"):
@@ -129,7 +126,7 @@ def convert(source: str | Path, folder: Path, weights: Weights, revision: str | 
         raise TargetError(
             source, f"{type(error).__name__}: {short(error)}", "must convert to OpenVINO", "try another model"
         ) from error
-    copy_tokenizer_files(source, folder, revision)
+    Target.at(source, revision).copy_tokenizer(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         rule = "model, tokenizer and detokenizer must all be converted"
@@ -180,8 +177,8 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
     Raises:
         FastDraftError: when a file does not load, or the texts differ by more than a near-tie. RecipeError: when OpenVINO fails.
     """
-    prompt = [int(token) for token in load_tokenizer(str(target))(_PROMPT).input_ids]
-    room = min(context_length(raw_config(str(folder))) for folder in (target, draft)) - len(prompt) - 8
+    prompt = [int(token) for token in Target.at(target).tokenizer(_PROMPT).input_ids]
+    room = min(Target.at(folder).context_length for folder in (target, draft)) - len(prompt) - 8
     tokens = max(1, min(TOKENS, room))
     alone = greedy(target, prompt, tokens)
     with_draft = (

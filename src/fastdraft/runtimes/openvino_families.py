@@ -12,8 +12,8 @@ import contextlib
 from collections.abc import Iterator
 
 from fastdraft.errors import TargetError
-from fastdraft.modeling.source import raw_config
 from fastdraft.modeling.text_part import text_family
+from fastdraft.target import Target
 
 NOT_CONVERTED = {
     "gemma2": "its attention scores are capped, which OpenVINO's attention leaves out: it would write another text"
@@ -61,5 +61,5 @@ def unconverted_family(location: str, revision: str | None) -> str:
     Raises:
         TargetError: when its config cannot be read.
     """
-    family = text_family(raw_config(location, revision))
+    family = text_family(Target.at(location, revision).files.config)
     return family if family in NOT_CONVERTED else ""

@@ -29,10 +29,9 @@ import numpy as np
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.errors import FastDraftError, RecipeError
-from fastdraft.modeling.source import raw_config
 from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_exported, core, device_properties, short
-from fastdraft.runtimes.openvino_pair import context_length
 from fastdraft.runtimes.openvino_signals import keeping_signal_stack
+from fastdraft.target import Target
 
 WARM_TURNS = 2
 SPELL_SECONDS = 0.02
@@ -193,7 +192,7 @@ def check_repeats(repeats: int) -> None:
 
 def fitting_prefix(folders: Sequence[Path], prefix_tokens: int, room: int) -> int:
     """The prefix lowered so that `room` more tokens fit the shortest context."""
-    context = min(context_length(raw_config(str(folder))) for folder in folders)
+    context = min(Target.at(folder).context_length for folder in folders)
     return max(1, min(prefix_tokens, context - room))
 
 

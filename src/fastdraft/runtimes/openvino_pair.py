@@ -8,11 +8,11 @@ crashes or clips later. Works on Hugging Face directories and on exported ones a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastdraft.errors import TargetError
-from fastdraft.modeling.loading import load_tokenizer
-from fastdraft.modeling.source import raw_config
+from fastdraft.modeling.families import text_config
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,32 +33,25 @@ def check_pair(target: str | Path, draft: str | Path) -> None:
         TargetError: naming the first rule that fails and both values.
         TargetError: when a config or tokenizer cannot be read.
     """
-    target_config, draft_config = raw_config(str(target)), raw_config(str(draft))
-    _compare("vocab_size, padding included, must be equal", _size(target_config), _size(draft_config), draft)
-    target_tokenizer, draft_tokenizer = load_tokenizer(str(target)), load_tokenizer(str(draft))
+    of_target, of_draft = Target.at(target), Target.at(draft)
+    sizes = [int(text_config(model.config).vocab_size) for model in (of_target, of_draft)]
+    _compare("vocab_size, padding included, must be equal", *sizes, draft)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         _compare(
-            f"{name} must be equal", getattr(target_tokenizer, name), getattr(draft_tokenizer, name), draft
+            f"{name} must be equal",
+            getattr(of_target.tokenizer, name),
+            getattr(of_draft.tokenizer, name),
+            draft,
         )
     rule = f"both tokenizers must encode '{SENTENCE}' alike"
-    _compare(rule, _encode(target_tokenizer), _encode(draft_tokenizer), draft)
-    context = {"target": context_length(target_config), "draft": context_length(draft_config)}
+    _compare(rule, _encode(of_target.tokenizer), _encode(of_draft.tokenizer), draft)
+    context = {"target": of_target.context_length, "draft": of_draft.context_length}
     if context["draft"] < context["target"]:
         found = f"draft {context['draft']}, target {context['target']}"
         remedy = (
             "make the draft with the target's context length: its memory is read only as far as the text goes"
         )
         raise TargetError(draft, found, "the draft's context must not be shorter than the target's", remedy)
-
-
-def context_length(config: dict[str, Any]) -> int:
-    """Positions that a config.json, or its text part, says a model has; very many where it names none."""
-    text = config.get("text_config") or config
-    return int(text.get("max_position_embeddings") or text.get("n_positions") or 2**31)
-
-
-def _size(config: dict[str, Any]) -> Any:
-    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase) -> list[int]:

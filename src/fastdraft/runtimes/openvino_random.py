@@ -27,10 +27,10 @@ import numpy as np
 from fastdraft.errors import FastDraftError
 from fastdraft.modeling.architecture import WEIGHT_BITS
 from fastdraft.modeling.initialize import STD
-from fastdraft.modeling.source import copy_tokenizer_files
 from fastdraft.run_folder import write_json
 from fastdraft.runtimes.openvino import MODEL_FILE
 from fastdraft.runtimes.openvino_export import Weights, convert
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -76,7 +76,7 @@ def export_random(
     source.mkdir()
     try:
         write_random(shallow, source)
-        copy_tokenizer_files(tokenizer, source, revision)
+        Target.at(tokenizer, revision).copy_tokenizer(source)
         convert(source, folder, weights)
     finally:
         shutil.rmtree(source, ignore_errors=True)

@@ -15,9 +15,8 @@ from typing import Any
 from fastdraft.decoding.speculative import Round, check_room
 from fastdraft.errors import RecipeError
 from fastdraft.functional.generation import Sampling
-from fastdraft.modeling.source import raw_config
 from fastdraft.runtimes.openvino import Precision, answer_seed, generation_config
-from fastdraft.runtimes.openvino_pair import check_pair, context_length
+from fastdraft.runtimes.openvino_pair import check_pair
 from fastdraft.runtimes.openvino_passes import (
     NPU_NEW_TOKENS,
     NPU_PROMPT_TOKENS,
@@ -35,6 +34,7 @@ from fastdraft.runtimes.openvino_speculative import (
     with_proposals,
 )
 from fastdraft.runtimes.wall_clock import TimedBatch, TimedText
+from fastdraft.target import Target
 
 NPU_MOST = 5
 """An NPU's target is compiled for passes of at most 2 * 5 + 1 tokens, twice OpenVINO's default K and the token before."""
@@ -384,7 +384,7 @@ def _inference(metrics: Any, num_passes: int) -> float:
 
 def _context(pipeline: WatchedPipeline, *folders: Path) -> int:
     """Most tokens of prompt and answer that all of them can read."""
-    room = min(context_length(raw_config(str(folder))) for folder in folders)
+    room = min(Target.at(folder).context_length for folder in folders)
     # An NPU's cache also holds the widest pass.
     return min(room, NPU_PROMPT_TOKENS + NPU_NEW_TOKENS - 2 * NPU_MOST - 1) if pipeline.adapts else room
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from fastdraft.errors import FastDraftError, RecipeError, TargetError
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.recipe.training import AlignConfig, TokenKDConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,17 +63,16 @@ def _needs_target(config: AlignConfig) -> bool:
     return isinstance(config.objective, TokenKDConfig) and config.objective.source == "target"
 
 
-def _target_identity(target: TargetConfig) -> dict[str, Any]:
-    from fastdraft.modeling.source import model_identity
+def _target_identity(target: Target) -> dict[str, Any]:
 
-    return model_identity(target.model, target.location, target.revision, target.dtype)
+    return target.identity()
 
 
 def run(config: AlignConfig, context: StageContext) -> None:
     """Trains, or goes on training, and leaves the best step's weights in `checkpoint/`."""
     import torch
 
-    from fastdraft.modeling.loading import load_draft, pick_device, save_draft, set_threads
+    from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_threads
     from fastdraft.training.allocator import kept_memory
 
     set_threads(context.settings.threads)
@@ -88,7 +87,7 @@ def run(config: AlignConfig, context: StageContext) -> None:
         state = trainer.run()
     if not trainer.world.is_main:
         return
-    save_draft(model, artifact.path / "checkpoint", context.folder("design").path / "draft")
+    save_draft(model, artifact.path / "checkpoint", Target.at(context.folder("design").path / "draft"))
     fields = _summary(artifact.path, state)
     artifact.complete(
         **fields,
@@ -108,7 +107,6 @@ def _build_trainer(
     config: AlignConfig, context: StageContext, model: PreTrainedModel, device: Any
 ) -> tuple[Trainer, Resolved, dict[str, int]]:
     from fastdraft.data.rows import read_all
-    from fastdraft.modeling.loading import load_vocabulary
     from fastdraft.training import assemble
     from fastdraft.training.compilation import settle
     from fastdraft.training.sharding import in_parts, outside
@@ -140,7 +138,7 @@ def _build_trainer(
     )
     k, vocabulary, size = (
         _num_speculative_tokens(context),
-        load_vocabulary(context.target),
+        context.target.vocabulary,
         resolved.micro_batch_tokens,
     )
     validate = (
@@ -162,7 +160,7 @@ def training_batches(config: AlignConfig, context: StageContext) -> AlignmentBat
     """
     import torch
 
-    from fastdraft.modeling.loading import load_draft
+    from fastdraft.modeling.drafts import load_draft
 
     device = torch.device("cpu")
     return _batches(
@@ -203,8 +201,7 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
         TargetError: when the target scores other ids than the draft.
     """
     from fastdraft.functional.distillation import token_loss
-    from fastdraft.modeling.head import output_head
-    from fastdraft.modeling.loading import load_target
+    from fastdraft.modeling.heads import output_head
     from fastdraft.training.loss_path import cross_entropy
     from fastdraft.training.objective import LoadedTarget, TokenDistillation
 
@@ -214,7 +211,7 @@ def _objective(config: AlignConfig, context: StageContext, model: PreTrainedMode
     loss = token_loss(objective.loss, 0.5)
     if objective.source == "stored":
         return TokenDistillation(loss)
-    target = LoadedTarget(*output_head(load_target(context.target, device)))
+    target = LoadedTarget(*output_head(context.target.model(device)))
     _same_vocabulary("target.model", target.head.vocab_size, model)
     return TokenDistillation(loss, target)
 

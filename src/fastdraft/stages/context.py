@@ -13,8 +13,9 @@ from typing import Any
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.recipe.base import Config
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, StageFolder
+from fastdraft.target import Target
 
 SHIPPED, PYTHON = "shipped:", "python:"
 
@@ -25,7 +26,7 @@ class StageContext:
 
     run: RunFolder
     settings: RunConfig
-    target: TargetConfig
+    target: Target
     sections: Mapping[str, Config]
     """Every section of the recipe by stage name: a stage may read another's settings, never its code."""
     console: Console

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.run import TargetConfig, resolve_path
+from fastdraft.recipe.run import resolve_path
 from fastdraft.recipe.training import BudgetDraft, DesignConfig, EarlierDraft, PresetDraft, ShapeDraft
 from fastdraft.run_folder import digest, file_sha256
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,17 +60,16 @@ class Plan:
         return why_draft_family(self.target.family) or "the earlier draft is one"
 
 
-def plan(config: DesignConfig, target: TargetConfig) -> Plan:
+def plan(config: DesignConfig, target: Target) -> Plan:
     """Resolves the section against the target's config and tokenizer; reads no weights.
 
     Raises:
         TargetError, TargetError: when the target cannot serve. RecipeError: when no such draft can exist.
     """
     from fastdraft.modeling.architecture import draft_hf_config, read_architecture
-    from fastdraft.modeling.loading import load_config, load_vocabulary
 
-    target_config = load_config(target.location, target.revision, target.trust_remote_code)
-    vocabulary = load_vocabulary(target)
+    target_config = target.config
+    vocabulary = target.vocabulary
     shape = read_architecture(target_config, target.location)
     if isinstance(config.draft, EarlierDraft):
         source, draft_config = _earlier(config.draft, vocabulary)
@@ -100,7 +100,6 @@ def resolve_shape(
 def _earlier(draft: EarlierDraft, vocabulary: Vocabulary) -> tuple[Path, PreTrainedConfig]:
     """The directory and config of an earlier draft, its vocabulary checked; special tokens may differ between fine-tunes."""
     from fastdraft.modeling.families import DRAFT_FAMILIES
-    from fastdraft.modeling.loading import load_config, load_tokenizer, vocabulary_of
     from fastdraft.modeling.vocabulary import check_same
 
     where = "design.draft.path"
@@ -115,28 +114,22 @@ def _earlier(draft: EarlierDraft, vocabulary: Vocabulary) -> tuple[Path, PreTrai
             where, draft.path, "must be a directory with config.json, or a stage's folder", "correct the path"
         )
     source = found[0]
-    draft_config = load_config(str(source))
+    draft_config = Target.at(source).config
     if draft_config.model_type not in DRAFT_FAMILIES:
         rule = f"a draft's family must be one of {', '.join(DRAFT_FAMILIES)}"
         raise RecipeError(where, f"family {draft_config.model_type}", rule, "design a new draft")
-    check_same(
-        vocabulary,
-        vocabulary_of(load_tokenizer(str(source)), draft_config),
-        special_tokens=False,
-        where=where,
-    )
+    check_same(vocabulary, Target.at(source).vocabulary, special_tokens=False, where=where)
     return source, draft_config
 
 
 def fingerprint(config: DesignConfig, context: StageContext) -> dict[str, Any]:
     """Shape, vocabulary, first weights, and what is copied from the target; not the target's weights unless they are used."""
-    from fastdraft.modeling.source import tokenizer_digest
 
     planned = plan(config, context.target)
     return {
         "shape": _shape(config, context, planned),
         "target": planned.target.as_dict(),
-        "tokenizer_files": tokenizer_digest(context.target.location, context.target.revision),
+        "tokenizer_files": context.target.tokenizer_digest(),
         "eos_token_ids": list(planned.vocabulary.eos_token_ids),
     }
 
@@ -160,7 +153,7 @@ def _shape(config: DesignConfig, context: StageContext, planned: Plan) -> dict[s
     if config.initialization == "target_embeddings":
         from fastdraft.modeling.initialize import matrices_digest
 
-        shape["target_embeddings"] = matrices_digest(context.target.location, context.target.revision)
+        shape["target_embeddings"] = matrices_digest(context.target)
     return shape
 
 
@@ -174,25 +167,21 @@ def run(config: DesignConfig, context: StageContext) -> None:
     Raises:
         TargetError, TargetError, RecipeError, FastDraftError: each in one line.
     """
-    from tempfile import TemporaryDirectory
-
-    from fastdraft.modeling.loading import copy_tokenizer_files, save_draft
+    from fastdraft.modeling.drafts import save_draft
     from fastdraft.provenance import describe_run
 
     artifact = context.folder(NAME)
     planned = plan(config, context.target)
     model = _first_weights(config, context, planned)
     _set_special_ids(model, planned.vocabulary, context.target)
-    with TemporaryDirectory() as files:
-        copy_tokenizer_files(context.target.location, Path(files), context.target.revision)
-        save_draft(model, artifact.path / "draft", Path(files))
+    save_draft(model, artifact.path / "draft", context.target)
     ratios = cost_ratios(planned.draft, planned.target)
     artifact.complete(
         architecture=planned.draft.as_dict(),
         parameters=planned.draft.parameters,
         family={"draft": planned.draft.family, "target": planned.target.family, "reason": planned.reason},
         target={
-            "model": context.target.model,
+            "model": context.target.name,
             "revision": context.target.revision,
             "parameters": planned.target.parameters,
             "architecture": planned.target.as_dict(),
@@ -208,16 +197,14 @@ def run(config: DesignConfig, context: StageContext) -> None:
 
 
 def _first_weights(config: DesignConfig, context: StageContext, planned: Plan) -> PreTrainedModel:
+    from fastdraft.modeling.drafts import load_draft
     from fastdraft.modeling.initialize import build_draft, set_projected_embeddings
-    from fastdraft.modeling.loading import load_draft
 
     if planned.source is not None:
         return load_draft(planned.source)
     model = build_draft(planned.draft_config, context.settings.seed)
     if config.initialization == "target_embeddings":
-        set_projected_embeddings(
-            model, context.target.location, context.target.revision, context.settings.seed
-        )
+        set_projected_embeddings(model, context.target, context.settings.seed)
     counted = sum(parameter.numel() for parameter in model.parameters())
     if counted != planned.draft.parameters:
         raise TargetError(
@@ -229,14 +216,13 @@ def _first_weights(config: DesignConfig, context: StageContext, planned: Plan) -
     return model
 
 
-def _set_special_ids(model: PreTrainedModel, vocabulary: Vocabulary, target: TargetConfig) -> None:
+def _set_special_ids(model: PreTrainedModel, vocabulary: Vocabulary, target: Target) -> None:
     """The target's BOS, EOS and padding ids in config and generation config; none of its sampling settings."""
     from transformers import GenerationConfig
 
     from fastdraft.modeling.families import special_id
-    from fastdraft.modeling.loading import load_config
 
-    target_config: Any = load_config(target.location, target.revision, target.trust_remote_code)
+    target_config: Any = target.config
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, key, special_id(target_config, key))
     eos = list(vocabulary.eos_token_ids)
@@ -257,7 +243,6 @@ def cost_ratios(draft: Architecture, target: Architecture) -> dict[str, float]:
 
 def _show(context: StageContext, planned: Plan) -> None:
     from fastdraft.modeling.architecture import rope_switch
-    from fastdraft.modeling.loading import load_config
     from fastdraft.modeling.traps import switch_warning
 
     draft, target = planned.draft, planned.target
@@ -286,7 +271,7 @@ def _show(context: StageContext, planned: Plan) -> None:
         ],
     ]
     context.console.table(
-        f"draft for {context.target.model} ({draft.family}, vocabulary {draft.vocab_size})",
+        f"draft for {context.target.name} ({draft.family}, vocabulary {draft.vocab_size})",
         ["", "draft", "target", "cost ratio"],
         rows,
     )
@@ -298,7 +283,7 @@ def _show(context: StageContext, planned: Plan) -> None:
         context.console.warn(
             f"the draft's context is {planned.draft.context_length}, the target's {target.context_length}: servers clip to the shorter one"
         )
-    if switch := rope_switch(load_config(context.target.location, context.target.revision)):
+    if switch := rope_switch(context.target.config):
         context.console.warn(switch_warning(switch))
     if ratios["bytes"] > _TOO_LARGE:
         context.console.warn(

@@ -16,9 +16,9 @@ from fastdraft.functional.generation import Engine
 from fastdraft.errors import Halving
 from fastdraft.data.transcript_lines import describe
 from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, LoggedTexts, TargetTexts, TextsConfig
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from fastdraft.tasks import describe_task, load_task
 
 if TYPE_CHECKING:
@@ -50,20 +50,13 @@ def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]
 
     Not the device, on which only latencies depend.
     """
-    from fastdraft.modeling.source import model_identity
 
     target = context.target
     return {
         **config.model_dump(),
         "tasks": [describe_task(task) for task in config.tasks],
         "texts": _describe_texts(config.texts, context),
-        "target": model_identity(
-            target.model,
-            target.location,
-            target.revision,
-            target.dtype,
-            weights=needs_weights(config, context.sections),
-        ),
+        "target": target.identity(weights=needs_weights(config, context.sections)),
         "seed": context.settings.seed,
         "trained_on": {artifact.name: artifact.digest() for artifact in _trained_on(context)},
         "checkpoints": {
@@ -123,25 +116,16 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     from fastdraft.decoding import scoreboard
     from fastdraft.decoding.turn_prompts import opened_once, with_turns
     from fastdraft.decoding.workbench import Workbench
-    from fastdraft.modeling.loading import (
-        load_draft,
-        load_target,
-        load_tokenizer,
-        load_vocabulary,
-        pick_device,
-        set_threads,
-    )
+    from fastdraft.modeling.drafts import load_draft, pick_device, set_threads
     from fastdraft.provenance import describe_run
 
     start, artifact, console = time.monotonic(), context.folder("evaluate"), context.console
     set_threads(context.settings.threads)
     device = pick_device(context.settings.device)
     folders = _drafts(config, context)
-    target = load_target(context.target, device) if isinstance(config.texts, TargetTexts) else None
-    vocabulary = load_vocabulary(context.target)
-    tokenizer = load_tokenizer(
-        context.target.location, context.target.revision, context.target.trust_remote_code
-    )
+    target = context.target.model(device) if isinstance(config.texts, TargetTexts) else None
+    vocabulary = context.target.vocabulary
+    tokenizer = context.target.tokenizer
     context_length = _context_length(context, folders)
     standing = _standing_texts(config, context, tokenizer, context_length)
     engine = opened_once(partial(_engine, config, context, target))
@@ -169,7 +153,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     costs = _costs(context, folders[final], bench.latency(loaders[final]) if target is not None else None)
     results = {
         "schema": 1,
-        "target": context.target.model,
+        "target": context.target.name,
         "draft": folders[final].relative_to(context.run.root).as_posix(),
         **_cost_fields(costs),
         **scoreboard.findings(bench, replayed, exact, costs, context_length),
@@ -193,27 +177,25 @@ def _drafts(config: EvaluateConfig, context: StageContext) -> dict[str, Path]:
     Raises:
         FastDraftError: when a stage has not finished. TargetError: when a draft's vocabulary is not the target's.
     """
-    from fastdraft.modeling.loading import load_vocabulary
     from fastdraft.modeling.vocabulary import check_same
 
     folders = {
         name: context.require(name).path / FOLDERS[name] for name in present_checkpoints(config, context)
     }
-    target = load_vocabulary(context.target)
+    target = context.target.vocabulary
     for folder in folders.values():
-        check_same(target, load_vocabulary(TargetConfig(model=str(folder))), where=str(folder))
+        check_same(target, Target.at(folder).vocabulary, where=str(folder))
     return folders
 
 
 def _context_length(context: StageContext, folders: Mapping[str, Path]) -> int:
     """Tokens that the target and every draft can read."""
     from fastdraft.modeling.families import text_config
-    from fastdraft.modeling.loading import load_config
 
-    target = load_config(context.target.location, context.target.revision, context.target.trust_remote_code)
+    target = context.target.config
     return min(
         int(text_config(c).max_position_embeddings)
-        for c in (target, *(load_config(str(f)) for f in folders.values()))
+        for c in (target, *(Target.at(f).config for f in folders.values()))
     )
 
 
@@ -224,9 +206,8 @@ def _engine(
     on_batch: Callable[[int], None],
 ) -> Engine:
     """What writes the tasks' texts: the loaded target, or the engine of synthesize."""
-    from fastdraft.modeling.loading import load_vocabulary
 
-    vocabulary = load_vocabulary(context.target)
+    vocabulary = context.target.vocabulary
     if target is not None:
         from fastdraft.runtimes.huggingface import HuggingFaceEngine
 
@@ -297,13 +278,9 @@ def _plan(
 def _costs(context: StageContext, folder: Path, latency: Latency | None) -> CostRatios:
     """The final draft's cost for one token over the target's: parameters, bytes at equal precision, measured time."""
     from fastdraft.decoding.figures import CostRatios
-    from fastdraft.modeling.architecture import read_architecture
-    from fastdraft.modeling.loading import load_config
 
-    target = read_architecture(
-        load_config(context.target.location, context.target.revision, context.target.trust_remote_code)
-    )
-    draft = read_architecture(load_config(str(folder)))
+    target = context.target.architecture
+    draft = Target.at(folder).architecture
     return CostRatios(
         draft.parameters / target.parameters, draft.bytes_per_token(16) / target.bytes_per_token(16), latency
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastdraft.recipe.evaluation import ExportConfig, OpenVINOFormat
 from fastdraft.run_folder import StageFolder, file_sha256, write_atomic
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,6 @@ def source_of(context: StageContext) -> tuple[str, Path]:
 
 def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     """Settings, the exported draft, the target it is tested with, and the figures on its card."""
-    from fastdraft.modeling.source import has_weights, model_identity
 
     name, _ = source_of(context)
     target = context.target
@@ -61,9 +61,7 @@ def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     return {
         **config.model_dump(exclude=set() if "openvino" in config.formats else {"openvino"}),
         "source": {name: context.require(name).digest()},
-        "target": model_identity(
-            target.model, target.location, target.revision, target.dtype, weights=has_weights(target.location)
-        ),
+        "target": target.identity(weights=target.has_weights),
         "results": file_sha256(results) if results.is_file() else None,
     }
 
@@ -76,13 +74,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         TargetError: when the target cannot be loaded. FastDraftError: when the disk is full.
         MissingExtra: for formats of a runtime that is not installed.
     """
-    from fastdraft.modeling.loading import (
-        load_config,
-        load_tokenizer,
-        load_vocabulary,
-        set_threads,
-        vocabulary_of,
-    )
+    from fastdraft.modeling.drafts import set_threads
     from fastdraft.modeling.vocabulary import check_same
     from fastdraft.provenance import describe_run
     from fastdraft.reporting.model_card import render_model_card
@@ -93,13 +85,8 @@ def run(config: ExportConfig, context: StageContext) -> None:
     set_threads(context.settings.threads)
     artifact = context.folder(NAME)
     name, checkpoint = source_of(context)
-    vocabulary = load_vocabulary(context.target)
-    check_same(
-        vocabulary,
-        vocabulary_of(load_tokenizer(str(checkpoint)), load_config(str(checkpoint))),
-        special_tokens=False,
-        where=str(checkpoint),
-    )
+    vocabulary = context.target.vocabulary
+    check_same(vocabulary, Target.at(checkpoint).vocabulary, special_tokens=False, where=str(checkpoint))
     folder = artifact.path / "huggingface"
     files = write_huggingface(checkpoint, folder, config.num_speculative_tokens, 0.0)
     context.console.stop.check(artifact.path)
@@ -150,16 +137,13 @@ def _openvino(settings: OpenVINOFormat, draft: Path, context: StageContext) -> d
 
 def _check(folder: Path, vocabulary: Vocabulary, context: StageContext) -> dict[str, Any]:
     """Assisted generation with the target, where its weights are, and the mass on padding ids; warnings for what is not as it should be."""
-    from fastdraft.modeling.loading import load_tokenizer, pick_device
-    from fastdraft.modeling.source import has_weights
+    from fastdraft.modeling.drafts import pick_device
     from fastdraft.runtimes.huggingface_export import PADDING_MASS_LIMIT, load_assistant, padding_mass
 
     draft = load_assistant(folder, pick_device(context.settings.device))
-    prompt = [int(token) for token in load_tokenizer(str(folder))(_PROMPT).input_ids]
+    prompt = [int(token) for token in Target.at(folder).tokenizer(_PROMPT).input_ids]
     response, assisted = (
-        _try_assisted(draft, prompt, vocabulary, context)
-        if has_weights(context.target.location)
-        else ([], {})
+        _try_assisted(draft, prompt, vocabulary, context) if context.target.has_weights else ([], {})
     )
     if not assisted:
         context.console.warn(
@@ -178,10 +162,9 @@ def _try_assisted(
 ) -> tuple[list[int], dict[str, Any]]:
     """The target's greedy text, and whether it is the same with the draft."""
     from fastdraft.modeling.families import text_config
-    from fastdraft.modeling.loading import load_target
     from fastdraft.runtimes.huggingface_export import check_assisted
 
-    target = load_target(context.target, draft.device)
+    target = context.target.model(draft.device)
     room = int(text_config(target.config).max_position_embeddings) - len(prompt) - 8
     found = check_assisted(target, draft, prompt, vocabulary, max_new_tokens=min(48, max(1, room)))
     if not found.same_text:
@@ -198,11 +181,10 @@ def _try_assisted(
 def _as_loaded(context: StageContext) -> dict[str, Any]:
     """How `generate` must be called, as the target's config tells."""
     from fastdraft.modeling.counting import auto_class
-    from fastdraft.modeling.loading import load_config
     from fastdraft.runtimes.huggingface_export import needs_positions
 
     target = context.target
-    config = load_config(target.location, target.revision, target.trust_remote_code)
+    config = target.config
     return {
         "assistant_target_class": auto_class(config).__name__,
         "assistant_needs_position_ids": needs_positions(config),

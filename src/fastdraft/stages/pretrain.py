@@ -15,6 +15,7 @@ from fastdraft.recipe.base import format_count
 from fastdraft.recipe.training import ContinuePretrainConfig, PretrainConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     """Trains, or goes on training, until the budget is used; then writes `checkpoint/` and the manifest."""
     import torch
 
-    from fastdraft.modeling.loading import load_draft, pick_device, save_draft, set_threads
+    from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_threads
     from fastdraft.training.allocator import kept_memory
 
     set_threads(context.settings.threads)
@@ -62,7 +63,7 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
         state = trainer.run()
     if not trainer.world.is_main:
         return
-    save_draft(model, artifact.path / "checkpoint", _tokenizer_folder(context))
+    save_draft(model, artifact.path / "checkpoint", Target.at(_tokenizer_folder(context)))
     fields = _summary(artifact, state)
     artifact.complete(
         **fields, settings=resolved.as_dict(), processes=trainer.world.size, provenance=describe_run()
@@ -76,7 +77,7 @@ def _build_trainer(
     config: PretrainConfig, context: StageContext, name: Name, model: PreTrainedModel, device: Any
 ) -> tuple[Trainer, Resolved]:
     from fastdraft.data.shards import row_lengths
-    from fastdraft.modeling.loading import save_draft
+    from fastdraft.modeling.drafts import save_draft
     from fastdraft.training import assemble, rates
     from fastdraft.training.compilation import settle
     from fastdraft.training.loss_path import cross_entropy
@@ -120,7 +121,7 @@ def _build_trainer(
         artifact.path, model, step, ahead(source, device), plan, context.console, validate, trained=trained
     )
     trainer.save_undecayed = lambda: save_draft(
-        model, artifact.path / "undecayed", _tokenizer_folder(context)
+        model, artifact.path / "undecayed", Target.at(_tokenizer_folder(context))
     )
     return trainer, resolved
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fastdraft.modeling.loading import split_head
+from fastdraft.modeling.heads import split_head
 from fastdraft.recipe.base import format_count
 from fastdraft.recipe.run import Precision
 from fastdraft.recipe.training import CosineConfig, OptimizerConfig, WSDConfig

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastdraft.functional.distillation import DenseTarget, TargetDistribution, TokenLoss, chunked_distillation
 from fastdraft.functional.liger import liger_cross_entropy
 from fastdraft.functional.losses import chunked_cross_entropy, compute_dtypes, product
-from fastdraft.modeling.head import OutputHead
+from fastdraft.modeling.heads import OutputHead
 from fastdraft.training.batches import Batch
 from fastdraft.training.flash import flash
 

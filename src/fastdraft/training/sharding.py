@@ -128,7 +128,7 @@ def outside(step: TrainStep, model: PreTrainedModel, trained: nn.Module) -> Trai
     """The step over whole weights, for validation: itself, unless what it trains is in parts."""
     if trained is model:
         return step
-    from fastdraft.modeling.loading import split_head
+    from fastdraft.modeling.heads import split_head
 
     decoder, head_VD = split_head(model)
     return replace(step, decoder=decoder, head=head_VD)

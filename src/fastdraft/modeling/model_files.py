@@ -1,0 +1,235 @@
+"""What lies in a model's directory, or on the hub under its name: config.json, tokenizer files, safetensors.
+
+`ModelFiles(location, revision)`; files of the hub are fetched one by one, as they are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers.utils import logging as notices
+
+from fastdraft.errors import FastDraftError, TargetError
+from fastdraft.modeling.families import TARGET_FAMILIES
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "additional_chat_templates/*",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
+_AGAIN = "fetch the model again"
+
+
+class ModelFiles:
+    """The files of one model.
+
+    Args:
+        location: A directory or a hub id.
+        revision: Branch, tag or commit on the hub.
+    """
+
+    def __init__(self, location: str, revision: str | None = None) -> None:
+        self.location, self.revision = location, revision
+        self.is_local = Path(location).is_dir()
+        if not self.is_local and (Path(location).exists() or not _HUB_ID.fullmatch(location)):
+            raise TargetError(
+                f"{location}: no such directory; a model is a directory or a hub id", "correct the path"
+            )
+
+    def find(self, name: str) -> Path | None:
+        """One file on this machine; None when the model has no such file."""
+        if self.is_local:
+            path = Path(self.location) / name
+            return path if path.is_file() else None
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # its retries are not news: the outcome is told below
+        try:
+            return Path(hf_hub_download(self.location, name, revision=self.revision))
+        except GatedRepoError as error:
+            fix = "accept its licence there and log in with `hf auth login`"
+            raise TargetError(f"{self.location}: closed to you; the hub must let you read it", fix) from error
+        except RepositoryNotFoundError as error:
+            rule = "neither a directory here nor a model on the hub"
+            raise TargetError(f"{self.location}: {rule}", "correct the name") from error
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return None
+            rule = "no such directory, and the hub cannot be reached"
+            raise TargetError(f"{self.location}: {rule}", "go online or name a directory") from error
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it is, of a supported family."""
+        path = self.find("config.json")
+        if path is None:
+            raise TargetError(
+                f"{self.location}: no config.json", "name the directory that the model was saved to"
+            )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise TargetError(f"{path}: not JSON ({error})", _AGAIN) from None
+        if not isinstance(config, dict):
+            raise TargetError(f"{path}: a JSON {type(config).__name__}; must be an object", _AGAIN)
+        family = config.get("model_type")
+        if not isinstance(family, str) or family not in TARGET_FAMILIES:
+            own_code = " needs Python code of its own" if "auto_map" in config else ""
+            rule = f"must be one of {', '.join(TARGET_FAMILIES)}"
+            raise TargetError(f"{self.location}: model family '{family}'{own_code}; {rule}")
+        if (
+            "vocab_size" not in config and "text_config" not in config
+        ):  # transformers would take its own default
+            raise TargetError(f"{path}: no vocab_size", _AGAIN)
+        return config
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer, chat template and special-token files, in a fixed order."""
+        root = Path(self.location)
+        if not self.is_local:
+            with one_line(self.location):
+                allowed = list(TOKENIZER_FILES)
+                root = Path(snapshot_download(self.location, revision=self.revision, allow_patterns=allowed))
+        files = [path for pattern in TOKENIZER_FILES for path in sorted(root.glob(pattern)) if path.is_file()]
+        if not files:
+            raise TargetError(
+                f"{self.location}: no tokenizer files", "copy the model's tokenizer files there"
+            )
+        return files
+
+    def weights(self, names: Sequence[str] = ()) -> dict[str, Path]:
+        """Tensor name -> safetensors file that holds it, for all tensors or the asked ones."""
+        index = self.find("model.safetensors.index.json")
+        if index is None:
+            whole = self.find("model.safetensors")
+            if whole is None:
+                raise self._no_weights()
+            return dict.fromkeys(names, whole) if names else {"": whole}
+        places = _weight_map(index)
+        found: dict[str, Path] = {}
+        for name in names or places:
+            if name in places:
+                path = self.find(places[name])
+                if path is None:
+                    rule = "every file of model.safetensors.index.json must be there"
+                    raise TargetError(f"{self.location}: no {places[name]}; {rule}", _AGAIN)
+                found[name] = path
+        return found
+
+    def check_weights(self) -> None:
+        """Refuses a directory whose weights are not all there as safetensors; the hub is asked when loading."""
+        if self.is_local:
+            self.weights()
+
+    def _no_weights(self) -> TargetError:
+        suffixes = {path.suffix for path in Path(self.location).iterdir()} if self.is_local else set()
+        if suffixes & {".bin", ".pt", ".pth"}:
+            rule = "only pickled weights; must be safetensors, because pickles can run code"
+            return TargetError(
+                f"{self.location}: {rule}", "save the model as safetensors, or choose another copy"
+            )
+        fix = "put them there, or name the directory that holds them"
+        return TargetError(f"{self.location}: no model.safetensors; the weights are needed here", fix)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index tells; a name that would leave the model's directory is refused."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        inside = (
+            isinstance(name, str) and Path(name).name == name and "\\" not in name for name in places.values()
+        )
+        if not places or not all(inside):
+            raise ValueError("names no files beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        found = f"damaged ({type(error).__name__}: {str(error)[:80]})"
+        raise TargetError(
+            f"{index}: {found}; must hold a `weight_map` of tensor names and files", _AGAIN
+        ) from None
+    return dict(places)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back the libraries' notices and bars while loading; what matters is checked and raised."""
+    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
+    notices.set_verbosity(logging.ERROR)
+    notices.disable_progress_bar()
+    try:
+        yield
+    finally:
+        notices.set_verbosity(level)
+        if bars:
+            notices.enable_progress_bar()
+
+
+_EXPLANATIONS = (
+    (
+        r"trust_remote_code|custom code",
+        "needs Python code of its own, which is never run",
+        "choose a model without it",
+    ),
+    (
+        r"gated|401|403|access to model",
+        "closed to you",
+        "accept its licence on the hub and log in with `hf auth login`",
+    ),
+    (
+        r"connect|offline|resolve|timed out|Max retries|cannot find the requested files",
+        "the hub cannot be reached",
+        "go online",
+    ),
+    (
+        r"safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ",
+        "damaged or missing weights",
+        _AGAIN,
+    ),
+    (r"mismatched_sizes|size mismatch", "weights of other shapes than config.json says", _AGAIN),
+    (r"out of memory|allocate", "does not fit into memory", "use a smaller target.dtype or another device"),
+)
+"""A pattern in a library's message, what it means for the user, the remedy."""
+
+
+@contextlib.contextmanager
+def one_line(location: str) -> Iterator[None]:
+    """Turns whatever a library raises while it loads a model into one TargetError."""
+    try:
+        with quiet():
+            yield
+    except (FastDraftError, MemoryError):
+        raise
+    except Exception as error:  # transformers, the hub and safetensors raise dozens of kinds
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        for pattern, found, fix in _EXPLANATIONS:
+            if re.search(pattern, text, re.IGNORECASE):
+                raise TargetError(f"{location}: {found}", fix) from error
+        raise TargetError(
+            f"{location}: does not load in transformers ({text[:160]})", "check its files"
+        ) from error

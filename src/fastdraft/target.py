@@ -1,0 +1,222 @@
+"""A model that is only read: config, tokenizer, vocabulary, architecture, weights, identity, each read once.
+
+`Target(recipe.target)` for the target of a recipe, made once per run; `Target.at(folder)` for any other model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastdraft.errors import TargetError
+from fastdraft.modeling.architecture import Architecture, read_architecture
+from fastdraft.modeling.counting import auto_class
+from fastdraft.modeling.families import special_id, text_config
+from fastdraft.modeling.model_files import ModelFiles, one_line
+from fastdraft.modeling.vocabulary import Vocabulary, build_vocabulary, describe
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import file_sha256
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_IDENTITY_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_HASHED_BYTES = 1 << 20
+
+
+class Target:
+    """The one door to a model's facts. Nothing is read before it is asked for; what is given out must not be changed."""
+
+    def __init__(self, settings: TargetConfig) -> None:
+        self.name, self.location, self.revision = settings.model, settings.location, settings.revision
+        self.dtype = settings.dtype
+
+    @classmethod
+    def at(cls, folder: Path | str, revision: str | None = None) -> Target:
+        """A draft's or any other model's directory, or a hub id."""
+        return cls(TargetConfig(model=str(folder), revision=revision))
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        return ModelFiles(self.location, self.revision)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config of a supported family. A model's own code is never run: target and draft share transformers'."""
+        self.files.config  # noqa: B018 (refuses other families in words of our own)
+        with one_line(self.location):
+            return AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig | None:
+        """None when there is none; of one that transformers refuses, the ids that end a text."""
+        path = self.files.find("generation_config.json")
+        if path is None:
+            return None
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return GenerationConfig.from_dict(value)
+            except Exception:  # it looks into sampling settings too, which nobody uses here
+                return GenerationConfig(eos_token_id=value.get("eos_token_id"))
+        except (ValueError, AttributeError) as error:
+            fix = "fetch the model again, or delete this file"
+            raise TargetError(f"{path}: {error}; must be a JSON object", fix) from error
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """A fast tokenizer, because only these can be compared and copied."""
+        names = ("tokenizer.json", "tokenizer.model")
+        if self.files.is_local and not any(self.files.find(name) for name in names):
+            fix = "copy the model's tokenizer files here"
+            raise TargetError(f"{self.location}: no tokenizer.json; a fast tokenizer is required", fix)
+        with one_line(self.location):
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.location, revision=self.revision, trust_remote_code=False
+            )
+            if not tokenizer.is_fast:
+                found = f"{type(tokenizer).__name__} is slow; a fast tokenizer is required"
+                raise TargetError(f"{self.location}: {found}", "convert it to tokenizer.json first")
+            tokenizer.decode(tokenizer("A fox.").input_ids)  # a damaged one may load and fail at a text
+        return tokenizer
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What a draft must share. A text ends at the tokenizer's EOS or any of the generation config's (else of the config's)."""
+        tokenizer, config = self.tokenizer, self.config
+        listed = getattr(self.generation_config, "eos_token_id", None)
+        eos = self._ids("eos_token_id", listed if listed is not None else special_id(config, "eos_token_id"))
+        pad = tokenizer.pad_token_id
+        if pad is None:
+            pad = next(iter(self._ids("pad_token_id", special_id(config, "pad_token_id"))), None)
+        return build_vocabulary(
+            int(text_config(config).vocab_size),
+            describe(tokenizer.backend_tokenizer.to_str()),
+            bos=tokenizer.bos_token_id,
+            eos=[token for token in (tokenizer.eos_token_id, *eos) if token is not None],
+            pad=pad,
+            where=self.location,
+        )
+
+    def _ids(self, name: str, value: Any) -> list[int]:
+        ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+        if any(type(item) is not int for item in ids):
+            raise TargetError(
+                f"{self.location}: {name} {value!r:.40}; must be a token id, or a list",
+                "fetch the model again",
+            )
+        return ids
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return read_architecture(self.config, self.location)
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the text part was made for."""
+        return int(text_config(self.config).max_position_embeddings)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights can be had: a hub's always, a directory's where they lie in it."""
+        try:
+            self.files.check_weights()
+        except TargetError:
+            return False
+        return True
+
+    def model(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Ready to read and write: eval mode, on `device`, by default in the recipe's precision."""
+        device = torch.device(device)
+        # On a CPU half precision is slow on most machines, and makes greedy text inexact.
+        auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+        self.files.check_weights()
+        with one_line(self.location):
+            return self._load(dtype or _DTYPES.get(self.dtype, auto)).to(device).eval()
+
+    def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
+        options: dict[str, Any] = {
+            "use_safetensors": True,
+            "output_loading_info": True,
+            "revision": self.revision,
+        }
+        if getattr(text_config(self.config), "attn_logit_softcapping", None):
+            options["attn_implementation"] = "eager"  # torch's fused attention leaves the cap out
+        try:
+            cls = auto_class(self.config)
+            model, report = cls.from_pretrained(
+                self.location, dtype=dtype, trust_remote_code=False, **options
+            )
+        except Exception as error:  # each quantiser has errors of its own, where its library is missing
+            quantised: Any = getattr(self.config, "quantization_config", None)
+            if quantised is None:
+                raise
+            method = (quantised if isinstance(quantised, dict) else vars(quantised)).get(
+                "quant_method", "an unknown method"
+            )
+            found = f"weights quantised by {method} ({' '.join(str(error).split())[:100]})"
+            fix = "install the library of that method, or name the model that was quantised"
+            raise TargetError(
+                f"{self.location}: {found}; transformers must be able to load them", fix
+            ) from error
+        # A weight missing from the files is an error, never a random matrix.
+        problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
+        if problems:
+            others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise TargetError(
+                f"{self.location}: no weights for {problems[0]}{others}", "fetch the model again"
+            )
+        return model
+
+    def identity(self, *, weights: bool = True) -> dict[str, Any]:
+        """Stands for what the model writes, in fingerprints: name, revision, precision; of a directory also its files.
+
+        Small files count whole, weights by their size and both ends: a fine-tune saved over another one is noticed
+        without reading gigabytes. `weights` false leaves them out, for work that does not touch them.
+        """
+        dtype = self.dtype if weights else None
+        identity: dict[str, Any] = {"model": self.name, "revision": self.revision, "dtype": dtype}
+        folder = Path(self.location)
+        if not folder.is_dir():
+            return identity
+        found = [folder / name for name in _IDENTITY_FILES if (folder / name).is_file()]
+        identity["files"] = {path.name: file_sha256(path)[:20] for path in found}
+        for path in sorted(folder.glob("*.safetensors")) if weights else ():
+            size, state = path.stat().st_size, hashlib.sha256()
+            with open(path, "rb") as file:
+                state.update(file.read(_HASHED_BYTES))
+                file.seek(max(0, size - _HASHED_BYTES))
+                state.update(file.read(_HASHED_BYTES))
+            identity["files"][path.name] = f"{size} bytes, {state.hexdigest()[:20]}"
+        return identity
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Copies the tokenizer files byte for byte: a tokenizer saved again is not recognised by every runtime."""
+        for path in self.files.tokenizer_files():
+            inside = "additional_chat_templates" if path.parent.name == "additional_chat_templates" else ""
+            (folder / inside).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / inside / path.name)
+
+    def tokenizer_digest(self) -> str:
+        """One digest of the bytes of all tokenizer files."""
+        lines = [f"{path.name} {file_sha256(path)}" for path in self.files.tokenizer_files()]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]
