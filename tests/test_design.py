@@ -112,7 +112,7 @@ def test_an_earlier_draft_gives_its_weights_to_a_fine_tune_of_the_target(
 
 def test_an_earlier_draft_of_another_vocabulary_is_refused(tiny_target: Path, tmp_path: Path) -> None:
     other = write_target(tmp_path / "other", padded_vocab=384)
-    with pytest.raises(TargetError, match="draft 384, target 320: vocab_size"):
+    with pytest.raises(TargetError, match="draft 384, target 320; vocab_size"):
         _design(tmp_path / "run", tiny_target, draft={"kind": "from", "path": str(other)})
     assert not (tmp_path / "run").exists()
 

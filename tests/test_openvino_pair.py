@@ -15,7 +15,7 @@ from fastdraft.console import Console
 from fastdraft.errors import MissingExtra, TargetError
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.runtimes import engines
-from fastdraft.runtimes.openvino_pair import SENTENCE, check_pair, context_length
+from fastdraft.runtimes.openvino_pair import SENTENCE, check_pair
 
 
 @pytest.fixture
@@ -72,11 +72,6 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(tiny_target: Path, draft: 
     with pytest.raises(TargetError, match="must encode 'Could you"):
         check_pair(tiny_target, draft)
     assert SENTENCE.startswith("Could you")
-
-
-def test_a_config_without_a_context_length_refuses_nothing() -> None:
-    assert context_length({}) > 10**6
-    assert context_length({"max_position_embeddings": 2048}) == 2048
 
 
 def test_the_command_line_refuses_a_target_that_is_no_export(
