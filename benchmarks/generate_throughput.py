@@ -35,12 +35,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from fastdraft.console import format_table
 from fastdraft.data.chat import first_prompt_ids
 from fastdraft.data.prompts import select_texts
-from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.decoding.autoregressive import pad_left
 from fastdraft.functional.generation import Sampling
-from fastdraft.modeling.loading import load_target, load_tokenizer, load_vocabulary, set_threads
-from fastdraft.modeling.source import copy_tokenizer_files
+from fastdraft.modeling.drafts import set_threads
 from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openvino import OpenVINOEngine, answer_seed, as_tensor, generation_config
@@ -62,7 +61,7 @@ def random_target(shape: str, folder: Path) -> Path:
     """A Llama directory of the asked shape with random weights and the starter's tokenizer."""
     starter = TargetConfig(model=STARTER)
     hidden, layers, ffn, heads, vocabulary = (int(part) for part in shape.split(","))
-    known = load_vocabulary(starter)
+    known = starter.vocabulary
     if vocabulary < known.size:
         raise SystemExit(f"--shape: the vocabulary must be at least {known.size}, the tokenizer's")
     config = LlamaConfig(
@@ -93,7 +92,7 @@ class Contenders:
             if arguments.shape
             else arguments.target
         )
-        self.vocabulary = load_vocabulary(target)
+        self.vocabulary = target.vocabulary
         if arguments.shape:
             self.vocabulary = replace(self.vocabulary, eos_token_ids=())
         self.model = load_target(target.model_copy(update={"dtype": "fp32"}), torch.device("cpu"))

@@ -41,17 +41,15 @@ from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
-from fastdraft.modeling.loading import load_draft, load_target, load_tokenizer, load_vocabulary, set_threads
-from fastdraft.modeling.source import raw_config
+from fastdraft.modeling.drafts import load_draft, set_threads
+from fastdraft.recipe.evaluation import ShippedTask
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.openvino_export import convert
 from fastdraft.runtimes.openvino_latency import LoadedModel
-from fastdraft.runtimes.openvino_pair import context_length
 from fastdraft.runtimes.openvino_ties import TieJudge, first_difference
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
 from fastdraft.runtimes.wall_clock import Contender, TimedText
-from fastdraft.recipe.evaluation import ShippedTask
 from fastdraft.tasks import load_task
 
 TASKS = ("code", "instructions", "text", "summarization")
@@ -70,9 +68,7 @@ class Agreement:
         config = TargetConfig(model=arguments.target, dtype="fp32")
         self.source = {"target": config.location, "draft": arguments.draft}
         self.context = min(context_length(raw_config(place)) for place in self.source.values())
-        self.vocabulary = replace(
-            load_vocabulary(config), missing_ids=()
-        )  # OpenVINO masks none of the draft's ids
+        self.vocabulary = replace(config.vocabulary, missing_ids=())  # OpenVINO masks none of the draft's ids
         self.prompts = read_prompts(
             config.location, arguments.prompts, self.context - arguments.max_new_tokens - max(arguments.k) - 1
         )

@@ -20,9 +20,9 @@ from fastdraft.data.rows import ids_hash, read_all, read_rows, unit_paths
 from fastdraft.decoding.standing_texts import StandingTexts, take, trained_prompts
 from fastdraft.errors import DataError
 from fastdraft.functional.intervals import group_numbers, ratio_interval
+from fastdraft.recipe.evaluation import FileTask
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder, read_json
-from fastdraft.recipe.evaluation import FileTask
 from fastdraft.tasks import load_task
 
 QUESTIONS = ("What is {i}?", "And {i} plus one?", "Why?")

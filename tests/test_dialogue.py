@@ -11,16 +11,21 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, write_tokenizer
-from fastdraft.data.chat import Conversation, read_conversation
-from fastdraft.data.chat import conversation_plan, dialogue_format, first_prompt_ids
+from fastdraft.data.chat import (
+    Conversation,
+    conversation_plan,
+    dialogue_format,
+    first_prompt_ids,
+    read_conversation,
+)
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.prompts import select_texts
-from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.data.units import Unit, UnitPlan
 from fastdraft.decoding.conversations import take_turns
 from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.recipe.data import JsonlPrompts
 
 WITH_SYSTEM = (
     "{% for m in messages %}<|{{ m['role'] if m['role'] != 'system' else 'user' }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"

@@ -14,7 +14,6 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.data.rows import unit_paths
-from fastdraft.recipe.data import TranscriptPrompts
 from fastdraft.errors import FastDraftError, Interrupted, MissingExtra, TargetError
 from fastdraft.modeling import loading
 from fastdraft.modeling.families import MULTIMODAL, TARGET_FAMILIES
@@ -25,6 +24,7 @@ from fastdraft.recipe.data import (
     OpenAIEngineConfig,
     OpenVINOEngineConfig,
     TopKLogitsConfig,
+    TranscriptPrompts,
 )
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.run_folder import StageFolder, read_json, write_json

@@ -16,12 +16,12 @@ from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.decoding import logit_writer, replay, scoring
 from fastdraft.decoding.evaluation import as_row
 from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.errors import OutOfMemory
+from fastdraft.errors import Halving, OutOfMemory, is_out_of_memory
 from fastdraft.functional.generation import Sampling
-from fastdraft.errors import Halving, is_out_of_memory
-from fastdraft.modeling.loading import load_draft, load_target, load_vocabulary
+from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
+from fastdraft.target import Target
 from faults_fixture import Run, failing, os_error
 
 PROMPTS = [[1, 5, 9], [1, 7, 8, 9, 10, 11], [4, 20], [5, 6, 7, 8], [9] * 9, [30, 31, 32], [44, 45]]
@@ -83,7 +83,7 @@ def test_an_engine_that_runs_out_of_memory_writes_the_same_text_in_halves(
     tiny_target: Path, temperature: float
 ) -> None:
     config, sampling = TargetConfig(model=str(tiny_target)), Sampling(temperature)
-    model, vocabulary = load_target(config, "cpu"), load_vocabulary(TargetConfig(model=str(tiny_target)))
+    model, vocabulary = config.model("cpu"), Target.at(tiny_target).vocabulary
     whole = HuggingFaceEngine(model, vocabulary, 4).generate(PROMPTS, sampling, 20, 7)
     engine = HuggingFaceEngine(model, vocabulary, 4)
     handle = few_rows(model, 1, lambda: torch.OutOfMemoryError("CUDA out of memory"))
@@ -100,7 +100,7 @@ def test_a_pass_over_text_that_runs_out_of_memory_gives_the_same_in_halves(
     tiny_target: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
     config = TargetConfig(model=str(tiny_target))
-    model, vocabulary = load_target(config, "cpu"), load_vocabulary(config)
+    model, vocabulary = config.model("cpu"), config.vocabulary
     written = HuggingFaceEngine(model, vocabulary).generate(PROMPTS, Sampling(1.0), 12, 3)
     rows, draft = [as_row(generation, Sampling(1.0), "own") for generation in written], load_draft(tiny_draft)
     work: dict[Any, Callable[[], list[Any]]] = {

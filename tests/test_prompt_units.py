@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fastdraft.data.chat import render_prompt, user_prefix_ids
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.prompts import normalised, select_texts
-from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.data.units import CorpusPrefixes, Unit, UnitPlan, unit_seed
 from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.recipe.data import JsonlPrompts
 
 
 def plan(**changes: object) -> UnitPlan:

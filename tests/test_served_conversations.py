@@ -16,11 +16,9 @@ pytest.importorskip("httpx")
 from conftest import CHAT_TEMPLATE, write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
-from fastdraft.data.chat import Conversation
-from fastdraft.data.chat import conversation_plan
+from fastdraft.data.chat import Conversation, conversation_plan
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_all
-from fastdraft.recipe.data import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import UnitPlan
 from fastdraft.decoding.turn_prompts import opened_once, with_turns
@@ -28,6 +26,7 @@ from fastdraft.decoding.unit_writer import UnitWriter
 from fastdraft.decoding.workbench import EncodedTask, Plan
 from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Engine, Generation, RenderedPrompt, Sampling
+from fastdraft.recipe.data import TranscriptLog
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.runtimes import engines
 from fastdraft.runtimes.openai_requests import Servers

@@ -20,12 +20,12 @@ from fastdraft.functional.distillation import DenseTarget, chunked_distillation,
 from fastdraft.functional.losses import chunked_cross_entropy
 from fastdraft.modeling.architecture import draft_hf_config, read_architecture
 from fastdraft.modeling.initialize import build_draft
-from fastdraft.modeling.loading import load_vocabulary
 from fastdraft.modeling.shapes import explicit
 from fastdraft.recipe.base import load_config as read_section
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.recipe.training import OptimizerConfig
 from fastdraft.stages import design
+from fastdraft.target import Target
 from fastdraft.training import assemble
 from fastdraft.training.batches import Batch
 from fastdraft.training.objective import CrossEntropy
@@ -140,7 +140,7 @@ def test_the_150_m_preset_is_designed_for_a_vocabulary_of_128256_entries(llama: 
     planned = design.plan(config, TargetConfig(model=str(llama)))
     assert (planned.vocabulary.size, planned.vocabulary.missing_ids) == (LLAMA_VOCAB, ())
     assert planned.draft.parameters == 154_147_328
-    assert planned.vocabulary.eos_token_ids == load_vocabulary(TargetConfig(model=str(llama))).eos_token_ids
+    assert planned.vocabulary.eos_token_ids == Target.at(llama).vocabulary.eos_token_ids
 
 
 def test_a_draft_of_that_vocabulary_trains_and_never_holds_the_logits_of_all_tokens(llama: Path) -> None:

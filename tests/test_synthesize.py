@@ -16,10 +16,10 @@ from fastdraft.console import Console
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.rows import read_all, read_metadata, read_rows, unit_path, unit_paths
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
+from fastdraft.recipe.evaluation import FileTask
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.run_folder import StageFolder
 from fastdraft.stages import synthesize
-from fastdraft.recipe.evaluation import FileTask
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdraft.errors import FastDraftError, Interrupted
-from fastdraft.errors import is_out_of_memory
+from fastdraft.errors import FastDraftError, Interrupted, is_out_of_memory
 from fastdraft.training.batches import Batch, Sample, padded_batch
 from fastdraft.training.checkpoint import optimizer_tensors
 from fastdraft.training.memory import cut_rows, halved_limit, limited, within_memory

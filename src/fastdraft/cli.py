@@ -442,8 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(arguments: argparse.Namespace) -> int:
     """Calls the verb; whatever the user can mend ends in one line."""
-    from fastdraft.errors import FastDraftError
-    from fastdraft.errors import machine_errors
+    from fastdraft.errors import FastDraftError, machine_errors
 
     # Threads that spin while they wait starve each other on a machine that does anything else; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

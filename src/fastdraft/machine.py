@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastdraft.errors import FastDraftError, OutOfMemory
+from fastdraft.errors import FastDraftError
 
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """What `artifacts` calls an unfinished file or folder."""

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdraft.console import Console, format_seconds
-from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
-from fastdraft.errors import machine_errors
+from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError, machine_errors
 from fastdraft.recipe.base import Config
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import FINGERPRINT, RunFolder, read_json, write_atomic, write_json

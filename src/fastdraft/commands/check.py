@@ -66,7 +66,7 @@ def run(
     Raises:
         FastDraftError: in one line, for the first thing that cannot work.
     """
-    from fastdraft.modeling.loading import pick_device
+    from fastdraft.modeling.drafts import pick_device
 
     context, picked = make_context(recipe, console), pick_device(recipe.run.device)
     device = str(picked)
@@ -201,9 +201,7 @@ def _asks_engine(recipe: Recipe) -> bool:
 
 def _check_benchmark(recipe: Recipe) -> None:
     """What a benchmark needs must be there: an export, OpenVINO, the device, a task's files, room for K proposals in the context."""
-    from fastdraft.modeling.source import raw_config
     from fastdraft.runtimes.openvino import device_properties
-    from fastdraft.runtimes.openvino_pair import context_length
     from fastdraft.tasks import load_task
 
     config = recipe.benchmark
@@ -217,7 +215,7 @@ def _check_benchmark(recipe: Recipe) -> None:
     for device in dict.fromkeys((config.device, config.draft_device or config.device)):
         device_properties(device, config.precision)
     require_convertible(recipe.target.location, recipe.target.revision)
-    context = context_length(raw_config(recipe.target.location, recipe.target.revision))
+    context = recipe.target.context_length
     most = max(config.num_speculative_tokens)
     for task in config.tasks_of(recipe.sections()):
         load_task(task)
@@ -234,10 +232,9 @@ def _check_benchmark(recipe: Recipe) -> None:
 def _check_template(recipe: Recipe) -> None:
     """Magpie gives the target the beginning of its chat template, so there must be one."""
     from fastdraft.data.chat import has_chat_template
-    from fastdraft.modeling.loading import load_tokenizer
 
     target = recipe.target
-    if not has_chat_template(load_tokenizer(target.location, target.revision, target.trust_remote_code)):
+    if not has_chat_template(target.tokenizer):
         rule = "kind: magpie needs a chat template, which this target lacks"
         raise RecipeError(
             "synthesize.prompts", target.model, rule, "take that source out; corpus prompts serve base models"
@@ -253,7 +250,6 @@ def _state(name: str, context: StageContext) -> str:
 
 def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: str) -> StageForecast:
     """One row of the table. Rates are orders of magnitude; a run prints its own."""
-    from fastdraft.modeling.source import has_weights
 
     draft, target, threads = plan.draft, plan.target, recipe.run.threads
     tokens, seconds, disk, memory = 0, 0.0, 0.0, 0.0
@@ -304,7 +300,7 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
     elif name == "export":
         disk, memory = (
             checkpoint,
-            checkpoint + (_target_bytes(recipe, plan, device) if has_weights(recipe.target.location) else 0),
+            checkpoint + (_target_bytes(recipe, plan, device) if recipe.target.has_weights else 0),
         )
     elif name == "benchmark" and recipe.benchmark:
         tokens, seconds, disk, memory = _benchmark(recipe, recipe.benchmark, plan)

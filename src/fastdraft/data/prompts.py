@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdraft.data.chat import Conversation, Prompt, read_conversation
-from fastdraft.data.readers import jsonl_values
 from fastdraft.data.hub import rows_in_order
+from fastdraft.data.readers import jsonl_values
 from fastdraft.data.sources import JSONL, describe_files, find_files
 from fastdraft.data.transcript_lines import read_entries
 from fastdraft.errors import DataError

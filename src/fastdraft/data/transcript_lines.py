@@ -19,7 +19,7 @@ from fastdraft.data.readers import read_jsonl
 from fastdraft.data.sources import JSONL, describe_files, find_files
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Sampling
-from fastdraft.recipe.data import LogprobKind, TranscriptLog
+from fastdraft.recipe.data import TranscriptLog
 
 _NEUTRAL = {
     "min_p": 0,

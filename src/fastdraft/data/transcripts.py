@@ -16,9 +16,9 @@ from fastdraft.data.chat import render_prompt
 from fastdraft.data.openai_format import AnswerReader, Choice
 from fastdraft.data.rows import ids_hash
 from fastdraft.data.transcript_lines import Entry, read_entries
-from fastdraft.recipe.data import TranscriptLog
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.recipe.data import TranscriptLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

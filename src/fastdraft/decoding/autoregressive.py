@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastdraft.decoding.cache import grouped_attention, new_cache
+from fastdraft.errors import Halving
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import token_at, warp
-from fastdraft.errors import Halving
 
 DROP_SHARE = 0.15
 """Finished rows are taken out of the batch when they are at least this share of it: dropping copies the cache."""

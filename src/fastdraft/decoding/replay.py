@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastdraft.errors import Halving
 from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts
 from fastdraft.functional.sampling import mask_ids, warp
-from fastdraft.errors import Halving
-from fastdraft.modeling.head import OutputHead, output_head
+from fastdraft.modeling.heads import OutputHead, output_head
 from fastdraft.modeling.vocabulary import Vocabulary
 
 LOGITS_HELD = {"cpu": 2**21, "other": 2**26}

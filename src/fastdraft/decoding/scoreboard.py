@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.decoding.evaluation import greedy_difference, looping_flags, nearest
 from fastdraft.decoding.figures import CostRatios, CountsTable, Setting, difference_rows, result_row, tidy
-from fastdraft.decoding.token_stream import text_pieces
 from fastdraft.decoding.position_figures import faded_sentence, position_results
+from fastdraft.decoding.token_stream import text_pieces
 from fastdraft.decoding.workbench import ExactUnit, Workbench
 
 if TYPE_CHECKING:

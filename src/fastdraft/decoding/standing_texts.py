@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, read_columns, unit_paths, validation_keys
-from fastdraft.recipe.data import TranscriptLog
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.decoding.evaluation import as_row
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.recipe.data import TranscriptLog
 from fastdraft.recipe.evaluation import HeldOutTexts, LoggedTexts
 from fastdraft.run_folder import StageFolder
 from fastdraft.stages.context import StageContext

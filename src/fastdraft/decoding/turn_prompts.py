@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.console import Console
 from fastdraft.data.chat import dialogue_format
-from fastdraft.decoding.evaluation import derive_seed
 from fastdraft.decoding.conversations import take_turns
+from fastdraft.decoding.evaluation import derive_seed
 from fastdraft.decoding.workbench import EncodedTask, Plan, refuse_faults
 from fastdraft.errors import DataError, FastDraftError
 from fastdraft.functional.generation import Engine, Generation, RenderedPrompt, Sampling

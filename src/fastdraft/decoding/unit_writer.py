@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdraft.data.chat import render_prompt, special_ids
-from fastdraft.data.chat import dialogue_format
-from fastdraft.data.filters import RowCounts, RowFilter
-from fastdraft.data.filters import is_looping
+from fastdraft.data.chat import dialogue_format, render_prompt, special_ids
+from fastdraft.data.filters import RowCounts, RowFilter, is_looping
 from fastdraft.data.prompts import normalised
 from fastdraft.data.rows import SyntheticRow, ids_hash
 from fastdraft.data.units import Unit

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fastdraft.errors import FastDraftError, MissingExtra
+from fastdraft.errors import FastDraftError, Halving, MissingExtra
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.errors import Halving
 from fastdraft.recipe.data import (
     AutoEngineConfig,
     ChosenEngine,

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from fastdraft.data.filters import is_looping
 from fastdraft.decoding.autoregressive import generate_batch
-from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.errors import Halving
+from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.modeling.families import text_config
 from fastdraft.modeling.vocabulary import Vocabulary
 

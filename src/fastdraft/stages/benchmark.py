@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.run_folder import write_json
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from fastdraft.tasks import describe_task
 
 if TYPE_CHECKING:
@@ -44,14 +45,13 @@ def check_installed(config: BenchmarkConfig) -> None:
 
 def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any]:
     """Settings, task files, the export, the target, threads and seed."""
-    from fastdraft.modeling.source import model_identity
 
     context.section("export")
     target = context.target
     return {
         **config.model_dump(),
         "tasks": [describe_task(task) for task in config.tasks_of(context.sections)],
-        "target": model_identity(target.model, target.location, target.revision, target.dtype),
+        "target": target.identity(),
         "export": context.require("export").digest(),
         "threads": context.settings.threads,
         "seed": context.settings.seed,
@@ -90,7 +90,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     results = {
         "schema": 1,
         "runtime": {"name": "openvino", **device, **bench.place.as_dict()},
-        "target": context.target.model,
+        "target": context.target.name,
         "draft": context.require("export").manifest()["source"],
         "block": {"settings": config.model_dump(), "left_out": bench.plan.left_out},
         "models": model_sizes(pairs),
@@ -103,7 +103,6 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
 
 
 def _place(config: BenchmarkConfig, context: StageContext) -> Place:
-    from fastdraft.modeling.loading import load_vocabulary
     from fastdraft.runtimes.wall_clock_bench import Place
 
     return Place(
@@ -112,28 +111,24 @@ def _place(config: BenchmarkConfig, context: StageContext) -> Place:
         config.precision,
         context.settings.threads,
         rows=max([1, *config.sweep.concurrency]),
-        eos_ids=load_vocabulary(context.target).eos_token_ids,
+        eos_ids=context.target.vocabulary.eos_token_ids,
     )
 
 
 def _plan(config: BenchmarkConfig, context: StageContext) -> Plan:
     """All prompts as token ids, and every measurement."""
-    from fastdraft.modeling.loading import load_tokenizer
-    from fastdraft.modeling.source import raw_config
     from fastdraft.runtimes.openvino_pair import context_length
     from fastdraft.runtimes.wall_clock_plan import make_plan
     from fastdraft.runtimes.wall_clock_prompts import encode
     from fastdraft.runtimes.wall_clock_runs import as_settings
 
     target = context.target
-    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
+    tokenizer = target.tokenizer
     draft = str(context.require("export").path / "huggingface")
     return make_plan(
         [encode(task, tokenizer) for task in config.tasks_of(context.sections)],
         count=config.prompts,
-        context_length=min(
-            context_length(raw_config(target.location, target.revision)), context_length(raw_config(draft))
-        ),
+        context_length=min(target.context_length, context_length(raw_config(draft))),
         weights=[(pair.target, pair.draft) for pair in config.weights],
         temperatures=config.temperatures,
         settings=as_settings(config.num_speculative_tokens, []),
@@ -234,13 +229,11 @@ def _measure(
 
 def _costs(pair: Pair, latencies: Sequence[Latency], context: StageContext) -> PairCosts:
     """What is known of a pair before its texts are timed."""
-    from fastdraft.modeling.architecture import read_architecture
-    from fastdraft.modeling.loading import load_config
     from fastdraft.runtimes.wall_clock_rows import PairCosts
 
     source = context.target
-    target = read_architecture(load_config(source.location, source.revision, source.trust_remote_code))
-    draft = read_architecture(load_config(str(context.require("export").path / "huggingface")))
+    target = source.architecture
+    draft = Target.at(context.require("export").path / "huggingface").architecture
     of_draft, of_target = (
         draft.exported_bytes_per_token(pair.draft_weights),
         target.exported_bytes_per_token(pair.target_weights),

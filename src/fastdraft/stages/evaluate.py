@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.functional.generation import Engine
-from fastdraft.errors import Halving
 from fastdraft.data.transcript_lines import describe
+from fastdraft.errors import Halving
+from fastdraft.functional.generation import Engine
 from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, LoggedTexts, TargetTexts, TextsConfig
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.stages.context import StageContext

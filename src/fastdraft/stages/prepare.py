@@ -36,7 +36,6 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
     Raises:
         DataError: when a source of unfinished work is missing.
     """
-    from fastdraft.modeling.loading import load_encoding
 
     artifact = context.folder("prepare")
     stored = artifact.stored_fingerprint().get("corpora", []) if artifact.is_complete() else []
@@ -86,7 +85,6 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     from fastdraft.data.build import CorpusBuild, Layout, Tools
     from fastdraft.data.journal import Journal
     from fastdraft.data.tokenize import DocumentEncoder, parallel_tokenization
-    from fastdraft.modeling.loading import load_encoding
 
     artifact, console = context.folder("prepare"), context.console
     tokenizer, vocabulary = load_encoding(context.target)

@@ -23,10 +23,10 @@ from fastdraft.recipe.base import format_count
 from fastdraft.recipe.data import (
     TRANSPORT,
     ChosenEngine,
-    HuggingFaceEngineConfig,
-    SynthesizeConfig,
     CorpusPrompts,
+    HuggingFaceEngineConfig,
     MagpiePrompts,
+    SynthesizeConfig,
 )
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import FINGERPRINT, StageFolder, write_json
@@ -93,12 +93,11 @@ def require_weights(config: SynthesizeConfig, target: TargetConfig) -> None:
     Raises:
         TargetError: naming what is missing.
     """
-    from fastdraft.modeling.source import check_weights
 
     if not config.needs_weights:
         return
     try:
-        check_weights(target.location)
+        target.files.check_weights()
     except TargetError as error:
         if config.asks and uses_weights(config.engine):
             raise
@@ -109,11 +108,8 @@ def require_weights(config: SynthesizeConfig, target: TargetConfig) -> None:
 
 
 def _target_identity(config: SynthesizeConfig, target: TargetConfig) -> dict[str, Any]:
-    from fastdraft.modeling.source import model_identity
 
-    return model_identity(
-        target.model, target.location, target.revision, target.dtype, weights=config.needs_weights
-    )
+    return target.identity(weights=config.needs_weights)
 
 
 def _evaluation_texts(context: StageContext) -> set[str]:
@@ -212,13 +208,13 @@ def _prepare(
     from fastdraft.data.filters import RowFilter
     from fastdraft.decoding.logit_writer import open_logit_writer
     from fastdraft.decoding.unit_writer import UnitWriter
-    from fastdraft.modeling.loading import load_tokenizer, load_vocabulary, set_threads
+    from fastdraft.modeling.drafts import set_threads
 
     target = context.target
     set_threads(context.settings.threads)
-    tokenizer = load_tokenizer(target.location, target.revision, target.trust_remote_code)
+    tokenizer = target.tokenizer
     held_out = _evaluation_texts(context)
-    vocabulary = load_vocabulary(target)
+    vocabulary = target.vocabulary
     planner = Planner(
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -284,11 +280,8 @@ def _open(
 
 def _nobody(target: TargetConfig) -> Engines:
     """For answers that stand already: all that is asked of the target is how long they may be."""
-    from fastdraft.modeling.loading import load_config
 
-    return no_engines(
-        int(load_config(target.location, target.revision, target.trust_remote_code).max_position_embeddings)
-    )
+    return no_engines(int(target.config.max_position_embeddings))
 
 
 def _manifest(

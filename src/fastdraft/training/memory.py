@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdraft.errors import FastDraftError
+from fastdraft.errors import FastDraftError, is_out_of_memory
 from fastdraft.functional.distillation import SparseTarget
-from fastdraft.errors import is_out_of_memory
 from fastdraft.training.batches import Batch
 
 Found = TypeVar("Found")

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from fastdraft.console import Console, Progress
-from fastdraft.errors import FastDraftError, Interrupted
-from fastdraft.errors import is_out_of_memory
+from fastdraft.errors import FastDraftError, Interrupted, is_out_of_memory
 from fastdraft.training.batches import Batch, BatchSource
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from fastdraft.training.distributed import World, current
