@@ -44,6 +44,7 @@ from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openvino import OpenVINOEngine, answer_seed, as_tensor, generation_config
 from fastdraft.runtimes.openvino_export import convert
+from fastdraft.target import Target
 
 Texts = list[list[int]]
 Writer = Callable[[Sampling], Texts]
@@ -78,7 +79,7 @@ def random_target(shape: str, folder: Path) -> Path:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-    copy_tokenizer_files(starter.location, folder)
+    Target(starter).copy_tokenizer(folder)
     return folder
 
 
@@ -92,11 +93,11 @@ class Contenders:
             if arguments.shape
             else arguments.target
         )
-        self.vocabulary = target.vocabulary
+        self.vocabulary = Target(target).vocabulary
         if arguments.shape:
             self.vocabulary = replace(self.vocabulary, eos_token_ids=())
-        self.model = load_target(target.model_copy(update={"dtype": "fp32"}), torch.device("cpu"))
-        half = load_target(target.model_copy(update={"dtype": "bf16"}), torch.device("cpu"))
+        self.model = Target(target).model("cpu", torch.float32)
+        half = Target(target).model("cpu", torch.bfloat16)
         self.engine = HuggingFaceEngine(self.model, self.vocabulary, arguments.batch_rows)
         exported = folder / "openvino"
         exported.mkdir()
@@ -145,7 +146,7 @@ class Contenders:
 
 def read_prompts(target: TargetConfig, arguments: argparse.Namespace, room: int) -> Texts:
     """The first prompts that fit, as the target reads them, shortest first."""
-    tokenizer = load_tokenizer(target.location)
+    tokenizer = Target(target).tokenizer
     chosen = select_texts(JsonlPrompts(kind="jsonl", name="p", path=arguments.file), set(), 0).texts
     encoded = (first_prompt_ids(tokenizer, prompt, chat=True) for prompt in chosen)
     fitting = (ids for ids in encoded if len(ids) <= room)

@@ -43,13 +43,13 @@ from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.drafts import load_draft, set_threads
 from fastdraft.recipe.evaluation import ShippedTask
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.openvino_export import convert
 from fastdraft.runtimes.openvino_latency import LoadedModel
 from fastdraft.runtimes.openvino_ties import TieJudge, first_difference
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
 from fastdraft.runtimes.wall_clock import Contender, TimedText
+from fastdraft.target import Target
 from fastdraft.tasks import load_task
 
 TASKS = ("code", "instructions", "text", "summarization")
@@ -65,12 +65,12 @@ class Agreement:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, arguments.exports or folder
         self.console = Console()
-        config = TargetConfig(model=arguments.target, dtype="fp32")
-        self.source = {"target": config.location, "draft": arguments.draft}
-        self.context = min(context_length(raw_config(place)) for place in self.source.values())
-        self.vocabulary = replace(config.vocabulary, missing_ids=())  # OpenVINO masks none of the draft's ids
+        opened = Target.at(arguments.target)
+        self.source = {"target": opened.location, "draft": arguments.draft}
+        self.context = min(Target.at(place).context_length for place in self.source.values())
+        self.vocabulary = replace(opened.vocabulary, missing_ids=())  # OpenVINO masks none of the draft's ids
         self.prompts = read_prompts(
-            config.location, arguments.prompts, self.context - arguments.max_new_tokens - max(arguments.k) - 1
+            opened.location, arguments.prompts, self.context - arguments.max_new_tokens - max(arguments.k) - 1
         )
         self.largest_k = max(arguments.k)
 
@@ -110,7 +110,7 @@ class Agreement:
 
 def read_prompts(target: str, count: int, room: int) -> list[tuple[str, list[int]]]:
     """Names and ids of prompts that fit, spread evenly over the tasks."""
-    tokenizer = load_tokenizer(target)
+    tokenizer = Target.at(target).tokenizer
     template, found = has_chat_template(tokenizer), []
     for number, kind in enumerate(TASKS):
         share = (count + len(TASKS) - 1 - number) // len(TASKS)
@@ -253,7 +253,7 @@ def compare_texts(
 def compare_counts(agreement: Agreement, texts: dict[str, Any]) -> list[dict[str, Any]]:
     """For each K the counts by OpenVINO, by our decoder and by replay, in full precision."""
     target, draft = (
-        load_target(TargetConfig(model=agreement.arguments.target, dtype="fp32"), "cpu"),
+        Target.at(agreement.arguments.target).model("cpu"),
         load_draft(agreement.source["draft"]),
     )
     # Texts of one token have no round behind it.

@@ -19,7 +19,6 @@ from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import Halving, OutOfMemory, is_out_of_memory
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.drafts import load_draft
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.target import Target
 from faults_fixture import Run, failing, os_error
@@ -82,7 +81,7 @@ def few_rows(
 def test_an_engine_that_runs_out_of_memory_writes_the_same_text_in_halves(
     tiny_target: Path, temperature: float
 ) -> None:
-    config, sampling = TargetConfig(model=str(tiny_target)), Sampling(temperature)
+    config, sampling = Target.at(tiny_target), Sampling(temperature)
     model, vocabulary = config.model("cpu"), Target.at(tiny_target).vocabulary
     whole = HuggingFaceEngine(model, vocabulary, 4).generate(PROMPTS, sampling, 20, 7)
     engine = HuggingFaceEngine(model, vocabulary, 4)
@@ -99,7 +98,7 @@ def test_an_engine_that_runs_out_of_memory_writes_the_same_text_in_halves(
 def test_a_pass_over_text_that_runs_out_of_memory_gives_the_same_in_halves(
     tiny_target: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
-    config = TargetConfig(model=str(tiny_target))
+    config = Target.at(tiny_target)
     model, vocabulary = config.model("cpu"), config.vocabulary
     written = HuggingFaceEngine(model, vocabulary).generate(PROMPTS, Sampling(1.0), 12, 3)
     rows, draft = [as_row(generation, Sampling(1.0), "own") for generation in written], load_draft(tiny_draft)

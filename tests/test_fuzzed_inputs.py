@@ -23,14 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastdraft.console import Console
-from fastdraft.data.chat import prompt_ids
-from fastdraft.data.chat import Conversation
-from fastdraft.recipe.data import JsonlPrompts
-from fastdraft.recipe.data import TranscriptLog
+from fastdraft.data.chat import Conversation, prompt_ids
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.errors import DataError, FastDraftError, TargetError
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.data import JsonlPrompts, TranscriptLog
 from fastdraft.run_folder import RunFolder, file_sha256, write_json
 from fastdraft.target import Target
 from fastdraft.tasks.files import read_prompts

@@ -18,20 +18,17 @@ from fastdraft.data.shards import ShardWriter, open_corpus
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.recipe.base import load_config
 from fastdraft.recipe.prepare import PrepareConfig
-from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, file_sha256
 from fastdraft.stages import prepare
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from fastdraft.training.batches import PackedBatches
 
 
 def context_of(root: Path, target: Path, seed: int = 0) -> StageContext:
     return StageContext(
-        RunFolder(root),
-        RunConfig(name="test", seed=seed),
-        TargetConfig(model=str(target)),
-        {},
-        Console(quiet=True),
+        RunFolder(root), RunConfig(name="test", seed=seed), Target.at(target), {}, Console(quiet=True)
     )
 
 

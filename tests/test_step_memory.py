@@ -22,7 +22,6 @@ from fastdraft.modeling.architecture import draft_hf_config, read_architecture
 from fastdraft.modeling.initialize import build_draft
 from fastdraft.modeling.shapes import explicit
 from fastdraft.recipe.base import load_config as read_section
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.recipe.training import OptimizerConfig
 from fastdraft.stages import design
 from fastdraft.target import Target
@@ -137,7 +136,7 @@ def test_the_150_m_preset_is_designed_for_a_vocabulary_of_128256_entries(llama: 
     config = read_section(
         design.DesignConfig, {"draft": {"kind": "preset", "name": "llama-3.1-8b-150m"}}, "design"
     )
-    planned = design.plan(config, TargetConfig(model=str(llama)))
+    planned = design.plan(config, Target.at(llama))
     assert (planned.vocabulary.size, planned.vocabulary.missing_ids) == (LLAMA_VOCAB, ())
     assert planned.draft.parameters == 154_147_328
     assert planned.vocabulary.eos_token_ids == Target.at(llama).vocabulary.eos_token_ids

@@ -31,6 +31,7 @@ from fastdraft.runtimes.engines import choose_engine, require_openvino
 from fastdraft.runtimes.openvino_families import require_convertible
 from fastdraft.stages import design, evaluate, synthesize
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 WRITES = 3
 """Passes over a task's text: written once by the target, replayed by each checkpoint, part of it decoded exactly."""
@@ -74,7 +75,7 @@ def run(
         raise RecipeError(
             "design", "missing", "a forecast needs the draft's shape", "add `design:` to the recipe"
         )
-    plan = design.plan(recipe.design, recipe.target)
+    plan = design.plan(recipe.design, context.target)
     check_fit(recipe, plan)
     _check_row_lengths(recipe, plan)
     unseen = list(_check_inputs(recipe))
@@ -188,7 +189,7 @@ def _check_runtimes(recipe: Recipe) -> None:
             require_convertible(recipe.target.location, recipe.target.revision)
     if recipe.synthesize:
         synthesize.check_installed(recipe.synthesize)
-        synthesize.require_weights(recipe.synthesize, recipe.target)
+        synthesize.require_weights(recipe.synthesize, Target(recipe.target))
         if recipe.synthesize.engine.kind == "openvino":
             require_convertible(recipe.target.location, recipe.target.revision)
 
@@ -215,7 +216,7 @@ def _check_benchmark(recipe: Recipe) -> None:
     for device in dict.fromkeys((config.device, config.draft_device or config.device)):
         device_properties(device, config.precision)
     require_convertible(recipe.target.location, recipe.target.revision)
-    context = recipe.target.context_length
+    context = Target(recipe.target).context_length
     most = max(config.num_speculative_tokens)
     for task in config.tasks_of(recipe.sections()):
         load_task(task)
@@ -233,11 +234,11 @@ def _check_template(recipe: Recipe) -> None:
     """Magpie gives the target the beginning of its chat template, so there must be one."""
     from fastdraft.data.chat import has_chat_template
 
-    target = recipe.target
+    target = Target(recipe.target)
     if not has_chat_template(target.tokenizer):
         rule = "kind: magpie needs a chat template, which this target lacks"
         raise RecipeError(
-            "synthesize.prompts", target.model, rule, "take that source out; corpus prompts serve base models"
+            "synthesize.prompts", target.name, rule, "take that source out; corpus prompts serve base models"
         )
 
 
@@ -300,7 +301,7 @@ def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: 
     elif name == "export":
         disk, memory = (
             checkpoint,
-            checkpoint + (_target_bytes(recipe, plan, device) if recipe.target.has_weights else 0),
+            checkpoint + (_target_bytes(recipe, plan, device) if Target(recipe.target).has_weights else 0),
         )
     elif name == "benchmark" and recipe.benchmark:
         tokens, seconds, disk, memory = _benchmark(recipe, recipe.benchmark, plan)

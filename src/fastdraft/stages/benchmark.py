@@ -117,7 +117,6 @@ def _place(config: BenchmarkConfig, context: StageContext) -> Place:
 
 def _plan(config: BenchmarkConfig, context: StageContext) -> Plan:
     """All prompts as token ids, and every measurement."""
-    from fastdraft.runtimes.openvino_pair import context_length
     from fastdraft.runtimes.wall_clock_plan import make_plan
     from fastdraft.runtimes.wall_clock_prompts import encode
     from fastdraft.runtimes.wall_clock_runs import as_settings
@@ -128,7 +127,7 @@ def _plan(config: BenchmarkConfig, context: StageContext) -> Plan:
     return make_plan(
         [encode(task, tokenizer) for task in config.tasks_of(context.sections)],
         count=config.prompts,
-        context_length=min(target.context_length, context_length(raw_config(draft))),
+        context_length=min(target.context_length, Target.at(draft).context_length),
         weights=[(pair.target, pair.draft) for pair in config.weights],
         temperatures=config.temperatures,
         settings=as_settings(config.num_speculative_tokens, []),

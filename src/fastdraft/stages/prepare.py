@@ -50,7 +50,7 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
             else:
                 raise DataError(f"prepare.corpora[{number}]: {error.message}", error.fix) from None
     sizes = config.model_dump(include={"row_length", "validation"})
-    encoding = _encoding(*load_encoding(context.target))
+    encoding = _encoding(context.target.tokenizer, context.target.vocabulary)
     return {**encoding, "seed": context.settings.seed, **sizes, **_masking(config), "corpora": corpora}
 
 
@@ -87,7 +87,7 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     from fastdraft.data.tokenize import DocumentEncoder, parallel_tokenization
 
     artifact, console = context.folder("prepare"), context.console
-    tokenizer, vocabulary = load_encoding(context.target)
+    tokenizer, vocabulary = context.target.tokenizer, context.target.vocabulary
     encoding = _encoding(tokenizer, vocabulary)
     form = {"separator_id": encoding["separator_id"], "dtype": encoding["dtype"]}
     layout = Layout(config.row_length, {}, SHARD_TOKENS, config.validation, **form)

@@ -28,7 +28,6 @@ from fastdraft.recipe.data import (
     MagpiePrompts,
     SynthesizeConfig,
 )
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import FINGERPRINT, StageFolder, write_json
 from fastdraft.runtimes.engines import (
     NOBODY,
@@ -40,6 +39,7 @@ from fastdraft.runtimes.engines import (
     uses_weights,
 )
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from fastdraft.tasks import load_task
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _fingerprint(
     }
 
 
-def require_weights(config: SynthesizeConfig, target: TargetConfig) -> None:
+def require_weights(config: SynthesizeConfig, target: Target) -> None:
     """Refuses work that needs the target's weights where they are not, before any of it is claimed.
 
     Raises:
@@ -102,12 +102,11 @@ def require_weights(config: SynthesizeConfig, target: TargetConfig) -> None:
         if config.asks and uses_weights(config.engine):
             raise
         rule = "synthesize.logits: top_k scores all text with the target's weights, whoever wrote it"
-        raise TargetError(
-            target.location, error.found, rule, "put them there, or set synthesize.logits: {kind: none}"
-        ) from None
+        fix = "put them there, or set synthesize.logits: {kind: none}"
+        raise TargetError(f"{error.message}; {rule}", fix) from None
 
 
-def _target_identity(config: SynthesizeConfig, target: TargetConfig) -> dict[str, Any]:
+def _target_identity(config: SynthesizeConfig, target: Target) -> dict[str, Any]:
 
     return target.identity(weights=config.needs_weights)
 
@@ -278,7 +277,7 @@ def _open(
     )
 
 
-def _nobody(target: TargetConfig) -> Engines:
+def _nobody(target: Target) -> Engines:
     """For answers that stand already: all that is asked of the target is how long they may be."""
 
     return no_engines(int(target.config.max_position_embeddings))
