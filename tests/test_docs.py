@@ -111,12 +111,7 @@ def is_key(dotted: str) -> bool:
     """Whether a recipe can have this key; of sections told apart by `kind`, any may have it."""
     models: list[type[BaseModel]] = [Recipe]
     for part in dotted.split("."):
-        fields = [
-            field
-            for model in models
-            for name, field in model.model_fields.items()
-            if part == name
-        ]
+        fields = [field for model in models for name, field in model.model_fields.items() if part == name]
         if not fields:
             return False
         models = [model for field in fields for model in _models(field.annotation)]
