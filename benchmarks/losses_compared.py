@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from fastdraft.console import Console, format_seconds
 from fastdraft.data.rows import SyntheticRow, read_rows
-from fastdraft.decoding.evaluation import replay_tables
-from fastdraft.decoding.figures import tidy
+from fastdraft.evaluation.work import replay_texts
+from fastdraft.functional.acceptance import tidy
 from fastdraft.functional.intervals import difference_interval, ratio_interval
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import format_count, parse_count
@@ -139,7 +139,7 @@ def replay(comparison: Comparison, loss: str, folder: Path, console: Console) ->
         with console.progress(f"replay {loss}", len(texts), "tasks", len(texts) - len(missing)) as progress:
             for place, rows in missing.items():
                 buffer = io.BytesIO()
-                np.save(buffer, replay_tables(draft, rows, [k], vocabulary).by_k[k], allow_pickle=False)
+                np.save(buffer, replay_texts(draft, rows, [k], vocabulary).by_k[0], allow_pickle=False)
                 write_atomic(paths[place], buffer.getvalue())
                 progress.advance()
                 console.stop.check(comparison.out)

@@ -50,7 +50,7 @@ from fastdraft.runtimes.openvino_ties import TieJudge, first_difference
 from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
 from fastdraft.runtimes.wall_clock import Contender, TimedText
 from fastdraft.target import Target
-from fastdraft.tasks import load_task
+from fastdraft.evaluation.tasks import load_task
 
 TASKS = ("code", "instructions", "text", "summarization")
 GREEDY = Sampling(0.0)

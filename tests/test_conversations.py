@@ -17,13 +17,13 @@ from fastdraft import pipeline
 from fastdraft.commands import check
 from fastdraft.console import Console
 from fastdraft.data.rows import ids_hash, read_all, read_rows, unit_paths
-from fastdraft.decoding.standing_texts import StandingTexts, take, trained_prompts
+from fastdraft.evaluation.texts import GivenTexts, trained_prompts
 from fastdraft.errors import DataError
 from fastdraft.functional.intervals import group_numbers, ratio_interval
 from fastdraft.recipe.evaluation import FileTask
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder, read_json
-from fastdraft.tasks import load_task
+from fastdraft.evaluation.tasks import load_task
 
 QUESTIONS = ("What is {i}?", "And {i} plus one?", "Why?")
 
@@ -134,7 +134,7 @@ def test_intervals_draw_turns_of_a_conversation_together(finished: RunFolder) ->
         for row in read_json(folder / "results.json")["rows"]
         if row["temperature"] == 0.6 and row["num_speculative_tokens"] == 3
     )
-    counts = np.load(folder / "replay" / "align-talks-0.6.npy")[2]
+    counts = np.load(folder / "replay" / "align-talks-0.6.npz")["by_k"][2]
     turns = [
         turn["name"].split("#")[0] for turn in read_json(folder / "conversations" / "talks.json")["turns"]
     ]
@@ -152,7 +152,8 @@ def test_prompts_that_the_draft_was_aligned_on_are_told_turn_by_turn(finished: R
     later = [row for row in trained if row.prompt_key != ids_hash(row.prompt_ids)]
     assert later, "rows of later turns carry the key of the first"
     assert trained_prompts(artifact) == {ids_hash(row.prompt_ids) for row in trained}
-    texts = take([*later, *held_out], StandingTexts(), context_length=256, trained=trained_prompts(artifact))
+    texts = GivenTexts()
+    texts.take([*later, *held_out], context_length=256, trained=trained_prompts(artifact))
     assert texts.left_out == {"trained_on": len(later)}
     assert sum(map(len, texts.rows.values())) == len(held_out)
 

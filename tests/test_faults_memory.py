@@ -14,7 +14,7 @@ import torch
 from fastdraft.data.shards import PackedCorpus
 from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.decoding import logit_writer, replay, scoring
-from fastdraft.decoding.evaluation import as_row
+from fastdraft.evaluation.texts import as_row
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import Halving, OutOfMemory, is_out_of_memory
 from fastdraft.functional.generation import Sampling

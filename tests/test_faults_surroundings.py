@@ -25,7 +25,7 @@ from fastdraft.data.transcripts import TranscriptLog, read_entries
 from fastdraft.errors import DataError, FastDraftError
 from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.target import Target
-from fastdraft.tasks.files import read_prompts
+from fastdraft.evaluation.tasks import read_prompts
 from faults_fixture import Run, failing, os_error
 from test_damaged_data import ODD
 

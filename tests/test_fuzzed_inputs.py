@@ -31,7 +31,7 @@ from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.data import JsonlPrompts, TranscriptLog
 from fastdraft.run_folder import RunFolder, file_sha256, write_json
 from fastdraft.target import Target
-from fastdraft.tasks.files import read_prompts
+from fastdraft.evaluation.tasks import read_prompts
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from test_fuzzed_files import damage, few, read
 

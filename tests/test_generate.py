@@ -12,7 +12,7 @@ import pytest
 
 from conftest import write_target
 from fastdraft.commands import generate
-from fastdraft.commands.pair import find_pair
+from fastdraft.commands.generate import find_pair
 from fastdraft.console import Console
 from fastdraft.decoding.token_stream import TokenStream, text_pieces
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError

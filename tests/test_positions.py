@@ -9,17 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdraft.decoding.position_figures import faded_sentence, position_results
+from fastdraft.evaluation.rows import faded_sentence, position_results
 from fastdraft.functional import positions
 from fastdraft.functional.acceptance import counts_to_array, expected_counts
 from fastdraft.functional.positions import bucket_bounds, bucket_of, counts_by_bucket
-from fastdraft.reporting.document import Charts, Section, Table, Text
-from fastdraft.reporting.length_sections import length_section
-from fastdraft.reporting.page import render_markdown
-from fastdraft.reporting.record import RunRecord, read_record
-from fastdraft.reporting.report import compose_report
-from fastdraft.run_folder import read_json, write_json
-from report_fixture import results, write_run
+from fastdraft.run_folder import read_json
 
 
 def test_buckets_double_from_512_on() -> None:
@@ -86,18 +80,14 @@ def table(rates: list[float], texts: int = 30, tokens: int = 60) -> np.ndarray:
 def test_rows_of_the_results_hold_counts_and_rates_of_each_bucket() -> None:
     counts = table([0.8, 0.7])
     found = position_results({("align", "code", 0.6): counts}, 3, 4096, 0)
-    first, second = found["rows"]
-    assert (first["from"], first["to"], second["from"], second["to"]) == (0, 512, 512, 1024)
-    for row, bucket in zip(found["rows"], range(2), strict=True):
-        assert row["num_drafts"] == pytest.approx(counts[:, bucket, 0].sum())
-        assert row["acceptance_rate"] == pytest.approx(
-            row["num_accepted_tokens"] / row["num_draft_tokens"], abs=1e-6
-        )
-        assert row["block_efficiency"] == pytest.approx(
-            row["num_generated_tokens"] / row["num_drafts"], abs=1e-6
-        )
-        assert row["acceptance_rate_low"] < row["acceptance_rate"] < row["acceptance_rate_high"]
-    assert found["faded"] == []
+    first, second = found.rows
+    assert (first.first, first.end, second.first, second.end) == (0, 512, 512, 1024)
+    for row, bucket in zip(found.rows, range(2), strict=True):
+        assert row.num_drafts == pytest.approx(counts[:, bucket, 0].sum())
+        assert row.acceptance_rate == pytest.approx(row.num_accepted_tokens / row.num_draft_tokens, abs=1e-6)
+        assert row.block_efficiency == pytest.approx(row.num_generated_tokens / row.num_drafts, abs=1e-6)
+        assert row.acceptance_rate_low < row.acceptance_rate < row.acceptance_rate_high
+    assert found.faded == []
 
 
 def test_a_draft_that_loses_half_of_its_acceptance_is_told_with_the_place() -> None:
@@ -106,55 +96,16 @@ def test_a_draft_that_loses_half_of_its_acceptance_is_told_with_the_place() -> N
         ("align", "code", 0.6): table([0.8, 0.75, 0.1, 0.05]),
     }
     found = position_results(tables, 3, 131072, 0)
-    (case,) = found["faded"]
-    assert (case["checkpoint"], case["task"], case["from"]) == ("align", "code", 1024)
-    sentence = faded_sentence(case, found["context_length"])
+    (case,) = found.faded
+    assert (case.checkpoint, case.task, case.first) == ("align", "code", 1024)
+    sentence = faded_sentence(case, found.context_length)
     assert "from position 1,024 on" in sentence
     assert "context of 131,072" in sentence
 
 
-def test_a_bucket_with_few_texts_is_not_judged() -> None:
-    assert position_results({("align", "code", 0.6): table([0.9, 0.05], texts=3)}, 3, 4096, 0)["faded"] == []
-    assert (
-        position_results({("align", "code", 0.6): table([0.9, 0.05], texts=5, tokens=10)}, 3, 4096, 0)[
-            "faded"
-        ]
-        == []
-    )
-
-
-def report_of(folder: Path, rates: list[float]) -> RunRecord:
-    """A finished run whose code task has these rates, bucket by bucket."""
-    found = results()
-    tables = {("align", "code", t): table(rates) for t in (0.0, 0.6)} | {
-        ("align", "text", 0.6): table(rates[:1])
-    }
-    found["by_position"] = position_results(tables, 3, 131072, 0)
-    run = write_run(folder, ())
-    write_json(run.folder("evaluate").path / "results.json", found)
-    return read_record(run)
-
-
-def test_the_report_shows_acceptance_along_the_text(tmp_path: Path) -> None:
-    section = length_section(report_of(tmp_path, [0.8, 0.7, 0.1]))
-    assert isinstance(section, Section)
-    charts = [block for block in section.blocks if isinstance(block, Charts)]
-    tables = [block for block in section.blocks if isinstance(block, Table)]
-    words = " ".join(block.text for block in section.blocks if isinstance(block, Text))
-    assert "512–1k" in charts[0].charts[0].svg
-    assert tables[0].columns == ("Task", "0–512", "512–1k", "1k–2k")
-    assert [
-        cell.text == "-"
-        for cell in next(row for row in tables[0].rows if row.cells[0].text == "text").cells[1:]
-    ] == [False, True, True]
-    assert "from position 1,024 on" in words
-    assert "beyond 2,048 nothing was measured" in words
-
-
-def test_the_report_is_silent_about_positions_of_short_texts(tmp_path: Path) -> None:
-    assert length_section(report_of(tmp_path, [0.8])) is None
-    assert "Acceptance along the text" not in render_markdown(compose_report(report_of(tmp_path, [0.8])))
-    assert "Acceptance along the text" in render_markdown(compose_report(report_of(tmp_path, [0.8, 0.5])))
+@pytest.mark.parametrize("size", [{"texts": 3}, {"texts": 5, "tokens": 10}])
+def test_a_bucket_with_few_texts_is_not_judged(size: dict[str, int]) -> None:
+    assert position_results({("align", "code", 0.6): table([0.9, 0.05], **size)}, 3, 4096, 0).faded == []
 
 
 def test_an_evaluation_tells_every_bucket_and_they_add_up_to_the_rows(
@@ -186,5 +137,5 @@ def test_an_evaluation_tells_every_bucket_and_they_add_up_to_the_rows(
             ):
                 assert sum(row[key] for row in mine) == pytest.approx(total[key], abs=1e-4)
     folder = where.folder("evaluate").path
-    (folder / "positions" / "align-first-0.6.npy").unlink()
+    (folder / "replay" / "align-first-0.6.npz").unlink()
     assert run(config, where)["by_position"] == read_json(folder / "results.json")["by_position"] == found

@@ -12,14 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding import replay as module
-from fastdraft.decoding.evaluation import as_row, exact_runs
 from fastdraft.decoding.replay import accept_probabilities, block_efficiency, length_batches, replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.decoding.workbench import EncodedTask, Plan, Workbench
+from fastdraft.evaluation.prompts import EncodedTask
+from fastdraft.evaluation.texts import as_row
+from fastdraft.evaluation.work import EvaluationPlan, EvaluationWork, exact_runs
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import probabilities
 from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.run_folder import StageFolder
 
 VOCABULARY = Vocabulary(320, 300, tuple(range(300, 320)), 0, (3,), 0, "")
 
@@ -180,7 +182,7 @@ def test_an_empty_answer_has_no_counts(near: PreTrainedModel) -> None:
     assert replay(near, [], [2], VOCABULARY) == []
 
 
-def test_the_progress_of_texts_that_stood_already_ends_at_their_number(
+def test_the_progress_of_given_texts_ends_at_their_number(
     target: PreTrainedModel, near: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {
@@ -189,10 +191,12 @@ def test_the_progress_of_texts_that_stood_already_ends_at_their_number(
     }
     every = [row for found in rows.values() for row in found]
     task = EncodedTask("log", [row.row_id for row in every], [row.prompt_ids for row in every], 4)
-    plan = Plan([task], [0.0, 0.7], [3], [3], 0, only=tuple(rows))
-    bench = Workbench(plan, tmp_path, Console(), None, VOCABULARY)
-    bench.keep_texts(rows)
-    bench.replay_all({"align": lambda: near})
+    plan = EvaluationPlan([task], [0.0, 0.7], [3], [3], 0, given=rows)
+    work = EvaluationWork(
+        plan, StageFolder(tmp_path), Console(), VOCABULARY, None, lambda _: pytest.fail("asked")
+    )
+    work.write_texts()
+    work.replay({"align": lambda: near})
     assert "5/5 texts" in capsys.readouterr().err
 
 

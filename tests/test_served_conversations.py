@@ -21,9 +21,10 @@ from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_all
 from fastdraft.data.transcripts import read_transcripts
 from fastdraft.data.units import UnitPlan
-from fastdraft.decoding.turn_prompts import opened_once, with_turns
 from fastdraft.decoding.unit_writer import UnitWriter
-from fastdraft.decoding.workbench import EncodedTask, Plan
+from fastdraft.evaluation.prompts import EncodedTask
+from fastdraft.evaluation.work import EvaluationPlan, EvaluationWork
+from fastdraft.run_folder import StageFolder
 from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Engine, Generation, RenderedPrompt, Sampling
 from fastdraft.recipe.data import TranscriptLog
@@ -163,16 +164,15 @@ def test_kept_prompts_of_later_turns_still_know_their_messages(
     task = EncodedTask(
         "talks", [], [], 40, conversations=[(f"talk{i}", talk) for i, talk in enumerate(TALKS)]
     )
-    plan = Plan([task], [0.0], [3], [], 0)
-    tokenizer = Target.at(target).tokenizer
-    place: dict[str, Any] = {
-        "folder": tmp_path,
-        "console": Console(quiet=True),
-        "tokenizer": tokenizer,
-        "context_length": 256,
-    }
-    fresh = with_turns(plan, lambda on_batch: engine_of(target, chat_server), **place).tasks[0]
-    again = with_turns(plan, _never, **place).tasks[0]
+    plan = EvaluationPlan([task], [0.0], [3], [], 0)
+    tokenizer, vocabulary = Target.at(target).tokenizer, Target.at(target).vocabulary
+
+    def with_turns(open_engine: Any) -> EncodedTask:
+        work = EvaluationWork(plan, StageFolder(tmp_path), Console(quiet=True), vocabulary, None, open_engine)
+        work.take_turns(tokenizer, 256)
+        return work.plan.tasks[0]
+
+    fresh, again = with_turns(lambda on_batch: engine_of(target, chat_server)), with_turns(_never)
     assert again == fresh
     assert fresh.groups == [0, 0, 0, 1, 1, 2]
     assert all(isinstance(prompt, RenderedPrompt) for prompt in again.prompt_ids)
@@ -277,17 +277,6 @@ def _messages(*users: str, system: str = "", answers: Sequence[str] = ()) -> lis
         found.append({"role": "user", "content": words})
         found += [{"role": "assistant", "content": answer} for answer in answers[place : place + 1]]
     return found
-
-
-def test_an_engine_opened_once_tells_its_progress_to_whoever_asks() -> None:
-    told: list[str] = []
-    makes: list[Any] = []
-    once = opened_once(lambda on_batch: makes.append(on_batch) or object())  # type: ignore[arg-type, return-value]
-    first = once(lambda count: told.append("first"))
-    makes[0](1)
-    assert once(lambda count: told.append("second")) is first
-    makes[0](1)
-    assert (told, len(makes)) == (["first", "second"], 1)
 
 
 def test_turns_of_a_logged_conversation_belong_together(target: Path, tmp_path: Path) -> None:

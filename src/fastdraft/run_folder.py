@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from fastdraft.errors import FastDraftError
-from fastdraft.machine import TEMPORARY, disk_errors
 
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
 _LAYOUT = 2
 """Of what stages keep in their folders; work of another release is refused. Not in manifests, whose schema is public."""
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _SCRATCH = ("steps", ".journal", "converted")
 """Of no use once a stage is complete: resume checkpoints, journals, converted copies of the target."""
 
@@ -33,35 +34,38 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` for a library to write to; renamed over `path` when the block succeeds."""
-    with disk_errors(path):
-        temporary = _beside(path)
-        try:
-            yield temporary
-            _force(temporary)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+    temporary = _beside(path)
+    try:
+        yield temporary
+        _force(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # what the user knows
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path`; it takes the place of `path` when the block succeeds."""
-    with disk_errors(path):
-        temporary = _beside(path)
+    temporary = _beside(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with contextlib.suppress(PermissionError):  # a library may write files that are read-only
+                    _force(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    with contextlib.suppress(PermissionError):  # a library may write files that are read-only
-                        _force(file)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:
@@ -269,10 +273,10 @@ class RunFolder:
                 f"{self.root}: no folder can be made here ({error.strerror})", "set another run.folder"
             ) from None
         try:
-            for path in list(self.root.rglob(".*.tmp")):
-                if TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            for path in filter(lambda path: _TEMPORARY.fullmatch(path.name), list(self.root.rglob(".*.tmp"))):
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
-                elif TEMPORARY.fullmatch(path.name):
+                else:
                     path.unlink(missing_ok=True)
             yield
         finally:

@@ -131,7 +131,7 @@ def run(
 
 def _check_inputs(recipe: Recipe) -> Iterator[str]:
     """Looks for every file that a stage will read; yields what can only be seen over the network."""
-    from fastdraft.tasks import load_task
+    from fastdraft.evaluation.tasks import load_task
 
     for number, corpus in enumerate(recipe.prepare.corpora if recipe.prepare else ()):
         if corpus.kind == "hub":
@@ -203,7 +203,7 @@ def _asks_engine(recipe: Recipe) -> bool:
 def _check_benchmark(recipe: Recipe) -> None:
     """What a benchmark needs must be there: an export, OpenVINO, the device, a task's files, room for K proposals in the context."""
     from fastdraft.runtimes.openvino import device_properties
-    from fastdraft.tasks import load_task
+    from fastdraft.evaluation.tasks import load_task
 
     config = recipe.benchmark
     if config is None:
@@ -353,7 +353,7 @@ def _micro_batch(name: str, recipe: Recipe, device: str) -> int:
 
 
 def _evaluation_tokens(recipe: Recipe) -> int:
-    from fastdraft.tasks import load_task
+    from fastdraft.evaluation.tasks import load_task
 
     if recipe.evaluate is None or recipe.evaluate.texts.kind not in ("target", "engine"):
         return 0  # how long texts are that stand already shows when they are read

@@ -1,8 +1,6 @@
-"""`fastdraft generate`: the pair at work, text streaming out with the draft's accepted tokens coloured.
+"""`fastdraft generate`: the pair at work, text streaming out, with the speed-up measured on the very prompt.
 
-Decides that stdout gets the text and nothing else (what was measured goes to stderr), that colours appear on a terminal
-only unless asked for, that the speed-up is measured on the very prompt against the target alone, prompt reading included
-in both, and that a conversation (`--chat` without a prompt, on a terminal) goes on until the input ends.
+Stdout gets the text and nothing else; the draft's accepted tokens are green on a terminal. Figures go to stderr.
 """
 
 from __future__ import annotations
@@ -14,21 +12,62 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from fastdraft.console import Console
-from fastdraft.errors import DataError, RecipeError
+from fastdraft.data.chat import prompt_ids, render_prompt
+from fastdraft.decoding.autoregressive import generate_batch
+from fastdraft.decoding.speculative import Round, SpeculativeDecoder
+from fastdraft.decoding.token_stream import TokenStream
+from fastdraft.errors import DataError, FastDraftError, RecipeError
+from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Sampling
+from fastdraft.modeling.drafts import load_draft, pick_device
+from fastdraft.modeling.vocabulary import check_same
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.recipe import read_yaml
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.target import Target
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from fastdraft.decoding.speculative import Round, SpeculativeDecoder
-
 ACCEPTED, RESET = "\x1b[32m", "\x1b[0m"
 """Green: the draft's; the terminal's own colour: the target's."""
+# A run's best draft is its export, else the checkpoint of its latest finished training stage.
+_DRAFTS = (
+    "export/huggingface",
+    "align/checkpoint",
+    "continue_pretrain/checkpoint",
+    "pretrain/checkpoint",
+    "design/draft",
+)
+
+
+def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[TargetConfig, str]:
+    """Target, with the revision and precision that the run used, and the draft's location; what is given by name wins."""
+    if run is None:
+        if not (target and draft):
+            raise RecipeError(
+                "RUN: missing; a run's folder, or both --target and --draft, must be given",
+                "for example fastdraft generate runs/demo",
+            )
+        return TargetConfig(model=target), draft
+    folder = Path(run)
+    if not target:
+        try:
+            config = load_config(TargetConfig, read_yaml(folder / "recipe.yaml")["target"], "target")
+        except (RecipeError, TypeError, KeyError):
+            raise FastDraftError(
+                f"{run}: has no readable recipe.yaml; must be the folder of a run",
+                "give a folder such as runs/demo",
+            ) from None
+    else:
+        config = TargetConfig(model=target)
+    found = (str(folder / name) for name in _DRAFTS if (folder / name / "config.json").is_file())
+    draft = draft or next(found, None)
+    if draft is None:
+        raise FastDraftError(f"{run}: holds no draft yet", "run `fastdraft run RECIPE` first")
+    return config, draft
 
 
 @dataclass(frozen=True)
@@ -58,49 +97,33 @@ class _Writer:
 
     def answer(self, prompt_ids: list[int]) -> _Answer:
         """Streams one answer to stdout."""
-        from fastdraft.decoding.token_stream import TokenStream
-
         stream, rounds = TokenStream(self.tokenizer), []
         start = time.perf_counter()
         for found in self.decoder.rounds(prompt_ids, self.sampling, self.room(prompt_ids), self.seed):
             rounds.append(found)
             for place, token in enumerate(found.tokens):
-                self._show(stream.feed(token), place < found.num_accepted)
+                text = stream.feed(token)
+                green = text and self.color and place < found.num_accepted
+                sys.stdout.write(f"{ACCEPTED}{text}{RESET}" if green else text)
             sys.stdout.flush()
         seconds = time.perf_counter() - start
-        self._show(stream.finish(), False)
-        sys.stdout.write("\n")
+        sys.stdout.write(f"{stream.finish()}\n")
         sys.stdout.flush()
         return _Answer(prompt_ids, rounds, seconds)
 
     def room(self, prompt_ids: Sequence[int]) -> int:
-        """New tokens that fit the context behind this prompt.
-
-        Raises:
-            DataError: when none fits.
-        """
+        """New tokens that fit the context behind this prompt."""
         room = self.decoder.context_length - len(prompt_ids)
         if room < 1:
-            rule = f"the context holds {self.decoder.context_length}"
             raise DataError(
-                "prompt", f"{len(prompt_ids)} tokens", rule, "shorten it, or begin a new conversation"
+                f"prompt: {len(prompt_ids)} tokens; the context holds {self.decoder.context_length}",
+                "shorten it, or begin a new conversation",
             )
         return min(room, self.max_new_tokens)
 
-    def _show(self, text: str, accepted: bool) -> None:
-        if text:
-            sys.stdout.write(f"{ACCEPTED}{text}{RESET}" if accepted and self.color else text)
-
     def alone(self, prompt_ids: list[int]) -> tuple[list[int], float]:
-        """What the target writes without the draft, and the seconds it takes."""
-        import torch
-
-        from fastdraft.decoding.autoregressive import generate_batch
-
-        generator, eos = (
-            torch.Generator().manual_seed(self.seed),
-            frozenset(self.decoder.vocabulary.eos_token_ids),
-        )
+        """What the target writes without the draft, and the seconds it takes, prompt reading included as in `answer`."""
+        generator, eos = torch.Generator().manual_seed(self.seed), set(self.decoder.vocabulary.eos_token_ids)
         start = time.perf_counter()
         found = generate_batch(
             self.decoder.target, [prompt_ids], self.sampling, self.room(prompt_ids), eos, generator
@@ -142,37 +165,44 @@ def run(
         color: None colours on a terminal only.
         compare: Also times the target alone, on the last prompt.
         console: Where figures go.
-
-    Raises:
-        RecipeError: for a setting out of range.
-        DataError: when there is no prompt or it does not fit the context.
-        TargetError: when the two do not share a vocabulary.
     """
-    _check(temperature, top_k, top_p, max_new_tokens, seed)
-    decoder, tokenizer = _open(target, draft, num_speculative_tokens, device)
+    for option, value, fine, rule in (
+        ("--temperature", temperature, 0 <= temperature < math.inf, "must be 0 (greedy) or more"),
+        ("--top-k", top_k, top_k >= 0, "must be 0 (all) or more"),
+        ("--top-p", top_p, 0 < top_p <= 1, "must be above 0 and at most 1"),
+        ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1"),
+        ("--seed", seed, 0 <= seed < 2**63, "must be a whole number that is not negative"),
+    ):
+        if not fine:
+            raise RecipeError(f"{option}: {value}, {rule}", "change it on the command line")
+    opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
+    where = pick_device(device, "--device")
+    check_same(opened.vocabulary, Target.at(draft).vocabulary, where=draft)
+    model = opened.model(where)
+    decoder = SpeculativeDecoder(
+        model, load_draft(Path(draft), where, model.dtype), opened.vocabulary, num_speculative_tokens
+    )
     sampling = Sampling(temperature, top_k, top_p)
-    writer = _Writer(decoder, tokenizer, sampling, max_new_tokens, seed, _colored(color), console)
+    writer = _Writer(decoder, opened.tokenizer, sampling, max_new_tokens, seed, _colored(color), console)
     if chat and prompt is None and sys.stdin and sys.stdin.isatty():
         answers = _converse(writer)
     else:
         text = prompt if prompt is not None else _read_prompt(console)
         if not text.strip():
             raise DataError(
-                "--prompt",
-                "empty",
-                "there must be a prompt",
-                "give --prompt TEXT or pipe text into the command",
+                "--prompt: empty; there must be a prompt", "give --prompt TEXT or pipe text into the command"
             )
-        answers = [_first(writer, text, chat, compare)]
-    _report(writer, answers, compare)
+        message = [{"role": "user", "content": text}]
+        ids = render_prompt(writer.tokenizer, message) if chat else prompt_ids(writer.tokenizer, text, False)
+        if compare:  # both models run once, or the first pass would be charged to one of them
+            writer.decoder.generate(ids[: min(len(ids), 8)], sampling, 2, seed)
+        answers = [writer.answer(ids)]
+    if answers:
+        _report(writer, answers, compare)
 
 
 def _read_prompt(console: Console) -> str:
-    """The whole of stdin without the line end that `echo` and the Enter key put behind it; nothing where it is closed.
-
-    Raises:
-        DataError: when it is not text.
-    """
+    """The whole of stdin without the line end that `echo` and the Enter key put behind it; nothing where it is closed."""
     if not sys.stdin:
         return ""
     if sys.stdin.isatty():
@@ -180,70 +210,20 @@ def _read_prompt(console: Console) -> str:
     try:
         return sys.stdin.read().removesuffix("\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        found, rule = f"byte {error.start} is not {error.encoding}", "a piped prompt must be text"
-        raise DataError("stdin", found, rule, "convert it to UTF-8, or give --prompt TEXT") from None
-
-
-def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, seed: int) -> None:
-    rules = [
-        ("--temperature", temperature, 0 <= temperature < math.inf, "must be 0 (greedy) or more"),
-        ("--top-k", top_k, top_k >= 0, "must be 0 (all) or more"),
-        ("--top-p", top_p, 0 < top_p <= 1, "must be above 0 and at most 1"),
-        ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1"),
-        ("--seed", seed, 0 <= seed < 2**63, "must be a whole number that is not negative"),
-    ]
-    for where, value, fine, rule in rules:
-        if not fine:
-            raise RecipeError(where, value, rule, "change it on the command line")
+        raise DataError(
+            f"stdin: byte {error.start} is not {error.encoding}; a piped prompt must be text",
+            "convert it to UTF-8, or give --prompt TEXT",
+        ) from None
 
 
 def _colored(color: bool | None) -> bool:
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure:
-        reconfigure(errors="replace")  # a terminal of another code page shows ? instead of failing
-    wanted = sys.stdout.isatty() and "NO_COLOR" not in os.environ if color is None else color
-    if wanted and os.name == "nt":
-        os.system("")  # makes older Windows consoles obey colour codes
-    return wanted
-
-
-def _open(
-    target: str | TargetConfig, draft: str, num_speculative_tokens: int, device: str
-) -> tuple[SpeculativeDecoder, PreTrainedTokenizerBase]:
-    """Loads the pair."""
-    from fastdraft.decoding.speculative import SpeculativeDecoder
-    from fastdraft.modeling.drafts import load_draft, pick_device
-    from fastdraft.modeling.vocabulary import check_same
-
-    opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
-    where = pick_device(device, "--device")
-    vocabulary = opened.vocabulary
-    check_same(vocabulary, Target.at(draft).vocabulary, where=draft)
-    model = opened.model(where)
-    decoder = SpeculativeDecoder(
-        model, load_draft(Path(draft), where, model.dtype), vocabulary, num_speculative_tokens
-    )
-    return decoder, opened.tokenizer
-
-
-def _first(writer: _Writer, text: str, chat: bool, warm_up: bool) -> _Answer:
-    """The answer to one prompt; before a measurement both models are run once, or the first pass would be charged to one of them."""
-    from fastdraft.data.chat import prompt_ids, render_prompt
-
-    ids = (
-        render_prompt(writer.tokenizer, [{"role": "user", "content": text}])
-        if chat
-        else prompt_ids(writer.tokenizer, text, False)
-    )
-    if warm_up:
-        writer.decoder.generate(ids[: min(len(ids), 8)], writer.sampling, 2, writer.seed)
-    return writer.answer(ids)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of another code page shows ? instead of failing
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ if color is None else color
 
 
 def _converse(writer: _Writer) -> list[_Answer]:
     """Turn by turn until the input ends (Ctrl-D, on Windows Ctrl-Z) or Ctrl-C."""
-    from fastdraft.data.chat import render_prompt
-
     writer.console.say("end the conversation with Ctrl-D (Windows: Ctrl-Z and Enter)")
     messages: list[dict[str, str]] = []
     answers: list[_Answer] = []
@@ -257,31 +237,19 @@ def _converse(writer: _Writer) -> list[_Answer]:
         except (EOFError, KeyboardInterrupt):
             sys.stdout.write("\n")
             return answers
-        messages.append(
-            {
-                "role": "assistant",
-                "content": str(writer.tokenizer.decode(answers[-1].token_ids, skip_special_tokens=True)),
-            }
-        )
+        said = str(writer.tokenizer.decode(answers[-1].token_ids, skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": said})
 
 
 def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool) -> None:
     """Tokens per target pass of all answers; the measured speed-up on the last."""
-    from fastdraft.functional.acceptance import add_counts
-
-    if not answers:
-        return
-    counts, seconds = (
-        add_counts(r.counts for answer in answers for r in answer.rounds),
-        sum(answer.seconds for answer in answers),
-    )
-    say, rate = writer.console.say, counts.num_generated_tokens / max(seconds, 1e-9)
+    counts = add_counts(r.counts for answer in answers for r in answer.rounds)
+    say, k = writer.console.say, writer.decoder.num_speculative_tokens
+    rate = counts.num_generated_tokens / max(sum(answer.seconds for answer in answers), 1e-9)
     passes = f"{counts.num_generated_tokens:.0f} tokens in {counts.num_drafts:.0f} target passes"
     say(f"{passes}: {counts.block_efficiency:.2f} tokens per pass, {rate:.0f} tokens/s")
     proposals = f"{counts.num_accepted_tokens:.0f} of {counts.num_draft_tokens:.0f} proposals"
-    say(
-        f"acceptance rate {counts.acceptance_rate:.3f} at K = {writer.decoder.num_speculative_tokens} ({proposals})"
-    )
+    say(f"acceptance rate {counts.acceptance_rate:.3f} at K = {k} ({proposals})")
     if not compare:
         return
     last = answers[-1]

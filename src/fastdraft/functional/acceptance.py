@@ -7,6 +7,7 @@ end-of-sequence token counts as a generated token. Shape suffixes: B texts, T to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ TOTALS = 7
 """Columns of `counts_to_array` before the positions."""
 DRAFTS, PROPOSED, ACCEPTED, GENERATED = 0, 1, 2, 4
 """Some of these columns."""
+
+CountsTable = NDArray[np.float64]
+"""One line for each text, with the columns of `counts_to_array`."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,20 @@ def counts_from_array(row: NDArray[np.float64]) -> Counts:
     return Counts(
         drafts, proposed, accepted, tuple(values[TOTALS:]), examined, generated, overlap_sum, overlap_tokens
     )
+
+
+def counts_table(counts: Sequence[Counts]) -> CountsTable:
+    return np.stack([counts_to_array(c) for c in counts])
+
+
+def tidy(value: float) -> float | None:
+    """For JSON: six decimals, null for what is not a number."""
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def tidy_count(value: float) -> float | int:
+    """For JSON: whole counts, as every exact run gives, as such; expected ones to six decimals."""
+    return int(value) if value == int(value) else round(value, 6)
 
 
 def expected_counts(accept: NDArray[np.float64], num_speculative_tokens: int) -> Counts:

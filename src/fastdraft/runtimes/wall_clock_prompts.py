@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fastdraft.data.chat import first_prompt_ids
 from fastdraft.errors import DataError
 from fastdraft.recipe.evaluation import TaskConfig
-from fastdraft.tasks import load_task
+from fastdraft.evaluation.tasks import load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastdraft.data.filters import is_looping
-from fastdraft.decoding.figures import tidy, tidy_count
+from fastdraft.functional.acceptance import tidy, tidy_count
 from fastdraft.decoding.latency import Latency
 from fastdraft.forecast import mbsu, predicted_speedup
 from fastdraft.functional.acceptance import Counts, counts_from_array

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastdraft.decoding.figures import tidy
+from fastdraft.functional.acceptance import tidy
 from fastdraft.decoding.latency import Latency
 from fastdraft.forecast import WORTH
 

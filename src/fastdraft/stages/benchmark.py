@@ -16,7 +16,7 @@ from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.run_folder import write_json
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
-from fastdraft.tasks import describe_task
+from fastdraft.evaluation.tasks import describe_task
 
 if TYPE_CHECKING:
     from fastdraft.decoding.latency import Latency

@@ -17,7 +17,13 @@ from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, StageFolder
 from fastdraft.target import Target
 
-SHIPPED, PYTHON = "shipped:", "python:"
+DRAFT_FOLDERS = {
+    "design": "draft",
+    "pretrain": "checkpoint",
+    "continue_pretrain": "checkpoint",
+    "align": "checkpoint",
+}
+"""Where each stage keeps its draft, in the order of training."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from fastdraft.runtimes.engines import (
 )
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
-from fastdraft.tasks import load_task
+from fastdraft.evaluation.tasks import load_task
 
 if TYPE_CHECKING:
     from fastdraft.decoding.unit_writer import UnitWriter

@@ -1,0 +1,150 @@
+"""Texts of the target that nobody has to write any more: held-out rows of synthesize, or logs. A source of them is a task.
+
+texts = GivenTexts(); texts.take(rows, context_length=4096); texts.rows["log", 0.6]
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_columns, unit_paths, validation_keys
+from fastdraft.data.transcripts import read_transcripts
+from fastdraft.decoding.replay import alike_places
+from fastdraft.errors import DataError
+from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.data import TranscriptLog
+from fastdraft.run_folder import StageFolder
+
+Score = Callable[[list[Generation], Sampling], list[Generation]]
+"""Gives texts the log-probs of a model."""
+
+
+@dataclass
+class GivenTexts:
+    """Rows by task and temperature, and how many were left out by reason."""
+
+    rows: dict[tuple[str, float], list[SyntheticRow]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def take(
+        self,
+        rows: Iterable[SyntheticRow],
+        *,
+        context_length: int,
+        trained: Collection[str] = (),
+        score: Score | None = None,
+        greedy_draft: bool = False,
+    ) -> None:
+        """Sorts in the rows that serve; all others are counted.
+
+        Args:
+            rows: In the order in which they are to be replayed.
+            context_length: Tokens that target and drafts can read.
+            trained: Hashes of prompts that the draft was trained on.
+            score: Gives the rows a model's log-probs in place of their own.
+            greedy_draft: The draft proposes its likeliest token, so that no log-prob is needed.
+        """
+        seen: set[tuple[str, float, int, float]] = set()
+        fitting: list[SyntheticRow] = []
+        for row in rows:
+            key = (row.row_id, row.temperature, row.top_k, row.top_p)
+            if len(row.prompt_ids) + len(row.response_ids) > context_length:
+                self.left_out["too_long"] += 1
+            elif not row.response_ids:
+                self.left_out["empty"] += 1
+            elif ids_hash(row.prompt_ids) in trained:
+                self.left_out["trained_on"] += 1
+            elif key in seen:
+                self.left_out["duplicate"] += 1
+            else:
+                fitting.append(row)
+            seen.add(key)
+        for row in _scored(fitting, score) if score else fitting:
+            if row.is_replayable or greedy_draft:
+                self.rows.setdefault((row.source, row.temperature), []).append(row)
+            else:
+                self.left_out["no_logprobs"] += 1
+        self.rows = dict(sorted(self.rows.items()))
+        if not self.rows:
+            raise DataError(
+                f"evaluate.texts: {self.told or 'no text at all'}; at least one text must serve",
+                "log-probs come from the server (logprobs: processed) or from the weights (target); greedy text needs none",
+            )
+
+    @property
+    def tasks(self) -> dict[str, list[SyntheticRow]]:
+        """All rows of each task."""
+        found: dict[str, list[SyntheticRow]] = {}
+        for (task, _), rows in self.rows.items():
+            found.setdefault(task, []).extend(rows)
+        return found
+
+    @property
+    def told(self) -> str:
+        """What was left out, for the user; empty for nothing."""
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+
+
+def as_row(generation: Generation, sampling: Sampling, source: str) -> SyntheticRow:
+    """A generation in the form in which it is kept and replayed."""
+    return SyntheticRow(
+        row_id=ids_hash(generation.prompt_ids, generation.response_ids),
+        source=source,
+        prompt_key=ids_hash(generation.prompt_ids),
+        prompt_ids=generation.prompt_ids,
+        response_ids=generation.response_ids,
+        logprobs=generation.logprobs,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        finish_reason=generation.finish_reason,
+    )
+
+
+def trained_prompts(synthesize: StageFolder) -> frozenset[str]:
+    """Hashes of the prompts, those of later turns too, whose answers the draft was aligned on."""
+    rows: list[tuple[str, str]] = []  # rows of a conversation share the key of its first turn
+    for path in unit_paths(synthesize):
+        columns = read_columns(path, ["prompt_key", "prompt_ids"])
+        rows += zip(columns["prompt_key"], map(ids_hash, columns["prompt_ids"]), strict=True)
+    held_out = validation_keys([key for key, _ in rows])
+    return frozenset(own for key, own in rows if key not in held_out)
+
+
+def logged_rows(
+    log: TranscriptLog,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    seed: int,
+    left_out: Counter[str],
+) -> list[SyntheticRow]:
+    """A log's answers as rows; those of no use are counted in `left_out`."""
+    read = read_transcripts(log, tokenizer, vocabulary, seed, shuffled=False)
+    left_out.update({reason: count for reason, count in read.refused.items() if count})
+    rows = []
+    for transcript in read.rows:
+        if transcript.generation.fault:
+            left_out[transcript.generation.fault] += 1
+        else:
+            row = as_row(transcript.generation, transcript.sampling, log.name)
+            rows.append(replace(row, prompt_key=transcript.key or row.prompt_key))
+    return rows
+
+
+def _scored(rows: list[SyntheticRow], score: Score) -> list[SyntheticRow]:
+    """The same rows with a model's log-probs, in order."""
+    found = list(rows)
+    for places in alike_places((row.temperature, row.top_k, row.top_p) for row in rows):
+        first = rows[places[0]]
+        texts = [
+            Generation(rows[i].prompt_ids, rows[i].response_ids, rows[i].logprobs, "length") for i in places
+        ]
+        scored = score(texts, Sampling(first.temperature, first.top_k, first.top_p))
+        for place, text in zip(places, scored, strict=True):
+            found[place] = replace(rows[place], logprobs=text.logprobs)
+    return found
