@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from fastdraft.recipe.base import models
 from fastdraft.recipe.recipe import Recipe
 
 HEAD = """# Every key of a recipe
@@ -52,13 +53,6 @@ def type_name(annotation: Any) -> str:
     )
 
 
-def models(annotation: Any) -> list[type[BaseModel]]:
-    """Section classes inside a type, in the order written."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in models(argument)]
-
-
 def default(field: Any) -> str:
     """A field's default as YAML would have it."""
     if field.is_required():
@@ -76,45 +70,69 @@ def default(field: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def own_fields(cls: type[BaseModel]) -> dict[str, Any]:
+    """The keys that a section class adds to those of its bases; `kind` is in the headings."""
+    return {
+        name: cls.model_fields[name]
+        for name in cls.__annotations__
+        if name in cls.model_fields and name != "kind"
+    }
+
+
 def table(cls: type[BaseModel]) -> str:
-    """One section's keys."""
+    """The keys that a section class adds."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in cls.model_fields.items():
-        if name == "kind":
-            continue
+    for name, field in own_fields(cls).items():
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         kind = type_name(field.annotation).replace("|", "\\|")
         if any("parse_count" in str(m) for m in field.metadata):
             kind = "count"
-        rows.append(f"| `{field.alias or name}` | {kind} | {default(field)} | {meaning} |")
-    return "\n".join(rows) if len(rows) > 2 else "No further keys."
+        rows.append(f"| `{name}` | {kind} | {default(field)} | {meaning} |")
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
-def section(cls: type[BaseModel], title: str, level: int, seen: set[type[BaseModel]]) -> list[str]:
-    """A section's table, then those of the alternatives inside it."""
-    seen.add(cls)
-    summary = " ".join((cls.__doc__ or "").split())
-    parts = [f"{'#' * level} {title}\n\n{summary}\n\n{table(cls)}"]
-    for name, field in cls.model_fields.items():
+def kinds(cls: type[BaseModel]) -> str:
+    """` kind: jsonl or parquet` of an alternative."""
+    kind = cls.model_fields.get("kind")
+    values = get_args(kind.annotation) if kind else ()
+    return f" `kind: {' or '.join(values)}`" if values else ""
+
+
+def section(cls: type[BaseModel], title: str, level: int, seen: dict[type[BaseModel], str]) -> list[str]:
+    """Its keys, then those of the alternatives inside it. Keys that several sections share are listed once, and named in the others."""
+    parts, shared = [], []
+    for base in cls.__mro__[1:]:
+        if issubclass(base, BaseModel) and base.__module__ != BaseModel.__module__ and own_fields(base):
+            if base not in seen:
+                seen[base] = f"{title.partition(' ')[0]} ({base.__name__})"
+                parts.append(f"{'#' * level} {seen[base]}\n\n{summary(base)}\n\n{table(base)}")
+            shared.append(seen[base])
+    seen[cls] = title
+    also = f"Has the keys of {' and of '.join(shared)}{', and:' if table(cls) else '.'}" if shared else ""
+    texts = (
+        f"{'#' * level} {title}{kinds(cls)}",
+        summary(cls),
+        also,
+        table(cls) or ("" if also else "No further keys."),
+    )
+    parts.append("\n\n".join(text for text in texts if text))
+    for name, field in own_fields(cls).items():
         for model in models(field.annotation):
             if model not in seen:
-                kind = model.model_fields.get("kind")
-                tag = f" `kind: {get_args(kind.annotation)[0]}`" if kind and get_args(kind.annotation) else ""
-                parts += section(
-                    model,
-                    f"{title}.{name}{tag}" if level > 2 else f"{title.strip('`')}.{name}{tag}",
-                    level + 1 if level < 3 else level,
-                    seen,
-                )
+                parts += section(model, f"{title.strip('`')}.{name}", min(level + 1, 3), seen)
     return parts
+
+
+def summary(cls: type[BaseModel]) -> str:
+    return " ".join((cls.__doc__ or "").split())
 
 
 def reference() -> str:
     """The whole page."""
-    parts, seen = [HEAD], {Recipe}
+    parts: list[str] = [HEAD]
+    seen: dict[type[BaseModel], str] = {}
     for name, field in Recipe.model_fields.items():
         for model in models(field.annotation):
-            seen.discard(model)
             parts += section(model, f"`{name}`", 2, seen)
     return "\n\n".join(parts) + "\n"
 

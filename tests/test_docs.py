@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic import BaseModel
 
-from fastdraft.cli import _parse, build_parser
-from fastdraft.recipe.base import _models
+from fastdraft.cli import app
+from fastdraft.recipe.base import models as _models
 from fastdraft.recipe.recipe import Recipe, load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -88,20 +89,20 @@ def refuse(words: list[str]) -> str:
 
 def refuse_verb(arguments: list[str]) -> str:
     """As `refuse`, of the command line; overrides are those of the recipe named, or of the demo."""
-    parser = build_parser()
-    if len(arguments) == 1:  # a verb by its name alone
-        return (
-            ""
-            if f"\n    {arguments[0]} " in parser.format_help() or arguments[0] == "--help"
-            else "no such verb"
-        )
+    if arguments[0].startswith("-"):
+        return ""
+    verb = typer.main.get_command(app).commands.get(arguments[0])
+    if verb is None or len(arguments) == 1:  # a verb by its name alone
+        return "" if verb else "no such verb"
     try:
-        found = _parse(parser, arguments)
-    except SystemExit:
-        return "arguments that the parser refuses"
-    overrides = [word for word in getattr(found, "overrides", []) if not word.startswith("run.name=")]
+        found = verb.make_context(arguments[0], arguments[1:]).params
+    except typer.Exit:  # --help
+        return ""
+    except typer.TyperException as error:
+        return f"arguments that the parser refuses: {error}"
+    overrides = [word for word in found.get("overrides") or () if not word.startswith("run.name=")]
     if overrides:
-        name = Path(found.recipe).stem
+        name = Path(found["recipe"]).stem
         load_recipe(name if name in shipped_recipes() else "demo", overrides)
     return ""
 
@@ -110,12 +111,7 @@ def is_key(dotted: str) -> bool:
     """Whether a recipe can have this key; of sections told apart by `kind`, any may have it."""
     models: list[type[BaseModel]] = [Recipe]
     for part in dotted.split("."):
-        fields = [
-            field
-            for model in models
-            for name, field in model.model_fields.items()
-            if part in (name, field.alias)
-        ]
+        fields = [field for model in models for name, field in model.model_fields.items() if part == name]
         if not fields:
             return False
         models = [model for field in fields for model in _models(field.annotation)]

@@ -25,30 +25,32 @@ class Source(Config):
     """Noted in the manifest and the model card; not read otherwise."""
 
 
-class RowsSource(Source):
+class FilesSource(Source):
+    """What corpora in files have."""
+
+    path: str = Field(min_length=1)
+    """A file, a folder or a pattern such as `books/**/*.txt` or `src/**/*.java`; `shipped:` and `python:` names too. Of a folder: the files
+    of the kind's usual endings."""
+
+
+class RowsSource(FilesSource):
     """JSON objects, one a line (plain, .gz, .xz or .zst), or Parquet files."""
 
     kind: Literal["jsonl", "parquet"]
-    path: str = Field(min_length=1)
-    """A file, a folder or a pattern such as `books/**/*.jsonl`; `shipped:` and `python:` names too."""
     field: str = "text"
     """The key or column that holds the text."""
 
 
-class TextSource(Source):
+class TextSource(FilesSource):
     """Text files in UTF-8, each one document."""
 
     kind: Literal["text"]
-    path: str = Field(min_length=1)
-    """A file, a folder (its .txt and .md files) or a pattern."""
 
 
-class SourceCodeSource(Source):
+class SourceCodeSource(FilesSource):
     """Source code, each file one document; files that are not UTF-8 are passed over and counted."""
 
     kind: Literal["source_code"]
-    path: str = Field(min_length=1)
-    """A folder (its .py files) or a pattern such as `src/**/*.java`; `shipped:` and `python:` names too."""
     exclude: list[str] = NOT_CODE
     """File or folder names to leave out, anywhere below `path`; tests and installed packages by default."""
 
