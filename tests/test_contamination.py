@@ -47,7 +47,8 @@ def test_a_prompt_of_thirteen_tokens_is_found_and_of_twelve_is_not() -> None:
 
 def test_ngrams_do_not_reach_over_separate_texts() -> None:
     finder = Contamination({"a": [list(range(13))]})
-    finder.scan_many([list(range(7)), list(range(7, 20))])
+    for ids in (range(7), range(7, 20)):
+        finder.scan(list(ids))
     assert finder.result()["a"]["ngrams_matched"] == 0
 
 

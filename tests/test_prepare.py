@@ -9,112 +9,96 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from fastdraft.console import Console
-from fastdraft.data import build
-from fastdraft.data.journal import Journal
-from fastdraft.data.loader import MixtureSampler
-from fastdraft.data.shards import ShardWriter, open_corpus
-from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
+from fastdraft.data import corpora, pack
+from fastdraft.data.shards import RowWriter, open_corpus
+from fastdraft.errors import DataError, Interrupted, RecipeError
 from fastdraft.recipe.base import load_config
 from fastdraft.recipe.prepare import PrepareConfig
 from fastdraft.recipe.run import RunConfig
-from fastdraft.run_folder import RunFolder, file_sha256
+from fastdraft.run_folder import RunFolder, file_sha256, write_json
 from fastdraft.stages import prepare
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
-from fastdraft.training.batches import PackedBatches
 
 
-def context_of(root: Path, target: Path, seed: int = 0) -> StageContext:
-    return StageContext(
-        RunFolder(root), RunConfig(name="test", seed=seed), Target.at(target), {}, Console(quiet=True)
-    )
+def context_of(root: Path, target: Path, seed: int = 0, threads: int = 0) -> StageContext:
+    settings = RunConfig(name="test", seed=seed, threads=threads)
+    return StageContext(RunFolder(root), settings, Target.at(target), {}, Console(quiet=True))
 
 
 def config_of(*entries: dict[str, Any], **changes: Any) -> PrepareConfig:
-    return load_config(
-        PrepareConfig,
-        {"row_length": 32, "shard_tokens": 2000, "corpora": list(entries), **changes},
-        "prepare",
-    )
+    return load_config(PrepareConfig, {"row_length": 32, "corpora": list(entries), **changes}, "prepare")
+
+
+def jsonl(path: Path, name: str = "text", **settings: Any) -> dict[str, Any]:
+    return {"name": name, "kind": "jsonl", "path": str(path), **settings}
 
 
 def execute(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
-    artifact = context.folder("prepare")
-    artifact.begin(prepare.fingerprint(config, context))
+    folder = context.folder("prepare")
+    folder.begin(prepare.fingerprint(config, context))
     prepare.run(config, context)
-    return artifact.manifest()
+    return folder.manifest()
 
 
 def shards_of(root: Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.bin"))}
 
 
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 2000)
+
+
 @pytest.fixture
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "BATCH_CHARS", 3000)
-    monkeypatch.setattr(build, "COMMIT_CHARS", 12000)
-    monkeypatch.setattr(build, "WINDOW_CHARS", 8000)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "BLOCK_CHARS", 8000)
+    monkeypatch.setattr(pack, "BATCH_CHARS", 3000)
 
 
 def test_a_corpus_becomes_rows_of_the_targets_tokens(
     tmp_path: Path, tiny_target: Path, small_corpus: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
     context = context_of(tmp_path, tiny_target)
-    manifest = execute(
-        config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus), "license": "MIT"}), context
-    )
+    manifest = execute(config_of(jsonl(small_corpus, license="MIT")), context)
+    text = manifest["corpora"]["text"]
     train, validation = (
         open_corpus(context.folder("prepare"), "text", split) for split in ("train", "validation")
     )
-    assert manifest["separator_id"] == 0
-    assert manifest["dtype"] == "uint16"
-    assert train.num_shards > 1
-    assert manifest["corpora"]["text"]["sources"][0]["license"] == "MIT"
-    assert train.rows == manifest["corpora"]["text"]["train"]["rows"] > 10 * validation.rows >= 10
-    text = AutoTokenizer.from_pretrained(tiny_target).decode(
-        [int(i) for row in range(train.rows) for i in train[row]]
-    )
-    documents = list(text.split("<|endoftext|>")[1:-1])
+    assert (manifest["separator_id"], manifest["dtype"], manifest["row_length"]) == (0, "uint16", 32)
+    assert len(train.shards) > 1
+    assert text["sources"][0].items() >= {"kind": "jsonl", "license": "MIT", "files_skipped": 0}.items()
+    assert train.rows == text["train"]["rows"] > 10 * validation.rows >= 10
+    ids = [int(i) for row in range(train.rows) for i in train[row]]
+    documents = AutoTokenizer.from_pretrained(tiny_target).decode(ids).split("<|endoftext|>")[1:-1]
     wanted = {json.loads(line)["text"] for line in small_corpus.read_text().splitlines()}
     assert set(documents) <= wanted
     assert len(documents) == len(set(documents))
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_exact_duplicates_are_taken_once(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
-    corpus = execute(
-        config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus)}),
-        context_of(tmp_path, tiny_target),
-    )["corpora"]["text"]
-    distinct = len(set(small_corpus.read_text().splitlines()))
-    assert corpus["train"]["documents"] + corpus["validation"]["documents"] == distinct < 400
-    assert corpus["duplicates"] == 400 - distinct
+    manifest = execute(config_of(jsonl(small_corpus)), context_of(tmp_path, tiny_target))
+    text, distinct = manifest["corpora"]["text"], len(set(small_corpus.read_text().splitlines()))
+    assert text["train"]["documents"] + text["validation"]["documents"] == distinct < 400
+    assert text["duplicates"] == 400 - distinct
 
 
-def test_the_result_depends_on_the_seed_and_not_on_the_workers(
-    tmp_path: Path, tiny_target: Path, small_corpus: Path
+def test_the_result_depends_on_the_seed_and_neither_on_threads_nor_on_batches(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = {"name": "text", "kind": "jsonl", "path": str(small_corpus)}
-    for name, seed, workers in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
-        execute(config_of(entry, workers=workers), context_of(tmp_path / name, tiny_target, seed))
+    config = config_of(jsonl(small_corpus, tokens=9000))
+    for name, seed, threads in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
+        monkeypatch.setattr(pack, "BATCH_CHARS", 500 if name == "b" else 1_000_000)
+        execute(config, context_of(tmp_path / name, tiny_target, seed, threads))
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b") != shards_of(tmp_path / "c")
 
 
-def test_the_result_does_not_depend_on_how_work_is_batched(
-    tmp_path: Path, tiny_target: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entry = {"name": "text", "kind": "jsonl", "path": str(small_corpus), "tokens": 9000}
-    execute(config_of(entry), context_of(tmp_path / "a", tiny_target))
-    monkeypatch.setattr(build, "BATCH_CHARS", 500)
-    execute(config_of(entry), context_of(tmp_path / "b", tiny_target))
-    assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
-
-
-def crash(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, at: int, before: bool) -> None:
-    """Makes the `at`-th call of a method die just before or just after doing its work."""
+def crash(patch: pytest.MonkeyPatch, owner: Any, method: str, at: int, before: bool) -> None:
+    """Makes the `at`-th call of a function die just before or just after doing its work."""
     original: Callable[..., Any] = getattr(owner, method)
     calls = 0
 
@@ -128,40 +112,38 @@ def crash(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, at: int, be
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(owner, method, dying)
+    patch.setattr(owner, method, dying)
 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(
     "death",
     [
-        (Journal, "commit", 1),
-        (Journal, "commit", 3),
-        (Journal, "commit", 5),
-        (ShardWriter, "flush", 4),
-        (ShardWriter, "close_shard", 2),
-        (ShardWriter, "close_shard", 5),
-        (Journal, "add", 5),
+        (pack, "write_json", 1),
+        (pack, "write_json", 3),
+        (pack, "write_json", 6),
+        (RowWriter, "add", 9),
+        (RowWriter, "close_shard", 2),
+        (RowWriter, "close_shard", 7),
+        (pack.SeenDigests, "add", 3),
     ],
 )
-@pytest.mark.usefixtures("small_batches")
+@pytest.mark.usefixtures("small_blocks")
 def test_killed_work_goes_on_to_the_same_bytes(
-    tmp_path: Path, tiny_target: Path, small_corpus: Path, death: tuple[type, str, int], before: bool
+    tmp_path: Path, tiny_target: Path, small_corpus: Path, death: tuple[Any, str, int], before: bool
 ) -> None:
-    config = config_of(
-        {"name": "text", "kind": "jsonl", "path": str(small_corpus), "tokens": 12000},
-        {"name": "more", "kind": "jsonl", "path": str(small_corpus), "tokens": 4000},
-    )
+    config = config_of(jsonl(small_corpus, tokens=12000), jsonl(small_corpus, "more", tokens=4000))
     expected = execute(config, context_of(tmp_path / "whole", tiny_target))
     with pytest.MonkeyPatch.context() as patch:
         crash(patch, *death, before)
         with pytest.raises(KeyboardInterrupt):
             execute(config, context_of(tmp_path / "killed", tiny_target))
-    assert not (tmp_path / "killed" / "prepare" / "manifest.json").exists()
+    folder = tmp_path / "killed" / "prepare"
+    assert not (folder / "manifest.json").exists()
     resumed = execute(config, context_of(tmp_path / "killed", tiny_target))
     assert shards_of(tmp_path / "killed") == shards_of(tmp_path / "whole")
     assert resumed["corpora"] == expected["corpora"]
-    assert sorted(path.name for path in (tmp_path / "killed" / "prepare").iterdir()) == [
+    assert sorted(path.name for path in folder.iterdir()) == [
         "fingerprint.json",
         "manifest.json",
         "more",
@@ -169,16 +151,31 @@ def test_killed_work_goes_on_to_the_same_bytes(
     ]
 
 
-@pytest.mark.usefixtures("small_batches")
-def test_a_wish_to_stop_is_met_after_a_commit(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
-    config = config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus)})
-    context = context_of(tmp_path / "a", tiny_target)
-    context.console.stop.requested = True
-    with pytest.raises(Interrupted):
-        execute(config, context)
+@pytest.mark.usefixtures("small_blocks")
+def test_a_signal_stops_the_work_and_what_was_finished_is_not_read_again(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, context = config_of(jsonl(small_corpus)), context_of(tmp_path / "a", tiny_target)
+    starts: list[Any] = []
+
+    def stop_after_a_block(path: Path, value: Any) -> None:
+        write_json(path, value)
+        context.console.stop.requested = True
+
+    def noted(source: Any, seed: int, start: Any) -> Any:
+        starts.append(start)
+        return corpora.blocks(source, seed, start)
+
+    monkeypatch.setattr(pack, "blocks", noted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "write_json", stop_after_a_block)
+        with pytest.raises(Interrupted):
+            execute(config, context)
     execute(config, context_of(tmp_path / "a", tiny_target))
     execute(config, context_of(tmp_path / "b", tiny_target))
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
+    assert [tuple(start) for start in starts][:1] == [(0, 0)]
+    assert starts[1][1] > 0
 
 
 def test_budgets_are_kept_to_a_document_and_entries_of_one_name_make_one_corpus(
@@ -186,11 +183,11 @@ def test_budgets_are_kept_to_a_document_and_entries_of_one_name_make_one_corpus(
 ) -> None:
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"File {number} speaks of the river and the fox. " * 8)
-    config = config_of(
-        {"name": "mix", "kind": "jsonl", "path": str(small_corpus), "tokens": 5000},
-        {"name": "mix", "kind": "text", "path": str(tmp_path / "*.txt"), "tokens": "1k"},
+    files = {"name": "mix", "kind": "text", "path": str(tmp_path / "*.txt"), "tokens": "1k"}
+    manifest = execute(
+        config_of(jsonl(small_corpus, "mix", tokens=5000), files), context_of(tmp_path / "run", tiny_target)
     )
-    corpus = execute(config, context_of(tmp_path / "run", tiny_target))["corpora"]["mix"]
+    corpus = manifest["corpora"]["mix"]
     taken = [source["tokens"] for source in corpus["sources"]]
     assert 5000 <= taken[0] < 5400
     assert 1000 <= taken[1] < 1400
@@ -201,109 +198,87 @@ def test_budgets_are_kept_to_a_document_and_entries_of_one_name_make_one_corpus(
 def test_validation_is_chosen_by_the_text_alone(
     tmp_path: Path, tiny_target: Path, small_corpus: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
-    chosen = []
+    tokenizer, chosen = AutoTokenizer.from_pretrained(tiny_target), []
     for seed in (0, 1):
         context = context_of(tmp_path / str(seed), tiny_target, seed)
-        execute(
-            config_of({"name": "text", "kind": "jsonl", "path": str(small_corpus)}, validation=0.3), context
-        )
+        execute(config_of(jsonl(small_corpus), validation=0.3), context)
         corpus = open_corpus(context.folder("prepare"), "text", "validation")
         text = tokenizer.decode([int(i) for row in range(corpus.rows) for i in corpus[row]])
         chosen.append(set(text.split("<|endoftext|>")[1:-1]))
     assert len(chosen[0] & chosen[1]) > 0.8 * len(chosen[0])
 
 
-def test_huge_and_empty_documents_are_handled(tmp_path: Path, tiny_target: Path) -> None:
+def test_huge_empty_and_damaged_documents_are_handled(tmp_path: Path, tiny_target: Path) -> None:
     (tmp_path / "huge.txt").write_text("word " * 100_000)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "line.txt").write_text("x" * 50_000)
-    corpus = execute(
-        config_of({"name": "t", "kind": "text", "path": str(tmp_path / "*.txt")}),
-        context_of(tmp_path / "run", tiny_target),
-    )["corpora"]["t"]
-    assert corpus["train"]["documents"] + corpus["validation"]["documents"] + corpus["duplicates"] == 29
-
-
-def test_text_that_unicode_forbids_is_replaced(tmp_path: Path, tiny_target: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{i} half a pair: \ud800 " * 10}) + "\n" for i in range(30)))
-    assert execute(
-        config_of({"name": "t", "kind": "jsonl", "path": str(path)}),
-        context_of(tmp_path / "run", tiny_target),
-    )["corpora"]["t"]["train"]["rows"]
-
-
-@pytest.mark.parametrize("content", ["", '{"text": ""}\n', '{"text": "  "}\n{"text": null}\n'])
-def test_an_empty_corpus_is_refused(tmp_path: Path, tiny_target: Path, content: str) -> None:
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(DataError, match="no new text"):
-        execute(
-            config_of({"name": "t", "kind": "jsonl", "path": str(tmp_path / "a.jsonl")}),
-            context_of(tmp_path / "run", tiny_target),
-        )
-
-
-def test_a_corpus_under_one_row_is_refused_and_leaves_no_manifest(tmp_path: Path, tiny_target: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "just a few words"}\n')
-    context = context_of(tmp_path / "run", tiny_target)
-    for _ in range(2):
-        with pytest.raises(DataError, match="each split needs at least one row of 33"):
-            execute(config_of({"name": "t", "kind": "jsonl", "path": str(tmp_path / "a.jsonl")}), context)
-    assert not context.folder("prepare").path.exists(), "a mended corpus can simply be run again"
-
-
-def test_a_missing_source_is_refused_before_any_work(tmp_path: Path, tiny_target: Path) -> None:
-    with pytest.raises(DataError, match=r"prepare.corpora\[0\].*no such file"):
-        prepare.fingerprint(
-            config_of({"name": "t", "kind": "jsonl", "path": str(tmp_path / "none.jsonl")}),
-            context_of(tmp_path, tiny_target),
-        )
-
-
-def test_finished_work_outlives_its_sources(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
-    config, context = (
-        config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}),
-        context_of(tmp_path / "run", tiny_target),
+    half = "".join(json.dumps({"text": f"{i} half a pair: \ud800 " * 10}) + "\n" for i in range(30))
+    (tmp_path / "half.jsonl").write_text(half)
+    text = {"name": "t", "kind": "text", "path": str(tmp_path / "*.txt")}
+    manifest = execute(
+        config_of(text, jsonl(tmp_path / "half.jsonl", "half")), context_of(tmp_path / "run", tiny_target)
     )
+    found = manifest["corpora"]["t"]
+    assert found["train"]["documents"] + found["validation"]["documents"] + found["duplicates"] == 29
+    assert manifest["corpora"]["half"]["train"]["rows"], "what Unicode forbids is replaced"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no new text"),
+        ('{"text": "  "}\n{"text": null}\n', "no new text"),
+        ('{"text": "just a few words"}\n', "each split needs at least one row of 33"),
+        ('{"text": "some words"}\n{"txt": ""}\n', r"a\.jsonl: line 2: no 'text'; has txt"),
+    ],
+)
+def test_a_bad_corpus_is_refused_and_once_mended_can_simply_be_run_again(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path, content: str, message: str
+) -> None:
+    path, context = tmp_path / "a.jsonl", context_of(tmp_path / "run", tiny_target)
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        execute(config_of(jsonl(path)), context)
+    assert not context.folder("prepare").path.exists()
+    shutil.copy(small_corpus, path)
+    assert execute(config_of(jsonl(path)), context)["corpora"]["text"]["train"]["rows"]
+
+
+def test_a_missing_source_is_refused_before_any_work_but_finished_work_outlives_its_sources(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
+    config, context = config_of(jsonl(small_corpus)), context_of(tmp_path / "run", tiny_target)
     execute(config, context)
     before = prepare.fingerprint(config, context)
     small_corpus.unlink()
     assert prepare.fingerprint(config, context) == before
-    assert not context.folder("prepare").differences(before)
+    with pytest.raises(DataError, match=r"prepare.corpora\[0\].*no such file"):
+        prepare.fingerprint(config, context_of(tmp_path / "other", tiny_target))
 
 
 def test_the_fingerprint_holds_what_the_shards_depend_on(
     tmp_path: Path, tiny_target: Path, tiny_draft: Path, small_corpus: Path
 ) -> None:
-    entry = {"name": "t", "kind": "jsonl", "path": str(small_corpus)}
-
     def of(config: PrepareConfig, target: Path = tiny_target, seed: int = 0) -> dict[str, Any]:
         return prepare.fingerprint(config, context_of(tmp_path, target, seed))
 
-    base = of(config_of(entry))
-    assert base == of(config_of(entry), tiny_draft), "another model of the same vocabulary"
-    assert base == of(config_of(entry, workers=3)) == of(config_of({**entry, "license": "MIT"}))
-    others = [
-        of(config_of(entry), seed=1),
-        of(config_of(entry, row_length=64)),
-        of(config_of({**entry, "tokens": "5k"})),
-        of(config_of(entry, validation=0.1)),
-    ]
-    assert all(other != base for other in others)
+    base = of(config_of(jsonl(small_corpus)))
+    assert base == of(config_of(jsonl(small_corpus)), tiny_draft), "another model of the same vocabulary"
+    assert base == of(config_of(jsonl(small_corpus, license="MIT")))
+    for changed in (
+        of(config_of(jsonl(small_corpus)), seed=1),
+        of(config_of(jsonl(small_corpus), row_length=64)),
+        of(config_of(jsonl(small_corpus, tokens="5k"))),
+        of(config_of(jsonl(small_corpus), validation=0.1)),
+    ):
+        assert changed != base
 
 
-def retold(
-    target: Path, folder: Path, tokenizer: dict[str, Any] | None = None, added: dict[str, Any] | None = None
-) -> Path:
+def retold(target: Path, folder: Path, tokenizer: dict[str, Any], added: dict[str, Any]) -> Path:
     """A copy of a target with changed entries in tokenizer_config.json, or one more added token."""
     shutil.copytree(target, folder)
     path = folder / "tokenizer_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text(encoding="utf-8")) | (tokenizer or {})), encoding="utf-8"
-    )
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | tokenizer), encoding="utf-8")
     if added:
         path = folder / "tokenizer.json"
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -316,46 +291,19 @@ def retold(
 def test_of_the_special_tokens_only_what_parts_documents_and_what_text_may_hold_matters(
     tmp_path: Path, tiny_target: Path, small_corpus: Path
 ) -> None:
-    config = config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)})
+    config = config_of(jsonl(small_corpus))
+    base = prepare.fingerprint(config, context_of(tmp_path, tiny_target))
 
-    def of(target: Path) -> dict[str, Any]:
-        return prepare.fingerprint(config, context_of(tmp_path, target))
-
-    base = of(tiny_target)
-    assert base["separator_id"] == 0
-    assert of(retold(tiny_target, tmp_path / "separator", {"bos_token": "<|user|>"}))["separator_id"] == 1
-    assert (
-        of(retold(tiny_target, tmp_path / "special", added={"content": "<|tool|>", "special": True})) == base
-    )
-    assert (
-        of(retold(tiny_target, tmp_path / "control", added={"content": "<|call|>", "special": False})) == base
-    )
-    word = of(retold(tiny_target, tmp_path / "word", added={"content": "river", "special": False}))
-    assert {key for key in base if word[key] != base[key]} == {"added_words"}
-
-
-def test_prepared_rows_are_trained_on_one_token_ahead(
-    tmp_path: Path, tiny_target: Path, small_corpus: Path
-) -> None:
-    context = context_of(tmp_path / "run", tiny_target)
-    execute(config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}), context)
-    corpus = open_corpus(context.folder("prepare"), "t", "train")
-    source = PackedBatches(MixtureSampler({"t": corpus}, {"t": 1.0}, 0), 2, corpus.row_length, 4, 2)
-    rows = source.sampler.rows(4, 4)
-    for batch, part in zip(source.batches(1), (rows[:2], rows[2:]), strict=True):
-        assert batch.input_ids.tolist() == part[:, :-1].tolist()
-        assert batch.labels.reshape(2, -1).tolist() == part[:, 1:].tolist()
-
-
-def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, tiny_target: Path, small_corpus: Path) -> None:
-    journal = tmp_path / "run" / "prepare" / ".journal" / "journal.sqlite"
-    journal.parent.mkdir(parents=True)
-    journal.write_bytes(b"not a database, not at all" * 100)
-    with pytest.raises(FastDraftError, match="redo it with --redo prepare"):
-        execute(
-            config_of({"name": "t", "kind": "jsonl", "path": str(small_corpus)}),
-            context_of(tmp_path / "run", tiny_target),
+    def changed(name: str, tokenizer: dict[str, Any], **added: Any) -> set[str]:
+        found = prepare.fingerprint(
+            config, context_of(tmp_path, retold(tiny_target, tmp_path / name, tokenizer, added))
         )
+        return {key for key in base if found[key] != base[key]}
+
+    assert changed("separator", {"bos_token": "<|user|>"}) == {"separator_id"}
+    assert not changed("special", {}, content="<|tool|>", special=True)
+    assert not changed("control", {}, content="<|call|>", special=False)
+    assert changed("word", {}, content="river", special=False) == {"added_words"}
 
 
 @pytest.mark.parametrize(
@@ -364,18 +312,8 @@ def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, tiny_target: Path, 
         ({"row_length": 0}, "prepare.row_length"),
         ({"validation": -0.1}, "prepare.validation"),
         ({"corpora": []}, "prepare.corpora"),
-        ({"corpora": [{"name": "manifest.json", "kind": "text", "path": "x"}]}, "cannot be called"),
-        (
-            {
-                "corpora": [
-                    {"name": "Text", "kind": "text", "path": "x"},
-                    {"name": "text", "kind": "text", "path": "x"},
-                ]
-            },
-            "more than capitals",
-        ),
+        ({"corpora": [{"name": name, "kind": "text", "path": "x"} for name in ("Text", "text")]}, "capital"),
         ({"corpora": [{"name": "t", "kind": "jsonl", "path": "x", "feild": "y"}]}, "did you mean 'field'"),
-        ({"corpora": [{"name": "t", "kind": "text", "path": "x", "tokens": "many"}]}, "must be a count"),
     ],
 )
 def test_an_impossible_section_is_refused(changes: dict[str, Any], message: str) -> None:

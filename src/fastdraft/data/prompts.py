@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdraft.data.chat import Conversation, Prompt, read_conversation
-from fastdraft.data.hub import rows_in_order
+from fastdraft.data.corpora import JSONL, describe_files, find_files, hub_values, open_hub
 from fastdraft.data.readers import jsonl_values
-from fastdraft.data.sources import JSONL, describe_files, find_files
 from fastdraft.data.transcript_lines import read_entries
 from fastdraft.errors import DataError
 from fastdraft.recipe.data import HubPrompts, JsonlPrompts, TextPrompts, TranscriptLog
@@ -26,10 +25,15 @@ from fastdraft.recipe.data import HubPrompts, JsonlPrompts, TextPrompts, Transcr
 def values(source: TextPrompts) -> Iterator[tuple[str, Any]]:
     """(where it stands, text or list of messages) of each row of the source."""
     if isinstance(source, HubPrompts):
-        yield from itertools.islice(rows_in_order(source), source.count or 100_000)
+        name = f"data set {source.dataset}"
+        for row, value in itertools.islice(
+            hub_values(open_hub(source), name, source.field), source.count or 100_000
+        ):
+            yield f"{name} row {row}", value
     elif isinstance(source, JsonlPrompts):
-        for file in find_files(source.path, JSONL):
-            yield from jsonl_values(file.path, source.field)
+        for path in find_files(source.path, JSONL).values():
+            for line, value in jsonl_values(path, source.field):
+                yield f"{path} line {line}", value
 
 
 def prompts(source: TextPrompts) -> Iterator[Prompt | None]:

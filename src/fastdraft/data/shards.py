@@ -1,18 +1,14 @@
-"""Shard files: packed rows of token ids on disk, and how they are read back.
+"""Shard files: rows of `row_length + 1` token ids, little-endian uint16 or uint32, no header.
 
-Decides the format (rows of `row_length + 1` ids, little-endian uint16 or uint32, no header), that a shard grows under a
-temporary name whose committed length is kept by the caller and gets its final name when full, and that sizes are
-checked before a corpus is used and checksums too where that takes no noticeable time.
+`RowWriter` packs documents into rows and appends them; `open_corpus` reads one split of a prepared corpus by memory map.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,19 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdraft.errors import DataError, FastDraftError
-from fastdraft.machine import disk_errors
-from fastdraft.run_folder import MANIFEST, StageFolder, file_sha256
+from fastdraft.run_folder import StageFolder, file_sha256
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
-_FILE = re.compile(r"(train|validation)(\.[0-9]{1,9})?-[0-9]{5,9}\.bin")
-VERIFY_BYTES = 256 << 20
-"""Corpora up to this size are checked against their checksums whenever they are opened."""
-
-
-def shard_prefix(split: Split, row_length: int | None = None) -> str:
-    """What the names of a split's shards begin with; rows longer than the others have their length in it."""
-    return split if row_length is None else f"{split}.{row_length}"
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -40,263 +27,149 @@ def token_dtype(vocabulary_size: int) -> str:
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
-@dataclass
-class ShardWriter:
-    """Writes the rows of one length of one split of a corpus; `state()` is all that a later process needs to go on after the last commit.
+@dataclass(frozen=True)
+class RowForm:
+    """The form of the rows on disk."""
 
-    Bytes behind the committed length, and a shard renamed after the last commit, are undone by `restore`.
+    row_length: int
+    separator_id: int
+    dtype: str
+    shard_tokens: int
+
+    @property
+    def row_ids(self) -> int:
+        return self.row_length + 1
+
+    @property
+    def rows_per_shard(self) -> int:
+        return max(1, self.shard_tokens // self.row_ids)
+
+
+class RowWriter:
+    """Concatenates documents, a separator before each, into the rows of one split, and appends these to its shards.
+
+    Nothing is padded or dropped but the last partial row of a corpus. Given a `state()` that was written down, it cuts the
+    files back to that.
     """
 
-    folder: Path
-    prefix: str
-    """What the shards' names begin with: `shard_prefix`."""
-    row_ids: int
-    """Ids in a row: row_length + 1."""
-    dtype: str
-    rows_per_shard: int
-
-    def __post_init__(self) -> None:
-        self.shards: list[dict[str, Any]] = []
-        self.open_rows = 0
-        self._pending: list[bytes] = []
-
-    def restore(self, shards: list[dict[str, Any]], open_rows: int) -> None:
-        """Brings the folder back to a committed state.
-
-        Raises:
-            FastDraftError: when committed bytes are no longer there.
-        """
-        self.shards, self.open_rows = list(shards), open_rows
-        partial, final = self._path(".partial"), self._path(".bin")
-        with disk_errors(partial):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if final.exists() and not partial.exists():
-                os.replace(final, partial)
-            known = {partial.name, *(shard["file"] for shard in self.shards)}
-            for extra in self.folder.glob(f"{self.prefix}-*"):
-                if extra.name not in known:
-                    extra.unlink()
-            partial.touch()
-            if partial.stat().st_size < self._bytes(open_rows):
-                raise FastDraftError(
-                    partial,
-                    "shorter than was committed",
-                    "unfinished work must be whole to go on from it",
-                    "redo it with --redo prepare",
-                )
-            os.truncate(partial, self._bytes(open_rows))
-
-    def state(self) -> dict[str, Any]:
-        """Takes part in the caller's commit; call `flush` first."""
-        return {"shards": self.shards, "open_rows": self.open_rows}
-
-    def write(self, rows: npt.NDArray[Any]) -> None:
-        """Adds rows [n, row_ids]; a full shard is closed on the way."""
-        while len(rows):
-            part = rows[: self.rows_per_shard - self.open_rows]
-            self._pending.append(part.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes())
-            self.open_rows += len(part)
-            rows = rows[len(part) :]
-            if self.open_rows == self.rows_per_shard:
-                self.close_shard()
-
-    def flush(self) -> None:
-        """Forces what was written to disk."""
-        if self._pending:
-            with disk_errors(self._path(".partial")), open(self._path(".partial"), "ab") as file:
-                file.write(b"".join(self._pending))
-                file.flush()
-                os.fsync(file.fileno())
-            self._pending = []
-
-    def close_shard(self) -> None:
-        """Gives the open shard its name, rows and checksum; nothing when it has no row."""
-        self.flush()
-        partial, final = self._path(".partial"), self._path(".bin")
-        if self.open_rows:
-            self.shards = [
-                *self.shards,
-                {"file": final.name, "rows": self.open_rows, "sha256": file_sha256(partial)},
-            ]
-            os.replace(partial, final)
-            self.open_rows = 0
-        else:
-            partial.unlink(missing_ok=True)
-
-    def _path(self, suffix: str) -> Path:
-        return self.folder / f"{self.prefix}-{len(self.shards):05}{suffix}"
-
-    def _bytes(self, rows: int) -> int:
-        return rows * self.row_ids * np.dtype(self.dtype).itemsize
-
-
-class PackedCorpus:
-    """Rows of one length of one split of one corpus, read by memory map; the order on disk."""
-
-    def __init__(self, folder: Path, shards: list[dict[str, Any]], row_length: int, dtype: str) -> None:
-        self.folder, self.row_length, self._shards = folder, row_length, shards
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._ends = list(accumulate(shard["rows"] for shard in shards))
-        self._maps: dict[int, npt.NDArray[Any]] = {}
+    def __init__(
+        self, folder: Path, split: Split, form: RowForm, state: dict[str, Any] | None = None
+    ) -> None:
+        state = state or {"shards": [], "open_rows": 0, "carry": []}
+        self.folder, self.split, self.form = folder, split, form
+        self.shards: list[dict[str, Any]] = list(state["shards"])
+        self.open_rows: int = state["open_rows"]
+        self._dtype = np.dtype(form.dtype).newbyteorder("<")
+        self._carry = np.array(state["carry"], dtype=self._dtype)
+        folder.mkdir(parents=True, exist_ok=True)
+        closed = {shard["file"] for shard in self.shards}
+        for path in folder.glob(f"{split}-*.bin"):
+            if path == self._path and self.open_rows:
+                os.truncate(path, self.open_rows * form.row_ids * self._dtype.itemsize)
+            elif path.name not in closed:
+                path.unlink()
 
     @property
     def rows(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return sum(shard["rows"] for shard in self.shards) + self.open_rows
+
+    def add(self, documents: Sequence[npt.NDArray[Any]]) -> None:
+        """Appends documents (ids, 1-D each); what does not fill a row waits for the next ones."""
+        separator = np.array([self.form.separator_id])
+        parts = [self._carry, *(part for ids in documents for part in (separator, ids))]
+        flat = np.concatenate([part.astype(self._dtype, copy=False) for part in parts])
+        whole = len(flat) // self.form.row_ids
+        rows = flat[: whole * self.form.row_ids].reshape(whole, self.form.row_ids)
+        self._carry = flat[rows.size :].copy()
+        while len(rows):
+            part = rows[: self.form.rows_per_shard - self.open_rows]
+            with open(self._path, "ab") as file:
+                file.write(part.tobytes())
+            self.open_rows, rows = self.open_rows + len(part), rows[len(part) :]
+            if self.open_rows == self.form.rows_per_shard:
+                self.close_shard()
+
+    def close_shard(self) -> None:
+        """Ends the open shard, if it has a row: the next row begins a new one."""
+        if self.open_rows:
+            self.sync()
+            self.shards.append(
+                {"file": self._path.name, "rows": self.open_rows, "sha256": file_sha256(self._path)}
+            )
+            self.open_rows = 0
+
+    def sync(self) -> None:
+        """Forces what was written to disk: call it before `state()` is written down."""
+        if self.open_rows:
+            with open(self._path, "rb+") as file:
+                os.fsync(file.fileno())
+
+    def state(self) -> dict[str, Any]:
+        return {"shards": self.shards, "open_rows": self.open_rows, "carry": self._carry.tolist()}
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}-{len(self.shards):05}.bin"
+
+
+class PackedCorpus:
+    """Rows of one split of one corpus in the order on disk, read by memory map."""
+
+    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], row_length: int, dtype: str) -> None:
+        self.folder, self.row_length, self._dtype = folder, row_length, np.dtype(dtype).newbyteorder("<")
+        self._files = [folder / shard["file"] for shard in shards]
+        self._ends = np.cumsum([shard["rows"] for shard in shards], dtype=np.int64)
+
+    @property
+    def rows(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     @property
     def tokens(self) -> int:
         """Ids on disk: rows x (row_length + 1)."""
         return self.rows * (self.row_length + 1)
 
-    def __len__(self) -> int:
-        return self.rows
+    @cached_property
+    def shards(self) -> list[npt.NDArray[Any]]:
+        """The rows of each shard [n, row_length + 1] as read-only memory maps."""
+        counts = np.diff(self._ends, prepend=0).tolist()
+        for path, rows in zip(self._files, counts, strict=True):
+            wanted = rows * (self.row_length + 1) * self._dtype.itemsize
+            if not path.is_file() or path.stat().st_size != wanted:
+                raise FastDraftError(f"{path}: must have {wanted} bytes", "do it again with --redo prepare")
+        return [
+            # The same memory as a plain array: a memmap's own indexing is several times slower.
+            np.memmap(path, self._dtype, "r", shape=(rows, self.row_length + 1)).view(np.ndarray)
+            for path, rows in zip(self._files, counts, strict=True)
+        ]
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         """One row: int64 [row_length + 1]; inputs are `[:-1]`, labels `[1:]`."""
-        if not 0 <= index < self.rows:
-            raise IndexError(index)
-        shard = bisect_right(self._ends, index)
-        start = self._ends[shard] - int(self._shards[shard]["rows"])
-        row: npt.NDArray[np.int64] = self.shard(shard)[index - start].astype(np.int64)
+        row: npt.NDArray[np.int64] = self.take([index])[0]
         return row
 
     def take(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Rows by number: int64 [n, row_length + 1]."""
-        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        wanted = np.asarray(indices, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.rows:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {self.rows}")
         out = np.empty((len(wanted), self.row_length + 1), dtype=np.int64)
-        ends = np.asarray(self._ends, dtype=np.int64)
-        shards = np.searchsorted(ends, wanted, side="right")
-        for number in np.unique(shards).tolist():
-            own = np.flatnonzero(shards == number)
-            first = int(ends[number]) - int(self._shards[number]["rows"])
-            out[own] = self.shard(number)[wanted[own] - first]
+        shard_of = np.searchsorted(self._ends, wanted, side="right")
+        for number in np.unique(shard_of).tolist():
+            own = np.flatnonzero(shard_of == number)
+            first = self._ends[number - 1] if number else 0
+            out[own] = self.shards[number][wanted[own] - first]
         return out
 
-    def shard(self, number: int) -> npt.NDArray[Any]:
-        """One shard's rows [n, row_length + 1] as a read-only memory map."""
-        if number not in self._maps:
-            shard = self._shards[number]
-            shape = (int(shard["rows"]), self.row_length + 1)
-            mapped = np.memmap(self.folder / shard["file"], dtype=self._dtype, mode="r", shape=shape)
-            self._maps[number] = mapped.view(
-                np.ndarray
-            )  # the same memory; a memmap's own indexing is several times slower
-        return self._maps[number]
 
-    @property
-    def num_shards(self) -> int:
-        return len(self._shards)
-
-
-def corpus_names(prepare: StageFolder) -> list[str]:
-    """The corpora of a finished prepare stage, in the recipe's order."""
-    return list(_corpora(prepare.path / MANIFEST, prepare.manifest()))
-
-
-def open_corpus(prepare: StageFolder, corpus: str, split: Split, verify: bool | None = None) -> PackedCorpus:
-    """One split of one prepared corpus; of several row lengths the shortest (`open_lengths` has all).
-
-    Args:
-        prepare: The finished prepare stage.
-        corpus: Its name in the recipe.
-        split: train or validation.
-        verify: Compare checksums; None does so for corpora up to 256 MB. Sizes are always compared.
-
-    Raises:
-        DataError: when there is no corpus of that name.
-        FastDraftError: when a shard is missing or damaged.
-    """
-    return next(iter(open_lengths(prepare, corpus, split, verify).values()))
-
-
-def open_lengths(
-    prepare: StageFolder, corpus: str, split: Split, verify: bool | None = None
-) -> dict[int, PackedCorpus]:
-    """One split of one prepared corpus by row length, the shortest first; a length may have no rows.
-
-    Arguments and errors are those of `open_corpus`.
-    """
+def open_corpus(prepare: StageFolder, corpus: str, split: Split) -> PackedCorpus:
+    """One split of one corpus of a finished prepare stage."""
     manifest = prepare.manifest()
-    where = prepare.path / MANIFEST
-    corpora = _corpora(where, manifest)
-    if corpus not in corpora:
+    if corpus not in manifest["corpora"]:
+        names = ", ".join(manifest["corpora"])
         raise DataError(
-            f"corpus '{corpus}'",
-            "not prepared",
-            f"must be one of {', '.join(corpora)}",
+            f"corpus '{corpus}': not prepared; must be one of {names}",
             "correct the name or add it to prepare.corpora",
         )
-    shards, dtype = _listed(where, corpora[corpus], split), manifest["dtype"]
-    if dtype not in ("uint16", "uint32"):
-        raise _damaged(where, f"dtype {dtype!r:.20}")
-    found = {}
-    for length in row_lengths(manifest):
-        own = [shard for shard in shards if shard.get("row_length", manifest["row_length"]) == length]
-        row_bytes = (length + 1) * np.dtype(dtype).itemsize
-        check = sum(shard["rows"] for shard in own) * row_bytes <= VERIFY_BYTES if verify is None else verify
-        for shard in own:
-            _check_shard(prepare.path / corpus / shard["file"], shard, row_bytes, check)
-        found[length] = PackedCorpus(prepare.path / corpus, own, length, dtype)
-    return found
-
-
-def row_lengths(manifest: Mapping[str, Any]) -> list[int]:
-    """The lengths of a prepare stage's rows, the shortest first.
-
-    Raises:
-        FastDraftError: when the manifest lists none, or what is no length.
-    """
-    lengths = manifest.get("row_lengths", [manifest["row_length"]])
-    if (
-        not isinstance(lengths, list)
-        or not lengths
-        or not all(type(length) is int and 0 < length < 1 << 31 for length in lengths)
-    ):
-        raise _damaged("prepare", f"row lengths {lengths!r:.40}")
-    return lengths
-
-
-def _corpora(where: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    corpora = manifest["corpora"]
-    if not isinstance(corpora, dict):
-        raise _damaged(where, "no list of corpora")
-    return corpora
-
-
-def _listed(where: Path, corpus: Any, split: Split) -> list[dict[str, Any]]:
-    """The shards of one split as the manifest lists them, every value looked at: names become paths, and rows sizes."""
-    part = corpus.get(split) if isinstance(corpus, dict) else None
-    shards = part.get("shards") if isinstance(part, dict) else None
-    if not isinstance(shards, list):
-        raise _damaged(where, f"no shards of {split}")
-    for shard in shards:
-        facts = shard if isinstance(shard, dict) else {}
-        name, rows = facts.get("file"), facts.get("rows")
-        named = isinstance(name, str) and _FILE.fullmatch(name) and isinstance(facts.get("sha256"), str)
-        if not named or type(rows) is not int or not 0 < rows < 1 << 48:
-            raise _damaged(where, f"shard {shard!r:.60}")
-    return shards
-
-
-def _damaged(where: Path | str, found: str) -> FastDraftError:
-    return FastDraftError(
-        where,
-        f"damaged ({found})",
-        "must list each corpus with its shards",
-        "run it again with --redo prepare",
-    )
-
-
-def _check_shard(path: Path, shard: dict[str, Any], row_bytes: int, verify: bool) -> None:
-    remedy = "run it again with --redo prepare"
-    if not path.is_file():
-        raise FastDraftError(path, "missing", "every shard of the manifest must be there", remedy)
-    size = path.stat().st_size
-    if size != shard["rows"] * row_bytes:
-        raise FastDraftError(
-            path, f"corrupt shard of {size} bytes", f"must have {shard['rows'] * row_bytes} bytes", remedy
-        )
-    if verify and file_sha256(path) != shard["sha256"]:
-        raise FastDraftError(path, "corrupt shard", "its checksum must be the manifest's", remedy)
+    shards = manifest["corpora"][corpus][split]["shards"]
+    return PackedCorpus(prepare.path / corpus, shards, manifest["row_length"], manifest["dtype"])

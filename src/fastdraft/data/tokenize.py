@@ -1,8 +1,7 @@
-"""From text to the target's token ids, on all cores, in order.
+"""Text to the target's token ids, on all cores, in order.
 
-Decides that documents are encoded without the tokenizer's own additions, that a control token spelled out in a text
-stays text (a web page that says `<|end|>` must not end anything), that a tokenizer's saved truncation and padding are
-off, and which id parts documents.
+`DocumentEncoder` adds nothing of the tokenizer's own, and a control token spelled out in a text stays text: a web page that says
+`<|end|>` must not end anything.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import AddedToken, Tokenizer
 
 from fastdraft.errors import TargetError
 
@@ -45,25 +45,19 @@ def parallel_tokenization(workers: int) -> Iterator[None]:
 
 
 def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
-    """The id before every document: BOS, or EOS for a tokenizer without BOS.
-
-    Raises:
-        TargetError: when there is neither.
-    """
+    """The id before every document: BOS, or EOS for a tokenizer without BOS."""
     if bos_token_id is not None:
         return bos_token_id
     if eos_token_ids:
         return eos_token_ids[0]
     raise TargetError(
-        "tokenizer",
-        "neither BOS nor EOS",
-        "documents need a token between them",
+        "tokenizer: neither BOS nor EOS; documents need a token between them",
         "set eos_token in the target's tokenizer_config.json",
     )
 
 
 def added_words(tokenizer: Any) -> list[tuple[int, str]]:
-    """(id, text) of the added tokens that are looked for in corpus text: ordinary words, neither special nor of a control token's form."""
+    """(id, text) of the added tokens that are looked for in corpus text: ordinary words, neither special nor like a control token."""
     special = set(tokenizer.all_special_ids)
     return [
         (int(token_id), token.content)
@@ -73,64 +67,45 @@ def added_words(tokenizer: Any) -> list[tuple[int, str]]:
 
 
 class DocumentEncoder:
-    """Encodes corpus text with a target's fast tokenizer.
-
-    Args:
-        tokenizer: A transformers fast tokenizer; it is copied, not changed.
-        size: The vocabulary's size; ids must be below it.
-    """
+    """Encodes corpus text with a target's fast tokenizer, which is copied, not changed; ids must be below `size`."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
-        self._tokenizer = _without_special_tokens(tokenizer)
-        self._tokenizer.encode_special_tokens = (
-            True  # in this library the flag means: encode their text, do not look for them
-        )
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._size = size
+        self.tokenizer, self._size = _with_control_tokens_special(tokenizer), size
+        # In this library the flag means: encode their text, do not look for them.
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Ids of each text, 1-D, in order; equal for any number of threads.
-
-        Raises:
-            TargetError: when the tokenizer gives an id that the model does not have.
-        """
-        fast = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
+        """Ids of each text, 1-D, in order; equal for any number of threads."""
         flat, ends = array("I"), [0]
-        for encoding in fast(list(texts), add_special_tokens=False):
+        # encode_batch_fast leaves out the offsets
+        for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
             flat.extend(encoding.ids)  # half the time of an array for each text
             ends.append(len(flat))
         ids = np.array(flat, dtype=np.uint32)
         top = int(ids.max(initial=0))
         if top >= self._size:
             raise TargetError(
-                "tokenizer",
-                f"gives id {top}",
-                f"the model's vocabulary has {self._size}",
+                f"tokenizer: gives id {top}; the model's vocabulary has {self._size}",
                 "use the tokenizer that belongs to the target",
             )
         return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def _without_special_tokens(tokenizer: Any) -> Any:
-    """A tokenizer of the same model and rules, to which all added tokens but words are special; the model itself is shared, not copied."""
-    from tokenizers import Tokenizer
-
+def _with_control_tokens_special(tokenizer: Any) -> Tokenizer:
+    """A tokenizer of the same model and rules, to which all added tokens but words are special; the model itself is shared."""
     backend, words = tokenizer.backend_tokenizer, {token_id for token_id, _ in added_words(tokenizer)}
     copy = Tokenizer(backend.model)
-    copy.normalizer, copy.pre_tokenizer, copy.post_processor = (
-        backend.normalizer,
-        backend.pre_tokenizer,
-        backend.post_processor,
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        setattr(copy, part, getattr(backend, part))
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    copy.add_tokens(
+        [
+            AddedToken(
+                token.content, special=token_id not in words, **{flag: getattr(token, flag) for flag in flags}
+            )
+            for token_id, token in sorted(backend.get_added_tokens_decoder().items())
+        ]
     )
-    added = sorted(backend.get_added_tokens_decoder().items())
-    copy.add_tokens([_marked(token, token_id not in words) for token_id, token in added])
     return copy
-
-
-def _marked(token: Any, special: bool) -> Any:
-    """An added token, special or not."""
-    from tokenizers import AddedToken
-
-    same = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-    return AddedToken(token.content, special=special, **same)

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastdraft.data.openai_format import Choice, read_choices, read_logprob
 from fastdraft.data.readers import read_jsonl
-from fastdraft.data.sources import JSONL, describe_files, find_files
+from fastdraft.data.corpora import JSONL, describe_files, find_files
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Sampling
 from fastdraft.recipe.data import TranscriptLog
@@ -62,8 +62,8 @@ def describe(log: TranscriptLog) -> dict[str, Any]:
 
 def _asked(log: TranscriptLog) -> dict[str, Mapping[str, Any]]:
     """`custom_id` -> request, of `requests`; empty without them."""
-    files = find_files(log.requests, JSONL) if log.requests else []
-    rows = (row for file in files for _, row in read_jsonl(file.path))
+    files = find_files(log.requests, JSONL).values() if log.requests else ()
+    rows = (row for path in files for _, row in read_jsonl(path))
     return {
         str(row["custom_id"]): row["body"]
         for row in rows
@@ -109,9 +109,9 @@ def read_entries(config: TranscriptLog) -> Iterator[Entry]:
         DataError: naming the file and line that is damaged, of no known shape, or silent about its temperature.
     """
     asked = _asked(config)
-    for file in find_files(config.path, JSONL):
-        for number, row in read_jsonl(file.path):
-            where = f"{file.path} line {number}"
+    for path in find_files(config.path, JSONL).values():
+        for number, row in read_jsonl(path):
+            where = f"{path} line {number}"
             yield _entry(where, {**row, "request": _request(where, row, asked)} if asked else row, config)
 
 

@@ -289,18 +289,16 @@ def _source(
 
 def _packed(context: StageContext, resolved: Resolved) -> PackedBatches:
     """Steps of the pre-training mixture, each of as many tokens as a synthetic step."""
-    from fastdraft.data.loader import open_mixture
-    from fastdraft.data.shards import row_lengths
+    from fastdraft.data.mixture import open_mixture
     from fastdraft.training.batches import PackedBatches, text_separator
     from fastdraft.training.distributed import current
 
-    prepare, mixture = context.require("prepare"), _mixture(context)
-    row_length, separator = row_lengths(prepare.manifest())[-1], text_separator(prepare.manifest())
-    used = {corpus: weight for corpus, weight in mixture.items() if weight > 0}
-    sampler = open_mixture(prepare, used, context.settings.seed + _MIXTURE_SEED)
+    prepare, weights = context.require("prepare"), _mixture(context)
+    row_length, separator = prepare.manifest()["row_length"], text_separator(prepare.manifest())
     rows = max(1, resolved.batch_tokens // row_length)
+    mixture = open_mixture(prepare, weights, rows, context.settings.seed + _MIXTURE_SEED)
     rows_per_micro = max(1, resolved.micro_batch_tokens // row_length)
-    return PackedBatches(sampler, 0, row_length, rows, rows_per_micro, separator, share=current().share)
+    return PackedBatches(mixture, 0, row_length, rows, rows_per_micro, separator, share=current().share)
 
 
 def _pretraining_share(config: AlignConfig, context: StageContext) -> float:
@@ -316,7 +314,7 @@ def _mixture(context: StageContext) -> dict[str, float]:
         if context.has(stage):
             return dict(context.section(stage).mixture)
     if context.has("prepare"):
-        return dict.fromkeys(context.section("prepare").names, 1.0)
+        return dict.fromkeys(context.section("prepare").sources, 1.0)
     rule = "needs the mixture of continue_pretrain or pretrain, or prepared corpora"
     raise RecipeError(
         "align.pretraining_share",

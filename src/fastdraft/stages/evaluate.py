@@ -222,5 +222,5 @@ def _contamination(
         ]
         for task in map(load_task, config.tasks)
     }
-    found = search_training_text(texts, trained_on, console, folder.path)
+    found = search_training_text(texts, trained_on, console)
     return {name: PromptOverlap.from_json(overlap) for name, overlap in found.items()}

@@ -207,10 +207,10 @@ def _validation_rows(context: StageContext) -> list[list[int]]:
     prepare: StageFolder = context.folder("prepare")
     if not prepare.is_complete():
         return []
-    from fastdraft.data.shards import corpus_names, open_corpus
+    from fastdraft.data.shards import open_corpus
 
     rows = []
-    for name in corpus_names(prepare):
+    for name in prepare.manifest()["corpora"]:
         corpus = open_corpus(prepare, name, "validation")
         rows += [corpus[index].tolist() for index in range(min(_ROWS_PER_CORPUS, corpus.rows))]
     return rows

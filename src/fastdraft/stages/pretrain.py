@@ -76,7 +76,6 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
 def _build_trainer(
     config: PretrainConfig, context: StageContext, name: Name, model: PreTrainedModel, device: Any
 ) -> tuple[Trainer, Resolved]:
-    from fastdraft.data.shards import row_lengths
     from fastdraft.modeling.drafts import save_draft
     from fastdraft.training import assemble, rates
     from fastdraft.training.compilation import settle
@@ -86,7 +85,7 @@ def _build_trainer(
     from fastdraft.training.transfer import ahead
 
     artifact = context.folder(name)
-    row_length = row_lengths(context.require("prepare").manifest())[-1]
+    row_length = context.require("prepare").manifest()["row_length"]
     suggested = rates.batch_tokens("pretrain", assemble.count_parameters(model), config.tokens)
     batch_tokens = config.batch_tokens or max(row_length, suggested)
     halved = isinstance(config, ContinuePretrainConfig) and config.start == "decayed"
@@ -140,13 +139,12 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     Raises:
         DataError: when a corpus has fewer rows than its share of one batch.
     """
-    from fastdraft.data.loader import open_mixture
-    from fastdraft.data.shards import row_lengths
+    from fastdraft.data.mixture import open_mixture
     from fastdraft.training.batches import PackedBatches, text_separator
     from fastdraft.training.distributed import current
 
     prepare = context.require("prepare")
-    row_length = row_lengths(prepare.manifest())[-1]
+    row_length = prepare.manifest()["row_length"]
     if resolved.batch_tokens < row_length:
         rule = f"must hold one row of {row_length} tokens"
         raise RecipeError(
@@ -155,24 +153,23 @@ def _source(config: PretrainConfig, context: StageContext, name: Name, resolved:
     rows = resolved.batch_tokens // row_length
     steps = max(1, round(config.tokens / (rows * row_length)))
     used = {corpus: weight for corpus, weight in config.mixture.items() if weight > 0}
-    sampler = open_mixture(prepare, used, _row_seed(config, context, name))
-    for corpus, weight in used.items():
-        share = weight / sum(used.values())
-        found = sampler.num_rows(corpus)
+    mixture = open_mixture(prepare, used, rows, _row_seed(config, context, name))
+    for corpus, epochs in mixture.epochs(steps).items():
+        share = used[corpus] / sum(used.values())
+        found = mixture.corpora[corpus].rows
         if found < share * rows:
             rule, remedy = (
                 f"its share of one batch is {share * rows:.0f} rows",
                 f"add data or lower {name}.batch_tokens",
             )
             raise DataError(f"{name}.mixture.{corpus}", f"{found} rows of {row_length} tokens", rule, remedy)
-        epochs = share * rows * steps / found
         if epochs > GOOD_EPOCHS:
             context.console.warn(
                 f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; more than {GOOD_EPOCHS} passes add little"
             )
     rows_per_micro = max(1, resolved.micro_batch_tokens // row_length)
     separator = text_separator(prepare.manifest())
-    return PackedBatches(sampler, steps, row_length, rows, rows_per_micro, separator, share=current().share)
+    return PackedBatches(mixture, steps, row_length, rows, rows_per_micro, separator, share=current().share)
 
 
 def _row_seed(config: PretrainConfig, context: StageContext, name: Name) -> int:

@@ -128,31 +128,12 @@ Ids = Sequence[int] | npt.NDArray[np.int32]
 """Token ids of a text; arrays where there are many texts."""
 
 
-class RowSampler(Protocol):
-    """Packed rows by a global row number (`data.loader.MixtureSampler`)."""
+class RowMixture(Protocol):
+    """Packed rows of each step (`data.mixture.Mixture`)."""
 
-    def rows(self, start: int, count: int) -> npt.NDArray[np.int64]: ...
+    rows_per_step: int
 
-
-@runtime_checkable
-class MixedSampler(Protocol):
-    """One whose numbers may stand for several shorter rows, all of one number as many tokens as the longest row."""
-
-    def groups(self, start: int, count: int) -> list[npt.NDArray[np.int64]]: ...
-
-
-def row_parts(
-    sampler: RowSampler, start: int, count: int, rows_per_micro: int
-) -> Iterator[npt.NDArray[np.int64]]:
-    """The rows of each micro-batch [rows, length + 1]: one length each, about as many tokens as `rows_per_micro` of the longest."""
-    groups = (
-        sampler.groups(start, count) if isinstance(sampler, MixedSampler) else [sampler.rows(start, count)]
-    )
-    longest = getattr(sampler, "row_length", 0)
-    for rows in groups:
-        at_once = rows_per_micro * max(1, longest // (rows.shape[1] - 1))
-        for first in range(0, len(rows), at_once):
-            yield rows[first : first + at_once]
+    def rows(self, step: int, part: slice = slice(None)) -> npt.NDArray[np.int64]: ...
 
 
 def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> Batch:
@@ -180,12 +161,9 @@ def text_separator(manifest: Mapping[str, Any]) -> int | None:
 
 @dataclass(frozen=True)
 class PackedBatches:
-    """Steps of packed rows: `rows_per_batch` rows a step, `rows_per_micro` at a time.
+    """Steps of packed rows: `rows_per_batch` rows a step, `rows_per_micro` at a time."""
 
-    Where the sampler has rows of several lengths, rows are counted in the longest: every step has the same number of tokens.
-    """
-
-    sampler: RowSampler
+    mixture: RowMixture
     steps: int
     row_length: int
     rows_per_batch: int
@@ -206,8 +184,9 @@ class PackedBatches:
         first, end = self.share.rows(self.rows_per_batch)
         if first == end:  # more processes than rows
             return []
-        parts = row_parts(self.sampler, step * self.rows_per_batch + first, end - first, self.rows_per_micro)
-        return [packed_batch(rows, self.separator) for rows in parts]
+        rows = self.mixture.rows(step, slice(first, end))
+        starts = range(0, len(rows), self.rows_per_micro)
+        return [packed_batch(rows[start : start + self.rows_per_micro], self.separator) for start in starts]
 
 
 class ResponseLogits(Protocol):

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fastdraft.data.shards import PackedCorpus, open_lengths, row_lengths
+from fastdraft.data.shards import PackedCorpus, open_corpus
 from fastdraft.decoding.replay import WrittenText
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.run_folder import StageFolder
@@ -46,19 +44,13 @@ def corpus_losses(
 ) -> Callable[[], dict[str, float]]:
     """A function that gives the present loss on the validation rows of every prepared corpus by name.
 
-    Corpora without validation rows are left out. Rows longer than the shortest have a loss of their own, under names like `text@4096`.
+    Corpora without validation rows are left out.
     """
-    longest = row_lengths(prepare.manifest())[-1]
-    corpora = {
-        f"{name}@{length}" if number else name: corpus
-        for name in prepare.manifest()["corpora"]
-        for number, (length, corpus) in enumerate(open_lengths(prepare, name, "validation").items())
-    }
+    corpora = {name: open_corpus(prepare, name, "validation") for name in prepare.manifest()["corpora"]}
     plain = replace(step, objective=CrossEntropy())
     separator = text_separator(prepare.manifest())
     batches = {
-        name: _validation_batches(corpus, rows_per_micro * longest // corpus.row_length, separator)
-        for name, corpus in corpora.items()
+        name: _validation_batches(corpus, rows_per_micro, separator) for name, corpus in corpora.items()
     }
     return lambda: {name: mean_loss(plain, held) for name, held in batches.items() if held}
 
@@ -123,8 +115,6 @@ def _validation_batches(corpus: PackedCorpus, rows_per_micro: int, separator: in
     rows = min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))
     starts = range(0, rows, rows_per_micro)
     return [
-        packed_batch(
-            np.stack([corpus[i] for i in range(start, min(start + rows_per_micro, rows))]), separator
-        )
+        packed_batch(corpus.take(range(start, min(start + rows_per_micro, rows))), separator)
         for start in starts
     ]

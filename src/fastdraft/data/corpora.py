@@ -1,0 +1,291 @@
+"""A recipe's corpora as streams of documents: JSONL, Parquet, text, source code, data sets of the hub.
+
+`describe` is what of a source enters fingerprints; `blocks` gives its text in a seeded order, from any block on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import os
+import random
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdraft.data.readers import jsonl_values, missing_field, parquet_values, read_text
+from fastdraft.errors import DataError
+from fastdraft.recipe.prepare import FileSource, HubSource, SourceConfig
+from fastdraft.recipe.run import PYTHON, SHIPPED, resolve_path, user_path
+
+HASHED_FILES, HASHED_BYTES = 64, 1 << 16
+# Text that is read and shuffled together: memory is a small multiple of it, a killed stage repeats one.
+BLOCK_CHARS = 32_000_000
+# Longest piece of a document: about 5,000 tokens, so that one book cannot fill a small budget.
+PIECE_CHARS = 20_000
+COMPRESSED = ("", ".gz", ".xz", ".zst")
+JSONL = [f"*.jsonl{suffix}" for suffix in COMPRESSED]
+TEXT = [f"*{kind}{suffix}" for kind in (".txt", ".md") for suffix in COMPRESSED]
+PATTERNS = {"jsonl": JSONL, "parquet": ["*.parquet"], "text": TEXT, "source_code": ["*.py"]}
+
+Place = tuple[int, int]
+"""Number of a file in the seeded order, and a line or row in it: documents up to there have been read."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Text that was read together, in shuffled order."""
+
+    pieces: list[str]
+    digests: npt.NDArray[np.uint64]
+    """Of each piece's text."""
+    skipped: int
+    """Files passed over on the way."""
+    end: Place
+
+
+def blocks(source: SourceConfig, seed: int, start: Place) -> Iterator[Block]:
+    """The source's text behind `start`, about BLOCK_CHARS at a time; the order depends on source and seed alone."""
+    pieces: list[str] = []
+    chars = skipped = 0
+    place = start
+    for file, row, text in documents(source, seed, start):
+        place = (file, row)
+        skipped += text is None
+        for piece in split_document(text or ""):
+            pieces.append(piece)
+            chars += len(piece)
+        if chars >= BLOCK_CHARS:
+            yield _block(pieces, seed, skipped, place)
+            pieces, chars, skipped = [], 0, 0
+    if pieces or skipped:
+        yield _block(pieces, seed, skipped, place)
+
+
+def _block(pieces: list[str], seed: int, skipped: int, end: Place) -> Block:
+    random.Random(f"{seed}/{end}").shuffle(pieces)
+    # Lone surrogates, which UTF-8 cannot hold, become question marks.
+    contents = [piece.encode("utf-8", "replace") for piece in pieces]
+    digests = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)
+    valid = [content.decode("utf-8") for content in contents]
+    return Block(valid, np.frombuffer(digests, dtype="<u8").astype(np.uint64), skipped, end)
+
+
+def documents(
+    source: SourceConfig, seed: int, start: Place = (0, 0)
+) -> Iterator[tuple[int, int, str | None]]:
+    """(file, row, text) of each document behind `start`, files in seeded order; None for a file that was passed over."""
+    if isinstance(source, HubSource):
+        yield from _hub_documents(source, seed, start)
+        return
+    files = source_files(source)
+    # By the name within the source, so that the order is the same on every machine.
+    order = sorted(
+        files, key=lambda name: hashlib.blake2b(_name_bytes(f"{seed}/{name}"), digest_size=16).digest()
+    )
+    for number in range(start[0], len(order)):
+        after = start[1] if number == start[0] else 0
+        for row, text in _file_documents(source, files[order[number]], after):
+            yield number, row, text
+
+
+def _file_documents(source: FileSource, path: Path, after: int) -> Iterator[tuple[int, str | None]]:
+    if source.kind in ("jsonl", "parquet"):
+        read, unit = (jsonl_values, "line") if source.kind == "jsonl" else (parquet_values, "row")
+        for number, value in read(path, source.field, after):
+            yield number, _text(value, f"{path}: {unit} {number}", source.field)
+    elif not after:
+        try:
+            yield 1, read_text(path)
+        except DataError:
+            # Source folders hold the odd file in another encoding; a file that has gone is less text than the user thinks.
+            if source.kind != "source_code" or not path.is_file():
+                raise
+            yield 1, None
+
+
+def _text(value: object, where: str, field: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        found = f"{where}: '{field}' is a {type(value).__name__}; must be text"
+        raise DataError(found, "set `field` to the one that holds the text")
+    return value
+
+
+# ---- the hub
+
+
+def _hub_documents(source: HubSource, seed: int, start: Place) -> Iterator[tuple[int, int, str]]:
+    """A data set's files in seeded order: a small budget would otherwise see only the first of a sorted data set."""
+    data = open_hub(source)
+    count = int(data.num_shards)
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    for number in range(start[0], count):
+        after = start[1] if number == start[0] else 0
+        part = data.shard(num_shards=count, index=order[number])
+        name = f"data set {source.dataset}: file {order[number] + 1} of {count}"
+        rows = hub_values(part.skip(after) if after else part, name, source.field, after)
+        for row, value in rows:
+            yield number, row, _text(value, f"{name}: row {row}", source.field)
+
+
+def open_hub(source: Any) -> Any:
+    """The data set as `datasets` streams it: only what is read is downloaded, and nothing is kept on disk."""
+    from datasets import load_dataset  # here: a second of start that only data sets of the hub are worth
+
+    try:
+        return load_dataset(
+            source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
+    except Exception as error:
+        raise _unreachable(f"data set {source.dataset}", error, 0) from error
+
+
+def hub_values(data: Any, name: str, field: str, after: int = 0) -> Iterator[tuple[int, Any]]:
+    """(row number from `after` + 1, value of column `field`) of each row."""
+    rows, number = iter(data), after
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # the library raises dozens of types: the network's or the id's fault
+            raise _unreachable(name, error, number) from error
+        if row is None:
+            return
+        number += 1
+        if field not in row:
+            raise missing_field(f"{name}: row {number}", field, row)
+        yield number, row[field]
+
+
+def _unreachable(name: str, error: Exception, rows: int) -> DataError:
+    text = " ".join(str(error).split())[:160]
+    return DataError(
+        f"{name}: {type(error).__name__} after {rows} rows ({text}); must be reachable on the hub",
+        "check id, subset, split and network, then run again",
+    )
+
+
+# ---- files
+
+
+def source_files(source: FileSource) -> dict[str, Path]:
+    """The files of a source by their name within it, sorted."""
+    files = find_files(source.path, PATTERNS[source.kind])
+    if source.kind != "source_code":
+        return files
+
+    def is_excluded(name: str) -> bool:
+        return any(
+            fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in source.exclude
+        )
+
+    kept = {name: path for name, path in files.items() if not is_excluded(name)}
+    return kept or _nothing(source.path, "no file is left after `exclude`")
+
+
+def find_files(text: str, patterns: Sequence[str]) -> dict[str, Path]:
+    """What a recipe's `path` names, by the name within it: a file itself, a folder's files matching `patterns`, or a glob."""
+    base, pattern = _split_glob(text)
+    root = resolve_path(base)
+    if pattern:
+        paths = {
+            Path(found) for found in glob.glob(str(Path(glob.escape(str(root))) / pattern), recursive=True)
+        }
+    elif root.is_dir():
+        paths = {found for wanted in patterns for found in root.rglob(wanted)}
+    else:
+        return {root.name: root} if root.is_file() else _nothing(text, "no such file or folder")
+    files = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    return dict(sorted(files.items())) or _nothing(
+        text, "no file there" if root.exists() else "no such folder"
+    )
+
+
+def describe(source: SourceConfig) -> dict[str, Any]:
+    """A source's settings and what they point at now, for fingerprints: names, sizes and samples, never times."""
+    settings = source.model_dump(exclude={"license"})
+    return settings if isinstance(source, HubSource) else {**settings, **describe_files(source_files(source))}
+
+
+def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
+    listing, total = hashlib.sha256(), 0
+    for name, path in files.items():
+        try:
+            size = path.stat().st_size
+            total += size
+            listing.update(_name_bytes(f"{name}\t{size}\n"))
+            if len(files) <= HASHED_FILES:
+                with open(path, "rb") as content:
+                    listing.update(content.read(HASHED_BYTES))
+                    content.seek(max(0, size - HASHED_BYTES))
+                    listing.update(content.read(HASHED_BYTES))
+        except OSError as error:
+            found = error.strerror or "unreadable"
+            message = f"{path}: {found}; the file must exist and be readable"
+            raise DataError(message, "correct the path or its rights") from None
+    return {"files": len(files), "bytes": total, "listing": listing.hexdigest()[:20]}
+
+
+def _split_glob(text: str) -> tuple[str, str]:
+    """`data/**/*.txt` -> (`data`, `**/*.txt`); a path without wildcards has an empty pattern."""
+    if not glob.has_magic(text) or user_path(text).exists():
+        return text, ""
+    prefix = next((p for p in (SHIPPED, PYTHON) if text.startswith(p)), "")
+    parts = text.removeprefix(prefix).replace("\\", "/").split("/")
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    base = "/".join(parts[:first]) or ("/" if first else "" if prefix else ".")
+    return prefix + base, "/".join(parts[first:])
+
+
+def _nothing(path: str, found: str) -> dict[str, Path]:
+    raise DataError(f"{path}: {found}; a source needs at least one file", "correct the path or the patterns")
+
+
+def _name_bytes(text: str) -> bytes:
+    """A file's name as its system spells it, which need not be UTF-8."""
+    return os.fsencode(text) if os.name == "posix" else text.encode("utf-8", "surrogatepass")
+
+
+# ---- long documents
+
+
+def split_document(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
+    """Pieces of at most `limit` characters that concatenate to the document; blank ones are left out.
+
+    Cuts behind the last blank line in the second half of the window, else behind the last line end, else before the last
+    space: a tokenizer whose tokens end at line ends and begin at spaces gives the pieces the ids of the whole document.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = _cut(text, start, limit)
+        if not text[start:end].isspace():
+            yield text[start:end]
+        start = end
+    if text[start:].strip():
+        yield text[start:]
+
+
+def _cut(text: str, start: int, limit: int) -> int:
+    """The end of the piece that begins at `start`; more than `limit` characters are left."""
+    low, high = start + (limit + 1) // 2, start + limit
+    for mark, behind in (("\n\n", 2), ("\n", 1), (" ", 0)):
+        found = text.rfind(mark, low, high)
+        while found >= 0 and text[found + len(mark)].isspace():
+            found = text.rfind(mark, low, found + len(mark) - 1)
+        if found >= 0:
+            return found + behind
+    # No space in sight: at the limit, but not inside a character that is made of several code points.
+    end = high
+    while end > low and (
+        unicodedata.combining(text[end]) or text[end] in "\u200d\ufe0f" or text[end - 1] == "\u200d"
+    ):
+        end -= 1
+    return end if end > low else high

@@ -1,0 +1,90 @@
+"""Which rows a step has: a weighted mixture of prepared corpora, as a function of the step.
+
+Every step holds each corpus in its share, to within one row; each corpus is walked in a fresh permutation per epoch. There is
+no state: a resumed run asks for its step and gets the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdraft.data.shards import PackedCorpus, open_corpus
+from fastdraft.run_folder import StageFolder
+
+
+class Mixture:
+    """Rows of several corpora in given shares.
+
+    Args:
+        corpora: By name; all of one row length.
+        weights: Share of the rows by name, on any scale.
+        rows_per_step: Rows of one optimiser step, of all processes together.
+        seed: Fixes the order.
+    """
+
+    def __init__(
+        self, corpora: Mapping[str, PackedCorpus], weights: Mapping[str, float], rows_per_step: int, seed: int
+    ) -> None:
+        self.names = sorted(name for name, weight in weights.items() if weight > 0)
+        self.corpora, self.rows_per_step, self.seed = corpora, rows_per_step, seed
+        self.row_length = corpora[self.names[0]].row_length
+        shares = np.array([weights[name] for name in self.names]) / sum(weights[name] for name in self.names)
+        # Cumulative: after any number of rows each corpus is within one row of its share.
+        self._bounds = np.cumsum(shares)
+        # A step may touch two epochs of each corpus.
+        self._order = lru_cache(2 * len(self.names))(self._permutation)
+
+    def rows(self, step: int, part: slice = slice(None)) -> npt.NDArray[np.int64]:
+        """The rows of step `step` (0-based), or a part of them: int64 [rows, row_length + 1].
+
+        Of several processes, number r of n takes `slice(r, None, n)`; no other rows are read.
+        """
+        taken = self._taken(np.array([step, step + 1]))
+        counts = taken[1] - taken[0]
+        picks = np.repeat(np.arange(len(self.names)), counts)
+        occurrences = np.concatenate([np.arange(*ends) for ends in taken.T])
+        # Shuffled, so that every process and every micro-batch gets of each corpus.
+        order = np.random.default_rng([self.seed, step]).permutation(self.rows_per_step)[part]
+        picks, occurrences = picks[order], occurrences[order]
+        rows = np.empty((len(order), self.row_length + 1), dtype=np.int64)
+        for number in np.unique(picks).tolist():
+            own = picks == number
+            rows[own] = self._corpus(number).take(self._places(number, occurrences[own]))
+        return rows
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each corpus is read in `steps` steps."""
+        taken = self._taken(np.array([steps]))[0].tolist()
+        return {name: count / self.corpora[name].rows for name, count in zip(self.names, taken, strict=True)}
+
+    def _corpus(self, number: int) -> PackedCorpus:
+        return self.corpora[self.names[number]]
+
+    def _taken(self, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows of each corpus before each of `steps`: [steps, corpora]."""
+        upper = np.rint(np.outer(steps * self.rows_per_step, self._bounds)).astype(np.int64)
+        return np.diff(upper, axis=1, prepend=0)
+
+    def _places(self, number: int, occurrences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows in corpus `number` for its occurrences in the run."""
+        epochs, positions = np.divmod(occurrences, self._corpus(number).rows)
+        places = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            own = epochs == epoch
+            places[own] = self._order(number, epoch)[positions[own]]
+        return places
+
+    def _permutation(self, number: int, epoch: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng([self.seed, number, epoch]).permutation(self._corpus(number).rows)
+
+
+def open_mixture(
+    prepare: StageFolder, weights: Mapping[str, float], rows_per_step: int, seed: int
+) -> Mixture:
+    """The training rows of a finished prepare stage in the shares of a recipe's `mixture`."""
+    corpora = {name: open_corpus(prepare, name, "train") for name, weight in weights.items() if weight > 0}
+    return Mixture(corpora, weights, rows_per_step, seed)
