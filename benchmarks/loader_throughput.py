@@ -1,13 +1,11 @@
-"""Measures how many tokens per second one process draws from shards: the sampler alone, and up to the tensors of a training step.
+"""Measures how many tokens per second one process draws from shards: the mixture alone, and up to the tensors of a training step.
 
     python benchmarks/loader_throughput.py
     python benchmarks/loader_throughput.py --row-lengths 512 2048 --batch-tokens 65536 --output loader.json
 
 Writes two corpora of random ids (uint16, several shards each) as prepare does, opens them as pretrain does, and draws a mixture of two
 parts to one. `rows`: int64 rows in their seeded order; `batches`: micro-batches of tensors, what the training loop gets. `first` is the
-first step, which opens the files. The last line mixes rows of 512 with a fifth of the tokens in rows of 4096.
-
-Decides that the files are in the page cache, as for a corpus smaller than the memory, and that nothing is read ahead.
+first step, which opens the files and draws the first permutations. The files are in the page cache; nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -26,11 +24,10 @@ import numpy as np
 import torch
 from machine import Report, add_arguments
 
-from fastdraft.data.build import Layout
-from fastdraft.data.loader import open_mixture
-from fastdraft.data.shards import SPLITS
+from fastdraft.data.mixture import open_mixture
+from fastdraft.data.shards import RowForm, RowWriter
 from fastdraft.run_folder import StageFolder
-from fastdraft.training.batches import PackedBatches
+from fastdraft.training.batches import packed_batch
 
 
 def main() -> None:
@@ -38,15 +35,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads or 1)
     report = Report(arguments.output, "loader_throughput", "cpu", arguments)
     print(f"{'rows of':>12}{'rows, tokens/s':>18}{'batches, tokens/s':>20}{'first step, ms':>16}", flush=True)
-    for lengths in [*([length] for length in arguments.row_lengths), [512, 4096]]:
+    for length in arguments.row_lengths:
         with tempfile.TemporaryDirectory() as folder:
-            result = measure(write_corpora(Path(folder), lengths, arguments.tokens), lengths, arguments)
-        report.add(result)
-        name = "+".join(map(str, lengths))
-        print(
-            f"{name:>12}{result['rows']:18,.0f}{result['batches']:20,.0f}{result['first_step_seconds'] * 1e3:16.1f}",
-            flush=True,
-        )
+            found = measure(write_corpora(Path(folder), length, arguments.tokens), length, arguments)
+        report.add(found)
+        first = found["first_step_seconds"] * 1e3
+        print(f"{length:>12}{found['rows']:18,.0f}{found['batches']:20,.0f}{first:16.1f}", flush=True)
     report.finish()
 
 
@@ -66,49 +60,43 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def write_corpora(folder: Path, lengths: list[int], tokens: int) -> StageFolder:
-    layout = Layout(lengths[0], dict.fromkeys(lengths[1:], 0.2), 16_000_000, 0.0, 0, "uint16")
-    draw, corpora = np.random.default_rng(0), {}
+def write_corpora(folder: Path, row_length: int, tokens: int) -> StageFolder:
+    form, draw, corpora = RowForm(row_length, 0, "uint16", 16_000_000), np.random.default_rng(0), {}
     for name in ("text", "code"):
-        corpora[name] = {split: {"shards": []} for split in SPLITS}
-        for length in lengths:
-            writer = layout.writer(folder / name, "train", length)
-            writer.restore([], 0)
-            left = int(tokens * (1.0 if len(lengths) == 1 else 0.8 if length == lengths[0] else 0.2)) // (
-                length + 1
-            )
-            while left > 0:
-                count = min(left, 4_000_000 // (length + 1))
-                writer.write(draw.integers(0, 32_000, (count, length + 1), dtype=np.uint16))
-                left -= count
-            writer.close_shard()
-            about = {} if length == lengths[0] else {"row_length": length}
-            corpora[name]["train"]["shards"] += [{**shard, **about} for shard in writer.shards]
-    artifact = StageFolder(folder)
-    artifact.begin({"benchmark": True})
-    artifact.complete(
-        row_length=lengths[0], row_lengths=lengths, dtype="uint16", separator_id=0, corpora=corpora
-    )
-    return artifact
+        writer = RowWriter(folder / name, "train", form)
+        for start in range(0, tokens, 4_000_000):
+            writer.add([draw.integers(0, 32_000, min(4_000_000, tokens - start), dtype=np.uint16)])
+        writer.close_shard()
+        corpora[name] = {"train": {"shards": writer.shards}, "validation": {"shards": []}}
+    stage = StageFolder(folder)
+    stage.begin({"benchmark": True})
+    stage.complete(row_length=row_length, dtype="uint16", separator_id=0, corpora=corpora)
+    return stage
 
 
-def measure(prepared: StageFolder, lengths: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
-    longest = max(lengths)
-    rows, micro = max(1, arguments.batch_tokens // longest), max(1, arguments.micro_batch_tokens // longest)
-    sampler = open_mixture(prepared, {"text": 2.0, "code": 1.0}, seed=0)
-    source = PackedBatches(sampler, 1_000_000, longest, rows, micro)
+def measure(prepared: StageFolder, row_length: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    rows = max(1, arguments.batch_tokens // row_length)
+    rows_per_micro = max(1, arguments.micro_batch_tokens // row_length)
+    mixture = open_mixture(prepared, {"text": 2.0, "code": 1.0}, rows, seed=0)
+
+    def batches(step: int) -> list[Any]:
+        drawn = mixture.rows(step)
+        return [
+            packed_batch(drawn[start : start + rows_per_micro]) for start in range(0, rows, rows_per_micro)
+        ]
+
     begin = time.perf_counter()
-    source.batches(0)
+    batches(0)
     first = time.perf_counter() - begin
-    found = {
-        "row_lengths": lengths,
-        "batch_tokens": rows * longest,
+    tokens = rows * row_length
+    return {
+        "row_length": row_length,
+        "batch_tokens": tokens,
         "corpora": 2,
         "first_step_seconds": first,
+        "rows": rate(mixture.rows, tokens, arguments.seconds),
+        "batches": rate(batches, tokens, arguments.seconds),
     }
-    found["rows"] = rate(lambda step: sampler.groups(step * rows, rows), rows * longest, arguments.seconds)
-    found["batches"] = rate(source.batches, rows * longest, arguments.seconds)
-    return found
 
 
 def rate(draw: Callable[[int], Any], tokens: int, seconds: float) -> float:

@@ -6,7 +6,6 @@ A crash is everything since the last commit lost, bytes behind it left lying abo
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastdraft.console import Console
-from fastdraft.data.journal import Journal
-from fastdraft.data.loader import MixtureSampler
-from fastdraft.data.packing import RowPacker
-from fastdraft.data.shards import PackedCorpus, ShardWriter
 from fastdraft.training.batches import plan_batches
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from fastdraft.training.metrics import FILE, Metrics
@@ -44,52 +39,6 @@ def shard_writer(folder: Path, state: dict[str, Any]) -> ShardWriter:
 
 steps = st.lists(st.tuples(st.integers(1, 7), st.sampled_from(["commit", "flushed", "lost"])), max_size=8)
 """Rows written, and how it ends: committed, or a crash after or before they reached the disk."""
-
-
-@few
-@given(steps)
-def test_shards_written_over_any_crashes_are_the_undisturbed_ones(attempts: list[tuple[int, str]]) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        alone, crashed = Path(place) / "alone", Path(place) / "crashed"
-        writer = shard_writer(alone, {"shards": [], "open_rows": 0})
-        writer.write(ROWS)
-        writer.close_shard()
-        state: dict[str, Any] = {"shards": [], "open_rows": 0}
-        for count, end in [*attempts, (len(ROWS), "commit")]:
-            again = shard_writer(crashed, json.loads(json.dumps(state)))
-            done = sum(shard["rows"] for shard in state["shards"]) + state["open_rows"]
-            again.write(ROWS[done : done + count])
-            if end != "lost":
-                again.flush()
-            if end == "commit":
-                state = again.state()
-        again.close_shard()
-        assert shards(crashed) == shards(alone)
-        assert again.shards == writer.shards
-
-
-@few
-@given(
-    st.lists(st.lists(st.integers(0, 30), max_size=5), max_size=8),
-    st.lists(st.sampled_from(["commit", "close", "kill"]), max_size=8),
-)
-def test_a_journal_knows_after_any_crashes_just_what_was_committed(
-    batches: list[list[int]], ends: list[str]
-) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        path, known, state = Path(place) / "0" / "journal.sqlite", set[bytes](), None
-        for number, (batch, end) in enumerate(zip(batches, ends, strict=False)):
-            journal = Journal(path)
-            assert journal.read("text") == state
-            assert journal.known([bytes([value]) for value in range(31)]) == known
-            journal.add(bytes([value]) for value in batch)
-            if end == "commit":
-                state, known = {"number": number}, known | {bytes([value]) for value in batch}
-                journal.commit("text", state)
-            if end == "kill":  # what SIGKILL leaves is what lies on the disk at that moment
-                shutil.copytree(path.parent, Path(place) / str(number + 1))
-                path = Path(place) / str(number + 1) / path.name
-            journal.close()
 
 
 @few
@@ -166,23 +115,6 @@ def test_training_over_any_crashes_ends_in_the_same_weights(attempts: list[tuple
             assert torch.equal(found.state_dict()[name], weight)
 
 
-@few
-@given(st.lists(st.integers(0, 9), max_size=12), st.lists(st.integers(1, 4), max_size=12))
-def test_documents_packed_in_any_portions_are_the_same_rows(lengths: list[int], portions: list[int]) -> None:
-    documents = [np.full(length, number + 1, dtype=np.uint16) for number, length in enumerate(lengths)]
-    whole = RowPacker(ROW, 0, "uint16")
-    wanted = whole.add(documents)
-    packer, found, start = RowPacker(ROW, 0, "uint16"), [np.empty((0, ROW), dtype=np.uint16)], 0
-    for portion in [*portions, len(documents)]:
-        carry = packer.carry
-        packer = RowPacker(ROW, 0, "uint16")  # another process, which knows only what was left over
-        packer.carry = carry
-        found.append(packer.add(documents[start : start + portion]))
-        start += portion
-    assert np.array_equal(np.concatenate(found), wanted)
-    assert np.array_equal(packer.carry, whole.carry)
-
-
 class MemoryCorpus(PackedCorpus):
     """A corpus in memory: row i holds i."""
 
@@ -191,33 +123,6 @@ class MemoryCorpus(PackedCorpus):
 
     def shard(self, number: int) -> Any:
         return np.repeat(np.arange(self.rows, dtype=np.uint16)[:, None], 3, axis=1)
-
-
-@settings(few, max_examples=15)
-@given(
-    st.dictionaries(
-        st.sampled_from(["a", "b", "c"]), st.tuples(st.integers(1, 40), st.floats(0.01, 9)), min_size=1
-    ),
-    st.integers(0, 2**31 - 1),
-    st.integers(0, 70_000),
-    st.lists(st.integers(0, 9), min_size=1, max_size=8),
-)
-def test_row_i_of_a_mixture_is_the_same_however_rows_are_asked_for(
-    corpora: dict[str, tuple[int, float]], seed: int, start: int, portions: list[int]
-) -> None:
-    sampler = MixtureSampler(
-        {n: MemoryCorpus(r) for n, (r, _) in corpora.items()}, {n: w for n, (_, w) in corpora.items()}, seed
-    )
-    wanted, found, at = sampler.rows(start, sum(portions)), [], start
-    for portion in portions:
-        fresh = MixtureSampler(
-            {n: MemoryCorpus(r) for n, (r, _) in corpora.items()},
-            {n: w for n, (_, w) in corpora.items()},
-            seed,
-        )
-        found.append(fresh.rows(at, portion))
-        at += portion
-    assert np.array_equal(np.concatenate(found), wanted)
 
 
 @few
