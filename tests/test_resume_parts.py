@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,22 +22,6 @@ from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from fastdraft.training.metrics import FILE, Metrics
 
 few = settings(max_examples=25, derandomize=True, deadline=None)
-ROW = 5
-ROWS = np.arange(17 * ROW, dtype=np.int64).reshape(17, ROW)
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def shard_writer(folder: Path, state: dict[str, Any]) -> ShardWriter:
-    writer = ShardWriter(folder, "train", ROW, "uint16", rows_per_shard=4)
-    writer.restore(state["shards"], state["open_rows"])
-    return writer
-
-
-steps = st.lists(st.tuples(st.integers(1, 7), st.sampled_from(["commit", "flushed", "lost"])), max_size=8)
-"""Rows written, and how it ends: committed, or a crash after or before they reached the disk."""
 
 
 @few
@@ -113,16 +96,6 @@ def test_training_over_any_crashes_ends_in_the_same_weights(attempts: list[tuple
         assert state.step == 12
         for name, weight in alone.state_dict().items():
             assert torch.equal(found.state_dict()[name], weight)
-
-
-class MemoryCorpus(PackedCorpus):
-    """A corpus in memory: row i holds i."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__(Path(), [{"rows": rows}], 2, "uint16")
-
-    def shard(self, number: int) -> Any:
-        return np.repeat(np.arange(self.rows, dtype=np.uint16)[:, None], 3, axis=1)
 
 
 @few

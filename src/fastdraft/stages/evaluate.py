@@ -127,9 +127,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         cost_ratio_latency=round(costs.latency.cost_ratio, 6) if costs.latency else None,
         latency=costs.latency,
         **findings(work, replayed, exact, costs, context_length),
-        contamination=_contamination(config, trained_on, target.tokenizer, console, folder)
-        if trained_on
-        else None,
+        contamination=_contamination(config, trained_on, target.tokenizer, console) if trained_on else None,
         texts=TextSource(kind=config.texts.kind, left_out=dict(given.left_out) if given else {}),
     )
     write_json(folder.path / "results.json", results.to_json())
@@ -212,7 +210,6 @@ def _contamination(
     trained_on: list[StageFolder],
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
-    folder: StageFolder,
 ) -> dict[str, PromptOverlap]:
     """13-grams that evaluation texts (prompts and references) share with everything trained on."""
     texts = {
