@@ -1,10 +1,5 @@
 """Token-level distillation: losses between the target's distribution of the next token and the draft's, as pure functions.
 
-Decides the formulas; that both distributions are taken at temperature 1 and neither is masked (a padding id has the probability
-that the model gives it, since only then is the target's distribution its own); that a target known by its k most likely tokens
-is compared bucket by bucket, those k and one tail that holds all other tokens, in both distributions (so every loss here but the
-cross-entropy is a lower bound of the dense one, and they agree where the tails do); and that logits exist a chunk of rows at a time.
-
 Written t for target_probs, d for draft_probs, the sums over tokens or buckets v:
     forward_kl  sum t log(t/d)                                     Hinton et al. 1503.02531
     reverse_kl  sum d log(d/t)                                     MiniLLM 2306.08543
@@ -31,14 +26,17 @@ from torch import Tensor
 
 from fastdraft.functional.losses import IGNORE_INDEX, chunked_loss, default_chunk
 
+# Both distributions are taken at temperature 1 and neither is masked: a padding id has the probability that the model gives it, since
+# only then is the target's distribution its own. A target known by its k most likely tokens is compared bucket by bucket, those k and
+# one tail for all others, in both distributions: every loss but the cross-entropy is then a lower bound of the dense one.
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Log-probs of the target and of the draft, each [..., B] -> nats (or probability) [...]; differentiable by the draft's."""
 
 LK_ETA = 3.0
 """How fast lk_hybrid moves from KL to TVD as the overlap grows: the paper's best."""
 CHUNK_SHARE, CHUNK_ROWS = 4, 256
-"""About four times as many tensors of a chunk's size stand at once as in cross-entropy, so chunks have a quarter of its rows, but not fewer
-than this."""
+"""About four times as many tensors of a chunk's size stand at once as in cross-entropy: a quarter of its rows, but at least these."""
 LOG_FLOOR = -1e4
 """Stands for log 0 where a bucket is empty, so that 0 * log 0 is 0."""
 
@@ -93,15 +91,7 @@ class TokenLoss:
 
 
 def token_loss(name: str, beta: float = 0.5) -> TokenLoss:
-    """The loss of that name in the list above.
-
-    Args:
-        name: As in the list.
-        beta: Of jsd; the others have none.
-
-    Raises:
-        KeyError: for another name.
-    """
+    """The loss of that name in the list above; only jsd has a `beta`."""
     losses = {
         "forward_kl": TokenLoss(forward_kl),
         "reverse_kl": TokenLoss(reverse_kl),
@@ -164,39 +154,24 @@ def chunked_distillation(
     target: TargetDistribution,
     loss: TokenLoss,
     *,
-    ignore_index: int = IGNORE_INDEX,
     chunk: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of `loss` between the target's distribution and softmax(hidden @ head^T).
-
-    Matrix products run in autocast's type where it is on, all else in fp32 (float64 for float64 input), as in
-    `chunked_cross_entropy`.
+) -> Tensor:
+    """Sum over tokens of `loss` between the target's distribution and softmax(hidden @ head^T); types as in `chunked_cross_entropy`.
 
     Args:
-        hidden_ND: the draft's last hidden states, float [N, D].
-        head_VD: weight of its output head without bias, float [V, D].
-        labels_N: the token that follows each row, int64 [N]: the cross-entropy's; `ignore_index` takes a row out of the loss.
+        hidden_ND: the draft's last hidden states.
+        head_VD: weight of its output head without bias.
+        labels_N: the token that follows each row, int64: the cross-entropy's; `IGNORE_INDEX` takes a row out of the loss.
         target: the target's distribution at the same N rows.
         loss: from `token_loss`.
-        ignore_index: label of rows without a loss.
         chunk: rows whose logits exist at a time; 0 chooses by device and vocabulary.
-
-    Returns:
-        The sum of the losses (scalar; differentiable once by hidden and head) and the number of trained tokens (int64 scalar).
     """
     chunk = chunk or max(CHUNK_ROWS, default_chunk(hidden_ND.device.type, head_VD.shape[0]) // CHUNK_SHARE)
-    chunk_loss = partial(_chunk_loss, labels_N, ignore_index, target, loss)
-    return chunked_loss(hidden_ND, head_VD, chunk_loss, chunk), (labels_N != ignore_index).sum()
+    return chunked_loss(hidden_ND, head_VD, partial(_chunk_loss, labels_N, target, loss), chunk)
 
 
-def _chunk_loss(  # noqa: PLR0917 - the first four are bound
-    labels_N: Tensor,
-    ignore_index: int,
-    target: TargetDistribution,
-    loss: TokenLoss,
-    logits_CV: Tensor,
-    rows: slice,
-    grad: bool,
+def _chunk_loss(  # noqa: PLR0917 - the first three are bound
+    labels_N: Tensor, target: TargetDistribution, loss: TokenLoss, logits_CV: Tensor, rows: slice, grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of a chunk and its gradient by the logits.
 
@@ -204,7 +179,7 @@ def _chunk_loss(  # noqa: PLR0917 - the first four are bound
     proportion to their probability given the bucket.
     """
     labels_C, wide = labels_N[rows], logits_CV.dtype
-    trained_C = labels_C != ignore_index
+    trained_C = labels_C != IGNORE_INDEX
     safe_C1 = labels_C.where(trained_C, 0)[:, None]
     if isinstance(target, SparseTarget):
         ids_CK, target_CB = target.ids[rows].long(), target.logprobs[rows].to(wide)

@@ -1,28 +1,26 @@
-"""What the loop trains on at each step, as a pure function of the step's number.
+"""What the loop trains on at each step: `source.batches(step, micro_batch_tokens)`, always the same for the same numbers.
 
-Decides that no data position needs saving: a source maps a step to its micro-batches, always the same ones. Pre-training rows
-come packed; synthetic samples are padded on the right (causal attention then needs no mask), each from position 0, and only
-response tokens have a loss. What the target's stored logits say of those tokens travels with them.
+So no data position needs saving. Pre-training rows come packed; synthetic samples are padded on the right (causal attention then
+needs no mask), each from position 0, and only response tokens have a loss.
 
 Shapes: B rows of a micro-batch, T positions, N trained tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdraft.data.sparse_logits import SparseLogits
 from fastdraft.functional.distillation import SparseTarget
 
-if TYPE_CHECKING:
-    from fastdraft.data.rows import SyntheticRow
+DEFAULT_MICRO_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -40,66 +38,47 @@ class Batch:
     target: SparseTarget | None = None
     """The target's distribution at each trained position, where it was stored."""
     position_ids: Tensor | None = None
-    """int64 [B, T]: places counted anew in every text of a row, where texts shall not see each other; None: from 0 along the row."""
+    """int64 [B, T]: counted anew in every text of a row, where texts shall not see each other; None: from 0 along the row."""
     arrived: Any = None
-    """Event of the device after which a copy that was begun early may be read (training/transfer.py)."""
+    """Event of the device after which a copy that was begun early may be read."""
 
     @property
     def num_trained(self) -> int:
         return self.labels.numel()
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies to CUDA run beside the computation."""
-        if device.type in ("cpu", self.input_ids.device.type):
-            return self
-
-        def move(tensor: Tensor) -> Tensor:
-            return (
-                tensor.pin_memory().to(device, non_blocking=True)
-                if device.type == "cuda"
-                else tensor.to(device)
-            )
-
-        index = None if self.index is None else move(self.index)
-        target = SparseTarget(move(self.target.ids), move(self.target.logprobs)) if self.target else None
-        positions = None if self.position_ids is None else move(self.position_ids)
-        return Batch(move(self.input_ids), move(self.labels), index, self.num_tokens, target, positions)
-
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What the decoder is called with."""
-        places = {} if self.position_ids is None else {"position_ids": self.position_ids}
-        return {"input_ids": self.input_ids, **places}
+        return {"input_ids": self.input_ids} | (
+            {} if self.position_ids is None else {"position_ids": self.position_ids}
+        )
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`, safe to read there; copies to CUDA run beside the computation."""
+        if self.arrived is not None:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(self.arrived)
+            for tensor in self._tensors():
+                tensor.record_stream(stream)  # its memory was taken on the other stream
+        if device.type in ("cpu", self.input_ids.device.type):
+            return self
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of every step this process trains on: that of process `rank` of `size`.
+        def move(tensor: Tensor | None) -> Any:
+            if tensor is None or device.type != "cuda":
+                return None if tensor is None else tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)
 
-    All shares together are the step, whatever their number, so that a run may go on with more processes or fewer.
-    """
+        target = SparseTarget(move(self.target.ids), move(self.target.logprobs)) if self.target else None
+        labels, index, positions = move(self.labels), move(self.index), move(self.position_ids)
+        return Batch(move(self.input_ids), labels, index, self.num_tokens, target, positions)
 
-    rank: int = 0
-    size: int = 1
-
-    def rows(self, count: int) -> tuple[int, int]:
-        """First and last + 1 of `count` rows; shares differ by one row at most."""
-        return count * self.rank // self.size, count * (self.rank + 1) // self.size
-
-    def deal(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """Samples of near-equal total length: the longest first, each to whoever has least so far (Graham's rule, 1969)."""
-        if self.size == 1:
-            return samples
-        load, mine = [0] * self.size, []
-        for sample in sorted(samples, key=lambda sample: -sample.num_tokens):
-            taker = load.index(min(load))
-            load[taker] += sample.num_tokens
-            if taker == self.rank:
-                mine.append(sample)
-        return mine
-
-
-WHOLE = Share()
+    def _tensors(self) -> list[Tensor]:
+        parts = [self.input_ids, self.labels, self.index, self.position_ids]
+        return [
+            part
+            for part in (*parts, *((self.target.ids, self.target.logprobs) if self.target else ()))
+            if part is not None
+        ]
 
 
 class BatchSource(Protocol):
@@ -112,11 +91,11 @@ class BatchSource(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Input tokens of all steps, without padding."""
+        """Input tokens of all steps and all processes, without padding."""
         ...
 
-    def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of step `step`, 0-based, of this process's share; equal at every call."""
+    def batches(self, step: int, micro_batch_tokens: int = DEFAULT_MICRO_BATCH_TOKENS) -> list[Batch]:
+        """This process's micro-batches of step `step`, 0-based: at most so many tokens each, padding included, or one row."""
         ...
 
     def is_packed(self, step: int) -> bool:
@@ -124,16 +103,55 @@ class BatchSource(Protocol):
         ...
 
 
-Ids = Sequence[int] | npt.NDArray[np.int32]
-"""Token ids of a text; arrays where there are many texts."""
+@dataclass
+class Reader:
+    """Reads the next step's batches in a thread, and begins their copy to a CUDA device, while the present step is trained."""
+
+    source: BatchSource
+    device: torch.device
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    _coming: tuple[tuple[int, int], Future[list[Batch]]] | None = field(default=None, init=False)
+    _stream: Any = field(default=None, init=False)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(self, step: int, micro_batch_tokens: int) -> list[Batch]:
+        """`source.batches(step, micro_batch_tokens)`; those of the step after it are read from now on."""
+        if self._coming is None or self._coming[0] != (step, micro_batch_tokens):
+            self._begin(step, micro_batch_tokens)
+        assert self._coming is not None
+        batches = self._coming[1].result()
+        if step + 1 < self.source.steps:
+            self._begin(step + 1, micro_batch_tokens)
+        return batches
+
+    def _begin(self, *wanted: int) -> None:
+        self._coming = ((wanted[0], wanted[1]), self._pool.submit(self._make, *wanted))
+
+    def _make(self, step: int, micro_batch_tokens: int) -> list[Batch]:
+        if self.device.type != "cuda":
+            return self.source.batches(step, micro_batch_tokens)
+        self._stream = self._stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            batches = [batch.to(self.device) for batch in self.source.batches(step, micro_batch_tokens)]
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        return [replace(batch, arrived=event) for batch in batches]
 
 
 class RowMixture(Protocol):
-    """Packed rows of each step (`data.mixture.Mixture`)."""
+    """Packed rows of each step: `data.mixture.Mixture`."""
 
     rows_per_step: int
+    row_length: int
 
-    def rows(self, step: int, part: slice = slice(None)) -> npt.NDArray[np.int64]: ...
+    def rows(self, step: int, part: slice = ...) -> npt.NDArray[np.int64]:
+        """A part of the step's rows: int64 [rows, row_length + 1]."""
+        ...
 
 
 def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> Batch:
@@ -148,10 +166,10 @@ def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> B
 
 
 def text_positions(inputs_BT: Tensor, separator: int) -> Tensor:
-    """Place of every token in its text, int64 [B, T]: 0 at each separator and at the beginning of a row."""
-    places_T = torch.arange(inputs_BT.shape[1])
-    starts_BT = places_T.where(inputs_BT == separator, 0)
-    return places_T - starts_BT.cummax(dim=1).values
+    """Position of every token in its text, int64 [B, T]: 0 at each separator and at the beginning of a row."""
+    positions_T = torch.arange(inputs_BT.shape[1])
+    starts_BT = positions_T.where(inputs_BT == separator, 0)
+    return positions_T - starts_BT.cummax(dim=1).values
 
 
 def text_separator(manifest: Mapping[str, Any]) -> int | None:
@@ -161,48 +179,54 @@ def text_separator(manifest: Mapping[str, Any]) -> int | None:
 
 @dataclass(frozen=True)
 class PackedBatches:
-    """Steps of packed rows: `rows_per_batch` rows a step, `rows_per_micro` at a time."""
+    """Steps of packed rows."""
 
     mixture: RowMixture
     steps: int
-    row_length: int
-    rows_per_batch: int
-    rows_per_micro: int
     separator: int | None = None
     """Id before every text, where texts of a row shall not see each other."""
-    share: Share = WHOLE
-    """Of this process."""
+    rank: int = 0
+    """Of this process, which takes every `size`-th row."""
+    size: int = 1
 
     @property
     def tokens(self) -> int:
-        return self.steps * self.rows_per_batch * self.row_length
+        return self.steps * self.mixture.rows_per_step * self.mixture.row_length
 
     def is_packed(self, step: int) -> bool:
         return True
 
-    def batches(self, step: int) -> list[Batch]:
-        first, end = self.share.rows(self.rows_per_batch)
-        if first == end:  # more processes than rows
-            return []
-        rows = self.mixture.rows(step, slice(first, end))
-        starts = range(0, len(rows), self.rows_per_micro)
-        return [packed_batch(rows[start : start + self.rows_per_micro], self.separator) for start in starts]
+    def batches(self, step: int, micro_batch_tokens: int = DEFAULT_MICRO_BATCH_TOKENS) -> list[Batch]:
+        rows = self.mixture.rows(step, slice(self.rank, None, self.size))
+        count = max(1, micro_batch_tokens // self.mixture.row_length)
+        return [
+            packed_batch(rows[first : first + count], self.separator) for first in range(0, len(rows), count)
+        ]
 
 
 class ResponseLogits(Protocol):
     """The target's stored distributions at the tokens of one response; read when a batch needs them."""
 
-    def read(self, start: int, stop: int) -> SparseLogits: ...
+    def read(self, start: int, stop: int) -> Any:
+        """Its `ids` [n, k] and `logprobs` [n, k + 1] are arrays."""
+        ...
 
 
 @dataclass(frozen=True)
 class Sample:
     """A prompt with the response to be learned."""
 
-    prompt_ids: Ids
-    response_ids: Ids
+    prompt_ids: npt.NDArray[np.int32]
+    response_ids: npt.NDArray[np.int32]
     logits: ResponseLogits | None = None
     """Of all samples of a step or of none."""
+
+    @staticmethod
+    def of(row: Any, logits: ResponseLogits | None = None) -> Sample:
+        """A synthetic row, as arrays: four bytes a token."""
+        return Sample(
+            np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32), logits
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -210,15 +234,7 @@ class Sample:
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
 
-def as_samples(rows: Iterable[tuple[SyntheticRow, ResponseLogits | None]]) -> list[Sample]:
-    """Rows of text as arrays, not lists: four bytes a token, and the rows' log-probs are let go."""
-    return [
-        Sample(np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32), logits)
-        for row, logits in rows
-    ]
-
-
-def cut_to_context(samples: Sequence[Sample], context_length: int) -> tuple[list[Sample], int, int]:
+def cut_to_context(samples: Iterable[Sample], context_length: int) -> tuple[list[Sample], int, int]:
     """Samples whose inputs fit into `context_length` positions; the number cut short; the number dropped for want of any loss.
 
     A sample without a prompt loses its first response token as a label: nothing stands before it.
@@ -230,7 +246,7 @@ def cut_to_context(samples: Sequence[Sample], context_length: int) -> tuple[list
             num_dropped += 1
             continue
         num_cut += len(sample.response_ids) > room
-        kept.append(Sample(sample.prompt_ids, sample.response_ids[:room], sample.logits))
+        kept.append(replace(sample, response_ids=sample.response_ids[:room]))
     return kept, num_cut, num_dropped
 
 
@@ -238,7 +254,7 @@ def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
     """Samples side by side, padded on the right to the longest; labels are response tokens only, by the stored boundary."""
     length = max(sample.num_tokens for sample in samples)
     inputs = np.full((len(samples), length), pad_id, dtype=np.int64)
-    index, labels = [], []
+    index, labels, stored = [], [], []
     for row, sample in enumerate(samples):
         ids = np.concatenate(
             [np.asarray(part, dtype=np.int64) for part in (sample.prompt_ids, sample.response_ids)]
@@ -247,22 +263,18 @@ def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
         first = max(len(sample.prompt_ids), 1)
         index.append(row * length + np.arange(first - 1, len(ids) - 1))
         labels.append(ids[first:])
-    tokens = sum(sample.num_tokens for sample in samples)
+        if sample.logits is not None:
+            stored.append(sample.logits.read(max(1 - len(sample.prompt_ids), 0), len(sample.response_ids)))
+    target = None
+    if stored:
+        kept_ids, logprobs = (
+            np.concatenate([getattr(part, name) for part in stored]) for name in ("ids", "logprobs")
+        )
+        target = SparseTarget(torch.from_numpy(kept_ids), torch.from_numpy(logprobs)).normalized()
     labels_N, index_N = torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(index))
-    return Batch(torch.from_numpy(inputs), labels_N, index_N, tokens, _stored_target(samples))
-
-
-def _stored_target(samples: Sequence[Sample]) -> SparseTarget | None:
-    """The distributions that belong to the labels of `padded_batch`, in its order."""
-    parts = [
-        sample.logits.read(max(1 - len(sample.prompt_ids), 0), len(sample.response_ids))
-        for sample in samples
-        if sample.logits is not None
-    ]
-    if not parts:
-        return None
-    ids, logprobs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "logprobs"))
-    return SparseTarget(torch.from_numpy(ids), torch.from_numpy(logprobs)).normalized()
+    return Batch(
+        torch.from_numpy(inputs), labels_N, index_N, sum(sample.num_tokens for sample in samples), target
+    )
 
 
 def micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> list[list[Sample]]:
@@ -321,13 +333,13 @@ class AlignmentBatches:
     plan: Sequence[npt.NDArray[np.int64]]
     """Sample numbers of each synthetic step, from `plan_batches`."""
     pad_id: int
-    micro_batch_tokens: int
     packed: PackedBatches | None = None
     """Source of pre-training steps; None for none."""
     packed_share: float = 0.0
     """Share of all steps that are pre-training steps, below 1."""
-    share: Share = WHOLE
-    """Of this process."""
+    rank: int = 0
+    """Of this process, which takes every `size`-th sample of a step, by length."""
+    size: int = 1
 
     @property
     def steps(self) -> int:
@@ -339,20 +351,16 @@ class AlignmentBatches:
 
     @property
     def tokens(self) -> int:
-        packed: int = (
-            self._num_packed * self.packed.rows_per_batch * self.packed.row_length if self.packed else 0
-        )
+        packed = replace(self.packed, steps=self._num_packed).tokens if self.packed else 0
         return packed + sum(self.samples[int(i)].num_tokens for numbers in self.plan for i in numbers)
 
     def is_packed(self, step: int) -> bool:
         return (step + 1) * self._num_packed // self.steps > step * self._num_packed // self.steps
 
-    def batches(self, step: int) -> list[Batch]:
+    def batches(self, step: int, micro_batch_tokens: int = DEFAULT_MICRO_BATCH_TOKENS) -> list[Batch]:
         packed_before = step * self._num_packed // self.steps
         if self.packed and self.is_packed(step):
-            return self.packed.batches(packed_before)
+            return self.packed.batches(packed_before, micro_batch_tokens)
         chosen = [self.samples[i] for i in self.plan[step - packed_before]]
-        return [
-            padded_batch(group, self.pad_id)
-            for group in micro_batches(self.share.deal(chosen), self.micro_batch_tokens)
-        ]
+        mine = sorted(chosen, key=lambda sample: -sample.num_tokens)[self.rank :: self.size]
+        return [padded_batch(group, self.pad_id) for group in micro_batches(mine, micro_batch_tokens)]

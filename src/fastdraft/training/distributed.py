@@ -1,185 +1,162 @@
-"""The processes that train one draft together, one for each device: who they are and how they agree.
+"""The processes that train one draft together, one for each device, as torchrun starts them: `with join(device, stage) as world:`.
 
-Decides that there are two kinds of traffic. Gradients go by the device's own backend (NCCL, or gloo on a CPU). What the loops must agree
-on (did everyone's batch fit, did anyone ask to stop, what did process 0 find or write) goes by gloo over CPU tensors, which never makes a
-device wait. Process 0 alone validates and writes; whatever goes wrong there is raised by all.
+Gradients go by the device's own backend. What the loops must agree on (a stop, what process 0 measured or wrote) goes by gloo over
+CPU tensors, which never makes a device wait. Process 0 alone validates and writes. Outside training stages there is no group.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fastdraft import errors
-from fastdraft.errors import FastDraftError
-from fastdraft.training.batches import WHOLE, Share
+from fastdraft.errors import FastDraftError, RecipeError
+from fastdraft.training.batches import Batch
 
 GRADIENT_TIMEOUT = timedelta(minutes=10)
 """A process that keeps the others waiting longer for its part of a step counts as lost."""
 MAIN_TIMEOUT = timedelta(hours=6)
 """As long may process 0 validate or write while the others wait."""
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+IDLE = Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+"""What a process without rows of its own computes, at weight 0, so that it takes part in the sum."""
+T = TypeVar("T")
+
+
+def process_rank() -> int:
+    """The number of this process among those that torchrun started; 0 is the one that writes, and the only one without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Of all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run as one of them sees them; alone by default."""
+    """All processes of a training stage as one of them sees them; alone by default."""
 
     rank: int = 0
     size: int = 1
     control: dist.ProcessGroup | None = None
-    """For the loop."""
-    ahead: dist.ProcessGroup | None = None
-    """For the thread that reads batches ahead of the loop, so that the order of messages in each group is the same everywhere."""
+    """gloo, for what is not gradients."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process validates and writes."""
         return self.rank == 0
 
-    @property
-    def share(self) -> Share:
-        """What this process trains on."""
-        return Share(self.rank, self.size) if self.size > 1 else WHOLE
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, by rank."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.control)
+        return found
 
-    def gather(self, values: Sequence[int], ahead: bool = False) -> list[list[int]]:
-        """Everyone's integers, by rank; as many from each."""
-        if self.size == 1:
-            return [list(values)]
-        own = torch.tensor(values, dtype=torch.int64)
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(found, own, group=self.ahead if ahead else self.control)
-        return [list(map(int, tensor.tolist())) for tensor in found]
-
-    def all_agree(self, fine: bool) -> bool:
-        """Whether it is fine everywhere."""
-        return all(value for (value,) in self.gather([int(fine)]))
-
-    def on_main(self, work: Callable[[], Any]) -> Any:
-        """Lets process 0 do `work` while the others wait; its result (JSON values), or its error, is everyone's.
-
-        Raises:
-            FastDraftError: the very error that process 0 met.
-            FastDraftError: elsewhere, when process 0 met an error of another kind, which it raises itself.
-        """
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Lets process 0 do `work` while the others wait; its result, or its error, is everyone's."""
         if self.size == 1:
             return work()
-        if not self.is_main:
-            return _result(json.loads(self._broadcast("")))
+        found: list[Any] = [None, None]
         try:
-            found = work()
+            if self.is_main:
+                found[0] = work()
         except FastDraftError as error:
-            self._broadcast(json.dumps({"error": error_record(error)}))
-            raise
-        except BaseException:
-            self._broadcast(json.dumps({"error": None}))
-            raise
-        return _result(json.loads(self._broadcast(json.dumps({"result": found}))))
-
-    def everyone(self, value: Any) -> list[Any]:
-        """Everyone's JSON value, by rank."""
-        if self.size == 1:
-            return [value]
-        return [
-            json.loads(self._broadcast(json.dumps(value) if rank == self.rank else "", rank))
-            for rank in range(self.size)
-        ]
-
-    def raise_first(self, own: FastDraftError | None, ahead: bool = False) -> None:
-        """Raises in all processes the error of the first that has one; returns when none has.
-
-        Raises:
-            FastDraftError: this process's own, or another's.
-        """
-        for rank in range(self.size):
-            text = json.dumps(error_record(own)) if own and rank == self.rank else ""
-            found = self._broadcast(text, rank, ahead) if self.size > 1 else text
-            if found:
-                raise own if own and rank == self.rank else error_from(json.loads(found))
-
-    def _broadcast(self, text: str, source: int = 0, ahead: bool = False) -> str:
-        group = self.ahead if ahead else self.control
-        content = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
-        length = torch.tensor([len(content)])
-        dist.broadcast(length, source, group=group)
-        if self.rank != source:
-            content = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(content, source, group=group)
-        return bytes(content.tolist()).decode().strip()
-
-
-_ALONE = World()
-_joined: list[World] = []
-
-
-def current() -> World:
-    """The processes among which this one works; outside `join`, itself alone."""
-    return _joined[-1] if _joined else _ALONE
+            found[1] = error
+        dist.broadcast_object_list(found, 0, group=self.control)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
 
 
 @contextlib.contextmanager
-def join(device: torch.device) -> Iterator[World]:
-    """Makes this process one of those that torch's launcher started, for the block: `current()` is then their world.
-
-    Args:
-        device: This process's own; it decides the backend of gradients.
-
-    Raises:
-        FastDraftError: when the others cannot be reached.
-    """
-    backend = _BACKENDS.get(device.type)
-    if backend is None:
-        raise FastDraftError(
-            "run.device",
-            device.type,
-            "has no way to add gradients of several processes",
-            "train with one process",
+def join(device: torch.device, stage: str) -> Iterator[World]:
+    """Makes this process one of those that torchrun started, for the block; alone without torchrun."""
+    if process_count() == 1:
+        yield World()
+        return
+    if device.type not in _BACKENDS:
+        raise RecipeError(
+            f"run.device: {device.type} cannot add gradients of several processes", "train with one process"
         )
-    try:
-        dist.init_process_group(
-            backend, timeout=GRADIENT_TIMEOUT, device_id=device if device.type != "cpu" else None
+    # A prefix for each group: torch's own is the same for every group of a process, and would hand out addresses of the one before.
+    store = dist.PrefixStore(f"{stage}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store())
+    dist.init_process_group(
+        _BACKENDS[device.type], store=store, rank=process_rank(), world_size=process_count(), timeout=GRADIENT_TIMEOUT,
+        device_id=device if device.type != "cpu" else None,
+    )  # fmt: skip
+    yield World(process_rank(), process_count(), dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT))
+    dist.destroy_process_group()  # not after an error: it would wait for processes that are lost
+
+
+@cache
+def _store() -> dist.TCPStore:
+    """torchrun keeps it on the first machine; without torchrun (RANK and MASTER_ADDR set by hand) process 0 does."""
+    serves = process_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, None, serves, MAIN_TIMEOUT, wait_for_workers=False)
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's accelerator, where torchrun started one process for each."""
+    if process_count() == 1 or device.type == "cpu":
+        return device
+    number = int(os.environ["LOCAL_RANK"])
+    if device.index is not None or number >= torch.accelerator.device_count():
+        rule = f"each process of torchrun takes an accelerator of its own, and there are {torch.accelerator.device_count()}"
+        raise RecipeError(
+            f"run.device: {device}: {rule}",
+            f"set run.device={device.type} and --nproc-per-node to at most that",
         )
-        groups = [dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT) for _ in range(2)]
-    except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
-        found = (
-            f"process {os.environ.get('RANK')} cannot reach the others ({str(error).splitlines()[0][:120]})"
+    torch.accelerator.set_device_index(number)
+    return torch.device(device.type, number)
+
+
+class Replicas:
+    """Copies of the model in all processes, whose gradients are added while the last backward pass is still at work (DDP)."""
+
+    def __init__(self, model: nn.Module, loss_sum: Callable[[Batch], Tensor]) -> None:
+        self._module = DistributedDataParallel(
+            _LossSum(model, loss_sum), broadcast_buffers=False, gradient_as_bucket_view=True
         )
-        raise FastDraftError(
-            "training", found, "all processes must see each other", "check --master-addr and the network"
-        ) from error
-    _joined.append(World(dist.get_rank(), dist.get_world_size(), *groups))
-    try:
-        yield _joined[-1]
-        dist.destroy_process_group()  # not after an error: it would wait for processes that are lost
-    finally:
-        _joined.pop()
+        # DDP's own hook averages; the step has divided by the trained tokens of all processes already.
+        self._module.register_comm_hook(
+            None, lambda state, bucket: _add(bucket)
+        )  # torch reads the annotations of anything else
+
+    def loss_sum(self, batch: Batch, last: bool) -> Tensor:
+        """The summed loss of a micro-batch; `last`: of the step's."""
+        self._module.require_backward_grad_sync = last
+        loss: Tensor = self._module(batch)
+        return loss * 0.0 if batch is IDLE else loss
+
+    def sum(self, loss: Tensor) -> Tensor:
+        """Of all processes."""
+        dist.all_reduce(loss)
+        return loss
 
 
-def error_record(error: FastDraftError) -> dict[str, Any]:
-    """An error as JSON values, for another process."""
-    kind, arguments = error.__reduce__()[:2]
-    return {"kind": kind.__name__, "arguments": arguments}
+class _LossSum(nn.Module):
+    """The forward pass that DDP wraps: from a micro-batch to its summed loss."""
+
+    def __init__(self, model: nn.Module, loss_sum: Callable[[Batch], Tensor]) -> None:
+        super().__init__()
+        self.model, self._loss_sum = model, loss_sum
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._loss_sum(batch)
 
 
-def error_from(record: dict[str, Any]) -> FastDraftError:
-    """The error that `error_record` described."""
-    kind: type[FastDraftError] = getattr(errors, str(record["kind"]), FastDraftError)
-    return kind(*record["arguments"])
-
-
-def _result(record: dict[str, Any]) -> Any:
-    if "error" not in record:
-        return record["result"]
-    if record["error"] is None:
-        raise FastDraftError(
-            "training", "process 0 failed", "all processes work or none", "see its error above"
-        )
-    raise error_from(record["error"])
+def _add(bucket: Any) -> torch.futures.Future[Tensor]:
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    added: torch.futures.Future[Tensor] = future.then(lambda done: done.value()[0])
+    return added

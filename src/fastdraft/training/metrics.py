@@ -1,10 +1,12 @@
-"""The record of a training run: one JSON line per step and per validation, and the same to TensorBoard when asked.
+"""The record of a training run: a JSON line for each step and validation in `FOLDER/metrics.jsonl`, and the same to TensorBoard.
 
-Decides that a resumed run continues the file as if it had never stopped: lines after the checkpoint's step are cut away first.
+with Metrics(folder, step) as metrics: metrics.write(step=1, loss=2.0)
+records = read_metrics(folder)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -12,23 +14,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastdraft.errors import MissingExtra
-from fastdraft.machine import disk_errors
 from fastdraft.run_folder import write_atomic
 
 FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends records to `folder/metrics.jsonl`; use as a context manager.
+    """Appends records to `folder/metrics.jsonl`, as if a resumed run had never stopped: lines after `step` are cut away first.
 
-    Args:
-        folder: the stage's folder.
-        step: the last step that is already done; later lines are removed.
-        tensorboard: write `folder/tensorboard/` too.
-        silent: write nothing; of all processes of a run only one writes.
-
-    Raises:
-        MissingExtra: TensorBoard asked for but not installed.
+    `silent`: writes nothing; of all processes of a run only one writes.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False, silent: bool = False) -> None:
@@ -37,21 +31,19 @@ class Metrics:
         self._file: TextIO | None = None
         if silent:
             return
-        kept = [json.dumps(record) for record in read_metrics(folder) if record["step"] <= step]
-        if step or self.path.exists():
-            write_atomic(self.path, "".join(line + "\n" for line in kept) if step else "")
+        kept = [
+            json.dumps(record) + "\n" for record in read_metrics(folder) if step and record["step"] <= step
+        ]
+        write_atomic(self.path, "".join(kept))
         self._board = _open_board(folder / "tensorboard", step) if tensorboard else None
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, **record: Any) -> None:
         """One line; `step` is the number of finished steps. Numbers that are not finite become null."""
         if self._file is None:
             return
-        with disk_errors(self.path):
-            self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        self._file.flush()
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(name, value, record["step"])
@@ -60,26 +52,25 @@ class Metrics:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for opened in (self._file, self._board):
+            if opened is not None:
+                opened.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a stage's folder in order; a line torn by a kill, or that is no record of a step, is left out. No file: none."""
-    path = folder / FILE
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append(record)
+    """The records of a stage's folder in order; none where it has no file."""
+    path, records = folder / FILE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # the last line, torn by a kill
+            records.append(json.loads(line))
     return records
+
+
+def final_train_loss(records: list[dict[str, Any]], share: float = 0.1) -> float | None:
+    """Mean training loss over the last `share` of the recorded steps."""
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    tail = losses[-max(1, round(len(losses) * share)) :]
+    return sum(tail) / len(tail) if tail else None
 
 
 def _open_board(folder: Path, step: int) -> Any:

@@ -1,18 +1,13 @@
-"""Which weights are updated by what: AdamW throughout, or Muon for the matrices of the body beside AdamW for the rest.
-
-Decides the groups: matrices of the body and an untied head decay, embeddings (tied ones too), gains and biases do not; Muon
-gets the body's matrices only, with steps scaled to AdamW's root mean square (arXiv 2502.16982) so that one rate means the same
-for both. Each group remembers its peak rate, and `set_rate` scales all by the schedule's factor.
-"""
+"""AdamW for every weight, or Muon for the body's matrices beside AdamW for the rest: `build_optimizers(model, kind="adamw", ...)`."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-
-from fastdraft.training.muon import Fp32Muon
 
 PEAK = "peak_rate"
 _FUSED_DEVICES = ("cpu", "cuda", "xpu")
@@ -30,9 +25,14 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """One optimiser (AdamW) or two (Muon, AdamW) over all weights of a Hugging Face causal language model.
 
-    `learning_rate` is the peak of the body's matrices, `embedding_learning_rate` that of all other weights (None: the same);
-    `weight_decay` is decoupled, per unit of rate; `beta2` is AdamW's; `low`: the step's products are in bf16, and so are
-    Muon's own; else those are in the type of the weights.
+    Args:
+        model: Its matrices of the body and an untied head decay; embeddings (tied ones too), gains and biases do not.
+        kind: Muon's steps are scaled to AdamW's root mean square (arXiv 2502.16982), so that one rate means the same for both.
+        learning_rate: Peak of the body's matrices.
+        embedding_learning_rate: Peak of all other weights; None: the same.
+        weight_decay: Decoupled, per unit of rate.
+        beta2: AdamW's.
+        low: The step's products are in bf16, and so are Muon's own; else those are in the type of the weights.
     """
     groups = split_parameters(model)
     rest_rate = learning_rate if embedding_learning_rate is None else embedding_learning_rate
@@ -58,22 +58,16 @@ def build_optimizers(
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Every trainable weight once: `embedding` (also the head when tied), `head`, `body` (matrices), `vector` (gains, biases)."""
-    embedding = _weight(model, "get_input_embeddings")
-    head = _weight(model, "get_output_embeddings")
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
     groups: dict[str, list[nn.Parameter]] = {"embedding": [], "head": [], "body": [], "vector": []}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        name = (
-            "embedding"
-            if parameter is embedding
-            else "head"
-            if parameter is head
-            else "body"
-            if parameter.ndim == 2
-            else "vector"
-        )
-        groups[name].append(parameter)
+        if parameter is embedding.weight:
+            groups["embedding"].append(parameter)
+        elif parameter is head.weight:
+            groups["head"].append(parameter)
+        elif parameter.requires_grad:
+            groups["body" if parameter.ndim == 2 else "vector"].append(parameter)
     return groups
 
 
@@ -88,6 +82,38 @@ def _group(parameters: list[nn.Parameter], rate: float, weight_decay: float) -> 
     return {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": weight_decay}
 
 
-def _weight(model: nn.Module, getter: str) -> Tensor | None:
-    layer = getattr(model, getter)() if hasattr(model, getter) else None
-    return None if layer is None else layer.weight
+class Fp32Muon(torch.optim.Muon):
+    """torch.optim.Muon with its Newton-Schulz iteration in the weights' type instead of bf16.
+
+    bf16 is as exact as a bf16 step needs; a run in fp32 would get differences of bf16's size back from the last bit of a gradient,
+    for example from sums that two processes add in another order.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        for group in self.param_groups:
+            parameters: list[Tensor] = []
+            gradients: list[Tensor] = []
+            momenta: list[Tensor] = []
+            self._init_group(group, parameters, gradients, momenta)
+            momentum, rate = group["momentum"], group["lr"]
+            for parameter, gradient, mean in zip(parameters, gradients, momenta, strict=True):
+                mean.lerp_(gradient, 1 - momentum)
+                nesterov = gradient.lerp(mean, momentum)
+                turned = _orthogonal(nesterov, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(turned, alpha=-0.2 * rate * math.sqrt(max(parameter.shape)))
+
+
+def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The nearest orthogonal matrix, roughly: singular values of `matrix` [M, N] go to about 0.7 to 1.2.
+
+    Muon's quintic a x + b x^3 + c x^5 (K. Jordan, 2024, kellerjordan.github.io/posts/muon), in the type of `matrix`.
+    """
+    a, b, c = coefficients
+    x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.t()
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.t() if matrix.shape[0] > matrix.shape[1] else x

@@ -1,8 +1,4 @@
-"""The learning rate over the steps of a run, as a factor of its peak.
-
-Decides the two shapes: warm-up, constant, linear to zero (WSD), whose weights before the decay are worth keeping because more
-training can go on from them; and warm-up with a cosine. Plain arithmetic, no state: resuming needs nothing.
-"""
+"""The learning rate over the steps of a run, as a factor of its peak. Plain arithmetic, no state: resuming needs nothing."""
 
 from __future__ import annotations
 

@@ -1,25 +1,24 @@
-"""One optimiser step, bare: forward, loss, backward over micro-batches; clip; update.
+"""One optimiser step, bare: `step.gradients(batches)`, then `step.update(factor)` or `step.skip()`.
 
-Decides the precision (fp32 weights, bf16 autocast), and that a gradient is the mean over all trained tokens of the whole batch, so
-that the micro-batch size changes memory and speed but not the mathematics. Knows torch only, no recipe, so that it can be
-measured by itself (benchmarks/train_step.py).
+fp32 weights, products in bf16 autocast. A gradient is the mean over all trained tokens of the whole batch, so the micro-batch size
+changes memory and speed but not the mathematics. Knows torch only, no recipe, so that it can be measured by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdraft.errors import FastDraftError
+from fastdraft.errors import DataError
 from fastdraft.training.batches import Batch
+from fastdraft.training.distributed import IDLE, Replicas
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import set_rate
-from fastdraft.training.transfer import arrive
 
 MICRO_BATCH_TOKENS = {"cpu": 8192, "other": 32768}
 """Default size of a micro-batch: a CPU's caches, an accelerator's units."""
@@ -46,38 +45,9 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type == "xpu"
 
 
-class Peers(Protocol):
-    """The processes that make one gradient together (training/distributed.py)."""
-
-    def loss_sum(self, step: TrainStep, batch: Batch, last: bool) -> Tensor:
-        """As `TrainStep.loss_sum`; `last`: of the step's micro-batches."""
-        ...
-
-    def reduce(self, step: TrainStep, loss: Tensor) -> Tensor:
-        """The sum of all processes' losses; afterwards the gradients are sums over all processes too."""
-        ...
-
-    def clip(self, step: TrainStep) -> Tensor:
-        """Clips the whole gradient and gives its norm before."""
-        ...
-
-
-class Alone:
-    """One process is all there is."""
-
-    def loss_sum(self, step: TrainStep, batch: Batch, last: bool) -> Tensor:
-        return step.loss_sum(batch)
-
-    def reduce(self, step: TrainStep, loss: Tensor) -> Tensor:
-        return loss
-
-    def clip(self, step: TrainStep) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(step.parameters, step.clip)
-
-
 @dataclass
 class TrainStep:
-    """The parts that one step needs; `gradients` then `update`, or `skip`."""
+    """The parts that one step needs."""
 
     decoder: nn.Module | Callable[..., Any]
     """Gives `.last_hidden_state` [B, T, D] for `input_ids`."""
@@ -90,14 +60,18 @@ class TrainStep:
     autocast: torch.dtype | None = None
     clip: float = 1.0
     """Largest norm of the whole gradient."""
-    peers: Peers = field(default_factory=Alone)
-    """Who else works on the same step."""
+    replicas: Replicas | None = None
+    """The other processes that work on the same step."""
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """The objective summed over the batch's trained tokens; differentiable unless under `torch.no_grad`."""
         batch = batch.to(self.device)
-        arrive(batch)
-        with self._precision():
+        low = (
+            contextlib.nullcontext()
+            if self.autocast is None
+            else torch.autocast(self.device.type, dtype=self.autocast)
+        )
+        with low:
             hidden_ND = self.decoder(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
             if batch.index is not None:
                 hidden_ND = hidden_ND.index_select(0, batch.index)
@@ -111,28 +85,29 @@ class TrainStep:
             num_trained: Trained tokens of all processes; None: those of `batches`.
 
         Returns:
-            Mean loss (nats per trained token), norm of the gradient before clipping, number of trained tokens. Reading the two
-            numbers is the step's only wait for the device.
-
-        Raises:
-            FastDraftError: when no token of the batch has a loss.
+            Mean loss (nats per trained token), norm of the gradient before clipping, number of trained tokens.
         """
         if num_trained is None:
             num_trained = sum(batch.num_trained for batch in batches)
         if num_trained == 0:
-            raise FastDraftError(
-                "training batch",
-                "0 trained tokens",
-                "every batch must have tokens with a loss",
+            raise DataError(
+                "training batch: 0 trained tokens; every step must have tokens with a loss",
                 "check the responses",
             )
         total = torch.zeros((), device=self.device)
+        batches = batches or [IDLE]  # more processes than rows
         for number, batch in enumerate(batches, start=1):
-            loss = self.peers.loss_sum(self, batch, last=number == len(batches))
+            loss = (
+                self.replicas.loss_sum(batch, last=number == len(batches))
+                if self.replicas
+                else self.loss_sum(batch)
+            )
             torch.autograd.backward(loss / num_trained)
             total += loss.detach()
-        total = self.peers.reduce(self, total)
-        norm = self.peers.clip(self)
+        if self.replicas:
+            total = self.replicas.sum(total)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        # Reading these two numbers is the step's only wait for the device.
         mean, gradient_norm = torch.stack([total / num_trained, norm.to(total.dtype)]).tolist()
         return mean, gradient_norm, num_trained
 
@@ -150,8 +125,3 @@ class TrainStep:
         """Forgets the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
-
-    def _precision(self) -> contextlib.AbstractContextManager[None]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)

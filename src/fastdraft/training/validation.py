@@ -1,37 +1,32 @@
 """What is measured between steps: the loss of each prepared corpus, block efficiency on held-out responses.
 
-Decides how much is read (the same first rows every time, a bounded number of tokens), that a loss is plain cross-entropy in nats per
-token, whatever else the training objective adds, and that what does not fit into memory is done in smaller pieces.
+Always the same first rows, a bounded number of tokens; losses are plain cross-entropy in nats per token, whatever the objective adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastdraft.data.shards import PackedCorpus, open_corpus
-from fastdraft.decoding.replay import WrittenText
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fastdraft.data.shards import PackedCorpus
+from fastdraft.decoding.replay import WrittenText, block_efficiency
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.run_folder import StageFolder
 from fastdraft.training.batches import (
     Batch,
-    as_samples,
+    Sample,
     cut_to_context,
     micro_batches,
     packed_batch,
     padded_batch,
-    text_separator,
 )
-from fastdraft.training.memory import within_memory
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.step import TrainStep
-from fastdraft.training.trainer import Validation, mean_loss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from fastdraft.data.rows import SyntheticRow
+from fastdraft.training.trainer import Validation
 
 VALIDATION_TOKENS = 65_536
 """Tokens read of each corpus."""
@@ -39,82 +34,65 @@ REPLAYED_TOKENS = 8192
 """Tokens of responses that go through the draft at once."""
 
 
+@torch.no_grad()
+def mean_loss(step: TrainStep, batches: Sequence[Batch]) -> float:
+    """The objective's mean over all trained tokens, in nats, without touching gradients."""
+    total = sum(float(step.loss_sum(batch)) for batch in batches)
+    return total / max(1, sum(batch.num_trained for batch in batches))
+
+
 def corpus_losses(
-    step: TrainStep, prepare: StageFolder, rows_per_micro: int
-) -> Callable[[], dict[str, float]]:
-    """A function that gives the present loss on the validation rows of every prepared corpus by name.
-
-    Corpora without validation rows are left out.
-    """
-    corpora = {name: open_corpus(prepare, name, "validation") for name in prepare.manifest()["corpora"]}
-    plain = replace(step, objective=CrossEntropy())
-    separator = text_separator(prepare.manifest())
-    batches = {
-        name: _validation_batches(corpus, rows_per_micro, separator) for name, corpus in corpora.items()
-    }
-    return lambda: {name: mean_loss(plain, held) for name, held in batches.items() if held}
-
-
-def replayed_score(
-    draft: PreTrainedModel, rows: Sequence[WrittenText], num_speculative_tokens: int, vocabulary: Vocabulary
-) -> float:
-    """Block efficiency over `rows` by replay (decoding/replay.py)."""
-    from fastdraft.decoding.replay import block_efficiency
-
-    def replayed(tokens: int) -> float:
-        return block_efficiency(draft, rows, num_speculative_tokens, vocabulary, batch_tokens=tokens)
-
-    return within_memory(replayed, REPLAYED_TOKENS, 1, "align")
-
-
-class HeldOutResponses:
-    """Cross-entropy and block efficiency on held-out responses, whatever the objective."""
-
-    def __init__(  # noqa: PLR0917
-        self,
-        draft: PreTrainedModel,
-        step: TrainStep,
-        rows: Sequence[SyntheticRow],
-        num_speculative_tokens: int,
-        vocabulary: Vocabulary,
-        micro_batch_tokens: int,
-    ) -> None:
-        """Reads `rows` cut to the draft's context for the loss, and for block efficiency those that fit into it whole.
-
-        Args:
-            draft: What is trained.
-            step: Its step; its objective is not used.
-            rows: Held-out responses.
-            num_speculative_tokens: K of block efficiency.
-            vocabulary: Says which ids end an answer.
-            micro_batch_tokens: Tokens, padding included, that go through the draft at once.
-        """
-        self._draft, self._step = draft, replace(step, objective=CrossEntropy())
-        context_length = int(draft.config.max_position_embeddings)
-        self._rows = [
-            row
-            for row in rows
-            if row.is_replayable and len(row.prompt_ids) + len(row.response_ids) <= context_length
+    step: TrainStep, corpora: Mapping[str, PackedCorpus], micro_batch_tokens: int, separator: int | None
+) -> Callable[[], Validation]:
+    """Measures the present loss on the first rows of every corpus, by name; a corpus without rows is left out."""
+    plain = replace(step, objective=CrossEntropy(), replicas=None)
+    batches: dict[str, list[Batch]] = {}
+    for name, corpus in corpora.items():
+        rows, count = (
+            min(len(corpus), max(1, VALIDATION_TOKENS // corpus.row_length)),
+            max(1, micro_batch_tokens // corpus.row_length),
+        )
+        starts = range(0, rows, count)
+        batches[name] = [
+            packed_batch(corpus.take(np.arange(start, min(start + count, rows))), separator)
+            for start in starts
         ]
-        self._k, self._vocabulary = num_speculative_tokens, vocabulary
-        samples, _, _ = cut_to_context(as_samples((row, None) for row in rows), context_length)
-        self._batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
+    return lambda: Validation(
+        {"validation_loss": {name: mean_loss(plain, held) for name, held in batches.items() if held}}
+    )
 
-    def __call__(self) -> Validation:
-        """The present measurement; block efficiency is its score."""
+
+def response_scores(
+    step: TrainStep,
+    draft: PreTrainedModel,
+    rows: Sequence[WrittenText],
+    num_speculative_tokens: int,
+    vocabulary: Vocabulary,
+    micro_batch_tokens: int,
+) -> Callable[[], Validation]:
+    """Measures cross-entropy and, as the score, block efficiency on held-out responses.
+
+    The loss reads `rows` cut to the draft's context, block efficiency those that fit into it whole.
+    """
+    plain = replace(step, objective=CrossEntropy(), replicas=None)
+    context_length = int(draft.config.max_position_embeddings)
+    fitting = [
+        row
+        for row in rows
+        if row.is_replayable and len(row.prompt_ids) + len(row.response_ids) <= context_length
+    ]  # type: ignore[attr-defined]
+    samples, _, _ = cut_to_context((Sample.of(row) for row in rows), context_length)
+    batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
+
+    def measure() -> Validation:
         metrics: dict[str, Any] = {
-            "validation_loss": {"responses": mean_loss(self._step, self._batches)} if self._batches else {}
+            "validation_loss": {"responses": mean_loss(plain, batches)} if batches else {}
         }
-        if not self._rows:
+        if not fitting:
             return Validation(metrics)
-        score = replayed_score(self._draft, self._rows, self._k, self._vocabulary)
+        score = block_efficiency(
+            draft, fitting, num_speculative_tokens, vocabulary, batch_tokens=REPLAYED_TOKENS
+        )
         return Validation({**metrics, "validation_block_efficiency": score}, score)
 
-
-def _validation_batches(corpus: PackedCorpus, rows_per_micro: int, separator: int | None) -> list[Batch]:
-    rows = min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))
-    starts = range(0, rows, rows_per_micro)
-    return [
-        packed_batch(corpus.take(range(start, min(start + rows_per_micro, rows))), separator)
-        for start in starts
-    ]
+    return measure

@@ -1,12 +1,9 @@
-"""The two halves of a gated decoder layer with their backward passes written out, for a CPU.
+"""The two halves of a gated decoder layer with their backward passes written out, for training on a CPU (fast_decoder.py).
 
-Decides what an ordinary autograd graph of the same layer leaves to chance: activations go to the type of the matrix products once,
-projections of the same input are one product, gradients of a residual stream are added in place, and nothing is kept that a
-cheap pass makes again. Same mathematics and the same types as the eager modules under autocast: the stream, norms, rotations and
-softmax sums in fp32, matrix products in `low` (bf16 under autocast, else the weights' own type).
+Same mathematics and types as the modules under autocast: the stream, norms, rotations and softmax sums in fp32, matrix products in
+bf16 (without autocast in the weights' own type). Activations change type once, projections of one input are one product.
 
-Shapes: B rows, T positions, N = B*T, D hidden size, F feed-forward size, O features of all of query, key and value; H, J, E as in
-functional/attention.py.
+Shapes: N = B*T, D hidden, F feed-forward, O features of query, key and value together; B, T, H, J, E as in cpu_attention.py.
 """
 
 from __future__ import annotations
@@ -20,18 +17,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fastdraft.functional.attention import Rotation, causal_attention, causal_attention_backward
+from fastdraft.training.cpu_attention import Rotation, causal_attention, causal_attention_backward
 
 
 @dataclass(frozen=True)
 class Products:
-    """Weights of the products of one half, in their type: several that read the same input are stacked."""
+    """Weights of one half's products, in their type: query, key and value or gate and up stacked [O or 2F, D], then out [D, ...]."""
 
     into: Tensor
-    """Query, key and value [O, D], or gate and up [2F, D]."""
     into_bias: Tensor | None
     out: Tensor
-    """[D, H*E] or [D, F]."""
     out_bias: Tensor | None
 
 
@@ -58,10 +53,7 @@ def rms_scale(x: Tensor, eps: float) -> Tensor:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, scale: Tensor, gain: Tensor, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `x * scale * gain` by x (plus `added` where given) and by gain.
-
-    All [N, D] but scale [N, 1] and gain [D]; overwrites `grad`.
-    """
+    """Gradients of `x * scale * gain` by x (plus `added`) and by gain; all [N, D] but scale [N, 1], gain [D]; overwrites `grad`."""
     product = grad * x
     grad_gain = (scale.t() @ product)[0]
     factor = (product @ gain)[:, None].mul_(scale**3).div_(-x.shape[-1])
@@ -83,9 +75,8 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, gain = ctx.saved_tensors
-        grad_x, grad_gain = rms_norm_backward(
-            grad.flatten(0, -2).clone(), x.flatten(0, -2), scale.flatten(0, -2), gain
-        )
+        flat = (grad.flatten(0, -2).clone(), x.flatten(0, -2), scale.flatten(0, -2))
+        grad_x, grad_gain = rms_norm_backward(*flat, gain)
         return grad_x.view_as(x), grad_gain, None
 
 
@@ -111,22 +102,19 @@ class AttentionHalf(torch.autograd.Function):
         scale_N1 = rms_scale(flat_ND, shape.eps)
         normed_ND = (flat_ND * scale_N1).mul_(parameters[0]).to(products.into.dtype)
         qkv_NO = functional.linear(normed_ND, products.into, products.into_bias)
-        gains = parameters[-2:] if shape.norm_heads else ()
         query, key, value = _heads(qkv_NO, x.shape, shape)
         if shape.norm_heads:
-            query, key = (
-                _normed(part, gain, rotation.cos.dtype, shape.eps)
-                for part, gain in zip((query, key), gains, strict=True)
-            )
+            query = _normed(query, parameters[-2], rotation.cos.dtype, shape.eps)
+            key = _normed(key, parameters[-1], rotation.cos.dtype, shape.eps)
         query = rotation.apply(
             query, torch.empty(query.shape, dtype=value.dtype, device=x.device), factor=shape.scale
         )
         key = rotation.apply(key, torch.empty(key.shape, dtype=value.dtype, device=x.device))
-        seen, kept = causal_attention(query, key, value.contiguous(), documents, keep)
+        seen, memory = causal_attention(query, key, value.contiguous(), documents, keep)
         seen_NO = seen.transpose(1, 2).flatten(2).flatten(0, 1)
         out = functional.linear(seen_NO, products.out, products.out_bias)
         if keep:
-            ctx.facts = shape, products, rotation, kept
+            ctx.facts = shape, products, rotation, memory
             ctx.save_for_backward(
                 flat_ND, scale_N1, normed_ND, qkv_NO if shape.norm_heads else None, seen_NO, *parameters
             )
@@ -135,50 +123,35 @@ class AttentionHalf(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shape, products, rotation, kept = ctx.facts
+        shape, products, rotation, memory = ctx.facts
         flat_ND, scale_N1, normed_ND, qkv_NO, seen_NO, *parameters = ctx.saved_tensors
-        batch, length, _ = grad.shape
         grad_ND = grad.flatten(0, 1)
         low_ND = grad_ND.to(products.out.dtype)
-        grad_out, grad_out_bias = _weight_gradients(low_ND, seen_NO, products.out_bias)
+        grad_out = _weight_gradients(low_ND, seen_NO, products.out_bias)
         grad_seen = (
-            (low_ND @ products.out).view(batch, length, shape.num_heads, shape.head_size).transpose(1, 2)
+            (low_ND @ products.out).view(*grad.shape[:2], shape.num_heads, shape.head_size).transpose(1, 2)
         )
-        grad_query, grad_key, grad_value = causal_attention_backward(grad_seen, kept)
+        grad_query, grad_key, grad_value = causal_attention_backward(grad_seen, memory)
         grad_NO = low_ND.new_empty(low_ND.shape[0], products.into.shape[0])
-        parts = _heads(grad_NO, grad.shape, shape)
-        grad_gains: list[Tensor] = []
+        parts, grad_gains = _heads(grad_NO, grad.shape, shape), list[Tensor]()
         for number, (part, factor) in enumerate(((grad_query, shape.scale), (grad_key, 1.0))):
             if not shape.norm_heads:
                 rotation.apply(part, parts[number], factor=factor, back=True)
                 continue
-            turned = rotation.apply(
-                part,
-                torch.empty(part.shape, dtype=rotation.cos.dtype, device=part.device),
-                factor=factor,
-                back=True,
+            wide = torch.empty(part.shape, dtype=rotation.cos.dtype, device=part.device)
+            turned = rotation.apply(part, wide, factor=factor, back=True).flatten(0, -2)
+            before = _heads(qkv_NO, grad.shape, shape)[number].to(turned.dtype).contiguous().flatten(0, -2)
+            turned, grad_gain = rms_norm_backward(
+                turned, before, rms_scale(before, shape.eps), parameters[number - 2]
             )
-            before = _heads(qkv_NO, grad.shape, shape)[number]
-            turned, grad_gain = _head_norm_backward(turned, before, parameters[number - 2], shape.eps)
-            parts[number].copy_(turned)
+            parts[number].copy_(turned.view_as(part))
             grad_gains.append(grad_gain)
         parts[2].copy_(grad_value)
-        grad_into, grad_into_bias = _weight_gradients(grad_NO, normed_ND, products.into_bias)
+        grad_into = _weight_gradients(grad_NO, normed_ND, products.into_bias)
         into = (grad_NO @ products.into).to(grad.dtype)
         grad_x, grad_gain = rms_norm_backward(into, flat_ND, scale_N1, parameters[0], grad_ND)
-        count = len(parameters) - 2 - (grad_out_bias is not None) - len(grad_gains)
-        own = _split((grad_into, grad_into_bias), parameters[1 : 1 + count])
-        rest = [grad_out, *([] if grad_out_bias is None else [grad_out_bias]), *grad_gains]
-        return (
-            grad_x.view_as(grad),
-            None,
-            None,
-            None,
-            None,
-            grad_gain,
-            *own,
-            *_typed(rest, parameters[1 + count :]),
-        )
+        gradients = _by_parameter(grad_into, grad_out, grad_gains, parameters[1:])
+        return grad_x.view_as(grad), None, None, None, None, grad_gain, *gradients
 
 
 class FeedForwardHalf(torch.autograd.Function):
@@ -208,20 +181,23 @@ class FeedForwardHalf(torch.autograd.Function):
         flat_ND, scale_N1, normed_ND, both, inner_NF, *parameters = ctx.saved_tensors
         grad_ND = grad.flatten(0, 1)
         low_ND = grad_ND.to(products.out.dtype)
-        grad_out, grad_out_bias = _weight_gradients(low_ND, inner_NF, products.out_bias)
+        grad_out = _weight_gradients(low_ND, inner_NF, products.out_bias)
         grad_inner = low_ND @ products.out
         gate_NF, up_NF = both.chunk(2, dim=1)
         grad_both = torch.empty_like(both)
         grad_gate, grad_up = grad_both.chunk(2, dim=1)
         torch.mul(functional.silu(gate_NF), grad_inner, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_inner.mul_(up_NF), gate_NF, grad_input=grad_gate)
-        grad_into, grad_into_bias = _weight_gradients(grad_both, normed_ND, products.into_bias)
+        grad_into = _weight_gradients(grad_both, normed_ND, products.into_bias)
         into = (grad_both @ products.into).to(grad.dtype)
         grad_x, grad_gain = rms_norm_backward(into, flat_ND, scale_N1, parameters[0], grad_ND)
-        count = len(parameters) - 2 - (grad_out_bias is not None)
-        own = _split((grad_into, grad_into_bias), parameters[1 : 1 + count])
-        rest = [grad_out, *([] if grad_out_bias is None else [grad_out_bias])]
-        return grad_x.view_as(grad), None, None, grad_gain, *own, *_typed(rest, parameters[1 + count :])
+        return (
+            grad_x.view_as(grad),
+            None,
+            None,
+            grad_gain,
+            *_by_parameter(grad_into, grad_out, [], parameters[1:]),
+        )
 
 
 def _added(x: Tensor, out: Tensor) -> Tensor:
@@ -232,9 +208,8 @@ def _added(x: Tensor, out: Tensor) -> Tensor:
 
 def _heads(qkv_NO: Tensor, size: Sequence[int], shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
     """Views [B, H, T, E] and twice [B, J, T, E] of the stacked projections."""
-    heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, shape.head_size
-    parts = qkv_NO.view(size[0], size[1], -1, width).transpose(1, 2)
-    query, key, value = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
+    parts = qkv_NO.view(size[0], size[1], -1, shape.head_size).transpose(1, 2)
+    query, key, value = torch.split(parts, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
     return query, key, value
 
 
@@ -244,26 +219,20 @@ def _normed(part: Tensor, gain: Tensor, dtype: torch.dtype, eps: float) -> Tenso
     return wide.mul_(rms_scale(wide, eps)).mul_(gain)
 
 
-def _head_norm_backward(grad: Tensor, before: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = before.to(grad.dtype).contiguous().flatten(0, -2)
-    grad_before, grad_gain = rms_norm_backward(grad.flatten(0, -2), wide, rms_scale(wide, eps), gain)
-    return grad_before.view_as(grad), grad_gain
-
-
-def _weight_gradients(grad_NO: Tensor, input_ND: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _weight_gradients(grad_NO: Tensor, input_ND: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Of a weight [O, D], and of its bias where there is one."""
     wide = torch.promote_types(grad_NO.dtype, torch.float32)
-    return grad_NO.t() @ input_ND, None if bias is None else grad_NO.sum(0, dtype=wide)
+    return [grad_NO.t() @ input_ND, *([] if bias is None else [grad_NO.sum(0, dtype=wide)])]
 
 
-def _split(stacked: tuple[Tensor, Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of stacked weights and biases, one for each parameter in its type."""
-    weights = [parameter for parameter in parameters if parameter.ndim == 2]
-    biases = [parameter for parameter in parameters if parameter.ndim == 1]
-    parts = list(torch.split(stacked[0], [weight.shape[0] for weight in weights]))
-    if stacked[1] is not None:
-        parts += torch.split(stacked[1], [bias.shape[0] for bias in biases])
-    return _typed(parts, parameters)
-
-
-def _typed(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True)]
+def _by_parameter(
+    into: list[Tensor], out: list[Tensor], gains: list[Tensor], parameters: Sequence[Tensor]
+) -> list[Tensor]:
+    """The gradients of stacked weights and biases, of the output's and of gains: one for each parameter, in its type."""
+    own = parameters[: len(parameters) - len(out) - len(gains)]
+    parts: list[Tensor] = []
+    for ndim, stacked in zip((2, 1), into, strict=False):
+        parts += torch.split(stacked, [parameter.shape[0] for parameter in own if parameter.ndim == ndim])
+    return [
+        part.to(parameter.dtype) for part, parameter in zip([*parts, *out, *gains], parameters, strict=True)
+    ]

@@ -1,11 +1,8 @@
 """Causal attention over whole rows as matrix products of blocks, with its backward pass written out, for a CPU.
 
-Decides that a block of queries meets only the keys up to its own end, so that the half of the scores above the diagonal is mostly
-never computed; that scores have the type of the queries (bf16 under autocast) while each softmax is summed in fp32; and that
-probabilities are kept for the backward pass where rows are short and made again, bit for bit, where they are long. PyTorch's own
-fused kernel does the same mathematics; on a CPU its small inner products leave most of the machine idle (docs/performance.md).
+torch's fused kernel does the same mathematics; on a CPU its small inner products leave most of the machine idle.
 
-Shapes: B rows, T positions, H heads of queries, J heads of keys and values (H a multiple of J), E head size, R rotated part of it.
+Shapes: B rows, T positions, H heads of queries, J of keys and values (H a multiple of J), E head size, R rotated part of it.
 """
 
 from __future__ import annotations
@@ -16,9 +13,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
-"""Queries of one block."""
-_KEEP_ELEMENTS = 1 << 25
-"""Probabilities kept for the backward pass, per layer and micro-batch, at most (64 MB of bf16)."""
+"""Queries of one block. A block meets only the keys up to its own end, so half of the scores are mostly never computed."""
+KEEP_ELEMENTS = 1 << 25
+"""Probabilities kept for the backward pass, per layer and micro-batch, at most (64 MB of bf16); longer rows make them again."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,10 @@ class Rotation:
     sin: Tensor
 
     def apply(self, x: Tensor, out: Tensor, *, factor: float = 1.0, back: bool = False) -> Tensor:
-        """`out` [B, H, T, E], filled with `x` turned and times `factor`; `back` turns the other way, which is the gradient's way.
-
-        Both may have any layout and type. In between the two halves of all heads lie apart, since passes over short runs of memory
-        take several times as long.
-        """
+        """`out` [B, H, T, E], filled with `x` turned and times `factor`; `back` turns the other way, as gradients need it."""
         half = self.cos.shape[-1]
         cos, sin = self.cos * factor, self.sin * (-factor if back else factor)
+        # The two halves of all heads lie apart in between: passes over short runs of memory take several times as long.
         left, right = torch.empty(2, *x.shape[:-1], half, dtype=cos.dtype, device=x.device).copy_(
             _halves(x, half)
         )
@@ -55,7 +49,7 @@ def _halves(x: Tensor, half: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kept:
+class AttentionMemory:
     """What the backward pass needs."""
 
     query: Tensor
@@ -64,7 +58,7 @@ class Kept:
     """[B, J, T, E]."""
     value: Tensor
     probs: list[Tensor] | None
-    """Of every block [B*J, H/J * block, keys]; None: made again."""
+    """Of every block [B*J, H/J * block, keys]; None: made again, bit for bit."""
     later: Tensor
     """[BLOCK, BLOCK]: -inf above the diagonal, else 0."""
     documents: Tensor | None
@@ -73,8 +67,10 @@ class Kept:
 
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, keep: bool
-) -> tuple[Tensor, Kept | None]:
+) -> tuple[Tensor, AttentionMemory | None]:
     """softmax(query @ key^T) @ value, every position looking at itself and what is before it.
+
+    Scores have the type of the queries (bf16 under autocast); each softmax is summed in fp32.
 
     Args:
         query: [B, H, T, E], already multiplied by the scale of the scores.
@@ -86,38 +82,36 @@ def causal_attention(
     Returns:
         [B, H, T, E], in memory [B, T, H, E], and what `causal_attention_backward` needs.
     """
-    batch, _, length, _ = query.shape
-    kept: list[Tensor] | None = (
-        [] if keep and batch * query.shape[1] * length * length // 2 <= _KEEP_ELEMENTS else None
-    )
+    batch, heads, length, _ = query.shape
+    kept: list[Tensor] | None = [] if keep and batch * heads * length * length // 2 <= KEEP_ELEMENTS else None
     later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=query.dtype, device=query.device).triu_(1)
-    facts = Kept(query, key, value, kept, later, documents)
+    memory = AttentionMemory(query, key, value, kept, later, documents)
     flat_value = value.flatten(0, 1)
     out = query.new_empty(batch, length, *query.shape[1::2]).transpose(1, 2)
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
-        probs = _probs(facts, start, end)
+        probs = _probs(memory, start, end)
         _put(out, start, end, torch.bmm(probs, flat_value[:, :end]))
         if kept is not None:
             kept.append(probs)
-    return out, facts if keep else None
+    return out, memory if keep else None
 
 
-def causal_attention_backward(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query (in its type), key and value (summed in fp32, or float64 for float64); `grad` [B, H, T, E] in any layout."""
-    query, key, value = kept.query, kept.key, kept.value
+def causal_attention_backward(grad: Tensor, memory: AttentionMemory) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by query (in its type), key and value (summed in fp32, or float64); `grad` [B, H, T, E] in any layout."""
+    query, key, value = memory.query, memory.key, memory.value
     wide = torch.promote_types(query.dtype, torch.float32)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.empty_like(key, dtype=wide), torch.empty_like(value, dtype=wide)
     flat_key, flat_value = key.flatten(0, 1), value.flatten(0, 1)
     into_key, into_value = grad_key.flatten(0, 1), grad_value.flatten(0, 1)
     length = query.shape[2]
-    for number, start in reversed(
-        list(enumerate(range(0, length, BLOCK)))
-    ):  # the last block meets all keys, so it is the first to fill
+    for number, start in reversed(list(enumerate(range(0, length, BLOCK)))):
         end = min(start + BLOCK, length)
-        add = Tensor.copy_ if end == length else Tensor.add_
-        probs = _probs(kept, start, end) if kept.probs is None else kept.probs[number]
+        add = (
+            Tensor.copy_ if end == length else Tensor.add_
+        )  # the last block meets all keys: it is the first to fill them
+        probs = _probs(memory, start, end) if memory.probs is None else memory.probs[number]
         grad_block = _take(grad, key.shape[1], start, end)
         add(into_value[:, :end], torch.bmm(probs.transpose(1, 2), grad_block))
         grad_probs = torch.bmm(grad_block, flat_value[:, :end].contiguous().transpose(1, 2))
@@ -127,23 +121,22 @@ def causal_attention_backward(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor,
     return grad_query, grad_key, grad_value
 
 
-def _probs(kept: Kept, start: int, end: int) -> Tensor:
+def _probs(memory: AttentionMemory, start: int, end: int) -> Tensor:
     """Probabilities of queries `start:end` over keys `:end`: [B*J, H/J * (end - start), end]."""
-    batch, groups = kept.key.shape[:2]
-    scores = torch.bmm(
-        _take(kept.query, groups, start, end), kept.key.flatten(0, 1)[:, :end].contiguous().transpose(1, 2)
-    )
+    batch, groups = memory.key.shape[:2]
+    keys = memory.key.flatten(0, 1)[:, :end].contiguous()
+    scores = torch.bmm(_take(memory.query, groups, start, end), keys.transpose(1, 2))
     rows = end - start
     shaped = scores.view(batch, groups, -1, rows, end)
-    shaped[..., start:].add_(kept.later[:rows, :rows])
-    if kept.documents is not None:
-        other = kept.documents[:, start:end, None] != kept.documents[:, None, :end]
+    shaped[..., start:].add_(memory.later[:rows, :rows])
+    if memory.documents is not None:
+        other = memory.documents[:, start:end, None] != memory.documents[:, None, :end]
         shaped.masked_fill_(other[:, None, None], -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
 def _take(x: Tensor, groups: int, start: int, end: int) -> Tensor:
-    """Positions `start:end` of [B, H, T, E], all heads that share keys side by side: [B*J, H/J * (end - start), E]."""
+    """Positions `start:end` of [B, H, T, E], heads that share keys side by side: [B*J, H/J * (end - start), E]."""
     batch, heads, _, size = x.shape
     return x[:, :, start:end].reshape(batch * groups, heads // groups * (end - start), size)
 
