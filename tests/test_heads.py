@@ -78,11 +78,9 @@ def test_a_draft_is_taught_the_models_own_distribution(
 ) -> None:
     hidden = torch.randn(batch.num_trained, 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(320, 16, dtype=torch.float64, requires_grad=True)
-    found = TokenDistillation(token_loss(name), LoadedTarget(*output_head(target)), 4).loss(
-        hidden, head, batch
-    )
+    found = TokenDistillation(token_loss(name), LoadedTarget(*output_head(target))).loss(hidden, head, batch)
     own = DenseTarget(_own(target, batch).__getitem__)
-    expected, _ = chunked_distillation(hidden, head, batch.labels, own, token_loss(name))
+    expected = chunked_distillation(hidden, head, batch.labels, own, token_loss(name))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     for left, right in zip(
         torch.autograd.grad(found, (hidden, head)), torch.autograd.grad(expected, (hidden, head)), strict=True

@@ -12,15 +12,14 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdraft.functional import attention
 from fastdraft.functional.losses import chunked_cross_entropy
-from fastdraft.training import compilation, transfer
-from fastdraft.training.allocator import kept_memory
-from fastdraft.training.batches import packed_batch, text_positions, text_separator
+from fastdraft.training import cpu_attention as attention
+from fastdraft.training import defaults
+from fastdraft.training.batches import Reader, packed_batch, text_positions, text_separator
+from fastdraft.training.fast_decoder import CpuDecoder, cpu_decoder, kept_memory
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers
 from fastdraft.training.step import TrainStep
-from fastdraft.training.written_out import WrittenOut, write_out
 
 CONFIGS: dict[str, Any] = {
     "llama": transformers.LlamaConfig,
@@ -78,7 +77,7 @@ def test_layers_written_out_give_the_modules_hidden_states_and_gradients(
     family: str, settings: dict[str, Any]
 ) -> None:
     decoder = build(family, **settings).get_decoder()
-    written = write_out(decoder)
+    written = cpu_decoder(decoder)
     assert written is not None
     parameters = list(decoder.parameters())
     assert distance(outcome(written, parameters, ids()), outcome(decoder, parameters, ids())) < 3e-6
@@ -89,7 +88,7 @@ def test_under_autocast_layers_written_out_are_as_near_to_fp32_as_the_modules(fa
     decoder = build(family).get_decoder()
     parameters = list(decoder.parameters())
     exact = outcome(decoder, parameters, ids())
-    assert distance(outcome(write_out(decoder), parameters, ids(), low=True), exact) < 1.5 * distance(
+    assert distance(outcome(cpu_decoder(decoder), parameters, ids(), low=True), exact) < 1.5 * distance(
         outcome(decoder, parameters, ids(), low=True), exact
     )
 
@@ -100,7 +99,7 @@ def test_under_autocast_layers_written_out_are_as_near_to_fp32_as_the_modules(fa
     ids=["dropout", "activation", "window"],
 )
 def test_a_decoder_that_asks_for_more_keeps_its_modules(settings: dict[str, Any]) -> None:
-    assert write_out(build("mistral", **settings).get_decoder()) is None
+    assert cpu_decoder(build("mistral", **settings).get_decoder()) is None
 
 
 def test_a_decoder_with_a_replaced_layer_keeps_its_modules() -> None:
@@ -109,8 +108,8 @@ def test_a_decoder_with_a_replaced_layer_keeps_its_modules() -> None:
 
     decoder = build().get_decoder()
     decoder.layers[1].mlp.down_proj = Adapted(40, 48, bias=False)
-    assert write_out(decoder) is None
-    assert write_out(nn.Linear(2, 2)) is None
+    assert cpu_decoder(decoder) is None
+    assert cpu_decoder(nn.Linear(2, 2)) is None
 
 
 def make_step(model: Any, decoder: Any, autocast: torch.dtype | None = None) -> TrainStep:
@@ -128,14 +127,14 @@ def make_step(model: Any, decoder: Any, autocast: torch.dtype | None = None) -> 
 
 def test_after_an_update_the_next_step_reads_the_new_weights() -> None:
     model = build()
-    step = make_step(model, write_out(model.get_decoder()), torch.bfloat16)
+    step = make_step(model, cpu_decoder(model.get_decoder()), torch.bfloat16)
     batch = packed_batch(ids(2, 33).numpy())
     step.gradients([batch])
     step.update(1.0)
     with torch.no_grad():
         found, expected = (
             step.loss_sum(batch),
-            make_step(model, write_out(model.get_decoder()), torch.bfloat16).loss_sum(batch),
+            make_step(model, cpu_decoder(model.get_decoder()), torch.bfloat16).loss_sum(batch),
         )
     assert torch.equal(found, expected)
 
@@ -145,14 +144,14 @@ def test_weights_loaded_into_the_model_are_read_by_the_next_step() -> None:
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5)
-    written = write_out(model.get_decoder())
+    written = cpu_decoder(model.get_decoder())
     assert written is not None
     low = torch.autocast("cpu", dtype=torch.bfloat16)
     with torch.no_grad(), low:
         before = written(ids()).last_hidden_state
         model.load_state_dict(other.state_dict())
         after = written(ids()).last_hidden_state
-        fresh = WrittenOut(model.get_decoder())(ids()).last_hidden_state
+        fresh = CpuDecoder(model.get_decoder())(ids()).last_hidden_state
     assert not torch.equal(before, after)
     assert torch.equal(after, fresh)
 
@@ -174,7 +173,7 @@ def test_attention_in_blocks_is_causal_attention(
     expected_grads = torch.autograd.grad(expected, (query, key, value), grad)
     found = []
     for limit in (1 << 25, 0):  # probabilities kept, and made again
-        monkeypatch.setattr(attention, "_KEEP_ELEMENTS", limit)
+        monkeypatch.setattr(attention, "KEEP_ELEMENTS", limit)
         out, kept = attention.causal_attention(query.detach(), key.detach(), value.detach(), None, keep=True)
         assert kept is not None
         assert (kept.probs is None) == (limit == 0)
@@ -188,13 +187,13 @@ def test_without_a_backward_pass_attention_keeps_nothing() -> None:
     assert attention.causal_attention(query, query, query, None, keep=False)[1] is None
 
 
-@pytest.mark.parametrize("written_out", [True, False])
-def test_texts_of_a_masked_row_are_trained_as_if_each_stood_alone(written_out: bool) -> None:
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_texts_of_a_masked_row_are_trained_as_if_each_stood_alone(by_hand: bool) -> None:
     separator, model = 63, build("llama")
     texts = [torch.randint(1, 60, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 7, 150)]
     texts = [torch.cat([torch.tensor([separator]), text]) for text in texts]
     row = torch.cat(texts)[None]
-    decoder = write_out(model.get_decoder()) if written_out else model.get_decoder()
+    decoder = cpu_decoder(model.get_decoder()) if by_hand else model.get_decoder()
     batch = packed_batch(torch.cat([row, torch.tensor([[1]])], dim=1).numpy(), separator)
     with torch.no_grad():
         together = decoder(**batch.inputs, use_cache=False).last_hidden_state[0]
@@ -220,7 +219,7 @@ def test_a_label_whose_probability_vanishes_has_its_exact_loss() -> None:
         torch.tensor([[200.0], [-200.0], [199.0]], requires_grad=True),
     )
     labels = torch.tensor([1, 0])
-    loss, _ = chunked_cross_entropy(hidden, head, labels, z_loss=0.1)
+    loss = chunked_cross_entropy(hidden, head, labels, z_loss=0.1)
     logits = hidden.double() @ head.double().t()
     expected = (
         functional.cross_entropy(logits, labels, reduction="sum") + 0.1 * logits.logsumexp(-1).square().sum()
@@ -232,23 +231,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_compiles_long_runs_on_cuda_and_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "_missing", lambda device: "")
-    assert not compilation.choose("auto", CPU, 10**12).compile
-    assert compilation.choose("auto", CUDA, 10**9).compile
-    assert not compilation.choose("auto", CUDA, 10**6).compile
-    assert not compilation.choose(False, CUDA, 10**12).compile
-    assert compilation.choose(True, CPU, 1).compile
-
-
-def test_where_a_compiler_is_missing_one_line_says_so_and_training_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
-    said: list[str] = []
-    assert not compilation.settle(True, CPU, 1, said.append)
-    assert said == ["  not compiled: torch.compile needs a C++ compiler here, and none was found"]
-    assert not compilation.settle("auto", CPU, 1, said.append)
-    assert len(said) == 1
+    monkeypatch.setattr(defaults.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(defaults.shutil, "which", lambda name: "/bin/c++")
+    assert defaults.compiles("auto", CPU, 10**12) == (False, "")
+    assert defaults.compiles("auto", CUDA, 10**9)[0]
+    assert not defaults.compiles("auto", CUDA, 10**6)[0]
+    assert not defaults.compiles(False, CUDA, 10**12)[0]
+    assert defaults.compiles(True, CPU, 1)[0]
+    monkeypatch.setattr(defaults.shutil, "which", lambda name: None)
+    why = "not compiled: torch.compile needs a C++ compiler here, and none was found"
+    assert defaults.compiles(True, CPU, 1) == (False, why)
 
 
 def test_the_decoder_compiles_without_a_graph_break() -> None:
@@ -273,9 +265,18 @@ def test_memory_that_is_kept_while_training_changes_no_number(tmp_path: Path) ->
         pass
 
 
-def test_a_cpu_takes_batches_as_the_source_makes_them() -> None:
-    source: Any = object()
-    assert transfer.ahead(source, CPU) is source
-    batch = packed_batch(ids(1, 5).numpy())
-    transfer.arrive(batch)
-    assert batch.to(CPU) is batch
+def test_a_reader_gives_each_step_once_asked_for_and_reads_the_next_one_meanwhile() -> None:
+    class Source:
+        steps, tokens, asked = 3, 0, list[tuple[int, int]]()
+
+        def batches(self, step: int, micro_batch_tokens: int) -> Any:
+            self.asked.append((step, micro_batch_tokens))
+            return [(step, micro_batch_tokens)]
+
+    source: Any = Source()
+    with Reader(source, CPU) as reader:
+        assert reader.read(0, 8) == [(0, 8)]
+        assert reader.read(0, 4) == [(0, 4)]  # memory ran out: the same rows again
+        assert reader.read(1, 4) == [(1, 4)]
+        assert reader.read(2, 4) == [(2, 4)]
+    assert source.asked == [(0, 8), (1, 8), (0, 4), (1, 4), (2, 4)]

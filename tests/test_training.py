@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from fastdraft.console import Console
-from fastdraft.errors import FastDraftError, Interrupted
-from fastdraft.training.batches import PackedBatches, Sample, padded_batch
-from fastdraft.training.checkpoint import Checkpoints, TrainingState, optimizer_tensors
+from fastdraft.errors import DataError, FastDraftError, Interrupted, OutOfMemory
+from fastdraft.training.batches import Batch, PackedBatches, Sample, padded_batch
+from fastdraft.training.checkpoint import Checkpoints, optimizer_tensors
 from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers
 from fastdraft.training.schedule import wsd_factor
 from fastdraft.training.step import TrainStep, autocast_dtype
-from fastdraft.training.trainer import Plan, Trainer, Validation, mean_loss
+from fastdraft.training.trainer import BAD_STEPS_IN_A_ROW, Trainer, TrainingSchedule, Validation
+from fastdraft.training.validation import mean_loss
 
 VOCAB, HIDDEN, LENGTH = 23, 8, 12
 
@@ -58,18 +58,29 @@ class Model(torch.nn.Module):
 
 
 class Rows:
-    def rows(self, start: int, count: int) -> np.ndarray:
-        return np.stack(
-            [np.random.default_rng(i).integers(0, VOCAB, LENGTH + 1) for i in range(start, start + count)]
-        )
+    """Four rows a step, or as many as asked for."""
+
+    row_length = LENGTH
+
+    def __init__(self, rows_per_step: int = 4) -> None:
+        self.rows_per_step = rows_per_step
+
+    def rows(self, step: int, part: slice = slice(None)) -> np.ndarray:
+        numbers = range(step * self.rows_per_step, (step + 1) * self.rows_per_step)[part]
+        rows = [np.random.default_rng(i).integers(0, VOCAB, LENGTH + 1) for i in numbers]
+        return np.array(rows, dtype=np.int64).reshape(-1, LENGTH + 1)
 
 
 class Killed(Exception):
     pass
 
 
-def source(steps: int = 12, rows_per_micro: int = 2) -> PackedBatches:
-    return PackedBatches(Rows(), steps, LENGTH, 4, rows_per_micro)
+def source(steps: int = 12) -> PackedBatches:
+    return PackedBatches(Rows(), steps)
+
+
+def sample(prompt_ids: list[int], response_ids: list[int]) -> Sample:
+    return Sample(np.array(prompt_ids, dtype=np.int32), np.array(response_ids, dtype=np.int32))
 
 
 def make_step(model: Model, kind: str = "adamw", objective: Any = None) -> TrainStep:
@@ -81,11 +92,16 @@ def make_step(model: Model, kind: str = "adamw", objective: Any = None) -> Train
 
 
 def make_trainer(
-    folder: Path, kind: str = "adamw", model: Model | None = None, objective: Any = None, **plan: Any
+    folder: Path,
+    kind: str = "adamw",
+    model: Model | None = None,
+    objective: Any = None,
+    rows_per_micro: int = 2,
+    **schedule: Any,
 ) -> Trainer:
     model = model or Model()
-    chosen = Plan(
-        title="t", key="pretrain", factor=lambda s: wsd_factor(s, 12, 0.1, 0.5), peak_rate=1e-2, **plan
+    chosen = TrainingSchedule(
+        "pretrain", lambda s: wsd_factor(s, 12, 0.1, 0.5), 1e-2, rows_per_micro * LENGTH, **schedule
     )
     return Trainer(folder, model, make_step(model, kind, objective), source(), chosen, Console(quiet=True))
 
@@ -122,7 +138,7 @@ def test_the_micro_batch_size_does_not_change_the_gradient() -> None:
         step = make_step(model)
         found.append(
             (
-                step.gradients(source(rows_per_micro=rows_per_micro).batches(0)),
+                step.gradients(source().batches(0, rows_per_micro * LENGTH)),
                 [p.grad.clone() for p in step.parameters],
             )
         )  # type: ignore[union-attr]
@@ -132,7 +148,7 @@ def test_the_micro_batch_size_does_not_change_the_gradient() -> None:
 
 
 def test_the_mean_is_over_trained_tokens_not_over_micro_batches() -> None:
-    samples = [Sample([1, 2, 3], [4, 5, 6, 7, 8]), Sample([1], [9])]
+    samples = [sample([1, 2, 3], [4, 5, 6, 7, 8]), sample([1], [9])]
     step = make_step(Model(), objective=CrossEntropy())
     apart, _, trained = step.gradients([padded_batch([sample], 0) for sample in samples])
     together, _, _ = step.gradients([padded_batch(samples, 0)])
@@ -232,32 +248,26 @@ def test_only_the_last_two_checkpoints_are_kept_and_no_pickle_is_written(tmp_pat
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_an_unreadable_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed = make_trainer(tmp_path / "a")
     undisturbed.run()
     kill_at(make_trainer(tmp_path / "b", checkpoint_every=3), 8)
     damaged = tmp_path / "b/steps/step-000000006" / file
-    damaged.write_bytes(damaged.read_bytes()[:-2] + b"??")
+    damaged.write_bytes(damaged.read_bytes()[:-2])
     resumed = make_trainer(tmp_path / "b", checkpoint_every=3)
     resumed.run()
     assert "trying the one before" in capsys.readouterr().err
     assert_same(weights(undisturbed.model), weights(resumed.model))
 
 
-def test_when_every_checkpoint_is_damaged_the_error_says_what_to_do(tmp_path: Path) -> None:
+def test_when_no_checkpoint_can_be_read_the_error_says_what_to_do(tmp_path: Path) -> None:
     kill_at(make_trainer(tmp_path, checkpoint_every=3), 8)
     for path in tmp_path.glob("steps/*/model.safetensors"):
         path.write_bytes(b"")
     with pytest.raises(FastDraftError, match="--redo"):
         make_trainer(tmp_path, checkpoint_every=3).run()
-
-
-def test_what_a_killed_save_left_behind_is_swept_away(tmp_path: Path) -> None:
-    (tmp_path / "steps/.step-000000003.77.tmp").mkdir(parents=True)
-    make_trainer(tmp_path).run()
-    assert not list(tmp_path.glob("steps/.*"))
 
 
 def test_the_weights_with_the_best_score_are_the_result_even_after_a_kill(tmp_path: Path) -> None:
@@ -338,7 +348,7 @@ def test_three_nan_losses_in_a_row_end_the_run_naming_step_and_rate(tmp_path: Pa
 
 
 def test_a_batch_without_trained_tokens_is_an_error() -> None:
-    with pytest.raises(FastDraftError, match="0 trained tokens"):
+    with pytest.raises(DataError, match="0 trained tokens"):
         make_step(Model()).gradients([])
 
 
@@ -349,18 +359,94 @@ def test_a_finished_run_does_no_further_step(tmp_path: Path) -> None:
     again.step.gradients = None  # type: ignore[assignment, method-assign]
     assert again.run() == first.state
     assert_same(weights(first.model), weights(again.model))
-    assert isinstance(again.state, TrainingState)
 
 
-def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_left_out_moves_neither_weights_nor_optimiser(tmp_path: Path, kind: str) -> None:
+    trainer, seen = make_trainer(tmp_path, kind, objective=Poisoned({6}), validate_every=1), {}
+
+    def look() -> Validation:
+        tensors = optimizer_tensors(trainer.model, trainer.step.optimizers)
+        seen[trainer.state.step] = {k: v.clone() for k, v in {**weights(trainer.model), **tensors}.items()}
+        return Validation({})
+
+    trainer.validate = look
+    trainer.run()  # two micro-batches a step: the second one of step 3 is bad, the first one was not
+    assert_same(seen[2], seen[3])
+    assert any(not torch.equal(value, seen[4][name]) for name, value in seen[3].items())
+
+
+def test_the_count_of_bad_steps_in_a_row_goes_on_over_a_restart(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, objective=Poisoned({3, 5}), checkpoint_every=1)
+    report = trainer._report_bad
+
+    def stop_after_the_second(found: str) -> None:
+        report(found)
+        trainer.console.stop.requested = trainer.state.skipped_in_a_row == BAD_STEPS_IN_A_ROW - 1
+
+    trainer._report_bad = stop_after_the_second  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        trainer.run()
+    with pytest.raises(FastDraftError, match=f"step 4.*{BAD_STEPS_IN_A_ROW} steps in a row"):
+        make_trainer(tmp_path, objective=Poisoned({1})).run()
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_left_out_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    gradients = trainer.step.gradients
+
+    def overflowing(*given: Any) -> tuple[float, float, int]:
+        loss, norm, trained = gradients(*given)
+        return loss, math.inf if trainer.state.step == 4 else norm, trained
+
+    trainer.step.gradients = overflowing  # type: ignore[method-assign]
+    assert trainer.run().skipped == 1
+
+
+CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+
+
+def small_device(trainer: Trainer, tokens: int, error: Exception) -> Trainer:
+    """Lets a micro-batch of more than `tokens` fail, with gradients of its own already there."""
+    loss_sum = trainer.step.loss_sum
+
+    def limited_loss(batch: Batch) -> torch.Tensor:
+        loss = loss_sum(batch)
+        if batch.input_ids.numel() > tokens:
+            torch.autograd.backward(loss)
+            raise error
+        return loss
+
+    trainer.step.loss_sum = limited_loss  # type: ignore[method-assign]
+    return trainer
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError(CPU_MESSAGE)])
+def test_when_memory_runs_out_the_same_rows_are_trained_in_smaller_micro_batches(
+    tmp_path: Path, error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kill_at(make_trainer(tmp_path, checkpoint_every=3), 4)
+    wide, narrow = (
+        make_trainer(tmp_path / "a", rows_per_micro=4),
+        make_trainer(tmp_path / "b", rows_per_micro=1),
+    )
+    assert small_device(wide, LENGTH, error).run().micro_batch_limit == LENGTH
+    narrow.run()
+    assert_same(weights(wide.model), weights(narrow.model))
+    said = capsys.readouterr().err
+    assert said.count("pretrain: out of memory at step 1: micro-batches of at most") == 2  # 4 rows -> 2 -> 1
+    changed = [record for record in read_metrics(tmp_path / "a") if "micro_batch_limit" in record]
+    assert [(record["step"], record["micro_batch_limit"]) for record in changed] == [(1, LENGTH)]
 
-    def full(*unused: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("fastdraft.training.tensor_files.save_file", full)
-    with pytest.raises(FastDraftError, match="no space left"):
-        make_trainer(tmp_path, checkpoint_every=3).run()
-    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["step-000000003"]
+def test_a_row_that_does_not_fit_alone_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    trainer = small_device(make_trainer(tmp_path), LENGTH - 1, MemoryError())
+    with pytest.raises(
+        OutOfMemory, match=r"pretrain: out of memory at step 1 with one row; .*micro_batch_tokens"
+    ):
+        trainer.run()
+
+
+def test_errors_of_another_kind_are_not_taken_for_missing_memory(tmp_path: Path) -> None:
+    trainer = small_device(make_trainer(tmp_path), 1, RuntimeError("a fault in the code"))
+    with pytest.raises(RuntimeError, match="a fault in the code"):
+        trainer.run()

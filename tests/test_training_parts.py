@@ -12,22 +12,21 @@ import pytest
 import torch
 
 from fastdraft.errors import MissingExtra
-from fastdraft.training import rates
+from fastdraft.training import defaults
 from fastdraft.training.batches import (
     AlignmentBatches,
-    Sample,
+    PackedBatches,
     cut_to_context,
     micro_batches,
     packed_batch,
     padded_batch,
     plan_batches,
 )
-from fastdraft.training.metrics import Metrics, read_metrics
+from fastdraft.training.metrics import Metrics, final_train_loss, read_metrics
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers, set_rate, split_parameters
 from fastdraft.training.schedule import cosine_factor, decay_start, warmup_steps, wsd_factor
-from fastdraft.training.trainer import final_train_loss
-from test_training import Model, make_step, source
+from test_training import Model, Rows, make_step, sample
 
 
 def test_wsd_warms_up_stays_and_falls_linearly_towards_zero() -> None:
@@ -55,19 +54,19 @@ def test_schedules_hold_for_a_single_step_and_for_no_warmup() -> None:
 
 
 def test_open_rates_follow_the_table_at_its_centres_and_lie_between_elsewhere() -> None:
-    assert rates.learning_rate("pretrain", "adamw", 1_000_000) == 3e-3
-    assert rates.learning_rate("pretrain", "adamw", 50_000_000) == 2e-3
-    assert rates.learning_rate("align", "muon", 150_000_000) == 5e-4
-    assert 2e-3 < rates.learning_rate("pretrain", "adamw", 10_000_000) < 3e-3
-    assert rates.learning_rate("pretrain", "adamw", 10**10) == 1.5e-3
-    assert rates.embedding_learning_rate("pretrain", "adamw", 10**6) is None
+    assert defaults.learning_rate("pretrain", "adamw", 1_000_000) == 3e-3
+    assert defaults.learning_rate("pretrain", "adamw", 50_000_000) == 2e-3
+    assert defaults.learning_rate("align", "muon", 150_000_000) == 5e-4
+    assert 2e-3 < defaults.learning_rate("pretrain", "adamw", 10_000_000) < 3e-3
+    assert defaults.learning_rate("pretrain", "adamw", 10**10) == 1.5e-3
+    assert defaults.embedding_learning_rate("pretrain", "adamw", 10**6) is None
 
 
 def test_an_open_batch_size_grows_with_the_draft_and_shrinks_with_the_budget() -> None:
-    assert rates.batch_tokens("pretrain", 50_000_000, 5 * 10**9) == 262_144
-    assert rates.batch_tokens("pretrain", 150_000_000, 5 * 10**9) == 524_288
-    assert rates.batch_tokens("pretrain", 1_500_000, 2_000_000) == 16_384
-    assert rates.batch_tokens("align", 1_500_000, 800_000) == 4096
+    assert defaults.batch_tokens("pretrain", 50_000_000, 5 * 10**9) == 262_144
+    assert defaults.batch_tokens("pretrain", 150_000_000, 5 * 10**9) == 524_288
+    assert defaults.batch_tokens("pretrain", 1_500_000, 2_000_000) == 16_384
+    assert defaults.batch_tokens("align", 1_500_000, 800_000) == 4096
 
 
 def test_every_weight_is_in_exactly_one_group_and_embeddings_and_gains_do_not_decay() -> None:
@@ -124,7 +123,7 @@ def test_muon_in_fp32_takes_torchs_step_without_its_rounding(shape: tuple[int, i
 
 
 def test_only_response_tokens_are_labels_and_each_follows_its_input() -> None:
-    batch = padded_batch([Sample([1, 2, 3], [4, 5]), Sample([6], [7, 8, 9, 10])], pad_id=0)
+    batch = padded_batch([sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9, 10])], pad_id=0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
     assert batch.labels.tolist() == [4, 5, 7, 8, 9, 10]
     assert batch.index is not None
@@ -135,7 +134,7 @@ def test_only_response_tokens_are_labels_and_each_follows_its_input() -> None:
 
 def test_padding_on_the_right_is_never_trained_on_and_changes_no_loss() -> None:
     step = make_step(Model(), objective=CrossEntropy())
-    short, long = Sample([1, 2], [3]), Sample([4, 5, 6, 7], [8, 9, 10])
+    short, long = sample([1, 2], [3]), sample([4, 5, 6, 7], [8, 9, 10])
     with torch.no_grad():
         together = float(step.loss_sum(padded_batch([short, long], pad_id=0)))
         other_pad = float(step.loss_sum(padded_batch([short, long], pad_id=22)))
@@ -152,11 +151,11 @@ def test_packed_rows_train_on_every_position() -> None:
 
 def test_rows_longer_than_the_context_are_cut_and_those_without_response_dropped() -> None:
     samples = [
-        Sample([1] * 3, [2] * 3),
-        Sample([1] * 3, [2] * 9),
-        Sample([1] * 9, [2]),
-        Sample([1], []),
-        Sample([], [5]),
+        sample([1] * 3, [2] * 3),
+        sample([1] * 3, [2] * 9),
+        sample([1] * 9, [2]),
+        sample([1], []),
+        sample([], [5]),
     ]
     kept, num_cut, num_dropped = cut_to_context(samples, context_length=6)
     assert [(len(s.prompt_ids), len(s.response_ids)) for s in kept] == [(3, 3), (3, 4)]
@@ -165,7 +164,7 @@ def test_rows_longer_than_the_context_are_cut_and_those_without_response_dropped
 
 
 def test_micro_batches_hold_every_sample_once_within_the_limit() -> None:
-    samples = [Sample([0], [1] * n) for n in np.random.default_rng(0).integers(1, 60, 100)]
+    samples = [sample([0], [1] * n) for n in np.random.default_rng(0).integers(1, 60, 100)]
     groups = micro_batches(samples, 256)
     assert sorted(id(s) for g in groups for s in g) == sorted(id(s) for s in samples)
     assert all(len(g) == 1 or len(g) * max(s.num_tokens for s in g) <= 256 for g in groups)
@@ -192,9 +191,9 @@ def test_a_token_budget_ends_the_plan_within_one_sample() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_the_pretraining_share_is_spread_evenly_and_no_synthetic_step_is_lost(share: float) -> None:
-    samples = [Sample([i % 20], [1, 2]) for i in range(90)]
+    samples = [sample([i % 20], [1, 2]) for i in range(90)]
     plan = plan_batches(np.full(90, 2), 2, seed=0, epochs=1)
-    mixed = AlignmentBatches(samples, plan, 0, 64, source(rows_per_micro=4), share)
+    mixed = AlignmentBatches(samples, plan, 0, PackedBatches(Rows(), 0), share)
     packed = [step for step in range(mixed.steps) if mixed.batches(step)[0].index is None]
     assert len(packed) == round(share * mixed.steps)
     assert mixed.steps - len(packed) == 90
@@ -205,6 +204,22 @@ def test_the_pretraining_share_is_spread_evenly_and_no_synthetic_step_is_lost(sh
     ]
     assert seen == [samples[int(numbers[0])].prompt_ids[0] for numbers in plan]
     assert mixed.tokens == sum(b.num_tokens for step in range(mixed.steps) for b in mixed.batches(step))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 12])
+def test_the_parts_of_any_number_of_processes_are_the_step(size: int) -> None:
+    whole = [row for batch in PackedBatches(Rows(5), 3).batches(1) for row in batch.input_ids.tolist()]
+    parts = [PackedBatches(Rows(5), 3, None, rank, size).batches(1) for rank in range(size)]
+    found = [row for batches in parts for batch in batches for row in batch.input_ids.tolist()]
+    assert sorted(found) == sorted(whole)
+    samples = [sample([1] * (1 + i % 5), [2] * (1 + i % 17)) for i in range(40)]
+    numbers = [np.arange(40)]
+    loads = [
+        sum(b.num_tokens for b in AlignmentBatches(samples, numbers, 0, None, 0.0, rank, size).batches(0))
+        for rank in range(size)
+    ]
+    assert sum(loads) == sum(one.num_tokens for one in samples)
+    assert max(loads) - min(loads) <= max(one.num_tokens for one in samples)
 
 
 def test_metrics_lose_only_what_lies_after_the_checkpoint_and_torn_lines(tmp_path: Path) -> None:

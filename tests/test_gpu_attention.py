@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ import transformers.integrations.flex_attention as flex
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from fastdraft.training import flash as module
-from fastdraft.training.batches import packed_batch
-from fastdraft.training.flash import Flash, flash, text_mask
-from fastdraft.training.stand_in import stand_in
-from fastdraft.training.written_out import WrittenOut
+from fastdraft.training import gpu_attention as module
+from fastdraft.functional.distillation import SparseTarget, token_loss
+from fastdraft.modeling.head import output_head
+from fastdraft.training.batches import Batch, packed_batch
+from fastdraft.training.fast_decoder import CpuDecoder, fast_decoder
+from fastdraft.training.gpu_attention import FlashDecoder, flash_decoder, text_mask
+from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
+from fastdraft.training.optimizer import build_optimizers
+from fastdraft.training.step import TrainStep
 from test_step import build, ids
 
 FAMILIES = ["llama", "mistral", "phi3", "qwen2", "qwen3"]
@@ -37,7 +42,7 @@ def test_hidden_states_and_gradients_are_the_decoders_own(family: str, apart: bo
     decoder, inputs = decoder_of(family), {"input_ids": ids(2, 33)}
     if apart:
         inputs["position_ids"] = PLACES.expand(2, -1)
-    fast = flash(decoder)
+    fast = flash_decoder(decoder)
     assert fast is not None
     torch.testing.assert_close(gradients(fast, decoder, inputs), gradients(decoder, decoder, inputs))
     assert decoder.config._attn_implementation == "sdpa"  # validation has caches and padding
@@ -52,7 +57,7 @@ def test_in_blocks_each_text_of_a_row_is_as_if_it_stood_alone(
     )  # not compiled: slow, and the same numbers
     monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
     decoder, row = decoder_of(family), ids(1, 33)
-    fast = Flash(decoder)
+    fast = FlashDecoder(decoder)
     with torch.no_grad():
         together = fast(row, position_ids=PLACES[None]).last_hidden_state[0]
         alone = torch.cat(
@@ -77,7 +82,7 @@ def test_under_autocast_blocks_take_one_type(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
     decoder = decoder_of("llama")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = Flash(decoder)(ids(1, 33), position_ids=PLACES[None]).last_hidden_state
+        found = FlashDecoder(decoder)(ids(1, 33), position_ids=PLACES[None]).last_hidden_state
         expected = decoder(input_ids=ids(1, 33), position_ids=PLACES[None], use_cache=False).last_hidden_state
     assert types == [{torch.bfloat16}] * 2
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
@@ -116,7 +121,7 @@ def test_compiled_it_has_no_graph_break_no_dense_mask_and_no_second_compilation(
 ) -> None:
     monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
     decoder, attentions = decoder_of(family), Attentions()
-    fast = Flash(decoder)
+    fast = FlashDecoder(decoder)
     fast._runs = torch.compile(decoder, backend=attentions, fullgraph=True)
     with torch.no_grad():
         for _ in range(2):
@@ -129,28 +134,61 @@ def test_compiled_it_has_no_graph_break_no_dense_mask_and_no_second_compilation(
 
 
 def test_a_decoder_that_attends_otherwise_keeps_its_own_way() -> None:
-    assert flash(build("mistral", sliding_window=8).get_decoder()) is None
-    assert flash(torch.nn.Linear(1, 1)) is None
+    assert flash_decoder(build("mistral", sliding_window=8).get_decoder()) is None
+    assert flash_decoder(torch.nn.Linear(1, 1)) is None
     eager = decoder_of("llama")
     eager.config._attn_implementation = "eager"
-    assert flash(eager) is None
+    assert flash_decoder(eager) is None
 
 
 def test_a_cpu_has_layers_written_out_and_an_accelerator_flash_attention() -> None:
     decoder = decoder_of("llama")
-    assert isinstance(stand_in(decoder, torch.device("cpu")), WrittenOut)
-    assert isinstance(stand_in(decoder, torch.device("cuda")), Flash)
+    assert isinstance(fast_decoder(decoder, torch.device("cpu")), CpuDecoder)
+    assert isinstance(fast_decoder(decoder, torch.device("cuda")), FlashDecoder)
     windows = build("mistral", sliding_window=8).get_decoder()
-    assert stand_in(windows, torch.device("cuda")) is windows
+    assert fast_decoder(windows, torch.device("cuda")) is windows
 
 
 def test_a_packed_row_reaches_flash_attention_with_its_texts_apart() -> None:
     decoder = decoder_of("llama")
     row = torch.cat([torch.tensor([63]), ids(1, 15)[0] % 60, torch.tensor([63]), ids(1, 17)[0] % 60])[None]
     batch = packed_batch(row.numpy(), separator=63)
-    fast = flash(decoder)
+    fast = flash_decoder(decoder)
     assert fast is not None
     with torch.no_grad():
         found = fast(**batch.inputs, use_cache=False).last_hidden_state
         second = decoder(input_ids=row[:, 16:-1], use_cache=False).last_hidden_state
     torch.testing.assert_close(found[:, 16:], second, rtol=1e-5, atol=1e-5)
+
+
+META = torch.device("meta")
+TAUGHT = {
+    "cross_entropy": lambda: CrossEntropy(1e-5),
+    "stored": lambda: TokenDistillation(token_loss("lk_hybrid")),
+    "target": lambda: TokenDistillation(token_loss("jsd"), LoadedTarget(*output_head(build().to(META)))),
+}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("taught", TAUGHT)
+@pytest.mark.parametrize(("family", "kind"), [("llama", "adamw"), ("phi3", "muon"), ("qwen3", "adamw")])
+def test_a_step_waits_for_no_value_of_the_device(
+    family: str, kind: Any, taught: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of torch's `meta` have shapes and no values: whatever would wait for one is an error there."""
+    monkeypatch.setattr(
+        torch, "autocast", lambda *given, **options: contextlib.nullcontext()
+    )  # `meta` has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *given: False)
+    model, objective = build(family).to(META), TAUGHT[taught]()
+    ids_BT, ids_N = (torch.zeros(*shape, dtype=torch.int64, device=META) for shape in ((2, 33), (20,)))
+    stored = SparseTarget(torch.zeros(20, 5, dtype=torch.int64, device=META), torch.zeros(20, 6, device=META))
+    batch = Batch(ids_BT, ids_N, ids_N, 66, stored, ids_BT if apart else None)
+    optimizers = build_optimizers(model, kind=kind, learning_rate=1e-3)
+    decoder = fast_decoder(model.get_decoder(), META)
+    step = TrainStep(decoder, model.lm_head.weight, list(model.parameters()), optimizers, objective, META)
+    torch.autograd.backward(step.loss_sum(batch) / 7)
+    assert torch.nn.utils.clip_grad_norm_(step.parameters, step.clip).device == META
+    step.update(1.0)
+    with pytest.raises(RuntimeError, match="meta"):  # that this test can fail
+        model.get_decoder()(input_ids=ids_BT, use_cache=False)
