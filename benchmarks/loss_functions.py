@@ -4,8 +4,7 @@
     python benchmarks/loss_functions.py --device cpu --tokens 2048
 
 For each vocabulary: `plain` holds all logits (`linear`, then `cross_entropy` in float32); `torch` is its own
-`linear_cross_entropy` in chunks (torch 2.13 and newer), `torch, not chunked` the same without; `liger` is Liger's fused kernel
-where liger-kernel is installed; `chunked` is ours (functional/losses.py). With --distillation also the losses against a whole
+`linear_cross_entropy` in chunks (torch 2.13 and newer), `torch, not chunked` the same without; `chunked` is ours (functional/losses.py). With --distillation also the losses against a whole
 distribution of the target (functional/distillation.py, dense), ours in chunks beside the same formula over all logits.
 
 Decides that every contender starts from the same hidden states and weights (weights in float32, the products in --precision, as
@@ -17,7 +16,6 @@ turns; and that one that does not fit is written down as such. Needs torch and t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +31,10 @@ from machine import Report, add_arguments, out_of_memory, ratio, spread, synchro
 from torch import Tensor, nn
 
 from fastdraft.functional.distillation import DenseTarget, chunked_distillation, token_loss
-from fastdraft.functional.liger import liger_cross_entropy
 from fastdraft.functional.losses import chunked_cross_entropy
 
 NAME = "loss_functions"
-PLAIN, TORCH_WHOLE, TORCH, LIGER, OURS = "plain", "torch, not chunked", "torch", "liger", "chunked"
+PLAIN, TORCH_WHOLE, TORCH, OURS = "plain", "torch, not chunked", "torch", "chunked"
 DISTILLATION = ("forward_kl", "tvd", "lk_hybrid")
 Loss = Callable[[], Tensor]
 """Summed over tokens."""
@@ -87,11 +84,7 @@ def cross_entropies(inputs: Inputs) -> dict[str, Loss]:
 
     def chunked() -> Tensor:
         with inputs.autocast():
-            return chunked_cross_entropy(inputs.hidden_ND, inputs.head_VD, labels)[0]
-
-    def liger() -> Tensor:
-        with inputs.autocast():
-            return liger_cross_entropy(inputs.hidden_ND, inputs.head_VD, labels)
+            return chunked_cross_entropy(inputs.hidden_ND, inputs.head_VD, labels)
 
     found: dict[str, Loss] = {PLAIN: plain, OURS: chunked}
     own = getattr(nn.functional, "linear_cross_entropy", None)
@@ -100,8 +93,6 @@ def cross_entropies(inputs: Inputs) -> dict[str, Loss]:
         found[TORCH_WHOLE] = lambda: own(*inputs.low(), labels, reduction="sum")
         if options is not None:
             found[TORCH] = lambda: own(*inputs.low(), labels, reduction="sum", options=options())
-    if inputs.device.type != "cpu" and importlib.util.find_spec("liger_kernel"):  # a Triton kernel
-        found[LIGER] = liger
     return found
 
 
@@ -123,7 +114,7 @@ def distillations(inputs: Inputs, name: str) -> dict[str, Loss]:
                 inputs.labels_N,
                 DenseTarget(lambda rows: target_NV[rows].float()),
                 loss,
-            )[0]
+            )
 
     return {PLAIN: plain, OURS: chunked}
 
@@ -238,7 +229,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument(
-        "--contender", nargs="+", choices=[PLAIN, OURS, TORCH_WHOLE, TORCH, LIGER], help="only these"
+        "--contender", nargs="+", choices=[PLAIN, OURS, TORCH_WHOLE, TORCH], help="only these"
     )
     parser.add_argument(
         "--thread-clock",

@@ -52,7 +52,7 @@ class Job:
         return HERE / f"{self.script}.py"
 
 
-_NAMES = ("ours", "ours_compiled", "ours_masked", "ours_liger", "plain_bf16", "plain_compiled", "trainer")
+_NAMES = ("ours", "ours_compiled", "ours_masked", "plain_bf16", "plain_compiled", "trainer")
 CONTENDERS = ("--contender", *_NAMES, "--turns", "3")
 """Ours first: what is cut off is missed least."""
 JOBS = (

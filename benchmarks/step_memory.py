@@ -11,7 +11,6 @@ own `TrainStep`; only the loss differs between paths:
     plain     logits of all tokens [N, V], in fp32, then torch's cross_entropy (what transformers' own loss does)
     torch     torch.nn.functional.linear_cross_entropy, chunked (LinearCrossEntropyOptions), where this torch has it
     chunked   the product's
-    liger     Liger's fused linear cross-entropy as `run.cross_entropy: liger` has it (CUDA only)
 
 Decides what is memory "above weights, gradients and optimiser": the peak during the step, less what the process held before it (Python,
 libraries, weights, the optimiser's state), less the gradients' own bytes. On a CPU the peak is that of resident memory (VmHWM, reset before
@@ -46,7 +45,7 @@ from fastdraft.training.objective import CrossEntropy, Objective
 from fastdraft.training.optimizer import build_optimizers
 from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
 
-PATHS = ("chunked", "torch", "plain", "liger")
+PATHS = ("chunked", "torch", "plain")
 SHAPE = {"vocab": 128_256, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1792}
 """The preset llama-3.1-8b-150m in the vocabulary of Llama 3.1: 154,147,328 parameters."""
 TINY = {"vocab": 512, "hidden": 32, "layers": 1, "heads": 2, "ffn": 64}
@@ -84,7 +83,6 @@ OBJECTIVES: dict[str, Objective] = {
     "plain": PlainCrossEntropy(),
     "torch": TorchCrossEntropy(),
     "chunked": CrossEntropy(),
-    "liger": CrossEntropy(path="liger"),
 }
 
 
@@ -148,8 +146,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def available(path: str, device: str) -> bool:
     """Whether a path can run here."""
-    if path == "liger":
-        return device.startswith("cuda") and installed("liger-kernel") is not None
     return path != "torch" or hasattr(nn, "LinearCrossEntropyOptions")
 
 
@@ -158,9 +154,7 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.output.is_file():
         return json.loads(arguments.output.read_text(encoding="utf-8")) | {"complete": False}  # type: ignore[no-any-return]
     libraries = {
-        name: version
-        for name in ("torch", "transformers", "triton", "liger-kernel")
-        if (version := installed(name))
+        name: version for name in ("torch", "transformers", "triton") if (version := installed(name))
     }
     cuda = torch.cuda.get_device_name(arguments.device) if arguments.device.startswith("cuda") else None
     machine = {

@@ -6,12 +6,11 @@
     python benchmarks/train_step.py --device cpu --shape 27m --operators
     python benchmarks/train_step.py --dry-run
 
-Needs torch, transformers and a checkout of this repository; the Trainer needs `pip install accelerate` too and is left out without, as
-`ours_liger` is without `pip install liger-kernel`.
+Needs torch, transformers and a checkout of this repository; the Trainer needs `pip install accelerate` too and is left out without.
 Every figure is on the disk as soon as it is known; `--add` adds to a file that is there.
 
 Decides what is compared with what: tokens per optimiser step are equal, the micro-batch is each one's own; ratios are formed within a
-turn. `mfu` is our useful rate divided by that of the model's own matrix products (stepping/matmuls.py), `mfu_data_sheet` by the
+turn. `mfu` is our useful rate divided by that of the model's own matrix products (stepping/measure.py), `mfu_data_sheet` by the
 maker's figure.
 """
 
@@ -31,8 +30,7 @@ import torch
 from stepping import worker
 from stepping.contenders import NAMES, WORDS
 from stepping.follow import follow
-from stepping.matmuls import data_sheet
-from stepping.operators import ENVIRONMENT
+from stepping.measure import ENVIRONMENT, data_sheet
 from stepping.shapes import SHAPES
 
 NAME = "train_step"
@@ -135,9 +133,6 @@ def measure(shape: str, device: torch.device, arguments: argparse.Namespace, rep
 
 
 def _possible(name: str, device: torch.device) -> bool:
-    if name.endswith("liger") and (device.type == "cpu" or not importlib.util.find_spec("liger_kernel")):
-        print(f"{name}: left out, it needs a GPU and: pip install liger-kernel", flush=True)
-        return False
     if name.startswith("trainer") and not importlib.util.find_spec("accelerate"):
         print(f"{name}: left out, it needs: pip install accelerate", flush=True)
         return False
@@ -237,7 +232,7 @@ def summarize(
 
 
 def operators(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The profile of one shape (stepping/operators.py), shown and given back."""
+    """The profile of one shape (stepping/measure.py), shown and given back."""
     options = {
         "shape": shape,
         "device": arguments.device,

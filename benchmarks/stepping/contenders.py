@@ -1,7 +1,6 @@
 """Ways to take one optimiser step of the same batch: transformers' Trainer, a plain loop, FastDraft.
 
-Decides that all see the same tokens per optimiser step, clip at 1 and use AdamW; that each has its own usual micro-batch (`rows`), since
-that is what its user would have; and that the Trainer runs its own loop, held between turns by a callback.
+All see the same tokens per optimiser step, clip at 1 and use AdamW; each has its own usual micro-batch (`rows`).
 """
 
 from __future__ import annotations
@@ -15,19 +14,16 @@ from typing import Any
 
 import torch
 
-from fastdraft.training.allocator import kept_memory
 from fastdraft.training.batches import Batch, packed_batch
-from fastdraft.training.flash import flash
+from fastdraft.training.fast_decoder import fast_decoder, kept_memory
+from fastdraft.training.gpu_attention import flash_decoder
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers
-from fastdraft.training.stand_in import stand_in
 from fastdraft.training.step import TrainStep, autocast_dtype, default_micro_batch_tokens
 from stepping.shapes import Shape, build_model, tokens
 
 WORDS = {
     "trainer": "transformers Trainer, bf16",
-    "trainer_fp32": "transformers Trainer, fp32",
-    "trainer_kept": "the same, bf16, memory kept as FastDraft keeps it",
     "plain_fp32": "plain loop, fp32",
     "plain_bf16": "plain loop, bf16 autocast",
     "plain_compiled": "plain loop, bf16, torch.compile",
@@ -35,11 +31,12 @@ WORDS = {
     "ours": "FastDraft",
     "ours_compiled": "FastDraft, compile: true",
     "ours_masked": "FastDraft, texts of a row apart",
-    "ours_liger": "FastDraft, cross_entropy: liger",
 }
 NAMES = tuple(WORDS)
 TEXTS = 4
 """Of a row, where they are kept apart."""
+Wait = Callable[[], bool]
+"""Called before every optimiser step; blocks until it may be taken; False ends the loop."""
 
 
 @dataclass(frozen=True)
@@ -56,59 +53,52 @@ class Setting:
     backend: str = "inductor"
     """Of torch.compile; a dry run has one without a code generator."""
 
+    def parts(self, rows: int) -> list[torch.Tensor]:
+        """The batch in micro-batches of `rows` rows."""
+        count = max(1, self.batch // (rows * self.shape.length))
+        return list(tokens(self.shape, rows * count).split(rows))
 
-Wait = Callable[[], bool]
-"""Called before every optimiser step; blocks until it may be taken; False ends the loop."""
+    def facts(self, model: Any, micro: int) -> dict[str, Any]:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        return {
+            "parameters": size,
+            "flops_per_token": self.shape.flops_per_token(model),
+            "micro_batch_tokens": micro,
+        }
 
 
 def drive(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
     """Takes steps as long as `wait` says so."""
-    ours, kept = (
-        setting.name.startswith("ours"),
-        setting.name.startswith("ours") or setting.name.endswith("kept"),
-    )
-    with kept_memory(setting.device) if kept else contextlib.nullcontext():
+    ours = setting.name.startswith("ours")
+    with kept_memory(setting.device) if ours else contextlib.nullcontext():
         run = _trainer if setting.name.startswith("trainer") else _ours if ours else _plain
         run(setting, wait, found)
 
 
 def our_step(setting: Setting) -> tuple[Any, TrainStep, list[Batch]]:
-    """The product's step as `fastdraft run` puts it together (training/assemble.py), without its recipe."""
+    """The product's step as `fastdraft run` puts it together (training/defaults.py), without its recipe."""
     model = build_model(setting.shape).to(setting.device)
     decoder: Any = model.get_decoder()
     compiled = setting.name.endswith("compiled")
-    accelerated = setting.name.endswith("modules")  # what runs on an accelerator, on a CPU too
-    runs = (flash(decoder) if accelerated else None) or stand_in(
-        decoder, setting.device, compiled=compiled, backend=setting.backend
-    )
-    objective = CrossEntropy(1e-5, path="liger" if setting.name.endswith("liger") else "chunked")
-    step = TrainStep(
-        runs,
-        model.get_output_embeddings().weight,
-        list(model.parameters()),
-        build_optimizers(model, kind="adamw", learning_rate=1e-3),
-        objective,
-        setting.device,
-        None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device),
-    )
-    micro = min(
-        setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device), setting.batch
-    )
-    rows = max(1, micro // setting.shape.length)
-    batches = [packed_batch(part.numpy()) for part in _parts(setting, rows)]
-    return model, step, [_apart(batch) for batch in batches] if setting.name.endswith("masked") else batches
-
-
-def _apart(batch: Batch) -> Batch:
-    """The same rows as `TEXTS` texts each that do not see each other."""
-    length = batch.input_ids.shape[1]
-    places = torch.arange(length).remainder(length // TEXTS)
-    return replace(batch, position_ids=places.expand(batch.input_ids.shape[0], -1).contiguous())
+    runs = fast_decoder(decoder, setting.device, compiled=compiled, backend=setting.backend)
+    if setting.name.endswith("modules"):  # what runs on an accelerator, on a CPU too
+        runs = flash_decoder(decoder)
+    optimizers = build_optimizers(model, kind="adamw", learning_rate=1e-3)
+    low = None if setting.name.endswith("fp32") else autocast_dtype("auto", setting.device)
+    head, parameters = model.get_output_embeddings().weight, list(model.parameters())
+    step = TrainStep(runs, head, parameters, optimizers, CrossEntropy(1e-5), setting.device, low)
+    micro = setting.rows * setting.shape.length or default_micro_batch_tokens(setting.device)
+    rows = max(1, min(micro, setting.batch) // setting.shape.length)
+    batches = [packed_batch(part.numpy()) for part in setting.parts(rows)]
+    if setting.name.endswith("masked"):  # the same rows as `TEXTS` texts each that do not see each other
+        places = torch.arange(setting.shape.length).remainder(setting.shape.length // TEXTS)
+        batches = [replace(batch, position_ids=places.expand(rows, -1).contiguous()) for batch in batches]
+    return model, step, batches
 
 
 def _ours(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
     model, step, batches = our_step(setting)
-    found |= _facts(setting, model, batches[0].input_ids.numel())
+    found |= setting.facts(model, batches[0].input_ids.numel())
     while wait():
         found["loss"] = step.gradients(batches)[0]
         step.update(1.0)
@@ -118,8 +108,8 @@ def _plain(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
     """The loop of a tutorial."""
     model = build_model(setting.shape).to(setting.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    parts = [part.to(setting.device) for part in _parts(setting, setting.rows or 4)]
-    found |= _facts(setting, model, parts[0][:, 1:].numel())
+    parts = [part.to(setting.device) for part in setting.parts(setting.rows or 4)]
+    found |= setting.facts(model, parts[0][:, 1:].numel())
     forward = torch.compile(model, backend=setting.backend) if setting.name == "plain_compiled" else model
     while wait():
         for part in parts:
@@ -135,12 +125,13 @@ def _plain(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
 
 
 def _trainer(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
+    """transformers' own loop, held between turns by a callback."""
     import transformers
 
     shape, rows = setting.shape, setting.rows or 4
     model = build_model(shape)
     count = max(1, setting.batch // (rows * shape.length))
-    found |= _facts(setting, model, rows * shape.length)
+    found |= setting.facts(model, rows * shape.length)
 
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -151,6 +142,7 @@ def _trainer(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
             wait()
 
     drawn = tokens(shape, rows * count)[:, :-1]
+    quiet = {"report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Done):
         arguments = transformers.TrainingArguments(
             output_dir=folder,
@@ -158,16 +150,11 @@ def _trainer(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
             gradient_accumulation_steps=count,
             max_steps=10**6,
             learning_rate=1e-3,
-            bf16=setting.name != "trainer_fp32",
+            bf16=True,
             use_cpu=setting.device.type == "cpu",
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
+            **quiet,
         )
-        transformers.Trainer(
-            model=model, args=arguments, train_dataset=_Endless(drawn), callbacks=[Turns()]
-        ).train()
+        transformers.Trainer(model, arguments, train_dataset=_Endless(drawn), callbacks=[Turns()]).train()
 
 
 class _Endless(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
@@ -182,16 +169,3 @@ class _Endless(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
 
 class _Done(Exception):
     """Ends the Trainer's loop."""
-
-
-def _parts(setting: Setting, rows: int) -> list[torch.Tensor]:
-    count = max(1, setting.batch // (rows * setting.shape.length))
-    return list(tokens(setting.shape, rows * count).split(rows))
-
-
-def _facts(setting: Setting, model: Any, micro: int) -> dict[str, Any]:
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "flops_per_token": setting.shape.flops_per_token(model),
-        "micro_batch_tokens": micro,
-    }

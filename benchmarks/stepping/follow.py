@@ -1,8 +1,7 @@
 """Whether an accelerator's losses follow the CPU's: the same steps on both, and how far bf16 alone moves them.
 
-Decides the yardstick: the CPU's own difference between fp32 and bf16 over the same steps. The device's losses may differ from the CPU's
-in fp32 by twice that in the mean over all steps, because its additions are in another order and the first rounding that differs is carried
-on by every step after it. All runs take a step each in turn, so that one that is cut off can be compared as far as it came.
+The yardstick is the CPU's own difference between fp32 and bf16: the device's losses may differ from the CPU's in fp32 by twice that in
+the mean, because its additions are in another order and every step carries the first rounding on.
 """
 
 from __future__ import annotations
@@ -27,14 +26,10 @@ WARM_UP = 20
 def follow(
     shape: str, device: torch.device, steps: int, length: int, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Losses of `steps` steps of one row of `length` tokens: CPU fp32, CPU bf16, device bf16.
+    """Losses of `steps` steps of one row of `length` tokens: CPU fp32, CPU bf16, device bf16, a step each in turn.
 
-    Args:
-        shape: One of `SHAPES`.
-        device: Where the CPU itself is given (a dry run), what runs on an accelerator runs there: on a CPU the product has other layers.
-        steps: So many.
-        length: Tokens of the row.
-        keep: Called every 10 steps, and at the end, with what is known by then.
+    `keep` is called every 10 steps, and at the end, with what is known by then. Where `device` is the CPU itself (a dry run), what
+    runs on an accelerator runs there.
     """
     chosen, cpu = replace(SHAPES[shape], length=length), torch.device("cpu")
     runs = {
@@ -47,33 +42,24 @@ def follow(
         for name, run in runs.items():
             losses[name].append(next(run))
         if step % EVERY == 0 or step == steps:
-            keep(
-                {
-                    "shape": shape,
-                    "row": length,
-                    "steps_wanted": steps,
-                    "steps": step,
-                    **compare(losses),
-                    "losses": losses,
-                }
-            )
+            about = {"shape": shape, "row": length, "steps_wanted": steps, "steps": step}
+            keep({**about, **compare(losses), "losses": losses})
 
 
 def compare(losses: dict[str, list[float]]) -> dict[str, Any]:
     """How far bf16 moves the CPU's losses, how far the device's are from both, and whether that is within the noise."""
-    noise = difference(losses["cpu_bf16"], losses["cpu_fp32"])
-    from_fp32 = difference(losses["device_bf16"], losses["cpu_fp32"])
+    noise = _difference(losses["cpu_bf16"], losses["cpu_fp32"])
+    from_fp32 = _difference(losses["device_bf16"], losses["cpu_fp32"])
     return {
         "bf16_noise": noise,
         "device_from_cpu_fp32": from_fp32,
-        "device_from_cpu_bf16": difference(losses["device_bf16"], losses["cpu_bf16"]),
+        "device_from_cpu_bf16": _difference(losses["device_bf16"], losses["cpu_bf16"]),
         "allowed_times_noise": WITHIN,
         "within_noise": from_fp32["mean"] <= WITHIN * noise["mean"],
     }
 
 
-def difference(a: list[float], b: list[float]) -> dict[str, float]:
-    """Of two runs' losses, in nats a token: mean and largest over the steps, and the last step's."""
+def _difference(a: list[float], b: list[float]) -> dict[str, float]:
     gaps = [abs(x - y) for x, y in zip(a, b, strict=True)]
     return {"mean": sum(gaps) / len(gaps), "largest": max(gaps), "last": gaps[-1]}
 

@@ -1,7 +1,4 @@
-"""The models that training steps are measured on, and how many operations a token costs them.
-
-Decides the sizes: three for a CPU, the two published drafts for a GPU, one for a dry run.
-"""
+"""The models that training steps are measured on: three for a CPU, the two published drafts for a GPU, one for a dry run."""
 
 from __future__ import annotations
 

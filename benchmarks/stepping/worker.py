@@ -1,7 +1,6 @@
-"""A process for each contender, and the pipe that gives it its turns.
+"""A process for each contender, since the allocator's settings, compiled code and peak memory belong to a process.
 
-Decides that every contender has a process to itself, because the allocator's settings, compiled code and peak memory belong to a
-process; and that it takes steps only in its turn. The parent writes a number of steps, the worker answers with a line of JSON.
+It takes steps only in its turn: the parent writes a number of steps, the worker answers with a line of JSON.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from typing import Any
 
 import torch
 
+from fastdraft.training.fast_decoder import kept_memory
+from fastdraft.training.step import autocast_dtype, default_micro_batch_tokens
 from stepping.contenders import Setting, drive, our_step
-from stepping.matmuls import seconds_per_token, timed
+from stepping.measure import operators, seconds_per_token, timed
 from stepping.shapes import SHAPES, build_model
 
 MARK = "@turn "
@@ -79,8 +80,6 @@ def main(options: dict[str, Any]) -> None:
     elif setting.name == "parts":
         _parts(setting)
     elif setting.name == "operators":
-        from stepping.operators import operators
-
         while sys.stdin.readline().strip():
             _say(**operators(setting))
     else:
@@ -114,8 +113,6 @@ def _turns(device: torch.device, found: dict[str, Any]) -> Any:
 
 def _ceiling(setting: Setting) -> None:
     model, rows = build_model(setting.shape), (setting.rows * setting.shape.length) or None
-    from fastdraft.training.step import autocast_dtype, default_micro_batch_tokens
-
     dtype = autocast_dtype("auto", setting.device) or torch.float32
     rows = min(rows or default_micro_batch_tokens(setting.device), setting.batch)
     while sys.stdin.readline().strip():
@@ -124,8 +121,6 @@ def _ceiling(setting: Setting) -> None:
 
 def _parts(setting: Setting) -> None:
     """Seconds per optimiser step of each part of ours by itself."""
-    from fastdraft.training.allocator import kept_memory
-
     plain = replace(setting, name="ours")
     _, step, batches = our_step(plain)
     count, batch, device = len(batches), batches[0].to(setting.device), setting.device
