@@ -35,7 +35,7 @@ from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant
 from fastdraft.stages import design
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
-from fastdraft.training import assemble
+from fastdraft.training import defaults
 from fastdraft.training.batches import Batch
 from fastdraft.training.objective import CrossEntropy
 
@@ -302,7 +302,7 @@ def _target(folder: Path) -> Target:
 
 def _trained(draft: Any) -> bool:
     """One step lowers the loss of its own batch."""
-    settings = assemble.resolve(
+    settings = defaults.resolve(
         OptimizerConfig(kind="adamw", learning_rate=0.01),
         "pretrain",
         draft,
@@ -311,7 +311,7 @@ def _trained(draft: Any) -> bool:
         micro_batch_tokens=64,
         precision="fp32",
     )
-    step = assemble.build_step(draft, settings, CrossEntropy(), torch.device("cpu"))
+    step = defaults.build_step(draft, settings, CrossEntropy(), torch.device("cpu"))
     ids = torch.tensor(PROMPTS[2])[None]
     batch = Batch(ids[:, :-1], ids[0, 1:])
     before, _, _ = step.gradients([batch])

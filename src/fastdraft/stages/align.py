@@ -20,21 +20,14 @@ from fastdraft.data.rows import SyntheticRow, read_all
 from fastdraft.data.sparse_logits import RowLogits, read_with_logits
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.functional.distillation import token_loss
-from fastdraft.modeling.head import output_head
-from fastdraft.modeling.loading import (
-    load_draft,
-    load_target,
-    load_vocabulary,
-    pick_device,
-    save_draft,
-    set_threads,
-)
-from fastdraft.modeling.source import model_identity
+from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_threads
+from fastdraft.modeling.heads import output_head
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
 from fastdraft.recipe.training import AlignConfig, TokenKDConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from fastdraft.training import defaults
 from fastdraft.training.batches import (
     AlignmentBatches,
@@ -53,11 +46,12 @@ from fastdraft.training.trainer import Trainer, TrainingSchedule
 from fastdraft.training.validation import response_scores
 
 VALIDATION_ROWS = 128
+DEFAULT_EPOCHS = 3.0
 DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
 _PRETRAINING = ("continue_pretrain", "pretrain")
 """Stages that may come before, the latest first."""
-_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "tensorboard"}
+_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every"}
 _MIXTURE_SEED = 0x5EED
 """Added to the seed, so that alignment sees the mixture's rows in another order than pre-training did."""
 
@@ -67,6 +61,7 @@ def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
     mixture = _mixture(context) if _pretraining_share(config, context) else None
     found = {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
+        "precision": context.settings.precision,
         "seed": context.settings.seed,
         "start": start(context)[1],
         "synthesize": context.folder("synthesize").digest(),
@@ -75,8 +70,7 @@ def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
         "num_speculative_tokens": _num_speculative_tokens(context),
     }
     if isinstance(config.objective, TokenKDConfig) and config.objective.source == "target":
-        target = context.target
-        found["target"] = model_identity(target.model, target.location, target.revision, target.dtype)
+        found["target"] = context.target.identity()
     return found
 
 
@@ -112,16 +106,16 @@ def run(config: AlignConfig, context: StageContext) -> None:
             validate_every=defaults.validate_every(config.validate_every, source.steps),
             validate_first=True,
             checkpoint_every=defaults.checkpoint_every(config.checkpoint_every, source.steps),
-            tensorboard=config.tensorboard,
+            tensorboard=context.settings.tensorboard,
         )
-        k, vocabulary = _num_speculative_tokens(context), load_vocabulary(context.target)
+        k, vocabulary = _num_speculative_tokens(context), context.target.vocabulary
         measure = response_scores(step, model, held_out, k, vocabulary, settings.micro_batch_tokens)
         validate = measure if held_out else None
         trainer = Trainer(folder.path, model, step, source, schedule, console, validate, world=world)
         state = trainer.run()
     if not world.is_main:
         return
-    save_draft(model, folder.path / "checkpoint", context.folder("design").path / "draft")
+    save_draft(model, folder.path / "checkpoint", Target.at(context.folder("design").path / "draft"))
     fields = _summary(folder.path, state)
     folder.complete(
         **fields, **counts, settings=settings.as_dict(), processes=world.size, provenance=describe_run()
@@ -161,7 +155,7 @@ def _settings_and_batches(
         found = f"0 trained tokens in {len(all_samples)} responses"
         raise DataError(f"align: {found}", "raise synthesize.tokens, or shorten the prompts")
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
-    budget = config.tokens or round(int(lengths.sum()) * (config.passes or 1))
+    budget = config.tokens or round(int(lengths.sum()) * DEFAULT_EPOCHS)
     settings = defaults.resolve(
         config.optimizer,
         "align",
@@ -170,9 +164,10 @@ def _settings_and_batches(
         batch_tokens=config.batch_tokens
         or defaults.batch_tokens("align", defaults.count_parameters(model), budget),
         micro_batch_tokens=config.micro_batch_tokens,
-        precision=config.precision,
+        precision=context.settings.precision,
     )
-    plan = plan_batches(lengths, settings.batch_tokens, seed, epochs=config.passes, tokens=config.tokens)
+    epochs = None if config.tokens else DEFAULT_EPOCHS
+    plan = plan_batches(lengths, settings.batch_tokens, seed, epochs=epochs, tokens=config.tokens)
     share, packed = _pretraining_share(config, context), None
     if share:  # steps of the mixture, each of as many tokens as a synthetic step
         prepare = context.require("prepare")
@@ -199,10 +194,10 @@ def _objective(
     objective = config.objective
     if not isinstance(objective, TokenKDConfig):
         return CrossEntropy()
-    loss = token_loss(objective.loss, objective.beta or 0.5)
+    loss = token_loss(objective.loss)
     if objective.source == "stored":
         return TokenDistillation(loss)
-    target = LoadedTarget(*output_head(load_target(context.target, device)))
+    target = LoadedTarget(*output_head(context.target.model(device)))
     size, wanted = target.head.vocab_size, int(model.config.vocab_size)
     if size != wanted:
         raise TargetError(

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from fastdraft.data.mixture import open_mixture
 from fastdraft.data.shards import open_corpus
 from fastdraft.errors import DataError, RecipeError
-from fastdraft.modeling.loading import load_draft, pick_device, save_draft, set_threads
+from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_threads
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
 from fastdraft.recipe.training import ContinuePretrainConfig, PretrainConfig
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 from fastdraft.training import defaults
 from fastdraft.training.batches import PackedBatches, text_separator
 from fastdraft.training.checkpoint import TrainingState
@@ -31,7 +32,10 @@ from fastdraft.training.validation import corpus_losses
 
 Name = Literal["pretrain", "continue_pretrain"]
 GOOD_EPOCHS = 4
-_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every", "tensorboard"}
+"""More passes over a corpus add little (arXiv 2305.16264)."""
+Z_LOSS = 1e-5
+"""Weight of the squared log-partition in the loss (PaLM, arXiv 2204.02311)."""
+_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every"}
 """Keys that may change while a run is under way: they do not change what is learned."""
 _CONTINUED_SEED = 0xC0DE
 """Added to the seed where continue_pretrain would else meet a corpus in the order in which pretrain did."""
@@ -41,6 +45,7 @@ def fingerprint(config: PretrainConfig, context: StageContext, name: Name) -> di
     """What the weights depend on: the draft's shape, vocabulary and start, the prepared rows, these settings, the seed."""
     return {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
+        "precision": context.settings.precision,
         "seed": context.settings.seed,
         "start": _start_digest(context, name),
         "prepare": context.folder("prepare").digest(),
@@ -49,7 +54,7 @@ def fingerprint(config: PretrainConfig, context: StageContext, name: Name) -> di
 
 def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     """Trains, or goes on training, until the budget is used; then writes `checkpoint/` and the manifest."""
-    folder, tokenizer_files = context.folder(name), context.folder("design").path / "draft"
+    folder, tokenizer = context.folder(name), Target.at(context.folder("design").path / "draft")
     set_threads(context.settings.threads)
     device = own_device(pick_device(context.settings.device))
     torch.manual_seed(context.settings.seed)
@@ -61,7 +66,7 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
         compiled, why = defaults.compiles(context.settings.compile, device, source.tokens)
         if why and world.is_main:
             context.console.say(f"  {why}")
-        step = defaults.build_step(model, settings, CrossEntropy(config.z_loss), device, compiled=compiled)
+        step = defaults.build_step(model, settings, CrossEntropy(Z_LOSS), device, compiled=compiled)
         schedule = TrainingSchedule(
             name=name,
             factor=defaults.rate_factor(config.schedule, source.steps),
@@ -70,7 +75,7 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
             validate_every=defaults.validate_every(config.validate_every, source.steps),
             checkpoint_every=defaults.checkpoint_every(config.checkpoint_every, source.steps),
             undecayed_step=defaults.undecayed_step(config.schedule, source.steps),
-            tensorboard=config.tensorboard,
+            tensorboard=context.settings.tensorboard,
         )
         prepare = context.require("prepare")
         held_out = {
@@ -78,11 +83,11 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
         }
         validate = corpus_losses(step, held_out, settings.micro_batch_tokens, source.separator)
         trainer = Trainer(folder.path, model, step, source, schedule, context.console, validate, world=world)
-        trainer.save_undecayed = lambda: save_draft(model, folder.path / "undecayed", tokenizer_files)
+        trainer.save_undecayed = lambda: save_draft(model, folder.path / "undecayed", tokenizer)
         state = trainer.run()
     if not world.is_main:
         return
-    save_draft(model, folder.path / "checkpoint", tokenizer_files)
+    save_draft(model, folder.path / "checkpoint", tokenizer)
     fields = _summary(folder.path, state)
     folder.complete(**fields, settings=settings.as_dict(), processes=world.size, provenance=describe_run())
     trainer.checkpoints.discard()
@@ -111,7 +116,7 @@ def _settings_and_rows(
         model.device,
         batch_tokens=config.batch_tokens or max(row_length, suggested),
         micro_batch_tokens=config.micro_batch_tokens,
-        precision=config.precision,
+        precision=context.settings.precision,
         halved=isinstance(config, ContinuePretrainConfig) and config.start == "decayed",
     )
     if settings.batch_tokens < row_length:

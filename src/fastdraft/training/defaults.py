@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from fastdraft.modeling.head import split_head
+from fastdraft.modeling.heads import split_head
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.training import AdamWConfig, CosineConfig, MuonConfig, Precision, WSDConfig
+from fastdraft.recipe.run import Compile, Precision
+from fastdraft.recipe.training import CosineConfig, OptimizerConfig, WSDConfig
 from fastdraft.training.fast_decoder import fast_decoder
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import build_optimizers
@@ -108,7 +109,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def resolve(
-    optimizer: AdamWConfig | MuonConfig,
+    optimizer: OptimizerConfig,
     phase: Phase,
     model: torch.nn.Module,
     device: torch.device,
@@ -170,7 +171,7 @@ def rate_factor(config: WSDConfig | CosineConfig, steps: int) -> Callable[[int],
     """The schedule of a recipe as a function of the 0-based step."""
     if isinstance(config, WSDConfig):
         return lambda step: wsd_factor(step, steps, config.warmup, config.decay)
-    return lambda step: cosine_factor(step, steps, config.warmup, config.final)
+    return lambda step: cosine_factor(step, steps, config.warmup)
 
 
 def undecayed_step(config: WSDConfig | CosineConfig, steps: int) -> int:
@@ -188,7 +189,7 @@ def checkpoint_every(asked: int | None, steps: int) -> int:
     return min(500, max(10, steps // 20)) if asked is None else asked
 
 
-def compiles(asked: bool | Literal["auto"], device: torch.device, tokens: int) -> tuple[bool, str]:
+def compiles(asked: Compile, device: torch.device, tokens: int) -> tuple[bool, str]:
     """Whether `run.compile` compiles the decoder of a stage of that many tokens, and one line for the log (empty: nothing to tell).
 
     A wish that cannot be met is said, not an error: the numbers are the same either way.

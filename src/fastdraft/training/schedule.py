@@ -23,10 +23,10 @@ def wsd_factor(step: int, steps: int, warmup: float, decay: float) -> float:
     return min(factor, (steps - step) / (steps - start + 1)) if step >= start else factor
 
 
-def cosine_factor(step: int, steps: int, warmup: float, final: float) -> float:
-    """Factor of step `step` (0-based) of `steps`: up linearly, then half a cosine from 1 down to `final`."""
+def cosine_factor(step: int, steps: int, warmup: float) -> float:
+    """Factor of step `step` (0-based) of `steps`: up linearly, then half a cosine from 1 down to 0."""
     rising = warmup_steps(steps, warmup)
     if step < rising:
         return (step + 1) / rising
     share = (step - rising + 1) / (steps - rising + 1)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share))
+    return 0.5 * (1 + math.cos(math.pi * share))

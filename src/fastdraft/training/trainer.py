@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from fastdraft.console import Console
-from fastdraft.errors import FastDraftError, Interrupted, OutOfMemory
-from fastdraft.machine import free_memory, is_out_of_memory
+from fastdraft.errors import FastDraftError, Interrupted, OutOfMemory, free_memory, is_out_of_memory
 from fastdraft.training.batches import Batch, BatchSource, Reader
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from fastdraft.training.distributed import Replicas, World
