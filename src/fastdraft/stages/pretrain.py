@@ -38,7 +38,7 @@ Z_LOSS = 1e-5
 _NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every"}
 """Keys that may change while a run is under way: they do not change what is learned."""
 _CONTINUED_SEED = 0xC0DE
-"""Added to the seed where continue_pretrain would else meet a corpus in the order in which pretrain did."""
+"""Added to the seed: continue_pretrain must not meet a corpus in the order in which pretrain did, the rows already learned first."""
 
 
 def fingerprint(config: PretrainConfig, context: StageContext, name: Name) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def _settings_and_rows(
         )
     rows = settings.batch_tokens // row_length
     steps = max(1, round(config.tokens / (rows * row_length)))
-    mixture = open_mixture(prepare, config.mixture, rows, _row_seed(config, context, name))
+    seed = context.settings.seed + (_CONTINUED_SEED if name == "continue_pretrain" else 0)
+    mixture = open_mixture(prepare, config.mixture, rows, seed)
     epochs = mixture.epochs(steps)
     for corpus in mixture.names:
         share = config.mixture[corpus] / sum(config.mixture.values())
@@ -141,21 +142,6 @@ def _settings_and_rows(
             context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs[corpus]:.1f} times; {more}")
     separator = text_separator(prepare.manifest())
     return settings, PackedBatches(mixture, steps, separator, world.rank, world.size)
-
-
-def _row_seed(config: PretrainConfig, context: StageContext, name: Name) -> int:
-    """The seed of the order of rows, which follows from it and a corpus's number among the mixture's names.
-
-    A corpus of pretrain's with the same number would come in the same order again, the rows already learned first.
-    """
-    seed = context.settings.seed
-    if name == "pretrain" or not context.has("pretrain"):
-        return seed
-    before, now = (
-        sorted(corpus for corpus, weight in section.mixture.items() if weight > 0)
-        for section in (context.section("pretrain"), config)
-    )
-    return seed + _CONTINUED_SEED if any(a == b for a, b in zip(before, now, strict=False)) else seed
 
 
 def _start_digest(context: StageContext, name: Name) -> str:
