@@ -231,7 +231,7 @@ TrainingState.add = killed
 context = make_context(Path(sys.argv[1]), Path(sys.argv[2]), {"pretrain": load_config(PretrainConfig, SETTINGS)})
 run_stage(context, "pretrain")
 """
-    arguments = [str(second.run.root), second.target.model, str(Path(__file__).parent)]
+    arguments = [str(second.run.root), second.target.location, str(Path(__file__).parent)]
     assert (
         subprocess.run([sys.executable, "-c", script, *arguments], check=False, timeout=120).returncode == 9
     )

@@ -49,7 +49,7 @@ def corpus_losses(
     batches: dict[str, list[Batch]] = {}
     for name, corpus in corpora.items():
         rows, count = (
-            min(len(corpus), max(1, VALIDATION_TOKENS // corpus.row_length)),
+            min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length)),
             max(1, micro_batch_tokens // corpus.row_length),
         )
         starts = range(0, rows, count)
