@@ -220,7 +220,7 @@ def _mixture(context: StageContext) -> dict[str, float]:
         if context.has(stage):
             return dict(context.section(stage).mixture)
     if context.has("prepare"):
-        return dict.fromkeys(context.section("prepare").names, 1.0)
+        return dict.fromkeys(context.section("prepare").sources, 1.0)
     raise RecipeError(
         "align.pretraining_share: needs the mixture of continue_pretrain or pretrain, or prepared corpora",
         "add one of these sections or set align.pretraining_share: 0",
