@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastdraft.console import format_table
 from fastdraft.data.chat import first_prompt_ids
-from fastdraft.data.prompts import select_texts
+from fastdraft.data.prompts import select_prompts
 from fastdraft.decoding.autoregressive import pad_left
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.drafts import set_threads
@@ -147,7 +147,7 @@ class Contenders:
 def read_prompts(target: TargetConfig, arguments: argparse.Namespace, room: int) -> Texts:
     """The first prompts that fit, as the target reads them, shortest first."""
     tokenizer = Target(target).tokenizer
-    chosen = select_texts(JsonlPrompts(kind="jsonl", name="p", path=arguments.file), set(), 0).texts
+    chosen = select_prompts(JsonlPrompts(kind="jsonl", name="p", path=arguments.file), set(), 0).prompts
     encoded = (first_prompt_ids(tokenizer, prompt, chat=True) for prompt in chosen)
     fitting = (ids for ids in encoded if len(ids) <= room)
     return sorted((ids for ids, _ in zip(fitting, range(arguments.prompts), strict=False)), key=len)

@@ -13,7 +13,8 @@ import torch
 
 from fastdraft.data.shards import PackedCorpus
 from fastdraft.data.tokenize import DocumentEncoder
-from fastdraft.decoding import logit_writer, replay, scoring
+from fastdraft.decoding import replay, scoring
+from fastdraft.runtimes import synthesis
 from fastdraft.evaluation.texts import as_row
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import Halving, OutOfMemory, is_out_of_memory
@@ -94,7 +95,7 @@ def test_an_engine_that_runs_out_of_memory_writes_the_same_text_in_halves(
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("module", [replay, scoring, logit_writer])
+@pytest.mark.parametrize("module", [replay, scoring, synthesis])
 def test_a_pass_over_text_that_runs_out_of_memory_gives_the_same_in_halves(
     tiny_target: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
@@ -105,7 +106,7 @@ def test_a_pass_over_text_that_runs_out_of_memory_gives_the_same_in_halves(
     work: dict[Any, Callable[[], list[Any]]] = {
         replay: lambda: list(replay.accept_probabilities(draft, rows, vocabulary)),
         scoring: lambda: [np.array(g.logprobs) for g in scoring.score(model, written, Sampling(1.0))],
-        logit_writer: lambda: [logits.logprobs for logits in logit_writer.sparse_logits(model, rows, 4)],
+        synthesis: lambda: [logits.logprobs for logits in synthesis.sparse_logits(model, rows, 4)],
     }
     whole, real = work[module](), replay.response_hidden
 

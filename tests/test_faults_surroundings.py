@@ -21,7 +21,7 @@ from bad_input_fixture import refused
 from conftest import write_recipe
 from fastdraft import cli
 from fastdraft.data.chat import Conversation
-from fastdraft.data.transcripts import TranscriptLog, read_entries
+from fastdraft.data.logs import TranscriptLog, read_entries
 from fastdraft.errors import DataError, FastDraftError
 from fastdraft.recipe.data import JsonlPrompts
 from fastdraft.target import Target

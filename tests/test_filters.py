@@ -17,15 +17,10 @@ WARM = Sampling(0.6)
 
 
 def judge(
-    row_filter: RowFilter,
-    response: list[int],
-    reason: str = "length",
-    *,
-    chat: bool = True,
-    counts: RowCounts | None = None,
+    row_filter: RowFilter, response: list[int], reason: str = "length", *, counts: RowCounts | None = None
 ) -> SyntheticRow | None:
     generation = Generation([1, 2], response, [-0.5] * len(response), reason)  # type: ignore[arg-type]
-    return row_filter.judge(generation, "s", WARM, chat, counts if counts is not None else RowCounts())
+    return row_filter.judge(generation, "s", WARM, counts if counts is not None else RowCounts())
 
 
 def new_filter(**options: object) -> RowFilter:
@@ -53,7 +48,6 @@ def test_a_good_response_becomes_a_row_with_all_that_training_needs() -> None:
         ([3], "stop", {}, "empty"),
         ([9, 9, 3], "stop", {}, "empty"),
         ([4, *[7, 8] * 40], "length", {"looping": "drop"}, "looping"),
-        ([4, 5, 6], "length", {"keep_truncated": False}, "truncated"),
     ],
 )
 def test_each_filter_counts_its_reason(
@@ -83,7 +77,7 @@ def test_rows_of_an_earlier_process_count_as_written() -> None:
 
 def test_a_nan_log_prob_is_a_failed_row() -> None:
     counts = RowCounts(asked=1)
-    assert new_filter().judge(Generation([1], [5], [math.nan], "length"), "s", WARM, True, counts) is None
+    assert new_filter().judge(Generation([1], [5], [math.nan], "length"), "s", WARM, counts) is None
     assert (counts.failed, counts.filtered, counts.balance()) == (1, {}, 0)
 
 
@@ -106,10 +100,6 @@ def test_loops_are_kept_when_the_recipe_says_so() -> None:
     row = judge(new_filter(looping="keep"), [4, *[7, 8] * 40])
     assert row is not None
     assert len(row.response_ids) == 81
-
-
-def test_completions_of_plain_text_are_never_truncated() -> None:
-    assert judge(new_filter(keep_truncated=False), [4, 5, 6], chat=False)
 
 
 @given(

@@ -24,7 +24,7 @@ from torch import nn
 
 from fastdraft.console import Console
 from fastdraft.data.chat import Conversation, prompt_ids
-from fastdraft.data.transcripts import read_transcripts
+from fastdraft.data.logs import read_transcripts
 from fastdraft.errors import DataError, FastDraftError, TargetError
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.vocabulary import Vocabulary

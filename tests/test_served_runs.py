@@ -20,7 +20,7 @@ from fastdraft.commands import check
 from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow, read_all, read_rows
 from fastdraft.data.sparse_logits import read_with_logits
-from fastdraft.decoding.logit_writer import sparse_logits
+from fastdraft.runtimes.synthesis import sparse_logits
 from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
 from fastdraft.recipe.evaluation import SHIPPED_TASKS, BenchmarkConfig
 from fastdraft.recipe.recipe import Recipe, load_recipe

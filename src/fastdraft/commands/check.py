@@ -21,7 +21,7 @@ from fastdraft.commands.check_fit import check_fit
 from fastdraft.console import TABLE_WIDTH, Console, format_seconds, format_table
 from fastdraft.data.prompts import look as look_at_prompts
 from fastdraft.data.corpora import source_files
-from fastdraft.data.transcript_lines import look as look_at_log
+from fastdraft.data.logs import look as look_at_log
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.pipeline import STAGES, make_context, refuse_changes, refuse_missing_weights
 from fastdraft.recipe.base import format_count

@@ -101,18 +101,12 @@ class RowFilter:
         missing_ids: Ids that the tokenizer has no token for. The target is free to draw them, but such text has no meaning.
         decode: Text of token ids, special tokens left out.
         looping: cut, drop or keep: what happens to a row that ends in a loop.
-        keep_truncated: Keeps chat answers that the limit on new tokens ended.
     """
 
     def __init__(
-        self,
-        missing_ids: Iterable[int],
-        decode: Callable[[list[int]], str],
-        looping: str = "cut",
-        keep_truncated: bool = True,
+        self, missing_ids: Iterable[int], decode: Callable[[list[int]], str], looping: str = "cut"
     ) -> None:
-        self.missing_ids, self.decode = frozenset(missing_ids), decode
-        self.looping, self.keep_truncated = looping, keep_truncated
+        self.missing_ids, self.decode, self.looping = frozenset(missing_ids), decode, looping
         self._rows: set[str] = set()
         self._prompts: set[str] = set()
 
@@ -126,7 +120,7 @@ class RowFilter:
         return ids_hash(prompt_ids) in self._prompts
 
     def judge(
-        self, generation: Generation, source: str, sampling: Sampling, chat: bool, counts: RowCounts
+        self, generation: Generation, source: str, sampling: Sampling, counts: RowCounts
     ) -> SyntheticRow | None:
         """The row to write, or None; adds the outcome to `counts` (all but `asked`)."""
         counts.generated += len(generation.response_ids)
@@ -139,7 +133,7 @@ class RowFilter:
         kept = self._without_loop(generation)
         was_cut = kept is not generation
         row = SyntheticRow.of(kept, source, sampling)
-        reason = self._reason(generation, kept, was_cut, chat)
+        reason = self._reason(generation, kept)
         if not reason and row.row_id in self._rows:
             reason = "duplicate"
         if reason:
@@ -161,13 +155,11 @@ class RowFilter:
         ids, logprobs = generation.response_ids[:stop], generation.logprobs[:stop]
         return replace(generation, response_ids=ids, logprobs=logprobs, finish_reason="length")
 
-    def _reason(self, generation: Generation, kept: Generation, was_cut: bool, chat: bool) -> str:
+    def _reason(self, generation: Generation, kept: Generation) -> str:
         if not self.missing_ids.isdisjoint(generation.response_ids):
             return "unknown_id"
         if not self.decode(kept.body).strip():
             return "empty"
         if self.looping == "drop" and is_looping(kept.body):
             return "looping"
-        if chat and not self.keep_truncated and generation.finish_reason == "length" and not was_cut:
-            return "truncated"
         return ""

@@ -62,10 +62,12 @@ def write_sparse_logits(path: Path, logits: SparseLogits, vocab_size: int) -> No
 def read_sparse_logits(path: Path, start: int, stop: int) -> SparseLogits:
     """The distributions at tokens `start` to `stop` of a unit; nothing else is read, and no file stays open."""
     with safe_open(path, "np") as file:
+        parts = [file.get_slice(name) for name in ("ids", "logprobs")]
         # safetensors has no empty slices
-        ids, logprobs = (file.get_slice(name)[start : max(stop, start + 1)] for name in ("ids", "logprobs"))
-    count = stop - start
-    return SparseLogits(ids[:count].astype(np.int32), logprobs[:count].astype(np.float32))
+        ids, logprobs = (
+            part[start:stop] if start < stop else np.zeros((0, part.get_shape()[1])) for part in parts
+        )
+    return SparseLogits(ids.astype(np.int32), logprobs.astype(np.float32))
 
 
 @dataclass(frozen=True)

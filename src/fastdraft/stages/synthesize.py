@@ -11,22 +11,26 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.data.filters import RowCounts
-from fastdraft.data.ledger import DRY_UNITS, Ledger
-from fastdraft.data.plans import Planner, describe_sources
-from fastdraft.data.prompts import normalised
-from fastdraft.data.rows import read_columns, read_facts, unit_path, write_rows
-from fastdraft.data.units import Plan, unit_seed
+from transformers import PreTrainedModel
+
+from fastdraft.data.chat import end_of_turn_ids
+from fastdraft.data.filters import RowCounts, RowFilter
+from fastdraft.data.prompts import normalised, tell_counts
+from fastdraft.data.rows import read_columns, read_facts, read_rows, unit_name, unit_path, write_rows
+from fastdraft.data.sparse_logits import logits_path, write_sparse_logits
+from fastdraft.data.synthesis_plan import DRY_UNITS, Account, Planner, SourcePlan, describe_sources, unit_seed
 from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
+from fastdraft.modeling.heads import output_head
+from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
 from fastdraft.recipe.data import (
     TRANSPORT,
     ChosenEngine,
-    CorpusPrompts,
     HuggingFaceEngineConfig,
-    MagpiePrompts,
     SynthesizeConfig,
+    CorpusPrompts,
+    MagpiePrompts,
 )
 from fastdraft.run_folder import FINGERPRINT, StageFolder, write_json
 from fastdraft.runtimes.engines import (
@@ -38,12 +42,12 @@ from fastdraft.runtimes.engines import (
     require_installed,
     uses_weights,
 )
+from fastdraft.runtimes.synthesis import UnitWriter, unit_logits
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 from fastdraft.evaluation.tasks import load_task
 
 if TYPE_CHECKING:
-    from fastdraft.decoding.unit_writer import UnitWriter
     from fastdraft.modeling.vocabulary import Vocabulary
 
 
@@ -128,114 +132,82 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         DataError: when no row at all could be kept.
         FastDraftError: when a committed unit is damaged.
     """
-    artifact = context.folder("synthesize")
-    writer, plans, refused, engine = _prepare(config, context)
-    ledger = Ledger(plans)
-    for leftover in (artifact.path / "units").glob(".*.tmp"):
-        leftover.unlink()
-    _enter_committed(ledger, writer, artifact)
-    before = ledger.total.generated
-    with context.console.progress("synthesize", config.tokens, "tokens", ledger.total.tokens) as progress:
-        while ledger.total.tokens < config.tokens and (plan := ledger.next_plan()):
-            _write_unit(plan, ledger, writer, artifact, context)
+    folder = context.folder("synthesize")
+    writer, account, engine, scorer = _prepare(config, context)
+    before = None
+    with context.console.progress("synthesize", config.tokens, "tokens", 0) as progress:
+        while account.total.tokens < config.tokens and (plan := account.next_plan()):
+            if not (folder.path / unit_name(account.units)).exists() and before is None:
+                before = account.total.generated
+            _keep_unit(plan, account, writer, folder, context.settings.seed)
+            if scorer is not None:
+                _keep_logits(folder, account.units - 1, scorer, config.logits.k)
             progress.update(
-                ledger.total.tokens, f"{ledger.total.written} rows, {ledger.total.total_filtered} filtered"
+                account.total.tokens, f"{account.total.written} rows, {account.total.total_filtered} filtered"
             )
-            context.console.stop.check(artifact.path)
-        speed = (
-            (ledger.total.generated - before) / progress.seconds if ledger.total.generated > before else None
-        )
-    if not ledger.total.written:
-        found = f"0 of {ledger.total.asked} rows kept ({_reasons(ledger.total)})"
-        raise DataError(artifact.path, found, "the target must write some text", _remedy(ledger.total))
-    _tell(config, context, ledger, refused)
+            if account.is_dry(plan.name):
+                context.console.warn(
+                    f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units; going on without"
+                )
+            context.console.stop.check(folder.path)
+        speed = None if before is None else (account.total.generated - before) / progress.seconds
+    if not account.total.written:
+        found = f"0 of {account.total.asked} rows kept ({account.total.reasons})"
+        raise DataError(f"{folder.path}: {found}; the target must write some text", _remedy(account.total))
+    _tell(config, context, account)
     name = engine.kind if engine else NOBODY
-    artifact.complete(
-        **_manifest(config, context, ledger, refused, speed), engine=name, provenance=describe_run()
-    )
-    del writer  # lets go of the converted target: on Windows an open file cannot be removed
-    artifact.remove_scratch()
+    folder.complete(**_manifest(config, context, account, speed), engine=name, provenance=describe_run())
+    del writer, scorer  # lets go of the converted target: on Windows an open file cannot be removed
+    folder.remove_scratch()
 
 
-def _enter_committed(ledger: Ledger, writer: UnitWriter, artifact: StageFolder) -> None:
-    """Takes over the units of an earlier process, in order, up to the first that is missing."""
-    while (path := unit_path(artifact, ledger.units)).exists():
-        facts, plan = read_facts(path), ledger.next_plan()
-        expected = (plan.name, ledger.units_of[plan.name]) if plan else (None, None)
-        if (facts.get("source"), facts.get("number")) != expected:
-            found = f"holds unit {facts.get('number')} of prompts '{facts.get('source')}'"
-            raise FastDraftError(
-                path,
-                found,
-                f"must hold unit {expected[1]} of '{expected[0]}'",
-                "redo it with --redo synthesize",
-            )
-        writer.write_logits(path)  # a process may have ended between a unit's rows and their logits
-        columns = read_columns(path, ["row_id", "prompt_key"])
-        writer.row_filter.remember(columns["row_id"], columns["prompt_key"])
-        ledger.add(facts["source"], facts["temperature"], RowCounts.from_dict(facts["counts"]))
-
-
-def _write_unit(
-    plan: Plan, ledger: Ledger, writer: UnitWriter, artifact: StageFolder, context: StageContext
+def _keep_unit(
+    plan: SourcePlan, account: Account, writer: UnitWriter, folder: StageFolder, seed: int
 ) -> None:
-    """Asks the next unit of this source and commits it."""
-    number = ledger.units_of[plan.name]
-    unit = plan.unit(number)
-    assert unit is not None, "has_unit said that there is one"
-    rows, counts = writer.write(unit, unit_seed(context.settings.seed, ledger.units))
-    facts = {
-        "source": plan.name,
-        "number": number,
-        "temperature": unit.temperature,
-        "counts": counts.as_dict(),
-    }
-    write_rows(unit_path(artifact, ledger.units), rows, facts)
-    writer.write_logits(unit_path(artifact, ledger.units))
-    ledger.add(plan.name, unit.temperature, counts)
-    if not ledger.open[plan.name]:
-        context.console.warn(
-            f"prompts '{plan.name}': no row kept of the last {DRY_UNITS} units ({_reasons(counts)}); going on without"
-        )
+    """Asks the source's next unit and keeps it, or takes over the one that an earlier process kept."""
+    path = unit_path(folder, account.units)
+    if not path.exists():
+        number = account.units_of[plan.name]
+        unit = plan.unit(number)
+        rows, counts = writer.write(unit, unit_seed(seed, account.units))
+        facts = {"source": plan.name, "number": number, "temperature": unit.temperature}
+        write_rows(path, rows, {**facts, "counts": counts.as_dict()})
+    facts, columns = read_facts(path), read_columns(path, ["row_id", "prompt_key"])
+    writer.row_filter.remember(columns["row_id"], columns["prompt_key"])
+    account.add(facts["source"], facts["temperature"], RowCounts.from_dict(facts["counts"]))
+
+
+def _keep_logits(folder: StageFolder, index: int, model: PreTrainedModel, k: int) -> None:
+    unit = unit_path(folder, index)
+    if not logits_path(unit).exists():
+        logits = unit_logits(model, read_rows(unit), k)
+        write_sparse_logits(logits_path(unit), logits, output_head(model)[1].vocab_size)
 
 
 def _prepare(
     config: SynthesizeConfig, context: StageContext
-) -> tuple[UnitWriter, list[Plan], dict[str, dict[str, int]], ChosenEngine | None]:
-    """The target with its filters, each source's plan, the prompts refused by source and reason, and the engine that writes."""
-    from fastdraft.data.chat import end_of_turn_ids
-    from fastdraft.data.filters import RowFilter
-    from fastdraft.decoding.logit_writer import open_logit_writer
-    from fastdraft.decoding.unit_writer import UnitWriter
-    from fastdraft.modeling.drafts import set_threads
-
-    target = context.target
+) -> tuple[UnitWriter, Account, ChosenEngine | None, PreTrainedModel | None]:
+    """The target with its filters, each source's plan, the engine that writes, and the model that scores."""
+    target, console = context.target, context.console
     set_threads(context.settings.threads)
     tokenizer = target.tokenizer
-    held_out = _evaluation_texts(context)
-    vocabulary = target.vocabulary
+    held_out, vocabulary = _evaluation_texts(context), target.vocabulary
     planner = Planner(
-        tokenizer=tokenizer,
-        vocabulary=vocabulary,
-        held_out=held_out,
-        temperatures=config.temperatures,
-        samples=config.samples,
-        unit_rows=config.batch_rows,
-        seed=context.settings.seed,
-        prepared=lambda: context.require("prepare"),
+        config, tokenizer, vocabulary, held_out, context.settings.seed, lambda: context.require("prepare")
     )
-    plans = planner.plan(config.prompts)
-    for name, note in planner.notes.items():
-        context.console.say(f"prompts '{name}': {note}")
+    plans = planner.plans()
+    for plan in plans:
+        if plan.note:
+            console.say(f"prompts '{plan.name}': {plan.note}")
     magpie = any(isinstance(source, MagpiePrompts) for source in config.prompts)
     turn_ends = (*vocabulary.eos_token_ids, *(sorted(end_of_turn_ids(tokenizer)) if magpie else ()))
     turns = replace(vocabulary, eos_token_ids=turn_ends)
     engine, engines = _open(config, context, vocabulary, turns)
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    row_filter = RowFilter(vocabulary.missing_ids, decode, config.looping)
+    row_filter = RowFilter(
+        vocabulary.missing_ids,
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        config.looping,
+    )
     writer = UnitWriter(
         engines.answering,
         instruction_engine=engines.instructing,
@@ -245,12 +217,18 @@ def _prepare(
         context_length=engines.context_length,
         top_k=config.top_k,
         top_p=config.top_p,
-        is_evaluation=held_out.__contains__,
-        logit_writer=open_logit_writer(config.logits.k, engines.answering, context)
-        if config.logits.kind == "top_k"
-        else None,
+        held_out=held_out,
     )
-    return writer, plans, planner.refused, engine
+    scorer = None
+    if config.logits.kind == "top_k":
+        scorer = getattr(engines.answering, "model", None)
+        if not isinstance(scorer, PreTrainedModel):
+            scorer = target.model(pick_device(context.settings.device))
+        size = output_head(scorer)[1].vocab_size
+        if config.logits.k >= size:
+            rule = f"must be below the {size} ids of the target's vocabulary"
+            raise RecipeError(f"synthesize.logits.k: {config.logits.k}; {rule}", "lower it; 64 is usual")
+    return writer, Account(plans), engine, scorer
 
 
 def _open(
@@ -279,24 +257,19 @@ def _open(
 
 def _nobody(target: Target) -> Engines:
     """For answers that stand already: all that is asked of the target is how long they may be."""
-
-    return no_engines(int(target.config.max_position_embeddings))
+    return no_engines(target.context_length)
 
 
 def _manifest(
-    config: SynthesizeConfig,
-    context: StageContext,
-    ledger: Ledger,
-    refused: dict[str, dict[str, int]],
-    speed: float | None,
+    config: SynthesizeConfig, context: StageContext, account: Account, speed: float | None
 ) -> dict[str, Any]:
-    by_temperature = sorted(ledger.by_temperature.items(), key=lambda item: float(item[0]))
+    by_temperature = sorted(account.by_temperature.items())
     return {
-        **ledger.total.as_dict(),
-        "units": ledger.units,
-        "by_source": {name: counts.as_dict() for name, counts in ledger.by_source.items()},
-        "by_temperature": {name: counts.as_dict() for name, counts in by_temperature},
-        "refused_prompts": refused,
+        **account.total.as_dict(),
+        "units": account.units,
+        "by_source": {name: counts.as_dict() for name, counts in account.by_source.items()},
+        "by_temperature": {f"{name:g}": counts.as_dict() for name, counts in by_temperature},
+        "refused_prompts": {plan.name: plan.refused for plan in account.plans if plan.refused},
         "generated_tokens_per_second": None if speed is None else round(speed, 1),
         "target": _target_identity(config, context.target),
         "logits": config.logits.model_dump(),
@@ -307,12 +280,10 @@ def _manifest(
     }
 
 
-def _tell(
-    config: SynthesizeConfig, context: StageContext, ledger: Ledger, refused: dict[str, dict[str, int]]
-) -> None:
+def _tell(config: SynthesizeConfig, context: StageContext, account: Account) -> None:
     """What was written, in one table, and what the user should know."""
     console = context.console
-    accounts = [*ledger.by_source.items(), ("all", ledger.total)]
+    accounts = [*account.by_source.items(), ("all", account.total)]
     rows = [
         [
             name,
@@ -329,25 +300,14 @@ def _tell(
     console.table(
         "", ["prompts", "asked", "written", "filtered", "failed", "tokens", "ended", "loops cut"], rows
     )
-    if ledger.total.filtered:
-        console.say(f"filtered: {_reasons(ledger.total)}")
-    for name, reasons in refused.items():
-        if any(reasons.values()):
-            console.say(
-                f"prompts '{name}' not asked: "
-                + ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-            )
-    if ledger.total.tokens < config.tokens:
-        done = f"{format_count(ledger.total.tokens)} of {format_count(config.tokens)} tokens"
+    if account.total.filtered:
+        console.say(f"filtered: {account.total.reasons}")
+    for plan in account.plans:
+        if reasons := tell_counts(plan.refused):
+            console.say(f"prompts '{plan.name}' not asked: {reasons}")
+    if account.total.tokens < config.tokens:
+        done = f"{format_count(account.total.tokens)} of {format_count(config.tokens)} tokens"
         console.warn(f"all prompts are used up at {done}; add prompts or raise synthesize.samples")
-
-
-def _reasons(counts: RowCounts) -> str:
-    reasons = dict(counts.filtered) | ({"failed": counts.failed} if counts.failed else {})
-    return (
-        ", ".join(f"{rows} {reason}" for reason, rows in sorted(reasons.items(), key=lambda item: -item[1]))
-        or "none filtered"
-    )
 
 
 def _remedy(counts: RowCounts) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fastdraft.data.chat import prompt_ids
-from fastdraft.data.transcripts import read_transcripts
+from fastdraft.recipe.data import TranscriptPrompts
+from fastdraft.data.logs import read_transcripts
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.recipe.data import TranscriptLog
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.target import Target
 
@@ -20,8 +20,8 @@ from fastdraft.target import Target
 @pytest.fixture(scope="module")
 def written(tiny_target: Path) -> Generation:
     """One sampled answer of the target."""
-    config = Target.at(tiny_target)
-    engine = HuggingFaceEngine(config.model("cpu"), config.vocabulary)
+    target = Target.at(tiny_target)
+    engine = HuggingFaceEngine(target.model("cpu"), target.vocabulary)
     prompt = prompt_ids(Target.at(tiny_target).tokenizer, "What is a fox?", True)
     return engine.generate([prompt], Sampling(0.7), 12, 1)[0]
 
@@ -29,7 +29,7 @@ def written(tiny_target: Path) -> Generation:
 def read(folder: Path, target: Path, *lines: object, **settings: Any) -> Any:
     path = folder / "log.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    config = TranscriptLog(
+    config = TranscriptPrompts(
         **{"kind": "transcripts", "name": "log", "path": str(path), "logprobs": "processed", **settings}
     )
     return read_transcripts(config, Target.at(target).tokenizer, Target.at(target).vocabulary, 0)
@@ -49,11 +49,6 @@ def shapes(written: Generation, text: str) -> dict[str, dict[str, Any]]:
         {"id": i, "token": "?", "logprob": p}
         for i, p in zip(written.response_ids, written.logprobs, strict=True)
     ]
-    sglang = {
-        "output_token_logprobs": [
-            [p, i, "?"] for i, p in zip(written.response_ids, written.logprobs, strict=True)
-        ]
-    }
     message = {"message": {"role": "assistant", "content": text}, "finish_reason": written.finish_reason}
     request = {"messages": messages, "temperature": 0.7}
     return {
@@ -65,7 +60,7 @@ def shapes(written: Generation, text: str) -> dict[str, dict[str, Any]]:
         },
         "request and response": {
             "request": request,
-            "response": {"choices": [{**message, "meta_info": sglang}]},
+            "response": {"choices": [{**message, "logprobs": {"content": content}}]},
         },
         "batch": {
             "body": request,
@@ -187,7 +182,11 @@ def test_text_that_does_not_come_back_exactly_is_told(tmp_path: Path, tiny_targe
         ({"prompt": "x", "response": "y", "temperature": "hot"}, "must be from 0 to 10"),
         ({"prompt": "x", "response": "y", "temperature": 1.0, "top_k": float("inf")}, "top_k a whole number"),
         ({"prompt": "x", "response": "y", "temperature": float("nan")}, "must be from 0 to 10"),
-        ({"prompt": "x", "response": "y", "temperature": -0.5}, "temperature -0.5"),
+        (
+            {"prompt": "x", "response": "y", "temperature": -0.5},
+            "temperature -0.5; temperature must be from 0",
+        ),
+        ({"prompt": "x", "response": "y", "temperature": 0.5, "top_p": 0}, "top_p 0; "),
         ({"prompt": "x", "response": "y", "temperature": 1.0, "top_p": 1.5}, "at most 1"),
         ([1], "JSON list"),
     ],
@@ -289,19 +288,7 @@ def test_the_output_of_a_batch_is_read_with_its_requests(tmp_path: Path, tiny_ta
         prompt_ids(Target.at(tiny_target).tokenizer, "Where is Paris?", True)
     ]
     assert rows[0].sampling == Sampling(0.0)
-    with pytest.raises(DataError, match="custom_id 'r9': must be in the file that `requests` names"):
+    with pytest.raises(DataError, match="custom_id 'r9'; must be in the file that `requests` names"):
         read(tmp_path, tiny_target, {**line, "custom_id": "r9"}, requests=str(requests))
     with pytest.raises(DataError, match="set `requests` to the batch's input"):
         read(tmp_path, tiny_target, line)
-
-
-@pytest.mark.parametrize(
-    "drawn", [{"temperature": -1}, {"temperature": float("nan")}, {"temperature": 0.5, "top_p": 0}]
-)
-def test_settings_that_no_sampler_takes_are_named(
-    tmp_path: Path, tiny_target: Path, drawn: dict[str, float]
-) -> None:
-    with pytest.raises(
-        DataError, match=r"line 1: .*: temperature must be from 0 to 10, top_k a whole number, top_p above 0"
-    ):
-        read(tmp_path, tiny_target, {**ASKED, "response": "x", **drawn})

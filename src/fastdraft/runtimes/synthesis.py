@@ -1,0 +1,198 @@
+"""One unit of prompts through an engine, the filters and the logit writer: what the target wrote, with an account of every prompt.
+
+`UnitWriter(...).write(unit, seed)` gives the rows to keep; `unit_logits` scores them. Equal units, seeds and rows written before give
+equal rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastdraft.data.chat import dialogue_format, render_prompt, special_ids
+from fastdraft.data.filters import RowCounts, RowFilter, is_looping
+from fastdraft.data.prompts import normalised
+from fastdraft.data.rows import SyntheticRow, ids_hash
+from fastdraft.data.sparse_logits import SparseLogits
+from fastdraft.data.synthesis_plan import Unit
+from fastdraft.decoding.conversations import take_turns
+from fastdraft.decoding.replay import TokenText, batch_tokens_of, held_slices, pass_by_pass, response_hidden
+from fastdraft.errors import TargetError
+from fastdraft.functional.distillation import top_k_buckets
+from fastdraft.functional.generation import Engine, Generation, Sampling
+from fastdraft.modeling.heads import OutputHead, output_head
+
+INSTRUCTION_TEMPERATURE = 1.0
+Keyed = list[tuple[Generation, str]]
+"""Answers, each with the prompt key of its row; empty: its own prompt's."""
+
+
+@dataclass(frozen=True)
+class UnitWriter:
+    """Everything that turns a planned unit into rows."""
+
+    engine: Engine | None
+    """None where every answer is there already."""
+    instruction_engine: Engine | None
+    """Ends a text at the end of the user's turn."""
+    tokenizer: PreTrainedTokenizerBase
+    row_filter: RowFilter
+    max_new_tokens: int
+    context_length: int
+    top_k: int = 0
+    top_p: float = 1.0
+    held_out: Collection[str] = ()
+    """Normalised texts of evaluation prompts, which no instruction may be."""
+
+    def write(self, unit: Unit, seed: int) -> tuple[list[SyntheticRow], RowCounts]:
+        """The rows to keep, and what became of the others."""
+        counts = RowCounts()
+        sampling = (
+            Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
+        )
+        if unit.transcripts:
+            sampling = unit.transcripts[0].sampling
+            answers = self._logged(unit, counts)
+        elif unit.conversations:
+            answers = self._converse(unit, sampling, seed, counts)
+        else:
+            answers = self._ask(unit, sampling, seed, counts)
+        rows = []
+        for answer, key in answers:
+            row = self.row_filter.judge(answer, unit.source, sampling, counts)
+            if row:
+                rows.append(replace(row, prompt_key=key) if key else row)
+        assert counts.balance() == 0, f"unaccounted rows: {counts}"
+        return rows, counts
+
+    def _logged(self, unit: Unit, counts: RowCounts) -> Keyed:
+        """Answers that stand already."""
+        counts.asked = len(unit.transcripts)
+        fitting = [
+            (row.generation, row.key)
+            for row in unit.transcripts
+            if len(row.generation.prompt_ids) + len(row.generation.response_ids) <= self.context_length
+        ]
+        counts.leave_out("too_long", counts.asked - len(fitting))
+        return fitting
+
+    def _ask(self, unit: Unit, sampling: Sampling, seed: int, counts: RowCounts) -> Keyed:
+        assert self.engine
+        counts.asked = len(unit.prompts)
+        prompts: Sequence[list[int]] = unit.prompts
+        if unit.instruction_tokens:
+            prompts, seed = self._instructions(unit, seed, counts), seed + 1
+        room = self.context_length - self.max_new_tokens
+        fitting = [prompt for prompt in prompts if 0 < len(prompt) <= room]
+        counts.leave_out("prompt_too_long", len(prompts) - len(fitting))
+        return [(answer, "") for answer in self.engine.generate(fitting, sampling, self.max_new_tokens, seed)]
+
+    def _converse(self, unit: Unit, sampling: Sampling, seed: int, counts: RowCounts) -> Keyed:
+        """Every turn of every conversation is a row, all with the key of the first prompt: held out together or not at all."""
+        engine = self.engine
+        assert engine
+        counts.asked = sum(len(talk.users) for talk in unit.conversations)
+        found = take_turns(
+            dialogue_format(self.tokenizer, unit.conversations),
+            unit.conversations,
+            lambda number, prompts: engine.generate(prompts, sampling, self.max_new_tokens, seed + number),
+            room=self.context_length - self.max_new_tokens,
+            missing_ids=self.row_filter.missing_ids,
+        )
+        counts.leave_out("prompt_too_long", found.too_long)
+        counts.leave_out("conversation_ended", found.ended)
+        keys = [ids_hash(prompt) for prompt in unit.prompts]
+        return [(turn.answer, keys[turn.conversation]) for turn in found.turns if turn.answer]
+
+    def _instructions(self, unit: Unit, seed: int, counts: RowCounts) -> list[list[int]]:
+        """Prompts around the instructions that the target invents behind the template's beginning; others are counted."""
+        assert self.instruction_engine
+        room = self.context_length - self.max_new_tokens - len(unit.prompts[0])
+        longest = max(1, min(unit.instruction_tokens, room))
+        drawn = Sampling(INSTRUCTION_TEMPERATURE)
+        prompts: list[list[int]] = []
+        for generation in self.instruction_engine.generate(unit.prompts, drawn, longest, seed):
+            counts.generated += len(generation.response_ids)
+            reason, text = self._read_instruction(generation)
+            prompt = [] if reason else render_prompt(self.tokenizer, [{"role": "user", "content": text}])
+            if not reason and (prompt in prompts or self.row_filter.has_prompt(prompt)):
+                reason = "instruction_duplicate"
+            if reason:
+                counts.leave_out(reason)
+            else:
+                prompts.append(prompt)
+        return prompts
+
+    def _read_instruction(self, generation: Generation) -> tuple[str, str]:
+        """(why it is of no use, its text)."""
+        if generation.finish_reason == "length":
+            looping = is_looping(generation.response_ids)
+            return "instruction_looping" if looping else "instruction_too_long", ""
+        if not (special_ids(self.tokenizer) | self.row_filter.missing_ids).isdisjoint(generation.body):
+            return "instruction_malformed", ""
+        text = str(self.tokenizer.decode(generation.body)).strip()
+        if not any(character.isalpha() for character in text):
+            return "instruction_empty", ""
+        return ("instruction_evaluation" if normalised(text) in self.held_out else ""), text
+
+
+@torch.inference_mode()
+def sparse_logits(
+    model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, batch_tokens: int = 0
+) -> list[SparseLogits]:
+    """The k most likely tokens at every response position of each row, and the mass of all others, at temperature 1.
+
+    Args:
+        model: The target, in evaluation mode.
+        rows: Texts with a prompt, in any order.
+        k: Below the size of the vocabulary.
+        batch_tokens: Positions in one pass, padding included; 0 chooses by device.
+    """
+    found: dict[int, SparseLogits] = {}
+    decoder, head = output_head(model)
+
+    def keep_piece(chosen: Sequence[int]) -> None:
+        hidden = response_hidden(decoder, [rows[i] for i in chosen], model.device)
+        kept = _kept(torch.cat(hidden), head, k)
+        ends = np.cumsum([len(hidden_ND) for hidden_ND in hidden])[:-1]
+        pieces = zip(np.split(kept.ids, ends), np.split(kept.logprobs, ends), strict=True)
+        found.update(zip(chosen, (SparseLogits(*piece) for piece in pieces), strict=True))
+
+    pass_by_pass(rows, batch_tokens or batch_tokens_of(model.device), keep_piece)
+    return [found[i] for i in range(len(rows))]
+
+
+def _kept(hidden_ND: Tensor, head: OutputHead, k: int) -> SparseLogits:
+    # Only a few rows of logits exist at a time.
+    parts = [
+        top_k_buckets(head.logits(hidden_ND[held]), k) for held in held_slices(hidden_ND, head.vocab_size)
+    ]
+    ids = [part.ids.to(torch.int32).cpu().numpy() for part in parts]
+    return joined(
+        [SparseLogits(i, part.logprobs.cpu().numpy()) for i, part in zip(ids, parts, strict=True)], k
+    )
+
+
+def joined(parts: Sequence[SparseLogits], k: int) -> SparseLogits:
+    """One behind the other."""
+    none = SparseLogits(np.zeros((0, k), np.int32), np.zeros((0, k + 1), np.float32))
+    every = [none, *parts]
+    return SparseLogits(
+        np.concatenate([part.ids for part in every]), np.concatenate([part.logprobs for part in every])
+    )
+
+
+def unit_logits(model: PreTrainedModel, rows: Sequence[SyntheticRow], k: int) -> SparseLogits:
+    """The target's distributions over a unit's rows: one teacher-forced pass, in its own precision, whoever wrote the text."""
+    logits = joined(sparse_logits(model, rows, k), k)
+    if not np.isfinite(logits.logprobs).all():
+        raise TargetError(
+            "target.model: logits that are not finite in the scoring pass; the target must compute finite numbers",
+            "set target.dtype to bf16 or fp32",
+        )
+    return logits
