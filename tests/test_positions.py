@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdraft.evaluation.rows import faded_sentence, position_results
+from fastdraft.evaluation.rows import faded_sentences, position_results
 from fastdraft.functional import positions
 from fastdraft.functional.acceptance import counts_to_array, expected_counts
 from fastdraft.functional.positions import bucket_bounds, bucket_of, counts_by_bucket
@@ -98,7 +98,7 @@ def test_a_draft_that_loses_half_of_its_acceptance_is_told_with_the_place() -> N
     found = position_results(tables, 3, 131072, 0)
     (case,) = found.faded
     assert (case.checkpoint, case.task, case.first) == ("align", "code", 1024)
-    sentence = faded_sentence(case, found.context_length)
+    (sentence,) = faded_sentences(found)
     assert "from position 1,024 on" in sentence
     assert "context of 131,072" in sentence
 

@@ -6,6 +6,7 @@ task = add_turns(task, write_turns(task, tokenizer, engine, room, seed), console
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,7 +75,7 @@ def encode_task(
 
 
 def write_turns(
-    task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Engine, room: int, seed: int
+    task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Callable[[], Engine], room: int, seed: int
 ) -> dict[str, Any]:
     """The prompts of every turn of a task's conversations, as JSON for `add_turns`.
 
@@ -86,7 +87,7 @@ def write_turns(
 
     def ask(number: int, prompts: list[list[int]]) -> list[Generation]:
         seed_of_turn = derive_seed(seed, task.name, "turn", number)
-        written = engine.generate(prompts, Sampling(0.0), task.max_new_tokens, seed_of_turn)
+        written = engine().generate(prompts, Sampling(0.0), task.max_new_tokens, seed_of_turn)
         refuse_faults(task.name, written)  # else what a server left out once would be left out for good
         return written
 

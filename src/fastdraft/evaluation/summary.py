@@ -20,11 +20,11 @@ from fastdraft.evaluation.rows import (
     CostRatios,
     Setting,
     difference_rows,
-    faded_sentence,
+    faded_sentences,
     position_results,
     result_row,
 )
-from fastdraft.evaluation.work import EvaluationPlan, EvaluationWork, ExactRuns, Replayed, looping_flags
+from fastdraft.evaluation.work import EvaluationWork, ExactRuns, Replayed, looping_flags
 
 _SAMPLES_PER_TASK = 2
 
@@ -37,15 +37,14 @@ def findings(
     context_length: int,
 ) -> dict[str, Any]:
     """The fields of `EvaluationResults` that follow from the counts: replay first, then exact, each in the order of the plan."""
-    groups, looping = work.marks()
-    tables, seed, k = work.tables(replayed), work.plan.seed, nearest_k(work.plan.num_speculative_tokens)
-    rows = [
-        result_row(s, table, looping[s.task, s.temperature], costs, seed, groups[s.task, s.temperature])
-        for s, table in tables.items()
-    ]
+    (groups, looping), seed, k = work.marks(), work.plan.seed, nearest_k(work.plan.num_speculative_tokens)
+    tables, rows = work.tables(replayed), []
+    for s, table in tables.items():
+        place = s.task, s.temperature
+        rows.append(result_row(s, table, looping[place], costs, seed, groups[place]))
     for s, runs in exact.items():
-        own_groups = groups[s.task, s.temperature][: len(runs.table)]
-        rows.append(result_row(s, runs.table, looping_flags(runs.response_ids), costs, seed, own_groups))
+        together = groups[s.task, s.temperature][: len(runs.table)]
+        rows.append(result_row(s, runs.table, looping_flags(runs.response_ids), costs, seed, together))
     headline = {s: table for s, table in tables.items() if s.num_speculative_tokens == k}
     by_position = {place: found.by_position for place, found in replayed.items()}
     return {
@@ -57,27 +56,31 @@ def findings(
 
 
 def samples(
-    plan: EvaluationPlan, exact: Mapping[Setting, ExactRuns], tokenizer: PreTrainedTokenizerBase
+    work: EvaluationWork, exact: Mapping[Setting, ExactRuns], tokenizer: PreTrainedTokenizerBase
 ) -> list[AnswerSample]:
     """A few exact answers in pieces, each marked accepted or not; the lowest sampled temperature, else greedy."""
-    temperature = min((t for t in plan.temperatures if t > 0), default=0.0)
-    k, tasks = nearest_k(plan.exact_num_speculative_tokens), {task.name: task for task in plan.tasks}
-    return [
-        AnswerSample(
-            task=setting.task,
-            id=tasks[setting.task].prompt_names[index],
-            temperature=temperature,
-            num_speculative_tokens=k,
-            prompt=tokenizer.decode(tasks[setting.task].prompt_ids[index], skip_special_tokens=False),
-            pieces=[
-                AnswerPiece.from_json(piece)
-                for piece in text_pieces(tokenizer, runs.response_ids[index], runs.accepted[index])
-            ],
-        )
-        for setting, runs in exact.items()
-        if (setting.temperature, setting.num_speculative_tokens) == (temperature, k)
-        for index in range(min(_SAMPLES_PER_TASK, len(runs.response_ids)))
-    ]
+    temperature = min((t for t in work.plan.temperatures if t > 0), default=0.0)
+    k, tasks = (
+        nearest_k(work.plan.exact_num_speculative_tokens),
+        {task.name: task for task in work.plan.tasks},
+    )
+    found = []
+    for setting, runs in exact.items():
+        if (setting.temperature, setting.num_speculative_tokens) != (temperature, k):
+            continue
+        task = tasks[setting.task]
+        shown = zip(task.prompt_names, task.prompt_ids, runs.response_ids, runs.accepted, strict=False)
+        for name, prompt, ids, accepted in list(shown)[:_SAMPLES_PER_TASK]:
+            sample = AnswerSample(
+                task=task.name,
+                id=name,
+                temperature=temperature,
+                num_speculative_tokens=k,
+                prompt=str(tokenizer.decode(prompt, skip_special_tokens=False)),
+                pieces=[AnswerPiece.from_json(piece) for piece in text_pieces(tokenizer, ids, accepted)],
+            )
+            found.append(sample)
+    return found
 
 
 def tell(results: EvaluationResults, console: Console) -> None:
@@ -90,23 +93,16 @@ def tell(results: EvaluationResults, console: Console) -> None:
         *(f"{label} rate" for label in labels),
         *(f"{label} tok/pass" for label in labels),
     ]
-    found = {
-        (row.checkpoint, row.task, row.temperature): row
-        for row in results.select(method="replay", num_speculative_tokens=k)
-    }
     lines = []
-    for task, temperature in dict.fromkeys(place[1:] for place in found):
-        cells = [found.get((name, task, temperature)) for name in drafts]
-        rates = [row and row.acceptance_rate for row in cells]
-        efficiencies = [row and row.block_efficiency for row in cells]
-        lines.append(
-            [
-                task[:16],
-                f"{temperature:g}",
-                *("-" if rate is None else f"{rate:.3f}" for rate in rates),
-                *("-" if value is None else f"{value:.2f}" for value in efficiencies),
-            ]
-        )
+    for task, temperature in results.settings():
+        rows = [results.row(name, task, temperature) for name in drafts]
+        rates = [
+            "-" if not row or row.acceptance_rate is None else f"{row.acceptance_rate:.3f}" for row in rows
+        ]
+        efficiencies = [
+            "-" if not row or row.block_efficiency is None else f"{row.block_efficiency:.2f}" for row in rows
+        ]
+        lines.append([task[:16], f"{temperature:g}", *rates, *efficiencies])
     console.table(f"Acceptance rate and tokens per target pass, K = {k}, by replay", columns, lines)
     check = results.greedy_check
     if check and check.texts:
@@ -117,6 +113,5 @@ def tell(results: EvaluationResults, console: Console) -> None:
             console.warn(
                 "some greedy texts differ from the target's own by more than rounding; see greedy_check in results.json"
             )
-    if results.by_position:
-        for case in results.by_position.faded:
-            console.warn(faded_sentence(case, results.by_position.context_length))
+    for sentence in faded_sentences(results.by_position) if results.by_position else ():
+        console.warn(sentence)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from fastdraft.evaluation.results import GreedyCase, GreedyCheck, nearest_k
 from fastdraft.evaluation.rows import Setting
 from fastdraft.evaluation.texts import as_row
 from fastdraft.functional.acceptance import TOTALS, CountsTable, counts_table, tidy
-from fastdraft.functional.generation import Engine, Generation, Sampling
+from fastdraft.functional.generation import Engine, Sampling
 from fastdraft.functional.intervals import Groups, group_numbers
 from fastdraft.functional.positions import counts_by_bucket
 from fastdraft.functional.same_text import Judge, compare_texts
@@ -63,12 +64,8 @@ class EvaluationPlan:
     @property
     def settings(self) -> list[tuple[EncodedTask, float]]:
         """Every task at every temperature, or at those of `given`."""
-        return [
-            (task, temperature)
-            for task in self.tasks
-            for temperature in self.temperatures
-            if self.given is None or (task.name, temperature) in self.given
-        ]
+        everything = [(task, temperature) for task in self.tasks for temperature in self.temperatures]
+        return [(task, t) for task, t in everything if self.given is None or (task.name, t) in self.given]
 
     def num_texts(self, task: EncodedTask, temperature: float) -> int:
         """One for each prompt, or those given."""
@@ -136,38 +133,29 @@ class EvaluationWork:
     @contextlib.contextmanager
     def _progress(self, title: str, unit: str, sizes: Mapping[str, int]) -> Iterator[None]:
         """Follows the making of these results; says nothing where all are kept already."""
-        done = sum(size for name, size in sizes.items() if self.folder.has(name))
         if all(map(self.folder.has, sizes)):
             yield
             return
+        done = sum(size for name, size in sizes.items() if self.folder.has(name))
         with self.console.progress(title, sum(sizes.values()), unit, done) as self._shown:
             yield
 
     def take_turns(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
         """Makes prompts of every turn of the tasks' conversations."""
-        names = {
-            task.name: f"conversations/{task.name}.json" for task in self.plan.tasks if task.conversations
-        }
-        sizes = {
-            names[task.name]: sum(len(talk.users) - 1 for _, talk in task.conversations)
-            for task in self.plan.tasks
-            if task.name in names
-        }
-        tasks = []
+        talking = {f"conversations/{task.name}.json": task for task in self.plan.tasks if task.conversations}
+        sizes = {n: sum(len(talk.users) - 1 for _, talk in task.conversations) for n, task in talking.items()}
         with self._progress("earlier turns", "answers", sizes):
-            for task in self.plan.tasks:
-                if task.name in names:
-                    room = context_length - task.max_new_tokens
-                    make = lambda task=task, room=room: write_turns(  # noqa: E731
-                        task, tokenizer, self.engine, room, self.plan.seed
-                    )
-                    task = add_turns(task, self.folder.keep(names[task.name], make), self.console)
-                tasks.append(task)
-        self.plan = replace(self.plan, tasks=tasks)
+            for name, task in talking.items():
+                room = context_length - task.max_new_tokens
+                ask = partial(write_turns, task, tokenizer, lambda: self.engine, room, self.plan.seed)
+                complete = add_turns(task, self.folder.keep(name, ask), self.console)
+                tasks = [complete if each is task else each for each in self.plan.tasks]
+                self.plan = replace(self.plan, tasks=tasks)
 
     def write_texts(self) -> None:
-        """The target answers every prompt at every temperature; the engine is let go, with the model that it may hold."""
-        sizes = {_texts_name(*setting): len(setting[0].prompt_ids) for setting in self.plan.settings}
+        """The target answers every prompt at every temperature; then the engine is let go, with the model that it may hold."""
+        asked = self.plan.settings if self.plan.given is None else []
+        sizes = {_texts_name(task, t): len(task.prompt_ids) for task, t in asked}
         with self._progress("target writes", "texts", sizes):
             for task, temperature in self.plan.settings:
                 self.texts(task, temperature)
@@ -181,51 +169,38 @@ class EvaluationWork:
     def _write_texts(self, task: EncodedTask, temperature: float) -> list[SyntheticRow]:
         if self.plan.given is not None:
             return self.plan.given[task.name, temperature]
-        sampling = self.plan.sampling(temperature)
-        seed = derive_seed(self.plan.seed, task.name, temperature)
+        sampling, seed = self.plan.sampling(temperature), derive_seed(self.plan.seed, task.name, temperature)
         written = self.engine.generate(task.prompt_ids, sampling, task.max_new_tokens, seed)
-        self._refuse_unusable(task.name, temperature, written)
-        return [as_row(generation, sampling, task.name) for generation in written]
-
-    def _refuse_unusable(self, task: str, temperature: float, written: Sequence[Generation]) -> None:
-        refuse_faults(task, written)
+        refuse_faults(task.name, written)
         unknown = sum(len(generation.logprobs) != len(generation.response_ids) for generation in written)
         if unknown and temperature > 0 and self.plan.draft_temperature != 0:
             raise TargetError(
-                f"task '{task}': {unknown} of {len(written)} answers without log-probs; replay of sampled text needs that "
-                "of every token under the sampled distribution",
+                f"task '{task.name}': {unknown} of {len(written)} answers without log-probs; replay of sampled text "
+                "needs that of every token under the sampled distribution",
                 "set synthesize.engine.logprobs to processed or target, evaluate.temperatures=[0], or "
                 "evaluate.draft_temperature=0",
             )
         if any(not math.isfinite(value) for generation in written for value in generation.logprobs):
-            raise TargetError(
-                f"target.model: logits that are not finite on task '{task}'",
-                "set target.dtype to bf16 or fp32",
-            )
+            found = f"logits that are not finite on task '{task.name}'"
+            raise TargetError(f"target.model: {found}", "set target.dtype to bf16 or fp32")
+        return [as_row(generation, sampling, task.name) for generation in written]
 
     def replay(self, drafts: Mapping[str, LoadModel]) -> dict[tuple[str, str, float], Replayed]:
         """By draft, task and temperature; a draft is loaded only if something of it is missing, and should be remembered."""
         jobs = [(name, task, t) for name in drafts for task, t in self.plan.settings]
         names = [f"replay/{name}-{task.name}-{t:g}.npz" for name, task, t in jobs]
-        sizes = [self.plan.num_texts(task, t) for _, task, t in jobs]
+        sizes = dict(zip(names, (self.plan.num_texts(task, t) for _, task, t in jobs), strict=True))
         found = {}
-        with self._progress("replay", "texts", dict(zip(names, sizes, strict=True))):
+        with self._progress("replay", "texts", sizes):
             for file, (name, task, t) in zip(names, jobs, strict=True):
                 make = partial(self._replay, drafts[name], task, t)
-                found[name, task.name, t] = self.folder.keep(
-                    file, make, read=_read_replayed, write=_write_replayed
-                )
+                kept = self.folder.keep(file, make, read=_read_replayed, write=_write_replayed)
+                found[name, task.name, t] = kept
         return found
 
     def _replay(self, draft: LoadModel, task: EncodedTask, temperature: float) -> Replayed:
-        return replay_texts(
-            draft(),
-            self.texts(task, temperature),
-            self.plan.num_speculative_tokens,
-            self.vocabulary,
-            self.plan.draft_temperature,
-            self._advance,
-        )
+        rows, ks = self.texts(task, temperature), self.plan.num_speculative_tokens
+        return replay_texts(draft(), rows, ks, self.vocabulary, self.plan.draft_temperature, self._advance)
 
     def tables(self, replayed: Mapping[tuple[str, str, float], Replayed]) -> dict[Setting, CountsTable]:
         """Replayed counts by everything that a row is about."""
@@ -237,51 +212,47 @@ class EvaluationWork:
 
     def exact(self, name: str, draft: LoadModel) -> dict[Setting, ExactRuns]:
         """Real speculative decoding of the first prompts of each task with one draft."""
-        jobs = {
-            Setting(name, task.name, "exact", temperature, k): task
-            for task, temperature in self.plan.settings
-            for k in self.plan.exact_num_speculative_tokens
-            if self.plan.exact_prompts
-        }
+        ks = self.plan.exact_num_speculative_tokens if self.plan.exact_prompts else []
+        jobs = {Setting(name, task.name, "exact", t, k): task for task, t in self.plan.settings for k in ks}
         names = {s: f"exact/{s.task}-{s.temperature:g}-k{s.num_speculative_tokens}.json" for s in jobs}
         sizes = {names[s]: min(len(task.prompt_ids), self.plan.exact_prompts) for s, task in jobs.items()}
+        found = {}
         with self._progress("exact runs", "texts", sizes):
-            return {
-                setting: ExactRuns(
-                    **self.folder.keep(names[setting], partial(self._exact, setting, task, draft))
-                )
-                for setting, task in jobs.items()
-            }
+            for setting, task in jobs.items():
+                make = partial(self._exact, setting, task, draft)
+                found[setting] = ExactRuns(**self.folder.keep(names[setting], make))
+        return found
 
-    def _exact(self, setting: Setting, task: EncodedTask, draft: LoadModel) -> dict[str, list[list[float]]]:
+    def _exact(self, setting: Setting, task: EncodedTask, draft: LoadModel) -> dict[str, Any]:
         k, temperature = setting.num_speculative_tokens, setting.temperature
         assert self.target is not None
         decoder = SpeculativeDecoder(self.target, draft(), self.vocabulary, k, self.plan.draft_temperature)
         seed = derive_seed(self.plan.seed, task.name, temperature, k)
         prompts, sampling = task.prompt_ids[: self.plan.exact_prompts], self.plan.sampling(temperature)
         runs = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, self._advance)
-        return asdict(
-            ExactRuns(
-                counts_table([run.counts for run in runs]).tolist(),
-                [run.generation.response_ids for run in runs],
-                [run.accepted for run in runs],
-            )
-        )
+        return {
+            "counts": counts_table([run.counts for run in runs]).tolist(),
+            "response_ids": [run.generation.response_ids for run in runs],
+            "accepted": [run.accepted for run in runs],
+        }
 
     def latency(self, draft: LoadModel) -> Latency:
         """Seconds of single passes, measured once for this evaluation."""
-        assert self.target is not None
-        widths = [k + 1 for k in self.plan.num_speculative_tokens]
-        make = lambda: measure_latency(self.target, draft(), widths).to_json()  # noqa: E731
-        return Latency.from_json(self.folder.keep("latency.json", make))
+
+        def measure() -> dict[str, Any]:
+            assert self.target is not None
+            widths = [k + 1 for k in self.plan.num_speculative_tokens]
+            return measure_latency(self.target, draft(), widths).to_json()
+
+        return Latency.from_json(self.folder.keep("latency.json", measure))
 
     def marks(self) -> tuple[dict[tuple[str, float], Groups], dict[tuple[str, float], NDArray[np.bool_]]]:
         """By task and temperature: which texts a bootstrap draws together (turns of a conversation, answers to one prompt), and which loop."""
         groups, looping = {}, {}
         for task, temperature in self.plan.settings:
-            rows, key = self.texts(task, temperature), (task.name, temperature)
-            groups[key] = group_numbers(task.groups or [row.prompt_key for row in rows])
-            looping[key] = looping_flags([row.response_ids for row in rows])
+            rows, place = self.texts(task, temperature), (task.name, temperature)
+            groups[place] = group_numbers(task.groups or [row.prompt_key for row in rows])
+            looping[place] = looping_flags([row.response_ids for row in rows])
         return groups, looping
 
     def greedy_check(self, exact: Mapping[Setting, ExactRuns]) -> GreedyCheck:
@@ -299,16 +270,15 @@ class EvaluationWork:
                 texts += 1
                 found = compare_texts(row.prompt_ids, row.response_ids, ids, judge)
                 if found:
-                    cases.append(
-                        GreedyCase(
-                            task=setting.task,
-                            prompt=name,
-                            num_speculative_tokens=setting.num_speculative_tokens,
-                            token=found.place,
-                            logprob_gap=None if found.gap is None else tidy(found.gap),
-                            near_tie=found.is_near_tie(precision),
-                        )
+                    case = GreedyCase(
+                        task=setting.task,
+                        prompt=name,
+                        num_speculative_tokens=setting.num_speculative_tokens,
+                        token=found.place,
+                        logprob_gap=None if found.gap is None else tidy(found.gap),
+                        near_tie=found.is_near_tie(precision),
                     )
+                    cases.append(case)
         near_ties = sum(case.near_tie for case in cases)
         return GreedyCheck(texts=texts, different=len(cases), near_ties=near_ties, cases=cases)
 

@@ -131,7 +131,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         texts=TextSource(kind=config.texts.kind, left_out=dict(given.left_out) if given else {}),
     )
     write_json(folder.path / "results.json", results.to_json())
-    shown = samples(work.plan, exact, target.tokenizer)
+    shown = samples(work, exact, target.tokenizer)
     write_json(folder.path / "samples.json", [sample.to_json() for sample in shown])
     tell(results, console)
     written = results.to_json()
