@@ -253,7 +253,7 @@ def test_a_fixed_depth_is_kept() -> None:
 
 def test_a_budget_that_the_vocabulary_exceeds_is_refused_with_the_minimum() -> None:
     with pytest.raises(
-        RecipeError, match=r"vocabulary of 128256 alone takes 16\.4M: must be at least 16442000"
+        RecipeError, match=r"vocabulary of 128256 alone takes 16\.4M; must be at least 16442000"
     ):
         shapes.search(LLAMA_8B, 10_000_000)
 
