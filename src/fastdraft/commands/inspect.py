@@ -141,7 +141,7 @@ def inspect(target: Target) -> Inspection:
     config = target.config
     tokenizer, vocabulary = target.tokenizer, target.vocabulary
     architecture = target.architecture
-    traps = find_traps(vocabulary, tokenizer, config, architecture)
+    traps = find_traps(target)
     return Inspection(
         target.name,
         config,

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fastdraft.modeling.families import MULTIMODAL, plain_rope, special_id, text_config
 from fastdraft.modeling.model_files import quiet
@@ -28,22 +28,24 @@ def text_family(target: Target) -> str:
     return _STANDS_AS.get(family, family)
 
 
+def text_only(config: PreTrainedConfig, tied: bool) -> PreTrainedConfig:
+    """The text part's config as that of a model by itself; `tied`: whether its embedding and head are one matrix."""
+    text = text_config(config)
+    if text is config:
+        return config
+    values: dict[str, Any] = {name: value for name, value in text.to_dict().items() if name not in _NOT_KEPT}
+    values |= {name: special_id(config, name) for name in _SPECIAL} | {"tie_word_embeddings": tied}
+    if text.model_type in _STANDS_AS:
+        values["rope_parameters"] = plain_rope(text)
+    return AutoConfig.for_model(_STANDS_AS.get(text.model_type, text.model_type), **values)
+
+
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The text part as a causal language model; to be saved, not run: its tables of positions are not made."""
-    config = text_config(model.config)
-    values: dict[str, Any] = {
-        name: value for name, value in config.to_dict().items() if name not in _NOT_KEPT
-    }
-    values |= {name: special_id(model.config, name) for name in _SPECIAL}
     # What the parts of the config say about tying may contradict each other: the weights know.
-    values["tie_word_embeddings"] = (
-        model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    )
-    if config.model_type in _STANDS_AS:
-        values["rope_parameters"] = plain_rope(config)
-    standing = AutoConfig.for_model(_STANDS_AS.get(config.model_type, config.model_type), **values)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with torch.device("meta"):
-        text = AutoModelForCausalLM.from_config(standing, dtype=model.dtype)
+        text = AutoModelForCausalLM.from_config(text_only(model.config, tied), dtype=model.dtype)
     text.get_decoder().load_state_dict(model.get_decoder().state_dict(), assign=True)
     text.get_output_embeddings().weight = model.get_output_embeddings().weight
     text.generation_config = copy.deepcopy(model.generation_config)
