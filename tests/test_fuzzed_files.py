@@ -20,7 +20,6 @@ from fastdraft.data.rows import SyntheticRow, read_metadata, read_rows, write_ro
 from fastdraft.data.shards import open_corpus
 from fastdraft.data.sparse_logits import SparseLogits, StoredLogits, write_sparse_logits
 from fastdraft.errors import FastDraftError
-from fastdraft.reporting.record import read_results
 from fastdraft.run_folder import StageFolder
 from fastdraft.training.metrics import Metrics, read_metrics
 
@@ -170,15 +169,6 @@ def test_a_damaged_corpus_is_the_corpus_that_was_written_or_one_line(
     path.write_bytes(damaged(path.read_bytes()))
     found = read(lambda: open_corpus(prepare, "text", "train").take([0]))
     assert found is None or found.tolist() == [list(range(9))]
-
-
-@few
-@given(st.binary(max_size=40) | values.map(lambda value: json.dumps(value).encode()))
-def test_results_of_any_content_are_refused_or_a_mapping(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "results.json"
-    path.write_bytes(content)
-    found = read(lambda: read_results(path))
-    assert found is None or isinstance(found, dict)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"schema": 1' + "0" * 5000 + "}", "\ufeff{}"])

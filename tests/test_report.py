@@ -1,37 +1,32 @@
-"""Reports, summaries and model cards made from a run's folder, with made-up figures."""
+"""Reports, tables, verdicts and model cards made from a run's folder, with made-up figures."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastdraft.benchmark.rows import BenchmarkResults, best_k
 from fastdraft.console import Console, format_table
-from fastdraft.errors import FastDraftError
-from fastdraft.recipe.run import RunConfig
-from fastdraft.reporting.charts import loss_chart, smooth
-from fastdraft.reporting.check_sections import agreement_table
-from fastdraft.reporting.document import Sample, Table, row
-from fastdraft.reporting.drawing import lifted, spread
-from fastdraft.reporting.model_card import model_card, render_model_card
-from fastdraft.reporting.page import markdown_table, render_html, render_markdown
-from fastdraft.reporting.record import RunRecord, read_metrics, read_record
-from fastdraft.reporting.report import compose_report
-from fastdraft.reporting.results import Results, interval
-from fastdraft.reporting.summary import summary_tables
-from fastdraft.reporting.verdict import give_verdict
+from fastdraft.evaluation.results import EvaluationResults
+from fastdraft.recipe.evaluation import ReportConfig
+from fastdraft.recipe.run import RunConfig, TargetConfig
+from fastdraft.reporting import benchmark_tables, charts, tables
+from fastdraft.reporting.definitions import byte_size, duration
+from fastdraft.reporting.page import RunRecord, read_metrics, read_run, render
+from fastdraft.reporting.verdict import forecast_verdict, give_verdict, measured_verdict
 from fastdraft.run_folder import RunFolder
 from fastdraft.stages import report
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
-from report_fixture import HOSTILE, results, write_run
+from report_fixture import HOSTILE, TASKS, benchmark, results, write_run
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
+VOID = {"meta", "br", "img"}
 
 
 class Page(HTMLParser):
@@ -48,9 +43,6 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
     def handle_endtag(self, tag: str) -> None:
         if not self.open or self.open.pop() != tag:
             self.unbalanced.append(tag)
@@ -59,379 +51,312 @@ class Page(HTMLParser):
         self.text += data
 
 
-def context_of(run: RunFolder) -> StageContext:
-    settings = RunConfig(name=run.root.name, folder=str(run.root.parent))
-    return StageContext(run, settings, Target.at("target"), {"report": report.ReportConfig()}, Console())
+def html(record: RunRecord) -> str:
+    return render("report.html.j2", record)
+
+
+def markdown(record: RunRecord) -> str:
+    return render("report.md.j2", record)
+
+
+def card(record: RunRecord, **checks: Any) -> str:
+    return render("model_card.md.j2", record, k=3, checks=checks)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return write_run(tmp_path_factory.mktemp("runs") / "demo")
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", benchmarked=True)
 
 
 @pytest.fixture(scope="module")
-def page(finished: RunFolder) -> str:
-    return render_html(compose_report(read_record(finished)))
+def record(finished: RunFolder) -> RunRecord:
+    return read_run(finished)
 
 
-def test_the_stage_writes_both_files_and_prints_the_summary_and_the_path(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def page(record: RunRecord) -> str:
+    return html(record)
+
+
+def test_the_stage_writes_its_files_and_ends_with_the_verdict_in_80_columns(
+    finished: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = write_run(tmp_path / "demo")
-    context, config = context_of(run), report.ReportConfig(title="My draft")
-    run.folder("report").begin(report.fingerprint(config, context))
+    target = Target(TargetConfig(model="target"))
+    context = StageContext(finished, RunConfig(name="demo"), target, {"report": ReportConfig()}, Console())
+    folder, config = finished.folder("report"), ReportConfig()
+    folder.begin(report.fingerprint(config, context))
     report.run(config, context)
-    folder = run.folder("report").path
     told = capsys.readouterr().err
-    assert run.folder("report").is_complete()
-    assert "<title>My draft</title>" in (folder / "report.html").read_text(encoding="utf-8")
-    assert (folder / "report.md").read_text(encoding="utf-8").startswith("# My draft\n")
-    assert "instructions" in told
-    assert str(folder / "report.html") in told
+    assert folder.manifest()["files"] == ["report.md", "report.html", "model_card.md"]
+    assert "<title>Draft report: demo</title>" in (folder.path / "report.html").read_text(encoding="utf-8")
+    assert (folder.path / "report.md").read_text(encoding="utf-8").startswith("# Draft report: demo\n")
+    assert told.replace("\n", " ").rstrip().endswith(folder.manifest()["verdict"])
+    assert max(len(line) for line in told.splitlines() if str(folder.path) not in line) <= 80
+    assert all(task in told for task in TASKS)
 
 
-def test_the_fingerprint_follows_the_results_and_the_finished_stages(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "demo", stages=("design", "evaluate"))
-    context, config = context_of(run), report.ReportConfig()
-    before = report.fingerprint(config, context)
-    write_run(tmp_path / "demo", stages=("align",))
-    after = report.fingerprint(config, context)
-    assert json.loads(json.dumps(before)) == before
-    assert before["results"] == after["results"]
-    assert before["stages"] != after["stages"]
-    (run.folder("evaluate").path / "results.json").write_text("{}")
-    assert report.fingerprint(config, context)["results"] != after["results"]
+def test_the_fingerprint_follows_results_benchmark_and_finished_stages(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", benchmarked=True)
+    target = Target(TargetConfig(model="target"))
+    context = StageContext(run, RunConfig(name="demo"), target, {"report": ReportConfig()}, Console())
+    seen = [report.fingerprint(ReportConfig(), context)]
+    for path in (
+        run.folder("evaluate").path / "results.json",
+        run.folder("benchmark").path / "benchmark.json",
+    ):
+        path.write_text("{}")
+        seen.append(report.fingerprint(ReportConfig(), context))
+    run.folder("align").discard()
+    seen.append(report.fingerprint(ReportConfig(), context))
+    assert len({json.dumps(each) for each in seen}) == 4
 
 
-def test_the_page_needs_no_network_and_no_script(page: str) -> None:
-    assert not re.search(r"<script|@import|<link|<iframe|<img|javascript:", page)
-    addresses = set(re.findall(r"https?://[^\"' )<]+", page))
-    assert addresses <= {"http://www.w3.org/2000/svg"}
-    assert set(re.findall(r"url\((.)", page)) <= {"#"}
-
-
-def test_the_page_is_well_formed_and_every_id_is_unique_and_found(page: str) -> None:
+def test_the_page_needs_no_network_and_no_script_and_is_well_formed(page: str) -> None:
+    assert not re.search(r"<script|@import|<link|<iframe|javascript:", page)
+    sources = [tag["src"] or "" for name, tag in Page(page).tags if name == "img"]
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not re.findall(r"https?://", re.sub(r'src="[^"]+"', "", page))
     parsed = Page(page)
-    ids = [value["id"] for _, value in parsed.tags if value.get("id")]
-    targets = {
-        value[1:]
-        for _, tags in parsed.tags
-        for name, value in tags.items()
-        if name == "href" and value and value.startswith("#")
-    }
-    targets |= set(re.findall(r"url\(#([^)]+)\)", page))
-    assert not parsed.unbalanced
-    assert not parsed.open
-    assert len(ids) == len(set(ids))
-    assert targets <= set(ids)
+    ids = [tag["id"] for _, tag in parsed.tags if tag.get("id")]
+    assert (parsed.unbalanced, parsed.open) == ([], [])
+    assert {tag["href"] for name, tag in parsed.tags if name == "a"} == {f"#{name}" for name in ids}
+    assert all(tag.get("alt") for name, tag in parsed.tags if name == "img")
 
 
-def test_every_chapter_is_there_for_a_finished_run(page: str) -> None:
-    anchors = re.findall(r'<section id="([^"]+)"', page)
-    assert anchors == [
-        "speedup",
-        "ladder",
-        "differences",
-        "positions",
-        "samples",
-        "checks",
-        "training",
-        "data",
-        "provenance",
-        "definitions",
-    ]
-    assert page.count('<svg class="chart"') == 4 + 4 + 4 + 4 + 4
+def test_every_chapter_is_there_with_its_charts(page: str) -> None:
+    chapters = "wall-clock speedup ladder differences positions along-the-text samples checks training data provenance definitions"
+    assert re.findall(r'<section id="([^"]+)"', page) == chapters.split()
+    wall_clock, rest = page.split('<section id="speedup">')
+    assert wall_clock.count("<img") == 4 + 1 + 3 + 1
+    assert rest.count("<img") == 4 + 4 + 4 + 4 + 1 + 4
 
 
-def test_charts_take_their_colours_and_fonts_from_the_page(page: str) -> None:
-    charts = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
-    assert "DejaVu" not in charts
-    assert not re.search(r"#[0-9a-f]{6}\b", charts)
-    assert {"var(--ladder-3)", "var(--hue-1)", "var(--ink)"} <= set(re.findall(r"var\([^)]+\)", charts))
+def test_the_same_run_gives_the_same_bytes(record: RunRecord, page: str) -> None:
+    assert html(record) == page
 
 
-def test_provenance_holds_versions_seed_and_the_resolved_recipe(page: str) -> None:
-    part = page[page.index('<section id="provenance"') :]
-    for words in ("torch 2.9.0", ">seed<", "2026-03-02 10:11:12", "Resolved recipe", "name: demo"):
-        assert words in part
-
-
-def test_the_same_run_gives_the_same_bytes(finished: RunFolder, page: str) -> None:
-    assert render_html(compose_report(read_record(finished))) == page
+def test_markdown_has_the_chapters_and_tables_of_the_page(record: RunRecord, page: str) -> None:
+    text = markdown(record)
+    assert re.findall("^## (.+)", text, re.MULTILINE) == re.findall("<h2>(.+?)</h2>", page)
+    assert len(re.findall(r"^\| -[-: |]+$", text, re.MULTILINE)) == page.count("<thead>")
+    for line in text.splitlines():
+        assert not line.startswith("| ") or len(re.findall(r"(?<!\\)\|", line)) >= 3
+    assert "The [river ][rises ]in [the ][hills ]" in text
 
 
 def test_markup_in_names_and_texts_is_shown_and_not_obeyed(tmp_path: Path) -> None:
-    record = read_record(write_run(tmp_path / "demo", hostile=True))
-    text = render_html(compose_report(record, title=HOSTILE))
-    parsed = Page(text)
+    record = read_run(write_run(tmp_path / "demo", name=HOSTILE))
+    parsed = Page(html(record))
     assert "script" not in {tag for tag, _ in parsed.tags}
-    assert not parsed.unbalanced
-    assert HOSTILE in parsed.text
-    assert "<script>" not in re.sub(
-        r"```.*?```", "", render_markdown(compose_report(record, title=HOSTILE)), flags=re.DOTALL
-    ).replace("\\<script\\>", "")
+    assert parsed.text.count(HOSTILE) >= 2
+    outside = re.sub(r"```.*?```", "", markdown(record) + card(record), flags=re.DOTALL)
+    assert "<script>" not in outside.replace(r"\<script\>", "")
 
 
 @pytest.mark.parametrize(
-    "stages",
-    [
-        ("design",),
-        ("design", "prepare"),
-        ("design", "prepare", "pretrain"),
-        ("synthesize",),
-        ("evaluate",),
-        ("align",),
-    ],
+    "stages", [("design",), ("prepare", "pretrain"), ("synthesize",), ("evaluate",), ("align",)]
 )
 def test_a_run_without_some_stages_still_gets_a_report_that_says_so(
     tmp_path: Path, stages: tuple[str, ...]
 ) -> None:
-    record = read_record(write_run(tmp_path / "demo", stages=stages))
-    text = render_html(compose_report(record))
-    assert not Page(text).unbalanced
-    assert "Not in this report" in text
-    assert "Stage export: not run, or not finished" in text
-    assert "Not in this report" in render_markdown(compose_report(record))
+    record = read_run(write_run(tmp_path / "demo", stages))
+    if "evaluate" not in stages:  # whose charts take their time
+        assert not Page(html(record)).unbalanced
+    assert "Stage export: not run, or not finished." in markdown(record)
+    assert "Stage benchmark" not in markdown(record)
+    assert ("nothing can be said" in markdown(record)) == ("evaluate" not in stages)
+    assert "# A draft model for" in card(record)
 
 
-def test_a_run_without_anything_still_gets_a_report(tmp_path: Path) -> None:
-    composed = compose_report(read_record(RunFolder(tmp_path / "empty")))
-    assert composed.tone == "none"
-    assert "not been evaluated" in render_html(composed)
-
-
-def test_a_damaged_results_file_is_one_clear_error(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "demo")
-    (run.folder("evaluate").path / "results.json").write_text('{"rows": [')
-    with pytest.raises(FastDraftError, match=r"results\.json"):
-        read_record(run)
-
-
-def test_damaged_metrics_lines_are_skipped_and_a_resumed_step_counts_once(tmp_path: Path) -> None:
+def test_a_damaged_metrics_line_is_skipped_and_a_resumed_step_counts_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        '{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "validation_loss": {"a": 1}}\n[1]\n{"step": 2, "loss": 1.5}\n{"st'
+        '{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "tokens": 4}\n{"step": 2, "loss": 1.5}\n{"st'
     )
     assert [line.get("loss") for line in read_metrics(path)] == [3, None, 1.5]
 
 
-def test_the_verdict_names_every_task_with_its_best_k() -> None:
-    verdict = give_verdict(results())
+def test_the_forecast_names_every_task_with_its_best_k() -> None:
+    found = results()
+    verdict = forecast_verdict(found)
     assert verdict.tone == "good"
-    for task in ("code", "summarization", "text", "instructions"):
-        assert task in verdict.sentence
-    best = Results(results()).best("align", "code", 0.6)
-    assert best is not None
-    assert (
-        f"{best['mbsu_parameters']:.2f}× on\u00a0code ({best['block_efficiency']:.2f} tokens per target pass"
-        in verdict.sentence
-    )
+    for task in TASKS:
+        best = found.best(task, 0.6)
+        assert best is not None
+        assert (
+            f"{best.mbsu_parameters:.2f}× on\u00a0{task} ({best.block_efficiency:.2f} tokens per"
+            in verdict.sentence
+        )
 
 
-def test_the_verdict_advises_against_a_draft_that_does_not_pay() -> None:
-    raw = results()
-    raw["rows"] = [item | {"mbsu_parameters": 0.7} for item in raw["rows"]]
-    assert give_verdict(raw).tone == "bad"
-    assert give_verdict(raw).sentence.startswith("Do not use this draft at this cost ratio (0.187)")
-    raw["rows"] = [item | {"mbsu_parameters": 1.4 if item["task"] == "code" else 0.9} for item in raw["rows"]]
-    mixed = give_verdict(raw)
+def test_the_forecast_advises_against_a_draft_that_does_not_pay() -> None:
+    poor = forecast_verdict(results(mbsu_parameters=0.7, predicted_speedup=0.8))
+    assert poor.tone == "bad"
+    assert poor.sentence.startswith("Do not use this draft at this cost ratio (0.187)")
+    assert "under 1 on every task: do not use a draft on that machine" in poor.detail
+    rows = [replace(row, mbsu_parameters=1.4 if row.task == "code" else 0.9) for row in results().rows]
+    mixed = forecast_verdict(replace(results(), rows=rows))
     assert mixed.tone == "mixed"
-    assert "do not use a draft there at this cost ratio" in mixed.sentence
+    assert "but stays under 1 with" in mixed.sentence
 
 
-def test_the_verdict_says_when_the_measured_times_predict_no_gain() -> None:
-    raw = results()
-    raw["rows"] = [item | {"predicted_speedup": 0.8} for item in raw["rows"]]
-    assert "under 1 on every task: do not use a draft on that machine" in give_verdict(raw).detail
-
-
-def test_best_k_is_the_one_with_the_highest_speed_up_and_the_smallest_when_equal() -> None:
-    rows = [
-        {
-            "checkpoint": "align",
-            "task": "t",
-            "temperature": 0.6,
-            "num_speculative_tokens": k,
-            "mbsu_parameters": value,
-        }
-        for k, value in ((1, 1.1), (2, 1.3), (3, 1.3))
-    ]
-    best = Results({"rows": rows}).best("align", "t", 0.6)
-    assert best is not None
-    assert best["num_speculative_tokens"] == 2
-
-
-def test_a_speed_up_has_the_interval_of_block_efficiency_scaled() -> None:
-    item = {
-        "block_efficiency": 2.0,
-        "block_efficiency_low": 1.9,
-        "block_efficiency_high": 2.2,
-        "mbsu_bytes": 1.0,
-    }
-    assert interval(item, "mbsu_bytes") == pytest.approx((0.95, 1.1))
-    assert interval(item, "overlap") is None
-
-
-def test_replay_stands_for_a_setting_that_was_counted_both_ways() -> None:
-    chosen = Results(results()).row("align", "code", 0.6, 3)
-    assert chosen is not None
-    assert chosen["method"] == "replay"
-
-
-def test_null_figures_are_shown_as_dashes() -> None:
-    raw = results()
-    raw["rows"] = [
-        item | dict.fromkeys(("mbsu_latency", "predicted_speedup", "overlap")) for item in raw["rows"]
-    ]
-    raw |= {"cost_ratio_latency": None, "latency": None, "contamination": None}
-    text = render_html(compose_report(RunRecord("demo", {}, raw)))
-    assert "None" not in Page(text).text
-    assert "Contamination: not recorded" in text
-
-
-def test_checkpoints_that_nobody_trained_are_called_untrained() -> None:
-    raw = results()
-    raw["rows"] = [item | {"checkpoint": "design"} for item in raw["rows"] if item["checkpoint"] == "align"]
-    text = Page(render_html(compose_report(RunRecord("demo", {}, raw)))).text
-    assert "untrained" in text
-
-
-def test_labels_at_the_foot_of_a_chart_stay_above_its_axis() -> None:
-    assert lifted([-20.0, -8.0, 5.0, 90.0], 2.0, 12.0) == [2.0, 14.0, 26.0, 90.0]
-    assert lifted([], 2.0, 12.0) == []
-
-
-def test_the_summary_fits_80_columns_and_holds_every_task() -> None:
-    ((title, columns, rows),) = summary_tables(results())
-    assert "(FT) brings at its best K" in title
-    assert max(map(len, format_table(title, columns, rows).splitlines())) <= 80
-    tasks = ("code", "summarization", "text", "instructions")
-    assert [cells[:2] for cells in rows] == [[task, t] for task in tasks for t in ("0", "0.6")]
-    assert summary_tables({"rows": []}) == []
-
-
-def test_a_task_with_a_very_long_name_still_fits_80_columns() -> None:
-    raw = results()
-    raw["rows"] = [item | {"task": item["task"] * 9} for item in raw["rows"]]
-    assert max(len(line) for table in summary_tables(raw) for line in format_table(*table).splitlines()) <= 80
-
-
-def test_markdown_has_the_tables_of_the_page(finished: RunFolder) -> None:
-    composed = compose_report(read_record(finished))
-    text = render_markdown(composed)
-    for section in composed.sections:
-        assert f"## {section.title}" in text
-        for table in (block for block in section.blocks if isinstance(block, Table)):
-            assert markdown_table(table) in text
-        for sample in (block for block in section.blocks if isinstance(block, Sample)):
-            assert f"[{sample.pieces[-1][0]}]" in text
-    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
-    assert min(widths) >= 3
-
-
-def test_a_pipe_in_a_cell_does_not_break_a_markdown_table() -> None:
-    text = markdown_table(Table(("a|b", "c"), (row("x|y", "1"),)))
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in text.splitlines())
-
-
-def test_labels_are_pushed_apart_but_keep_their_order_and_centre() -> None:
-    assert spread([0, 100], 12) == [0, 100]
-    assert spread([50, 51], 12) == [44.5, 56.5]
-    placed = spread([1, 2, 3, 40, 41], 10)
-    assert placed == sorted(placed)
-    assert all(b - a >= 10 - 1e-9 for a, b in itertools.pairwise(placed))
-
-
-def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
-    points = [(float(i), 2.0) for i in range(100)]
-    assert smooth(points) == points
-    assert [y for _, y in smooth([(0, 0.0), (1, 2.0), (2, 4.0)], share=0.67)] == [0.0, 1.0, 3.0]
-
-
-def test_the_synthetic_table_adds_up_to_what_was_asked(finished: RunFolder) -> None:
-    text = render_markdown(compose_report(read_record(finished)))
-    assert "| **asked** | **2,400** | **100.0%** |" in text
-    assert "| filtered: looping | 88 | 3.7% |" in text
-    assert "not to what was asked" not in text
-
-
-def test_the_time_of_a_stage_is_the_longer_of_its_own_and_the_pipelines() -> None:
-    record = RunRecord(
-        "demo", {"align": {"seconds": 10.0}, "export": {}}, timings={"align": 30.0, "export": 2.0}
+def test_the_clock_leads_the_verdict_and_the_forecast_follows() -> None:
+    verdict = give_verdict(results(), benchmark())
+    assert verdict.tone == "mixed"
+    assert verdict.sentence.startswith(
+        "Use this draft with K\u00a0=\u00a02 where it pays: measured 1.68× on\u00a0code"
     )
-    assert (record.seconds("align"), record.seconds("export"), record.seconds("design")) == (30.0, 2.0, None)
+    assert "0.85× on\u00a0summarization (CPU, int4 target, int8 draft); there" in verdict.sentence
+    assert "Memory-bound forecast: At its best K" in verdict.detail
+    assert "OpenVINO 2026.4.1 on AMD EPYC (CPU)" in give_verdict(None, benchmark()).detail
 
 
-def card_of(run: RunFolder) -> str:
-    record = read_record(run)
-    return model_card(record.manifests, record.results)
+@pytest.mark.parametrize(
+    ("changes", "tone", "words"),
+    [
+        ({"speedup": 1.6, "speedup_low": 1.5}, "good", "Use this draft with K"),
+        ({"speedup": 1.6, "speedup_low": 0.9}, "mixed", "but 0.90× in one repeat: measure again"),
+        ({"speedup": 1.02}, "mixed", "A draft brings next to nothing here"),
+        ({"speedup": 0.7, "predicted_speedup": None}, "bad", "the target accepts"),
+        (
+            {"speedup": 0.7, "predicted_speedup": 1.5},
+            "bad",
+            "promised 1.50×, but inside the runtime the passes take longer",
+        ),
+        (
+            {"speedup": 0.7, "predicted_speedup": 0.9, "conditional_acceptance_rate": 0.1},
+            "bad",
+            "the acceptance is too low: 10\u00a0% of",
+        ),
+    ],
+)
+def test_the_clock_says_whether_a_draft_pays_and_why_not(
+    changes: dict[str, Any], tone: str, words: str
+) -> None:
+    verdict = measured_verdict(benchmark(**changes))
+    assert (verdict.tone, words in verdict.sentence) == (tone, True), verdict
 
 
-def test_the_model_card_has_front_matter_usage_figures_sources_and_limits(finished: RunFolder) -> None:
-    text = card_of(finished)
-    front = text.split("---\n")[1]
-    assert "library_name: transformers" in front
-    assert "base_model" not in front
-    assert "license" not in front
-    for words in (
-        "assistant_model=draft",
-        "## Figures",
-        "Block efficiency",
-        "CC0-1.0",
-        "## Limits",
-        "## Provenance",
-        "tokens per target pass",
-    ):
-        assert words in text
+@pytest.mark.parametrize(
+    ("draft_seconds", "wide", "words"),
+    [
+        (0.03, 0.02, "the target answers in 19.2 ms a token and the draft needs 30.0 ms"),
+        (0.002, 0.06, "verifying is too dear"),
+    ],
+)
+def test_costs_out_of_reach_are_named(draft_seconds: float, wide: float, words: str) -> None:
+    found = benchmark(speedup=0.7, predicted_speedup=0.9)
+    seconds = {1: 0.0192, 2: wide, 3: 2 * wide}
+    passes = [replace(row, draft_seconds=draft_seconds, target_seconds=seconds) for row in found.latencies]
+    assert words in measured_verdict(replace(found, latencies=passes)).sentence
 
 
-def test_the_model_card_names_a_hub_target_as_base_model() -> None:
-    text = model_card({"design": {"target": {"model": "meta-llama/Llama-3.1-8B-Instruct"}}}, None)
-    assert "base_model: meta-llama/Llama-3.1-8B-Instruct\n" in text
-    assert 'from_pretrained("meta-llama/Llama-3.1-8B-Instruct")' in text
-    assert "not evaluated" in text
+def test_lossy_figures_carry_no_verdict(record: RunRecord) -> None:
+    lossy = benchmark(lossless=False, temperature=0.6)
+    rows = [row for row in lossy.rows if row.part == "tasks" and row.target_weights == "int4"]
+    lossy = replace(lossy, rows=rows, best=best_k([]))
+    assert measured_verdict(lossy).sentence.startswith("No verdict")
+    assert give_verdict(results(), lossy).sentence.startswith("At its best K")
+    assert "does not sample losslessly" in markdown(replace(record, benchmark=lossy))
+
+
+def test_null_figures_are_shown_as_dashes(record: RunRecord) -> None:
+    nothing = (
+        "mbsu_latency",
+        "predicted_speedup",
+        "overlap",
+        "acceptance_rate_low",
+        "num_conversations",
+        "looping_share",
+    )
+    found = replace(
+        results(**dict.fromkeys(nothing)),
+        latency=None,
+        contamination=None,
+        by_position=None,
+        greedy_check=None,
+    )
+    measured = dict.fromkeys(
+        ("predicted_speedup", "predicted_quotient", "same_text", "looping_share", "speedup_low")
+    )
+    text = html(replace(record, results=found, benchmark=benchmark(**measured)))
+    assert "None" not in Page(text).text
+
+
+def test_texts_that_part_are_counted_once_with_the_widest_gap(record: RunRecord) -> None:
+    gaps = [[cell.text for cell in row] for row in benchmark_tables.different_texts(benchmark()).rows]
+    assert gaps == [["code", "one", "17", "0.0120"], ["code", "two", "40", "-"]]
+    assert "At 2 places the texts part; 1 of them are near-ties" in markdown(record)
+
+
+def test_exact_and_replay_over_a_handful_of_prompts_are_not_called_apart() -> None:
+    def details(prompts: int) -> set[str]:
+        exact = {
+            "block_efficiency": 5.0,
+            "block_efficiency_low": 4.9,
+            "block_efficiency_high": 5.1,
+            "num_prompts": prompts,
+        }
+        rows = [replace(row, **exact) if row.method == "exact" else row for row in results().rows]
+        return {row[-1].detail for row in tables.agreement(replace(results(), rows=rows)).rows}
+
+    assert details(40) == {"intervals apart"}
+    assert details(2) == {""}
+
+
+def test_tables_for_the_terminal_fit_80_columns() -> None:
+    shown = tables.best(results()).only(
+        "Task", "T", "Tokens per target pass", "by parameters", "by bytes read"
+    )
+    assert max(map(len, format_table("", *shown.plain()).splitlines())) <= 80
+    measured = benchmark_tables.measured(benchmark())
+    shown = measured.only("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
+    assert max(map(len, format_table("", *shown.plain(details=True)).splitlines())) <= 80
+
+
+def test_charts_without_enough_to_compare_are_left_out() -> None:
+    rows = [row for row in benchmark().rows if row.part == "tasks" and row.target_weights == "int4"]
+    one: BenchmarkResults = replace(benchmark(), rows=rows, breakdown=[])
+    assert (charts.weights(one), charts.sweeps(one), charts.breakdown(one)) == ([], [], [])
+    bare: EvaluationResults = replace(results(), by_position=None)
+    assert charts.along_the_text(bare) == []
+    assert charts.losses("PT", []) == []
+
+
+def test_smoothing_keeps_a_constant_and_averages_the_latest_points() -> None:
+    points = [(float(i), 2.0, None) for i in range(100)]
+    assert charts.smooth(points) == points
+    assert [y for _, y, _ in charts.smooth([(0, 0.0, None), (1, 2.0, None), (2, 4.0, None)], share=0.67)] == [
+        0.0,
+        1.0,
+        3.0,
+    ]
 
 
 @pytest.mark.parametrize(
     "target",
-    ["shipped:targets/starter", "./model", "C:\\models\\mine", "/srv/models/mine", "a/b/c", 'x"\n- evil: y'],
+    ["shipped:targets/starter", "./model", "C:\\models\\mine", "/srv/mine", "a/b/c", 'x"\n- evil: y'],
 )
 def test_the_model_card_never_takes_a_path_for_a_hub_id(target: str) -> None:
-    text = model_card({"design": {"target": {"model": target}}}, None)
+    text = card(RunRecord("demo", {}, results(target)))
     assert "base_model" not in text.split("---\n")[1]
     assert 'from_pretrained("path/to/the/target")' in text
 
 
-def test_the_model_card_tells_what_the_export_tested() -> None:
-    checks: dict[str, Any] = {
+def test_the_model_card_tells_use_figures_sources_and_what_the_export_tested(record: RunRecord) -> None:
+    failed = {
         "assistant_same_greedy_text": False,
         "assistant_tokens_compared": 48,
         "assistant_dtype": "float32",
-        "padding_mass_mean": 2e-3,
-        "padding_mass_ok": False,
     }
-    text = render_model_card(RunRecord("demo"), 3, checks)
-    assert "was NOT equal" in text
-    assert "NOT under" in text
+    text = card(record, **failed, padding_mass_mean=2e-3, padding_mass_ok=False, padding_mass_limit=1e-4)
+    words = "base_model: a/target|assistant_model=draft|num_assistant_tokens=2|## Figures|CC0-1.0|## Limits|was NOT equal|, NOT under"
+    assert [word for word in words.split("|") if word not in text] == []
+    assert text.index("## Wall clock") < text.index("## Figures")
 
 
-def test_exact_and_replay_over_a_handful_of_prompts_are_not_called_apart() -> None:
-    raw = results()
-    exact = next(item for item in raw["rows"] if item["method"] == "exact")
-    exact |= {"block_efficiency": 5.0, "block_efficiency_low": 4.9, "block_efficiency_high": 5.1}
-
-    def details() -> list[str]:
-        table = agreement_table(Results(raw))
-        assert table is not None
-        return [row.cells[-1].detail for row in table.rows]
-
-    assert "intervals apart" in details()
-    exact["num_prompts"] = 2
-    assert "intervals apart" not in details()
-
-
-def test_losses_in_a_narrow_range_have_figures_on_their_axis() -> None:
-    lines = [{"step": i, "tokens": 1000 * i, "loss": 9.1 - 0.15 * i} for i in range(1, 11)]
-    chart = loss_chart("pretrain", lines, "Pre-training")
-    assert chart is not None
-    assert len(re.findall(r">[789](?:\.\d)?<", chart.svg)) >= 2
+def test_times_and_bytes_have_three_digits_and_a_unit() -> None:
+    times = [duration(value) for value in (0.000412, 0.00241, 0.0193, 0.183, 2.41, None)]
+    assert times == ["0.412 ms", "2.41 ms", "19.3 ms", "183 ms", "2.41 s", "-"]
+    sizes = [byte_size(value) for value in (5.2e6, 55e6, 692e6, 1.31e9, -4100, None)]
+    assert sizes == ["5.20 MB", "55.0 MB", "692 MB", "1.31 GB", "−4.10 kB", "-"]

@@ -89,6 +89,11 @@ class BenchmarkRow(JsonRow):
     def weights(self) -> tuple[str, str]:
         return self.target_weights, self.draft_weights
 
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """The range of a figure over the repeats."""
+        low, high = getattr(self, f"{key}_low", None), getattr(self, f"{key}_high", None)
+        return None if low is None or high is None else (low, high)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassesRow(JsonRow):
@@ -181,7 +186,7 @@ class BenchmarkResults(JsonRow):
     memory: list[MemoryRow]
     rows: list[BenchmarkRow]
     best: BestK
-    verdict: dict[str, str]
+    verdict: dict[str, str] = field(default_factory=dict)
     """`sentence` and `tone`: good, mixed or bad."""
 
     @cached_property
@@ -193,10 +198,13 @@ class BenchmarkResults(JsonRow):
         """`judged_rows` of a pair of weights, by default the deployed one."""
         return judged_rows(self.rows, pair or self.pairs[0]) if self.pairs else []
 
-    def fastest(self, task: str, pair: tuple[str, str] | None = None) -> BenchmarkRow | None:
-        """The judged row of a task's best K."""
-        rows = [row for row in self.judged(pair) if row.task == task]
-        return max(rows, key=lambda row: row.speedup or 0.0, default=None)
+    def fastest_of_each(self, pair: tuple[str, str] | None = None) -> list[BenchmarkRow]:
+        """Of every task the judged row of its best K."""
+        rows, best = self.judged(pair), {}
+        for row in rows:
+            if row.task not in best or (row.speedup or 0.0) > (best[row.task].speedup or 0.0):
+                best[row.task] = row
+        return list(best.values())
 
 
 def judged_rows(rows: Iterable[BenchmarkRow], weights: tuple[str, str]) -> list[BenchmarkRow]:

@@ -139,9 +139,9 @@ def inspect(target: Target) -> Inspection:
     from fastdraft.modeling.traps import find_traps
 
     config = target.config
-    vocabulary = target.vocabulary
+    tokenizer, vocabulary = target.tokenizer, target.vocabulary
     architecture = target.architecture
-    traps = find_traps(target)
+    traps = find_traps(vocabulary, tokenizer, config, architecture)
     return Inspection(
         target.name,
         config,

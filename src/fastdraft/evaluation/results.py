@@ -242,6 +242,13 @@ class EvaluationResults(JsonRow):
         """The kinds of speed-up that these rows hold."""
         return [key for key in SPEEDUPS if any(getattr(row, key) is not None for row in self.rows)]
 
+    @property
+    def rows_by_position(self) -> list[PositionRow]:
+        """Of the final draft; none where every text ends in the first stretch."""
+        rows = self.by_position.rows if self.by_position else []
+        found = [row for row in rows if row.checkpoint == self.checkpoints[-1]]
+        return found if any(row.first for row in found) else []
+
     def select(self, **wanted: Any) -> list[ResultRow]:
         """Rows with these values, by rising K."""
         found = [row for row in self.rows if all(getattr(row, key) == value for key, value in wanted.items())]

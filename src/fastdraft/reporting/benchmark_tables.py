@@ -1,278 +1,159 @@
-"""The tables of a measured wall clock.
-
-Decides their columns, what stands in small print, and that a figure which could not be computed is a dash.
-"""
+"""The tables of a measured wall clock."""
 
 from __future__ import annotations
 
-from fastdraft.reporting.benchmark_charts import SHARES, shares_of
-from fastdraft.reporting.benchmark_results import Benchmark, byte_size, milliseconds, pair_of, times, worth
-from fastdraft.reporting.benchmark_verdict import pair_words
-from fastdraft.reporting.document import Cell, Row, Table, row
-from fastdraft.reporting.results import Figures, interval, k_name, number, temperature_name
-from fastdraft.reporting.summary import show
+from collections.abc import Callable
+from typing import Any
+
+from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, TextDifference
+from fastdraft.functional.same_text import near_tie
+from fastdraft.reporting.definitions import byte_size, duration, percent, times
+from fastdraft.reporting.tables import Cell, Column, Table, table
+from fastdraft.reporting.verdict import worth
+
+SHARES = {"target_seconds": "target", "draft_seconds": "draft", "other_seconds": "runtime around them"}
+"""Where the time of a speculative run goes."""
 
 
-def best_table(benchmark: Benchmark) -> Table:
-    """The deployed pair at each task's best K: measured, predicted, their quotients, latencies and the check of the text."""
-    columns = (
-        "Task",
-        "Best K",
-        "Tokens per target pass",
-        "Measured",
-        "Behind the first token",
-        "Predicted",
-        "MBSU by bytes",
-        "Time to first token",
-        "Time per output token",
-        "Same greedy text",
-    )
-    rows = []
-    for task in benchmark.tasks:
-        item = benchmark.best(task)
-        rows.append(
-            row(
-                task,
-                show(number(item, "num_speculative_tokens"), "{:g}"),
-                show(number(item, "block_efficiency"), "{:.2f}"),
-                _measured_cell(item),
-                _quotient_cell(item, "decode_speedup", "decode_quotient"),
-                _quotient_cell(item, "predicted_speedup", "predicted_quotient"),
-                _quotient_cell(item, "mbsu_bytes", "mbsu_quotient"),
-                _with_and_alone(item, "first_token_seconds"),
-                _with_and_alone(item, "seconds_per_output_token"),
-                _same_text(item),
-            )
-        )
-    note = (
-        "Quotients in small print are measured over predicted or over MBSU, and behind the first token over predicted: 1 means "
-        "that the clock keeps the promise. Times are with the draft, in small print without."
-    )
-    caption = (
-        f"Measured speed-up at the best K, {pair_words(benchmark)}, {temperature_name(benchmark.temperature)}"
-    )
-    return Table(columns, tuple(rows), caption, note)
+def pair_name(row: Any) -> str:
+    """`int4 + int8`, kept on one line: the target's weights, then the draft's."""
+    return f"{row.target_weights}\u00a0+\u00a0{row.draft_weights}"
 
 
-def compact_table(benchmark: Benchmark) -> Table:
-    """The same in few columns, for the model card."""
-    columns = (
-        "Task",
-        "Best K",
-        "Tokens per target pass",
-        "Measured speed-up",
-        "Predicted",
-        "Measured / predicted",
-        "Same greedy text",
-    )
-    rows = []
-    for task in benchmark.tasks:
-        item = benchmark.best(task)
-        cells: list[str | Cell] = [
-            show(number(item, "num_speculative_tokens"), "{:g}"),
-            show(number(item, "block_efficiency"), "{:.2f}"),
-            _measured_cell(item),
-        ]
-        cells += [
-            times(number(item, "predicted_speedup")),
-            show(number(item, "predicted_quotient"), "{:.2f}"),
-            _same_text(item),
-        ]
-        rows.append(row(task, *cells))
-    return Table(columns, tuple(rows))
+def measured(benchmark: BenchmarkResults) -> Table:
+    """The deployed pair at each task's best K; in small print ranges, quotients of measured over promised, and times without the draft."""
 
+    def promise(key: str, quotient: str) -> Callable[[BenchmarkRow], Cell]:
+        def shown(row: BenchmarkRow) -> Cell:
+            found = getattr(row, quotient)
+            return Cell(times(getattr(row, key)), "" if found is None else f"quotient {found:.2f}")
 
-def breakdown_table(benchmark: Benchmark) -> Table | None:
-    """Where the time of a speculative run goes, by the runtime's own clock."""
-    rows = []
-    for item in benchmark.items("breakdown"):
-        shares = shares_of(item)
-        if shares:
-            k = show(number(item, "num_speculative_tokens"), "{:g}")
-            rows.append(
-                row(
-                    pair_of(item).name,
-                    k,
-                    *(f"{share:.0%}" for share in shares),
-                    milliseconds(number(item, "total_seconds")),
-                )
-            )
-    if not rows:
-        return None
-    return Table(
-        ("Weights", "K", *(words.capitalize() for _, _, words, _ in SHARES), "In all"),
-        tuple(rows),
-        "Where the time goes",
-    )
+        return shown
 
+    def seconds(key: str) -> Callable[[BenchmarkRow], Cell]:
+        ends = f"{key}_with_draft", f"{key}_alone"
+        return lambda row: Cell(duration(getattr(row, ends[0])), f"{duration(getattr(row, ends[1]))} without")
 
-def passes_table(benchmark: Benchmark) -> Table | None:
-    """What one pass of each model takes alone: what the prediction rests on."""
-    found = [item for item in benchmark.items("latencies") if isinstance(item.get("target_seconds"), dict)]
-    widths = sorted(
-        {int(width) for item in found for width in item["target_seconds"] if str(width).isdigit()}
-    )
-    if not found or not widths:
-        return None
-    shown = widths if len(widths) <= 6 else [*widths[:4], widths[len(widths) // 2 + 1], widths[-1]]
-    rows = []
-    for item in found:
-        passes = [
-            number(item, "draft_seconds"),
-            *(number(item["target_seconds"], str(width)) for width in shown),
-        ]
-        rows.append(
-            row(
-                pair_of(item).name, show(number(item, "prefix_tokens"), "{:,.0f}"), *map(milliseconds, passes)
-            )
-        )
-    note = "Timed alone. A round with K proposals is K passes of the draft and one of the target over K + 1 tokens."
-    columns = (
-        "Weights",
-        "Context, tokens",
-        "Draft, 1 token",
-        *(f"Target, {width} token{'s' if width > 1 else ''}" for width in shown),
-    )
-    return Table(columns, tuple(rows), "What one pass takes", note)
-
-
-def memory_table(benchmark: Benchmark) -> Table | None:
-    """Bytes on disk and peak memory with and without the draft."""
-    sizes = {
-        (str(item.get("role")), str(item.get("weights"))): number(item, "bytes")
-        for item in benchmark.items("models")
+    columns: dict[str, Column] = {
+        "Task": "task",
+        "Best K": "num_speculative_tokens",
+        "Tokens per target pass": "block_efficiency .2f",
+        "Measured": _measured,
+        "Predicted": promise("predicted_speedup", "predicted_quotient"),
+        "Behind the first token": promise("decode_speedup", "decode_quotient"),
+        "MBSU by bytes": promise("mbsu_bytes", "mbsu_quotient"),
+        "Time to first token": seconds("first_token_seconds"),
+        "Time per output token": seconds("seconds_per_output_token"),
+        "Same greedy text": lambda row: "-" if row.same_text is None else f"{row.same_text} of {row.texts}",
     }
-    peaks = {pair_of(item): item for item in benchmark.items("memory")}
-    rows = []
-    for pair in dict.fromkeys([*benchmark.pairs, *peaks]):
-        alone, both = number(peaks.get(pair), "alone_bytes"), number(peaks.get(pair), "with_draft_bytes")
-        disk = [sizes.get(("target", pair.target)), sizes.get(("draft", pair.draft))]
-        figures = [*disk, alone, both, both - alone if alone is not None and both is not None else None]
-        if any(figure is not None for figure in figures):
-            rows.append(
-                row(
-                    pair.name,
-                    *(
-                        byte_size(figure).replace("-", "−") if figure is not None else "-"
-                        for figure in figures
-                    ),
-                )
-            )
-    if not rows:
-        return None
-    columns = (
-        "Weights",
-        "Target on disk",
-        "Draft on disk",
-        "Peak memory alone",
-        "Peak with the draft",
-        "The draft adds",
-    )
-    return Table(
-        columns, tuple(rows), "Memory", "Peak memory of the process above what it held before loading."
-    )
+    return table(benchmark.fastest_of_each(), columns)
 
 
-def dynamic_table(benchmark: Benchmark) -> Table:
-    """Rounds that end where the draft's confidence falls below a threshold, beside the best fixed K."""
-    rows = []
-    for item in benchmark.dynamic:
-        fixed = benchmark.best(str(item.get("task")), pair_of(item))
-        threshold, k = number(item, "confidence_threshold"), number(item, "num_speculative_tokens")
-        beside = Cell(
-            times(number(fixed, "speedup")), k_name(number(fixed, "num_speculative_tokens")) if fixed else ""
-        )
-        at = f"{temperature_name(number(item, 'temperature'))}, {pair_of(item).name}"
-        rows.append(
-            row(
-                str(item.get("task")),
-                at,
-                show(threshold, "{:g}"),
-                show(k, "{:g}"),
-                _measured_cell(item),
-                beside,
-            )
-        )
-    columns = ("Task", "At", "Confidence threshold", "Largest K", "Measured", "Best fixed K")
-    return Table(columns, tuple(rows), "Dynamic draft length beside the best fixed K")
+def _measured(row: BenchmarkRow) -> Cell:
+    around = row.interval("speedup")
+    parts = [f"{around[0]:.2f} to {around[1]:.2f}"] if around else []
+    parts += [] if row.lossless else ["not lossless"]
+    return Cell(times(row.speedup), ", ".join(parts), worth(row.speedup) if row.lossless else "")
 
 
-def full_table(benchmark: Benchmark) -> Table:
-    """Every row of the file, the charts' figures among them."""
-    columns = (
-        "Part",
-        "Task",
-        "Weights",
-        "At",
-        "K",
-        "Threshold",
-        "At a time",
-        "Prompt",
-        "Output",
-        "AR",
-        "Tokens per pass",
-        "Measured",
-        "Behind first",
-        "Predicted",
-        "Tokens/s alone",
-        "With draft",
-        "First token alone",
-        "With draft",
-    )
-    return Table(columns, tuple(_full_row(item) for item in benchmark.rows))
+def breakdown(benchmark: BenchmarkResults) -> Table:
+    """Where the time of a speculative run goes, by the runtime's own clock."""
+
+    def share(key: str) -> Callable[[Any], str]:
+        return lambda row: percent(getattr(row, key) / row.total_seconds)
+
+    columns: dict[str, Column] = {"Weights": pair_name, "K": "num_speculative_tokens"}
+    columns |= {words.capitalize(): share(key) for key, words in SHARES.items()}
+    rows = [row for row in benchmark.breakdown if row.total_seconds]
+    return table(rows, columns | {"In all": "total_seconds seconds"})
 
 
-def _measured_cell(item: Figures | None) -> Cell:
-    value, around = number(item, "speedup"), interval(item, "speedup")
-    if value is None:
-        return Cell("-")
-    detail = f"{around[0]:.2f} to {around[1]:.2f}" if around else ""
-    if item is not None and item.get("lossless") is False:
-        return Cell(times(value), ", ".join(part for part in (detail, "not lossless") if part))
-    return Cell(times(value), detail, worth(value))
+def passes(benchmark: BenchmarkResults) -> Table:
+    """What one pass of each model takes alone: what the prediction rests on."""
+    columns: dict[str, Column] = {"Weights": pair_name, "Context, tokens": "prefix_tokens ,"}
+    columns |= {"Draft, 1 token": "draft_seconds seconds"}
+    widths = sorted({width for row in benchmark.latencies for width in row.target_seconds})
+    for width in widths if len(widths) <= 6 else [*widths[:4], widths[len(widths) // 2 + 1], widths[-1]]:
+        columns[f"Target, {width}"] = lambda row, width=width: duration(row.target_seconds.get(width))
+    return table(benchmark.latencies, columns)
 
 
-def _quotient_cell(item: Figures | None, key: str, quotient: str) -> Cell:
-    ratio = number(item, quotient)
-    return Cell(times(number(item, key)), f"quotient {ratio:.2f}" if ratio is not None else "")
+def memory(benchmark: BenchmarkResults) -> Table:
+    """Bytes on disk, and peak memory of the process above what it held before loading."""
+    sizes = {(model.role, model.weights): model.bytes for model in benchmark.models}
+
+    def added(row: Any) -> str:
+        known = row.alone_bytes is not None and row.with_draft_bytes is not None
+        return byte_size(row.with_draft_bytes - row.alone_bytes if known else None)
+
+    columns: dict[str, Column] = {
+        "Weights": pair_name,
+        "Target on disk": lambda row: byte_size(sizes.get(("target", row.target_weights))),
+        "Draft on disk": lambda row: byte_size(sizes.get(("draft", row.draft_weights))),
+        "Peak memory alone": "alone_bytes bytes",
+        "Peak with the draft": "with_draft_bytes bytes",
+        "The draft adds": added,
+    }
+    return table(benchmark.memory, columns)
 
 
-def _with_and_alone(item: Figures | None, key: str) -> Cell:
-    both, alone = number(item, f"{key}_with_draft"), number(item, f"{key}_alone")
-    return Cell(milliseconds(both), f"{milliseconds(alone)} without" if alone is not None else "")
+def all_measurements(benchmark: BenchmarkResults) -> Table:
+    columns: dict[str, Column] = {
+        "Part": lambda row: row.part.replace("_", " "),
+        "Task": "task",
+        "Weights": pair_name,
+        "T": "temperature g",
+        "K": "num_speculative_tokens",
+        "At a time": "concurrency",
+        "Prompt": "prompt_tokens .0f",
+        "Output": "max_new_tokens",
+        "AR": "acceptance_rate .3f",
+        "Tokens per pass": "block_efficiency .2f",
+        "Measured": _measured,
+        "Behind first": "decode_speedup ×",
+        "Predicted": "predicted_speedup ×",
+        "Tokens/s alone": "tokens_per_second_alone ,.1f",
+        "Tokens/s with draft": "tokens_per_second_with_draft ,.1f",
+        "First token alone": "first_token_seconds_alone seconds",
+        "First token with draft": "first_token_seconds_with_draft seconds",
+    }
+    return table(benchmark.rows, columns)
 
 
-def _same_text(item: Figures | None) -> Cell:
-    texts, same = number(item, "texts"), number(item, "same_text")
-    if texts is None or same is None:
-        return Cell("-")
-    return Cell(f"{same:g} of {texts:g}", "", "good" if same == texts else "")
+def different_texts(benchmark: BenchmarkResults) -> Table:
+    """Every greedy text that differs: once for each place at which it does, with the widest gap between the log-probs there."""
+    places: dict[tuple[str, str, int], TextDifference] = {}
+    for row in benchmark.rows:
+        for case in row.differences:
+            known = places.setdefault((row.task, case.prompt, case.token), case)
+            if (case.logprob_gap or 0.0) > (known.logprob_gap or 0.0):
+                places[row.task, case.prompt, case.token] = case
+
+    def gap(item: tuple[Any, TextDifference]) -> Cell:
+        found = item[1].logprob_gap
+        if found is None:
+            return Cell("-", "not computed", "bad")
+        tie = found < near_tie(benchmark.runtime.precision)
+        return Cell(f"{found:.4f}", "near-tie" if tie else "no near-tie", "" if tie else "bad")
+
+    columns: dict[str, Column] = {
+        "Task": lambda item: item[0][0],
+        "Prompt": lambda item: item[1].prompt,
+        "Token": lambda item: str(item[1].token),
+        "Gap": gap,
+    }
+    return table(places.items(), columns)
 
 
-def _full_row(item: Figures) -> Row:
-    names = [str(item.get("part", "-")).replace("_", " "), str(item.get("task", "-")), pair_of(item).name]
-    shown = [
-        ("num_speculative_tokens", "{:g}"),
-        ("confidence_threshold", "{:g}"),
-        ("concurrency", "{:g}"),
-        ("prompt_tokens", "{:.0f}"),
-        ("max_new_tokens", "{:g}"),
-        ("acceptance_rate", "{:.3f}"),
-        ("block_efficiency", "{:.2f}"),
-    ]
-    gains = [times(number(item, key)) for key in ("decode_speedup", "predicted_speedup")]
-    rates = [show(number(item, f"tokens_per_second_{end}"), "{:,.1f}") for end in ("alone", "with_draft")]
-    first = [milliseconds(number(item, f"first_token_seconds_{end}")) for end in ("alone", "with_draft")]
-    counts = [
-        show(number(item, key) if key != "confidence_threshold" else number(item, key) or None, form)
-        for key, form in shown
-    ]
-    return row(
-        *names,
-        temperature_name(number(item, "temperature")),
-        *counts,
-        _measured_cell(item),
-        *gains,
-        *rates,
-        *first,
-    )
+def launch_line(benchmark: BenchmarkResults) -> str:
+    """Python that runs the deployed pair at the measured best K; empty for another runtime or no best K."""
+    k, runtime = benchmark.best.num_speculative_tokens, benchmark.runtime
+    if runtime.name != "openvino" or k is None:
+        return ""
+    target, draft = benchmark.pairs[0]
+    return f"""import openvino_genai
+
+draft = openvino_genai.draft_model("path/to/draft-{draft}", "{runtime.draft_device}")
+pipeline = openvino_genai.LLMPipeline("path/to/target-{target}", "{runtime.device}", draft_model=draft)
+config = openvino_genai.GenerationConfig(max_new_tokens=256, num_assistant_tokens={k})
+print(pipeline.generate("Once upon a time", config))"""

@@ -1,350 +1,314 @@
-"""The charts of a report, each one small drawing.
+"""The charts, each one small matplotlib drawing as an SVG image: `ladder(results)` and so on give `Chart`s for the page.
 
-Decides what is drawn against what: losses on a logarithmic axis against tokens, block efficiency and memory-bound
-speed-up against K with the best K marked, acceptance against position, and the ladder PT, CP, FT.
+Charts of one call share their vertical scale. They are drawn for a light ground; the page lays one under them in the dark.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import base64
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastdraft.recipe.base import format_count
-from fastdraft.reporting.document import Chart
-from fastdraft.reporting.drawing import (
-    INK,
-    LADDER,
-    MUTED,
-    Label,
-    Points,
-    draw_line,
-    draw_mark,
-    draw_range,
-    drawing,
-    label_ends,
-    plain_ticks,
-    slug,
-    task_colour,
-    to_svg,
-)
-from fastdraft.reporting.paper import PAPER_ROWS, PAPER_TASKS
-from fastdraft.reporting.results import (
-    SPEEDUPS,
-    Results,
-    interval,
-    k_name,
-    number,
-    per_position,
-    stage_label,
-    temperature_name,
-)
+from fastdraft.benchmark.rows import BenchmarkResults
+from fastdraft.evaluation.results import CHECKPOINT_LABELS, SPEEDUPS, TASK_ORDER, EvaluationResults
+from fastdraft.reporting.benchmark_tables import SHARES, pair_name
+from fastdraft.reporting.definitions import PAPER_RATES, at_temperature, count, label
+from fastdraft.reporting.tables import stretch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Rung = tuple[float | None, tuple[float, float] | None]
-"""An acceptance rate and its interval."""
+SWEEPS = {
+    "prompt_tokens": "Prompt length, tokens",
+    "max_new_tokens": "Output length, tokens",
+    "concurrency": "Requests at the same time",
+}
+"""What is varied alone at the best K: the row's `part` and the field of its value."""
+INK, GREY, SOFT = "#1d2127", "#8a909a", "#dfe0da"
+CHECKPOINT_COLOURS = dict(zip(CHECKPOINT_LABELS, (GREY, "#7f97ba", "#3f7fd0", "#0f2f6e"), strict=True))
+COLOURS = ("#b4531a", "#6f4aa8", "#2c7a4b", "#a87400", "#0f7c8a", "#b03a6e")
+STYLE = {
+    "svg.fonttype": "none",  # the reader's own fonts
+    "svg.hashsalt": "fastdraft",  # the same chart is the same bytes
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), SOFT),
+    **dict.fromkeys(("xtick.color", "ytick.color", "axes.labelcolor"), "#59616b"),
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+Point = tuple[float, float, tuple[float, float] | None]
+"""Place, value, and its interval or range."""
 
 
-def ladder_charts(results: Results, temperatures: Sequence[float], paper: bool) -> tuple[Chart, ...]:
-    """Acceptance rate of every task after each checkpoint; one chart per temperature, then the paper's pairs, all on one scale."""
-    ladders: dict[str, dict[str, list[Rung]]] = {}
-    for temperature in temperatures:
-        ladders[temperature_name(temperature).capitalize()] = {
-            task: [_rung(results.row(c, task, temperature, results.headline_k)) for c in results.checkpoints]
-            for task in results.tasks
-        }
-    if paper:
-        for pair, rates in PAPER_ROWS.items():
-            ladders[f"Paper: {pair}"] = {
-                task: [(rates[c][task], None) if c in rates else (None, None) for c in results.checkpoints]
-                for task in results.tasks
-                if task in PAPER_TASKS
-            }
-    values = [
-        value
-        for ladder in ladders.values()
-        for rungs in ladder.values()
-        for rate, around in rungs
-        for value in (rate, around[1] if around else None)
-        if value
-    ]
-    top, names = (
-        _nice_top(max(values, default=1.0)),
-        [stage_label(checkpoint) for checkpoint in results.checkpoints],
+@dataclass(frozen=True)
+class Line:
+    name: str
+    colour: str
+    points: Sequence[Point]
+    look: str = "o-"
+    best: bool = False
+    """Whether the highest point is marked."""
+
+
+@dataclass
+class Chart:
+    """A drawing and what it shows, in words."""
+
+    title: str
+    alt: str
+    lines: Sequence[Line] = ()
+    x_label: str = ""
+    ticks: Mapping[float, str] | None = None
+    log: str = ""
+    """Logarithmic axes: `x` or `y`."""
+    draw: Callable[[Axes], None] | None = None
+    height: float = 2.9
+
+    @property
+    def source(self) -> str:
+        """A data address for an `<img>`."""
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(4.4, self.height), dpi=72)
+            left = 0.1 if self.lines else 0.22  # names of bars
+            axes = figure.add_axes((left, 0.52 / self.height, 0.97 - left, 1 - 0.85 / self.height))
+            if self.draw:
+                self.draw(axes)
+            if len(axes.get_legend_handles_labels()[1]) > 1:
+                figure.legend(loc="upper center", ncols=4)
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def drawn(charts: Iterable[Chart], *, even: bool = False) -> list[Chart]:
+    """Charts of lines on one vertical scale, those without a line left out; `even` draws 1, as fast as without a draft."""
+    charts = [chart for chart in charts if any(line.points for line in chart.lines)]
+    points = [point for chart in charts for line in chart.lines for point in line.points]
+    values = [value for _, y, around in points for value in (y, *(around or ()))] + [1.0] * even
+    room = 0.08 * (max(values) - min(values)) if values else 0.0
+    for chart in charts:
+
+        def draw(axes: Axes, chart: Chart = chart) -> None:
+            axes.set_ylim(max(0.0, min(values) - room), max(values) + 1.8 * room + 0.01)
+            _draw(axes, chart)
+            if even:
+                axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
+
+        chart.draw = draw
+    return charts
+
+
+def _draw(axes: Axes, chart: Chart) -> None:
+    lines = [line for line in chart.lines if line.points]
+    span = max(x for line in lines for x, _, _ in line.points) - min(
+        x for line in lines for x, _, _ in line.points
     )
-    return tuple(
-        _ladder_chart(f"ladder-{i}", title, ladder, names, top)
-        for i, (title, ladder) in enumerate(ladders.items())
-    )
+    for number, line in enumerate(lines):
+        x, y, ranges = zip(*line.points, strict=True)
+        axes.plot(x, y, line.look, color=line.colour, label=line.name or None, linewidth=1.6, markersize=4)
+        for at, around in zip(x, ranges, strict=True):
+            if around:  # moved a little, so that ranges of several lines stay apart
+                moved = at if chart.log else at + 0.008 * span * (number - (len(lines) - 1) / 2)
+                axes.plot([moved, moved], around, color=line.colour, linewidth=1.4, alpha=0.5)
+        if line.best:
+            at, top, _ = max(line.points, key=lambda point: (point[1], -point[0]))
+            axes.plot([at], [top], "o", color=line.colour, markersize=8, markeredgecolor="white")
+            if not any(later.best for later in lines[number + 1 :]):
+                ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+                axes.annotate(
+                    f"{top:.2f}", (at, top), (0, 8), textcoords="offset points", ha="center", bbox=ground
+                )
+    axes.set_xlabel(chart.x_label)
+    if chart.log:
+        (axes.set_xscale if chart.log == "x" else axes.set_yscale)("log")
+    if chart.log == "y":
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    if chart.ticks is None:
+        axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    else:
+        axes.set_xticks(list(chart.ticks), list(chart.ticks.values()))
+        axes.set_xticks([], minor=True)
 
 
-def _rung(item: Mapping[str, Any] | None) -> Rung:
-    return number(item, "acceptance_rate"), interval(item, "acceptance_rate")
+def _points(rows: Iterable[Any], key: str, at: str = "num_speculative_tokens") -> list[Point]:
+    """Those of rows that hold the figure."""
+    known = [row for row in rows if getattr(row, key) is not None]
+    return [(float(getattr(row, at)), getattr(row, key), row.interval(key)) for row in known]
 
 
-def _ladder_chart(
-    key: str, title: str, ladder: Mapping[str, Sequence[Rung]], names: Sequence[str], top: float
-) -> Chart:
-    with drawing(right=80) as (figure, axes):
-        labels, tasks = [], list(ladder)
-        for index, (task, rungs) in enumerate(ladder.items()):
-            colour = task_colour(task, tasks)
-            points = [(float(x), rate) for x, (rate, _) in enumerate(rungs) if rate is not None]
-            for x, (_, around) in enumerate(rungs):
-                if around:
-                    at = x + (index - (len(tasks) - 1) / 2) * 0.03
-                    draw_range(axes, at, around, colour)
-            if points:
-                draw_line(axes, points, colour, markers=True)
-                labels.append(Label(task[:13], *points[-1], colour))
-        axes.set_xticks(range(len(names)), list(names))
-        axes.set_xlim(-0.14, len(names) - 1 + 0.14)
-        axes.set_ylim(0, top)
-        label_ends(axes, labels)
-        return Chart(
-            to_svg(figure, key, f"Acceptance rate by checkpoint: {title}"),
-            title,
-            f"Acceptance rate by checkpoint: {title}",
-        )
+def _ticks(lines: Iterable[Line]) -> dict[float, str]:
+    return {x: count(x) for line in lines for x, _, _ in line.points}
 
 
-def against_k_chart(
-    results: Results, task: str, temperature: float, *, key: str, name: str, limits: tuple[float, float]
-) -> Chart:
-    """`key` of every checkpoint against K for one task; the K with the highest value is marked on each line."""
-    with drawing(right=26) as (figure, axes):
-        labels, ks = [], results.ks(None, task, temperature)
-        for checkpoint in results.checkpoints:
-            colour = _ladder(checkpoint)
-            rows = [
-                results.row(checkpoint, task, temperature, k)
-                for k in results.ks(checkpoint, task, temperature)
-            ]
-            points = [
-                (k, value)
-                for row in rows
-                if (k := number(row, "num_speculative_tokens")) is not None
-                and (value := number(row, key)) is not None
-            ]
-            if not points:
-                continue
-            draw_line(axes, points, colour, markers=len(points) < 3)
-            _band(axes, rows, key, colour)
-            labels.append(Label(stage_label(checkpoint), *points[-1], colour))
-            if key in SPEEDUPS:
-                _mark_best(axes, points, colour, written=checkpoint == results.final)
-        axes.set_ylim(*limits)
-        axes.set_xticks(ks)
-        axes.set_xlabel("K, draft tokens per round")
-        if key in SPEEDUPS:
-            axes.axhline(1, color=MUTED, linewidth=1, dashes=(4, 3))
-        label_ends(axes, labels)
-        alt = f"{name} against K on {task}, {temperature_name(temperature)}"
-        return Chart(to_svg(figure, f"{slug(key)}-{slug(task)}", alt), task, alt)
+def colour(name: str, names: Iterable[str] = ()) -> str:
+    """Shipped tasks have a fixed colour, other names take the next."""
+    order = [*TASK_ORDER, *(other for other in names if other not in TASK_ORDER)]
+    return COLOURS[order.index(name) % len(COLOURS)]
 
 
-def positions_charts(results: Results, tasks: Sequence[str], temperature: float) -> tuple[Chart, ...]:
-    """For each task the share of rounds in which the proposal at each position was accepted, from the largest K, all on one scale."""
-    shares = {
-        (task, c): per_position(results.row(c, task, temperature, ks[-1]))
-        for task in tasks
-        for c in results.checkpoints
-        if (ks := results.ks(c, task, temperature))
-    }
-    top = _nice_top(max((share for found in shares.values() for share in found), default=1.0))
-    return tuple(
-        _positions_chart(
-            task, {c: found for (name, c), found in shares.items() if name == task and found}, top
-        )
-        for task in tasks
-    )
-
-
-def _positions_chart(task: str, shares: Mapping[str, Sequence[float]], top: float) -> Chart:
-    with drawing(right=10) as (figure, axes):
-        for checkpoint, found in shares.items():
-            draw_line(
-                axes, [(i + 1.0, share) for i, share in enumerate(found)], _ladder(checkpoint), markers=True
-            )
-        axes.set_ylim(0, top)
-        axes.set_xticks(range(1, max((len(found) for found in shares.values()), default=1) + 1))
-        axes.set_xlabel("position in the round")
-        alt = f"Share of rounds in which each position was accepted on {task}"
-        return Chart(to_svg(figure, f"positions-{slug(task)}", alt), task, alt)
-
-
-def loss_chart(stage: str, lines: Sequence[Mapping[str, Any]], title: str) -> Chart | None:
-    """Training loss (as logged, and smoothed) and validation loss per corpus against trained tokens."""
-    train = _series(lines, "loss")
-    names = list(dict.fromkeys(name for line in lines for name in _losses(line)))
-    validation = {
-        name: [
-            (x, y)
-            for line in lines
-            if (x := number(line, "tokens", "step")) is not None and (y := _losses(line).get(name))
+def ladder(results: EvaluationResults) -> list[Chart]:
+    """Acceptance rate of every task after each checkpoint, a chart for each of two temperatures, then the paper's pairs."""
+    key, charts = "acceptance_rate", []
+    for temperature in results.temperatures[:2]:
+        lines = []
+        for task in results.tasks:
+            rows = [results.row(name, task, temperature) for name in results.checkpoints]
+            points = [(float(i), getattr(row, key), row.interval(key)) for i, row in enumerate(rows) if row]
+            lines.append(Line(task, colour(task, results.tasks), points))
+        ticks = {float(i): label(name) for i, name in enumerate(results.checkpoints)}
+        name = at_temperature(temperature).capitalize()
+        charts.append(Chart(name, f"Acceptance rate by checkpoint: {name}", lines, ticks=ticks))
+    for pair, rates in PAPER_RATES.items():
+        lines = [
+            Line(task, colour(task), [(float(i), y, None) for i, y in enumerate(rates[task])])
+            for task in rates
         ]
-        for name in names
-    }
-    if len(train) < 2 and not any(len(points) > 1 for points in validation.values()):
-        return None
-    with drawing(right=52) as (figure, axes):
-        labels = []
-        if train:
-            draw_line(axes, train, MUTED, width=0.7, alpha=0.4)
-            draw_line(axes, smooth(train), MUTED, width=1.5)
-            labels.append(Label("train", *smooth(train)[-1], MUTED))
-        for name, points in validation.items():
-            draw_line(axes, points, task_colour(name, names), markers=len(points) < 14)
-            labels.append(Label(name[:11], *points[-1], task_colour(name, names)))
-        _loss_axes(axes, [y for _, y in train] + [y for points in validation.values() for _, y in points])
-        _token_axis(axes)
-        label_ends(axes, labels)
-        alt = f"{title}: training loss and validation loss against tokens"
-        return Chart(to_svg(figure, f"loss-{stage}", alt), title, alt)
+        ticks = {0.0: "PT", 1.0: "CP", 2.0: "FT"}
+        charts.append(Chart(f"Paper: {pair}", f"The paper's acceptance rates of {pair}", lines, ticks=ticks))
+    return drawn(charts)
 
 
-def validation_chart(
-    stage: str, lines: Sequence[Mapping[str, Any]], best_step: float | None, title: str
-) -> Chart | None:
-    """Validation block efficiency against trained tokens, the kept checkpoint marked."""
-    points = _series(lines, "validation_block_efficiency")
-    if len(points) < 2:
-        return None
-    steps = {
-        step: (x, y)
-        for line in lines
-        if (step := number(line, "step")) is not None
-        for x, y in _series([line], "validation_block_efficiency")
-    }
-    with drawing(right=52) as (figure, axes):
-        draw_line(axes, points, LADDER["align"], markers=len(points) < 30)
-        low, high = min(y for _, y in points), max(y for _, y in points)
-        axes.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.22 * (high - low) + 0.02)
-        _token_axis(axes)
-        if best_step in steps:
-            x, y = steps[best_step]
-            draw_mark(axes, x, y, LADDER["align"])
-            axes.annotate(
-                f"kept: {y:.2f}",
-                (x, y),
-                xytext=(0, 9),
-                textcoords="offset points",
-                ha="center",
-                color=INK,
-                fontsize=10,
-            )
-        alt = f"{title}: validation block efficiency against tokens"
-        return Chart(to_svg(figure, f"validation-{stage}", alt), title, alt)
+def _by_checkpoint(
+    results: EvaluationResults, points: Callable[[str, str], list[Point]], x_label: str, *, best: bool = False
+) -> list[Chart]:
+    """A chart for each task, in it a line for each checkpoint."""
+    charts = []
+    for task in results.tasks:
+        found = {name: points(name, task) for name in results.checkpoints}
+        lines = [
+            Line(label(name), CHECKPOINT_COLOURS.get(name, GREY), found[name], best=best) for name in found
+        ]
+        charts.append(Chart(task, f"{task}, against {x_label}", lines, x_label, _ticks(lines)))
+    return drawn(charts, even=best)
 
 
-def smooth(points: Points, share: float = 0.04) -> Points:
+def against_k(results: EvaluationResults, key: str) -> list[Chart]:
+    """Block efficiency or a speed-up of every checkpoint against K."""
+
+    def points(checkpoint: str, task: str) -> list[Point]:
+        return _points(results.against_k(checkpoint, task, results.temperatures[0]), key)
+
+    return _by_checkpoint(results, points, "K, draft tokens per round", best=key in SPEEDUPS)
+
+
+def positions(results: EvaluationResults) -> list[Chart]:
+    """Share of rounds in which the proposal at each position was accepted, from the largest K."""
+
+    def points(checkpoint: str, task: str) -> list[Point]:
+        rows = results.against_k(checkpoint, task, results.temperatures[0])
+        shares = rows[-1].accepted_per_position if rows else []
+        return [(i + 1.0, share, None) for i, share in enumerate(shares)]
+
+    return _by_checkpoint(results, points, "position in the round")
+
+
+def along_the_text(results: EvaluationResults) -> list[Chart]:
+    """Acceptance rate of the final draft by position in the text, at the headline temperature."""
+    rows = [row for row in results.rows_by_position if row.temperature == results.temperatures[0]]
+    starts = sorted({row.first for row in rows})
+    lines = []
+    for task in results.tasks:
+        mine = [row for row in rows if row.task == task and row.acceptance_rate is not None]
+        points = [(float(starts.index(row.first)), row.acceptance_rate or 0.0, None) for row in mine]
+        lines.append(Line(task, colour(task, results.tasks), points))
+    ticks = {float(i): stretch(start) for i, start in enumerate(starts)}
+    return drawn([Chart("", "Acceptance rate by position in the text", lines, "position, tokens", ticks)])
+
+
+def losses(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Training loss, as logged and smoothed, and losses on held-out rows against trained tokens; what alignment keeps by."""
+    train: list[Point] = [(line["tokens"], line["loss"], None) for line in metrics if "loss" in line]
+    held: dict[str, list[Point]] = {}
+    kept: list[Point] = []
+    for line in metrics:
+        for name, loss in (line.get("validation_loss") or {}).items():
+            held.setdefault(name, []).append((line["tokens"], loss, None))
+        if line.get("validation_block_efficiency") is not None:
+            kept.append((line["tokens"], line["validation_block_efficiency"], None))
+    lines = [Line("", "#c3c7cd", train, "-"), Line("train", GREY, smooth(train), "-")]
+    lines += [Line(name, colour(name, held), points) for name, points in held.items()]
+    best = Line("", CHECKPOINT_COLOURS["align"], kept, best=True)
+    found = drawn(
+        [Chart(f"{stage}: loss", f"{stage}: loss against tokens", lines, "tokens trained", log="y")]
+    )
+    words = f"{stage}: tokens per target pass, held out"
+    return found + drawn([Chart(words, words, [best], "tokens trained")])
+
+
+def smooth(points: Sequence[Point], share: float = 0.04) -> list[Point]:
     """A running mean over the latest `share` of all points, so that the trend of a noisy loss can be read."""
-    window = max(1, round(len(points) * share))
-    means, total = [], 0.0
-    for i, (x, y) in enumerate(points):
-        total += y - (points[i - window][1] if i >= window else 0.0)
-        means.append((x, total / min(i + 1, window)))
+    window, means = max(1, round(len(points) * share)), list[Point]()
+    for i, (x, _, _) in enumerate(points):
+        latest = [y for _, y, _ in points[max(0, i + 1 - window) : i + 1]]
+        means.append((x, sum(latest) / len(latest), None))
     return means
 
 
-def limits_of(results: Results, key: str, temperature: float) -> tuple[float, float]:
-    """One vertical range for all tasks, so that their charts can be compared."""
-    rows = results.select(temperature=temperature)
-    values = [
-        value
-        for row in rows
-        for value in (number(row, key), *(interval(row, key) or ()))
-        if value is not None
-    ]
-    low, high = min([1.0, *values]), max([1.2, *values])
-    return max(0.0, math.floor((low - 0.02) * 10) / 10), high + 0.14 * (high - low)
+def wall_clock(benchmark: BenchmarkResults) -> list[Chart]:
+    """Measured speed-up, with ranges, and the predicted one against K, a chart for each task."""
+    rows, charts = benchmark.judged(), []
+    for task in dict.fromkeys(row.task for row in rows):
+        mine, hue = [row for row in rows if row.task == task], colour(task, (row.task for row in rows))
+        lines = [Line("measured", hue, _points(mine, "speedup"), best=True)]
+        lines += [Line("predicted", hue, _points(mine, "predicted_speedup"), "--")]
+        alt = f"Speed-up against K on {task}"
+        charts.append(Chart(task, alt, lines, "K, draft tokens per round", _ticks(lines)))
+    return drawn(charts, even=True)
 
 
-def _series(lines: Sequence[Mapping[str, Any]], key: str) -> Points:
-    found = ((number(line, "tokens", "step"), number(line, key)) for line in lines)
-    return [(x, y) for x, y in found if x is not None and y is not None]
+def weights(benchmark: BenchmarkResults) -> list[Chart]:
+    """Measured speed-up of each pair of weights at its best K, a line for each task; none where there is one pair alone."""
+    lines: dict[str, list[Point]] = {}
+    for i, pair in enumerate(benchmark.pairs):
+        for row in benchmark.fastest_of_each(pair):
+            lines.setdefault(row.task, []).append((float(i), row.speedup or 0.0, row.interval("speedup")))
+    ticks = {float(i): " + ".join(pair) for i, pair in enumerate(benchmark.pairs)}
+    found = [Line(task, colour(task, lines), points) for task, points in lines.items()]
+    words = "Weights of target + draft"
+    return drawn([Chart(words, words, found, ticks=ticks)] if len(benchmark.pairs) > 1 else [], even=True)
 
 
-def _losses(line: Mapping[str, Any]) -> dict[str, float]:
-    losses = line.get("validation_loss")
-    if isinstance(losses, Mapping):
-        return {str(name): value for name in losses if (value := number(losses, name)) is not None}
-    value = number(line, "validation_loss")
-    return {} if value is None else {"validation": value}
-
-
-def _band(axes: Axes, rows: Sequence[Mapping[str, Any] | None], key: str, colour: str) -> None:
-    around = [
-        (k, *pair)
-        for row in rows
-        if (pair := interval(row, key)) and (k := number(row, "num_speculative_tokens")) is not None
-    ]
-    if len(around) > 1:
-        axes.fill_between(
-            [k for k, _, _ in around],
-            [low for _, low, _ in around],
-            [high for _, _, high in around],
-            color=colour,
-            alpha=0.13,
-            linewidth=0,
+def sweeps(benchmark: BenchmarkResults) -> list[Chart]:
+    """Measured speed-up when one thing changes, a line for each task."""
+    charts = []
+    for part, words in SWEEPS.items():
+        rows = sorted((row for row in benchmark.rows if row.part == part), key=lambda row: getattr(row, part))
+        tasks = dict.fromkeys(row.task for row in rows)
+        points = {task: _points((row for row in rows if row.task == task), "speedup", part) for task in tasks}
+        lines = [Line(task, colour(task, tasks), points[task]) for task in tasks]
+        charts.append(
+            Chart(words, f"Measured speed-up against: {words}", lines, ticks=_ticks(lines), log="x")
         )
+    return drawn(charts, even=True)
 
 
-def _mark_best(axes: Axes, points: Points, colour: str, written: bool) -> None:
-    x, y = max(points, key=lambda point: (point[1], -point[0]))
-    draw_mark(axes, x, y, colour)
-    if written:
-        side = "left" if x <= points[0][0] + 1 else "right" if x >= points[-1][0] - 1 else "center"
-        axes.annotate(
-            f"{y:.2f}× at {k_name(x)}",
-            (x, y),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha=side,
-            color=INK,
-            fontsize=10,
-        )
+def breakdown(benchmark: BenchmarkResults) -> list[Chart]:
+    """Shares of a speculative run's time, one lying bar for each pair of weights."""
+    rows = [row for row in benchmark.breakdown if row.total_seconds]
 
+    def draw(axes: Axes) -> None:
+        for i, row in enumerate(rows):
+            start = 0.0
+            for shade, (key, words) in zip(("#0f2f6e", "#3f7fd0", "#b9c4d6"), SHARES.items(), strict=True):
+                share = getattr(row, key) / row.total_seconds
+                axes.barh([-i], [share], left=start, height=0.5, color=shade, label=words if i == 0 else None)
+                start += share
+        axes.set_yticks([-i for i in range(len(rows))], [pair_name(row) for row in rows])
+        axes.set_xticks([0, 0.5, 1], ["0", "50", "100 %"])
 
-def _loss_axes(axes: Axes, values: Sequence[float]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    low, high = min(values), max(values)
-    axes.set_yscale("log")
-    axes.set_ylim(low * 0.94, high * 1.04)
-    ticks = [
-        tick
-        for tick in (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12)
-        if low * 0.94 <= tick <= high * 1.04
-    ]
-    if len(ticks) > 6:
-        ticks = ticks[::2]
-    if len(ticks) < 2:  # a narrow range between those
-        ticks = [
-            float(tick)
-            for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
-            if low * 0.94 <= tick <= high * 1.04
-        ]
-    axes.set_yticks(ticks)
-    axes.set_yticks([], minor=True)
-    plain_ticks(axes.yaxis)
-
-
-def _token_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value) if value > 0 else "0"))
-    axes.set_xlabel("tokens trained")
-    axes.set_xlim(0, axes.get_xlim()[1] / 1.03)
-
-
-def _ladder(checkpoint: str) -> str:
-    return LADDER.get(checkpoint, MUTED)
-
-
-def _nice_top(value: float) -> float:
-    step = 0.1 if value > 0.25 else 0.05
-    return min(1.0, math.ceil(value * 1.06 / step) * step) if value > 0 else 1.0
+    words = "Where the time of a speculative run goes"
+    return [Chart("", words, draw=draw, height=0.9 + 0.4 * len(rows))] if rows else []

@@ -1,80 +1,96 @@
-"""The metrics in words, once, for the report and the model card.
-
-Decides the wording; the definitions follow Leviathan et al. (arXiv 2211.17192) and FastDraft (arXiv 2411.11055).
-"""
+"""What every figure means, how it is written, and the paper's own results to stand beside."""
 
 from __future__ import annotations
 
-DEFINITIONS: tuple[tuple[str, str], ...] = (
-    (
-        "K",
-        "Number of tokens that the draft proposes per round (num_speculative_tokens). Papers write gamma; Hugging Face "
-        "and OpenVINO say num_assistant_tokens.",
-    ),
-    (
-        "Round",
-        "One propose-and-verify step: K draft passes, then one target pass. It emits the accepted proposals and one token of the target.",
-    ),
-    (
-        "Acceptance rate (AR)",
-        "Accepted / proposed tokens, counts added over all prompts. It falls as K grows, so it is only comparable at equal K.",
-    ),
-    (
-        "Conditional acceptance rate",
-        "Accepted / examined tokens: proposals behind a rejected one are not examined. This is alpha of Leviathan et al.",
-    ),
-    (
-        "Overlap",
-        "The sum over the vocabulary of the smaller of the two probabilities: the chance that one proposal is accepted when sampling.",
-    ),
-    (
-        "Block efficiency",
-        "Generated tokens / rounds: tokens per target pass. The first round drafts straight from the prompt, and EOS "
-        "counts as a generated token.",
-    ),
-    (
-        "Memory-bound speed-up (MBSU)",
-        "Block efficiency / (K·c + 1), where c is the cost of one draft pass over one target pass. By parameters it is "
-        "the same on every machine; by bytes it counts the "
-        "weights read per token (an untied input embedding is not read); by latency it uses times measured where the evaluation ran.",
-    ),
-    (
-        "Predicted wall clock",
-        "Block efficiency / (K·d + v), from times measured where the evaluation ran: d is one draft pass and v one target pass over "
-        "K + 1 tokens, both divided by one target pass over a single token.",
-    ),
-    (
-        "Exact and replay",
-        "Exact runs the lossless decoder. Replay passes text that the target wrote once through the draft and gives the "
-        "expected counts for every K.",
-    ),
-    ("95 % interval", "Bootstrap over prompts, turns of a conversation drawn together."),
-    (
-        "PT, CP, FT",
-        "The checkpoints after pre-training on text, after continued pre-training on code and text, and after "
-        "fine-tuning on text that the target wrote.",
-    ),
-)
-"""Name and definition, in reading order."""
+from collections.abc import Sequence
+from importlib import resources
 
-BENCHMARK_DEFINITIONS: tuple[tuple[str, str], ...] = (
-    (
-        "Measured speed-up",
-        "Seconds per token without the draft / with it: the same prompts, settings and device, whole answers with the first token "
-        "included, runs in turn. Median over repeats; the range is over repeats, each without against with.",
-    ),
-    (
-        "Behind the first token",
-        "Decode speed-up: the same behind the first token. Reading the prompt, which a draft cannot shorten, is left out.",
-    ),
-    (
-        "Quotient",
-        "Measured / predicted wall clock, or measured / memory-bound speed-up by bytes: how much of the promise the clock keeps.",
-    ),
-    (
-        "Time to first token",
-        "From handing over the prompt to the first token: both models read the prompt. Median over answers.",
-    ),
-    ("Time per output token", "Seconds per token behind the first one. Median over answers."),
-)
-"""The same for what a benchmark measures."""
+from fastdraft.evaluation.results import CHECKPOINT_LABELS
+from fastdraft.recipe.base import format_count
+
+TEMPLATES = resources.files("fastdraft.reporting").joinpath("templates")
+_LINES = TEMPLATES.joinpath("definitions.txt").read_text(encoding="utf-8").splitlines()
+DEFINITIONS: dict[str, str] = dict(line.split(": ", 1) for line in _LINES)  # type: ignore[misc]
+"""What a figure means, in reading order."""
+
+PAPER_TASKS = {"summarization": "CNN-DM", "text": "TinyStories", "instructions": "Dolly", "code": "HumanEval"}
+"""Our task -> the set on which the paper measured it."""
+PAPER_RATES = {
+    "Phi-3-mini 50M": {
+        "code": (0.229, 0.561, 0.562),
+        "summarization": (0.311, 0.304, 0.369),
+        "text": (0.277, 0.287, 0.306),
+        "instructions": (0.245, 0.226, 0.370),
+    },
+    "Llama-3.1-8B 150M": {
+        "code": (0.248, 0.606, 0.649),
+        "summarization": (0.280, 0.280, 0.307),
+        "text": (0.227, 0.235, 0.266),
+        "instructions": (0.247, 0.273, 0.334),
+    },
+}
+"""Acceptance rates at K = 3 and temperature 0.6 (FastDraft, arXiv 2411.11055): pair -> task -> PT, CP, FT."""
+
+
+def label(checkpoint: str) -> str:
+    """`align` -> `FT`, as in the paper's tables."""
+    return CHECKPOINT_LABELS.get(checkpoint, checkpoint)
+
+
+def figure(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}"
+
+
+def k_is(k: float | None) -> str:
+    """`K = 3`, kept on one line."""
+    return f"K\u00a0=\u00a0{k:g}" if k is not None else "K unknown"
+
+
+def at_temperature(temperature: float) -> str:
+    """0 -> `greedy`, 0.6 -> `temperature 0.6`."""
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def count(value: float | None) -> str:
+    """`9,999`, then three digits: `1.05M`."""
+    return "-" if value is None else f"{value:,.0f}" if value < 10_000 else format_count(value)
+
+
+def show(value: float | None, form: str = "{:.3f}") -> str:
+    """A figure in this form, `-` when there is none."""
+    return "-" if value is None else form.format(value)
+
+
+def times(value: float | None) -> str:
+    """`1.62×`."""
+    return show(value, "{:.2f}×")
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """`18 %`, kept on one line."""
+    return "-" if share is None else f"{100 * share:.{digits}f}\u00a0%"
+
+
+def listing(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+
+
+def duration(seconds: float | None) -> str:
+    """`0.412 ms`, `19.3 ms`, `183 ms`, `2.41 s`."""
+    if seconds is None:
+        return "-"
+    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f} {unit}"
+
+
+def byte_size(count: float | None) -> str:
+    """`5.20 MB`, `692 MB`, `1.31 GB` (decimal)."""
+    if count is None:
+        return "-"
+    size, unit = next(
+        (pair for pair in ((1e9, "GB"), (1e6, "MB")) if abs(count) >= pair[0] * 0.9995), (1e3, "kB")
+    )
+    value = abs(count) / size
+    return f"{'−' if count < 0 else ''}{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"

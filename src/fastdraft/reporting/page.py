@@ -1,136 +1,230 @@
-"""Renders a report: one HTML file that needs nothing else, and the same in Markdown.
+"""Reports and model cards: `render("report.html.j2", read_run(run))`, and the same for `report.md.j2` and `model_card.md.j2`.
 
-Decides that HTML comes from the template beside this file with everything escaped but our own drawings, and how each
-kind of block reads in Markdown (accepted tokens in [brackets]).
+What they say stands in templates/: the chapters of both reports in chapters.j2, rendered by the macros of either.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from importlib import resources
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from fastdraft.reporting.document import (
-    Block,
-    Cell,
-    Charts,
-    Details,
-    Report,
-    Row,
-    Sample,
-    Section,
-    Table,
-    Text,
+import jinja2
+import yaml
+
+from fastdraft.benchmark.rows import BenchmarkResults
+from fastdraft.console import format_seconds
+from fastdraft.evaluation.results import SPEEDUPS, AnswerSample, EvaluationResults
+from fastdraft.reporting import benchmark_tables, charts, definitions, tables
+from fastdraft.reporting.verdict import give_verdict, measured_with, runtime_name
+from fastdraft.run_folder import RunFolder, read_json
+
+STAGES = (
+    "design",
+    "prepare",
+    "pretrain",
+    "continue_pretrain",
+    "synthesize",
+    "align",
+    "evaluate",
+    "export",
+    "benchmark",
 )
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 
-_MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the finished stages of one run wrote."""
+
+    name: str
+    manifests: dict[str, dict[str, Any]]
+    """By stage, finished stages only."""
+    results: EvaluationResults | None = None
+    benchmark: BenchmarkResults | None = None
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Lines of `metrics.jsonl` by training stage, ordered by step."""
+    samples: list[AnswerSample] = field(default_factory=list)
+    recipe: str = ""
+    """As it was resolved."""
 
 
-def render_html(report: Report) -> str:
-    """The whole page: style sheet and drawings inside, no script, no network."""
-    import jinja2
-    from markupsafe import Markup
+def read_run(run: RunFolder) -> RunRecord:
+    """Everything that a report shows of a run."""
+    manifests = {stage: run.folder(stage).manifest() for stage in STAGES if run.folder(stage).is_complete()}
+    timings = read_json(run.root / "timings.json") if (run.root / "timings.json").is_file() else {}
+    for stage, manifest in manifests.items():
+        # The stage's own count spans restarts; the pipeline's knows of loading.
+        known = [found for found in (manifest.get("seconds"), timings.get(stage)) if found is not None]
+        manifest["seconds"] = max(known, default=None)
+    recipe, evaluated = run.root / "recipe.yaml", run.folder("evaluate").path
+    return RunRecord(
+        run.root.name,
+        manifests,
+        EvaluationResults.from_json(read_json(evaluated / "results.json"))
+        if "evaluate" in manifests
+        else None,
+        BenchmarkResults.from_json(read_json(run.folder("benchmark").path / "benchmark.json"))
+        if "benchmark" in manifests
+        else None,
+        {
+            stage: read_metrics(run.folder(stage).path / "metrics.jsonl")
+            for stage in tables.TRAINING
+            if stage in manifests
+        },
+        [AnswerSample.from_json(each) for each in read_json(evaluated / "samples.json")]
+        if "evaluate" in manifests
+        else [],
+        recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+    )
 
-    source = resources.files("fastdraft.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file by step; of a step that stands twice, as after a resume, the later line."""
+    lines: dict[tuple[int, bool], dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        # A killed process may leave half a line.
+        if text.endswith("}"):
+            line = json.loads(text)
+            lines[line["step"], "loss" in line] = line
+    return [lines[key] for key in sorted(lines)]
+
+
+def render(template: str, run: RunRecord, **values: Any) -> str:
+    """One of the templates about a run; `values` are what it asks for besides: a title, the checks of an export."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("fastdraft.reporting"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.tests["kind_of"] = lambda block, name: type(block).__name__ == name
-    environment.filters["drawing"] = Markup
-    return environment.from_string(source).render(report=report)
-
-
-def render_markdown(report: Report) -> str:
-    """The same content as Markdown tables; drawings are left out, their figures stand in the tables."""
-    parts = [
-        f"# {escape_markdown(report.title)}",
-        escape_markdown(report.subtitle),
-        f"**{escape_markdown(report.verdict)}**",
-        escape_markdown(report.verdict_detail),
-    ]
-    parts.append(
-        "\n".join(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in report.facts)
+    environment.globals |= {**vars(definitions), "runtime_name": runtime_name, "measured_with": measured_with}
+    environment.globals |= {"shape_words": _shape_words, "is_hub_id": _HUB_ID.fullmatch, "SPEEDUPS": SPEEDUPS}
+    environment.globals |= {
+        "tables": tables,
+        "clock": benchmark_tables,
+        "charts": charts,
+        "manifests": run.manifests,
+    }
+    environment.filters |= {"md": escape_markdown, "md_table": markdown_table, "fence": fence, "json": _json}
+    text = environment.get_template(template).render(
+        run=run,
+        results=run.results,
+        benchmark=run.benchmark,
+        verdict=give_verdict(run.results, run.benchmark),
+        tiles=_tiles(run),
+        facts=_facts(run),
+        target=_target_name(run),
+        missing=_missing(run),
+        made=max((m["provenance"] for m in run.manifests.values()), key=lambda p: p["time"], default=None),
+        **values,
     )
-    if report.tiles:
-        parts.append(
-            "\n".join(
-                f"- {escape_markdown(tile.label)}: **{escape_markdown(tile.value)}**"
-                + (f" ({escape_markdown(tile.detail)})" if tile.detail else "")
-                for tile in report.tiles
-            )
-        )
-    parts += [_section(section) for section in report.sections]
-    if report.omitted:
-        parts.append(
-            "## Not in this report\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in report.omitted)
-        )
-    parts.append(escape_markdown(report.footer))
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return text if environment.autoescape else re.sub(r"\n{3,}", "\n\n", text).lstrip()
 
 
-def markdown_table(table: Table) -> str:
-    """A table in pipe syntax; the caption above, the note below."""
-    lines = ["| " + " | ".join(_cell(column) for column in table.columns) + " |"]
-    lines.append("| " + " | ".join("---:" if numeric else "---" for numeric in table.numeric) + " |")
-    lines += [_row(row) for row in table.rows]
-    parts = [
-        f"**{escape_markdown(table.caption)}**" if table.caption else "",
-        "\n".join(lines),
-        escape_markdown(table.note),
-    ]
-    return "\n\n".join(part for part in parts if part)
+def _tiles(run: RunRecord) -> list[tuple[str, tables.Cell]]:
+    """The speed-up of every task at its best K: measured where it was, else memory-bound."""
+    found: dict[str, tuple[str, tables.Cell]] = {}
+    if run.results and run.results.speedups:
+        head = f"{run.results.temperatures[0]:g}"
+        found = {
+            row[0].text: ("memory-bound", row[3])
+            for row in tables.best(run.results).rows
+            if row[1].text == head
+        }
+    for row in benchmark_tables.measured(run.benchmark).rows if run.benchmark else []:
+        detail = f"{definitions.k_is(int(row[1].text))}, {row[3].detail}"
+        found[row[0].text] = ("measured", row[3]._replace(detail=detail))
+    return [(f"{task.capitalize()}, {kind}", cell) for task, (kind, cell) in found.items()]
 
 
-def _section(section: Section) -> str:
-    parts = [
-        f"## {escape_markdown(section.title)}",
-        escape_markdown(section.lead),
-        *(_block(block) for block in section.blocks),
-    ]
-    return "\n\n".join(part for part in parts if part)
+def _facts(run: RunRecord) -> list[tuple[str, str]]:
+    """Name and value pairs under the title; those that are known."""
+    design, tokens = (
+        run.manifests.get("design"),
+        {s: run.manifests[s]["tokens"] for s in tables.TRAINING if s in run.manifests},
+    )
+    seconds = sum(manifest["seconds"] or 0.0 for manifest in run.manifests.values())
+    stages = ", ".join(
+        f"{definitions.label(stage)} {definitions.count(number)}" for stage, number in tokens.items()
+    )
+    facts = {
+        "Target": _target_name(run),
+        "Draft": f"{definitions.count(design['parameters'])} parameters, {_shape_words(design['architecture'])}"
+        if design
+        else "",
+        "Cost ratio": f"{design['cost_ratio_parameters']:.3g} by parameters" if design else "",
+        "Trained on": f"{definitions.count(sum(tokens.values()))} tokens: {stages}" if tokens else "",
+        "Measured with": measured_with(run.benchmark) if run.benchmark and run.benchmark.rows else "",
+        "Time": f"{format_seconds(seconds)} in {len(run.manifests)} stages" if seconds else "",
+        "Run": run.name,
+    }
+    return [(name, value) for name, value in facts.items() if value]
 
 
-def _block(block: Block) -> str:
-    if isinstance(block, Table):
-        return markdown_table(block)
-    if isinstance(block, Text):
-        return escape_markdown(block.text)
-    if isinstance(block, Sample):
-        text = "".join(f"[{piece}]" if accepted else piece for piece, accepted in block.pieces)
-        return (
-            f"**{escape_markdown(block.task)}** "
-            f"({escape_markdown(block.about)})\n\nPrompt:\n\n{_fence(block.prompt)}\n\nAnswer, accepted tokens in "
-            f"brackets:\n\n{_fence(text)}"
-        )
-    if isinstance(block, Details):
-        inside = _fence(block.text) if block.text else markdown_table(block.table) if block.table else ""
-        return f"<details><summary>{escape_markdown(block.summary)}</summary>\n\n{inside}\n\n</details>"
-    assert isinstance(block, Charts)
-    return ""
+def _shape_words(shape: dict[str, Any]) -> str:
+    names = {
+        "num_layers": "layers",
+        "hidden_size": "hidden",
+        "intermediate_size": "FFN",
+        "num_heads": "heads",
+        "vocab_size": "vocabulary",
+    }
+    return ", ".join([shape["family"], *(f"{words} {shape[key]}" for key, words in names.items())])
 
 
-def _row(row: Row) -> str:
-    cells = [_figure(cell) for cell in row.cells]
-    if row.kind in ("group", "strong"):
-        cells = [f"**{cell}**" if cell else "" for cell in cells]
-    return "| " + " | ".join(cells) + " |"
+def _target_name(run: RunRecord) -> str:
+    if "design" in run.manifests:
+        return str(run.manifests["design"]["target"]["model"])
+    return run.results.target if run.results else "the target"
 
 
-def _figure(cell: Cell) -> str:
-    text = _cell(cell.text)
-    text = f"**{text}**" if cell.mark and text else text
-    return f"{text} ({_cell(cell.detail)})" if cell.detail else text
+def _missing(run: RunRecord) -> list[str]:
+    """Stages that have not finished; the benchmark only where the recipe asks for one."""
+    asked = yaml.safe_load(run.recipe) or {}
+    return [s for s in STAGES if s not in run.manifests and (s != "benchmark" or asked.get(s) is not None)]
 
 
-def _cell(text: str) -> str:
-    return " ".join(escape_markdown(text).split())
-
-
-def escape_markdown(text: str) -> str:
+def escape_markdown(text: object) -> str:
     """Text in which no character is markup."""
-    return _MARKDOWN_SPECIAL.sub(r"\\\1", text)
+    return _SPECIAL.sub(r"\\\1", str(text))
 
 
-def _fence(text: str) -> str:
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text.rstrip()}\n{fence}"
+def markdown_table(table: tables.Table) -> str:
+    """A table in pipe syntax, small print in brackets, marked figures bold."""
+
+    def shown(cell: tables.Cell) -> str:
+        text = " ".join(escape_markdown(cell.text).split())
+        text = f"**{text}**" if cell.mark in ("good", "bad") else text
+        return f"{text} ({escape_markdown(cell.detail)})" if cell.detail else text
+
+    head = [escape_markdown(column) for column in table.columns]
+    lines = [
+        head,
+        ["---:" if numeric else "---" for numeric in table.numeric],
+        *([shown(c) for c in r] for r in table.rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fence(text: str) -> str:
+    """A block of code, whatever it holds."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{ticks}text\n{text.rstrip()}\n{ticks}"
+
+
+def _json(manifest: dict[str, Any]) -> str:
+    """A manifest to be read: long lists, as of shards, are cut."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, list) and len(value) > 12:
+            return [*map(cut, value[:12]), f"... {len(value) - 12} more"]
+        return value
+
+    return json.dumps(cut(manifest), indent=1, ensure_ascii=False)

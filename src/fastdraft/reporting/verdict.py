@@ -1,117 +1,194 @@
-"""The answer in one sentence: on which tasks the draft pays, by how much, and where not to use it.
+"""Whether a draft pays, in one sentence: `give_verdict(results, benchmark)`; the clock leads where one ran, the forecast follows.
 
-Decides that a draft pays where its memory-bound speed-up at its best K is above 1, that this is said per task and not as
-an average, that a cost ratio at which it does not pay is named beside the advice, and that what the measured times
-predict for the machine at hand follows at once.
+The benchmark stage writes `measured_verdict` into `benchmark.json`; the terminal, the report and the model card show the same words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from fastdraft.reporting.results import (
-    SPEEDUPS,
-    Figures,
-    Results,
-    k_name,
-    number,
-    stage_label,
-    temperature_name,
-)
+from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, PassesRow, best_k
+from fastdraft.evaluation.results import SPEEDUPS, EvaluationResults, ResultRow
+from fastdraft.forecast import WORTH
+from fastdraft.reporting.definitions import at_temperature, duration, k_is, label, listing, percent, times
+
+RUNTIMES = {"openvino": "OpenVINO"}
+WITHIN_REACH = 0.6
+"""A needed share of accepted proposals above this is beyond what small drafts reach: the costs are then the reason."""
+SMALL_OVERHEAD = 0.15
+"""Of the time; a runtime that takes more for itself is the reason where less was measured than predicted."""
+Tone = Literal["", "good", "mixed", "bad", "none"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence, a second one with what it rests on, and how good the news is."""
+    """One sentence, a second one with what it rests on, and how good the news is; `none`: nothing can be said."""
 
     sentence: str
     detail: str
-    tone: Literal["good", "mixed", "bad", "none"]
+    tone: Tone
 
 
-def give_verdict(raw: Mapping[str, Any] | None, *, prediction: bool = True) -> Verdict:
-    """The verdict on `results.json`; tone `none` when there is nothing to judge.
+def give_verdict(results: EvaluationResults | None, benchmark: BenchmarkResults | None) -> Verdict:
+    """On a run: of the clock where it was measured, with the forecast behind it; else the forecast alone."""
+    if benchmark is None or not benchmark.judged():
+        return forecast_verdict(results)
+    measured, forecast = measured_verdict(benchmark), forecast_verdict(results, predicted=False)
+    if forecast.tone == "none":
+        return measured
+    return Verdict(
+        measured.sentence,
+        f"{measured.detail} Memory-bound forecast: {forecast.sentence} {forecast.detail}",
+        measured.tone,
+    )
 
-    Args:
-        raw: Its content.
-        prediction: Whether to add what the times measured during the evaluation predict; of no use beside a real clock.
-    """
-    results = Results(raw or {})
-    if not results.speedups or results.final is None:
-        return Verdict(
-            "This draft has not been evaluated yet: nothing can be said about its speed-up.",
-            "Run `fastdraft evaluate` on its recipe.",
-            "none",
+
+def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
+    """What the clock says about the deployed pair of weights."""
+    detail = f"Whole answers, {measured_with(benchmark)}."
+    rows = benchmark.judged()
+    k = best_k(rows).num_speculative_tokens
+    if k is None:
+        sentence = (
+            "No verdict: nothing was measured whose text is the target's own; measure at temperature 0."
         )
+        return Verdict(sentence, detail, "mixed")
+    chosen = [row for row in rows if row.num_speculative_tokens == k]
+    where = (
+        f"({benchmark.runtime.device}, {chosen[0].target_weights} target, {chosen[0].draft_weights} draft)"
+    )
+    good = [row for row in chosen if (row.speedup or 0.0) >= WORTH]
+    poor = [row for row in chosen if row not in good]
+    if not poor:
+        sentence = f"Use this draft with {k_is(k)}: measured {_each(good)} {where}"
+        lowest = min(row.speedup_low or row.speedup or 0.0 for row in good)
+        if lowest >= 1:
+            return Verdict(f"{sentence}.", detail, "good")
+        sentence += f", but {times(lowest)} in one repeat: measure again on a quiet machine."
+        return Verdict(sentence, detail, "mixed")
+    reason = _reason(min(poor, key=lambda row: row.speedup or 0.0), benchmark)
+    if good:
+        sentence = f"Use this draft with {k_is(k)} where it pays: measured {_each(good)}, but {_each(poor)} {where}; there {reason}."
+        return Verdict(sentence, detail, "mixed")
+    little = all((row.speedup or 0.0) >= 1 for row in poor)
+    start = "A draft brings next to nothing here" if little else "Do not use a draft here"
+    return Verdict(
+        f"{start}: measured {_each(poor)} at best {k_is(k)} {where}; {reason}.",
+        detail,
+        "mixed" if little else "bad",
+    )
+
+
+def forecast_verdict(results: EvaluationResults | None, *, predicted: bool = True) -> Verdict:
+    """What acceptance and cost promise; `predicted` adds what the times measured during the evaluation predict."""
+    if results is None or not results.rows or not results.speedups:
+        sentence = "This draft has not been evaluated yet: nothing can be said about its speed-up."
+        return Verdict(sentence, "Run `fastdraft evaluate` on its recipe.", "none")
     key = results.speedups[0]
-    best = best_rows(results, key)
-    gains = [_phrase(task, item, key) for task, item in best.items() if _value(item, key) > 1]
-    losses = [_phrase(task, item, key) for task, item in best.items() if _value(item, key) <= 1]
-    ratio = results.cost_ratio(key)
-    at = f"at this cost ratio ({ratio:.3g})" if ratio is not None else "at this cost ratio"
+    rows = best_rows(results, key)
+    gains = [_phrase(row, key) for row in rows if getattr(row, key) > 1]
+    losses = [_phrase(row, key) for row in rows if getattr(row, key) <= 1]
+    at = f"at this cost ratio ({results.cost_ratio_parameters:.3g})"
+    detail = (
+        f"The memory-bound speed-up {SPEEDUPS[key]} at {at_temperature(results.temperatures[0])}, checkpoint "
+        f"{label(results.checkpoints[-1])}: counted acceptance combined with relative cost, not a wall-clock measurement."
+    )
+    if predicted:
+        detail += _predicted(results)
     if not gains:
         sentence = f"Do not use this draft {at}: its memory-bound speed-up stays under 1 even at the best K, {listing(losses)}."
-        return Verdict(_explained(sentence), _detail(results, key, prediction), "bad")
+        return Verdict(sentence, detail, "bad")
     sentence = f"At its best K the draft reaches {listing(gains)}"
     if losses:
         sentence += f", but stays under 1 with {listing(losses)}: do not use a draft there {at}"
-    return Verdict(
-        _explained(f"{sentence}."), _detail(results, key, prediction), "mixed" if losses else "good"
-    )
+    return Verdict(f"{sentence}.", detail, "mixed" if losses else "good")
 
 
-def best_rows(results: Results, key: str) -> dict[str, Figures]:
-    """The final checkpoint's row at its best K for every task at the headline temperature, the fastest task first."""
-    found = {
-        task: results.best(results.final, task, results.headline_temperature, key) for task in results.tasks
-    }
-    return dict(
-        sorted(((task, item) for task, item in found.items() if item), key=lambda pair: -_value(pair[1], key))
-    )
+def best_rows(results: EvaluationResults, speedup: str) -> list[ResultRow]:
+    """Every task's row of the final draft at its best K and the headline temperature, the fastest first."""
+    found = [results.best(task, results.temperatures[0], speedup) for task in results.tasks]
+    return sorted([row for row in found if row], key=lambda row: -getattr(row, speedup))
 
 
-def listing(parts: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+def worth(speedup: float | None) -> Tone:
+    """good: a draft pays; bad: it is slower than none; neither between the two."""
+    return "" if speedup is None else "good" if speedup >= WORTH else "bad" if speedup < 1 else ""
 
 
-def _value(item: Figures, key: str) -> float:
-    return number(item, key) or 0.0
+def runtime_name(benchmark: BenchmarkResults) -> str:
+    """`OpenVINO 2026.4.1`."""
+    return f"{RUNTIMES.get(benchmark.runtime.name, benchmark.runtime.name)} {benchmark.runtime.version}"
 
 
-def _phrase(task: str, item: Figures, key: str) -> str:
-    efficiency, k = number(item, "block_efficiency") or 0.0, number(item, "num_speculative_tokens") or 0.0
-    return f"{_value(item, key):.2f}× on\u00a0{task} ({efficiency:.2f},\u00a0{k_name(k)})"
+def measured_with(benchmark: BenchmarkResults) -> str:
+    """Runtime, device and weights in a few words."""
+    runtime, (target, draft) = benchmark.runtime, benchmark.pairs[0]
+    return f"{runtime_name(benchmark)} on {runtime.device_name} ({runtime.device}), {target} target with {draft} draft"
 
 
-def _explained(sentence: str) -> str:
-    """Names the figure in the first pair of parentheses that holds one."""
-    return sentence.replace(",\u00a0K", " tokens per target pass, K", 1)
+def _phrase(row: ResultRow, speedup: str) -> str:
+    efficiency, k = row.block_efficiency or 0.0, k_is(row.num_speculative_tokens)
+    return f"{times(getattr(row, speedup))} on\u00a0{row.task} ({efficiency:.2f} tokens per target pass, {k})"
 
 
-def _detail(results: Results, key: str, prediction: bool) -> str:
-    text = (
-        f"This is the memory-bound speed-up {SPEEDUPS[key]} at {temperature_name(results.headline_temperature)}, "
-        f"checkpoint {stage_label(results.final or '')}: "
-        "counted acceptance combined with relative cost, not a wall-clock measurement."
-    )
-    measured = next(
-        (name for name in ("predicted_speedup", "mbsu_latency") if name in results.speedups), None
-    )
-    best = best_rows(results, measured) if measured else {}
-    if not prediction or measured is None or not best or measured == key:
-        return text
+def _each(rows: Sequence[BenchmarkRow]) -> str:
+    return listing([f"{times(row.speedup)} on\u00a0{row.task}" for row in rows])
+
+
+def _predicted(results: EvaluationResults) -> str:
+    key = next((name for name in ("predicted_speedup", "mbsu_latency") if name in results.speedups), None)
+    if key is None or key == results.speedups[0]:
+        return ""
+    rows = best_rows(results, key)
     over = [
-        f"{_value(item, measured):.2f}× on {task} ({k_name(number(item, 'num_speculative_tokens'))})"
-        for task, item in best.items()
-        if _value(item, measured) > 1
+        f"{times(getattr(row, key))} on {row.task} ({k_is(row.num_speculative_tokens)})"
+        for row in rows
+        if getattr(row, key) > 1
     ]
-    under = [task for task, item in best.items() if _value(item, measured) <= 1]
-    by = "With the times measured where this evaluation ran, the prediction is"
+    under = [row.task for row in rows if getattr(row, key) <= 1]
+    by = " With the times measured where this evaluation ran, the prediction is"
     if not over:
-        return f"{text} {by} under 1 on every task: do not use a draft on that machine."
-    return f"{text} {by} {listing(over)}" + (
-        f", and under 1 on {listing(under)}: do not use a draft there on that machine." if under else "."
+        return f"{by} under 1 on every task: do not use a draft on that machine."
+    rest = f", and under 1 on {listing(under)}: do not use a draft there on that machine" if under else ""
+    return f"{by} {listing(over)}{rest}."
+
+
+def _reason(row: BenchmarkRow, benchmark: BenchmarkResults) -> str:
+    """The figure that explains most of why this row gains nothing, in words."""
+    passes = next(
+        (each for each in benchmark.latencies if (each.target_weights, each.draft_weights) == row.weights),
+        None,
     )
+    if row.predicted_speedup is None or passes is None:
+        return f"the target accepts {percent(row.acceptance_rate)} of what is proposed"
+    if row.predicted_speedup < WORTH:
+        return _costs(row, passes)
+    promised = f"its passes alone promised {times(row.predicted_speedup)}"
+    parts = benchmark.breakdown[0] if benchmark.breakdown else None
+    if parts is None or not parts.total_seconds:
+        return f"{promised}, the rest is the runtime's overhead"
+    share = parts.other_seconds / parts.total_seconds
+    if share < SMALL_OVERHEAD:
+        return f"{promised}, but inside the runtime the passes take longer"
+    return f"{promised}, but {percent(share)} of the time is the runtime's own, neither target nor draft"
+
+
+def _costs(row: BenchmarkRow, passes: PassesRow) -> str:
+    """For a prediction that promised nothing: costs too high for any acceptance, or acceptance too low for the costs."""
+    seconds, k = passes.target_seconds, row.num_speculative_tokens or 1
+    width = k + 1 if k + 1 in seconds else min(width for width in seconds if width > 1)
+    draft, verify = passes.draft_seconds / seconds[1], (seconds[width] / seconds[1] - 1) / (width - 1)
+    # A round pays where each proposal is accepted more often than it costs, in passes of the target over one token.
+    needed, rate = draft + verify, row.conditional_acceptance_rate
+    if needed <= WITHIN_REACH and rate is not None and rate >= needed:
+        return f"the passes of a round cost as much as the accepted tokens gain ({percent(rate)} of the proposals looked at)"
+    if needed <= WITHIN_REACH:
+        digits = int(percent(rate) == percent(needed))  # so that the difference can be seen
+        found, wanted = percent(rate, digits), percent(needed, digits)
+        return f"the acceptance is too low: {found} of the proposals looked at, and costs ask for more than {wanted}"
+    one = duration(seconds[1])
+    if draft >= verify:
+        return f"the target answers in {one} a token and the draft needs {duration(passes.draft_seconds)}"
+    return f"verifying is too dear: a pass of the target over {width} tokens takes {duration(seconds[width])}, over one {one}"

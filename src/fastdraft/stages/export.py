@@ -77,8 +77,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
     from fastdraft.modeling.drafts import set_threads
     from fastdraft.modeling.vocabulary import check_same
     from fastdraft.provenance import describe_run
-    from fastdraft.reporting.model_card import render_model_card
-    from fastdraft.reporting.record import read_record
+    from fastdraft.reporting.page import read_run, render
     from fastdraft.runtimes.huggingface_export import write_huggingface
 
     start = time.monotonic()
@@ -91,10 +90,8 @@ def run(config: ExportConfig, context: StageContext) -> None:
     files = write_huggingface(checkpoint, folder, config.num_speculative_tokens, 0.0)
     context.console.stop.check(artifact.path)
     checks = _check(folder, vocabulary, context)
-    write_atomic(
-        folder / "README.md",
-        render_model_card(read_record(context.run), config.num_speculative_tokens, checks),
-    )
+    card = render("model_card.md.j2", read_run(context.run), k=config.num_speculative_tokens, checks=checks)
+    write_atomic(folder / "README.md", card)
     openvino = _openvino(config.openvino, folder, context) if "openvino" in config.formats else None
     artifact.complete(
         formats=config.formats,

@@ -1,97 +1,56 @@
-"""The report stage: reads every manifest of the run and writes `report.html` and `report.md`, after a benchmark `model_card.md` too.
-
-Decides nothing about the figures (reporting/ does); it decides when a report is out of date: whenever any finished
-stage of the run, or its results, changed. Making it costs seconds, so it is made anew rather than resumed. The card
-beside the exported draft was written before the clock ran and stays as its manifest describes it; this one knows more.
-"""
+"""The report stage: `report.html` and `report.md` about a run, after a benchmark `model_card.md` too; the verdict in the terminal."""
 
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import ReportConfig
+from fastdraft.reporting import benchmark_tables, tables
+from fastdraft.reporting.page import STAGES, read_run, render
+from fastdraft.reporting.verdict import give_verdict
 from fastdraft.run_folder import file_sha256, write_atomic
 from fastdraft.stages.context import StageContext
-
-if TYPE_CHECKING:
-    from fastdraft.reporting.record import RunRecord
-
-NAME = "report"
-CARD = "model_card.md"
-WIDTH = 79
 
 
 def fingerprint(config: ReportConfig, context: StageContext) -> dict[str, Any]:
     """The title, the state of every finished stage, and the results."""
-    from fastdraft.reporting.record import BENCHMARK, fingerprint_of
-
-    results, benchmark = (
+    finished = [context.folder(stage) for stage in STAGES if context.folder(stage).is_complete()]
+    files = [
         context.folder("evaluate").path / "results.json",
-        context.folder("benchmark").path / BENCHMARK,
-    )
+        context.folder("benchmark").path / "benchmark.json",
+    ]
     return {
-        "stages": fingerprint_of(context.run),
-        "results": file_sha256(results) if results.is_file() else None,
-        **({"benchmark": file_sha256(benchmark)} if benchmark.is_file() else {}),
+        "stages": {folder.name: folder.digest() for folder in finished},
+        "results": {path.name: file_sha256(path) for path in files if path.is_file()},
     }
 
 
 def run(config: ReportConfig, context: StageContext) -> None:
-    """Writes the files and prints the summary tables, the path and, last, the verdict.
-
-    Raises:
-        FastDraftError: when a manifest, the results or the benchmark are damaged.
-        FastDraftError: when the files cannot be written.
-    """
-    from fastdraft.reporting.model_card import model_card
-    from fastdraft.reporting.page import render_html, render_markdown
-    from fastdraft.reporting.record import read_record
-    from fastdraft.reporting.report import compose_report
-
-    artifact = context.folder(NAME)
-    context.console.stop.check(artifact.path)
-    record = read_record(context.run)
-    report = compose_report(record)
-    write_atomic(artifact.path / "report.md", render_markdown(report))
-    write_atomic(artifact.path / "report.html", render_html(report))
-    files = ["report.html", "report.md"]
-    if record.benchmark is not None:
-        write_atomic(artifact.path / CARD, model_card(record.manifests, record.results, record.benchmark))
-        files.append(CARD)
-    artifact.complete(
-        files=files,
-        sections=[section.anchor for section in report.sections],
-        verdict=report.verdict,
-        provenance=describe_run(),
-    )
-    _print_tables(record, context)
-    context.console.say(f"report: {artifact.path / 'report.html'}")
-    if record.benchmark is not None:
-        context.console.say(
-            f"model card with these figures, to publish beside the draft: {artifact.path / CARD}"
+    """Writes the files; prints what the draft brings, then the verdict as the last word."""
+    folder, console, record = context.folder("report"), context.console, read_run(context.run)
+    files = {name: render(f"{name}.j2", record) for name in ("report.md", "report.html")}
+    if record.benchmark:
+        # The card beside the export was written before the clock ran and stays as its manifest describes it.
+        export = record.manifests["export"]
+        files["model_card.md"] = render(
+            "model_card.md.j2", record, k=export["num_speculative_tokens"], checks=export["checks"]
         )
-    _print_verdict(record, context)
-
-
-def _print_tables(record: RunRecord, context: StageContext) -> None:
-    from fastdraft.reporting.summary import measured_tables, summary_tables
-
-    measured = measured_tables(record.benchmark or {})
-    for title, columns, rows in (*summary_tables(record.results or {}, prediction=not measured), *measured):
-        context.console.table(title, columns, rows)
-
-
-def _print_verdict(record: RunRecord, context: StageContext) -> None:
-    """What the verdict rests on, then the verdict itself as the last word, both in 80 columns."""
-    from fastdraft.reporting.benchmark_verdict import headline
-
-    verdict = headline(record)
-    if verdict.tone != "none":
-        context.console.say(_wrapped(verdict.detail))
-    context.console.say(_wrapped(verdict.sentence))
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+    for name, text in files.items():
+        write_atomic(folder.path / name, text)
+    verdict = give_verdict(record.results, record.benchmark)
+    folder.complete(files=list(files), verdict=verdict.sentence, provenance=describe_run())
+    if record.results and record.results.speedups:
+        shown = tables.best(record.results).only(
+            "Task", "T", "Tokens per target pass", "by parameters", "by bytes read"
+        )
+        console.table("Memory-bound speed-up at the best K", *shown.plain())
+    if record.benchmark:
+        measured = benchmark_tables.measured(record.benchmark)
+        shown = measured.only("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
+        console.table("Speed-up on the clock [range, quotient]", *shown.plain(details=True))
+    for name in files:
+        console.say(f"{folder.path / name}")
+    for text in (verdict.detail, verdict.sentence):
+        console.say(textwrap.fill(text, 79, break_long_words=False, break_on_hyphens=False))
