@@ -15,7 +15,7 @@ from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.data.rows import unit_paths
 from fastdraft.errors import FastDraftError, Interrupted, MissingExtra, TargetError
-from fastdraft.modeling import loading
+from fastdraft.modeling import drafts
 from fastdraft.modeling.families import MULTIMODAL, TARGET_FAMILIES
 from fastdraft.recipe.data import (
     TRANSPORT,
@@ -133,7 +133,7 @@ def test_openvino_for_a_family_that_is_not_converted_is_refused_before_any_work(
 
 
 def test_on_an_accelerator_auto_is_transformers(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(drafts, "pick_device", lambda name: torch.device("cuda"))
     assert choose_engine(AutoEngineConfig(), context_of(recipe)).settings == HuggingFaceEngineConfig()
 
 

@@ -279,7 +279,7 @@ def test_attention_with_capped_scores_does_not_use_fused_kernels(tmp_path: Path)
 
 def test_a_draft_of_a_family_that_is_never_trained_is_refused(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "gpt2")
-    with pytest.raises(RecipeError, match="family gpt2: a draft's family must be one of llama"):
+    with pytest.raises(RecipeError, match="family gpt2; a draft's family must be one of llama"):
         design.plan(
             read_section(design.DesignConfig, {"draft": {"kind": "from", "path": str(folder)}}, "design"),
             _target(folder),

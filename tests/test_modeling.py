@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from fastdraft.errors import RecipeError, TargetError
+from fastdraft.target import Target
 from fastdraft.modeling import initialize, shapes
 from fastdraft.modeling.architecture import (
     Architecture,
@@ -253,7 +254,7 @@ def test_a_fixed_depth_is_kept() -> None:
 
 def test_a_budget_that_the_vocabulary_exceeds_is_refused_with_the_minimum() -> None:
     with pytest.raises(
-        RecipeError, match=r"vocabulary of 128256 alone takes 16\.4M: must be at least 16442000"
+        RecipeError, match=r"vocabulary of 128256 alone takes 16\.4M; must be at least 16442000"
     ):
         shapes.search(LLAMA_8B, 10_000_000)
 
@@ -335,7 +336,7 @@ def test_projected_embeddings_need_only_the_two_matrices(tiny_target: Path) -> N
     model = initialize.build_draft(draft_hf_config(config, _explicit(config, 64, 1, 64, tied=False)), 0)
     body = model.model.layers[0].mlp.up_proj.weight.clone()
     head = model.lm_head.weight.clone()
-    initialize.set_projected_embeddings(model, str(tiny_target), None, 0)
+    initialize.set_projected_embeddings(model, Target.at(tiny_target), 0)
     assert torch.equal(body, model.model.layers[0].mlp.up_proj.weight)
     assert not torch.equal(head, model.lm_head.weight)
     assert model.lm_head.weight.std().item() <= 0.0201

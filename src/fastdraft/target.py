@@ -27,7 +27,7 @@ from fastdraft.modeling.architecture import Architecture, read_architecture
 from fastdraft.modeling.counting import auto_class
 from fastdraft.modeling.families import special_id, text_config
 from fastdraft.modeling.model_files import ModelFiles, one_line
-from fastdraft.modeling.vocabulary import Vocabulary, build_vocabulary, describe
+from fastdraft.modeling.vocabulary import Vocabulary, describe
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import file_sha256
 
@@ -108,13 +108,22 @@ class Target:
         pad = tokenizer.pad_token_id
         if pad is None:
             pad = next(iter(self._ids("pad_token_id", special_id(config, "pad_token_id"))), None)
-        return build_vocabulary(
-            int(text_config(config).vocab_size),
-            describe(tokenizer.backend_tokenizer.to_str()),
-            bos=tokenizer.bos_token_id,
-            eos=[token for token in (tokenizer.eos_token_id, *eos) if token is not None],
-            pad=pad,
-            where=self.location,
+        size, described = int(text_config(config).vocab_size), describe(tokenizer.backend_tokenizer.to_str())
+        largest = max(described.ids, default=-1)
+        if largest >= size:
+            found = f"the tokenizer has id {largest}, the config's vocab_size is {size}"
+            raise TargetError(f"{self.location}: {found}", "take config and tokenizer from the same model")
+        return Vocabulary(
+            size=size,
+            num_tokens=len(described.ids),
+            missing_ids=tuple(sorted(set(range(size)) - described.ids)),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_ids=tuple(
+                dict.fromkeys(token for token in (tokenizer.eos_token_id, *eos) if token is not None)
+            ),
+            pad_token_id=pad,
+            digest=described.digest,
+            special_digest=described.special_digest,
         )
 
     def _ids(self, name: str, value: Any) -> list[int]:

@@ -163,7 +163,7 @@ def _check_inputs(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _check_row_lengths(recipe: Recipe, plan: design.Plan) -> None:
+def _check_row_lengths(recipe: Recipe, plan: design.DraftDesign) -> None:
     """A row must fit into the draft's context, and into a batch where its size is given."""
     limit = getattr(plan.draft_config, "max_position_embeddings", None)
     longest = recipe.prepare.row_length if recipe.prepare else 0
@@ -202,8 +202,8 @@ def _asks_engine(recipe: Recipe) -> bool:
 
 def _check_benchmark(recipe: Recipe) -> None:
     """What a benchmark needs must be there: an export, OpenVINO, the device, a task's files, room for K proposals in the context."""
-    from fastdraft.runtimes.openvino import device_properties
     from fastdraft.evaluation.tasks import load_task
+    from fastdraft.runtimes.openvino import device_properties
 
     config = recipe.benchmark
     if config is None:
@@ -249,7 +249,7 @@ def _state(name: str, context: StageContext) -> str:
     return "unfinished" if (artifact.path / "fingerprint.json").exists() else "new"
 
 
-def _forecast(name: str, state: str, recipe: Recipe, plan: design.Plan, device: str) -> StageForecast:
+def _forecast(name: str, state: str, recipe: Recipe, plan: design.DraftDesign, device: str) -> StageForecast:
     """One row of the table. Rates are orders of magnitude; a run prints its own."""
 
     draft, target, threads = plan.draft, plan.target, recipe.run.threads
@@ -367,7 +367,9 @@ def _evaluation_tokens(recipe: Recipe) -> int:
     return tokens
 
 
-def _benchmark(recipe: Recipe, config: BenchmarkConfig, plan: design.Plan) -> tuple[int, float, float, float]:
+def _benchmark(
+    recipe: Recipe, config: BenchmarkConfig, plan: design.DraftDesign
+) -> tuple[int, float, float, float]:
     """Tokens, seconds, bytes on disk and in memory: every setting in turn, the untimed run besides."""
     tasks, sweep = config.tasks_of(recipe.sections()), config.sweep
     settings = 1 + len(config.num_speculative_tokens)
@@ -388,7 +390,7 @@ def _benchmark(recipe: Recipe, config: BenchmarkConfig, plan: design.Plan) -> tu
     return tokens, seconds, disk, max(held, forecast.loading_bytes(plan.target.parameters))
 
 
-def _target_bytes(recipe: Recipe, plan: design.Plan, device: str) -> float:
+def _target_bytes(recipe: Recipe, plan: design.DraftDesign, device: str) -> float:
     wide = recipe.target.dtype == "fp32" or (recipe.target.dtype == "auto" and device == "cpu")
     return forecast.loading_bytes(plan.target.parameters, 4 if wide else 2)
 
@@ -409,7 +411,7 @@ def _size(count: float) -> str:
 
 
 def _as_dict(
-    recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int
+    recipe: Recipe, plan: design.DraftDesign, device: str, stages: list[StageForecast], free: int
 ) -> dict[str, Any]:
     return {
         "target": {
@@ -425,7 +427,9 @@ def _as_dict(
     }
 
 
-def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int) -> None:
+def _print(
+    recipe: Recipe, plan: design.DraftDesign, device: str, stages: list[StageForecast], free: int
+) -> None:
     target, draft, ratios = plan.target, plan.draft, design.cost_ratios(plan.draft, plan.target)
     print(
         f"target  {recipe.target.model}: {target.family}, {format_count(target.parameters)} parameters, vocabulary {target.vocab_size}"

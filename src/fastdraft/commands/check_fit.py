@@ -14,7 +14,7 @@ from fastdraft.recipe.recipe import Recipe
 from fastdraft.stages import design
 
 
-def check_fit(recipe: Recipe, plan: design.Plan) -> None:
+def check_fit(recipe: Recipe, plan: design.DraftDesign) -> None:
     """Refuses a folder that cannot be made, and lengths or counts that the target or its draft cannot take.
 
     Raises:

@@ -139,9 +139,9 @@ def inspect(target: Target) -> Inspection:
     from fastdraft.modeling.traps import find_traps
 
     config = target.config
-    tokenizer, vocabulary = target.tokenizer, target.vocabulary
+    vocabulary = target.vocabulary
     architecture = target.architecture
-    traps = find_traps(vocabulary, tokenizer, config, architecture)
+    traps = find_traps(target)
     return Inspection(
         target.name,
         config,

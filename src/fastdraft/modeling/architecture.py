@@ -1,9 +1,6 @@
 """Shapes of models: what a target looks like, what a draft inherits from it, what each costs per token.
 
-Decides how parameters are counted (for the families that drafts have by a formula, which a test holds against real
-modules; for all others on the modules themselves), and that a draft of its target's family keeps everything of the config
-but width, depth and heads, while a Llama for another family keeps vocabulary, context, rope and special ids. A draft always
-attends to its full context: a sliding window saves a small model nothing and its cache cannot be rolled back.
+`read_architecture` gives a config's shape; `draft_hf_config` makes the config of a draft from one.
 """
 
 from __future__ import annotations
@@ -11,25 +8,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import LlamaConfig, PreTrainedConfig
 
 from fastdraft.errors import RecipeError, TargetError
+from fastdraft.modeling.counting import count
 from fastdraft.modeling.families import DRAFT_FAMILIES, TEXT_FAMILIES, draft_family, llama_values, text_config
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 _HEAD_DIM_IN_CONFIG = ("llama", "mistral", "qwen3")
-_NOT_INHERITED = (
-    "layer_types",
-    "max_window_layers",
-    "head_dim",
-    "quantization_config",
-    "auto_map",
-    "_name_or_path",
-    "transformers_version",
-    "torch_dtype",
-)
+_NOT_INHERITED = """
+    layer_types max_window_layers head_dim quantization_config auto_map _name_or_path transformers_version torch_dtype
+""".split()
 _ROTARY_FACTORS = ("short_factor", "long_factor")
 _WIDEST_LLAMA_HEAD = 128
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
@@ -97,7 +87,7 @@ class Architecture:
         return self.read_parameters * bits / 8
 
     def exported_bytes_per_token(self, weights: str) -> float:
-        """Bytes read for one token of an export in this precision, scales left out; int4 ones keep embeddings and head in int8."""
+        """Bytes read for one token of an export, scales left out; int4 ones keep embeddings and head in int8."""
         bits = WEIGHT_BITS[weights]
         return (self.body_parameters * bits + self.embedding_parameters * max(bits, 8)) / 8
 
@@ -116,16 +106,8 @@ class Architecture:
         family = draft_family(self.family)
         if family == self.family:
             return self
-        return replace(
-            self,
-            family=family,
-            head_dim=min(self.head_dim, _WIDEST_LLAMA_HEAD),
-            qkv_bias=False,
-            output_bias=False,
-            mlp_bias=False,
-            stored=0,
-            read=0,
-        )
+        plain = {"qkv_bias": False, "output_bias": False, "mlp_bias": False, "stored": 0, "read": 0}
+        return replace(self, family=family, head_dim=min(self.head_dim, _WIDEST_LLAMA_HEAD), **plain)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for manifests and fingerprints; counts only where they were made."""
@@ -135,16 +117,11 @@ class Architecture:
 
 
 def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") -> Architecture:
-    """The shape of the text part that a Hugging Face config describes.
-
-    Raises:
-        TargetError: for a family outside `TEXT_FAMILIES`.
-    """
+    """The shape of the text part that a Hugging Face config describes."""
     config: Any = text_config(hf_config)
     family = str(getattr(config, "model_type", ""))
     if family not in TEXT_FAMILIES:
-        rule = f"must be one of {', '.join(TEXT_FAMILIES)}"
-        raise TargetError(where, f"model family '{family}'", rule, "choose a target of one of these families")
+        raise TargetError(f"{where}: model family '{family}'; must be one of {', '.join(TEXT_FAMILIES)}")
     attention_bias = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
     shape = Architecture(
         family=family,
@@ -166,15 +143,11 @@ def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") 
             raise TargetError(
                 f"{where}: {name} {getattr(shape, name)}; must be at least 1", "fetch the model again"
             )
-    return shape if family in DRAFT_FAMILIES and config is hf_config else _counted(shape, hf_config)
-
-
-def _counted(shape: Architecture, hf_config: PreTrainedConfig) -> Architecture:
-    """The shape with what the modules say: for a draft's family only whether the matrices are tied, for others the counts too."""
-    from fastdraft.modeling.counting import count
-
+    if family in DRAFT_FAMILIES and config is hf_config:
+        return shape
+    # Only a draft's families have a formula; whether the matrices of a multimodal model are tied, its modules know.
     counted = count(hf_config)
-    if shape.family in DRAFT_FAMILIES:
+    if family in DRAFT_FAMILIES:
         return replace(shape, tied=counted.tied)
     return replace(shape, tied=counted.tied, stored=counted.stored, read=counted.read)
 
@@ -186,7 +159,7 @@ def has_rotary_factors(hf_config: PreTrainedConfig) -> bool:
 
 
 def rope_switch(hf_config: PreTrainedConfig) -> int | None:
-    """Tokens up to which a text has the short factors of a longrope, and beyond which all of it has the long ones; None: no such line."""
+    """Tokens up to which a text has a longrope's short factors, and beyond which all of it has the long ones, if any."""
     text: Any = text_config(hf_config)
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
@@ -203,12 +176,7 @@ def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture)
     Vocabulary size, context length, rope and its scaling and special ids stay the target's, and in the target's own
     family norm and activation too. Rope factors given per frequency are kept for an equal head width and resampled by
     relative frequency for another.
-
-    Raises:
-        RecipeError: when the shape contradicts the family's rules.
     """
-    from transformers import LlamaConfig
-
     text = text_config(target_config)
     own = architecture.family == text.model_type
     values = _own_values(text) if own else llama_values(text)
@@ -223,35 +191,28 @@ def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture)
     }
     if architecture.family in _HEAD_DIM_IN_CONFIG:
         values["head_dim"] = architecture.head_dim
-    _resample_rotary_factors(values, architecture.head_dim)
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict):
+        frequencies = int(architecture.head_dim * float(rope.get("partial_rotary_factor") or 1.0)) // 2
+        for name in _ROTARY_FACTORS:
+            if rope.get(name) and len(rope[name]) != frequencies:
+                rope[name] = resample(rope[name], frequencies)
     try:
         return type(text)(**values) if own else LlamaConfig(**values)
     except Exception as error:  # the config classes raise several kinds of validation errors
         rule = " ".join(str(error).split())[-200:]
         found = f"hidden {architecture.hidden_size}, {architecture.num_heads} heads"
-        raise RecipeError("design.draft", found, rule, "choose another shape") from error
+        raise RecipeError(f"design.draft: {found}; {rule}", "choose another shape") from error
 
 
 def _own_values(text: PreTrainedConfig) -> dict[str, Any]:
-    """The target's config without what a draft does not inherit; windows are off."""
-    values: dict[str, Any] = copy.deepcopy(text.to_dict())
-    for key in _NOT_INHERITED:
-        values.pop(key, None)
+    """The target's config without what a draft does not inherit."""
+    values = {k: v for k, v in copy.deepcopy(text.to_dict()).items() if k not in _NOT_INHERITED}
+    # A window saves a small model nothing, and its cache cannot be rolled back.
     values["sliding_window"] = None
     if "use_sliding_window" in values:
         values["use_sliding_window"] = False
     return values
-
-
-def _resample_rotary_factors(values: dict[str, Any], head_dim: int) -> None:
-    rope = values.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return
-    count = int(head_dim * float(rope.get("partial_rotary_factor") or 1.0)) // 2
-    for name in _ROTARY_FACTORS:
-        factors = rope.get(name)
-        if factors and len(factors) != count:
-            rope[name] = resample(factors, count)
 
 
 def resample(values: Sequence[float], count: int) -> list[float]:
@@ -266,7 +227,5 @@ def resample(values: Sequence[float], count: int) -> list[float]:
 
 
 def count_parameters(hf_config: PreTrainedConfig) -> int:
-    """Parameters of the real module's text part, built on the meta device: no memory, no weights. A tied matrix counts once."""
-    from fastdraft.modeling.counting import count
-
+    """Parameters of the real module's text part, without memory for them. A tied matrix counts once."""
     return count(hf_config).stored

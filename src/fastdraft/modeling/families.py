@@ -1,25 +1,23 @@
 """Which families of models may be targets, where their text part lies, and which family a draft of each gets.
 
-Decides that a draft has the target's own family only where that family shrinks to any width and depth without a loss and
-transformers, OpenVINO, llama.cpp and vLLM all run the small one with attention to its whole context; else it is a Llama,
-with the reason as one clause. The draft shares the target's vocabulary, which is all that the runtimes ask for.
 Knows names and config fields only.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig
 
 DRAFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 """Gated decoders with RMS norm; shapes, first weights and learning rates are made for these."""
 
+# A draft has the target's own family only where that shrinks to any width and depth without a loss and transformers,
+# OpenVINO, llama.cpp and vLLM all run the small one with attention to its whole context. Else it is a Llama: the
+# runtimes ask only for the same vocabulary.
 _GEMMA = "{} ties norms and embedding scale to its width, and runtimes fix its windows by layer number while a draft attends to everything"
 _EXPERTS = "a mixture of experts pays by its width, and a draft is narrow: a dense one reads as little"
-_SCALED = "{} carries multipliers that were tuned for its own width"
 _AXES = "{} counts positions on three axes for pictures, and a draft reads text"
 _ALWAYS_LLAMA = {
     "gemma": "{} ties norms and embedding scale to its width, and its head is always its embedding",
@@ -30,18 +28,12 @@ _ALWAYS_LLAMA = {
     "mixtral": _EXPERTS,
     "qwen2_moe": _EXPERTS,
     "qwen3_moe": _EXPERTS,
-    "granite": _SCALED,
+    "granite": "{} carries multipliers that were tuned for its own width",
     "cohere": "{} scales its logits and runs attention and feed-forward side by side, for which FastDraft's shapes are not made",
     "cohere2": "{} scales its logits and leaves positions out of every fourth layer, for which FastDraft's shapes are not made",
     "qwen2_vl_text": _AXES,
     "qwen2_5_vl_text": _AXES,
 }
-TEXT_FAMILIES = (*DRAFT_FAMILIES, *_ALWAYS_LLAMA)
-MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
-"""Configs that hold a text model; its family must be one of `TEXT_FAMILIES`."""
-TARGET_FAMILIES = (*TEXT_FAMILIES, *MULTIMODAL)
-"""Every `model_type` that a target's config.json may have; each is tested through the whole chain."""
-
 _NAMES = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
@@ -54,6 +46,11 @@ _NAMES = {
     "qwen2_vl_text": "Qwen2-VL",
     "qwen2_5_vl_text": "Qwen2.5-VL",
 }
+TEXT_FAMILIES = (*DRAFT_FAMILIES, *_ALWAYS_LLAMA)
+MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
+"""Configs that hold a text model; its family must be one of `TEXT_FAMILIES`."""
+TARGET_FAMILIES = (*TEXT_FAMILIES, *MULTIMODAL)
+"""Every `model_type` that a target's config.json may have; each is tested through the whole chain."""
 _PLAIN_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -79,26 +76,19 @@ def why_draft_family(family: str) -> str:
 
 
 def llama_values(text: PreTrainedConfig) -> dict[str, Any]:
-    """What a Llama draft takes from a target of another family: vocabulary, context, special ids, rope, precision of its norm."""
-    epsilon = next(
-        (
-            float(getattr(text, name))
-            for name in ("rms_norm_eps", "layer_norm_eps")
-            if getattr(text, name, None)
-        ),
-        1e-5,
-    )
+    """What a Llama draft takes from a target of another family: vocabulary, context, special ids, rope, norm's precision."""
+    epsilon = getattr(text, "rms_norm_eps", None) or getattr(text, "layer_norm_eps", None) or 1e-5
     return {
         "vocab_size": int(text.vocab_size),
         "max_position_embeddings": int(text.max_position_embeddings),
-        "rms_norm_eps": epsilon,
+        "rms_norm_eps": float(epsilon),
         "rope_parameters": plain_rope(text),
         **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
 
 
 def plain_rope(text: PreTrainedConfig) -> dict[str, Any]:
-    """The rope of the layers that see the whole context, without what a Llama does not have (several axes, a part of each head)."""
+    """The rope of the layers that see the whole context, without what a Llama lacks (several axes, a part of each head)."""
     found: Any = copy.deepcopy(getattr(text, "rope_parameters", None) or {})
     found = found.get("full_attention") or found
     for name in ("mrope_section", "mrope_interleaved", "partial_rotary_factor"):

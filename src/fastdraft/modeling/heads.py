@@ -1,22 +1,19 @@
-"""From last hidden states to logits, for every family.
+"""From last hidden states to logits, for every family: whoever computes logits from hidden states goes through here.
 
-Decides that whoever computes logits from hidden states goes through one place, because some families do more than one
-product there: Gemma 2 caps its logits, Cohere multiplies and Granite divides them, and others add a bias.
-
-Shape suffixes: N positions, D hidden, V vocabulary.
+Some families do more than one product there: Gemma 2 caps its logits, Cohere multiplies and Granite divides them, and
+others add a bias. Shape suffixes: N positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fastdraft.errors import TargetError
 from fastdraft.modeling.families import text_config
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -57,38 +54,21 @@ class OutputHead:
 
 
 def output_head(model: PreTrainedModel) -> tuple[nn.Module, OutputHead]:
-    """The decoder of the text part, whose output has `last_hidden_state` [batch, tokens, D], and the head behind it.
-
-    Raises:
-        TargetError: for a model without an output matrix.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise TargetError(
-            type(model).__name__,
-            "no output matrix",
-            "a language model must have a head",
-            "choose another target",
-        )
+    """The decoder of the text part, whose output has `last_hidden_state` [batch, tokens, D], and the head behind it."""
+    head: Any = model.get_output_embeddings()
     config: Any = text_config(model.config)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
+    multiplied, divided = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    scale = float(multiplied or 1.0) / float(divided or 1.0)
     return model.get_decoder(), OutputHead(head.weight, getattr(head, "bias", None), scale, softcap)
 
 
 def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
-    """The decoder and the head's weight [V, D] of a draft, for losses that never hold the logits of all tokens at once.
-
-    Raises:
-        TargetError: where the logits are more than one product, through which those losses make no gradient; no draft that
-            FastDraft designs is of such a family, and a target's logits come from `output_head`.
-    """
+    """The decoder and the head's weight [V, D] of a draft, for losses that never hold the logits of all tokens at once."""
     decoder, head = output_head(model)
-    if not head.is_plain:
-        rule = "the head must be one matrix without bias, cap or scale"
-        raise TargetError(
-            type(model).__name__, "its logits are more than one product", rule, "design a new draft, which is"
-        )
+    if (
+        not head.is_plain
+    ):  # those losses make no gradient through it, and no designed draft is of such a family
+        rule = "its logits are more than one product; a draft's head must be one matrix without bias, cap or scale"
+        raise TargetError(f"{type(model).__name__}: {rule}", "design a new draft, which is")
     return decoder, head.weight

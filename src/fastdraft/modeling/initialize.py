@@ -1,30 +1,23 @@
-"""First weights of a draft: random, or with the target's embeddings projected to the draft's width.
-
-Decides the scales: normal with deviation 0.02, the projections that write into the residual stream divided by
-sqrt(2 layers) (GPT-2, section 2.3), norms 1, biases 0. A head this small makes the loss start at the logarithm of the
-vocabulary's size. The draw depends on the seed and the shape only, not on the library's own initialisation.
-"""
+"""First weights of a draft: random, or with the target's embeddings projected to the draft's width."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fastdraft.errors import TargetError
 from fastdraft.target import Target
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 STD = 0.02
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Names of the two matrices in the families' files, the draft's own first.
 _EMBEDDINGS = (
-    _EMBEDDING,
+    "model.embed_tokens.weight",
     "transformer.wte.weight",
     "wte.weight",
     "gpt_neox.embed_in.weight",
@@ -32,15 +25,13 @@ _EMBEDDINGS = (
     "language_model.model.embed_tokens.weight",
     "model.language_model.model.embed_tokens.weight",
 )
-_HEADS = (_HEAD, "embed_out.weight", "language_model.lm_head.weight")
-"""Names of the two matrices in the families' files, the draft's own first."""
+_HEADS = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
+_EMBEDDING, _HEAD = _EMBEDDINGS[0], _HEADS[0]
 _CHUNK = 16_384
 
 
 def build_draft(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A draft with random weights in fp32 on the CPU; equal for equal config and seed."""
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):  # the library draws too; the caller's random state is not touched
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model, seed)
@@ -49,7 +40,11 @@ def build_draft(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomize(model: PreTrainedModel, seed: int) -> None:
-    """Overwrites every parameter: matrices normal, biases 0, norms 1."""
+    """Overwrites every parameter: matrices normal, biases 0, norms 1.
+
+    The projections that write into the residual stream are divided by sqrt(2 layers) (GPT-2, section 2.3). With a head
+    this small the loss starts at the logarithm of the vocabulary's size. The draw depends on seed and shape only.
+    """
     generator = torch.Generator().manual_seed(seed)
     residual_std = STD / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in sorted(model.named_parameters()):
@@ -62,32 +57,23 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
 
 @torch.no_grad()
 def set_projected_embeddings(model: PreTrainedModel, target: Target, seed: int) -> None:
-    """Replaces embedding and head by the target's, projected to the draft's width; the body stays as it is.
+    """Replaces embedding and head by the target's, projected to the draft's width; a tied draft takes the embedding.
 
-    Only these two matrices of the target are read. A tied draft takes the embedding.
-
-    Raises:
-        TargetError: when the target has no such matrix or another number of rows.
+    Only these two matrices of the target are read.
     """
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     matrices = read_matrices(target)
-    embedding.copy_(
-        project(_rows(matrices[_EMBEDDING], embedding, target.location), embedding.shape[1], seed)
-    )
+    for name, matrix in matrices.items():
+        if matrix.shape[0] != embedding.shape[0]:
+            found = f"{name} has {matrix.shape[0]} rows, the config's vocab_size is {embedding.shape[0]}"
+            raise TargetError(f"{target.location}: {found}", "fetch the model again")
+    embedding.copy_(project(matrices[_EMBEDDING], embedding.shape[1], seed))
     if head is not embedding:
-        source = matrices.get(_HEAD, matrices[_EMBEDDING])
-        head.copy_(project(_rows(source, head, target.location), head.shape[1], seed + 1))
+        head.copy_(project(matrices.get(_HEAD, matrices[_EMBEDDING]), head.shape[1], seed + 1))
 
 
 def read_matrices(target: Target) -> dict[str, Tensor]:
-    """The target's embedding [vocabulary, hidden], and its head when it is not tied, without loading anything else.
-
-    Raises:
-        TargetError: when there is no embedding under the usual name.
-    """
-    from safetensors import safe_open
-
+    """The target's embedding [vocabulary, hidden], and its head when it is not tied, without loading anything else."""
     matrices: dict[str, Tensor] = {}
     for name, path in target.files.weights((*_EMBEDDINGS, *_HEADS)).items():
         kind = _EMBEDDING if name in _EMBEDDINGS else _HEAD
@@ -95,12 +81,8 @@ def read_matrices(target: Target) -> dict[str, Tensor]:
             if kind not in matrices and name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
                 matrices[kind] = file.get_tensor(name)
     if _EMBEDDING not in matrices:
-        raise TargetError(
-            target.location,
-            f"no {_EMBEDDING}",
-            "initialization: target_embeddings needs it",
-            "use initialization: random",
-        )
+        rule = "initialization: target_embeddings needs it"
+        raise TargetError(f"{target.location}: no {_EMBEDDING}; {rule}", "use initialization: random")
     return matrices
 
 
@@ -124,7 +106,7 @@ def project(matrix_VH: Tensor, width: int, seed: int) -> Tensor:
     main_HK = directions_HH[:, -kept:].flip(1)
     main_HK = (
         main_HK * main_HK.gather(0, main_HK.abs().argmax(0, keepdim=True)).sign()
-    )  # eigenvectors have no sign: fix one
+    )  # eigenvectors have no sign
     generator = torch.Generator().manual_seed(seed)
     rotation_WW, upper_WW = torch.linalg.qr(
         torch.randn(width, width, dtype=torch.float64, generator=generator)
@@ -136,20 +118,11 @@ def project(matrix_VH: Tensor, width: int, seed: int) -> Tensor:
     return projected * (STD / projected.std().clamp_min(1e-12))
 
 
-def _rows(matrix_VH: Tensor, wanted: Tensor, location: str) -> Tensor:
-    if matrix_VH.shape[0] != wanted.shape[0]:
-        rule = f"the config's vocab_size is {wanted.shape[0]}"
-        raise TargetError(location, f"{matrix_VH.shape[0]} embedding rows", rule, "fetch the model again")
-    return matrix_VH
-
-
 def matrices_digest(target: Target) -> str:
     """Stands for the target's embedding and head in a fingerprint: a digest of about a thousand of their rows."""
     total = hashlib.sha256()
     for name, matrix in sorted(read_matrices(target).items()):
         step = max(1, len(matrix) // 1024)
-        total.update(
-            f"{name} {tuple(matrix.shape)} {matrix.dtype}".encode()
-            + matrix[::step].float().contiguous().numpy().tobytes()
-        )
+        total.update(f"{name} {tuple(matrix.shape)} {matrix.dtype}".encode())
+        total.update(matrix[::step].float().contiguous().numpy().tobytes())
     return total.hexdigest()[:20]

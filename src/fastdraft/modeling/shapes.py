@@ -1,10 +1,7 @@
-"""Which shape a draft gets: by a parameter budget, by a preset's name, or the natural shape for a width.
+"""Which shape a draft gets: `search` by a parameter budget, `preset` by a name, `natural` for a width, `explicit` by numbers.
 
-Decides the taste of the search. At a fixed budget depth dominates latency, because layers run one after another, so the
-search prefers few wide layers (about one for each 96 of width) and a feed-forward of about three
-times the width. Widths and feed-forwards are multiples of 64, with 256 preferred: llama.cpp's K-quants need rows
-of 256. The input embedding and the head are untied, except that a draft under 14 M parameters follows a tied target:
-there one vocabulary matrix more would eat the body.
+Shallow and wide is preferred: at a fixed budget depth dominates latency, because layers run one after another. Widths
+and feed-forwards are multiples of 64, with 256 preferred: llama.cpp's K-quants need rows of 256.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from fastdraft.modeling.architecture import Architecture
 from fastdraft.recipe.base import format_count
 
 TOLERANCE = 0.03
+# Input embedding and head are untied, but for small drafts of tied targets: one matrix more would eat the body.
 TIED_BELOW = 14_000_000
 _STEP, _WIDTHS = 64, 4096
 _DEPTHS = (
@@ -47,24 +45,11 @@ PRESETS = {
 
 
 def preset(name: str, target: Architecture) -> Architecture:
-    """A reconstructed FastDraft shape (full multi-head attention, untied) in the target's vocabulary.
-
-    Raises:
-        RecipeError: for an unknown name or a target of another family.
-    """
-    where = "design.draft.name"
-    if name not in PRESETS:
-        raise RecipeError(
-            where, name, f"must be one of {', '.join(PRESETS)}", "choose one of these or kind: budget"
-        )
+    """A reconstructed FastDraft shape (full multi-head attention, untied) in the target's vocabulary."""
     shape = PRESETS[name]
     if shape.family != target.family:
-        raise RecipeError(
-            where,
-            name,
-            f"this preset is for {shape.family} targets, this target is {target.family}",
-            "use kind: budget",
-        )
+        found = f"{name}; this preset is for {shape.family} targets, this target is {target.family}"
+        raise RecipeError(f"design.draft.name: {found}", "use kind: budget")
     return explicit(
         target,
         hidden_size=shape.hidden_size,
@@ -86,22 +71,17 @@ def explicit(
     num_kv_heads: int | None = None,
     tied: bool | None = None,
 ) -> Architecture:
-    """A shape given by numbers; heads and tying left out follow the same rules as the search.
-
-    Raises:
-        RecipeError: when the heads do not divide the width, or the key-value heads the heads.
-    """
+    """A shape given by numbers; heads and tying left out follow the same rules as the search."""
     chosen_heads, chosen_kv_heads, _ = choose_heads(hidden_size, target.draft_base)
     heads = num_heads or chosen_heads
     if num_kv_heads is None:
         num_kv_heads = chosen_kv_heads if heads == chosen_heads else _kv_heads(heads, target)
     if hidden_size % heads or (hidden_size // heads) % 2:
         rule = f"must divide hidden_size {hidden_size} into heads of even width"
-        raise RecipeError("design.draft.num_heads", heads, rule, "change one of them")
+        raise RecipeError(f"design.draft.num_heads: {heads}; {rule}", "change one of them")
     if heads % num_kv_heads:
-        raise RecipeError(
-            "design.draft.num_kv_heads", num_kv_heads, f"must divide num_heads {heads}", "change one of them"
-        )
+        found = f"{num_kv_heads}; must divide num_heads {heads}"
+        raise RecipeError(f"design.draft.num_kv_heads: {found}", "change one of them")
     shape = replace(
         target.draft_base,
         hidden_size=hidden_size,
@@ -125,36 +105,29 @@ def search(
         budget: Parameters, both vocabulary matrices counted when untied.
         num_layers: Fixes the depth.
         keep_head_dim: Prefer the target's head width (a rope with one factor per frequency).
-
-    Raises:
-        RecipeError: when the vocabulary alone exceeds the budget, or no shape comes near it.
     """
     base = replace(target.draft_base, tied=target.tied and budget < TIED_BELOW)
     smallest = _at_width(base, _STEP, num_layers or 1, _STEP, keep_head_dim)
     if budget < smallest.parameters * (1 - TOLERANCE):
-        matrices = smallest.parameters - smallest.body_parameters
-        found = f"{format_count(budget)}, of which the vocabulary of {target.vocab_size} alone takes {format_count(matrices)}"
-        least = math.ceil(smallest.parameters / 1000) * 1000
-        raise RecipeError(
-            "design.draft.parameters",
-            found,
-            f"must be at least {least} for this vocabulary",
-            "raise the budget",
+        matrices = format_count(smallest.parameters - smallest.body_parameters)
+        found = (
+            f"{format_count(budget)}, of which the vocabulary of {target.vocab_size} alone takes {matrices}"
         )
+        least = math.ceil(smallest.parameters / 1000) * 1000
+        raise RecipeError(f"design.draft.parameters: {found}; must be at least {least}", "raise the budget")
     for depth in _DEPTHS:
         candidates = list(_candidates(base, budget, num_layers, keep_head_dim, depth))
         fitting = [shape for shape in candidates if abs(shape.parameters - budget) <= TOLERANCE * budget]
         if fitting:
             return min(fitting, key=lambda shape: _penalty(shape, target, budget, num_layers))
-    sizes = sorted({shape.parameters for shape in candidates})
+    sizes = {shape.parameters for shape in candidates}
     near = [
         max((s for s in sizes if s < budget), default=None),
         min((s for s in sizes if s > budget), default=None),
     ]
-    names = " and ".join(format_count(size) for size in near if size)
-    rule = f"no sensible shape within 3 %; the nearest: {names}"
+    rule = f"no sensible shape within 3 %; the nearest: {' and '.join(format_count(size) for size in near if size)}"
     raise RecipeError(
-        "design.draft.parameters", format_count(budget), rule, "use one of these, or kind: shape"
+        f"design.draft.parameters: {format_count(budget)}; {rule}", "use one of these, or kind: shape"
     )
 
 
@@ -162,12 +135,9 @@ def natural(target: Architecture, hidden_size: int, keep_head_dim: bool = False)
     """The shape that the search would like best at this width, whatever its size."""
     step = 256 if hidden_size >= 256 else _STEP
     feed_forward = max(step, round(_FEED_FORWARD * hidden_size / step) * step)
+    layers = round(_ideal_layers(hidden_size))
     shape = _at_width(
-        replace(target.draft_base, tied=False),
-        hidden_size,
-        round(_ideal_layers(hidden_size)),
-        feed_forward,
-        keep_head_dim,
+        replace(target.draft_base, tied=False), hidden_size, layers, feed_forward, keep_head_dim
     )
     return replace(shape, tied=_is_tied(shape, target))
 
@@ -176,7 +146,8 @@ def choose_heads(hidden_size: int, target: Architecture, keep_head_dim: bool = F
     """Heads, key-value heads and head width for a width.
 
     Heads are 64 wide from a width of 256 on (the target's own from 1024 on, or whenever its rope asks for it), narrower
-    below so that at least four remain. The target's ratio of heads to key-value heads is kept where it divides and leaves two.
+    below so that at least four remain. The target's ratio of heads to key-value heads is kept where it divides and
+    leaves two.
     """
     wanted = [target.head_dim] if keep_head_dim or hidden_size >= 1024 else []
     for head_dim in [*wanted, 64, 32, 16, 8, 4, 2]:
@@ -220,11 +191,8 @@ def _candidates(
             return
         for layers in [num_layers] if num_layers else range(1, round(depth * _ideal_layers(hidden_size)) + 1):
             room = budget - replace(empty, num_layers=layers).parameters
-            per_unit = (
-                (replace(empty, intermediate_size=_STEP).layer_parameters - empty.layer_parameters)
-                / _STEP
-                * layers
-            )
+            one = replace(empty, intermediate_size=_STEP).layer_parameters - empty.layer_parameters
+            per_unit = one / _STEP * layers
             sizes = {
                 math.floor(room / per_unit / step + offset) * step
                 for step in (_STEP, 256)
@@ -239,8 +207,7 @@ def _penalty(shape: Architecture, target: Architecture, budget: int, num_layers:
     depth = 0.0 if num_layers else math.log(shape.num_layers / _ideal_layers(shape.hidden_size))
     aspect = 2 * depth * depth * (1.5 if depth > 0 else 1.0)
     feed_forward = math.log(shape.intermediate_size / (_FEED_FORWARD * shape.hidden_size)) ** 2
-    uneven = 0.1 * (shape.intermediate_size % 256 != 0) + (0.3 if shape.hidden_size >= 512 else 0.1) * (
-        shape.hidden_size % 256 != 0
-    )
+    uneven = 0.1 * (shape.intermediate_size % 256 != 0)
+    uneven += (0.3 if shape.hidden_size >= 512 else 0.1) * (shape.hidden_size % 256 != 0)
     uneven += 0.2 * (shape.num_heads == shape.num_kv_heads and target.num_heads > target.num_kv_heads)
     return aspect + feed_forward + uneven + 2 * abs(shape.parameters - budget) / budget

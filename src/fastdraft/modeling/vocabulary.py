@@ -65,7 +65,7 @@ class Description:
 
 
 def describe(tokenizer_state: str) -> Description:
-    """Reduces a tokenizer's JSON state (the content of `tokenizer.json`); of 128 thousand tokens, about a second's work."""
+    """Reduces a tokenizer's JSON state (the content of `tokenizer.json`); of 128 thousand tokens, a second's work."""
     state = json.loads(tokenizer_state)
     model, added = state["model"], state.get("added_tokens") or []
     vocab = model.get("vocab") or {}
@@ -77,32 +77,6 @@ def describe(tokenizer_state: str) -> Description:
         ids=frozenset(ordinary.values()) | {int(token["id"]) for token in added},
         digest=digest([model.get("type"), ordinary, merges, rules]),
         special_digest=digest(sorted((int(token["id"]), token["content"]) for token in added)),
-    )
-
-
-def build_vocabulary(
-    size: int,
-    tokenizer: Description,
-    *,
-    bos: int | None,
-    eos: Sequence[int],
-    pad: int | None,
-    where: str = "tokenizer",
-) -> Vocabulary:
-    """What must agree, from a tokenizer and the model's own numbers; `eos` in order of preference, repeats allowed."""
-    largest = max(tokenizer.ids, default=-1)
-    if largest >= size:
-        fix = "take config and tokenizer from the same model"
-        raise TargetError(f"{where}: the tokenizer has id {largest}, the config's vocab_size is {size}", fix)
-    return Vocabulary(
-        size=size,
-        num_tokens=len(tokenizer.ids),
-        missing_ids=tuple(sorted(set(range(size)) - tokenizer.ids)),
-        bos_token_id=bos,
-        eos_token_ids=tuple(dict.fromkeys(eos)),
-        pad_token_id=pad,
-        digest=tokenizer.digest,
-        special_digest=tokenizer.special_digest,
     )
 
 

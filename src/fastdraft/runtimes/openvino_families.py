@@ -61,5 +61,5 @@ def unconverted_family(location: str, revision: str | None) -> str:
     Raises:
         TargetError: when its config cannot be read.
     """
-    family = text_family(Target.at(location, revision).files.config)
+    family = text_family(Target.at(location, revision))
     return family if family in NOT_CONVERTED else ""
