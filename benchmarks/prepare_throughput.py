@@ -36,7 +36,7 @@ from fastdraft.data.corpora import blocks, documents
 from fastdraft.data.pack import BATCH_CHARS
 from fastdraft.data.readers import jsonl_values
 from fastdraft.data.tokenize import DocumentEncoder, parallel_tokenization
-from fastdraft.recipe.prepare import JsonlSource, PrepareConfig, SourceCodeSource
+from fastdraft.recipe.prepare import PrepareConfig, RowsSource, SourceCodeSource
 from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder
 from fastdraft.stages import prepare
@@ -105,7 +105,7 @@ def write_corpus(folder: Path, megabytes: float, text: Path | None) -> Path:
 
 def texts(path: Path | None) -> Iterator[str]:
     if path is None:
-        library = SourceCodeSource(name="library", path="python:stdlib")
+        library = SourceCodeSource(name="library", kind="source_code", path="python:stdlib")
         return (text for _, _, text in documents(library, 0) if text)
     return (text for _, text in jsonl_values(path, "text"))
 
@@ -124,7 +124,7 @@ def with_numbers(document: str, copy: int) -> str:
 def prepare_once(corpus: Path, tokenizer: str) -> dict[str, float]:
     """One whole stage, fingerprint included, as a process's first."""
     root = Path(tempfile.mkdtemp(dir=corpus.parent))
-    config = PrepareConfig(corpora=[JsonlSource(name="text", path=str(corpus))])
+    config = PrepareConfig(corpora=[RowsSource(name="text", kind="jsonl", path=str(corpus))])
     target = Target.at(tokenizer)
     context = StageContext(RunFolder(root), RunConfig(name="benchmark"), target, {}, Console(quiet=True))
     try:
@@ -190,7 +190,7 @@ def encode_all(encode: Callable[..., Any], batches: list[list[str]]) -> None:
 def batched(corpus: Path) -> Iterator[list[str]]:
     batch: list[str] = []
     chars = 0
-    for block in blocks(JsonlSource(name="text", path=str(corpus)), 0, (0, 0)):
+    for block in blocks(RowsSource(name="text", kind="jsonl", path=str(corpus)), 0, (0, 0)):
         for piece in block.pieces:
             batch.append(piece)
             chars += len(piece)

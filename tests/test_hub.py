@@ -11,11 +11,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fastdraft.data import corpora, pack
+from fastdraft.data import corpora
 from fastdraft.data.corpora import blocks, documents, hub_values, open_hub
 from fastdraft.errors import DataError
 from fastdraft.recipe.prepare import HubSource
-from test_prepare import config_of, context_of, crash, execute, shards_of, small_shards  # noqa: F401
 
 FILES, ROWS = 5, 40
 SOURCE = HubSource(name="h", kind="hub", dataset="x/y", revision="abc")
@@ -82,23 +81,6 @@ def test_a_block_leads_to_the_next_row_and_reads_no_earlier_file_again(
         rest = list(blocks(SOURCE, 1, block.end))
         assert [later.pieces for later in rest] == [later.pieces for later in everything[number + 1 :]]
         assert len(library["read"]) == sum(len(later.pieces) for later in rest)
-
-
-def test_killed_preparation_goes_on_to_the_same_bytes(
-    tmp_path: Path, tiny_target: Path, library: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(corpora, "BLOCK_CHARS", 1500)
-    config = config_of({"name": "h", "kind": "hub", "dataset": "x/y"})
-    expected = execute(config, context_of(tmp_path / "whole", tiny_target))
-    with pytest.MonkeyPatch.context() as patch:
-        crash(patch, pack, "write_json", 4, before=False)
-        with pytest.raises(KeyboardInterrupt):
-            execute(config, context_of(tmp_path / "killed", tiny_target))
-    library["read"].clear()
-    resumed = execute(config, context_of(tmp_path / "killed", tiny_target))
-    assert shards_of(tmp_path / "killed") == shards_of(tmp_path / "whole")
-    assert resumed["corpora"] == expected["corpora"]
-    assert len(library["read"]) < FILES * ROWS - 90, "what was finished is not read again"
 
 
 def test_a_broken_connection_is_one_line_with_the_number_of_rows(library: dict[str, Any]) -> None:

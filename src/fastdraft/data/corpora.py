@@ -10,7 +10,6 @@ import glob
 import hashlib
 import os
 import random
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.data.readers import jsonl_values, missing_field, parquet_values, read_text
+from fastdraft.data.readers import jsonl_values, missing_field, parquet_values, read_text, unreadable
 from fastdraft.errors import DataError
 from fastdraft.recipe.prepare import FileSource, HubSource, SourceConfig
 from fastdraft.recipe.run import PYTHON, SHIPPED, resolve_path, user_path
 
 HASHED_FILES, HASHED_BYTES = 64, 1 << 16
 # Text that is read and shuffled together: memory is a small multiple of it, a killed stage repeats one.
-BLOCK_CHARS = 32_000_000
+BLOCK_CHARS = 16_000_000
 # Longest piece of a document: about 5,000 tokens, so that one book cannot fill a small budget.
 PIECE_CHARS = 20_000
 COMPRESSED = ("", ".gz", ".xz", ".zst")
@@ -70,11 +69,13 @@ def blocks(source: SourceConfig, seed: int, start: Place) -> Iterator[Block]:
 
 def _block(pieces: list[str], seed: int, skipped: int, end: Place) -> Block:
     random.Random(f"{seed}/{end}").shuffle(pieces)
-    # Lone surrogates, which UTF-8 cannot hold, become question marks.
-    contents = [piece.encode("utf-8", "replace") for piece in pieces]
-    digests = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)
-    valid = [content.decode("utf-8") for content in contents]
-    return Block(valid, np.frombuffer(digests, dtype="<u8").astype(np.uint64), skipped, end)
+    digests = np.empty(len(pieces), dtype=np.uint64)
+    for number, piece in enumerate(pieces):
+        content = piece.encode("utf-8", "replace")
+        digests[number] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        if not piece.isascii():  # lone surrogates, which UTF-8 cannot hold, become question marks
+            pieces[number] = content.decode("utf-8")
+    return Block(pieces, digests, skipped, end)
 
 
 def documents(
@@ -87,7 +88,7 @@ def documents(
     files = source_files(source)
     # By the name within the source, so that the order is the same on every machine.
     order = sorted(
-        files, key=lambda name: hashlib.blake2b(_name_bytes(f"{seed}/{name}"), digest_size=16).digest()
+        files, key=lambda name: hashlib.blake2b(os.fsencode(f"{seed}/{name}"), digest_size=16).digest()
     )
     for number in range(start[0], len(order)):
         after = start[1] if number == start[0] else 0
@@ -221,16 +222,14 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
         try:
             size = path.stat().st_size
             total += size
-            listing.update(_name_bytes(f"{name}\t{size}\n"))
+            listing.update(os.fsencode(f"{name}\t{size}\n"))
             if len(files) <= HASHED_FILES:
                 with open(path, "rb") as content:
                     listing.update(content.read(HASHED_BYTES))
                     content.seek(max(0, size - HASHED_BYTES))
                     listing.update(content.read(HASHED_BYTES))
         except OSError as error:
-            found = error.strerror or "unreadable"
-            message = f"{path}: {found}; the file must exist and be readable"
-            raise DataError(message, "correct the path or its rights") from None
+            raise unreadable(path, error) from None
     return {"files": len(files), "bytes": total, "listing": listing.hexdigest()[:20]}
 
 
@@ -249,43 +248,23 @@ def _nothing(path: str, found: str) -> dict[str, Path]:
     raise DataError(f"{path}: {found}; a source needs at least one file", "correct the path or the patterns")
 
 
-def _name_bytes(text: str) -> bytes:
-    """A file's name as its system spells it, which need not be UTF-8."""
-    return os.fsencode(text) if os.name == "posix" else text.encode("utf-8", "surrogatepass")
-
-
 # ---- long documents
 
 
 def split_document(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
     """Pieces of at most `limit` characters that concatenate to the document; blank ones are left out.
 
-    Cuts behind the last blank line in the second half of the window, else behind the last line end, else before the last
-    space: a tokenizer whose tokens end at line ends and begin at spaces gives the pieces the ids of the whole document.
+    Cuts behind the last blank line in the second half of a piece, else behind the last line end, else before the last space.
     """
     start = 0
-    while len(text) - start > limit:
-        end = _cut(text, start, limit)
-        if not text[start:end].isspace():
-            yield text[start:end]
+    while start < len(text):
+        end = start + limit
+        for mark, kept in (("\n\n", 2), ("\n", 1), (" ", 0)) if end < len(text) else ():
+            found = text.rfind(mark, start + (limit + 1) // 2, end)
+            if found >= 0:
+                end = found + kept
+                break
+        piece = text[start:end]
+        if piece.strip():
+            yield piece
         start = end
-    if text[start:].strip():
-        yield text[start:]
-
-
-def _cut(text: str, start: int, limit: int) -> int:
-    """The end of the piece that begins at `start`; more than `limit` characters are left."""
-    low, high = start + (limit + 1) // 2, start + limit
-    for mark, behind in (("\n\n", 2), ("\n", 1), (" ", 0)):
-        found = text.rfind(mark, low, high)
-        while found >= 0 and text[found + len(mark)].isspace():
-            found = text.rfind(mark, low, found + len(mark) - 1)
-        if found >= 0:
-            return found + behind
-    # No space in sight: at the limit, but not inside a character that is made of several code points.
-    end = high
-    while end > low and (
-        unicodedata.combining(text[end]) or text[end] in "\u200d\ufe0f" or text[end - 1] == "\u200d"
-    ):
-        end -= 1
-    return end if end > low else high

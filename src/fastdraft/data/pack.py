@@ -55,16 +55,9 @@ class Progress:
 
 
 class CorpusPacker:
-    """Everything between a corpus's sources and its part of the manifest.
+    """Everything between a corpus's sources (its entries in the recipe) and its part of the manifest.
 
-    Args:
-        name: The corpus.
-        sources: Its entries in the recipe, in order.
-        folder: The stage's: shards go to `folder/name`, progress to `folder/.journal`, of no use once the stage is complete.
-        form: Of the rows.
-        validation: Share of the documents kept for validation.
-        encoder: Text to ids.
-        seed: Of every order.
+    Shards go to `folder/name`, progress to `folder/.journal`, which is of no use once the stage is complete.
     """
 
     def __init__(
@@ -95,9 +88,10 @@ class CorpusPacker:
 
         `advance` hears of tokens.
         """
-        with ThreadPoolExecutor(ENCODERS + 1) as pool:
+        # One thread reads: each thread that ever did would keep a block's memory for itself.
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(ENCODERS) as pool:
             for source in self._sources[self.progress.source :]:
-                self._read(source, pool, console, advance)
+                self._read(source, reader, pool, console, advance)
         for split, writer in self._writers.items():
             writer.close_shard()
             if not writer.rows:
@@ -120,13 +114,18 @@ class CorpusPacker:
         return {**parts, "duplicates": self.progress.duplicates, "sources": self.progress.sources}
 
     def _read(
-        self, source: SourceConfig, pool: Executor, console: Console, advance: Callable[[float], None]
+        self,
+        source: SourceConfig,
+        reader: Executor,
+        pool: Executor,
+        console: Console,
+        advance: Callable[[float], None],
     ) -> None:
         stream = blocks(source, self._seed, self.progress.place)
         # The next block is read while this one is encoded.
-        coming = pool.submit(next, stream, None)
+        coming = reader.submit(next, stream, None)
         while not self._is_full(source) and (block := coming.result()):
-            coming = pool.submit(next, stream, None)
+            coming = reader.submit(next, stream, None)
             for taken in self._pack(block, source, pool):
                 advance(taken)
                 console.stop.check(self._folder)

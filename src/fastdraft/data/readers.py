@@ -37,9 +37,7 @@ def open_binary(path: Path) -> IO[bytes]:
             return cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
         return open(path, "rb")
     except OSError as error:
-        found = error.strerror or "unreadable"
-        message = f"{path}: {found}; the file must exist and be readable"
-        raise DataError(message, "correct the path or its rights") from None
+        raise unreadable(path, error) from None
 
 
 def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
@@ -130,3 +128,10 @@ def read_text(path: Path) -> str:
 def missing_field(where: object, field: str, found: Any) -> DataError:
     has = ", ".join(map(str, list(found)[:8])) or "no field"
     return DataError(f"{where}: no '{field}'; has {has}", "set `field` to the one that holds the text")
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    found = error.strerror or "unreadable"
+    return DataError(
+        f"{path}: {found}; the file must exist and be readable", "correct the path or its rights"
+    )
