@@ -106,7 +106,7 @@ def test_without_openvino_auto_is_transformers_and_says_what_to_install(recipe: 
 def test_auto_is_transformers_for_a_family_that_is_not_converted(
     recipe: Recipe, installed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_families, "raw_config", lambda *_: {"model_type": "gemma2"})
+    monkeypatch.setattr(openvino_families, "text_family", lambda *_: "gemma2")
     choice = choose_engine(AutoEngineConfig(), context_of(recipe))
     assert choice.settings == HuggingFaceEngineConfig()
     assert "gemma2 is not converted to OpenVINO: its attention scores are capped" in choice.reason

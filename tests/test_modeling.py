@@ -15,9 +15,9 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwe
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.target import Target
 from fastdraft.modeling import initialize, shapes
+from fastdraft.modeling.counting import count
 from fastdraft.modeling.architecture import (
     Architecture,
-    count_parameters,
     draft_hf_config,
     has_rotary_factors,
     read_architecture,
@@ -35,6 +35,10 @@ LLAMA_3_ROPE = {
     "original_max_position_embeddings": 8192,
     "rope_theta": 5e5,
 }
+
+
+def parameters_of(config: Any) -> int:
+    return count(config).stored
 
 
 def _small(cls: Any, **values: Any) -> Any:
@@ -85,14 +89,14 @@ FAMILY_CONFIGS = [
     "config", FAMILY_CONFIGS, ids=lambda c: f"{c.model_type}-{'tied' if c.tie_word_embeddings else 'untied'}"
 )
 def test_the_formula_counts_the_parameters_of_the_real_module(config: Any) -> None:
-    assert read_architecture(config).parameters == count_parameters(config)
+    assert read_architecture(config).parameters == parameters_of(config)
 
 
 @pytest.mark.parametrize("config", FAMILY_CONFIGS, ids=lambda c: c.model_type)
 def test_a_draft_of_every_family_has_the_counted_size_and_runs(config: Any) -> None:
     shape = _explicit(config, 128, 2, 192)
     draft = draft_hf_config(config, shape)
-    assert count_parameters(draft) == shape.parameters
+    assert parameters_of(draft) == shape.parameters
     model = initialize.build_draft(draft, seed=0)
     with torch.inference_mode():
         assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 96)
@@ -101,7 +105,7 @@ def test_a_draft_of_every_family_has_the_counted_size_and_runs(config: Any) -> N
 def test_the_preset_phi_3_mini_50m_has_exactly_52107776_parameters() -> None:
     target = Phi3Config(**PHI_3_MINI)
     shape = shapes.preset("phi-3-mini-50m", read_architecture(target))
-    assert count_parameters(draft_hf_config(target, shape)) == shape.parameters == 52_107_776
+    assert parameters_of(draft_hf_config(target, shape)) == shape.parameters == 52_107_776
     assert (
         shape.hidden_size,
         shape.num_layers,
@@ -124,8 +128,8 @@ def test_the_preset_llama_3_1_8b_150m_has_exactly_154147328_parameters() -> None
         rope_parameters=LLAMA_3_ROPE,
     )
     shape = shapes.preset("llama-3.1-8b-150m", read_architecture(target))
-    assert count_parameters(target) == read_architecture(target).parameters == 8_030_261_248
-    assert count_parameters(draft_hf_config(target, shape)) == shape.parameters == 154_147_328
+    assert parameters_of(target) == read_architecture(target).parameters == 8_030_261_248
+    assert parameters_of(draft_hf_config(target, shape)) == shape.parameters == 154_147_328
     assert shape.read_parameters / LLAMA_8B.read_parameters == pytest.approx(0.012, abs=5e-4)
 
 
@@ -211,7 +215,7 @@ def test_longrope_factors_are_resampled_for_another_head_width() -> None:
     assert len(factors) == 32
     assert factors[0] == 1.0
     assert factors == sorted(factors)
-    assert count_parameters(draft) == 52_107_776
+    assert parameters_of(draft) == 52_107_776
 
 
 def test_resampling_to_the_same_length_changes_nothing() -> None:

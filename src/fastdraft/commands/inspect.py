@@ -135,7 +135,7 @@ def inspect(target: Target) -> Inspection:
     Raises:
         TargetError, TargetError: as `run`.
     """
-    from fastdraft.modeling.architecture import count_parameters
+    from fastdraft.modeling.counting import count
     from fastdraft.modeling.traps import find_traps
 
     config = target.config
@@ -146,7 +146,7 @@ def inspect(target: Target) -> Inspection:
         target.name,
         config,
         architecture,
-        count_parameters(config),
+        count(config).stored,
         vocabulary,
         traps,
         find_candidates(config),

@@ -224,8 +224,3 @@ def resample(values: Sequence[float], count: int) -> list[float]:
         high = min(low + 1, len(values) - 1)
         resampled.append(values[low] + (values[high] - values[low]) * (position - low))
     return resampled
-
-
-def count_parameters(hf_config: PreTrainedConfig) -> int:
-    """Parameters of the real module's text part, without memory for them. A tied matrix counts once."""
-    return count(hf_config).stored

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import re
@@ -15,34 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging as notices
 
-from fastdraft.errors import FastDraftError, TargetError
+from fastdraft.errors import FastDraftError, TargetError, is_out_of_memory
 from fastdraft.modeling.families import TARGET_FAMILIES
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "additional_chat_templates/*",
-)
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json
+    tokenizer.model vocab.json merges.txt vocab.txt spiece.model sentencepiece.bpe.model tekken.json
+    additional_chat_templates/*
+""".split()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 _AGAIN = "fetch the model again"
 
@@ -70,20 +54,14 @@ class ModelFiles:
             return path if path.is_file() else None
         logging.getLogger("huggingface_hub").setLevel(
             logging.ERROR
-        )  # its retries are not news: the outcome is told below
-        try:
-            return Path(hf_hub_download(self.location, name, revision=self.revision))
-        except GatedRepoError as error:
-            fix = "accept its licence there and log in with `hf auth login`"
-            raise TargetError(f"{self.location}: closed to you; the hub must let you read it", fix) from error
-        except RepositoryNotFoundError as error:
-            rule = "neither a directory here nor a model on the hub"
-            raise TargetError(f"{self.location}: {rule}", "correct the name") from error
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        )  # its retries are not news: the outcome is told
+        with one_line(self.location):
+            try:
+                return Path(hf_hub_download(self.location, name, revision=self.revision))
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError):  # not here, and the hub was not asked
+                    raise
                 return None
-            rule = "no such directory, and the hub cannot be reached"
-            raise TargetError(f"{self.location}: {rule}", "go online or name a directory") from error
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -192,27 +170,23 @@ def quiet() -> Iterator[None]:
 
 _EXPLANATIONS = (
     (
-        r"trust_remote_code|custom code",
+        "trust_remote_code|custom code",
         "needs Python code of its own, which is never run",
-        "choose a model without it",
+        "choose another model",
+    ),
+    ("GatedRepo|403", "closed to you", "accept its licence on the hub and log in with `hf auth login`"),
+    ("RepositoryNotFound|404|401", "neither a directory here nor a model on the hub", "correct the name"),
+    (
+        "connect|offline|resolve|timed out|Max retries|cannot find the requested files|LocalEntryNotFound",
+        "no such directory, and the hub cannot be reached",
+        "go online or name a directory",
     ),
     (
-        r"gated|401|403|access to model",
-        "closed to you",
-        "accept its licence on the hub and log in with `hf auth login`",
-    ),
-    (
-        r"connect|offline|resolve|timed out|Max retries|cannot find the requested files",
-        "the hub cannot be reached",
-        "go online",
-    ),
-    (
-        r"safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ",
+        "safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ",
         "damaged or missing weights",
         _AGAIN,
     ),
-    (r"mismatched_sizes|size mismatch", "weights of other shapes than config.json says", _AGAIN),
-    (r"out of memory|allocate", "does not fit into memory", "use a smaller target.dtype or another device"),
+    ("mismatched_sizes|size mismatch", "weights of other shapes than config.json says", _AGAIN),
 )
 """A pattern in a library's message, what it means for the user, the remedy."""
 
@@ -223,9 +197,11 @@ def one_line(location: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (FastDraftError, MemoryError):
+    except FastDraftError:
         raise
     except Exception as error:  # transformers, the hub and safetensors raise dozens of kinds
+        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         for pattern, found, fix in _EXPLANATIONS:
             if re.search(pattern, text, re.IGNORECASE):

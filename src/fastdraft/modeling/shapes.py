@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fastdraft.errors import RecipeError
 from fastdraft.modeling.architecture import Architecture
@@ -25,38 +25,24 @@ _DEPTHS = (
 _WIDTH_PER_LAYER, _FEED_FORWARD = 96, 3.0
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A published draft's shape, reconstructed from its file size."""
-
-    family: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    parameters: int
-    """With the original target's vocabulary."""
-
-
-PRESETS = {
-    "phi-3-mini-50m": Preset("phi3", 512, 6, 8, 1408, 52_107_776),
-    "llama-3.1-8b-150m": Preset("llama", 512, 6, 8, 1792, 154_147_328),
-}
+# Published drafts, reconstructed from their file sizes: family, width, depth, heads, feed-forward. At the vocabulary of
+# their targets they have 52,107,776 and 154,147,328 parameters.
+PRESETS = {"phi-3-mini-50m": ("phi3", 512, 6, 8, 1408), "llama-3.1-8b-150m": ("llama", 512, 6, 8, 1792)}
 
 
 def preset(name: str, target: Architecture) -> Architecture:
     """A reconstructed FastDraft shape (full multi-head attention, untied) in the target's vocabulary."""
-    shape = PRESETS[name]
-    if shape.family != target.family:
-        found = f"{name}; this preset is for {shape.family} targets, this target is {target.family}"
+    family, hidden_size, num_layers, heads, intermediate_size = PRESETS[name]
+    if family != target.family:
+        found = f"{name}; this preset is for {family} targets, this target is {target.family}"
         raise RecipeError(f"design.draft.name: {found}", "use kind: budget")
     return explicit(
         target,
-        hidden_size=shape.hidden_size,
-        num_layers=shape.num_layers,
-        intermediate_size=shape.intermediate_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_heads,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        intermediate_size=intermediate_size,
+        num_heads=heads,
+        num_kv_heads=heads,
         tied=False,
     )
 

@@ -41,8 +41,7 @@ def _padding(vocabulary: Vocabulary) -> list[str]:
 
 
 def _ends(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    traps = []
-    ends, pad = vocabulary.eos_token_ids, vocabulary.pad_token_id
+    traps, ends, pad = [], vocabulary.eos_token_ids, vocabulary.pad_token_id
     if len(ends) > 1:
         names = ", ".join(f"{token} {tokenizer.convert_ids_to_tokens(token)}" for token in ends)
         traps.append(f"Several EOS ids: {names}. A text ends at any of them.")
