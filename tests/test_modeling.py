@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from fastdraft.errors import RecipeError, TargetError
-from fastdraft.target import Target
 from fastdraft.modeling import initialize, shapes
-from fastdraft.modeling.counting import count
 from fastdraft.modeling.architecture import (
     Architecture,
     draft_hf_config,
@@ -23,6 +21,8 @@ from fastdraft.modeling.architecture import (
     read_architecture,
     resample,
 )
+from fastdraft.modeling.counting import count
+from fastdraft.target import Target
 
 LLAMA_8B = Architecture("llama", 128256, 4096, 32, 32, 8, 128, 14336, False, 131072)
 STARTER = Architecture("llama", 8192, 256, 6, 4, 2, 64, 768, True, 2048)

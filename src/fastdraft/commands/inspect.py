@@ -143,13 +143,7 @@ def inspect(target: Target) -> Inspection:
     architecture = target.architecture
     traps = find_traps(target)
     return Inspection(
-        target.name,
-        config,
-        architecture,
-        count(config).stored,
-        vocabulary,
-        traps,
-        find_candidates(config),
+        target.name, config, architecture, count(config).stored, vocabulary, traps, find_candidates(config)
     )
 
 
