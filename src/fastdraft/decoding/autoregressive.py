@@ -109,17 +109,9 @@ def generate_batch(  # noqa: PLR0917
 ) -> list[Generation]:
     """One answer for each prompt, in order; reproducible for equal prompts, order, generator state and threads.
 
-    Where the model's logits are not finite the answer ends with that step's token and a NaN log-prob.
-
-    Args:
-        model: In evaluation mode.
-        prompts: Token ids; none may be empty. Prompts of similar length waste the least.
-        sampling: Temperature 0 is greedy and draws no random numbers.
-        max_new_tokens: Most tokens of an answer, the EOS id included.
-        eos_ids: Any of these ends an answer.
-        generator: On the CPU; its state moves on.
-        give_up: Asked now and then for each unfinished answer so far; True ends it there as if the limit was reached.
-        halving: Writes the batch in pieces where memory runs out, every row from the same random numbers.
+    Where the model's logits are not finite the answer ends with that step's token and a NaN log-prob. `generator` lives on the
+    CPU; `give_up` is asked now and then for each unfinished answer so far, True ends it there as if the limit was reached; `halving`
+    writes the batch in pieces where memory runs out, every row from the same random numbers.
     """
     if not prompts:
         return []
@@ -202,15 +194,8 @@ def pad_left(prompts: Sequence[Sequence[int]], extra: int = 0) -> tuple[Tensor, 
 def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """Next token of each row and the natural log of its probability under the distribution drawn from (0 when greedy).
 
-    Nothing is masked, the ids that the tokenizer lacks neither: the text is the model's own.
-
-    Args:
-        logits_BV: Raw logits.
-        sampling: Temperature, top-k, top-p.
-        uniform_B: Float64 in [0, 1), one for each row: the token is the inverse of the cumulative distribution there.
-
-    Returns:
-        Ids and log-probs, each [B]; the log-prob is NaN where the logits are not finite.
+    The token is the inverse of the cumulative distribution at `uniform_B`, float64 in [0, 1); the log-prob is NaN where the logits
+    are not finite. Nothing is masked, the ids that the tokenizer lacks neither: the text is the model's own.
     """
     if sampling.temperature == 0 or uniform_B is None:
         best_B = logits_BV.max(-1)

@@ -49,15 +49,10 @@ def take_turns(
     missing_ids: Collection[int] = (),
     last_answers: bool = True,
 ) -> Turns:
-    """Asks conversations turn by turn.
+    """Asks conversations turn by turn; `ask` gives the target's answers to the prompts of one turn, told its number.
 
-    Args:
-        form: How the target reads them.
-        conversations: What the user says.
-        ask: Gives the target's answers to the prompts of one turn, told its number.
-        room: The most tokens of a prompt.
-        missing_ids: Ids without a token: an answer with one of them ends its conversation.
-        last_answers: Asks for the answers of the last turns too; else their prompts are all that is wanted.
+    `room` is the most tokens of a prompt; an answer with one of `missing_ids`, ids without a token, ends its conversation; without
+    `last_answers` the prompts of the last turns are all that is wanted.
     """
     answers: list[list[str]] = [[] for _ in conversations]
     open_talks = [place for place, talk in enumerate(conversations) if talk.users]

@@ -44,14 +44,9 @@ def measure_latency(
     prefix_tokens: int = 128,
     repeats: int = 15,
 ) -> Latency:
-    """Times single passes of both models.
+    """Times single passes: the draft over one token, the target over one and over each of `widths` at once.
 
-    Args:
-        target: Reads one token and each of `widths` at once.
-        draft: Reads one token.
-        widths: How many tokens the target reads at once; 1 is always measured.
-        prefix_tokens: Tokens in the cache before each pass; lowered to fit a short context.
-        repeats: Passes of each kind after two that warm up.
+    `prefix_tokens` stand in the cache before each pass, fewer in a short context; each pass is repeated after two that warm up.
     """
     widths = sorted({1, *widths})
     contexts = [int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in (target, draft)]

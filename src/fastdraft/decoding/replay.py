@@ -8,7 +8,6 @@ the target's side coming from the log-probs kept with the text; these give the e
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastdraft.data.rows import SyntheticRow
 from fastdraft.errors import Halving
 from fastdraft.functional.acceptance import Counts, add_counts, batched_expected_counts
+from fastdraft.functional.generation import Generation
 from fastdraft.functional.sampling import mask_ids, warp
 from fastdraft.modeling.heads import OutputHead, output_head
 from fastdraft.modeling.vocabulary import Vocabulary
@@ -29,31 +30,13 @@ BATCH_TOKENS = {"cpu": 2048, "other": 8192}
 _COUNTED_TOGETHER = 256
 
 
-class TokenText(Protocol):
-    """A prompt and what was written behind it."""
-
-    @property
-    def prompt_ids(self) -> list[int]: ...
-    @property
-    def response_ids(self) -> list[int]: ...
-
-
-class WrittenText(TokenText, Protocol):
-    """What replay needs to know of a text: fields of `data.rows.SyntheticRow`."""
-
-    @property
-    def logprobs(self) -> list[float]: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
+TokenText = SyntheticRow | Generation
+"""A prompt and what was written behind it."""
 
 
 def replay(
     draft: PreTrainedModel,
-    rows: Sequence[WrittenText],
+    rows: Sequence[SyntheticRow],
     num_speculative_tokens: Sequence[int],
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
@@ -63,17 +46,9 @@ def replay(
 ) -> list[dict[int, Counts]]:
     """Expected counts of a speculative run over each row, for every K; for greedy rows the very counts of the run.
 
-    Args:
-        draft: The draft, in evaluation mode.
-        rows: What the target wrote, with the log-prob of each token under the distribution it was drawn from.
-        num_speculative_tokens: Every K wanted.
-        vocabulary: Tells which ids the draft never proposes.
-        draft_temperature: The draft's own temperature where the target samples; None: the row's. 0 proposes greedily.
-        batch_tokens: Positions in one pass, padding included; 0 chooses by device.
-        on_batch: Called with the number of rows finished since the last call.
-
-    Returns:
-        For each row, in order, a dictionary from K to counts. A row without a response has empty counts.
+    A row without a response has empty counts. `draft_temperature` is the draft's own where the target samples (None: the row's;
+    0 proposes greedily); `batch_tokens` are positions in one pass, padding included (0 chooses by device); `on_batch` is told the
+    number of rows finished since the last call.
     """
     accepts = accept_probabilities(
         draft, rows, vocabulary, draft_temperature, batch_tokens=batch_tokens, on_batch=on_batch
@@ -98,7 +73,7 @@ def counts_of_accepts(
 
 def block_efficiency(
     draft: PreTrainedModel,
-    rows: Sequence[WrittenText],
+    rows: Sequence[SyntheticRow],
     num_speculative_tokens: int,
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
@@ -114,7 +89,7 @@ def block_efficiency(
 @torch.inference_mode()
 def accept_probabilities(
     draft: PreTrainedModel,
-    rows: Sequence[WrittenText],
+    rows: Sequence[SyntheticRow],
     vocabulary: Vocabulary,
     draft_temperature: float | None = None,
     *,
@@ -196,7 +171,7 @@ def response_hidden(
 def _accept(
     hidden_ND: Tensor,
     head: OutputHead,
-    rows: Sequence[WrittenText],
+    rows: Sequence[SyntheticRow],
     missing_M: Tensor | None,
     draft_temperature: float | None,
 ) -> NDArray[np.float64]:

@@ -33,12 +33,8 @@ def score(
     """The same texts, in order, with this model's log-probs, warped as when the text was drawn.
 
     A token that this model's own top-k or top-p would have removed has log-prob -inf, never a guess.
-
-    Args:
-        model: In evaluation mode; usually the target in full precision, where a runtime wrote with fewer bits.
-        written: Texts drawn with `sampling`, in any order.
-        sampling: How they were drawn. Greedy text has log-prob 0 throughout and is returned as it is.
-        batch_tokens: Positions in one pass, padding included; 0 chooses by device.
+    Greedy text has log-prob 0 throughout and is returned as it is. The model is usually the target in full precision, where a
+    runtime wrote with fewer bits; `batch_tokens` are positions in one pass, padding included (0 chooses by device).
     """
     if sampling.temperature == 0:
         return list(written)

@@ -149,11 +149,7 @@ class SpeculativeDecoder:
     def generate(
         self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> SpeculativeResult:
-        """One text, the same for the same arguments.
-
-        Raises:
-            DataError: when the prompt is empty or does not fit the context.
-        """
+        """One text, the same for the same arguments; an empty prompt or one that does not fit the context is a DataError."""
         rounds = list(self.rounds(prompt_ids, sampling, max_new_tokens, seed))
         response = [token for r in rounds for token in r.tokens]
         logprobs = [value for r in rounds for value in r.logprobs]
@@ -248,11 +244,8 @@ def check_room(
 def _fetch(
     num_accepted: Tensor, ids_E: Tensor, target_probs_EV: Tensor | None, draft_probs_KV: Tensor
 ) -> tuple[int, list[int], list[float], list[float]]:
-    """All that a round needs to know of the device, in the one transfer for which it waits.
-
-    Returns:
-        num_accepted; the ids of all E places; their log-probs (0 when greedy); overlap at each proposal (none when greedy).
-    """
+    """All that a round needs to know of the device, in the one transfer for which it waits: num_accepted, the ids of all E
+    places, their log-probs (0 when greedy), and the overlap at each proposal (none when greedy)."""
     if target_probs_EV is None:
         count, *ids = torch.cat([num_accepted[None], ids_E]).tolist()
         return count, ids, [0.0] * len(ids), []

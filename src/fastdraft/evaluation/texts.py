@@ -40,15 +40,8 @@ class GivenTexts:
         score: Score | None = None,
         greedy_draft: bool = False,
     ) -> None:
-        """Sorts in the rows that serve; all others are counted.
-
-        Args:
-            rows: In the order in which they are to be replayed.
-            context_length: Tokens that target and drafts can read.
-            trained: Hashes of prompts that the draft was trained on.
-            score: Gives the rows a model's log-probs in place of their own.
-            greedy_draft: The draft proposes its likeliest token, so that no log-prob is needed.
-        """
+        """Sorts in the rows that serve; all others are counted. `trained` are hashes of prompts that the draft was trained on;
+        `score` gives the rows a model's log-probs in place of their own; a greedy draft needs no log-probs."""
         seen: set[tuple[str, float, int, float]] = set()
         fitting: list[SyntheticRow] = []
         for row in rows:

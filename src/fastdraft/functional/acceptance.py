@@ -84,25 +84,15 @@ def add_counts(counts: Iterable[Counts]) -> Counts:
 def counts_to_array(counts: Counts) -> NDArray[np.float64]:
     """A row of numbers for sums and bootstraps: the seven totals in the order of the fields, then one number for each position."""
     c = counts
-    totals = [
-        c.num_drafts,
-        c.num_draft_tokens,
-        c.num_accepted_tokens,
-        c.num_examined_tokens,
-        c.num_generated_tokens,
-    ]
-    return np.array(
-        [*totals, c.overlap_sum, c.overlap_tokens, *c.num_accepted_tokens_per_pos], dtype=np.float64
-    )
+    proposals = c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens, c.num_examined_tokens
+    rest = c.num_generated_tokens, c.overlap_sum, c.overlap_tokens, *c.num_accepted_tokens_per_pos
+    return np.array([*proposals, *rest], dtype=np.float64)
 
 
 def counts_from_array(row: NDArray[np.float64]) -> Counts:
     """The inverse of `counts_to_array`."""
-    values = [float(value) for value in row]
-    drafts, proposed, accepted, examined, generated, overlap_sum, overlap_tokens = values[:TOTALS]
-    return Counts(
-        drafts, proposed, accepted, tuple(values[TOTALS:]), examined, generated, overlap_sum, overlap_tokens
-    )
+    drafts, proposed, accepted, *rest = [float(value) for value in row]
+    return Counts(drafts, proposed, accepted, tuple(rest[TOTALS - 3 :]), *rest[: TOTALS - 3])
 
 
 def counts_table(counts: Sequence[Counts]) -> CountsTable:
@@ -124,10 +114,6 @@ def expected_counts(accept: NDArray[np.float64], num_speculative_tokens: int) ->
 
     Given the text, the accept decisions are independent, and a drafted token x is accepted with probability
     min(1, draft_probs[x] / target_probs[x]): that is `accept`. A 0/1 array (greedy) gives the very counts of the run.
-
-    Args:
-        accept: One probability for each token of the text, in order; shape n.
-        num_speculative_tokens: K, at least 1.
     """
     return batched_expected_counts([accept], [num_speculative_tokens])[0][num_speculative_tokens]
 
@@ -185,18 +171,10 @@ def _counts_of(
         "bt,btk,btk->b", visit_BT, reached_BTK, (places_TK[None] < lengths[:, None, None]).astype(np.float64)
     )
     drafts_B = visit_BT.sum(1)
+    rows = zip(drafts_B, accepted_BK, examined_B, lengths, padded_BT.sum(1), strict=True)
     return [
-        Counts(
-            float(d),
-            float(d * k),
-            float(a.sum()),
-            tuple(map(float, a)),
-            float(e),
-            float(n),
-            float(o),
-            float(n),
-        )
-        for d, a, e, n, o in zip(drafts_B, accepted_BK, examined_B, lengths, padded_BT.sum(1), strict=True)
+        Counts(*map(float, (d, d * k, a.sum())), tuple(map(float, a)), *map(float, (e, n, o, n)))
+        for d, a, e, n, o in rows
     ]
 
 

@@ -29,14 +29,7 @@ def resample_weights(num_prompts: int, seed: int, resamples: int = RESAMPLES) ->
 def ratio_interval(
     parts_P: Floats, wholes_P: Floats, seed: int, groups_P: Groups | None = None
 ) -> tuple[float, float]:
-    """The interval of sum(parts) / sum(wholes); NaN for fewer than two groups.
-
-    Args:
-        parts_P: One number for each prompt, for example accepted tokens.
-        wholes_P: For example proposed tokens.
-        seed: Of the resampling.
-        groups_P: Prompts of one number are drawn together; None draws each by itself.
-    """
+    """The interval of sum(parts) / sum(wholes), one of each for each prompt; NaN for fewer than two groups."""
     sums_G2 = _by_group(parts_P, wholes_P, groups_P)
     if len(sums_G2) < 2:
         return float("nan"), float("nan")

@@ -34,16 +34,9 @@ def bucket_of(positions: NDArray[np.int64]) -> NDArray[np.int64]:
 def counts_by_bucket(
     accepts: Sequence[NDArray[np.float64]], starts: Sequence[int], num_speculative_tokens: int
 ) -> NDArray[np.float64]:
-    """Expected counts of every text in every bucket.
+    """Expected counts of every text in every bucket, [texts, buckets, columns of `counts_to_array`]; their sum is `expected_counts`.
 
-    Args:
-        accepts: For each text one accept probability for each response token, as `expected_counts` takes them.
-        starts: For each text the absolute position of its first response token: the length of its prompt.
-        num_speculative_tokens: K.
-
-    Returns:
-        [texts, buckets, columns of `counts_to_array`]; as many buckets as the longest text reaches, at least one. Summed over buckets
-        this is `expected_counts`.
+    `starts` is for each text the absolute position of its first response token. As many buckets as the longest text reaches.
     """
     ends = [start + len(accept) for start, accept in zip(starts, accepts, strict=True)]
     buckets = 1 + int(bucket_of(np.array([max([1, *ends]) - 1]))[0])

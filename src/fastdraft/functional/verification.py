@@ -28,7 +28,7 @@ def verify(
         generator: The source of randomness, on the tensors' device.
 
     Returns:
-        (num_accepted in 0..K as an int64 tensor without axes, the recovered or bonus token as a tensor of shape [1])
+        num_accepted in 0..K, an int64 tensor without axes, and the recovered or bonus token, shape [1].
     """
     index_K1, num_proposed = proposed_K[:, None], len(proposed_K)
     target_K = target_probs_EV[:-1].gather(-1, index_K1).squeeze(-1)

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fastdraft.data.shards import PackedCorpus
-from fastdraft.decoding.replay import WrittenText, block_efficiency
+from fastdraft.data.rows import SyntheticRow
+from fastdraft.decoding.replay import block_efficiency
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.training.batches import (
     Batch,
@@ -65,7 +66,7 @@ def corpus_losses(
 def response_scores(
     step: TrainStep,
     draft: PreTrainedModel,
-    rows: Sequence[WrittenText],
+    rows: Sequence[SyntheticRow],
     num_speculative_tokens: int,
     vocabulary: Vocabulary,
     micro_batch_tokens: int,
