@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import write_recipe, write_target
 from fastdraft.errors import MissingExtra
-from fastdraft.pipeline import STAGE_NAMES
+from fastdraft.stages import SUMMARIES
 from fastdraft.runtimes.engines import require_openvino
 
 TIMES = ("second", "speedup", "quotient")
@@ -227,7 +227,7 @@ class Killing:
 
     def compare(self) -> list[str]:
         stages = [
-            name for name in STAGE_NAMES if name in yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+            name for name in SUMMARIES if name in yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
         ]
         seen = _watch(
             subprocess.Popen(command(self.recipe, "undisturbed")), self.runs / "undisturbed", stages

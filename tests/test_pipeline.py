@@ -10,11 +10,12 @@ from conftest import write_recipe
 from fastdraft import cli
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, MissingExtra
-from fastdraft.pipeline import STAGE_NAMES, downstream, run
+from fastdraft.pipeline import downstream, run
 from fastdraft.recipe.recipe import load_recipe
+from fastdraft.stages import SUMMARIES
 from kill_and_resume import Kind, kill_and_resume
 
-NAMES = [name for name in STAGE_NAMES if name != "benchmark"]
+NAMES = [name for name in SUMMARIES if name != "benchmark"]
 """Stages of the tiny recipe: a benchmark needs another runtime, and has tests of its own."""
 
 
