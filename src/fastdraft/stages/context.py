@@ -1,8 +1,4 @@
-"""The few types that rooms share: what a stage is given, and what an engine must be able to do.
-
-Decides the run-wide settings (`run:` and `target:` in a recipe) and the `StageContext` handed to every stage; what a text and an
-engine are stands in generation.py and is handed on from here.
-"""
+"""What a stage is given: the run's folder, the target, every section of the recipe, and the console."""
 
 from __future__ import annotations
 
@@ -16,14 +12,6 @@ from fastdraft.recipe.base import Config
 from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, StageFolder
 from fastdraft.target import Target
-
-DRAFT_FOLDERS = {
-    "design": "draft",
-    "pretrain": "checkpoint",
-    "continue_pretrain": "checkpoint",
-    "align": "checkpoint",
-}
-"""Where each stage keeps its draft, in the order of training."""
 
 
 @dataclass(frozen=True)
@@ -41,31 +29,17 @@ class StageContext:
         return self.run.folder(stage)
 
     def require(self, stage: str) -> StageFolder:
-        """The finished artifact of an earlier stage.
-
-        Raises:
-            FastDraftError: when that stage has not finished.
-        """
-        artifact = self.folder(stage)
-        if not artifact.is_complete():
-            raise FastDraftError(
-                artifact.path,
-                "not finished",
-                f"this stage needs the result of '{stage}'",
-                f"run `fastdraft {stage} RECIPE` first",
-            )
-        return artifact
+        """The finished folder of an earlier stage."""
+        folder = self.folder(stage)
+        if not folder.is_complete():
+            message = f"{folder.path}: not finished: this stage needs the result of '{stage}'"
+            raise FastDraftError(message, f"run `fastdraft {stage} RECIPE` first")
+        return folder
 
     def section(self, stage: str) -> Any:
-        """Another stage's settings.
-
-        Raises:
-            RecipeError: when the recipe has no such section.
-        """
+        """Another stage's settings, which must be in the recipe."""
         if stage not in self.sections:
-            raise RecipeError(
-                stage, "missing", "this stage needs that section", f"add `{stage}:` to the recipe"
-            )
+            raise RecipeError(f"{stage}: missing: this stage needs that section", f"add `{stage}:` to the recipe")
         return self.sections[stage]
 
     def has(self, stage: str) -> bool:
