@@ -125,6 +125,11 @@ class Console:
         self._rich = rich.console.Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self.live = not quiet and self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._bar: rich.live.Live | None = None
+        self._silent = False
+
+    def silence(self) -> None:
+        """Says nothing from here on, not even warnings: another process says it."""
+        self.quiet, self.live, self._silent = True, False, True
 
     def say(self, text: str) -> None:
         """Prints a line; on a terminal broken between words."""
@@ -164,6 +169,8 @@ class Console:
             self._print(progress.line())
 
     def _print(self, text: str) -> None:
+        if self._silent:
+            return
         with contextlib.suppress(OSError, ValueError):  # a terminal that is gone must not end hours of work
             self._rich.print(text, soft_wrap=not self.live)
 

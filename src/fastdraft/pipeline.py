@@ -148,6 +148,7 @@ def run(
 
 def _join_in(wanted: Sequence[Stage], context: StageContext) -> None:
     """What every process but the first does: its share of the stages that train, when the first one begins them."""
+    context.console.silence()
     for stage in wanted:
         if stage.trains and distributed.begins(stage.name, context.console.stop):
             stage.run(context.sections[stage.name], context)

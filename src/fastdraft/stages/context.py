@@ -13,6 +13,14 @@ from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, StageFolder
 from fastdraft.target import Target
 
+# Where each stage keeps its draft, in the order of training.
+DRAFT_FOLDERS = {
+    "design": "draft",
+    "pretrain": "checkpoint",
+    "continue_pretrain": "checkpoint",
+    "align": "checkpoint",
+}
+
 
 @dataclass(frozen=True)
 class StageContext:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdraft.console import Stop
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.training.batches import Batch
 
@@ -96,6 +98,20 @@ def join(device: torch.device, stage: str) -> Iterator[World]:
     )  # fmt: skip
     yield World(process_rank(), process_count(), dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT))
     dist.destroy_process_group()  # not after an error: it would wait for processes that are lost
+
+
+def begin(stage: str, works: bool) -> None:
+    """Process 0 tells the others that a training stage begins, or that there is nothing to do at it."""
+    if process_count() > 1:
+        _store().set(f"begin/{stage}", str(int(works)))
+
+
+def begins(stage: str, stop: Stop) -> bool:
+    """What process 0 tells of a training stage; waits for it, however long the stages before take. No process group is open meanwhile."""
+    while not _store().check([f"begin/{stage}"]):
+        stop.check(f"process {process_rank()}")
+        time.sleep(0.2)
+    return bool(int(_store().get(f"begin/{stage}")))
 
 
 @cache
