@@ -82,7 +82,9 @@ def contents(folder: Path) -> dict[str, Any]:
 
 def untimed(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: untimed(v) for k, v in value.items() if k not in MEASURED and "second" not in k and k != "latency"}
+        clocks = ("second", "latenc", "speedup")
+        kept = {k: v for k, v in value.items() if k not in MEASURED and not any(part in k for part in clocks)}
+        return {k: untimed(v) for k, v in kept.items()}
     return [untimed(v) for v in value] if isinstance(value, list) else value
 
 
