@@ -48,7 +48,9 @@ def content(name: str, value: bytes) -> Callable[[Path], Any]:
 
 
 def without(*names: str) -> Callable[[Path], Any]:
-    return lambda folder: [path.unlink() for path in list(folder.iterdir()) if not names or path.name in names]
+    return lambda folder: [
+        path.unlink() for path in list(folder.iterdir()) if not names or path.name in names
+    ]
 
 
 RECIPES = [

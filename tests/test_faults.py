@@ -147,7 +147,11 @@ def test_one_process_at_a_time_works_at_a_run(short_run: Path, capsys: pytest.Ca
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(("name", "times"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGINT", 2)])
 def test_a_signal_stops_at_the_next_safe_point_and_a_second_one_at_once(
-    short_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, times: int
+    short_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    times: int,
 ) -> None:
     run, number = Run(short_run, f"stopped-{name}-{times}", "pretrain"), getattr(signal, name)
     usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
@@ -189,8 +193,20 @@ def test_a_server_that_is_not_there_is_one_line(short_run: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("stage", "owner", "name", "error", "key"),
     [
-        ("synthesize", torch.nn.Embedding, "forward", lambda: RuntimeError(CPU_FULL), "synthesize.batch_rows"),
-        ("evaluate", SpeculativeDecoder, "generate", lambda: torch.OutOfMemoryError(""), "evaluate.batch_rows"),
+        (
+            "synthesize",
+            torch.nn.Embedding,
+            "forward",
+            lambda: RuntimeError(CPU_FULL),
+            "synthesize.batch_rows",
+        ),
+        (
+            "evaluate",
+            SpeculativeDecoder,
+            "generate",
+            lambda: torch.OutOfMemoryError(""),
+            "evaluate.batch_rows",
+        ),
         ("pretrain", torch.nn.Embedding, "forward", MemoryError, "pretrain.micro_batch_tokens"),
     ],
 )
@@ -215,7 +231,9 @@ def test_memory_that_does_not_suffice_is_one_line_with_the_key_to_lower(
 
 def test_the_words_by_which_libraries_say_that_memory_ran_out() -> None:
     words = [CPU_FULL, "std::bad_alloc", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"]
-    assert all(map(is_out_of_memory, [MemoryError(), torch.OutOfMemoryError("CUDA"), *map(RuntimeError, words)]))
+    assert all(
+        map(is_out_of_memory, [MemoryError(), torch.OutOfMemoryError("CUDA"), *map(RuntimeError, words)])
+    )
     others = [RuntimeError("shapes differ"), ValueError("out of memory of a name"), OSError(errno.EIO, "x")]
     assert not any(map(is_out_of_memory, others))
 

@@ -319,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end(line: str, exit_code: int) -> int:
-    if exit_code != _STOPPED or os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells of the stop
+    if (
+        exit_code != _STOPPED or os.environ.get("RANK", "0") == "0"
+    ):  # of torchrun's processes one tells of the stop
         print(f"fastdraft: {line}", file=sys.stderr)
     return exit_code

@@ -27,7 +27,9 @@ def describe_run() -> dict[str, Any]:
     home = os.path.expanduser("~")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(without_secrets(word).replace(home, "~" if len(home) > 1 else home) for word in words),
+        "command": " ".join(
+            without_secrets(word).replace(home, "~" if len(home) > 1 else home) for word in words
+        ),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),

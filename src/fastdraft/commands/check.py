@@ -20,7 +20,7 @@ from fastdraft.console import TABLE_WIDTH, Console, format_seconds, format_table
 from fastdraft.data.chat import has_chat_template
 from fastdraft.data.prompts import look as look_at_prompts
 from fastdraft.data.corpora import source_files
-from fastdraft.data.transcript_lines import look as look_at_log
+from fastdraft.data.logs import look as look_at_log
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.modeling.drafts import pick_device
@@ -73,7 +73,7 @@ def _check_folder(root: Path) -> None:
         raise FastDraftError(f"{root}: {place} {found}: no run can lie here", "set another run.folder")
 
 
-def _check_lengths(recipe: Recipe, plan: design.Plan) -> None:
+def _check_lengths(recipe: Recipe, plan: design.DraftDesign) -> None:
     """Lengths against contexts, and the number of stored logits against the vocabulary."""
     context = min(plan.draft.context_length, plan.target.context_length)
     asked = [
@@ -182,7 +182,7 @@ def _size(count: float) -> str:
 
 
 def _as_dict(
-    recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int
+    recipe: Recipe, plan: design.DraftDesign, device: str, stages: list[StageForecast], free: int
 ) -> dict[str, Any]:
     target, draft = plan.target, plan.draft
     return {
@@ -195,7 +195,9 @@ def _as_dict(
     }
 
 
-def _print(recipe: Recipe, plan: design.Plan, device: str, stages: list[StageForecast], free: int) -> None:
+def _print(
+    recipe: Recipe, plan: design.DraftDesign, device: str, stages: list[StageForecast], free: int
+) -> None:
     target, draft, ratios = plan.target, plan.draft, design.cost_ratios(plan.draft, plan.target)
     size = f"{target.family}, {format_count(target.parameters)} parameters, vocabulary {target.vocab_size}"
     print(f"target  {recipe.target.model}: {size}")

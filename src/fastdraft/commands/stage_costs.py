@@ -35,7 +35,7 @@ class StageForecast:
 class StageCosts:
     """The costs of a recipe's stages, for one draft on one device."""
 
-    def __init__(self, recipe: Recipe, plan: design.Plan, device: str, has_weights: bool) -> None:
+    def __init__(self, recipe: Recipe, plan: design.DraftDesign, device: str, has_weights: bool) -> None:
         self.recipe, self.draft, self.target, self.device = recipe, plan.draft, plan.target, device
         self.threads = recipe.run.threads
         self.checkpoint = forecast.checkpoint_bytes(plan.draft.parameters)

@@ -47,7 +47,9 @@ class StageContext:
     def section(self, stage: str) -> Any:
         """Another stage's settings, which must be in the recipe."""
         if stage not in self.sections:
-            raise RecipeError(f"{stage}: missing: this stage needs that section", f"add `{stage}:` to the recipe")
+            raise RecipeError(
+                f"{stage}: missing: this stage needs that section", f"add `{stage}:` to the recipe"
+            )
         return self.sections[stage]
 
     def has(self, stage: str) -> bool:
