@@ -188,6 +188,8 @@ class BenchmarkResults(JsonRow):
     best: BestK
     verdict: dict[str, str] = field(default_factory=dict)
     """`sentence` and `tone`: good, mixed or bad."""
+    launch: str = ""
+    """What a user types to run the deployed pair at its best K."""
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:

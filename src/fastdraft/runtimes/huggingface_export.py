@@ -1,18 +1,14 @@
-"""The draft as transformers loads it: a directory for `assistant_model`, and proof that it loads and keeps its promise.
-
-Decides that num_speculative_tokens and the confidence threshold are pinned in the generation config (transformers'
-own defaults, 20 tokens and 0.4, change between releases and make small drafts slower), and what is tested on the files
-themselves: assisted greedy text against the target alone, and the draft's probability on ids without a token.
-"""
+"""The draft as transformers loads it: a directory for `assistant_model`, and proof that it loads and keeps its promise."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fastdraft.modeling.drafts import load_draft, save_draft
 from fastdraft.modeling.families import text_config
@@ -20,12 +16,9 @@ from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.target import Target
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-
 PADDING_MASS_LIMIT = 1e-4
 """Mean probability on padding ids above which runtimes that do not mask them waste proposals."""
-_CHUNK = 512
+_PADDING_TOKENS = 512  # read of each text
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,6 @@ class AssistedCheck:
 
     same_text: bool
     """Whether the greedy tokens with and without the draft are equal."""
-    num_tokens: int
     response_ids: list[int]
     """What the target wrote alone."""
 
@@ -45,29 +37,18 @@ def write_huggingface(
     """Writes a complete Hugging Face directory from a checkpoint and returns the names of its files.
 
     Weights are stored in fp32, bit for bit those that were evaluated; tokenizer files are copied byte for byte.
-
-    Args:
-        checkpoint: Directory of the trained draft, tokenizer files included.
-        folder: Replaced when it exists.
-        num_speculative_tokens: K, kept constant by the runtime.
-        confidence_threshold: The draft stops proposing below this probability; 0 never stops early.
-
-    Raises:
-        FastDraftError: when the checkpoint is damaged. FastDraftError: when the disk is full.
     """
     model = load_draft(checkpoint)
-    config = model.generation_config
-    config.num_assistant_tokens = num_speculative_tokens
-    config.num_assistant_tokens_schedule = "constant"
-    config.assistant_confidence_threshold = confidence_threshold
+    # transformers' own defaults, 20 tokens and 0.4, change between releases and make small drafts slower.
+    model.generation_config.num_assistant_tokens = num_speculative_tokens
+    model.generation_config.num_assistant_tokens_schedule = "constant"
+    model.generation_config.assistant_confidence_threshold = confidence_threshold
     save_draft(model, folder, Target.at(checkpoint))
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def load_assistant(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The exported draft loaded as a user would load it, without any of our own code."""
-    from transformers import AutoModelForCausalLM
-
     with quiet():
         return AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
 
@@ -81,20 +62,23 @@ def check_assisted(
 ) -> AssistedCheck:
     """Greedy text of the target alone and with the draft as `assistant_model`, for one prompt.
 
-    In half precision or at exact ties the two may differ, because a pass over several tokens rounds differently from a
-    pass over one.
+    In half precision or at exact ties the two may differ, because a pass over several tokens rounds differently from one over one.
     """
     prompt = torch.tensor([list(prompt_ids)], device=target.device)
-    settings = _greedy(vocabulary, max_new_tokens)
-    mask = torch.ones_like(prompt)
-    positions = text_positions(target, prompt)
+    eos: Any = list(vocabulary.eos_token_ids) or None
+    # Leaves nothing to the models' own generation configs.
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=vocabulary.pad_token_id if vocabulary.pad_token_id is not None else (eos or [0])[0],
+        bos_token_id=vocabulary.bos_token_id,
+    )
+    asked: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "generation_config": settings}
     with quiet():
-        alone = target.generate(prompt, attention_mask=mask, generation_config=settings)
-        assisted = target.generate(
-            prompt, attention_mask=mask, generation_config=settings, assistant_model=draft, **positions
-        )
-    response = alone[0, prompt.shape[1] :].tolist()
-    return AssistedCheck(response == assisted[0, prompt.shape[1] :].tolist(), len(response), response)
+        alone = target.generate(prompt, **asked)
+        assisted = target.generate(prompt, **asked, assistant_model=draft, **text_positions(target, prompt))
+    return AssistedCheck(torch.equal(alone, assisted), alone[0, prompt.shape[1] :].tolist())
 
 
 def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -103,11 +87,9 @@ def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, t
     By itself it makes positions [axes, 1, T] for pictures and hands them on to the draft, which, as any text model, reads one for
     each token and fails. Told the positions in the text, [1, T], both use them.
     """
-    return (
-        {"position_ids": torch.arange(prompt.shape[1], device=prompt.device)[None]}
-        if needs_positions(target.config)
-        else {}
-    )
+    if not needs_positions(target.config):
+        return {}
+    return {"position_ids": torch.arange(prompt.shape[1], device=prompt.device)[None]}
 
 
 def needs_positions(config: PreTrainedConfig) -> bool:
@@ -116,40 +98,18 @@ def needs_positions(config: PreTrainedConfig) -> bool:
     return bool(rope.get("mrope_section"))
 
 
-def _greedy(vocabulary: Vocabulary, max_new_tokens: int) -> GenerationConfig:
-    """Settings that leave nothing to the models' own generation configs."""
-    from transformers import GenerationConfig
-
-    eos: Any = list(vocabulary.eos_token_ids) or None
-    pad = vocabulary.pad_token_id if vocabulary.pad_token_id is not None else (eos or [0])[0]
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        bos_token_id=vocabulary.bos_token_id,
-    )
-
-
 @torch.inference_mode()
 def padding_mass(
     draft: PreTrainedModel, vocabulary: Vocabulary, texts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """Mean and largest probability that the draft gives, at temperature 1, to all ids without a token together.
-
-    Args:
-        draft: In eval mode.
-        vocabulary: Names the ids without a token.
-        texts: Token ids of texts; each is read from its beginning, at most 512 tokens of it.
-    """
+    """Mean and largest probability that the draft, at temperature 1, gives to all ids without a token together, over some texts."""
     missing = list(vocabulary.missing_ids)
     if not missing:
         return 0.0, 0.0
     masses = []
     for ids in texts:
-        logits_TV = draft(input_ids=torch.tensor([list(ids[:_CHUNK])], device=draft.device)).logits[0].float()
-        masses.append(
-            logits_TV.softmax(-1)[:, missing].sum(-1).cpu().double()
-        )  # not every accelerator has float64
+        input_ids = torch.tensor([list(ids[:_PADDING_TOKENS])], device=draft.device)
+        probs_TV = draft(input_ids=input_ids).logits[0].float().softmax(-1)
+        masses.append(probs_TV[:, missing].sum(-1).cpu().double())  # not every accelerator has float64
     mass = torch.cat(masses)
     return float(mass.mean()), float(mass.max())

@@ -1,8 +1,7 @@
 """A Hugging Face directory as OpenVINO runs it: model, tokenizer and detokenizer as IR, weights compressed, and tried.
 
-Decides how each weight format is made (optimum-intel converts, in the model's own precision or float32; nncf compresses;
-the tokenizer files of the source are copied byte for byte beside the converted ones), and that an export is a directory
-only after it has been loaded and has written the same greedy text with and without a draft.
+optimum-intel converts, in the model's own precision or float32; nncf compresses; the source's tokenizer files are copied byte for byte
+beside the converted ones. An export is a directory only after it has been loaded and has written the same greedy text with a draft.
 """
 
 from __future__ import annotations
@@ -12,31 +11,34 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fastdraft.errors import FastDraftError, MissingExtra, TargetError
 from fastdraft.functional.generation import Sampling
+from fastdraft.functional.same_text import compare_texts
+from fastdraft.modeling.initialize import STD
 from fastdraft.modeling.model_files import quiet
-from fastdraft.modeling.text_part import as_text_model
+from fastdraft.modeling.text_part import as_text_model, text_family
 from fastdraft.run_folder import atomic_folder
-from fastdraft.runtimes.engines import INSTALL_CONVERTER
-from fastdraft.runtimes.openvino import MODEL_FILE, core, import_genai, short
-from fastdraft.runtimes.openvino_families import newer_transformers
-from fastdraft.runtimes.openvino_pair import check_pair
-from fastdraft.runtimes.openvino_ties import TieJudge, explain_differences
-from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
+from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, check_pair, core, import_genai, short
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair
 from fastdraft.target import Target
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
-FILES = (MODEL_FILE, "openvino_tokenizer.xml", "openvino_detokenizer.xml", "config.json")
-TOKENS = 32
-"""Compared with and without a draft."""
-GROUP = 128
-"""Weights that share a scale in int4; rows that it does not divide keep int8."""
-NEAR_TIE = 1e-3
-"""Difference of log-probs below which either token counts as the greedy one: float32 differs by about 1e-5."""
+NOT_CONVERTED = {
+    "gemma2": "its attention scores are capped, which OpenVINO's attention leaves out: it would write another text"
+}
+"""Text families that are not converted, and why: transformers writes for these."""
+_FILES = (MODEL_FILE, "openvino_tokenizer.xml", "openvino_detokenizer.xml", "config.json")
+_INT4_GROUP = 128  # weights that share a scale; rows that it does not divide keep int8
+_TRIED_TOKENS = 32
 _PROMPT = "Once upon a time there was a small town by the sea, and in that town"
 
 
@@ -53,63 +55,56 @@ class ExportCheck:
     tokens_per_pass: float
     """Block efficiency of the few tokens: of the draft, or of the model as its own draft."""
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def unconverted_family(target: Target) -> str:
+    """The text family of a target that is not converted; empty for one that is."""
+    family = text_family(target.files.config)
+    return family if family in NOT_CONVERTED else ""
+
+
+def require_convertible(target: Target) -> None:
+    """Refuses a target whose family is not converted, before anything is trained for it."""
+    family = unconverted_family(target)
+    if family:
+        raise TargetError(
+            f"{target.location}: family {family}: {NOT_CONVERTED[family]}",
+            "leave out `benchmark`, and write export.openvino.target=none",
+        )
 
 
 def export_openvino(
-    source: str | Path,
+    source: Target,
     folder: Path,
     weights: Weights,
     *,
     pair: Path | None = None,
     role: Literal["draft", "target"] = "draft",
-    revision: str | None = None,
 ) -> ExportCheck:
     """Exports a model and tries it; the directory stands whole and tried, or not at all.
 
     Args:
-        source: Hugging Face directory or hub id.
+        source: The model.
         folder: Replaced when it exists.
         weights: fp32 and fp16 store floats; int8 and int4 are compressed without data (asymmetric; int4 in groups of 128
             with embeddings and head in int8).
         pair: An export that this one must run together with; None tries the model as its own draft.
-        role: What `source` is beside `pair`: draft or target.
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        TargetError: when the two do not fit, before anything is converted.
-        MissingExtra: without openvino, nncf or optimum-intel. TargetError: when the source cannot be converted.
-        FastDraftError: when the exported files do not load or write other text with a draft. FastDraftError: disk full.
+        role: What `source` is beside `pair`.
     """
     import_genai()
-    model = Target.at(source, revision)
-    model.config  # noqa: B018 (refuses other families)
-    model.files.check_weights()
+    source.files.check_weights()
     if pair is not None:
-        check_pair(*((pair, source) if role == "draft" else (source, pair)))
+        check_pair(*((Target.at(pair), source) if role == "draft" else (source, Target.at(pair))))
     with atomic_folder(folder) as temporary:
-        convert(source, temporary, weights, revision)
-        target, draft = (
-            (temporary, temporary)
-            if pair is None
-            else (pair, temporary)
-            if role == "draft"
-            else (temporary, pair)
-        )
-        return check_export(target, draft)
+        convert(source, temporary, weights)
+        other = pair or temporary
+        return check_export(*((other, temporary) if role == "draft" else (temporary, other)))
 
 
-def convert(source: str | Path, folder: Path, weights: Weights, revision: str | None = None) -> None:
-    """Writes the IR of model, tokenizer and detokenizer, and the tokenizer files of the source, into an existing directory.
-
-    Raises:
-        MissingExtra, TargetError: as for `export_openvino`.
-    """
+def convert(source: Target, folder: Path, weights: Weights) -> None:
+    """Writes the IR of model, tokenizer and detokenizer, and the source's tokenizer files, into an existing directory."""
     convert_model, ov_config = _optimum()
-    log = io.StringIO()
     try:
-        with _silence(log), as_text_model(Target.at(source, revision), folder) as text, newer_transformers():
+        with _silence(), as_text_model(source, folder) as text, _newer_transformers():
             convert_model(
                 text.location,
                 str(folder),
@@ -124,26 +119,20 @@ def convert(source: str | Path, folder: Path, weights: Weights, revision: str | 
                 compress(folder / MODEL_FILE, weights)
     except (RuntimeError, ValueError, OSError, KeyError, AttributeError, NotImplementedError) as error:
         raise TargetError(
-            source, f"{type(error).__name__}: {short(error)}", "must convert to OpenVINO", "try another model"
+            f"{source.location}: cannot be converted to OpenVINO: {type(error).__name__}: {short(error)}",
+            "try another model",
         ) from error
-    Target.at(source, revision).copy_tokenizer(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    source.copy_tokenizer(folder)
+    missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
-        rule = "model, tokenizer and detokenizer must all be converted"
         raise TargetError(
-            source,
-            f"no {', '.join(missing)} after the conversion",
-            rule,
+            f"{source.location}: no {', '.join(missing)} after the conversion; model, tokenizer and detokenizer must all be converted",
             "see that openvino-tokenizers is installed",
         )
 
 
 def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
-    """Compresses the weights of an IR in place, without data.
-
-    Raises:
-        MissingExtra: without nncf.
-    """
+    """Compresses the weights of an IR in place, without data."""
     try:
         import nncf
     except ImportError:
@@ -154,15 +143,13 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
     if weights == "int8":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     else:
-        fallback = nncf.AdvancedCompressionParameters(
-            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
-        )
+        adjust = nncf.GroupSizeFallbackMode.ADJUST
         model = nncf.compress_weights(
             model,
             mode=nncf.CompressWeightsMode.INT4_ASYM,
-            group_size=GROUP,
+            group_size=_INT4_GROUP,
             ratio=1.0,
-            advanced_parameters=fallback,
+            advanced_parameters=nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust),
         )
     compressed = model_file.with_name("compressed.xml")
     openvino.save_model(model, compressed, compress_to_fp16=False)
@@ -172,50 +159,84 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
 
 
 def check_export(target: Path, draft: Path) -> ExportCheck:
-    """Loads both, writes 32 greedy tokens without and with the draft, in float32, and compares.
+    """Loads both, writes 32 greedy tokens without and with the draft, in float32, and compares; refuses more than a near-tie."""
+    models = [Target.at(folder) for folder in (target, draft)]
+    prompt = [int(token) for token in models[0].tokenizer(_PROMPT).input_ids]
+    room = min(model.context_length for model in models) - len(prompt) - 8
+    tokens = max(1, min(_TRIED_TOKENS, room))
+    pair = OpenVINOPair(target, draft, precision="exact")
+    [alone] = pair.write([prompt], Sampling(0.0), tokens, 0).texts
+    [drafted] = pair.write_with_draft([prompt], Sampling(0.0), tokens, 0, 3).texts
+    difference = compare_texts(prompt, alone.response_ids, drafted.response_ids, pair.gap)
+    if difference is not None and not difference.is_near_tie("exact"):
+        raise FastDraftError(
+            f"{draft}: token {difference.place + 1} of {tokens} differs with the draft, by a log-prob of {difference.gap}; "
+            "greedy text must be the same but for near-ties",
+            "export it again",
+        )
+    return ExportCheck(
+        len(alone.response_ids),
+        difference is None,
+        difference.gap if difference else None,
+        drafted.counts.block_efficiency,
+    )
 
-    Raises:
-        FastDraftError: when a file does not load, or the texts differ by more than a near-tie. RecipeError: when OpenVINO fails.
+
+def export_random(config: PreTrainedConfig, tokenizer: Target, folder: Path, weights: Weights) -> None:
+    """An export of a shape with random weights, into an existing folder: it runs as a real one does and says nothing sensible.
+
+    Args:
+        config: The shape; converted whole, so for small ones.
+        tokenizer: Whose tokenizer files stand beside the model.
+        folder: Existing and empty.
+        weights: As for `export_openvino`.
     """
-    prompt = [int(token) for token in Target.at(target).tokenizer(_PROMPT).input_ids]
-    room = min(Target.at(folder).context_length for folder in (target, draft)) - len(prompt) - 8
-    tokens = max(1, min(TOKENS, room))
-    alone = greedy(target, prompt, tokens)
-    with_draft = (
-        OpenVINOPair(target, draft, (), precision="exact")
-        .at(3)
-        .write([prompt], Sampling(0.0), tokens, 0)
-        .texts[0]
-    )
-    text = with_draft.response_ids
-    gap = None
-    if text != alone:
-        [(_, place, gap)] = explain_differences(TieJudge(target), [prompt], [alone], [text])
-        if not gap < NEAR_TIE:
-            found = f"token {place + 1} of {tokens} differs with the draft, by a log-prob of {gap:.2g}"
-            raise FastDraftError(
-                draft,
-                found,
-                f"greedy text must be the same (differences below {NEAR_TIE} pass)",
-                "export it again",
-            )
-    return ExportCheck(len(alone), text == alone, gap, with_draft.counts.block_efficiency)
+    with TemporaryDirectory(dir=folder.parent, prefix=".random-") as made:
+        source = Path(made)
+        write_random(config, source)
+        tokenizer.copy_tokenizer(source)
+        convert(Target.at(source), folder, weights)
 
 
-def greedy(folder: Path, prompt: list[int], tokens: int) -> list[int]:
-    """What an exported model writes alone: float32, past any end-of-sequence token."""
-    return (
-        OpenVINOTarget(folder, (), precision="exact")
-        .write([prompt], Sampling(0.0), tokens, 0)
-        .texts[0]
-        .response_ids
-    )
+def write_random(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
+    """A Hugging Face directory with random bfloat16 weights, written without building the model."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, parameter in model.named_parameters():  # a tied head is not named twice
+        tensor = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0.0, STD, generator=generator)
+        # Norms around 1, but not at it: a conversion drops a multiplication by exactly 1.
+        tensors[name] = tensor + 1 if "norm" in name and parameter.ndim == 1 else tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _newer_transformers() -> Iterator[None]:
+    """Lets optimum-intel convert Gemma 1 and 3 beside transformers 5.1 and later, which release 2.2 refuses by a version number alone.
+
+    What it writes there is right: a test holds it to transformers' own greedy text.
+    """
+    from optimum.exporters.openvino import model_configs
+
+    owner, name = getattr(model_configs, "GemmaOpenVINOConfig", None), "MAX_TRANSFORMERS_VERSION"
+    bound = getattr(owner, name, None)
+    if bound is None:
+        yield
+        return
+    setattr(owner, name, "5.99")
+    try:
+        yield
+    finally:
+        setattr(owner, name, bound)
 
 
 def _optimum() -> tuple[Any, Any]:
     """optimum-intel's exporter and its settings."""
     try:
-        with _silence(io.StringIO()):
+        with _silence():
             from optimum.exporters.openvino import main_export
             from optimum.intel import OVConfig
     except (ImportError, RuntimeError) as error:
@@ -224,9 +245,9 @@ def _optimum() -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _silence(log: io.StringIO) -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Holds back tracer warnings and progress bars: what matters is checked on the files."""
-    disabled = logging.root.manager.disable
+    disabled, log = logging.root.manager.disable, io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), quiet():
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)

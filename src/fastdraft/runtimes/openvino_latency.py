@@ -1,19 +1,10 @@
 """What one pass of an exported model costs in OpenVINO: the measured side of the forecast.
 
-Decides that the very graph is timed that OpenVINO GenAI's continuous batching runs: the exported IR with its attention
-turned into paged attention, compiled with the properties of `device_properties` and nothing else, so that arithmetic
-(on a CPU bfloat16 where it has it), dynamic quantisation and the 8-bit KV cache are the same. The cache is in tensors of
-ours: every pass starts behind the same prefix, whatever was written before, so it never grows and is never refilled.
-
-Decides also the order of the passes: that of decoding. A round is K draft tokens and then a target pass over K + 1; equal
-rounds go untimed before the timed ones, and target passes over one token before those timed alone. So each model finds the
-processor's caches as the other left them (a small model that has them to itself is twice as fast), and no pass pays for a
-change of shape that decoding does not make either. All kinds come in every turn, so that a slow moment of the machine hits
-all; figures are medians over the turns behind two that warm up.
-
-What GenAI adds around a pass is not in these figures: scheduling, choosing tokens, filling the inputs, and a draft pass
-over two tokens instead of one after a round in which all were accepted. docs/openvino.md has how much that is.
+`measure_passes` times a pair for the benchmark; `LoadedModel` and `time_passes` serve `inspect --measure`, with many drafts at once.
 """
+
+# What GenAI adds around a pass is not in these figures: scheduling, choosing tokens, filling the inputs, and a draft pass over two tokens
+# instead of one after a round in which all were accepted. docs/openvino.md has how much that is.
 
 from __future__ import annotations
 
@@ -28,16 +19,23 @@ from typing import Any
 import numpy as np
 
 from fastdraft.decoding.latency import Latency
-from fastdraft.errors import FastDraftError, RecipeError
-from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_exported, core, device_properties, short
-from fastdraft.runtimes.openvino_signals import keeping_signal_stack
+from fastdraft.runtimes.openvino import (
+    MODEL_FILE,
+    Precision,
+    check_exported,
+    core,
+    device_properties,
+    keeping_signal_stack,
+    openvino_errors,
+)
 from fastdraft.target import Target
 
 WARM_TURNS = 2
+REPEATS = 15
+"""Turns whose median is taken."""
 SPELL_SECONDS = 0.02
 """How long equal rounds are made before, and again while, they are timed; a slower model makes one of each."""
-_PIECE = 256
-"""Tokens of the prefix read at once: their logits are held, and a long prefix of a large vocabulary would take gigabytes."""
+_PIECE = 256  # of the prefix, read at once: logits of a long one over a large vocabulary would take gigabytes
 _NAMES = (("int4", ("u4", "i4")), ("int8", ("u8", "i8")), ("fp16", ("f16", "bf16")))
 
 
@@ -56,6 +54,10 @@ class PassCosts:
 class LoadedModel:
     """An exported model compiled as continuous batching compiles it, its cache filled with a prefix.
 
+    The very graph is timed that OpenVINO GenAI runs: attention turned into paged attention, compiled with `device_properties` and nothing
+    else, so that arithmetic (on a CPU bfloat16 where it has it), dynamic quantisation and the 8-bit KV cache are the same. The cache is in
+    tensors of ours: every pass starts behind the same prefix, whatever was written before, so it never grows and is never refilled.
+
     Args:
         folder: An export.
         prefix_tokens: Positions filled once; every pass begins behind them.
@@ -63,10 +65,6 @@ class LoadedModel:
         device: OpenVINO's name.
         precision: fast or exact.
         threads: CPU threads; 0 leaves OpenVINO's own choice.
-
-    Raises:
-        MissingExtra: without openvino-genai. RecipeError: for a device that is not there.
-        FastDraftError: when the files cannot be compiled or run there.
     """
 
     def __init__(
@@ -79,12 +77,18 @@ class LoadedModel:
         precision: Precision = "fast",
         threads: int = 0,
     ) -> None:
+        from openvino._offline_transformations import paged_attention_transformation
+
         properties = device_properties(device, precision, threads)
         check_exported(folder)
         self.prefix_tokens = 0
         self._inputs: dict[tuple[int, int], dict[str, Any]] = {}
-        try:
-            self.weights, compiled = _compile(folder, device, properties)
+        with openvino_errors(folder, f"OpenVINO could not run it on {device}", "export the model again"):
+            model = core().read_model(folder / MODEL_FILE)
+            self.weights = weights_of(model)
+            paged_attention_transformation(model)
+            with keeping_signal_stack():
+                compiled = core().compile_model(model, device, properties)
             self._request = compiled.create_infer_request()
             self._names = {port.get_any_name() for port in compiled.inputs}
             self._vocab_size = int(compiled.output("logits").partial_shape[-1].get_length())
@@ -93,10 +97,6 @@ class LoadedModel:
                 piece = min(_PIECE, prefix_tokens - self.prefix_tokens)
                 self.read(piece)
                 self.prefix_tokens += piece
-        except RuntimeError as error:
-            raise FastDraftError(
-                folder, short(error), f"OpenVINO must run it on {device}", "export the model again"
-            ) from error
 
     def read(self, width: int) -> float:
         """Seconds of one pass over `width` tokens behind the prefix."""
@@ -108,9 +108,8 @@ class LoadedModel:
 
     def logits(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Of the last pass, [width, vocabulary]."""
-        return np.array(self._request.get_tensor("logits").data, dtype=np.float32).reshape(
-            -1, self._vocab_size
-        )
+        logits = np.array(self._request.get_tensor("logits").data, dtype=np.float32)
+        return logits.reshape(-1, self._vocab_size)
 
     def _tensors(self, width: int) -> dict[str, Any]:
         """The inputs of one sequence of `width` tokens behind `prefix_tokens`, made once."""
@@ -127,12 +126,11 @@ class LoadedModel:
                 "block_indices_begins": ([0, self._blocks], np.int32),
                 "block_indices": (np.arange(self._blocks), np.int32),
             }
-            used: list[tuple[str, Any]] = [
-                (name, np.asarray(value, dtype=kind))
+            self._inputs[begin, width] = {
+                name: openvino.Tensor(np.asarray(value, dtype=kind))
                 for name, (value, kind) in values.items()
                 if name in self._names
-            ]
-            self._inputs[begin, width] = {name: openvino.Tensor(value) for name, value in used}
+            }
         return self._inputs[begin, width]
 
 
@@ -151,9 +149,9 @@ def measure_passes(
     draft_device: str = "",
     precision: Precision = "fast",
     threads: int = 0,
-    repeats: int = 15,
+    repeats: int = REPEATS,
 ) -> Latency:
-    """Times single passes of two exported models in the order of decoding; see the module's docstring.
+    """Times single passes of two exported models in the order of decoding.
 
     Args:
         target: Export, read 1 token and each of `widths` at once.
@@ -165,29 +163,17 @@ def measure_passes(
         precision: fast or exact.
         threads: CPU threads; 0 leaves OpenVINO's own choice.
         repeats: Turns whose median is taken.
-
-    Raises:
-        MissingExtra, RecipeError, FastDraftError: as for `LoadedModel`.
     """
-    check_repeats(repeats)
     widths = sorted({1, *widths})
-    prefix = fitting_prefix([target, draft], prefix_tokens, max(widths))
-    loaded = LoadedModel(target, prefix, max(widths), device=device, precision=precision, threads=threads)
+    prefix, room = fitting_prefix([target, draft], prefix_tokens, max(widths)), max(widths)
+    loaded = LoadedModel(target, prefix, room, device=device, precision=precision, threads=threads)
     of_draft = LoadedModel(
-        draft, prefix, max(widths), device=draft_device or device, precision=precision, threads=threads
+        draft, prefix, room, device=draft_device or device, precision=precision, threads=threads
     )
     costs = time_passes(loaded, [of_draft], widths, repeats)
     return Latency(
         costs.draft_seconds[0], costs.target_seconds, prefix, device, of_draft.weights, loaded.weights
     )
-
-
-def check_repeats(repeats: int) -> None:
-    """Raises:
-    RecipeError: below one turn.
-    """
-    if repeats < 1:
-        raise RecipeError("repeats", repeats, "must be at least 1", "15 are enough on a quiet machine")
 
 
 def fitting_prefix(folders: Sequence[Path], prefix_tokens: int, room: int) -> int:
@@ -204,6 +190,11 @@ def time_passes(
     on_turn: Callable[[], None] = lambda: None,
 ) -> PassCosts:
     """Turns of rounds in which every width and every draft comes at least once, all pairs of them over the turns.
+
+    The order is that of decoding: a round is K draft tokens and then a target pass over K + 1; equal rounds go untimed before the timed
+    ones, and target passes over one token before those timed alone. So each model finds the processor's caches as the other left them
+    (a small model that has them to itself is twice as fast), and no pass pays for a change of shape that decoding does not make either.
+    All kinds come in every turn, so that a slow moment of the machine hits all.
 
     Args:
         target: Its cost alone is that of a pass over one token after another such pass.
@@ -259,17 +250,6 @@ def _spell(work: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(map(statistics.median, zip(*done, strict=True)))
 
 
-def _compile(folder: Path, device: str, properties: dict[str, Any]) -> tuple[str, Any]:
-    """The name of the weights, and the graph with paged attention compiled."""
-    from openvino._offline_transformations import paged_attention_transformation
-
-    model = core().read_model(folder / MODEL_FILE)
-    weights = weights_of(model)
-    paged_attention_transformation(model)
-    with keeping_signal_stack():
-        return weights, core().compile_model(model, device, properties)
-
-
 def weights_of(model: Any) -> str:
     """int4, int8, fp16 or fp32: the narrowest type among the matrices of an IR."""
     kinds = {
@@ -285,10 +265,11 @@ def _set_caches(request: Any, compiled: Any, positions: int, device: str) -> int
     import openvino
 
     ports = {port.get_any_name(): port for port in compiled.inputs}
-    caches = {name: port for name, port in ports.items() if name.startswith(("key_cache.", "value_cache."))}
     block = int(ports["value_cache.0"].partial_shape[2].get_length())
     blocks = -(-positions // block)
-    for name, port in caches.items():
+    for name, port in ports.items():
+        if not name.startswith(("key_cache.", "value_cache.")):
+            continue
         shape = openvino.Shape([blocks, *(size.get_length() for size in list(port.partial_shape)[1:])])
         if device.startswith("CPU"):
             tensor = openvino.Tensor(port.element_type, shape)

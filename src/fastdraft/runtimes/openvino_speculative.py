@@ -1,100 +1,266 @@
-"""How OpenVINO GenAI decodes with a draft model, and how what it does is counted as everything here is counted.
+"""OpenVINO under the clock: a target alone and with a draft answers prompts, and its passes become our rounds.
 
-Decides how its passes become our rounds. OpenVINO counts otherwise than we do (functional/acceptance.py); seen in release 2026.4 and
-converted so:
-
-- Its first pass of the target reads the prompt and writes one token without any proposal. That pass is left out: the
-  counts are those of a text that begins behind this token. `Counts.num_generated_tokens` is therefore one less than the
-  tokens written, and prompt plus first token is the prompt for which our exact decoder and replay give equal counts.
-- Every later pass writes its accepted proposals and one token of the target, so accepted = written - 1.
-- It proposes min(K, tokens left - 1), so that the last token is always the target's. Rounds and generated tokens are not
-  changed by that; accepted proposals may be one too few for each text. Exact counts remove it: the run is given K + 1
-  tokens more than asked, and what stands beyond the end is discarded and not counted as accepted, as everywhere here.
-- The same for the end-of-sequence token: when OpenVINO stops at it, nobody can tell whether it was a proposal. For exact
-  counts it writes on and the text is cut there.
-- `extended_perf_metrics.get_num_accepted_tokens()` and `get_num_draft_tokens()` leave out the last round of every text, and
-  when sampling `raw_metrics.m_batch_sizes` of the target has one token too many after each rejection. So the rounds are read
-  off the tokens as they come, pass by pass (openvino_passes.py).
-- It masks no ids of the draft; a draft that proposes ids without a token loses those proposals.
-
-Dynamic length. A confidence threshold replaces K, both at once are refused: the draft proposes until it proposes a token
-that it gives a probability below the threshold (that token is proposed too), or, and this is the only other bound, to the
-end of the text. Greedy, OpenVINO knows that probability only when asked for log-probs (`logprobs = 1`); without, every
-round has a single proposal. How many were proposed in each round it does not tell; the passes of the draft, which its
-metrics list, are the proposals of a text in all. See `ProposedRound`. On an NPU the length is dynamic in another way: K is
-where it begins, two more follow a round whose proposals were all accepted (to 2 K), one less any other.
-
-Greedy text is the target's own, provided that prompts are read whole: where several requests with a draft run at once and
-a prompt is read in pieces (more than `max_num_batched_tokens`, 256 by default, in all), release 2026.4.1 writes wrong text,
-in float32 too. `WHOLE_PROMPTS` avoids that. SAMPLED text is not the target's: the release accepts a proposal by comparing
-the draft's probability of it with the target's probability of another token, so that the text leans towards the draft and
-the counted acceptance is far too high; docs/openvino.md has the measurement.
+`OpenVINOPair(target, draft)` is the `LoadedPair` that openvino_runtime.py opens for a benchmark, and what tries an export.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from fastdraft.decoding.speculative import Round
-from fastdraft.functional.acceptance import Counts
-
-DYNAMIC_PLACES = 32
-"""Places of `num_accepted_tokens_per_pos` where the number of proposals varies; acceptances behind them are in the total only."""
-_NAN = float("nan")
+from fastdraft.decoding.speculative import Round, check_room
+from fastdraft.errors import FastDraftError
+from fastdraft.functional.generation import Sampling
+from fastdraft.runtimes.openvino import (
+    WHOLE_PROMPTS,
+    Precision,
+    answer_seed,
+    as_tensor,
+    check_exported,
+    device_properties,
+    generation_config,
+    import_genai,
+    load_pipeline,
+    openvino_errors,
+)
+from fastdraft.runtimes.openvino_ties import TieJudge
+from fastdraft.runtimes.runtime import TimedBatch, TimedText, TimeSpent
+from fastdraft.target import Target
 
 
 @dataclass(frozen=True)
-class ProposedRound(Round):
-    """A round of a text whose rounds propose differently many tokens, of which only the total is known.
+class Pass:
+    """What one pass of the target added to one answer."""
 
-    `num_speculative_tokens` is the common length of `num_accepted_tokens_per_pos`; `num_examined` and `overlap_sum` say nothing:
-    whether a round ended with a rejection or with its last proposal is not known, so those counts are NaN.
-    """
-
-    num_proposed: float
-    """A share of the text's proposals, so that its rounds add up to what was proposed; NaN: not known."""
-
-    @property
-    def counts(self) -> Counts:
-        """This round alone, as counts."""
-        accepted = float(self.num_accepted)
-        per_pos = tuple(float(place < self.num_accepted) for place in range(self.num_speculative_tokens))
-        return Counts(1.0, self.num_proposed, accepted, per_pos, _NAN, float(len(self.tokens)), _NAN, _NAN)
+    tokens: list[int]
+    seconds: float
+    """From handing over the batch."""
 
 
-def set_speculation(config: Any, num_speculative_tokens: int, confidence_threshold: float = 0.0) -> None:
-    """Tells a GenerationConfig how many tokens to propose.
+class OpenVINOPair:
+    """A target and a draft in OpenVINO GenAI's continuous batching; each pipeline is loaded when it is first asked.
 
     Args:
-        config: openvino_genai's.
-        num_speculative_tokens: K of every round.
-        confidence_threshold: Above 0 it takes the place of K.
+        target: Exported target.
+        draft: Exported draft; one that does not fit is refused by `check_pair`, which reads tokenizers only.
+        eos_ids: Ids that end a text; none: always to the limit.
+        device: OpenVINO's name of the target's device.
+        draft_device: The draft's; "" is the target's.
+        precision: fast, or exact: float32 weights, activations and caches.
+        threads: CPU threads; 0 leaves OpenVINO's own choice.
+        rows: Most answers at a time; further ones wait.
     """
-    if confidence_threshold > 0:
-        config.num_assistant_tokens, config.assistant_confidence_threshold, config.logprobs = (
-            0,
-            confidence_threshold,
-            1,
+
+    def __init__(
+        self,
+        target: Path,
+        draft: Path,
+        eos_ids: Sequence[int] = (),
+        *,
+        device: str = "CPU",
+        draft_device: str = "",
+        precision: Precision = "fast",
+        threads: int = 0,
+        rows: int = 16,
+    ) -> None:
+        self.target, self.draft, self.eos_ids, self.rows = target, draft, tuple(eos_ids), rows
+        self.device, self.draft_device = device, draft_device or device
+        self.precision, self.threads = precision, threads
+
+    @cached_property
+    def alone(self) -> Any:
+        """The target's pipeline."""
+        properties = device_properties(self.device, self.precision, self.threads)
+        # Prompts are read whole: where several requests with a draft run at once and a prompt is read in pieces (more than 256 tokens in
+        # all by default), release 2026.4.1 writes wrong text, in float32 too.
+        return load_pipeline(self.target, self.device, properties, self.rows, WHOLE_PROMPTS)
+
+    @cached_property
+    def both(self) -> Any:
+        """The pipeline with the draft; K goes into each request."""
+        properties = device_properties(self.device, self.precision, self.threads)
+        of_draft = device_properties(self.draft_device, self.precision, self.threads)
+        check_exported(self.draft)
+        with openvino_errors(
+            self.draft, f"OpenVINO could not load it on {self.draft_device}", "export the draft again"
+        ):
+            loaded = import_genai().draft_model(str(self.draft), self.draft_device, **of_draft)
+        return load_pipeline(
+            self.target, self.device, {**properties, "draft_model": loaded}, self.rows, WHOLE_PROMPTS
         )
-    else:
-        config.num_assistant_tokens, config.assistant_confidence_threshold = num_speculative_tokens, 0.0
+
+    @cached_property
+    def _judge(self) -> TieJudge:
+        return TieJudge(self.target)
+
+    @cached_property
+    def _room_alone(self) -> int:
+        return Target.at(self.target).context_length
+
+    @cached_property
+    def _room_both(self) -> int:
+        return min(self._room_alone, Target.at(self.draft).context_length)
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> TimedBatch:
+        """The target alone answers all prompts at the same time."""
+        configs = self._configs(prompts, sampling, max_new_tokens, seed, self._room_alone)
+        found = self._passes(self.alone, prompts, configs)
+        return TimedBatch([_timed(passes, [t for p in passes for t in p.tokens], []) for passes in found])
+
+    def write_with_draft(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        num_speculative_tokens: int,
+        *,
+        exact_counts: bool = False,
+    ) -> TimedBatch:
+        """The target with its draft. Sampled text is not the target's own; its rounds are those of the text that was written."""
+        k = num_speculative_tokens
+        # OpenVINO proposes min(K, tokens left - 1), so that the last token is always the target's, and where it stops at an
+        # end-of-sequence token nobody can tell whether that was a proposal. Neither changes rounds and generated tokens, but accepted
+        # proposals may be one too few for each text. For exact counts it writes K + 1 tokens on, past any end, and the text is cut.
+        asked = max_new_tokens + (k + 1 if exact_counts else 0)
+        configs = self._configs(prompts, sampling, asked, seed, self._room_both, k)
+        end = None
+        if exact_counts:
+            end = max_new_tokens
+            for config in configs:
+                config.ignore_eos = True
+        found = self._passes(self.both, prompts, configs, end)
+        cut = [cut_rounds([p.tokens for p in passes], max_new_tokens, self.eos_ids, k) for passes in found]
+        return TimedBatch([_timed(passes, *parts) for passes, parts in zip(found, cut, strict=True)])
+
+    def gap(self, prefix_ids: Sequence[int], first: int, second: int) -> float:
+        """Distance of the log-probs of two next tokens, by the target in float32; loaded with the first question."""
+        return self._judge.gap(prefix_ids, first, second)
+
+    def time_spent(
+        self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
+    ) -> TimeSpent:
+        """Where the time of one greedy answer goes, by OpenVINO's metrics; the answer is written once before, to warm up."""
+        k, greedy = num_speculative_tokens, Sampling(0.0)
+        [text] = self.write_with_draft([prompt], greedy, max_new_tokens, 0, k).texts
+        [config] = self._configs([prompt], greedy, max_new_tokens, 0, self._room_both, k)
+        with openvino_errors(
+            f"device {self.device}", "OpenVINO failed", "ask for less text, or use another device"
+        ):
+            result = self.both.generate([as_tensor(prompt)], [config])[0]
+        models = result.extended_perf_metrics
+        target, draft = models.main_model_metrics.raw_metrics, models.draft_model_metrics.raw_metrics
+        # The list of the draft's passes repeats one or two (continuous batching steps the draft with every pass of the target, and lists a
+        # step in which it had nothing to do with the figures of its last pass). The text says how many there were: its prompt's pass
+        # proposes too, so one for each proposal. What is repeated is taken off at the mean.
+        proposed, written = 0, 1
+        for each in text.rounds:
+            proposed += min(k, max_new_tokens - written - 1)
+            written += len(each.tokens)
+        share = proposed / max(1, len(draft.m_batch_sizes))
+        return TimeSpent(
+            sum(target.inference_durations) / 1e6,
+            min(share * sum(draft.inference_durations), sum(draft.m_durations)) / 1e6,
+            sum(result.perf_metrics.raw_metrics.generate_durations) / 1e6,
+        )
+
+    def _configs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        asked: int,
+        seed: int,
+        room: int,
+        k: int = 0,
+    ) -> list[Any]:
+        """OpenVINO's settings for every answer."""
+        configs = []
+        for index, prompt in enumerate(prompts):
+            check_room(list(prompt), asked, room, f"prompt {index}")
+            config = generation_config(sampling, asked, self.eos_ids, answer_seed(seed, index))
+            config.ignore_eos = not self.eos_ids
+            if k:
+                config.num_assistant_tokens, config.assistant_confidence_threshold = k, 0.0
+            configs.append(config)
+        return configs
+
+    def _passes(
+        self, pipeline: Any, prompts: Sequence[Sequence[int]], configs: Sequence[Any], end: int | None = None
+    ) -> list[list[Pass]]:
+        """The passes of every answer, all requests added before the first step.
+
+        OpenVINO's own counters leave out the last round of every text, so the rounds are read off the tokens: by reading every request
+        after every step.
+
+        Args:
+            pipeline: Alone or with the draft.
+            prompts: Token ids.
+            configs: One for each.
+            end: Tokens at which an answer is cancelled, or at an end-of-sequence id before; None: OpenVINO stops by itself.
+        """
+        tensors = [as_tensor(prompt) for prompt in prompts]
+        found: list[list[Pass]] = [[] for _ in prompts]
+        fix = "ask for less text at a time, or use another device"
+        with openvino_errors(f"device {self.device}", "OpenVINO failed", fix):
+            start = time.perf_counter()
+            handles = [
+                pipeline.add_request(i, *asked) for i, asked in enumerate(zip(tensors, configs, strict=True))
+            ]
+            running = list(zip(handles, found, strict=True))
+            while pipeline.has_non_finished_requests():
+                pipeline.step()
+                now = time.perf_counter() - start
+                still = []
+                for handle, passes in running:
+                    written = _read(handle)
+                    if written:
+                        passes.append(Pass(written, now))
+                    if passes and end is not None and self._has_ended(passes, end):
+                        handle.cancel()
+                    else:
+                        still.append((handle, passes))
+                running = still
+        if not all(found):
+            raise FastDraftError(
+                f"device {self.device}: OpenVINO left a prompt without an answer, for want of memory", fix
+            )
+        return found
+
+    def _has_ended(self, passes: Sequence[Pass], end: int) -> bool:
+        written = sum(len(p.tokens) for p in passes)
+        return written >= end or not set(self.eos_ids).isdisjoint(passes[-1].tokens)
+
+
+def _read(handle: Any) -> list[int]:
+    """What OpenVINO wrote of an answer since the last time."""
+    written: list[int] = []
+    while handle.can_read():
+        for output in handle.read().values():
+            written += output.generated_ids
+    return written
 
 
 def cut_rounds(
     passes: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int], num_speculative_tokens: int
 ) -> tuple[list[int], list[Round]]:
-    """The text up to its end, and its rounds in our conventions.
+    """The text up to its end, and its rounds in our conventions (functional/acceptance.py).
+
+    OpenVINO's first pass of the target reads the prompt and writes one token without any proposal. That pass is left out: the counts are
+    those of a text that begins behind this token, so prompt plus first token is the prompt for which our decoder and replay give equal
+    counts, and `Counts.num_generated_tokens` is one less than the tokens written. Every later pass writes its accepted proposals and one
+    token of the target, so accepted = written - 1; what stands beyond the text's end is discarded and not counted as accepted.
 
     Args:
         passes: Tokens that each pass of the target added, the prompt's pass first.
         max_new_tokens: Where the text ends at the latest.
         eos_ids: Where it ends at the earliest.
         num_speculative_tokens: K.
-
-    Returns:
-        The text with its first token, and one round for each later pass that began inside it.
     """
     text: list[int] = []
     rounds: list[Round] = []
@@ -115,15 +281,11 @@ def cut_rounds(
     return text, rounds
 
 
-def with_proposals(rounds: Sequence[Round], num_proposed: int | None) -> list[Round]:
-    """The rounds of one text with differently many proposals, given how many they had in all (None: not known)."""
-    whole, rest = divmod(num_proposed or 0, max(1, len(rounds)))
-    shares = [
-        _NAN if num_proposed is None else float(whole + (number < rest)) for number in range(len(rounds))
-    ]
-    return [
-        ProposedRound(
-            r.tokens, r.logprobs, r.num_accepted, r.num_examined, r.overlap_sum, DYNAMIC_PLACES, share
-        )
-        for r, share in zip(rounds, shares, strict=True)
-    ]
+def _timed(passes: Sequence[Pass], text: list[int], rounds: list[Round]) -> TimedText:
+    """The text of some passes with the moments of its first and last token."""
+    written, last = 0, passes[0]
+    for each in passes:
+        if written >= len(text):
+            break
+        written, last = written + len(each.tokens), each
+    return TimedText(text, last.seconds, passes[0].seconds, rounds)

@@ -1,57 +1,66 @@
 """Benchmark: the exported pair on this device's clock, beside the prediction -> `benchmark.json`.
 
-Decides the order of the work: missing exports; single passes of both models; each pair of weights on the tasks with every
-K, the target alone in turn with them; then, on the first pair at its best K, the sweeps; where the time goes; how much memory
-is held. Each step is kept in units (runtimes/wall_clock_bench.py), so that a killed benchmark goes on where it was.
+Missing exports are made; single passes timed; each pair of weights runs the tasks with every K, in turn with the target alone; the first pair
+runs the sweeps at its best K; then where the time goes, and how much memory is held. Each step is kept, so a killed benchmark goes on.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+from fastdraft.benchmark.figures import rows_of
+from fastdraft.benchmark.plan import BenchmarkPlan, Measurement, encode, make_plan
+from fastdraft.benchmark.rows import (
+    BenchmarkResults,
+    BenchmarkRow,
+    ModelSize,
+    PassesRow,
+    RuntimeUsed,
+    best_k,
+    judged_rows,
+)
+from fastdraft.benchmark.runs import (
+    ExportedPair,
+    busy_share,
+    finished_tokens,
+    measure,
+    measure_passes,
+    measure_peaks,
+    measure_time_spent,
+)
+from fastdraft.console import Console
+from fastdraft.errors import FastDraftError
+from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import BenchmarkConfig
-from fastdraft.run_folder import write_json
+from fastdraft.reporting.verdict import measured_verdict
+from fastdraft.run_folder import StageFolder, write_json
+from fastdraft.runtimes.openvino import require_openvino
+from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
+from fastdraft.runtimes.runtime import LoadedPair, Runtime
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 from fastdraft.evaluation.tasks import describe_task
 
-if TYPE_CHECKING:
-    from fastdraft.decoding.latency import Latency
-    from fastdraft.runtimes.wall_clock_bench import Bench, Pair, Place
-    from fastdraft.runtimes.wall_clock_plan import Plan
-    from fastdraft.runtimes.wall_clock_rows import PairCosts
-
 NAME = "benchmark"
-PREFIX_TOKENS = 128
-NPU_MOST = 5
-"""On an NPU OpenVINO adapts K by itself, beginning with at most this one."""
-BUSY = 0.25
-"""Share of the processors kept busy by others from which times are doubtful."""
-LOOPING = 0.25
-"""Share of looping texts from which it is said."""
+_RUNTIMES = {"openvino": OpenVINORuntime}
+# Shares from which it is said: of the processors that others keep busy, and of texts that loop.
+_BUSY, _LOOPING = 0.25, 0.25
 
 
 def check_installed(config: BenchmarkConfig) -> None:
-    """Raises:
-    MissingExtra: without OpenVINO.
-    """
-    from fastdraft.runtimes.engines import require_openvino
-
     require_openvino()
 
 
 def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any]:
     """Settings, task files, the export, the target, threads and seed."""
-
     context.section("export")
-    target = context.target
     return {
         **config.model_dump(),
         "tasks": [describe_task(task) for task in config.tasks_of(context.sections)],
-        "target": target.identity(),
+        "target": context.target.identity(),
         "export": context.require("export").digest(),
         "threads": context.settings.threads,
         "seed": context.settings.seed,
@@ -59,245 +68,229 @@ def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any
 
 
 def run(config: BenchmarkConfig, context: StageContext) -> None:
-    """Writes `benchmark.json`.
-
-    Raises:
-        MissingExtra: without OpenVINO. RecipeError: for a device that it does not see.
-        TargetError: when draft and target do not fit. DataError: when no prompt of a task fits the context.
-        FastDraftError: when an export or a unit is missing, damaged or of another machine.
-        Interrupted: after a signal, with all finished units saved.
-    """
-    from fastdraft.provenance import describe_run
-    from fastdraft.runtimes.engines import require_openvino
-    from fastdraft.runtimes.openvino_device import describe_device
-    from fastdraft.runtimes.openvino_pair import check_pair
-    from fastdraft.runtimes.wall_clock_bench import Bench, model_sizes
-
-    start, artifact, console = time.monotonic(), context.folder(NAME), context.console
-    require_openvino()
-    device = describe_device(config.device, config.precision)
-    if config.draft_device:
-        describe_device(config.draft_device, config.precision)
-    check_pair(context.target.location, context.require("export").path / "huggingface")
-    bench = Bench(_plan(config, context), artifact.path, _place(config, context), console)
-    bench.claim(device)
-    for words in bench.plan.left_out:
-        console.say(f"left out: {words}")
-    _warn_if_busy(context)
-    pairs = _exports(config, context)
-    latencies = {pair.weights: bench.latencies(pair, _prefixes(bench.plan, pair)) for pair in pairs}
-    found = _measure(bench, pairs, latencies, context)
-    results = {
-        "schema": 1,
-        "runtime": {"name": "openvino", **device, **bench.place.as_dict()},
-        "target": context.target.name,
-        "draft": context.require("export").manifest()["source"],
-        "block": {"settings": config.model_dump(), "left_out": bench.plan.left_out},
-        "models": model_sizes(pairs),
-        **found,
-    }
-    write_json(artifact.path / "benchmark.json", results)
-    _tell(results, bench, context)
-    summary = {name: results[name] for name in ("runtime", "models", "best", "verdict")}
-    artifact.complete(**summary, seconds=round(time.monotonic() - start, 1), provenance=describe_run())
-
-
-def _place(config: BenchmarkConfig, context: StageContext) -> Place:
-    from fastdraft.runtimes.wall_clock_bench import Place
-
-    return Place(
-        config.device,
-        config.draft_device,
-        config.precision,
-        context.settings.threads,
-        rows=max([1, *config.sweep.concurrency]),
-        eos_ids=context.target.vocabulary.eos_token_ids,
+    """Writes `benchmark.json`."""
+    start, folder, export, console = (
+        time.monotonic(),
+        context.folder(NAME),
+        context.require("export"),
+        context.console,
     )
-
-
-def _plan(config: BenchmarkConfig, context: StageContext) -> Plan:
-    """All prompts as token ids, and every measurement."""
-    from fastdraft.runtimes.wall_clock_plan import make_plan
-    from fastdraft.runtimes.wall_clock_prompts import encode
-    from fastdraft.runtimes.wall_clock_runs import as_settings
-
-    target = context.target
-    tokenizer = target.tokenizer
-    draft = str(context.require("export").path / "huggingface")
-    return make_plan(
-        [encode(task, tokenizer) for task in config.tasks_of(context.sections)],
+    target, draft = context.target, Target.at(export.path / "huggingface")
+    runtime: Runtime = _RUNTIMES[config.runtime](
+        device=config.device,
+        draft_device=config.draft_device,
+        precision=config.precision,
+        threads=context.settings.threads,
+        rows=max([1, *config.sweep.concurrency]),
+        eos_ids=target.vocabulary.eos_token_ids,
+    )
+    used = RuntimeUsed.from_json(runtime.describe())
+    runtime.check_pair(target, draft)
+    plan = make_plan(
+        [encode(task, target.tokenizer) for task in config.tasks_of(context.sections)],
         count=config.prompts,
-        context_length=min(target.context_length, Target.at(draft).context_length),
+        context_length=min(target.context_length, draft.context_length),
         weights=[(pair.target, pair.draft) for pair in config.weights],
         temperatures=config.temperatures,
-        settings=as_settings(config.num_speculative_tokens, []),
+        num_speculative_tokens=config.num_speculative_tokens,
         sweep=config.sweep.model_dump(),
         repeats=config.repeats,
         seed=context.settings.seed,
     )
-
-
-def _exports(config: BenchmarkConfig, context: StageContext) -> list[Pair]:
-    """Every pair's exports: those of the export stage where the weights are the same, the others made once."""
-    from fastdraft.runtimes.openvino_export import export_openvino
-    from fastdraft.runtimes.wall_clock_bench import export_pairs
-
-    exported, source, console = context.require("export"), context.target, context.console
-    found = exported.manifest().get("openvino") or {}
-    standing = {
-        (role, found[role]): exported.path / "openvino" / role
-        for role in ("target", "draft")
-        if found.get(role, "none") != "none"
-    }
-
-    def export(role: str, weights: Any, folder: Path, target: Path | None) -> None:
-        console.stop.check(context.folder(NAME).path)
-        console.say(
-            f"converting the {role} for OpenVINO ({weights}): it is loaded and tried, which takes a while"
+    _check_same_machine(used, folder)
+    for words in plan.left_out:
+        console.say(f"left out: {words}")
+    share = busy_share()
+    if share is not None and share >= _BUSY:
+        console.warn(
+            f"other processes keep {share:.0%} of this machine busy: times will be worse and the ranges wider"
         )
-        if role == "target":
-            export_openvino(source.location, folder, weights, revision=source.revision)
-        else:
-            export_openvino(exported.path / "huggingface", folder, weights, pair=target)
-
-    weights = [(pair.target, pair.draft) for pair in config.weights]
-    return export_pairs(weights, standing, context.folder(NAME).path / "models", export)
-
-
-def _prefixes(plan: Plan, pair: Pair) -> list[int]:
-    """Lengths behind which passes are timed: the usual one, on the deployed pair also the swept ones."""
-    swept = (
-        [swept.value for swept in plan.swept if swept.part == "prompt_tokens"]
-        if pair.weights == plan.weights[0]
-        else []
+    pairs = _exported_pairs(plan, runtime, target, draft, export, folder, console)
+    results = BenchmarkResults(
+        runtime=used,
+        target=target.name,
+        draft=export.manifest()["source"],
+        block={"settings": config.model_dump(), "left_out": plan.left_out},
+        models=_sizes(pairs, runtime),
+        **_measure(plan, pairs, runtime, _cost_ratios(plan, target, draft), folder, console),
+        verdict={},
     )
-    return sorted({PREFIX_TOKENS, *swept})
+    verdict = measured_verdict(results)
+    results = replace(results, verdict={"sentence": verdict.sentence, "tone": verdict.tone})
+    write_json(folder.path / "benchmark.json", results.to_json())
+    _tell(results, plan, console)
+    summary = {
+        name: value
+        for name, value in results.to_json().items()
+        if name in ("runtime", "models", "best", "verdict")
+    }
+    folder.complete(**summary, seconds=round(time.monotonic() - start, 1), provenance=describe_run())
+
+
+def _check_same_machine(used: RuntimeUsed, folder: StageFolder) -> None:
+    """One benchmark is of one device and release: work begun on another is not gone on with."""
+    now = {"version": used.version, "device_name": used.device_name}
+    begun = folder.keep("units/device.json", lambda: now)
+    if begun != now:
+        raise FastDraftError(
+            f"{folder.path}: begun on {begun['device_name']}, {used.name} {begun['version']}; one benchmark is of one device, and this "
+            f"is {used.device_name}, {used.name} {used.version}",
+            f"go on there, or add --redo {NAME}",
+        )
+
+
+def _exported_pairs(
+    plan: BenchmarkPlan,
+    runtime: Runtime,
+    target: Target,
+    draft: Target,
+    export: StageFolder,
+    folder: StageFolder,
+    console: Console,
+) -> list[ExportedPair]:
+    """Every pair's exports: those of the export stage where the weights are the same, the others made once, in `models/ROLE-WEIGHTS`."""
+    exported = export.manifest().get(runtime.name) or {}
+
+    def find(role: str, weights: str, with_target: Any = None) -> Any:
+        if exported.get(role, "none") == weights:
+            return export.path / runtime.name / role
+        path = folder.path / "models" / f"{role}-{weights}"
+        if not path.is_dir():
+            console.stop.check(folder.path)
+            console.say(f"converting the {role} ({weights}): it is loaded and tried, which takes a while")
+            path.parent.mkdir(exist_ok=True)
+            runtime.export(target if role == "target" else draft, path, weights, with_target)
+        return path
+
+    pairs = []
+    for of_target, of_draft in plan.weights:
+        path = find("target", of_target)
+        pairs.append(ExportedPair((of_target, of_draft), path, find("draft", of_draft, path)))
+    return pairs
+
+
+def _sizes(pairs: Sequence[ExportedPair], runtime: Runtime) -> list[ModelSize]:
+    found = {("target", pair.weights[0]): pair.target for pair in pairs}
+    found |= {("draft", pair.weights[1]): pair.draft for pair in pairs}
+    return [
+        ModelSize(role=role, weights=weights, bytes=runtime.weights_bytes(path))
+        for (role, weights), path in found.items()
+    ]
+
+
+def _cost_ratios(plan: BenchmarkPlan, target: Target, draft: Target) -> dict[tuple[str, str], float]:
+    """Bytes of weights that the draft reads for one token over the target's, each at its own weights."""
+    return {
+        pair: draft.architecture.exported_bytes_per_token(pair[1])
+        / target.architecture.exported_bytes_per_token(pair[0])
+        for pair in plan.weights
+    }
 
 
 def _measure(
-    bench: Bench,
-    pairs: Sequence[Pair],
-    latencies: Mapping[tuple[str, str], list[Latency]],
-    context: StageContext,
+    plan: BenchmarkPlan,
+    pairs: Sequence[ExportedPair],
+    runtime: Runtime,
+    cost_ratios: Mapping[tuple[str, str], float],
+    folder: StageFolder,
+    console: Console,
 ) -> dict[str, Any]:
     """The measured fields of `benchmark.json`."""
-    from fastdraft.runtimes.wall_clock_bench import Models
-    from fastdraft.runtimes.wall_clock_rows import rows_of
-    from fastdraft.runtimes.wall_clock_verdict import best, breakdown_entry, speaking_rows, verdict
-
-    plan, deployed = bench.plan, pairs[0]
-    costs = {pair.weights: _costs(pair, latencies[pair.weights], context) for pair in pairs}
-    rows: list[dict[str, Any]] = []
-    swept: list[dict[str, Any]] = []
-    breakdown, memory = [], []
-    with bench.console.progress(
-        "runs in turn", plan.planned_tokens, "tokens", bench.finished_tokens()
-    ) as progress:
-        for pair in pairs:
-            models = Models(pair, bench.place)
-            for measured in bench.measure_all(models, plan.of_tasks(pair.weights), progress):
-                rows += rows_of(measured, costs[pair.weights])
-            k = best(speaking_rows(rows, *deployed.weights))["num_speculative_tokens"] or _middle(plan)
-            if pair is deployed:
-                for measured in bench.measure_all(models, plan.of_sweeps(k), progress):
-                    swept += rows_of(measured, costs[pair.weights])
-            breakdown.append(breakdown_entry(*pair.weights, k, bench.breakdown(models, k)))
-            del models  # before the memory of the next is taken
+    deployed = plan.weights[0]
+    passes: dict[tuple[str, str], list[PassesRow]] = {}
     for pair in pairs:
-        memory.append(
-            {
-                "target_weights": pair.target_weights,
-                "draft_weights": pair.draft_weights,
-                **bench.memory(pair, k),
-            }
-        )
-    speaking = speaking_rows(rows, *deployed.weights)
+        console.stop.check(folder.path)
+        passes[pair.weights] = measure_passes(plan, pair, runtime, folder)
+    rows: list[BenchmarkRow] = []
+    swept: list[BenchmarkRow] = []
+    breakdown = []
+    with console.progress(
+        "runs in turn", plan.planned_tokens, "tokens", finished_tokens(plan, folder)
+    ) as progress:
+
+        def on_batch(tokens: int, name: str) -> None:
+            progress.advance(tokens, name)
+            console.stop.check(folder.path)
+
+        def measured(works: Sequence[Measurement], loaded: LoadedPair) -> list[BenchmarkRow]:
+            found = [measure(work, loaded, runtime, folder, plan.repeats, on_batch) for work in works]
+            costs = [(passes[work.weights], cost_ratios[work.weights]) for work in works]
+            return [row for each, cost in zip(found, costs, strict=True) for row in rows_of(each, *cost)]
+
+        for pair in pairs:
+            loaded = runtime.open(pair.target, pair.draft)
+            rows += measured(plan.of_tasks(pair.weights), loaded)
+            best = best_k(judged_rows(rows, deployed)).num_speculative_tokens
+            # Where no row tells the best: 3 or the nearest.
+            k = best or min(plan.num_speculative_tokens, key=lambda each: (abs(each - 3), each))
+            if pair.weights == deployed:
+                swept = measured(plan.of_sweeps(k), loaded)
+            breakdown.append(measure_time_spent(plan, pair, loaded, k, folder))
+            del loaded  # before the memory of the next is taken
+    memory = []
+    for pair in pairs:
+        console.stop.check(folder.path)
+        memory.append(measure_peaks(plan, pair, runtime, k, folder))
+        if None in (memory[-1].alone_bytes, memory[-1].with_draft_bytes):
+            console.warn(f"the memory of {pair.name} could not be measured: a process that loads it failed")
     return {
-        "latencies": [
-            _latency_entry(pair, latency, bench.place)
-            for pair in pairs
-            for latency in latencies[pair.weights]
-        ],
-        "breakdown": breakdown,
+        "latencies": [row for pair in pairs for row in passes[pair.weights]],
+        "breakdown": [row for row in breakdown if row is not None],
         "memory": memory,
         "rows": rows + swept,
-        "best": best(speaking),
-        "verdict": verdict(speaking, latencies[deployed.weights], breakdown[0], bench.place.in_words),
+        "best": best_k(judged_rows(rows, deployed)),
+        "launch": runtime.launch_line(*deployed, k),
     }
 
 
-def _costs(pair: Pair, latencies: Sequence[Latency], context: StageContext) -> PairCosts:
-    """What is known of a pair before its texts are timed."""
-    from fastdraft.runtimes.wall_clock_rows import PairCosts
-
-    source = context.target
-    target = source.architecture
-    draft = Target.at(context.require("export").path / "huggingface").architecture
-    of_draft, of_target = (
-        draft.exported_bytes_per_token(pair.draft_weights),
-        target.exported_bytes_per_token(pair.target_weights),
-    )
-    return PairCosts(latencies, of_draft / of_target)
-
-
-def _middle(plan: Plan) -> int:
-    """K of the sweeps where no row tells the best: 3 or the nearest."""
-    return min((setting.num_speculative_tokens for setting in plan.settings), key=lambda k: (abs(k - 3), k))
-
-
-def _latency_entry(pair: Pair, latency: Latency, place: Place) -> dict[str, Any]:
-    return {
-        "target_weights": pair.target_weights,
-        "draft_weights": pair.draft_weights,
-        "prefix_tokens": latency.prefix_tokens,
-        "draft_seconds": latency.draft_seconds,
-        "target_seconds": {str(width): value for width, value in latency.target_seconds.items()},
-        "device": place.device,
-        "draft_device": place.draft_device or place.device,
-    }
-
-
-def _warn_if_busy(context: StageContext) -> None:
-    from fastdraft.runtimes.wall_clock_bench import busy_share
-
-    share = busy_share()
-    if share is not None and share >= BUSY:
-        context.console.warn(
-            f"other processes keep {share:.0%} of this machine busy: times will be worse and the ranges wider"
-        )
-
-
-def _tell(results: Mapping[str, Any], bench: Bench, context: StageContext) -> None:
+def _tell(results: BenchmarkResults, plan: BenchmarkPlan, console: Console) -> None:
     """The table, what deserves a word, and the verdict last."""
-    from fastdraft.runtimes.wall_clock_verdict import speaking_rows, summary_table
-
-    console, plan = context.console, bench.plan
-    pair = f"{plan.weights[0][0]} target, {plan.weights[0][1]} draft"
-    speaking = speaking_rows(results["rows"], *plan.weights[0])
-    if speaking:
-        console.table(*summary_table(speaking, results["best"], f"{bench.place.in_words}, {pair}"))
-    others = [f"{number} weights pairs" for number in [len(plan.weights)] if number > 1]
-    others += (
-        ["confidence thresholds"] if any(setting.confidence_threshold for setting in plan.settings) else []
+    used, (target, draft) = results.runtime, plan.weights[0]
+    where = used.device + (
+        f" with the draft on {used.draft_device}" if used.draft_device != used.device else ""
     )
-    others += [part.replace("_", " ") for part in dict.fromkeys(swept.part for swept in plan.swept)]
+    judged = results.judged()
+    if judged:
+        best = results.best.by_task
+        found = [row for row in judged if row.num_speculative_tokens == best[row.task].num_speculative_tokens]
+        lines = [
+            [
+                row.task[:16],
+                str(row.num_speculative_tokens),
+                _two(row.block_efficiency),
+                _two(row.predicted_speedup),
+                f"{row.speedup:.2f} [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
+                _two(row.predicted_quotient),
+            ]
+            for row in found
+        ]
+        title = f"Speed-up on the clock, {where}, {target} target, {draft} draft"
+        console.table(
+            title, ["task", "best K", "tok/pass", "predicted", "measured [range]", "quotient"], lines
+        )
+    others = [f"{len(plan.weights)} weights pairs"] if len(plan.weights) > 1 else []
+    others += [part.replace("_", " ") for part in dict.fromkeys(prompts.part for prompts in plan.swept)]
     if others:
         console.say(f"in benchmark.json and the report besides: {', '.join(others)}")
-    if any(not row["lossless"] for row in results["rows"]):
+    if any(not row.lossless for row in results.rows):
         console.say(
-            "sampled rows give no speed-up of a draft: this release of OpenVINO lets sampled text lean towards the draft, which flatters it"
+            "sampled rows give no speed-up of a draft: this release of the runtime lets sampled text lean towards the draft, which flatters it"
         )
-    cases = [case for row in results["rows"] for case in row["differences"]]
+    cases = [case for row in results.rows for case in row.differences]
     if cases:
-        largest = max((case["logprob_gap"] or 0.0 for case in cases), default=0.0)
-        texts = sum(row["texts"] for row in results["rows"] if row["same_text"] is not None)
+        largest = max(case.logprob_gap or 0.0 for case in cases)
+        texts = sum(row.texts for row in results.rows if row.same_text is not None)
         console.say(
             f"greedy text differs from the target's own in {len(cases)} of {texts} texts; largest log-prob gap there {largest:.2g}"
         )
-    looping = [row["looping_share"] for row in speaking]
-    if looping and sum(looping) / len(looping) >= LOOPING:
+    looping = [row.looping_share or 0.0 for row in judged]
+    if looping and sum(looping) / len(looping) >= _LOOPING:
         share = sum(looping) / len(looping)
         console.say(
             f"{share:.0%} of the texts run into loops, which a draft predicts easily: see speedup_without_looping in benchmark.json"
         )
-    console.say(results["verdict"]["sentence"])
+    console.say(results.verdict["sentence"])
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

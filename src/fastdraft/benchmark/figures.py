@@ -1,0 +1,154 @@
+"""From the measured texts and times to the rows of `benchmark.json`: `rows_of(measured, passes, cost_ratio_bytes)`.
+
+A speed-up is seconds per token alone over seconds per token with the draft, of the two runs of one repeat; the row says the median over the
+repeats and the smallest and largest. Rates follow from added counts. What cannot be computed is null.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastdraft.benchmark.plan import ALONE
+from fastdraft.benchmark.rows import BenchmarkRow, PassesRow, TextDifference
+from fastdraft.benchmark.runs import Measured
+from fastdraft.data.filters import is_looping
+from fastdraft.decoding.figures import tidy, tidy_count
+from fastdraft.forecast import mbsu, predicted_speedup
+from fastdraft.functional.acceptance import Counts, counts_from_array
+
+NAN = float("nan")
+Text = tuple[int, float, float]
+"""Tokens, seconds and seconds to the first token of one answer."""
+
+
+def rows_of(measured: Measured, passes: Sequence[PassesRow], cost_ratio_bytes: float) -> list[BenchmarkRow]:
+    """One row for each K of a finished measurement.
+
+    Args:
+        measured: Counts and times.
+        passes: Single passes of the pair, by prefix.
+        cost_ratio_bytes: Bytes of weights that the draft reads for one token, over the target's, each at its own weights.
+    """
+    return [
+        _row(measured, label, k, passes, cost_ratio_bytes) for label, k in measured.work.labels.items() if k
+    ]
+
+
+def _row(
+    measured: Measured, label: str, k: int, passes: Sequence[PassesRow], cost_ratio_bytes: float
+) -> BenchmarkRow:
+    work, prompts = measured.work, measured.work.prompts
+    texts = measured.counts["texts"][label]
+    numbers = [row for row in texts["counts"] if row is not None]
+    counts = counts_from_array(np.sum(np.array(numbers, dtype=np.float64), axis=0)) if numbers else Counts()
+    prompt_tokens = statistics.fmean(measured.counts["prompt_tokens"])
+    differences = measured.counts["differences"][label]
+    times = _times(measured, label)
+    # Single passes predict one text at a time; those are taken that were measured nearest to the middle of the texts.
+    middle = prompt_tokens + statistics.fmean(map(len, texts["response_ids"])) / 2
+    near = min(passes, key=lambda each: abs(each.prefix_tokens - middle), default=None)
+    predicted, bound = NAN, mbsu(counts.block_efficiency, k, cost_ratio_bytes)
+    if near is not None and prompts.concurrency == 1 and k + 1 in near.target_seconds:
+        seconds = near.target_seconds
+        predicted = predicted_speedup(
+            counts.block_efficiency, k, near.draft_seconds, seconds[1], seconds[k + 1]
+        )
+    return BenchmarkRow(
+        part=prompts.part,
+        task=prompts.task,
+        target_weights=work.weights[0],
+        draft_weights=work.weights[1],
+        temperature=work.temperature,
+        num_speculative_tokens=k,
+        concurrency=prompts.concurrency,
+        prompt_tokens=tidy(prompt_tokens),
+        max_new_tokens=prompts.max_new_tokens,
+        num_prompts=len(prompts.prompt_ids),
+        repeats=len(measured.repeats),
+        num_drafts=tidy_count(counts.num_drafts),
+        num_draft_tokens=tidy_count(counts.num_draft_tokens),
+        num_accepted_tokens=tidy_count(counts.num_accepted_tokens),
+        num_accepted_tokens_per_pos=[tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
+        num_generated_tokens=tidy_count(counts.num_generated_tokens),
+        num_examined_tokens=tidy_count(counts.num_examined_tokens),
+        acceptance_rate=tidy(counts.acceptance_rate),
+        conditional_acceptance_rate=tidy(counts.conditional_acceptance_rate),
+        block_efficiency=tidy(counts.block_efficiency),
+        **{name: tidy(value) for name, value in times.items()},
+        num_tokens_alone=sum(tokens for tokens, _, _ in _texts(measured.repeats[0], ALONE)),
+        num_tokens_with_draft=sum(tokens for tokens, _, _ in _texts(measured.repeats[0], label)),
+        predicted_speedup=tidy(predicted),
+        predicted_quotient=tidy(_ratio(times["speedup"], predicted)),
+        decode_quotient=tidy(_ratio(times["decode_speedup"], predicted)),
+        mbsu_bytes=tidy(bound),
+        mbsu_quotient=tidy(_ratio(times["speedup"], bound)),
+        texts=len(texts["response_ids"]),
+        same_text=None if differences is None else len(texts["response_ids"]) - len(differences),
+        differences=[TextDifference.from_json(found) for found in differences or []],
+        looping_share=tidy(statistics.fmean(is_looping(ids) for ids in texts["response_ids"])),
+        lossless=bool(measured.counts["lossless"][label]),
+        speedup_without_looping=tidy(_without_looping(measured, label)) if prompts.concurrency == 1 else None,
+    )
+
+
+def _times(measured: Measured, label: str) -> dict[str, float]:
+    """Everything that follows from the clock, by the row's field."""
+    fields: dict[str, float] = {}
+    whole: dict[str, list[float]] = {}
+    decode: dict[str, list[float]] = {}
+    for name, which in (("alone", ALONE), ("with_draft", label)):
+        seconds = [sum(batch["seconds"] for batch in unit["runs"][which]) for unit in measured.repeats]
+        texts = [_texts(unit, which) for unit in measured.repeats]
+        tokens = [sum(count for count, _, _ in each) for each in texts]
+        whole[name] = [_ratio(s, n) for s, n in zip(seconds, tokens, strict=True)]
+        # Behind each text's first token, which no draft can hasten.
+        behind = [[(n - 1, s - first) for n, s, first in each if n > 1] for each in texts]
+        decode[name] = [_ratio(sum(s for _, s in each), sum(n for n, _ in each)) for each in behind]
+        each_token = [s / n for each in behind for n, s in each]
+        fields |= {
+            f"seconds_{name}": statistics.median(seconds),
+            f"seconds_{name}_low": min(seconds),
+            f"seconds_{name}_high": max(seconds),
+            f"tokens_per_second_{name}": statistics.median(_ratio(1, value) for value in whole[name]),
+            f"first_token_seconds_{name}": statistics.median(first for each in texts for _, _, first in each),
+            f"seconds_per_output_token_{name}": statistics.median(each_token) if each_token else NAN,
+        }
+    speedups, decode_speedups = (
+        [_ratio(alone, drafted) for alone, drafted in zip(found["alone"], found["with_draft"], strict=True)]
+        for found in (whole, decode)
+    )
+    return fields | {
+        "speedup": statistics.median(speedups),
+        "speedup_low": min(speedups),
+        "speedup_high": max(speedups),
+        "decode_speedup": statistics.median(decode_speedups),
+    }
+
+
+def _without_looping(measured: Measured, label: str) -> float:
+    """The median speed-up of those texts that do not loop in the target's own words, which a draft predicts easily; NaN if none."""
+    own = measured.counts["texts"][ALONE]["response_ids"]
+    places = [place for place, ids in enumerate(own) if not is_looping(ids)]
+
+    def seconds_per_token(unit: dict[str, Any], name: str) -> float:
+        texts = _texts(unit, name)
+        return _ratio(sum(texts[place][1] for place in places), sum(texts[place][0] for place in places))
+
+    found = [
+        _ratio(seconds_per_token(unit, ALONE), seconds_per_token(unit, label)) for unit in measured.repeats
+    ]
+    return statistics.median(found)
+
+
+def _texts(unit: dict[str, Any], label: str) -> list[Text]:
+    names = ("num_tokens", "text_seconds", "first_token_seconds")
+    batches: Iterable[Any] = unit["runs"][label]
+    return [text for batch in batches for text in zip(*(batch[name] for name in names), strict=True)]
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else NAN

@@ -1,0 +1,90 @@
+"""OpenVINO as the `Runtime` of a benchmark: what it runs on, and the doors to its exports, passes and pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fastdraft.decoding.latency import Latency
+from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_pair, describe_device, require_openvino
+from fastdraft.runtimes.openvino_export import export_openvino
+from fastdraft.runtimes.openvino_latency import measure_passes
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair
+from fastdraft.target import Target
+
+_LAUNCH = """import openvino_genai
+
+draft = openvino_genai.draft_model("path/to/draft-{draft}", "{draft_device}")
+pipeline = openvino_genai.LLMPipeline("path/to/target-{target}", "{device}", draft_model=draft)
+config = openvino_genai.GenerationConfig(max_new_tokens=256, num_assistant_tokens={k})
+print(pipeline.generate("Once upon a time", config))"""
+
+
+@dataclass(frozen=True)
+class OpenVINORuntime:
+    """Devices are OpenVINO's names; `draft_device` "" is the target's; `threads` 0 leaves OpenVINO's own choice."""
+
+    device: str = "CPU"
+    draft_device: str = ""
+    precision: Precision = "fast"
+    threads: int = 0
+    rows: int = 16
+    """Most answers at a time."""
+    eos_ids: tuple[int, ...] = ()
+
+    name: ClassVar[str] = "openvino"
+    # With a draft, release 2026.4.1 accepts a proposal by comparing the draft's probability of it with the target's probability of another
+    # token: sampled text leans towards the draft, and the counted acceptance is far too high (docs/openvino.md has the measurement).
+    lossless_sampling: ClassVar[bool] = False
+
+    def describe(self) -> dict[str, Any]:
+        require_openvino()
+        if self.draft_device:
+            describe_device(self.draft_device, self.precision)
+        return {
+            "name": self.name,
+            **describe_device(self.device, self.precision),
+            "device": self.device,
+            "draft_device": self.draft_device or self.device,
+            "threads": self.threads,
+            "precision": self.precision,
+        }
+
+    def check_pair(self, target: Target, draft: Target) -> None:
+        check_pair(target, draft)
+
+    def export(self, source: Target, folder: Path, weights: Any, target: Path | None = None) -> None:
+        export_openvino(source, folder, weights, pair=target)
+
+    def weights_bytes(self, exported: Path) -> int:
+        return (exported / MODEL_FILE).with_suffix(".bin").stat().st_size
+
+    def measure_passes(self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int) -> Latency:
+        return measure_passes(
+            target,
+            draft,
+            widths,
+            prefix_tokens,
+            device=self.device,
+            draft_device=self.draft_device,
+            precision=self.precision,
+            threads=self.threads,
+        )
+
+    def open(self, target: Path, draft: Path) -> OpenVINOPair:
+        return OpenVINOPair(
+            target,
+            draft,
+            self.eos_ids,
+            device=self.device,
+            draft_device=self.draft_device,
+            precision=self.precision,
+            threads=self.threads,
+            rows=self.rows,
+        )
+
+    def launch_line(self, target: str, draft: str, num_speculative_tokens: int) -> str:
+        devices = {"device": self.device, "draft_device": self.draft_device or self.device}
+        return _LAUNCH.format(target=target, draft=draft, k=num_speculative_tokens, **devices)

@@ -1,0 +1,129 @@
+"""What the benchmark asks of a runtime, and nothing more: one `Runtime` for each, one `LoadedPair` for two models in it.
+
+A runtime is a frozen dataclass of plain settings (device, threads, ...), so that another process can make the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from fastdraft.decoding.latency import Latency
+from fastdraft.decoding.speculative import Round
+from fastdraft.functional.acceptance import Counts, add_counts
+from fastdraft.functional.generation import Sampling
+from fastdraft.target import Target
+
+
+@dataclass(frozen=True)
+class TimedText:
+    """One answer and when it came."""
+
+    response_ids: list[int]
+    seconds: float
+    """From handing over the batch to this answer's last token."""
+    first_token_seconds: float
+    """From handing over the batch to this answer's first token."""
+    rounds: list[Round] = field(default_factory=list)
+    """In our conventions (functional/acceptance.py); empty without a draft."""
+
+    @property
+    def counts(self) -> Counts:
+        return add_counts(r.counts for r in self.rounds)
+
+
+@dataclass(frozen=True)
+class TimedBatch:
+    """Answers that were asked for at the same moment."""
+
+    texts: list[TimedText]
+
+    @property
+    def seconds(self) -> float:
+        """From handing over the batch to the last token of all."""
+        return max((text.seconds for text in self.texts), default=0.0)
+
+
+@dataclass(frozen=True)
+class TimeSpent:
+    """Where the time of an answer went, by the runtime's own clocks; what is left of the whole is the runtime's own work."""
+
+    target_seconds: float
+    draft_seconds: float
+    total_seconds: float
+
+
+class LoadedPair(Protocol):
+    """A target and its draft; each is loaded when it is first needed and let go with this object."""
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> TimedBatch:
+        """The target alone answers all prompts at the same time."""
+        ...
+
+    def write_with_draft(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        num_speculative_tokens: int,
+        *,
+        exact_counts: bool = False,
+    ) -> TimedBatch:
+        """The target with its draft. `exact_counts` counts the round at a text's end exactly, at the cost of more passes: not for timing."""
+        ...
+
+    def gap(self, prefix_ids: list[int], first: int, second: int) -> float:
+        """Distance of the log-probs of two next tokens under the target, as exactly as the runtime can."""
+        ...
+
+    def time_spent(
+        self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
+    ) -> TimeSpent | None:
+        """Where the time of one greedy answer goes; None where the runtime does not tell."""
+        ...
+
+
+class Runtime(Protocol):
+    """How models run: the runtime and its settings."""
+
+    name: ClassVar[str]
+    device: str
+    draft_device: str
+    """"" is the target's."""
+    lossless_sampling: ClassVar[bool]
+    """Whether text sampled with a draft follows the target alone; without one it always does."""
+
+    def describe(self) -> dict[str, Any]:
+        """`runtime` of benchmark.json: name, version, device, device_name and the settings; refuses a device that is not there."""
+        ...
+
+    def check_pair(self, target: Target, draft: Target) -> None:
+        """Refuses, before anything is loaded, a draft that the runtime could not run for this target."""
+        ...
+
+    def export(self, source: Target, folder: Path, weights: str, target: Path | None = None) -> None:
+        """Writes a model as the runtime loads it; a draft is tried with the exported `target`."""
+        ...
+
+    def weights_bytes(self, exported: Path) -> int:
+        """Size of an export's weights."""
+        ...
+
+    def measure_passes(
+        self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
+    ) -> Latency | None:
+        """Single passes of two exports behind a prefix; None where the runtime cannot be asked for one."""
+        ...
+
+    def open(self, target: Path, draft: Path) -> LoadedPair:
+        """A pair of exports."""
+        ...
+
+    def launch_line(self, target: str, draft: str, num_speculative_tokens: int) -> str:
+        """What a user types to run the pair so."""
+        ...
