@@ -127,9 +127,10 @@ def near_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def exported_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny target as OpenVINO runs it, fp32."""
     from fastdraft.runtimes.openvino_export import export_openvino
+    from fastdraft.target import Target
 
     folder = tmp_path_factory.mktemp("openvino") / "target"
-    export_openvino(tiny_target, folder, "fp32")
+    export_openvino(Target.at(tiny_target), folder, "fp32")
     return folder
 
 
@@ -137,9 +138,10 @@ def exported_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory)
 def exported_draft(near_draft: Path, exported_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The near draft as OpenVINO runs it with that target, fp32."""
     from fastdraft.runtimes.openvino_export import export_openvino
+    from fastdraft.target import Target
 
     folder = tmp_path_factory.mktemp("openvino") / "draft"
-    export_openvino(near_draft, folder, "fp32", pair=exported_target)
+    export_openvino(Target.at(near_draft), folder, "fp32", pair=exported_target)
     return folder
 
 

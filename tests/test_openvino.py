@@ -25,7 +25,7 @@ from fastdraft import cli, pipeline
 from fastdraft.data.rows import read_all
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.scoring import score
-from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
+from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.recipe import load_recipe
