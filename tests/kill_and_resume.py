@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import write_recipe, write_target
 from fastdraft.errors import MissingExtra
 from fastdraft.stages import SUMMARIES
-from fastdraft.runtimes.engines import require_openvino
+from fastdraft.runtimes.openvino import require_openvino
 
 TIMES = ("second", "speedup", "quotient")
 """Parts of the names of what a clock decides in a row of benchmark.json."""

@@ -29,16 +29,19 @@ from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeErro
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.recipe import load_recipe
-from fastdraft.runtimes import openvino_export
+from fastdraft.runtimes import openvino, openvino_export
 from fastdraft.runtimes.openvino import (
     OpenVINOEngine,
     answer_seed,
+    check_pair,
     device_properties,
     load_pipeline,
+    require_openvino,
     silence_telemetry,
 )
 from fastdraft.runtimes.openvino_export import export_openvino
-from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair
+from fastdraft.runtimes.runtime import TimedBatch, TimedText
 from fastdraft.target import Target
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30)]
@@ -78,8 +81,9 @@ socket.socket.connect = lambda *arguments: calls.append(arguments)
 socket.getaddrinfo = lambda *arguments, **_: calls.append(arguments) or []
 multiprocessing.Process.start = lambda process: calls.append(process)  # in which openvino_telemetry sends
 from fastdraft.runtimes import openvino_export
+from fastdraft.target import Target
 
-openvino_export.convert(sys.argv[1], Path(sys.argv[2]), "int8")
+openvino_export.convert(Target.at(sys.argv[1]), Path(sys.argv[2]), "int8")
 assert "nncf" in sys.modules and "optimum.exporters.openvino" in sys.modules and "openvino.tools.ovc" in sys.modules
 print("calls", calls)
 """
@@ -123,7 +127,7 @@ def test_telemetry_that_was_imported_before_sends_nothing_either(monkeypatch: py
 def test_an_export_holds_the_source_tokenizer_byte_for_byte(exported_target: Path, tiny_target: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (exported_target / name).read_bytes() == (tiny_target / name).read_bytes()
-    for name in openvino_export.FILES:
+    for name in openvino_export._FILES:
         assert (exported_target / name).is_file()
 
 
@@ -144,9 +148,10 @@ def test_an_export_that_fails_its_check_leaves_no_folder(
         shutil.copytree(exported_target, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(openvino_export, "convert", copy)
-    monkeypatch.setattr(openvino_export, "greedy", lambda folder, prompt, tokens: [7] * tokens)
+    alone = TimedBatch([TimedText([7] * 32, 1.0, 1.0)])
+    monkeypatch.setattr(openvino_export.OpenVINOPair, "write", lambda *_: alone)
     with pytest.raises(FastDraftError, match="differs with the draft, by a log-prob of"):
-        export_openvino(tiny_target, tmp_path / "out", "fp32")
+        export_openvino(Target.at(tiny_target), tmp_path / "out", "fp32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,9 +161,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_is_converted(
     other = write_target(tmp_path / "other", padded_vocab=384)
     monkeypatch.setattr(openvino_export, "convert", lambda *_: pytest.fail("converted"))
     with pytest.raises(TargetError, match="draft 384, target 320"):
-        export_openvino(other, tmp_path / "out", "int8", pair=exported_target)
-    with pytest.raises(TargetError, match="draft 384, target 320"):
-        OpenVINOPair(exported_target, other, (3,))
+        export_openvino(Target.at(other), tmp_path / "out", "int8", pair=exported_target)
 
 
 def test_the_command_exports_a_directory_and_says_what_was_found(
@@ -192,11 +195,16 @@ def test_the_text_part_of_a_multimodal_target_is_converted_and_writes_the_target
 ) -> None:
     source = write_family(tmp_path / "target", name)
     (tmp_path / "out").mkdir()
-    openvino_export.convert(source, tmp_path / "out", "fp32")
+    openvino_export.convert(Target.at(source), tmp_path / "out", "fp32")
     own = Target.at(source)
     endless = replace(own.vocabulary, eos_token_ids=())
     [expected] = greedy(own.model("cpu"), [PROMPTS[3]], 32, endless)
-    assert openvino_export.greedy(tmp_path / "out", PROMPTS[3], 32) == expected.response_ids
+    [text] = (
+        OpenVINOPair(tmp_path / "out", tmp_path / "out", precision="exact")
+        .write([PROMPTS[3]], Sampling(0.0), 32, 0)
+        .texts
+    )
+    assert text.response_ids == expected.response_ids
     assert len(set(expected.response_ids)) > 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]
 
@@ -316,3 +324,55 @@ def test_a_signal_arrives_after_pipelines_came_and_went(exported_target: Path) -
         [sys.executable, "-c", code, str(exported_target)], capture_output=True, text=True, check=False
     )
     assert (found.returncode, found.stdout.strip()) == (0, "arrived"), found.stderr
+
+
+@pytest.fixture
+def draft(tiny_draft: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil; without weights, for the rules of a pair need none."""
+    folder = tmp_path / "draft"
+    shutil.copytree(tiny_draft, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def change(path: Path, **values: object) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **values}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"vocab_size": 384}, r"draft 384, target 320.*vocab_size"),
+        ("config.json", {"max_position_embeddings": 128}, r"draft 128, target 256.*context"),
+        ("tokenizer_config.json", {"bos_token": "<|user|>"}, "draft 1, target 0.*bos_token_id"),
+        ("tokenizer_config.json", {"eos_token": "<|user|>"}, "draft 1, target 3.*eos_token_id"),
+        ("tokenizer_config.json", {"pad_token": "<|user|>"}, "draft 1, target 0.*pad_token_id"),
+    ],
+)
+def test_a_draft_that_openvino_would_not_take_is_refused(
+    tiny_target: Path, draft: Path, file: str, changes: dict[str, object], message: str
+) -> None:
+    change(draft / file, **changes)
+    with pytest.raises(TargetError, match=message):
+        check_pair(Target.at(tiny_target), Target.at(draft))
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused_and_a_longer_context_taken(
+    tiny_target: Path, draft: Path
+) -> None:
+    change(draft / "config.json", max_position_embeddings=512)
+    check_pair(Target.at(tiny_target), Target.at(draft))
+    state = json.loads((draft / "tokenizer.json").read_text(encoding="utf-8"))
+    state["model"]["merges"] = []
+    (draft / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(TargetError, match="must encode 'Could you"):
+        check_pair(Target.at(tiny_target), Target.at(draft))
+
+
+def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None if name == "nncf" else True)
+    with pytest.raises(MissingExtra, match=r"nncf is not installed.*fastdraft\[openvino\]"):
+        require_openvino()
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None if name == "optimum.intel" else True)
+    with pytest.raises(MissingExtra, match="--no-deps optimum-intel"):
+        require_openvino()

@@ -36,7 +36,9 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def vocabulary(tiny_target: Path) -> Vocabulary:
-    return replace(Target.at(tiny_target).vocabulary, missing_ids=())  # OpenVINO masks none of the draft's ids
+    return replace(
+        Target.at(tiny_target).vocabulary, missing_ids=()
+    )  # OpenVINO masks none of the draft's ids
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,15 @@ def test_the_time_of_an_answer_is_the_targets_the_drafts_and_the_runtimes(
     exported_target: Path, exported_draft: Path
 ) -> None:
     pair = OpenVINOPair(exported_target, exported_draft, threads=1)
-    for tokens in (1, 2, TOKENS, TOKENS, 2, 1, TOKENS - 1):  # a fresh pipeline lists otherwise than a used one
+    for tokens in (
+        1,
+        2,
+        TOKENS,
+        TOKENS,
+        2,
+        1,
+        TOKENS - 1,
+    ):  # a fresh pipeline lists otherwise than a used one
         found = pair.time_spent(PROMPTS[1], tokens, 2)
         assert found.target_seconds > 0
         assert (found.draft_seconds > 0) == (tokens > 2)
@@ -172,12 +182,16 @@ def test_a_failure_of_openvino_is_one_line(exported_target: Path) -> None:
     pair.__dict__["alone"] = SimpleNamespace(add_request=fail)
     with pytest.raises(FastDraftError, match="device CPU: OpenVINO failed: no memory left"):
         pair.write(PROMPTS, GREEDY, TOKENS, 0)
-    pair.__dict__["alone"] = SimpleNamespace(add_request=lambda *_: None, has_non_finished_requests=lambda: False)
+    pair.__dict__["alone"] = SimpleNamespace(
+        add_request=lambda *_: None, has_non_finished_requests=lambda: False
+    )
     with pytest.raises(FastDraftError, match="left a prompt without an answer"):
         pair.write(PROMPTS[:1], GREEDY, TOKENS, 0)
 
 
-def test_the_judges_log_probs_are_those_of_transformers(exported_target: Path, target: PreTrainedModel) -> None:
+def test_the_judges_log_probs_are_those_of_transformers(
+    exported_target: Path, target: PreTrainedModel
+) -> None:
     judge = TieJudge(exported_target)
     for prompt in PROMPTS[3:1:-1]:  # the longer one first: nothing of it may be left
         with torch.no_grad():

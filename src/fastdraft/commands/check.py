@@ -29,9 +29,9 @@ from fastdraft.recipe.base import format_count
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import FINGERPRINT, StageFolder
-from fastdraft.runtimes.engines import choose_engine, require_openvino
-from fastdraft.runtimes.openvino import device_properties
-from fastdraft.runtimes.openvino_families import require_convertible
+from fastdraft.runtimes.engines import choose_engine
+from fastdraft.runtimes.openvino import device_properties, require_openvino
+from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.stages import design, synthesize
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
@@ -131,12 +131,12 @@ def _check_runtimes(recipe: Recipe, target: Target) -> None:
     if recipe.export and "openvino" in recipe.export.formats:
         require_openvino()
         if recipe.export.openvino.target != "none":
-            require_convertible(target.location, target.revision)
+            require_convertible(target)
     if recipe.synthesize:
         synthesize.check_installed(recipe.synthesize)
         synthesize.require_weights(recipe.synthesize, target)
         if recipe.synthesize.engine.kind == "openvino":
-            require_convertible(target.location, target.revision)
+            require_convertible(target)
     if recipe.benchmark:
         _check_benchmark(recipe, recipe.benchmark, target)
 
@@ -147,7 +147,7 @@ def _check_benchmark(recipe: Recipe, config: BenchmarkConfig, target: Target) ->
     require_openvino()
     for device in dict.fromkeys((config.device, config.draft_device or config.device)):
         device_properties(device, config.precision)
-    require_convertible(target.location, target.revision)
+    require_convertible(target)
     most = max(config.num_speculative_tokens)
     for task in config.tasks_of(recipe.sections()):
         load_task(task)

@@ -1,7 +1,7 @@
 """`fastdraft inspect TARGET --measure`: what target and candidate drafts cost on this device, before anything is trained.
 
 Decides what is measured and what is said about it. Every candidate, and the target unless it is an exported model, is
-built with random weights in a temporary folder (`runtimes/openvino_random.py`), and single passes are timed in the order of
+built with random weights in a temporary folder (`runtimes/openvino_export.py`), and single passes are timed in the order of
 decoding (`runtimes/openvino_latency.py`). What follows from the times is in inspect_forecast.py. The temporary folder goes
 in every case but a kill without warning.
 """
@@ -121,8 +121,7 @@ def measure(
         RecipeError: for a device that is not there. FastDraftError: when there is no room for the random models.
         TargetError, FastDraftError: when a shape cannot be converted or run.
     """
-    from fastdraft.runtimes.openvino import device_properties
-    from fastdraft.runtimes.openvino_device import describe_device
+    from fastdraft.runtimes.openvino import describe_device, device_properties
 
     settings.check()
     device_properties(settings.device, "fast", settings.threads)
@@ -196,14 +195,13 @@ def _shape(name: str, config: PreTrainedConfig, target: Architecture) -> Archite
 
 def _exported_draft(name: str, target: str) -> Built:
     from fastdraft.modeling.architecture import read_architecture
-    from fastdraft.runtimes.openvino import MODEL_FILE
-    from fastdraft.runtimes.openvino_pair import check_pair
+    from fastdraft.runtimes.openvino import MODEL_FILE, check_pair
 
     folder = user_path(name, "--draft")
     if not (folder / MODEL_FILE).is_file():
         rule = "must be HIDDENxLAYERS, such as 512x6, or the folder of an exported draft"
         raise RecipeError("--draft", name, rule, "run fastdraft export first for a folder")
-    check_pair(target, folder)
+    check_pair(Target.at(target), Target.at(folder))
     config = Target.at(folder).config
     return Built(folder.name, read_architecture(config), config, folder, "int8", False)
 
@@ -212,10 +210,9 @@ def _build(
     models: Sequence[Built], tokenizer: str, revision: str | None, temporary: Path, console: Console
 ) -> None:
     """Makes those that are to be random, the drafts first: what fails, fails soon."""
-    from fastdraft.runtimes.openvino_random import check_disk, export_random, needed_bytes
+    from fastdraft.runtimes.openvino_export import export_random
 
     to_build = [model for model in models if model.random]
-    check_disk(temporary, needed_bytes([(model.architecture, model.weights) for model in to_build]))
     with console.progress("building", len(to_build), "models") as progress:
         for model in to_build:
             what = "the target" if model.name == "target" else f"draft {model.name}"
@@ -223,7 +220,7 @@ def _build(
                 f"building {what} with random weights: {format_count(model.architecture.parameters)} parameters, {model.weights}"
             )
             model.folder.mkdir()
-            export_random(model.config, tokenizer, model.folder, model.weights, revision)
+            export_random(model.config, Target.at(tokenizer, revision), model.folder, model.weights)
             progress.advance(1)
 
 

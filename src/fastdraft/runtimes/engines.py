@@ -28,7 +28,8 @@ from fastdraft.recipe.data import (
     OpenVINOEngineConfig,
 )
 from fastdraft.run_folder import FINGERPRINT
-from fastdraft.runtimes.openvino_families import NOT_CONVERTED, unconverted_family
+from fastdraft.runtimes.openvino import require_openvino
+from fastdraft.runtimes.openvino_export import NOT_CONVERTED, export_openvino, unconverted_family
 
 if TYPE_CHECKING:
     from fastdraft.functional.generation import Engine
@@ -37,29 +38,11 @@ if TYPE_CHECKING:
     from fastdraft.stages.context import StageContext
 
 
-INSTALL_CONVERTER = "pip install --no-deps optimum-intel optimum; pip install requests (with its dependencies it brings torchvision)"
 _STAGE = "synthesize"
 _CONVERTED = "converted"
 """Scratch of the stage (see `artifacts.SCRATCH`): the target as OpenVINO runs it."""
 NOBODY = "none"
 """Stands for the engine where every answer is there already."""
-
-
-def require_openvino() -> None:
-    """Looks whether everything that converting and running needs is installed, without importing it.
-
-    Raises:
-        MissingExtra: naming the first library that is missing.
-    """
-    for module, library in (
-        ("openvino_genai", "openvino-genai"),
-        ("openvino_tokenizers", "openvino-tokenizers"),
-        ("nncf", "nncf"),
-    ):
-        if find_spec(module) is None:
-            raise MissingExtra(library, "openvino")
-    if find_spec("optimum") is None or find_spec("optimum.intel") is None:
-        raise MissingExtra("optimum-intel", "openvino", INSTALL_CONVERTER)
 
 
 def require_installed(settings: EngineConfig) -> None:
@@ -141,7 +124,7 @@ def _fastest_here(context: StageContext) -> EngineChoice:
             f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.remedy}"
         )
         return EngineChoice(HuggingFaceEngineConfig(), reason)
-    family = unconverted_family(context.target.location, context.target.revision)
+    family = unconverted_family(context.target)
     if family:
         return EngineChoice(
             HuggingFaceEngineConfig(), f"{family} is not converted to OpenVINO: {NOT_CONVERTED[family]}"
@@ -334,10 +317,8 @@ def _open_openai(
 
 def _exported_target(settings: OpenVINOEngineConfig, context: StageContext, stage: str) -> Path:
     """The target's export beside the units, until the stage is complete: converted once, found again by a process that goes on."""
-    from fastdraft.runtimes.openvino_export import export_openvino
-
     folder = context.folder(stage).path / _CONVERTED / settings.weights
     if not folder.is_dir():
         context.console.say(f"converting the target for OpenVINO ({settings.weights})")
-        export_openvino(context.target.location, folder, settings.weights, revision=context.target.revision)
+        export_openvino(context.target, folder, settings.weights)
     return folder
