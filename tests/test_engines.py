@@ -28,7 +28,7 @@ from fastdraft.recipe.data import (
 )
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.run_folder import StageFolder, read_json, write_json
-from fastdraft.runtimes import engines, openvino_families
+from fastdraft.runtimes import engines, openvino_export
 from fastdraft.runtimes.engines import Engines, choose_engine, uses_weights
 from fastdraft.stages.context import StageContext
 
@@ -106,7 +106,7 @@ def test_without_openvino_auto_is_transformers_and_says_what_to_install(recipe: 
 def test_auto_is_transformers_for_a_family_that_is_not_converted(
     recipe: Recipe, installed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_families, "text_family", lambda *_: "gemma2")
+    monkeypatch.setattr(openvino_export, "text_family", lambda *_: "gemma2")
     choice = choose_engine(AutoEngineConfig(), context_of(recipe))
     assert choice.settings == HuggingFaceEngineConfig()
     assert "gemma2 is not converted to OpenVINO: its attention scores are capped" in choice.reason
@@ -118,18 +118,18 @@ def test_openvino_for_a_family_that_is_not_converted_is_refused_before_any_work(
         TargetError,
         match="family gemma2: its attention scores are capped, which OpenVINO's attention leaves out",
     ):
-        openvino_families.require_convertible(str(tmp_path))
+        openvino_export.require_convertible(Target.at(tmp_path))
     write_json(
         tmp_path / "config.json",
         {"model_type": "llava", "text_config": {"model_type": "gemma2", "vocab_size": 320}},
     )
     with pytest.raises(TargetError, match="family gemma2"):
-        openvino_families.require_convertible(str(tmp_path))
+        openvino_export.require_convertible(Target.at(tmp_path))
     write_json(
         tmp_path / "config.json",
         {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 320}},
     )
-    openvino_families.require_convertible(str(tmp_path))
+    openvino_export.require_convertible(Target.at(tmp_path))
 
 
 def test_on_an_accelerator_auto_is_transformers(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_every_supported_family_can_be_converted() -> None:
     import optimum.exporters.openvino.model_configs  # noqa: F401 - enters the families that OpenVINO's exporter knows
     from optimum.exporters.tasks import TasksManager
 
-    for family in set(TARGET_FAMILIES) - {*openvino_families.NOT_CONVERTED, *PARTS, *MULTIMODAL}:
+    for family in set(TARGET_FAMILIES) - {*openvino_export.NOT_CONVERTED, *PARTS, *MULTIMODAL}:
         tasks = TasksManager.get_supported_tasks_for_model_type(
             family, exporter="openvino", library_name="transformers"
         )

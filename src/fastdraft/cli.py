@@ -121,10 +121,10 @@ def _export(
     if format is None:
         _stages(recipe, overrides, redo, quiet, only="export")
         return
-    from fastdraft.commands import export
     from fastdraft.console import Console
+    from fastdraft.stages.export import export_model
 
-    export.run(
+    export_model(
         recipe, format=format, weights=weights, output=output, target=target, console=Console(quiet=quiet)
     )
 

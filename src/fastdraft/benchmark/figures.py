@@ -16,9 +16,8 @@ from fastdraft.benchmark.plan import ALONE
 from fastdraft.benchmark.rows import BenchmarkRow, PassesRow, TextDifference
 from fastdraft.benchmark.runs import Measured
 from fastdraft.data.filters import is_looping
-from fastdraft.decoding.figures import tidy, tidy_count
 from fastdraft.forecast import mbsu, predicted_speedup
-from fastdraft.functional.acceptance import Counts, counts_from_array
+from fastdraft.functional.acceptance import Counts, counts_from_array, tidy, tidy_count
 
 NAN = float("nan")
 Text = tuple[int, float, float]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data.chat import first_prompt_ids
 from fastdraft.errors import DataError
-from fastdraft.tasks import load_task
+from fastdraft.evaluation.tasks import load_task
 
 ALONE = "alone"
 Weights = tuple[str, str]
