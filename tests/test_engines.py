@@ -31,6 +31,7 @@ from fastdraft.run_folder import StageFolder, read_json, write_json
 from fastdraft.runtimes import engines, openvino_export
 from fastdraft.runtimes.engines import Engines, choose_engine, uses_weights
 from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
 PARTS = ("qwen2_vl_text", "qwen2_5_vl_text")
 """Families that only stand inside others."""

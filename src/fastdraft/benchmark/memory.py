@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 
 from fastdraft.functional.generation import Sampling
 from fastdraft.runtimes.runtime import Runtime
@@ -70,6 +69,8 @@ class PeakWatch:
     """The most memory that this process held since it was made."""
 
     def __init__(self) -> None:
+        import psutil
+
         self._process = psutil.Process()
         self._counter = _peak_counter()
         self.begin = self.seen = int(self._process.memory_info().rss)
@@ -109,6 +110,8 @@ def _peak_counter() -> int | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+    import psutil
+
     peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
     return None if peak is None else int(peak)
 
