@@ -16,7 +16,9 @@ from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, TargetError
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import Config, load_config
+from fastdraft.recipe.evaluation import ExportConfig
 from fastdraft.recipe.run import RunConfig
+from fastdraft.recipe.training import DesignConfig
 from fastdraft.run_folder import RunFolder, read_json
 from fastdraft.runtimes import huggingface_export
 from fastdraft.stages import design, export
@@ -32,7 +34,7 @@ class _Section(Config):
 def context(tiny_target: Path, tmp_path: Path) -> StageContext:
     """A run whose design stage has finished."""
     config = load_config(
-        design.DesignConfig,
+        DesignConfig,
         {"draft": {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}},
         "design",
     )
@@ -49,21 +51,19 @@ def context(tiny_target: Path, tmp_path: Path) -> StageContext:
 
 
 def _export(context: StageContext, **settings: Any) -> tuple[Path, dict[str, Any]]:
-    config = load_config(export.ExportConfig, settings, "export")
+    config = load_config(ExportConfig, settings, "export")
     artifact = context.folder("export")
     artifact.begin(export.fingerprint(config, context))
     export.run(config, context)
     return artifact.path / "huggingface", artifact.manifest()
 
 
-def test_the_export_pins_k_and_the_confidence_threshold(context: StageContext) -> None:
-    folder, _ = _export(context, num_speculative_tokens=5, confidence_threshold=0.25)
+def test_the_export_pins_k_for_transformers(context: StageContext) -> None:
+    folder, _ = _export(context, num_speculative_tokens=5)
     pinned = read_json(folder / "generation_config.json")
-    assert (
-        pinned["num_assistant_tokens"],
-        pinned["num_assistant_tokens_schedule"],
-        pinned["assistant_confidence_threshold"],
-    ) == (5, "constant", 0.25)
+    assert pinned["num_assistant_tokens"] == 5
+    assert pinned["num_assistant_tokens_schedule"] == "constant"
+    assert pinned["assistant_confidence_threshold"] == 0.0
 
 
 def test_weights_and_tokenizer_are_those_of_the_checkpoint(context: StageContext, tiny_target: Path) -> None:

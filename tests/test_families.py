@@ -152,7 +152,7 @@ def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(
     assert _trained(draft)
     vocabulary = _target(folder).vocabulary
     save_draft(draft, tmp_path / "checkpoint", Target.at(checkpoint))
-    write_huggingface(tmp_path / "checkpoint", tmp_path / "huggingface", K, 0.0)
+    write_huggingface(tmp_path / "checkpoint", tmp_path / "huggingface", K)
     assert check_assisted(
         model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24
     ).same_text

@@ -31,9 +31,7 @@ class AssistedCheck:
     """What the target wrote alone."""
 
 
-def write_huggingface(
-    checkpoint: Path, folder: Path, num_speculative_tokens: int, confidence_threshold: float
-) -> list[str]:
+def write_huggingface(checkpoint: Path, folder: Path, num_speculative_tokens: int) -> list[str]:
     """Writes a complete Hugging Face directory from a checkpoint and returns the names of its files.
 
     Weights are stored in fp32, bit for bit those that were evaluated; tokenizer files are copied byte for byte.
@@ -42,7 +40,7 @@ def write_huggingface(
     # transformers' own defaults, 20 tokens and 0.4, change between releases and make small drafts slower.
     model.generation_config.num_assistant_tokens = num_speculative_tokens
     model.generation_config.num_assistant_tokens_schedule = "constant"
-    model.generation_config.assistant_confidence_threshold = confidence_threshold
+    model.generation_config.assistant_confidence_threshold = 0.0
     save_draft(model, folder, Target.at(checkpoint))
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdraft.console import Console
-from fastdraft.data.shards import corpus_names, open_corpus
+from fastdraft.data.shards import open_corpus
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.counting import auto_class
 from fastdraft.modeling.drafts import pick_device, set_threads
@@ -80,7 +80,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         target.vocabulary, Target.at(checkpoint).vocabulary, special_tokens=False, where=str(checkpoint)
     )
     folder = artifact.path / "huggingface"
-    files = write_huggingface(checkpoint, folder, config.num_speculative_tokens, config.confidence_threshold)
+    files = write_huggingface(checkpoint, folder, config.num_speculative_tokens)
     console.stop.check(artifact.path)
     checks = _check(Target.at(folder), target, context.settings.device, context.folder("prepare"), console)
     card = render_model_card(read_record(context.run), config.num_speculative_tokens, checks)
@@ -92,7 +92,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         formats=config.formats,
         source=name,
         num_speculative_tokens=config.num_speculative_tokens,
-        confidence_threshold=config.confidence_threshold,
+        confidence_threshold=0.0,
         files={
             file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
             for file in (*files, "README.md")
@@ -156,9 +156,9 @@ def _check(
 def _validation_rows(prepare: StageFolder) -> list[list[int]]:
     """A few held-out rows of every corpus, when corpora were prepared."""
     rows = []
-    for name in corpus_names(prepare) if prepare.is_complete() else ():
+    for name in prepare.manifest()["corpora"] if prepare.is_complete() else ():
         corpus = open_corpus(prepare, name, "validation")
-        rows += [corpus[index].tolist() for index in range(min(_ROWS_PER_CORPUS, corpus.rows))]
+        rows += corpus.take(range(min(_ROWS_PER_CORPUS, corpus.rows))).tolist()
     return rows
 
 
