@@ -110,7 +110,7 @@ def test_a_trained_stage_goes_before_the_design_and_must_have_finished(context: 
 def test_padding_mass_is_measured_and_reported(
     context: StageContext, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, manifest = _export(context)
+    _, manifest = _export(replace(context, console=Console(quiet=True)))
     checks = manifest["checks"]
     assert checks["padding_mass_mean"] == pytest.approx(
         20 / 320, rel=0.3
@@ -171,7 +171,7 @@ def test_a_target_whose_weights_are_elsewhere_still_gets_its_draft_exported_and_
 ) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(tiny_target, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    folder, manifest = _export(replace(context, target=Target.at(bare)))
+    folder, manifest = _export(replace(context, target=Target.at(bare), console=Console(quiet=True)))
     assert "assistant_same_greedy_text" not in manifest["checks"]
     assert manifest["checks"]["padding_mass_mean"] > 0
     assert load_draft(folder).config.vocab_size == 320

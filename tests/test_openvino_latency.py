@@ -111,7 +111,9 @@ class Scripted:
         return float(width) if self.name == "target" else 0.1 * int(self.name)
 
 
-def test_passes_come_in_the_order_of_decoding_and_figures_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_come_in_the_order_of_decoding_and_figures_are_medians(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(openvino_latency, "SPELL_SECONDS", 0.0)
     calls: list[tuple[str, int]] = []
     costs = time_passes(Scripted("target", calls), [Scripted("1", calls)], [1, 3], 3)  # type: ignore[arg-type, list-item]
@@ -130,7 +132,9 @@ def test_every_draft_meets_every_width_over_the_turns(monkeypatch: pytest.Monkey
     costs = time_passes(Scripted("target", calls), drafts, [1, 2, 3], 4, lambda: turns.append(None))  # type: ignore[arg-type]
     assert costs.draft_seconds == pytest.approx([0.1, 0.2, 0.3])
     assert len(turns) == 6
-    met = {(calls[i - 1][0], width) for i, (name, width) in enumerate(calls) if name == "target" and width > 1}
+    met = {
+        (calls[i - 1][0], width) for i, (name, width) in enumerate(calls) if name == "target" and width > 1
+    }
     assert met == {(name, width) for name in ("1", "2", "3") for width in (2, 3)}
 
 
