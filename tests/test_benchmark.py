@@ -78,8 +78,7 @@ def test_the_tasks_are_those_of_evaluate_unless_named(tiny_recipe: Path) -> None
         ("benchmark.temperatures=[-1]", "between 0 and 10"),
         ("benchmark.sweep.concurrency=[0]", "between 1 and 256"),
         ("benchmark.weights=[{target: int3}]", "benchmark.weights"),
-        ("benchmark.runtime=vllm", "openvino"),
-        ("benchmark.tasks=[{kind: code},{kind: code}]", "two tasks are called 'code'"),
+        ("benchmark.tasks=[{kind: code},{kind: code}]", "two entries are called 'code'"),
     ],
 )
 def test_a_bad_setting_is_one_line(

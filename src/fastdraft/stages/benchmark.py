@@ -45,7 +45,6 @@ from fastdraft.target import Target
 from fastdraft.evaluation.tasks import describe_task
 
 NAME = "benchmark"
-_RUNTIMES = {"openvino": OpenVINORuntime}
 # Shares from which it is said: of the processors that others keep busy, and of texts that loop.
 _BUSY, _LOOPING = 0.25, 0.25
 
@@ -76,7 +75,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
         context.console,
     )
     target, draft = context.target, Target.at(export.path / "huggingface")
-    runtime: Runtime = _RUNTIMES[config.runtime](
+    runtime: Runtime = OpenVINORuntime(
         device=config.device,
         draft_device=config.draft_device,
         precision=config.precision,
