@@ -58,7 +58,7 @@ class ExportCheck:
 
 def unconverted_family(target: Target) -> str:
     """The text family of a target that is not converted; empty for one that is."""
-    family = text_family(target.files.config)
+    family = text_family(target)
     return family if family in NOT_CONVERTED else ""
 
 

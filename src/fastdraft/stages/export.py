@@ -20,8 +20,7 @@ from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import ExportConfig, OpenVINOFormat
 from fastdraft.recipe.run import resolve_path, user_path
-from fastdraft.reporting.model_card import render_model_card
-from fastdraft.reporting.record import read_record
+from fastdraft.reporting.page import read_run, render
 from fastdraft.run_folder import StageFolder, file_sha256, write_atomic
 from fastdraft.runtimes.huggingface_export import (
     PADDING_MASS_LIMIT,
@@ -83,7 +82,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
     files = write_huggingface(checkpoint, folder, config.num_speculative_tokens)
     console.stop.check(artifact.path)
     checks = _check(Target.at(folder), target, context.settings.device, context.folder("prepare"), console)
-    card = render_model_card(read_record(context.run), config.num_speculative_tokens, checks)
+    card = render("model_card.md.j2", read_run(context.run), k=config.num_speculative_tokens, checks=checks)
     write_atomic(folder / "README.md", card)
     openvino = {}
     if "openvino" in config.formats:
