@@ -13,7 +13,6 @@ import pytest
 
 from fastdraft.benchmark.rows import BenchmarkResults, best_k
 from fastdraft.console import Console, format_table
-from fastdraft.evaluation.results import EvaluationResults
 from fastdraft.recipe.evaluation import ReportConfig
 from fastdraft.recipe.run import RunConfig, TargetConfig
 from fastdraft.reporting import benchmark_tables, charts, tables
@@ -127,8 +126,8 @@ def test_every_chapter_is_there_with_its_charts(page: str) -> None:
     chapters = "wall-clock speedup ladder differences positions along-the-text samples checks training data provenance definitions"
     assert re.findall(r'<section id="([^"]+)"', page) == chapters.split()
     wall_clock, rest = page.split('<section id="speedup">')
-    assert wall_clock.count("<img") == 4 + 1 + 3 + 1
-    assert rest.count("<img") == 4 + 4 + 4 + 4 + 1 + 4
+    assert wall_clock.count("<img") == 4 + 3 + 1
+    assert rest.count("<img") == 4 + 4 + 4 + 4 + 4
 
 
 def test_the_same_run_gives_the_same_bytes(record: RunRecord, page: str) -> None:
@@ -317,9 +316,7 @@ def test_tables_for_the_terminal_fit_80_columns() -> None:
 def test_charts_without_enough_to_compare_are_left_out() -> None:
     rows = [row for row in benchmark().rows if row.part == "tasks" and row.target_weights == "int4"]
     one: BenchmarkResults = replace(benchmark(), rows=rows, breakdown=[])
-    assert (charts.weights(one), charts.sweeps(one), charts.breakdown(one)) == ([], [], [])
-    bare: EvaluationResults = replace(results(), by_position=None)
-    assert charts.along_the_text(bare) == []
+    assert (charts.sweeps(one), charts.breakdown(one)) == ([], [])
     assert charts.losses("PT", []) == []
 
 

@@ -21,7 +21,7 @@ class JsonRow:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]
         named = {each.name: each.metadata.get("json", each.name) for each in fields(cls)}
         return cls(**{name: _decoded(hints[name], value[key]) for name, key in named.items() if key in value})
 

@@ -16,6 +16,23 @@ from fastdraft.json_rows import JsonRow, Number
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairRow(JsonRow):
+    """Something about a pair of weights."""
+
+    target_weights: str
+    draft_weights: str
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        return self.target_weights, self.draft_weights
+
+    @property
+    def pair(self) -> str:
+        """`int4 + int8`, kept on one line."""
+        return "\u00a0+\u00a0".join(self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextDifference(JsonRow):
     """A greedy text that is not the same with the draft."""
 
@@ -89,6 +106,10 @@ class BenchmarkRow(JsonRow):
     def weights(self) -> tuple[str, str]:
         return self.target_weights, self.draft_weights
 
+    @property
+    def pair(self) -> str:
+        return "\u00a0+\u00a0".join(self.weights)
+
     def interval(self, key: str) -> tuple[float, float] | None:
         """The range of a figure over the repeats."""
         low, high = getattr(self, f"{key}_low", None), getattr(self, f"{key}_high", None)
@@ -96,11 +117,9 @@ class BenchmarkRow(JsonRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassesRow(JsonRow):
+class PassesRow(PairRow):
     """What one pass of each model takes alone, behind a prefix."""
 
-    target_weights: str
-    draft_weights: str
     prefix_tokens: int
     draft_seconds: float
     target_seconds: dict[int, float]
@@ -110,26 +129,34 @@ class PassesRow(JsonRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BreakdownRow(JsonRow):
+class BreakdownRow(PairRow):
     """Where the time of a speculative run goes, by the runtime's own clock."""
 
-    target_weights: str
-    draft_weights: str
     num_speculative_tokens: int
     target_seconds: float
     draft_seconds: float
     other_seconds: float
     total_seconds: float
 
+    @property
+    def shares(self) -> list[float]:
+        """Of target, draft and the rest."""
+        parts = (self.target_seconds, self.draft_seconds, self.other_seconds)
+        return [part / (sum(parts) or 1.0) for part in parts]
+
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryRow(JsonRow):
+class MemoryRow(PairRow):
     """Peak memory of a fresh process; None where that process failed."""
 
-    target_weights: str
-    draft_weights: str
     alone_bytes: int | None
     with_draft_bytes: int | None
+
+    @property
+    def added_bytes(self) -> int | None:
+        if self.alone_bytes is None or self.with_draft_bytes is None:
+            return None
+        return self.with_draft_bytes - self.alone_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +229,8 @@ class BenchmarkResults(JsonRow):
 
     def fastest_of_each(self, pair: tuple[str, str] | None = None) -> list[BenchmarkRow]:
         """Of every task the judged row of its best K."""
-        rows, best = self.judged(pair), {}
-        for row in rows:
+        best: dict[str, BenchmarkRow] = {}
+        for row in self.judged(pair):
             if row.task not in best or (row.speedup or 0.0) > (best[row.task].speedup or 0.0):
                 best[row.task] = row
         return list(best.values())
@@ -237,5 +264,5 @@ def best_k(judged: Sequence[BenchmarkRow]) -> BestK:
         if row.task not in by_task or speedup > by_task[row.task].speedup:
             by_task[row.task] = TaskBest(num_speculative_tokens=k, speedup=speedup)
     means = {k: math.prod(values) ** (1 / len(values)) for k, values in speedups.items()}
-    k = max(means, key=lambda k: (means[k], -k)) if means else None
-    return BestK(num_speculative_tokens=k, by_task=by_task)
+    found = max(means, key=lambda k: (means[k], -k)) if means else None
+    return BestK(num_speculative_tokens=found, by_task=by_task)

@@ -273,6 +273,12 @@ class EvaluationResults(JsonRow):
         rated = [row for row in rows if getattr(row, speedup) is not None]
         return max(rated, key=lambda row: float(getattr(row, speedup)), default=None)
 
+    @property
+    def final_rows(self) -> list[ResultRow]:
+        """Of the final draft at the headline K, one for each task and temperature."""
+        rows = (self.row(self.checkpoints[-1], *setting) for setting in self.settings())
+        return [row for row in rows if row]
+
     def settings(self) -> Iterator[tuple[str, float]]:
         """Every task and temperature with rows of the final draft."""
         for task in self.tasks:

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.benchmark.rows import BenchmarkResults
 from fastdraft.evaluation.results import CHECKPOINT_LABELS, SPEEDUPS, TASK_ORDER, EvaluationResults
-from fastdraft.reporting.benchmark_tables import SHARES, pair_name
 from fastdraft.reporting.definitions import PAPER_RATES, at_temperature, count, label
-from fastdraft.reporting.tables import stretch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -216,19 +214,6 @@ def positions(results: EvaluationResults) -> list[Chart]:
     return _by_checkpoint(results, points, "position in the round")
 
 
-def along_the_text(results: EvaluationResults) -> list[Chart]:
-    """Acceptance rate of the final draft by position in the text, at the headline temperature."""
-    rows = [row for row in results.rows_by_position if row.temperature == results.temperatures[0]]
-    starts = sorted({row.first for row in rows})
-    lines = []
-    for task in results.tasks:
-        mine = [row for row in rows if row.task == task and row.acceptance_rate is not None]
-        points = [(float(starts.index(row.first)), row.acceptance_rate or 0.0, None) for row in mine]
-        lines.append(Line(task, colour(task, results.tasks), points))
-    ticks = {float(i): stretch(start) for i, start in enumerate(starts)}
-    return drawn([Chart("", "Acceptance rate by position in the text", lines, "position, tokens", ticks)])
-
-
 def losses(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Training loss, as logged and smoothed, and losses on held-out rows against trained tokens; what alignment keeps by."""
     train: list[Point] = [(line["tokens"], line["loss"], None) for line in metrics if "loss" in line]
@@ -270,18 +255,6 @@ def wall_clock(benchmark: BenchmarkResults) -> list[Chart]:
     return drawn(charts, even=True)
 
 
-def weights(benchmark: BenchmarkResults) -> list[Chart]:
-    """Measured speed-up of each pair of weights at its best K, a line for each task; none where there is one pair alone."""
-    lines: dict[str, list[Point]] = {}
-    for i, pair in enumerate(benchmark.pairs):
-        for row in benchmark.fastest_of_each(pair):
-            lines.setdefault(row.task, []).append((float(i), row.speedup or 0.0, row.interval("speedup")))
-    ticks = {float(i): " + ".join(pair) for i, pair in enumerate(benchmark.pairs)}
-    found = [Line(task, colour(task, lines), points) for task, points in lines.items()]
-    words = "Weights of target + draft"
-    return drawn([Chart(words, words, found, ticks=ticks)] if len(benchmark.pairs) > 1 else [], even=True)
-
-
 def sweeps(benchmark: BenchmarkResults) -> list[Chart]:
     """Measured speed-up when one thing changes, a line for each task."""
     charts = []
@@ -298,16 +271,16 @@ def sweeps(benchmark: BenchmarkResults) -> list[Chart]:
 
 def breakdown(benchmark: BenchmarkResults) -> list[Chart]:
     """Shares of a speculative run's time, one lying bar for each pair of weights."""
-    rows = [row for row in benchmark.breakdown if row.total_seconds]
+    rows = benchmark.breakdown
 
     def draw(axes: Axes) -> None:
-        for i, row in enumerate(rows):
-            start = 0.0
-            for shade, (key, words) in zip(("#0f2f6e", "#3f7fd0", "#b9c4d6"), SHARES.items(), strict=True):
-                share = getattr(row, key) / row.total_seconds
-                axes.barh([-i], [share], left=start, height=0.5, color=shade, label=words if i == 0 else None)
-                start += share
-        axes.set_yticks([-i for i in range(len(rows))], [pair_name(row) for row in rows])
+        for i, words in enumerate(("target", "draft", "runtime around them")):
+            left, width = [sum(row.shares[:i]) for row in rows], [row.shares[i] for row in rows]
+            shade = ("#0f2f6e", "#3f7fd0", "#b9c4d6")[i]
+            axes.barh(
+                [-at for at in range(len(rows))], width, left=left, height=0.5, color=shade, label=words
+            )
+        axes.set_yticks([-at for at in range(len(rows))], [row.pair for row in rows])
         axes.set_xticks([0, 0.5, 1], ["0", "50", "100 %"])
 
     words = "Where the time of a speculative run goes"

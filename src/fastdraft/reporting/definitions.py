@@ -10,7 +10,7 @@ from fastdraft.recipe.base import format_count
 
 TEMPLATES = resources.files("fastdraft.reporting").joinpath("templates")
 _LINES = TEMPLATES.joinpath("definitions.txt").read_text(encoding="utf-8").splitlines()
-DEFINITIONS: dict[str, str] = dict(line.split(": ", 1) for line in _LINES)  # type: ignore[misc]
+DEFINITIONS: dict[str, str] = dict(line.split(": ", 1) for line in _LINES)
 """What a figure means, in reading order."""
 
 PAPER_TASKS = {"summarization": "CNN-DM", "text": "TinyStories", "instructions": "Dolly", "code": "HumanEval"}

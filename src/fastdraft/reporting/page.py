@@ -51,6 +51,11 @@ class RunRecord:
     recipe: str = ""
     """As it was resolved."""
 
+    @property
+    def trained(self) -> list[dict[str, Any]]:
+        """Manifests of the training stages."""
+        return [self.manifests[stage] for stage in tables.TRAINING if stage in self.manifests]
+
 
 def read_run(run: RunFolder) -> RunRecord:
     """Everything that a report shows of a run."""
@@ -103,7 +108,7 @@ def render(template: str, run: RunRecord, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {**vars(definitions), "runtime_name": runtime_name, "measured_with": measured_with}
-    environment.globals |= {"shape_words": _shape_words, "is_hub_id": _HUB_ID.fullmatch, "SPEEDUPS": SPEEDUPS}
+    environment.globals |= {"shape_words": shape_words, "is_hub_id": _HUB_ID.fullmatch, "SPEEDUPS": SPEEDUPS}
     environment.globals |= {
         "tables": tables,
         "clock": benchmark_tables,
@@ -130,51 +135,39 @@ def _tiles(run: RunRecord) -> list[tuple[str, tables.Cell]]:
     """The speed-up of every task at its best K: measured where it was, else memory-bound."""
     found: dict[str, tuple[str, tables.Cell]] = {}
     if run.results and run.results.speedups:
-        head = f"{run.results.temperatures[0]:g}"
-        found = {
-            row[0].text: ("memory-bound", row[3])
-            for row in tables.best(run.results).rows
-            if row[1].text == head
-        }
-    for row in benchmark_tables.measured(run.benchmark).rows if run.benchmark else []:
-        detail = f"{definitions.k_is(int(row[1].text))}, {row[3].detail}"
-        found[row[0].text] = ("measured", row[3]._replace(detail=detail))
+        for task, temperature, _, cell, *_ in tables.best(run.results).rows:
+            if temperature.text == f"{run.results.temperatures[0]:g}":
+                found[task.text] = "memory-bound", cell
+    if run.benchmark:
+        for task, k, cell in benchmark_tables.measured(run.benchmark).only("Task", "Best K", "Measured").rows:
+            detail = f"K\u00a0=\u00a0{k.text}, {cell.detail}"
+            found[task.text] = "measured", cell._replace(detail=detail)
     return [(f"{task.capitalize()}, {kind}", cell) for task, (kind, cell) in found.items()]
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
-    """Name and value pairs under the title; those that are known."""
-    design, tokens = (
-        run.manifests.get("design"),
-        {s: run.manifests[s]["tokens"] for s in tables.TRAINING if s in run.manifests},
-    )
+    """Name and value pairs under the title."""
+    facts, count = [("Target", _target_name(run))], definitions.count
+    if design := run.manifests.get("design"):
+        facts.append(
+            ("Draft", f"{count(design['parameters'])} parameters, {shape_words(design['architecture'])}")
+        )
+        facts.append(("Cost ratio", f"{design['cost_ratio_parameters']:.3g} by parameters"))
+    if run.trained:
+        stages = ", ".join(
+            f"{definitions.label(each['stage'])} {count(each['tokens'])}" for each in run.trained
+        )
+        facts.append(("Trained on", f"{count(sum(each['tokens'] for each in run.trained))} tokens: {stages}"))
     seconds = sum(manifest["seconds"] or 0.0 for manifest in run.manifests.values())
-    stages = ", ".join(
-        f"{definitions.label(stage)} {definitions.count(number)}" for stage, number in tokens.items()
+    return [*facts, ("Time", f"{format_seconds(seconds)} in {len(run.manifests)} stages")]
+
+
+def shape_words(shape: dict[str, Any]) -> str:
+    names = (
+        "num_layers layers, hidden_size hidden, intermediate_size FFN, num_heads heads, vocab_size vocabulary"
     )
-    facts = {
-        "Target": _target_name(run),
-        "Draft": f"{definitions.count(design['parameters'])} parameters, {_shape_words(design['architecture'])}"
-        if design
-        else "",
-        "Cost ratio": f"{design['cost_ratio_parameters']:.3g} by parameters" if design else "",
-        "Trained on": f"{definitions.count(sum(tokens.values()))} tokens: {stages}" if tokens else "",
-        "Measured with": measured_with(run.benchmark) if run.benchmark and run.benchmark.rows else "",
-        "Time": f"{format_seconds(seconds)} in {len(run.manifests)} stages" if seconds else "",
-        "Run": run.name,
-    }
-    return [(name, value) for name, value in facts.items() if value]
-
-
-def _shape_words(shape: dict[str, Any]) -> str:
-    names = {
-        "num_layers": "layers",
-        "hidden_size": "hidden",
-        "intermediate_size": "FFN",
-        "num_heads": "heads",
-        "vocab_size": "vocabulary",
-    }
-    return ", ".join([shape["family"], *(f"{words} {shape[key]}" for key, words in names.items())])
+    pairs = (each.split() for each in names.split(", "))
+    return ", ".join([shape["family"], *(f"{words} {shape[key]}" for key, words in pairs)])
 
 
 def _target_name(run: RunRecord) -> str:

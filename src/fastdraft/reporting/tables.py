@@ -34,12 +34,14 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "bytes": byte_size,
     "count": count,
     "clock": format_seconds,
+    "percent": percent,
     "label": label,
+    "losses": lambda losses: ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()),
 }
 
 
 class Cell(NamedTuple):
-    """A figure, an interval or remark in small print, and a mark: good, bad or paper."""
+    """A figure, an interval or remark in small print, and a mark: good or bad."""
 
     text: str
     detail: str = ""
@@ -47,7 +49,7 @@ class Cell(NamedTuple):
 
 
 Column = str | Callable[[Any], Cell | str]
-"""A field of the row and how it is written (`speedup ×`, `overlap .3f`), or a function of the row."""
+"""The path of a figure in the row and how it is written (`speedup ×`, `train.tokens count`, `overlap .3f`), or a function of the row."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,28 @@ class Table:
         ]
 
 
-def table(rows: Iterable[Any], columns: Mapping[str, Column]) -> Table:
-    return Table(list(columns), [[_cell(row, each) for each in columns.values()] for row in rows])
+def table(rows: Iterable[Any], columns: str | Mapping[str, Column]) -> Table:
+    """A table of `Heading = path form | ...`, or of headings and columns."""
+    given = fields(columns) if isinstance(columns, str) else columns
+    return Table(list(given), [[_cell(row, each) for each in given.values()] for row in rows])
+
+
+def fields(columns: str) -> dict[str, Column]:
+    pairs = (each.split("=", 1) for each in columns.split("|"))
+    return {heading.strip(): path.strip() for heading, path in pairs}
 
 
 def _cell(row: Any, column: Column) -> Cell:
     if not isinstance(column, str):
         found = column(row)
         return found if isinstance(found, Cell) else Cell(found)
-    key, _, form = column.partition(" ")
-    value = row.get(key) if isinstance(row, Mapping) else getattr(row, key)
+    path, _, form = column.partition(" ")
+    value = row
+    for key in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(int(key) if key.isdigit() else key)
+        elif value is not None:
+            value = value[int(key)] if key.isdigit() else getattr(value, key)
     return Cell("-" if value is None else FORMS[form](value) if form in FORMS else format(value, form))
 
 
@@ -93,9 +107,8 @@ def _is_figure(text: str) -> bool:
 
 def defined(*, benchmark: bool) -> Table:
     """What the figures mean; those behind "Measured speed-up" only where a benchmark ran."""
-    names = list(DEFINITIONS)
-    shown = names if benchmark else names[: names.index("Measured speed-up")]
-    return table(shown, {"Figure": lambda name: name, "Definition": lambda name: DEFINITIONS[name]})
+    first = list(DEFINITIONS).index("Measured speed-up")
+    return table(list(DEFINITIONS.items())[: None if benchmark else first], "Figure = 0 | Definition = 1")
 
 
 # What an evaluation found. A setting is a task and a temperature.
@@ -135,8 +148,7 @@ def paper_ladder() -> Table:
         for pair, by_task in PAPER_RATES.items()
         for task, rates in by_task.items()
     ]
-    names = ("Task", "Test set", "Draft", "PT", "CP", "FT")
-    return table(rows, {name: lambda row, i=i: Cell(row[i], mark="paper") for i, name in enumerate(names)})
+    return table(rows, "Task = 0 | Test set = 1 | Draft = 2 | PT = 3 | CP = 4 | FT = 5")
 
 
 def differences(results: EvaluationResults) -> Table:
@@ -179,25 +191,6 @@ def best(results: EvaluationResults) -> Table:
     return _by_setting(results, {"Tokens per target pass": tokens, **speedups})
 
 
-def all_results(results: EvaluationResults) -> Table:
-    columns: dict[str, Column] = {
-        "Checkpoint": "checkpoint label",
-        "Task": "task",
-        "Method": "method",
-        "T": "temperature g",
-        "K": "num_speculative_tokens",
-        "Rounds": "num_drafts ,.0f",
-        "Proposed": "num_draft_tokens ,.0f",
-        "Accepted": "num_accepted_tokens ,.0f",
-        "Generated": "num_generated_tokens ,.0f",
-        "AR": "acceptance_rate .3f",
-        "Cond. AR": "conditional_acceptance_rate .3f",
-        "Overlap": "overlap .3f",
-        "Tokens per pass": "block_efficiency .2f",
-    }
-    return table(results.rows, columns | {words: f"{key} .2f" for key, words in SPEEDUPS.items()})
-
-
 def positions(results: EvaluationResults) -> Table:
     """Share of rounds that accept position 1 to K, at the headline K and temperature."""
 
@@ -234,17 +227,10 @@ def stretch(first: int) -> str:
 
 
 def agreement(results: EvaluationResults) -> Table:
-    """Tokens per target pass of settings counted both ways."""
-    pairs = [
-        (exact, replay)
-        for exact in results.select(method="exact")
-        if (
-            replay := results.row(
-                exact.checkpoint, exact.task, exact.temperature, exact.num_speculative_tokens
-            )
-        )
-        and replay.method == "replay"
-    ]
+    """Tokens per target pass of settings counted both ways, exactly and by replay."""
+
+    def setting(row: ResultRow) -> tuple[str, str, float, int]:
+        return row.checkpoint, row.task, row.temperature, row.num_speculative_tokens
 
     def shown(row: ResultRow) -> Cell:
         found = _rate(row, "block_efficiency")
@@ -257,116 +243,38 @@ def agreement(results: EvaluationResults) -> Table:
         share = (pair[1].block_efficiency or 0.0) / (pair[0].block_efficiency or 1.0) - 1
         return Cell(_minus(f"{share:+.1%}"), "intervals apart" if apart else "", "bad" if apart else "")
 
-    columns: dict[str, Column] = {
-        "Task": lambda pair: pair[0].task,
-        "T": lambda pair: f"{pair[0].temperature:g}",
-        "K": lambda pair: str(pair[0].num_speculative_tokens),
-        "Exact": lambda pair: shown(pair[0]),
-        "Replay": lambda pair: shown(pair[1]),
-        "Difference": change,
-    }
-    return table(pairs, columns)
-
-
-def looping(results: EvaluationResults) -> Table:
-    """Share of texts that repeat themselves, and the figures without them, at the headline K."""
-    rows = [results.row(results.checkpoints[-1], *setting) for setting in results.settings()]
-    columns: dict[str, Column] = {
-        "Task": "task",
-        "T": "temperature g",
-        "Looping": "looping_share .1%",
-        "AR": "acceptance_rate .3f",
-        "AR without": "acceptance_rate_without_looping .3f",
-        "Tokens per pass": "block_efficiency .2f",
-        "Without": "block_efficiency_without_looping .2f",
-    }
-    return table([row for row in rows if row], columns)
-
-
-def contamination(results: EvaluationResults) -> Table:
-    """How many evaluation prompts share a run of 13 tokens with something trained on."""
-    columns: dict[str, Column] = {
-        "Task": lambda item: item[0],
-        "Prompts with overlap": lambda item: f"{item[1].prompts_with_overlap} of {item[1].prompts}",
-        "13-grams matched": lambda item: f"{item[1].ngrams_matched:,} of {item[1].ngrams:,}",
-        "Share": lambda item: percent(item[1].ngrams_matched / max(item[1].ngrams, 1), 2),
-    }
-    return table((results.contamination or {}).items(), columns)
+    replayed = {setting(row): row for row in results.select(method="replay")}
+    pairs = [(row, replayed.get(setting(row))) for row in results.select(method="exact")]
+    columns = fields("Task = 0.task | T = 0.temperature g | K = 0.num_speculative_tokens")
+    columns |= {"Exact": lambda pair: shown(pair[0]), "Replay": lambda pair: shown(pair[1])}
+    return table([pair for pair in pairs if pair[1]], {**columns, "Difference": change})
 
 
 # What the other stages tell in their manifests.
 
 
-def training(manifests: Mapping[str, Mapping[str, Any]]) -> Table:
-    def validation(row: Mapping[str, Any]) -> str:
-        parts = [f"{name} {loss:.3f}" for name, loss in (row.get("validation_loss") or {}).items()]
-        ends = [row.get(f"{when}_block_efficiency") for when in ("start", "validation")]
-        known = " → ".join(f"{end:.2f}" for end in ends if end is not None)
-        return ", ".join([*parts, *([f"{known} tokens per target pass"] if known else [])]) or "-"
-
-    columns: dict[str, Column] = {
-        "Stage": "stage label",
-        "Tokens": "tokens count",
-        "Steps": "steps ,",
-        "Train loss": "train_loss .3f",
-        "Validation": validation,
-        "Tokens/s": "tokens_per_second count",
-        "Time": "seconds clock",
-    }
-    return table([manifests[stage] for stage in TRAINING if stage in manifests], columns)
-
-
-def stages(manifests: Mapping[str, Mapping[str, Any]]) -> Table:
-    columns: dict[str, Column] = {
-        "Stage": "stage",
-        "Time": "seconds clock",
-        "Finished (UTC)": lambda row: row["provenance"]["time"].replace("T", " ").removesuffix("+00:00"),
-        "Fingerprint": "fingerprint",
-    }
-    return table(manifests.values(), columns)
-
-
-def corpora(prepare: Mapping[str, Any]) -> Table:
-    columns: dict[str, Column] = {
-        "Corpus": "name",
-        "Documents": "documents count",
-        "Tokens": "tokens count",
-        "Rows": "rows count",
-        "Validation tokens": lambda row: count(row["validation"]["tokens"]),
-        "Duplicates removed": "duplicates count",
-    }
-    rows = [{"name": name, **corpus["train"], **corpus} for name, corpus in prepare["corpora"].items()]
-    return table(rows, columns)
-
-
 def sources(prepare: Mapping[str, Any]) -> Table:
-    columns: dict[str, Column] = {
-        "Corpus": "corpus",
-        "Source": lambda row: str(row.get("from") or row["kind"]),
-        "Licence": lambda row: row.get("license") or "not recorded",
-        "Tokens taken": "tokens count",
-    }
-    found = prepare["corpora"].items()
-    return table([{"corpus": name, **row} for name, corpus in found for row in corpus["sources"]], columns)
+    """Where the corpora come from, with the licence that the recipe names."""
+    found = [(name, row) for name, corpus in prepare["corpora"].items() for row in corpus["sources"]]
+    where: dict[str, Column] = {"Source": lambda item: str(item[1].get("from") or item[1]["kind"])}
+    more = fields("Licence = 1.license | Tokens taken = 1.tokens count")
+    return table(found, {**fields("Corpus = 0"), **where, **more})
 
 
 def answers(synthesize: Mapping[str, Any]) -> Table:
     """Asked = written + filtered by reason + failed."""
     parts = {"asked": synthesize["asked"], "written": synthesize["written"]}
     parts |= {f"filtered: {reason}": number for reason, number in synthesize["filtered"].items()}
-    columns: dict[str, Column] = {
-        "Answers of the target": lambda part: part[0],
-        "Rows": lambda part: f"{part[1]:,}",
-        "Share": lambda part: f"{part[1] / max(synthesize['asked'], 1):.1%}",
-    }
-    return table({**parts, "failed": synthesize["failed"]}.items(), columns)
+    rows = [
+        (*part, part[1] / max(parts["asked"], 1))
+        for part in [*parts.items(), ("failed", synthesize["failed"])]
+    ]
+    return table(rows, "Answers of the target = 0 | Rows = 1 , | Share = 2 .1%")
 
 
 def counts_by(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """What became of the rows of every source or temperature."""
-    rows = [
-        {"": name, **{key: n for key, n in each.items() if isinstance(n, int)}}
-        for name, each in found.items()
-    ]
-    names = list(dict.fromkeys(name for row in rows for name in row if name))
-    return table(rows, {"": lambda row: row[""], **{name.replace("_", " "): f"{name} ," for name in names}})
+    names = dict.fromkeys(
+        name for each in found.values() for name, value in each.items() if isinstance(value, int)
+    )
+    return table(found.items(), {"": "0", **{name.replace("_", " "): f"1.{name} ," for name in names}})
