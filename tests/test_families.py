@@ -28,7 +28,7 @@ from fastdraft.modeling.heads import output_head, split_head
 from fastdraft.modeling.initialize import read_matrices
 from fastdraft.recipe.base import load_config as read_section
 from fastdraft.recipe.run import RunConfig
-from fastdraft.recipe.training import OptimizerConfig
+from fastdraft.recipe.training import OptimizerConfig, PretrainConfig
 from fastdraft.run_folder import RunFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant, write_huggingface
@@ -302,16 +302,9 @@ def _target(folder: Path) -> Target:
 
 def _trained(draft: Any) -> bool:
     """One step lowers the loss of its own batch."""
-    settings = defaults.resolve(
-        OptimizerConfig(kind="adamw", learning_rate=0.01),
-        "pretrain",
-        draft,
-        torch.device("cpu"),
-        batch_tokens=64,
-        micro_batch_tokens=64,
-        precision="fp32",
-    )
-    step = defaults.build_step(draft, settings, CrossEntropy(), torch.device("cpu"))
+    config = PretrainConfig(tokens=64, batch_tokens=64, optimizer=OptimizerConfig(learning_rate=0.01))
+    settings = defaults.resolve(config, "pretrain", draft, 64, "fp32")
+    step = defaults.build_step(draft, settings, CrossEntropy())
     ids = torch.tensor(PROMPTS[2])[None]
     batch = Batch(ids[:, :-1], ids[0, 1:])
     before, _, _ = step.gradients([batch])

@@ -239,7 +239,7 @@ def test_auto_compiles_long_runs_on_cuda_and_nothing_on_a_cpu(monkeypatch: pytes
     assert not defaults.compiles(False, CUDA, 10**12)[0]
     assert defaults.compiles(True, CPU, 1)[0]
     monkeypatch.setattr(defaults.shutil, "which", lambda name: None)
-    why = "not compiled: torch.compile needs a C++ compiler here, and none was found"
+    why = "not compiled: torch.compile needs a C++ compiler here, and found none"
     assert defaults.compiles(True, CPU, 1) == (False, why)
 
 

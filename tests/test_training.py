@@ -380,8 +380,8 @@ def test_the_count_of_bad_steps_in_a_row_goes_on_over_a_restart(tmp_path: Path) 
     trainer = make_trainer(tmp_path, objective=Poisoned({3, 5}), checkpoint_every=1)
     report = trainer._report_bad
 
-    def stop_after_the_second(found: str) -> None:
-        report(found)
+    def stop_after_the_second(*found: float) -> None:
+        report(*found)
         trainer.console.stop.requested = trainer.state.skipped_in_a_row == BAD_STEPS_IN_A_ROW - 1
 
     trainer._report_bad = stop_after_the_second  # type: ignore[method-assign]

@@ -1,13 +1,14 @@
 """align: a draft that predicts this very target, by training on what the target wrote.
 
-Begins with the latest pre-trained weights; the loss covers response tokens only; the step with the best block efficiency on held-out
-prompts wins, not the one with the lowest loss. Leaves `checkpoint/` and `metrics.jsonl`.
+Begins with the latest pre-trained weights; the loss covers response tokens only; the step with the best block
+efficiency on held-out prompts wins, not the one with the lowest loss. Leaves `checkpoint/` and `metrics.jsonl`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from fastdraft.training.distributed import World, join, own_device
 from fastdraft.training.fast_decoder import kept_memory
 from fastdraft.training.metrics import final_train_loss, read_metrics
 from fastdraft.training.objective import CrossEntropy, LoadedTarget, Objective, TokenDistillation
-from fastdraft.training.trainer import Trainer, TrainingSchedule
+from fastdraft.training.trainer import Trainer
 from fastdraft.training.validation import response_scores
 
 VALIDATION_ROWS = 128
@@ -53,7 +54,7 @@ _PRETRAINING = ("continue_pretrain", "pretrain")
 """Stages that may come before, the latest first."""
 _NO_EFFECT = {"micro_batch_tokens", "checkpoint_every"}
 _MIXTURE_SEED = 0x5EED
-"""Added to the seed, so that alignment sees the mixture's rows in another order than pre-training did."""
+"""Added to the seed: alignment sees the mixture's rows in another order than pre-training did."""
 
 
 def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
@@ -76,40 +77,28 @@ def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
 
 def run(config: AlignConfig, context: StageContext) -> None:
     """Trains, or goes on training, and leaves the best step's weights in `checkpoint/`."""
-    console, folder, synthesize = context.console, context.folder("align"), context.require("synthesize")
+    console, folder = context.console, context.folder("align")
     set_threads(context.settings.threads)
     device = own_device(pick_device(context.settings.device))
     torch.manual_seed(context.settings.seed)
     model = load_draft(start(context)[0], device=device, dtype=torch.float32)
+    held_out = _held_out(context.require("synthesize"))
     with join(device, "align") as world, kept_memory(device):
         settings, source, counts = _settings_and_batches(config, context, model, world)
         compiled, why = defaults.compiles(context.settings.compile, device, source.tokens)
-        held_out = _held_out(synthesize)
-        if world.is_main:
-            rows = (
-                f"{format_count(counts['rows'])} responses, {counts['rows_cut']} cut to the draft's context"
-            )
-            console.say(f"  {settings}, {source.steps} steps; {rows}")
-            if why:
-                console.say(f"  {why}")
-            if not held_out:
-                console.warn(
-                    "align: no held-out responses, so the last step's weights are kept instead of the best"
-                )
-        objective = _objective(config, context, model, device)
-        step = defaults.build_step(model, settings, objective, device, compiled=compiled)
-        schedule = TrainingSchedule(
-            name="align",
-            factor=defaults.rate_factor(config.schedule, source.steps),
-            peak_rate=settings.learning_rate,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            validate_every=defaults.validate_every(config.validate_every, source.steps),
-            validate_first=True,
-            checkpoint_every=defaults.checkpoint_every(config.checkpoint_every, source.steps),
-            tensorboard=context.settings.tensorboard,
-        )
+        rows = f"{format_count(counts['rows'])} responses, {counts['rows_cut']} cut to the draft's context"
+        for line in filter(None, (f"{settings}, {source.steps} steps; {rows}", why)):
+            console.say(f"  {line}")
+        if not held_out and world.is_main:
+            console.warn("align: no held-out responses: the last step's weights are kept instead of the best")
+        objective = _objective(config, context, int(model.config.vocab_size), device)
+        step = defaults.build_step(model, settings, objective, compiled=compiled)
         k, vocabulary = _num_speculative_tokens(context), context.target.vocabulary
         measure = response_scores(step, model, held_out, k, vocabulary, settings.micro_batch_tokens)
+        board = context.settings.tensorboard
+        schedule = defaults.schedule_of(
+            config, "align", settings, source.steps, tensorboard=board, validate_first=True
+        )
         validate = measure if held_out else None
         trainer = Trainer(folder.path, model, step, source, schedule, console, validate, world=world)
         state = trainer.run()
@@ -117,9 +106,8 @@ def run(config: AlignConfig, context: StageContext) -> None:
         return
     save_draft(model, folder.path / "checkpoint", Target.at(context.folder("design").path / "draft"))
     fields = _summary(folder.path, state)
-    folder.complete(
-        **fields, **counts, settings=settings.as_dict(), processes=world.size, provenance=describe_run()
-    )
+    about = {"settings": asdict(settings), "processes": world.size, "provenance": describe_run()}
+    folder.complete(**fields, **counts, **about)
     trainer.checkpoints.discard()
     before, after = fields["start_block_efficiency"], fields["validation_block_efficiency"]
     if before is not None and after is not None:
@@ -146,33 +134,23 @@ def start(context: StageContext) -> tuple[Path, str]:
 def _settings_and_batches(
     config: AlignConfig, context: StageContext, model: PreTrainedModel, world: World
 ) -> tuple[defaults.TrainingSettings, AlignmentBatches, dict[str, int]]:
-    """The settings, the steps that were cut with them, and how many rows were kept, cut to the draft's context or dropped."""
-    seed = context.settings.seed
-    rows = _responses(config, context.require("synthesize"))
-    all_samples = [Sample.of(row, logits) for row, logits in rows]
-    samples, num_cut, num_dropped = cut_to_context(all_samples, model.config.max_position_embeddings)
+    """The settings, the steps cut with them, and how many rows were kept, cut to the context or dropped."""
+    seed, precision = context.settings.seed, context.settings.precision
+    rows = [Sample.of(row, logits) for row, logits in _responses(config, context.require("synthesize"))]
+    samples, num_cut, num_dropped = cut_to_context(rows, model.config.max_position_embeddings)
     if not samples:
-        found = f"0 trained tokens in {len(all_samples)} responses"
+        found = f"0 trained tokens in {len(rows)} responses"
         raise DataError(f"align: {found}", "raise synthesize.tokens, or shorten the prompts")
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
-    budget = config.tokens or round(int(lengths.sum()) * DEFAULT_EPOCHS)
-    settings = defaults.resolve(
-        config.optimizer,
-        "align",
-        model,
-        model.device,
-        batch_tokens=config.batch_tokens
-        or defaults.batch_tokens("align", defaults.count_parameters(model), budget),
-        micro_batch_tokens=config.micro_batch_tokens,
-        precision=context.settings.precision,
-    )
+    tokens = config.tokens or round(int(lengths.sum()) * DEFAULT_EPOCHS)
+    settings = defaults.resolve(config, "align", model, tokens, precision)
     epochs = None if config.tokens else DEFAULT_EPOCHS
     plan = plan_batches(lengths, settings.batch_tokens, seed, epochs=epochs, tokens=config.tokens)
     share, packed = _pretraining_share(config, context), None
     if share:  # steps of the mixture, each of as many tokens as a synthetic step
         prepare = context.require("prepare")
-        rows_per_step = max(1, settings.batch_tokens // prepare.manifest()["row_length"])
-        mixture = open_mixture(prepare, _mixture(context), rows_per_step, seed + _MIXTURE_SEED)
+        count = max(1, settings.batch_tokens // prepare.manifest()["row_length"])
+        mixture = open_mixture(prepare, _mixture(context), count, seed + _MIXTURE_SEED)
         packed = PackedBatches(mixture, 0, text_separator(prepare.manifest()), world.rank, world.size)
     batches = AlignmentBatches(samples, plan, 0, packed, share, world.rank, world.size)
     return settings, batches, {"rows": len(samples), "rows_cut": num_cut, "rows_dropped": num_dropped}
@@ -188,7 +166,7 @@ def _responses(
 
 
 def _objective(
-    config: AlignConfig, context: StageContext, model: PreTrainedModel, device: torch.device
+    config: AlignConfig, context: StageContext, vocab_size: int, device: torch.device
 ) -> Objective:
     """What the recipe's objective teaches, with the target loaded where it is asked at every step."""
     objective = config.objective
@@ -198,12 +176,9 @@ def _objective(
     if objective.source == "stored":
         return TokenDistillation(loss)
     target = LoadedTarget(*output_head(context.target.model(device)))
-    size, wanted = target.head.vocab_size, int(model.config.vocab_size)
-    if size != wanted:
-        raise TargetError(
-            f"target.model: distributions over {size} ids; the draft's vocabulary has {wanted}",
-            "redo the run from design on with this target",
-        )
+    if target.head.vocab_size != vocab_size:
+        rule = f"distributions over {target.head.vocab_size} ids; the draft's vocabulary has {vocab_size}"
+        raise TargetError(f"target.model: {rule}", "redo the run from design on with this target")
     return TokenDistillation(loss, target)
 
 
@@ -215,7 +190,7 @@ def _pretraining_share(config: AlignConfig, context: StageContext) -> float:
 
 
 def _mixture(context: StageContext) -> dict[str, float]:
-    """That of the last pre-training stage; for a draft that an earlier run pre-trained, every prepared corpus in equal parts."""
+    """That of the last pre-training stage; without one every prepared corpus in equal parts."""
     for stage in _PRETRAINING:
         if context.has(stage):
             return dict(context.section(stage).mixture)

@@ -1,14 +1,14 @@
-"""What the loop trains on at each step: `source.batches(step, micro_batch_tokens)`, always the same for the same numbers.
+"""What the loop trains on at each step: `source.batches(step, micro_batch_tokens)`, equal at every call.
 
-So no data position needs saving. Pre-training rows come packed; synthetic samples are padded on the right (causal attention then
-needs no mask), each from position 0, and only response tokens have a loss.
+So no data position needs saving. Pre-training rows come packed; synthetic samples are padded on the right
+(causal attention then needs no mask), each from position 0, and only response tokens have a loss.
 
 Shapes: B rows of a micro-batch, T positions, N trained tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -27,20 +27,14 @@ DEFAULT_MICRO_BATCH_TOKENS = 8192
 class Batch:
     """One micro-batch: inputs, and where the loss is."""
 
-    input_ids: Tensor
-    """int64 [B, T], right-padded."""
-    labels: Tensor
-    """int64 [N]: the wanted next token at each trained position."""
-    index: Tensor | None = None
-    """int64 [N]: trained positions in the flattened B*T; None when every position is trained."""
-    num_tokens: int = 0
-    """Input tokens without padding."""
-    target: SparseTarget | None = None
-    """The target's distribution at each trained position, where it was stored."""
+    input_ids: Tensor  # int64 [B, T], right-padded
+    labels: Tensor  # int64 [N]: the wanted next token at each trained position
+    index: Tensor | None = None  # int64 [N]: trained positions in the flattened B*T; None: every position
+    num_tokens: int = 0  # inputs without padding
+    target: SparseTarget | None = None  # the target's distribution at each trained position, where stored
+    # int64 [B, T]: counted anew in every text of a row, where these shall not see each other
     position_ids: Tensor | None = None
-    """int64 [B, T]: counted anew in every text of a row, where texts shall not see each other; None: from 0 along the row."""
-    arrived: Any = None
-    """Event of the device after which a copy that was begun early may be read."""
+    arrived: Any = None  # event of the device after which a copy that was begun early may be read
 
     @property
     def num_trained(self) -> int:
@@ -49,53 +43,40 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What the decoder is called with."""
-        return {"input_ids": self.input_ids} | (
-            {} if self.position_ids is None else {"position_ids": self.position_ids}
-        )
+        found = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, safe to read there; copies to CUDA run beside the computation."""
         if self.arrived is not None:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(self.arrived)
-            for tensor in self._tensors():
-                tensor.record_stream(stream)  # its memory was taken on the other stream
+            torch.cuda.current_stream(device).wait_event(self.arrived)
+            # Its memory was taken on the other stream.
+            self._each(lambda tensor: tensor.record_stream(torch.cuda.current_stream(device)))
         if device.type in ("cpu", self.input_ids.device.type):
             return self
+        if device.type == "cuda":
+            return self._each(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device))
 
-        def move(tensor: Tensor | None) -> Any:
-            if tensor is None or device.type != "cuda":
-                return None if tensor is None else tensor.to(device)
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        target = SparseTarget(move(self.target.ids), move(self.target.logprobs)) if self.target else None
-        labels, index, positions = move(self.labels), move(self.index), move(self.position_ids)
-        return Batch(move(self.input_ids), labels, index, self.num_tokens, target, positions)
-
-    def _tensors(self) -> list[Tensor]:
-        parts = [self.input_ids, self.labels, self.index, self.position_ids]
-        return [
-            part
-            for part in (*parts, *((self.target.ids, self.target.logprobs) if self.target else ()))
-            if part is not None
-        ]
+    def _each(self, work: Callable[[Tensor], Any]) -> Batch:
+        target = SparseTarget(work(self.target.ids), work(self.target.logprobs)) if self.target else None
+        found = {name: getattr(self, name) for name in ("input_ids", "labels", "index", "position_ids")}
+        moved = {name: work(tensor) for name, tensor in found.items() if tensor is not None}
+        return replace(self, target=target, **moved)
 
 
 class BatchSource(Protocol):
     """Steps of training data."""
 
     @property
-    def steps(self) -> int:
-        """Number of optimiser steps."""
-        ...
-
+    def steps(self) -> int: ...
     @property
     def tokens(self) -> int:
         """Input tokens of all steps and all processes, without padding."""
         ...
 
     def batches(self, step: int, micro_batch_tokens: int = DEFAULT_MICRO_BATCH_TOKENS) -> list[Batch]:
-        """This process's micro-batches of step `step`, 0-based: at most so many tokens each, padding included, or one row."""
+        """This process's micro-batches: at most so many tokens each, padding included, or one row."""
         ...
 
     def is_packed(self, step: int) -> bool:
@@ -105,7 +86,7 @@ class BatchSource(Protocol):
 
 @dataclass
 class Reader:
-    """Reads the next step's batches in a thread, and begins their copy to a CUDA device, while the present step is trained."""
+    """Reads the next step in a thread, and begins its copy to a CUDA device, beside the present one."""
 
     source: BatchSource
     device: torch.device
@@ -143,22 +124,8 @@ class Reader:
         return [replace(batch, arrived=event) for batch in batches]
 
 
-class RowMixture(Protocol):
-    """Packed rows of each step: `data.mixture.Mixture`."""
-
-    rows_per_step: int
-    row_length: int
-
-    def rows(self, step: int, part: slice = ...) -> npt.NDArray[np.int64]:
-        """A part of the step's rows: int64 [rows, row_length + 1]."""
-        ...
-
-
 def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> Batch:
-    """Rows of length T+1 as a batch that trains on every position.
-
-    `separator`: id before every text, where the texts of a row shall not see each other.
-    """
+    """Rows of length T+1 as a batch that trains on every position; `separator`: of texts to be kept apart."""
     tokens = torch.from_numpy(np.ascontiguousarray(rows))
     inputs_BT = tokens[:, :-1].contiguous()
     positions_BT = None if separator is None else text_positions(inputs_BT, separator)
@@ -166,7 +133,7 @@ def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> B
 
 
 def text_positions(inputs_BT: Tensor, separator: int) -> Tensor:
-    """Position of every token in its text, int64 [B, T]: 0 at each separator and at the beginning of a row."""
+    """Position of every token in its text [B, T]: 0 at each separator and at the beginning of a row."""
     positions_T = torch.arange(inputs_BT.shape[1])
     starts_BT = positions_T.where(inputs_BT == separator, 0)
     return positions_T - starts_BT.cummax(dim=1).values
@@ -181,12 +148,10 @@ def text_separator(manifest: Mapping[str, Any]) -> int | None:
 class PackedBatches:
     """Steps of packed rows."""
 
-    mixture: RowMixture
+    mixture: Any  # data.mixture.Mixture
     steps: int
-    separator: int | None = None
-    """Id before every text, where texts of a row shall not see each other."""
-    rank: int = 0
-    """Of this process, which takes every `size`-th row."""
+    separator: int | None = None  # id before every text, where texts of a row shall not see each other
+    rank: int = 0  # of this process, which takes every `size`-th row
     size: int = 1
 
     @property
@@ -204,29 +169,21 @@ class PackedBatches:
         ]
 
 
-class ResponseLogits(Protocol):
-    """The target's stored distributions at the tokens of one response; read when a batch needs them."""
-
-    def read(self, start: int, stop: int) -> Any:
-        """Its `ids` [n, k] and `logprobs` [n, k + 1] are arrays."""
-        ...
-
-
 @dataclass(frozen=True)
 class Sample:
     """A prompt with the response to be learned."""
 
     prompt_ids: npt.NDArray[np.int32]
     response_ids: npt.NDArray[np.int32]
-    logits: ResponseLogits | None = None
-    """Of all samples of a step or of none."""
+    logits: Any = (
+        None  # data.sparse_logits.RowLogits, read when a batch needs them; of all samples or of none
+    )
 
     @staticmethod
-    def of(row: Any, logits: ResponseLogits | None = None) -> Sample:
+    def of(row: Any, logits: Any = None) -> Sample:
         """A synthetic row, as arrays: four bytes a token."""
-        return Sample(
-            np.array(row.prompt_ids, dtype=np.int32), np.array(row.response_ids, dtype=np.int32), logits
-        )
+        ids = (np.array(part, dtype=np.int32) for part in (row.prompt_ids, row.response_ids))
+        return Sample(*ids, logits)
 
     @property
     def num_tokens(self) -> int:
@@ -235,7 +192,7 @@ class Sample:
 
 
 def cut_to_context(samples: Iterable[Sample], context_length: int) -> tuple[list[Sample], int, int]:
-    """Samples whose inputs fit into `context_length` positions; the number cut short; the number dropped for want of any loss.
+    """Samples whose inputs fit into the context; how many were cut short; how many dropped for want of any loss.
 
     A sample without a prompt loses its first response token as a label: nothing stands before it.
     """
@@ -251,7 +208,7 @@ def cut_to_context(samples: Iterable[Sample], context_length: int) -> tuple[list
 
 
 def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Samples side by side, padded on the right to the longest; labels are response tokens only, by the stored boundary."""
+    """Samples side by side, padded on the right to the longest; labels are response tokens only."""
     length = max(sample.num_tokens for sample in samples)
     inputs = np.full((len(samples), length), pad_id, dtype=np.int64)
     index, labels, stored = [], [], []
@@ -278,9 +235,9 @@ def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
 
 
 def micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> list[list[Sample]]:
-    """Splits one step's samples by length into groups whose padded size is at most `micro_batch_tokens` (one sample always fits).
+    """Splits samples by length into groups of at most so many tokens, padding included, or one sample.
 
-    A group also ends where a sample is under three quarters of the longest, once the group is a quarter full: less padding.
+    A group also ends at a sample under 3/4 of the longest, once it is a quarter full: less padding.
     """
     groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda sample: -sample.num_tokens):
@@ -303,10 +260,10 @@ def plan_batches(
     epochs: float | None = None,
     tokens: int | None = None,
 ) -> list[npt.NDArray[np.int64]]:
-    """Sample numbers of each step: seeded permutations, one per epoch, cut wherever `batch_tokens` are reached.
+    """Sample numbers of each step: a seeded permutation for each epoch, cut where `batch_tokens` are reached.
 
-    Ends after `epochs` (a fraction is part of an epoch) or after `tokens` input tokens, whichever is given. A step never spans
-    two epochs; the last step of an epoch may be smaller.
+    Ends after `epochs` (or a part of one) or after `tokens` input tokens, whichever is given. A step never
+    spans two epochs; the last step of an epoch may be smaller.
     """
     limit = int(lengths.sum() * epochs) if epochs is not None else int(tokens or 0)
     plan: list[npt.NDArray[np.int64]] = []
@@ -330,15 +287,11 @@ class AlignmentBatches:
     """Steps of synthetic samples with a share of packed pre-training steps spread evenly between them."""
 
     samples: Sequence[Sample]
-    plan: Sequence[npt.NDArray[np.int64]]
-    """Sample numbers of each synthetic step, from `plan_batches`."""
+    plan: Sequence[npt.NDArray[np.int64]]  # sample numbers of each synthetic step, from `plan_batches`
     pad_id: int
-    packed: PackedBatches | None = None
-    """Source of pre-training steps; None for none."""
-    packed_share: float = 0.0
-    """Share of all steps that are pre-training steps, below 1."""
-    rank: int = 0
-    """Of this process, which takes every `size`-th sample of a step, by length."""
+    packed: PackedBatches | None = None  # source of pre-training steps
+    packed_share: float = 0.0  # of all steps, below 1
+    rank: int = 0  # of this process, which takes every `size`-th sample of a step, by length
     size: int = 1
 
     @property

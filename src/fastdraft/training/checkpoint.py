@@ -1,7 +1,7 @@
 """Everything that a training run needs to go on exactly where it stopped, in `FOLDER/steps/step-00000100`.
 
-Weights, optimiser state and random state are safetensors (no pickle), the counters are in `state.json`. Process 0 writes; folders
-appear whole or not at all; the last two are kept, and the newest that can be read wins.
+Weights, optimiser state and random state are safetensors (no pickle), the counters `state.json`. Process 0
+writes; folders appear whole or not at all; the last two are kept, and the newest that can be read wins.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,33 +21,22 @@ from fastdraft.errors import FastDraftError
 from fastdraft.run_folder import atomic_folder, read_json, write_json
 
 FOLDER, KEEP = "steps", 2
-_WEIGHTS, _OPTIMIZER, _RANDOM, _STATE = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-    "state.json",
-)
+_WEIGHTS, _OPTIMIZER, _RANDOM = "model.safetensors", "optimizer.safetensors", "random.safetensors"
+_STATE = "state.json"
 
 
 @dataclass
 class TrainingState:
     """The counters of a run."""
 
-    step: int = 0
-    """Finished steps, skipped ones included."""
-    tokens: int = 0
-    """Input tokens so far, without padding."""
-    trained_tokens: int = 0
-    """Tokens that had a loss."""
-    seconds: float = 0.0
-    """Time spent in steps."""
-    skipped: int = 0
-    """Steps left out for a loss or gradient that was not finite."""
+    step: int = 0  # finished, skipped ones included
+    tokens: int = 0  # inputs so far, without padding
+    trained_tokens: int = 0  # that had a loss
+    seconds: float = 0.0  # spent in steps
+    skipped: int = 0  # steps left out for a loss or gradient that was not finite
     skipped_in_a_row: int = 0
-    micro_batch_limit: int = 0
-    """Padded tokens that one micro-batch may hold since memory ran out; 0: it never did."""
-    best_step: int = -1
-    """Step of the best validation score; -1 before the first."""
+    micro_batch_limit: int = 0  # padded tokens of one micro-batch since memory ran out; 0: it never did
+    best_step: int = -1  # of the best validation score; -1 before the first
     best_score: float | None = None
 
     def add(self, tokens: int, trained_tokens: int, seconds: float, finite: bool) -> None:
@@ -78,17 +66,12 @@ class Checkpoints:
     def __init__(
         self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], console: Console
     ) -> None:
-        self.folder, self._model, self._optimizers, self._console = (
-            folder / FOLDER,
-            model,
-            optimizers,
-            console,
-        )
-        self._device = next(model.parameters()).device
+        self.folder, self._model, self._optimizers = folder / FOLDER, model, optimizers
+        self._console, self._device = console, next(model.parameters()).device
         self.saved_step = -1
 
     def save(self, state: TrainingState) -> None:
-        """Writes weights, the optimisers' state, the random state and the counters, then lets older folders go."""
+        """Writes weights, optimiser state, random state and counters, then lets older folders go."""
         with atomic_folder(self.folder / f"step-{state.step:09d}") as folder:
             _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
             _write(optimizer_tensors(self._model, self._optimizers), folder / _OPTIMIZER)
@@ -98,12 +81,11 @@ class Checkpoints:
         self._prune(state)
 
     def save_best(self, step: int) -> None:
-        """Keeps the weights as the best so far; older best ones stay until no kept checkpoint speaks of them."""
+        """Keeps the weights as the best so far; older ones stay until no kept checkpoint speaks of them."""
         with atomic_folder(self.folder / f"best-{step:09d}") as folder:
             _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
 
     def load_best(self, step: int) -> None:
-        """Puts the best weights into the model."""
         copy_weights(self._model, load_file(self.folder / f"best-{step:09d}" / _WEIGHTS))
 
     def load_latest(self) -> TrainingState:
@@ -115,15 +97,7 @@ class Checkpoints:
                 copy_weights(self._model, load_file(folder / _WEIGHTS))
                 restore_optimizers(self._model, self._optimizers, load_file(folder / _OPTIMIZER))
                 _restore_random(load_file(folder / _RANDOM), self._device)
-            except (
-                FastDraftError,
-                SafetensorError,
-                LookupError,
-                TypeError,
-                ValueError,
-                RuntimeError,
-                OSError,
-            ) as error:
+            except Exception as error:  # whatever a torn file does to its reader
                 self._console.warn(f"{folder}: unreadable ({error}); trying the one before")
                 continue
             self.saved_step = state.step
@@ -148,13 +122,12 @@ class Checkpoints:
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file(
-        {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path
-    )
+    on_cpu = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in on_cpu.items()}, path)
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor of the optimisers' state as `NUMBER/PARAMETER/KEY`: AdamW's step and moments, Muon's momentum."""
+    """Every tensor of the optimisers' state as `NUMBER/PARAMETER/KEY`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{number}/{names[parameter]}/{key}": value
@@ -200,7 +173,7 @@ def _random_tensors(device: torch.device) -> dict[str, Tensor]:
 
 
 def _restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Puts it back; a run moved to another kind of device goes on without that device's old state."""
+    """Puts it back; a run moved to another kind of device goes on without that device's state."""
     torch.set_rng_state(tensors["cpu"])
     if device.type != "cpu" and device.type in tensors:
         torch.get_device_module(device).set_rng_state(tensors[device.type], *_which(device))

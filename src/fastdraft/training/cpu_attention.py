@@ -1,8 +1,7 @@
-"""Causal attention over whole rows as matrix products of blocks, with its backward pass written out, for a CPU.
+"""Causal attention over whole rows as matrix products of blocks, with its backward pass by hand, for a CPU.
 
-torch's fused kernel does the same mathematics; on a CPU its small inner products leave most of the machine idle.
-
-Shapes: B rows, T positions, H heads of queries, J of keys and values (H a multiple of J), E head size, R rotated part of it.
+torch's fused kernel does the same; on a CPU its small inner products leave most of the machine idle.
+B rows, T positions, H heads, J of keys and values (H a multiple of J), E head size, R rotated part of it.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Queries of one block: it meets only the keys up to its own end, so half of the scores are mostly never made.
 BLOCK = 128
-"""Queries of one block. A block meets only the keys up to its own end, so half of the scores are mostly never computed."""
+# Probabilities kept for the backward pass, per layer and micro-batch, at most (64 MB of bf16); longer rows
+# make them again.
 KEEP_ELEMENTS = 1 << 25
-"""Probabilities kept for the backward pass, per layer and micro-batch, at most (64 MB of bf16); longer rows make them again."""
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary position embedding (arXiv 2104.09864) of the first 2 * R/2 features of every head; the others stay as they are."""
+    """Rotary position embedding (arXiv 2104.09864) of the first R features of every head."""
 
-    cos: Tensor
-    """[1 or B, 1, T, R/2], fp32 (float64 for float64)."""
+    cos: Tensor  # [1 or B, 1, T, R/2], fp32 (float64 for float64)
     sin: Tensor
 
     def apply(self, x: Tensor, out: Tensor, *, factor: float = 1.0, back: bool = False) -> Tensor:
-        """`out` [B, H, T, E], filled with `x` turned and times `factor`; `back` turns the other way, as gradients need it."""
+        """`out` [B, H, T, E]: `x` turned and times `factor`; `back` turns the other way."""
         half = self.cos.shape[-1]
         cos, sin = self.cos * factor, self.sin * (-factor if back else factor)
-        # The two halves of all heads lie apart in between: passes over short runs of memory take several times as long.
+        # The two halves of all heads lie apart in between: short runs of memory take several times as long.
         left, right = torch.empty(2, *x.shape[:-1], half, dtype=cos.dtype, device=x.device).copy_(
             _halves(x, half)
         )
@@ -52,23 +51,18 @@ def _halves(x: Tensor, half: int) -> Tensor:
 class AttentionMemory:
     """What the backward pass needs."""
 
-    query: Tensor
-    """[B, H, T, E], scaled."""
-    key: Tensor
-    """[B, J, T, E]."""
+    query: Tensor  # [B, H, T, E], scaled
+    key: Tensor  # [B, J, T, E]
     value: Tensor
-    probs: list[Tensor] | None
-    """Of every block [B*J, H/J * block, keys]; None: made again, bit for bit."""
-    later: Tensor
-    """[BLOCK, BLOCK]: -inf above the diagonal, else 0."""
-    documents: Tensor | None
-    """int64 [B, T]: a position sees only those of its own number; None: all before it."""
+    probs: list[Tensor] | None  # of every block [B*J, H/J * block, keys]; None: made again, bit for bit
+    later: Tensor  # [BLOCK, BLOCK]: -inf above the diagonal, else 0
+    documents: Tensor | None  # int64 [B, T]: a position sees only those of its own number
 
 
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, keep: bool
 ) -> tuple[Tensor, AttentionMemory | None]:
-    """softmax(query @ key^T) @ value, every position looking at itself and what is before it.
+    """softmax(query @ key^T) @ value: [B, H, T, E] in memory [B, T, H, E], and what the backward pass needs.
 
     Scores have the type of the queries (bf16 under autocast); each softmax is summed in fp32.
 
@@ -78,9 +72,6 @@ def causal_attention(
         value: [B, J, T, E].
         documents: int64 [B, T] where a row holds several texts that shall not see each other.
         keep: whether a backward pass will come.
-
-    Returns:
-        [B, H, T, E], in memory [B, T, H, E], and what `causal_attention_backward` needs.
     """
     batch, heads, length, _ = query.shape
     kept: list[Tensor] | None = [] if keep and batch * heads * length * length // 2 <= KEEP_ELEMENTS else None
@@ -98,7 +89,7 @@ def causal_attention(
 
 
 def causal_attention_backward(grad: Tensor, memory: AttentionMemory) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query (in its type), key and value (summed in fp32, or float64); `grad` [B, H, T, E] in any layout."""
+    """Gradients by query (in its type), key and value (summed in fp32, or float64); `grad` in any layout."""
     query, key, value = memory.query, memory.key, memory.value
     wide = torch.promote_types(query.dtype, torch.float32)
     grad_query = torch.empty_like(query)
@@ -108,15 +99,14 @@ def causal_attention_backward(grad: Tensor, memory: AttentionMemory) -> tuple[Te
     length = query.shape[2]
     for number, start in reversed(list(enumerate(range(0, length, BLOCK)))):
         end = min(start + BLOCK, length)
-        add = (
-            Tensor.copy_ if end == length else Tensor.add_
-        )  # the last block meets all keys: it is the first to fill them
+        add = Tensor.copy_ if end == length else Tensor.add_  # the last block meets all keys: it fills them
         probs = _probs(memory, start, end) if memory.probs is None else memory.probs[number]
         grad_block = _take(grad, key.shape[1], start, end)
         add(into_value[:, :end], torch.bmm(probs.transpose(1, 2), grad_block))
         grad_probs = torch.bmm(grad_block, flat_value[:, :end].contiguous().transpose(1, 2))
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        add(into_key[:, :end], torch.bmm(grad_scores.transpose(1, 2), _take(query, key.shape[1], start, end)))
+        query_block = _take(query, key.shape[1], start, end)
+        add(into_key[:, :end], torch.bmm(grad_scores.transpose(1, 2), query_block))
         _put(grad_query, start, end, torch.bmm(grad_scores, flat_key[:, :end]))
     return grad_query, grad_key, grad_value
 
@@ -124,9 +114,8 @@ def causal_attention_backward(grad: Tensor, memory: AttentionMemory) -> tuple[Te
 def _probs(memory: AttentionMemory, start: int, end: int) -> Tensor:
     """Probabilities of queries `start:end` over keys `:end`: [B*J, H/J * (end - start), end]."""
     batch, groups = memory.key.shape[:2]
-    keys = memory.key.flatten(0, 1)[:, :end].contiguous()
+    keys, rows = memory.key.flatten(0, 1)[:, :end].contiguous(), end - start
     scores = torch.bmm(_take(memory.query, groups, start, end), keys.transpose(1, 2))
-    rows = end - start
     shaped = scores.view(batch, groups, -1, rows, end)
     shaped[..., start:].add_(memory.later[:rows, :rows])
     if memory.documents is not None:
@@ -136,12 +125,11 @@ def _probs(memory: AttentionMemory, start: int, end: int) -> Tensor:
 
 
 def _take(x: Tensor, groups: int, start: int, end: int) -> Tensor:
-    """Positions `start:end` of [B, H, T, E], heads that share keys side by side: [B*J, H/J * (end - start), E]."""
+    """Positions of [B, H, T, E], heads that share keys side by side: [B*J, H/J * (end - start), E]."""
     batch, heads, _, size = x.shape
     return x[:, :, start:end].reshape(batch * groups, heads // groups * (end - start), size)
 
 
 def _put(x: Tensor, start: int, end: int, block: Tensor) -> None:
     """The reverse of `_take`: writes a block to its place in [B, H, T, E]."""
-    batch, heads, _, size = x.shape
-    x[:, :, start:end] = block.view(batch, heads, end - start, size)
+    x[:, :, start:end] = block.view(x.shape[0], x.shape[1], end - start, x.shape[3])

@@ -1,9 +1,8 @@
-"""The two halves of a gated decoder layer with their backward passes written out, for training on a CPU (fast_decoder.py).
+"""The two halves of a gated decoder layer with their backward passes by hand, for training on a CPU.
 
-Same mathematics and types as the modules under autocast: the stream, norms, rotations and softmax sums in fp32, matrix products in
-bf16 (without autocast in the weights' own type). Activations change type once, projections of one input are one product.
-
-Shapes: N = B*T, D hidden, F feed-forward, O features of query, key and value together; B, T, H, J, E as in cpu_attention.py.
+Same mathematics and types as the modules under autocast: the stream, norms, rotations and softmax sums in
+fp32, products in bf16 (without autocast in the weights' type). Activations change type once; projections of
+one input are one product. N = B*T, D hidden, F feed-forward, O features of query, key and value together.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from fastdraft.training.cpu_attention import Rotation, causal_attention, causal_
 
 @dataclass(frozen=True)
 class Products:
-    """Weights of one half's products, in their type: query, key and value or gate and up stacked [O or 2F, D], then out [D, ...]."""
+    """Weights of the products of one half, in their type: several that read the same input are stacked."""
 
-    into: Tensor
+    into: Tensor  # query, key and value [O, D], or gate and up [2F, D]
     into_bias: Tensor | None
-    out: Tensor
+    out: Tensor  # [D, H*E] or [D, F]
     out_bias: Tensor | None
 
 
@@ -38,14 +37,12 @@ class AttentionShape:
     num_kv_heads: int
     head_size: int
     eps: float
-    scale: float
-    """Of the scores."""
-    norm_heads: bool = False
-    """Queries and keys of every head are normed before they are turned (Qwen 3)."""
+    scale: float  # of the scores
+    norm_heads: bool = False  # queries and keys of every head are normed before they are turned (Qwen 3)
 
 
 def rms_scale(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays with size 1 (arXiv 1910.07467)."""
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays (arXiv 1910.07467)."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
@@ -53,7 +50,7 @@ def rms_scale(x: Tensor, eps: float) -> Tensor:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, scale: Tensor, gain: Tensor, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `x * scale * gain` by x (plus `added`) and by gain; all [N, D] but scale [N, 1], gain [D]; overwrites `grad`."""
+    """Gradients of `x * scale * gain` by x [N, D] (plus `added`) and by gain [D]; overwrites `grad`."""
     product = grad * x
     grad_gain = (scale.t() @ product)[0]
     factor = (product @ gain)[:, None].mul_(scale**3).div_(-x.shape[-1])
@@ -83,8 +80,8 @@ class RMSNorm(torch.autograd.Function):
 class AttentionHalf(torch.autograd.Function):
     """x + attention(norm(x)), x [B, T, D] in the stream's type.
 
-    `parameters` in order: gain, the query, key and value weights (one or three), their biases, output weight, its bias, gains of
-    the heads' norms. They are only there to receive gradients: the products read `products`.
+    `parameters`: gain, the query, key and value weights (one or three), their biases, output weight, its
+    bias, gains of the heads' norms. They are there to receive gradients: the products read `products`.
     """
 
     @staticmethod
@@ -157,7 +154,7 @@ class AttentionHalf(torch.autograd.Function):
 class FeedForwardHalf(torch.autograd.Function):
     """x + down(silu(gate(norm(x))) * up(norm(x))), x [B, T, D] in the stream's type (arXiv 2002.05202).
 
-    `parameters` in order: gain, the gate and up weights (stacked or two), their biases, the down weight, its bias.
+    `parameters`: gain, the gate and up weights (stacked or two), their biases, the down weight, its bias.
     """
 
     @staticmethod
@@ -228,7 +225,7 @@ def _weight_gradients(grad_NO: Tensor, input_ND: Tensor, bias: Tensor | None) ->
 def _by_parameter(
     into: list[Tensor], out: list[Tensor], gains: list[Tensor], parameters: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients of stacked weights and biases, of the output's and of gains: one for each parameter, in its type."""
+    """One gradient for each parameter, in its type; stacked weights and biases are taken apart."""
     own = parameters[: len(parameters) - len(out) - len(gains)]
     parts: list[Tensor] = []
     for ndim, stacked in zip((2, 1), into, strict=False):

@@ -11,7 +11,7 @@ import ctypes
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ _LARGEST_THRESHOLD = 32 << 20  # where glibc's own moving threshold ends
 def fast_decoder(
     decoder: nn.Module, device: torch.device, *, compiled: bool = False, backend: str = "inductor"
 ) -> Any:
-    """Gives `.last_hidden_state` [B, T, D] for `input_ids`, `position_ids` and `use_cache`, as `decoder` does.
+    """Gives `.last_hidden_state` for `input_ids`, `position_ids` and `use_cache`, as `decoder` does.
 
     `compiled`: torch.compile makes its kernels, with `backend`.
     """
@@ -45,8 +45,8 @@ def fast_decoder(
 @contextlib.contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
     """Keeps freed memory for the next step, on a CPU with glibc; afterwards it goes back to the system."""
-    # glibc returns large blocks at once and asks for them again at the next step, and the system clears every page anew: a step of a
-    # 1.5 M draft can spend more time there than on arithmetic.
+    # glibc returns large blocks at once and asks for them again at the next step, and the system clears every
+    # page anew: a step of a 1.5 M draft can spend more time there than on arithmetic.
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
         return
@@ -66,13 +66,12 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 class HiddenStates(NamedTuple):
     """What a decoder gives."""
 
-    last_hidden_state: Tensor
-    """[B, T, D]."""
+    last_hidden_state: Tensor  # [B, T, D]
 
 
 @dataclass
 class StackedLinear:
-    """Linear layers that read the same input, as one matrix in the type of the products; renewed when a weight has changed."""
+    """Linear layers that read the same input, as one matrix in the type of the products."""
 
     layers: Sequence[nn.Linear]
     _weight: Tensor | None = field(default=None, init=False)
@@ -89,7 +88,7 @@ class StackedLinear:
 
     @torch.no_grad()
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The stacked weight [O, D] and bias [O], made once a step and not once a micro-batch."""
+        """The stacked weight [O, D] and bias [O]; made anew when a weight has changed, once a step."""
         parameters, count = self.parameters, len(self.layers)
         seen = (dtype, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
         if self._weight is None or seen != self._seen:
@@ -100,14 +99,13 @@ class StackedLinear:
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype, before: Tensor | None) -> Tensor:
-    """One tensor of all rows, in the memory of `before` where that fits; the part itself where nothing is to be done."""
+    """One tensor of all rows, in the memory of `before` where that fits."""
     if len(parts) == 1 and parts[0].dtype == dtype:
         return parts[0].detach()
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     fits = before is not None and before.dtype == dtype and before.shape == shape
-    joined = (
-        before if before is not None and fits else torch.empty(shape, dtype=dtype, device=parts[0].device)
-    )
+    fresh = None if fits else torch.empty(shape, dtype=dtype, device=parts[0].device)
+    joined: Any = before if fits else fresh
     start = 0
     for part in parts:
         joined[start : start + part.shape[0]].copy_(part)
@@ -120,12 +118,8 @@ class _Layer:
 
     def __init__(self, layer: Any, config: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        queries = (
-            [attention.qkv_proj]
-            if hasattr(attention, "qkv_proj")
-            else [attention.q_proj, attention.k_proj, attention.v_proj]
-        )
-        inner = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        queries = _present(attention, "qkv_proj", "q_proj", "k_proj", "v_proj")
+        inner = _present(mlp, "gate_up_proj", "gate_proj", "up_proj")
         groups = (queries, [attention.o_proj], inner, [mlp.down_proj])
         if any(type(module) is not nn.Linear for group in groups for module in group):
             raise TypeError("a layer is no nn.Linear")
@@ -133,22 +127,21 @@ class _Layer:
             raise TypeError("some of the stacked layers have a bias")
         self.into, self.out, self.inner, self.down = map(StackedLinear, groups)
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.head_gains = (
-            [attention.q_norm.weight, attention.k_norm.weight] if hasattr(attention, "q_norm") else []
-        )
-        self.shape = AttentionShape(
-            config.num_attention_heads, config.num_key_value_heads, attention.head_dim,
-            self.norms[0].variance_epsilon, attention.scaling, norm_heads=bool(self.head_gains),
-        )  # fmt: skip
+        self.head_gains = [norm.weight for norm in _present(attention, "q_norm", "k_norm")]
+        heads = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+        eps = self.norms[0].variance_epsilon
+        self.shape = AttentionShape(*heads, eps, attention.scaling, norm_heads=bool(self.head_gains))
 
     def __call__(self, x: Tensor, dtype: torch.dtype, rotation: Rotation, documents: Tensor | None) -> Tensor:
         parameters = (self.norms[0].weight, *self.into.parameters, *self.out.parameters, *self.head_gains)
         products = Products(*self.into.read(dtype), *self.out.read(dtype))
-        x = AttentionHalf.apply(x, self.shape, products, rotation, documents, *parameters)  # type: ignore[no-untyped-call]
+        apply: Any = AttentionHalf.apply
+        x = apply(x, self.shape, products, rotation, documents, *parameters)
         parameters = (self.norms[1].weight, *self.inner.parameters, *self.down.parameters)
         products = Products(*self.inner.read(dtype), *self.down.read(dtype))
-        eps = self.norms[1].variance_epsilon
-        return FeedForwardHalf.apply(x, eps, products, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+        apply = FeedForwardHalf.apply
+        done: Tensor = apply(x, self.norms[1].variance_epsilon, products, *parameters)
+        return done
 
 
 class CpuDecoder:
@@ -156,15 +149,12 @@ class CpuDecoder:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder: Any = decoder
-        self._layers = [_Layer(layer, self.decoder.config) for layer in self.decoder.layers]
+        self.layers = [_Layer(layer, self.decoder.config) for layer in self.decoder.layers]
 
     def __call__(
         self, input_ids: Tensor, use_cache: bool = False, position_ids: Tensor | None = None
     ) -> HiddenStates:
-        """Hidden states of `input_ids` [B, T]; there is no cache.
-
-        `position_ids` [B, T] begin anew at 0 where a row's next text begins, which then sees nothing before it.
-        """
+        """`position_ids` [B, T] begin anew at 0 at a row's next text, which sees nothing before it."""
         device = input_ids.device.type
         x = self.decoder.embed_tokens(input_ids)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -175,34 +165,28 @@ class CpuDecoder:
             cos, sin = self.decoder.rotary_emb(x, position_ids=position_ids)
             half = cos.shape[-1] // 2  # the second half repeats the first
             rotation = Rotation(cos[:, None, :, :half].contiguous(), sin[:, None, :, :half].contiguous())
-            for layer in self._layers:
+            for layer in self.layers:
                 x = layer(x, dtype, rotation, documents)
-            norm = self.decoder.norm
-            return HiddenStates(RMSNorm.apply(x, norm.weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
+            norm, apply = self.decoder.norm, cast(Any, RMSNorm.apply)
+            return HiddenStates(apply(x, norm.weight, norm.variance_epsilon))
 
 
 def cpu_decoder(decoder: nn.Module) -> CpuDecoder | None:
-    """The decoder with its layers written out; None where its build is not known to be Llama's, or its config asks for more."""
+    """The decoder with layers by hand; None where its build is not Llama's, or its config asks for more."""
     read: Any = decoder
     config: Any = getattr(decoder, "config", None)
-    if (
-        getattr(config, "model_type", None) not in FAMILIES
-        or has_windows(config)
-        or config.hidden_act != "silu"
-    ):
+    if getattr(config, "model_type", None) not in FAMILIES or config.hidden_act != "silu":
         return None
     dropouts = [getattr(config, name, 0.0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")]
-    if any(dropouts):
+    if has_windows(config) or any(dropouts):
         return None
     try:
-        norms = [
-            read.norm,
-            *(
-                norm
-                for layer in read.layers
-                for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-            ),
-        ]
-        return CpuDecoder(decoder) if all(type(norm).__name__ in _NORMS for norm in norms) else None
+        found = CpuDecoder(decoder)
+        norms = [read.norm, *(norm for layer in found.layers for norm in layer.norms)]
+        return found if all(type(norm).__name__ in _NORMS for norm in norms) else None
     except (AttributeError, TypeError):  # other modules than those named here: wrapped, quantised, replaced
         return None
+
+
+def _present(module: nn.Module, *names: str) -> list[Any]:
+    return [getattr(module, name) for name in names if hasattr(module, name)]

@@ -1,7 +1,7 @@
-"""A draft's decoder on an accelerator: flash attention, and no wait for the device: `flash_decoder(model.get_decoder())`.
+"""A draft's decoder on an accelerator with flash attention and no wait: `flash_decoder(model.get_decoder())`.
 
-Given nothing but ids, transformers asks the device whether the positions are those of one text: a wait in every forward pass. Under
-torch.compile it cannot ask, and makes a mask [B, 1, T, T] that no flash kernel takes. The training loop knows the answer.
+Given nothing but ids, transformers asks the device whether the positions are those of one text: a wait in
+every forward pass. Under torch.compile it cannot ask, and makes a mask [B, 1, T, T] that no flash kernel takes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
-_NAME = "fastdraft_causal"  # of the attention, as transformers knows it; it makes no masks for a name that it has no mask for
+_NAME = "fastdraft_causal"  # transformers makes no masks for an attention that it has none for
 _HEAD_SIZES = (16, 32, 64, 128, 256)  # that FlexAttention's kernels take without padding
 
 
 class FlashDecoder:
     """Takes the place of `decoder` in a training step: same inputs, same hidden states, same gradients.
 
-    Whole rows are causal and need no mask (SDPA's own flash kernel); rows of several texts get a mask of blocks (FlexAttention,
-    arXiv 2412.05496), which skips what lies outside the diagonal blocks, or a dense one where that cannot run.
+    Whole rows are causal and need no mask (SDPA's flash kernel); rows of several texts get a mask of blocks
+    (FlexAttention, arXiv 2412.05496), or a dense one where that cannot run.
     """
 
     def __init__(self, decoder: nn.Module, *, compiled: bool = False, backend: str = "inductor") -> None:
@@ -36,11 +36,11 @@ class FlashDecoder:
         AttentionInterface.register(_NAME, _attend)
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False, position_ids: Tensor | None = None) -> Any:
-        """The decoder's output for `input_ids` [B, T]; `position_ids` [B, T] begin anew at 0 where a row's next text begins."""
+        """`position_ids` [B, T] begin anew at 0 at a row's next text, which sees nothing before it."""
         mask = None
         if position_ids is not None:
             mask = text_mask(position_ids, blocks=_has_blocks(self.decoder, input_ids.device))
-        with _attention(self.decoder.config, _NAME):
+        with _attention(self.decoder.config):
             return self._runs(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
             )
@@ -51,30 +51,22 @@ def flash_decoder(
 ) -> FlashDecoder | None:
     """`decoder` with flash attention; None where it may attend to something else than all tokens before."""
     config: Any = getattr(decoder, "config", None)
-    known = (
-        getattr(config, "model_type", None) in FAMILIES
-        and getattr(config, "_attn_implementation", None) == "sdpa"
-    )
-    return (
-        FlashDecoder(decoder, compiled=compiled, backend=backend)
-        if known and not has_windows(config)
-        else None
-    )
+    if getattr(config, "model_type", None) not in FAMILIES or has_windows(config):
+        return None
+    if config._attn_implementation != "sdpa":
+        return None
+    return FlashDecoder(decoder, compiled=compiled, backend=backend)
 
 
 def has_windows(config: Any) -> bool:
     """Whether some layers see only the last tokens."""
-    return getattr(config, "sliding_window", None) is not None and bool(
-        getattr(config, "use_sliding_window", True)
-    )
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def text_mask(position_ids: Tensor, *, blocks: bool) -> Any:
-    """Which tokens of its own text each token sees: itself and those before.
+    """Each token sees itself and those before it in its text, which begins where `position_ids` [B, T] is 0.
 
-    Args:
-        position_ids: int64 [B, T], 0 where a text begins.
-        blocks: A `BlockMask`, which is FlexAttention's; else bool [B, 1, T, T], true where a token is seen.
+    `blocks`: a `BlockMask`, which is FlexAttention's; else bool [B, 1, T, T], true where a token is seen.
     """
     texts_BT, length = (position_ids == 0).cumsum(-1), position_ids.shape[1]
     if not blocks:
@@ -92,19 +84,17 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """[B, H, T, D] thrice -> [B, T, H, D]; without a mask causal."""
     if isinstance(attention_mask, BlockMask):
-        # Autocast, which brings what SDPA reads to one type, does not know this kernel; both are fp32 since their rotation.
-        query, key = query.to(value.dtype), key.to(value.dtype)
+        # Autocast, which brings what SDPA reads to one type, does not know this kernel.
+        query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 since their rotation
         return flex_attention_forward(module, query, key, value, attention_mask, **options)[0], None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0], None
 
 
 @contextlib.contextmanager
-def _attention(config: Any, name: str) -> Iterator[None]:
-    """The model's own setting is put back after each call: validation and generation have caches and padding."""
+def _attention(config: Any) -> Iterator[None]:
+    """Puts the model's own setting back: validation and generation have caches and padding."""
     before = config._attn_implementation_internal
-    config._attn_implementation_internal = (
-        name  # the public setter looks through the parts of a model each time
-    )
+    config._attn_implementation_internal = _NAME  # the public setter walks through the model each time
     try:
         yield
     finally:
@@ -113,10 +103,6 @@ def _attention(config: Any, name: str) -> Iterator[None]:
 
 def _has_blocks(decoder: Any, device: torch.device) -> bool:
     size = getattr(decoder.layers[0].self_attn, "head_dim", 0)
-    dropout = getattr(decoder.config, "attention_dropout", 0.0)
-    return (
-        device.type == "cuda"
-        and size in _HEAD_SIZES
-        and not dropout
-        and importlib.util.find_spec("triton") is not None
-    )
+    fits = device.type == "cuda" and size in _HEAD_SIZES
+    plain = not getattr(decoder.config, "attention_dropout", 0.0)
+    return fits and plain and importlib.util.find_spec("triton") is not None

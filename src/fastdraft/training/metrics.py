@@ -1,4 +1,4 @@
-"""The record of a training run: a JSON line for each step and validation in `FOLDER/metrics.jsonl`, and the same to TensorBoard.
+"""The record of a training run: a JSON line for each step and validation, and the same to TensorBoard.
 
 with Metrics(folder, step) as metrics: metrics.write(step=1, loss=2.0)
 records = read_metrics(folder)
@@ -20,7 +20,7 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends records to `folder/metrics.jsonl`, as if a resumed run had never stopped: lines after `step` are cut away first.
+    """Appends to `folder/metrics.jsonl`, as if a resumed run had never stopped: lines after `step` go first.
 
     `silent`: writes nothing; of all processes of a run only one writes.
     """

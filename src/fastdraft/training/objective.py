@@ -26,10 +26,9 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Next-token cross-entropy; on responses that the target wrote this is sequence-level distillation (arXiv 1606.07947)."""
+    """Next-token cross-entropy; on the target's own responses sequence-level distillation (arXiv 1606.07947)."""
 
-    z_loss: float = 0.0
-    """Weight of the squared log-partition, which keeps logits from drifting."""
+    z_loss: float = 0.0  # weight of the squared log-partition, which keeps logits from drifting
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
         return chunked_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss)
@@ -40,8 +39,8 @@ class TokenDistillation:
     """A loss between the target's distribution and the draft's at every trained position."""
 
     token_loss: TokenLoss
+    # Asked for every batch; None: a batch brings its distribution, or has cross-entropy (rows of the mixture).
     target: LoadedTarget | None = None
-    """Asked for every batch; None: a batch brings its own distribution, or has cross-entropy (rows of the mixture)."""
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
         distribution: TargetDistribution | None = (
@@ -53,10 +52,7 @@ class TokenDistillation:
 
 
 class LoadedTarget:
-    """The target beside the draft; it sees the draft's inputs and runs in the step's autocast.
-
-    `head` is of as many ids as the draft's; its weight [V, E] may be scaled, biased or capped.
-    """
+    """The target beside the draft; it sees the draft's inputs and runs in the step's autocast."""
 
     def __init__(self, decoder: nn.Module, head: OutputHead) -> None:
         fast = flash_decoder(decoder) if head.weight.device.type != "cpu" else None
@@ -65,7 +61,7 @@ class LoadedTarget:
 
     @torch.no_grad()
     def distribution(self, batch: Batch) -> DenseTarget:
-        """At the trained positions; logits are made chunk by chunk, from hidden states of the whole batch."""
+        """At the trained positions; its logits are made when a chunk asks for them."""
         hidden_NE = self.decoder(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         if batch.index is not None:
             hidden_NE = hidden_NE.index_select(0, batch.index)

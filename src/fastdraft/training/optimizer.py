@@ -1,4 +1,4 @@
-"""AdamW for every weight, or Muon for the body's matrices beside AdamW for the rest: `build_optimizers(model, kind="adamw", ...)`."""
+"""AdamW for every weight, or Muon for the body's matrices beside AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """One optimiser (AdamW) or two (Muon, AdamW) over all weights of a Hugging Face causal language model.
 
+    Matrices of the body and an untied head decay; embeddings (tied ones too), gains and biases do not. Muon's
+    steps are scaled to AdamW's root mean square (arXiv 2502.16982), so that one rate means the same for both.
+
     Args:
-        model: Its matrices of the body and an untied head decay; embeddings (tied ones too), gains and biases do not.
-        kind: Muon's steps are scaled to AdamW's root mean square (arXiv 2502.16982), so that one rate means the same for both.
+        model: Its weights.
+        kind: As above.
         learning_rate: Peak of the body's matrices.
         embedding_learning_rate: Peak of all other weights; None: the same.
         weight_decay: Decoupled, per unit of rate.
         beta2: AdamW's.
-        low: The step's products are in bf16, and so are Muon's own; else those are in the type of the weights.
+        low: The step's products are in bf16, and so are Muon's; else Muon's are in the type of the weights.
     """
     groups = split_parameters(model)
     rest_rate = learning_rate if embedding_learning_rate is None else embedding_learning_rate
@@ -57,7 +60,7 @@ def build_optimizers(
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Every trainable weight once: `embedding` (also the head when tied), `head`, `body` (matrices), `vector` (gains, biases)."""
+    """Every trainable weight once: `embedding` (with a tied head), `head`, `body` (matrices), `vector`."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     groups: dict[str, list[nn.Parameter]] = {"embedding": [], "head": [], "body": [], "vector": []}
@@ -85,8 +88,8 @@ def _group(parameters: list[nn.Parameter], rate: float, weight_decay: float) -> 
 class Fp32Muon(torch.optim.Muon):
     """torch.optim.Muon with its Newton-Schulz iteration in the weights' type instead of bf16.
 
-    bf16 is as exact as a bf16 step needs; a run in fp32 would get differences of bf16's size back from the last bit of a gradient,
-    for example from sums that two processes add in another order.
+    A run in fp32 would get differences of bf16's size back from the last bit of a gradient, for example from
+    sums that two processes add in another order.
     """
 
     @torch.no_grad()
@@ -106,10 +109,7 @@ class Fp32Muon(torch.optim.Muon):
 
 
 def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The nearest orthogonal matrix, roughly: singular values of `matrix` [M, N] go to about 0.7 to 1.2.
-
-    Muon's quintic a x + b x^3 + c x^5 (K. Jordan, 2024, kellerjordan.github.io/posts/muon), in the type of `matrix`.
-    """
+    """The nearest orthogonal matrix, roughly, by Muon's quintic (kellerjordan.github.io/posts/muon)."""
     a, b, c = coefficients
     x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=eps)

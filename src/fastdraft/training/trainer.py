@@ -1,7 +1,7 @@
 """The training loop that pre-training and alignment share, top to bottom: `Trainer(...).run()`.
 
-All that it remembers is in `TrainingState` and the checkpoints; data and rate follow from the step's number. So a run that was
-killed and started again ends with the same weights, bit for bit, as one that was not (same machine, same threads).
+All that it remembers is in `TrainingState` and the checkpoints; data and rate follow from the step's number. So
+a run that was killed and started again ends with the same weights, bit for bit (same machine, same threads).
 """
 
 from __future__ import annotations
@@ -24,40 +24,31 @@ from fastdraft.training.distributed import Replicas, World
 from fastdraft.training.metrics import Metrics
 from fastdraft.training.step import TrainStep
 
+# So many steps with a loss or gradient that is not finite end the run. One is an overflow or a damaged row, and
+# is left out; two may be neighbours of it; three mean that the weights have gone wrong.
 BAD_STEPS_IN_A_ROW = 3
-"""So many steps with a loss or gradient that is not finite end the run. One is an overflow or a damaged row, and is left out; two may
-be neighbours of it; three mean that the weights have gone wrong. The count goes on over a restart."""
 
 
 @dataclass(frozen=True)
 class Validation:
     """What a validation found."""
 
-    metrics: dict[str, Any]
-    """Recorded as they are."""
-    score: float | None = None
-    """Higher is better; the best step's weights are kept. None: no choice among steps."""
+    metrics: dict[str, Any]  # recorded as they are
+    score: float | None = None  # the best step's weights are kept; None: no choice among steps
 
 
 @dataclass(frozen=True)
 class TrainingSchedule:
     """When things happen, in steps."""
 
-    name: str
-    """The recipe section."""
-    factor: Callable[[int], float]
-    """Share of the peak rate at a 0-based step."""
-    peak_rate: float
-    """Of the body's matrices, for the record."""
+    name: str  # the recipe section
+    factor: Callable[[int], float]  # share of the peak rate at a 0-based step
+    peak_rate: float  # of the body's matrices, for the record
     micro_batch_tokens: int
-    validate_every: int = 0
-    """0: only at the end."""
-    validate_first: bool = False
-    """Before the first step too; the starting weights are then a candidate for the best."""
-    checkpoint_every: int = 0
-    """0: only at the end or when a stop was asked for."""
-    undecayed_step: int = -1
-    """Number of finished steps at which `save_undecayed` is called; -1: never."""
+    validate_every: int = 0  # 0: only at the end
+    validate_first: bool = False  # before the first step too; the starting weights may then be the best
+    checkpoint_every: int = 0  # 0: only at the end or when a stop was asked for
+    undecayed_step: int = -1  # finished steps at which `save_undecayed` is called; -1: never
     tensorboard: bool = False
 
 
@@ -71,8 +62,7 @@ class Trainer:
     source: BatchSource
     schedule: TrainingSchedule
     console: Console
-    validate: Callable[[], Validation] | None = None
-    """Called with the model in evaluation mode."""
+    validate: Callable[[], Validation] | None = None  # called with the model in evaluation mode
     save_undecayed: Callable[[], None] | None = None
     world: World = field(default_factory=World)
     state: TrainingState = field(default_factory=TrainingState, init=False)
@@ -81,13 +71,12 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, self.model, self.step.optimizers, self.console)
 
     def run(self) -> TrainingState:
-        """Trains to the end and leaves the final weights (the best ones, where validation gives a score) in the model."""
+        """Trains to the end and leaves the final weights in the model, or where there are scores the best ones."""
         source, schedule = self.source, self.schedule
         self.state = state = self.checkpoints.load_latest()
         if len(set(self.world.gather(state.step))) > 1:
-            raise FastDraftError(
-                f"{self.folder}: not the same on all machines", "set run.folder to a disk that they share"
-            )
+            message = f"{self.folder}: not the same on all machines"
+            raise FastDraftError(message, "set run.folder to a disk that they share")
         if self.world.size > 1:
             self.step.replicas = Replicas(self.model, self.step.loss_sum)
         self.model.train()
@@ -113,23 +102,16 @@ class Trainer:
                     self.step.skip()
                 seconds = time.perf_counter() - begin
                 state.add(num_tokens, num_trained, seconds, finite)
-                events: dict[str, Any] = {} if finite else {"skipped": True}
-                if state.micro_batch_limit != limit:
-                    events["micro_batch_limit"] = state.micro_batch_limit
-                rate, speed = schedule.peak_rate * factor, round(num_tokens / max(seconds, 1e-9), 1)
-                metrics.write(
-                    step=state.step,
-                    tokens=state.tokens,
-                    loss=loss,
-                    lr=rate,
-                    grad_norm=norm,
-                    tokens_per_second=speed,
-                    **events,
+                record = {"step": state.step, "tokens": state.tokens, "loss": loss}
+                record |= {"lr": schedule.peak_rate * factor, "grad_norm": norm}
+                record["tokens_per_second"] = round(num_tokens / max(seconds, 1e-9), 1)
+                record |= {} if finite else {"skipped": True}
+                record |= (
+                    {} if state.micro_batch_limit == limit else {"micro_batch_limit": state.micro_batch_limit}
                 )
+                metrics.write(**record)
                 if not finite:
-                    self._report_bad(
-                        f"loss {loss:g}, gradient norm {norm:g} at step {state.step}, rate {rate:.2g}"
-                    )
+                    self._report_bad(loss, norm, schedule.peak_rate * factor)
                 progress.advance(num_tokens, f"loss {loss:.2f}")
                 if state.step == schedule.undecayed_step and self.save_undecayed:
                     self.world.on_main(self.save_undecayed)
@@ -146,65 +128,54 @@ class Trainer:
         return self.state.step == self.source.steps or bool(every and self.state.step % every == 0)
 
     def _read(self, reader: Reader) -> tuple[list[Batch], int, int, bool]:
-        """This process's micro-batches of the next step; input tokens and trained tokens of all; whether any was asked to stop."""
+        """This process's micro-batches; input and trained tokens of all; whether any was asked to stop."""
         batches: list[Batch] = []
         failed = None
         try:
-            batches = reader.read(self.state.step, self._micro_batch_tokens)
+            limit = self.state.micro_batch_limit or self.schedule.micro_batch_tokens
+            batches = reader.read(self.state.step, limit)
         except FastDraftError as error:
             failed = error
-        tokens, trained = (
-            sum(batch.num_tokens for batch in batches),
-            sum(batch.num_trained for batch in batches),
-        )
-        found = self.world.gather((tokens, trained, self.console.stop.requested, failed))
-        for *_, error in found:
-            if error is not None:
-                raise error
-        return (
-            batches,
-            sum(one[0] for one in found),
-            sum(one[1] for one in found),
-            any(one[2] for one in found),
-        )
-
-    @property
-    def _micro_batch_tokens(self) -> int:
-        return self.state.micro_batch_limit or self.schedule.micro_batch_tokens
+        counts = sum(batch.num_tokens for batch in batches), sum(batch.num_trained for batch in batches)
+        found = self.world.gather((*counts, self.console.stop.requested, failed))
+        tokens, trained, stops, errors = zip(*found, strict=True)
+        for error in filter(None, errors):
+            raise error
+        return batches, sum(tokens), sum(trained), any(stops)
 
     def _gradients(self, batches: list[Batch], num_trained: int, reader: Reader) -> tuple[float, float]:
-        """The step's loss and gradient norm; where memory runs out, of the same rows again in smaller micro-batches from then on."""
+        """Loss and gradient norm; where memory runs out, of the same rows in smaller micro-batches, from then on."""
         while True:
             try:
                 return self.step.gradients(batches, num_trained)[:2]
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                where = f"{self.schedule.name}: out of memory at step {self.state.step + 1}"
-            # Outside the except block: a traceback keeps a step's tensors alive.
+            # Outside the except block, whose traceback keeps a step's tensors alive.
+            where = f"{self.schedule.name}: out of memory at step {self.state.step + 1}"
             largest = max(
                 (batch.input_ids.numel() for batch in batches if len(batch.input_ids) > 1), default=0
             )
             if self.world.size > 1 or not largest:
-                rows = "one row" if not largest else f"micro-batches of {largest} tokens"
+                rows = f"micro-batches of {largest} tokens" if largest else "one row"
                 fix = f"lower {self.schedule.name}.micro_batch_tokens, or use shorter rows or a smaller draft"
                 raise OutOfMemory(f"{where} with {rows}", fix)
             self.step.skip()
             free_memory()
             self.state.micro_batch_limit = limit = largest // 2
             self.console.warn(
-                f"{where}: micro-batches of at most {limit} tokens from here on, the batch stays the same"
+                f"{where}: micro-batches of at most {limit} tokens from here on, the same batch"
             )
             batches = reader.read(self.state.step, limit)
 
-    def _report_bad(self, found: str) -> None:
-        name = self.schedule.name
+    def _report_bad(self, loss: float, norm: float, rate: float) -> None:
+        name, step = self.schedule.name, self.state.step
+        found = f"{name}: loss {loss:g}, gradient norm {norm:g} at step {step}, rate {rate:.2g}"
         if self.state.skipped_in_a_row >= BAD_STEPS_IN_A_ROW:
-            raise FastDraftError(
-                f"{name}: {found}: {BAD_STEPS_IN_A_ROW} steps in a row were not finite",
-                f"lower {name}.optimizer.learning_rate or set precision: fp32, then --redo {name}",
-            )
-        self.console.warn(f"{name}: {found}: step left out")
+            fix = f"lower {name}.optimizer.learning_rate or set run.precision: fp32, then --redo {name}"
+            raise FastDraftError(f"{found}: {BAD_STEPS_IN_A_ROW} steps in a row were not finite", fix)
+        if self.world.is_main:
+            self.console.warn(f"{found}: step left out")
 
     def _save(self) -> None:
         if self.checkpoints.saved_step != self.state.step:
@@ -215,9 +186,8 @@ class Trainer:
         if self.validate is None:
             return
         self.model.eval()
-        found = self.world.on_main(self.validate)
+        found, state = self.world.on_main(self.validate), self.state
         self.model.train()
-        state = self.state
         metrics.write(step=state.step, tokens=state.tokens, **found.metrics)
         if found.score is not None and (state.best_score is None or found.score > state.best_score):
             self.world.on_main(lambda: self.checkpoints.save_best(state.step))
