@@ -17,13 +17,13 @@ from fastdraft import pipeline
 from fastdraft.commands import check
 from fastdraft.console import Console
 from fastdraft.data.rows import ids_hash, read_all, read_rows, unit_paths
-from fastdraft.evaluation.texts import GivenTexts, trained_prompts
 from fastdraft.errors import DataError
+from fastdraft.evaluation.tasks import load_task
+from fastdraft.evaluation.texts import GivenTexts, trained_prompts
 from fastdraft.functional.intervals import group_numbers, ratio_interval
 from fastdraft.recipe.evaluation import FileTask
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder, read_json
-from fastdraft.evaluation.tasks import load_task
 
 QUESTIONS = ("What is {i}?", "And {i} plus one?", "Why?")
 

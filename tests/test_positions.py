@@ -13,7 +13,8 @@ from fastdraft.evaluation.rows import faded_sentences, position_results
 from fastdraft.functional import positions
 from fastdraft.functional.acceptance import counts_to_array, expected_counts
 from fastdraft.functional.positions import bucket_bounds, bucket_of, counts_by_bucket
-from fastdraft.run_folder import read_json
+from test_evaluate import context, run
+from test_evaluate import settings as evaluation
 
 
 def test_buckets_double_from_512_on() -> None:
@@ -111,31 +112,18 @@ def test_a_bucket_with_few_texts_is_not_judged(size: dict[str, int]) -> None:
 def test_an_evaluation_tells_every_bucket_and_they_add_up_to_the_rows(
     tmp_path: Path, tiny_target: Path, near_draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_evaluate import context, run
-    from test_evaluate import settings as evaluation
-
     monkeypatch.setattr(positions, "FIRST_BUCKET", 16)
     config = evaluation(tmp_path, temperatures=[0.6], num_speculative_tokens=[2, 4])
     where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_target, "align": near_draft})
     outcome = run(config, where)
-    found = outcome["by_position"]
-    assert (found["num_speculative_tokens"], found["context_length"]) == (2, 256)
-    assert len({row["from"] for row in found["rows"]}) > 1
-    for total in outcome["rows"]:
-        if total["method"] == "replay" and total["num_speculative_tokens"] == 2:
-            mine = [
-                row
-                for row in found["rows"]
-                if all(row[key] == total[key] for key in ("checkpoint", "task", "temperature"))
-            ]
-            for key in (
-                "num_drafts",
-                "num_draft_tokens",
-                "num_accepted_tokens",
-                "num_examined_tokens",
-                "num_generated_tokens",
-            ):
-                assert sum(row[key] for row in mine) == pytest.approx(total[key], abs=1e-4)
-    folder = where.folder("evaluate").path
-    (folder / "replay" / "align-first-0.6.npz").unlink()
-    assert run(config, where)["by_position"] == read_json(folder / "results.json")["by_position"] == found
+    found = outcome.by_position
+    assert (found.num_speculative_tokens, found.context_length) == (2, 256)
+    assert len({row.first for row in found.rows}) > 1
+    for total in outcome.select(method="replay", num_speculative_tokens=2):
+        place = (total.checkpoint, total.task, total.temperature)
+        mine = [row for row in found.rows if (row.checkpoint, row.task, row.temperature) == place]
+        for key in ("drafts", "draft_tokens", "accepted_tokens", "examined_tokens", "generated_tokens"):
+            whole = getattr(total, f"num_{key}")
+            assert sum(getattr(row, f"num_{key}") for row in mine) == pytest.approx(whole, abs=1e-4)
+    (where.folder("evaluate").path / "replay" / "align-first-0.6.npz").unlink()
+    assert run(config, where).by_position == found

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 import fastdraft
 from fastdraft.errors import DataError
-from fastdraft.recipe.evaluation import FileTask, ShippedTask, TaskConfig
 from fastdraft.evaluation.tasks import describe_task, load_task
+from fastdraft.recipe.evaluation import FileTask, ShippedTask, TaskConfig
 
 SHIPPED = Path(fastdraft.__path__[0]) / "shipped"
 NAMES = {"code": 164, "summarization": 120, "text": 200, "instructions": 200}

@@ -16,8 +16,17 @@ from numpy.typing import NDArray
 from fastdraft.decoding.latency import Latency
 from fastdraft.evaluation.results import DifferenceRow, FadedCase, PositionResults, PositionRow, ResultRow
 from fastdraft.forecast import mbsu, predicted_speedup
-from fastdraft.functional.acceptance import ACCEPTED, DRAFTS, GENERATED, PROPOSED, Counts, CountsTable
-from fastdraft.functional.acceptance import counts_from_array, tidy, tidy_count
+from fastdraft.functional.acceptance import (
+    ACCEPTED,
+    DRAFTS,
+    GENERATED,
+    PROPOSED,
+    Counts,
+    CountsTable,
+    counts_from_array,
+    tidy,
+    tidy_count,
+)
 from fastdraft.functional.intervals import Groups, difference_interval, num_groups, ratio_interval
 from fastdraft.functional.positions import bucket_bounds
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from fastdraft.data.rows import SyntheticRow, ids_hash, read_columns, unit_paths, validation_keys
 from fastdraft.data.logs import read_transcripts
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_columns, unit_paths, validation_keys
 from fastdraft.decoding.replay import alike_places
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling

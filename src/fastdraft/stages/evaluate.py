@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdraft.console import Console
 from fastdraft.data.contamination import search_training_text
-from fastdraft.data.rows import SyntheticRow, read_all
 from fastdraft.data.logs import describe
+from fastdraft.data.rows import SyntheticRow, read_all
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import Halving
 from fastdraft.evaluation.prompts import EncodedTask, encode_task
