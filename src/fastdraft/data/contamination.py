@@ -50,8 +50,8 @@ class Contamination:
         flat = np.asarray(ids).reshape(-1)
         for start in range(0, len(flat) if len(self._wanted) else 0, CHUNK_IDS):
             hashes = ngram_hashes(flat[start : start + CHUNK_IDS + self.n - 1], self.n)
-            places = np.minimum(np.searchsorted(self._wanted, hashes), len(self._wanted) - 1)
-            self._found[places[self._wanted[places] == hashes]] = True
+            positions = np.minimum(np.searchsorted(self._wanted, hashes), len(self._wanted) - 1)
+            self._found[positions[self._wanted[positions] == hashes]] = True
 
     def result(self) -> dict[str, dict[str, Any]]:
         """Per task: prompts, prompts_with_overlap, ngrams (distinct, of all prompts), ngrams_matched."""

@@ -33,7 +33,7 @@ JSONL = [f"*.jsonl{suffix}" for suffix in COMPRESSED]
 TEXT = [f"*{kind}{suffix}" for kind in (".txt", ".md") for suffix in COMPRESSED]
 PATTERNS = {"jsonl": JSONL, "parquet": ["*.parquet"], "text": TEXT, "source_code": ["*.py"]}
 
-Place = tuple[int, int]
+Position = tuple[int, int]
 """Number of a file in the seeded order, and a line or row in it: documents up to there have been read."""
 
 
@@ -46,28 +46,28 @@ class Block:
     """Of each piece's text."""
     skipped: int
     """Files passed over on the way."""
-    end: Place
+    end: Position
 
 
-def blocks(source: SourceConfig, seed: int, start: Place) -> Iterator[Block]:
+def blocks(source: SourceConfig, seed: int, start: Position) -> Iterator[Block]:
     """The source's text behind `start`, about BLOCK_CHARS at a time; the order depends on source and seed alone."""
     pieces: list[str] = []
     chars = skipped = 0
-    place = start
+    position = start
     for file, row, text in documents(source, seed, start):
-        place = (file, row)
+        position = (file, row)
         skipped += text is None
         for piece in split_document(text or ""):
             pieces.append(piece)
             chars += len(piece)
         if chars >= BLOCK_CHARS:
-            yield _block(pieces, seed, skipped, place)
+            yield _block(pieces, seed, skipped, position)
             pieces, chars, skipped = [], 0, 0
     if pieces or skipped:
-        yield _block(pieces, seed, skipped, place)
+        yield _block(pieces, seed, skipped, position)
 
 
-def _block(pieces: list[str], seed: int, skipped: int, end: Place) -> Block:
+def _block(pieces: list[str], seed: int, skipped: int, end: Position) -> Block:
     random.Random(f"{seed}/{end}").shuffle(pieces)
     digests = np.empty(len(pieces), dtype=np.uint64)
     for number, piece in enumerate(pieces):
@@ -79,7 +79,7 @@ def _block(pieces: list[str], seed: int, skipped: int, end: Place) -> Block:
 
 
 def documents(
-    source: SourceConfig, seed: int, start: Place = (0, 0)
+    source: SourceConfig, seed: int, start: Position = (0, 0)
 ) -> Iterator[tuple[int, int, str | None]]:
     """(file, row, text) of each document behind `start`, files in seeded order; None for a file that was passed over."""
     if isinstance(source, HubSource):
@@ -87,9 +87,7 @@ def documents(
         return
     files = source_files(source)
     # By the name within the source, so that the order is the same on every machine.
-    order = sorted(
-        files, key=lambda name: hashlib.blake2b(os.fsencode(f"{seed}/{name}"), digest_size=16).digest()
-    )
+    order = sorted(files, key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest())
     for number in range(start[0], len(order)):
         after = start[1] if number == start[0] else 0
         for row, text in _file_documents(source, files[order[number]], after):
@@ -123,7 +121,7 @@ def _text(value: object, where: str, field: str) -> str:
 # ---- the hub
 
 
-def _hub_documents(source: HubSource, seed: int, start: Place) -> Iterator[tuple[int, int, str]]:
+def _hub_documents(source: HubSource, seed: int, start: Position) -> Iterator[tuple[int, int, str]]:
     """A data set's files in seeded order: a small budget would otherwise see only the first of a sorted data set."""
     data = open_hub(source)
     count = int(data.num_shards)

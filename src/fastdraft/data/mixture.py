@@ -53,7 +53,7 @@ class Mixture:
         rows = np.empty((len(order), self.row_length + 1), dtype=np.int64)
         for number in np.unique(picks).tolist():
             own = picks == number
-            rows[own] = self._corpus(number).take(self._places(number, occurrences[own]))
+            rows[own] = self._corpus(number).take(self._row_numbers(number, occurrences[own]))
         return rows
 
     def epochs(self, steps: int) -> dict[str, float]:
@@ -69,14 +69,14 @@ class Mixture:
         upper = np.rint(np.outer(steps * self.rows_per_step, self._bounds)).astype(np.int64)
         return np.diff(upper, axis=1, prepend=0)
 
-    def _places(self, number: int, occurrences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _row_numbers(self, number: int, occurrences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Rows in corpus `number` for its occurrences in the run."""
         epochs, positions = np.divmod(occurrences, self._corpus(number).rows)
-        places = np.empty_like(positions)
+        numbers = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             own = epochs == epoch
-            places[own] = self._order(number, epoch)[positions[own]]
-        return places
+            numbers[own] = self._order(number, epoch)[positions[own]]
+        return numbers
 
     def _permutation(self, number: int, epoch: int) -> npt.NDArray[np.int64]:
         return np.random.default_rng([self.seed, number, epoch]).permutation(self._corpus(number).rows)

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Progress:
 
     source: int = 0
     """Number of the source that is read."""
-    place: tuple[int, int] = (0, 0)
+    position: tuple[int, int] = (0, 0)
     """Behind which reading it goes on."""
     source_tokens: int = 0
     skipped: int = 0
@@ -121,7 +121,7 @@ class CorpusPacker:
         console: Console,
         advance: Callable[[float], None],
     ) -> None:
-        stream = blocks(source, self._seed, self.progress.place)
+        stream = blocks(source, self._seed, self.progress.position)
         # The next block is read while this one is encoded.
         coming = reader.submit(next, stream, None)
         while not self._is_full(source) and (block := coming.result()):
@@ -162,7 +162,7 @@ class CorpusPacker:
         progress.duplicates += (int(new[taken]) if taken < len(new) else len(block.pieces)) - taken
         progress.seen += taken
         progress.skipped += block.skipped
-        progress.place = block.end
+        progress.position = block.end
 
     def _encoded(self, texts: Sequence[str], pool: Executor) -> Iterator[list[npt.NDArray[np.uint32]]]:
         """The ids of the texts in order, a batch at a time, while the next batches are being encoded."""
@@ -205,11 +205,8 @@ class CorpusPacker:
             )
         gave = {"tokens": progress.source_tokens, "files_skipped": progress.skipped}
         progress.sources.append({"kind": source.kind, "from": where, "license": source.license, **gave})
-        progress.source, progress.place, progress.source_tokens, progress.skipped = (
-            progress.source + 1,
-            (0, 0),
-            0,
-            0,
+        self.progress = replace(
+            progress, source=progress.source + 1, position=(0, 0), source_tokens=0, skipped=0
         )
         self._commit()
 
@@ -232,12 +229,12 @@ class SeenDigests:
         self._sorted = np.sort(np.fromfile(path, dtype="<u8"))
 
     def first_seen(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """Places in `digests` of those that were not met before, in order; of equal ones the first."""
+        """Indices into `digests` of those that were not met before, in order; of equal ones the first."""
         first = np.sort(np.unique(digests, return_index=True)[1])
-        places = np.searchsorted(self._sorted, digests[first])
-        known = np.append(self._sorted, 0)[places] == digests[first]
-        known &= places < len(self._sorted)
-        return first[~known]
+        if not len(self._sorted):
+            return first
+        nearest = self._sorted[np.searchsorted(self._sorted[:-1], digests[first])]
+        return first[nearest != digests[first]]
 
     def add(self, digests: npt.NDArray[np.uint64]) -> None:
         with open(self._path, "ab") as file:
