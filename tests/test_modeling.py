@@ -1,4 +1,4 @@
-"""Shapes counted against real modules, the search, first weights, loading and its failures, vocabularies."""
+"""Shapes counted against real modules, the search, first weights."""
 
 from __future__ import annotations
 
@@ -27,39 +27,25 @@ from fastdraft.target import Target
 LLAMA_8B = Architecture("llama", 128256, 4096, 32, 32, 8, 128, 14336, False, 131072)
 STARTER = Architecture("llama", 8192, 256, 6, 4, 2, 64, 768, True, 2048)
 PHI_3_MINI = {"vocab_size": 32064, "max_position_embeddings": 4096, "sliding_window": 2047}
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
+_SCALED = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-    "rope_theta": 5e5,
 }
+LLAMA_3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, **_SCALED}
+WIDTHS = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80}
+DEPTHS = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = {"max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 
 
 def parameters_of(config: Any) -> int:
+    """Of the real modules."""
     return count(config).stored
 
 
 def _small(cls: Any, **values: Any) -> Any:
-    shape = {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return cls(
-        **{
-            **shape,
-            "max_position_embeddings": 128,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-            **values,
-        }
-    )
+    return cls(**{**WIDTHS, **DEPTHS, **IDS, **values})
 
 
 def _explicit(
@@ -69,6 +55,7 @@ def _explicit(
     return shapes.explicit(read_architecture(config), **sizes, **heads)
 
 
+HALF_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 FAMILY_CONFIGS = [
     _small(LlamaConfig),
     _small(LlamaConfig, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
@@ -79,9 +66,7 @@ FAMILY_CONFIGS = [
     _small(Qwen3Config, head_dim=32),
     _small(Qwen3Config, attention_bias=True, tie_word_embeddings=True),
     _small(Phi3Config),
-    _small(
-        Phi3Config, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    ),
+    _small(Phi3Config, rope_parameters=HALF_ROPE),
 ]
 
 
@@ -106,27 +91,19 @@ def test_the_preset_phi_3_mini_50m_has_exactly_52107776_parameters() -> None:
     target = Phi3Config(**PHI_3_MINI)
     shape = shapes.preset("phi-3-mini-50m", read_architecture(target))
     assert parameters_of(draft_hf_config(target, shape)) == shape.parameters == 52_107_776
-    assert (
-        shape.hidden_size,
-        shape.num_layers,
-        shape.intermediate_size,
-        shape.num_heads,
-        shape.num_kv_heads,
-        shape.tied,
-    ) == (512, 6, 1408, 8, 8, False)
+    assert (shape.hidden_size, shape.num_layers, shape.intermediate_size) == (512, 6, 1408)
+    assert (shape.num_heads, shape.num_kv_heads, shape.tied) == (8, 8, False)
 
 
 def test_the_preset_llama_3_1_8b_150m_has_exactly_154147328_parameters() -> None:
-    target = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rope_parameters=LLAMA_3_ROPE,
-    )
+    widths = {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+    }
+    depths = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    target = LlamaConfig(**widths, **depths, rope_parameters=LLAMA_3_ROPE)
     shape = shapes.preset("llama-3.1-8b-150m", read_architecture(target))
     assert parameters_of(target) == read_architecture(target).parameters == 8_030_261_248
     assert parameters_of(draft_hf_config(target, shape)) == shape.parameters == 154_147_328
@@ -144,25 +121,11 @@ def test_an_unsupported_family_is_refused_by_name() -> None:
 
 
 def test_a_draft_inherits_all_but_width_depth_and_heads() -> None:
-    target = LlamaConfig(
-        vocab_size=320,
-        max_position_embeddings=131072,
-        rope_parameters=LLAMA_3_ROPE,
-        rms_norm_eps=1e-5,
-        hidden_act="gelu",
-        eos_token_id=[7, 9],
-    )
+    values = {"vocab_size": 320, "max_position_embeddings": 131072, "rope_parameters": LLAMA_3_ROPE}
+    values |= {"rms_norm_eps": 1e-5, "hidden_act": "gelu", "eos_token_id": [7, 9]}
+    target = LlamaConfig(**values)
     draft = draft_hf_config(target, _explicit(target, 64, 1, 128))
-    for name in (
-        "vocab_size",
-        "max_position_embeddings",
-        "rope_parameters",
-        "rms_norm_eps",
-        "hidden_act",
-        "eos_token_id",
-        "bos_token_id",
-        "model_type",
-    ):
+    for name in (*values, "bos_token_id", "model_type"):
         assert getattr(draft, name) == getattr(target, name), name
 
 
@@ -178,34 +141,19 @@ def test_a_draft_attends_to_its_full_context() -> None:
 
 def _longrope() -> Any:
     factors = [1.0 + i / 4 for i in range(48)]
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": factors,
-        "long_factor": [2 * f for f in factors],
-        "original_max_position_embeddings": 4096,
-    }
-    return Phi3Config(
-        **{**PHI_3_MINI, "max_position_embeddings": 131072},
-        rope_parameters=rope,
-        original_max_position_embeddings=4096,
-    )
+    original = {"original_max_position_embeddings": 4096}
+    both = {"short_factor": factors, "long_factor": [2 * factor for factor in factors]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **both, **original}
+    return Phi3Config(**{**PHI_3_MINI, "max_position_embeddings": 131072}, rope_parameters=rope, **original)
 
 
 def test_longrope_factors_stay_when_the_head_width_stays() -> None:
     target = _longrope()
     assert has_rotary_factors(target)
-    shape = replace(
-        shapes.preset("phi-3-mini-50m", read_architecture(target)),
-        hidden_size=384,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=96,
-    )
-    assert (
-        draft_hf_config(target, shape).rope_parameters["short_factor"]
-        == target.rope_parameters["short_factor"]
-    )
+    preset = shapes.preset("phi-3-mini-50m", read_architecture(target))
+    same_heads = replace(preset, hidden_size=384, num_heads=4, num_kv_heads=4, head_dim=96)
+    rope = draft_hf_config(target, same_heads).rope_parameters
+    assert rope["short_factor"] == target.rope_parameters["short_factor"]
 
 
 def test_longrope_factors_are_resampled_for_another_head_width() -> None:
@@ -224,17 +172,14 @@ def test_resampling_to_the_same_length_changes_nothing() -> None:
 
 
 def test_the_search_stays_within_three_percent_and_prefers_few_layers() -> None:
-    for target, budget in (
-        (LLAMA_8B, 150_000_000),
-        (LLAMA_8B, 50_000_000),
-        (STARTER, 1_500_000),
-        (replace(STARTER, vocab_size=32064), 50_000_000),
-    ):
-        shape = shapes.search(target, budget)
+    wide = replace(STARTER, vocab_size=32064)
+    for target, budget in ((LLAMA_8B, 150e6), (LLAMA_8B, 50e6), (STARTER, 1.5e6), (wide, 50e6)):
+        shape = shapes.search(target, int(budget))
         assert abs(shape.parameters - budget) <= 0.03 * budget
         assert shape.num_layers <= 8
         assert shape.hidden_size % 64 == 0
         assert shape.intermediate_size % 64 == 0
+    assert shapes.search(LLAMA_8B, 150_000_000, num_layers=3).num_layers == 3
 
 
 @settings(max_examples=60, deadline=None)
@@ -252,14 +197,9 @@ def test_any_budget_gives_a_fitting_shape_or_a_named_alternative(budget: int) ->
     assert named[0].isdigit()
 
 
-def test_a_fixed_depth_is_kept() -> None:
-    assert shapes.search(LLAMA_8B, 150_000_000, num_layers=3).num_layers == 3
-
-
 def test_a_budget_that_the_vocabulary_exceeds_is_refused_with_the_minimum() -> None:
-    with pytest.raises(
-        RecipeError, match=r"vocabulary of 128256 alone takes 16\.4M; must be at least 16442000"
-    ):
+    words = r"vocabulary of 128256 alone takes 16\.4M; must be at least 16442000"
+    with pytest.raises(RecipeError, match=words):
         shapes.search(LLAMA_8B, 10_000_000)
 
 
@@ -277,19 +217,17 @@ def test_an_untied_input_embedding_is_not_read() -> None:
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    sizes = {"hidden_size": 128, "num_layers": 2, "intermediate_size": 256}
     with pytest.raises(RecipeError, match="must divide hidden_size 128"):
-        shapes.explicit(STARTER, hidden_size=128, num_layers=2, intermediate_size=256, num_heads=3)
+        shapes.explicit(STARTER, **sizes, num_heads=3)
     with pytest.raises(RecipeError, match="must divide num_heads 4"):
-        shapes.explicit(
-            STARTER, hidden_size=128, num_layers=2, intermediate_size=256, num_heads=4, num_kv_heads=3
-        )
+        shapes.explicit(STARTER, **sizes, num_heads=4, num_kv_heads=3)
 
 
 def _draft_model(tied: bool = False, seed: int = 0) -> Any:
     target = _small(LlamaConfig, tie_word_embeddings=tied, vocab_size=2000)
-    return initialize.build_draft(
-        draft_hf_config(target, _explicit(target, 128, 4, 256, num_heads=4, num_kv_heads=2, tied=tied)), seed
-    )
+    shape = _explicit(target, 128, 4, 256, num_heads=4, num_kv_heads=2, tied=tied)
+    return initialize.build_draft(draft_hf_config(target, shape), seed)
 
 
 def test_first_weights_follow_the_seed_and_leave_the_callers_random_state_alone() -> None:
@@ -328,9 +266,8 @@ def test_projection_keeps_the_directions_in_which_tokens_differ() -> None:
 
 
 def test_projection_to_a_wider_draft_fills_every_column() -> None:
-    projected = initialize.project(
-        torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), 32, seed=0
-    )
+    narrow = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    projected = initialize.project(narrow, 32, seed=0)
     assert projected.shape == (200, 32)
     assert bool((projected.std(0) > 0).all())
 
