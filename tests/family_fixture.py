@@ -6,30 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from conftest import write_tokenizer
+from fastdraft.console import Console
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.run import RunConfig
+from fastdraft.recipe.training import DesignConfig
+from fastdraft.run_folder import RunFolder
+from fastdraft.stages import design
+from fastdraft.stages.context import StageContext
+from fastdraft.target import Target
 
-SHAPE = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 160,
-    "bos_token_id": 0,
-    "eos_token_id": [3, 5],
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+_WIDTHS = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 160}
+_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_IDS = {"bos_token_id": 0, "eos_token_id": [3, 5], "pad_token_id": 0}
+SHAPE = {**_WIDTHS, **_HEADS, **_IDS, "tie_word_embeddings": False}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
 QWEN_VISION = {
     "depth": 1,
     "embed_dim": 16,
@@ -38,12 +30,8 @@ QWEN_VISION = {
     "mlp_ratio": 2,
     "patch_size": 14,
 }
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [1.0, 2.0, 3.0, 4.0],
-}
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, **FACTORS}
 WINDOW = {"sliding_window": 8}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], **WINDOW}
 AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
@@ -173,3 +161,17 @@ def noisy(model: Any, share: float = 0.1) -> Any:
             if parameter.ndim >= 2:
                 parameter.add_(share * parameter.std() * torch.randn(parameter.shape, generator=generator))
     return draft.eval()
+
+
+def designed(
+    root: Path, target: Path, seed: int = 0, console: Console | None = None, **section: Any
+) -> tuple[Path, dict[str, Any]]:
+    """The design stage on a target: the draft's folder and the manifest."""
+    shape = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
+    config = load_config(DesignConfig, {"draft": shape, **section}, "design")
+    settings = RunConfig(name="test", seed=seed)
+    context = StageContext(RunFolder(root), settings, Target.at(target), {}, console or Console(quiet=True))
+    folder = context.folder("design")
+    folder.begin(design.fingerprint(config, context))
+    design.run(config, context)
+    return folder.path / "draft", folder.manifest()

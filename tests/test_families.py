@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig
 
-from family_fixture import MIXED, SHAPE, TARGETS, family_config, noisy, write_family
+from family_fixture import MIXED, SHAPE, TARGETS, designed, family_config, noisy, write_family
 from fastdraft.commands import inspect
 from fastdraft.console import Console
 from fastdraft.decoding.replay import replay
@@ -26,14 +26,9 @@ from fastdraft.modeling.drafts import load_draft, save_draft
 from fastdraft.modeling.families import TARGET_FAMILIES, draft_family, text_config, why_draft_family
 from fastdraft.modeling.heads import output_head, split_head
 from fastdraft.modeling.initialize import read_matrices
-from fastdraft.recipe.base import load_config as read_section
-from fastdraft.recipe.run import RunConfig
 from fastdraft.recipe.training import OptimizerConfig, PretrainConfig
-from fastdraft.run_folder import RunFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant, write_huggingface
-from fastdraft.stages import design
-from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 from fastdraft.training import defaults
 from fastdraft.training.batches import Batch
@@ -51,38 +46,25 @@ PAST_LONGROPE = [
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """Name, directory and loaded model of one family."""
     folder = write_family(tmp_path_factory.mktemp(request.param), request.param)
-    return request.param, folder, _target(folder).model("cpu")
+    return request.param, folder, Target.at(folder).model("cpu")
 
 
 def _prompts(name: str) -> list[list[int]]:
     return PAST_LONGROPE if "longrope" in name else PROMPTS
 
 
-def _design(root: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
-    draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
-    config = read_section(design.DesignConfig, {"draft": draft}, "design")
-    context = StageContext(RunFolder(root), RunConfig(name="test"), _target(folder), {}, Console(quiet=True))
-    artifact = context.folder("design")
-    artifact.begin(design.fingerprint(config, context))
-    design.run(config, context)
-    return artifact.path / "draft", artifact.manifest()
-
-
 def test_the_counted_parameters_are_the_loaded_models_own(target: tuple[str, Path, Any]) -> None:
     _, folder, model = target
     shape = read_architecture(Target.at(folder).config)
     counted = count_model(model)
-    assert (shape.parameters, shape.read_parameters, shape.tied) == (
-        counted.stored,
-        counted.read,
-        counted.tied,
-    )
+    assert (shape.parameters, shape.read_parameters) == (counted.stored, counted.read)
+    assert shape.tied == counted.tied
     assert shape.bytes_per_token(8) == counted.read
 
 
 def test_embedding_and_head_are_found_in_the_files(target: tuple[str, Path, Any]) -> None:
     _, folder, model = target
-    matrices = read_matrices(_target(folder))
+    matrices = read_matrices(Target.at(folder))
     assert torch.equal(matrices["model.embed_tokens.weight"], model.get_input_embeddings().weight)
     if not count_model(model).tied:
         assert torch.equal(matrices["lm_head.weight"], model.get_output_embeddings().weight)
@@ -106,7 +88,7 @@ def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
     target: tuple[str, Path, Any],
 ) -> None:
     name, folder, model = target
-    vocabulary = _target(folder).vocabulary
+    vocabulary = Target.at(folder).vocabulary
     assert vocabulary.eos_token_ids == (3, 5)
     draft, prompts = noisy(model), _prompts(name)
     written = HuggingFaceEngine(model, vocabulary, 8).generate(prompts, GREEDY, 24, 0)
@@ -131,7 +113,7 @@ def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
 
 def test_log_probs_of_written_text_are_found_again_by_scoring(target: tuple[str, Path, Any]) -> None:
     name, folder, model = target
-    vocabulary = _target(folder).vocabulary
+    vocabulary = Target.at(folder).vocabulary
     written = HuggingFaceEngine(model, vocabulary, 8).generate(_prompts(name), SAMPLED, 16, 1)
     for row, scored in zip(written, score(model, written, SAMPLED), strict=True):
         assert scored.logprobs == pytest.approx(row.logprobs, abs=2e-3)
@@ -141,7 +123,7 @@ def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(
     target: tuple[str, Path, Any], tmp_path: Path
 ) -> None:
     name, folder, model = target
-    checkpoint, manifest = _design(tmp_path / "run", folder)
+    checkpoint, manifest = designed(tmp_path / "run", folder)
     draft = load_draft(checkpoint)
     assert manifest["parameters"] == sum(p.numel() for p in draft.parameters())
     assert manifest["target"]["parameters"] == count_model(model).stored
@@ -150,12 +132,11 @@ def test_a_designed_draft_trains_and_is_taken_by_assisted_generation(
     assert draft.config.vocab_size == 320
     assert draft.config.max_position_embeddings == 160
     assert _trained(draft)
-    vocabulary = _target(folder).vocabulary
+    vocabulary = Target.at(folder).vocabulary
     save_draft(draft, tmp_path / "checkpoint", Target.at(checkpoint))
     write_huggingface(tmp_path / "checkpoint", tmp_path / "huggingface", K)
-    assert check_assisted(
-        model, load_assistant(tmp_path / "huggingface"), _prompts(name)[1], vocabulary, 24
-    ).same_text
+    assistant = load_assistant(tmp_path / "huggingface")
+    assert check_assisted(model, assistant, _prompts(name)[1], vocabulary, 24).same_text
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(3, 13), (17, 20)])
@@ -163,7 +144,7 @@ def test_a_text_on_either_side_of_a_longropes_line_is_exact_and_design_warns_of_
     length: int, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_family(tmp_path / "target", "phi3-longrope")
-    model, endless = (_target(folder).model("cpu"), replace(_target(folder).vocabulary, eos_token_ids=()))
+    model, endless = (Target.at(folder).model("cpu"), replace(Target.at(folder).vocabulary, eos_token_ids=()))
     prompt, text = PROMPTS[2][:length], list(PROMPTS[2][:length])
     with torch.inference_mode():
         for _ in range(tokens):  # no cache: every token from the whole text
@@ -174,13 +155,7 @@ def test_a_text_on_either_side_of_a_longropes_line_is_exact_and_design_warns_of_
     room = tokens - 2 if length < 16 else tokens
     found = SpeculativeDecoder(model, noisy(model), endless, 1).generate(prompt, GREEDY, room, 0)
     assert found.generation.response_ids == text[length : length + room]
-    draft = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
-    config = read_section(design.DesignConfig, {"draft": draft}, "design")
-    context = StageContext(
-        RunFolder(tmp_path / "run"), RunConfig(name="test"), _target(folder), {}, Console()
-    )
-    context.folder("design").begin(design.fingerprint(config, context))
-    design.run(config, context)
+    designed(tmp_path / "run", folder, console=Console())
     assert "This rope changes at 16 tokens" in " ".join("".join(capsys.readouterr()).split())
 
 
@@ -189,8 +164,8 @@ def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(
     name: str, tmp_path: Path
 ) -> None:
     folder = write_family(tmp_path, name)
-    model = _target(folder).model("cpu")
-    endless = replace(_target(folder).vocabulary, eos_token_ids=())
+    model = Target.at(folder).model("cpu")
+    endless = replace(Target.at(folder).vocabulary, eos_token_ids=())
     [written] = HuggingFaceEngine(model, endless, 8).generate(PROMPTS[2:], GREEDY, 130, 0)
     for k in (1, 4):
         found = SpeculativeDecoder(model, noisy(model), endless, k).generate(PROMPTS[2], GREEDY, 130, 0)
@@ -236,24 +211,19 @@ def test_a_draft_has_the_targets_family_or_says_why_not(name: str) -> None:
 
 
 def test_every_family_that_may_be_a_target_is_tested() -> None:
-    configs = [family_config(name) for name in TARGETS]
-    assert {config.model_type for config in configs} | {
-        text_config(config).model_type for config in configs
-    } == set(TARGET_FAMILIES)
+    configs = [part for name in TARGETS for part in (family_config(name), text_config(family_config(name)))]
+    assert {config.model_type for config in configs} == set(TARGET_FAMILIES)
 
 
 def test_a_llama_draft_has_the_rope_of_the_layers_that_see_everything() -> None:
-    rope = {
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-        "sliding_attention": {"rope_theta": 1e4},
-    }
+    whole = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    rope = {"full_attention": whole, "sliding_attention": {"rope_theta": 1e4}}
     target = Gemma3TextConfig(**{**SHAPE, **MIXED, "rope_parameters": rope})
     draft = draft_hf_config(target, shapes.natural(read_architecture(target), 64))
     assert draft.model_type == "llama"
-    assert draft.rope_parameters == {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
-    neox = draft_hf_config(
-        family_config("gpt-neox"), shapes.natural(read_architecture(family_config("gpt-neox")), 64)
-    )
+    assert draft.rope_parameters == whole
+    other = family_config("gpt-neox")
+    neox = draft_hf_config(other, shapes.natural(read_architecture(other), 64))
     assert neox.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
 
 
@@ -280,10 +250,7 @@ def test_attention_with_capped_scores_does_not_use_fused_kernels(tmp_path: Path)
 def test_a_draft_of_a_family_that_is_never_trained_is_refused(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "gpt2")
     with pytest.raises(RecipeError, match="family gpt2; a draft's family must be one of llama"):
-        design.plan(
-            read_section(design.DesignConfig, {"draft": {"kind": "from", "path": str(folder)}}, "design"),
-            _target(folder),
-        )
+        designed(tmp_path / "run", folder, draft={"kind": "from", "path": str(folder)})
 
 
 def test_inspect_says_why_the_draft_is_a_llama_and_what_experts_cost(
@@ -294,10 +261,6 @@ def test_inspect_says_why_the_draft_is_a_llama_and_what_experts_cost(
     text = " ".join(capsys.readouterr().out.split())
     assert "Drafts are of the family llama: a mixture of experts pays by its width" in text
     assert "verifying several tokens reads more experts" in text
-
-
-def _target(folder: Path) -> Target:
-    return Target.at(folder)
 
 
 def _trained(draft: Any) -> bool:
@@ -317,9 +280,8 @@ def _alone(model: Any, prompt: list[int], eos: tuple[int, ...]) -> list[int]:
     """What transformers itself writes, with its own caches."""
     ids = torch.tensor([prompt])
     settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": list(eos), "pad_token_id": 0}
-    return list(
-        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
-    )
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return list(written[0, len(prompt) :].tolist())
 
 
 class _Row:
