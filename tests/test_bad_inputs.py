@@ -114,7 +114,7 @@ OVERRIDES = [
     ("align.objective={kind: token_kd, source: stored}", "needs the target's logits"),
     ("evaluate.tasks=[]", "tasks must name at least 1 task"),
     ("evaluate.tasks[0].path=missing.jsonl", "missing.jsonl"),
-    ("evaluate.num_speculative_tokens=[0]", "num_speculative_tokens must be between 1 and 64"),
+    ("evaluate.num_speculative_tokens=[0]", "must be between 1 and 64"),
     ("evaluate.texts=nothing", "evaluate.texts"),
     ("export.num_speculative_tokens=0", "export.num_speculative_tokens: 0: must be greater"),
 ]

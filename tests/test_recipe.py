@@ -57,7 +57,10 @@ def test_overrides_reach_nested_keys_and_list_items() -> None:
         ("nothing", "must be key=value"),
         ("prepare.corpora[99].tokens=1", "names no place"),
         ("run.name.deep=1", "names no place"),
-        ("evaluate.num_speculative_tokens=[0]", "num_speculative_tokens"),
+        (
+            "evaluate.num_speculative_tokens=[0]",
+            "evaluate.num_speculative_tokens: [0]: must be between 1 and 64",
+        ),
         ("evaluate.temperatures=[-1]", "temperatures"),
         ("run.seed=x", "run.seed"),
         ("run.name=../up", "run.name"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -20,7 +20,6 @@ _SECRET_KEY = re.compile(r"key|secret|passw|credential|authorization|bearer|toke
 _SECRET = re.compile(r"\b(sk-|hf_|ghp_|xox[a-z]-|Bearer\s+)[A-Za-z0-9._~+/=-]{6,}")
 
 C = TypeVar("C", bound=BaseModel)
-Number = TypeVar("Number", int, float)
 
 
 class Config(BaseModel):
@@ -65,23 +64,33 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 """A name that becomes a folder or a file, and no path."""
 
 
-def distinct(values: list[Number], low: float, high: float, rule: str) -> list[Number]:
-    """A recipe's numbers in rising order, each once; ValueError with `rule` for one outside `low` to `high`."""
-    if any(not low <= value <= high for value in values):
-        raise ValueError(rule)
-    found = sorted(set(values))
-    if len({f"{value:g}" for value in found}) < len(found):  # files and tables call them so
-        raise ValueError("numbers must differ in their first six digits")
-    return found
+def each_between(low: float, high: float, in_order: bool = True) -> AfterValidator:
+    """For a list of numbers in a recipe: all from `low` to `high`, each once, in rising order or as given."""
+
+    def check(values: list[Any]) -> list[Any]:
+        if any(not low <= value <= high for value in values):
+            raise ValueError(f"must be between {low:g} and {high:g}")
+        if len({f"{value:g}" for value in values}) < len(set(values)):  # files and tables call them so
+            raise ValueError("numbers must differ in their first six digits")
+        return sorted(set(values)) if in_order else list(dict.fromkeys(values))
+
+    return AfterValidator(check)
 
 
-def refuse_equal_names(names: Sequence[str]) -> None:
-    """ValueError for two equal names, capitals aside: each names a file or folder."""
-    seen: set[str] = set()
+def _names_differ(entries: list[Any]) -> list[Any]:
+    names = [entry.name.casefold() for entry in entries]
     for name in names:
-        if name.casefold() in seen:
+        if names.count(name) > 1:
             raise ValueError(f"two entries are called '{name}' (capitals aside); give one a name of its own")
-        seen.add(name.casefold())
+    return entries
+
+
+NAMES_DIFFER = AfterValidator(_names_differ)
+"""For a list of entries whose names become files."""
+EACH_ONCE = AfterValidator(lambda values: list(dict.fromkeys(values)))
+Ks = Annotated[list[int], each_between(1, 64)]
+"""Values of num_speculative_tokens."""
+Temperatures = Annotated[list[float], each_between(0, 10)]
 
 
 def load_config(cls: type[C], value: Mapping[str, Any], where: str = "") -> C:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from fastdraft.recipe.base import Config, Count, FolderName, distinct, refuse_equal_names
+from fastdraft.recipe.base import EACH_ONCE, NAMES_DIFFER, Config, Count, FolderName, each_between
 from fastdraft.recipe.prepare import HubRows
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
@@ -145,13 +145,24 @@ class OpenVINOEngineConfig(Config):
     """engine: of the distribution that each token was drawn from; target: of the target in `target.dtype`, by a scoring pass."""
 
 
+def _address(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("must be addresses without a key: name its environment variable in api_key_env")
+    if (
+        parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    ):  # port: ValueError beyond 65535
+        raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
+    return value.rstrip("/")
+
+
 class OpenAIEngineConfig(Config):
     """Servers with an OpenAI-compatible API (vLLM, SGLang, llama.cpp, OVMS, transformers): of the target's own files only config and
     tokenizer are needed here. Needs the extra `server`.
     """
 
     kind: Literal["openai"]
-    servers: list[str] = Field(min_length=1)
+    servers: Annotated[list[Annotated[str, AfterValidator(_address)]], EACH_ONCE] = Field(min_length=1)
     """Base addresses, such as http://127.0.0.1:8000/v1; several of one model share the work."""
     model: str = ""
     """The target's name at the servers; empty: the only one that they serve."""
@@ -170,22 +181,6 @@ class OpenAIEngineConfig(Config):
     api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of the environment variable that holds the key, if there is one; its value is never written anywhere."""
 
-    @field_validator("servers")
-    @classmethod
-    def _addresses(cls, values: list[str]) -> list[str]:
-        return list(dict.fromkeys(_address(value) for value in values))
-
-
-def _address(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("must be addresses without a key: name its environment variable in api_key_env")
-    if (
-        parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
-    ):  # port: ValueError beyond 65535
-        raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
-    return value.rstrip("/")
-
 
 TRANSPORT = frozenset({"servers", "concurrency", "timeout", "retries", "api_key_env"})
 """Keys of an engine on which the text does not depend."""
@@ -198,11 +193,13 @@ EngineConfig = Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="k
 class SynthesizeConfig(Config):
     """`synthesize:` — what the target is asked, and how it answers."""
 
-    prompts: list[PromptConfig] = Field(min_length=1)
+    prompts: Annotated[list[PromptConfig], NAMES_DIFFER] = Field(min_length=1)
     """Where prompts come from; `share` divides the budget's tokens."""
     tokens: Count = Field(default=250_000, ge=1)
     """Response tokens to write; the unit that reaches it is the last. (FastDraft's own number is not published.)"""
-    temperatures: list[float] = Field(default=[0.0, 0.6, 0.8, 1.0], min_length=1)
+    temperatures: Annotated[list[float], each_between(0, 10, in_order=False)] = Field(
+        default=[0.0, 0.6, 0.8, 1.0], min_length=1
+    )
     """Greedy and the paper's three; each prompt is asked at one, then, if the budget lasts, at the next."""
     samples: int = Field(default=1, ge=1)
     """Answers for each prompt at each temperature above 0, if the budget lasts; greedy is asked once."""
@@ -221,15 +218,8 @@ class SynthesizeConfig(Config):
     engine: EngineConfig = AutoEngineConfig()
     """What runs the target: auto, huggingface, openvino, or openai for a server."""
 
-    @field_validator("temperatures")
-    @classmethod
-    def _in_the_order_given(cls, values: list[float]) -> list[float]:
-        distinct(values, 0, 10, "temperatures must be between 0 and 10")
-        return list(dict.fromkeys(values))
-
     @model_validator(mode="after")
     def _fits_together(self) -> SynthesizeConfig:
-        refuse_equal_names([source.name for source in self.prompts])
         truncated = self.top_k > 0 or self.top_p < 1
         raw = self.engine.kind == "openai" and self.engine.logprobs == "raw" and self.asks
         if raw and any(t > 0 and (t != 1 or truncated) for t in self.temperatures):

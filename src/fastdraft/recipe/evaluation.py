@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from fastdraft.recipe.base import Config, Count, FolderName, distinct, refuse_equal_names
+from fastdraft.recipe.base import (
+    EACH_ONCE,
+    NAMES_DIFFER,
+    Config,
+    Count,
+    FolderName,
+    Ks,
+    Temperatures,
+    each_between,
+)
 from fastdraft.recipe.data import TranscriptLog, Weights
 
 _NAME_CHARS = 100
+_Shipped = Literal["code", "instructions", "text", "summarization"]
 
 
 class TaskSettings(Config):
@@ -30,7 +40,7 @@ class ShippedTask(TaskSettings):
     instructions: held-out instructions.
     """
 
-    kind: Literal["code", "summarization", "text", "instructions"]
+    kind: _Shipped
 
     @model_validator(mode="before")
     @classmethod
@@ -118,27 +128,22 @@ Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
 class ExactConfig(Config):
     """Real speculative decoding, beside replay: slower, and proof that both agree and that greedy text is the target's own."""
 
-    num_speculative_tokens: list[int] = Field(default=[3], min_length=1)
+    num_speculative_tokens: Ks = Field(default=[3], min_length=1)
     """K of the exact runs."""
     prompts: int = Field(default=16, ge=0)
     """Prompts of each task and temperature, from the front; 0 leaves exact runs out."""
-
-    @field_validator("num_speculative_tokens")
-    @classmethod
-    def _checked(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
 
 
 class EvaluateConfig(Config):
     """`evaluate:` — on what, and how, drafts are compared."""
 
-    tasks: list[TaskConfig] = Field(default=[])
+    tasks: Annotated[list[TaskConfig], NAMES_DIFFER] = Field(default=[])
     """Shipped tasks by kind (code, summarization, text, instructions) or `kind: file`; needed unless `texts` stand already."""
     texts: Annotated[TextsConfig, BeforeValidator(_bare_kind)] = TargetTexts()
     """Where the target's texts come from, over which drafts are replayed: the target itself, its servers, held-out rows, logs."""
-    temperatures: list[float] = Field(default=[0.0, 0.6], min_length=1)
+    temperatures: Temperatures = Field(default=[0.0, 0.6], min_length=1)
     """At which the target answers the tasks; 0 is greedy."""
-    num_speculative_tokens: list[int] = Field(default=[1, 2, 3, 4, 5, 6, 7, 8], min_length=1)
+    num_speculative_tokens: Ks = Field(default=[1, 2, 3, 4, 5, 6, 7, 8], min_length=1)
     """Every K that replay covers: one pass of the draft serves them all."""
     checkpoints: list[Checkpoint] = Field(default=["pretrain", "continue_pretrain", "align"], min_length=1)
     """Which drafts of this run; those whose stage is not in the recipe are left out (design: the draft as it began)."""
@@ -153,22 +158,6 @@ class EvaluateConfig(Config):
     default; null: the target's."""
     batch_rows: int = Field(default=64, ge=1, le=65_536)
     """Prompts that the target answers together."""
-
-    @field_validator("temperatures")
-    @classmethod
-    def _temperatures(cls, values: list[float]) -> list[float]:
-        return distinct(values, 0, 10, "temperatures must be between 0 and 10")
-
-    @field_validator("num_speculative_tokens")
-    @classmethod
-    def _every_k(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
-
-    @field_validator("tasks")
-    @classmethod
-    def _names(cls, tasks: list[Any]) -> list[Any]:
-        refuse_equal_names([task.name for task in tasks])
-        return tasks
 
     @model_validator(mode="after")
     def _something_to_do(self) -> EvaluateConfig:
@@ -191,26 +180,15 @@ class OpenVINOFormat(Config):
 class ExportConfig(Config):
     """`export:` — for which runtimes, with which settings pinned."""
 
-    formats: list[Literal["huggingface", "openvino"]] = Field(default=["huggingface"], min_length=1)
+    formats: Annotated[list[Literal["huggingface", "openvino"]], EACH_ONCE] = Field(
+        default=["huggingface"], min_length=1
+    )
     """huggingface: safetensors, config, tokenizer; what vLLM loads and what others are converted from, so always written.
     openvino: IR of target and draft; needs the extra `openvino`."""
     openvino: OpenVINOFormat = OpenVINOFormat()
     """Used when `formats` names it."""
     num_speculative_tokens: int = Field(default=3, ge=1, le=64)
     """K, pinned in the generation config. The paper serves with 3 to 5."""
-
-    @field_validator("formats")
-    @classmethod
-    def _once(cls, formats: list[str]) -> list[str]:
-        return list(dict.fromkeys(formats))
-
-
-SHIPPED_TASKS: tuple[Literal["code", "summarization", "text", "instructions"], ...] = (
-    "code",
-    "instructions",
-    "text",
-    "summarization",
-)
 
 
 class WeightsPair(Config):
@@ -222,25 +200,18 @@ class WeightsPair(Config):
     """A small draft loses acceptance in int4 and gains little time."""
 
 
+_Lengths = Annotated[list[int], each_between(1, 2**20)]
+
+
 class SweepConfig(Config):
     """One factor at a time, at the best K of the first pair, on the tasks' prompts in turn; an empty list leaves a factor out."""
 
-    prompt_tokens: list[int] = Field(default=[128, 1024])
+    prompt_tokens: _Lengths = Field(default=[128, 1024])
     """Lengths of the prompts: the longer, the more a pass costs beside its weights. Shorter ones get texts of their task in front."""
-    max_new_tokens: list[int] = Field(default=[32, 128, 512])
+    max_new_tokens: _Lengths = Field(default=[32, 128, 512])
     """Most tokens of an answer: in short ones the prompt's own pass, which no draft hastens, weighs more."""
-    concurrency: list[int] = Field(default=[1, 4, 16])
+    concurrency: Annotated[list[int], each_between(1, 256)] = Field(default=[1, 4, 16])
     """Texts at a time: with more of them a pass verifies less cheaply, and a draft gains less."""
-
-    @field_validator("prompt_tokens", "max_new_tokens")
-    @classmethod
-    def _lengths(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 2**20, "lengths must be between 1 and 1048576 tokens")
-
-    @field_validator("concurrency")
-    @classmethod
-    def _texts(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 256, "concurrency must be between 1 and 256 texts")
 
 
 class BenchmarkConfig(Config):
@@ -252,52 +223,27 @@ class BenchmarkConfig(Config):
     """The draft's; "" is the target's."""
     precision: Literal["fast", "exact"] = "fast"
     """fast: the device's own, as users run it; exact: float32 throughout, where greedy text cannot differ but times mean nothing."""
-    weights: list[WeightsPair] = Field(default=[WeightsPair()], min_length=1)
+    weights: Annotated[list[WeightsPair], EACH_ONCE] = Field(default=[WeightsPair()], min_length=1)
     """The first is the deployed one: best K, verdict and sweeps are its; others show what another precision would cost and gain."""
-    tasks: list[TaskConfig] | None = Field(default=None, min_length=1)
+    tasks: Annotated[list[TaskConfig], NAMES_DIFFER] | None = Field(default=None, min_length=1)
     """As in `evaluate.tasks`; null: those, or the four shipped ones where it has none."""
     prompts: int = Field(default=8, ge=1)
     """Of each task, from the front: ranges over the repeats tell whether they suffice."""
-    num_speculative_tokens: list[int] = Field(default=[1, 2, 3, 4, 5], min_length=1)
+    num_speculative_tokens: Ks = Field(default=[1, 2, 3, 4, 5], min_length=1)
     """Every K that is timed; the best depends on acceptance and on both models' costs here."""
-    temperatures: list[float] = Field(default=[0.0], min_length=1)
+    temperatures: Temperatures = Field(default=[0.0], min_length=1)
     """Of the target; 0 is greedy. OpenVINO 2026.4 does not sample losslessly with a draft: other rows are marked and give no verdict."""
     sweep: SweepConfig = SweepConfig()
     """Prompt length, answer length, texts at a time."""
     repeats: int = Field(default=3, ge=1, le=100)
     """Timed runs of everything, target alone and with the draft in turn; medians and ranges are over them."""
 
-    @field_validator("num_speculative_tokens")
-    @classmethod
-    def _every_k(cls, values: list[int]) -> list[int]:
-        return distinct(values, 1, 64, "num_speculative_tokens must be between 1 and 64")
-
-    @field_validator("temperatures")
-    @classmethod
-    def _temperatures(cls, values: list[float]) -> list[float]:
-        return distinct(values, 0, 10, "temperatures must be between 0 and 10")
-
-    @field_validator("weights")
-    @classmethod
-    def _once(cls, values: list[WeightsPair]) -> list[WeightsPair]:
-        return list(dict.fromkeys(values))
-
-    @field_validator("tasks")
-    @classmethod
-    def _names(cls, tasks: list[Any] | None) -> list[Any] | None:
-        refuse_equal_names([task.name for task in tasks or ()])
-        return tasks
-
     def tasks_of(self, sections: Mapping[str, Config]) -> list[Any]:
-        """Its own tasks, those of `evaluate`, or the shipped ones.
-
-        Args:
-            sections: Of the recipe.
-        """
+        """Its own tasks, those of `evaluate`, or the shipped ones; `sections` are the recipe's."""
         if self.tasks is not None:
             return self.tasks
         evaluated = list(getattr(sections.get("evaluate"), "tasks", []))
-        return evaluated or [ShippedTask(kind=kind) for kind in SHIPPED_TASKS]
+        return evaluated or [ShippedTask(kind=kind) for kind in get_args(_Shipped)]
 
 
 class ReportConfig(Config):

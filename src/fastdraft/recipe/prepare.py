@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from fastdraft.recipe.base import Config, Count, FolderName, refuse_equal_names
+from fastdraft.recipe.base import Config, Count, FolderName
 
 NOT_CODE = [
     *("test", "tests", "test_*.py", "*_test.py", "idle_test", "site-packages", "dist-packages"),
@@ -91,12 +91,6 @@ class PrepareConfig(Config):
     """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
     corpora: list[Annotated[SourceConfig, Field(discriminator="kind")]] = Field(min_length=1)
     """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
-
-    @field_validator("corpora")
-    @classmethod
-    def _names_make_folders(cls, entries: list[Any]) -> list[Any]:
-        refuse_equal_names(sorted({entry.name for entry in entries}))
-        return entries
 
     @property
     def sources(self) -> dict[str, list[SourceConfig]]:
