@@ -43,6 +43,7 @@ def measured(benchmark: BenchmarkResults, pairs: Sequence[tuple[str, str]] = ())
 
 
 def measured_cell(row: BenchmarkRow) -> Cell:
+    """The speed-up with its range."""
     around = row.interval("speedup")
     parts = [f"{around[0]:.2f} to {around[1]:.2f}"] if around else []
     parts += [] if row.lossless else ["not lossless"]
@@ -79,17 +80,3 @@ def different_texts(benchmark: BenchmarkResults) -> Table:
 
     columns = fields("Task = 0.0 | Prompt = 1.prompt | Token = 1.token")
     return table(places.items(), {**columns, "Gap": gap})
-
-
-def launch_line(benchmark: BenchmarkResults) -> str:
-    """Python that runs the deployed pair at the measured best K; empty for another runtime or no best K."""
-    k, runtime = benchmark.best.num_speculative_tokens, benchmark.runtime
-    if runtime.name != "openvino" or k is None:
-        return ""
-    target, draft = benchmark.pairs[0]
-    return f"""import openvino_genai
-
-draft = openvino_genai.draft_model("path/to/draft-{draft}", "{runtime.draft_device}")
-pipeline = openvino_genai.LLMPipeline("path/to/target-{target}", "{runtime.device}", draft_model=draft)
-config = openvino_genai.GenerationConfig(max_new_tokens=256, num_assistant_tokens={k})
-print(pipeline.generate("Once upon a time", config))"""

@@ -50,6 +50,8 @@ Point = tuple[float, float, tuple[float, float] | None]
 
 @dataclass(frozen=True)
 class Line:
+    """One series."""
+
     name: str
     colour: str
     points: Sequence[Point]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,24 +66,18 @@ def read_run(run: RunFolder) -> RunRecord:
         # The stage's own count spans restarts; the pipeline's knows of loading.
         known = [found for found in (manifest.get("seconds"), timings.get(stage)) if found is not None]
         manifest["seconds"] = max(known, default=None)
-    recipe, evaluated = run.root / "recipe.yaml", run.folder("evaluate").path
+
+    def kept(stage: str, name: str, read: Callable[[Any], Any]) -> Any:
+        return read(read_json(run.folder(stage).path / name)) if stage in manifests else None
+
+    recipe, trained = run.root / "recipe.yaml", [stage for stage in tables.TRAINING if stage in manifests]
     return RunRecord(
         run.root.name,
         manifests,
-        EvaluationResults.from_json(read_json(evaluated / "results.json"))
-        if "evaluate" in manifests
-        else None,
-        BenchmarkResults.from_json(read_json(run.folder("benchmark").path / "benchmark.json"))
-        if "benchmark" in manifests
-        else None,
-        {
-            stage: read_metrics(run.folder(stage).path / "metrics.jsonl")
-            for stage in tables.TRAINING
-            if stage in manifests
-        },
-        [AnswerSample.from_json(each) for each in read_json(evaluated / "samples.json")]
-        if "evaluate" in manifests
-        else [],
+        kept("evaluate", "results.json", EvaluationResults.from_json),
+        kept("benchmark", "benchmark.json", BenchmarkResults.from_json),
+        {stage: read_metrics(run.folder(stage).path / "metrics.jsonl") for stage in trained},
+        kept("evaluate", "samples.json", lambda found: list(map(AnswerSample.from_json, found))) or [],
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
     )
 
@@ -99,7 +94,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def render(template: str, run: RunRecord, **values: Any) -> str:
-    """One of the templates about a run; `values` are what it asks for besides: a title, the checks of an export."""
+    """One of the templates about a run; `values` are what it asks for besides: a card's K and checks of the export."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastdraft.reporting"),
         autoescape=template.endswith(".html.j2"),
@@ -107,17 +102,13 @@ def render(template: str, run: RunRecord, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {**vars(definitions), "runtime_name": runtime_name, "measured_with": measured_with}
-    environment.globals |= {"shape_words": shape_words, "is_hub_id": _HUB_ID.fullmatch, "SPEEDUPS": SPEEDUPS}
-    environment.globals |= {
-        "tables": tables,
-        "clock": benchmark_tables,
-        "charts": charts,
-        "manifests": run.manifests,
-    }
-    environment.filters |= {"md": escape_markdown, "md_table": markdown_table, "fence": fence, "json": _json}
+    rooms = {"tables": tables, "clock": benchmark_tables, "charts": charts, "SPEEDUPS": SPEEDUPS}
+    words = {"runtime_name": runtime_name, "measured_with": measured_with, "shape_words": shape_words}
+    environment.globals |= {**vars(definitions), **rooms, **words, "is_hub_id": _HUB_ID.fullmatch}
+    environment.filters |= {"md": escape_markdown, "md_table": markdown_table, "fence": fence}
     text = environment.get_template(template).render(
         run=run,
+        manifests=run.manifests,
         results=run.results,
         benchmark=run.benchmark,
         verdict=give_verdict(run.results, run.benchmark),
@@ -163,11 +154,10 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def shape_words(shape: dict[str, Any]) -> str:
-    names = (
-        "num_layers layers, hidden_size hidden, intermediate_size FFN, num_heads heads, vocab_size vocabulary"
-    )
-    pairs = (each.split() for each in names.split(", "))
-    return ", ".join([shape["family"], *(f"{words} {shape[key]}" for key, words in pairs)])
+    """`llama, layers 2, hidden 128, FFN 384, heads 2, vocabulary 8192`."""
+    keys = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "vocab_size")
+    names = zip(("layers", "hidden", "FFN", "heads", "vocabulary"), keys, strict=True)
+    return ", ".join([shape["family"], *(f"{words} {shape[key]}" for words, key in names)])
 
 
 def _target_name(run: RunRecord) -> str:
@@ -208,16 +198,3 @@ def fence(text: str) -> str:
     """A block of code, whatever it holds."""
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{ticks}text\n{text.rstrip()}\n{ticks}"
-
-
-def _json(manifest: dict[str, Any]) -> str:
-    """A manifest to be read: long lists, as of shards, are cut."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, list) and len(value) > 12:
-            return [*map(cut, value[:12]), f"... {len(value) - 12} more"]
-        return value
-
-    return json.dumps(cut(manifest), indent=1, ensure_ascii=False)

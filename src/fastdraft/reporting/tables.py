@@ -54,6 +54,8 @@ Column = str | Callable[[Any], Cell | str]
 
 @dataclass(frozen=True)
 class Table:
+    """Headings, and rows with a cell under each."""
+
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
@@ -83,6 +85,7 @@ def table(rows: Iterable[Any], columns: str | Mapping[str, Column]) -> Table:
 
 
 def fields(columns: str) -> dict[str, Column]:
+    """Headings and columns of `Heading = path form | ...`, to be mixed with functions."""
     pairs = (each.split("=", 1) for each in columns.split("|"))
     return {heading.strip(): path.strip() for heading, path in pairs}
 

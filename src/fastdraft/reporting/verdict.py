@@ -47,38 +47,32 @@ def give_verdict(results: EvaluationResults | None, benchmark: BenchmarkResults 
 
 def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
     """What the clock says about the deployed pair of weights."""
-    detail = f"Whole answers, {measured_with(benchmark)}."
-    rows = benchmark.judged()
+    rows, detail = benchmark.judged(), f"Whole answers, {measured_with(benchmark)}."
     k = best_k(rows).num_speculative_tokens
     if k is None:
-        sentence = (
-            "No verdict: nothing was measured whose text is the target's own; measure at temperature 0."
-        )
+        sentence = "No verdict: no measured text is the target's own; measure at temperature 0."
         return Verdict(sentence, detail, "mixed")
-    chosen = [row for row in rows if row.num_speculative_tokens == k]
-    where = (
-        f"({benchmark.runtime.device}, {chosen[0].target_weights} target, {chosen[0].draft_weights} draft)"
-    )
-    good = [row for row in chosen if (row.speedup or 0.0) >= WORTH]
-    poor = [row for row in chosen if row not in good]
+    good = [row for row in rows if row.num_speculative_tokens == k and (row.speedup or 0.0) >= WORTH]
+    poor = [row for row in rows if row.num_speculative_tokens == k and row not in good]
+    target, draft = rows[0].weights
+    where = f"({benchmark.runtime.device}, {target} target, {draft} draft)"
     if not poor:
-        sentence = f"Use this draft with {k_is(k)}: measured {_each(good)} {where}"
         lowest = min(row.speedup_low or row.speedup or 0.0 for row in good)
-        if lowest >= 1:
-            return Verdict(f"{sentence}.", detail, "good")
-        sentence += f", but {times(lowest)} in one repeat: measure again on a quiet machine."
-        return Verdict(sentence, detail, "mixed")
+        steady = (
+            "" if lowest >= 1 else f", but {times(lowest)} in one repeat: measure again on a quiet machine"
+        )
+        sentence = f"Use this draft with {k_is(k)}: measured {_each(good)} {where}{steady}."
+        return Verdict(sentence, detail, "mixed" if steady else "good")
     reason = _reason(min(poor, key=lambda row: row.speedup or 0.0), benchmark)
     if good:
-        sentence = f"Use this draft with {k_is(k)} where it pays: measured {_each(good)}, but {_each(poor)} {where}; there {reason}."
-        return Verdict(sentence, detail, "mixed")
+        use = (
+            f"Use this draft with {k_is(k)} where it pays: measured {_each(good)}, but {_each(poor)} {where}"
+        )
+        return Verdict(f"{use}; there {reason}.", detail, "mixed")
     little = all((row.speedup or 0.0) >= 1 for row in poor)
     start = "A draft brings next to nothing here" if little else "Do not use a draft here"
-    return Verdict(
-        f"{start}: measured {_each(poor)} at best {k_is(k)} {where}; {reason}.",
-        detail,
-        "mixed" if little else "bad",
-    )
+    sentence = f"{start}: measured {_each(poor)} at best {k_is(k)} {where}; {reason}."
+    return Verdict(sentence, detail, "mixed" if little else "bad")
 
 
 def forecast_verdict(results: EvaluationResults | None, *, predicted: bool = True) -> Verdict:
@@ -142,11 +136,7 @@ def _predicted(results: EvaluationResults) -> str:
     if key is None or key == results.speedups[0]:
         return ""
     rows = best_rows(results, key)
-    over = [
-        f"{times(getattr(row, key))} on {row.task} ({k_is(row.num_speculative_tokens)})"
-        for row in rows
-        if getattr(row, key) > 1
-    ]
+    over = [f"{times(getattr(row, key))} on {row.task}" for row in rows if getattr(row, key) > 1]
     under = [row.task for row in rows if getattr(row, key) <= 1]
     by = " With the times measured where this evaluation ran, the prediction is"
     if not over:
@@ -157,19 +147,15 @@ def _predicted(results: EvaluationResults) -> str:
 
 def _reason(row: BenchmarkRow, benchmark: BenchmarkResults) -> str:
     """The figure that explains most of why this row gains nothing, in words."""
-    passes = next(
-        (each for each in benchmark.latencies if (each.target_weights, each.draft_weights) == row.weights),
-        None,
-    )
+    passes = next((each for each in benchmark.latencies if each.weights == row.weights), None)
     if row.predicted_speedup is None or passes is None:
         return f"the target accepts {percent(row.acceptance_rate)} of what is proposed"
     if row.predicted_speedup < WORTH:
         return _costs(row, passes)
     promised = f"its passes alone promised {times(row.predicted_speedup)}"
-    parts = benchmark.breakdown[0] if benchmark.breakdown else None
-    if parts is None or not parts.total_seconds:
+    if not benchmark.breakdown:
         return f"{promised}, the rest is the runtime's overhead"
-    share = parts.other_seconds / parts.total_seconds
+    share = benchmark.breakdown[0].shares[2]
     if share < SMALL_OVERHEAD:
         return f"{promised}, but inside the runtime the passes take longer"
     return f"{promised}, but {percent(share)} of the time is the runtime's own, neither target nor draft"
