@@ -14,12 +14,11 @@ import torch
 
 from conftest import TEXT, write_target
 from fastdraft.console import Console
-from fastdraft.data.rows import unit_path, write_rows
+from fastdraft.data.rows import SyntheticRow, unit_path, write_rows
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.errors import DataError, FastDraftError, Interrupted, TargetError
 from fastdraft.evaluation import work
 from fastdraft.evaluation.results import EvaluationResults, ResultRow
-from fastdraft.evaluation.texts import as_row
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.same_text import compare_texts
 from fastdraft.modeling.drafts import load_draft
@@ -249,7 +248,11 @@ def test_evaluation_texts_among_the_training_rows_are_counted(
     seen = Target.at(tiny_target).tokenizer(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
     write_rows(
         unit_path(synthesize, 0),
-        [as_row(Generation([5, 6], [*seen, 3], [0.0] * (len(seen) + 1), "stop"), Sampling(0.0), "x")],
+        [
+            SyntheticRow.of(
+                Generation([5, 6], [*seen, 3], [0.0] * (len(seen) + 1), "stop"), "x", Sampling(0.0)
+            )
+        ],
     )
     write_json(synthesize.path / "fingerprint.json", {"made": 1})
     synthesize.complete()

@@ -15,7 +15,6 @@ from fastdraft.decoding import replay as module
 from fastdraft.decoding.replay import accept_probabilities, block_efficiency, length_batches, replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.evaluation.prompts import EncodedTask
-from fastdraft.evaluation.texts import as_row
 from fastdraft.evaluation.work import EvaluationPlan, EvaluationWork, exact_runs
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Generation, Sampling
@@ -57,7 +56,7 @@ def written(
 ) -> tuple[list[SyntheticRow], list]:
     decoder = SpeculativeDecoder(target, draft, VOCABULARY, k, draft_temperature)
     results = exact_runs(decoder, prompts(count), sampling, 20, seed=1)
-    return [as_row(result.generation, sampling, "test") for result in results], [
+    return [SyntheticRow.of(result.generation, "test", sampling) for result in results], [
         result.counts for result in results
     ]
 
@@ -167,7 +166,7 @@ def test_a_draft_that_is_the_target_accepts_everything(target: PreTrainedModel) 
     everything = Vocabulary(320, 320, (), 0, (), 0, "")
     decoder = SpeculativeDecoder(target, target, everything, 3)
     rows = [
-        as_row(r.generation, Sampling(1.0), "")
+        SyntheticRow.of(r.generation, "", Sampling(1.0))
         for r in exact_runs(decoder, prompts(4), Sampling(1.0), 20, seed=0)
     ]
     assert block_efficiency(target, rows, 4, everything) == pytest.approx(
@@ -186,7 +185,7 @@ def test_the_progress_of_given_texts_ends_at_their_number(
     target: PreTrainedModel, near: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {
-        ("log", t): [as_row(g, Sampling(t), "log") for g in answers(count)]
+        ("log", t): [SyntheticRow.of(g, "log", Sampling(t)) for g in answers(count)]
         for t, count in ((0.0, 3), (0.7, 2))
     }
     every = [row for found in rows.values() for row in found]

@@ -62,7 +62,7 @@ def test_a_description_changes_with_the_file(tmp_path: Path) -> None:
         (b"{", "line 1: not JSON"),
         (b'{"prompt": ""}', "line 1: no text under 'prompt'"),
         (b'{"text": "a"}', "no text under 'prompt'"),
-        (b"\xff", "line 1: not JSON"),
+        (b"\xff", "line 1: byte 0 is not UTF-8"),
         (b'{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "id '1' twice"),
     ],
 )

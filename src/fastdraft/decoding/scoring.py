@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding.replay import (
     batch_tokens_of,
     chosen_logprobs,
@@ -25,11 +27,13 @@ from fastdraft.functional.generation import Engine, Generation, Sampling
 from fastdraft.functional.sampling import warp
 from fastdraft.modeling.heads import output_head
 
+_Text = TypeVar("_Text", SyntheticRow, Generation)
+
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel, written: Sequence[Generation], sampling: Sampling, *, batch_tokens: int = 0
-) -> list[Generation]:
+    model: PreTrainedModel, written: Sequence[_Text], sampling: Sampling, *, batch_tokens: int = 0
+) -> list[_Text]:
     """The same texts, in order, with this model's log-probs, warped as when the text was drawn.
 
     A token that this model's own top-k or top-p would have removed has log-prob -inf, never a guess.

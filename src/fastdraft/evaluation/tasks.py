@@ -5,12 +5,13 @@ task = load_task(FileTask(kind="file", path="questions.jsonl")); task.prompts[0]
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastdraft.data.chat import Conversation, Prompt, read_conversation
+from fastdraft.data.readers import read_jsonl
 from fastdraft.errors import DataError
 from fastdraft.recipe.evaluation import FileTask, ShippedTask
 from fastdraft.recipe.run import resolve_path
@@ -69,17 +70,9 @@ def read_prompts(path: Path) -> list[TaskPrompt]:
 
     A bad line stops the run with its number: an evaluation on part of a file could not be compared.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; the task file must exist and be readable", "correct the path"
-        ) from None
     prompts: dict[str, TaskPrompt] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        prompt = _prompt(f"{path}: line {number}", number, line)
+    for number, row in read_jsonl(path):
+        prompt = _prompt(f"{path}: line {number}", str(row.get("id", number)), row)
         if prompt.id in prompts:
             raise DataError(f"{path}: id {prompt.id!r} twice; ids must be unique within a task", "rename one")
         prompts[prompt.id] = prompt
@@ -90,35 +83,22 @@ def read_prompts(path: Path) -> list[TaskPrompt]:
     return list(prompts.values())
 
 
-def _prompt(where: str, number: int, line: bytes) -> TaskPrompt:
-    try:
-        row = json.loads(line.decode("utf-8"))
-        json.dumps(
-            row, ensure_ascii=False
-        ).encode()  # refuses half a character, as in "\\ud83d", which no tokenizer takes
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: not JSON ({error}); each line must be one JSON object in UTF-8",
-            "mend or delete the line",
-        ) from None
-    talk = None
-    if isinstance(row, dict) and "messages" in row:
+def _prompt(where: str, name: str, row: Mapping[str, Any]) -> TaskPrompt:
+    reference = row["reference"] if isinstance(row.get("reference"), str) else ""
+    found, rule = "", "each line needs a non-empty string there"
+    if "messages" in row:
         talk = read_conversation(row["messages"], where)
-        if talk is None or not talk.users:
+        prompt = TaskPrompt(name, talk.users[0] if talk and talk.users else "", reference, talk)
+        if not prompt.text:
             found = "nothing that a user says" if talk else "tools, pictures or a late system message"
-            raise DataError(
-                f"{where}: {found}; `messages` must be text between a user and an assistant",
-                "mend or delete the line",
-            )
-    elif not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-        raise DataError(
-            f"{where}: no text under 'prompt'; each line needs a non-empty string there",
-            "add it or delete the line",
-        )
-    reference = row.get("reference")
-    return TaskPrompt(
-        str(row.get("id", number)),
-        talk.users[0] if talk else row["prompt"],
-        reference if isinstance(reference, str) else "",
-        talk,
-    )
+            rule = "`messages` must be text between a user and an assistant"
+    else:
+        prompt = TaskPrompt(name, row["prompt"] if isinstance(row.get("prompt"), str) else "", reference)
+        found = "" if prompt.text else "no text under 'prompt'"
+    try:
+        prompt.everything.encode()
+    except UnicodeEncodeError:  # as JSON's "\\ud83d" alone, which no tokenizer takes
+        found, rule = "half a character", "texts must be whole"
+    if found:
+        raise DataError(f"{where}: {found}; {rule}", "mend or delete the line")
+    return prompt

@@ -15,12 +15,12 @@ from fastdraft.data.logs import read_transcripts
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_columns, unit_paths, validation_keys
 from fastdraft.decoding.replay import alike_places
 from fastdraft.errors import DataError
-from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.data import TranscriptLog
 from fastdraft.run_folder import StageFolder
 
-Score = Callable[[list[Generation], Sampling], list[Generation]]
+Score = Callable[[list[SyntheticRow], Sampling], list[SyntheticRow]]
 """Gives texts the log-probs of a model."""
 
 
@@ -83,22 +83,6 @@ class GivenTexts:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
 
 
-def as_row(generation: Generation, sampling: Sampling, source: str) -> SyntheticRow:
-    """A generation in the form in which it is kept and replayed."""
-    return SyntheticRow(
-        row_id=ids_hash(generation.prompt_ids, generation.response_ids),
-        source=source,
-        prompt_key=ids_hash(generation.prompt_ids),
-        prompt_ids=generation.prompt_ids,
-        response_ids=generation.response_ids,
-        logprobs=generation.logprobs,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        finish_reason=generation.finish_reason,
-    )
-
-
 def trained_prompts(synthesize: StageFolder) -> frozenset[str]:
     """Hashes of the prompts, those of later turns too, whose answers the draft was aligned on."""
     rows: list[tuple[str, str]] = []  # rows of a conversation share the key of its first turn
@@ -124,7 +108,7 @@ def logged_rows(
         if transcript.generation.fault:
             left_out[transcript.generation.fault] += 1
         else:
-            row = as_row(transcript.generation, transcript.sampling, log.name)
+            row = SyntheticRow.of(transcript.generation, log.name, transcript.sampling)
             rows.append(replace(row, prompt_key=transcript.key or row.prompt_key))
     return rows
 
@@ -134,10 +118,7 @@ def _scored(rows: list[SyntheticRow], score: Score) -> list[SyntheticRow]:
     found = list(rows)
     for places in alike_places((row.temperature, row.top_k, row.top_p) for row in rows):
         first = rows[places[0]]
-        texts = [
-            Generation(rows[i].prompt_ids, rows[i].response_ids, rows[i].logprobs, "length") for i in places
-        ]
-        scored = score(texts, Sampling(first.temperature, first.top_k, first.top_p))
-        for place, text in zip(places, scored, strict=True):
-            found[place] = replace(rows[place], logprobs=text.logprobs)
+        sampling = Sampling(first.temperature, first.top_k, first.top_p)
+        for place, row in zip(places, score([rows[i] for i in places], sampling), strict=True):
+            found[place] = row
     return found

@@ -30,7 +30,6 @@ from fastdraft.errors import TargetError
 from fastdraft.evaluation.prompts import EncodedTask, add_turns, derive_seed, refuse_faults, write_turns
 from fastdraft.evaluation.results import GreedyCase, GreedyCheck, nearest_k
 from fastdraft.evaluation.rows import Setting
-from fastdraft.evaluation.texts import as_row
 from fastdraft.functional.acceptance import TOTALS, CountsTable, counts_table, tidy
 from fastdraft.functional.generation import Engine, Sampling
 from fastdraft.functional.intervals import Groups, group_numbers
@@ -183,7 +182,7 @@ class EvaluationWork:
         if any(not math.isfinite(value) for generation in written for value in generation.logprobs):
             found = f"logits that are not finite on task '{task.name}'"
             raise TargetError(f"target.model: {found}", "set target.dtype to bf16 or fp32")
-        return [as_row(generation, sampling, task.name) for generation in written]
+        return [SyntheticRow.of(generation, task.name, sampling) for generation in written]
 
     def replay(self, drafts: Mapping[str, LoadModel]) -> dict[tuple[str, str, float], Replayed]:
         """By draft, task and temperature; a draft is loaded only if something of it is missing, and should be remembered."""
