@@ -188,7 +188,7 @@ def _inspect(
     prefix: Annotated[int, Option(min=1, help=f"{_MEASURE} tokens in the cache before each pass.")] = 128,
 ) -> None:
     from fastdraft.commands import inspect
-    from fastdraft.commands.inspect_measure import MeasureSettings
+    from fastdraft.commands.measure import MeasureSettings
     from fastdraft.console import Console
 
     settings = MeasureSettings(

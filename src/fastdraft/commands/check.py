@@ -18,9 +18,9 @@ from fastdraft import forecast
 from fastdraft.commands.stage_costs import StageCosts, StageForecast, forecast_stage
 from fastdraft.console import TABLE_WIDTH, Console, format_seconds, format_table
 from fastdraft.data.chat import has_chat_template
-from fastdraft.data.prompts import look as look_at_prompts
 from fastdraft.data.corpora import source_files
 from fastdraft.data.logs import look as look_at_log
+from fastdraft.data.prompts import look as look_at_prompts
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.modeling.drafts import pick_device

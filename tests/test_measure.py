@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from conftest import write_target
+from family_fixture import family_config
 from fastdraft import cli
-from fastdraft.commands import inspect_measure
-from fastdraft.commands.inspect_forecast import DraftCost, Measurement
-from fastdraft.commands.inspect_measure import MeasureSettings, settings_of
-from fastdraft.errors import RecipeError
+from fastdraft.commands import measure
+from fastdraft.commands.measure import ByLayers, with_layers
+from fastdraft.commands.measurement import DraftCost, Measurement
 from fastdraft.forecast import PAPER_K, RATES, acceptance_rate, block_efficiency, conditional_acceptance_rate
-from fastdraft.modeling.architecture import Architecture
+from fastdraft.modeling.architecture import Architecture, read_architecture
+from fastdraft.modeling.text_part import text_only
+from fastdraft.runtimes.openvino_export import export_random
 from fastdraft.target import Target
 
 RUNTIME = {
@@ -29,18 +32,14 @@ RUNTIME = {
     "device_name": "A Processor",
     "threads": 2,
 }
+SHAPE = Architecture("llama", 320, 32, 2, 4, 2, 8, 64, False, 256)
 
 
-@pytest.fixture
-def shape(tiny_target: Path) -> Architecture:
-    return Target.at(tiny_target).architecture
-
-
-def measurement(shape: Architecture, *draft_seconds: float) -> Measurement:
+def measurement(*draft_seconds: float) -> Measurement:
     drafts = [
         DraftCost(
             f"{64 * (i + 1)}x2",
-            replace(shape, hidden_size=64 * (i + 1), num_layers=2),
+            replace(SHAPE, hidden_size=64 * (i + 1), num_layers=2),
             "int8",
             True,
             seconds,
@@ -65,64 +64,98 @@ def check_forecast(measured: dict[str, Any]) -> None:
                 assert speedup == pytest.approx(block_efficiency(chance, int(k)) * seconds[1] / round_seconds)
     for rate, best in measured["best"].items():
         highest = max(
-            speedup for draft in measured["drafts"] for speedup in draft["predicted_speedup"][rate].values()
+            speedup for d in measured["drafts"] for speedup in d["predicted_speedup"][rate].values()
         )
         assert best["predicted_speedup"] == highest
         assert best["use_a_draft"] == (highest > 1)
-        chosen = next(draft for draft in measured["drafts"] if draft["name"] == best["draft"])
-        assert chosen["predicted_speedup"][rate][str(best["num_speculative_tokens"])] == highest
 
 
-def test_the_forecast_follows_from_the_measured_passes(shape: Architecture) -> None:
-    measured = measurement(shape, 0.002, 0.02).as_dict()
+def test_the_forecast_follows_from_the_measured_passes() -> None:
+    measured = measurement(0.002, 0.02).as_dict()
     check_forecast(measured)
     assert measured["best"]["0.6"]["draft"] == "64x2"
     assert set(measured["best"]) == {str(rate) for rate in RATES}
     assert json.loads(json.dumps(measured)) == measured
 
 
-def test_the_tables_fit_80_columns_and_name_the_best_draft(shape: Architecture) -> None:
-    found = measurement(shape, 0.002, 0.02)
+def test_the_tables_fit_80_columns_and_name_the_best_draft() -> None:
+    found = measurement(0.002, 0.02)
     text = found.text()
     assert max(map(len, text.splitlines())) <= 80
     draft, k, speedup = found.best(0.6)
-    assert (
-        f"At an acceptance rate of 0.6, {draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast."
-        in " ".join(text.split())
-    )
+    words = f"At an acceptance rate of 0.6, {draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast."
+    assert words in " ".join(text.split())
     assert "Do not use a draft here" not in text
 
 
-def test_a_draft_that_never_pays_is_advised_against(shape: Architecture) -> None:
-    found = measurement(shape, 0.09)
+def test_a_draft_that_never_pays_is_advised_against() -> None:
+    found = measurement(0.09)
     assert found.sentence().startswith("Do not use a draft here: ")
     assert not any(best["use_a_draft"] for best in found.as_dict()["best"].values())
 
 
-def test_a_draft_pays_above_the_acceptance_rate_at_which_its_forecast_is_1(shape: Architecture) -> None:
-    found = measurement(shape, 0.02, 0.09, 0.2)
+def test_a_draft_pays_above_the_acceptance_rate_at_which_its_forecast_is_1() -> None:
+    found = measurement(0.02, 0.09, 0.2)
     cheap, dear, hopeless = (found.break_even(draft) for draft in found.drafts)
     assert cheap is not None
     assert dear is not None
     assert 0 < cheap < dear < 1
     assert hopeless is None
     assert found.speedup(found.drafts[0], cheap, found.best_k(found.drafts[0], cheap)) == pytest.approx(1)
-    assert found.as_dict()["drafts"][2]["break_even_acceptance_rate"] is None
 
 
-def test_settings_without_measure_are_refused() -> None:
-    assert settings_of({"measure": False}) is None
-    assert settings_of({"measure": True, "threads": 2, "target": "x"}) == MeasureSettings(threads=2)
-    with pytest.raises(RecipeError, match="--draft-weights: given without --measure"):
-        settings_of({"measure": False, "draft_weights": "int8"})
+def test_a_deep_models_time_follows_from_two_shallow_ones() -> None:
+    shallow, deep = (
+        SimpleNamespace(read=lambda width, d=d: 0.5 * width + 0.3 * d, weights="int4") for d in measure.DEPTHS
+    )
+    whole: Any = ByLayers(shallow, deep, 32)  # type: ignore[arg-type]
+    assert whole.read(1) == pytest.approx(0.5 + 0.3 * 32)
+    assert whole.read(4) == pytest.approx(2.0 + 0.3 * 32)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2-mixed", "gemma3-pictures", "qwen2-vl", "gpt2", "phi3-longrope"]
+)
+def test_a_config_can_be_given_another_depth(name: str) -> None:
+    config = text_only(family_config(name), tied=False)
+    deeper = read_architecture(with_layers(config, 5))
+    assert deeper.num_layers == 5
+    assert deeper.hidden_size == 32
+
+
+needs_converter = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("openvino_genai", "nncf", "optimum")),
+    reason="OpenVINO's converter is not here",
+)
+
+
+@needs_converter
+def test_what_a_layer_adds_to_an_export_at_two_depths_holds_for_the_whole_model(
+    tiny_target: Path, tmp_path: Path
+) -> None:
+    import openvino
+
+    target, sizes = Target.at(tiny_target), {}
+    for layers in (*measure.DEPTHS, 9):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        export_random(with_layers(target.config, layers), target, folder, "int8")
+        model = openvino.Core().read_model(folder / "openvino_model.xml")
+        kinds = [op.get_type_name() for op in model.get_ops()]
+        read = sum(
+            op.get_byte_size()
+            for op in model.get_ops()
+            if op.get_type_name() == "Constant" and op.get_byte_size() > 256
+        )
+        sizes[layers] = (kinds.count("MatMul"), kinds.count("ReadValue"), read)
+    few, more, whole = sizes.values()
+    missing = (9 - measure.DEPTHS[1]) / (measure.DEPTHS[1] - measure.DEPTHS[0])
+    assert [b + missing * (b - a) for a, b in zip(few, more, strict=True)] == list(whole)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num-speculative-tokens", "0"], "must be at least 1"),
-        (["--prefix", "0"], "--prefix"),
-        (["--threads", "-1"], "--threads"),
         (["--draft", "wide"], "HIDDENxLAYERS"),
         (["--draft", "0x2"], "at least 1"),
         (["--device", "GPU.7"], "OpenVINO sees"),
@@ -155,36 +188,29 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@needs_converter
 def test_target_and_drafts_are_measured_untrained_and_nothing_is_left(
-    tiny_target: Path,
-    tmp_path: Path,
-    scratch: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not all(
-        find_spec(name) for name in ("openvino_genai", "nncf", "optimum")
-    ):  # imported here, nncf would log to our stdout
-        pytest.skip("OpenVINO's converter is not installed")
-    bare = tmp_path / "target"
-    bare.mkdir()
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        (bare / name).write_bytes((tiny_target / name).read_bytes())
-    monkeypatch.setattr(inspect_measure, "REPEATS", 2)
+    target = write_target(tmp_path / "target", layers=8)
+    (target / "model.safetensors").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(measure, "REPEATS", 2)
     arguments = [
-        "--measure",
         "--draft",
         "16x1",
+        "--draft",
         "32x1",
-        "--num-speculative-tokens",
+        "-k",
         "3",
+        "-k",
         "1",
         "--weights",
         "int8",
         "--threads",
         "1",
     ]
-    assert cli.main(["inspect", str(bare), "--json", *arguments]) == 0
+    assert cli.main(["inspect", str(target), "--json", "--measure", *arguments]) == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert {key: measured["runtime"][key] for key in ("name", "device", "threads")} == {
         "name": "openvino",
@@ -192,34 +218,32 @@ def test_target_and_drafts_are_measured_untrained_and_nothing_is_left(
         "threads": 1,
     }
     assert (measured["prefix_tokens"], measured["repeats"]) == (128, 2)
-    assert measured["target"]["weights"] == "int8"
-    assert measured["target"]["random"] is True
+    assert (measured["target"]["weights"], measured["target"]["random"]) == ("int8", True)
     assert list(measured["target"]["seconds"]) == ["1", "2", "4"]
     assert [draft["name"] for draft in measured["drafts"]] == ["16x1", "32x1"]
     check_forecast(measured)
     assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemError, "SIGTERM"])
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemError, "stop"])
 def test_the_temporary_folder_goes_however_it_ends(
-    tiny_target: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException] | str
+    tiny_target: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, ending: Any
 ) -> None:
     pytest.importorskip("openvino_genai")
 
-    def end(models: Any, tokenizer: str, revision: str | None, temporary: Path, console: Any) -> None:
-        (temporary / "target").mkdir()
+    def end(config: Any, tokenizer: Target, folder: Path, weights: str) -> None:
         assert list(scratch.iterdir())
-        if isinstance(ending, str):
-            signal.raise_signal(signal.SIGTERM)
-        else:
+        if ending != "stop":
             raise ending
+        import signal
 
-    monkeypatch.setattr(inspect_measure, "_build", end)
-    before = signal.getsignal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(measure, "export_random", end)
+    arguments = ["inspect", str(tiny_target), "--measure", "--draft", "16x1"]
     if ending is SystemError:
         with pytest.raises(SystemError):
-            cli.main(["inspect", str(tiny_target), "--measure", "--draft", "16x1"])
+            cli.main(arguments)
     else:
-        assert cli.main(["inspect", str(tiny_target), "--measure", "--draft", "16x1"]) == 130
+        assert cli.main(arguments) == 130
     assert list(scratch.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,15 +1,14 @@
 """What measured passes promise: speed-up of each draft for three acceptance rates and every K, as tables, JSON and a sentence.
 
-Decides the forecast, `block_efficiency * t_target(1) / (K * t_draft + t_target(K + 1))` with one constant chance of
-acceptance for each further token, and when the advice is to use no draft: when no K reaches more than 1. Needs no
-runtime; inspect_measure.py brings the seconds.
+The forecast is `block_efficiency * t_target(1) / (K * t_draft + t_target(K + 1))`, with one constant chance of
+acceptance for each further token.
 """
 
 from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastdraft.console import format_table
 from fastdraft.forecast import (
@@ -19,10 +18,8 @@ from fastdraft.forecast import (
     conditional_acceptance_rate,
     predicted_speedup,
 )
+from fastdraft.modeling.architecture import Architecture
 from fastdraft.recipe.base import format_count
-
-if TYPE_CHECKING:
-    from fastdraft.modeling.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,10 @@ class DraftCost:
     """Of one token."""
     bytes_ratio: float
     """Bytes read per token, draft over target, at the weights measured."""
+
+    @property
+    def label(self) -> str:
+        return self.name if len(self.name) <= 14 else f"...{self.name[-11:]}"
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,10 @@ class Measurement:
     num_speculative_tokens: tuple[int, ...]
     """Rising."""
 
-    def speedup(self, draft: DraftCost, rate: float, num_speculative_tokens: int) -> float:
+    def speedup(self, draft: DraftCost, rate: float, k: int) -> float:
         """Forecast at one K for an acceptance rate (accepted / proposed) known at K = 3."""
-        efficiency = block_efficiency(conditional_acceptance_rate(rate), num_speculative_tokens)
-        of_target = self.target_seconds
-        return predicted_speedup(
-            efficiency,
-            num_speculative_tokens,
-            draft.seconds,
-            of_target[1],
-            of_target[num_speculative_tokens + 1],
-        )
+        efficiency, seconds = block_efficiency(conditional_acceptance_rate(rate), k), self.target_seconds
+        return predicted_speedup(efficiency, k, draft.seconds, seconds[1], seconds[k + 1])
 
     def best_k(self, draft: DraftCost, rate: float) -> int:
         return max(self.num_speculative_tokens, key=lambda k: self.speedup(draft, rate, k))
@@ -89,6 +83,11 @@ class Measurement:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; seconds, and rates as keys."""
+        best = {}
+        for rate in RATES:
+            draft, k, speedup = self.best(rate)
+            figures = {"predicted_speedup": speedup, "use_a_draft": speedup > 1}
+            best[str(rate)] = {"draft": draft.name, "num_speculative_tokens": k, **figures}
         return {
             "runtime": self.runtime,
             "prefix_tokens": self.prefix_tokens,
@@ -99,11 +98,12 @@ class Measurement:
                 "seconds": {str(width): seconds for width, seconds in self.target_seconds.items()},
             },
             "drafts": [self._draft_dict(draft) for draft in self.drafts],
-            "best": {str(rate): self._best_dict(rate) for rate in RATES},
+            "best": best,
             "sentence": self.sentence(),
         }
 
     def _draft_dict(self, draft: DraftCost) -> dict[str, Any]:
+        ks = self.num_speculative_tokens
         return {
             "name": draft.name,
             "architecture": draft.architecture.as_dict(),
@@ -115,32 +115,22 @@ class Measurement:
             "cost_ratio_bytes": draft.bytes_ratio,
             "break_even_acceptance_rate": self.break_even(draft),
             "predicted_speedup": {
-                str(rate): {str(k): self.speedup(draft, rate, k) for k in self.num_speculative_tokens}
-                for rate in RATES
+                str(rate): {str(k): self.speedup(draft, rate, k) for k in ks} for rate in RATES
             },
-        }
-
-    def _best_dict(self, rate: float) -> dict[str, Any]:
-        draft, k, speedup = self.best(rate)
-        return {
-            "draft": draft.name,
-            "num_speculative_tokens": k,
-            "predicted_speedup": speedup,
-            "use_a_draft": speedup > 1,
         }
 
     def sentence(self) -> str:
         """Which draft for which acceptance rate, or none."""
+        draft, k, speedup = self.best(RATES[-1])
+        if all(self.best(rate)[2] <= 1 for rate in RATES):
+            found = f"even at an acceptance rate of {RATES[-1]:g} the best, {draft.name} at K = {k}, reaches {speedup:.2f}."
+            return f"Do not use a draft here: {found}"
         parts = []
         for rate in RATES:
             draft, k, speedup = self.best(rate)
             advice = "" if speedup > 1 else "do not use a draft: "
             forecast = f"{draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast."
             parts.append(f"At an acceptance rate of {rate:g}, {advice}{forecast}")
-        if all(self.best(rate)[2] <= 1 for rate in RATES):
-            draft, k, speedup = self.best(RATES[-1])
-            best = f"the best, {draft.name} at K = {k}, reaches {speedup:.2f}."
-            return f"Do not use a draft here: even at an acceptance rate of {RATES[-1]:g} {best}"
         return " ".join(parts)
 
     def text(self) -> str:
@@ -149,22 +139,23 @@ class Measurement:
 
     def _passes(self) -> str:
         r, kind = self.runtime, "random weights of this shape" if self.target_random else "the exported model"
-        threads = (
+        count = (
             f"{r['threads']} thread{'s' * (r['threads'] > 1)}"
             if r["threads"]
             else "OpenVINO's choice of threads"
         )
         note = (
-            f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {threads}; target in {self.target_weights}, {kind}; "
-            f"behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns."
+            f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {count}; target in {self.target_weights}, "
+            f"{kind}; behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns."
         )
-        times = [f"{1e3 * seconds:.3g}" for seconds in self.target_seconds.values()]
-        shares = [f"{seconds / self.target_seconds[1]:.2f}" for seconds in self.target_seconds.values()]
-        rows = [["milliseconds", *times], ["over one token", *shares]]
-        table = format_table(
-            "Measured: one target pass over several tokens", ["tokens", *map(str, self.target_seconds)], rows
+        seconds = self.target_seconds
+        rows = [
+            ["milliseconds", *(f"{1e3 * value:.3g}" for value in seconds.values())],
+            ["over one token", *(f"{value / seconds[1]:.2f}" for value in seconds.values())],
+        ]
+        return _table(
+            "Measured: one target pass over several tokens", ["tokens", *map(str, seconds)], rows, note
         )
-        return f"{table}\n{textwrap.fill(note, 79)}"
 
     def _costs(self) -> str:
         columns = ["draft", "parameters", "FFN", "weights", "ms/token", "c latency", "c bytes", "pays above"]
@@ -175,37 +166,37 @@ class Measurement:
                 draft.seconds / self.target_seconds[1],
                 self.break_even(draft),
             )
-            figures = [
-                f"{1e3 * draft.seconds:.3g}",
-                f"{ratio:.4f}",
-                f"{draft.bytes_ratio:.4f}",
-                "-" if rate is None else f"{rate:.2f}",
-            ]
+            figures = [f"{1e3 * draft.seconds:.3g}", f"{ratio:.4f}", f"{draft.bytes_ratio:.4f}"]
+            above = "-" if rate is None else f"{rate:.2f}"
             rows.append(
-                [_short(draft.name), format_count(a.parameters), a.intermediate_size, draft.weights, *figures]
+                [draft.label, format_count(a.parameters), a.intermediate_size, draft.weights, *figures, above]
             )
         note = (
-            "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by the bytes read at these weights. "
-            "pays above: the acceptance rate from which it gains at its best K; - where it never does."
+            "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by the bytes read at "
+            "these weights. pays above: the acceptance rate from which it gains at its best K; - where it never does."
         )
-        return format_table("Measured: one draft token", columns, rows) + "\n" + textwrap.fill(note, 79)
+        return _table("Measured: one draft token", columns, rows, note)
 
     def _gains(self) -> str:
-        rows = []
-        for draft in self.drafts:
-            for rate in RATES:
-                gains = [f"{self.speedup(draft, rate, k):.2f}" for k in self.num_speculative_tokens]
-                rows.append([_short(draft.name), f"{rate:g}", *gains, self.best_k(draft, rate)])
+        rows = [
+            [
+                draft.label,
+                f"{rate:g}",
+                *(f"{self.speedup(draft, rate, k):.2f}" for k in self.num_speculative_tokens),
+                self.best_k(draft, rate),
+            ]
+            for draft in self.drafts
+            for rate in RATES
+        ]
         note = (
-            f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a constant chance for each "
-            "further token. At one rate the cheapest draft wins, but a larger one is accepted more often. What OpenVINO GenAI does "
-            "around the passes comes on top: a real pair gains less, most of all where a pass takes few milliseconds; `fastdraft "
-            "benchmark` measures it."
+            f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a constant chance "
+            "for each further token. At one rate the cheapest draft wins, but a larger one is accepted more often. What "
+            "OpenVINO GenAI does around the passes comes on top: a real pair gains less, most of all where a pass takes "
+            "few milliseconds; `fastdraft benchmark` measures it."
         )
         columns = ["draft", "rate", *(f"K={k}" for k in self.num_speculative_tokens), "best K"]
-        table = format_table("Forecast: speed-up by measured passes", columns, rows)
-        return f"{table}\n{textwrap.fill(note, 79)}"
+        return _table("Forecast: speed-up by measured passes", columns, rows, note)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"...{name[-11:]}"
+def _table(title: str, columns: list[str], rows: list[list[Any]], note: str) -> str:
+    return f"{format_table(title, columns, rows)}\n{textwrap.fill(note, 79)}"

@@ -1,0 +1,232 @@
+"""`fastdraft inspect TARGET --measure`: what target and drafts cost on this device, before anything is trained.
+
+Each is built with random weights in a temporary folder, unless an export is named, and single passes are timed in the
+order of decoding (runtimes/openvino_latency.py). measurement.py tells what follows from the times.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from fastdraft.commands.measurement import DraftCost, Measurement
+from fastdraft.console import Console
+from fastdraft.errors import RecipeError, TargetError
+from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors
+from fastdraft.modeling.shapes import explicit, natural
+from fastdraft.modeling.text_part import text_only
+from fastdraft.recipe.base import format_count
+from fastdraft.recipe.run import user_path
+from fastdraft.runtimes.openvino import MODEL_FILE, check_pair, describe_device, device_properties
+from fastdraft.runtimes.openvino_export import Weights, export_random
+from fastdraft.runtimes.openvino_latency import WARM_TURNS, LoadedModel, fitting_prefix, time_passes
+from fastdraft.target import Target
+
+REPEATS = 15
+"""Turns whose medians are taken."""
+DEPTHS = (2, 4)
+"""A deeper model is converted with so many of its layers, twice: the last layers tell what each further one costs."""
+UNSTEADY = 0.3
+"""Relative spread of equal passes from which a warning is given."""
+_SHAPE = re.compile(r"(\d+)x(\d+)")
+_DEPTH_KEYS = """
+    layer_types max_window_layers quantization_config auto_map torch_dtype dtype transformers_version num_hidden_layers
+""".split()
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How to measure; the defaults are the command's."""
+
+    weights: Weights = "int4"
+    draft_weights: Weights = "int8"
+    draft: Sequence[str] = ()
+    """Shapes HIDDENxLAYERS, or folders of exported drafts; none: the listed candidates."""
+    device: str = "CPU"
+    threads: int = 0
+    num_speculative_tokens: Sequence[int] = (1, 2, 3, 4, 5)
+    prefix: int = 128
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model that is timed: an export, or its shape with random weights."""
+
+    name: str
+    """HIDDENxLAYERS, or the folder."""
+    architecture: Architecture
+    weights: Weights
+    config: PreTrainedConfig
+    export: Path | None = None
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of each export that is made of it: all of them, or a few, twice."""
+        layers = self.architecture.num_layers
+        return (layers,) if layers <= DEPTHS[-1] + DEPTHS[0] else DEPTHS
+
+
+class ByLayers:
+    """Times a deep model by two shallow ones of its shape, read in turn: what each layer adds is added for the missing ones."""
+
+    def __init__(self, shallow: LoadedModel, deep: LoadedModel, layers: int) -> None:
+        self.shallow, self.deep, self.weights = shallow, deep, deep.weights
+        self.missing = (layers - DEPTHS[1]) / (DEPTHS[1] - DEPTHS[0])
+
+    def read(self, width: int) -> float:
+        """Seconds that the whole model would take for one pass."""
+        shallow, deep = self.shallow.read(width), self.deep.read(width)
+        return deep + self.missing * (deep - shallow)
+
+
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same config at another depth, in bfloat16."""
+    values = {key: value for key, value in config.to_dict().items() if key not in _DEPTH_KEYS}
+    return type(config)(**values, num_hidden_layers=layers, dtype="bfloat16")
+
+
+def measure(
+    target: Target, candidates: Sequence[Architecture], settings: MeasureSettings, console: Console
+) -> Measurement:
+    """Builds what has to be built, times all passes in turn, and throws the built models away.
+
+    Args:
+        target: Its weights are not read unless it is an export, which is timed itself.
+        candidates: Drafts that are measured when `settings.draft` names none.
+        settings: How.
+        console: Progress.
+    """
+    device_properties(settings.device, "fast", settings.threads)
+    described = describe_device(settings.device)
+    whole = Path(target.location) if (Path(target.location) / MODEL_FILE).is_file() else None
+    config = text_only(target.config, target.architecture.tied)
+    models = [
+        MeasuredModel("target", target.architecture, settings.weights, config, whole),
+        *_drafts(target, candidates, settings),
+    ]
+    with console.stop.listen(), tempfile.TemporaryDirectory(prefix="fastdraft-measure-") as temporary:
+        # The drafts first: what fails, fails soon.
+        folders = [_build(model, target, Path(temporary), console) for model in reversed(models)][::-1]
+        return _time(models, folders, settings, described, console)
+
+
+def _drafts(
+    target: Target, candidates: Sequence[Architecture], settings: MeasureSettings
+) -> list[MeasuredModel]:
+    found, shapes = [], []
+    for name in settings.draft:
+        if shape := _SHAPE.fullmatch(name):
+            shapes.append(_shape(target, *map(int, shape.groups())))
+            continue
+        folder = user_path(name, "--draft")
+        if not (folder / MODEL_FILE).is_file():
+            rule = "must be HIDDENxLAYERS, such as 512x6, or the folder of an exported draft"
+            raise RecipeError(f"--draft: {name}; {rule}", "run fastdraft export first for a folder")
+        draft = Target.at(folder)
+        check_pair(target, draft)
+        found.append(
+            MeasuredModel(folder.name, draft.architecture, settings.draft_weights, draft.config, folder)
+        )
+    for shape in shapes or ([] if found else candidates):
+        name = f"{shape.hidden_size}x{shape.num_layers}"
+        if any(draft.name.split("/")[0] == name for draft in found):
+            name = f"{name}/{shape.intermediate_size}"
+        config = draft_hf_config(target.config, shape)
+        found.append(MeasuredModel(name, shape, settings.draft_weights, config))
+    if not found:
+        rule = "no candidate; a draft must cost less than half of the target"
+        raise TargetError(f"{target.location}: {rule}", "name a shape with --draft, for example --draft 64x1")
+    return found
+
+
+def _shape(target: Target, hidden: int, layers: int) -> Architecture:
+    """The shape that the listed candidates would have at this width, at the asked depth."""
+    if not hidden or not layers:
+        raise RecipeError(
+            f"--draft: {hidden}x{layers}; width and layers must be at least 1", "for example 512x6"
+        )
+    base = natural(target.architecture, hidden, has_rotary_factors(target.config))
+    return explicit(
+        target.architecture,
+        hidden_size=hidden,
+        num_layers=layers,
+        intermediate_size=base.intermediate_size,
+        num_heads=base.num_heads,
+        num_kv_heads=base.num_kv_heads,
+    )
+
+
+def _build(model: MeasuredModel, target: Target, temporary: Path, console: Console) -> list[Path]:
+    """The exports by which a model is timed, made with random weights where it is none itself."""
+    if model.export:
+        return [model.export]
+    count = format_count(model.architecture.parameters)
+    console.say(f"building {model.name} with random weights: {count} parameters, {model.weights}")
+    folders = []
+    for layers in model.depths:
+        if console.stop.requested:
+            raise KeyboardInterrupt
+        folders.append(temporary / f"{model.name.replace('/', '-')}-{layers}")
+        folders[-1].mkdir()
+        export_random(with_layers(model.config, layers), target, folders[-1], model.weights)
+    return folders
+
+
+def _time(
+    models: Sequence[MeasuredModel],
+    folders: Sequence[Sequence[Path]],
+    settings: MeasureSettings,
+    described: dict[str, str],
+    console: Console,
+) -> Measurement:
+    """Loads all, and times them in turn."""
+    ks = sorted(set(settings.num_speculative_tokens))
+    widths = sorted({1, *(k + 1 for k in ks)})
+    prefix = fitting_prefix([folder for group in folders for folder in group], settings.prefix, widths[-1])
+    console.say(f"loading {len(models)} models and reading {prefix} tokens with each")
+    passes: list[Any] = []
+    for model, group in zip(models, folders, strict=True):
+        where = {"device": settings.device, "threads": settings.threads}
+        loaded = [LoadedModel(folder, prefix, widths[-1], **where) for folder in group]
+        passes.append(loaded[0] if len(loaded) == 1 else ByLayers(*loaded, model.architecture.num_layers))
+    with console.progress("measuring", REPEATS + WARM_TURNS, "turns") as progress:
+
+        def on_turn() -> None:
+            progress.advance(1)
+            if console.stop.requested:
+                raise KeyboardInterrupt
+
+        costs = time_passes(passes[0], passes[1:], widths, REPEATS, on_turn)
+    if costs.spread > UNSTEADY:
+        disturbed = "other work on this machine disturbs the figures"
+        console.warn(f"passes differ by {costs.spread:.0%} from turn to turn: {disturbed}")
+    of_target = models[0].architecture.exported_bytes_per_token(passes[0].weights)
+    drafts = [
+        DraftCost(
+            name=model.name,
+            architecture=model.architecture,
+            weights=timed.weights,
+            random=model.export is None,
+            seconds=seconds,
+            bytes_ratio=model.architecture.exported_bytes_per_token(timed.weights) / of_target,
+        )
+        for model, timed, seconds in zip(models[1:], passes[1:], costs.draft_seconds, strict=True)
+    ]
+    runtime = {"name": "openvino", "device": settings.device, "threads": settings.threads, **described}
+    target = models[0]
+    return Measurement(
+        runtime,
+        prefix,
+        REPEATS,
+        passes[0].weights,
+        target.export is None,
+        costs.target_seconds,
+        drafts,
+        tuple(ks),
+    )
