@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -149,8 +150,9 @@ def run(
 def _join_in(wanted: Sequence[Stage], context: StageContext) -> None:
     """What every process but the first does: its share of the stages that train, when the first one begins them."""
     context.console.silence()
+    context.console.quiet = True
     for stage in wanted:
-        if stage.trains and distributed.begins(stage.name, context.console.stop):
+        if stage.trains and distributed.begins(stage.name, partial(context.console.stop.check, "training")):
             stage.run(context.sections[stage.name], context)
 
 

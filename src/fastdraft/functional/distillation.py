@@ -1,17 +1,17 @@
-"""Token-level distillation: losses between the target's distribution of the next token and the draft's, as pure functions.
+"""Token-level distillation: losses between the target's distribution of the next token and the draft's.
 
-Written t for target_probs, d for draft_probs, the sums over tokens or buckets v:
-    forward_kl  sum t log(t/d)                                     Hinton et al. 1503.02531
-    reverse_kl  sum d log(d/t)                                     MiniLLM 2306.08543
-    jsd         beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d     GKD 2306.13649
-    tvd         1/2 sum |t - d| = 1 - overlap                      DistillSpec 2310.08461: 1 - the chance of acceptance
-    ce_kl       1/2 CE + 1/2 forward_kl                            FastDraft 2411.11055 compares these two with CE
+Written t for target_probs, d for draft_probs, sums over tokens or buckets; overlap = sum min(t, d), the chance
+that speculative sampling accepts the draft's proposal; CE = -log d[label]:
+    forward_kl  sum t log(t/d)                                            Hinton et al. 1503.02531
+    reverse_kl  sum d log(d/t)                                            MiniLLM 2306.08543
+    jsd         beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d  GKD 2306.13649
+    tvd         1/2 sum |t - d| = 1 - overlap                             DistillSpec 2310.08461
+    ce_kl       1/2 CE + 1/2 forward_kl                                   FastDraft 2411.11055 compares both
     ce_tvd      1/2 CE + 1/2 tvd
-    lk_hybrid   l forward_kl + (1-l) tvd, l = exp(-3 overlap) held constant  LK losses 2602.23881
-    lk_log      -log overlap                                       LK losses 2602.23881
-with overlap = sum min(t, d), the chance that speculative sampling accepts the draft's proposal, and CE = -log d[label].
+    lk_hybrid   l forward_kl + (1-l) tvd, l = exp(-3 overlap) held fixed  LK losses 2602.23881
+    lk_log      -log overlap                                              LK losses 2602.23881
 
-Shapes: N tokens, D hidden size, V vocabulary, K kept tokens, B buckets (V, or K + 1 with the tail last), C tokens of one chunk.
+Shapes: N tokens, D hidden, V vocabulary, K kept tokens, B buckets (V, or K + 1 with the tail last), C a chunk.
 """
 
 from __future__ import annotations
@@ -26,58 +26,56 @@ from torch import Tensor
 
 from fastdraft.functional.losses import IGNORE_INDEX, chunked_loss, default_chunk
 
-# Both distributions are taken at temperature 1 and neither is masked: a padding id has the probability that the model gives it, since
-# only then is the target's distribution its own. A target known by its k most likely tokens is compared bucket by bucket, those k and
-# one tail for all others, in both distributions: every loss but the cross-entropy is then a lower bound of the dense one.
+# Both distributions are at temperature 1 and neither is masked: a padding id has the probability that the
+# model gives it. A target known by its k most likely tokens is compared bucket by bucket, those k and one tail
+# for all others, in both: every loss but the cross-entropy is then a lower bound of the dense one.
 
+# Log-probs of the target and of the draft, each [..., B] -> nats (or probability) [...]
 Divergence = Callable[[Tensor, Tensor], Tensor]
-"""Log-probs of the target and of the draft, each [..., B] -> nats (or probability) [...]; differentiable by the draft's."""
 
-LK_ETA = 3.0
-"""How fast lk_hybrid moves from KL to TVD as the overlap grows: the paper's best."""
-CHUNK_SHARE, CHUNK_ROWS = 4, 256
-"""About four times as many tensors of a chunk's size stand at once as in cross-entropy: a quarter of its rows, but at least these."""
-LOG_FLOOR = -1e4
-"""Stands for log 0 where a bucket is empty, so that 0 * log 0 is 0."""
+LK_ETA = 3.0  # how fast lk_hybrid moves from KL to TVD as the overlap grows: the paper's best
+# About four times as many tensors of a chunk's size stand at once as in cross-entropy: a quarter of its rows.
+CHUNK_SHARE, CHUNK_ROWS = 4, 256  # at least so many
+LOG_FLOOR = -1e4  # stands for log 0 where a bucket is empty, so that 0 * log 0 is 0
 
 
 def forward_kl(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """KL(t|d) = sum t log(t/d): the draft must cover all that the target may say (Hinton et al., arXiv 1503.02531)."""
+    """KL(t|d) = sum t log(t/d): the draft must cover all that the target may say."""
     return (target_logp.exp() * (target_logp - draft_logp)).sum(-1)
 
 
 def reverse_kl(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """KL(d|t) = sum d log(d/t): the draft must not say what the target would not (MiniLLM, arXiv 2306.08543)."""
+    """KL(d|t) = sum d log(d/t): the draft must not say what the target would not."""
     return (draft_logp.exp() * (draft_logp - target_logp)).sum(-1)
 
 
 def jsd(target_logp: Tensor, draft_logp: Tensor, beta: float = 0.5) -> Tensor:
-    """Jensen-Shannon: beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d, 0 < beta < 1 (GKD, arXiv 2306.13649, equation 1).
+    """Jensen-Shannon: beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d, 0 < beta < 1.
 
-    Divided by beta it tends to the forward KL as beta goes to 0; divided by 1 - beta to the reverse KL as beta goes to 1.
+    Divided by beta it tends to forward KL for beta -> 0, divided by 1 - beta to reverse KL for beta -> 1.
     """
     middle_logp = torch.logaddexp(target_logp + math.log(beta), draft_logp + math.log1p(-beta))
     return beta * forward_kl(target_logp, middle_logp) + (1 - beta) * forward_kl(draft_logp, middle_logp)
 
 
 def log_overlap(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """The log of sum min(t, d), the chance that a proposal of the draft is accepted (Leviathan et al., arXiv 2211.17192)."""
+    """The log of sum min(t, d), the chance of acceptance (Leviathan et al., arXiv 2211.17192)."""
     return torch.minimum(target_logp, draft_logp).logsumexp(-1)
 
 
 def tvd(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """1/2 sum |t - d|: total variation, 1 - overlap; bounded gradients, which vanish for a draft that is far off."""
+    """1/2 sum |t - d| = 1 - overlap; bounded gradients, which vanish for a draft that is far off."""
     return 0.5 * (target_logp.exp() - draft_logp.exp()).abs().sum(-1)
 
 
 def lk_hybrid(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """Adaptive: l KL(t|d) + (1-l) TVD, l = exp(-3 overlap) of each token by itself, without gradient (LK losses, arXiv 2602.23881)."""
+    """l KL(t|d) + (1-l) TVD, l = exp(-3 overlap) of each token by itself, without gradient."""
     weight = (-LK_ETA * log_overlap(target_logp, draft_logp).detach().exp()).exp()
     return weight * forward_kl(target_logp, draft_logp) + (1 - weight) * tvd(target_logp, draft_logp)
 
 
 def lk_log(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """-log sum min(t, d): TVD's gradient divided by the overlap, so that it does not vanish (LK losses, arXiv 2602.23881)."""
+    """-log sum min(t, d): TVD's gradient divided by the overlap, so that it does not vanish."""
     return -log_overlap(target_logp, draft_logp)
 
 
@@ -131,17 +129,17 @@ TargetDistribution = DenseTarget | SparseTarget
 
 
 def top_k_buckets(logits_NV: Tensor, k: int) -> SparseTarget:
-    """A distribution's K most likely tokens, best first, with their log-probs and the log of the mass of all others."""
+    """The K most likely tokens, best first, with their log-probs and the log of the mass of all others."""
     ids_NK = logits_NV.topk(k, dim=-1).indices
     return SparseTarget(ids_NK, _bucketed(logits_NV, ids_NK)[0])
 
 
 def _bucketed(logits_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs by bucket [N, K+1], of every token [N, V], and of every token given that it is in the tail [N, V] (-inf outside)."""
+    """Log-probs by bucket [N, K+1], of all tokens [N, V], and of each given the tail [N, V] (-inf outside)."""
     lse_N1 = logits_NV.logsumexp(-1, keepdim=True)
     logp_NV = logits_NV - lse_N1
     rest_NV = logits_NV.scatter(1, ids_NK, -torch.inf)
-    # A tail without tokens has no mass; the smallest float instead of -inf keeps the subtraction below from being NaN.
+    # A tail without tokens has no mass; a finite float keeps the subtraction below from being NaN.
     rest_N1 = rest_NV.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(rest_NV.dtype).min / 2)
     tail_N1 = (rest_N1 - lse_N1).clamp(min=LOG_FLOOR)
     return torch.cat([logp_NV.gather(1, ids_NK), tail_N1], dim=1), logp_NV, rest_NV.sub_(rest_N1)
@@ -156,15 +154,9 @@ def chunked_distillation(
     *,
     chunk: int = 0,
 ) -> Tensor:
-    """Sum over tokens of `loss` between the target's distribution and softmax(hidden @ head^T); types as in `chunked_cross_entropy`.
+    """Sum over tokens of `loss` between the target's distribution at these rows and softmax(hidden @ head^T).
 
-    Args:
-        hidden_ND: the draft's last hidden states.
-        head_VD: weight of its output head without bias.
-        labels_N: the token that follows each row, int64: the cross-entropy's; `IGNORE_INDEX` takes a row out of the loss.
-        target: the target's distribution at the same N rows.
-        loss: from `token_loss`.
-        chunk: rows whose logits exist at a time; 0 chooses by device and vocabulary.
+    Types, `IGNORE_INDEX` among `labels_N` and `chunk` are as in `chunked_cross_entropy`.
     """
     chunk = chunk or max(CHUNK_ROWS, default_chunk(hidden_ND.device.type, head_VD.shape[0]) // CHUNK_SHARE)
     return chunked_loss(hidden_ND, head_VD, partial(_chunk_loss, labels_N, target, loss), chunk)
@@ -175,8 +167,8 @@ def _chunk_loss(  # noqa: PLR0917 - the first three are bound
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of a chunk and its gradient by the logits.
 
-    With h = d loss / d log-probs, the chain rule through the softmax gives h - d sum(h); a bucket's h goes to its tokens in
-    proportion to their probability given the bucket.
+    With h = d loss / d log-probs, the chain rule through the softmax gives h - d sum(h); a bucket's h goes to
+    its tokens in proportion to their probability given the bucket.
     """
     labels_C, wide = labels_N[rows], logits_CV.dtype
     trained_C = labels_C != IGNORE_INDEX
@@ -203,7 +195,7 @@ def _chunk_loss(  # noqa: PLR0917 - the first three are bound
 def _divergence(
     divergence: Divergence, target_CB: Tensor, draft_CB: Tensor, weight_C: Tensor, grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Weighted sum over rows and its gradient by the draft's log-probs; rows of weight 0 have none, whatever they hold."""
+    """Weighted sum over rows and its gradient by the draft's log-probs; rows of weight 0 have none."""
     with torch.set_grad_enabled(grad):
         leaf_CB = draft_CB.detach().requires_grad_(grad)
         total = (weight_C * divergence(target_CB, leaf_CB)).where(weight_C != 0, 0).sum()

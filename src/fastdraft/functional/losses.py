@@ -1,7 +1,7 @@
-"""Cross-entropy over a large vocabulary that never holds all logits: `chunked_cross_entropy(hidden_ND, head_VD, labels_N)`.
+"""Cross-entropy over a large vocabulary that never holds all logits.
 
-Rows are taken in chunks, and each chunk's share of the gradient is made in the forward pass, while its logits still exist. Losses
-against a whole distribution of the target (distillation.py) go through the same `chunked_loss`.
+Rows are taken in chunks, and each chunk's share of the gradient is made in the forward pass, while its logits
+still exist. Losses against a whole distribution (distillation.py) go through the same `chunked_loss`.
 
 Shapes: N tokens, D hidden size, V vocabulary, C tokens of one chunk.
 """
@@ -16,50 +16,51 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
-"""Label of rows without a loss."""
+IGNORE_INDEX = -100  # label of rows without a loss
+# Logits of one chunk: as many as stay in a CPU's last cache (8 MB of fp32), or fill an accelerator (512 MB).
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 27}
-"""Logits of one chunk: as many as stay in a CPU's last cache (8 MB of fp32), or as fill an accelerator's units (512 MB)."""
+# Fewest and most rows: with fewer, an accelerator would spend more on the head's gradient than on products.
 _CHUNK_ROWS = {"cpu": (16, 8192), "other": (256, 8192)}
-"""Fewest and most. With fewer rows an accelerator spends more on reading the head and adding to its gradient than on products."""
+# On a CPU, rows of one matrix product, and its elements at most (256 MB of bf16): softmax is quickest on rows
+# that stay in a cache, the head's gradient on as many rows as possible.
 _STRETCH_ROWS, _STRETCH_ELEMENTS = 2048, 1 << 27
-"""On a CPU, rows of one matrix product, and its elements at most (256 MB of bf16): softmax is quickest on rows that stay in a
-cache, the head's gradient on as many rows as possible."""
-_TINY = 1e-30
-"""Below it a probability's logarithm is not to be trusted in fp32."""
+_TINY = 1e-30  # below it a probability's logarithm is not to be trusted in fp32
 
+# Logits [C, V] of some rows, which the callee may overwrite; which rows; whether a gradient is wanted -> summed
+# loss and its gradient by the logits.
 ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-"""Logits [C, V] of some rows, which the callee may overwrite; which rows; whether a gradient is wanted -> their summed loss and
-its gradient by the logits."""
+# Hidden states [C, D] that begin at that row of all -> the same, the gradient in the type of the products.
+StretchLoss = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 
 def chunked_cross_entropy(
     hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, chunk: int = 0
 ) -> Tensor:
-    """Sum over tokens of `-log softmax(hidden @ head^T)[label] + z_loss * logsumexp^2`, in nats; divides by nothing.
+    """Sum over tokens of `-log softmax(hidden @ head^T)[label] + z_loss * logsumexp^2`, in nats.
 
-    Matrix products run in autocast's type where it is on (bf16), else in that of `hidden_ND`; softmax and sums in fp32 (float64
-    for float64). The z-loss is PaLM's (arXiv 2204.02311, section 5). Rows of label `IGNORE_INDEX` have no loss.
+    Matrix products run in autocast's type where it is on (bf16), else in that of `hidden_ND`; softmax and sums
+    in fp32 (float64 for float64). The z-loss is PaLM's (arXiv 2204.02311). Rows of `IGNORE_INDEX` have no loss.
     """
     return chunked_loss(hidden_ND, head_VD, partial(_cross_entropy_of_chunk, labels_N, z_loss), chunk)
 
 
 def chunked_loss(hidden_ND: Tensor, head_VD: Tensor, chunk_loss: ChunkLoss, chunk: int = 0) -> Tensor:
-    """Any sum over rows of a loss on `hidden @ head^T`, a chunk of logits at a time: scalar, differentiable once.
+    """Any sum over rows of a loss on `hidden @ head^T`, a chunk of logits at a time: differentiable once.
 
-    `chunk_loss` gets logits in fp32 (float64 for float64); `chunk` rows at a time, 0 chooses by device and vocabulary.
+    `chunk_loss` gets logits in fp32 (float64 for float64); `chunk` rows at a time, 0 chooses by device.
     """
     rows = chunk or default_chunk(hidden_ND.device.type, head_VD.shape[0])
     stretch = rows
     if hidden_ND.device.type == "cpu" and not chunk:
         stretch = max(1, min(_STRETCH_ROWS, _STRETCH_ELEMENTS // head_VD.shape[0]) // rows) * rows
     sizes = min(rows, max(1, len(hidden_ND))), min(stretch, max(1, len(hidden_ND)))
-    loss: Tensor = _ChunkedLoss.apply(hidden_ND, head_VD, chunk_loss, sizes, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    apply: Any = _ChunkedLoss.apply
+    loss: Tensor = apply(hidden_ND, head_VD, chunk_loss, sizes, torch.is_grad_enabled())
     return loss
 
 
 def compute_dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """(type of matrix products: autocast's where it is on; of logits, softmax and sums: fp32, or float64 for float64)."""
+    """(type of matrix products: autocast's where it is on; of logits, softmax and sums: fp32 or float64)."""
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return compute, torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -113,10 +114,6 @@ class _ChunkedLoss(torch.autograd.Function):
         return scaled[0], scaled[1], None, None, None
 
 
-StretchLoss = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""Hidden states [C, D] that begin at row `start` of all -> their summed loss, and its gradient by the logits in the products' type."""
-
-
 def _gpu_chunks(
     low_VD: Tensor, wide: torch.dtype, sizes: tuple[int, int], chunk_loss: ChunkLoss, grad: bool
 ) -> StretchLoss:
@@ -158,7 +155,7 @@ def _cpu_stretches(
 
 
 def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    """Matrix product in `wide`; where the device can, sums over low-precision factors are never rounded below it."""
+    """Matrix product in `wide`; where the device can, its sums are never rounded below it."""
     if left.is_cuda and left.dtype != wide and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=wide)
     return (left @ right).to(wide)
@@ -188,13 +185,13 @@ def _cross_entropy_of_chunk(  # noqa: PLR0917 - the first two are bound
 
 
 def _softmax(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, in the memory of the logits; the log of the sum of exponentials of each row; log-probs of the labels."""
+    """Probabilities, in the memory of the logits; logsumexp of each row; log-probs of the labels."""
     label_logit_C = logits_CV.gather(1, labels_C1)[:, 0]
     if logits_CV.device.type != "cpu":
         logp_CV = torch.log_softmax(logits_CV, dim=-1)
         label_logp_C = logp_CV.gather(1, labels_C1)[:, 0]
         return logp_CV.exp_(), label_logit_C - label_logp_C, label_logp_C
-    # One pass with exponentials in it instead of two. Where a label's probability is 0 in this type, the largest tells the sum.
+    # One pass with exponentials, not two. Where a label's probability is 0 here, the largest tells the sum.
     largest_C = logits_CV.amax(-1)
     probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
     label_prob_C = probs_CV.gather(1, labels_C1)[:, 0]

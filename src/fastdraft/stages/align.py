@@ -1,7 +1,7 @@
 """align: a draft that predicts this very target, by training on what the target wrote.
 
 Begins with the latest pre-trained weights; the loss covers response tokens only; the step with the best block
-efficiency on held-out prompts wins, not the one with the lowest loss. Leaves `checkpoint/` and `metrics.jsonl`.
+efficiency on held-out prompts wins, not the lowest loss. Leaves `checkpoint/` and `metrics.jsonl`.
 """
 
 from __future__ import annotations

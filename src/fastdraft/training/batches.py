@@ -132,6 +132,14 @@ def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> B
     return Batch(inputs_BT, tokens[:, 1:].reshape(-1), None, inputs_BT.numel(), position_ids=positions_BT)
 
 
+def packed_batches(
+    rows: npt.NDArray[np.int64], micro_batch_tokens: int, separator: int | None
+) -> list[Batch]:
+    """Rows of length T+1 in micro-batches of at most so many tokens, or of one row."""
+    count = max(1, micro_batch_tokens // (rows.shape[1] - 1))
+    return [packed_batch(rows[first : first + count], separator) for first in range(0, len(rows), count)]
+
+
 def text_positions(inputs_BT: Tensor, separator: int) -> Tensor:
     """Position of every token in its text [B, T]: 0 at each separator and at the beginning of a row."""
     positions_T = torch.arange(inputs_BT.shape[1])
@@ -163,10 +171,7 @@ class PackedBatches:
 
     def batches(self, step: int, micro_batch_tokens: int = DEFAULT_MICRO_BATCH_TOKENS) -> list[Batch]:
         rows = self.mixture.rows(step, slice(self.rank, None, self.size))
-        count = max(1, micro_batch_tokens // self.mixture.row_length)
-        return [
-            packed_batch(rows[first : first + count], self.separator) for first in range(0, len(rows), count)
-        ]
+        return packed_batches(rows, micro_batch_tokens, self.separator)
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ class Sample:
 
 
 def cut_to_context(samples: Iterable[Sample], context_length: int) -> tuple[list[Sample], int, int]:
-    """Samples whose inputs fit into the context; how many were cut short; how many dropped for want of any loss.
+    """Samples whose inputs fit into the context; how many were cut; how many dropped for want of any loss.
 
     A sample without a prompt loses its first response token as a label: nothing stands before it.
     """

@@ -70,7 +70,8 @@ class TrainingSettings:
         rate = f"{self.learning_rate:g}"
         if self.embedding_learning_rate != self.learning_rate:
             rate += f" (embeddings {self.embedding_learning_rate:g})"
-        return f"{self.optimizer} at {rate}, batches of {format_count(self.batch_tokens)} tokens, {self.precision}"
+        batch = format_count(self.batch_tokens)
+        return f"{self.optimizer} at {rate}, batches of {batch} tokens, {self.precision}"
 
 
 def learning_rate(phase: Phase, optimizer: str, parameters: int) -> float:

@@ -1,7 +1,7 @@
-"""The processes that train one draft together, one for each device, as torchrun starts them: `with join(device, stage) as world:`.
+"""The processes that torchrun started, one for each device: `with join(device, stage) as world:`.
 
-Gradients go by the device's own backend. What the loops must agree on (a stop, what process 0 measured or wrote) goes by gloo over
-CPU tensors, which never makes a device wait. Process 0 alone validates and writes. Outside training stages there is no group.
+Gradients go by the device's own backend. What the loops must agree on goes by gloo over CPU tensors, which
+never makes a device wait. Process 0 alone validates and writes. Outside training stages there is no process group.
 """
 
 from __future__ import annotations
@@ -20,22 +20,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdraft.console import Stop
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.training.batches import Batch
 
-GRADIENT_TIMEOUT = timedelta(minutes=10)
-"""A process that keeps the others waiting longer for its part of a step counts as lost."""
-MAIN_TIMEOUT = timedelta(hours=6)
-"""As long may process 0 validate or write while the others wait."""
+GRADIENT_TIMEOUT = timedelta(minutes=10)  # who keeps the others waiting longer in a step counts as lost
+MAIN_TIMEOUT = timedelta(hours=6)  # as long may process 0 validate or write
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+# What a process without rows of its own computes, at weight 0, so that it takes part in the sum.
 IDLE = Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-"""What a process without rows of its own computes, at weight 0, so that it takes part in the sum."""
 T = TypeVar("T")
 
 
 def process_rank() -> int:
-    """The number of this process among those that torchrun started; 0 is the one that writes, and the only one without torchrun."""
+    """The number of this process; 0 is the one that writes, and the only one without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -50,8 +47,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    control: dist.ProcessGroup | None = None
-    """gloo, for what is not gradients."""
+    control: dist.ProcessGroup | None = None  # gloo, for what is not gradients
 
     @property
     def is_main(self) -> bool:
@@ -87,15 +83,17 @@ def join(device: torch.device, stage: str) -> Iterator[World]:
         yield World()
         return
     if device.type not in _BACKENDS:
-        raise RecipeError(
-            f"run.device: {device.type} cannot add gradients of several processes", "train with one process"
-        )
-    # A prefix for each group: torch's own is the same for every group of a process, and would hand out addresses of the one before.
-    store = dist.PrefixStore(f"{stage}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store())
+        rule = f"run.device: {device.type} cannot add gradients of several processes"
+        raise RecipeError(rule, "train with one process")
     dist.init_process_group(
-        _BACKENDS[device.type], store=store, rank=process_rank(), world_size=process_count(), timeout=GRADIENT_TIMEOUT,
+        _BACKENDS[device.type],
+        # torch's own prefix is the same for every group of a process: addresses of the one before.
+        store=dist.PrefixStore(stage, _store()),
+        rank=process_rank(),
+        world_size=process_count(),
+        timeout=GRADIENT_TIMEOUT,
         device_id=device if device.type != "cpu" else None,
-    )  # fmt: skip
+    )
     yield World(process_rank(), process_count(), dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT))
     dist.destroy_process_group()  # not after an error: it would wait for processes that are lost
 
@@ -106,39 +104,39 @@ def begin(stage: str, works: bool) -> None:
         _store().set(f"begin/{stage}", str(int(works)))
 
 
-def begins(stage: str, stop: Stop) -> bool:
-    """What process 0 tells of a training stage; waits for it, however long the stages before take. No process group is open meanwhile."""
+def begins(stage: str, check: Callable[[], object]) -> bool:
+    """Waits for what process 0 tells of a training stage; `check` raises where a stop was asked for."""
     while not _store().check([f"begin/{stage}"]):
-        stop.check(f"process {process_rank()}")
+        check()
         time.sleep(0.2)
     return bool(int(_store().get(f"begin/{stage}")))
 
 
 @cache
-def _store() -> dist.TCPStore:
-    """torchrun keeps it on the first machine; without torchrun (RANK and MASTER_ADDR set by hand) process 0 does."""
+def _store() -> dist.Store:
+    """torchrun keeps it on the first machine; where RANK and MASTER_ADDR were set by hand, process 0 does."""
     serves = process_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, None, serves, MAIN_TIMEOUT, wait_for_workers=False)
+    store = dist.TCPStore(address, port, None, serves, MAIN_TIMEOUT, wait_for_workers=False)
+    # After a restart of all processes the old ones' keys are still there.
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def own_device(device: torch.device) -> torch.device:
     """This process's accelerator, where torchrun started one process for each."""
     if process_count() == 1 or device.type == "cpu":
         return device
-    number = int(os.environ["LOCAL_RANK"])
-    if device.index is not None or number >= torch.accelerator.device_count():
-        rule = f"each process of torchrun takes an accelerator of its own, and there are {torch.accelerator.device_count()}"
-        raise RecipeError(
-            f"run.device: {device}: {rule}",
-            f"set run.device={device.type} and --nproc-per-node to at most that",
-        )
+    number, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    if device.index is not None or number >= count:
+        rule = f"each process of torchrun takes an accelerator of its own, and there are {count}"
+        fix = f"set run.device={device.type} and --nproc-per-node to at most that"
+        raise RecipeError(f"run.device: {device}: {rule}", fix)
     torch.accelerator.set_device_index(number)
     return torch.device(device.type, number)
 
 
 class Replicas:
-    """Copies of the model in all processes, whose gradients are added while the last backward pass is still at work (DDP)."""
+    """Copies of the model in all processes; gradients are added during the last backward pass (DDP)."""
 
     def __init__(self, model: nn.Module, loss_sum: Callable[[Batch], Tensor]) -> None:
         self._module = DistributedDataParallel(

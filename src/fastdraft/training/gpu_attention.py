@@ -1,7 +1,7 @@
 """A draft's decoder on an accelerator with flash attention and no wait: `flash_decoder(model.get_decoder())`.
 
 Given nothing but ids, transformers asks the device whether the positions are those of one text: a wait in
-every forward pass. Under torch.compile it cannot ask, and makes a mask [B, 1, T, T] that no flash kernel takes.
+every forward pass. Under torch.compile it cannot ask, and makes a dense mask that no flash kernel takes.
 """
 
 from __future__ import annotations

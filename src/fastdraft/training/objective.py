@@ -1,4 +1,4 @@
-"""What the draft is taught: a loss over its hidden states at the trained positions, never over whole logits."""
+"""What the draft is taught: a loss over its hidden states at the trained positions, not over whole logits."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Objective(Protocol):
     """A loss summed over the trained tokens of a micro-batch."""
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
-        """Sum (not mean) in nats over the N trained tokens: scalar, fp32, differentiable by hidden and head."""
+        """Sum (not mean) in nats over the N trained tokens: fp32, differentiable by hidden and head."""
         ...
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Next-token cross-entropy; on the target's own responses sequence-level distillation (arXiv 1606.07947)."""
+    """Next-token cross-entropy; on the target's responses sequence-level distillation (arXiv 1606.07947)."""
 
     z_loss: float = 0.0  # weight of the squared log-partition, which keeps logits from drifting
 
@@ -39,7 +39,7 @@ class TokenDistillation:
     """A loss between the target's distribution and the draft's at every trained position."""
 
     token_loss: TokenLoss
-    # Asked for every batch; None: a batch brings its distribution, or has cross-entropy (rows of the mixture).
+    # None: a batch brings its distribution with it, or has cross-entropy (rows of the mixture).
     target: LoadedTarget | None = None
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:

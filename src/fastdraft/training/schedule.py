@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a run, as a factor of its peak. Plain arithmetic, no state: resuming needs nothing."""
+"""The learning rate over the steps of a run, as a factor of its peak. No state: resuming needs nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def decay_start(steps: int, decay: float) -> int:
 
 
 def wsd_factor(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Factor of step `step` (0-based) of `steps`: up linearly, 1, then down linearly; it would reach 0 one step after the last."""
+    """Of a 0-based step: up linearly, 1, then down linearly; it would reach 0 one step after the last."""
     rising = warmup_steps(steps, warmup)
     start = decay_start(steps, decay)
     factor = min(1.0, (step + 1) / rising) if rising else 1.0
@@ -24,7 +24,7 @@ def wsd_factor(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def cosine_factor(step: int, steps: int, warmup: float) -> float:
-    """Factor of step `step` (0-based) of `steps`: up linearly, then half a cosine from 1 down to 0."""
+    """Of a 0-based step: up linearly, then half a cosine from 1 down to 0."""
     rising = warmup_steps(steps, warmup)
     if step < rising:
         return (step + 1) / rising

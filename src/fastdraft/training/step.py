@@ -1,7 +1,7 @@
 """One optimiser step, bare: `step.gradients(batches)`, then `step.update(factor)` or `step.skip()`.
 
-fp32 weights, products in bf16 autocast. A gradient is the mean over all trained tokens of the whole batch, so the micro-batch size
-changes memory and speed but not the mathematics. Knows torch only, no recipe, so that it can be measured by itself.
+fp32 weights, products in bf16 autocast. A gradient is the mean over all trained tokens of the batch, so that the
+micro-batch changes memory and speed but not the mathematics. Knows no recipe: benchmarks use it too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from fastdraft.training.distributed import IDLE, Replicas
 from fastdraft.training.objective import Objective
 from fastdraft.training.optimizer import set_rate
 
-MICRO_BATCH_TOKENS = {"cpu": 8192, "other": 32768}
-"""Default size of a micro-batch: a CPU's caches, an accelerator's units."""
+MICRO_BATCH_TOKENS = {"cpu": 8192, "other": 32768}  # a CPU's caches, an accelerator's units
 
 
 def default_micro_batch_tokens(device: torch.device) -> int:
@@ -30,7 +29,7 @@ def default_micro_batch_tokens(device: torch.device) -> int:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type of matrix products for `bf16`, `fp32` or `auto` (bf16 where the device computes it natively); None is fp32."""
+    """For `bf16`, `fp32` or `auto` (bf16 where the device computes it natively); None is fp32."""
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and _has_bf16(device)) else None
 
 
@@ -49,22 +48,18 @@ def _has_bf16(device: torch.device) -> bool:
 class TrainStep:
     """The parts that one step needs."""
 
-    decoder: nn.Module | Callable[..., Any]
-    """Gives `.last_hidden_state` [B, T, D] for `input_ids`."""
-    head: Tensor
-    """Weight of the output head [V, D]."""
+    decoder: nn.Module | Callable[..., Any]  # gives `.last_hidden_state` [B, T, D] for `input_ids`
+    head: Tensor  # weight of the output head [V, D]
     parameters: Sequence[nn.Parameter]
     optimizers: list[torch.optim.Optimizer]
     objective: Objective
     device: torch.device
     autocast: torch.dtype | None = None
-    clip: float = 1.0
-    """Largest norm of the whole gradient."""
-    replicas: Replicas | None = None
-    """The other processes that work on the same step."""
+    clip: float = 1.0  # largest norm of the whole gradient
+    replicas: Replicas | None = None  # the other processes that work on the same step
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """The objective summed over the batch's trained tokens; differentiable unless under `torch.no_grad`."""
+        """The objective summed over the batch's trained tokens."""
         batch = batch.to(self.device)
         low = (
             contextlib.nullcontext()
@@ -78,14 +73,9 @@ class TrainStep:
             return self.objective.loss(hidden_ND, self.head, batch)
 
     def gradients(self, batches: Sequence[Batch], num_trained: int | None = None) -> tuple[float, float, int]:
-        """Fills the gradients with the mean over all trained tokens, clipped.
+        """Fills the gradients with the mean over `num_trained` tokens of all processes (None: of `batches`).
 
-        Args:
-            batches: This process's micro-batches.
-            num_trained: Trained tokens of all processes; None: those of `batches`.
-
-        Returns:
-            Mean loss (nats per trained token), norm of the gradient before clipping, number of trained tokens.
+        Returns the mean loss (nats per token), the gradient's norm before clipping, the trained tokens.
         """
         if num_trained is None:
             num_trained = sum(batch.num_trained for batch in batches)

@@ -1,7 +1,7 @@
 """The training loop that pre-training and alignment share, top to bottom: `Trainer(...).run()`.
 
-All that it remembers is in `TrainingState` and the checkpoints; data and rate follow from the step's number. So
-a run that was killed and started again ends with the same weights, bit for bit (same machine, same threads).
+All that it remembers is in `TrainingState` and the checkpoints; data and rate follow from the step's number.
+So a run that was killed and started again ends with the same weights, bit for bit (same machine and threads).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fastdraft.training.distributed import Replicas, World
 from fastdraft.training.metrics import Metrics
 from fastdraft.training.step import TrainStep
 
-# So many steps with a loss or gradient that is not finite end the run. One is an overflow or a damaged row, and
-# is left out; two may be neighbours of it; three mean that the weights have gone wrong.
+# So many steps with a loss or gradient that is not finite end the run. One is an overflow or a damaged row,
+# and is left out; two may be neighbours of it; three mean that the weights have gone wrong.
 BAD_STEPS_IN_A_ROW = 3
 
 
@@ -71,7 +71,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, self.model, self.step.optimizers, self.console)
 
     def run(self) -> TrainingState:
-        """Trains to the end and leaves the final weights in the model, or where there are scores the best ones."""
+        """Trains to the end and leaves the last weights in the model, where there are scores the best ones."""
         source, schedule = self.source, self.schedule
         self.state = state = self.checkpoints.load_latest()
         if len(set(self.world.gather(state.step))) > 1:
@@ -144,7 +144,7 @@ class Trainer:
         return batches, sum(tokens), sum(trained), any(stops)
 
     def _gradients(self, batches: list[Batch], num_trained: int, reader: Reader) -> tuple[float, float]:
-        """Loss and gradient norm; where memory runs out, of the same rows in smaller micro-batches, from then on."""
+        """Loss and gradient norm; where memory runs out, in smaller micro-batches from then on."""
         while True:
             try:
                 return self.step.gradients(batches, num_trained)[:2]

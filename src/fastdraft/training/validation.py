@@ -1,20 +1,19 @@
 """What is measured between steps: the loss of each prepared corpus, block efficiency on held-out responses.
 
-Always the same first rows, a bounded number of tokens; losses are plain cross-entropy in nats per token, whatever the objective adds.
+Always the same first rows; losses are plain cross-entropy in nats per token, whatever the objective adds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fastdraft.data.shards import PackedCorpus
 from fastdraft.data.rows import SyntheticRow
+from fastdraft.data.shards import PackedCorpus
 from fastdraft.decoding.replay import block_efficiency
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.training.batches import (
@@ -22,17 +21,15 @@ from fastdraft.training.batches import (
     Sample,
     cut_to_context,
     micro_batches,
-    packed_batch,
+    packed_batches,
     padded_batch,
 )
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.step import TrainStep
 from fastdraft.training.trainer import Validation
 
-VALIDATION_TOKENS = 65_536
-"""Tokens read of each corpus."""
-REPLAYED_TOKENS = 8192
-"""Tokens of responses that go through the draft at once."""
+VALIDATION_TOKENS = 65_536  # read of each corpus
+REPLAYED_TOKENS = 8192  # of responses that go through the draft at once
 
 
 @torch.no_grad()
@@ -45,22 +42,13 @@ def mean_loss(step: TrainStep, batches: Sequence[Batch]) -> float:
 def corpus_losses(
     step: TrainStep, corpora: Mapping[str, PackedCorpus], micro_batch_tokens: int, separator: int | None
 ) -> Callable[[], Validation]:
-    """Measures the present loss on the first rows of every corpus, by name; a corpus without rows is left out."""
-    plain = replace(step, objective=CrossEntropy(), replicas=None)
-    batches: dict[str, list[Batch]] = {}
+    """Measures the present loss on the first rows of every corpus that has any, by name."""
+    plain, batches = replace(step, objective=CrossEntropy()), dict[str, list[Batch]]()
     for name, corpus in corpora.items():
-        rows, count = (
-            min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length)),
-            max(1, micro_batch_tokens // corpus.row_length),
-        )
-        starts = range(0, rows, count)
-        batches[name] = [
-            packed_batch(corpus.take(np.arange(start, min(start + count, rows))), separator)
-            for start in starts
-        ]
-    return lambda: Validation(
-        {"validation_loss": {name: mean_loss(plain, held) for name, held in batches.items() if held}}
-    )
+        rows = corpus.take(np.arange(min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))))
+        batches[name] = packed_batches(rows, micro_batch_tokens, separator)
+    held = {name: found for name, found in batches.items() if found}
+    return lambda: Validation({"validation_loss": {name: mean_loss(plain, held[name]) for name in held}})
 
 
 def response_scores(
@@ -71,29 +59,19 @@ def response_scores(
     vocabulary: Vocabulary,
     micro_batch_tokens: int,
 ) -> Callable[[], Validation]:
-    """Measures cross-entropy and, as the score, block efficiency on held-out responses.
-
-    The loss reads `rows` cut to the draft's context, block efficiency those that fit into it whole.
-    """
-    plain = replace(step, objective=CrossEntropy(), replicas=None)
-    context_length = int(draft.config.max_position_embeddings)
-    fitting = [
-        row
-        for row in rows
-        if row.is_replayable and len(row.prompt_ids) + len(row.response_ids) <= context_length
-    ]  # type: ignore[attr-defined]
+    """Measures cross-entropy on responses cut to the context, block efficiency on those that fit whole."""
+    plain, context_length = replace(step, objective=CrossEntropy()), int(draft.config.max_position_embeddings)
+    whole = [row for row in rows if len(row.prompt_ids) + len(row.response_ids) <= context_length]
+    replayable = [row for row in whole if row.is_replayable]
     samples, _, _ = cut_to_context((Sample.of(row) for row in rows), context_length)
     batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
 
     def measure() -> Validation:
-        metrics: dict[str, Any] = {
-            "validation_loss": {"responses": mean_loss(plain, batches)} if batches else {}
-        }
-        if not fitting:
-            return Validation(metrics)
-        score = block_efficiency(
-            draft, fitting, num_speculative_tokens, vocabulary, batch_tokens=REPLAYED_TOKENS
-        )
-        return Validation({**metrics, "validation_block_efficiency": score}, score)
+        losses = {"responses": mean_loss(plain, batches)} if batches else {}
+        if not replayable:
+            return Validation({"validation_loss": losses})
+        k, together = num_speculative_tokens, REPLAYED_TOKENS
+        score = block_efficiency(draft, replayable, k, vocabulary, batch_tokens=together)
+        return Validation({"validation_loss": losses, "validation_block_efficiency": score}, score)
 
     return measure
