@@ -93,12 +93,9 @@ def test_a_conversation_goes_on_until_the_input_ends(
 @pytest.mark.parametrize(
     ("change", "error", "found"),
     [
-        ({"temperature": -1.0}, RecipeError, "--temperature"),
-        ({"top_p": 0.0}, RecipeError, "--top-p"),
         ({"num_speculative_tokens": 0}, RecipeError, "at least 1"),
         ({"prompt": "  "}, DataError, "--prompt"),
         ({"prompt": "word " * 500}, DataError, "context holds 256"),
-        ({"max_new_tokens": 0}, RecipeError, "--max-new-tokens"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

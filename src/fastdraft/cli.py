@@ -251,7 +251,7 @@ def _generate(
     top_k: Annotated[int, Option(min=0, help="0 keeps all.")] = 0,
     top_p: Annotated[float, Option(min=0, max=1, help="1 keeps all.")] = 1.0,
     max_new_tokens: Annotated[int, Option(min=1)] = 256,
-    seed: Annotated[int, Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Of sampling.")] = 0,
     device: Annotated[str, Option(help="auto, cpu, cuda, xpu or mps.")] = "auto",
     color: Annotated[bool | None, Option(help="Default: on a terminal.")] = None,
     compare: Annotated[bool, Option(help="Also time the target alone.")] = True,

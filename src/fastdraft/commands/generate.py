@@ -5,7 +5,6 @@ Stdout gets the text and nothing else; the draft's accepted tokens are green on 
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -29,18 +28,13 @@ from fastdraft.modeling.vocabulary import check_same
 from fastdraft.recipe.base import load_config
 from fastdraft.recipe.recipe import read_yaml
 from fastdraft.recipe.run import TargetConfig
+from fastdraft.stages.context import DRAFT_FOLDERS
 from fastdraft.target import Target
 
 ACCEPTED, RESET = "\x1b[32m", "\x1b[0m"
 """Green: the draft's; the terminal's own colour: the target's."""
 # A run's best draft is its export, else the checkpoint of its latest finished training stage.
-_DRAFTS = (
-    "export/huggingface",
-    "align/checkpoint",
-    "continue_pretrain/checkpoint",
-    "pretrain/checkpoint",
-    "design/draft",
-)
+_DRAFTS = ("export/huggingface", *(f"{stage}/{folder}" for stage, folder in reversed(DRAFT_FOLDERS.items())))
 
 
 def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[TargetConfig, str]:
@@ -53,16 +47,15 @@ def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[T
             )
         return TargetConfig(model=target), draft
     folder = Path(run)
-    if not target:
-        try:
-            config = load_config(TargetConfig, read_yaml(folder / "recipe.yaml")["target"], "target")
-        except (RecipeError, TypeError, KeyError):
-            raise FastDraftError(
-                f"{run}: has no readable recipe.yaml; must be the folder of a run",
-                "give a folder such as runs/demo",
-            ) from None
-    else:
-        config = TargetConfig(model=target)
+    try:
+        config = (
+            TargetConfig(model=target)
+            if target
+            else load_config(TargetConfig, read_yaml(folder / "recipe.yaml")["target"], "target")
+        )
+    except (RecipeError, TypeError, KeyError):
+        message = f"{run}: has no readable recipe.yaml; must be the folder of a run"
+        raise FastDraftError(message, "give a folder such as runs/demo") from None
     found = (str(folder / name) for name in _DRAFTS if (folder / name / "config.json").is_file())
     draft = draft or next(found, None)
     if draft is None:
@@ -148,33 +141,7 @@ def run(
     compare: bool,
     console: Console,
 ) -> None:
-    """Writes one answer, or holds a conversation.
-
-    Args:
-        target: Directory, hub id, or a recipe's `target:` section.
-        draft: Directory or hub id of a draft with the same vocabulary.
-        prompt: Text to continue, or with `chat` the user's words; None reads stdin.
-        chat: Puts the prompt into the target's chat template; without a prompt on a terminal, goes on turn by turn.
-        num_speculative_tokens: K, proposals in each round.
-        temperature: 0 is greedy.
-        top_k: 0 keeps all.
-        top_p: 1 keeps all.
-        max_new_tokens: Length at which an answer is cut; less where the context ends.
-        seed: Of sampling.
-        device: auto, cpu, cuda, xpu or mps.
-        color: None colours on a terminal only.
-        compare: Also times the target alone, on the last prompt.
-        console: Where figures go.
-    """
-    for option, value, fine, rule in (
-        ("--temperature", temperature, 0 <= temperature < math.inf, "must be 0 (greedy) or more"),
-        ("--top-k", top_k, top_k >= 0, "must be 0 (all) or more"),
-        ("--top-p", top_p, 0 < top_p <= 1, "must be above 0 and at most 1"),
-        ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1"),
-        ("--seed", seed, 0 <= seed < 2**63, "must be a whole number that is not negative"),
-    ):
-        if not fine:
-            raise RecipeError(f"{option}: {value}, {rule}", "change it on the command line")
+    """Writes one answer, or holds a conversation: `chat` without a prompt on a terminal. A `prompt` of None is read from stdin."""
     opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
     where = pick_device(device, "--device")
     check_same(opened.vocabulary, Target.at(draft).vocabulary, where=draft)
@@ -184,7 +151,7 @@ def run(
     )
     sampling = Sampling(temperature, top_k, top_p)
     writer = _Writer(decoder, opened.tokenizer, sampling, max_new_tokens, seed, _colored(color), console)
-    if chat and prompt is None and sys.stdin and sys.stdin.isatty():
+    if chat and prompt is None and sys.stdin.isatty():
         answers = _converse(writer)
     else:
         text = prompt if prompt is not None else _read_prompt(console)
@@ -202,18 +169,14 @@ def run(
 
 
 def _read_prompt(console: Console) -> str:
-    """The whole of stdin without the line end that `echo` and the Enter key put behind it; nothing where it is closed."""
-    if not sys.stdin:
-        return ""
+    """The whole of stdin without the line end that `echo` and the Enter key put behind it."""
     if sys.stdin.isatty():
         console.say("write the prompt; end it with Ctrl-D on a line of its own (Windows: Ctrl-Z and Enter)")
     try:
         return sys.stdin.read().removesuffix("\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"stdin: byte {error.start} is not {error.encoding}; a piped prompt must be text",
-            "convert it to UTF-8, or give --prompt TEXT",
-        ) from None
+        message = f"stdin: byte {error.start} is not {error.encoding}; a piped prompt must be text"
+        raise DataError(message, "convert it to UTF-8, or give --prompt TEXT") from None
 
 
 def _colored(color: bool | None) -> bool:
