@@ -245,7 +245,7 @@ def test_a_loop_is_ended_where_it_shows(
     engine: OpenVINOEngine, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastdraft.runtimes.openvino.is_looping", lambda ids: len(ids) >= 32)
-    impatient = engine.with_ends(vocabulary, end_loops=True)
+    impatient = engine.with_ends(vocabulary.eos_token_ids)
     whole = engine.generate(PROMPTS, Sampling(1.0), 80, seed=2)
     for cut, full in zip(impatient.generate(PROMPTS, Sampling(1.0), 80, seed=2), whole, strict=True):
         assert cut.response_ids == full.response_ids[:32]

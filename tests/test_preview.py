@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from fastdraft import pipeline
 from fastdraft.commands import preview
-from fastdraft.commands.preview_batches import batch_row, spread_batch_rows
+from fastdraft.commands.preview import batch_row, preview_row, spread_batch_rows
 from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, unit_path, write_rows
 from fastdraft.errors import FastDraftError, RecipeError
@@ -65,13 +65,15 @@ def test_without_a_terminal_the_trained_tokens_stand_between_marks(
 def test_in_colour_exactly_the_response_is_green(tiny_target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)
     row = make_row(1, tokenizer("Hello").input_ids, tokenizer(" there").input_ids)
-    assert "\x1b[2mHello\x1b[0m\x1b[32m there\x1b[0m" in preview.format_row(row, tokenizer, colour=True)
+    assert "\x1b[2mHello\x1b[0m\x1b[32m there\x1b[0m" in preview.format_row(
+        preview_row(row), tokenizer, colour=True
+    )
 
 
 def test_a_text_cannot_drive_the_readers_terminal(tiny_target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)
     row = make_row(1, tokenizer("A\x1b[2J\tB\n").input_ids, tokenizer("C\r\x07").input_ids)
-    shown = preview.format_row(row, tokenizer, colour=False)
+    shown = preview.format_row(preview_row(row), tokenizer, colour=False)
     assert "A\\x1b[2J\tB\n[[C\\x0d\\x07]]" in shown
 
 
@@ -109,12 +111,12 @@ def test_the_share_of_trained_tokens_is_told(finished: Path, capsys: pytest.Capt
 def test_a_row_without_trained_tokens_is_an_error(tiny_target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)
     with pytest.raises(FastDraftError, match="0 % trained tokens"):
-        preview.format_row(make_row(1, [5, 6], []), tokenizer, colour=False)
+        preview.format_row(preview_row(make_row(1, [5, 6], [])), tokenizer, colour=False)
     batch = padded_batch([Sample([5, 6], [7, 8]), Sample([5, 6, 9, 9], [7])], 0)
     empty = replace(batch, labels=batch.labels[:2], index=batch.index[:2])  # type: ignore[index]
     assert batch_row(empty, 0, "row").trained == [False, False, True, True]
     with pytest.raises(FastDraftError, match="row 1: 0 % trained tokens"):
-        batch_row(empty, 1, "row 1")
+        preview.format_row(batch_row(empty, 1, "row 1"), tokenizer, colour=False)
 
 
 def test_a_row_of_a_padded_batch_is_read_back_token_by_token() -> None:

@@ -118,7 +118,7 @@ def test_any_beginning_of_the_units_holds_the_shares(folder: Folder) -> None:
         {"kind": "corpus", "name": "code", "corpus": "code", "share": 1, "prompt_tokens": [8, 24]},
     ]
     tokens, largest = {"instructions": 0, "code": 0}, 0
-    for path in unit_paths(folder.run(folder.recipe(prompts=prompts, tokens=1000))):
+    for path in unit_paths(folder.run(folder.recipe(prompts=prompts, tokens=600))):
         facts = read_facts(path)
         tokens[facts["source"]] += facts["counts"]["tokens"]
         largest = max(largest, facts["counts"]["tokens"])

@@ -232,7 +232,9 @@ def _row(stage: StageForecast) -> list[str]:
 def _print_inputs(recipe: Recipe, context: StageContext, unseen: list[str]) -> None:
     by_evaluate = recipe.evaluate is not None and recipe.evaluate.texts.kind == "engine"
     if recipe.synthesize and (recipe.synthesize.asks or by_evaluate):
-        print(f"engine of synthesize: {choose_engine(recipe.synthesize.engine, context)}")
+        folder = context.folder("synthesize")
+        choice = choose_engine(recipe.synthesize.engine, context.target, recipe.run.device, folder)
+        print(f"engine of synthesize: {choice}")
     for name in unseen:
         print(f"not looked at (it lies on the hub): {name}")
     print("everything that can be checked here fits")

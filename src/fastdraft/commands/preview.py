@@ -1,8 +1,6 @@
-"""Shows rows as text, in colour the tokens that the draft is trained on: what the target wrote, or align's batches.
+"""Shows rows as text, in colour the tokens that the draft is trained on: what the target wrote, or align's own batches.
 
-Decides that the rows are spread evenly over what was written, that without a terminal the trained part stands between
-marks instead of in colour, and that a row without trained tokens is an error. Boundaries are those of the rows' own token ids, the
-very ones that training uses.
+`fastdraft preview runs/demo`. A token counts as trained where the batch holds it as a label: nothing is worked out again.
 """
 
 from __future__ import annotations
@@ -11,25 +9,37 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from fastdraft.commands.preview_batches import BatchRow, align_rows
+from transformers import PreTrainedTokenizerBase
+
 from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow, read_columns, read_rows, unit_paths
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder, StageFolder
+from fastdraft.stages.align import training_batches
+from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fastdraft.training.batches import Batch, BatchSource
 
 _DIM, _GREEN, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 _MARKS = ("[[", "]]")
+# Characters of a text that would move the cursor or change the colours of a terminal; they are written out.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters of a text that would move the cursor or change the colours of a terminal; they are written out."""
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One row as the draft reads it."""
+
+    about: str
+    token_ids: list[int]
+    trained: list[bool]
+    """For each of these, whether it is a label."""
 
 
 def run(
@@ -38,94 +48,88 @@ def run(
     console: Console | None = None,
     stage: Literal["synthesize", "align"] = "synthesize",
 ) -> None:
-    """Prints `count` rows of a run to stdout; a run that is still writing shows what it has.
-
-    Args:
-        run: The run's folder.
-        count: Rows to show.
-        stage: synthesize shows what the target wrote, align the rows of its training batches as the draft reads them.
-        console: Where news go.
-
-    Raises:
-        FastDraftError: when the folder is no run's, or the run has no synthetic rows yet.
-        RecipeError: when `count` is below 1. FastDraftError: when a row has no trained token.
-    """
+    """Prints `count` rows of a run to stdout; a run that is still writing shows what it has."""
     if count < 1:
-        raise RecipeError("--count", count, "must be at least 1", "for example --count 5")
-
+        raise RecipeError(f"--count: {count}; must be at least 1", "for example --count 5")
     if not (run / "recipe.yaml").is_file():
-        raise FastDraftError(
-            run, "has no recipe.yaml", "must be the folder of a run", "give a folder such as runs/demo"
+        raise RecipeError(
+            f"{run}: has no recipe.yaml; must be the folder of a run", "give one such as runs/demo"
         )
     console, recipe = console or Console(quiet=True), load_recipe(str(run / "recipe.yaml"))
-    written = spread_rows(RunFolder(run).folder("synthesize"), count)
-    batched = align_rows(run, recipe, count, console) if stage == "align" else []
-    tokenizer = Target(recipe.target).tokenizer
+    context = StageContext(RunFolder(run), recipe.run, Target(recipe.target), recipe.sections(), console)
+    if stage == "align":
+        rows = list(spread_batch_rows(training_batches(context.section("align"), context), count))
+    else:
+        rows = [preview_row(row) for row in spread_rows(context.folder("synthesize"), count)]
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     console.say("trained tokens are " + ("green" if colour else f"between {_MARKS[0]} and {_MARKS[1]}"))
-    shown = [format_batch_row(row, tokenizer, colour) for row in batched] or [
-        format_row(row, tokenizer, colour) for row in written
-    ]
-    for text in shown:
-        print(text)
+    for row in rows:
+        print(format_row(row, context.target.tokenizer, colour))
 
 
-def spread_rows(artifact: StageFolder, count: int) -> list[SyntheticRow]:
-    """Up to `count` rows at even distances over all units.
-
-    Raises:
-        FastDraftError: when there is no row.
-    """
-    paths = unit_paths(artifact)
+def spread_rows(folder: StageFolder, count: int) -> list[SyntheticRow]:
+    """Up to `count` rows at even distances over all units."""
+    paths = unit_paths(folder)
     sizes = [len(read_columns(path, ["row_id"])["row_id"]) for path in paths]
     total = sum(sizes)
     if not total:
-        raise FastDraftError(
-            artifact.path,
-            "no synthetic rows",
-            "the synthesize stage must have written some",
-            "run `fastdraft synthesize RECIPE`",
-        )
+        raise FastDraftError(f"{folder.path}: no synthetic rows", "run `fastdraft synthesize RECIPE` first")
     wanted = [i * total // min(count, total) for i in range(min(count, total))]
     found: list[SyntheticRow] = []
     start = 0
     for path, size in zip(paths, sizes, strict=True):
         places = [place - start for place in wanted if start <= place < start + size]
-        if places:
-            rows = read_rows(path)
-            found += [rows[place] for place in places]
+        rows = read_rows(path) if places else []
+        found += [rows[place] for place in places]
         start += size
     return found
 
 
-def format_row(row: SyntheticRow, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
-    """One row as text, special tokens written out.
-
-    Raises:
-        FastDraftError: when it has no trained token.
-    """
-    facts = f"{row.source}, temperature {row.temperature:g}, {row.finish_reason}, {len(row.prompt_ids)} + {len(row.response_ids)} tokens"
-    if not row.response_ids:
-        raise FastDraftError(
-            f"row {row.row_id}", "0 % trained tokens", "every row must have a response", "redo synthesize"
-        )
+def preview_row(row: SyntheticRow) -> PreviewRow:
+    """A row that the target wrote."""
+    lengths = f"{len(row.prompt_ids)} + {len(row.response_ids)} tokens"
+    about = f"{row.source}, temperature {row.temperature:g}, {row.finish_reason}, {lengths}"
     trained = [False] * len(row.prompt_ids) + [True] * len(row.response_ids)
-    return _coloured(facts, [*row.prompt_ids, *row.response_ids], trained, tokenizer, colour)
+    return PreviewRow(about, [*row.prompt_ids, *row.response_ids], trained)
 
 
-def format_batch_row(row: BatchRow, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
-    """One row of a batch as text, special tokens written out."""
-    return _coloured(row.about, row.token_ids, row.trained, tokenizer, colour)
+def spread_batch_rows(source: BatchSource, count: int) -> Iterator[PreviewRow]:
+    """One row each of up to `count` steps at even distances; the last is a packed one where there are any."""
+    count = min(count, source.steps)
+    steps = [i * source.steps // count for i in range(count)]
+    packed = next((step for step in range(source.steps) if source.is_packed(step)), None)
+    if count > 1 and packed is not None and not any(map(source.is_packed, steps)):
+        steps[-1] = packed
+    for number, step in enumerate(steps):
+        rows = [(batch, place) for batch in source.batches(step) for place in range(len(batch.input_ids))]
+        chosen = number * 7 % len(rows)  # not always the longest, which stands first
+        kind = "pre-training mixture" if source.is_packed(step) else "responses"
+        about = f"step {step + 1} of {source.steps}, row {chosen + 1} of {len(rows)}, {kind}"
+        yield batch_row(*rows[chosen], about)
 
 
-def _coloured(
-    facts: str, ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase, colour: bool
-) -> str:
-    """Neighbours of the same kind are decoded together."""
-    before, after = (_GREEN, _RESET) if colour else _MARKS
-    parts = [f"--- {facts}, {sum(trained)} of {len(ids)} tokens trained ({sum(trained) / len(ids):.0%})\n"]
-    for is_trained, places in itertools.groupby(range(len(ids)), key=trained.__getitem__):
-        text = _text(tokenizer, [ids[place] for place in places])
+def batch_row(batch: Batch, place: int, about: str) -> PreviewRow:
+    """Row `place` of a micro-batch: its inputs without padding, and behind them the last token, which is only predicted."""
+    length = batch.input_ids.shape[1]
+    inputs = batch.input_ids[place].tolist()
+    index = batch.index.tolist() if batch.index is not None else range(batch.input_ids.numel())
+    pairs = zip(index, batch.labels.tolist(), strict=True)
+    labels = {at % length: label for at, label in pairs if at // length == place}
+    last = max(labels, default=length - 1)  # padding stands behind the last label
+    ids = [*inputs[: last + 1], *([labels[last]] if labels else [])]
+    return PreviewRow(about, ids, [at - 1 in labels for at in range(len(ids))])
+
+
+def format_row(row: PreviewRow, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+    """One row as text, special tokens written out; neighbours of the same kind are decoded together."""
+    trained, before, after = sum(row.trained), *((_GREEN, _RESET) if colour else _MARKS)
+    if not trained:
+        fix = "look at the rows with `fastdraft preview RUN`, then redo synthesize"
+        raise FastDraftError(f"{row.about}: 0 % trained tokens; every row must have some", fix)
+    share = f"{trained} of {len(row.token_ids)} tokens trained ({trained / len(row.token_ids):.0%})"
+    parts = [f"--- {row.about}, {share}\n"]
+    for is_trained, places in itertools.groupby(range(len(row.token_ids)), key=row.trained.__getitem__):
+        text = _text(tokenizer, [row.token_ids[place] for place in places])
         parts.append(f"{before}{text}{after}" if is_trained else f"{_DIM}{text}{_RESET}" if colour else text)
     return "".join(parts) + "\n"
 

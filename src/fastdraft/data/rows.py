@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from fastdraft.errors import FastDraftError
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.run_folder import StageFolder, atomic_path
+from fastdraft.run_folder import StageFolder
 
 Split = Literal["train", "validation"]
 
@@ -89,14 +89,14 @@ def ids_hash(*parts: Sequence[int]) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[SyntheticRow], facts: Mapping[str, Any] | None = None) -> None:
-    """Writes all rows, and any JSON-able facts about them, as one Parquet file: all of it or nothing."""
+    """Writes all rows, and any JSON-able facts about them, as one Parquet file."""
     names = [field.name for field in fields(SyntheticRow)]
     listed = list(rows)
     schema = pa.schema([pa.field(name, _TYPES.get(name, pa.string()), nullable=False) for name in names])
     columns = {name: [getattr(row, name) for row in listed] for name in names}
     table = pa.Table.from_pydict(columns, schema.with_metadata({_FACTS: json.dumps(facts or {}).encode()}))
-    with atomic_path(path) as temporary:
-        parquet.write_table(table, temporary, compression="zstd")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, compression="zstd")
 
 
 def read_rows(path: Path) -> list[SyntheticRow]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from fastdraft.data.rows import Split, SyntheticRow, read_with_places
-from fastdraft.run_folder import StageFolder, write_atomic
+from fastdraft.run_folder import StageFolder
 
 _SMALLEST = -1e4
 """Log-probs below are kept as this: no probability either way, and finite in float16."""
@@ -45,18 +45,18 @@ def _id_type(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
-def logits_path(unit: Path) -> Path:
+def logits_name(unit: str) -> str:
     """`unit-00000.parquet` -> `unit-00000.logits.safetensors`."""
-    return unit.with_suffix(".logits.safetensors")
+    return f"{unit.removesuffix('.parquet')}.logits.safetensors"
 
 
 def write_sparse_logits(path: Path, logits: SparseLogits, vocab_size: int) -> None:
-    """Writes the distributions of every response token of a unit, all or nothing; ids are below `vocab_size`."""
+    """Writes the distributions of every response token of a unit; ids are below `vocab_size`."""
     tensors: dict[str, NDArray[Any]] = {
         "ids": logits.ids.astype(_id_type(vocab_size)),
         "logprobs": np.maximum(logits.logprobs, _SMALLEST).astype(np.float16),
     }
-    write_atomic(path, save(tensors))
+    path.write_bytes(save(tensors))
 
 
 def read_sparse_logits(path: Path, start: int, stop: int) -> SparseLogits:
@@ -88,4 +88,4 @@ def read_with_logits(
 ) -> Iterator[tuple[SyntheticRow, RowLogits]]:
     """Every row in the order of writing with its distributions, which are read later, when asked for."""
     for unit, before, row in read_with_places(folder, split):
-        yield row, RowLogits(logits_path(unit), before)
+        yield row, RowLogits(unit.with_name(logits_name(unit.name)), before)

@@ -69,6 +69,9 @@ class ScoringEngine:
     def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
         self.engine, self.model, self.name = engine, model, engine.name
 
+    def with_ends(self, eos_ids: Sequence[int]) -> Engine:
+        return self.engine.with_ends(eos_ids)
+
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> list[Generation]:

@@ -75,3 +75,7 @@ class Engine(Protocol):
     ) -> list[Generation]:
         """One answer for each prompt (token ids in, token ids out), reproducible for equal prompts, order and seed."""
         ...
+
+    def with_ends(self, eos_ids: Sequence[int]) -> Engine:
+        """The same target, whose answers end at these ids; for text that nobody replays."""
+        ...

@@ -1,12 +1,9 @@
-"""The target in transformers, writing text in batches.
-
-Decides how many prompts share a batch, that prompts are sorted by length first so that little is wasted on padding, and
-that the answers come back in the order asked; and that a batch for which memory runs out is written in halves, of the same text.
-"""
+"""The target in transformers: `HuggingFaceEngine` writes text in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -43,32 +40,26 @@ class HuggingFaceEngine:
         end_loops: bool = False,
         halving: Halving | None = None,
     ) -> None:
-        self.model, self.vocabulary, self.batch_rows, self.on_batch, self.end_loops = (
-            model,
-            vocabulary,
-            batch_rows,
-            on_batch,
-            end_loops,
-        )
+        self.model, self.vocabulary, self.batch_rows = model, vocabulary, batch_rows
+        self.on_batch, self.end_loops = on_batch, end_loops
         self.halving = halving or Halving("batch_rows")
+        self.context_length = int(getattr(text_config(model.config), "max_position_embeddings", 2**31))
 
-    @property
-    def context_length(self) -> int:
-        """Most positions that the target was made for."""
-        return int(getattr(text_config(self.model.config), "max_position_embeddings", 2**31))
+    def with_ends(self, eos_ids: Sequence[int]) -> HuggingFaceEngine:
+        """The same loaded model, whose answers end at these ids or in a loop."""
+        vocabulary = replace(self.vocabulary, eos_token_ids=tuple(eos_ids))
+        return HuggingFaceEngine(
+            self.model, vocabulary, self.batch_rows, end_loops=True, halving=self.halving
+        )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> list[Generation]:
-        """One answer for each prompt, in order; reproducible for equal prompts, order, seed, batch_rows and threads.
-
-        Raises:
-            DataError: when a prompt is empty or leaves no room for `max_new_tokens` in the target's context.
-            OutOfMemory: when a single row does not fit into memory.
-        """
+        """One answer for each prompt, in order; reproducible for equal prompts, order, seed, batch_rows and threads."""
         check_prompts(prompts, max_new_tokens, self.context_length)
         generator = torch.Generator().manual_seed(seed)
         eos_ids, give_up = frozenset(self.vocabulary.eos_token_ids), is_looping if self.end_loops else None
+        # By length, so that little is wasted on padding.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         answers: dict[int, Generation] = {}
         for start in range(0, len(order), self.batch_rows):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -286,11 +287,12 @@ class OpenVINOEngine:
             folder, device, device_properties(device, precision, threads), batch_rows
         )
 
-    def with_ends(self, vocabulary: Vocabulary, *, end_loops: bool) -> OpenVINOEngine:
-        """The same loaded model, whose answers end at other ids."""
+    def with_ends(self, eos_ids: Sequence[int]) -> OpenVINOEngine:
+        """The same loaded model, whose answers end at these ids or in a loop."""
         twin = object.__new__(OpenVINOEngine)
-        twin.vocabulary, twin.context_length, twin.pipeline = vocabulary, self.context_length, self.pipeline
-        twin.on_batch, twin.end_loops = None, end_loops
+        twin.vocabulary = replace(self.vocabulary, eos_token_ids=tuple(eos_ids))
+        twin.context_length, twin.pipeline = self.context_length, self.pipeline
+        twin.on_batch, twin.end_loops = None, True
         return twin
 
     def generate(

@@ -31,10 +31,10 @@ from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import load_draft, pick_device, set_threads
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.data import TRANSPORT
+from fastdraft.recipe.data import ChosenEngine
 from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, HeldOutTexts, LoggedTexts, TargetTexts
 from fastdraft.run_folder import StageFolder, write_json
-from fastdraft.runtimes.engines import choose_engine, open_engines, uses_weights
+from fastdraft.runtimes.engines import choose_engine, describe_engine, open_engine, uses_weights
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.stages.context import DRAFT_FOLDERS, StageContext
 from fastdraft.target import Target
@@ -47,8 +47,7 @@ def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]
     """
     texts = describe(config.texts) if isinstance(config.texts, LoggedTexts) else config.texts.model_dump()
     if isinstance(config.texts, EngineTexts):
-        engine = choose_engine(context.section("synthesize").engine, context).settings
-        texts["engine"] = engine.model_dump(mode="json", exclude=set(TRANSPORT))
+        texts["engine"] = describe_engine(_chosen_engine(context))
     return {
         **config.model_dump(),
         "tasks": [describe_task(task) for task in config.tasks],
@@ -182,21 +181,26 @@ def _open_engine(
     on_batch: Callable[[int], None],
 ) -> Engine:
     """What writes the tasks' texts: the loaded target, or the engine of synthesize."""
-    vocabulary = context.target.vocabulary
+    target, console = context.target, context.console
     if model is not None:
-        halving = Halving("evaluate.batch_rows", context.console.warn)
-        return HuggingFaceEngine(model, vocabulary, config.batch_rows, on_batch, halving=halving)
-    chosen = choose_engine(context.section("synthesize").engine, context).settings
-    return open_engines(
-        chosen,
-        context,
-        vocabulary,
-        vocabulary,
+        halving = Halving("evaluate.batch_rows", console.warn)
+        return HuggingFaceEngine(model, target.vocabulary, config.batch_rows, on_batch, halving=halving)
+    return open_engine(
+        _chosen_engine(context),
+        target,
+        context.folder("evaluate"),
+        console,
+        device=context.settings.device,
+        threads=context.settings.threads,
         batch_rows=config.batch_rows,
-        end_loops=False,
         on_answer=on_batch,
-        stage="evaluate",
-    ).answering
+    )
+
+
+def _chosen_engine(context: StageContext) -> ChosenEngine:
+    """The engine of synthesize; where that is `auto`, the one that wrote the training rows."""
+    settings, folder = context.section("synthesize").engine, context.folder("synthesize")
+    return choose_engine(settings, context.target, context.settings.device, folder).settings
 
 
 def _trained_on(context: StageContext) -> list[StageFolder]:
