@@ -4,6 +4,8 @@ Whatever the user can mend ends in one line on stderr and exit code 2; a stop by
 Verbs import what they need inside, so that `fastdraft --help` answers at once.
 """
 
+# ruff: noqa: B008, PLR0917 (typer reads options from the defaults)
+
 from __future__ import annotations
 
 import os
@@ -44,26 +46,22 @@ app = Typer(
 )
 
 
-def _argument(metavar: str, help: str) -> Any:
-    return Argument(metavar=metavar, help=help, show_default=False)
+def _argument(default: Any, metavar: str, help: str) -> Any:
+    return Argument(default, metavar=metavar, help=help, show_default=False)
 
 
 def _verb(name: str, help: str, example: str) -> Any:
     return app.command(name, help=help, short_help=help, epilog=f"\b\nexample: fastdraft {example}")
 
 
-Recipe = Annotated[str, _argument("RECIPE", "A YAML file, or the name of a shipped recipe such as demo.")]
-Overrides = Annotated[
-    list[str] | None, _argument("KEY=VALUE", "Set any key of the recipe, such as pretrain.tokens=4M.")
-]
+Recipe = Annotated[str, Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe such as demo.")]
+_SET = "Set any key of the recipe, such as pretrain.tokens=4M."
+Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_SET)]
 Quiet = Annotated[bool, Option("--quiet", help="Print warnings and errors only.")]
-Redo = Annotated[
-    list[str] | None,
-    Option("--redo", metavar="STAGE", help="Throw away STAGE and what builds on it first; may be repeated."),
-]
+_REDO = "First throw away STAGE and what builds on it; may be repeated."
+Redo = Annotated[list[str] | None, Option(metavar="STAGE", help=_REDO)]
 Json = Annotated[bool, Option("--json", help="Print JSON on stdout.")]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
-_FORMAT, _MEASURE = "With --format:", "With --measure:"
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,9 +74,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
-    ] = False,
+    version: bool = Option(
+        False, "--version", help="Print the version.", is_eager=True, callback=_print_version
+    ),
 ) -> None:
     """Options before the verb."""
 
@@ -99,24 +97,22 @@ def _stages(
     pipeline.run(loaded, Console(quiet=quiet), only=[only] if only else None, redo=redo or ())
 
 
+def _stage_verb(name: str) -> Callable[..., None]:
+    def stage(recipe: Recipe, overrides: Overrides = None, redo: Redo = None, quiet: Quiet = False) -> None:
+        _stages(recipe, overrides, redo, quiet, only=name)
+
+    return stage
+
+
 def _export(
-    recipe: Annotated[
-        str, _argument("RECIPE", "A recipe; with --format a Hugging Face directory or hub id.")
-    ],
+    recipe: str = _argument(..., "RECIPE", "A recipe; with --format a model directory or hub id."),
     overrides: Overrides = None,
     redo: Redo = None,
     quiet: Quiet = False,
-    format: Annotated[
-        Literal["openvino"] | None, Option(help="Export a model for this runtime, without a recipe.")
-    ] = None,
-    weights: Annotated[Precision, Option(help=f"{_FORMAT} precision of the weights.")] = "int8",
-    output: Annotated[
-        str | None, Option(metavar="DIR", help=f"{_FORMAT} the new folder (default NAME-FORMAT-WEIGHTS).")
-    ] = None,
-    target: Annotated[
-        str | None,
-        Option(metavar="DIR", help=f"{_FORMAT} an exported target that the model must serve as a draft."),
-    ] = None,
+    format: Literal["openvino"] | None = Option(None, help="Export a model, without a recipe."),
+    weights: Precision = Option("int8", help="With --format: precision of the weights."),
+    output: str | None = Option(None, help="With --format: the new folder (NAME-FORMAT-WEIGHTS)."),
+    target: str | None = Option(None, help="With --format: an exported target to pair it with."),
 ) -> None:
     if format is None:
         _stages(recipe, overrides, redo, quiet, only="export")
@@ -124,16 +120,8 @@ def _export(
     from fastdraft.console import Console
     from fastdraft.stages.export import export_model
 
-    export_model(
-        recipe, format=format, weights=weights, output=output, target=target, console=Console(quiet=quiet)
-    )
-
-
-def _stage_verb(name: str) -> Callable[..., None]:
-    def stage(recipe: Recipe, overrides: Overrides = None, redo: Redo = None, quiet: Quiet = False) -> None:
-        _stages(recipe, overrides, redo, quiet, only=name)
-
-    return stage
+    console = Console(quiet=quiet)
+    export_model(recipe, format=format, weights=weights, output=output, target=target, console=console)
 
 
 for _name, _summary in SUMMARIES.items():
@@ -153,39 +141,21 @@ def _check(recipe: Recipe, overrides: Overrides = None, json: Json = False, quie
     check.run(load_recipe(recipe, overrides or ()), Console(quiet=quiet), as_json=json)
 
 
-@_verb(
-    "inspect",
-    "A target's anatomy, its vocabulary's traps, candidate drafts with their costs.",
-    "inspect Qwen/Qwen3-8B",
-)
+@_verb("inspect", "A target's anatomy, its traps, candidate drafts and their costs.", "inspect Qwen/Qwen3-8B")
 def _inspect(
-    target: Annotated[str, _argument("TARGET", "A model directory, a hub id, or shipped:targets/starter.")],
-    revision: Annotated[str | None, Option(help="Branch, tag or commit on the hub.")] = None,
+    target: str = _argument(..., "TARGET", "A model directory, a hub id, or shipped:targets/starter."),
+    revision: str | None = Option(None, help="Branch, tag or commit on the hub."),
     json: Json = False,
-    measure: Annotated[
-        bool, Option("--measure", help="Time the target and drafts of these shapes here, untrained.")
-    ] = False,
-    weights: Annotated[Precision, Option(help=f"{_MEASURE} the target's precision.")] = "int4",
-    draft_weights: Annotated[Precision, Option(help=f"{_MEASURE} the drafts' precision.")] = "int8",
-    draft: Annotated[
-        list[str] | None,
-        Option(
-            metavar="SHAPE", help=f"{_MEASURE} 512x6 (width x layers) or an exported draft's folder; repeat."
-        ),
-    ] = None,
-    device: Annotated[str, Option(metavar="NAME", help=f"{_MEASURE} OpenVINO's name.")] = "CPU",
-    threads: Annotated[int, Option(min=0, help=f"{_MEASURE} CPU threads; 0 is OpenVINO's choice.")] = 0,
-    num_speculative_tokens: Annotated[
-        list[int] | None,
-        Option(
-            "--num-speculative-tokens",
-            "-k",
-            min=1,
-            max=64,
-            help=f"{_MEASURE} tokens a round (1 to 5); repeat.",
-        ),
-    ] = None,
-    prefix: Annotated[int, Option(min=1, help=f"{_MEASURE} tokens in the cache before each pass.")] = 128,
+    measure: bool = Option(False, "--measure", help="Time the target and untrained drafts here."),
+    weights: Precision = Option("int4", help="With --measure: the target's precision."),
+    draft_weights: Precision = Option("int8", help="With --measure: the drafts' precision."),
+    draft: list[str] = Option(
+        [], help="With --measure: a shape such as 512x6, or an exported draft; repeat."
+    ),
+    device: str = Option("CPU", help="With --measure: OpenVINO's name."),
+    threads: int = Option(0, min=0, help="With --measure: CPU threads; 0 is OpenVINO's choice."),
+    k: list[int] = Option([], "--num-speculative-tokens", "-k", min=1, help="With --measure: K; repeat."),
+    prefix: int = Option(128, min=1, help="With --measure: tokens in the cache before each pass."),
 ) -> None:
     from fastdraft.commands import inspect
     from fastdraft.commands.measure import MeasureSettings
@@ -194,29 +164,21 @@ def _inspect(
     settings = MeasureSettings(
         weights=weights,
         draft_weights=draft_weights,
-        draft=tuple(draft or ()),
+        draft=tuple(draft),
         device=device,
         threads=threads,
-        num_speculative_tokens=tuple(num_speculative_tokens or (1, 2, 3, 4, 5)),
+        num_speculative_tokens=tuple(k) or (1, 2, 3, 4, 5),
         prefix=prefix,
     )
-    inspect.run(
-        target, revision=revision, console=Console(), as_json=json, measuring=settings if measure else None
-    )
+    measuring = settings if measure else None
+    inspect.run(target, revision=revision, console=Console(), as_json=json, measuring=measuring)
 
 
-@_verb(
-    "preview",
-    "Synthetic rows as text, the trained tokens coloured.",
-    "preview runs/demo --stage align --count 3 | less",
-)
+@_verb("preview", "Synthetic rows as text, the trained tokens coloured.", "preview runs/demo --stage align")
 def _preview(
-    run: Annotated[Path, _argument("RUN", "A run's folder such as runs/demo.")],
-    stage: Annotated[
-        Literal["synthesize", "align"],
-        Option(help="What the target wrote, or rows of the training batches as the draft reads them."),
-    ] = "synthesize",
-    count: Annotated[int, Option(min=1, help="Rows to show.")] = 5,
+    run: Path = _argument(..., "RUN", "A run's folder such as runs/demo."),
+    stage: Literal["synthesize", "align"] = Option("synthesize", help="What the target wrote, or batches."),
+    count: int = Option(5, min=1, help="Rows to show."),
 ) -> None:
     from fastdraft.commands import preview
     from fastdraft.console import Console
@@ -224,49 +186,33 @@ def _preview(
     preview.run(run, count, Console(), stage)
 
 
-@_verb(
-    "generate",
-    "Text streaming out, accepted tokens coloured; speed-up at the end.",
-    "generate runs/demo --prompt 'def sort(' --temperature 0.6",
-)
+@_verb("generate", "Text, accepted tokens coloured; the speed-up.", "generate runs/demo --prompt 'def sort('")
 def _generate(
-    run: Annotated[
-        str | None, _argument("RUN", "A run's folder such as runs/demo, which gives target and draft.")
-    ] = None,
-    target: Annotated[str | None, Option(help="Target directory or hub id, instead of RUN's.")] = None,
-    draft: Annotated[str | None, Option(help="Draft directory, instead of RUN's.")] = None,
-    prompt: Annotated[
-        str | None, Option(help="Text to continue, or with --chat the question; read from stdin when absent.")
-    ] = None,
-    chat: Annotated[
-        bool, Option("--chat", help="Use the chat template; without --prompt, a conversation.")
-    ] = False,
-    num_speculative_tokens: Annotated[
-        int,
-        Option(
-            "--num-speculative-tokens", "-k", min=1, max=64, metavar="K", help="Tokens proposed per round."
-        ),
-    ] = 3,
-    temperature: Annotated[float, Option(min=0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, Option(min=0, help="0 keeps all.")] = 0,
-    top_p: Annotated[float, Option(min=0, max=1, help="1 keeps all.")] = 1.0,
-    max_new_tokens: Annotated[int, Option(min=1)] = 256,
-    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Of sampling.")] = 0,
-    device: Annotated[str, Option(help="auto, cpu, cuda, xpu or mps.")] = "auto",
-    color: Annotated[bool | None, Option(help="Default: on a terminal.")] = None,
-    compare: Annotated[bool, Option(help="Also time the target alone.")] = True,
+    run: str | None = _argument(None, "RUN", "A run's folder such as runs/demo: gives target and draft."),
+    target: str | None = Option(None, help="Target directory or hub id, instead of RUN's."),
+    draft: str | None = Option(None, help="Draft directory, instead of RUN's."),
+    prompt: str | None = Option(None, help="Text to continue, or --chat's question; else read from stdin."),
+    chat: bool = Option(False, "--chat", help="Use the chat template; without --prompt, a conversation."),
+    k: int = Option(3, "--num-speculative-tokens", "-k", min=1, max=64, help="Tokens proposed per round."),
+    temperature: float = Option(0.0, min=0, help="0 is greedy."),
+    top_k: int = Option(0, min=0, help="0 keeps all."),
+    top_p: float = Option(1.0, min=0, max=1, help="1 keeps all."),
+    max_new_tokens: int = Option(256, min=1, help="Length at which an answer is cut."),
+    seed: int = Option(0, min=0, max=2**63 - 1, help="Of sampling."),
+    device: str = Option("auto", help="auto, cpu, cuda, xpu or mps."),
+    color: bool | None = Option(None, help="Default: on a terminal."),
+    compare: bool = Option(True, help="Also time the target alone."),
 ) -> None:
     from fastdraft.commands import generate
-    from fastdraft.commands.generate import find_pair
     from fastdraft.console import Console
 
-    found_target, found_draft = find_pair(run, target, draft)
+    found_target, found_draft = generate.find_pair(run, target, draft)
     generate.run(
         target=found_target,
         draft=found_draft,
         prompt=prompt,
         chat=chat,
-        num_speculative_tokens=num_speculative_tokens,
+        num_speculative_tokens=k,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -280,11 +226,7 @@ def _generate(
 
 
 @_verb("recipes", "List the shipped recipes, or copy one to edit.", "recipes --copy starter")
-def _recipes(
-    copy: Annotated[
-        str | None, Option("--copy", metavar="NAME", help="Write NAME.yaml here, to edit.")
-    ] = None,
-) -> None:
+def _recipes(copy: str | None = Option(None, metavar="NAME", help="Write NAME.yaml here, to edit.")) -> None:
     from fastdraft.recipe.recipe import shipped_recipes
 
     shipped = shipped_recipes()
@@ -319,8 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end(line: str, exit_code: int) -> int:
-    if (
-        exit_code != _STOPPED or os.environ.get("RANK", "0") == "0"
-    ):  # of torchrun's processes one tells of the stop
+    # Of torchrun's processes one tells of the stop.
+    if exit_code != _STOPPED or os.environ.get("RANK", "0") == "0":
         print(f"fastdraft: {line}", file=sys.stderr)
     return exit_code
