@@ -317,7 +317,7 @@ def test_charts_without_enough_to_compare_are_left_out() -> None:
     rows = [row for row in benchmark().rows if row.part == "tasks" and row.target_weights == "int4"]
     one: BenchmarkResults = replace(benchmark(), rows=rows, breakdown=[])
     assert (charts.sweeps(one), charts.breakdown(one)) == ([], [])
-    assert charts.losses("PT", []) == []
+    assert charts.losses({"pretrain": []}) == []
 
 
 def test_smoothing_keeps_a_constant_and_averages_the_latest_points() -> None:

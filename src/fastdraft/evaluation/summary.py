@@ -9,13 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdraft.console import Console
 from fastdraft.decoding.token_stream import text_pieces
-from fastdraft.evaluation.results import (
-    CHECKPOINT_LABELS,
-    AnswerPiece,
-    AnswerSample,
-    EvaluationResults,
-    nearest_k,
-)
+from fastdraft.evaluation.results import AnswerPiece, AnswerSample, EvaluationResults, nearest_k
 from fastdraft.evaluation.rows import (
     CostRatios,
     Setting,
@@ -84,26 +78,7 @@ def samples(
 
 
 def tell(results: EvaluationResults, console: Console) -> None:
-    """The rates of each checkpoint in the terminal, and what deserves a warning."""
-    k, drafts = results.headline_k, results.checkpoints
-    labels = [CHECKPOINT_LABELS.get(name, name) for name in drafts]
-    columns = [
-        "task",
-        "T",
-        *(f"{label} rate" for label in labels),
-        *(f"{label} tok/pass" for label in labels),
-    ]
-    lines = []
-    for task, temperature in results.settings():
-        rows = [results.row(name, task, temperature) for name in drafts]
-        rates = [
-            "-" if not row or row.acceptance_rate is None else f"{row.acceptance_rate:.3f}" for row in rows
-        ]
-        efficiencies = [
-            "-" if not row or row.block_efficiency is None else f"{row.block_efficiency:.2f}" for row in rows
-        ]
-        lines.append([task[:16], f"{temperature:g}", *rates, *efficiencies])
-    console.table(f"Acceptance rate and tokens per target pass, K = {k}, by replay", columns, lines)
+    """What deserves a word or a warning in the terminal."""
     check = results.greedy_check
     if check and check.texts:
         equal = check.texts - check.different

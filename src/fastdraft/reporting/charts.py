@@ -139,6 +139,7 @@ def _draw(axes: Axes, chart: Chart) -> None:
         axes.yaxis.set_minor_formatter("{x:g}")
     if chart.ticks is None:
         axes.xaxis.set_major_formatter(lambda value, _: count(value))
+        axes.locator_params(axis="x", nbins=5)
     else:
         axes.set_xticks(list(chart.ticks), list(chart.ticks.values()))
         axes.set_xticks([], minor=True)
@@ -216,24 +217,26 @@ def positions(results: EvaluationResults) -> list[Chart]:
     return _by_checkpoint(results, points, "position in the round")
 
 
-def losses(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Training loss, as logged and smoothed, and losses on held-out rows against trained tokens; what alignment keeps by."""
-    train: list[Point] = [(line["tokens"], line["loss"], None) for line in metrics if "loss" in line]
-    held: dict[str, list[Point]] = {}
-    kept: list[Point] = []
-    for line in metrics:
-        for name, loss in (line.get("validation_loss") or {}).items():
-            held.setdefault(name, []).append((line["tokens"], loss, None))
-        if line.get("validation_block_efficiency") is not None:
-            kept.append((line["tokens"], line["validation_block_efficiency"], None))
-    lines = [Line("", "#c3c7cd", train, "-"), Line("train", GREY, smooth(train), "-")]
-    lines += [Line(name, colour(name, held), points) for name, points in held.items()]
-    best = Line("", CHECKPOINT_COLOURS["align"], kept, best=True)
-    found = drawn(
-        [Chart(f"{stage}: loss", f"{stage}: loss against tokens", lines, "tokens trained", log="y")]
-    )
-    words = f"{stage}: tokens per target pass, held out"
-    return found + drawn([Chart(words, words, [best], "tokens trained")])
+def losses(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
+    """Of every stage, against trained tokens: training loss, as logged and smoothed, and loss on held-out rows; what alignment keeps by."""
+    charts = []
+    for stage, logged in metrics.items():
+        train: list[Point] = [(line["tokens"], line["loss"], None) for line in logged if "loss" in line]
+        held: dict[str, list[Point]] = {}
+        kept: list[Point] = []
+        for line in logged:
+            for name, loss in (line.get("validation_loss") or {}).items():
+                held.setdefault(name, []).append((line["tokens"], loss, None))
+            if line.get("validation_block_efficiency") is not None:
+                kept.append((line["tokens"], line["validation_block_efficiency"], None))
+        lines = [Line("", "#c3c7cd", train, "-"), Line("train", GREY, smooth(train), "-")]
+        lines += [Line(name, colour(name, held), points) for name, points in held.items()]
+        words = f"{label(stage)}: loss"
+        charts += drawn([Chart(words, words, lines, "tokens trained", log="y")])
+        words = f"{label(stage)}: tokens per target pass, held out"
+        best = Line("", CHECKPOINT_COLOURS["align"], kept, best=True)
+        charts += drawn([Chart(words, words, [best], "tokens trained")])
+    return charts
 
 
 def smooth(points: Sequence[Point], share: float = 0.04) -> list[Point]:

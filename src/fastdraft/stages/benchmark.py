@@ -33,8 +33,10 @@ from fastdraft.benchmark.runs import (
 )
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError
+from fastdraft.evaluation.tasks import describe_task
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import BenchmarkConfig
+from fastdraft.reporting import benchmark_tables
 from fastdraft.reporting.verdict import measured_verdict
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.openvino import require_openvino
@@ -42,7 +44,6 @@ from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
 from fastdraft.runtimes.runtime import LoadedPair, Runtime
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
-from fastdraft.evaluation.tasks import describe_task
 
 NAME = "benchmark"
 # Shares from which it is said: of the processors that others keep busy, and of texts that loop.
@@ -244,29 +245,13 @@ def _measure(
 
 def _tell(results: BenchmarkResults, plan: BenchmarkPlan, console: Console) -> None:
     """The table, what deserves a word, and the verdict last."""
-    used, (target, draft) = results.runtime, plan.weights[0]
-    where = used.device + (
-        f" with the draft on {used.draft_device}" if used.draft_device != used.device else ""
-    )
-    judged = results.judged()
+    used, (target, draft), judged = results.runtime, plan.weights[0], results.judged()
+    apart = f" with the draft on {used.draft_device}" if used.draft_device != used.device else ""
     if judged:
-        best = results.best.by_task
-        found = [row for row in judged if row.num_speculative_tokens == best[row.task].num_speculative_tokens]
-        lines = [
-            [
-                row.task[:16],
-                str(row.num_speculative_tokens),
-                _two(row.block_efficiency),
-                _two(row.predicted_speedup),
-                f"{row.speedup:.2f} [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
-                _two(row.predicted_quotient),
-            ]
-            for row in found
-        ]
-        title = f"Speed-up on the clock, {where}, {target} target, {draft} draft"
-        console.table(
-            title, ["task", "best K", "tok/pass", "predicted", "measured [range]", "quotient"], lines
-        )
+        columns = ("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
+        shown = benchmark_tables.measured(results).only(*columns)
+        title = f"Speed-up on the clock, {used.device}{apart}, {target} target, {draft} draft"
+        console.table(title, *shown.plain(details=True))
     others = [f"{len(plan.weights)} weights pairs"] if len(plan.weights) > 1 else []
     others += [part.replace("_", " ") for part in dict.fromkeys(prompts.part for prompts in plan.swept)]
     if others:
@@ -289,7 +274,3 @@ def _tell(results: BenchmarkResults, plan: BenchmarkPlan, console: Console) -> N
             f"{share:.0%} of the texts run into loops, which a draft predicts easily: see speedup_without_looping in benchmark.json"
         )
     console.say(results.verdict["sentence"])
-
-
-def _two(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

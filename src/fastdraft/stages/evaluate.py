@@ -33,6 +33,7 @@ from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.data import ChosenEngine
 from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, HeldOutTexts, LoggedTexts, TargetTexts
+from fastdraft.reporting.tables import ladder
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.engines import choose_engine, describe_engine, open_engine, uses_weights
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
@@ -132,6 +133,8 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     write_json(folder.path / "results.json", results.to_json())
     shown = samples(work, exact, target.tokenizer)
     write_json(folder.path / "samples.json", [sample.to_json() for sample in shown])
+    title = f"Acceptance rate and tokens per target pass, K = {results.headline_k}"
+    console.table(title, *ladder(results).plain())
     tell(results, console)
     written = results.to_json()
     folder.complete(
