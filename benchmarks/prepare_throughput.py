@@ -35,7 +35,7 @@ from fastdraft.console import Console
 from fastdraft.data.corpora import blocks, documents
 from fastdraft.data.pack import BATCH_CHARS
 from fastdraft.data.readers import jsonl_values
-from fastdraft.data.tokenize import DocumentEncoder, parallel_tokenization
+from fastdraft.data.tokenize import DocumentEncoder, set_tokenizer_threads
 from fastdraft.recipe.prepare import PrepareConfig, RowsSource, SourceCodeSource
 from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder
@@ -182,9 +182,9 @@ def measure_rate(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def encode_all(encode: Callable[..., Any], batches: list[list[str]]) -> None:
-    with parallel_tokenization(0):
-        for batch in batches:
-            encode(batch, add_special_tokens=False)
+    set_tokenizer_threads(0)
+    for batch in batches:
+        encode(batch, add_special_tokens=False)
 
 
 def batched(corpus: Path) -> Iterator[list[str]]:

@@ -311,9 +311,8 @@ def test_rows_come_back_from_shards_by_number(tmp_path: Path) -> None:
     assert corpus[29].tolist() == [0, 29, 29, 29, 29]
     assert corpus[29].dtype == np.int64
     assert corpus.take([6, 7, 0])[:, 1].tolist() == [6, 7, 0]
-    for outside in (30, -1):
-        with pytest.raises(IndexError):
-            corpus[outside]
+    with pytest.raises(IndexError):
+        corpus[30]
 
 
 def test_ids_fit_their_type() -> None:

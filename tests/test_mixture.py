@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastdraft.data.mixture import Mixture, open_mixture
 from fastdraft.data.shards import PackedCorpus
@@ -41,22 +43,27 @@ def test_there_is_no_state_and_weights_are_on_any_scale() -> None:
     assert (Mixture(corpora, {"a": 1, "b": 2}, 20, 4).rows(0) != whole[0]).any()
 
 
-@pytest.mark.parametrize("rows_per_step", [1, 7, 64])
-def test_every_step_holds_the_corpora_in_their_shares(rows_per_step: int) -> None:
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), st.integers(1, 70), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_every_step_holds_the_corpora_in_their_shares(weights: list[float], size: int, first: int) -> None:
+    names = [str(number) for number in range(len(weights))]
+    corpora = {name: Numbers(50, 1000 * int(name)) for name in names}
     mixture = Mixture(
-        {"a": Numbers(50), "b": Numbers(50, 1000), "c": Numbers(9, 5000)},
-        {"a": 1, "b": 2, "c": 0},
-        rows_per_step,
-        0,
+        {**corpora, "none": Numbers(9)}, {**dict(zip(names, weights, strict=True)), "none": 0}, size, 0
     )
-    counts = np.array([(mixture.rows(step)[:, 0] < 1000).sum() for step in range(60)])
-    assert (np.abs(counts - rows_per_step / 3) < 1).all()
-    assert (np.abs(counts.cumsum() - rows_per_step / 3 * np.arange(1, 61)) < 1).all()
-    assert mixture.epochs(30) == pytest.approx({"a": rows_per_step * 10 / 50, "b": rows_per_step * 20 / 50})
-    if rows_per_step == 64:
-        assert len({tuple(mixture.rows(step)[:, 0] < 1000) for step in range(9)}) == 9, (
-            "shuffled anew each step"
-        )
+    shares = np.array(weights) / sum(weights)
+    for step in range(first, first + 5):
+        rows = mixture.rows(step)
+        assert len(rows) == size
+        counts = np.bincount(rows[:, 0] // 1000, minlength=len(weights))
+        assert (np.abs(counts - shares * size) < 2).all()
+    read = np.array([mixture.epochs(first)[name] for name in names]) * 50
+    assert (np.abs(read - shares * size * first) < 1.5).all()
+
+
+def test_the_rows_of_a_step_are_shuffled_anew_each_step() -> None:
+    mixture = Mixture({"a": Numbers(50), "b": Numbers(50, 1000)}, {"a": 1, "b": 2}, 64, 0)
+    assert len({tuple(mixture.rows(step)[:, 0] < 1000) for step in range(9)}) == 9
 
 
 def test_each_epoch_walks_a_corpus_once_in_a_new_order() -> None:

@@ -1,6 +1,6 @@
 """Which rows a step has: a weighted mixture of prepared corpora, as a function of the step.
 
-Every step holds each corpus in its share, to within one row; each corpus is walked in a fresh permutation per epoch. There is
+Every step holds each corpus in its share, to within about a row; each corpus is walked in a fresh permutation per epoch. There is
 no state: a resumed run asks for its step and gets the same rows.
 """
 
@@ -32,9 +32,8 @@ class Mixture:
         self.names = sorted(name for name, weight in weights.items() if weight > 0)
         self.corpora, self.rows_per_step, self.seed = corpora, rows_per_step, seed
         self.row_length = corpora[self.names[0]].row_length
-        shares = np.array([weights[name] for name in self.names]) / sum(weights[name] for name in self.names)
-        # Cumulative: after any number of rows each corpus is within one row of its share.
-        self._bounds = np.cumsum(shares)
+        weighted = np.array([weights[name] for name in self.names], dtype=np.float64)
+        self._shares = weighted / weighted.sum()
         # A step may touch two epochs of each corpus.
         self._order = lru_cache(2 * len(self.names))(self._permutation)
 
@@ -43,10 +42,9 @@ class Mixture:
 
         Of several processes, number r of n takes `slice(r, None, n)`; no other rows are read.
         """
-        taken = self._taken(np.array([step, step + 1]))
-        counts = taken[1] - taken[0]
-        picks = np.repeat(np.arange(len(self.names)), counts)
-        occurrences = np.concatenate([np.arange(*ends) for ends in taken.T])
+        before, behind = self._taken(step * self.rows_per_step), self._taken((step + 1) * self.rows_per_step)
+        picks = np.repeat(np.arange(len(self.names)), behind - before)
+        occurrences = np.concatenate([np.arange(*ends) for ends in zip(before, behind, strict=True)])
         # Shuffled, so that every process and every micro-batch gets of each corpus.
         order = np.random.default_rng([self.seed, step]).permutation(self.rows_per_step)[part]
         picks, occurrences = picks[order], occurrences[order]
@@ -58,16 +56,19 @@ class Mixture:
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each corpus is read in `steps` steps."""
-        taken = self._taken(np.array([steps]))[0].tolist()
+        taken = self._taken(steps * self.rows_per_step).tolist()
         return {name: count / self.corpora[name].rows for name, count in zip(self.names, taken, strict=True)}
 
     def _corpus(self, number: int) -> PackedCorpus:
         return self.corpora[self.names[number]]
 
-    def _taken(self, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Rows of each corpus before each of `steps`: [steps, corpora]."""
-        upper = np.rint(np.outer(steps * self.rows_per_step, self._bounds)).astype(np.int64)
-        return np.diff(upper, axis=1, prepend=0)
+    def _taken(self, rows: int) -> npt.NDArray[np.int64]:
+        """How many of the run's first `rows` rows each corpus gives."""
+        # Sainte-Lague's method: as near to the shares as rounding each of them, but no count ever falls as `rows` grows.
+        taken = np.floor(self._shares * max(rows - len(self.names), 0) + 0.5).astype(np.int64)
+        for _ in range(rows - int(taken.sum())):
+            taken[np.argmin((taken + 0.5) / self._shares)] += 1
+        return taken
 
     def _row_numbers(self, number: int, occurrences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Rows in corpus `number` for its occurrences in the run."""

@@ -145,14 +145,11 @@ class PackedCorpus:
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         """One row: int64 [row_length + 1]; inputs are `[:-1]`, labels `[1:]`."""
-        row: npt.NDArray[np.int64] = self.take([index])[0]
-        return row
+        return np.asarray(self.take([index])[0])
 
     def take(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Rows by number: int64 [n, row_length + 1]."""
         wanted = np.asarray(indices, dtype=np.int64)
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.rows:
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {self.rows}")
         out = np.empty((len(wanted), self.row_length + 1), dtype=np.int64)
         shard_of = np.searchsorted(self._ends, wanted, side="right")
         for number in np.unique(shard_of).tolist():

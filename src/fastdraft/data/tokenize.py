@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,25 +22,12 @@ from fastdraft.errors import TargetError
 CONTROL = re.compile(r"<\|.*\|>", re.DOTALL)
 
 
-@contextlib.contextmanager
-def parallel_tokenization(workers: int) -> Iterator[None]:
-    """Lets the tokenizers library use `workers` threads inside the block (0: all cores, 1: none of its own).
-
-    Its thread pool is made at first use and keeps its size for the life of the process; the ids never depend on it.
-    """
-    names = ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
-    if workers > 1:
-        os.environ["RAYON_NUM_THREADS"] = str(workers)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def set_tokenizer_threads(threads: int) -> None:
+    """How many threads the tokenizers library uses in this process (0: all cores, 1: none of its own); the ids never depend on it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if threads == 1 else "true"
+    if threads > 1:
+        # Its thread pool is made at first use and keeps its size.
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
 
 
 def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:

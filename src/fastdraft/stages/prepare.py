@@ -11,7 +11,7 @@ from typing import Any
 from fastdraft.data.corpora import describe
 from fastdraft.data.pack import CorpusPacker
 from fastdraft.data.shards import RowForm, token_dtype
-from fastdraft.data.tokenize import DocumentEncoder, added_words, parallel_tokenization, separator_id
+from fastdraft.data.tokenize import DocumentEncoder, added_words, separator_id, set_tokenizer_threads
 from fastdraft.errors import DataError
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
@@ -70,10 +70,8 @@ def run(config: PrepareConfig, context: StageContext) -> None:
         for name, sources in config.sources.items()
     }
     done = sum(packer.tokens for packer in packers.values())
-    with (
-        parallel_tokenization(context.settings.threads),
-        console.progress("prepare", config.budget, "tokens", completed=done) as bar,
-    ):
+    set_tokenizer_threads(context.settings.threads)
+    with console.progress("prepare", config.budget, "tokens", completed=done) as bar:
         try:
             corpora = {name: packer.run(console, bar.advance) for name, packer in packers.items()}
         except DataError:
