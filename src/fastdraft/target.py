@@ -32,14 +32,9 @@ from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import file_sha256
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_IDENTITY_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_IDENTITY_FILES = """
+    config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
+""".split()
 _HASHED_BYTES = 1 << 20
 
 
@@ -88,14 +83,13 @@ class Target:
         names = ("tokenizer.json", "tokenizer.model")
         if self.files.is_local and not any(self.files.find(name) for name in names):
             fix = "copy the model's tokenizer files here"
-            raise TargetError(f"{self.location}: no tokenizer.json; a fast tokenizer is required", fix)
+            raise self.files.wrong("no tokenizer.json; a fast tokenizer is required", fix)
         with one_line(self.location):
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.location, revision=self.revision, trust_remote_code=False
-            )
+            options = {"revision": self.revision, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(self.location, **options)
             if not tokenizer.is_fast:
                 found = f"{type(tokenizer).__name__} is slow; a fast tokenizer is required"
-                raise TargetError(f"{self.location}: {found}", "convert it to tokenizer.json first")
+                raise self.files.wrong(found, "convert it to tokenizer.json first")
             tokenizer.decode(tokenizer("A fox.").input_ids)  # a damaged one may load and fail at a text
         return tokenizer
 
@@ -104,7 +98,10 @@ class Target:
         """What a draft must share. A text ends at the tokenizer's EOS or any of the generation config's (else of the config's)."""
         tokenizer, config = self.tokenizer, self.config
         listed = getattr(self.generation_config, "eos_token_id", None)
-        eos = self._ids("eos_token_id", listed if listed is not None else special_id(config, "eos_token_id"))
+        first = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        eos = first + self._ids(
+            "eos_token_id", listed if listed is not None else special_id(config, "eos_token_id")
+        )
         pad = tokenizer.pad_token_id
         if pad is None:
             pad = next(iter(self._ids("pad_token_id", special_id(config, "pad_token_id"))), None)
@@ -112,15 +109,13 @@ class Target:
         largest = max(described.ids, default=-1)
         if largest >= size:
             found = f"the tokenizer has id {largest}, the config's vocab_size is {size}"
-            raise TargetError(f"{self.location}: {found}", "take config and tokenizer from the same model")
+            raise self.files.wrong(found, "take config and tokenizer from the same model")
         return Vocabulary(
             size=size,
             num_tokens=len(described.ids),
             missing_ids=tuple(sorted(set(range(size)) - described.ids)),
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_ids=tuple(
-                dict.fromkeys(token for token in (tokenizer.eos_token_id, *eos) if token is not None)
-            ),
+            eos_token_ids=tuple(dict.fromkeys(eos)),
             pad_token_id=pad,
             digest=described.digest,
             special_digest=described.special_digest,
@@ -129,10 +124,7 @@ class Target:
     def _ids(self, name: str, value: Any) -> list[int]:
         ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
         if any(type(item) is not int for item in ids):
-            raise TargetError(
-                f"{self.location}: {name} {value!r:.40}; must be a token id, or a list",
-                "fetch the model again",
-            )
+            raise self.files.wrong(f"{name} {value!r:.40}; must be a token id, or a list of them")
         return ids
 
     @cached_property
@@ -160,40 +152,30 @@ class Target:
         auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
         self.files.check_weights()
         with one_line(self.location):
-            return self._load(dtype or _DTYPES.get(self.dtype, auto)).to(device).eval()
+            return self._load(dtype or _DTYPES.get(self.dtype) or auto).to(device).eval()
 
     def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
-        options: dict[str, Any] = {
-            "use_safetensors": True,
-            "output_loading_info": True,
-            "revision": self.revision,
-        }
+        options: dict[str, Any] = {"dtype": dtype, "revision": self.revision, "trust_remote_code": False}
         if getattr(text_config(self.config), "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # torch's fused attention leaves the cap out
         try:
-            cls = auto_class(self.config)
-            model, report = cls.from_pretrained(
-                self.location, dtype=dtype, trust_remote_code=False, **options
-            )
+            options |= {"use_safetensors": True, "output_loading_info": True}
+            model, report = auto_class(self.config).from_pretrained(self.location, **options)
         except Exception as error:  # each quantiser has errors of its own, where its library is missing
             quantised: Any = getattr(self.config, "quantization_config", None)
             if quantised is None:
                 raise
-            method = (quantised if isinstance(quantised, dict) else vars(quantised)).get(
-                "quant_method", "an unknown method"
+            method = quantised if isinstance(quantised, dict) else vars(quantised)
+            found = (
+                f"weights quantised by {method.get('quant_method')} ({' '.join(str(error).split())[:100]})"
             )
-            found = f"weights quantised by {method} ({' '.join(str(error).split())[:100]})"
-            fix = "install the library of that method, or name the model that was quantised"
-            raise TargetError(
-                f"{self.location}: {found}; transformers must be able to load them", fix
-            ) from error
+            found += "; transformers must be able to load them"
+            raise self.files.wrong(found, "install the library of that method") from error
         # A weight missing from the files is an error, never a random matrix.
         problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
         if problems:
             others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise TargetError(
-                f"{self.location}: no weights for {problems[0]}{others}", "fetch the model again"
-            )
+            raise self.files.wrong(f"no weights for {problems[0]}{others}")
         return model
 
     def identity(self, *, weights: bool = True) -> dict[str, Any]:

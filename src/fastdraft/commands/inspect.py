@@ -10,7 +10,6 @@ import json
 import math
 import textwrap
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from fastdraft.commands.measure import MeasureSettings, measure
@@ -72,9 +71,7 @@ class Candidate:
             "cost_ratio_parameters": self.by_parameters,
             "cost_ratio_bytes": self.by_bytes,
             "cost_ratio_bytes_int8_draft_int4_target": self.int8_on_int4,
-            "mbsu_bytes": {
-                str(rate): dict(zip(map(str, KS), self.mbsu(rate), strict=True)) for rate in RATES
-            },
+            "mbsu_bytes": {str(r): dict(zip(map(str, KS), self.mbsu(r), strict=True)) for r in RATES},
         }
 
 
@@ -96,16 +93,14 @@ def run(
         measuring: How passes are to be measured; None measures nothing.
     """
     inspection = Inspection(Target.at(location, revision))
-    candidates = inspection.candidates
-    if not candidates:
+    if not inspection.candidates:
         console.warn("no draft would cost less than half of this target: a draft cannot pay here")
     found = inspection.as_dict() if as_json else {}
     if not as_json:
         print(inspection.text(), flush=True)
     if measuring is not None:
-        measured = measure(
-            inspection.target, [candidate.draft for candidate in candidates], measuring, console
-        )
+        shapes = [candidate.draft for candidate in inspection.candidates]
+        measured = measure(inspection.target, shapes, measuring, console)
         found["measured"] = measured.as_dict()
         if not as_json:
             print("\n" + measured.text())
@@ -135,10 +130,7 @@ class Inspection:
     def __init__(self, target: Target) -> None:
         self.target, self.shape, self.vocabulary = target, target.architecture, target.vocabulary
         self.traps, self.parameters = find_traps(target), count(target.config).stored
-
-    @cached_property
-    def candidates(self) -> list[Candidate]:
-        return find_candidates(self.target)
+        self.candidates = find_candidates(target)
 
     def as_dict(self) -> dict[str, Any]:
         family = self.shape.family
@@ -175,10 +167,8 @@ class Inspection:
         rope = rope.get("full_attention") or rope  # of several, that of the layers which see everything
         kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 0)
         turned = f"rope {kind}, theta {theta:g}" if rope else "no rope"
-        reads = [
-            f"{_bytes(a.bytes_per_token(bits))} {name}"
-            for bits, name in ((4, "int4"), (8, "int8"), (16, "bf16"))
-        ]
+        precisions = {4: "int4", 8: "int8", 16: "bf16"}
+        reads = [f"{_bytes(a.bytes_per_token(bits))} {name}" for bits, name in precisions.items()]
         share = (2 - a.tied) * a.embedding_parameters / a.parameters
         tied = "tied" if a.tied else "untied"
         rows = {
@@ -212,9 +202,7 @@ def _costs(candidates: list[Candidate]) -> str:
     if uneven:
         note += f" Rows not all multiples of 256, so no K-quants in llama.cpp: {', '.join(uneven)}."
     named = [f"* preset {c.name}, {c.draft.parameters:,} parameters." for c in candidates if c.name]
-    return (
-        format_table("Candidate drafts", columns, rows) + "\n" + "\n".join([textwrap.fill(note, 79), *named])
-    )
+    return "\n".join([format_table("Candidate drafts", columns, rows), textwrap.fill(note, 79), *named])
 
 
 def _gains(candidates: list[Candidate]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fastdraft.commands.measurement import DraftCost, Measurement
 from fastdraft.console import Console
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors
-from fastdraft.modeling.shapes import explicit, natural
+from fastdraft.modeling.shapes import natural
 from fastdraft.modeling.text_part import text_only
 from fastdraft.recipe.base import format_count
 from fastdraft.recipe.run import user_path
@@ -121,8 +121,8 @@ def _drafts(
 ) -> list[MeasuredModel]:
     found, shapes = [], []
     for name in settings.draft:
-        if shape := _SHAPE.fullmatch(name):
-            shapes.append(_shape(target, *map(int, shape.groups())))
+        if numbers := _SHAPE.fullmatch(name):
+            shapes.append(_shape(target, *map(int, numbers.groups())))
             continue
         folder = user_path(name, "--draft")
         if not (folder / MODEL_FILE).is_file():
@@ -130,15 +130,15 @@ def _drafts(
             raise RecipeError(f"--draft: {name}; {rule}", "run fastdraft export first for a folder")
         draft = Target.at(folder)
         check_pair(target, draft)
-        found.append(
-            MeasuredModel(folder.name, draft.architecture, settings.draft_weights, draft.config, folder)
-        )
+        weights = settings.draft_weights
+        found.append(MeasuredModel(folder.name, draft.architecture, weights, draft.config, folder))
     for shape in shapes or ([] if found else candidates):
         name = f"{shape.hidden_size}x{shape.num_layers}"
         if any(draft.name.split("/")[0] == name for draft in found):
             name = f"{name}/{shape.intermediate_size}"
-        config = draft_hf_config(target.config, shape)
-        found.append(MeasuredModel(name, shape, settings.draft_weights, config))
+        found.append(
+            MeasuredModel(name, shape, settings.draft_weights, draft_hf_config(target.config, shape))
+        )
     if not found:
         rule = "no candidate; a draft must cost less than half of the target"
         raise TargetError(f"{target.location}: {rule}", "name a shape with --draft, for example --draft 64x1")
@@ -147,19 +147,11 @@ def _drafts(
 
 def _shape(target: Target, hidden: int, layers: int) -> Architecture:
     """The shape that the listed candidates would have at this width, at the asked depth."""
-    if not hidden or not layers:
-        raise RecipeError(
-            f"--draft: {hidden}x{layers}; width and layers must be at least 1", "for example 512x6"
-        )
+    if hidden % 2 or not hidden or not layers:
+        rule = "the width must be even, and both at least 1"
+        raise RecipeError(f"--draft: {hidden}x{layers}; {rule}", "for example 512x6")
     base = natural(target.architecture, hidden, has_rotary_factors(target.config))
-    return explicit(
-        target.architecture,
-        hidden_size=hidden,
-        num_layers=layers,
-        intermediate_size=base.intermediate_size,
-        num_heads=base.num_heads,
-        num_kv_heads=base.num_kv_heads,
-    )
+    return replace(base, num_layers=layers)
 
 
 def _build(model: MeasuredModel, target: Target, temporary: Path, console: Console) -> list[Path]:
@@ -192,9 +184,12 @@ def _time(
     console.say(f"loading {len(models)} models and reading {prefix} tokens with each")
     passes: list[Any] = []
     for model, group in zip(models, folders, strict=True):
-        where = {"device": settings.device, "threads": settings.threads}
-        loaded = [LoadedModel(folder, prefix, widths[-1], **where) for folder in group]
-        passes.append(loaded[0] if len(loaded) == 1 else ByLayers(*loaded, model.architecture.num_layers))
+        loaded = [
+            LoadedModel(folder, prefix, widths[-1], device=settings.device, threads=settings.threads)
+            for folder in group
+        ]
+        deep = model.architecture.num_layers
+        passes.append(loaded[0] if len(loaded) == 1 else ByLayers(loaded[0], loaded[1], deep))
     with console.progress("measuring", REPEATS + WARM_TURNS, "turns") as progress:
 
         def on_turn() -> None:
@@ -206,27 +201,25 @@ def _time(
     if costs.spread > UNSTEADY:
         disturbed = "other work on this machine disturbs the figures"
         console.warn(f"passes differ by {costs.spread:.0%} from turn to turn: {disturbed}")
-    of_target = models[0].architecture.exported_bytes_per_token(passes[0].weights)
+    sizes = [
+        m.architecture.exported_bytes_per_token(timed.weights)
+        for m, timed in zip(models, passes, strict=True)
+    ]
     drafts = [
         DraftCost(
-            name=model.name,
-            architecture=model.architecture,
-            weights=timed.weights,
-            random=model.export is None,
-            seconds=seconds,
-            bytes_ratio=model.architecture.exported_bytes_per_token(timed.weights) / of_target,
+            model.name, model.architecture, timed.weights, model.export is None, seconds, size / sizes[0]
         )
-        for model, timed, seconds in zip(models[1:], passes[1:], costs.draft_seconds, strict=True)
+        for model, timed, seconds, size in zip(
+            models[1:], passes[1:], costs.draft_seconds, sizes[1:], strict=True
+        )
     ]
-    runtime = {"name": "openvino", "device": settings.device, "threads": settings.threads, **described}
-    target = models[0]
     return Measurement(
-        runtime,
-        prefix,
-        REPEATS,
-        passes[0].weights,
-        target.export is None,
-        costs.target_seconds,
-        drafts,
-        tuple(ks),
+        runtime={"name": "openvino", "device": settings.device, "threads": settings.threads, **described},
+        prefix_tokens=prefix,
+        repeats=REPEATS,
+        target_weights=passes[0].weights,
+        target_random=models[0].export is None,
+        target_seconds=costs.target_seconds,
+        drafts=drafts,
+        num_speculative_tokens=tuple(ks),
     )

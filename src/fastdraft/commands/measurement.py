@@ -83,48 +83,44 @@ class Measurement:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; seconds, and rates as keys."""
+        seconds, ks = self.target_seconds, self.num_speculative_tokens
+        drafts = [
+            {
+                "name": draft.name,
+                "architecture": draft.architecture.as_dict(),
+                "parameters": draft.architecture.parameters,
+                "weights": draft.weights,
+                "random": draft.random,
+                "seconds": draft.seconds,
+                "cost_ratio_latency": draft.seconds / seconds[1],
+                "cost_ratio_bytes": draft.bytes_ratio,
+                "break_even_acceptance_rate": self.break_even(draft),
+                "predicted_speedup": {str(r): {str(k): self.speedup(draft, r, k) for k in ks} for r in RATES},
+            }
+            for draft in self.drafts
+        ]
         best = {}
         for rate in RATES:
             draft, k, speedup = self.best(rate)
             figures = {"predicted_speedup": speedup, "use_a_draft": speedup > 1}
             best[str(rate)] = {"draft": draft.name, "num_speculative_tokens": k, **figures}
+        target = {"weights": self.target_weights, "random": self.target_random}
         return {
             "runtime": self.runtime,
             "prefix_tokens": self.prefix_tokens,
             "repeats": self.repeats,
-            "target": {
-                "weights": self.target_weights,
-                "random": self.target_random,
-                "seconds": {str(width): seconds for width, seconds in self.target_seconds.items()},
-            },
-            "drafts": [self._draft_dict(draft) for draft in self.drafts],
+            "target": {**target, "seconds": {str(width): value for width, value in seconds.items()}},
+            "drafts": drafts,
             "best": best,
             "sentence": self.sentence(),
-        }
-
-    def _draft_dict(self, draft: DraftCost) -> dict[str, Any]:
-        ks = self.num_speculative_tokens
-        return {
-            "name": draft.name,
-            "architecture": draft.architecture.as_dict(),
-            "parameters": draft.architecture.parameters,
-            "weights": draft.weights,
-            "random": draft.random,
-            "seconds": draft.seconds,
-            "cost_ratio_latency": draft.seconds / self.target_seconds[1],
-            "cost_ratio_bytes": draft.bytes_ratio,
-            "break_even_acceptance_rate": self.break_even(draft),
-            "predicted_speedup": {
-                str(rate): {str(k): self.speedup(draft, rate, k) for k in ks} for rate in RATES
-            },
         }
 
     def sentence(self) -> str:
         """Which draft for which acceptance rate, or none."""
         draft, k, speedup = self.best(RATES[-1])
         if all(self.best(rate)[2] <= 1 for rate in RATES):
-            found = f"even at an acceptance rate of {RATES[-1]:g} the best, {draft.name} at K = {k}, reaches {speedup:.2f}."
-            return f"Do not use a draft here: {found}"
+            best = f"the best, {draft.name} at K = {k}, reaches {speedup:.2f}."
+            return f"Do not use a draft here: even at an acceptance rate of {RATES[-1]:g} {best}"
         parts = []
         for rate in RATES:
             draft, k, speedup = self.best(rate)
@@ -138,24 +134,21 @@ class Measurement:
         return "\n\n".join([self._passes(), self._costs(), self._gains(), textwrap.fill(self.sentence(), 79)])
 
     def _passes(self) -> str:
-        r, kind = self.runtime, "random weights of this shape" if self.target_random else "the exported model"
+        r, seconds = self.runtime, self.target_seconds
         count = (
             f"{r['threads']} thread{'s' * (r['threads'] > 1)}"
             if r["threads"]
             else "OpenVINO's choice of threads"
         )
+        kind = "random weights of this shape" if self.target_random else "the exported model"
         note = (
             f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {count}; target in {self.target_weights}, "
             f"{kind}; behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns."
         )
-        seconds = self.target_seconds
-        rows = [
-            ["milliseconds", *(f"{1e3 * value:.3g}" for value in seconds.values())],
-            ["over one token", *(f"{value / seconds[1]:.2f}" for value in seconds.values())],
-        ]
-        return _table(
-            "Measured: one target pass over several tokens", ["tokens", *map(str, seconds)], rows, note
-        )
+        times = ["milliseconds", *(f"{1e3 * value:.3g}" for value in seconds.values())]
+        shares = ["over one token", *(f"{value / seconds[1]:.2f}" for value in seconds.values())]
+        title = "Measured: one target pass over several tokens"
+        return _table(title, ["tokens", *map(str, seconds)], [times, shares], note)
 
     def _costs(self) -> str:
         columns = ["draft", "parameters", "FFN", "weights", "ms/token", "c latency", "c bytes", "pays above"]
@@ -166,11 +159,9 @@ class Measurement:
                 draft.seconds / self.target_seconds[1],
                 self.break_even(draft),
             )
-            figures = [f"{1e3 * draft.seconds:.3g}", f"{ratio:.4f}", f"{draft.bytes_ratio:.4f}"]
-            above = "-" if rate is None else f"{rate:.2f}"
-            rows.append(
-                [draft.label, format_count(a.parameters), a.intermediate_size, draft.weights, *figures, above]
-            )
+            row = [draft.label, format_count(a.parameters), a.intermediate_size, draft.weights]
+            row += [f"{1e3 * draft.seconds:.3g}", f"{ratio:.4f}", f"{draft.bytes_ratio:.4f}"]
+            rows.append([*row, "-" if rate is None else f"{rate:.2f}"])
         note = (
             "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by the bytes read at "
             "these weights. pays above: the acceptance rate from which it gains at its best K; - where it never does."
@@ -178,16 +169,10 @@ class Measurement:
         return _table("Measured: one draft token", columns, rows, note)
 
     def _gains(self) -> str:
-        rows = [
-            [
-                draft.label,
-                f"{rate:g}",
-                *(f"{self.speedup(draft, rate, k):.2f}" for k in self.num_speculative_tokens),
-                self.best_k(draft, rate),
-            ]
-            for draft in self.drafts
-            for rate in RATES
-        ]
+        rows = []
+        for draft, rate in ((draft, rate) for draft in self.drafts for rate in RATES):
+            gains = [f"{self.speedup(draft, rate, k):.2f}" for k in self.num_speculative_tokens]
+            rows.append([draft.label, f"{rate:g}", *gains, self.best_k(draft, rate)])
         note = (
             f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a constant chance "
             "for each further token. At one rate the cheapest draft wins, but a larger one is accepted more often. What "

@@ -106,8 +106,8 @@ class Architecture:
         family = draft_family(self.family)
         if family == self.family:
             return self
-        plain = {"qkv_bias": False, "output_bias": False, "mlp_bias": False, "stored": 0, "read": 0}
-        return replace(self, family=family, head_dim=min(self.head_dim, _WIDEST_LLAMA_HEAD), **plain)
+        plain = replace(self, qkv_bias=False, output_bias=False, mlp_bias=False, stored=0, read=0)
+        return replace(plain, family=family, head_dim=min(self.head_dim, _WIDEST_LLAMA_HEAD))
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for manifests and fingerprints; counts only where they were made."""

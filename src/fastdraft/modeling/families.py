@@ -19,32 +19,21 @@ DRAFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 _GEMMA = "{} ties norms and embedding scale to its width, and runtimes fix its windows by layer number while a draft attends to everything"
 _EXPERTS = "a mixture of experts pays by its width, and a draft is narrow: a dense one reads as little"
 _AXES = "{} counts positions on three axes for pictures, and a draft reads text"
+_NOT_MADE = "for which FastDraft's shapes are not made"
 _ALWAYS_LLAMA = {
-    "gemma": "{} ties norms and embedding scale to its width, and its head is always its embedding",
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "gpt2": "{} learns a vector for each position, so that places beyond the training rows would stay untrained",
-    "gpt_neox": "{} has no gated feed-forward and no shared key-value heads, for which FastDraft's shapes and rates are made",
+    "gemma": "Gemma ties norms and embedding scale to its width, and its head is always its embedding",
+    "gemma2": _GEMMA.format("Gemma 2"),
+    "gemma3_text": _GEMMA.format("Gemma 3"),
+    "gpt2": "GPT-2 learns a vector for each position, so that places beyond the training rows would stay untrained",
+    "gpt_neox": f"GPT-NeoX has no gated feed-forward and no shared key-value heads, {_NOT_MADE}",
     "mixtral": _EXPERTS,
     "qwen2_moe": _EXPERTS,
     "qwen3_moe": _EXPERTS,
-    "granite": "{} carries multipliers that were tuned for its own width",
-    "cohere": "{} scales its logits and runs attention and feed-forward side by side, for which FastDraft's shapes are not made",
-    "cohere2": "{} scales its logits and leaves positions out of every fourth layer, for which FastDraft's shapes are not made",
-    "qwen2_vl_text": _AXES,
-    "qwen2_5_vl_text": _AXES,
-}
-_NAMES = {
-    "gemma": "Gemma",
-    "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3",
-    "gpt2": "GPT-2",
-    "gpt_neox": "GPT-NeoX",
-    "granite": "Granite",
-    "cohere": "Cohere",
-    "cohere2": "Cohere 2",
-    "qwen2_vl_text": "Qwen2-VL",
-    "qwen2_5_vl_text": "Qwen2.5-VL",
+    "granite": "Granite carries multipliers that were tuned for its own width",
+    "cohere": f"Cohere scales its logits and runs attention and feed-forward side by side, {_NOT_MADE}",
+    "cohere2": f"Cohere 2 scales its logits and leaves positions out of every fourth layer, {_NOT_MADE}",
+    "qwen2_vl_text": _AXES.format("Qwen2-VL"),
+    "qwen2_5_vl_text": _AXES.format("Qwen2.5-VL"),
 }
 TEXT_FAMILIES = (*DRAFT_FAMILIES, *_ALWAYS_LLAMA)
 MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
@@ -72,7 +61,7 @@ def draft_family(family: str) -> str:
 
 def why_draft_family(family: str) -> str:
     """Why a draft for this family is a Llama, as a clause; empty where it has the target's own family."""
-    return _ALWAYS_LLAMA.get(family, "").format(_NAMES.get(family, family))
+    return _ALWAYS_LLAMA.get(family, "")
 
 
 def llama_values(text: PreTrainedConfig) -> dict[str, Any]:

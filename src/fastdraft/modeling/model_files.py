@@ -43,18 +43,18 @@ class ModelFiles:
         self.location, self.revision = location, revision
         self.is_local = Path(location).is_dir()
         if not self.is_local and (Path(location).exists() or not _HUB_ID.fullmatch(location)):
-            raise TargetError(
-                f"{location}: no such directory; a model is a directory or a hub id", "correct the path"
-            )
+            raise self.wrong("no such directory; a model is a directory or a hub id", "correct the path")
+
+    def wrong(self, found: str, fix: str = _AGAIN) -> TargetError:
+        """What is the matter with this model, to be raised."""
+        return TargetError(f"{self.location}: {found}", fix)
 
     def find(self, name: str) -> Path | None:
         """One file on this machine; None when the model has no such file."""
         if self.is_local:
             path = Path(self.location) / name
             return path if path.is_file() else None
-        logging.getLogger("huggingface_hub").setLevel(
-            logging.ERROR
-        )  # its retries are not news: the outcome is told
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news
         with one_line(self.location):
             try:
                 return Path(hf_hub_download(self.location, name, revision=self.revision))
@@ -68,9 +68,7 @@ class ModelFiles:
         """config.json as it is, of a supported family."""
         path = self.find("config.json")
         if path is None:
-            raise TargetError(
-                f"{self.location}: no config.json", "name the directory that the model was saved to"
-            )
+            raise self.wrong("no config.json", "name the directory that the model was saved to")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -81,10 +79,9 @@ class ModelFiles:
         if not isinstance(family, str) or family not in TARGET_FAMILIES:
             own_code = " needs Python code of its own" if "auto_map" in config else ""
             rule = f"must be one of {', '.join(TARGET_FAMILIES)}"
-            raise TargetError(f"{self.location}: model family '{family}'{own_code}; {rule}")
-        if (
-            "vocab_size" not in config and "text_config" not in config
-        ):  # transformers would take its own default
+            raise self.wrong(f"model family '{family}'{own_code}; {rule}", "choose another model")
+        # transformers would take its own default
+        if "vocab_size" not in config and "text_config" not in config:
             raise TargetError(f"{path}: no vocab_size", _AGAIN)
         return config
 
@@ -93,13 +90,11 @@ class ModelFiles:
         root = Path(self.location)
         if not self.is_local:
             with one_line(self.location):
-                allowed = list(TOKENIZER_FILES)
-                root = Path(snapshot_download(self.location, revision=self.revision, allow_patterns=allowed))
+                options: dict[str, Any] = {"revision": self.revision, "allow_patterns": TOKENIZER_FILES}
+                root = Path(snapshot_download(self.location, **options))
         files = [path for pattern in TOKENIZER_FILES for path in sorted(root.glob(pattern)) if path.is_file()]
         if not files:
-            raise TargetError(
-                f"{self.location}: no tokenizer files", "copy the model's tokenizer files there"
-            )
+            raise self.wrong("no tokenizer files", "copy the model's tokenizer files there")
         return files
 
     def weights(self, names: Sequence[str] = ()) -> dict[str, Path]:
@@ -116,8 +111,9 @@ class ModelFiles:
             if name in places:
                 path = self.find(places[name])
                 if path is None:
-                    rule = "every file of model.safetensors.index.json must be there"
-                    raise TargetError(f"{self.location}: no {places[name]}; {rule}", _AGAIN)
+                    raise self.wrong(
+                        f"no {places[name]}; every file of model.safetensors.index.json must be there"
+                    )
                 found[name] = path
         return found
 
@@ -129,12 +125,10 @@ class ModelFiles:
     def _no_weights(self) -> TargetError:
         suffixes = {path.suffix for path in Path(self.location).iterdir()} if self.is_local else set()
         if suffixes & {".bin", ".pt", ".pth"}:
-            rule = "only pickled weights; must be safetensors, because pickles can run code"
-            return TargetError(
-                f"{self.location}: {rule}", "save the model as safetensors, or choose another copy"
-            )
+            found = "only pickled weights; must be safetensors, because pickles can run code"
+            return self.wrong(found, "save the model as safetensors, or choose another copy")
         fix = "put them there, or name the directory that holds them"
-        return TargetError(f"{self.location}: no model.safetensors; the weights are needed here", fix)
+        return self.wrong("no model.safetensors; the weights are needed here", fix)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
