@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,9 +140,12 @@ class Replicas:
     """Copies of the model in all processes; gradients are added during the last backward pass (DDP)."""
 
     def __init__(self, model: nn.Module, loss_sum: Callable[[Batch], Tensor]) -> None:
-        self._module = DistributedDataParallel(
-            _LossSum(model, loss_sum), broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; older releases do not know the new name.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._module = DistributedDataParallel(
+                _LossSum(model, loss_sum), broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         # DDP's own hook averages; the step has divided by the trained tokens of all processes already.
         self._module.register_comm_hook(
             None, lambda state, bucket: _add(bucket)
