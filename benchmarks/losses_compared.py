@@ -12,7 +12,6 @@ same command goes on after a kill, and takes in more losses later. Writes OUT/lo
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -59,11 +58,11 @@ Place = tuple[str, float]
 
 @dataclass(frozen=True)
 class Branch(RunFolder):
-    """A run that borrows every artifact but align from the run in `source`, and writes nothing there."""
+    """A run that borrows every stage but align from the run in `source`, and writes nothing there."""
 
     source: Path
 
-    def artifact(self, name: str) -> StageFolder:
+    def folder(self, name: str) -> StageFolder:
         return StageFolder((self.root if name == "align" else self.source) / name)
 
 
@@ -87,12 +86,7 @@ class Comparison:
             if loss in (START, BASE)
             else {"kind": "token_kd", "loss": loss, "source": self.source}
         )
-        own = [
-            f"align.tokens={self.tokens}",
-            "align.epochs=null",
-            f"align.objective={json.dumps(objective)}",
-            *self.overrides,
-        ]
+        own = [f"align.tokens={self.tokens}", f"align.objective={json.dumps(objective)}", *self.overrides]
         recipe: Recipe = load_recipe(
             str(self.run / "recipe.yaml"), [*own, *([f"run.threads={self.threads}"] if self.threads else [])]
         )
@@ -115,7 +109,7 @@ def train(comparison: Comparison, loss: str, console: Console) -> Path:
     context = comparison.context(loss, console)
     artifact, config = context.folder("align"), context.section("align")
     if loss == START:
-        return align._start(context)[0]
+        return align.start(context)[0]
     artifact.begin(align.fingerprint(config, context))
     if not artifact.is_complete():
         align.run(config, context)
@@ -124,26 +118,25 @@ def train(comparison: Comparison, loss: str, console: Console) -> Path:
 
 def replay(comparison: Comparison, loss: str, folder: Path, console: Console) -> dict[Place, Table]:
     """Expected counts of every prompt; each task and temperature is kept in a file of its own."""
-    context, texts, k = (
-        comparison.context(loss, console),
-        comparison.texts(),
-        comparison.num_speculative_tokens,
-    )
-    paths = {
-        place: comparison.out / loss / "replay" / f"{place[0]}-{place[1]:g}-k{k}-n{len(rows)}.npy"
-        for place, rows in texts.items()
-    }
-    missing = {place: rows for place, rows in texts.items() if not paths[place].exists()}
-    if missing:
-        draft, vocabulary = load_draft(folder), context.target.vocabulary
-        with console.progress(f"replay {loss}", len(texts), "tasks", len(texts) - len(missing)) as progress:
-            for place, rows in missing.items():
-                buffer = io.BytesIO()
-                np.save(buffer, replay_texts(draft, rows, [k], vocabulary).by_k[0], allow_pickle=False)
-                write_atomic(paths[place], buffer.getvalue())
-                progress.advance()
-                console.stop.check(comparison.out)
-    return {place: np.load(path, allow_pickle=False) for place, path in paths.items()}
+    vocabulary, texts = comparison.context(loss, console).target.vocabulary, comparison.texts()
+    draft, k, kept = load_draft(folder), comparison.num_speculative_tokens, StageFolder(comparison.out / loss)
+
+    def write(path: Path, table: Table) -> None:
+        with open(path, "wb") as file:
+            np.save(file, table, allow_pickle=False)
+
+    tables = {}
+    with console.progress(f"replay {loss}", len(texts), "tasks") as progress:
+        for (task, temperature), rows in texts.items():
+            tables[task, temperature] = kept.keep(
+                f"replay/{task}-{temperature:g}-k{k}-n{len(rows)}.npy",
+                lambda rows=rows: replay_texts(draft, rows, [k], vocabulary).by_k[0],  # type: ignore[misc]
+                read=np.load,
+                write=write,
+            )
+            progress.advance()
+            console.stop.check(comparison.out)
+    return tables
 
 
 def with_pooled(tables: dict[Place, Table]) -> dict[Place, Table]:

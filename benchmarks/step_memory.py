@@ -2,20 +2,19 @@
 
     python benchmarks/step_memory.py --output benchmarks/results/step_memory_cpu.json
     python benchmarks/step_memory.py --device cuda --output benchmarks/results/step_memory_cuda.json
-    python benchmarks/step_memory.py --model runs/llama-3.1-8b/design/draft     # a draft that was designed, instead of the shape below
+    python benchmarks/step_memory.py --model runs/llama-3.1-8b/design/draft     # a draft that was designed
 
-Needs torch, transformers and a checkout of this repository, nothing else. Every row is a process of its own that builds the draft with
-random weights (fp32, bf16 autocast), takes one small step, so that the optimiser has its state, and then one whole step with the product's
-own `TrainStep`; only the loss differs between paths:
+Needs torch, transformers and a checkout of this repository. Every row is a process of its own that builds the draft with random
+weights (fp32, bf16 autocast), takes one small step, so that the optimiser has its state, and then one whole step with the product's own
+`TrainStep`; only the loss differs between paths:
 
     plain     logits of all tokens [N, V], in fp32, then torch's cross_entropy (what transformers' own loss does)
     torch     torch.nn.functional.linear_cross_entropy, chunked (LinearCrossEntropyOptions), where this torch has it
     chunked   the product's
 
-Decides what is memory "above weights, gradients and optimiser": the peak during the step, less what the process held before it (Python,
-libraries, weights, the optimiser's state), less the gradients' own bytes. On a CPU the peak is that of resident memory (VmHWM, reset before
-the step; where it cannot be reset, getrusage's highest since the process began), on CUDA that of torch's allocator. GB are 1e9 bytes.
-Each row is written as soon as it is known, and rows that the output file has already are not measured again.
+Memory "above weights, gradients and optimiser" is the peak during the step, less what the process held before it, less the gradients'
+own bytes. On a CPU the peak is that of resident memory (VmHWM, reset before the step; where it cannot be reset, the highest since the
+process began), on CUDA that of torch's allocator. GB are 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -24,20 +23,17 @@ import argparse
 import gc
 import itertools
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
+from machine import Report, add_arguments, synchronize, table
 from torch import Tensor, nn
 
 from fastdraft.training.batches import Batch
@@ -49,8 +45,7 @@ PATHS = ("chunked", "torch", "plain")
 SHAPE = {"vocab": 128_256, "hidden": 512, "layers": 6, "heads": 8, "ffn": 1792}
 """The preset llama-3.1-8b-150m in the vocabulary of Llama 3.1: 154,147,328 parameters."""
 TINY = {"vocab": 512, "hidden": 32, "layers": 1, "heads": 2, "ffn": 64}
-SEED = 0
-GB = 1e9
+SEED, GB = 0, 1e9
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,10 @@ class TorchCrossEntropy:
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
         device = hidden_ND.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        own, options = nn.functional.linear_cross_entropy, nn.LinearCrossEntropyOptions()
         with torch.autocast(device, enabled=False):
-            return nn.functional.linear_cross_entropy(
-                hidden_ND.to(low),
-                head_VD.to(low),
-                batch.labels,
-                reduction="sum",
-                options=nn.LinearCrossEntropyOptions(),
-            ).float()
+            found = own(hidden_ND.to(low), head_VD.to(low), batch.labels, reduction="sum", options=options)
+        return found.float()
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -91,34 +82,30 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(json.loads(arguments.child))))
         return
-    report = begin(arguments)
+    report = Report(arguments.output, "step_memory", arguments.device, arguments)
+    names = ("device", "tokens", "length", "precision", "model", "dry_run", "threads")
+    given = {name: getattr(arguments, name) for name in names}
     for path, micro in itertools.product(arguments.path, arguments.micro_batch_tokens):
-        setting = {
-            "path": path,
-            "micro_batch_tokens": micro or default_micro_batch_tokens(torch.device(arguments.device)),
-        }
-        setting |= {
-            name: getattr(arguments, name)
-            for name in ("device", "tokens", "length", "precision", "model", "dry_run", "threads")
-        }
-        setting["micro_batch_tokens"] = min(setting["micro_batch_tokens"], arguments.tokens)
-        if any(
-            row["path"] == path and row["micro_batch_tokens"] == setting["micro_batch_tokens"]
-            for row in report["results"]
-        ):
-            continue
-        report["results"].append(in_own_process(setting))
-        write(arguments.output, report)
-    report["complete"] = True
-    write(arguments.output, report)
-    print(table(report["results"]))
+        micro = min(micro or default_micro_batch_tokens(torch.device(arguments.device)), arguments.tokens)
+        if not any((row["path"], row["micro_batch_tokens"]) == (path, micro) for row in report.results):
+            report.add(in_own_process({"path": path, "micro_batch_tokens": micro, **given}))
+    report.finish()
+    sizes = ("peak", "weights", "gradients", "optimizer", "above", "libraries")
+    rows = [
+        [row["path"], f"{row['micro_batch_tokens']:,}"]
+        + ([row["error"]] if "error" in row else [f"{row[f'{name}_gb']:.2f}" for name in sizes])
+        + ([] if "error" in row else [f"{row['seconds']:.1f}", f"{row['loss']:.4f}"])
+        for row in report.results
+    ]
+    columns = ["path", "micro-batch", *(f"{name}, GB" for name in sizes), "seconds", "loss"]
+    print(table(columns, [row + [""] * (len(columns) - len(row)) for row in rows]))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_arguments(parser, "step_memory")
     parser.add_argument("--path", nargs="+", choices=PATHS, default=[], help="default: all that can run here")
     parser.add_argument("--tokens", type=int, default=8192, help="of the step")
     parser.add_argument("--length", type=int, default=2048, help="of a row")
@@ -131,72 +118,19 @@ def parse_arguments() -> argparse.Namespace:
         default="",
         help="directory of a designed draft; default: the preset's shape, random weights",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="tiny shapes: does it run at all? its figures mean nothing"
-    )
-    parser.add_argument("--output", type=Path, default=Path("step_memory.json"))
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.dry_run:
         arguments.tokens, arguments.length, arguments.micro_batch_tokens = 256, 64, [128]
-    arguments.path = arguments.path or [path for path in PATHS if available(path, arguments.device)]
+    known = [path for path in PATHS if path != "torch" or hasattr(nn, "LinearCrossEntropyOptions")]
+    arguments.path = arguments.path or known
     return arguments
-
-
-def available(path: str, device: str) -> bool:
-    """Whether a path can run here."""
-    return path != "torch" or hasattr(nn, "LinearCrossEntropyOptions")
-
-
-def begin(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report so far, if the output file holds one; else an empty one."""
-    if arguments.output.is_file():
-        return json.loads(arguments.output.read_text(encoding="utf-8")) | {"complete": False}  # type: ignore[no-any-return]
-    libraries = {
-        name: version for name in ("torch", "transformers", "triton") if (version := installed(name))
-    }
-    cuda = torch.cuda.get_device_name(arguments.device) if arguments.device.startswith("cuda") else None
-    machine = {
-        "device": cuda or cpu_name(),
-        "cpu": cpu_name(),
-        "cores": cores(),
-        "threads": arguments.threads or torch.get_num_threads(),
-    }
-    machine |= {
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "libraries": libraries,
-    }
-    shown = {
-        name: value for name, value in vars(arguments).items() if name not in ("output", "child", "dry_run")
-    }
-    shown |= {"model": "given" if arguments.model else TINY if arguments.dry_run else SHAPE, "seed": SEED}
-    command = "python benchmarks/step_memory.py " + " ".join(
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    )  # no folders of this machine
-    return {
-        "schema": 1,
-        "benchmark": "step_memory",
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": command.strip(),
-        "dry_run": arguments.dry_run,
-        "machine": machine,
-        "settings": shown,
-        "complete": False,
-        "results": [],
-    }
 
 
 def in_own_process(setting: dict[str, Any]) -> dict[str, Any]:
     """One row; a process that dies, of lack of memory mostly, is a row too."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(setting)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
+    command = [sys.executable, __file__, "--child", json.dumps(setting)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     row = {"path": setting["path"], "micro_batch_tokens": setting["micro_batch_tokens"]}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["killed, most likely for lack of memory"])[-1]
@@ -232,7 +166,7 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
     loss, _, trained = step.gradients(batches)
     step.update(1.0)
     synchronize(device)
-    seconds, peak = time.perf_counter() - start, peak_held(device)
+    seconds, peak = time.perf_counter() - start, held(device, peak=True)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     values = [
         value
@@ -241,14 +175,11 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
         for value in state.values()
     ]
     states = sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-    return {
-        "peak_gb": peak / GB,
-        "libraries_gb": (before - gradients - states) / GB,
-        "weights_gb": gradients / GB,
-        "gradients_gb": gradients / GB,
-        "optimizer_gb": states / GB,
-        "above_gb": (peak - before - gradients) / GB,
-        "before_gb": before / GB,
+    sizes = {
+        "peak": peak, "libraries": before - gradients - states, "weights": gradients, "gradients": gradients,
+        "optimizer": states, "above": peak - before - gradients, "before": before,
+    }  # fmt: skip
+    return {f"{name}_gb": size / GB for name, size in sizes.items()} | {
         "peak_was_reset": resettable,
         "tokens": trained,
         "loss": loss,
@@ -284,9 +215,18 @@ def random_batch(vocab: int, rows: int, length: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1), None, rows * length)
 
 
-def held(device: torch.device) -> int:
-    """Bytes in use now."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else status("VmRSS") or highest()
+def held(device: torch.device, peak: bool = False) -> int:
+    """Bytes in use now, or at most since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:  # no Linux: the highest since the process began
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    name = "VmHWM:" if peak else "VmRSS:"
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def reset_peak(device: torch.device) -> bool:
@@ -299,81 +239,6 @@ def reset_peak(device: torch.device) -> bool:
     except OSError:
         return False
     return True
-
-
-def peak_held(device: torch.device) -> int:
-    """Most bytes in use since `reset_peak`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM") or highest()
-
-
-def status(name: str) -> int:
-    """A line of Linux's account of this process, in bytes; 0 elsewhere."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
-
-
-def highest() -> int:
-    """The highest by getrusage: resident memory since the process began, in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def installed(name: str) -> str | None:
-    """The version of a package that is there."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    names = ("peak", "weights", "gradients", "optimizer", "above", "libraries")
-    lines = [
-        "| path | micro-batch | " + " | ".join(f"{name}, GB" for name in names) + " | seconds | loss |",
-        "|" + "---|" * (len(names) + 4),
-    ]
-    for row in rows:
-        begin = f"| {row['path']} | {row['micro_batch_tokens']:,} |"
-        if "error" in row:
-            lines.append(f"{begin} {row['error']} |" + " |" * (len(names) + 1))
-            continue
-        figures = " | ".join(f"{row[f'{name}_gb']:.2f}" for name in names)
-        lines.append(f"{begin} {figures} | {row['seconds']:.1f} | {row['loss']:.4f} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
