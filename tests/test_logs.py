@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fastdraft.data.chat import prompt_ids
-from fastdraft.recipe.data import TranscriptPrompts
 from fastdraft.data.logs import read_transcripts
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.recipe.data import TranscriptPrompts
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.target import Target
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,11 +16,14 @@ from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.rows import read_all, read_facts, read_rows, unit_path, unit_paths
+from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.recipe.evaluation import FileTask
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.run_folder import StageFolder
+from fastdraft.runtimes.synthesis import sparse_logits
 from fastdraft.stages import synthesize
+from fastdraft.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,7 @@ def written(folder: Folder) -> StageFolder:
     return folder.run(folder.recipe())
 
 
+LOGITS = {"kind": "top_k", "k": 16}
 INSTRUCTIONS: dict[str, object] = {
     "kind": "jsonl",
     "name": "instructions",
@@ -178,6 +183,56 @@ def test_a_damaged_unit_of_an_earlier_process_is_refused(folder: Folder) -> None
         folder.run(recipe)
 
 
+@pytest.fixture(scope="module")
+def with_logits(folder: Folder) -> StageFolder:
+    """A finished stage with logits; tests only read it."""
+    return folder.run(folder.recipe(tokens=400, logits=LOGITS))
+
+
+def test_every_unit_has_its_logits_and_every_row_its_part(
+    with_logits: StageFolder, tiny_target: Path
+) -> None:
+    assert with_logits.manifest()["logits"] == LOGITS
+    placed = list(read_with_logits(with_logits))
+    assert [row for row, _ in placed] == list(read_all(with_logits))
+    expected = sparse_logits(Target.at(tiny_target).model("cpu"), [row for row, _ in placed], 16)
+    for (row, logits), whole in zip(placed, expected, strict=True):
+        found = logits.read(0, len(row.response_ids))
+        assert np.array_equal(np.sort(found.ids), np.sort(whole.ids))
+        np.testing.assert_array_equal(logits.read(1, 3).ids, found.ids[1:3])
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_between_a_unit_and_its_logits_resumes_to_the_very_files_of_an_undisturbed_run(
+    folder: Folder, with_logits: StageFolder, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    recipe, real, calls = folder.recipe(tokens=400, logits=LOGITS), synthesize.write_sparse_logits, 0
+
+    def killed(path: Path, *arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 2 or moment == "after":
+            real(path, *arguments)  # type: ignore[arg-type]
+        if calls % 2 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthesize, "write_sparse_logits", killed)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            folder.run(recipe)
+    monkeypatch.setattr(synthesize, "write_sparse_logits", real)
+    finished = folder.run(recipe)
+    assert contents(finished) == contents(with_logits)
+    (finished.path / "manifest.json").unlink()
+    monkeypatch.setattr(synthesize, "unit_logits", lambda *_: pytest.fail("scored again"))
+    assert contents(folder.run(recipe)) == contents(with_logits)
+
+
+def test_a_k_that_leaves_no_tail_is_refused(folder: Folder) -> None:
+    with pytest.raises(RecipeError, match=r"synthesize\.logits\.k: 320; must be below the 320 ids"):
+        folder.run(folder.recipe(logits={"kind": "top_k", "k": 320}))
+
+
 def test_prompts_used_up_before_the_budget_end_the_stage(folder: Folder) -> None:
     manifest = folder.run(folder.recipe(tokens="10M", prompts=[instructions(folder)])).manifest()
     assert manifest["asked"] == 80 * 3
@@ -237,30 +292,6 @@ def test_another_target_has_another_fingerprint(folder: Folder, tiny_draft: Path
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(
         fingerprint(recipe)["target"]["files"]
     )  # type: ignore[index]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"temperatures": [-0.1]}, "temperatures must be between 0 and 10"),
-        ({"temperatures": []}, "at least 1"),
-        ({"prompts": []}, "at least 1"),
-        (
-            {"prompts": [{"kind": "magpie", "name": "m"}, {"kind": "magpie", "name": "m"}]},
-            "a name of its own",
-        ),
-        (
-            {"prompts": [{"kind": "corpus", "name": "c", "corpus": "code", "prompt_tokens": [9, 3]}]},
-            "1 <= shortest <= longest",
-        ),
-        ({"prompts": [{"kind": "magpie", "name": "m", "share": 0}]}, "greater than 0"),
-        ({"top_p": 0}, "greater than 0"),
-        ({"looping": "burn"}, "'cut', 'drop' or 'keep'"),
-    ],
-)
-def test_impossible_settings_are_refused(folder: Folder, change: dict[str, object], message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        folder.recipe(**change)
 
 
 def test_a_missing_prompt_file_is_one_line(folder: Folder) -> None:

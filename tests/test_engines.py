@@ -1,0 +1,226 @@
+"""Which engine writes: what `auto` stands for, what the fingerprint says of it, what needs the target's weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from conftest import write_recipe
+from fastdraft import pipeline
+from fastdraft.console import Console
+from fastdraft.errors import FastDraftError, MissingExtra, TargetError
+from fastdraft.recipe.data import (
+    TRANSPORT,
+    AutoEngineConfig,
+    HuggingFaceEngineConfig,
+    OpenAIEngineConfig,
+    OpenVINOEngineConfig,
+    TopKLogitsConfig,
+    TranscriptPrompts,
+)
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import StageFolder, write_json
+from fastdraft.runtimes import engines
+from fastdraft.runtimes.engines import EngineChoice, choose_engine, describe_engine, uses_weights
+from fastdraft.stages import synthesize
+from fastdraft.target import Target
+
+
+def missing() -> None:
+    raise MissingExtra("nncf", "openvino")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "require_openvino", lambda: None)
+
+
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "require_openvino", missing)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StageFolder:
+    return StageFolder(tmp_path / "synthesize")
+
+
+def chosen(target: Path, folder: StageFolder, settings: Any = None, dtype: Any = "auto") -> EngineChoice:
+    config = TargetConfig(model=str(target), dtype=dtype)
+    return choose_engine(settings or AutoEngineConfig(), Target(config), "cpu", folder)
+
+
+def begin(folder: StageFolder, engine: dict[str, Any], complete: bool = False) -> None:
+    write_json(folder.path / "fingerprint.json", {"settings": {"engine": engine}})
+    if complete:
+        folder.complete()
+
+
+@pytest.mark.usefixtures("installed")
+def test_auto_is_openvino_on_a_cpu_in_the_precision_that_the_recipe_names(
+    tiny_target: Path, folder: StageFolder
+) -> None:
+    choice = chosen(tiny_target, folder)
+    assert choice.settings == OpenVINOEngineConfig()
+    assert str(choice) == "openvino (int8, CPU): the fastest on a CPU"
+    for dtype, weights in (("fp32", "fp32"), ("bf16", "fp16"), ("fp16", "fp16")):
+        settings = chosen(tiny_target, folder, dtype=dtype).settings
+        assert isinstance(settings, OpenVINOEngineConfig)
+        assert settings.weights == weights
+
+
+@pytest.mark.usefixtures("not_installed")
+def test_without_openvino_auto_is_transformers_and_says_what_to_install(
+    tiny_target: Path, folder: StageFolder
+) -> None:
+    choice = chosen(tiny_target, folder)
+    assert choice.settings == HuggingFaceEngineConfig()
+    assert "nncf is not installed" in choice.reason
+    assert "pip install 'fastdraft[openvino]'" in choice.reason
+
+
+@pytest.mark.usefixtures("installed")
+def test_auto_is_transformers_on_an_accelerator_and_for_a_family_that_is_not_converted(
+    tiny_target: Path, folder: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "unconverted_family", lambda target: "gemma2")
+    choice = chosen(tiny_target, folder)
+    assert choice.settings == HuggingFaceEngineConfig()
+    assert "gemma2 is not converted to OpenVINO: its attention scores are capped" in choice.reason
+    monkeypatch.setattr(engines, "pick_device", lambda name: torch.device("cuda"))
+    assert chosen(tiny_target, folder).reason == "the target runs on cuda"
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_engine_that_the_recipe_names_is_taken_and_auto_goes_on_with_the_one_that_began(
+    tiny_target: Path, folder: StageFolder
+) -> None:
+    named = OpenVINOEngineConfig(weights="int4")
+    assert chosen(tiny_target, folder, named).settings == named
+    begin(folder, {"kind": "huggingface"})
+    assert chosen(tiny_target, folder).settings == HuggingFaceEngineConfig()
+    begin(folder, describe_engine(named))
+    assert chosen(tiny_target, folder).settings == named
+    begin(folder, describe_engine(served()))
+    assert chosen(tiny_target, folder).settings == OpenVINOEngineConfig(), "left to the fingerprint"
+
+
+@pytest.mark.usefixtures("not_installed")
+def test_text_begun_by_openvino_is_refused_where_it_is_missing_and_taken_when_finished(
+    tiny_target: Path, folder: StageFolder
+) -> None:
+    begin(folder, {"kind": "openvino"})
+    with pytest.raises(MissingExtra):
+        chosen(tiny_target, folder)
+    begin(folder, {"kind": "openvino"}, complete=True)
+    assert chosen(tiny_target, folder).settings == OpenVINOEngineConfig()
+
+
+def served(*servers: str, **changes: Any) -> OpenAIEngineConfig:
+    return OpenAIEngineConfig(kind="openai", servers=list(servers) or ["http://127.0.0.1:1/v1"], **changes)
+
+
+def test_only_a_server_does_without_the_targets_weights() -> None:
+    local = (AutoEngineConfig(), HuggingFaceEngineConfig(), OpenVINOEngineConfig())
+    assert all(map(uses_weights, (*local, served(logprobs="target"))))
+    assert not any(uses_weights(served(logprobs=kind)) for kind in ("processed", "raw", "none"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_target: Path) -> Recipe:
+    """One source of prompts and no other stage, so that a run is synthesize alone."""
+    path = write_recipe(tmp_path, tiny_target)
+    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    section = value["synthesize"] | {"tokens": 600, "batch_rows": 8, "engine": {"kind": "auto"}}
+    section["prompts"] = [prompt for prompt in section["prompts"] if prompt["kind"] == "jsonl"]
+    kept = {name: value[name] for name in ("run", "target")} | {"synthesize": section}
+    path.write_text(yaml.safe_dump(kept), encoding="utf-8")
+    return load_recipe(str(path))
+
+
+def fingerprint(recipe: Recipe, **changes: Any) -> dict[str, Any]:
+    assert recipe.synthesize
+    context = pipeline.make_context(recipe, Console(quiet=True))
+    return synthesize.fingerprint(recipe.synthesize.model_copy(update=changes), context)
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_fingerprint_names_the_engine_that_really_writes(recipe: Recipe) -> None:
+    assert fingerprint(recipe) == fingerprint(recipe, engine=OpenVINOEngineConfig())
+    assert fingerprint(recipe) != fingerprint(recipe, engine=HuggingFaceEngineConfig())
+
+
+def test_a_servers_fingerprint_holds_neither_transport_nor_weights(recipe: Recipe) -> None:
+    one = fingerprint(recipe, engine=served("http://127.0.0.1:1/v1"))
+    transport: Any = {"concurrency": 3, "retries": 0, "timeout": 1.0, "api_key_env": "KEY"}
+    assert one == fingerprint(recipe, engine=served("http://127.0.0.1:2/v1", **transport))
+    assert TRANSPORT.isdisjoint(one["settings"]["engine"])
+    assert "model.safetensors" not in one["target"]["files"]
+    assert "model.safetensors" in fingerprint(recipe, engine=served(logprobs="target"))["target"]["files"]
+
+
+def test_stored_logits_need_the_weights_whoever_writes(recipe: Recipe, tmp_path: Path) -> None:
+    changes = {"engine": served(), "logits": TopKLogitsConfig(kind="top_k", k=8)}
+    assert "model.safetensors" in fingerprint(recipe, **changes)["target"]["files"]
+    ignored = shutil.ignore_patterns("*.safetensors")
+    bare = shutil.copytree(recipe.target.model, tmp_path / "bare", ignore=ignored)
+    moved = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(bare)})})
+    assert fingerprint(moved, engine=served())["target"]["dtype"] is None
+    with pytest.raises(TargetError, match=r"safetensors.*synthesize\.logits: top_k scores.*kind: none"):
+        fingerprint(moved, **changes)
+
+
+def test_where_only_logs_are_taken_no_engine_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"prompt": "x", "response": "y", "temperature": 0}\n', encoding="utf-8")
+    logs = {"prompts": [TranscriptPrompts(kind="transcripts", name="log", path=str(log))]}
+    found = fingerprint(recipe, **logs)
+    assert found["settings"]["engine"] == {"kind": "none"}
+    assert found["target"]["dtype"] is None
+
+
+def refuse_to_convert(*arguments: object, **options: object) -> None:
+    raise TargetError("target: no such operator", "set synthesize.engine: {kind: huggingface}")
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_target_that_cannot_be_converted_ends_the_run_in_one_line(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "device_properties", lambda *arguments: {})
+    monkeypatch.setattr(engines, "export_openvino", refuse_to_convert)
+    with pytest.raises(FastDraftError, match="no such operator"):
+        pipeline.run(recipe)
+    assert not (recipe.run.root / "synthesize" / "units").exists()
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_converted_target_is_kept_until_the_stage_is_complete(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def convert(target: Target, folder: Path, weights: str) -> None:
+        made.append(folder)
+        folder.mkdir(parents=True)
+
+    def transformers(exported: Path, vocabulary: Any, *arguments: Any, **options: Any) -> Any:
+        assert exported.is_dir()
+        return engines.HuggingFaceEngine(Target(recipe.target).model("cpu"), vocabulary)
+
+    monkeypatch.setattr(engines, "device_properties", lambda *arguments: {})
+    monkeypatch.setattr(engines, "export_openvino", convert)
+    monkeypatch.setattr(engines, "OpenVINOEngine", transformers)
+    console = Console(quiet=True)
+    console.stop.requested = True
+    with pytest.raises(FastDraftError, match="stopped"):
+        pipeline.run(recipe, console)
+    done = pipeline.run(recipe).folder("synthesize")
+    assert (len(made), done.manifest()["engine"]) == (1, "openvino")
+    assert not made[0].exists()
