@@ -4,17 +4,11 @@
     python tests/kill_and_resume.py --kills 12 --openvino
     python tests/kill_and_resume.py --kills 50 --http --logits
 
-Every other kill falls into the stage that was killed least often so far, and with two kills a stage or more each has one
-before others have a second; the others fall anywhere. Decides pass or fail by content: final weights bit for bit equal,
-synthetic rows equal in every column, evaluation counts equal. Where OpenVINO is installed the wall clock of the pair is
-measured too. A clock never says the same twice, so of the benchmark all else is compared: every text in token ids, the counts
-behind acceptance and greedy block efficiency, which prompts were timed how often, and the rows of benchmark.json, none lost
-or doubled. With --openvino the target writes through OpenVINO and the pair is exported for it. With --http the target writes,
-conversations too, through a server of its own process, which is killed and started again every few kills while a run asks it.
-With --logits the target's distributions are kept beside its text and the draft learns from them: these files must be equal
-byte for byte. The same function, with few kills, is a test in test_pipeline.py.
-
-Nothing here waits a fixed time for work to be done: a run is given up only after its files have not changed for half an hour.
+Every other kill falls into the stage that was killed least often so far, the others anywhere. Passes by content: final weights bit for bit
+equal, synthetic rows equal in every column, stored logits byte for byte, evaluation counts equal; of the benchmark, whose clock never says
+the same twice, every text in token ids, the counts, and the rows but for their times. With --http the target writes through a server of its
+own process, which is killed and started again every few kills. Nothing here waits a fixed time for work to be done: a run is given up only
+after its files have not changed for half an hour.
 """
 
 from __future__ import annotations
@@ -37,13 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import write_recipe, write_target
 from fastdraft.errors import MissingExtra
-from fastdraft.stages import SUMMARIES
 from fastdraft.runtimes.openvino import require_openvino
+from fastdraft.stages import SUMMARIES
 
 TIMES = ("second", "speedup", "quotient")
 """Parts of the names of what a clock decides in a row of benchmark.json."""
@@ -107,14 +102,8 @@ class Server:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        program = [
-            sys.executable,
-            str(Path(__file__).with_name("serving.py")),
-            str(self.target),
-            "--port",
-            str(self.port),
-        ]
-        return subprocess.Popen(program, stdout=subprocess.DEVNULL)
+        program = [sys.executable, str(Path(__file__).with_name("serving.py")), str(self.target)]
+        return subprocess.Popen([*program, "--port", str(self.port)], stdout=subprocess.DEVNULL)
 
     def restart(self) -> None:
         """As after a crash: whoever asks gets no answer until it is up again."""
@@ -190,15 +179,7 @@ def _talk(name: str, *users: str) -> dict[str, Any]:
 def kill_and_resume(
     folder: Path, kills: int, seed: int = 0, say: bool = False, kind: Kind = Kind()
 ) -> list[str]:
-    """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass.
-
-    Args:
-        folder: For everything that is written.
-        kills: Of runs; one finished early is followed by another.
-        seed: Of the moments.
-        say: Tells every kill, and at the end how many fell into which stage.
-        kind: Of the recipe.
-    """
+    """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass. `seed` is of the moments."""
     target = write_target(folder / "target")
     server = Server(target) if kind.http else None
     try:
@@ -346,40 +327,44 @@ def differences(one: Path, two: Path) -> list[str]:
         if (one / name).exists()
         and (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
     ]
-    rows_one, rows_two = rows(one), rows(two)
-    if rows_one != rows_two:
-        found.append(f"synthetic rows ({len(rows_one)} and {len(rows_two)})")
-    if len({row["row_id"] for row in rows_two}) != len(rows_two):
-        found.append("doubled synthetic rows")
-    logits_one, logits_two = (
-        {path.name: path.read_bytes() for path in run.glob("synthesize/units/*.logits.*")}
-        for run in (one, two)
-    )
-    if logits_one != logits_two:
-        found.append(f"stored logits ({len(logits_one)} and {len(logits_two)} files)")
-    left = [path.name for path in two.rglob("*.tmp")]
-    if left:
-        found.append(f"left behind: {left[:3]}")
-    counts = [evaluation_rows(run) for run in (one, two)]
-    if counts[0] != counts[1]:
-        found.append("evaluation counts")
-    measured = [benchmark_rows(run) for run in (one, two)]
-    if measured[0] != measured[1]:
-        found.append(f"benchmark rows ({len(measured[0])} and {len(measured[1])})")
-    units = [benchmark_units(run) for run in (one, two)]
-    if units[0] != units[1]:
-        found.append(f"benchmark texts and counts ({len(units[0])} and {len(units[1])} units)")
-    if len(set(measured[1])) != len(measured[1]):
-        found.append("doubled benchmark rows")
-    if list(two.rglob("converted")):
-        found.append("the converted target was left behind")
-    return found
+    for what, read in {
+        "synthetic rows": rows,
+        "stored logits": stored_logits,
+        "evaluation rows": evaluation_rows,
+        "benchmark rows": benchmark_rows,
+        "benchmark texts and counts": benchmark_units,
+    }.items():
+        values = read(one), read(two)
+        if values[0] != values[1]:
+            found.append(f"{what} ({len(values[0])} and {len(values[1])})")
+    for what, keys in (
+        ("synthetic", [row["row_id"] for row in rows(two)]),
+        ("benchmark", benchmark_rows(two)),
+    ):
+        if len(set(keys)) != len(keys):
+            found.append(f"doubled {what} rows")
+    left = [path.name for path in (*two.rglob("*.tmp"), *two.rglob("converted"))]
+    return [*found, f"left behind: {left[:3]}"] if left else found
+
+
+def read_file(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The synthetic rows in the order written, with all their columns."""
+    paths = sorted((run / "synthesize" / "units").glob("*.parquet"))
+    return [row for path in paths for row in parquet.read_table(path).to_pylist()]
+
+
+def stored_logits(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.glob("synthesize/units/*.logits.*")}
 
 
 def evaluation_rows(run: Path) -> list[dict[str, Any]]:
     """Without what a clock decides; none where nothing was evaluated."""
     path = run / "evaluate" / "results.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    found = read_file(path)["rows"] if path.is_file() else []
     return [
         {k: v for k, v in row.items() if "latency" not in k and k != "predicted_speedup"} for row in found
     ]
@@ -388,43 +373,22 @@ def evaluation_rows(run: Path) -> list[dict[str, Any]]:
 def benchmark_rows(run: Path) -> list[str]:
     """The measured rows without what a clock decides, in the order written; none where nothing was measured."""
     path = run / "benchmark" / "benchmark.json"
-    if not path.is_file():
-        return []
-    measured = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return [json.dumps(without_times(row), sort_keys=True) for row in measured]
+    found = read_file(path)["rows"] if path.is_file() else []
+    return [json.dumps(without_times(row), sort_keys=True) for row in found]
 
 
 def benchmark_units(run: Path) -> dict[str, Any]:
     """Name -> texts and counts of each finished unit, and how many tokens were timed; without times and memory."""
     paths = sorted((run / "benchmark" / "units").glob("*.json"))
     measures = ("latency-", "breakdown-", "memory-")
-    return {
-        p.name: ""
-        if p.name.startswith(measures)
-        else without_times(json.loads(p.read_text(encoding="utf-8")))
-        for p in paths
-    }
+    return {p.name: "" if p.name.startswith(measures) else without_times(read_file(p)) for p in paths}
 
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {
-            name: without_times(item)
-            for name, item in value.items()
-            if not any(part in name for part in TIMES)
-        }
+        kept = {name: item for name, item in value.items() if not any(part in name for part in TIMES)}
+        return {name: without_times(item) for name, item in kept.items()}
     return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    """The synthetic rows in the order written, with all their columns."""
-    from pyarrow import parquet
-
-    return [
-        row
-        for path in sorted((run / "synthesize" / "units").glob("*.parquet"))
-        for row in parquet.read_table(path).to_pylist()
-    ]
 
 
 def _can_benchmark() -> bool:
@@ -443,11 +407,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--openvino", action="store_true", help="synthesize, export and benchmark through OpenVINO"
     )
-    parser.add_argument(
-        "--no-benchmark",
-        action="store_true",
-        help="leave the benchmark stage out, as where OpenVINO is not installed",
-    )
+    parser.add_argument("--no-benchmark", action="store_true", help="as where OpenVINO is not installed")
     parser.add_argument(
         "--http", action="store_true", help="synthesize and evaluate through a server, which is killed too"
     )
@@ -459,8 +419,9 @@ if __name__ == "__main__":
         measured = not arguments.no_benchmark and _can_benchmark()
         kind = Kind(arguments.openvino, measured, arguments.http, arguments.logits)
         found = kill_and_resume(Path(folder), arguments.kills, arguments.seed, say=True, kind=kind)
-    also = (", logits byte for byte" if kind.logits else "") + (
-        ", the benchmark but for its times" if measured or kind.openvino else ""
+    print(
+        "differs: " + "; ".join(found)
+        if found
+        else "equal: weights, rows, logits, counts; the benchmark but for its times"
     )
-    print("differs: " + "; ".join(found) if found else f"equal: weights bit for bit, rows, counts{also}")
     sys.exit(bool(found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.commands import check
 from fastdraft.console import Console
-from fastdraft.data.rows import ids_hash, read_all, read_rows, unit_paths
+from fastdraft.data.rows import ids_hash, read_all, read_rows
 from fastdraft.errors import DataError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.evaluation.texts import GivenTexts, trained_prompts
@@ -77,21 +76,6 @@ def test_every_answer_of_a_conversation_is_trained(finished: RunFolder, tiny_tar
         assert text.startswith("<|user|>\nBe brief.\n\nWhat is")
     trained = finished.folder("align").manifest()
     assert trained["rows"] == len(list(read_all(artifact, "train")))
-
-
-def test_a_stage_that_was_killed_between_units_ends_with_the_very_same_rows(
-    finished: RunFolder, tmp_path: Path
-) -> None:
-    recipe = load_recipe(str(finished.root / "recipe.yaml"), [f"run.folder={tmp_path}"])
-    for stage in ("design", "synthesize"):
-        shutil.copytree(finished.root / stage, recipe.run.root / stage)
-    artifact = RunFolder(recipe.run.root).folder("synthesize")
-    before = {path.name: read_rows(path) for path in unit_paths(artifact)}
-    (artifact.path / "manifest.json").unlink()
-    for path in unit_paths(artifact)[len(before) // 2 :]:
-        path.unlink()
-    pipeline.run(recipe, only=["synthesize"])
-    assert {path.name: read_rows(path) for path in unit_paths(artifact)} == before
 
 
 def test_turns_of_one_conversation_are_held_out_together(finished: RunFolder, tiny_target: Path) -> None:

@@ -61,12 +61,17 @@ def test_accepted_tokens_are_coloured_when_asked_for(
     assert coloured.replace(generate.ACCEPTED, "").replace(generate.RESET, "") == plain
 
 
-def test_the_prompt_may_come_from_stdin(
-    tiny_target: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_the_prompt_may_come_from_stdin_with_the_line_end_that_echo_adds(
+    tiny_target: Path,
+    tiny_draft: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
 ) -> None:
     call(tiny_target, tiny_draft)
     given = capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Once upon a time{end}"))
     call(tiny_target, tiny_draft, prompt=None)
     assert capsys.readouterr().out == given
 
@@ -132,16 +137,6 @@ def test_a_run_gives_its_target_with_the_revision_and_precision_it_used(tmp_path
     assert (target.model, target.revision, target.dtype) == ("a/b", "v2", "bf16")
     assert draft == str(tmp_path / "design" / "draft")
     assert find_pair(str(tmp_path), "c/d", None)[0].revision is None
-
-
-def test_the_line_end_that_echo_adds_is_no_part_of_the_prompt(
-    tiny_target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call(tiny_target, tiny_target, prompt="def add(a")
-    direct = capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", io.StringIO("def add(a\n"))
-    call(tiny_target, tiny_target, prompt=None)
-    assert capsys.readouterr().out == direct
 
 
 def test_a_wrong_device_is_named_by_its_option(tiny_target: Path, tiny_draft: Path) -> None:
