@@ -41,10 +41,8 @@ class Stop:
     @contextlib.contextmanager
     def listen(self) -> Iterator[Stop]:
         """Inside the block the first SIGINT or SIGTERM requests a stop; a second one acts as usual."""
-        if (
-            threading.current_thread() is not threading.main_thread()
-        ):  # Python takes handlers from the main thread only
-            yield self
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # Python takes handlers from the main thread only
             return
         before = {number: signal.getsignal(number) for number in _SIGNALS}
 
@@ -55,16 +53,12 @@ class Stop:
         def handle(number: int, frame: FrameType | None) -> None:
             self.requested = True
             restore()
-            with contextlib.suppress(
-                OSError, ValueError, RuntimeError
-            ):  # the terminal may be the very thing that has gone
+            # The terminal may be the very thing that has gone.
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
                 print("\nstopping at the next safe point (once more to stop at once)", file=sys.stderr)
 
         for number, handler in before.items():
-            if handler not in (
-                signal.SIG_IGN,
-                None,
-            ):  # ignored under nohup or in a shell's background: stays so
+            if handler not in (signal.SIG_IGN, None):  # under nohup, in a shell's background: stays so
                 signal.signal(number, handle)
         try:
             yield self

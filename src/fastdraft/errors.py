@@ -109,17 +109,14 @@ def machine_errors(where: object, smaller: str) -> Iterator[None]:
         yield
     except (FastDraftError, BrokenPipeError):
         raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        found = "no space left on the disk" if full else error.strerror or error
-        fix = "free some space" if full else "mend it"
-        message = f"{error.filename or where}: {found}"
-        raise FastDraftError(message, f"{fix} and run the same command again") from error
     except Exception as error:
-        if "os error 28" in str(error):  # safetensors hides the system's number in its text
-            raise FastDraftError(
-                f"{where}: no space left on the disk", "free some space and run again"
-            ) from error
+        # safetensors hides the system's number in its text.
+        full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if full or isinstance(error, OSError):
+            found = "no space left on the disk" if full else getattr(error, "strerror", None) or error
+            message = f"{getattr(error, 'filename', None) or where}: {found}"
+            fix = "free some space" if full else "mend it"
+            raise FastDraftError(message, f"{fix} and run the same command again") from error
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"{where}: out of memory", smaller) from error
@@ -145,34 +142,30 @@ class Halving:
 
     def __call__(self, rows: Sequence[T], work: Callable[[Sequence[T]], None]) -> None:
         """Calls `work` with all rows in order, in as few pieces as fit."""
-        waiting = [rows]
+        waiting = [rows] if len(rows) else []
         while waiting:
             piece = waiting.pop()
             if len(piece) > self.most:
                 waiting += [piece[self.most :], piece[: self.most]]
-            elif piece and not self._fits(piece, work):
+                continue
+            try:
+                work(piece)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = True
+            else:
+                failed = False
+            if failed:  # outside the block above nothing holds the failed pass's tensors any more
                 self._lower(len(piece))
                 waiting.append(piece)
 
-    @staticmethod
-    def _fits(piece: Sequence[T], work: Callable[[Sequence[T]], None]) -> bool:
-        try:
-            work(piece)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return False  # outside this block nothing holds the failed pass's tensors any more
-        return True
-
     def _lower(self, rows: int) -> None:
         if rows == 1:
-            raise OutOfMemory(
-                f"{self.key}: out of memory for a single row", "shorten the rows or free some memory"
-            )
+            message = f"{self.key}: out of memory for a single row"
+            raise OutOfMemory(message, "shorten the rows or free some memory")
         if self.most == sys.maxsize and self._warn:
-            self._warn(
-                f"out of memory with {rows} rows at a time: going on with half; lower {self.key} to begin there"
-            )
+            self._warn(f"out of memory with {rows} rows at a time: going on with half; lower {self.key}")
         self.most = rows // 2
         free_memory()
 

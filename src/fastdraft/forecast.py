@@ -1,7 +1,6 @@
-"""What to expect before anything is run: speed-up from costs, and time, disk and memory from sizes.
+"""What to expect before anything is run: speed-up from acceptance and costs; time, disk and memory from sizes.
 
-Decides the model of acceptance used for forecasts (each further token is accepted with one constant chance) and the
-rough machine rates behind "about 5 minutes". Rates are orders of magnitude: a run prints its own as it goes.
+Each further proposal is taken to be accepted with one constant chance. Rates are orders of magnitude: a run prints its own.
 """
 
 from __future__ import annotations
@@ -15,21 +14,14 @@ RATES = (0.3, 0.45, 0.6)
 WORTH = 1.05
 """Measured speed-up from which on a second model in memory is worth its trouble."""
 
+# Floating-point operations a second that a training step reaches; for `cpu` of one core.
 _TRAINING_FLOPS = {"cpu": 5e10, "cuda": 1.5e14, "xpu": 2e13, "mps": 4e12}
-"""Floating-point operations a second that a training step reaches; for `cpu` of one core."""
-_WRITING_SHARE = 0.3
-"""Writing text reaches this share of the training rate: one token at a time, batched."""
+_WRITING_SHARE = 0.3  # of the training rate: one token at a time, batched
+_TOKENS_PER_CORE = 250_000  # tokenised and packed a second
 
 
 def block_efficiency(acceptance: float, num_speculative_tokens: int) -> float:
-    """Tokens per round when each examined proposal is accepted with the same chance: 1 + a + ... + a^K.
-
-    Args:
-        acceptance: Conditional acceptance rate, accepted / examined, 0..1.
-        num_speculative_tokens: K.
-
-    Leviathan et al. 2023 (arXiv 2211.17192), equation 1.
-    """
+    """Tokens per round, 1 + a + ... + a^K, for a conditional acceptance rate a (Leviathan et al. 2023, equation 1)."""
     return sum(acceptance**position for position in range(num_speculative_tokens + 1))
 
 
@@ -43,17 +35,15 @@ def conditional_acceptance_rate(rate: float, num_speculative_tokens: int = PAPER
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if acceptance_rate(middle, num_speculative_tokens) < rate else (low, middle)
-        )
+        if acceptance_rate(middle, num_speculative_tokens) < rate:
+            low = middle
+        else:
+            high = middle
     return (low + high) / 2
 
 
 def mbsu(block_efficiency: float, num_speculative_tokens: int, cost_ratio: float) -> float:
-    """Memory-bound speed-up: block_efficiency / (K * cost_ratio + 1), the cost ratio being draft / target.
-
-    FastDraft (arXiv 2411.11055), its memory-bound speed-up; cost by parameters, bytes or latency.
-    """
+    """Memory-bound speed-up: block_efficiency / (K * cost_ratio + 1), the cost ratio being draft / target (arXiv 2411.11055)."""
     return block_efficiency / (num_speculative_tokens * cost_ratio + 1)
 
 
@@ -70,69 +60,47 @@ def predicted_speedup(
     target_seconds_1: float,
     target_seconds_k1: float,
 ) -> float:
-    """Wall-clock speed-up from measured costs.
-
-    Args:
-        block_efficiency: Generated tokens per round.
-        num_speculative_tokens: K.
-        draft_seconds: One draft token.
-        target_seconds_1: One target pass over one token.
-        target_seconds_k1: One target pass over K + 1 tokens.
-    """
+    """Wall-clock speed-up from measured costs: one draft token, one target pass over 1 token, and over K + 1."""
     return block_efficiency * target_seconds_1 / (num_speculative_tokens * draft_seconds + target_seconds_k1)
 
 
 def training_rate(parameters: int, device: str = "cpu", threads: int = 0) -> float:
-    """Training tokens a second, roughly: 6 operations per parameter and token (Kaplan et al. 2020, section 2.1).
-
-    Args:
-        parameters: Those that a token passes through (`Architecture.read_parameters`).
-        device: `cpu`, `cuda`, `xpu` or `mps`, with or without an index.
-        threads: CPU cores used; 0 for all.
-    """
+    """Training tokens a second: 6 operations per parameter that a token passes through (Kaplan et al. 2020); 0 threads are all."""
     kind = device.partition(":")[0]
     cores = (threads or os.cpu_count() or 1) if kind == "cpu" else 1
     return _TRAINING_FLOPS.get(kind, _TRAINING_FLOPS["cpu"]) * cores / (6 * max(parameters, 1))
 
 
-def training_seconds(
-    tokens: float,
-    parameters: int,
-    device: str = "cpu",
-    threads: int = 0,
-    tokens_per_second: float | None = None,
-) -> float:
-    """Seconds to train on `tokens` tokens, from a measured rate when there is one."""
-    return tokens / (tokens_per_second or training_rate(parameters, device, threads))
+def training_seconds(tokens: float, parameters: int, device: str = "cpu", threads: int = 0) -> float:
+    return tokens / training_rate(parameters, device, threads)
 
 
 def writing_seconds(tokens: float, parameters: int, device: str = "cpu", threads: int = 0) -> float:
-    """Seconds for a model of so many parameters to write `tokens` tokens in batches."""
+    """For a model of so many parameters to write text in batches."""
     return tokens / (3 * _WRITING_SHARE * training_rate(parameters, device, threads))
 
 
 def scoring_seconds(tokens: float, parameters: int, device: str = "cpu", threads: int = 0) -> float:
-    """Seconds for a model of so many parameters to read `tokens` tokens, whole texts at a time: a third of a training step."""
+    """For a model to read text, whole texts at a time: a third of a training step."""
     return tokens / (3 * training_rate(parameters, device, threads))
 
 
-def tokenize_seconds(tokens: float, workers: int = 0) -> float:
-    """Seconds to tokenise and pack, at about 250 thousand tokens a second and core."""
-    return tokens / (250_000 * (workers or os.cpu_count() or 1))
+def tokenize_seconds(tokens: float, threads: int = 0) -> float:
+    return tokens / (_TOKENS_PER_CORE * (threads or os.cpu_count() or 1))
 
 
 def shard_bytes(tokens: float, vocab_size: int) -> float:
-    """Disk for packed token ids: two bytes each, four for a vocabulary of more than 65,536."""
+    """Packed token ids: two bytes each, four for a vocabulary of more than 65,536."""
     return tokens * (2 if vocab_size <= 2**16 else 4)
 
 
 def checkpoint_bytes(parameters: int, resumable: bool = False) -> float:
-    """Disk for one fp32 checkpoint; with the optimiser's two moments when training can go on from it."""
+    """One fp32 checkpoint; with the optimiser's two moments when training can go on from it."""
     return 4.0 * parameters * (3 if resumable else 1)
 
 
 def synthetic_bytes(tokens: float) -> float:
-    """Disk for rows written by the target: an id and a log-probability per token, prompts beside them, compressed."""
+    """Rows written by the target: an id and a log-probability per token, prompts beside them, compressed."""
     return tokens * 9.0
 
 
@@ -144,16 +112,10 @@ def training_memory_bytes(  # noqa: PLR0917
     num_layers: int,
     micro_batch_tokens: int,
 ) -> float:
-    """Memory of a training step: fp32 weights, gradients and two moments, activations, and one chunk of logits.
-
-    Activations are counted as about 16 values of the width and 4 of the feed-forward for each layer and token in fp32;
-    logits as three fp32 copies of a chunk of at most 1024 tokens.
-    """
-    states = 16.0 * parameters
+    """A training step: fp32 weights, gradients and two moments, activations, and one chunk of logits three times."""
     activations = 4.0 * micro_batch_tokens * num_layers * (16 * hidden_size + 4 * intermediate_size)
-    return states + activations + 12.0 * min(micro_batch_tokens, 1024) * vocab_size
+    return 16.0 * parameters + activations + 12.0 * min(micro_batch_tokens, 1024) * vocab_size
 
 
 def loading_bytes(parameters: int, bytes_per_parameter: float = 4.0) -> float:
-    """Memory to hold a model's weights."""
     return parameters * bytes_per_parameter

@@ -249,9 +249,7 @@ def _run_stage(stage: Stage, context: StageContext) -> bool:
             stage.run(config, context)
         finally:
             seconds = time.monotonic() - start
-            with contextlib.suppress(
-                FastDraftError, OSError
-            ):  # only a clock; a full disk has been told already
+            with contextlib.suppress(FastDraftError, OSError):  # a clock; a full disk has been told already
                 _record_seconds(context, stage.name, seconds, fresh)
         console.say(f"{stage.name}: done in {format_seconds(seconds)}")
         return True

@@ -10,11 +10,11 @@ from fastdraft.evaluation.tasks import load_task
 from fastdraft.recipe.base import Config
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.recipe import Recipe
-from fastdraft.stages import design, evaluate
+from fastdraft.stages import align, design, evaluate
+from fastdraft.training.step import MICRO_BATCH_TOKENS
 
 _WRITES = 3  # passes over a task's text: written by the target, replayed by each checkpoint, part of it decoded exactly
 _BYTES_PER_LOGIT_ROW, _BYTES_PER_LOGIT = 2, 4
-_PASSES = 3  # of align over the synthetic text, where no budget is given
 # Of a benchmark, roughly: one export; weights read a second when one text is written; what a token costs besides.
 _CONVERTING_SECONDS, _BYTES_PER_SECOND, _TOKEN_SECONDS = 15.0, 1e10, 5e-4
 
@@ -64,11 +64,11 @@ class StageCosts:
 
     def _training(self, stage: str, config: Any) -> tuple[int, float, float, float]:
         draft, prepare, written = self.draft, self.recipe.prepare, self.recipe.synthesize
-        tokens = config.tokens or (written.tokens * _PASSES if written else 0)
+        tokens = config.tokens or (round(written.tokens * align.DEFAULT_EPOCHS) if written else 0)
         seconds = forecast.training_seconds(tokens, draft.read_parameters, self.device, self.threads)
         disk = 2 * self.checkpoint + 2 * forecast.checkpoint_bytes(draft.parameters, resumable=True)
-        open_size = 8192 if self.device == "cpu" else 32768
-        micro_batch = max(prepare.row_length if prepare else 0, config.micro_batch_tokens or open_size)
+        usual = MICRO_BATCH_TOKENS["cpu" if self.device == "cpu" else "other"]
+        micro_batch = max(prepare.row_length if prepare else 0, config.micro_batch_tokens or usual)
         memory = forecast.training_memory_bytes(
             draft.parameters,
             draft.vocab_size,

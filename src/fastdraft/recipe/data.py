@@ -149,9 +149,8 @@ def _address(value: str) -> str:
     parts = urlsplit(value)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("must be addresses without a key: name its environment variable in api_key_env")
-    if (
-        parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
-    ):  # port: ValueError beyond 65535
+    # port: ValueError beyond 65535
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError("must be addresses such as http://127.0.0.1:8000/v1")
     return value.rstrip("/")
 
