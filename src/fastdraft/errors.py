@@ -34,12 +34,7 @@ class FastDraftError(Exception):
 
     exit_code = 2
 
-    def __init__(self, message: object, fix: object = "", *old: object) -> None:
-        # TODO(rebuild): the four-part form goes once every call has two parts.
-        self.where, self.found, self.rule, self.remedy = "", "", "", str(fix)
-        if old:
-            self.where, self.found, self.rule, self.remedy = str(message), str(fix), str(old[0]), str(old[1])
-            message, fix = f"{message}: {fix}: {old[0]}", old[1]
+    def __init__(self, message: object, fix: object = "") -> None:
         self.message, self.fix = _one_line(message), _one_line(fix)
         super().__init__(f"{self.message}; {self.fix}" if self.fix else self.message)
 
