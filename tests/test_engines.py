@@ -14,7 +14,7 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, MissingExtra, TargetError
-from fastdraft.recipe.data import (
+from fastdraft.recipe.synthesize import (
     TRANSPORT,
     AutoEngineConfig,
     HuggingFaceEngineConfig,

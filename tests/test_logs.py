@@ -12,7 +12,7 @@ from fastdraft.data.chat import prompt_ids
 from fastdraft.data.logs import read_transcripts
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.recipe.data import TranscriptPrompts
+from fastdraft.recipe.synthesize import TranscriptPrompts
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.target import Target
 

@@ -20,7 +20,7 @@ from fastdraft.data.filters import RowFilter
 from fastdraft.data.synthesis_plan import Unit
 from fastdraft.errors import DataError, Interrupted, TargetError
 from fastdraft.functional.generation import Engine, Generation, Sampling
-from fastdraft.recipe.data import OpenAIEngineConfig
+from fastdraft.recipe.synthesize import OpenAIEngineConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openai import OpenAIEngine
 from fastdraft.runtimes.openai_servers import Servers

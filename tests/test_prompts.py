@@ -11,7 +11,7 @@ import pytest
 from fastdraft.data.chat import Conversation, read_conversation
 from fastdraft.data.prompts import look, normalised, select_prompts
 from fastdraft.errors import DataError
-from fastdraft.recipe.data import JsonlPrompts
+from fastdraft.recipe.synthesize import JsonlPrompts
 
 
 def source(tmp_path: Path, *values: object, field: str = "prompt") -> JsonlPrompts:

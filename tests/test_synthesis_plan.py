@@ -24,7 +24,7 @@ from fastdraft.data.synthesis_plan import (
     Unit,
     unit_seed,
 )
-from fastdraft.recipe.data import JsonlPrompts, MagpiePrompts, SynthesizeConfig
+from fastdraft.recipe.synthesize import JsonlPrompts, MagpiePrompts, SynthesizeConfig
 
 
 class Numbers:

@@ -23,7 +23,7 @@ from fastdraft.data.rows import ids_hash
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.data import TranscriptLog, TranscriptPrompts
+from fastdraft.recipe.synthesize import TranscriptLog, TranscriptPrompts
 from fastdraft.recipe.evaluation import LoggedTexts
 
 # What a request may say without bending the distribution; other values make its log-probs no use for replay.

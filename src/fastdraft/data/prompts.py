@@ -16,7 +16,7 @@ from fastdraft.data.chat import Conversation, Prompt, read_conversation
 from fastdraft.data.corpora import JSONL, describe_files, find_files, hub_values, open_hub
 from fastdraft.data.readers import jsonl_values
 from fastdraft.errors import DataError
-from fastdraft.recipe.data import HubPrompts, JsonlPrompts, TextPrompts
+from fastdraft.recipe.synthesize import HubPrompts, JsonlPrompts, TextPrompts
 
 HUB_ROWS = 100_000
 """Rows read of a hub data set where the recipe sets no `count`: they are held in memory."""

@@ -31,7 +31,7 @@ from fastdraft.data.prompts import normalised, select_prompts
 from fastdraft.data.shards import PackedCorpus, open_corpus
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.data import (
+from fastdraft.recipe.synthesize import (
     CorpusPrompts,
     MagpiePrompts,
     PromptConfig,

@@ -17,7 +17,7 @@ from fastdraft.decoding.replay import alike_places
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.data import TranscriptLog
+from fastdraft.recipe.synthesize import TranscriptLog
 from fastdraft.run_folder import StageFolder
 
 Score = Callable[[list[SyntheticRow], Sampling], list[SyntheticRow]]

@@ -18,7 +18,7 @@ from fastdraft.recipe.base import (
     Temperatures,
     each_between,
 )
-from fastdraft.recipe.data import TranscriptLog, Weights
+from fastdraft.recipe.synthesize import TranscriptLog, Weights
 
 _NAME_CHARS = 100
 _Shipped = Literal["code", "instructions", "text", "summarization"]

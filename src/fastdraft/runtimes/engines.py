@@ -13,7 +13,7 @@ from fastdraft.decoding.scoring import ScoringEngine
 from fastdraft.errors import Halving, MissingExtra
 from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device
-from fastdraft.recipe.data import (
+from fastdraft.recipe.synthesize import (
     TRANSPORT,
     AutoEngineConfig,
     ChosenEngine,

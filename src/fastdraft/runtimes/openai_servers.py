@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastdraft.errors import MissingExtra, TargetError
-from fastdraft.recipe.data import OpenAIEngineConfig
+from fastdraft.recipe.synthesize import OpenAIEngineConfig
 
 T = TypeVar("T")
 

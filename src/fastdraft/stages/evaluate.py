@@ -31,7 +31,7 @@ from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import load_draft, pick_device, set_threads
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.data import ChosenEngine
+from fastdraft.recipe.synthesize import ChosenEngine
 from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, HeldOutTexts, LoggedTexts, TargetTexts
 from fastdraft.reporting.tables import ladder
 from fastdraft.run_folder import StageFolder, write_json

@@ -27,7 +27,7 @@ from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.modeling.heads import output_head
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.data import CorpusPrompts, MagpiePrompts, SynthesizeConfig, TopKLogitsConfig
+from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, SynthesizeConfig, TopKLogitsConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.engines import (
     EngineChoice,
