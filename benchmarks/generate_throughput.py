@@ -101,7 +101,7 @@ class Contenders:
         self.engine = HuggingFaceEngine(self.model, self.vocabulary, arguments.batch_rows)
         exported = folder / "openvino"
         exported.mkdir()
-        convert(target.location, exported, arguments.weights)
+        convert(target, exported, arguments.weights)
         self.openvino = OpenVINOEngine(
             exported,
             self.vocabulary,

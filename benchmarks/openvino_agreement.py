@@ -22,6 +22,7 @@ efficiency side by side.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from fastdraft.console import Console, format_table
 from fastdraft.data.chat import has_chat_template, prompt_ids
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.functional import same_text
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.drafts import load_draft, set_threads
@@ -46,9 +48,9 @@ from fastdraft.recipe.evaluation import ShippedTask
 from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.openvino_export import convert
 from fastdraft.runtimes.openvino_latency import LoadedModel
-from fastdraft.runtimes.openvino_ties import TieJudge, first_difference
-from fastdraft.runtimes.openvino_wall_clock import OpenVINOPair, OpenVINOTarget
-from fastdraft.runtimes.wall_clock import Contender, TimedText
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair
+from fastdraft.runtimes.openvino_ties import TieJudge
+from fastdraft.runtimes.runtime import TimedText
 from fastdraft.target import Target
 from fastdraft.evaluation.tasks import load_task
 
@@ -80,17 +82,17 @@ class Agreement:
         if not folder.is_dir():
             self.console.say(f"exporting the {role} in {weights}")
             with atomic_folder(folder) as temporary:
-                convert(self.source[role], temporary, weights)  # type: ignore[arg-type]
+                convert(Target.at(self.source[role]), temporary, weights)  # type: ignore[arg-type]
         return folder
 
-    def write(self, contender: Contender, title: str, exact_counts: bool = False) -> list[TimedText]:
-        """Every prompt's greedy text, one after the other."""
+    def write(self, pair: OpenVINOPair, title: str, k: int = 0, exact_counts: bool = False) -> list[TimedText]:
+        """Every prompt's greedy text, one after the other; K 0: the target alone."""
         texts = []
         with self.console.progress(title, len(self.prompts), "texts") as progress:
             for _, prompt in self.prompts:
-                texts += contender.write(
-                    [prompt], GREEDY, self.arguments.max_new_tokens, 0, exact_counts=exact_counts
-                ).texts
+                asked = ([prompt], GREEDY, self.arguments.max_new_tokens, 0)
+                batch = pair.write_with_draft(*asked, k, exact_counts=exact_counts) if k else pair.write(*asked)
+                texts += batch.texts
                 progress.advance()
         return texts
 
@@ -99,10 +101,10 @@ class Agreement:
         target, draft = self.export("target", weights[0]), self.export("draft", weights[1])
         options: dict[str, Any] = {"precision": precision, "threads": self.arguments.threads}
         name = f"{weights[0]}/{weights[1]} {precision}"
-        alone = self.write(OpenVINOTarget(target, self.vocabulary.eos_token_ids, **options), f"{name}, alone")
         pair = OpenVINOPair(target, draft, self.vocabulary.eos_token_ids, **options)
+        alone = self.write(pair, f"{name}, alone")
         by_k = {
-            k: self.write(pair.at(k), f"{name}, K = {k}", exact_counts=precision == "exact")
+            k: self.write(pair, f"{name}, K = {k}", k, exact_counts=precision == "exact")
             for k in self.arguments.k
         }
         return {"alone": alone, **by_k}
@@ -207,11 +209,11 @@ def differences(
     found = []
     for k in agreement.arguments.k:
         for (name, prompt), alone, drafted in zip(agreement.prompts, texts["alone"], texts[k], strict=True):
-            parted = first_difference(alone.response_ids, drafted.response_ids)
+            parted = same_text.compare_texts(prompt, alone.response_ids, drafted.response_ids, judge.gap)
             if parted is None:
                 continue
-            place, own, other = parted
-            gap = judge.gap([*prompt, *alone.response_ids[:place]], own, other)
+            place, gap = parted.place, math.inf if parted.gap is None else parted.gap
+            own, other = ((*text.response_ids, -1)[place] for text in (alone, drafted))  # -1: the end
             found.append(
                 {
                     "num_speculative_tokens": k,
