@@ -40,6 +40,7 @@ from fastdraft.console import Console, format_table
 from fastdraft.data.chat import has_chat_template, prompt_ids
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.evaluation.tasks import load_task
 from fastdraft.functional import same_text
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
@@ -52,7 +53,6 @@ from fastdraft.runtimes.openvino_speculative import OpenVINOPair
 from fastdraft.runtimes.openvino_ties import TieJudge
 from fastdraft.runtimes.runtime import TimedText
 from fastdraft.target import Target
-from fastdraft.evaluation.tasks import load_task
 
 TASKS = ("code", "instructions", "text", "summarization")
 GREEDY = Sampling(0.0)
