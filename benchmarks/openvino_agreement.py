@@ -49,7 +49,7 @@ from fastdraft.recipe.evaluation import ShippedTask
 from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.openvino_export import convert
 from fastdraft.runtimes.openvino_latency import LoadedModel
-from fastdraft.runtimes.openvino_speculative import OpenVINOPair
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
 from fastdraft.runtimes.openvino_ties import TieJudge
 from fastdraft.runtimes.runtime import TimedText
 from fastdraft.target import Target
@@ -85,13 +85,17 @@ class Agreement:
                 convert(Target.at(self.source[role]), temporary, weights)  # type: ignore[arg-type]
         return folder
 
-    def write(self, pair: OpenVINOPair, title: str, k: int = 0, exact_counts: bool = False) -> list[TimedText]:
+    def write(
+        self, pair: OpenVINOPair, title: str, k: int = 0, exact_counts: bool = False
+    ) -> list[TimedText]:
         """Every prompt's greedy text, one after the other; K 0: the target alone."""
         texts = []
         with self.console.progress(title, len(self.prompts), "texts") as progress:
             for _, prompt in self.prompts:
                 asked = ([prompt], GREEDY, self.arguments.max_new_tokens, 0)
-                batch = pair.write_with_draft(*asked, k, exact_counts=exact_counts) if k else pair.write(*asked)
+                batch = (
+                    pair.write_with_draft(*asked, k, exact_counts=exact_counts) if k else pair.write(*asked)
+                )
                 texts += batch.texts
                 progress.advance()
         return texts
@@ -100,8 +104,9 @@ class Agreement:
         """Texts of one pair without (`alone`) and with the draft (by K)."""
         target, draft = self.export("target", weights[0]), self.export("draft", weights[1])
         options: dict[str, Any] = {"precision": precision, "threads": self.arguments.threads}
+        options["eos_ids"] = self.vocabulary.eos_token_ids
         name = f"{weights[0]}/{weights[1]} {precision}"
-        pair = OpenVINOPair(target, draft, self.vocabulary.eos_token_ids, **options)
+        pair = OpenVINOPair(target, draft, OpenVINOSettings(**options))
         alone = self.write(pair, f"{name}, alone")
         by_k = {
             k: self.write(pair, f"{name}, K = {k}", k, exact_counts=precision == "exact")

@@ -13,6 +13,7 @@ import pytest
 from fastdraft.benchmark.figures import rows_of
 from fastdraft.benchmark.memory import PeakWatch, measure_memory
 from fastdraft.benchmark.plan import (
+    BenchmarkPlan,
     BenchmarkTask,
     Measurement,
     PromptSet,
@@ -22,7 +23,7 @@ from fastdraft.benchmark.plan import (
     task_prompts,
 )
 from fastdraft.benchmark.rows import BenchmarkRow, PassesRow
-from fastdraft.benchmark.runs import measure
+from fastdraft.benchmark.runs import PairRuns
 from fastdraft.decoding.speculative import Round
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Sampling
@@ -53,6 +54,9 @@ class Scripted:
     timed: dict[int, int] = field(default_factory=dict)
     gaps: list[tuple[list[int], int, int]] = field(default_factory=list)
     lossless_sampling: ClassVar[bool] = False
+
+    def open(self, target: Path, draft: Path) -> Scripted:
+        return self
 
     def write(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
@@ -86,16 +90,20 @@ class Scripted:
 
 
 def work(ks: Sequence[int] = (1, 3), temperature: float = 0.0, **changes: Any) -> Measurement:
-    prompts = PromptSet("code", ["a", "b"], [[10, 1, 2], [20, 1]], TOKENS)
+    prompts = PromptSet("code", [("a", [10, 1, 2]), ("b", [20, 1])], TOKENS)
     return Measurement(replace(prompts, **changes), ("int4", "int8"), temperature, list(ks), 0)
 
 
 def rows(
     path: Path, pair: Any = None, what: Measurement | None = None, passes: Sequence[PassesRow] = (PASSES,)
 ) -> list[BenchmarkRow]:
-    pair = pair or Scripted({1: (0.5,), 3: (0.25,)})
-    measured = measure(what or work(), pair, pair, StageFolder(path), 3, lambda *_: None)
+    measured = runs(path, pair or Scripted({1: (0.5,), 3: (0.25,)})).measure(what or work())
     return rows_of(measured, passes, 0.1)
+
+
+def runs(path: Path, pair: Scripted) -> PairRuns:
+    plan = BenchmarkPlan([], [], [("int4", "int8")], [0.0], [1, 3], 3, 0, [])
+    return PairRuns(plan, ("int4", "int8"), path, path, pair, StageFolder(path))  # type: ignore[arg-type]
 
 
 def test_all_answer_a_prompt_in_turn_and_every_second_repeat_goes_the_other_way(tmp_path: Path) -> None:
@@ -209,7 +217,7 @@ class Killed(Exception):
 
 def test_a_killed_measurement_goes_on_and_neither_loses_nor_doubles_a_run(tmp_path: Path) -> None:
     whole = rows(tmp_path / "whole", Scripted())
-    folder, units = StageFolder(tmp_path / "killed"), tmp_path / "killed" / "units"
+    units = tmp_path / "killed" / "units"
     done = []
     for moment in range(1, 9):  # a kill after every batch, eight of them
 
@@ -220,9 +228,10 @@ def test_a_killed_measurement_goes_on_and_neither_loses_nor_doubles_a_run(tmp_pa
 
         done.clear()
         kept = {path: path.read_bytes() for path in units.iterdir()} if units.exists() else {}
-        pair = Scripted()
+        killed = runs(tmp_path / "killed", Scripted())
+        killed.on_batch = on_batch
         try:
-            measure(work(), pair, pair, folder, 3, on_batch)  # type: ignore[arg-type]
+            killed.measure(work())
         except Killed:
             assert len(list(units.iterdir() if units.exists() else ())) < 4
         assert kept == {path: path.read_bytes() for path in kept}
@@ -246,13 +255,13 @@ def test_a_process_that_goes_on_warms_up_before_it_times_and_one_with_nothing_to
 
 def task(name: str, lengths: Sequence[int], max_new_tokens: int = 8) -> BenchmarkTask:
     prompts = [[1, 2, *range(100 + 10 * i, 100 + 10 * i + n - 2)] for i, n in enumerate(lengths)]
-    names = [f"p{i}" for i in range(len(lengths))]
-    return BenchmarkTask(name, names, prompts, [[900 + i] * 5 for i in range(len(lengths))], max_new_tokens)
+    named = [(f"p{i}", ids) for i, ids in enumerate(prompts)]
+    return BenchmarkTask(name, named, [[900 + i] * 5 for i in range(len(lengths))], max_new_tokens)
 
 
 def test_prompts_that_do_not_fit_are_left_out_with_a_word() -> None:
     found = task_prompts(task("code", [5, 40, 6]), 3, room=30)
-    assert (found.names, len(found.left_out)) == (["p0", "p2"], 1)
+    assert ([name for name, _ in found.prompts], len(found.left_out)) == (["p0", "p2"], 1)
     assert task_prompts(task("code", [5, 40, 6]), 1, room=30).left_out == [], "enough fit: nothing is missing"
     talks = replace(task("talks", [5, 6]), later_turns=3)
     [words] = task_prompts(talks, 2, room=30).left_out
@@ -263,20 +272,21 @@ def test_prompts_that_do_not_fit_are_left_out_with_a_word() -> None:
 
 def test_a_prompt_is_lengthened_behind_its_beginning_and_keeps_its_end() -> None:
     found = prompts_of_length([task("code", [5, 4, 30])], 3, tokens=12, max_new_tokens=8, room=100)
-    assert [len(ids) for ids in found.prompt_ids] == [12, 12], "the third is longer by itself"
-    assert found.prompt_ids[0][:2] == [1, 2]
-    assert found.prompt_ids[0][-3:] == [100, 101, 102]
-    assert set(found.prompt_ids[0][2:-3]) == {901, 902}, "filled with texts of the others"
+    assert [len(ids) for _, ids in found.prompts] == [12, 12], "the third is longer by itself"
+    assert found.prompts[0][1][:2] == [1, 2]
+    assert found.prompts[0][1][-3:] == [100, 101, 102]
+    assert set(found.prompts[0][1][2:-3]) == {901, 902}, "filled with texts of the others"
     left_out = prompts_of_length([task("code", [50])], 3, 12, 8, room=100).left_out
     assert left_out == ["prompts of 12 tokens: all 1 of code are longer"]
-    assert prompts_of_length([task("code", [5])], 3, 95, 8, room=100).prompt_ids == []
+    assert prompts_of_length([task("code", [5])], 3, 95, 8, room=100).prompts == []
     alone = prompts_of_length([task("code", [5])], 1, 12, 8, room=100)
-    assert len(alone.prompt_ids[0]) == 12, "a task of one prompt is filled with its own text"
+    assert len(alone.prompts[0][1]) == 12, "a task of one prompt is filled with its own text"
 
 
 def test_a_mixture_takes_the_tasks_in_turn_and_fills_up_again() -> None:
     found = mixed_prompts([task("code", [5, 6]), task("text", [7])], 5, max_new_tokens=8, room=100)
-    assert (found.task, found.names) == ("mixed", ["code/p0", "text/p0", "code/p1", "code/p0", "text/p0"])
+    names = ["code/p0", "text/p0", "code/p1", "code/p0", "text/p0"]
+    assert (found.task, [name for name, _ in found.prompts]) == ("mixed", names)
     assert mixed_prompts([task("code", [5])], 1, 200, room=100).left_out
 
 
@@ -292,7 +302,7 @@ def test_a_plan_names_every_measurement_once_and_leaves_out_what_does_not_fit() 
         repeats=2,
         seed=0,
     )
-    everything = [each for weights in plan.weights for each in plan.of_tasks(weights)] + plan.of_sweeps(2)
+    everything = plan.everything()
     assert len({each.name for each in everything}) == len(everything) == 2 * 2 * 2 + 4
     assert [each.name for each in plan.of_sweeps(2)] == [
         "prompt_tokens-mixed-int4-int8-t0-16",
@@ -302,7 +312,6 @@ def test_a_plan_names_every_measurement_once_and_leaves_out_what_does_not_fit() 
     ]
     assert len(plan.left_out) == 2
     assert [list(map(len, each.batches)) for each in plan.of_sweeps(2)[2:]] == [[1, 1, 1, 1], [4]]
-    assert plan.planned_tokens == sum(3 * each.planned_tokens for each in everything)
 
 
 def test_the_peak_of_memory_is_above_what_was_held_before() -> None:

@@ -33,14 +33,13 @@ from fastdraft.runtimes import openvino, openvino_export
 from fastdraft.runtimes.openvino import (
     OpenVINOEngine,
     answer_seed,
-    check_pair,
     device_properties,
     load_pipeline,
     require_openvino,
     silence_telemetry,
 )
-from fastdraft.runtimes.openvino_export import export_openvino
-from fastdraft.runtimes.openvino_speculative import OpenVINOPair
+from fastdraft.runtimes.openvino_export import check_pair, export_openvino
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
 from fastdraft.runtimes.runtime import TimedBatch, TimedText
 from fastdraft.target import Target
 
@@ -200,7 +199,7 @@ def test_the_text_part_of_a_multimodal_target_is_converted_and_writes_the_target
     endless = replace(own.vocabulary, eos_token_ids=())
     [expected] = greedy(own.model("cpu"), [PROMPTS[3]], 32, endless)
     [text] = (
-        OpenVINOPair(tmp_path / "out", tmp_path / "out", precision="exact")
+        OpenVINOPair(tmp_path / "out", tmp_path / "out", OpenVINOSettings(precision="exact"))
         .write([PROMPTS[3]], Sampling(0.0), 32, 0)
         .texts
     )

@@ -23,7 +23,7 @@ from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.runtimes.openvino_speculative import OpenVINOPair, cut_rounds
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings, cut_rounds
 from fastdraft.runtimes.openvino_ties import TieJudge
 from fastdraft.runtimes.runtime import TimedBatch
 from fastdraft.target import Target
@@ -53,8 +53,8 @@ def expected(target: PreTrainedModel, vocabulary: Vocabulary) -> list[Generation
 
 @pytest.fixture(scope="module")
 def pair(exported_target: Path, exported_draft: Path, vocabulary: Vocabulary) -> OpenVINOPair:
-    ends = vocabulary.eos_token_ids
-    return OpenVINOPair(exported_target, exported_draft, ends, precision="exact", threads=1)
+    settings = OpenVINOSettings(precision="exact", threads=1, eos_ids=vocabulary.eos_token_ids)
+    return OpenVINOPair(exported_target, exported_draft, settings)
 
 
 def texts(batch: TimedBatch) -> list[list[int]]:
@@ -144,7 +144,7 @@ def test_sampled_texts_differ_and_alone_follow_the_seed(pair: OpenVINOPair) -> N
 def test_the_time_of_an_answer_is_the_targets_the_drafts_and_the_runtimes(
     exported_target: Path, exported_draft: Path
 ) -> None:
-    pair = OpenVINOPair(exported_target, exported_draft, threads=1)
+    pair = OpenVINOPair(exported_target, exported_draft, OpenVINOSettings(threads=1))
     for tokens in (
         1,
         2,
@@ -170,7 +170,9 @@ def test_what_does_not_fit_is_refused(pair: OpenVINOPair, exported_target: Path,
         OpenVINOPair(exported_target, tiny_draft).write_with_draft([[5]], GREEDY, 2, 0, 1)
     for devices in ({"device": "GPU.7"}, {"draft_device": "NPU"}):
         with pytest.raises(RecipeError, match="OpenVINO sees"):
-            OpenVINOPair(exported_target, exported_target, **devices).write_with_draft([[5]], GREEDY, 2, 0, 1)
+            OpenVINOPair(exported_target, exported_target, OpenVINOSettings(**devices)).write_with_draft(
+                [[5]], GREEDY, 2, 0, 1
+            )
 
 
 def test_a_failure_of_openvino_is_one_line(exported_target: Path) -> None:
@@ -185,7 +187,7 @@ def test_a_failure_of_openvino_is_one_line(exported_target: Path) -> None:
     pair.__dict__["alone"] = SimpleNamespace(
         add_request=lambda *_: None, has_non_finished_requests=lambda: False
     )
-    with pytest.raises(FastDraftError, match="left a prompt without an answer"):
+    with pytest.raises(FastDraftError, match="a prompt was left without an answer"):
         pair.write(PROMPTS[:1], GREEDY, TOKENS, 0)
 
 

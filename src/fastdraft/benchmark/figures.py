@@ -66,7 +66,7 @@ def _row(
         concurrency=prompts.concurrency,
         prompt_tokens=tidy(prompt_tokens),
         max_new_tokens=prompts.max_new_tokens,
-        num_prompts=len(prompts.prompt_ids),
+        num_prompts=len(prompts.prompts),
         repeats=len(measured.repeats),
         num_drafts=tidy_count(counts.num_drafts),
         num_draft_tokens=tidy_count(counts.num_draft_tokens),

@@ -18,7 +18,8 @@ from fastdraft.errors import DataError
 from fastdraft.evaluation.tasks import load_task
 
 ALONE = "alone"
-Weights = tuple[str, str]
+NamedPrompt = tuple[str, list[int]]
+WeightsOfPair = tuple[str, str]
 """The target's and the draft's."""
 
 
@@ -27,8 +28,7 @@ class BenchmarkTask:
     """A task's prompts as token ids, and its texts to make prompts longer with."""
 
     name: str
-    names: list[str]
-    prompt_ids: list[list[int]]
+    prompts: list[NamedPrompt]
     texts: list[list[int]]
     """Prompt and reference of each, without special tokens."""
     max_new_tokens: int
@@ -42,8 +42,7 @@ class PromptSet:
 
     task: str
     """The task's name, or `mixed`."""
-    names: list[str]
-    prompt_ids: list[list[int]]
+    prompts: list[NamedPrompt]
     max_new_tokens: int
     left_out: list[str] = field(default_factory=list)
     """What was left out and why, in words."""
@@ -59,7 +58,7 @@ class Measurement:
     """Prompts on which a target alone and with its draft are timed in turn."""
 
     prompts: PromptSet
-    weights: Weights
+    weights: WeightsOfPair
     temperature: float
     num_speculative_tokens: list[int]
     seed: int
@@ -79,13 +78,13 @@ class Measurement:
     @property
     def batches(self) -> list[range]:
         """Places of the prompts that are asked together."""
-        count, size = len(self.prompts.prompt_ids), self.prompts.concurrency
+        count, size = len(self.prompts.prompts), self.prompts.concurrency
         return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
     @property
     def planned_tokens(self) -> int:
         """Most tokens that one repeat writes."""
-        return len(self.prompts.prompt_ids) * self.prompts.max_new_tokens * len(self.labels)
+        return len(self.prompts.prompts) * self.prompts.max_new_tokens * len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class BenchmarkPlan:
 
     tasks: list[PromptSet]
     swept: list[PromptSet]
-    weights: list[Weights]
+    weights: list[WeightsOfPair]
     """Of every pair; the first is the deployed one."""
     temperatures: list[float]
     num_speculative_tokens: list[int]
@@ -103,7 +102,7 @@ class BenchmarkPlan:
     left_out: list[str]
     """What does not fit, in words."""
 
-    def of_tasks(self, weights: Weights) -> list[Measurement]:
+    def of_tasks(self, weights: WeightsOfPair) -> list[Measurement]:
         """Every task at every temperature on one pair."""
         return [
             Measurement(prompts, weights, temperature, self.num_speculative_tokens, self.seed)
@@ -111,19 +110,14 @@ class BenchmarkPlan:
             for temperature in self.temperatures
         ]
 
-    def of_sweeps(self, num_speculative_tokens: int) -> list[Measurement]:
+    def of_sweeps(self, k: int) -> list[Measurement]:
         """Every value of every factor on the deployed pair, at the lowest temperature."""
         lowest = min(self.temperatures)
-        return [
-            Measurement(prompts, self.weights[0], lowest, [num_speculative_tokens], self.seed)
-            for prompts in self.swept
-        ]
+        return [Measurement(prompts, self.weights[0], lowest, [k], self.seed) for prompts in self.swept]
 
-    @property
-    def planned_tokens(self) -> int:
-        """Most tokens that all repeats write, the untimed ones too."""
-        works = [work for weights in self.weights for work in self.of_tasks(weights)] + self.of_sweeps(1)
-        return sum(work.planned_tokens * (1 + self.repeats) for work in works)
+    def everything(self) -> list[Measurement]:
+        """For counting tokens, which are the same at every K."""
+        return [work for weights in self.weights for work in self.of_tasks(weights)] + self.of_sweeps(1)
 
 
 def make_plan(
@@ -131,105 +125,80 @@ def make_plan(
     *,
     count: int,
     context_length: int,
-    weights: Sequence[Weights],
-    temperatures: Sequence[float],
-    num_speculative_tokens: Sequence[int],
     sweep: Mapping[str, Sequence[int]],
-    repeats: int,
-    seed: int,
+    num_speculative_tokens: list[int],
+    **settings: Any,
 ) -> BenchmarkPlan:
-    """Chooses the prompts of every measurement: of each task and each sweep the first `count` that fit.
+    """Chooses the prompts of every measurement: of each task and each sweep the first `count` that fit both models' context.
 
-    Args:
-        tasks: Encoded.
-        count: Prompts of each task, and of each sweep.
-        context_length: Positions that both models have.
-        weights: Of every pair.
-        temperatures: Of the target.
-        num_speculative_tokens: Every K.
-        sweep: Values by factor.
-        repeats: Timed runs.
-        seed: Of the sampling.
+    `sweep` holds the values by factor; `settings` are further fields of the plan.
     """
     room = context_length - max(num_speculative_tokens) - 1  # exact counts write one round beyond the end
     sets = [task_prompts(task, count, room) for task in tasks]
-    swept = _swept(tasks, sweep, count, room)
-    left_out = list(dict.fromkeys(words for prompts in (*sets, *swept) for words in prompts.left_out))
-    fitting = [prompts for prompts in swept if prompts.prompt_ids]
-    ks = list(num_speculative_tokens)
-    return BenchmarkPlan(sets, fitting, list(weights), list(temperatures), ks, repeats, seed, left_out)
-
-
-def _swept(
-    tasks: Sequence[BenchmarkTask], sweep: Mapping[str, Sequence[int]], count: int, room: int
-) -> list[PromptSet]:
-    """Every value of every factor, the others as they usually are."""
     usual = min(task.max_new_tokens for task in tasks)
-    found = [prompts_of_length(tasks, count, n, usual, room) for n in sweep["prompt_tokens"]]
+    swept = [prompts_of_length(tasks, count, n, usual, room) for n in sweep["prompt_tokens"]]
     for n in sweep["max_new_tokens"]:
-        found.append(mixed_prompts(tasks, count, n, room, part="max_new_tokens", value=n))
+        swept.append(mixed_prompts(tasks, count, n, room, part="max_new_tokens", value=n))
     at_once = sweep["concurrency"]
     # Every value answers the same prompts, in full batches at the largest.
     whole = -(-count // max(at_once)) * max(at_once) if at_once else 0
     for n in at_once:
-        found.append(mixed_prompts(tasks, whole, usual, room, part="concurrency", value=n, concurrency=n))
-    return found
+        swept.append(mixed_prompts(tasks, whole, usual, room, part="concurrency", value=n, concurrency=n))
+    return BenchmarkPlan(
+        sets,
+        [prompts for prompts in swept if prompts.prompts],
+        num_speculative_tokens=num_speculative_tokens,
+        left_out=list(dict.fromkeys(words for prompts in (*sets, *swept) for words in prompts.left_out)),
+        **settings,
+    )
 
 
 def encode(task: Any, tokenizer: PreTrainedTokenizerBase) -> BenchmarkTask:
     """A recipe's task as token ids, of a conversation its first turn; prompts without any are left out."""
     loaded = load_task(task)
-    encoded = [(prompt, first_prompt_ids(tokenizer, prompt.prompt, loaded.chat)) for prompt in loaded.prompts]
-    encoded = [(prompt, ids) for prompt, ids in encoded if ids]
-    if not encoded:
+    prompts, texts, later_turns = [], [], 0
+    for prompt in loaded.prompts:
+        ids = first_prompt_ids(tokenizer, prompt.prompt, loaded.chat)
+        if ids:
+            prompts.append((prompt.id, ids))
+            text = tokenizer(f"{prompt.everything}\n\n", add_special_tokens=False, verbose=False)
+            texts.append(list(text.input_ids))
+            later_turns += len(prompt.conversation.users) - 1 if prompt.conversation else 0
+    if not prompts:
         raise DataError(f"task '{task.name}': no prompt has a token", "use another task")
-    texts = [
-        list(tokenizer(f"{prompt.everything}\n\n", add_special_tokens=False, verbose=False).input_ids)
-        for prompt, _ in encoded
-    ]
-    later = sum(len(prompt.conversation.users) - 1 for prompt, _ in encoded if prompt.conversation)
-    names, ids = [prompt.id for prompt, _ in encoded], [ids for _, ids in encoded]
-    return BenchmarkTask(task.name, names, ids, texts, task.max_new_tokens, later)
+    return BenchmarkTask(task.name, prompts, texts, task.max_new_tokens, later_turns)
 
 
 def task_prompts(task: BenchmarkTask, count: int, room: int) -> PromptSet:
     """The first `count` prompts of a task for which, with their answers, there is room."""
-    fitting = [
-        (name, ids)
-        for name, ids in zip(task.names, task.prompt_ids, strict=True)
-        if len(ids) + task.max_new_tokens <= room
-    ]
+    fitting = [(name, ids) for name, ids in task.prompts if len(ids) + task.max_new_tokens <= room]
     if not fitting:
         raise DataError(
-            f"task '{task.name}': none of {len(task.names)} prompts fits; prompt and {task.max_new_tokens} new tokens must fit {room} "
+            f"task '{task.name}': none of {len(task.prompts)} prompts fits; prompt and {task.max_new_tokens} new tokens must fit {room} "
             "positions (the context less one round)",
             "shorten the prompts or lower max_new_tokens",
         )
-    left_out, short = [], len(task.names) - len(fitting)
+    left_out, short = [], len(task.prompts) - len(fitting)
     if short and len(fitting) < count:
-        left_out.append(f"{task.name}: {short} of {len(task.names)} prompts are too long for the context")
+        left_out.append(f"{task.name}: {short} of {len(task.prompts)} prompts are too long for the context")
     if task.later_turns:
         left_out.append(
             f"{task.name}: {task.later_turns} later turns of conversations; first turns are measured"
         )
-    names, ids = zip(*fitting[:count], strict=True)
-    return PromptSet(task.name, list(names), list(ids), task.max_new_tokens, left_out)
+    return PromptSet(task.name, fitting[:count], task.max_new_tokens, left_out)
 
 
 def mixed_prompts(
     tasks: Sequence[BenchmarkTask], count: int, max_new_tokens: int, room: int, **swept: Any
 ) -> PromptSet:
     """One prompt of each task in turn until there are `count`; when the tasks have fewer that fit, they come again."""
-    named = [
-        [(f"{t.name}/{name}", ids) for name, ids in zip(t.names, t.prompt_ids, strict=True)] for t in tasks
-    ]
-    fitting = [each for each in _in_turn(named) if len(each[1]) + max_new_tokens <= room]
+    named = _in_turn([[(f"{task.name}/{name}", ids) for name, ids in task.prompts] for task in tasks])
+    fitting = [(name, ids) for name, ids in named if len(ids) + max_new_tokens <= room]
     if not fitting:
         words = f"{max_new_tokens} new tokens: no prompt leaves room for them in the context"
-        return PromptSet(_label(tasks), [], [], max_new_tokens, [words], **swept)
+        return PromptSet(_label(tasks), [], max_new_tokens, [words], **swept)
     chosen = [fitting[index % len(fitting)] for index in range(count)]
-    names, ids = [name for name, _ in chosen], [ids for _, ids in chosen]
-    return PromptSet(_label(tasks), names, ids, max_new_tokens, **swept)
+    return PromptSet(_label(tasks), chosen, max_new_tokens, **swept)
 
 
 def prompts_of_length(
@@ -239,47 +208,40 @@ def prompts_of_length(
     swept: dict[str, Any] = {"part": "prompt_tokens", "value": tokens}
     if tokens + max_new_tokens > room:
         words = f"prompts of {tokens} tokens: they do not fit the context with their answers"
-        return PromptSet(_label(tasks), [], [], max_new_tokens, [words], **swept)
+        return PromptSet(_label(tasks), [], max_new_tokens, [words], **swept)
     longer = [_lengthened(task, -(-count // len(tasks)), tokens) for task in tasks]
     left_out = [
-        f"prompts of {tokens} tokens: all {len(task.names)} of {task.name} are longer"
+        f"prompts of {tokens} tokens: all {len(task.prompts)} of {task.name} are longer"
         for task, found in zip(tasks, longer, strict=True)
         if not found
     ]
-    chosen = _in_turn(longer)[:count]
-    names, ids = [name for name, _ in chosen], [ids for _, ids in chosen]
-    return PromptSet(_label(tasks), names, ids, max_new_tokens, left_out, **swept)
+    return PromptSet(_label(tasks), _in_turn(longer)[:count], max_new_tokens, left_out, **swept)
 
 
 def _label(tasks: Sequence[BenchmarkTask]) -> str:
     return tasks[0].name if len(tasks) == 1 else "mixed"
 
 
-def _in_turn(lists: Sequence[Sequence[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
+def _in_turn(lists: Sequence[Sequence[NamedPrompt]]) -> list[NamedPrompt]:
     """The first of each, the second of each, ..."""
     return [each for row in zip_longest(*lists) for each in row if each is not None]
 
 
-def _lengthened(task: BenchmarkTask, count: int, tokens: int) -> list[tuple[str, list[int]]]:
+def _lengthened(task: BenchmarkTask, count: int, tokens: int) -> list[NamedPrompt]:
     """The first `count` prompts of a task that are no longer than `tokens`, each brought to that length.
 
     Its end stays: other texts of the task are put in front, behind the ids with which every prompt begins (BOS, a chat template).
     """
-    first, *others = task.prompt_ids
-    # Of a single prompt nothing can be told but its first id.
-    common = (
-        place for place, token in enumerate(first) if any(ids[place : place + 1] != [token] for ids in others)
-    )
-    begin = next(common, len(first)) if others else 1
-    found: list[tuple[str, list[int]]] = []
-    for index, ids in enumerate(task.prompt_ids):
+    columns = enumerate(zip_longest(*(ids for _, ids in task.prompts)))
+    common = next((place for place, column in columns if len(set(column)) > 1), 1)
+    begin = common if len(task.prompts) > 1 else 1  # of a single prompt nothing can be told but its first id
+    found: list[NamedPrompt] = []
+    for index, (name, ids) in enumerate(task.prompts):
         if len(ids) > tokens or len(found) == count:
             continue
         texts = [*task.texts[index + 1 :], *task.texts[:index]] or [task.texts[index]]
         around = [token for text in texts for token in text]
-        wanted = tokens - len(ids)
+        wanted, kept = tokens - len(ids), min(begin, len(ids) - 1)
         filling = around * (-(-wanted // len(around)))
-        kept = min(begin, len(ids) - 1)
-        longer = ids[:kept] + filling[len(filling) - wanted :] + ids[kept:]
-        found.append((f"{task.name}/{task.names[index]}", longer))
+        found.append((f"{task.name}/{name}", ids[:kept] + filling[len(filling) - wanted :] + ids[kept:]))
     return found

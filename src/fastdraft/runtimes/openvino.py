@@ -1,4 +1,4 @@
-"""OpenVINO: devices, loading, which pairs it takes, and the engine by which a target writes text.
+"""OpenVINO: devices, loading, and the engine by which a target writes text.
 
 This file and the others named openvino_* are the only ones that import openvino, openvino_genai, nncf or optimum; all import this one
 first, so that nothing of them reports usage from this process.
@@ -7,6 +7,7 @@ first, so that nothing of them reports usage from this process.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import functools
 import random
@@ -24,7 +25,6 @@ from fastdraft.data.filters import is_looping
 from fastdraft.errors import FastDraftError, MissingExtra, RecipeError, TargetError
 from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.target import Target
 
 Precision = Literal["fast", "exact"]
 """fast: the device's own choice, on a CPU with an 8-bit KV cache; exact: float32 throughout, for comparisons token by token."""
@@ -38,7 +38,6 @@ _EXACT = {
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
 }
 _GIVE_UP_EVERY = 16
-_PAIR_SENTENCE = "Could you please tell me something about OpenVINO.GenAI?"
 
 
 def silence_telemetry() -> None:
@@ -143,9 +142,10 @@ def describe_device(device: str, precision: Precision = "fast") -> dict[str, str
 
 @contextlib.contextmanager
 def openvino_errors(where: object, rule: str, fix: str) -> Iterator[None]:
-    """A failure inside OpenVINO as one line."""
+    """A failure inside OpenVINO as one line; the signal stack is kept too."""
     try:
-        yield
+        with keeping_signal_stack():
+            yield
     except RuntimeError as error:
         raise FastDraftError(f"{where}: {rule}: {short(error)}", fix) from error
 
@@ -180,44 +180,14 @@ def load_pipeline(
         rows: Most answers written at a time.
         tokens_per_pass: Most tokens that one pass reads; longer prompts are cut. 0: OpenVINO's own choice, 256.
     """
-    genai = import_genai()
     check_exported(folder)
+    genai = import_genai()
     scheduler = genai.SchedulerConfig()
     scheduler.max_num_seqs = rows
     if tokens_per_pass:
         scheduler.max_num_batched_tokens = tokens_per_pass
-    with (
-        openvino_errors(folder, f"OpenVINO could not load it on {device}", "export the model again"),
-        keeping_signal_stack(),
-    ):
+    with openvino_errors(folder, f"OpenVINO could not load it on {device}", "export the model again"):
         return genai.ContinuousBatchingPipeline(str(folder), scheduler, device, dict(properties))
-
-
-def check_pair(target: Target, draft: Target) -> None:
-    """Refuses a draft that OpenVINO GenAI could not run for this target, exported or not, before either is loaded.
-
-    It compares one encoded sentence and three ids itself, but only after both were loaded; other vocabulary sizes, or a draft with a
-    shorter context, crash or clip later.
-    """
-    sizes = [model.vocabulary.size for model in (target, draft)]
-    rules = [("vocab_size, padding included, must be equal", *sizes)]
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        ids = [getattr(model.tokenizer, name) for model in (target, draft)]
-        rules.append((f"{name} must be equal", *ids))
-    encoded = [list(model.tokenizer(_PAIR_SENTENCE).input_ids) for model in (target, draft)]
-    rules.append((f"both tokenizers must encode '{_PAIR_SENTENCE}' alike", *encoded))
-    for rule, of_target, of_draft in rules:
-        if of_target != of_draft:
-            raise TargetError(
-                f"{draft.location}: draft {of_draft}, target {of_target}: {rule}",
-                "use a draft that was made for this target's tokenizer",
-            )
-    if draft.context_length < target.context_length:
-        raise TargetError(
-            f"{draft.location}: draft {draft.context_length}, target {target.context_length}: "
-            "the draft's context must not be shorter than the target's",
-            "make the draft with the target's context length: its memory is read only as far as the text goes",
-        )
 
 
 def as_tensor(ids: Sequence[int]) -> Any:
@@ -251,8 +221,8 @@ def answer_seed(seed: int, index: int) -> int:
 class OpenVINOEngine:
     """The `Engine` protocol over OpenVINO GenAI's continuous batching, in this process.
 
-    Log-probs are OpenVINO's own: of the distribution that each token was drawn from, at the weights and precision that run. Where the
-    log-probs of another precision are wanted, `decoding.scoring` adds them.
+    Log-probs are OpenVINO's own: of the distribution that each token was drawn from, at the weights and precision that run. Where those of
+    another precision are wanted, `decoding.scoring` adds them. Results are reproducible for equal threads.
 
     Args:
         folder: The exported target.
@@ -262,7 +232,7 @@ class OpenVINOEngine:
         on_batch: Called with the number of answers finished since the last call.
         device: OpenVINO's name.
         precision: fast or exact.
-        threads: CPU threads; 0 leaves OpenVINO's own choice. Results are reproducible for equal threads.
+        threads: CPU threads; 0 leaves OpenVINO's own choice.
         end_loops: Ends an answer that has run into a loop instead of writing it to its limit.
     """
 
@@ -289,9 +259,8 @@ class OpenVINOEngine:
 
     def with_ends(self, eos_ids: Sequence[int]) -> OpenVINOEngine:
         """The same loaded model, whose answers end at these ids or in a loop."""
-        twin = object.__new__(OpenVINOEngine)
+        twin = copy.copy(self)
         twin.vocabulary = replace(self.vocabulary, eos_token_ids=tuple(eos_ids))
-        twin.context_length, twin.pipeline = self.context_length, self.pipeline
         twin.on_batch, twin.end_loops = None, True
         return twin
 
@@ -300,55 +269,53 @@ class OpenVINOEngine:
     ) -> list[Generation]:
         """One answer for each prompt, in order; reproducible for equal prompts, order, seed and threads."""
         check_prompts(prompts, max_new_tokens, self.context_length)
-        eos_ids = self.vocabulary.eos_token_ids
+        eos_ids, pipeline = self.vocabulary.eos_token_ids, self.pipeline
         answers = []
         for index, prompt in enumerate(prompts):
             config = generation_config(sampling, max_new_tokens, eos_ids, answer_seed(seed, index))
-            handle = self.pipeline.add_request(index, as_tensor(prompt), config)
-            answers.append(_Answer(handle, sampling.temperature == 0))
+            answers.append(_Answer(pipeline.add_request(index, as_tensor(prompt), config)))
         steps = 0
-        while self.pipeline.has_non_finished_requests():
-            self.pipeline.step()
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
             steps += 1
             if self.end_loops and steps % _GIVE_UP_EVERY == 0:
                 for answer in answers:
                     answer.give_up_if_looping()
         if self.on_batch:
             self.on_batch(len(prompts))
-        return [answer.generation(prompt, eos_ids) for answer, prompt in zip(answers, prompts, strict=True)]
+        written = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            answer.read()
+            ids, logprobs = answer.ids, answer.logprobs
+            stopped = bool(ids) and ids[-1] in eos_ids and not answer.given_up
+            logprobs = [0.0] * len(ids) if sampling.temperature == 0 else logprobs
+            written.append(Generation(list(prompt), ids, logprobs, "stop" if stopped else "length"))
+        return written
 
 
 class _Answer:
     """One request: what was read of it, and whether it was given up."""
 
-    def __init__(self, handle: Any, greedy: bool) -> None:
-        self.handle, self.greedy, self.given_up, self.looked_at = handle, greedy, False, 0
+    def __init__(self, handle: Any) -> None:
+        self.handle, self.given_up, self.looked_at = handle, False, 0
         self.ids: list[int] = []
         self.logprobs: list[float] = []
 
     def read(self) -> None:
         """Takes over what OpenVINO wrote since the last time."""
-        while self.handle.can_read():
+        while not self.given_up and self.handle.can_read():
             for output in self.handle.read().values():
                 self.ids += output.generated_ids
                 self.logprobs += output.generated_log_probs
 
     def give_up_if_looping(self) -> None:
-        if self.given_up:
-            return
         self.read()
         # Judged at the same lengths whichever step this is, so that the answer does not depend on the batch.
         for length in range(self.looked_at + _GIVE_UP_EVERY, len(self.ids) + 1, _GIVE_UP_EVERY):
+            if self.given_up:
+                return
             self.looked_at = length
             if is_looping(self.ids[:length]):
                 self.given_up = True
                 self.ids, self.logprobs = self.ids[:length], self.logprobs[:length]
                 self.handle.cancel()
-                return
-
-    def generation(self, prompt: Sequence[int], eos_ids: Sequence[int]) -> Generation:
-        if not self.given_up:
-            self.read()
-        stopped = bool(self.ids) and self.ids[-1] in eos_ids and not self.given_up
-        logprobs = [0.0] * len(self.ids) if self.greedy else self.logprobs
-        return Generation(list(prompt), self.ids, logprobs, "stop" if stopped else "length")

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as OpenVINO runs it: model, tokenizer and detokenizer as IR, weights compressed, and tried.
+"""A Hugging Face directory as OpenVINO runs it: IR of model, tokenizer and detokenizer, weights compressed, and tried; which it takes.
 
 optimum-intel converts, in the model's own precision or float32; nncf compresses; the source's tokenizer files are copied byte for byte
 beside the converted ones. An export is a directory only after it has been loaded and has written the same greedy text with a draft.
@@ -27,8 +27,8 @@ from fastdraft.modeling.initialize import STD
 from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.text_part import as_text_model, text_family
 from fastdraft.run_folder import atomic_folder
-from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, check_pair, core, import_genai, short
-from fastdraft.runtimes.openvino_speculative import OpenVINOPair
+from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, core, import_genai, short
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
 from fastdraft.target import Target
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
@@ -39,6 +39,7 @@ NOT_CONVERTED = {
 _FILES = (MODEL_FILE, "openvino_tokenizer.xml", "openvino_detokenizer.xml", "config.json")
 _INT4_GROUP = 128  # weights that share a scale; rows that it does not divide keep int8
 _TRIED_TOKENS = 32
+_PAIR_SENTENCE = "Could you please tell me something about OpenVINO.GenAI?"
 _PROMPT = "Once upon a time there was a small town by the sea, and in that town"
 
 
@@ -72,13 +73,40 @@ def require_convertible(target: Target) -> None:
         )
 
 
+def check_pair(target: Target, draft: Target) -> None:
+    """Refuses a draft that OpenVINO GenAI could not run for this target, exported or not, before either is loaded.
+
+    It compares one encoded sentence and three ids itself, but only after both were loaded; other vocabulary sizes, or a draft with a
+    shorter context, crash or clip later.
+    """
+
+    def facts(model: Target) -> dict[str, Any]:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return {
+            "vocab_size, padding included, must be equal": model.vocabulary.size,
+            **{f"{name} must be equal": getattr(model.tokenizer, name) for name in names},
+            f"both tokenizers must encode '{_PAIR_SENTENCE}' alike": model.tokenizer(
+                _PAIR_SENTENCE
+            ).input_ids,
+        }
+
+    of_draft = facts(draft)
+    for rule, of_target in facts(target).items():
+        if of_target != of_draft[rule]:
+            raise TargetError(
+                f"{draft.location}: draft {of_draft[rule]}, target {of_target}: {rule}",
+                "use a draft that was made for this target's tokenizer",
+            )
+    if draft.context_length < target.context_length:
+        raise TargetError(
+            f"{draft.location}: draft {draft.context_length}, target {target.context_length}: "
+            "the draft's context must not be shorter than the target's",
+            "make the draft with the target's context length: its memory is read only as far as the text goes",
+        )
+
+
 def export_openvino(
-    source: Target,
-    folder: Path,
-    weights: Weights,
-    *,
-    pair: Path | None = None,
-    role: Literal["draft", "target"] = "draft",
+    source: Target, folder: Path, weights: Weights, *, pair: Path | None = None
 ) -> ExportCheck:
     """Exports a model and tries it; the directory stands whole and tried, or not at all.
 
@@ -87,17 +115,15 @@ def export_openvino(
         folder: Replaced when it exists.
         weights: fp32 and fp16 store floats; int8 and int4 are compressed without data (asymmetric; int4 in groups of 128
             with embeddings and head in int8).
-        pair: An export that this one must run together with; None tries the model as its own draft.
-        role: What `source` is beside `pair`.
+        pair: An exported target that this one must serve as a draft; None tries the model as its own draft.
     """
     import_genai()
     source.files.check_weights()
     if pair is not None:
-        check_pair(*((Target.at(pair), source) if role == "draft" else (source, Target.at(pair))))
+        check_pair(Target.at(pair), source)
     with atomic_folder(folder) as temporary:
         convert(source, temporary, weights)
-        other = pair or temporary
-        return check_export(*((other, temporary) if role == "draft" else (temporary, other)))
+        return check_export(pair or temporary, temporary)
 
 
 def convert(source: Target, folder: Path, weights: Weights) -> None:
@@ -164,7 +190,7 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
     prompt = [int(token) for token in models[0].tokenizer(_PROMPT).input_ids]
     room = min(model.context_length for model in models) - len(prompt) - 8
     tokens = max(1, min(_TRIED_TOKENS, room))
-    pair = OpenVINOPair(target, draft, precision="exact")
+    pair = OpenVINOPair(target, draft, OpenVINOSettings(precision="exact"))
     [alone] = pair.write([prompt], Sampling(0.0), tokens, 0).texts
     [drafted] = pair.write_with_draft([prompt], Sampling(0.0), tokens, 0, 3).texts
     difference = compare_texts(prompt, alone.response_ids, drafted.response_ids, pair.gap)
@@ -183,14 +209,7 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
 
 
 def export_random(config: PreTrainedConfig, tokenizer: Target, folder: Path, weights: Weights) -> None:
-    """An export of a shape with random weights, into an existing folder: it runs as a real one does and says nothing sensible.
-
-    Args:
-        config: The shape; converted whole, so for small ones.
-        tokenizer: Whose tokenizer files stand beside the model.
-        folder: Existing and empty.
-        weights: As for `export_openvino`.
-    """
+    """An export of a shape with random weights, converted whole, into an existing folder; `tokenizer` gives the files beside it."""
     with TemporaryDirectory(dir=folder.parent, prefix=".random-") as made:
         source = Path(made)
         write_random(config, source)

@@ -25,9 +25,9 @@ from fastdraft.runtimes.openvino import (
     check_exported,
     core,
     device_properties,
-    keeping_signal_stack,
     openvino_errors,
 )
+from fastdraft.runtimes.openvino_speculative import OpenVINOSettings
 from fastdraft.target import Target
 
 WARM_TURNS = 2
@@ -62,9 +62,6 @@ class LoadedModel:
         folder: An export.
         prefix_tokens: Positions filled once; every pass begins behind them.
         room: Most tokens that a pass reads.
-        device: OpenVINO's name.
-        precision: fast or exact.
-        threads: CPU threads; 0 leaves OpenVINO's own choice.
     """
 
     def __init__(
@@ -87,8 +84,7 @@ class LoadedModel:
             model = core().read_model(folder / MODEL_FILE)
             self.weights = weights_of(model)
             paged_attention_transformation(model)
-            with keeping_signal_stack():
-                compiled = core().compile_model(model, device, properties)
+            compiled = core().compile_model(model, device, properties)
             self._request = compiled.create_infer_request()
             self._names = {port.get_any_name() for port in compiled.inputs}
             self._vocab_size = int(compiled.output("logits").partial_shape[-1].get_length())
@@ -144,35 +140,28 @@ def measure_passes(
     draft: Path,
     widths: Sequence[int],
     prefix_tokens: int,
-    *,
-    device: str = "CPU",
-    draft_device: str = "",
-    precision: Precision = "fast",
-    threads: int = 0,
+    settings: OpenVINOSettings,
     repeats: int = REPEATS,
 ) -> Latency:
-    """Times single passes of two exported models in the order of decoding.
+    """Times single passes of two exports in the order of decoding: of the target over 1 token and each of `widths`, of the draft over one.
 
-    Args:
-        target: Export, read 1 token and each of `widths` at once.
-        draft: Export, reads one token.
-        widths: How many tokens the target reads at once; K proposals are verified by a pass over K + 1.
-        prefix_tokens: Tokens in the caches before each pass; lowered to fit the shorter context.
-        device: OpenVINO's name of the target's device.
-        draft_device: The draft's; "" is the target's.
-        precision: fast or exact.
-        threads: CPU threads; 0 leaves OpenVINO's own choice.
-        repeats: Turns whose median is taken.
+    K proposals are verified by a pass over K + 1. The prefix in the caches is lowered to fit the shorter context.
     """
     widths = sorted({1, *widths})
-    prefix, room = fitting_prefix([target, draft], prefix_tokens, max(widths)), max(widths)
-    loaded = LoadedModel(target, prefix, room, device=device, precision=precision, threads=threads)
-    of_draft = LoadedModel(
-        draft, prefix, room, device=draft_device or device, precision=precision, threads=threads
-    )
+    room = max(widths)
+    prefix = fitting_prefix([target, draft], prefix_tokens, room)
+    draft_device = settings.draft_device or settings.device
+    how: Any = {"precision": settings.precision, "threads": settings.threads}
+    loaded = LoadedModel(target, prefix, room, device=settings.device, **how)
+    of_draft = LoadedModel(draft, prefix, room, device=draft_device, **how)
     costs = time_passes(loaded, [of_draft], widths, repeats)
     return Latency(
-        costs.draft_seconds[0], costs.target_seconds, prefix, device, of_draft.weights, loaded.weights
+        costs.draft_seconds[0],
+        costs.target_seconds,
+        prefix,
+        settings.device,
+        of_draft.weights,
+        loaded.weights,
     )
 
 
@@ -195,13 +184,6 @@ def time_passes(
     ones, and target passes over one token before those timed alone. So each model finds the processor's caches as the other left them
     (a small model that has them to itself is twice as fast), and no pass pays for a change of shape that decoding does not make either.
     All kinds come in every turn, so that a slow moment of the machine hits all.
-
-    Args:
-        target: Its cost alone is that of a pass over one token after another such pass.
-        drafts: At least one.
-        widths: Of the target's passes; 1 among them.
-        repeats: Turns whose median is taken, after two that warm up.
-        on_turn: Called after each turn.
     """
     verifying = [width for width in widths if width > 1]
     of_target: dict[int, list[float]] = {width: [] for width in widths}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastdraft.decoding.latency import Latency
-from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_pair, describe_device, require_openvino
-from fastdraft.runtimes.openvino_export import export_openvino
+from fastdraft.runtimes.openvino import MODEL_FILE, describe_device, require_openvino
+from fastdraft.runtimes.openvino_export import check_pair, export_openvino
 from fastdraft.runtimes.openvino_latency import measure_passes
-from fastdraft.runtimes.openvino_speculative import OpenVINOPair
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
 from fastdraft.target import Target
 
 _LAUNCH = """import openvino_genai
@@ -23,16 +23,8 @@ print(pipeline.generate("Once upon a time", config))"""
 
 
 @dataclass(frozen=True)
-class OpenVINORuntime:
-    """Devices are OpenVINO's names; `draft_device` "" is the target's; `threads` 0 leaves OpenVINO's own choice."""
-
-    device: str = "CPU"
-    draft_device: str = ""
-    precision: Precision = "fast"
-    threads: int = 0
-    rows: int = 16
-    """Most answers at a time."""
-    eos_ids: tuple[int, ...] = ()
+class OpenVINORuntime(OpenVINOSettings):
+    """The `Runtime` with these settings."""
 
     name: ClassVar[str] = "openvino"
     # With a draft, release 2026.4.1 accepts a proposal by comparing the draft's probability of it with the target's probability of another
@@ -41,13 +33,13 @@ class OpenVINORuntime:
 
     def describe(self) -> dict[str, Any]:
         require_openvino()
-        if self.draft_device:
-            describe_device(self.draft_device, self.precision)
+        draft_device = self.draft_device or self.device
+        describe_device(draft_device, self.precision)
         return {
             "name": self.name,
             **describe_device(self.device, self.precision),
             "device": self.device,
-            "draft_device": self.draft_device or self.device,
+            "draft_device": draft_device,
             "threads": self.threads,
             "precision": self.precision,
         }
@@ -62,28 +54,10 @@ class OpenVINORuntime:
         return (exported / MODEL_FILE).with_suffix(".bin").stat().st_size
 
     def measure_passes(self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int) -> Latency:
-        return measure_passes(
-            target,
-            draft,
-            widths,
-            prefix_tokens,
-            device=self.device,
-            draft_device=self.draft_device,
-            precision=self.precision,
-            threads=self.threads,
-        )
+        return measure_passes(target, draft, widths, prefix_tokens, self)
 
     def open(self, target: Path, draft: Path) -> OpenVINOPair:
-        return OpenVINOPair(
-            target,
-            draft,
-            self.eos_ids,
-            device=self.device,
-            draft_device=self.draft_device,
-            precision=self.precision,
-            threads=self.threads,
-            rows=self.rows,
-        )
+        return OpenVINOPair(target, draft, self)
 
     def launch_line(self, target: str, draft: str, num_speculative_tokens: int) -> str:
         devices = {"device": self.device, "draft_device": self.draft_device or self.device}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fastdraft.decoding.speculative import Round, check_room
-from fastdraft.errors import FastDraftError
 from fastdraft.functional.generation import Sampling
 from fastdraft.runtimes.openvino import (
     WHOLE_PROMPTS,
@@ -33,6 +33,23 @@ from fastdraft.target import Target
 
 
 @dataclass(frozen=True)
+class OpenVINOSettings:
+    """How OpenVINO runs a pair."""
+
+    device: str = "CPU"
+    """OpenVINO's name of the target's device."""
+    draft_device: str = ""
+    """The draft's; "" is the target's."""
+    precision: Precision = "fast"
+    threads: int = 0
+    """Of a CPU; 0 leaves OpenVINO's own choice."""
+    rows: int = 16
+    """Most answers at a time; further ones wait."""
+    eos_ids: tuple[int, ...] = ()
+    """Ids that end a text; none: always to the limit."""
+
+
+@dataclass(frozen=True)
 class Pass:
     """What one pass of the target added to one answer."""
 
@@ -41,76 +58,55 @@ class Pass:
     """From handing over the batch."""
 
 
+@dataclass
 class OpenVINOPair:
     """A target and a draft in OpenVINO GenAI's continuous batching; each pipeline is loaded when it is first asked.
 
-    Args:
-        target: Exported target.
-        draft: Exported draft; one that does not fit is refused by `check_pair`, which reads tokenizers only.
-        eos_ids: Ids that end a text; none: always to the limit.
-        device: OpenVINO's name of the target's device.
-        draft_device: The draft's; "" is the target's.
-        precision: fast, or exact: float32 weights, activations and caches.
-        threads: CPU threads; 0 leaves OpenVINO's own choice.
-        rows: Most answers at a time; further ones wait.
+    Both are exports; a draft that does not fit is refused by `check_pair`, which reads tokenizers only.
     """
 
-    def __init__(
-        self,
-        target: Path,
-        draft: Path,
-        eos_ids: Sequence[int] = (),
-        *,
-        device: str = "CPU",
-        draft_device: str = "",
-        precision: Precision = "fast",
-        threads: int = 0,
-        rows: int = 16,
-    ) -> None:
-        self.target, self.draft, self.eos_ids, self.rows = target, draft, tuple(eos_ids), rows
-        self.device, self.draft_device = device, draft_device or device
-        self.precision, self.threads = precision, threads
+    target: Path
+    draft: Path
+    settings: OpenVINOSettings = OpenVINOSettings()
 
     @cached_property
     def alone(self) -> Any:
         """The target's pipeline."""
-        properties = device_properties(self.device, self.precision, self.threads)
-        # Prompts are read whole: where several requests with a draft run at once and a prompt is read in pieces (more than 256 tokens in
-        # all by default), release 2026.4.1 writes wrong text, in float32 too.
-        return load_pipeline(self.target, self.device, properties, self.rows, WHOLE_PROMPTS)
+        return self._load({})
 
     @cached_property
     def both(self) -> Any:
         """The pipeline with the draft; K goes into each request."""
-        properties = device_properties(self.device, self.precision, self.threads)
-        of_draft = device_properties(self.draft_device, self.precision, self.threads)
+        s = self.settings
+        device = s.draft_device or s.device
+        properties = device_properties(device, s.precision, s.threads)
         check_exported(self.draft)
-        with openvino_errors(
-            self.draft, f"OpenVINO could not load it on {self.draft_device}", "export the draft again"
-        ):
-            loaded = import_genai().draft_model(str(self.draft), self.draft_device, **of_draft)
-        return load_pipeline(
-            self.target, self.device, {**properties, "draft_model": loaded}, self.rows, WHOLE_PROMPTS
-        )
+        with openvino_errors(self.draft, f"OpenVINO could not load it on {device}", "export the draft again"):
+            draft = import_genai().draft_model(str(self.draft), device, **properties)
+        return self._load({"draft_model": draft})
+
+    def _load(self, more: dict[str, Any]) -> Any:
+        s = self.settings
+        properties = device_properties(s.device, s.precision, s.threads) | more
+        # Prompts are read whole: where several requests with a draft run at once and a prompt is read in pieces (more than 256 tokens in
+        # all by default), release 2026.4.1 writes wrong text, in float32 too.
+        return load_pipeline(self.target, s.device, properties, s.rows, WHOLE_PROMPTS)
 
     @cached_property
     def _judge(self) -> TieJudge:
         return TieJudge(self.target)
 
     @cached_property
-    def _room_alone(self) -> int:
-        return Target.at(self.target).context_length
-
-    @cached_property
-    def _room_both(self) -> int:
-        return min(self._room_alone, Target.at(self.draft).context_length)
+    def _rooms(self) -> tuple[int, int]:
+        """Positions of the target, and of both."""
+        target = Target.at(self.target).context_length
+        return target, min(target, Target.at(self.draft).context_length)
 
     def write(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> TimedBatch:
         """The target alone answers all prompts at the same time."""
-        configs = self._configs(prompts, sampling, max_new_tokens, seed, self._room_alone)
-        found = self._passes(self.alone, prompts, configs)
+        found = self._passes(self.alone, prompts, self._configs(prompts, sampling, max_new_tokens, seed))
         return TimedBatch([_timed(passes, [t for p in passes for t in p.tokens], []) for passes in found])
 
     def write_with_draft(
@@ -124,19 +120,16 @@ class OpenVINOPair:
         exact_counts: bool = False,
     ) -> TimedBatch:
         """The target with its draft. Sampled text is not the target's own; its rounds are those of the text that was written."""
-        k = num_speculative_tokens
+        k, eos_ids = num_speculative_tokens, self.settings.eos_ids
         # OpenVINO proposes min(K, tokens left - 1), so that the last token is always the target's, and where it stops at an
         # end-of-sequence token nobody can tell whether that was a proposal. Neither changes rounds and generated tokens, but accepted
         # proposals may be one too few for each text. For exact counts it writes K + 1 tokens on, past any end, and the text is cut.
-        asked = max_new_tokens + (k + 1 if exact_counts else 0)
-        configs = self._configs(prompts, sampling, asked, seed, self._room_both, k)
-        end = None
-        if exact_counts:
-            end = max_new_tokens
-            for config in configs:
-                config.ignore_eos = True
+        end = max_new_tokens if exact_counts else None
+        configs = self._configs(prompts, sampling, max_new_tokens + (k + 1 if exact_counts else 0), seed, k)
+        for config in configs:
+            config.ignore_eos |= exact_counts
         found = self._passes(self.both, prompts, configs, end)
-        cut = [cut_rounds([p.tokens for p in passes], max_new_tokens, self.eos_ids, k) for passes in found]
+        cut = [cut_rounds([p.tokens for p in passes], max_new_tokens, eos_ids, k) for passes in found]
         return TimedBatch([_timed(passes, *parts) for passes, parts in zip(found, cut, strict=True)])
 
     def gap(self, prefix_ids: Sequence[int], first: int, second: int) -> float:
@@ -149,16 +142,14 @@ class OpenVINOPair:
         """Where the time of one greedy answer goes, by OpenVINO's metrics; the answer is written once before, to warm up."""
         k, greedy = num_speculative_tokens, Sampling(0.0)
         [text] = self.write_with_draft([prompt], greedy, max_new_tokens, 0, k).texts
-        [config] = self._configs([prompt], greedy, max_new_tokens, 0, self._room_both, k)
-        with openvino_errors(
-            f"device {self.device}", "OpenVINO failed", "ask for less text, or use another device"
-        ):
-            result = self.both.generate([as_tensor(prompt)], [config])[0]
+        configs = self._configs([prompt], greedy, max_new_tokens, 0, k)
+        with self._errors():
+            [result] = self.both.generate([as_tensor(prompt)], configs)
         models = result.extended_perf_metrics
         target, draft = models.main_model_metrics.raw_metrics, models.draft_model_metrics.raw_metrics
-        # The list of the draft's passes repeats one or two (continuous batching steps the draft with every pass of the target, and lists a
-        # step in which it had nothing to do with the figures of its last pass). The text says how many there were: its prompt's pass
-        # proposes too, so one for each proposal. What is repeated is taken off at the mean.
+        # The list of the draft's passes repeats one or two: continuous batching steps the draft with every pass of the target, and lists a
+        # step in which it had nothing to do with the figures of its last pass. The text says how many there were, one for each proposal
+        # (its prompt's pass proposes too). What is repeated is taken off at the mean.
         proposed, written = 0, 1
         for each in text.rounds:
             proposed += min(k, max_new_tokens - written - 1)
@@ -171,20 +162,14 @@ class OpenVINOPair:
         )
 
     def _configs(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        asked: int,
-        seed: int,
-        room: int,
-        k: int = 0,
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, asked: int, seed: int, k: int = 0
     ) -> list[Any]:
-        """OpenVINO's settings for every answer."""
-        configs = []
+        """OpenVINO's settings for every answer; K 0: without the draft."""
+        configs, eos_ids = [], self.settings.eos_ids
         for index, prompt in enumerate(prompts):
-            check_room(list(prompt), asked, room, f"prompt {index}")
-            config = generation_config(sampling, asked, self.eos_ids, answer_seed(seed, index))
-            config.ignore_eos = not self.eos_ids
+            check_room(list(prompt), asked, self._rooms[k > 0], f"prompt {index}")
+            config = generation_config(sampling, asked, eos_ids, answer_seed(seed, index))
+            config.ignore_eos = not eos_ids
             if k:
                 config.num_assistant_tokens, config.assistant_confidence_threshold = k, 0.0
             configs.append(config)
@@ -196,18 +181,11 @@ class OpenVINOPair:
         """The passes of every answer, all requests added before the first step.
 
         OpenVINO's own counters leave out the last round of every text, so the rounds are read off the tokens: by reading every request
-        after every step.
-
-        Args:
-            pipeline: Alone or with the draft.
-            prompts: Token ids.
-            configs: One for each.
-            end: Tokens at which an answer is cancelled, or at an end-of-sequence id before; None: OpenVINO stops by itself.
+        after every step. An answer is cancelled at `end` tokens, or at an end-of-sequence id before; None: OpenVINO stops by itself.
         """
         tensors = [as_tensor(prompt) for prompt in prompts]
         found: list[list[Pass]] = [[] for _ in prompts]
-        fix = "ask for less text at a time, or use another device"
-        with openvino_errors(f"device {self.device}", "OpenVINO failed", fix):
+        with self._errors():
             start = time.perf_counter()
             handles = [
                 pipeline.add_request(i, *asked) for i, asked in enumerate(zip(tensors, configs, strict=True))
@@ -218,7 +196,7 @@ class OpenVINOPair:
                 now = time.perf_counter() - start
                 still = []
                 for handle, passes in running:
-                    written = _read(handle)
+                    written = read_ids(handle)
                     if written:
                         passes.append(Pass(written, now))
                     if passes and end is not None and self._has_ended(passes, end):
@@ -226,18 +204,20 @@ class OpenVINOPair:
                     else:
                         still.append((handle, passes))
                 running = still
-        if not all(found):
-            raise FastDraftError(
-                f"device {self.device}: OpenVINO left a prompt without an answer, for want of memory", fix
-            )
+            if not all(found):
+                raise RuntimeError("a prompt was left without an answer, for want of memory")
         return found
 
     def _has_ended(self, passes: Sequence[Pass], end: int) -> bool:
-        written = sum(len(p.tokens) for p in passes)
-        return written >= end or not set(self.eos_ids).isdisjoint(passes[-1].tokens)
+        ends = set(self.settings.eos_ids)
+        return sum(len(p.tokens) for p in passes) >= end or not ends.isdisjoint(passes[-1].tokens)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        fix = "ask for less text at a time, or use another device"
+        return openvino_errors(f"device {self.settings.device}", "OpenVINO failed", fix)
 
 
-def _read(handle: Any) -> list[int]:
+def read_ids(handle: Any) -> list[int]:
     """What OpenVINO wrote of an answer since the last time."""
     written: list[int] = []
     while handle.can_read():
@@ -249,18 +229,12 @@ def _read(handle: Any) -> list[int]:
 def cut_rounds(
     passes: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int], num_speculative_tokens: int
 ) -> tuple[list[int], list[Round]]:
-    """The text up to its end, and its rounds in our conventions (functional/acceptance.py).
+    """The text up to its end (`max_new_tokens`, or an end-of-sequence id), and its rounds in our conventions (functional/acceptance.py).
 
     OpenVINO's first pass of the target reads the prompt and writes one token without any proposal. That pass is left out: the counts are
     those of a text that begins behind this token, so prompt plus first token is the prompt for which our decoder and replay give equal
     counts, and `Counts.num_generated_tokens` is one less than the tokens written. Every later pass writes its accepted proposals and one
     token of the target, so accepted = written - 1; what stands beyond the text's end is discarded and not counted as accepted.
-
-    Args:
-        passes: Tokens that each pass of the target added, the prompt's pass first.
-        max_new_tokens: Where the text ends at the latest.
-        eos_ids: Where it ends at the earliest.
-        num_speculative_tokens: K.
     """
     text: list[int] = []
     rounds: list[Round] = []

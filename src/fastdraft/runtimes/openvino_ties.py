@@ -11,32 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from fastdraft.runtimes.openvino import (
-    MODEL_FILE,
-    Precision,
-    check_exported,
-    core,
-    device_properties,
-    keeping_signal_stack,
-    openvino_errors,
-)
+from fastdraft.runtimes.openvino import MODEL_FILE, check_exported, core, device_properties, openvino_errors
 
 
 class TieJudge:
-    """An exported model that is asked for next tokens; compiled once.
+    """An exported model that is asked for next tokens; compiled once, in float32 and so on the CPU."""
 
-    Args:
-        folder: The exported target.
-        device: OpenVINO's name.
-        precision: exact (float32, on a CPU) or fast.
-    """
-
-    def __init__(self, folder: Path, device: str = "CPU", precision: Precision = "exact") -> None:
-        properties = device_properties(device, precision)
+    def __init__(self, folder: Path) -> None:
+        device = "CPU"
+        properties = device_properties(device, "exact")
         check_exported(folder)
         with openvino_errors(folder, f"OpenVINO could not load it on {device}", "export the model again"):
-            with keeping_signal_stack():
-                model = core().compile_model(folder / MODEL_FILE, device, properties)
+            model = core().compile_model(folder / MODEL_FILE, device, properties)
         self._inputs = {name for port in model.inputs for name in port.get_names()}
         self._request = model.create_infer_request()
 

@@ -7,8 +7,9 @@ runs the sweeps at its best K; then where the time goes, and how much memory is 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastdraft.benchmark.figures import rows_of
@@ -17,20 +18,11 @@ from fastdraft.benchmark.rows import (
     BenchmarkResults,
     BenchmarkRow,
     ModelSize,
-    PassesRow,
     RuntimeUsed,
     best_k,
     judged_rows,
 )
-from fastdraft.benchmark.runs import (
-    ExportedPair,
-    busy_share,
-    finished_tokens,
-    measure,
-    measure_passes,
-    measure_peaks,
-    measure_time_spent,
-)
+from fastdraft.benchmark.runs import PairRuns, unit_names
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError
 from fastdraft.evaluation.tasks import describe_task
@@ -41,7 +33,7 @@ from fastdraft.reporting.verdict import measured_verdict
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.openvino import require_openvino
 from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
-from fastdraft.runtimes.runtime import LoadedPair, Runtime
+from fastdraft.runtimes.runtime import Runtime
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
@@ -76,7 +68,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
         context.console,
     )
     target, draft = context.target, Target.at(export.path / "huggingface")
-    runtime: Runtime = OpenVINORuntime(
+    runtime = OpenVINORuntime(
         device=config.device,
         draft_device=config.draft_device,
         precision=config.precision,
@@ -90,17 +82,17 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
         [encode(task, target.tokenizer) for task in config.tasks_of(context.sections)],
         count=config.prompts,
         context_length=min(target.context_length, draft.context_length),
+        sweep=config.sweep.model_dump(),
+        num_speculative_tokens=config.num_speculative_tokens,
         weights=[(pair.target, pair.draft) for pair in config.weights],
         temperatures=config.temperatures,
-        num_speculative_tokens=config.num_speculative_tokens,
-        sweep=config.sweep.model_dump(),
         repeats=config.repeats,
         seed=context.settings.seed,
     )
     _check_same_machine(used, folder)
     for words in plan.left_out:
         console.say(f"left out: {words}")
-    share = busy_share()
+    share = _busy_share()
     if share is not None and share >= _BUSY:
         console.warn(
             f"other processes keep {share:.0%} of this machine busy: times will be worse and the ranges wider"
@@ -111,19 +103,15 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
         target=target.name,
         draft=export.manifest()["source"],
         block={"settings": config.model_dump(), "left_out": plan.left_out},
-        models=_sizes(pairs, runtime),
-        **_measure(plan, pairs, runtime, _cost_ratios(plan, target, draft), folder, console),
-        verdict={},
+        models=_sizes(pairs),
+        **_measure(pairs, target, draft, console),
     )
     verdict = measured_verdict(results)
     results = replace(results, verdict={"sentence": verdict.sentence, "tone": verdict.tone})
-    write_json(folder.path / "benchmark.json", results.to_json())
+    value = results.to_json()
+    write_json(folder.path / "benchmark.json", value)
     _tell(results, plan, console)
-    summary = {
-        name: value
-        for name, value in results.to_json().items()
-        if name in ("runtime", "models", "best", "verdict")
-    }
+    summary = {name: value[name] for name in ("runtime", "models", "best", "verdict")}
     folder.complete(**summary, seconds=round(time.monotonic() - start, 1), provenance=describe_run())
 
 
@@ -139,6 +127,15 @@ def _check_same_machine(used: RuntimeUsed, folder: StageFolder) -> None:
         )
 
 
+def _busy_share() -> float | None:
+    """Share of the processors that others keep busy while this process waits; None where it cannot be told."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return float(psutil.cpu_percent(interval=0.5)) / 100
+
+
 def _exported_pairs(
     plan: BenchmarkPlan,
     runtime: Runtime,
@@ -147,11 +144,11 @@ def _exported_pairs(
     export: StageFolder,
     folder: StageFolder,
     console: Console,
-) -> list[ExportedPair]:
+) -> list[PairRuns]:
     """Every pair's exports: those of the export stage where the weights are the same, the others made once, in `models/ROLE-WEIGHTS`."""
     exported = export.manifest().get(runtime.name) or {}
 
-    def find(role: str, weights: str, with_target: Any = None) -> Any:
+    def find(role: str, weights: str, with_target: Path | None = None) -> Path:
         if exported.get(role, "none") == weights:
             return export.path / runtime.name / role
         path = folder.path / "models" / f"{role}-{weights}"
@@ -163,83 +160,69 @@ def _exported_pairs(
         return path
 
     pairs = []
-    for of_target, of_draft in plan.weights:
-        path = find("target", of_target)
-        pairs.append(ExportedPair((of_target, of_draft), path, find("draft", of_draft, path)))
+    for weights in plan.weights:
+        path = find("target", weights[0])
+        pairs.append(PairRuns(plan, weights, path, find("draft", weights[1], path), runtime, folder))
     return pairs
 
 
-def _sizes(pairs: Sequence[ExportedPair], runtime: Runtime) -> list[ModelSize]:
+def _sizes(pairs: Sequence[PairRuns]) -> list[ModelSize]:
     found = {("target", pair.weights[0]): pair.target for pair in pairs}
     found |= {("draft", pair.weights[1]): pair.draft for pair in pairs}
+    size = pairs[0].runtime.weights_bytes
     return [
-        ModelSize(role=role, weights=weights, bytes=runtime.weights_bytes(path))
-        for (role, weights), path in found.items()
+        ModelSize(role=role, weights=weights, bytes=size(path)) for (role, weights), path in found.items()
     ]
 
 
-def _cost_ratios(plan: BenchmarkPlan, target: Target, draft: Target) -> dict[tuple[str, str], float]:
-    """Bytes of weights that the draft reads for one token over the target's, each at its own weights."""
-    return {
-        pair: draft.architecture.exported_bytes_per_token(pair[1])
-        / target.architecture.exported_bytes_per_token(pair[0])
-        for pair in plan.weights
-    }
-
-
-def _measure(
-    plan: BenchmarkPlan,
-    pairs: Sequence[ExportedPair],
-    runtime: Runtime,
-    cost_ratios: Mapping[tuple[str, str], float],
-    folder: StageFolder,
-    console: Console,
-) -> dict[str, Any]:
+def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: Console) -> dict[str, Any]:
     """The measured fields of `benchmark.json`."""
-    deployed = plan.weights[0]
-    passes: dict[tuple[str, str], list[PassesRow]] = {}
+    plan, folder, deployed = pairs[0].plan, pairs[0].folder, pairs[0].weights
+    passes = {}
     for pair in pairs:
         console.stop.check(folder.path)
-        passes[pair.weights] = measure_passes(plan, pair, runtime, folder)
+        passes[pair.weights] = pair.passes()
     rows: list[BenchmarkRow] = []
     swept: list[BenchmarkRow] = []
     breakdown = []
-    with console.progress(
-        "runs in turn", plan.planned_tokens, "tokens", finished_tokens(plan, folder)
-    ) as progress:
+    planned = [(w.planned_tokens, name) for w in plan.everything() for name in unit_names(w, plan.repeats)]
+    done = sum(tokens for tokens, name in planned if (folder.path / name).is_file())
+    with console.progress("runs in turn", sum(tokens for tokens, _ in planned), "tokens", done) as progress:
 
         def on_batch(tokens: int, name: str) -> None:
             progress.advance(tokens, name)
             console.stop.check(folder.path)
 
-        def measured(works: Sequence[Measurement], loaded: LoadedPair) -> list[BenchmarkRow]:
-            found = [measure(work, loaded, runtime, folder, plan.repeats, on_batch) for work in works]
-            costs = [(passes[work.weights], cost_ratios[work.weights]) for work in works]
-            return [row for each, cost in zip(found, costs, strict=True) for row in rows_of(each, *cost)]
+        def measured(pair: PairRuns, works: Sequence[Measurement]) -> list[BenchmarkRow]:
+            of_draft = draft.architecture.exported_bytes_per_token(pair.weights[1])
+            ratio = of_draft / target.architecture.exported_bytes_per_token(pair.weights[0])
+            return [row for work in works for row in rows_of(pair.measure(work), passes[pair.weights], ratio)]
 
         for pair in pairs:
-            loaded = runtime.open(pair.target, pair.draft)
-            rows += measured(plan.of_tasks(pair.weights), loaded)
-            best = best_k(judged_rows(rows, deployed)).num_speculative_tokens
+            pair.on_batch = on_batch
+            rows += measured(pair, plan.of_tasks(pair.weights))
+            best = best_k(judged_rows(rows, deployed))
             # Where no row tells the best: 3 or the nearest.
-            k = best or min(plan.num_speculative_tokens, key=lambda each: (abs(each - 3), each))
+            nearest = min(plan.num_speculative_tokens, key=lambda each: (abs(each - 3), each))
+            k = best.num_speculative_tokens or nearest
             if pair.weights == deployed:
-                swept = measured(plan.of_sweeps(k), loaded)
-            breakdown.append(measure_time_spent(plan, pair, loaded, k, folder))
-            del loaded  # before the memory of the next is taken
+                swept = measured(pair, plan.of_sweeps(k))
+            breakdown.append(pair.time_spent(k))
+            pair.unload()  # before the memory of the next is taken
     memory = []
     for pair in pairs:
         console.stop.check(folder.path)
-        memory.append(measure_peaks(plan, pair, runtime, k, folder))
+        memory.append(pair.peaks(k))
         if None in (memory[-1].alone_bytes, memory[-1].with_draft_bytes):
-            console.warn(f"the memory of {pair.name} could not be measured: a process that loads it failed")
+            words = "-".join(pair.weights)
+            console.warn(f"the memory of {words} could not be measured: a process that loads it failed")
     return {
         "latencies": [row for pair in pairs for row in passes[pair.weights]],
         "breakdown": [row for row in breakdown if row is not None],
         "memory": memory,
         "rows": rows + swept,
-        "best": best_k(judged_rows(rows, deployed)),
-        "launch": runtime.launch_line(*deployed, k),
+        "best": best,
+        "launch": pairs[0].runtime.launch_line(*deployed, k) if best.num_speculative_tokens else "",
     }
 
 
@@ -248,9 +231,15 @@ def _tell(results: BenchmarkResults, plan: BenchmarkPlan, console: Console) -> N
     used, (target, draft), judged = results.runtime, plan.weights[0], results.judged()
     apart = f" with the draft on {used.draft_device}" if used.draft_device != used.device else ""
     if judged:
+<<<<<<< HEAD
         columns = ("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
         shown = benchmark_tables.measured(results).only(*columns)
         title = f"Speed-up on the clock, {used.device}{apart}, {target} target, {draft} draft"
+=======
+        table = benchmark_tables.measured(results)
+        shown = table.only("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
+        title = f"Speed-up on the clock, {where}, {target} target, {draft} draft"
+>>>>>>> 6828dab (Benchmark: runs of a pair in one object, prompts as pairs; OpenVINO's settings in one place; the launch line comes from the runtime)
         console.table(title, *shown.plain(details=True))
     others = [f"{len(plan.weights)} weights pairs"] if len(plan.weights) > 1 else []
     others += [part.replace("_", " ") for part in dict.fromkeys(prompts.part for prompts in plan.swept)]

@@ -30,8 +30,8 @@ from fastdraft.runtimes.huggingface_export import (
     padding_mass,
     write_huggingface,
 )
-from fastdraft.runtimes.openvino import MODEL_FILE, check_pair, require_openvino
-from fastdraft.runtimes.openvino_export import Weights, export_openvino
+from fastdraft.runtimes.openvino import MODEL_FILE, require_openvino
+from fastdraft.runtimes.openvino_export import Weights, check_pair, export_openvino
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
