@@ -23,8 +23,8 @@ from fastdraft.modeling.shapes import natural
 from fastdraft.modeling.text_part import text_only
 from fastdraft.recipe.base import format_count
 from fastdraft.recipe.run import user_path
-from fastdraft.runtimes.openvino import MODEL_FILE, check_pair, describe_device, device_properties
-from fastdraft.runtimes.openvino_export import Weights, export_random
+from fastdraft.runtimes.openvino import MODEL_FILE, describe_device, device_properties
+from fastdraft.runtimes.openvino_export import Weights, check_pair, export_random
 from fastdraft.runtimes.openvino_latency import WARM_TURNS, LoadedModel, fitting_prefix, time_passes
 from fastdraft.target import Target
 
