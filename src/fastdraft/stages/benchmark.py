@@ -231,15 +231,9 @@ def _tell(results: BenchmarkResults, plan: BenchmarkPlan, console: Console) -> N
     used, (target, draft), judged = results.runtime, plan.weights[0], results.judged()
     apart = f" with the draft on {used.draft_device}" if used.draft_device != used.device else ""
     if judged:
-<<<<<<< HEAD
         columns = ("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
         shown = benchmark_tables.measured(results).only(*columns)
         title = f"Speed-up on the clock, {used.device}{apart}, {target} target, {draft} draft"
-=======
-        table = benchmark_tables.measured(results)
-        shown = table.only("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
-        title = f"Speed-up on the clock, {where}, {target} target, {draft} draft"
->>>>>>> 6828dab (Benchmark: runs of a pair in one object, prompts as pairs; OpenVINO's settings in one place; the launch line comes from the runtime)
         console.table(title, *shown.plain(details=True))
     others = [f"{len(plan.weights)} weights pairs"] if len(plan.weights) > 1 else []
     others += [part.replace("_", " ") for part in dict.fromkeys(prompts.part for prompts in plan.swept)]
