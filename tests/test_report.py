@@ -15,7 +15,7 @@ from fastdraft.benchmark.rows import BenchmarkResults, best_k
 from fastdraft.console import Console, format_table
 from fastdraft.recipe.evaluation import ReportConfig
 from fastdraft.recipe.run import RunConfig, TargetConfig
-from fastdraft.reporting import benchmark_tables, charts, tables
+from fastdraft.reporting import charts, tables
 from fastdraft.reporting.definitions import byte_size, duration
 from fastdraft.reporting.page import RunRecord, read_metrics, read_run, render
 from fastdraft.reporting.verdict import forecast_verdict, give_verdict, measured_verdict
@@ -283,7 +283,7 @@ def test_null_figures_are_shown_as_dashes(record: RunRecord) -> None:
 
 
 def test_texts_that_part_are_counted_once_with_the_widest_gap(record: RunRecord) -> None:
-    gaps = [[cell.text for cell in row] for row in benchmark_tables.different_texts(benchmark()).rows]
+    gaps = [[cell.text for cell in row] for row in tables.different_texts(benchmark()).rows]
     assert gaps == [["code", "one", "17", "0.0120"], ["code", "two", "40", "-"]]
     assert "At 2 places the texts part; 1 of them are near-ties" in markdown(record)
 
@@ -308,7 +308,7 @@ def test_tables_for_the_terminal_fit_80_columns() -> None:
         "Task", "T", "Tokens per target pass", "by parameters", "by bytes read"
     )
     assert max(map(len, format_table("", *shown.plain()).splitlines())) <= 80
-    measured = benchmark_tables.measured(benchmark())
+    measured = tables.measured(benchmark())
     shown = measured.only("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
     assert max(map(len, format_table("", *shown.plain(details=True)).splitlines())) <= 80
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdraft.benchmark.rows import BenchmarkResults
 from fastdraft.evaluation.results import CHECKPOINT_LABELS, SPEEDUPS, TASK_ORDER, EvaluationResults
-from fastdraft.reporting.definitions import PAPER_RATES, at_temperature, count, label
+from fastdraft.reporting.definitions import PAPER_RATES, TEMPLATES, at_temperature, count, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,26 +24,9 @@ SWEEPS = {
     "concurrency": "Requests at the same time",
 }
 """What is varied alone at the best K: the row's `part` and the field of its value."""
-INK, GREY, SOFT = "#1d2127", "#8a909a", "#dfe0da"
+GREY = "#8a909a"
 CHECKPOINT_COLOURS = dict(zip(CHECKPOINT_LABELS, (GREY, "#7f97ba", "#3f7fd0", "#0f2f6e"), strict=True))
 COLOURS = ("#b4531a", "#6f4aa8", "#2c7a4b", "#a87400", "#0f7c8a", "#b03a6e")
-STYLE = {
-    "svg.fonttype": "none",  # the reader's own fonts
-    "svg.hashsalt": "fastdraft",  # the same chart is the same bytes
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": INK,
-    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
-    **dict.fromkeys(("axes.edgecolor", "grid.color"), SOFT),
-    **dict.fromkeys(("xtick.color", "ytick.color", "axes.labelcolor"), "#59616b"),
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
 Point = tuple[float, float, tuple[float, float] | None]
 """Place, value, and its interval or range."""
 
@@ -81,7 +64,7 @@ class Chart:
         from matplotlib.figure import Figure
 
         buffer = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(fname=str(TEMPLATES / "chart.mplstyle")):
             figure = Figure(figsize=(4.4, self.height), dpi=72)
             left = 0.1 if self.lines else 0.22  # names of bars
             axes = figure.add_axes((left, 0.52 / self.height, 0.97 - left, 1 - 0.85 / self.height))
@@ -113,24 +96,25 @@ def drawn(charts: Iterable[Chart], *, even: bool = False) -> list[Chart]:
 
 def _draw(axes: Axes, chart: Chart) -> None:
     lines = [line for line in chart.lines if line.points]
-    span = max(x for line in lines for x, _, _ in line.points) - min(
-        x for line in lines for x, _, _ in line.points
-    )
+    places = [x for line in lines for x, _, _ in line.points]
     for number, line in enumerate(lines):
         x, y, ranges = zip(*line.points, strict=True)
         axes.plot(x, y, line.look, color=line.colour, label=line.name or None, linewidth=1.6, markersize=4)
         for at, around in zip(x, ranges, strict=True):
             if around:  # moved a little, so that ranges of several lines stay apart
-                moved = at if chart.log else at + 0.008 * span * (number - (len(lines) - 1) / 2)
+                moved = (
+                    at
+                    if chart.log
+                    else at + 0.008 * (max(places) - min(places)) * (number - (len(lines) - 1) / 2)
+                )
                 axes.plot([moved, moved], around, color=line.colour, linewidth=1.4, alpha=0.5)
         if line.best:
             at, top, _ = max(line.points, key=lambda point: (point[1], -point[0]))
             axes.plot([at], [top], "o", color=line.colour, markersize=8, markeredgecolor="white")
             if not any(later.best for later in lines[number + 1 :]):
                 ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-                axes.annotate(
-                    f"{top:.2f}", (at, top), (0, 8), textcoords="offset points", ha="center", bbox=ground
-                )
+                told: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "bbox": ground}
+                axes.annotate(f"{top:.2f}", (at, top), (0, 8), **told)
     axes.set_xlabel(chart.x_label)
     if chart.log:
         (axes.set_xscale if chart.log == "x" else axes.set_yscale)("log")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
-from fastdraft.evaluation.results import CHECKPOINT_LABELS
+from fastdraft.evaluation.results import CHECKPOINT_LABELS, TASK_ORDER
 from fastdraft.recipe.base import format_count
 
 TEMPLATES = resources.files("fastdraft.reporting").joinpath("templates")
@@ -13,21 +13,13 @@ _LINES = TEMPLATES.joinpath("definitions.txt").read_text(encoding="utf-8").split
 DEFINITIONS: dict[str, str] = dict(line.split(": ", 1) for line in _LINES)
 """What a figure means, in reading order."""
 
-PAPER_TASKS = {"summarization": "CNN-DM", "text": "TinyStories", "instructions": "Dolly", "code": "HumanEval"}
+PAPER_SETS = dict(zip(TASK_ORDER, ("HumanEval", "CNN-DM", "TinyStories", "Dolly"), strict=True))
 """Our task -> the set on which the paper measured it."""
+_PHI = (0.229, 0.561, 0.562), (0.311, 0.304, 0.369), (0.277, 0.287, 0.306), (0.245, 0.226, 0.370)
+_LLAMA = (0.248, 0.606, 0.649), (0.280, 0.280, 0.307), (0.227, 0.235, 0.266), (0.247, 0.273, 0.334)
 PAPER_RATES = {
-    "Phi-3-mini 50M": {
-        "code": (0.229, 0.561, 0.562),
-        "summarization": (0.311, 0.304, 0.369),
-        "text": (0.277, 0.287, 0.306),
-        "instructions": (0.245, 0.226, 0.370),
-    },
-    "Llama-3.1-8B 150M": {
-        "code": (0.248, 0.606, 0.649),
-        "summarization": (0.280, 0.280, 0.307),
-        "text": (0.227, 0.235, 0.266),
-        "instructions": (0.247, 0.273, 0.334),
-    },
+    pair: dict(zip(TASK_ORDER, rates, strict=True))
+    for pair, rates in (("Phi-3-mini 50M", _PHI), ("Llama-3.1-8B 150M", _LLAMA))
 }
 """Acceptance rates at K = 3 and temperature 0.6 (FastDraft, arXiv 2411.11055): pair -> task -> PT, CP, FT."""
 
@@ -35,11 +27,6 @@ PAPER_RATES = {
 def label(checkpoint: str) -> str:
     """`align` -> `FT`, as in the paper's tables."""
     return CHECKPOINT_LABELS.get(checkpoint, checkpoint)
-
-
-def figure(value: float) -> str:
-    """Three digits."""
-    return f"{value:.3g}"
 
 
 def k_is(k: float | None) -> str:
@@ -79,18 +66,17 @@ def listing(parts: Sequence[str]) -> str:
 
 def duration(seconds: float | None) -> str:
     """`0.412 ms`, `19.3 ms`, `183 ms`, `2.41 s`."""
-    if seconds is None:
-        return "-"
-    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f} {unit}"
+    return "-" if seconds is None else _scaled(seconds, ((1, "s"), (1e-3, "ms")))
 
 
 def byte_size(count: float | None) -> str:
     """`5.20 MB`, `692 MB`, `1.31 GB` (decimal)."""
-    if count is None:
-        return "-"
-    size, unit = next(
-        (pair for pair in ((1e9, "GB"), (1e6, "MB")) if abs(count) >= pair[0] * 0.9995), (1e3, "kB")
-    )
-    value = abs(count) / size
-    return f"{'−' if count < 0 else ''}{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+    return "-" if count is None else _scaled(count, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """Three digits in the largest unit that the value fills, else in the last."""
+    size, unit = next((pair for pair in units if abs(value) >= pair[0] * 0.9995), units[-1])
+    shown = abs(value) / size
+    digits = 0 if shown >= 99.95 else 1 if shown >= 9.995 else 2 if shown >= 0.9995 else 3
+    return f"{'−' if value < 0 else ''}{shown:.{digits}f} {unit}"

@@ -9,20 +9,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, TextDifference
 from fastdraft.console import format_seconds
 from fastdraft.evaluation.results import SPEEDUPS, DifferenceRow, EvaluationResults, PositionRow, ResultRow
+from fastdraft.functional.same_text import near_tie
 from fastdraft.reporting.definitions import (
-    DEFINITIONS,
     PAPER_RATES,
-    PAPER_TASKS,
+    PAPER_SETS,
     byte_size,
     count,
     duration,
     k_is,
     label,
     percent,
+    show,
     times,
 )
+from fastdraft.reporting.verdict import worth
 
 TRAINING = ("pretrain", "continue_pretrain", "align")
 FEWEST_PROMPTS = 8
@@ -108,12 +111,6 @@ def _is_figure(text: str) -> bool:
     return not text or text in ("-", "–") or text.lstrip("+-−<")[:1].isdigit()
 
 
-def defined(*, benchmark: bool) -> Table:
-    """What the figures mean; those behind "Measured speed-up" only where a benchmark ran."""
-    first = list(DEFINITIONS).index("Measured speed-up")
-    return table(list(DEFINITIONS.items())[: None if benchmark else first], "Figure = 0 | Definition = 1")
-
-
 # What an evaluation found. A setting is a task and a temperature.
 
 
@@ -146,12 +143,9 @@ def ladder(results: EvaluationResults) -> Table:
 
 def paper_ladder() -> Table:
     """The paper's own acceptance rates, of other models on other test sets."""
-    rows = [
-        (task, PAPER_TASKS[task], pair, *(f"{rate:.3f}" for rate in rates))
-        for pair, by_task in PAPER_RATES.items()
-        for task, rates in by_task.items()
-    ]
-    return table(rows, "Task = 0 | Test set = 1 | Draft = 2 | PT = 3 | CP = 4 | FT = 5")
+    rates = [(pair, task, *by_task[task]) for pair, by_task in PAPER_RATES.items() for task in by_task]
+    columns: dict[str, Column] = {"Task": "1", "Test set": lambda row: PAPER_SETS[row[1]]}
+    return table(rates, columns | fields("Draft = 0 | PT = 2 .3f | CP = 3 .3f | FT = 4 .3f"))
 
 
 def differences(results: EvaluationResults) -> Table:
@@ -251,6 +245,79 @@ def agreement(results: EvaluationResults) -> Table:
     columns = fields("Task = 0.task | T = 0.temperature g | K = 0.num_speculative_tokens")
     columns |= {"Exact": lambda pair: shown(pair[0]), "Replay": lambda pair: shown(pair[1])}
     return table([pair for pair in pairs if pair[1]], {**columns, "Difference": change})
+
+
+# What the clock says.
+
+
+def measured(benchmark: BenchmarkResults, pairs: Sequence[tuple[str, str]] = ()) -> Table:
+    """Pairs of weights, the deployed one by default, at each task's best K.
+
+    In small print: ranges, quotients of measured over promised, and times without the draft.
+    """
+
+    def promise(key: str, quotient: str) -> Callable[[BenchmarkRow], Cell]:
+        def shown(row: BenchmarkRow) -> Cell:
+            found = getattr(row, quotient)
+            return Cell(times(getattr(row, key)), "" if found is None else f"quotient {found:.2f}")
+
+        return shown
+
+    def seconds(key: str) -> Callable[[BenchmarkRow], Cell]:
+        ends = f"{key}_with_draft", f"{key}_alone"
+        return lambda row: Cell(duration(getattr(row, ends[0])), f"{duration(getattr(row, ends[1]))} without")
+
+    columns = fields("Weights = pair | Task = task | Best K = num_speculative_tokens")
+    columns |= {"Tokens per target pass": "block_efficiency .2f", "Measured": measured_cell}
+    columns |= {"Predicted": promise("predicted_speedup", "predicted_quotient")}
+    columns |= {"Behind the first token": promise("decode_speedup", "decode_quotient")}
+    columns |= {"MBSU by bytes": promise("mbsu_bytes", "mbsu_quotient")}
+    columns |= {"Time to first token": seconds("first_token_seconds")}
+    columns |= {"Time per output token": seconds("seconds_per_output_token")}
+    columns |= {"Same greedy text": lambda row: f"{show(row.same_text, '{}')} of {row.texts}"}
+    return table(
+        [row for pair in pairs or benchmark.pairs[:1] for row in benchmark.fastest_of_each(pair)], columns
+    )
+
+
+def measured_cell(row: BenchmarkRow) -> Cell:
+    """The speed-up with its range."""
+    around = row.interval("speedup")
+    parts = [f"{around[0]:.2f} to {around[1]:.2f}"] if around else []
+    parts += [] if row.lossless else ["not lossless"]
+    return Cell(times(row.speedup), ", ".join(parts), worth(row.speedup) if row.lossless else "")
+
+
+def passes(benchmark: BenchmarkResults) -> Table:
+    """What one pass of each model takes alone: what the prediction rests on."""
+    widths = sorted({width for row in benchmark.latencies for width in row.target_seconds})
+    shown = widths if len(widths) <= 6 else [*widths[:4], widths[len(widths) // 2 + 1], widths[-1]]
+    columns = fields(
+        "Weights = pair | Context, tokens = prefix_tokens , | Draft, 1 token = draft_seconds seconds"
+    )
+    return table(
+        benchmark.latencies, columns | {f"Target, {n}": f"target_seconds.{n} seconds" for n in shown}
+    )
+
+
+def different_texts(benchmark: BenchmarkResults) -> Table:
+    """Every greedy text that differs: once for each place at which it does, with the widest gap between the log-probs there."""
+    places: dict[tuple[str, str, int], TextDifference] = {}
+    for row in benchmark.rows:
+        for case in row.differences:
+            known = places.setdefault((row.task, case.prompt, case.token), case)
+            if (case.logprob_gap or 0.0) > (known.logprob_gap or 0.0):
+                places[row.task, case.prompt, case.token] = case
+
+    def gap(item: tuple[Any, TextDifference]) -> Cell:
+        found = item[1].logprob_gap
+        if found is None:
+            return Cell("-", "not computed", "bad")
+        tie = found < near_tie(benchmark.runtime.precision)
+        return Cell(f"{found:.4f}", "near-tie" if tie else "no near-tie", "" if tie else "bad")
+
+    columns = fields("Task = 0.0 | Prompt = 1.prompt | Token = 1.token")
+    return table(places.items(), {**columns, "Gap": gap})
 
 
 # What the other stages tell in their manifests.

@@ -28,7 +28,7 @@ from fastdraft.errors import FastDraftError
 from fastdraft.evaluation.tasks import describe_task
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import BenchmarkConfig
-from fastdraft.reporting import benchmark_tables
+from fastdraft.reporting import tables
 from fastdraft.reporting.verdict import measured_verdict
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.openvino import require_openvino
@@ -232,7 +232,7 @@ def _tell(results: BenchmarkResults, plan: BenchmarkPlan, console: Console) -> N
     apart = f" with the draft on {used.draft_device}" if used.draft_device != used.device else ""
     if judged:
         columns = ("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
-        shown = benchmark_tables.measured(results).only(*columns)
+        shown = tables.measured(results).only(*columns)
         title = f"Speed-up on the clock, {used.device}{apart}, {target} target, {draft} draft"
         console.table(title, *shown.plain(details=True))
     others = [f"{len(plan.weights)} weights pairs"] if len(plan.weights) > 1 else []

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import ReportConfig
-from fastdraft.reporting import benchmark_tables, tables
+from fastdraft.reporting import tables
 from fastdraft.reporting.page import STAGES, read_run, render
 from fastdraft.reporting.verdict import give_verdict
 from fastdraft.run_folder import file_sha256, write_atomic
@@ -47,7 +47,7 @@ def run(config: ReportConfig, context: StageContext) -> None:
         )
         console.table("Memory-bound speed-up at the best K", *shown.plain())
     if record.benchmark:
-        measured = benchmark_tables.measured(record.benchmark)
+        measured = tables.measured(record.benchmark)
         shown = measured.only("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
         console.table("Speed-up on the clock [range, quotient]", *shown.plain(details=True))
     for name in files:
