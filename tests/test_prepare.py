@@ -312,7 +312,6 @@ def test_of_the_special_tokens_only_what_parts_documents_and_what_text_may_hold_
         ({"row_length": 0}, "prepare.row_length"),
         ({"validation": -0.1}, "prepare.validation"),
         ({"corpora": []}, "prepare.corpora"),
-        ({"corpora": [{"name": name, "kind": "text", "path": "x"} for name in ("Text", "text")]}, "capital"),
         ({"corpora": [{"name": "t", "kind": "jsonl", "path": "x", "feild": "y"}]}, "did you mean 'field'"),
     ],
 )

@@ -1,6 +1,6 @@
 """One corpus of a recipe: documents -> distinct documents -> token ids -> rows in shards.
 
-Call `CorpusPacker(...).run(...)`. Progress is written down after every block of text; a killed stage repeats one block and
+Call `CorpusPacker(...).run(...)`. PackingProgress is written down after every block of text; a killed stage repeats one block and
 ends with the same bytes.
 """
 
@@ -34,7 +34,7 @@ VALIDATION_ROWS = 8
 
 
 @dataclass
-class Progress:
+class PackingProgress:
     """How far a corpus has come."""
 
     source: int = 0
@@ -73,7 +73,7 @@ class CorpusPacker:
         self.name, self._sources, self._form, self._encoder, self._seed = name, sources, form, encoder, seed
         self._threshold = int(validation * 2**64)
         self._folder, self._record = folder, folder / ".journal" / f"{name}.json"
-        self.progress = Progress(**read_json(self._record)) if self._record.exists() else Progress()
+        self.progress = PackingProgress(**read_json(self._record)) if self._record.exists() else PackingProgress()
         self._seen = SeenDigests(self._record.with_suffix(".seen"), self.progress.seen)
         self._writers = {
             split: RowWriter(folder / name, split, form, self.progress.writers.get(split)) for split in SPLITS
