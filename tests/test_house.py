@@ -46,6 +46,7 @@ OPTIONAL = {
     "tensorboard",
     "torch.utils.tensorboard",
     "psutil",
+    "datasets",
 }
 # `fastdraft --help` and `import fastdraft` must stay quick.
 LAZY = {"cli.py", "__init__.py", "__main__.py"}

@@ -7,10 +7,10 @@ ends with the same bytes.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from fastdraft.data.shards import SPLITS, RowForm, RowWriter, Split
 from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.errors import DataError
 from fastdraft.recipe.base import format_count
-from fastdraft.recipe.prepare import SourceConfig
+from fastdraft.recipe.prepare import HubSource, SourceConfig
 from fastdraft.run_folder import read_json, write_json
 
 BATCH_CHARS = 1_000_000
 # While the ids of one batch become an array under the interpreter's lock, the other has the cores.
 ENCODERS = 2
-# Below this many rows a corpus gives a tenth of its documents to validation, whatever their hash.
+# Rows of validation that every corpus gets, however few of its documents are chosen by their hash.
 VALIDATION_ROWS = 8
 
 
@@ -60,94 +60,77 @@ class CorpusPacker:
     Shards go to `folder/name`, progress to `folder/.journal`, which is of no use once the stage is complete.
     """
 
-    def __init__(
-        self,
-        name: str,
-        sources: Sequence[SourceConfig],
-        folder: Path,
-        form: RowForm,
-        validation: float,
-        encoder: DocumentEncoder,
-        seed: int,
-    ) -> None:
-        self.name, self._sources, self._form, self._encoder, self._seed = name, sources, form, encoder, seed
-        self._threshold = int(validation * 2**64)
-        self._folder, self._record = folder, folder / ".journal" / f"{name}.json"
-        self.progress = PackingProgress(**read_json(self._record)) if self._record.exists() else PackingProgress()
+    def __init__(self, name: str, folder: Path, form: RowForm, encoder: DocumentEncoder, seed: int) -> None:
+        self.name, self._folder, self._form, self._encoder, self._seed = name, folder, form, encoder, seed
+        self._record = folder / ".journal" / f"{name}.json"
+        self.progress = (
+            PackingProgress(**read_json(self._record)) if self._record.exists() else PackingProgress()
+        )
         self._seen = SeenDigests(self._record.with_suffix(".seen"), self.progress.seen)
-        self._writers = {
-            split: RowWriter(folder / name, split, form, self.progress.writers.get(split)) for split in SPLITS
-        }
+        written = self.progress.writers
+        self._writers = {split: RowWriter(folder / name, split, form, written.get(split)) for split in SPLITS}
 
     @property
     def tokens(self) -> int:
         return sum(self.progress.tokens.values())
 
-    def run(self, console: Console, advance: Callable[[float], None]) -> dict[str, Any]:
+    def run(
+        self, sources: Sequence[SourceConfig], console: Console, advance: Callable[[float], None]
+    ) -> dict[str, Any]:
         """Reads what is still to be read and closes the shards; gives the corpus's part of the manifest.
 
         `advance` hears of tokens.
         """
         # One thread reads: each thread that ever did would keep a block's memory for itself.
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(ENCODERS) as pool:
-            for source in self._sources[self.progress.source :]:
-                self._read(source, reader, pool, console, advance)
+            for source in sources[self.progress.source :]:
+                stream = blocks(source, self._seed, self.progress.position)
+                # The next block is read while this one is encoded.
+                coming = reader.submit(next, stream, None)
+                while not self._is_full(source) and (block := coming.result()):
+                    coming = reader.submit(next, stream, None)
+                    for taken in self._pack(block, source, pool):
+                        advance(taken)
+                        console.stop.check(self._folder)
+                    self._commit()
+                self._finish(source, console)
         for split, writer in self._writers.items():
             writer.close_shard()
             if not writer.rows:
-                found = f"{self.progress.tokens[split]} tokens for {split}"
+                found = f"prepare.corpora '{self.name}': {self.progress.tokens[split]} tokens for {split}"
                 rule = f"each split needs at least one row of {self._form.row_ids}"
-                raise DataError(
-                    f"prepare.corpora '{self.name}': {found}; {rule}",
-                    "give it more text or lower prepare.row_length",
-                )
+                raise DataError(f"{found}; {rule}", "give it more text or lower prepare.row_length")
         self._commit()
-        parts = {
-            split: {
-                "rows": writer.rows,
-                "tokens": writer.rows * self._form.row_ids,
-                "documents": self.progress.documents[split],
-                "shards": writer.shards,
-            }
-            for split, writer in self._writers.items()
+        return {
+            **{split: self._split_result(split) for split in SPLITS},
+            "duplicates": self.progress.duplicates,
+            "sources": self.progress.sources,
         }
-        return {**parts, "duplicates": self.progress.duplicates, "sources": self.progress.sources}
 
-    def _read(
-        self,
-        source: SourceConfig,
-        reader: Executor,
-        pool: Executor,
-        console: Console,
-        advance: Callable[[float], None],
-    ) -> None:
-        stream = blocks(source, self._seed, self.progress.position)
-        # The next block is read while this one is encoded.
-        coming = reader.submit(next, stream, None)
-        while not self._is_full(source) and (block := coming.result()):
-            coming = reader.submit(next, stream, None)
-            for taken in self._pack(block, source, pool):
-                advance(taken)
-                console.stop.check(self._folder)
-            self._commit()
-        self._finish(source, console)
+    def _split_result(self, split: Split) -> dict[str, Any]:
+        rows, documents = self._writers[split].rows, self.progress.documents[split]
+        tokens, shards = rows * self._form.row_ids, self._writers[split].shards
+        return {"rows": rows, "tokens": tokens, "documents": documents, "shards": shards}
 
     def _is_full(self, source: SourceConfig) -> bool:
         return source.tokens is not None and self.progress.source_tokens >= source.tokens
 
     def _pack(self, block: Block, source: SourceConfig, pool: Executor) -> Iterator[int]:
         """Encodes what is new of a block and writes it, until the source's budget is used up; yields tokens taken."""
-        progress = self.progress
+        progress, taken = self.progress, 0
         new = self._seen.first_seen(block.digests)
-        digests = block.digests[new]
-        taken = 0
-        for encoded in self._encoded([block.pieces[i] for i in new], pool):
+        texts = [block.pieces[i] for i in new]
+        ends = zip(texts, accumulate(map(len, texts)), strict=True)
+        batches = [
+            [text for text, _ in group] for _, group in groupby(ends, lambda end: end[1] // BATCH_CHARS)
+        ]
+        for encoded in pool.map(self._encoder.encode, batches):
             routed: dict[Split, list[npt.NDArray[np.uint32]]] = {split: [] for split in SPLITS}
             before = self.tokens
             for ids in encoded:
                 if self._is_full(source):
                     break
-                split = self._split_of(int(digests[taken]))
+                split = self._split_of(int(block.digests[new[taken]]))
                 routed[split].append(ids)
                 progress.documents[split] += 1
                 progress.tokens[split] += len(ids) + 1
@@ -158,53 +141,38 @@ class CorpusPacker:
             yield self.tokens - before
             if self._is_full(source):
                 break
-        self._seen.add(digests[:taken])
+        self._seen.add(block.digests[new[:taken]])
         progress.duplicates += (int(new[taken]) if taken < len(new) else len(block.pieces)) - taken
         progress.seen += taken
         progress.skipped += block.skipped
         progress.position = block.end
 
-    def _encoded(self, texts: Sequence[str], pool: Executor) -> Iterator[list[npt.NDArray[np.uint32]]]:
-        """The ids of the texts in order, a batch at a time, while the next batches are being encoded."""
-        waiting: deque[Future[list[npt.NDArray[np.uint32]]]] = deque()
-        start = chars = 0
-        for end, text in enumerate(texts, 1):
-            chars += len(text)
-            if chars >= BATCH_CHARS or end == len(texts):
-                waiting.append(pool.submit(self._encoder.encode, texts[start:end]))
-                start, chars = end, 0
-            if len(waiting) > ENCODERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
     def _split_of(self, digest: int) -> Split:
         """By the hash of the text, so that it is the same for every seed and budget."""
-        if digest < self._threshold:
+        if digest < int(self._form.validation * 2**64):
             return "validation"
         train, validation = self.progress.tokens["train"], self.progress.tokens["validation"]
+        # A corpus of few rows gives a tenth of its documents, a third until there is a row, whatever their hash.
         share = 3 if validation <= self._form.row_ids else 10
         small = validation < VALIDATION_ROWS * self._form.row_ids
         return "validation" if small and validation * share < train else "train"
 
     def _finish(self, source: SourceConfig, console: Console) -> None:
         progress = self.progress
-        where = getattr(source, "path", getattr(source, "dataset", ""))
-        if not progress.source_tokens:
-            found = f"prepare.corpora '{self.name}': {where}: no new text"
-            raise DataError(
-                f"{found}; a source needs at least one document that is not empty",
-                "correct the path or the field",
-            )
-        if source.tokens is not None and progress.source_tokens < source.tokens:
-            ends, wanted = format_count(progress.source_tokens), format_count(source.tokens)
-            console.warn(f"{self.name}: {where} ends at {ends} of {wanted} tokens")
-        if progress.skipped:
+        tokens, skipped = progress.source_tokens, progress.skipped
+        where = source.dataset if isinstance(source, HubSource) else source.path
+        if not tokens:
+            rule = "a source needs at least one document that is not empty"
+            message = f"prepare.corpora '{self.name}': {where}: no new text; {rule}"
+            raise DataError(message, "correct the path or the field")
+        if source.tokens is not None and tokens < source.tokens:
             console.warn(
-                f"{self.name}: {progress.skipped} files of {where} passed over (unreadable or not UTF-8)"
+                f"{self.name}: {where} ends at {format_count(tokens)} of {format_count(source.tokens)} tokens"
             )
-        gave = {"tokens": progress.source_tokens, "files_skipped": progress.skipped}
-        progress.sources.append({"kind": source.kind, "from": where, "license": source.license, **gave})
+        if skipped:
+            console.warn(f"{self.name}: {skipped} files of {where} passed over (unreadable or not UTF-8)")
+        about = {"kind": source.kind, "from": where, "license": source.license}
+        progress.sources.append({**about, "tokens": tokens, "files_skipped": skipped})
         self.progress = replace(
             progress, source=progress.source + 1, position=(0, 0), source_tokens=0, skipped=0
         )

@@ -35,6 +35,8 @@ class RowForm:
     separator_id: int
     dtype: str
     shard_tokens: int
+    validation: float = 0.0
+    """Share of the documents."""
 
     @property
     def row_ids(self) -> int:

@@ -61,19 +61,21 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     folder, console = context.folder("prepare"), context.console
     vocabulary = context.target.vocabulary
     separator = separator_id(vocabulary.bos_token_id, vocabulary.eos_token_ids)
-    form = RowForm(config.row_length, separator, token_dtype(vocabulary.size), SHARD_TOKENS)
+    form = RowForm(
+        config.row_length, separator, token_dtype(vocabulary.size), SHARD_TOKENS, config.validation
+    )
     encoder = DocumentEncoder(context.target.tokenizer, vocabulary.size)
     packers = {
-        name: CorpusPacker(
-            name, sources, folder.path, form, config.validation, encoder, context.settings.seed
-        )
-        for name, sources in config.sources.items()
+        name: CorpusPacker(name, folder.path, form, encoder, context.settings.seed) for name in config.sources
     }
     done = sum(packer.tokens for packer in packers.values())
     set_tokenizer_threads(context.settings.threads)
     with console.progress("prepare", config.budget, "tokens", completed=done) as bar:
         try:
-            corpora = {name: packer.run(console, bar.advance) for name, packer in packers.items()}
+            corpora = {
+                name: packer.run(config.sources[name], console, bar.advance)
+                for name, packer in packers.items()
+            }
         except DataError:
             if sum(packer.tokens for packer in packers.values()) < KEPT_TOKENS:
                 folder.discard()
