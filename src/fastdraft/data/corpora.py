@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fastdraft.data.readers import jsonl_values, missing_field, parquet_values, read_text, unreadable
 from fastdraft.errors import DataError
 from fastdraft.recipe.prepare import FileSource, HubSource, SourceConfig
-from fastdraft.recipe.run import PYTHON, SHIPPED, resolve_path, user_path
+from fastdraft.recipe.run import resolve_path, user_path
 
 HASHED_FILES, HASHED_BYTES = 64, 1 << 16
 # Text that is read and shuffled together: memory is a small multiple of it, a killed stage repeats one.
@@ -53,18 +53,17 @@ def blocks(source: SourceConfig, seed: int, start: Position) -> Iterator[Block]:
     """The source's text behind `start`, about BLOCK_CHARS at a time; the order depends on source and seed alone."""
     pieces: list[str] = []
     chars = skipped = 0
-    position = start
+    end = start
     for file, row, text in documents(source, seed, start):
-        position = (file, row)
-        skipped += text is None
-        for piece in split_document(text or ""):
-            pieces.append(piece)
-            chars += len(piece)
         if chars >= BLOCK_CHARS:
-            yield _block(pieces, seed, skipped, position)
+            yield _block(pieces, seed, skipped, end)
             pieces, chars, skipped = [], 0, 0
+        end = (file, row)
+        skipped += text is None
+        pieces += split_document(text or "")
+        chars += len(text or "")
     if pieces or skipped:
-        yield _block(pieces, seed, skipped, position)
+        yield _block(pieces, seed, skipped, end)
 
 
 def _block(pieces: list[str], seed: int, skipped: int, end: Position) -> Block:
@@ -95,10 +94,10 @@ def documents(
 
 
 def _file_documents(source: FileSource, path: Path, after: int) -> Iterator[tuple[int, str | None]]:
-    if source.kind in ("jsonl", "parquet"):
-        read, unit = (jsonl_values, "line") if source.kind == "jsonl" else (parquet_values, "row")
-        for number, value in read(path, source.field, after):
-            yield number, _text(value, f"{path}: {unit} {number}", source.field)
+    if source.kind == "jsonl":
+        yield from _texts(jsonl_values(path, source.field, after), f"{path}: line", source.field)
+    elif source.kind == "parquet":
+        yield from _texts(parquet_values(path, source.field, after), f"{path}: row", source.field)
     elif not after:
         try:
             yield 1, read_text(path)
@@ -109,13 +108,12 @@ def _file_documents(source: FileSource, path: Path, after: int) -> Iterator[tupl
             yield 1, None
 
 
-def _text(value: object, where: str, field: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        found = f"{where}: '{field}' is a {type(value).__name__}; must be text"
-        raise DataError(found, "set `field` to the one that holds the text")
-    return value
+def _texts(values: Iterator[tuple[int, Any]], where: str, field: str) -> Iterator[tuple[int, str]]:
+    for number, value in values:
+        if not isinstance(value, str | None):
+            found = f"{where} {number}: '{field}' is a {type(value).__name__}; must be text"
+            raise DataError(found, "set `field` to the one that holds the text")
+        yield number, value or ""
 
 
 # ---- the hub
@@ -131,9 +129,9 @@ def _hub_documents(source: HubSource, seed: int, start: Position) -> Iterator[tu
         after = start[1] if number == start[0] else 0
         part = data.shard(num_shards=count, index=order[number])
         name = f"data set {source.dataset}: file {order[number] + 1} of {count}"
-        rows = hub_values(part.skip(after) if after else part, name, source.field, after)
-        for row, value in rows:
-            yield number, row, _text(value, f"{name}: row {row}", source.field)
+        values = hub_values(part.skip(after) if after else part, name, source.field, after)
+        for row, text in _texts(values, f"{name}: row", source.field):
+            yield number, row, text
 
 
 def open_hub(source: Any) -> Any:
@@ -192,19 +190,19 @@ def source_files(source: FileSource) -> dict[str, Path]:
 
 def find_files(text: str, patterns: Sequence[str]) -> dict[str, Path]:
     """What a recipe's `path` names, by the name within it: a file itself, a folder's files matching `patterns`, or a glob."""
-    base, pattern = _split_glob(text)
+    base, wanted = text, [f"**/{pattern}" for pattern in patterns]
+    if glob.has_magic(text) and not user_path(text).exists():
+        # `data/**/*.txt` -> `data` and `**/*.txt`
+        parts = text.split("/")
+        first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+        base, wanted = "/".join(parts[:first]) or ("/" if first else "."), ["/".join(parts[first:])]
     root = resolve_path(base)
-    if pattern:
-        paths = {
-            Path(found) for found in glob.glob(str(Path(glob.escape(str(root))) / pattern), recursive=True)
-        }
-    elif root.is_dir():
-        paths = {found for wanted in patterns for found in root.rglob(wanted)}
-    else:
-        return {root.name: root} if root.is_file() else _nothing(text, "no such file or folder")
-    files = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    if root.is_file():
+        return {root.name: root}
+    found = {name for pattern in wanted for name in glob.glob(pattern, root_dir=root, recursive=True)}
+    files = {Path(name).as_posix(): root / name for name in found if (root / name).is_file()}
     return dict(sorted(files.items())) or _nothing(
-        text, "no file there" if root.exists() else "no such folder"
+        text, "no file there" if root.exists() else "no such file or folder"
     )
 
 
@@ -229,17 +227,6 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
         except OSError as error:
             raise unreadable(path, error) from None
     return {"files": len(files), "bytes": total, "listing": listing.hexdigest()[:20]}
-
-
-def _split_glob(text: str) -> tuple[str, str]:
-    """`data/**/*.txt` -> (`data`, `**/*.txt`); a path without wildcards has an empty pattern."""
-    if not glob.has_magic(text) or user_path(text).exists():
-        return text, ""
-    prefix = next((p for p in (SHIPPED, PYTHON) if text.startswith(p)), "")
-    parts = text.removeprefix(prefix).replace("\\", "/").split("/")
-    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    base = "/".join(parts[:first]) or ("/" if first else "" if prefix else ".")
-    return prefix + base, "/".join(parts[first:])
 
 
 def _nothing(path: str, found: str) -> dict[str, Path]:

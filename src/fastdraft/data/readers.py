@@ -1,4 +1,4 @@
-"""Files of text line by line or whole: JSONL (plain, .gz, .xz, .zst), Parquet and plain UTF-8, in memory that does not grow with the file.
+"""Files of text line by line or whole: JSONL and UTF-8 text (plain, .gz, .xz, .zst), Parquet; memory does not grow with the file.
 
 A damaged file stops the run with its name and line, instead of giving less text than the user thinks.
 """

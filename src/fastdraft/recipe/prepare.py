@@ -41,7 +41,7 @@ class RowsSource(FilesSource):
     """The key or column that holds the text."""
 
 
-class TextSource(FilesSource):
+class TextFilesSource(FilesSource):
     """Text files in UTF-8, each one document."""
 
     kind: Literal["text"]
@@ -76,7 +76,7 @@ class HubSource(HubRows, Source):
     """The column that holds the text."""
 
 
-FileSource = RowsSource | TextSource | SourceCodeSource
+FileSource = RowsSource | TextFilesSource | SourceCodeSource
 SourceConfig = FileSource | HubSource
 
 
