@@ -10,18 +10,14 @@ from fastdraft import forecast
 def test_block_efficiency_of_a_perfect_and_of_a_useless_draft() -> None:
     assert forecast.block_efficiency(1.0, 3) == 4
     assert forecast.block_efficiency(0.0, 3) == 1
-
-
-def test_block_efficiency_is_the_geometric_sum() -> None:
     assert forecast.block_efficiency(0.5, 3) == pytest.approx((1 - 0.5**4) / (1 - 0.5))
 
 
 def test_acceptance_rate_and_conditional_rate_are_inverse() -> None:
     for k in (1, 3, 8):
         for chance in (0.05, 0.45, 0.9):
-            assert forecast.conditional_acceptance_rate(
-                forecast.acceptance_rate(chance, k), k
-            ) == pytest.approx(chance)
+            rate = forecast.acceptance_rate(chance, k)
+            assert forecast.conditional_acceptance_rate(rate, k) == pytest.approx(chance)
 
 
 def test_memory_bound_speedup_gives_the_papers_figures() -> None:
@@ -45,13 +41,10 @@ def test_a_dearer_draft_wants_a_shorter_draft_length() -> None:
 
 
 def test_training_time_grows_with_tokens_and_size() -> None:
-    assert forecast.training_seconds(2e6, 10**6) == pytest.approx(2 * forecast.training_seconds(1e6, 10**6))
-    assert forecast.training_seconds(1e6, 2 * 10**6) == pytest.approx(
-        2 * forecast.training_seconds(1e6, 10**6)
-    )
-    assert forecast.training_seconds(1e6, 10**8, "cuda:0") < forecast.training_seconds(
-        1e6, 10**8, "cpu", threads=2
-    )
+    seconds = forecast.training_seconds
+    assert seconds(2e6, 10**6) == pytest.approx(2 * seconds(1e6, 10**6))
+    assert seconds(1e6, 2 * 10**6) == pytest.approx(2 * seconds(1e6, 10**6))
+    assert seconds(1e6, 10**8, "cuda:0") < seconds(1e6, 10**8, "cpu", threads=2)
 
 
 def test_disk_sizes_are_exact_where_the_format_is() -> None:

@@ -248,5 +248,4 @@ def test_the_digests_of_a_vocabulary_stay_what_finished_runs_hold() -> None:
         "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
     }
     found = describe(json.dumps(state))
-    assert (found.digest, found.special_digest) == ("b8192c4a68cd721d5f4f", "52edda605a40bfc24ee2")
-    assert found.ids == {0, 1, 2, 3}
+    assert found == ({0, 1, 2, 3}, "b8192c4a68cd721d5f4f", "52edda605a40bfc24ee2")

@@ -105,20 +105,20 @@ class Target:
         pad = tokenizer.pad_token_id
         if pad is None:
             pad = next(iter(self._ids("pad_token_id", special_id(config, "pad_token_id"))), None)
-        size, described = int(text_config(config).vocab_size), describe(tokenizer.backend_tokenizer.to_str())
-        largest = max(described.ids, default=-1)
+        ids, ordinary, special = describe(tokenizer.backend_tokenizer.to_str())
+        size, largest = int(text_config(config).vocab_size), max(ids, default=-1)
         if largest >= size:
             found = f"the tokenizer has id {largest}, the config's vocab_size is {size}"
             raise self.files.wrong(found, "take config and tokenizer from the same model")
         return Vocabulary(
             size=size,
-            num_tokens=len(described.ids),
-            missing_ids=tuple(sorted(set(range(size)) - described.ids)),
+            num_tokens=len(ids),
+            missing_ids=tuple(sorted(set(range(size)) - ids)),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_ids=tuple(dict.fromkeys(eos)),
             pad_token_id=pad,
-            digest=described.digest,
-            special_digest=described.special_digest,
+            digest=ordinary,
+            special_digest=special,
         )
 
     def _ids(self, name: str, value: Any) -> list[int]:
