@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdraft.data.rows import ids_hash, read_all, SyntheticRow, unit_path, write_rows
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, unit_path, write_rows
 from fastdraft.errors import FastDraftError, Interrupted, RecipeError
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import Config, load_config

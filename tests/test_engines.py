@@ -14,6 +14,8 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, MissingExtra, TargetError
+from fastdraft.recipe.recipe import Recipe, load_recipe
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.recipe.synthesize import (
     TRANSPORT,
     AutoEngineConfig,
@@ -23,8 +25,6 @@ from fastdraft.recipe.synthesize import (
     TopKLogitsConfig,
     TranscriptPrompts,
 )
-from fastdraft.recipe.recipe import Recipe, load_recipe
-from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes import engines
 from fastdraft.runtimes.engines import EngineChoice, choose_engine, describe_engine, uses_weights

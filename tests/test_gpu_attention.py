@@ -11,9 +11,9 @@ import transformers.integrations.flex_attention as flex
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from fastdraft.training import gpu_attention as module
 from fastdraft.functional.distillation import SparseTarget, token_loss
 from fastdraft.modeling.heads import output_head
+from fastdraft.training import gpu_attention as module
 from fastdraft.training.batches import Batch, packed_batch
 from fastdraft.training.fast_decoder import CpuDecoder, fast_decoder
 from fastdraft.training.gpu_attention import FlashDecoder, flash_decoder, text_mask

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, PhiConfig, PreTrainedModel
 
 from family_fixture import family_config
-from fastdraft.runtimes.synthesis import sparse_logits
 from fastdraft.errors import TargetError
 from fastdraft.functional.distillation import DenseTarget, chunked_distillation, token_loss, top_k_buckets
 from fastdraft.functional.generation import Generation
 from fastdraft.modeling.heads import output_head, split_head
+from fastdraft.runtimes.synthesis import sparse_logits
 from fastdraft.training.batches import Batch, Sample, padded_batch
 from fastdraft.training.objective import LoadedTarget, TokenDistillation
 

@@ -16,7 +16,6 @@ from fastdraft.errors import DataError
 from fastdraft.training.batches import packed_batch
 from test_data import make_corpus
 
-
 GOLDEN_ROWS = [109, 2, 103, 101, 4, 6]
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from fastdraft.functional.losses import chunked_cross_entropy
 from fastdraft.training import cpu_attention as attention
 from fastdraft.training import defaults
-from fastdraft.training.batches import Reader, packed_batch, text_positions, text_separator
+from fastdraft.training.batches import BatchReader, packed_batch, text_positions, text_separator
 from fastdraft.training.fast_decoder import CpuDecoder, cpu_decoder, kept_memory
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers
@@ -274,7 +274,7 @@ def test_a_reader_gives_each_step_once_asked_for_and_reads_the_next_one_meanwhil
             return [(step, micro_batch_tokens)]
 
     source: Any = Source()
-    with Reader(source, CPU) as reader:
+    with BatchReader(source, CPU) as reader:
         assert reader.read(0, 8) == [(0, 8)]
         assert reader.read(0, 4) == [(0, 4)]  # memory ran out: the same rows again
         assert reader.read(1, 4) == [(1, 4)]

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-
 from fastdraft.functional.generation import Sampling
 from fastdraft.runtimes.runtime import Runtime
 

@@ -23,8 +23,8 @@ from fastdraft.data.rows import ids_hash
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.synthesize import TranscriptLog, TranscriptPrompts
 from fastdraft.recipe.evaluation import LoggedTexts
+from fastdraft.recipe.synthesize import TranscriptLog, TranscriptPrompts
 
 # What a request may say without bending the distribution; other values make its log-probs no use for replay.
 _NEUTRAL = {

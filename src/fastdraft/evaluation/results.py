@@ -170,7 +170,7 @@ class PromptOverlap(JsonRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSource(JsonRow):
+class ReplayedTexts(JsonRow):
     """Where the texts came from that were replayed; how many were left out, by reason."""
 
     kind: str
@@ -213,7 +213,7 @@ class EvaluationResults(JsonRow):
     by_position: PositionResults | None = None
     greedy_check: GreedyCheck | None = None
     contamination: dict[str, PromptOverlap] | None = None
-    texts: TextSource | None = None
+    texts: ReplayedTexts | None = None
 
     @cached_property
     def checkpoints(self) -> list[str]:

@@ -15,6 +15,7 @@ from fastdraft.data.logs import read_transcripts
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_columns, unit_paths, validation_keys
 from fastdraft.decoding.replay import alike_places
 from fastdraft.errors import DataError
+from fastdraft.evaluation.prompts import EncodedTask
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.synthesize import TranscriptLog
@@ -69,12 +70,16 @@ class GivenTexts:
                 "log-probs come from the server (logprobs: processed) or from the weights (target); greedy text needs none",
             )
 
-    @property
-    def tasks(self) -> dict[str, list[SyntheticRow]]:
-        """All rows of each task."""
-        found: dict[str, list[SyntheticRow]] = {}
-        for (task, _), rows in self.rows.items():
-            found.setdefault(task, []).extend(rows)
+    def tasks(self) -> list[EncodedTask]:
+        """Every source as a task, whatever the temperatures."""
+        by_name: dict[str, list[SyntheticRow]] = {}
+        for (name, _), rows in self.rows.items():
+            by_name.setdefault(name, []).extend(rows)
+        found = []
+        for name, rows in by_name.items():
+            longest = max(len(row.response_ids) for row in rows)
+            prompts = [row.prompt_ids for row in rows]
+            found.append(EncodedTask(name, [row.row_id for row in rows], prompts, longest))
         return found
 
     @property

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 
 from fastdraft.errors import RecipeError
 from fastdraft.recipe.base import Config, load_config, short
-from fastdraft.recipe.synthesize import SynthesizeConfig
 from fastdraft.recipe.evaluation import BenchmarkConfig, EvaluateConfig, ExportConfig, ReportConfig
 from fastdraft.recipe.prepare import PrepareConfig
 from fastdraft.recipe.run import RunConfig, TargetConfig, user_path
+from fastdraft.recipe.synthesize import SynthesizeConfig
 from fastdraft.recipe.training import AlignConfig, ContinuePretrainConfig, DesignConfig, PretrainConfig
 
 _SHIPPED = Path(__file__).parents[1] / "recipes"

@@ -13,9 +13,9 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastdraft.console import Console
 from fastdraft.data.contamination import search_training_text
 from fastdraft.data.logs import describe
-from fastdraft.data.rows import SyntheticRow, read_all
+from fastdraft.data.rows import read_all
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import Halving
-from fastdraft.evaluation.prompts import EncodedTask, encode_task
-from fastdraft.evaluation.results import EvaluationResults, PromptOverlap, TextSource
+from fastdraft.evaluation.prompts import encode_task
+from fastdraft.evaluation.results import EvaluationResults, PromptOverlap, ReplayedTexts
 from fastdraft.evaluation.rows import CostRatios
 from fastdraft.evaluation.summary import findings, samples, tell
 from fastdraft.evaluation.tasks import describe_task, load_task
@@ -31,8 +31,8 @@ from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import load_draft, pick_device, set_threads
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.synthesize import ChosenEngine
 from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, HeldOutTexts, LoggedTexts, TargetTexts
+from fastdraft.recipe.synthesize import ChosenEngine
 from fastdraft.reporting.tables import ladder
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.engines import choose_engine, describe_engine, open_engine, uses_weights
@@ -87,7 +87,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     model = target.model(device) if isinstance(config.texts, TargetTexts) else None
     given = _given_texts(config, context, context_length)
     if given:
-        tasks = [_task_of_texts(name, rows) for name, rows in given.tasks.items()]
+        tasks = given.tasks()
     else:
         tasks = [encode_task(task, target.tokenizer, context_length, console) for task in config.tasks]
     plan = EvaluationPlan(
@@ -128,7 +128,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         latency=costs.latency,
         **findings(work, replayed, exact, costs, context_length),
         contamination=_contamination(config, trained_on, target.tokenizer, console) if trained_on else None,
-        texts=TextSource(kind=config.texts.kind, left_out=dict(given.left_out) if given else {}),
+        texts=ReplayedTexts(kind=config.texts.kind, left_out=dict(given.left_out) if given else {}),
     )
     write_json(folder.path / "results.json", results.to_json())
     shown = samples(work, exact, target.tokenizer)
@@ -170,11 +170,6 @@ def _given_texts(config: EvaluateConfig, context: StageContext, context_length: 
         hint = "; sampled answers without log-probs count with evaluate.draft_temperature: 0"
         context.console.say(f"texts left out: {found.told}{hint if found.left_out['no_logprobs'] else ''}")
     return found
-
-
-def _task_of_texts(name: str, rows: list[SyntheticRow]) -> EncodedTask:
-    longest = max(len(row.response_ids) for row in rows)
-    return EncodedTask(name, [row.row_id for row in rows], [row.prompt_ids for row in rows], longest)
 
 
 def _open_engine(

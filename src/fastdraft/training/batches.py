@@ -85,7 +85,7 @@ class BatchSource(Protocol):
 
 
 @dataclass
-class Reader:
+class BatchReader:
     """Reads the next step in a thread, and begins its copy to a CUDA device, beside the present one."""
 
     source: BatchSource
@@ -94,7 +94,7 @@ class Reader:
     _coming: tuple[tuple[int, int], Future[list[Batch]]] | None = field(default=None, init=False)
     _stream: Any = field(default=None, init=False)
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> BatchReader:
         return self
 
     def __exit__(self, *unused: object) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, Interrupted, OutOfMemory, free_memory, is_out_of_memory
-from fastdraft.training.batches import Batch, BatchSource, Reader
+from fastdraft.training.batches import Batch, BatchReader, BatchSource
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from fastdraft.training.distributed import Replicas, World
 from fastdraft.training.metrics import Metrics
@@ -83,7 +83,7 @@ class Trainer:
         with (
             Metrics(self.folder, state.step, schedule.tensorboard, silent=not self.world.is_main) as metrics,
             self.console.progress(schedule.name, source.tokens, "tokens", completed=state.tokens) as progress,
-            Reader(source, self.step.device) as reader,
+            BatchReader(source, self.step.device) as reader,
         ):
             if state.step == 0 and schedule.validate_first and self.checkpoints.saved_step < 0:
                 self._validate(metrics)
@@ -127,7 +127,7 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return self.state.step == self.source.steps or bool(every and self.state.step % every == 0)
 
-    def _read(self, reader: Reader) -> tuple[list[Batch], int, int, bool]:
+    def _read(self, reader: BatchReader) -> tuple[list[Batch], int, int, bool]:
         """This process's micro-batches; input and trained tokens of all; whether any was asked to stop."""
         batches: list[Batch] = []
         failed = None
@@ -143,7 +143,7 @@ class Trainer:
             raise error
         return batches, sum(tokens), sum(trained), any(stops)
 
-    def _gradients(self, batches: list[Batch], num_trained: int, reader: Reader) -> tuple[float, float]:
+    def _gradients(self, batches: list[Batch], num_trained: int, reader: BatchReader) -> tuple[float, float]:
         """Loss and gradient norm; where memory runs out, in smaller micro-batches from then on."""
         while True:
             try:
