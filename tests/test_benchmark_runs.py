@@ -302,13 +302,13 @@ def test_a_plan_names_every_measurement_once_and_leaves_out_what_does_not_fit() 
         repeats=2,
         seed=0,
     )
-    everything = plan.everything()
+    everything = plan.everything(2)
     assert len({each.name for each in everything}) == len(everything) == 2 * 2 * 2 + 4
     assert [each.name for each in plan.of_sweeps(2)] == [
-        "prompt_tokens-mixed-int4-int8-t0-16",
-        "max_new_tokens-mixed-int4-int8-t0-4",
-        "concurrency-mixed-int4-int8-t0-1",
-        "concurrency-mixed-int4-int8-t0-4",
+        "prompt_tokens-mixed-int4-int8-t0-16-k2",
+        "max_new_tokens-mixed-int4-int8-t0-4-k2",
+        "concurrency-mixed-int4-int8-t0-1-k2",
+        "concurrency-mixed-int4-int8-t0-4-k2",
     ]
     assert len(plan.left_out) == 2
     assert [list(map(len, each.batches)) for each in plan.of_sweeps(2)[2:]] == [[1, 1, 1, 1], [4]]

@@ -65,9 +65,9 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        """Of its files; the K of a sweep follows from the rows before it."""
+        """Of its files."""
         p = self.prompts
-        swept = f"-{p.value}" if p.value else ""
+        swept = f"-{p.value}-k{self.num_speculative_tokens[0]}" if p.value else ""
         return f"{p.part}-{p.task}-{'-'.join(self.weights)}-t{self.temperature:g}{swept}"
 
     @property
@@ -115,9 +115,9 @@ class BenchmarkPlan:
         lowest = min(self.temperatures)
         return [Measurement(prompts, self.weights[0], lowest, [k], self.seed) for prompts in self.swept]
 
-    def everything(self) -> list[Measurement]:
-        """For counting tokens, which are the same at every K."""
-        return [work for weights in self.weights for work in self.of_tasks(weights)] + self.of_sweeps(1)
+    def everything(self, k: int) -> list[Measurement]:
+        """All, the sweeps at K."""
+        return [work for weights in self.weights for work in self.of_tasks(weights)] + self.of_sweeps(k)
 
 
 def make_plan(

@@ -185,9 +185,12 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
     rows: list[BenchmarkRow] = []
     swept: list[BenchmarkRow] = []
     breakdown = []
-    planned = [(w.planned_tokens, name) for w in plan.everything() for name in unit_names(w, plan.repeats)]
-    done = sum(tokens for tokens, name in planned if (folder.path / name).is_file())
-    with console.progress("runs in turn", sum(tokens for tokens, _ in planned), "tokens", done) as progress:
+    # Which K the sweeps run at is known only behind the tasks; all K write as many tokens.
+    works = [plan.everything(k) for k in plan.num_speculative_tokens]
+    planned = sum(work.planned_tokens * (1 + plan.repeats) for work in works[0])
+    kept = {name: w.planned_tokens for each in works for w in each for name in unit_names(w, plan.repeats)}
+    done = sum(tokens for name, tokens in kept.items() if (folder.path / name).is_file())
+    with console.progress("runs in turn", planned, "tokens", done) as progress:
 
         def on_batch(tokens: int, name: str) -> None:
             progress.advance(tokens, name)
