@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fastdraft.recipe.prepare import PrepareConfig, SourceConfig
 from fastdraft.run_folder import StageFolder
 
 TEXTS = ["first\nline", "zweiter Satz: ä ’ 漢", "third"]
-PACK = {
+PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".xz": lzma.compress,

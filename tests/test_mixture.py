@@ -27,7 +27,7 @@ class Numbers(PackedCorpus):
         self.first = first
 
     @property
-    def shards(self) -> list[np.ndarray[Any, Any]]:  # type: ignore[override]
+    def shards(self) -> list[np.ndarray[Any, Any]]:
         return [np.repeat(self.first + np.arange(self.rows, dtype=np.uint16)[:, None], 4, 1)]
 
 
@@ -38,7 +38,8 @@ def test_there_is_no_state_and_weights_are_on_any_scale() -> None:
     )
     whole = [mixture.rows(step) for step in range(20)]
     assert all((other.rows(step) == whole[step]).all() for step in (17, 2, 19, 0))
-    assert (whole[0].dtype, whole[0].shape) == (np.int64, (20, 4))
+    assert whole[0].dtype == np.int64
+    assert whole[0].shape == (20, 4)
     assert (Mixture(corpora, {"a": 1, "b": 2}, 20, 4).rows(0) != whole[0]).any()
 
 

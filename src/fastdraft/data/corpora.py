@@ -213,6 +213,7 @@ def describe(source: SourceConfig) -> dict[str, Any]:
 
 
 def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
+    """Number, size and a digest of names, sizes and samples."""
     listing, total = hashlib.sha256(), 0
     for name, path in files.items():
         try:

@@ -198,11 +198,12 @@ class SeenDigests:
 
     def first_seen(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """Indices into `digests` of those that were not met before, in order; of equal ones the first."""
-        first = np.sort(np.unique(digests, return_index=True)[1])
+        first: npt.NDArray[np.int64] = np.sort(np.unique(digests, return_index=True)[1])
         if not len(self._sorted):
             return first
         nearest = self._sorted[np.searchsorted(self._sorted[:-1], digests[first])]
-        return first[nearest != digests[first]]
+        unseen: npt.NDArray[np.int64] = first[nearest != digests[first]]
+        return unseen
 
     def add(self, digests: npt.NDArray[np.uint64]) -> None:
         with open(self._path, "ab") as file:

@@ -126,11 +126,13 @@ def read_text(path: Path) -> str:
 
 
 def missing_field(where: object, field: str, found: Any) -> DataError:
+    """For a row or file that has `found` instead."""
     has = ", ".join(map(str, list(found)[:8])) or "no field"
     return DataError(f"{where}: no '{field}'; has {has}", "set `field` to the one that holds the text")
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
+    """For a file that cannot be opened."""
     found = error.strerror or "unreadable"
     return DataError(
         f"{path}: {found}; the file must exist and be readable", "correct the path or its rights"

@@ -73,7 +73,7 @@ class RowWriter:
 
     @property
     def rows(self) -> int:
-        return sum(shard["rows"] for shard in self.shards) + self.open_rows
+        return self.open_rows + sum(int(shard["rows"]) for shard in self.shards)
 
     def add(self, documents: Sequence[npt.NDArray[Any]]) -> None:
         """Appends documents (ids, 1-D each); what does not fill a row waits for the next ones."""
