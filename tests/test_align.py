@@ -112,21 +112,6 @@ def test_alignment_raises_block_efficiency_on_held_out_prompts(
     assert not (context.folder("align").path / "steps").exists()
 
 
-def test_the_checkpoint_is_the_step_with_the_best_block_efficiency_not_the_last(
-    new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = iter([1.0, 1.5, 1.2, 1.1, 1.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(
-        "fastdraft.training.validation.block_efficiency", lambda *unused, **options: next(scores)
-    )
-    manifest = run_stage(context := new_context("a"))
-    assert manifest["best_step"] == 4
-    assert manifest["validation_block_efficiency"] == 1.5
-    start = load_draft(context.folder("pretrain").path / "checkpoint").state_dict()
-    best = load_draft(context.folder("align").path / "checkpoint").state_dict()
-    assert any(not bool((start[name] == best[name]).all()) for name in start)
-
-
 def test_when_alignment_only_harms_the_starting_weights_are_kept(
     new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,11 +126,10 @@ def test_when_alignment_only_harms_the_starting_weights_are_kept(
     assert all(bool((start[name] == kept[name]).all()) for name in start)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
-    new_context: Callable[..., StageContext], kind: str
+    new_context: Callable[..., StageContext],
 ) -> None:
-    changes = {"optimizer": {"kind": kind, "learning_rate": 0.01}}
+    changes = {"optimizer": {"kind": "muon", "learning_rate": 0.01}}
     first, second = new_context("a", **changes), new_context("b", **changes)
     expected = run_stage(first)
     config, rounds = second.section("align"), 0

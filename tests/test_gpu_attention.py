@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from fastdraft.functional.distillation import SparseTarget, token_loss
 from fastdraft.modeling.heads import output_head
 from fastdraft.training import gpu_attention as module
-from fastdraft.training.batches import Batch, packed_batch
+from fastdraft.training.batches import Batch
 from fastdraft.training.fast_decoder import CpuDecoder, fast_decoder
 from fastdraft.training.gpu_attention import FlashDecoder, flash_decoder, text_mask
 from fastdraft.training.objective import CrossEntropy, LoadedTarget, TokenDistillation
@@ -147,18 +147,6 @@ def test_a_cpu_has_layers_written_out_and_an_accelerator_flash_attention() -> No
     assert isinstance(fast_decoder(decoder, torch.device("cuda")), FlashDecoder)
     windows = build("mistral", sliding_window=8).get_decoder()
     assert fast_decoder(windows, torch.device("cuda")) is windows
-
-
-def test_a_packed_row_reaches_flash_attention_with_its_texts_apart() -> None:
-    decoder = decoder_of("llama")
-    row = torch.cat([torch.tensor([63]), ids(1, 15)[0] % 60, torch.tensor([63]), ids(1, 17)[0] % 60])[None]
-    batch = packed_batch(row.numpy(), separator=63)
-    fast = flash_decoder(decoder)
-    assert fast is not None
-    with torch.no_grad():
-        found = fast(**batch.inputs, use_cache=False).last_hidden_state
-        second = decoder(input_ids=row[:, 16:-1], use_cache=False).last_hidden_state
-    torch.testing.assert_close(found[:, 16:], second, rtol=1e-5, atol=1e-5)
 
 
 META = torch.device("meta")

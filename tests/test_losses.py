@@ -61,12 +61,6 @@ def test_ignored_rows_get_no_gradient_and_no_loss() -> None:
     assert all(gradient.abs().sum() == 0 for gradient in gradients)
 
 
-def test_no_rows_give_a_zero_loss() -> None:
-    hidden, head, labels = example(n=8)
-    loss = chunked_cross_entropy(hidden[:0], head, labels[:0])
-    assert loss.item() == 0
-
-
 def test_without_gradients_the_value_is_the_same() -> None:
     hidden, head, labels = example()
     with torch.no_grad():
@@ -95,13 +89,6 @@ def test_under_bf16_autocast_the_loss_is_fp32_and_near_the_exact_one() -> None:
     torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
     for gradient, reference in zip(found, expected, strict=True):
         assert functional.cosine_similarity(gradient.flatten(), reference.flatten(), dim=0) > 0.999
-
-
-def test_huge_logits_stay_finite() -> None:
-    hidden, head, labels = example()
-    loss = chunked_cross_entropy(hidden * 1e4, head, labels)
-    assert torch.isfinite(loss)
-    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, head)))
 
 
 def test_a_chunk_never_holds_all_logits_of_a_large_vocabulary() -> None:

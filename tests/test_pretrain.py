@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,38 +210,6 @@ class _Given:
         pass
 
 
-def test_a_killed_process_continues_and_the_record_has_each_step_once(
-    new_context: Callable[..., StageContext],
-) -> None:
-    first, second = new_context("a"), new_context("b")
-    run_stage(first, "pretrain")
-    script = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[3])
-from pathlib import Path
-from test_pretrain import *
-from fastdraft.training.checkpoint import TrainingState
-add = TrainingState.add
-def killed(self, *arguments):
-    if self.step == 7: os._exit(9)
-    add(self, *arguments)
-TrainingState.add = killed
-context = make_context(Path(sys.argv[1]), Path(sys.argv[2]), {"pretrain": load_config(PretrainConfig, SETTINGS)})
-run_stage(context, "pretrain")
-"""
-    arguments = [str(second.run.root), second.target.location, str(Path(__file__).parent)]
-    assert (
-        subprocess.run([sys.executable, "-c", script, *arguments], check=False, timeout=120).returncode == 9
-    )
-    assert read_metrics(second.folder("pretrain").path)[-1]["step"] == 7
-    run_stage(second, "pretrain")
-    assert weights_of(first.folder("pretrain").path / "checkpoint") == weights_of(
-        second.folder("pretrain").path / "checkpoint"
-    )
-    steps = [record["step"] for record in read_metrics(second.folder("pretrain").path) if "loss" in record]
-    assert steps == list(range(1, 11))
-
-
 def test_the_micro_batch_may_change_half_way_without_losing_or_doubling_a_row(
     new_context: Callable[..., StageContext],
 ) -> None:
@@ -266,13 +232,6 @@ def test_the_micro_batch_may_change_half_way_without_losing_or_doubling_a_row(
     )
     assert [record[:3] for record in whole] == [record[:3] for record in parts]
     assert [record[3] for record in whole] == pytest.approx([record[3] for record in parts], rel=1e-4)
-
-
-def test_an_open_batch_size_holds_a_row_however_small_the_budget(
-    new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fastdraft.training.defaults.batch_tokens", lambda phase, parameters, tokens: 8)
-    assert run_stage(new_context(batch_tokens=None), "pretrain")["settings"]["batch_tokens"] == LENGTH
 
 
 def test_a_corpus_smaller_than_its_share_of_a_batch_is_refused_in_one_line(

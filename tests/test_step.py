@@ -182,11 +182,6 @@ def test_attention_in_blocks_is_causal_attention(
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_without_a_backward_pass_attention_keeps_nothing() -> None:
-    query = torch.zeros(1, 1, 4, 2)
-    assert attention.causal_attention(query, query, query, None, keep=False)[1] is None
-
-
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_texts_of_a_masked_row_are_trained_as_if_each_stood_alone(by_hand: bool) -> None:
     separator, model = 63, build("llama")
@@ -241,17 +236,6 @@ def test_auto_compiles_long_runs_on_cuda_and_nothing_on_a_cpu(monkeypatch: pytes
     monkeypatch.setattr(defaults.shutil, "which", lambda name: None)
     why = "not compiled: torch.compile needs a C++ compiler here, and found none"
     assert defaults.compiles(True, CPU, 1) == (False, why)
-
-
-def test_the_decoder_compiles_without_a_graph_break() -> None:
-    decoder = build("llama").get_decoder()
-    compiled = torch.compile(decoder, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(input_ids=ids(), use_cache=False).last_hidden_state,
-            decoder(input_ids=ids(), use_cache=False).last_hidden_state,
-        )
-    torch._dynamo.reset()
 
 
 def test_memory_that_is_kept_while_training_changes_no_number(tmp_path: Path) -> None:

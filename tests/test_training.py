@@ -20,7 +20,7 @@ from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers
 from fastdraft.training.schedule import wsd_factor
-from fastdraft.training.step import TrainStep, autocast_dtype
+from fastdraft.training.step import TrainStep
 from fastdraft.training.trainer import BAD_STEPS_IN_A_ROW, Trainer, TrainingSchedule, Validation
 from fastdraft.training.validation import mean_loss
 
@@ -166,13 +166,6 @@ def test_the_whole_gradient_is_clipped_to_one() -> None:
     clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in step.parameters))  # type: ignore[union-attr]
     assert norm > 1.5
     assert clipped == pytest.approx(1.0, rel=1e-4)
-
-
-def test_precision_auto_is_fp32_or_bf16_and_fp32_is_always_plain() -> None:
-    cpu = torch.device("cpu")
-    assert autocast_dtype("fp32", cpu) is None
-    assert autocast_dtype("bf16", cpu) is torch.bfloat16
-    assert autocast_dtype("auto", cpu) in (None, torch.bfloat16)
 
 
 def test_bf16_autocast_trains_fp32_weights() -> None:
@@ -350,15 +343,6 @@ def test_three_nan_losses_in_a_row_end_the_run_naming_step_and_rate(tmp_path: Pa
 def test_a_batch_without_trained_tokens_is_an_error() -> None:
     with pytest.raises(DataError, match="0 trained tokens"):
         make_step(Model()).gradients([])
-
-
-def test_a_finished_run_does_no_further_step(tmp_path: Path) -> None:
-    first = make_trainer(tmp_path)
-    first.run()
-    again = make_trainer(tmp_path)
-    again.step.gradients = None  # type: ignore[assignment, method-assign]
-    assert again.run() == first.state
-    assert_same(weights(first.model), weights(again.model))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

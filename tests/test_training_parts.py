@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastdraft.errors import MissingExtra
 from fastdraft.training import defaults
 from fastdraft.training.batches import (
     AlignmentBatches,
@@ -22,7 +21,7 @@ from fastdraft.training.batches import (
     padded_batch,
     plan_batches,
 )
-from fastdraft.training.metrics import Metrics, final_train_loss, read_metrics
+from fastdraft.training.metrics import Metrics, final_train_loss
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers, set_rate, split_parameters
 from fastdraft.training.schedule import cosine_factor, decay_start, warmup_steps, wsd_factor
@@ -235,21 +234,6 @@ def test_metrics_lose_only_what_lies_after_the_checkpoint_and_torn_lines(tmp_pat
         {"step": 3, "loss": None, "validation_loss": {"text": None}},
     ]
     assert final_train_loss(lines, share=0.5) == 1.5
-
-
-def test_a_fresh_run_begins_a_fresh_record(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 9}\n')
-    with Metrics(tmp_path, step=0):
-        pass
-    assert read_metrics(tmp_path) == []
-
-
-def test_tensorboard_without_its_package_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtra, match=r"fastdraft\[tensorboard\]"):
-        Metrics(tmp_path, step=0, tensorboard=True)
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,34 +66,12 @@ class Batch:
         return replace(self, target=target, **moved)
 
 
-class BatchSource(Protocol):
-    """Steps of training data."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def tokens(self) -> int:
-        """Input tokens of all steps and all processes, without padding."""
-        ...
-
-    def batches(self, step: int, micro_batch_tokens: int = DEFAULT_MICRO_BATCH_TOKENS) -> list[Batch]:
-        """This process's micro-batches: at most so many tokens each, padding included, or one row."""
-        ...
-
-    def is_packed(self, step: int) -> bool:
-        """Whether that step's rows are packed text, trained at every position."""
-        ...
-
-
-@dataclass
 class BatchReader:
     """Reads the next step in a thread, and begins its copy to a CUDA device, beside the present one."""
 
-    source: BatchSource
-    device: torch.device
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
-    _coming: tuple[tuple[int, int], Future[list[Batch]]] | None = field(default=None, init=False)
-    _stream: Any = field(default=None, init=False)
+    def __init__(self, source: BatchSource, device: torch.device) -> None:
+        self._source, self._device, self._pool = source, device, ThreadPoolExecutor(1)
+        self._coming: dict[tuple[int, int], Future[list[Batch]]] = {}
 
     def __enter__(self) -> BatchReader:
         return self
@@ -102,26 +81,25 @@ class BatchReader:
 
     def read(self, step: int, micro_batch_tokens: int) -> list[Batch]:
         """`source.batches(step, micro_batch_tokens)`; those of the step after it are read from now on."""
-        if self._coming is None or self._coming[0] != (step, micro_batch_tokens):
-            self._begin(step, micro_batch_tokens)
-        assert self._coming is not None
-        batches = self._coming[1].result()
-        if step + 1 < self.source.steps:
-            self._begin(step + 1, micro_batch_tokens)
+        coming = self._coming.get((step, micro_batch_tokens))
+        batches = (coming or self._pool.submit(self._make, step, micro_batch_tokens)).result()
+        if step + 1 < self._source.steps:
+            future = self._pool.submit(self._make, step + 1, micro_batch_tokens)
+            self._coming = {(step + 1, micro_batch_tokens): future}
         return batches
 
-    def _begin(self, *wanted: int) -> None:
-        self._coming = ((wanted[0], wanted[1]), self._pool.submit(self._make, *wanted))
-
     def _make(self, step: int, micro_batch_tokens: int) -> list[Batch]:
-        if self.device.type != "cuda":
-            return self.source.batches(step, micro_batch_tokens)
-        self._stream = self._stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        batches = self._source.batches(step, micro_batch_tokens)
+        if self._device.type != "cuda":
+            return batches
         with torch.cuda.stream(self._stream):
-            batches = [batch.to(self.device) for batch in self.source.batches(step, micro_batch_tokens)]
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        return [replace(batch, arrived=event) for batch in batches]
+            batches = [batch.to(self._device) for batch in batches]
+            arrived = self._stream.record_event()
+        return [replace(batch, arrived=arrived) for batch in batches]
+
+    @cached_property
+    def _stream(self) -> Any:
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
 
 def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> Batch:
@@ -154,7 +132,7 @@ def text_separator(manifest: Mapping[str, Any]) -> int | None:
 
 @dataclass(frozen=True)
 class PackedBatches:
-    """Steps of packed rows."""
+    """Steps of packed rows, trained at every position."""
 
     mixture: Any  # data.mixture.Mixture
     steps: int
@@ -322,3 +300,6 @@ class AlignmentBatches:
         chosen = [self.samples[i] for i in self.plan[step - packed_before]]
         mine = sorted(chosen, key=lambda sample: -sample.num_tokens)[self.rank :: self.size]
         return [padded_batch(group, self.pad_id) for group in micro_batches(mine, micro_batch_tokens)]
+
+
+BatchSource = PackedBatches | AlignmentBatches

@@ -27,15 +27,8 @@ def build_optimizers(
 
     Matrices of the body and an untied head decay; embeddings (tied ones too), gains and biases do not. Muon's
     steps are scaled to AdamW's root mean square (arXiv 2502.16982), so that one rate means the same for both.
-
-    Args:
-        model: Its weights.
-        kind: As above.
-        learning_rate: Peak of the body's matrices.
-        embedding_learning_rate: Peak of all other weights; None: the same.
-        weight_decay: Decoupled, per unit of rate.
-        beta2: AdamW's.
-        low: The step's products are in bf16, and so are Muon's; else Muon's are in the type of the weights.
+    `embedding_learning_rate` is the peak of all other weights (None: the same); `low`: the step's products are in
+    bf16, and so are Muon's, else Muon's are in the type of the weights.
     """
     groups = split_parameters(model)
     rest_rate = learning_rate if embedding_learning_rate is None else embedding_learning_rate
