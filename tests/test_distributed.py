@@ -106,11 +106,11 @@ def test_without_torchrun_nothing_is_joined() -> None:
 
 
 def test_each_process_takes_an_accelerator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.set_device_index", lambda index: None)
     assert own_device(torch.device("cuda:1")) == torch.device("cuda:1")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
-    monkeypatch.setattr("torch.accelerator.set_device_index", lambda index: None)
     assert own_device(torch.device("cuda")) == torch.device("cuda:3")
     assert own_device(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(RecipeError, match="set run.device=cuda"):

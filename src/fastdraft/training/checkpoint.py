@@ -67,7 +67,7 @@ class Checkpoints:
         self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], console: Console
     ) -> None:
         self.folder, self._model, self._optimizers = folder / FOLDER, model, optimizers
-        self._console, self._device = console, next(model.parameters()).device
+        self._console, self._random = console, _random_modules(next(model.parameters()).device)
         self.saved_step = -1
 
     def save(self, state: TrainingState) -> None:
@@ -75,7 +75,8 @@ class Checkpoints:
         with atomic_folder(self.folder / f"step-{state.step:09d}") as folder:
             _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
             _write(optimizer_tensors(self._model, self._optimizers), folder / _OPTIMIZER)
-            _write(_random_tensors(self._device), folder / _RANDOM)
+            random = {name: module.get_rng_state() for name, module in self._random.items()}
+            _write(random, folder / _RANDOM)
             write_json(folder / _STATE, asdict(state))
         self.saved_step = state.step
         self._prune(state)
@@ -96,7 +97,9 @@ class Checkpoints:
                 state = TrainingState(**read_json(folder / _STATE))
                 copy_weights(self._model, load_file(folder / _WEIGHTS))
                 restore_optimizers(self._model, self._optimizers, load_file(folder / _OPTIMIZER))
-                _restore_random(load_file(folder / _RANDOM), self._device)
+                for name, value in load_file(folder / _RANDOM).items():
+                    if name in self._random:  # else the run moved to another kind of device
+                        self._random[name].set_rng_state(value)
             except Exception as error:  # whatever a torn file does to its reader
                 self._console.warn(f"{folder}: unreadable ({error}); trying the one before")
                 continue
@@ -164,21 +167,6 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         parameter.copy_(tensors[name])
 
 
-def _random_tensors(device: torch.device) -> dict[str, Tensor]:
-    """The random state of the CPU and of the accelerator in use, by kind of device."""
-    tensors = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        tensors[device.type] = torch.get_device_module(device).get_rng_state(*_which(device))
-    return tensors
-
-
-def _restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Puts it back; a run moved to another kind of device goes on without that device's state."""
-    torch.set_rng_state(tensors["cpu"])
-    if device.type != "cpu" and device.type in tensors:
-        torch.get_device_module(device).set_rng_state(tensors[device.type], *_which(device))
-
-
-def _which(device: torch.device) -> tuple[torch.device, ...]:
-    """Apple's module knows one device and takes no argument for it."""
-    return () if device.type == "mps" else (device,)
+def _random_modules(device: torch.device) -> dict[str, Any]:
+    """Who holds random state, by kind of device: the CPU and the accelerator in use."""
+    return {"cpu": torch} | ({} if device.type == "cpu" else {device.type: torch.get_device_module(device)})

@@ -124,16 +124,19 @@ def _store() -> dist.Store:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """This process's accelerator, where torchrun started one process for each."""
-    if process_count() == 1 or device.type == "cpu":
+    """This process's device, torch's current one from here on: of several processes each takes its own."""
+    if device.type == "cpu":
         return device
-    number, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
-    if device.index is not None or number >= count:
-        rule = f"each process of torchrun takes an accelerator of its own, and there are {count}"
-        fix = f"set run.device={device.type} and --nproc-per-node to at most that"
-        raise RecipeError(f"run.device: {device}: {rule}", fix)
-    torch.accelerator.set_device_index(number)
-    return torch.device(device.type, number)
+    if process_count() > 1:
+        number, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+        if device.index is not None or number >= count:
+            rule = f"each process of torchrun takes an accelerator of its own, and there are {count}"
+            fix = f"set run.device={device.type} and --nproc-per-node to at most that"
+            raise RecipeError(f"run.device: {device}: {rule}", fix)
+        device = torch.device(device.type, number)
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
+    return device
 
 
 class Replicas:
