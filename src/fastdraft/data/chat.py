@@ -15,24 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, RenderedPrompt
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"developer": "system", "human": "user", "gpt": "assistant"}
 USER, ASSISTANT = "User:", "Assistant:"
 # Marks between which models think, as published templates write them.
-THINKING = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-)
+THINKING = [(f"<{w}>", f"</{w}>") for w in ("think", "thinking", "thought", "reasoning", "seed:think")]
+THINKING.append(("[THINK]", "[/THINK]"))
 # Models of the harmony format think in channels; the last one holds the answer.
 CHANNEL, FINAL = "<|channel|>", "<|channel|>final<|message|>"
 # Stand for what is said while a template is tried out; no template writes them by itself.
@@ -113,6 +101,7 @@ def _message(message: object, where: str) -> tuple[str, str | None]:
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer carries one."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -212,8 +201,8 @@ class DialogueFormat:
     @property
     def note(self) -> str:
         """What the user should know of how conversations are rendered; empty for nothing."""
-        folded = "the chat template takes no system message, so it stands at the head of the first user turn"
-        return folded if self.folds_system else ""
+        at = "the chat template takes no system message, so it stands at the head of the first user turn"
+        return at if self.folds_system else ""
 
     def prompt_ids(self, conversation: Conversation, answers: Sequence[str]) -> list[int]:
         """Token ids of the conversation up to where answer number `len(answers)` begins."""
@@ -250,10 +239,8 @@ class DialogueFormat:
         kept = {mark for marks in THINKING for mark in marks} | {CHANNEL, "<|message|>"}
         hidden = {int(i) for i, token in added.items() if token.special and str(token) not in kept}
         visible = [token for token in ids if token not in hidden]
-        decoded: Any = self.tokenizer.decode(
-            visible, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return str(decoded)
+        plain: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(visible, **plain))
 
 
 def dialogue_format(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversation]) -> DialogueFormat:

@@ -27,24 +27,10 @@ from fastdraft.recipe.evaluation import LoggedTexts
 from fastdraft.recipe.synthesize import TranscriptLog, TranscriptPrompts
 
 # What a request may say without bending the distribution; other values make its log-probs no use for replay.
-_NEUTRAL = {
-    "min_p": 0,
-    "typical_p": 1,
-    "repetition_penalty": 1,
-    "repeat_penalty": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-}
-_BENDING = (
-    "logit_bias",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "response_format",
-    "grammar",
-    "bad_words",
-)
+_NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "repeat_penalty": 1}
+_NEUTRAL |= {"presence_penalty": 0, "frequency_penalty": 0}
+_BENDING = ["logit_bias", "response_format", "grammar", "bad_words"]
+_BENDING += [f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")]
 _HOTTEST, _LARGEST_TOP_K = 10, 1 << 30
 
 
@@ -130,13 +116,8 @@ def read_transcripts(
 ) -> Transcripts:
     """Every answer of a log as the target's own text in token ids.
 
-    Args:
-        config: The log.
-        tokenizer: The target's.
-        vocabulary: Says which ids end an answer.
-        seed: Of the order, and of which answers the config's `count` leaves.
-        is_evaluation: Whether a text is a prompt of an evaluation task.
-        shuffled: Brings the answers into seeded order; false keeps the log's.
+    `is_evaluation` tells prompts of evaluation tasks, which are refused; `shuffled` brings the answers into an order of the seed, of which
+    the config's `count` takes the first.
     """
     readers = {
         kind: AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, kind)  # type: ignore[arg-type]
@@ -209,9 +190,8 @@ def read_entries(config: TranscriptLog) -> Iterator[LogEntry]:
     for path in find_files(config.path, JSONL).values():
         for number, row in read_jsonl(path):
             where = f"{path}: line {number}"
-            if config.requests:
-                row = {**row, "request": _request(where, row, requests)}
-            yield _entry(where, row, config)
+            asked = {"request": _request(where, row, requests)} if config.requests else {}
+            yield _entry(where, {**row, **asked}, config)
 
 
 def _request(where: str, row: Mapping[str, Any], requests: Mapping[str, Any]) -> Any:
@@ -245,7 +225,7 @@ def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> LogEntr
         )
     bent = any(told.get(key) not in (None, value) for key, value in _NEUTRAL.items())
     bent = bent or any(told.get(key) for key in _BENDING)
-    return LogEntry(messages, [] if messages else prompt, choices, _sampling(where, told, config), bent)
+    return LogEntry(messages, [] if messages else prompt or [], choices, _sampling(where, told, config), bent)
 
 
 def _failed(row: Mapping[str, Any]) -> bool:

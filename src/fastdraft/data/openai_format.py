@@ -106,7 +106,7 @@ def _content_entry(entry: object) -> tuple[int | None, float | None]:
     if not isinstance(entry, dict):
         return None, None  # a token all the same: without it the others would move up
     token_id, value, prob = _count(entry.get("id")), read_logprob(entry.get("logprob")), entry.get("prob")
-    if value is None and type(prob) in (int, float) and 0 < prob < 1 + _ROUNDING:  # llama.cpp, after sampling
+    if value is None and isinstance(prob, int | float) and 0 < prob < 1 + _ROUNDING:  # llama.cpp
         value = read_logprob(math.log(prob))
     return token_id if token_id is not None else _named_id(entry.get("token")), value
 

@@ -26,14 +26,9 @@ Split = Literal["train", "validation"]
 VALIDATION_SHARE = 0.05
 MIN_VALIDATION_PROMPTS = 4
 _FACTS = b"fastdraft"
-_TYPES = {
-    "prompt_ids": pa.list_(pa.int32()),
-    "response_ids": pa.list_(pa.int32()),
-    "logprobs": pa.list_(pa.float32()),
-    "temperature": pa.float64(),
-    "top_k": pa.int32(),
-    "top_p": pa.float64(),
-}
+_TYPES = {"temperature": pa.float64(), "top_k": pa.int32(), "top_p": pa.float64()}
+_TYPES |= {name: pa.list_(pa.int32()) for name in ("prompt_ids", "response_ids")}
+_TYPES["logprobs"] = pa.list_(pa.float32())
 
 
 @dataclass(frozen=True)
@@ -60,18 +55,10 @@ class SyntheticRow:
 
     @classmethod
     def of(cls, answer: Generation, source: str, sampling: Sampling) -> SyntheticRow:
-        return cls(
-            ids_hash(answer.prompt_ids, answer.response_ids),
-            source,
-            ids_hash(answer.prompt_ids),
-            answer.prompt_ids,
-            answer.response_ids,
-            answer.logprobs,
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-            answer.finish_reason,
-        )
+        prompt, response = answer.prompt_ids, answer.response_ids
+        drawn = (sampling.temperature, sampling.top_k, sampling.top_p, answer.finish_reason)
+        key = ids_hash(prompt)
+        return cls(ids_hash(prompt, response), source, key, prompt, response, answer.logprobs, *drawn)
 
     @property
     def is_replayable(self) -> bool:
@@ -129,6 +116,7 @@ def unit_name(index: int) -> str:
 
 
 def unit_path(folder: StageFolder, index: int) -> Path:
+    """The same as a path."""
     return folder.path / unit_name(index)
 
 

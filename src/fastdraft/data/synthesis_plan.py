@@ -183,7 +183,7 @@ class Planner:
 
     def _prompts(
         self,
-        source: PromptConfig,
+        source: TextPrompts | CorpusPrompts,
         temperatures: Sequence[float],
         size: int,
         encode: Callable[[int], list[int]],

@@ -24,7 +24,8 @@ from fastdraft.recipe.synthesize import (
 )
 from fastdraft.run_folder import FINGERPRINT, StageFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
-from fastdraft.runtimes.openai import OpenAIEngine, Servers
+from fastdraft.runtimes.openai import OpenAIEngine
+from fastdraft.runtimes.openai_servers import Servers
 from fastdraft.runtimes.openvino import OpenVINOEngine, device_properties, require_openvino
 from fastdraft.runtimes.openvino_export import NOT_CONVERTED, export_openvino, unconverted_family
 from fastdraft.target import Target

@@ -106,9 +106,9 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         lambda: context.require("prepare"),
     )
     account = Account(planner.plans())
-    for plan in account.plans:
-        if plan.note:
-            console.say(f"prompts '{plan.name}': {plan.note}")
+    for source in account.plans:
+        if source.note:
+            console.say(f"prompts '{source.name}': {source.note}")
     engine = None
     if choice:
         console.say(f"engine {choice}")
