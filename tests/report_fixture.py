@@ -164,7 +164,7 @@ def metrics(stage: str) -> str:
 
 PIECES = [
     {"text": f"{word} ", "accepted": i % 3 != 0}
-    for i, word in enumerate("The river rises in the hills".split())
+    for i, word in enumerate(["The", "river", "rises", "in", "the", "hills"])
 ]
 PROVENANCE = json.loads("""{"time": "2026-03-02T10:11:12+00:00", "command": "fastdraft run demo", "python": "3.12.4",
  "system": "Linux x86_64", "cpus": 2, "libraries": {"fastdraft": "0.2.0", "torch": "2.9.0"}}""")

@@ -77,12 +77,15 @@ def page(record: RunRecord) -> str:
     return html(record)
 
 
+def context_of(run: RunFolder) -> StageContext:
+    target = Target(TargetConfig(model="target"))
+    return StageContext(run, RunConfig(name="demo"), target, {"report": ReportConfig()}, Console())
+
+
 def test_the_stage_writes_its_files_and_ends_with_the_verdict_in_80_columns(
     finished: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = Target(TargetConfig(model="target"))
-    context = StageContext(finished, RunConfig(name="demo"), target, {"report": ReportConfig()}, Console())
-    folder, config = finished.folder("report"), ReportConfig()
+    context, folder, config = context_of(finished), finished.folder("report"), ReportConfig()
     folder.begin(report.fingerprint(config, context))
     report.run(config, context)
     told = capsys.readouterr().err
@@ -96,14 +99,10 @@ def test_the_stage_writes_its_files_and_ends_with_the_verdict_in_80_columns(
 
 def test_the_fingerprint_follows_results_benchmark_and_finished_stages(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo", benchmarked=True)
-    target = Target(TargetConfig(model="target"))
-    context = StageContext(run, RunConfig(name="demo"), target, {"report": ReportConfig()}, Console())
+    context = context_of(run)
     seen = [report.fingerprint(ReportConfig(), context)]
-    for path in (
-        run.folder("evaluate").path / "results.json",
-        run.folder("benchmark").path / "benchmark.json",
-    ):
-        path.write_text("{}")
+    for name in ("evaluate/results.json", "benchmark/benchmark.json"):
+        (run.root / name).write_text("{}")
         seen.append(report.fingerprint(ReportConfig(), context))
     run.folder("align").discard()
     seen.append(report.fingerprint(ReportConfig(), context))
@@ -260,26 +259,14 @@ def test_lossy_figures_carry_no_verdict(record: RunRecord) -> None:
 
 
 def test_null_figures_are_shown_as_dashes(record: RunRecord) -> None:
+    nothing = "mbsu_latency predicted_speedup overlap acceptance_rate_low num_conversations looping_share"
+    less = dict.fromkeys(("latency", "contamination", "by_position", "greedy_check"))
+    found = replace(results(**dict.fromkeys(nothing.split())), **less)
     nothing = (
-        "mbsu_latency",
-        "predicted_speedup",
-        "overlap",
-        "acceptance_rate_low",
-        "num_conversations",
-        "looping_share",
+        "predicted_speedup predicted_quotient same_text looping_share speedup_low first_token_seconds_alone"
     )
-    found = replace(
-        results(**dict.fromkeys(nothing)),
-        latency=None,
-        contamination=None,
-        by_position=None,
-        greedy_check=None,
-    )
-    measured = dict.fromkeys(
-        ("predicted_speedup", "predicted_quotient", "same_text", "looping_share", "speedup_low")
-    )
-    text = html(replace(record, results=found, benchmark=benchmark(**measured)))
-    assert "None" not in Page(text).text
+    measured = benchmark(**dict.fromkeys(nothing.split()))
+    assert "None" not in markdown(replace(record, results=found, benchmark=measured))
 
 
 def test_texts_that_part_are_counted_once_with_the_widest_gap(record: RunRecord) -> None:
@@ -290,13 +277,11 @@ def test_texts_that_part_are_counted_once_with_the_widest_gap(record: RunRecord)
 
 def test_exact_and_replay_over_a_handful_of_prompts_are_not_called_apart() -> None:
     def details(prompts: int) -> set[str]:
-        exact = {
-            "block_efficiency": 5.0,
-            "block_efficiency_low": 4.9,
-            "block_efficiency_high": 5.1,
-            "num_prompts": prompts,
-        }
-        rows = [replace(row, **exact) if row.method == "exact" else row for row in results().rows]
+        exact = {"block_efficiency": 5.0, "block_efficiency_low": 4.9, "block_efficiency_high": 5.1}
+        rows = [
+            replace(row, **exact, num_prompts=prompts) if row.method == "exact" else row
+            for row in results().rows
+        ]
         return {row[-1].detail for row in tables.agreement(replace(results(), rows=rows)).rows}
 
     assert details(40) == {"intervals apart"}
