@@ -124,6 +124,7 @@ def section(cls: type[BaseModel], title: str, level: int, seen: dict[type[BaseMo
 
 
 def summary(cls: type[BaseModel]) -> str:
+    """A section class's docstring in one line."""
     return " ".join((cls.__doc__ or "").split())
 
 

@@ -37,9 +37,10 @@ class Run:
         self.recipe, self.name, self.stage = recipe, name, stage
         self.finished, self.folder = recipe.parent / "runs" / "tiny", recipe.parent / "runs" / name
         later = pipeline.downstream([stage])
-        ignored: Callable[[str, list[str]], list[str]] = lambda place, names: (
-            [n for n in names if n in later] if Path(place) == self.finished else []
-        )
+
+        def ignored(place: str, names: list[str]) -> list[str]:
+            return [name for name in names if name in later] if Path(place) == self.finished else []
+
         shutil.copytree(self.finished, self.folder, ignore=ignored)
 
     def command(self, *more: str) -> int:
@@ -114,7 +115,7 @@ def failing(real: Callable[..., Any], number: int, error: Callable[[], BaseExcep
         ("export", "replace", 3),
     ],
 )
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(  # noqa: PLR0917
     short_run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -210,7 +211,7 @@ def test_a_server_that_is_not_there_is_one_line(short_run: Path, capsys: pytest.
         ("pretrain", torch.nn.Embedding, "forward", MemoryError, "pretrain.micro_batch_tokens"),
     ],
 )
-def test_memory_that_does_not_suffice_is_one_line_with_the_key_to_lower(
+def test_memory_that_does_not_suffice_is_one_line_with_the_key_to_lower(  # noqa: PLR0917
     short_run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -97,7 +97,8 @@ def test_a_second_run_does_nothing(finished: Path, capsys: pytest.CaptureFixture
 def test_a_library_that_a_late_stage_needs_is_asked_for_before_the_first_one_runs(
     sections: list[str], extra: str, tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastdraft.runtimes.engines.find_spec", lambda name: None)
+    for module in ("engines", "openvino"):
+        monkeypatch.setattr(f"fastdraft.runtimes.{module}.find_spec", lambda name: None)
     recipe = load_recipe(str(write_recipe(tmp_path, tiny_target)), sections)
     with pytest.raises(MissingExtra, match=rf"fastdraft\[{extra}\]"):
         run(recipe)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from typer import Argument, Exit, Option, Typer, TyperException
 
@@ -20,6 +20,7 @@ from fastdraft.errors import FastDraftError, RecipeError, machine_errors
 from fastdraft.stages import SUMMARIES
 
 _STOPPED = 130
+F = TypeVar("F", bound=Callable[..., Any])
 
 _EPILOG = """\
 \b
@@ -50,7 +51,7 @@ def _argument(default: Any, metavar: str, help: str) -> Any:
     return Argument(default, metavar=metavar, help=help, show_default=False)
 
 
-def _verb(name: str, help: str, example: str) -> Any:
+def _verb(name: str, help: str, example: str) -> Callable[[F], F]:
     return app.command(name, help=help, short_help=help, epilog=f"\b\nexample: fastdraft {example}")
 
 

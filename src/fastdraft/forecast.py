@@ -72,6 +72,7 @@ def training_rate(parameters: int, device: str = "cpu", threads: int = 0) -> flo
 
 
 def training_seconds(tokens: float, parameters: int, device: str = "cpu", threads: int = 0) -> float:
+    """For one pass over tokens."""
     return tokens / training_rate(parameters, device, threads)
 
 
@@ -86,6 +87,7 @@ def scoring_seconds(tokens: float, parameters: int, device: str = "cpu", threads
 
 
 def tokenize_seconds(tokens: float, threads: int = 0) -> float:
+    """To tokenise and pack."""
     return tokens / (_TOKENS_PER_CORE * (threads or os.cpu_count() or 1))
 
 
@@ -118,4 +120,5 @@ def training_memory_bytes(  # noqa: PLR0917
 
 
 def loading_bytes(parameters: int, bytes_per_parameter: float = 4.0) -> float:
+    """Memory to hold a model's weights."""
     return parameters * bytes_per_parameter

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdraft import forecast
-from fastdraft.commands.stage_costs import StageCosts, StageForecast, forecast_stage
+from fastdraft.commands.stage_costs import StageCosts, StageForecast
 from fastdraft.console import TABLE_WIDTH, Console, format_seconds, format_table
 from fastdraft.data.chat import has_chat_template
 from fastdraft.data.corpora import source_files
@@ -54,7 +54,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
     for name in (name for name, state in states.items() if state != "done"):
         refuse_missing_weights(name, context)
     costs = StageCosts(recipe, plan, device, context.target.has_weights)
-    stages = [forecast_stage(costs, name, state, context.sections[name]) for name, state in states.items()]
+    stages = [costs.forecast(name, state, context.sections[name]) for name, state in states.items()]
     free, needed = _free_bytes(recipe.run.root), sum(s.disk_bytes for s in stages if s.state != "done")
     if needed > free:
         message = f"{recipe.run.root}: {_size(free)} free: the run needs about {_size(needed)}"
@@ -205,8 +205,7 @@ def _print(
     print(f"draft   {format_count(draft.parameters)} parameters: {shape}")
     if plan.reason:
         reason = f"of the family {draft.family}: {plan.reason}"
-        indent = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
-        print(textwrap.fill(reason, TABLE_WIDTH, break_on_hyphens=False, **indent))
+        print(textwrap.indent(textwrap.fill(reason, TABLE_WIDTH - 8, break_on_hyphens=False), " " * 8))
     print(f"device  {device}; {_size(free)} free in {recipe.run.folder}\n")
     left = [stage for stage in stages if stage.state != "done"]
     seconds, disk = sum(s.seconds for s in left), sum(s.disk_bytes for s in left)

@@ -43,8 +43,12 @@ class StageCosts:
         self.target_bytes = forecast.loading_bytes(plan.target.parameters, 4 if wide else 2)
         self.has_weights = has_weights
 
-    def of(self, stage: str, config: Any) -> tuple[int, float, float, float]:
-        """(tokens, seconds, bytes on disk, bytes in memory) of a stage with this section."""
+    def forecast(self, stage: str, state: str, config: Config) -> StageForecast:
+        """Of a stage with this section."""
+        return StageForecast(stage, state, *self._of(stage, config))
+
+    def _of(self, stage: str, config: Any) -> tuple[int, float, float, float]:
+        """(tokens, seconds, bytes on disk, bytes in memory)."""
         if stage == "design":
             return 0, 0.0, self.checkpoint, forecast.loading_bytes(self.draft.parameters)
         if stage == "prepare":
@@ -125,7 +129,3 @@ class StageCosts:
         disk = pairs * forecast.loading_bytes(target + draft, 1)
         memory = max(held, forecast.loading_bytes(target))
         return tokens, 2 * pairs * _CONVERTING_SECONDS + seconds, disk, memory
-
-
-def forecast_stage(costs: StageCosts, stage: str, state: str, config: Config) -> StageForecast:
-    return StageForecast(stage, state, *costs.of(stage, config))

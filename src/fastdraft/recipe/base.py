@@ -30,7 +30,7 @@ class Config(BaseModel):
     )
 
 
-def parse_count(value: object) -> int:
+def parse_count(value: Any) -> int:
     """`"10B"` -> 10_000_000_000; `"250k"`, `2_000_000`, `"1.5M"` likewise; ValueError for what is no whole count."""
     count = value
     if not isinstance(value, (int, float)) or isinstance(value, bool):

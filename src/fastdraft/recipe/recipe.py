@@ -74,12 +74,12 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _what_is_read_is_written(self) -> Recipe:
         objective, synthesize = self.align.objective if self.align else None, self.synthesize
-        if objective and objective.kind == "token_kd" and objective.source == "stored" and synthesize:
-            if synthesize.logits.kind != "top_k":
-                message = (
-                    "align.objective.source: stored: needs the target's logits, but synthesize.logits is none"
-                )
-                raise RecipeError(message, "set synthesize.logits: {kind: top_k}, or source: target")
+        reads = objective and objective.kind == "token_kd" and objective.source == "stored"
+        if reads and synthesize and synthesize.logits.kind != "top_k":
+            message = (
+                "align.objective.source: stored: needs the target's logits, but synthesize.logits is none"
+            )
+            raise RecipeError(message, "set synthesize.logits: {kind: top_k}, or source: target")
         if self.evaluate and self.evaluate.texts.kind == "engine":
             if not synthesize:
                 message = "evaluate.texts: engine: means synthesize.engine, but there is no such section"
