@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from conftest import write_target
 from fastdraft.errors import RecipeError, TargetError
@@ -26,6 +25,7 @@ def test_the_vocabulary_tells_padding_bos_eos(tiny_target: Path) -> None:
     assert vocabulary.missing_ids == tuple(range(300, 320))
     assert (vocabulary.bos_token_id, vocabulary.eos_token_ids, vocabulary.pad_token_id) == (0, (3,), 0)
     assert vocabulary.as_dict()["missing_ids"] == [[300, 319]]
+    assert id_ranges((3, 4, 5, 9)) == [[3, 5], [9, 9]]
 
 
 def test_each_fact_is_read_once(tiny_target: Path) -> None:
@@ -51,10 +51,6 @@ def test_the_generation_configs_eos_ids_join_the_tokenizers(
     if written:
         (folder / "generation_config.json").write_text(json.dumps(written))
     assert Target.at(folder).vocabulary.eos_token_ids == eos
-
-
-def test_id_ranges_are_closed() -> None:
-    assert id_ranges((3, 4, 5, 9)) == [[3, 5], [9, 9]]
 
 
 def test_each_difference_between_vocabularies_is_named(tiny_target: Path) -> None:
@@ -213,13 +209,6 @@ def test_a_damaged_tokenizer_is_one_line(tiny_target: Path, tmp_path: Path, text
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(TargetError, match=str(folder)):
         _ = Target.at(folder).vocabulary
-
-
-def test_the_tokenizer_is_that_of_transformers(tiny_target: Path) -> None:
-    loaded, plain = Target.at(tiny_target).tokenizer, AutoTokenizer.from_pretrained(tiny_target)
-    assert loaded.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
-    assert loaded.special_tokens_map == plain.special_tokens_map
-    assert loaded.chat_template == plain.chat_template
 
 
 def test_an_unknown_or_absent_device_is_refused() -> None:
