@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, unit_path, write_rows
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, unit_name, write_rows
 from fastdraft.errors import FastDraftError, Interrupted, RecipeError
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import Config, load_config
@@ -61,7 +61,7 @@ def make_rows(count: int = 60, prompt: int = 6) -> list[SyntheticRow]:
 def synthesize(context: StageContext, rows: list[SyntheticRow]) -> None:
     artifact = context.folder("synthesize")
     shutil.rmtree(artifact.path, ignore_errors=True)
-    write_rows(unit_path(artifact, 0), rows)
+    write_rows(artifact.path / unit_name(0), rows)
     write_json(artifact.path / "fingerprint.json", {"rows": len(rows)})
     artifact.complete(written=len(rows))
 

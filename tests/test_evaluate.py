@@ -14,7 +14,7 @@ import torch
 
 from conftest import TEXT, write_target
 from fastdraft.console import Console
-from fastdraft.data.rows import SyntheticRow, unit_path, write_rows
+from fastdraft.data.rows import SyntheticRow, unit_name, write_rows
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.errors import DataError, FastDraftError, Interrupted, TargetError
 from fastdraft.evaluation import work
@@ -247,7 +247,7 @@ def test_evaluation_texts_among_the_training_rows_are_counted(
     synthesize = where.folder("synthesize")
     seen = Target.at(tiny_target).tokenizer(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
     write_rows(
-        unit_path(synthesize, 0),
+        synthesize.path / unit_name(0),
         [
             SyntheticRow.of(
                 Generation([5, 6], [*seen, 3], [0.0] * (len(seen) + 1), "stop"), "x", Sampling(0.0)

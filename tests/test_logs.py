@@ -83,18 +83,11 @@ def shapes(written: Generation, text: str) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        "chat and choices",
-        "chat and response",
-        "request and response",
-        "batch",
-        "prompt ids",
-        "logged prompt ids",
-        "plain lists",
-    ],
-)
+SHAPES = ("chat and choices", "chat and response", "request and response", "batch", "prompt ids")
+SHAPES += ("logged prompt ids", "plain lists")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_line_gives_the_answer_that_was_written(
     tmp_path: Path, tiny_target: Path, written: Generation, shape: str
 ) -> None:

@@ -14,7 +14,7 @@ from fastdraft import pipeline
 from fastdraft.commands import preview
 from fastdraft.commands.preview import batch_row, preview_row, spread_batch_rows
 from fastdraft.console import Console
-from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, unit_path, write_rows
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, unit_name, write_rows
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.run_folder import RunFolder
@@ -42,7 +42,7 @@ def finished(tiny_recipe: Path, tiny_target: Path) -> Path:
             make_row(i, prompt, tokenizer(f"Answer {i}<|end|>").input_ids)
             for i in range(unit * 10, unit * 10 + 10)
         ]
-        write_rows(unit_path(RunFolder(root).folder("synthesize"), unit), rows)
+        write_rows(root / "synthesize" / unit_name(unit), rows)
     return root
 
 

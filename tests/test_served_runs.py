@@ -152,15 +152,6 @@ def test_the_servers_own_answers_to_the_tasks_need_no_weights(run: Run) -> None:
     assert [row for row in served if row["temperature"] == 0.7]
 
 
-def test_held_out_rows_are_scored_alike_with_and_without_weights(run: Run) -> None:
-    kept = run.results(texts="synthesize")
-    run.weights(here=True)
-    scored = run.results(texts={"kind": "synthesize", "logprobs": "target"})
-    assert {row["task"] for row in replayed(kept)} == {"asked"}
-    for own, other in zip(replayed(kept), replayed(scored), strict=True):
-        assert own["block_efficiency"] == pytest.approx(other["block_efficiency"], abs=1e-4)
-
-
 def test_a_draft_that_proposes_greedily_needs_no_logprobs(run: Run) -> None:
     run.results(texts="engine")
     written = sorted((run.recipe().run.root / "evaluate" / "generations").glob("*.parquet"))
@@ -260,16 +251,6 @@ def test_a_log_of_evaluation_prompts_is_refused_as_training_data(run: Run) -> No
     ready(run, recipe, "design", "prepare")
     with pytest.raises(DataError, match="6 evaluation"):
         pipeline.run(recipe, only=["synthesize"])
-
-
-def test_sampled_texts_of_a_server_without_logprobs_are_refused(run: Run) -> None:
-    quiet = {**run.synthesize, "engine": {**run.synthesize["engine"], "logprobs": "none"}}
-    recipe = run.recipe("silent", quiet, texts="engine")
-    for stage in ("design", "prepare", "pretrain"):
-        shutil.copytree(run.recipe().run.root / stage, recipe.run.root / stage)
-    pipeline.run(recipe, only=["synthesize", "align"])
-    with pytest.raises(TargetError, match="without log-probs"):
-        pipeline.run(recipe, only=["evaluate"])
 
 
 def test_missing_weights_are_told_where_they_are_needed(run: Run) -> None:

@@ -15,7 +15,7 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.data.filters import RowCounts
-from fastdraft.data.rows import read_all, read_facts, read_rows, unit_path, unit_paths
+from fastdraft.data.rows import read_all, read_facts, read_rows, unit_name, unit_paths
 from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.recipe.evaluation import FileTask
@@ -178,7 +178,7 @@ def test_a_damaged_unit_of_an_earlier_process_is_refused(folder: Folder) -> None
     recipe = folder.recipe()
     artifact = folder.run(recipe)
     (artifact.path / "manifest.json").unlink()
-    unit_path(artifact, 1).write_bytes(b"PAR1")
+    (artifact.path / unit_name(1)).write_bytes(b"PAR1")
     with pytest.raises(FastDraftError, match="unit-00001"):
         folder.run(recipe)
 

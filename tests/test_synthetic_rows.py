@@ -14,7 +14,7 @@ from fastdraft.data.rows import (
     read_columns,
     read_facts,
     read_rows,
-    unit_path,
+    unit_name,
     unit_paths,
     validation_keys,
     write_rows,
@@ -88,7 +88,7 @@ def test_the_hash_knows_where_prompt_and_response_part() -> None:
 def folder_with(tmp_path: Path, rows: list[SyntheticRow]) -> StageFolder:
     folder = StageFolder(tmp_path / "synthesize")
     for unit in range(0, len(rows), 10):
-        write_rows(unit_path(folder, unit // 10), rows[unit : unit + 10])
+        write_rows(folder.path / unit_name(unit // 10), rows[unit : unit + 10])
     return folder
 
 

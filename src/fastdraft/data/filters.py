@@ -97,10 +97,7 @@ class RowCounts:
 class RowFilter:
     """Judges responses one by one; remembers what was written, so that nothing is written twice.
 
-    Args:
-        missing_ids: Ids that the tokenizer has no token for. The target is free to draw them, but such text has no meaning.
-        decode: Text of token ids, special tokens left out.
-        looping: cut, drop or keep: what happens to a row that ends in a loop.
+    `missing_ids` have no token: the target is free to draw them, but such text has no meaning. `looping` is cut, drop or keep.
     """
 
     def __init__(

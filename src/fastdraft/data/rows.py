@@ -115,11 +115,6 @@ def unit_name(index: int) -> str:
     return f"units/unit-{index:05}.parquet"
 
 
-def unit_path(folder: StageFolder, index: int) -> Path:
-    """The same as a path."""
-    return folder.path / unit_name(index)
-
-
 def unit_paths(folder: StageFolder) -> list[Path]:
     """Every unit that is there, in the order of writing."""
     return sorted(folder.path.glob("units/unit-*.parquet"), key=lambda path: int(path.stem[5:]))

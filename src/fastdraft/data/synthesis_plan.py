@@ -254,12 +254,7 @@ def unit_seed(seed: int, index: int) -> int:
 class CorpusPrefixes:
     """Prefixes of a prepared corpus, one for each row, at a document's start where the row holds one.
 
-    Args:
-        rows: The training split.
-        separator_id: Stands before every document.
-        prompt_tokens: Shortest and longest prefix.
-        before: Ids that the tokenizer puts before plain text (a BOS id, or none).
-        seed: Of the order of rows and of every draw.
+    `before` are ids that the tokenizer puts before plain text (a BOS id, or none).
     """
 
     def __init__(

@@ -77,11 +77,7 @@ def choose_engine(settings: EngineConfig, target: Target, device: str, folder: S
 
     On a CPU OpenVINO where it is installed and converts the target's family, else transformers, never a server.
 
-    Args:
-        settings: The recipe's `synthesize.engine`.
-        target: Its family and precision count.
-        device: The recipe's `run.device`.
-        folder: Of synthesize: begun text is finished by the engine that began it.
+    What was begun in `folder`, of synthesize, is finished by the engine that began it.
     """
     if not isinstance(settings, AutoEngineConfig):
         return EngineChoice(settings, "as the recipe says")
@@ -123,16 +119,8 @@ def open_engine(
 ) -> Engine:
     """Loads the target where it writes.
 
-    Args:
-        settings: From `choose_engine`.
-        target: What is loaded.
-        folder: Of the stage that asks; holds the target's export for OpenVINO as its scratch, so that it is converted once.
-        console: Hears of what takes long, and of a wish to stop.
-        device: Of transformers, and of the weights that score another engine's text.
-        threads: Of a CPU; 0 lets the runtime choose.
-        batch_rows: Prompts written together.
-        end_loops: Ends an answer that has run into a loop.
-        on_answer: Called with the number of answers finished since the last call.
+    `folder`, of the stage that asks, holds the target's export for OpenVINO as its scratch, so that it is converted once. `device` is that
+    of transformers, and of the weights that score another engine's text. `on_answer` hears of the answers finished since its last call.
     """
     if isinstance(settings, HuggingFaceEngineConfig):
         model, halving = target.model(pick_device(device)), Halving(f"{folder.name}.batch_rows", console.warn)

@@ -19,13 +19,7 @@ from fastdraft.modeling.vocabulary import Vocabulary
 class HuggingFaceEngine:
     """The `Engine` protocol over a transformers model that is already loaded.
 
-    Args:
-        model: In evaluation mode, on its device.
-        vocabulary: Gives the ids that end an answer.
-        batch_rows: Prompts generated together.
-        on_batch: Called with the number of answers finished since the last call.
-        end_loops: Ends an answer that has run into a loop instead of writing it to its limit.
-        halving: How many rows fit into memory; engines over one model share it.
+    `on_batch` hears of the answers finished since its last call; engines over one model share `halving`, how many rows fit into memory.
     """
 
     name = "huggingface"

@@ -45,13 +45,7 @@ WAYS = (
 class OpenAIEngine:
     """The `Engine` protocol over servers.
 
-    Args:
-        servers: Where to ask.
-        tokenizer: The target's.
-        vocabulary: Gives the ids that end an answer.
-        context_length: Most positions that the target was made for.
-        on_answer: Called with 1 after each answer.
-        say: Told once, in one line, how the servers are asked.
+    `on_answer` is called with 1 after each answer; `say` is told once, in a line or two, how the servers are asked.
     """
 
     name = "openai"

@@ -31,9 +31,7 @@ class ServerRefused(TargetError):
 class Servers:
     """Clients of servers that hold the same model, asked in turn.
 
-    Args:
-        settings: Addresses, time-out, tries and the name of the environment variable that holds the key.
-        check: Called several times a second while waiting; what it raises ends the waiting and cancels all questions.
+    `check` is called several times a second while waiting; what it raises ends the waiting and cancels all questions.
     """
 
     def __init__(self, settings: OpenAIEngineConfig, check: Callable[[], None] = lambda: None) -> None:

@@ -147,11 +147,7 @@ def sparse_logits(
 ) -> list[SparseLogits]:
     """The k most likely tokens at every response position of each row, and the mass of all others, at temperature 1.
 
-    Args:
-        model: The target, in evaluation mode.
-        rows: Texts with a prompt, in any order.
-        k: Below the size of the vocabulary.
-        batch_tokens: Positions in one pass, padding included; 0 chooses by device.
+    `batch_tokens` are the positions in one pass, padding included; 0 chooses by device.
     """
     found: dict[int, SparseLogits] = {}
     decoder, head = output_head(model)

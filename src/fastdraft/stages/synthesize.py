@@ -49,16 +49,15 @@ def check_installed(config: SynthesizeConfig) -> None:
 
 def require_weights(config: SynthesizeConfig, target: Target) -> None:
     """Refuses work that needs the target's weights where they are not, before any of it is claimed."""
-    if not config.needs_weights:
-        return
-    try:
-        target.files.check_weights()
-    except TargetError as error:
-        if config.asks and uses_weights(config.engine):
-            raise
-        rule = "synthesize.logits: top_k scores all text with the target's weights, whoever wrote it"
-        fix = "put them there, or set synthesize.logits: {kind: none}"
-        raise TargetError(f"{error.message}; {rule}", fix) from None
+    if config.needs_weights:
+        try:
+            target.files.check_weights()
+        except TargetError as error:
+            if config.asks and uses_weights(config.engine):
+                raise
+            rule = "synthesize.logits: top_k scores all text with the target's weights, whoever wrote it"
+            fix = "put them there, or set synthesize.logits: {kind: none}"
+            raise TargetError(f"{error.message}; {rule}", fix) from None
 
 
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
