@@ -283,22 +283,6 @@ def test_synthesize_writes_accounted_rows(written: tuple[Path, Path]) -> None:
     assert all(value == 0 if row.temperature == 0 else value <= 0 for row in rows for value in row.logprobs)
 
 
-def test_synthesize_goes_on_where_it_was_killed(written: tuple[Path, Path]) -> None:
-    recipe, root = written
-    units = sorted((root / "synthesize" / "units").iterdir())
-    before = {path.name: path.read_bytes() for path in units}
-    (root / "synthesize" / "manifest.json").unlink()
-    for path in units[len(units) // 2 :]:
-        path.unlink()
-    overrides = [
-        "synthesize.engine={kind: openvino, weights: fp16}",
-        "synthesize.tokens=1500",
-        "synthesize.batch_rows=8",
-    ]
-    pipeline.run(load_recipe(str(recipe), overrides), only=["synthesize"])
-    assert {path.name: path.read_bytes() for path in (root / "synthesize" / "units").iterdir()} == before
-
-
 def test_a_recipe_exports_the_pair(tiny_target: Path, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path, tiny_target, export={"formats": ["huggingface", "openvino"], "openvino": {"target": "int8"}}

@@ -27,10 +27,8 @@ Text = tuple[int, float, float]
 def rows_of(measured: Measured, passes: Sequence[PassesRow], cost_ratio_bytes: float) -> list[BenchmarkRow]:
     """One row for each K of a finished measurement.
 
-    Args:
-        measured: Counts and times.
-        passes: Single passes of the pair, by prefix.
-        cost_ratio_bytes: Bytes of weights that the draft reads for one token, over the target's, each at its own weights.
+    `passes` are the pair's single passes by prefix; `cost_ratio_bytes` the bytes of weights that the draft reads for one token over the
+    target's, each at its own weights.
     """
     return [
         _row(measured, label, k, passes, cost_ratio_bytes) for label, k in measured.work.labels.items() if k

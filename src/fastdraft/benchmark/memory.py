@@ -34,15 +34,9 @@ def measure_memory(
     max_new_tokens: int,
     num_speculative_tokens: int,
 ) -> int | None:
-    """Peak bytes of a fresh process above what it held before loading; None when the process fails.
+    """Peak bytes of a fresh process, which makes the same runtime, above what it held before loading; K 0 is the target alone.
 
-    Args:
-        runtime: A frozen dataclass of plain settings; the other process makes the same one.
-        target: Exported.
-        draft: Exported.
-        prompt_ids: Of the answer.
-        max_new_tokens: Of the answer.
-        num_speculative_tokens: K; 0: the target alone.
+    None when the process fails.
     """
     kind = type(runtime)
     asked = {

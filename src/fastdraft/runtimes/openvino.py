@@ -171,14 +171,9 @@ def check_exported(folder: Path) -> None:
 def load_pipeline(
     folder: Path, device: str, properties: Mapping[str, Any], rows: int = 256, tokens_per_pass: int = 0
 ) -> Any:
-    """A ContinuousBatchingPipeline over an exported model.
+    """A ContinuousBatchingPipeline over an export that writes at most `rows` answers at a time.
 
-    Args:
-        folder: An export; see `openvino_export`.
-        device: OpenVINO's name.
-        properties: From `device_properties`, and `draft_model` where there is one.
-        rows: Most answers written at a time.
-        tokens_per_pass: Most tokens that one pass reads; longer prompts are cut. 0: OpenVINO's own choice, 256.
+    One pass reads at most `tokens_per_pass` tokens, 0 being OpenVINO's own choice of 256; longer prompts are cut into pieces.
     """
     check_exported(folder)
     genai = import_genai()
@@ -223,17 +218,6 @@ class OpenVINOEngine:
 
     Log-probs are OpenVINO's own: of the distribution that each token was drawn from, at the weights and precision that run. Where those of
     another precision are wanted, `decoding.scoring` adds them. Results are reproducible for equal threads.
-
-    Args:
-        folder: The exported target.
-        vocabulary: Gives the ids that end an answer.
-        context_length: Most positions that the target was made for.
-        batch_rows: Prompts written together.
-        on_batch: Called with the number of answers finished since the last call.
-        device: OpenVINO's name.
-        precision: fast or exact.
-        threads: CPU threads; 0 leaves OpenVINO's own choice.
-        end_loops: Ends an answer that has run into a loop instead of writing it to its limit.
     """
 
     name = "openvino"

@@ -62,7 +62,6 @@ class LoadedPair(Protocol):
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> TimedBatch:
         """The target alone answers all prompts at the same time."""
-        ...
 
     def write_with_draft(
         self,
@@ -75,17 +74,14 @@ class LoadedPair(Protocol):
         exact_counts: bool = False,
     ) -> TimedBatch:
         """The target with its draft. `exact_counts` counts the round at a text's end exactly, at the cost of more passes: not for timing."""
-        ...
 
     def gap(self, prefix_ids: list[int], first: int, second: int) -> float:
         """Distance of the log-probs of two next tokens under the target, as exactly as the runtime can."""
-        ...
 
     def time_spent(
         self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
     ) -> TimeSpent | None:
         """Where the time of one greedy answer goes; None where the runtime does not tell."""
-        ...
 
 
 class Runtime(Protocol):
@@ -100,30 +96,23 @@ class Runtime(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """`runtime` of benchmark.json: name, version, device, device_name and the settings; refuses a device that is not there."""
-        ...
 
     def check_pair(self, target: Target, draft: Target) -> None:
         """Refuses, before anything is loaded, a draft that the runtime could not run for this target."""
-        ...
 
     def export(self, source: Target, folder: Path, weights: str, target: Path | None = None) -> None:
         """Writes a model as the runtime loads it; a draft is tried with the exported `target`."""
-        ...
 
     def weights_bytes(self, exported: Path) -> int:
         """Size of an export's weights."""
-        ...
 
     def measure_passes(
         self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
     ) -> Latency | None:
         """Single passes of two exports behind a prefix; None where the runtime cannot be asked for one."""
-        ...
 
     def open(self, target: Path, draft: Path) -> LoadedPair:
         """A pair of exports."""
-        ...
 
     def launch_line(self, target: str, draft: str, num_speculative_tokens: int) -> str:
         """What a user types to run the pair so."""
-        ...

@@ -187,15 +187,10 @@ def export_model(
     target: str | None,
     console: Console,
 ) -> Path:
-    """Exports any Hugging Face directory without a recipe and returns its folder.
+    """Exports any Hugging Face directory, hub id or `shipped:` model without a recipe and returns its folder.
 
-    Args:
-        source: Directory, hub id or `shipped:` name.
-        format: The runtime.
-        weights: Precision of the weights.
-        output: The new folder; None: `NAME-FORMAT-WEIGHTS` in the working directory.
-        target: An exported target that the model must serve as a draft; None tries the model alone.
-        console: Where the outcome is told.
+    `output` None is `NAME-FORMAT-WEIGHTS` in the working directory; `target` is an export that the model must serve as a draft, None tries
+    it alone.
     """
     location = str(resolve_path(source, "export")) if source.startswith(("shipped:", "python:")) else source
     folder = user_path(output or f"{Path(location).name}-{format}-{weights}", "--output")
