@@ -113,7 +113,7 @@ def test_each_process_takes_an_accelerator_of_its_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
     assert own_device(torch.device("cuda")) == torch.device("cuda:3")
     assert own_device(torch.device("cpu")) == torch.device("cpu")
-    with pytest.raises(RecipeError, match="set run.device=cuda"):
+    with pytest.raises(RecipeError, match=r"set run\.device=cuda"):
         own_device(torch.device("cuda:1"))
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(RecipeError, match="there are 4"):

@@ -125,7 +125,7 @@ def _plain(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
 
 
 def _trainer(setting: Setting, wait: Wait, found: dict[str, Any]) -> None:
-    """transformers' own loop, held between turns by a callback."""
+    """Transformers' own loop, held between turns by a callback."""
     import transformers
 
     shape, rows = setting.shape, setting.rows or 4

@@ -69,7 +69,7 @@ def tvd(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
 
 
 def lk_hybrid(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """l KL(t|d) + (1-l) TVD, l = exp(-3 overlap) of each token by itself, without gradient."""
+    """L KL(t|d) + (1-l) TVD, l = exp(-3 overlap) of each token by itself, without gradient."""
     weight = (-LK_ETA * log_overlap(target_logp, draft_logp).detach().exp()).exp()
     return weight * forward_kl(target_logp, draft_logp) + (1 - weight) * tvd(target_logp, draft_logp)
 

@@ -166,7 +166,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     total += left @ right if total.device.type == "cpu" else product(left, right, total.dtype)
 
 
-def _cross_entropy_of_chunk(  # noqa: PLR0917 - the first two are bound
+def _cross_entropy_of_chunk(
     labels_N: Tensor, z_loss: float, logits_CV: Tensor, rows: slice, grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of a chunk and, made in the memory of its logits, its gradient by them."""

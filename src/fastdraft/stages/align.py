@@ -93,8 +93,14 @@ def run(config: AlignConfig, context: StageContext) -> None:
             console.warn("align: no held-out responses: the last step's weights are kept instead of the best")
         objective = _objective(config, context, int(model.config.vocab_size), device)
         step = defaults.build_step(model, settings, objective, compiled=compiled)
-        k, vocabulary = _num_speculative_tokens(context), context.target.vocabulary
-        measure = response_scores(step, model, held_out, k, vocabulary, settings.micro_batch_tokens)
+        measure = response_scores(
+            step,
+            model,
+            held_out,
+            num_speculative_tokens=_num_speculative_tokens(context),
+            vocabulary=context.target.vocabulary,
+            micro_batch_tokens=settings.micro_batch_tokens,
+        )
         board = context.settings.tensorboard
         schedule = defaults.schedule_of(
             config, "align", settings, source.steps, tensorboard=board, validate_first=True

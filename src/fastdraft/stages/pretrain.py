@@ -60,18 +60,21 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     device = own_device(pick_device(context.settings.device))
     torch.manual_seed(context.settings.seed)
     model = load_draft(_start_folder(config, context, name), device=device, dtype=torch.float32)
+    row_length, limit = prepare.manifest()["row_length"], model.config.max_position_embeddings
+    if row_length > limit:
+        rule = f"must be at most the draft's context of {limit}"
+        raise RecipeError(f"prepare.row_length: {row_length}; {rule}", "lower it")
     settings = defaults.resolve(
         config,
         "pretrain",
         model,
         config.tokens,
         context.settings.precision,
-        row_length=prepare.manifest()["row_length"],
+        row_length=row_length,
         halved=isinstance(config, ContinuePretrainConfig) and config.start == "decayed",
     )
     with join(device, name) as world, kept_memory(device):
-        limit = getattr(model.config, "max_position_embeddings", None)
-        source = _rows(config, context, name, settings.batch_tokens, limit, world)
+        source = _rows(config, context, name, settings.batch_tokens, world)
         compiled, why = defaults.compiles(context.settings.compile, device, source.tokens)
         for line in filter(None, (f"{settings}, {source.steps} steps", why)):
             console.say(f"  {line}")
@@ -103,19 +106,11 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
 
 
 def _rows(
-    config: PretrainConfig,
-    context: StageContext,
-    name: Name,
-    batch_tokens: int,
-    limit: int | None,
-    world: World,
+    config: PretrainConfig, context: StageContext, name: Name, batch_tokens: int, world: World
 ) -> PackedBatches:
     """Steps of the mixture that use up the budget."""
     prepare = context.require("prepare")
     row_length = prepare.manifest()["row_length"]
-    if limit and row_length > limit:
-        rule = f"must be at most the draft's context of {limit}"
-        raise RecipeError(f"prepare.row_length: {row_length}; {rule}", "lower it")
     if batch_tokens < row_length:
         rule = f"must hold one row of {row_length} tokens"
         raise RecipeError(

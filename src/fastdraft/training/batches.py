@@ -142,7 +142,7 @@ class PackedBatches:
 
     @property
     def tokens(self) -> int:
-        return self.steps * self.mixture.rows_per_step * self.mixture.row_length
+        return int(self.steps * self.mixture.rows_per_step * self.mixture.row_length)
 
     def is_packed(self, step: int) -> bool:
         return True
@@ -165,8 +165,8 @@ class Sample:
     @staticmethod
     def of(row: Any, logits: Any = None) -> Sample:
         """A synthetic row, as arrays: four bytes a token."""
-        ids = (np.array(part, dtype=np.int32) for part in (row.prompt_ids, row.response_ids))
-        return Sample(*ids, logits)
+        prompt, response = (np.array(part, dtype=np.int32) for part in (row.prompt_ids, row.response_ids))
+        return Sample(prompt, response, logits)
 
     @property
     def num_tokens(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdraft.errors import FastDraftError, RecipeError
@@ -74,7 +75,8 @@ class World:
         dist.broadcast_object_list(found, 0, group=self.control)
         if found[1] is not None:
             raise found[1]
-        return found[0]
+        result: T = found[0]
+        return result
 
 
 @contextlib.contextmanager
@@ -89,7 +91,7 @@ def join(device: torch.device, stage: str) -> Iterator[World]:
     dist.init_process_group(
         _BACKENDS[device.type],
         # torch's own prefix is the same for every group of a process: addresses of the one before.
-        store=dist.PrefixStore(stage, _store()),
+        store=PrefixStore(stage, _store()),
         rank=process_rank(),
         world_size=process_count(),
         timeout=GRADIENT_TIMEOUT,
@@ -114,13 +116,13 @@ def begins(stage: str, check: Callable[[], object]) -> bool:
 
 
 @cache
-def _store() -> dist.Store:
-    """torchrun keeps it on the first machine; where RANK and MASTER_ADDR were set by hand, process 0 does."""
+def _store() -> Any:
+    """Kept by torchrun on the first machine, or by process 0 where RANK and MASTER_ADDR were set by hand."""
     serves = process_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, None, serves, MAIN_TIMEOUT, wait_for_workers=False)
+    store = TCPStore(address, port, None, serves, MAIN_TIMEOUT, wait_for_workers=False)
     # After a restart of all processes the old ones' keys are still there.
-    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -104,8 +104,9 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype, before: Tensor | None) 
         return parts[0].detach()
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     fits = before is not None and before.dtype == dtype and before.shape == shape
-    fresh = None if fits else torch.empty(shape, dtype=dtype, device=parts[0].device)
-    joined: Any = before if fits else fresh
+    joined = (
+        before if fits and before is not None else torch.empty(shape, dtype=dtype, device=parts[0].device)
+    )
     start = 0
     for part in parts:
         joined[start : start + part.shape[0]].copy_(part)
@@ -147,9 +148,9 @@ class _Layer:
 class CpuDecoder:
     """Takes the place of `decoder` in a training step: same inputs, same hidden states, same gradients."""
 
-    def __init__(self, decoder: nn.Module) -> None:
-        self.decoder: Any = decoder
-        self.layers = [_Layer(layer, self.decoder.config) for layer in self.decoder.layers]
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+        self.layers = [_Layer(layer, decoder.config) for layer in decoder.layers]
 
     def __call__(
         self, input_ids: Tensor, use_cache: bool = False, position_ids: Tensor | None = None

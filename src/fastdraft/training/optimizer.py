@@ -86,7 +86,7 @@ class Fp32Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:
             parameters: list[Tensor] = []
             gradients: list[Tensor] = []

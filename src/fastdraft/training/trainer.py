@@ -139,8 +139,8 @@ class Trainer:
         counts = sum(batch.num_tokens for batch in batches), sum(batch.num_trained for batch in batches)
         found = self.world.gather((*counts, self.console.stop.requested, failed))
         tokens, trained, stops, errors = zip(*found, strict=True)
-        for error in filter(None, errors):
-            raise error
+        for other in filter(None, errors):
+            raise other
         return batches, sum(tokens), sum(trained), any(stops)
 
     def _gradients(self, batches: list[Batch], num_trained: int, reader: BatchReader) -> tuple[float, float]:

@@ -55,6 +55,7 @@ def response_scores(
     step: TrainStep,
     draft: PreTrainedModel,
     rows: Sequence[SyntheticRow],
+    *,
     num_speculative_tokens: int,
     vocabulary: Vocabulary,
     micro_batch_tokens: int,
