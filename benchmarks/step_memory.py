@@ -85,8 +85,8 @@ def main() -> None:
     report = Report(arguments.output, "step_memory", arguments.device, arguments)
     names = ("device", "tokens", "length", "precision", "model", "dry_run", "threads")
     given = {name: getattr(arguments, name) for name in names}
-    for path, micro in itertools.product(arguments.path, arguments.micro_batch_tokens):
-        micro = min(micro or default_micro_batch_tokens(torch.device(arguments.device)), arguments.tokens)
+    for path, wanted in itertools.product(arguments.path, arguments.micro_batch_tokens):
+        micro = min(wanted or default_micro_batch_tokens(torch.device(arguments.device)), arguments.tokens)
         if not any((row["path"], row["micro_batch_tokens"]) == (path, micro) for row in report.results):
             report.add(in_own_process({"path": path, "micro_batch_tokens": micro, **given}))
     report.finish()

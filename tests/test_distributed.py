@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import two_processes
+from conftest import write_recipe
+from fastdraft import pipeline
 from fastdraft.errors import RecipeError
+from fastdraft.recipe.recipe import load_recipe
 from fastdraft.training.distributed import World, join, own_device
 from fastdraft.training.metrics import read_metrics
 
@@ -22,15 +25,20 @@ HERE = Path(__file__).parent
 SAME = 1e-5
 
 
+def torchrun(*command: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")])}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, *command], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Everything in tests/two_processes.py, done once under torchrun."""
     folder = tmp_path_factory.mktemp("together")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")])}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(HERE / "two_processes.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(str(HERE / "two_processes.py"), str(folder))
     return folder, [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -96,6 +104,30 @@ def test_what_one_process_cannot_read_or_write_is_the_error_of_all(together: Any
     assert {process["unread"] for process in seen} == {"DataError: shard 7: damaged"}
     assert {process["written"] for process in seen} == {"FastDraftError: x: no space left; free some"}
     assert seen[0]["told"] == seen[1]["told"] == {"score": 1.5, "none": None}
+
+
+def test_a_run_goes_through_its_stages_under_torchrun_and_trains_as_one_process_does(
+    tmp_path: Path, tiny_target: Path
+) -> None:
+    training = {"tokens": 512 * 10, "batch_tokens": 512, "optimizer": {"learning_rate": 0.003}}
+    left_out = ("synthesize", "align", "evaluate", "export", "report")
+    path = write_recipe(
+        tmp_path,
+        tiny_target,
+        pretrain={**training, "mixture": {"text": 1}},
+        continue_pretrain={**training, "mixture": {"code": 1, "text": 1}},
+        **dict.fromkeys(left_out),
+    )
+    torchrun("-m", "fastdraft", "run", str(path), "run.name=two")
+    run = pipeline.run(load_recipe(str(path)))
+    for stage in ("pretrain", "continue_pretrain"):
+        one, two = run.folder(stage).path, run.root.with_name("two") / stage
+        assert json.loads((two / "manifest.json").read_text())["processes"] == 2
+        losses = [
+            [record["loss"] for record in read_metrics(folder) if "loss" in record] for folder in (one, two)
+        ]
+        assert losses[0] == pytest.approx(losses[1], abs=SAME)
+        assert len(losses[0]) == 10
 
 
 def test_without_torchrun_nothing_is_joined() -> None:
