@@ -34,7 +34,6 @@ LIBRARIES = (
     "transformers",
     "tokenizers",
     "numpy",
-    "liger-kernel",
     "openvino",
     "openvino-genai",
     "nncf",
