@@ -39,8 +39,8 @@ from fastdraft.decoding.autoregressive import pad_left
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.drafts import set_threads
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.synthesize import JsonlPrompts
 from fastdraft.recipe.run import TargetConfig
+from fastdraft.recipe.synthesize import JsonlPrompts
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openvino import OpenVINOEngine, answer_seed, as_tensor, generation_config
 from fastdraft.runtimes.openvino_export import convert

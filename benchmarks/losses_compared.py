@@ -22,13 +22,13 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdraft.console import Console, format_seconds
+from fastdraft.console import Console, format_count, format_seconds
 from fastdraft.data.rows import SyntheticRow, read_rows
 from fastdraft.evaluation.work import replay_texts
 from fastdraft.functional.acceptance import tidy
 from fastdraft.functional.intervals import difference_interval, ratio_interval
 from fastdraft.modeling.drafts import load_draft
-from fastdraft.recipe.base import format_count, parse_count
+from fastdraft.recipe.base import parse_count
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.recipe.training import TokenLossName
 from fastdraft.run_folder import RunFolder, StageFolder, read_json, write_atomic, write_json

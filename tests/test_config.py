@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from fastdraft.console import format_count
 from fastdraft.errors import RecipeError
-from fastdraft.recipe.base import Config, Count, format_count, load_config, parse_count
+from fastdraft.recipe.base import Config, Count, load_config, parse_count
 
 
 class Cosine(Config):

@@ -12,7 +12,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import rich.console
@@ -20,11 +19,9 @@ import rich.live
 import rich.text
 
 from fastdraft.errors import Interrupted
-from fastdraft.recipe.base import format_count
 
 PLAIN_SECONDS = 10.0
 TABLE_WIDTH = 79
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
@@ -36,32 +33,30 @@ class Stop:
     def check(self, where: object) -> None:
         """Raises Interrupted when a stop was requested."""
         if self.requested:
-            raise Interrupted(where)
+            raise Interrupted(f"{where}: stopped by a signal; progress is saved")
 
     @contextlib.contextmanager
-    def listen(self) -> Iterator[Stop]:
+    def listen(self) -> Iterator[None]:
         """Inside the block the first SIGINT or SIGTERM requests a stop; a second one acts as usual."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self  # Python takes handlers from the main thread only
-            return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        # Python takes handlers from the main thread only; what nohup or a shell's background has ignored stays so.
+        main = threading.current_thread() is threading.main_thread()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
+        before = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
         def restore() -> None:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-        def handle(number: int, frame: FrameType | None) -> None:
+        def request(*_: object) -> None:
             self.requested = True
             restore()
-            # The terminal may be the very thing that has gone.
-            with contextlib.suppress(OSError, ValueError, RuntimeError):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # the terminal may be what has gone
                 print("\nstopping at the next safe point (once more to stop at once)", file=sys.stderr)
 
-        for number, handler in before.items():
-            if handler not in (signal.SIG_IGN, None):  # under nohup, in a shell's background: stays so
-                signal.signal(number, handle)
+        for number in before:
+            signal.signal(number, request)
         try:
-            yield self
+            yield
         finally:
             restore()
 
@@ -84,7 +79,7 @@ class Progress:
         now = time.monotonic()
         if now - self._shown >= (0.2 if self._console.live else PLAIN_SECONDS):
             self._shown = now
-            self._console.show_progress(self)
+            self._console.show(self.line())
 
     @property
     def seconds(self) -> float:
@@ -99,10 +94,8 @@ class Progress:
         """The state in one line; when `ended`, the time taken instead of the time left."""
         share, done, rest = "", format_count(self.completed), ""
         if self.total:
-            share, done = (
-                f"{min(1.0, self.completed / self.total):4.0%} ",
-                f"{done}/{format_count(self.total)}",
-            )
+            share = f"{min(1.0, self.completed / self.total):4.0%} "
+            done += f"/{format_count(self.total)}"
             if ended:
                 rest = f" in {format_seconds(self.seconds)}"
             elif self.rate > 0:
@@ -112,31 +105,28 @@ class Progress:
 
 
 class Console:
-    """Where every stage talks to the user; `quiet` silences all but warnings."""
+    """Where every stage talks to the user; `quiet` silences all but warnings, `silent` those too."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.stop = quiet, Stop()
+        self.quiet, self.silent, self.stop = quiet, False, Stop()
         self._rich = rich.console.Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self.live = not quiet and self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._bar: rich.live.Live | None = None
-        self._silent = False
 
-    def silence(self) -> None:
-        """Says nothing from here on, not even warnings: another process says it."""
-        self.quiet, self.live, self._silent = True, False, True
-
-    def say(self, text: str) -> None:
+    def say(self, text: str, warning: bool = False) -> None:
         """Prints a line; on a terminal broken between words."""
-        if not self.quiet:
-            self._print(text)
+        if not self.silent and (warning or not self.quiet):
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # a terminal that is gone must not end hours of work
+                self._rich.print(text, soft_wrap=not self.live)
 
     def warn(self, text: str) -> None:
         """Prints a line that the user should not miss."""
-        self._print(f"warning: {text}")
+        self.say(f"warning: {text}", warning=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        if not self.quiet:
-            self._print("\n" + format_table(title, columns, rows))
+        self.say("\n" + format_table(title, columns, rows))
 
     @contextlib.contextmanager
     def progress(
@@ -150,58 +140,50 @@ class Console:
             if self._bar:
                 self._bar.stop()
                 self._bar = None
-            if not self.quiet:
-                self._print(progress.line(ended=True))
+            self.say(progress.line(ended=True))
 
-    def show_progress(self, progress: Progress) -> None:
-        if self.live:
-            if self._bar is None:
-                self._bar = rich.live.Live(console=self._rich, auto_refresh=False, transient=True)
-                self._bar.start()
-            self._bar.update(rich.text.Text(progress.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
-        elif not self.quiet:
-            self._print(progress.line())
-
-    def _print(self, text: str) -> None:
-        if self._silent:
+    def show(self, line: str) -> None:
+        """A line of progress: the live bar on a terminal."""
+        if not self.live or self.silent:
+            self.say(line)
             return
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone must not end hours of work
-            self._rich.print(text, soft_wrap=not self.live)
+        if self._bar is None:
+            self._bar = rich.live.Live(console=self._rich, auto_refresh=False, transient=True)
+            self._bar.start()
+        self._bar.update(rich.text.Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def format_count(count: float) -> str:
+    """1_048_576 -> `"1.05M"`: three digits and a suffix."""
+    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(count) >= size * 0.9995:
+            return f"{count / size:.3g}{suffix}"
+    return f"{count:.3g}"
 
 
 def format_seconds(seconds: float) -> str:
     """95 -> `"1:35"`, 4000 -> `"1:06:40"`."""
-    total = max(0, round(seconds))
-    hours, minutes = total // 3600, total % 3600 // 60
-    return f"{hours}:{minutes:02}:{total % 60:02}" if hours else f"{minutes}:{total % 60:02}"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
 def format_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = TABLE_WIDTH
 ) -> str:
-    """Plain text: columns parted by two spaces, those of numbers right-aligned, headings broken where the table would be wider."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    body = [[row[i] for row in cells] for i in range(len(columns))]
+    """Plain text: numbers to the right, headings broken where the table would be wider than `width`."""
+    body = [[str(row[i]) for row in rows] for i in range(len(columns))]
     wide = [max(map(len, column), default=1) for column in body]
-    heads = [[column] for column in columns]
+    heads = [[head] for head in columns]
     if sum(max(w, len(head)) + 2 for w, head in zip(wide, columns, strict=True)) - 2 > width:
-        heads = [
-            textwrap.wrap(head, w, break_long_words=False) or [""]
-            for w, head in zip(wide, columns, strict=True)
-        ]
-    height = max(map(len, heads), default=0)
-    heads = [[""] * (height - len(head)) + head for head in heads]
-    wide = [max(w, *map(len, head)) for w, head in zip(wide, heads, strict=True)]
-    right = [bool(cells) and all(map(_is_number, column)) for column in body]
-
-    def line(row: Sequence[str]) -> str:
-        padded = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, wide, right, strict=True))
-        return "  ".join(padded).rstrip()
-
-    rule = "  ".join("-" * w for w in wide)
-    return "\n".join(
-        [*([title] if title else []), *map(line, zip(*heads, strict=True)), rule, *map(line, cells)]
-    )
+        heads = [textwrap.wrap(h, w, break_long_words=False) for h, w in zip(columns, wide, strict=True)]
+    height, padded = max(map(len, heads)), []
+    for head, column in zip(heads, body, strict=True):
+        cells = [*[""] * (height - len(head)), *head, "", *column]
+        size, right = max(map(len, cells)), bool(column) and all(map(_is_number, column))
+        cells[height] = "-" * size
+        padded.append([cell.rjust(size) if right else cell.ljust(size) for cell in cells])
+    lines = ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
+    return "\n".join([title, *lines] if title else lines)
 
 
 def _is_number(cell: str) -> bool:

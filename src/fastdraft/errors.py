@@ -1,7 +1,6 @@
-"""The errors that FastDraft raises on purpose, and what becomes one at a single place: a full disk, and memory that does not suffice.
+"""The errors that FastDraft raises on purpose, and the one place where a full disk and exhausted memory become one.
 
-Each is one line for the user: the recipe key or file, what stands there, the rule, then what to do about it. The command line
-prints it and exits with `exit_code`; the Python API raises it.
+Each is one line: the key or file, what stands there and the rule, then what to do. The command line prints it and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -15,35 +14,27 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-# Control characters that are no white space, and those that turn the direction of writing: a damaged file must not steer the terminal.
+# Control characters, and those that turn the direction of writing: a damaged file must not steer the terminal.
 _STEERING = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_LONGEST = 600
-# How torch's allocators, cuBLAS, OpenVINO and C++ itself say it in errors of no kind of their own.
-_OUT_OF_MEMORY = re.compile(
-    "out of memory|can.?.?t allocate memory|not enough memory|failed to allocate|bad_alloc|ALLOC_FAILED", re.I
-)
+# How torch's allocators, cuBLAS, OpenVINO and C++ say it in errors of no kind of their own.
+_MEMORY = "out of memory|can.?.?t allocate memory|not enough memory|failed to allocate|bad_alloc|ALLOC_FAILED"
 
 
 class FastDraftError(Exception):
-    """A failure that the user can understand and mend.
-
-    Args:
-        message: Names the recipe key or the file, the value found and the rule that it breaks.
-        fix: What to do about it.
-    """
+    """A failure that the user can mend: what is wrong (key or file, value, rule), and what to do about it."""
 
     exit_code = 2
 
     def __init__(self, message: object, fix: object = "") -> None:
         self.message, self.fix = _one_line(message), _one_line(fix)
-        super().__init__(f"{self.message}; {self.fix}" if self.fix else self.message)
+        super().__init__(self.message, self.fix)
 
-    def __reduce__(self) -> tuple[type[FastDraftError], tuple[str, str]]:
-        return type(self), (self.message, self.fix)
+    def __str__(self) -> str:
+        return f"{self.message}; {self.fix}" if self.fix else self.message
 
 
 class RecipeError(FastDraftError):
-    """A recipe key or command-line argument is unknown, of the wrong type, out of range or not possible on this machine."""
+    """A recipe key or argument is unknown, of the wrong type, out of range or not possible on this machine."""
 
 
 class DataError(FastDraftError):
@@ -62,12 +53,9 @@ class MissingExtra(FastDraftError):
     """An optional library is not installed."""
 
     def __init__(self, library: str, extra: str, command: str = "") -> None:
-        self.library, self.extra, self.command = library, extra, command
+        self.library = library
         message = f"{library} is not installed; this needs the extra '{extra}'"
         super().__init__(message, command or f"pip install 'fastdraft[{extra}]'")
-
-    def __reduce__(self) -> tuple[type[FastDraftError], tuple[str, str, str]]:  # type: ignore[override]
-        return type(self), (self.library, self.extra, self.command)
 
 
 class Interrupted(FastDraftError):
@@ -75,31 +63,20 @@ class Interrupted(FastDraftError):
 
     exit_code = 130
 
-    def __init__(self, where: object) -> None:
-        self.stopped_at = where
-        super().__init__(
-            f"{where}: stopped by a signal; progress is saved", "run the same command again to go on"
-        )
-
-    def __reduce__(self) -> tuple[type[FastDraftError], tuple[str]]:  # type: ignore[override]
-        return type(self), (str(self.stopped_at),)
+    def __init__(self, message: object, fix: object = "run the same command again to go on") -> None:
+        super().__init__(message, fix)
 
 
 def _one_line(text: object) -> str:
-    shown = _STEERING.sub(
+    line = _STEERING.sub(
         lambda found: found[0].encode("unicode_escape").decode(), " ".join(str(text).split())
     )
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST * 3 // 4]} ... {shown[-_LONGEST // 4 :]}"
+    return line if len(line) <= 600 else f"{line[:450]} ... {line[-150:]}"
 
 
 @contextlib.contextmanager
 def machine_errors(where: object, smaller: str) -> Iterator[None]:
-    """Turns what the machine does to the work inside into one line: its disk is full or gone, its memory does not suffice.
-
-    Args:
-        where: What to name where an error names no file.
-        smaller: What makes the work need less memory.
-    """
+    """Inside the block a failed file and exhausted memory become one line; `smaller`: what would need less memory."""
     try:
         yield
     except (FastDraftError, BrokenPipeError):
@@ -119,50 +96,41 @@ def machine_errors(where: object, smaller: str) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, as Python, torch, numpy, Arrow and OpenVINO say it."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or (isinstance(error, RuntimeError) and bool(re.search(_MEMORY, str(error), re.IGNORECASE)))
 
 
 class Halving:
-    """Work over rows that is tried again in halves where memory runs out, and stays small from then on.
-
-    Args:
-        key: The recipe key to lower.
-        warn: Told once, when rows are first halved.
-    """
+    """Work over rows that is tried again in halves where memory runs out, and stays small; `key` is the recipe key to lower."""
 
     def __init__(self, key: str, warn: Callable[[str], None] | None = None) -> None:
         self.key, self.most, self._warn = key, sys.maxsize, warn
 
     def __call__(self, rows: Sequence[T], work: Callable[[Sequence[T]], None]) -> None:
         """Calls `work` with all rows in order, in as few pieces as fit."""
-        waiting = [rows] if len(rows) else []
-        while waiting:
-            piece = waiting.pop()
-            if len(piece) > self.most:
-                waiting += [piece[self.most :], piece[: self.most]]
+        done = 0
+        while done < len(rows):
+            piece = rows[done : done + self.most]
+            if _fits(piece, work):
+                done += len(piece)
                 continue
-            try:
-                work(piece)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = True
-            else:
-                failed = False
-            if failed:  # outside the block above nothing holds the failed pass's tensors any more
-                self._lower(len(piece))
-                waiting.append(piece)
+            if len(piece) == 1:
+                raise OutOfMemory(f"{self.key}: out of memory for a single row", "shorten the rows")
+            if self.most == sys.maxsize and self._warn:
+                self._warn(f"out of memory with {len(piece)} rows: going on with half; lower {self.key}")
+            self.most = len(piece) // 2
+            free_memory()
 
-    def _lower(self, rows: int) -> None:
-        if rows == 1:
-            message = f"{self.key}: out of memory for a single row"
-            raise OutOfMemory(message, "shorten the rows or free some memory")
-        if self.most == sys.maxsize and self._warn:
-            self._warn(f"out of memory with {rows} rows at a time: going on with half; lower {self.key}")
-        self.most = rows // 2
-        free_memory()
+
+def _fits(piece: Sequence[T], work: Callable[[Sequence[T]], None]) -> bool:
+    """Does the work; on its return nothing holds the tensors of a failed pass any more."""
+    try:
+        work(piece)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def free_memory() -> None:

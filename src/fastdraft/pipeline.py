@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fastdraft.console import Console, format_seconds
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError, machine_errors
-from fastdraft.recipe.base import Config
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import FINGERPRINT, RunFolder, read_json, write_atomic, write_json
 from fastdraft.stages import (
@@ -37,9 +37,9 @@ from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 from fastdraft.training import distributed
 
-_CLOSE = "close other programs, or use a machine with more memory"
-_FEWER_ROWS = "lower {}.batch_rows, or set target.dtype=bf16"
-_MICRO_BATCH = "lower {}.micro_batch_tokens"
+_MEMORY = "close other programs, or use a machine with more memory"
+_ROWS = "lower {}.batch_rows, or set target.dtype=bf16"
+_TOKENS = "lower {}.micro_batch_tokens"
 
 
 @dataclass(frozen=True)
@@ -47,43 +47,36 @@ class Stage:
     """One line of the table: what runs, and whose results it builds on."""
 
     name: str
-    module: ModuleType
-    """Has `fingerprint` and `run`, and `check_installed` where it needs a library that may not be there."""
+    module: (
+        ModuleType  # has `fingerprint` and `run`, and `check_installed` where it needs an optional library
+    )
     builds_on: tuple[str, ...] = ()
-    smaller: str = _CLOSE
-    """What makes the stage need less memory."""
-    trains: bool = False
-    """Works in all processes of torchrun."""
-    remade: bool = False
-    """Shows what there is: needs no earlier stage, and is made anew, not refused, when something changed."""
+    smaller: str = _MEMORY  # what makes the stage need less of it
+    trains: bool = False  # works in all processes of torchrun
+    remade: bool = False  # shows what there is: needs no earlier stage, made anew when something changed
 
-    def fingerprint(self, config: Config, context: StageContext) -> dict[str, Any]:
+    def fingerprint(self, context: StageContext) -> dict[str, Any]:
         """Just what the stage's result depends on."""
-        found: dict[str, Any] = self.module.fingerprint(*self._arguments(config, context))
+        found: dict[str, Any] = self.module.fingerprint(*self._arguments(context))
         return found
 
-    def run(self, config: Config, context: StageContext) -> None:
+    def run(self, context: StageContext) -> None:
         """Does the stage's work, going on with what an earlier process left."""
-        self.module.run(*self._arguments(config, context))
+        self.module.run(*self._arguments(context))
 
-    def check_installed(self, config: Config) -> None:
-        if hasattr(self.module, "check_installed"):
-            self.module.check_installed(config)
-
-    def _arguments(self, config: Config, context: StageContext) -> tuple[Any, ...]:
-        return (config, context, self.name) if self.module is pretrain else (config, context)
+    def _arguments(self, context: StageContext) -> tuple[Any, ...]:
+        named = (self.name,) if self.module is pretrain else ()
+        return context.sections[self.name], context, *named
 
 
 STAGES = (
     Stage("design", design),
-    Stage("prepare", prepare, ("design",), smaller="lower run.threads or close other programs"),
-    Stage("pretrain", pretrain, ("prepare",), _MICRO_BATCH.format("pretrain"), trains=True),
-    Stage(
-        "continue_pretrain", pretrain, ("pretrain",), _MICRO_BATCH.format("continue_pretrain"), trains=True
-    ),
-    Stage("synthesize", synthesize, ("prepare",), _FEWER_ROWS.format("synthesize")),
-    Stage("align", align, ("continue_pretrain", "synthesize"), _MICRO_BATCH.format("align"), trains=True),
-    Stage("evaluate", evaluate, ("align",), _FEWER_ROWS.format("evaluate")),
+    Stage("prepare", prepare, ("design",)),
+    Stage("pretrain", pretrain, ("prepare",), _TOKENS.format("pretrain"), trains=True),
+    Stage("continue_pretrain", pretrain, ("pretrain",), _TOKENS.format("continue_pretrain"), trains=True),
+    Stage("synthesize", synthesize, ("prepare",), _ROWS.format("synthesize")),
+    Stage("align", align, ("continue_pretrain", "synthesize"), _TOKENS.format("align"), trains=True),
+    Stage("evaluate", evaluate, ("align",), _ROWS.format("evaluate")),
     Stage("export", export, ("evaluate",)),
     Stage("benchmark", benchmark, ("export",)),
     Stage("report", report, ("export", "benchmark"), remade=True),
@@ -124,16 +117,23 @@ def run(
         FastDraftError: in one line, whatever the user can mend. Nothing half-written stays behind.
     """
     context = make_context(recipe, console or Console(quiet=True))
-    wanted, redone = _wanted(recipe, only), downstream(map(_known, redo))
+    wanted, redone = _wanted(context, only), downstream(map(_known, redo))
     start = time.monotonic()
-    with machine_errors(context.run.root, _CLOSE), context.console.stop.listen():
+    with machine_errors(context.run.root, _MEMORY), context.console.stop.listen():
         if distributed.process_rank() > 0:
-            _join_in(wanted, context)
+            # All other processes take their share of the stages that train, when the first one begins them.
+            context.console.silent = True
+            for stage in wanted:
+                if stage.trains and distributed.begins(
+                    stage.name, partial(context.console.stop.check, "training")
+                ):
+                    stage.run(context)
             return context.run
         _refuse_gaps(wanted, redone, context)
-        for stage in wanted:
+        for stage in wanted:  # now, and not after hours of training
             if stage.name in redone or not context.folder(stage.name).is_complete():
-                stage.check_installed(context.sections[stage.name])  # now, and not after hours of training
+                if hasattr(stage.module, "check_installed"):
+                    stage.module.check_installed(context.sections[stage.name])
                 refuse_missing_weights(stage.name, context)
         with context.run.lock():
             refuse_changes(context, redone, wanted)
@@ -147,62 +147,9 @@ def run(
     return context.run
 
 
-def _join_in(wanted: Sequence[Stage], context: StageContext) -> None:
-    """What every process but the first does: its share of the stages that train, when the first one begins them."""
-    context.console.silence()
-    context.console.quiet = True
-    for stage in wanted:
-        if stage.trains and distributed.begins(stage.name, partial(context.console.stop.check, "training")):
-            stage.run(context.sections[stage.name], context)
-
-
-def refuse_changes(
-    context: StageContext, redone: Collection[str] = (), wanted: Collection[Stage] = STAGES
-) -> None:
-    """Refuses work that stands and was done with other settings: a run's folder holds the work of one recipe only.
-
-    Args:
-        context: Of the recipe.
-        redone: Stages whose work will be thrown away.
-        wanted: Stages that will run; of the others, inputs may be missing (the run was moved to another machine).
-    """
-    for stage in STAGES:
-        folder = context.folder(stage.name)
-        begun = context.has(stage.name) and (folder.path / FINGERPRINT).exists()
-        if not begun or stage.remade or stage.name in redone:
-            continue
-        if all(context.folder(name).is_complete() for name in stage.builds_on if context.has(name)):
-            with contextlib.nullcontext() if stage in wanted else contextlib.suppress(DataError, TargetError):
-                folder.begin(stage.fingerprint(context.sections[stage.name], context))
-
-
-def refuse_missing_weights(name: str, context: StageContext) -> None:
-    """Of a target behind an API or of logs only the config may be here: what needs more is told before anything is trained."""
-    config: Any = context.sections[name]
-    if name == "align" and config.objective.kind == "token_kd" and config.objective.source == "target":
-        rule, fix = (
-            "align.objective: source: target reads the target beside the draft",
-            "leave out align.objective",
-        )
-    elif name == "evaluate" and evaluate.needs_weights(config, context.sections):
-        rule = f"evaluate.texts: kind: {config.texts.kind} runs the target here"
-        fix = "set evaluate.texts: {kind: engine}, or {kind: synthesize} for rows with their own log-probs"
-    elif name == "export" and "openvino" in config.formats and config.openvino.target != "none":
-        rule, fix = "export.formats: openvino converts the target too", "set export.openvino.target: none"
-    elif name == "benchmark":
-        rule, fix = "benchmark runs the target here", "leave out `benchmark`"
-    else:  # synthesize looks itself
-        return
-    if not context.target.has_weights:
-        raise TargetError(
-            f"{context.target.location}: no model.safetensors: {rule}", f"put the weights there, or {fix}"
-        )
-
-
-def _wanted(recipe: Recipe, only: Iterable[str] | None) -> list[Stage]:
-    present = recipe.sections()
-    names = set(present) if only is None else set(map(_known, only))
-    for name in sorted(names - set(present)):
+def _wanted(context: StageContext, only: Iterable[str] | None) -> list[Stage]:
+    names = set(context.sections) if only is None else set(map(_known, only))
+    for name in sorted(names - set(context.sections)):
         raise RecipeError(f"{name}: missing: a stage runs only when its section is present", f"add `{name}:`")
     return [stage for stage in STAGES if stage.name in names]
 
@@ -213,11 +160,11 @@ def _known(name: str) -> str:
     return name
 
 
-def _refuse_gaps(wanted: Sequence[Stage], redone: Collection[str], context: StageContext) -> None:
+def _refuse_gaps(wanted: list[Stage], redone: Collection[str], context: StageContext) -> None:
     """What the wanted stages build on must stand already or be wanted too."""
     coming = {stage.name for stage in wanted}
     for stage in wanted:
-        for name in stage.builds_on if not stage.remade else ():
+        for name in () if stage.remade else stage.builds_on:
             if context.has(name) and name not in coming:
                 if name in redone:
                     message = f"--redo would throw '{name}' away: '{stage.name}' alone does not make it again"
@@ -225,11 +172,45 @@ def _refuse_gaps(wanted: Sequence[Stage], redone: Collection[str], context: Stag
                 context.require(name)
 
 
+def refuse_changes(
+    context: StageContext, redone: Collection[str] = (), wanted: Collection[Stage] = STAGES
+) -> None:
+    """Refuses work that stands and was done with other settings; of stages not wanted, inputs may be missing."""
+    for stage in STAGES:
+        folder = context.folder(stage.name)
+        begun = context.has(stage.name) and (folder.path / FINGERPRINT).exists()
+        if not begun or stage.remade or stage.name in redone:
+            continue
+        if all(context.folder(name).is_complete() for name in stage.builds_on if context.has(name)):
+            # A run that was moved to another machine may lack the inputs of its finished stages.
+            with contextlib.nullcontext() if stage in wanted else contextlib.suppress(DataError, TargetError):
+                folder.begin(stage.fingerprint(context))
+
+
+def refuse_missing_weights(name: str, context: StageContext) -> None:
+    """Of a target behind an API or of logs only the config may be here: what needs more is told before anything is trained."""
+    config: Any = context.sections[name]
+    if name == "align" and config.objective.kind == "token_kd" and config.objective.source == "target":
+        rule, fix = "align.objective: source: target reads the target", "leave out align.objective"
+    elif name == "evaluate" and evaluate.needs_weights(config, context.sections):
+        rule = f"evaluate.texts: kind: {config.texts.kind} runs the target here"
+        fix = "set evaluate.texts: {kind: engine}, or {kind: synthesize} for rows with their own log-probs"
+    elif name == "export" and "openvino" in config.formats and config.openvino.target != "none":
+        rule, fix = "export.formats: openvino converts the target too", "set export.openvino.target: none"
+    elif name == "benchmark":
+        rule, fix = "benchmark runs the target here", "leave out `benchmark`"
+    else:  # synthesize looks itself
+        return
+    if not context.target.has_weights:
+        message = f"{context.target.location}: no model.safetensors: {rule}"
+        raise TargetError(message, f"put the weights there, or {fix}")
+
+
 def _run_stage(stage: Stage, context: StageContext) -> bool:
     """Whether there was anything to do."""
-    config, folder, console = context.sections[stage.name], context.folder(stage.name), context.console
+    folder, console = context.folder(stage.name), context.console
     with machine_errors(folder.path, stage.smaller):
-        fingerprint = stage.fingerprint(config, context)
+        fingerprint = stage.fingerprint(context)
         if stage.remade and folder.differences(fingerprint):
             folder.discard()
         fresh = not (folder.path / FINGERPRINT).exists()
@@ -246,19 +227,19 @@ def _run_stage(stage: Stage, context: StageContext) -> bool:
         console.say(f"{stage.name}: {SUMMARIES[stage.name]}")
         start = time.monotonic()
         try:
-            stage.run(config, context)
+            stage.run(context)
         finally:
             seconds = time.monotonic() - start
             with contextlib.suppress(FastDraftError, OSError):  # a clock; a full disk has been told already
-                _record_seconds(context, stage.name, seconds, fresh)
+                _record_seconds(context.run.root, stage.name, seconds, fresh)
         console.say(f"{stage.name}: done in {format_seconds(seconds)}")
         return True
 
 
-def _record_seconds(context: StageContext, name: str, seconds: float, fresh: bool) -> None:
-    """Adds to `timings.json`: wall-clock seconds of all the processes that worked at each stage, killed ones left out."""
-    path = context.run.root / "timings.json"
-    if context.run.root.is_dir():  # nobody has moved the run away
+def _record_seconds(root: Path, name: str, seconds: float, fresh: bool) -> None:
+    """Adds to `timings.json`: wall-clock seconds of all processes that worked at each stage, killed ones left out."""
+    path = root / "timings.json"
+    if root.is_dir():  # nobody has moved the run away
         timings = read_json(path) if path.exists() else {}
         before = 0.0 if fresh else timings.get(name, 0.0)
         write_json(path, {**timings, name: round(before + seconds, 1)})

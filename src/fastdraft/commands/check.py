@@ -16,7 +16,7 @@ from typing import Any
 
 from fastdraft import forecast
 from fastdraft.commands.stage_costs import StageCosts, StageForecast
-from fastdraft.console import TABLE_WIDTH, Console, format_seconds, format_table
+from fastdraft.console import TABLE_WIDTH, Console, format_count, format_seconds, format_table
 from fastdraft.data.chat import has_chat_template
 from fastdraft.data.corpora import source_files
 from fastdraft.data.logs import look as look_at_log
@@ -25,7 +25,6 @@ from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.modeling.drafts import pick_device
 from fastdraft.pipeline import STAGES, make_context, refuse_changes, refuse_missing_weights
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import FINGERPRINT, StageFolder

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdraft.commands.measure import MeasureSettings, measure
-from fastdraft.console import Console, format_table
+from fastdraft.console import Console, format_count, format_table
 from fastdraft.errors import RecipeError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.modeling.architecture import Architecture, has_rotary_factors
@@ -21,7 +21,6 @@ from fastdraft.modeling.counting import count
 from fastdraft.modeling.families import draft_family, text_config, why_draft_family
 from fastdraft.modeling.shapes import PRESETS, natural, preset
 from fastdraft.modeling.traps import find_traps
-from fastdraft.recipe.base import format_count
 from fastdraft.target import Target
 
 KS = tuple(range(1, 9))

@@ -16,12 +16,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from fastdraft.commands.measurement import DraftCost, Measurement
-from fastdraft.console import Console
+from fastdraft.console import Console, format_count
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors
 from fastdraft.modeling.shapes import natural
 from fastdraft.modeling.text_part import text_only
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.run import user_path
 from fastdraft.runtimes.openvino import MODEL_FILE, describe_device, device_properties
 from fastdraft.runtimes.openvino_export import Weights, check_pair, export_random

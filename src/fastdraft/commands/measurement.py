@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from fastdraft.console import format_table
+from fastdraft.console import format_count, format_table
 from fastdraft.forecast import (
     PAPER_K,
     RATES,
@@ -19,7 +19,6 @@ from fastdraft.forecast import (
     predicted_speedup,
 )
 from fastdraft.modeling.architecture import Architecture
-from fastdraft.recipe.base import format_count
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.console import Console
+from fastdraft.console import Console, format_count
 from fastdraft.data.corpora import Block, blocks
 from fastdraft.data.shards import SPLITS, RowForm, RowWriter, Split
 from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.errors import DataError
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.prepare import HubSource, SourceConfig
 from fastdraft.run_folder import read_json, write_json
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from fastdraft.console import format_count
 from fastdraft.errors import RecipeError
 from fastdraft.modeling.architecture import Architecture
-from fastdraft.recipe.base import format_count
 
 TOLERANCE = 0.03
 # Input embedding and head are untied, but for small drafts of tied targets: one matrix more would eat the body.

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fastdraft.console import format_count
 from fastdraft.modeling.architecture import has_rotary_factors, rope_switch
 from fastdraft.modeling.families import special_id, text_config
 from fastdraft.modeling.vocabulary import id_ranges
-from fastdraft.recipe.base import format_count
 from fastdraft.target import Target
 
 _QUANT_ROW = 256

@@ -41,15 +41,6 @@ def parse_count(value: Any) -> int:
     return round(count)
 
 
-def format_count(count: float) -> str:
-    """1_048_576 -> `"1.05M"`: three digits and a suffix."""
-    for suffix in ("T", "B", "M", "k"):
-        size = _SUFFIX[suffix.lower()]
-        if abs(count) >= size * 0.9995:
-            return f"{count / size:.3g}{suffix}"
-    return f"{count:.3g}"
-
-
 def _folder_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
         raise ValueError(

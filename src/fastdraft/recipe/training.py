@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastdraft.recipe.base import Config, Count, format_count
+from fastdraft.recipe.base import Config, Count
 
 
 def kind_default(kind: str) -> Any:
@@ -168,12 +168,9 @@ class PretrainConfig(Config):
     @model_validator(mode="after")
     def _budget_holds_a_batch(self) -> PretrainConfig:
         if self.batch_tokens and self.tokens < self.batch_tokens:
-            raise ValueError(
-                f"tokens ({format_count(self.tokens)}) must be at least one batch ({format_count(self.batch_tokens)})"
-            )
-        if any(not 0 <= weight < float("inf") for weight in self.mixture.values()) or not any(
-            self.mixture.values()
-        ):
+            raise ValueError(f"tokens ({self.tokens}) must be at least one batch ({self.batch_tokens})")
+        shares = self.mixture.values()
+        if any(not 0 <= share < float("inf") for share in shares) or not any(shares):
             raise ValueError("mixture must have shares of 0 or more, one of them above 0")
         return self
 

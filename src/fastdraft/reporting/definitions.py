@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
+from fastdraft.console import format_count
 from fastdraft.evaluation.results import CHECKPOINT_LABELS, TASK_ORDER
-from fastdraft.recipe.base import format_count
 
 TEMPLATES = resources.files("fastdraft.reporting").joinpath("templates")
 _LINES = TEMPLATES.joinpath("definitions.txt").read_text(encoding="utf-8").splitlines()

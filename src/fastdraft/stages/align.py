@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from fastdraft.console import format_count
 from fastdraft.data.mixture import open_mixture
 from fastdraft.data.rows import SyntheticRow, read_all
 from fastdraft.data.sparse_logits import RowLogits, read_with_logits
@@ -24,7 +25,6 @@ from fastdraft.functional.distillation import token_loss
 from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_threads
 from fastdraft.modeling.heads import output_head
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.training import AlignConfig, TokenKDConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.stages.context import StageContext

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from fastdraft.console import Console
+from fastdraft.console import Console, format_count
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.modeling import shapes
@@ -29,7 +29,6 @@ from fastdraft.modeling.initialize import build_draft, matrices_digest, set_proj
 from fastdraft.modeling.traps import switch_warning
 from fastdraft.modeling.vocabulary import Vocabulary, check_same
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.run import resolve_path
 from fastdraft.recipe.training import DesignConfig, EarlierDraft, PresetDraft, ShapeDraft
 from fastdraft.run_folder import digest, file_sha256

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdraft.console import format_count
 from fastdraft.data.corpora import describe
 from fastdraft.data.pack import CorpusPacker
 from fastdraft.data.shards import RowForm, token_dtype
 from fastdraft.data.tokenize import DocumentEncoder, added_words, separator_id, set_tokenizer_threads
 from fastdraft.errors import DataError
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.prepare import PrepareConfig
 from fastdraft.run_folder import StageFolder, digest
 from fastdraft.stages.context import StageContext

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 
+from fastdraft.console import format_count
 from fastdraft.data.mixture import open_mixture
 from fastdraft.data.shards import open_corpus
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_threads
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.training import ContinuePretrainConfig, PretrainConfig
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastdraft.console import Console
+from fastdraft.console import Console, format_count
 from fastdraft.data.chat import end_of_turn_ids
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.prompts import normalised, tell_counts
@@ -26,7 +26,6 @@ from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.modeling.heads import output_head
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, SynthesizeConfig, TopKLogitsConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.engines import (

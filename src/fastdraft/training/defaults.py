@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from fastdraft.console import format_count
 from fastdraft.modeling.heads import split_head
-from fastdraft.recipe.base import format_count
 from fastdraft.recipe.run import Compile, Precision
 from fastdraft.recipe.training import AlignConfig, PretrainConfig, WSDConfig
 from fastdraft.training.fast_decoder import fast_decoder

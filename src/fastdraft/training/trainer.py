@@ -91,7 +91,7 @@ class Trainer:
                 batches, num_tokens, num_trained, stop = self._read(reader)
                 if stop:
                     self._save()
-                    raise Interrupted(self.folder)
+                    raise Interrupted(f"{self.folder}: stopped by a signal; progress is saved")
                 begin = time.perf_counter()
                 factor, limit = schedule.factor(state.step), state.micro_batch_limit
                 loss, norm = self._gradients(batches, num_trained, reader)
