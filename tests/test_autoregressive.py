@@ -221,5 +221,5 @@ def test_the_engine_tells_how_many_answers_each_batch_finished(model: PreTrained
 
 
 def test_the_engine_refuses_a_prompt_that_leaves_no_room_in_the_context(model: PreTrainedModel) -> None:
-    with pytest.raises(DataError, match="must fit into the context of 256"):
+    with pytest.raises(DataError, match="context holds 256"):
         HuggingFaceEngine(model, VOCABULARY).generate([[7] * 250], Sampling(0.0), 10, seed=0)

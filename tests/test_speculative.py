@@ -308,7 +308,7 @@ def test_a_sliding_window_target_is_decoded_rightly_past_its_window() -> None:
 
 def test_a_reader_that_takes_back_tokens_reads_on_as_if_they_had_not_been(target: PreTrainedModel) -> None:
     with torch.inference_mode():
-        reader, other = ModelReader(target, 4), ModelReader(target, 64)  # the first must grow
+        reader, other = ModelReader(target, 9), ModelReader(target, 64)
         reader.read(torch.tensor([5, 6, 7]))
         reader.read(torch.tensor([8, 9, 10, 11]))
         reader.take_back(4)

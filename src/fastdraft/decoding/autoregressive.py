@@ -1,6 +1,7 @@
 """Plain generation, many prompts at a time: the target writes, one token per pass, with the log-prob of each.
 
-    answers = generate_batch(model, prompts, Sampling(0.6), max_new_tokens=64, eos_ids={3}, generator=generator)
+    answers = generate_batch(model, prompts, Sampling(0.6), max_new_tokens=64, eos_ids={3},
+    generator=generator)
 
 Shape suffixes: B rows in the batch, T positions, V vocabulary.
 """
@@ -19,82 +20,10 @@ from fastdraft.errors import Halving
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import token_at, warp
 
+# Finished rows leave the batch when they are at least this share of it: dropping copies the cache.
 DROP_SHARE = 0.15
-"""Finished rows are taken out of the batch when they are at least this share of it: dropping copies the cache."""
-GIVE_UP_EVERY = 16
-"""Tokens between two looks at whether an answer is worth going on with."""
+GIVE_UP_EVERY = 16  # tokens between two looks at whether an answer is worth going on with
 PADDING_ID = 0
-
-
-class _Batch:
-    """The rows that still write: what the next pass needs of them, and where their text goes."""
-
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        ids_BT, mask_BT = pad_left(prompts, max_new_tokens)
-        self.model, self.width = model, ids_BT.shape[1]
-        self.ids_BT, self.mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
-        self.positions_BT = (self.mask_BT[:, : self.width].cumsum(-1) - 1).clamp(min=0)
-        self.rows_B = torch.arange(len(prompts), device=model.device)
-        """For each row of the batch its place among the prompts."""
-        self.places_B = torch.arange(len(prompts))
-        """The same on the CPU, where the random numbers are drawn."""
-        self.done_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-        self.cache = new_cache(self.width + max_new_tokens)
-
-    def logits(self) -> Tensor:
-        """One pass: logits [B, V] behind the last position; only that position goes through the output head."""
-        logits_BTV: Tensor = self.model(
-            input_ids=self.ids_BT,
-            attention_mask=self.mask_BT[:, : self.width],
-            position_ids=self.positions_BT,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return logits_BTV[:, -1]
-
-    def append(self, token_B: Tensor, done_B: Tensor) -> bool:
-        """Makes `token_B` the next input and drops finished rows when they are many; False when no row is left."""
-        self.done_B = self.done_B | done_B
-        finished = int(self.done_B.sum())
-        if finished == len(self.rows_B):
-            return False
-        self.ids_BT, self.positions_BT = token_B[:, None], self.positions_BT[:, -1:] + 1
-        self.width += 1
-        if finished >= DROP_SHARE * len(self.rows_B):
-            keep_B = (~self.done_B).nonzero().squeeze(-1)
-            self.cache.batch_select_indices(keep_B)
-            for name in ("rows_B", "done_B", "mask_BT", "ids_BT", "positions_BT"):
-                setattr(self, name, getattr(self, name)[keep_B])
-            self.places_B = self.rows_B.cpu()
-        return True
-
-
-class _Draws:
-    """A batch's random numbers, one for each row and step, from which a piece of the batch takes those of its own rows.
-
-    They are drawn whether or not a row still writes, so that dropping finished rows, or writing the batch in pieces where
-    memory is short, leaves every row's random numbers alone.
-    """
-
-    def __init__(self, generator: torch.Generator, rows: int) -> None:
-        self.generator, self.rows = generator, rows
-        self._begin = self._end = generator.get_state()
-        self._most = 0
-
-    def begin(self) -> None:
-        """Goes back to the first step, for the next piece."""
-        self.generator.set_state(self._begin)
-
-    def step(self, piece: range) -> Tensor:
-        """Float64 in [0, 1), one for each row of the piece."""
-        return torch.rand(self.rows, generator=self.generator, dtype=torch.float64)[piece.start : piece.stop]
-
-    def end(self, steps: int) -> None:
-        """Leaves the generator as the longest piece left it, as the whole batch would have."""
-        if steps > self._most:
-            self._most, self._end = steps, self.generator.get_state()
-        self.generator.set_state(self._end)
 
 
 def generate_batch(  # noqa: PLR0917
@@ -109,22 +38,30 @@ def generate_batch(  # noqa: PLR0917
 ) -> list[Generation]:
     """One answer for each prompt, in order; reproducible for equal prompts, order, generator state and threads.
 
-    Where the model's logits are not finite the answer ends with that step's token and a NaN log-prob. `generator` lives on the
-    CPU; `give_up` is asked now and then for each unfinished answer so far, True ends it there as if the limit was reached; `halving`
-    writes the batch in pieces where memory runs out, every row from the same random numbers.
+    Where the model's logits are not finite the answer ends with that step's token and a NaN log-prob.
+    `generator` lives on the CPU; `give_up` is asked now and then for each unfinished answer so far, True ends
+    it there as if the limit was reached; `halving` writes the batch in pieces where memory runs out, every
+    row from the same random numbers.
     """
     if not prompts:
         return []
     if max_new_tokens < 1 or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs at least one token, and max_new_tokens must be at least 1")
     answers: list[Generation] = []
-    draws, eos = _Draws(generator, len(prompts)), frozenset(eos_ids)
+    # By step, one for each row whether or not it still writes: dropped rows and pieces change no other row's
+    # text.
+    draws: list[Tensor] = []
 
     def write(piece: Sequence[int]) -> None:
-        draws.begin()
-        place = range(piece[0], piece[-1] + 1)
+        rows = torch.tensor(piece)
+
+        def random(step: int, places_B: Tensor) -> Tensor:
+            if step == len(draws):
+                draws.append(torch.rand(len(prompts), generator=generator, dtype=torch.float64))
+            return draws[step][rows[places_B]]
+
         chosen = [prompts[i] for i in piece]
-        answers.extend(_write(model, chosen, sampling, max_new_tokens, eos, draws, place, give_up))
+        answers.extend(_write(model, chosen, sampling, max_new_tokens, frozenset(eos_ids), random, give_up))
 
     (halving or Halving("batch_rows"))(range(len(prompts)), write)
     return answers
@@ -137,47 +74,59 @@ def _write(  # noqa: PLR0917
     sampling: Sampling,
     max_new_tokens: int,
     eos_ids: frozenset[int],
-    draws: _Draws,
-    place: range,
+    random: Callable[[int, Tensor], Tensor],
     give_up: Callable[[list[int]], bool] | None,
 ) -> list[Generation]:
-    """The answers of one piece of a batch; `place` is where the piece stands in it."""
-    count, device, steps = len(prompts), model.device, 0
-    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+    """The answers of one piece of a batch; `random(step, places)` are numbers of the prompts at these places."""
+    count, device = len(prompts), model.device
+    ids_BT, mask_BT = (each.to(device) for each in pad_left(prompts, max_new_tokens))
+    width = ids_BT.shape[1]
+    positions_BT = (mask_BT[:, :width].cumsum(-1) - 1).clamp(min=0)
+    cache = new_cache(width + max_new_tokens)
+    # For each row of the batch its place among the prompts; again on the CPU, where the random numbers are
+    # drawn.
+    rows_B, places_B = torch.arange(count, device=device), torch.arange(count)
+    done_B = torch.zeros(count, dtype=torch.bool, device=device)
     tokens_BT = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     logprobs_BT = torch.zeros(count, max_new_tokens, device=device)
-    lengths = [max_new_tokens] * count
-    batch = _Batch(model, prompts, max_new_tokens)
+    lengths, eos = [max_new_tokens] * count, torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     with grouped_attention(model):
         for step in range(max_new_tokens):
-            random_B = draws.step(place)[batch.places_B] if sampling.temperature > 0 else None
-            steps += 1
-            token_B, logprob_B = draw_tokens(batch.logits(), sampling, random_B)
-            tokens_BT[batch.rows_B, step], logprobs_BT[batch.rows_B, step] = token_B, logprob_B
-            done_B = torch.isin(token_B, eos) | logprob_B.isnan()
+            logits_BTV = model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT[:, :width],
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            random_B = random(step, places_B) if sampling.temperature > 0 else None
+            token_B, logprob_B = draw_tokens(logits_BTV[:, -1], sampling, random_B)
+            tokens_BT[rows_B, step], logprobs_BT[rows_B, step] = token_B, logprob_B
+            done_B = done_B | torch.isin(token_B, eos) | logprob_B.isnan()
             if give_up and (step + 1) % GIVE_UP_EVERY == 0:
-                done_B = done_B | _given_up(batch, tokens_BT[:, : step + 1], give_up, lengths).to(device)
-            if not batch.append(token_B, done_B):
+                texts, done = tokens_BT[rows_B, : step + 1].tolist(), done_B.tolist()
+                ends = [not each and give_up(text) for each, text in zip(done, texts, strict=True)]
+                for row in rows_B[torch.tensor(ends, device=device)].tolist():
+                    lengths[row] = step + 1
+                done_B = done_B | torch.tensor(ends, device=device)
+            finished = int(done_B.sum())
+            if finished == len(rows_B):
                 break
-    draws.end(steps)
-    answers = zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), lengths, strict=True)
-    return [
-        _generation(prompt, tokens[:length], logprobs[:length], eos_ids)
-        for prompt, tokens, logprobs, length in answers
-    ]
-
-
-def _given_up(
-    batch: _Batch, tokens_BT: Tensor, give_up: Callable[[list[int]], bool], lengths: list[int]
-) -> Tensor:
-    """Which rows of the batch end here although nothing in them says so; notes their lengths."""
-    rows, done = batch.rows_B.tolist(), batch.done_B.tolist()
-    texts = tokens_BT[batch.rows_B].tolist()
-    ends = [not finished and give_up(text) for finished, text in zip(done, texts, strict=True)]
-    for row, end, text in zip(rows, ends, texts, strict=True):
-        if end:
-            lengths[row] = len(text)
-    return torch.tensor(ends)
+            ids_BT, positions_BT, width = token_B[:, None], positions_BT[:, -1:] + 1, width + 1
+            if finished >= DROP_SHARE * len(rows_B):
+                keep_B = (~done_B).nonzero().squeeze(-1)
+                cache.batch_select_indices(keep_B)
+                rows_B, done_B, mask_BT = rows_B[keep_B], done_B[keep_B], mask_BT[keep_B]
+                ids_BT, positions_BT, places_B = ids_BT[keep_B], positions_BT[keep_B], rows_B.cpu()
+    answers = []
+    written = zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), lengths, strict=True)
+    for prompt, tokens, logprobs, length in written:
+        steps = zip(range(1, length + 1), tokens, logprobs, strict=False)
+        end = next((n for n, token, logprob in steps if token in eos_ids or math.isnan(logprob)), length)
+        reason = "stop" if tokens[end - 1] in eos_ids else "length"
+        answers.append(Generation(list(prompt), tokens[:end], logprobs[:end], reason))
+    return answers
 
 
 def pad_left(prompts: Sequence[Sequence[int]], extra: int = 0) -> tuple[Tensor, Tensor]:
@@ -192,10 +141,11 @@ def pad_left(prompts: Sequence[Sequence[int]], extra: int = 0) -> tuple[Tensor, 
 
 
 def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Next token of each row and the natural log of its probability under the distribution drawn from (0 when greedy).
+    """Next token of each row and its log-prob under the distribution drawn from (0 when greedy).
 
-    The token is the inverse of the cumulative distribution at `uniform_B`, float64 in [0, 1); the log-prob is NaN where the logits
-    are not finite. Nothing is masked, the ids that the tokenizer lacks neither: the text is the model's own.
+    The token is the inverse of the cumulative distribution at `uniform_B`, float64 in [0, 1); the log-prob is
+    NaN where the logits are not finite. Nothing is masked, the ids that the tokenizer lacks neither: the text
+    is the model's own.
     """
     if sampling.temperature == 0 or uniform_B is None:
         best_B = logits_BV.max(-1)
@@ -203,13 +153,3 @@ def draw_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None)
     probs_BV = warp(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
     token_B = token_at(probs_BV, uniform_B)
     return token_B, probs_BV.gather(-1, token_B[:, None]).squeeze(-1).log()
-
-
-def _generation(
-    prompt: Sequence[int], tokens: list[int], logprobs: list[float], eos_ids: frozenset[int]
-) -> Generation:
-    for length, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), 1):
-        if token in eos_ids or math.isnan(logprob):
-            reason = "stop" if token in eos_ids else "length"
-            return Generation(list(prompt), tokens[:length], logprobs[:length], reason)
-    return Generation(list(prompt), tokens, logprobs, "length")

@@ -1,7 +1,7 @@
-"""Conversations with a target: every turn asked in order, its own earlier answers standing in the prompts of the later ones.
+"""Conversations with a target: every turn asked in order, its own earlier answers in the prompts of later ones.
 
-Answers of a log are never read: what stands before a later turn is what this target says, as when it is served. Turns of
-the same number are asked together.
+Answers of a log are never read: what stands before a later turn is what this target says, as when it is
+served. Turns of the same number are asked together.
 """
 
 from __future__ import annotations
@@ -19,25 +19,21 @@ from fastdraft.functional.generation import Generation
 class Turn:
     """One turn of one conversation."""
 
-    conversation: int
-    """Its place among those asked."""
-    number: int
-    """0 is the first."""
+    conversation: int  # its place among those asked
+    number: int  # 0 is the first
     prompt_ids: list[int]
-    answer: Generation | None
-    """None where only the prompt was wanted."""
+    answer: Generation | None  # None where only the prompt was wanted
 
 
 @dataclass(frozen=True)
 class Turns:
     """What became of every turn: `turns`, `too_long` and `ended` add up to the turns of all conversations."""
 
-    turns: list[Turn]
-    """Those asked, by number, then by conversation."""
-    too_long: int
-    """Turns whose prompt leaves no room for an answer, and those behind them."""
+    turns: list[Turn]  # those asked, by number, then by conversation
+    too_long: int  # turns whose prompt leaves no room for an answer, and those behind them
+    # Turns behind an answer that leaves no history: it failed, is empty, loops or stops in the middle of
+    # thinking.
     ended: int
-    """Turns behind an answer that leaves no history: it failed, is empty, loops or stops in the middle of thinking."""
 
 
 def take_turns(
@@ -51,12 +47,12 @@ def take_turns(
 ) -> Turns:
     """Asks conversations turn by turn; `ask` gives the target's answers to the prompts of one turn, told its number.
 
-    `room` is the most tokens of a prompt; an answer with one of `missing_ids`, ids without a token, ends its conversation; without
-    `last_answers` the prompts of the last turns are all that is wanted.
+    `room` is the most tokens of a prompt; an answer with one of `missing_ids`, ids without a token, ends its
+    conversation; without `last_answers` the prompts of the last turns are all that is wanted.
     """
     answers: list[list[str]] = [[] for _ in conversations]
     open_talks = [place for place, talk in enumerate(conversations) if talk.users]
-    turns, too_long, ended = list[Turn](), 0, 0
+    turns, too_long, ended, missing = list[Turn](), 0, 0, set(missing_ids)
     for number in range(max((len(talk.users) for talk in conversations), default=0)):
         prompts: dict[int, list[int]] = {}
         for place in open_talks:
@@ -72,20 +68,12 @@ def take_turns(
         open_talks = []
         for place, answer in written.items():
             left = len(conversations[place].users) - number - 1
-            said = _history(form, answer, missing_ids) if left else None
-            if said is not None:
+            failed = answer.fault or any(map(math.isnan, answer.logprobs))
+            unusable = failed or not missing.isdisjoint(answer.body) or is_looping(answer.body)
+            said = None if unusable or not left else form.answer(answer)
+            if said is None:
+                ended += left
+            else:
                 answers[place].append(said)
                 open_talks.append(place)
-            else:
-                ended += left
     return Turns(turns, too_long, ended)
-
-
-def _history(form: DialogueFormat, answer: Generation, missing_ids: Collection[int]) -> str | None:
-    unusable = (
-        answer.fault
-        or any(map(math.isnan, answer.logprobs))
-        or not set(missing_ids).isdisjoint(answer.body)
-        or is_looping(answer.body)
-    )
-    return None if unusable else form.answer(answer)

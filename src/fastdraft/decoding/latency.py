@@ -21,10 +21,8 @@ from fastdraft.json_rows import JsonRow
 class Latency(JsonRow):
     """Median seconds of one pass after a prefix of `prefix_tokens`, batch 1."""
 
-    draft_seconds: float
-    """The draft reads one token."""
-    target_seconds: dict[int, float]
-    """The target reads this many tokens at once."""
+    draft_seconds: float  # the draft reads one token
+    target_seconds: dict[int, float]  # the target reads this many tokens at once
     prefix_tokens: int
     device: str
     draft_dtype: str
@@ -46,7 +44,7 @@ def measure_latency(
 ) -> Latency:
     """Times single passes: the draft over one token, the target over one and over each of `widths` at once.
 
-    `prefix_tokens` stand in the cache before each pass, fewer in a short context; each pass is repeated after two that warm up.
+    `prefix_tokens` stand in the cache before each pass, fewer in a short context; two turns warm up.
     """
     widths = sorted({1, *widths})
     contexts = [int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in (target, draft)]
@@ -55,13 +53,9 @@ def measure_latency(
     for reader in readers:
         reader.read(_any_ids(reader, prefix))
     jobs = [(readers[1], 1), *((readers[0], width) for width in widths)]
-    seconds: list[list[float]] = [[] for _ in jobs]
-    for turn in range(repeats + 2):
-        for job, times in zip(jobs, seconds, strict=True):  # in turns: a slow spell of the machine hits all
-            taken = _one_pass(*job, prefix)
-            if turn >= 2:
-                times.append(taken)
-    draft_seconds, *by_width = [statistics.median(times) for times in seconds]
+    # In turns: a slow spell of the machine hits all.
+    seconds = [[_one_pass(*job, prefix) for job in jobs] for _ in range(repeats + 2)][2:]
+    draft_seconds, *by_width = map(statistics.median, zip(*seconds, strict=True))
     target_dtype, draft_dtype = (str(m.dtype).removeprefix("torch.") for m in (target, draft))
     target_seconds = dict(zip(widths, by_width, strict=True))
     return Latency(draft_seconds, target_seconds, prefix, str(target.device), draft_dtype, target_dtype)

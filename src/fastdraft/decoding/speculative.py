@@ -1,8 +1,8 @@
 """Speculative decoding: the draft proposes, the target verifies, the text is the target's own.
 
-Conventions by which everything here is counted: batch 1; the first round drafts straight from the prompt; every round
-proposes K tokens; what stands beyond the end of the text is discarded and not counted as accepted; the end-of-sequence
-token counts as generated. Shape suffixes: K proposals, E = K + 1, T tokens, V vocabulary.
+Conventions by which everything here is counted: batch 1; the first round drafts straight from the prompt;
+every round proposes K tokens; what stands beyond the end of the text is discarded and not counted as
+accepted; the end token counts as generated. Shape suffixes: K proposals, E = K + 1, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastdraft.decoding.cache import ModelReader
-from fastdraft.errors import DataError, RecipeError
+from fastdraft.errors import RecipeError
 from fastdraft.functional.acceptance import Counts, add_counts
-from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.functional.sampling import draw, mask_ids, probabilities
 from fastdraft.functional.verification import verify, verify_greedy
 from fastdraft.modeling.vocabulary import Vocabulary
@@ -27,8 +27,7 @@ from fastdraft.modeling.vocabulary import Vocabulary
 class Reader(Protocol):
     """A model while it reads one text: all that decoding needs of it."""
 
-    length: int
-    """Tokens read so far and not taken back."""
+    length: int  # tokens read so far and not taken back
 
     def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
         """Reads T more tokens; the logits after each of the last `keep`, [keep, V]."""
@@ -43,30 +42,19 @@ class Reader(Protocol):
 class Round:
     """What one pass of the target added to the text."""
 
-    tokens: list[int]
-    """Accepted proposals, then the target's token unless the text ended before it."""
-    logprobs: list[float]
-    """Of each token under the target's sampling distribution."""
-    num_accepted: int
-    """How many of `tokens`, from the front, were proposals."""
-    num_examined: int
-    """Proposals inside the text that were decided on."""
-    overlap_sum: float
-    """Sum over the examined places of sum_v min(target_probs, draft_probs)."""
+    tokens: list[int]  # accepted proposals, then the target's token unless the text ended before it
+    logprobs: list[float]  # of each token under the target's sampling distribution
+    num_accepted: int  # how many of `tokens`, from the front, were proposals
+    num_examined: int  # proposals inside the text that were decided on
+    overlap_sum: float  # over the examined places, of sum_v min(target_probs, draft_probs)
     num_speculative_tokens: int
 
     @property
     def counts(self) -> Counts:
         """This round alone, as counts."""
-        k, accepted, examined = (
-            self.num_speculative_tokens,
-            float(self.num_accepted),
-            float(self.num_examined),
-        )
-        per_pos = tuple(float(j < accepted) for j in range(k))
-        return Counts(
-            1.0, float(k), accepted, per_pos, examined, float(len(self.tokens)), self.overlap_sum, examined
-        )
+        k, accepted, examined = self.num_speculative_tokens, self.num_accepted, float(self.num_examined)
+        per_pos, written = tuple(float(j < accepted) for j in range(k)), float(len(self.tokens))
+        return Counts(1.0, float(k), float(accepted), per_pos, examined, written, self.overlap_sum, examined)
 
 
 @dataclass(frozen=True)
@@ -92,8 +80,7 @@ class _Text:
 
     target: Reader
     draft: Reader
-    ids: Tensor
-    """[T], with room for the answer and a round beyond it."""
+    ids: Tensor  # [T], with room for the answer and a round beyond it
     sampling: Sampling
     generator: torch.Generator
 
@@ -102,15 +89,11 @@ class SpeculativeDecoder:
     """Writes text as the target does, with fewer passes of the target.
 
     Args:
-        target: The model whose text is wanted, in evaluation mode.
-        draft: The model that proposes; same vocabulary, same device.
-        vocabulary: The shared vocabulary: which ids end a text, which are padding.
-        num_speculative_tokens: K, proposals in each round.
-        draft_temperature: The draft's own temperature where the target samples; None: the target's; 0: proposes greedily.
-            Any value leaves the text's distribution unchanged. Where the target is greedy the draft always is.
-
-    Raises:
-        RecipeError: for a K below 1 or a negative draft temperature.
+        target: The model whose text is wanted, in evaluation mode. draft: The model that proposes; same
+        vocabulary, same device. vocabulary: The shared vocabulary: which ids end a text, which are padding.
+        num_speculative_tokens: K, proposals in each round; at least 1. draft_temperature: The draft's own
+        where the target samples; None: the target's; 0: proposes greedily. Any
+            value leaves the text's distribution unchanged. Where the target is greedy the draft always is.
     """
 
     def __init__(
@@ -122,14 +105,9 @@ class SpeculativeDecoder:
         draft_temperature: float | None = None,
     ) -> None:
         if num_speculative_tokens < 1:
-            raise RecipeError(
-                f"num_speculative_tokens: {num_speculative_tokens}, must be at least 1",
-                "3 to 5 suits most drafts",
-            )
+            raise RecipeError(f"num_speculative_tokens: {num_speculative_tokens}, must be at least 1")
         if draft_temperature is not None and draft_temperature < 0:
-            raise RecipeError(
-                f"draft_temperature: {draft_temperature}, must not be negative", "0 proposes greedily"
-            )
+            raise RecipeError(f"draft_temperature: {draft_temperature}, must not be negative")
         self.target, self.draft, self.vocabulary = target, draft, vocabulary
         self.num_speculative_tokens, self.draft_temperature = num_speculative_tokens, draft_temperature
         self._eos = frozenset(vocabulary.eos_token_ids)
@@ -139,30 +117,28 @@ class SpeculativeDecoder:
     @property
     def context_length(self) -> int:
         """Tokens that both models can read: prompt and answer together."""
-        models = (self.target, self.draft)
-        return min(int(m.config.get_text_config(decoder=True).max_position_embeddings) for m in models)
+        configs = [m.config.get_text_config(decoder=True) for m in (self.target, self.draft)]
+        return min(int(config.max_position_embeddings) for config in configs)
 
     def readers(self, capacity: int) -> tuple[Reader, Reader]:
-        """Target and draft at the beginning of a text of at most `capacity` tokens; all passes go through these two."""
+        """Target and draft before a text of at most `capacity` tokens; all passes go through these."""
         return ModelReader(self.target, capacity), ModelReader(self.draft, capacity)
 
     def generate(
         self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> SpeculativeResult:
-        """One text, the same for the same arguments; an empty prompt or one that does not fit the context is a DataError."""
+        """One text, the same for the same arguments; DataError where the prompt is empty or leaves no room."""
         rounds = list(self.rounds(prompt_ids, sampling, max_new_tokens, seed))
         response = [token for r in rounds for token in r.tokens]
         logprobs = [value for r in rounds for value in r.logprobs]
-        stopped = bool(response) and response[-1] in self._eos
-        return SpeculativeResult(
-            Generation(list(prompt_ids), response, logprobs, "stop" if stopped else "length"), rounds
-        )
+        reason = "stop" if response and response[-1] in self._eos else "length"
+        return SpeculativeResult(Generation(list(prompt_ids), response, logprobs, reason), rounds)
 
     def rounds(
         self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> Iterator[Round]:
         """The text round by round, as it is written."""
-        check_room(prompt_ids, max_new_tokens, self.context_length)
+        check_prompts([prompt_ids], max_new_tokens, self.context_length)
         device, length = self.target.device, len(prompt_ids)
         end = length + max_new_tokens
         capacity = end + self.num_speculative_tokens + 1
@@ -179,9 +155,10 @@ class SpeculativeDecoder:
                 return
 
     def _round(self, text: _Text, length: int, end: int) -> Round:
-        """One proposal and verification; writes the new tokens into `ids_T` and leaves both readers one token behind the text's end.
+        """One proposal and verification, written into `ids_T`; leaves both readers one token behind the text's end.
 
-        After K acceptances the draft has not read its own last proposal; it reads it next time together with the bonus token.
+        After K acceptances the draft has not read its own last proposal; it reads it next time, with the
+        bonus token.
         """
         ids_T, sampling = text.ids, text.sampling
         # Proposals beyond the models' context would be discarded, and some cannot be read.
@@ -197,23 +174,19 @@ class SpeculativeDecoder:
             accepted_count, final_1 = verify(target_probs_EV, draft_probs_KV, proposed_K, text.generator)
         written_E = ids_T[length : length + k + 1]
         written_E.scatter_(0, accepted_count[None], final_1)
-        num_accepted, ids, logprobs, overlaps = _fetch(
-            accepted_count, written_E, target_probs_EV, draft_probs_KV
-        )
+        fetched = _fetch(accepted_count, written_E, target_probs_EV, draft_probs_KV)
+        num_accepted, ids, logprobs, overlaps = fetched
         tokens = ids[: min(num_accepted + 1, end - length)]
         tokens = tokens[: next((place for place, token in enumerate(tokens, 1) if token in self._eos), None)]
         text.target.take_back(length + num_accepted)
         text.draft.take_back(length + num_accepted)
         # The one refused stands at num_accepted; if the text ended before it, nobody asked.
-        examined = min(num_accepted + 1, k, len(tokens))
-        accepted = min(num_accepted, len(tokens))
-        overlap = sum(overlaps[:examined]) if overlaps else float(accepted)
-        return Round(
-            tokens, logprobs[: len(tokens)], accepted, examined, overlap, self.num_speculative_tokens
-        )
+        accepted, examined = min(num_accepted, len(tokens)), min(num_accepted + 1, k, len(tokens))
+        overlap, logprobs = sum(overlaps[:examined]) if overlaps else float(accepted), logprobs[: len(tokens)]
+        return Round(tokens, logprobs, accepted, examined, overlap, self.num_speculative_tokens)
 
     def _propose(self, text: _Text, length: int, num_proposals: int) -> Tensor:
-        """Writes the proposals at `length` and after; the distributions that they were drawn from, [K, V] (empty when greedy)."""
+        """Writes the proposals from `length` on; gives the distributions they were drawn from, [K, V], if any."""
         draft, ids_T, sampling = text.draft, text.ids, text.sampling
         temperature = sampling.temperature if self.draft_temperature is None else self.draft_temperature
         drawn_from: list[Tensor] = []
@@ -228,24 +201,10 @@ class SpeculativeDecoder:
         return torch.cat(drawn_from) if drawn_from else torch.empty(0)
 
 
-def check_room(
-    prompt_ids: list[int], max_new_tokens: int, context_length: int, where: str = "prompt"
-) -> None:
-    """Raises DataError when there is no prompt, or prompt and answer do not fit the context."""
-    if not prompt_ids:
-        raise DataError(f"{where}: no tokens; a prompt needs at least one token", "give some text")
-    if len(prompt_ids) + max_new_tokens > context_length:
-        raise DataError(
-            f"{where}: {len(prompt_ids)} tokens and {max_new_tokens} new ones; the context holds {context_length} tokens",
-            "shorten the prompt or lower max_new_tokens",
-        )
-
-
 def _fetch(
     num_accepted: Tensor, ids_E: Tensor, target_probs_EV: Tensor | None, draft_probs_KV: Tensor
 ) -> tuple[int, list[int], list[float], list[float]]:
-    """All that a round needs to know of the device, in the one transfer for which it waits: num_accepted, the ids of all E
-    places, their log-probs (0 when greedy), and the overlap at each proposal (none when greedy)."""
+    """What a round needs of the device, in one transfer: num_accepted, ids and log-probs of E places, overlaps of K."""
     if target_probs_EV is None:
         count, *ids = torch.cat([num_accepted[None], ids_E]).tolist()
         return count, ids, [0.0] * len(ids), []

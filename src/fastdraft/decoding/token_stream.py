@@ -1,4 +1,4 @@
-"""Tokens as text, each piece as soon as it is certain, marked as proposed by the draft or written by the target.
+"""Tokens as text, each piece as soon as it is certain, marked as the draft's proposal or the target's own.
 
 stream = TokenStream(tokenizer); text = stream.feed(token_id) + stream.finish()
 """
@@ -6,13 +6,13 @@ stream = TokenStream(tokenizer); text = stream.feed(token_id) + stream.finish()
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
 
 from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\ufffd"
-_WINDOW = (
-    6  # tokens before the new one that are decoded along, so that spaces and joined characters come out right
-)
+_WINDOW = 6  # tokens decoded along before the new one, so that spaces and joined characters come out right
 
 
 class TokenStream:
@@ -26,13 +26,13 @@ class TokenStream:
     def feed(self, token_id: int) -> str:
         """The text that this token makes certain; empty when a character is still incomplete."""
         self._ids.append(token_id)
-        return self._show(final=False)
+        return self._show()
 
     def finish(self) -> str:
         """Whatever was held back."""
         return self._show(final=True)
 
-    def _show(self, final: bool) -> str:
+    def _show(self, final: bool = False) -> str:
         if self._shown == len(self._ids):
             return ""
         before, text = self._decode(self._ids[: self._shown]), self._decode(self._ids)
@@ -50,15 +50,8 @@ def text_pieces(
     tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], accepted: Iterable[bool]
 ) -> list[dict[str, str | bool]]:
     """`[{"text": ..., "accepted": ...}, ...]`: neighbours of the same kind joined."""
-    stream, flag = TokenStream(tokenizer), False
-    shown: list[tuple[str, bool]] = []
-    for token_id, flag in zip(token_ids, accepted, strict=True):
-        shown.append((stream.feed(token_id), bool(flag)))
-    shown.append((stream.finish(), bool(flag)))
-    pieces: list[dict[str, str | bool]] = []
-    for text, kind in shown:
-        if text and pieces and pieces[-1]["accepted"] == kind:
-            pieces[-1]["text"] = f"{pieces[-1]['text']}{text}"
-        elif text:
-            pieces.append({"text": text, "accepted": kind})
-    return pieces
+    stream, flags = TokenStream(tokenizer), [bool(flag) for flag in accepted]
+    shown = [(flag, stream.feed(token_id)) for token_id, flag in zip(token_ids, flags, strict=True)]
+    shown.append((flags[-1] if flags else False, stream.finish()))
+    runs = groupby((each for each in shown if each[1]), key=itemgetter(0))
+    return [{"text": "".join(text for _, text in run), "accepted": flag} for flag, run in runs]

@@ -13,12 +13,9 @@ from fastdraft.errors import DataError
 class Sampling:
     """The distribution from which the target writes: temperature first, then top-k, then top-p."""
 
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 0
-    """0 keeps all."""
-    top_p: float = 1.0
-    """1 keeps all."""
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 1 keeps all
 
 
 @dataclass(frozen=True)
@@ -26,18 +23,15 @@ class Generation:
     """One answer of the target."""
 
     prompt_ids: list[int]
-    response_ids: list[int]
-    """Without the prompt; ends with the EOS id when `finish_reason` is `stop`."""
+    response_ids: list[int]  # without the prompt; ends with the EOS id when `finish_reason` is `stop`
+    # Natural log of the probability of each response id under the very distribution it was drawn from; 0 when greedy. Empty
+    # where a server does not tell it: such text can be trained on, and replayed only where no probability is asked.
     logprobs: list[float]
-    """Natural log of the probability of each response id under the very distribution it was drawn from; 0 when greedy.
-    Empty where a server does not tell it: such text can be trained on, and replayed only where no probability is asked."""
     finish_reason: Literal["stop", "length"]
-    fault: str = ""
-    """Why this answer is no use as a row, in one word; empty for every good one."""
+    fault: str = ""  # why this answer is no use as a row, in one word; empty for every good one
 
     @classmethod
     def failed(cls, prompt_ids: list[int], fault: str) -> Generation:
-        """An answer that is no use."""
         return cls(prompt_ids, [], [], "length", fault)
 
     @property
@@ -47,7 +41,7 @@ class Generation:
 
 
 class RenderedPrompt(list[int]):
-    """A prompt as token ids that still knows the messages it was rendered from, for servers that render messages themselves."""
+    """Token ids that still know the messages they were rendered from, for servers that render messages themselves."""
 
     def __init__(self, ids: Iterable[int], messages: Iterable[Mapping[str, str]]) -> None:
         super().__init__(ids)
@@ -55,14 +49,14 @@ class RenderedPrompt(list[int]):
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> None:
-    """Raises DataError when a prompt is empty or leaves no room for `max_new_tokens` in the target's context."""
-    for index, prompt in enumerate(prompts):
-        if not prompt or len(prompt) + max_new_tokens > context_length:
-            raise DataError(
-                f"prompt {index}: {len(prompt)} tokens; prompt and max_new_tokens ({max_new_tokens}) must fit into "
-                f"the context of {context_length}",
-                "shorten the prompt or lower max_new_tokens",
-            )
+    """Raises DataError when a prompt is empty or leaves no room for `max_new_tokens` in the context."""
+    for index, count in enumerate(map(len, prompts)):
+        where, room = f"prompt {index}", context_length - max_new_tokens
+        if not count:
+            raise DataError(f"{where}: no tokens; needs at least one token", "give some text")
+        if count > room:
+            found = f"{count} tokens and {max_new_tokens} new ones; the context holds {context_length}"
+            raise DataError(f"{where}: {found}", "shorten the prompt or lower max_new_tokens")
 
 
 class Engine(Protocol):
@@ -73,7 +67,7 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> list[Generation]:
-        """One answer for each prompt (token ids in, token ids out), reproducible for equal prompts, order and seed."""
+        """One answer for each prompt (token ids), reproducible for equal prompts, order and seed."""
         ...
 
     def with_ends(self, eos_ids: Sequence[int]) -> Engine:

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastdraft.decoding.speculative import Round, check_room
-from fastdraft.functional.generation import Sampling
+from fastdraft.decoding.speculative import Round
+from fastdraft.functional.generation import Sampling, check_prompts
 from fastdraft.runtimes.openvino import (
     WHOLE_PROMPTS,
     Precision,
@@ -165,9 +165,9 @@ class OpenVINOPair:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, asked: int, seed: int, k: int = 0
     ) -> list[Any]:
         """OpenVINO's settings for every answer; K 0: without the draft."""
+        check_prompts(prompts, asked, self._rooms[k > 0])
         configs, eos_ids = [], self.settings.eos_ids
-        for index, prompt in enumerate(prompts):
-            check_room(list(prompt), asked, self._rooms[k > 0], f"prompt {index}")
+        for index in range(len(prompts)):
             config = generation_config(sampling, asked, eos_ids, answer_seed(seed, index))
             config.ignore_eos = not eos_ids
             if k:

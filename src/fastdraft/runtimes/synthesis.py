@@ -21,7 +21,7 @@ from fastdraft.data.rows import SyntheticRow, ids_hash
 from fastdraft.data.sparse_logits import SparseLogits
 from fastdraft.data.synthesis_plan import Unit
 from fastdraft.decoding.conversations import take_turns
-from fastdraft.decoding.replay import TokenText, batch_tokens_of, held_slices, pass_by_pass, response_hidden
+from fastdraft.decoding.replay import TokenText, held_slices, pass_by_pass, response_hidden
 from fastdraft.errors import TargetError
 from fastdraft.functional.distillation import top_k_buckets
 from fastdraft.functional.generation import Engine, Generation, Sampling
@@ -159,7 +159,7 @@ def sparse_logits(
         pieces = zip(np.split(kept.ids, ends), np.split(kept.logprobs, ends), strict=True)
         found.update(zip(chosen, (SparseLogits(*piece) for piece in pieces), strict=True))
 
-    pass_by_pass(rows, batch_tokens or batch_tokens_of(model.device), keep_piece)
+    pass_by_pass(rows, model.device, keep_piece, batch_tokens)
     return [found[i] for i in range(len(rows))]
 
 

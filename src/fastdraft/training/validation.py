@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.data.shards import PackedCorpus
-from fastdraft.decoding.replay import block_efficiency
+from fastdraft.decoding.replay import replay
+from fastdraft.functional.acceptance import add_counts
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.training.batches import (
     Batch,
@@ -72,7 +73,8 @@ def response_scores(
         if not replayable:
             return Validation({"validation_loss": losses})
         k, together = num_speculative_tokens, REPLAYED_TOKENS
-        score = block_efficiency(draft, replayable, k, vocabulary, batch_tokens=together)
+        counted = replay(draft, replayable, [k], vocabulary, batch_tokens=together)
+        score = add_counts(counts[k] for counts in counted).block_efficiency
         return Validation({"validation_loss": losses, "validation_block_efficiency": score}, score)
 
     return measure
