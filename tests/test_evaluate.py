@@ -19,6 +19,7 @@ from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.errors import DataError, FastDraftError, Interrupted, TargetError
 from fastdraft.evaluation import work
 from fastdraft.evaluation.results import EvaluationResults, ResultRow
+from fastdraft.evaluation.rows import next_token_judge
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.same_text import compare_texts
 from fastdraft.modeling.drafts import load_draft
@@ -221,7 +222,7 @@ def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path
 
 def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) -> None:
     target = load_draft(tiny_target)
-    found = compare_texts([5, 6], [7, 8, 9], [7, 10, 9], work.next_token_judge(target))
+    found = compare_texts([5, 6], [7, 8, 9], [7, 10, 9], next_token_judge(target))
     assert found is not None
     assert (found.place, found.is_near_tie("float32")) == (1, False)
     with torch.inference_mode():

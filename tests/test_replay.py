@@ -14,12 +14,13 @@ from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding import replay as module
 from fastdraft.decoding.replay import accept_probabilities, length_batches, replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
-from fastdraft.evaluation.prompts import EncodedTask
-from fastdraft.evaluation.work import EvaluationPlan, EvaluationWork, exact_runs
+from fastdraft.evaluation.tasks import EncodedTask
+from fastdraft.evaluation.work import EvaluationWork, exact_runs
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import probabilities
 from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.evaluation import EvaluateConfig
 from fastdraft.run_folder import StageFolder
 
 VOCABULARY = Vocabulary(320, 300, tuple(range(300, 320)), 0, (3,), 0, "")
@@ -189,9 +190,9 @@ def test_the_progress_of_given_texts_ends_at_their_number(
     }
     every = [row for found in rows.values() for row in found]
     task = EncodedTask("log", [row.row_id for row in every], [row.prompt_ids for row in every], 4)
-    plan = EvaluationPlan([task], [0.0, 0.7], [3], [3], 0, given=rows)
+    config, folder = EvaluateConfig(texts="synthesize", num_speculative_tokens=[3]), StageFolder(tmp_path)
     work = EvaluationWork(
-        plan, StageFolder(tmp_path), Console(), VOCABULARY, None, lambda _: pytest.fail("asked")
+        config, [task], 0, folder, Console(), VOCABULARY, None, lambda _: pytest.fail("asked"), rows
     )
     work.write_texts()
     work.replay({"align": lambda: near})

@@ -58,13 +58,6 @@ def test_nested_settings_are_compared_key_by_key() -> None:
     assert flatten({"a": {"b": [1, {"c": 2}]}, "d": []}) == {"a.b[0]": 1, "a.b[1].c": 2, "d": []}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', "\x00\xff"])
-def test_a_damaged_manifest_is_one_clear_error(tmp_path: Path, content: str) -> None:
-    (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
-    with pytest.raises(FastDraftError, match=r"manifest\.json"):
-        StageFolder(tmp_path).manifest()
-
-
 def test_a_kept_result_is_made_once_and_read_ever_after(tmp_path: Path) -> None:
     folder, made = StageFolder(tmp_path), []
 
@@ -175,10 +168,3 @@ def test_what_killed_processes_left_half_written_is_removed_under_the_lock(tmp_p
     with RunFolder(tmp_path).lock():
         pass
     assert sorted((tmp_path / "align").iterdir()) == sorted(kept)
-
-
-def test_a_file_in_the_place_of_the_runs_folder_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(FastDraftError, match=r"run\.folder"), RunFolder(place).lock():
-            pass

@@ -21,14 +21,11 @@ class JsonRow:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        hints = _hints(cls)  # type: ignore[arg-type]
-        named = {each.name: each.metadata.get("json", each.name) for each in fields(cls)}
-        return cls(**{name: _decoded(hints[name], value[key]) for name, key in named.items() if key in value})
+        hints, known = _hints(cls), [each for each in _names(cls) if each[1] in value]  # type: ignore[arg-type]
+        return cls(**{name: _decoded(hints[name], value[key]) for name, key in known})
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            each.metadata.get("json", each.name): _encoded(getattr(self, each.name)) for each in fields(self)
-        }
+        return {key: _encoded(getattr(self, name)) for name, key in _names(type(self))}
 
 
 def called(name: str) -> Any:
@@ -36,17 +33,20 @@ def called(name: str) -> Any:
     return field(metadata={"json": name})
 
 
-@cache
-def _hints(cls: type[JsonRow]) -> dict[str, Any]:
-    return get_type_hints(cls)
+def _names(cls: type[JsonRow]) -> list[tuple[str, str]]:
+    return [(each.name, each.metadata.get("json", each.name)) for each in fields(cls)]
+
+
+_hints = cache(get_type_hints)
 
 
 def _decoded(hint: Any, value: Any) -> Any:
     if value is None:
         return None
     if get_origin(hint) in (Union, types.UnionType):
-        inner = [each for each in get_args(hint) if each is not type(None)]
-        return _decoded(inner[0], value) if len(inner) == 1 else value
+        return _decoded(
+            get_args(hint)[0], value
+        )  # the other parts are None, or numbers, which stay as they are
     if get_origin(hint) is list:
         return [_decoded(get_args(hint)[0], item) for item in value]
     if get_origin(hint) is dict:

@@ -15,7 +15,7 @@ from typing import Any
 from fastdraft.benchmark.memory import measure_memory
 from fastdraft.benchmark.plan import ALONE, BenchmarkPlan, Measurement, WeightsOfPair
 from fastdraft.benchmark.rows import BreakdownRow, MemoryRow, PassesRow
-from fastdraft.evaluation.prompts import derive_seed
+from fastdraft.evaluation.tasks import derive_seed
 from fastdraft.functional.acceptance import counts_to_array
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.same_text import compare_texts

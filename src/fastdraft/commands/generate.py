@@ -31,8 +31,7 @@ from fastdraft.recipe.run import TargetConfig
 from fastdraft.stages.context import DRAFT_FOLDERS
 from fastdraft.target import Target
 
-ACCEPTED, RESET = "\x1b[32m", "\x1b[0m"
-"""Green: the draft's; the terminal's own colour: the target's."""
+ACCEPTED, RESET = "\x1b[32m", "\x1b[0m"  # green: the draft's; the terminal's own colour: the target's
 # A run's best draft is its export, else the checkpoint of its latest finished training stage.
 _DRAFTS = ("export/huggingface", *(f"{stage}/{folder}" for stage, folder in reversed(DRAFT_FOLDERS.items())))
 
@@ -41,18 +40,13 @@ def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[T
     """Target, with the revision and precision that the run used, and the draft's location; what is given by name wins."""
     if run is None:
         if not (target and draft):
-            raise RecipeError(
-                "RUN: missing; a run's folder, or both --target and --draft, must be given",
-                "for example fastdraft generate runs/demo",
-            )
+            message = "RUN: missing; a run's folder, or both --target and --draft, must be given"
+            raise RecipeError(message, "for example fastdraft generate runs/demo")
         return TargetConfig(model=target), draft
     folder = Path(run)
     try:
-        config = (
-            TargetConfig(model=target)
-            if target
-            else load_config(TargetConfig, read_yaml(folder / "recipe.yaml")["target"], "target")
-        )
+        written = {"model": target} if target else read_yaml(folder / "recipe.yaml")["target"]
+        config = load_config(TargetConfig, written, "target")
     except (RecipeError, TypeError, KeyError):
         message = f"{run}: has no readable recipe.yaml; must be the folder of a run"
         raise FastDraftError(message, "give a folder such as runs/demo") from None
@@ -86,7 +80,6 @@ class _Writer:
     max_new_tokens: int
     seed: int
     color: bool
-    console: Console
 
     def answer(self, prompt_ids: list[int]) -> _Answer:
         """Streams one answer to stdout."""
@@ -100,27 +93,22 @@ class _Writer:
                 sys.stdout.write(f"{ACCEPTED}{text}{RESET}" if green else text)
             sys.stdout.flush()
         seconds = time.perf_counter() - start
-        sys.stdout.write(f"{stream.finish()}\n")
-        sys.stdout.flush()
+        print(stream.finish(), flush=True)
         return _Answer(prompt_ids, rounds, seconds)
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """New tokens that fit the context behind this prompt."""
-        room = self.decoder.context_length - len(prompt_ids)
-        if room < 1:
-            raise DataError(
-                f"prompt: {len(prompt_ids)} tokens; the context holds {self.decoder.context_length}",
-                "shorten it, or begin a new conversation",
-            )
-        return min(room, self.max_new_tokens)
+        context = self.decoder.context_length
+        if len(prompt_ids) >= context:
+            message = f"prompt: {len(prompt_ids)} tokens; the context holds {context}"
+            raise DataError(message, "shorten it, or begin a new conversation")
+        return min(context - len(prompt_ids), self.max_new_tokens)
 
-    def alone(self, prompt_ids: list[int]) -> tuple[list[int], float]:
-        """What the target writes without the draft, and the seconds it takes, prompt reading included as in `answer`."""
+    def alone(self, ids: list[int]) -> tuple[list[int], float]:
+        """What the target writes without the draft, and its seconds, prompt reading included as in `answer`."""
         generator, eos = torch.Generator().manual_seed(self.seed), set(self.decoder.vocabulary.eos_token_ids)
         start = time.perf_counter()
-        found = generate_batch(
-            self.decoder.target, [prompt_ids], self.sampling, self.room(prompt_ids), eos, generator
-        )
+        found = generate_batch(self.decoder.target, [ids], self.sampling, self.room(ids), eos, generator)
         return found[0].response_ids, time.perf_counter() - start
 
 
@@ -141,31 +129,32 @@ def run(
     compare: bool,
     console: Console,
 ) -> None:
-    """Writes one answer, or holds a conversation: `chat` without a prompt on a terminal. A `prompt` of None is read from stdin."""
+    """Writes one answer, or holds a conversation: `chat` without a prompt on a terminal. Without `prompt` stdin is read."""
     opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
     where = pick_device(device, "--device")
     check_same(opened.vocabulary, Target.at(draft).vocabulary, where=draft)
     model = opened.model(where)
-    decoder = SpeculativeDecoder(
-        model, load_draft(Path(draft), where, model.dtype), opened.vocabulary, num_speculative_tokens
-    )
-    sampling = Sampling(temperature, top_k, top_p)
-    writer = _Writer(decoder, opened.tokenizer, sampling, max_new_tokens, seed, _colored(color), console)
+    loaded = load_draft(Path(draft), where, model.dtype)
+    decoder = SpeculativeDecoder(model, loaded, opened.vocabulary, num_speculative_tokens)
+    tokenizer, sampling = opened.tokenizer, Sampling(temperature, top_k, top_p)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of another code page shows ? instead of failing
+    if color is None:
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    writer = _Writer(decoder, tokenizer, sampling, max_new_tokens, seed, color)
     if chat and prompt is None and sys.stdin.isatty():
-        answers = _converse(writer)
+        answers = _converse(writer, console)
     else:
         text = prompt if prompt is not None else _read_prompt(console)
         if not text.strip():
-            raise DataError(
-                "--prompt: empty; there must be a prompt", "give --prompt TEXT or pipe text into the command"
-            )
+            raise DataError("--prompt: empty; there must be a prompt", "give --prompt TEXT or pipe text in")
         message = [{"role": "user", "content": text}]
-        ids = render_prompt(writer.tokenizer, message) if chat else prompt_ids(writer.tokenizer, text, False)
+        ids = render_prompt(tokenizer, message) if chat else prompt_ids(tokenizer, text, False)
         if compare:  # both models run once, or the first pass would be charged to one of them
-            writer.decoder.generate(ids[: min(len(ids), 8)], sampling, 2, seed)
+            decoder.generate(ids[:8], sampling, 2, seed)
         answers = [writer.answer(ids)]
     if answers:
-        _report(writer, answers, compare)
+        _report(writer, answers, compare, console)
 
 
 def _read_prompt(console: Console) -> str:
@@ -179,17 +168,10 @@ def _read_prompt(console: Console) -> str:
         raise DataError(message, "convert it to UTF-8, or give --prompt TEXT") from None
 
 
-def _colored(color: bool | None) -> bool:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal of another code page shows ? instead of failing
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ if color is None else color
-
-
-def _converse(writer: _Writer) -> list[_Answer]:
-    """Turn by turn until the input ends (Ctrl-D, on Windows Ctrl-Z) or Ctrl-C."""
-    writer.console.say("end the conversation with Ctrl-D (Windows: Ctrl-Z and Enter)")
-    messages: list[dict[str, str]] = []
-    answers: list[_Answer] = []
+def _converse(writer: _Writer, console: Console) -> list[_Answer]:
+    """Turn by turn until the input ends or Ctrl-C."""
+    console.say("end the conversation with Ctrl-D (Windows: Ctrl-Z and Enter)")
+    messages, answers = list[dict[str, str]](), list[_Answer]()
     while True:
         try:
             text = input("> ").strip()
@@ -198,16 +180,16 @@ def _converse(writer: _Writer) -> list[_Answer]:
             messages.append({"role": "user", "content": text})
             answers.append(writer.answer(render_prompt(writer.tokenizer, messages)))
         except (EOFError, KeyboardInterrupt):
-            sys.stdout.write("\n")
+            print()
             return answers
         said = str(writer.tokenizer.decode(answers[-1].token_ids, skip_special_tokens=True))
         messages.append({"role": "assistant", "content": said})
 
 
-def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool) -> None:
+def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool, console: Console) -> None:
     """Tokens per target pass of all answers; the measured speed-up on the last."""
     counts = add_counts(r.counts for answer in answers for r in answer.rounds)
-    say, k = writer.console.say, writer.decoder.num_speculative_tokens
+    k, say, last = writer.decoder.num_speculative_tokens, console.say, answers[-1]
     rate = counts.num_generated_tokens / max(sum(answer.seconds for answer in answers), 1e-9)
     passes = f"{counts.num_generated_tokens:.0f} tokens in {counts.num_drafts:.0f} target passes"
     say(f"{passes}: {counts.block_efficiency:.2f} tokens per pass, {rate:.0f} tokens/s")
@@ -215,16 +197,14 @@ def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool) -> None:
     say(f"acceptance rate {counts.acceptance_rate:.3f} at K = {k} ({proposals})")
     if not compare:
         return
-    last = answers[-1]
     alone_ids, alone_seconds = writer.alone(last.prompt_ids)
     with_draft, without = last.seconds / max(1, len(last.token_ids)), alone_seconds / max(1, len(alone_ids))
     verdict = "" if without > with_draft else "; a draft does not pay for this pair on this device"
     change = f"{1000 * without:.1f} -> {1000 * with_draft:.1f} ms a token"
     say(f"speed-up against the target alone: {without / with_draft:.2f}x ({change}){verdict}")
     if writer.sampling.temperature == 0:
-        same = alone_ids == last.token_ids
-        say(
-            "same text as the target alone"
-            if same
-            else "text differs from the target's alone: near-ties in this precision"
+        same, near = (
+            "same text as the target alone",
+            "text differs from the target's alone: near-ties in this precision",
         )
+        say(same if alone_ids == last.token_ids else near)

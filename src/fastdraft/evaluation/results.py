@@ -5,26 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.json_rows import JsonRow, Number, called
 
+# In the order of training, as the paper calls them.
 CHECKPOINT_LABELS = {"design": "untrained", "pretrain": "PT", "continue_pretrain": "CP", "align": "FT"}
-"""In the order of training, as the paper calls them."""
 TASK_ORDER = ("code", "summarization", "text", "instructions")
+# Kinds of speed-up that a row may hold, the paper's first, and how they are called.
 SPEEDUPS = {
     "mbsu_parameters": "by parameters",
     "mbsu_bytes": "by bytes read",
     "mbsu_latency": "by measured latency",
     "predicted_speedup": "predicted wall clock",
 }
-"""Kinds of speed-up that a row may hold, the paper's first, and how they are called."""
-HEADLINE_TEMPERATURE, HEADLINE_K = 0.6, 3
-"""Where the paper prints its acceptance rates."""
+HEADLINE_TEMPERATURE, HEADLINE_K = 0.6, 3  # where the paper prints its acceptance rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,7 @@ class ResultRow(JsonRow):
 
     checkpoint: str
     task: str
-    method: str
-    """`exact` or `replay`."""
+    method: str  # `exact` or `replay`
     temperature: float
     num_speculative_tokens: int
     num_prompts: int
@@ -66,9 +65,8 @@ class ResultRow(JsonRow):
         if key in SPEEDUPS:
             # Block efficiency times what K and the costs fix; the costs' own spread is not in it.
             around, value = self.interval("block_efficiency"), getattr(self, key)
-            if around is None or value is None or not self.block_efficiency:
-                return None
-            return around[0] * value / self.block_efficiency, around[1] * value / self.block_efficiency
+            factor = value / self.block_efficiency if value and self.block_efficiency else None
+            return (around[0] * factor, around[1] * factor) if around and factor else None
         low, high = getattr(self, f"{key}_low", None), getattr(self, f"{key}_high", None)
         return None if low is None or high is None else (low, high)
 
@@ -257,15 +255,13 @@ class EvaluationResults(JsonRow):
     def against_k(self, checkpoint: str, task: str, temperature: float) -> list[ResultRow]:
         """One row for each K: by replay, which covers every checkpoint and K; else exact."""
         found = self.select(checkpoint=checkpoint, task=task, temperature=temperature)
-        chosen = {row.num_speculative_tokens: row for row in found}
-        return list(
-            (chosen | {row.num_speculative_tokens: row for row in found if row.method == "replay"}).values()
-        )
+        replayed = [row for row in found if row.method == "replay"]
+        return list({row.num_speculative_tokens: row for row in [*found, *replayed]}.values())
 
     def row(self, checkpoint: str, task: str, temperature: float, k: int | None = None) -> ResultRow | None:
         """The one row at a K, the headline's by default."""
-        rows = self.against_k(checkpoint, task, temperature)
-        return next((row for row in rows if row.num_speculative_tokens == (k or self.headline_k)), None)
+        rows, k = self.against_k(checkpoint, task, temperature), k or self.headline_k
+        return next((row for row in rows if row.num_speculative_tokens == k), None)
 
     def best(self, task: str, temperature: float, speedup: str = "mbsu_parameters") -> ResultRow | None:
         """The final draft's row at the K with the highest speed-up of a kind; the smallest such K."""
@@ -279,12 +275,10 @@ class EvaluationResults(JsonRow):
         rows = (self.row(self.checkpoints[-1], *setting) for setting in self.settings())
         return [row for row in rows if row]
 
-    def settings(self) -> Iterator[tuple[str, float]]:
+    def settings(self) -> list[tuple[str, float]]:
         """Every task and temperature with rows of the final draft."""
-        for task in self.tasks:
-            for temperature in sorted(self.temperatures):
-                if self.against_k(self.checkpoints[-1], task, temperature):
-                    yield task, temperature
+        everything = product(self.tasks, sorted(self.temperatures))
+        return [setting for setting in everything if self.against_k(self.checkpoints[-1], *setting)]
 
 
 def nearest_k(available: Iterable[int]) -> int:

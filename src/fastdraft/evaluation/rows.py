@@ -1,45 +1,59 @@
-"""From tables of counts, one line for each prompt, to the rows of `results.json`.
+"""From counts to what an evaluation found: the rows of `results.json`, the answers of `samples.json`, words for the terminal.
 
 What cannot be computed is null. Intervals come from a bootstrap over prompts, those of one group number drawn together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdraft.console import Console
+from fastdraft.data.filters import is_looping
 from fastdraft.decoding.latency import Latency
-from fastdraft.evaluation.results import DifferenceRow, FadedCase, PositionResults, PositionRow, ResultRow
-from fastdraft.forecast import mbsu, predicted_speedup
-from fastdraft.functional.acceptance import (
-    ACCEPTED,
-    DRAFTS,
-    GENERATED,
-    PROPOSED,
-    Counts,
-    CountsTable,
-    counts_from_array,
-    tidy,
-    tidy_count,
+from fastdraft.decoding.token_stream import text_pieces
+from fastdraft.evaluation.results import (
+    AnswerPiece,
+    AnswerSample,
+    DifferenceRow,
+    EvaluationResults,
+    FadedCase,
+    GreedyCase,
+    GreedyCheck,
+    PositionResults,
+    PositionRow,
+    ResultRow,
+    nearest_k,
 )
-from fastdraft.functional.intervals import Groups, difference_interval, num_groups, ratio_interval
+from fastdraft.evaluation.work import EvaluationWork, ExactRuns, Replayed, Setting
+from fastdraft.forecast import mbsu, predicted_speedup
+from fastdraft.functional import acceptance as columns
+from fastdraft.functional.acceptance import Counts, CountsTable, counts_from_array, tidy, tidy_count
+from fastdraft.functional.intervals import (
+    Groups,
+    difference_interval,
+    group_numbers,
+    num_groups,
+    ratio_interval,
+)
 from fastdraft.functional.positions import bucket_bounds
+from fastdraft.functional.same_text import Judge, compare_texts
 
 # At half the rate half of what a draft brings is gone, while texts of different lengths differ by far less; a draft that
 # reads beyond the lengths it was trained on loses nearly all.
 _FADED = 0.5
-_ENOUGH_TOKENS, _ENOUGH_CONVERSATIONS = (
-    300,
-    4,
-)  # proposals and draws that a stretch of text needs before it is judged
+_ENOUGH_TOKENS, _ENOUGH_CONVERSATIONS = 300, 4  # proposals and draws of a stretch of text that is judged
+_SAMPLES_PER_TASK = 2
 
+# By task and temperature which prompts are drawn together.
 GroupsBySetting = Mapping[tuple[str, float], Groups]
-"""By task and temperature which prompts are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +65,45 @@ class CostRatios:
     latency: Latency | None = None
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What one row is about; `method` is exact or replay."""
+def findings(
+    work: EvaluationWork,
+    replayed: Mapping[tuple[str, str, float], Replayed],
+    exact: Mapping[Setting, ExactRuns],
+    costs: CostRatios,
+    context_length: int,
+) -> dict[str, Any]:
+    """The fields of `EvaluationResults` that follow from the counts: replay first, then exact, each in the order of the work."""
+    seed, ks, groups, looping = work.seed, work.config.num_speculative_tokens, {}, {}
+    for task, t in work.settings:
+        texts = work.texts[task.name, t]
+        groups[task.name, t] = group_numbers(task.groups or [row.prompt_key for row in texts])
+        looping[task.name, t] = _looping([row.response_ids for row in texts])
+    tables = {
+        Setting(name, task, "replay", t, k): table[:, : columns.TOTALS + k]
+        for (name, task, t), found in replayed.items()
+        for k, table in zip(ks, found.by_k, strict=True)
+    }
+    rows = []
+    for s, table in tables.items():
+        place = s.task, s.temperature
+        rows.append(result_row(s, table, looping[place], costs, seed, groups[place]))
+    for s, runs in exact.items():
+        table = np.array(runs.counts, dtype=np.float64)
+        together = groups[s.task, s.temperature][: len(table)]
+        rows.append(result_row(s, table, _looping(runs.response_ids), costs, seed, together))
+    headline = {s: table for s, table in tables.items() if s.num_speculative_tokens == nearest_k(ks)}
+    by_position = {place: found.by_position for place, found in replayed.items()}
+    return {
+        "rows": rows,
+        "differences": difference_rows(headline, seed, groups),
+        "by_position": position_results(by_position, nearest_k(ks), context_length, seed, groups),
+        "greedy_check": greedy_check(work, exact),
+    }
 
-    checkpoint: str
-    task: str
-    method: str
-    temperature: float
-    num_speculative_tokens: int
+
+def _looping(texts: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+    """For each text, whether it ran into a loop."""
+    return np.array([is_looping(ids) for ids in texts], dtype=bool)
 
 
 def result_row(
@@ -75,11 +119,14 @@ def result_row(
     rest = counts_from_array(table[~looping].sum(0)) if (~looping).any() else Counts()
     tau, latency = counts.block_efficiency, costs.latency
     seconds = latency.target_seconds if latency else {}
+    wall = None
+    if latency and k + 1 in seconds:
+        wall = tidy(predicted_speedup(tau, k, latency.draft_seconds, seconds[1], seconds[k + 1]))
     return ResultRow(
         **vars(setting),
         **_figures(counts),
-        **_interval("acceptance_rate", table, ACCEPTED, PROPOSED, seed, groups),
-        **_interval("block_efficiency", table, GENERATED, DRAFTS, seed, groups),
+        **_interval("acceptance_rate", table, columns.ACCEPTED, columns.PROPOSED, seed, groups),
+        **_interval("block_efficiency", table, columns.GENERATED, columns.DRAFTS, seed, groups),
         num_prompts=len(table),
         num_conversations=num_groups(groups, len(table)),
         num_accepted_tokens_per_pos=[tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
@@ -87,9 +134,7 @@ def result_row(
         mbsu_parameters=tidy(mbsu(tau, k, costs.parameters)),
         mbsu_bytes=tidy(mbsu(tau, k, costs.bytes)),
         mbsu_latency=tidy(mbsu(tau, k, latency.cost_ratio)) if latency else None,
-        predicted_speedup=tidy(predicted_speedup(tau, k, latency.draft_seconds, seconds[1], seconds[k + 1]))
-        if latency and k + 1 in seconds
-        else None,
+        predicted_speedup=wall,
         looping_share=tidy(float(looping.mean())),
         acceptance_rate_without_looping=tidy(rest.acceptance_rate),
         block_efficiency_without_looping=tidy(rest.block_efficiency),
@@ -112,19 +157,19 @@ def _interval(
 
 
 def difference_rows(
-    tables: Mapping[Setting, CountsTable], seed: int, groups: GroupsBySetting | None = None
+    tables: Mapping[Setting, CountsTable], seed: int, groups: GroupsBySetting
 ) -> list[DifferenceRow]:
     """Each checkpoint against the one before it, on the same prompts drawn together; `tables` in the order of training."""
-    ladders: dict[tuple[str, float, int], list[tuple[str, CountsTable]]] = {}
-    for setting, table in tables.items():
-        place = setting.task, setting.temperature, setting.num_speculative_tokens
-        ladders.setdefault(place, []).append((setting.checkpoint, table))
+    by_place: dict[tuple[str, float, int], list[tuple[str, CountsTable]]] = {}
+    for s, table in tables.items():
+        place = s.task, s.temperature, s.num_speculative_tokens
+        by_place.setdefault(place, []).append((s.checkpoint, table))
     rows = []
-    for (task, temperature, k), ladder in ladders.items():
-        for (name, before), (next_name, after) in pairwise(ladder):
-            pairs = [(table[:, ACCEPTED], table[:, PROPOSED]) for table in (before, after)]
+    for (task, temperature, k), found in by_place.items():
+        for (name, before), (next_name, after) in pairwise(found):
+            pairs = [(table[:, columns.ACCEPTED], table[:, columns.PROPOSED]) for table in (before, after)]
             rates = [counts_from_array(table.sum(0)).acceptance_rate for table in (before, after)]
-            low, high = difference_interval(*pairs, seed, groups[task, temperature] if groups else None)
+            low, high = difference_interval(*pairs, seed, groups[task, temperature])
             row = DifferenceRow(
                 before=name,
                 after=next_name,
@@ -146,28 +191,20 @@ def position_results(
     seed: int,
     groups: GroupsBySetting | None = None,
 ) -> PositionResults:
-    """Acceptance along the text, and where the final draft fades.
+    """Acceptance along the text, and where the final draft, the last checkpoint, fades.
 
-    Args:
-        tables: By checkpoint, task and temperature the counts of each prompt in each bucket, [prompts, buckets, columns];
-            the last checkpoint is the final draft.
-        num_speculative_tokens: K of these counts.
-        context_length: Tokens that target and draft can read.
-        seed: Of the bootstrap.
-        groups: None draws each prompt by itself.
+    `tables` has by checkpoint, task and temperature the counts of each prompt in each bucket, [prompts, buckets, columns].
     """
     rows, faded = list[PositionRow](), list[FadedCase]()
     final = list(tables)[-1][0] if tables else ""
     for (checkpoint, task, temperature), table in tables.items():
         found = []
         for bucket in range(table.shape[1]):
-            reached_P = table[:, bucket, DRAFTS] > 0
-            if not reached_P.any():
+            reached_P = table[:, bucket, columns.DRAFTS] > 0
+            counts_PC = table[reached_P, bucket]
+            together = groups[task, temperature][reached_P] if groups else None
+            if not len(counts_PC):
                 continue
-            counts_PC, together = (
-                table[reached_P, bucket],
-                groups[task, temperature][reached_P] if groups else None,
-            )
             first, end = bucket_bounds(bucket)
             row = PositionRow(
                 checkpoint=checkpoint,
@@ -178,7 +215,7 @@ def position_results(
                 num_prompts=len(counts_PC),
                 num_conversations=num_groups(together, len(counts_PC)),
                 **_figures(counts_from_array(counts_PC.sum(0))),
-                **_interval("acceptance_rate", counts_PC, ACCEPTED, PROPOSED, seed, together),
+                **_interval("acceptance_rate", counts_PC, columns.ACCEPTED, columns.PROPOSED, seed, together),
             )
             found.append(row)
         rows += found
@@ -189,8 +226,7 @@ def position_results(
 
 
 def _faded(rows: list[PositionRow]) -> list[FadedCase]:
-    """The first stretch of one task and temperature in which the draft has faded: the upper end of its interval is under half of
-    the rate in the best stretch before it. Empty without one."""
+    """The first stretch in which the upper end of the interval is under half of the rate in the best stretch before it."""
     best = 0.0
     for row in rows:
         if row.num_draft_tokens < _ENOUGH_TOKENS or row.num_conversations < _ENOUGH_CONVERSATIONS:
@@ -207,6 +243,87 @@ def faded_sentences(found: PositionResults) -> Iterator[str]:
     """Warnings about a draft whose acceptance dies before the context ends."""
     for case in found.faded:
         rates = f"{case.acceptance_rate:.3f} from position {case.first:,} on, {case.best_acceptance_rate:.3f} before"
-        fix = "train on longer rows (prepare.row_length) and on longer prompts and answers, or serve with a shorter context"
+        fix = (
+            "train on longer rows (prepare.row_length), prompts and answers, or serve with a shorter context"
+        )
         where = f"{case.task} at temperature {case.temperature:g}"
         yield f"{where}: acceptance {rates}, of a context of {found.context_length:,}; {fix}"
+
+
+def greedy_check(work: EvaluationWork, exact: Mapping[Setting, ExactRuns]) -> GreedyCheck:
+    """Compares every greedy exact text with the target's own, token by token."""
+    names, texts, cases = {task.name: task.prompt_names for task in work.tasks}, 0, list[GreedyCase]()
+    for s, runs in exact.items():
+        if s.temperature != 0:
+            continue
+        assert work.target is not None
+        judge, precision = next_token_judge(work.target), str(work.target.dtype).removeprefix("torch.")
+        for name, row, ids in zip(names[s.task], work.texts[s.task, 0], runs.response_ids, strict=False):
+            texts += 1
+            if found := compare_texts(row.prompt_ids, row.response_ids, ids, judge):
+                case = GreedyCase(
+                    task=s.task,
+                    prompt=name,
+                    num_speculative_tokens=s.num_speculative_tokens,
+                    token=found.place,
+                    logprob_gap=None if found.gap is None else tidy(found.gap),
+                    near_tie=found.is_near_tie(precision),
+                )
+                cases.append(case)
+    near_ties = sum(case.near_tie for case in cases)
+    return GreedyCheck(texts=texts, different=len(cases), near_ties=near_ties, cases=cases)
+
+
+def next_token_judge(target: PreTrainedModel) -> Judge:
+    """Asks the target again, in one pass, how far apart it finds two next tokens: in low precision, batching alone may flip a near-tie."""
+
+    def judge(ids: list[int], first: int, second: int) -> float:
+        with torch.inference_mode():
+            inputs = torch.tensor([ids], device=target.device)
+            logits_V = target(input_ids=inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
+        logprobs_V = logits_V.float().log_softmax(-1)
+        return float(logprobs_V[first] - logprobs_V[second])
+
+    return judge
+
+
+def samples(
+    work: EvaluationWork, exact: Mapping[Setting, ExactRuns], tokenizer: PreTrainedTokenizerBase
+) -> list[AnswerSample]:
+    """A few exact answers in pieces, each marked accepted or not; the lowest sampled temperature, else greedy."""
+    wanted = (
+        min((t for t in work.config.temperatures if t > 0), default=0.0),
+        nearest_k(work.config.exact.num_speculative_tokens),
+    )
+    tasks, found = {task.name: task for task in work.tasks}, []
+    for s, runs in exact.items():
+        if (s.temperature, s.num_speculative_tokens) != wanted:
+            continue
+        task = tasks[s.task]
+        shown = zip(task.prompt_names, task.prompt_ids, runs.response_ids, runs.accepted, strict=False)
+        for name, prompt, ids, accepted in list(shown)[:_SAMPLES_PER_TASK]:
+            sample = AnswerSample(
+                task=task.name,
+                id=name,
+                temperature=s.temperature,
+                num_speculative_tokens=s.num_speculative_tokens,
+                prompt=str(tokenizer.decode(prompt, skip_special_tokens=False)),
+                pieces=[AnswerPiece.from_json(piece) for piece in text_pieces(tokenizer, ids, accepted)],
+            )
+            found.append(sample)
+    return found
+
+
+def tell(results: EvaluationResults, console: Console) -> None:
+    """What deserves a word or a warning in the terminal."""
+    check = results.greedy_check
+    if check and check.texts:
+        equal = check.texts - check.different
+        ties = f"; {check.near_ties} of the others are near-ties" if check.different else ""
+        console.say(f"greedy exact runs equal to the target's own text: {equal} of {check.texts}{ties}")
+        if check.different > check.near_ties:
+            console.warn(
+                "greedy texts differ from the target's own by more than rounding; see greedy_check in results.json"
+            )
+    for sentence in faded_sentences(results.by_position) if results.by_position else ():
+        console.warn(sentence)

@@ -1,21 +1,26 @@
-"""Evaluation tasks: prompts under one name, of the package or from a JSONL file of the user's.
+"""Evaluation tasks: named prompts of the package or of the user's JSONL files, as text and as token ids.
 
 task = load_task(FileTask(kind="file", path="questions.jsonl")); task.prompts[0].text
+task = encode_task(config, tokenizer, context_length, console); add_turns(task, write_turns(task, ...), console)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastdraft.data.chat import Conversation, Prompt, read_conversation
+from transformers import PreTrainedTokenizerBase
+
+from fastdraft.console import Console
+from fastdraft.data.chat import Conversation, Prompt, dialogue_format, prompt_ids, read_conversation
 from fastdraft.data.readers import read_jsonl
-from fastdraft.errors import DataError
+from fastdraft.decoding.conversations import take_turns
+from fastdraft.errors import DataError, TargetError
+from fastdraft.functional.generation import Engine, Generation, RenderedPrompt, Sampling
 from fastdraft.recipe.evaluation import FileTask, ShippedTask
 from fastdraft.recipe.run import resolve_path
-from fastdraft.run_folder import file_sha256
+from fastdraft.run_folder import digest, file_sha256
 
 
 @dataclass(frozen=True)
@@ -23,15 +28,12 @@ class TaskPrompt:
     """One prompt as text, or a conversation."""
 
     id: str
-    text: str
-    """Of a conversation what the user says first."""
-    reference: str = ""
-    """A human's or another model's answer, for the reader; no metric uses it."""
+    text: str  # of a conversation what the user says first
+    reference: str = ""  # somebody's answer, for the reader; no metric uses it
     conversation: Conversation | None = None
 
     @property
     def prompt(self) -> Prompt:
-        """The conversation, or the text."""
         return self.conversation or self.text
 
     @property
@@ -46,15 +48,57 @@ class Task:
 
     name: str
     prompts: list[TaskPrompt]
-    chat: bool
-    """Whether each prompt is a user message of the chat template (when the tokenizer has one) or bare text."""
+    chat: bool  # whether a text becomes a user message of the chat template, if there is one
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's prompts as token ids."""
+
+    name: str
+    prompt_names: list[str]
+    prompt_ids: list[list[int]]
+    max_new_tokens: int
+    num_skipped: int = 0  # prompts that do not fit the context
+    conversations: list[tuple[str, Conversation]] = field(default_factory=list)  # by name, for `add_turns`
+    groups: list[int] = field(default_factory=list)  # of each prompt, equal for turns of one conversation
 
 
 def load_task(config: ShippedTask | FileTask) -> Task:
-    """Reads a task's prompts; a smaller number of them is an even spread over the file, not its beginning."""
-    everything = read_prompts(resolve_path(config.path, f"task '{config.name}'"))
-    count = min(config.prompts, len(everything))
-    return Task(config.name, [everything[i * len(everything) // count] for i in range(count)], config.chat)
+    """Reads a task's prompts; a smaller number of them is an even spread over the file, not its beginning.
+
+    A bad line stops the run with its number: an evaluation on part of a file could not be compared.
+    """
+    path = resolve_path(config.path, f"task '{config.name}'")
+    found: dict[str, TaskPrompt] = {}
+    for number, row in read_jsonl(path):
+        prompt = _read_prompt(f"{path}: line {number}", str(row.get("id", number)), row)
+        if prompt.id in found:
+            raise DataError(f"{path}: id {prompt.id!r} twice; ids must be unique within a task", "rename one")
+        found[prompt.id] = prompt
+    if not found:
+        raise DataError(f"{path}: no prompt; a task needs at least one", 'add lines like {"prompt": "..."}')
+    prompts, count = list(found.values()), min(config.prompts, len(found))
+    return Task(config.name, [prompts[i * len(prompts) // count] for i in range(count)], config.chat)
+
+
+def _read_prompt(where: str, name: str, row: Mapping[str, Any]) -> TaskPrompt:
+    reference = row["reference"] if isinstance(row.get("reference"), str) else ""
+    if "messages" in row:
+        talk = read_conversation(row["messages"], where)
+        prompt = TaskPrompt(name, talk.users[0] if talk and talk.users else "", reference, talk)
+        found = "nothing that a user says" if talk else "tools, pictures or a late system message"
+        rule = "`messages` must be text between a user and an assistant"
+    else:
+        prompt = TaskPrompt(name, row["prompt"] if isinstance(row.get("prompt"), str) else "", reference)
+        found, rule = "no text under 'prompt'", "each line needs a non-empty string there"
+    try:
+        prompt.everything.encode()
+    except UnicodeEncodeError:  # as JSON's "\\ud83d" alone, which no tokenizer takes
+        raise DataError(f"{where}: half a character; texts must be whole", "mend the line") from None
+    if not prompt.text:
+        raise DataError(f"{where}: {found}; {rule}", "mend or delete the line")
+    return prompt
 
 
 def describe_task(config: ShippedTask | FileTask) -> dict[str, Any]:
@@ -65,40 +109,80 @@ def describe_task(config: ShippedTask | FileTask) -> dict[str, Any]:
     return {**config.model_dump(), "sha256": file_sha256(path)}
 
 
-def read_prompts(path: Path) -> list[TaskPrompt]:
-    """All prompts of a JSONL file in order; blank lines are passed over, a missing `id` is the line number.
+def derive_seed(*parts: object) -> int:
+    """A seed that follows from its parts alone, so that the order of work does not matter."""
+    return int(digest(list(parts)), 16) % 2**31
 
-    A bad line stops the run with its number: an evaluation on part of a file could not be compared.
+
+def encode_task(
+    config: ShippedTask | FileTask, tokenizer: PreTrainedTokenizerBase, context_length: int, console: Console
+) -> EncodedTask:
+    """A task's prompts that fit the context together with a whole answer; those left out are told."""
+    task, new = load_task(config), config.max_new_tokens
+    talks = [(prompt.id, prompt.conversation) for prompt in task.prompts if prompt.conversation]
+    texts = [prompt for prompt in task.prompts if not prompt.conversation]
+    encoded = {prompt.id: prompt_ids(tokenizer, prompt.text, task.chat) for prompt in texts}
+    fitting = {name: ids for name, ids in encoded.items() if 0 < len(ids) <= context_length - new}
+    skipped = len(encoded) - len(fitting)
+    if skipped:
+        why = f"empty or longer than the context of {context_length} less {new} new tokens"
+        console.warn(f"{task.name}: {skipped} of {len(encoded)} prompts skipped: {why}")
+    return EncodedTask(task.name, list(fitting), list(fitting.values()), new, skipped, talks)
+
+
+def write_turns(
+    task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Callable[[], Engine], room: int, seed: int
+) -> dict[str, Any]:
+    """The prompts of every turn of a task's conversations, as JSON for `add_turns`.
+
+    The target's own earlier answers stand in them, greedy whatever the temperatures: so every temperature, every draft and
+    every real run reads the same prompts.
     """
-    prompts: dict[str, TaskPrompt] = {}
-    for number, row in read_jsonl(path):
-        prompt = _prompt(f"{path}: line {number}", str(row.get("id", number)), row)
-        if prompt.id in prompts:
-            raise DataError(f"{path}: id {prompt.id!r} twice; ids must be unique within a task", "rename one")
-        prompts[prompt.id] = prompt
-    if not prompts:
-        raise DataError(
-            f"{path}: no prompt; a task needs at least one", 'add lines such as {"prompt": "..."}'
+    talks = [talk for _, talk in task.conversations]
+    form = dialogue_format(tokenizer, talks)
+
+    def ask(number: int, prompts: list[list[int]]) -> list[Generation]:
+        seed_of_turn = derive_seed(seed, task.name, "turn", number)
+        written = engine().generate(prompts, Sampling(0.0), task.max_new_tokens, seed_of_turn)
+        refuse_faults(task.name, written)  # else what a server left out once would be left out for good
+        return written
+
+    found = take_turns(form, talks, ask, room=room, last_answers=False)
+    turns = []
+    for turn in sorted(found.turns, key=lambda turn: (turn.conversation, turn.number)):
+        name = task.conversations[turn.conversation][0] + (f"#{turn.number + 1}" if turn.number else "")
+        messages = getattr(turn.prompt_ids, "messages", None)  # for servers that want them
+        told = {"conversation": turn.conversation, "name": name, "prompt_ids": turn.prompt_ids}
+        turns.append({**told, "messages": messages})
+    return {"turns": turns, "too_long": found.too_long, "ended": found.ended, "note": form.note}
+
+
+def add_turns(task: EncodedTask, kept: dict[str, Any], console: Console) -> EncodedTask:
+    """The task with a prompt for every turn behind its other prompts; those left out are told."""
+    turns, too_long, ended = kept["turns"], kept["too_long"], kept["ended"]
+    skipped, single = too_long + ended, len(task.prompt_ids)
+    if kept["note"]:
+        console.say(f"{task.name}: {kept['note']}")
+    if skipped:
+        why = f"{too_long} do not fit the context, {ended} follow an empty, looping or unfinished answer"
+        console.warn(f"{task.name}: {skipped} of {skipped + len(turns)} turns left out: {why}")
+    ids = [
+        RenderedPrompt(t["prompt_ids"], t["messages"]) if t["messages"] else t["prompt_ids"] for t in turns
+    ]
+    return replace(
+        task,
+        groups=[*range(single), *(single + turn["conversation"] for turn in turns)],
+        prompt_names=[*task.prompt_names, *(turn["name"] for turn in turns)],
+        prompt_ids=[*task.prompt_ids, *ids],
+        num_skipped=task.num_skipped + skipped,
+    )
+
+
+def refuse_faults(task: str, written: list[Generation]) -> None:
+    """A served target's answers to a task must be whole."""
+    faults = [generation.fault for generation in written if generation.fault]
+    if faults:
+        raise TargetError(
+            f"task '{task}': {len(faults)} of {len(written)} answers: {faults[0]}; each needs the target's own tokens",
+            "use a server that gives token ids (vLLM, llama.cpp, SGLang), or evaluate.texts with kind synthesize",
         )
-    return list(prompts.values())
-
-
-def _prompt(where: str, name: str, row: Mapping[str, Any]) -> TaskPrompt:
-    reference = row["reference"] if isinstance(row.get("reference"), str) else ""
-    found, rule = "", "each line needs a non-empty string there"
-    if "messages" in row:
-        talk = read_conversation(row["messages"], where)
-        prompt = TaskPrompt(name, talk.users[0] if talk and talk.users else "", reference, talk)
-        if not prompt.text:
-            found = "nothing that a user says" if talk else "tools, pictures or a late system message"
-            rule = "`messages` must be text between a user and an assistant"
-    else:
-        prompt = TaskPrompt(name, row["prompt"] if isinstance(row.get("prompt"), str) else "", reference)
-        found = "" if prompt.text else "no text under 'prompt'"
-    try:
-        prompt.everything.encode()
-    except UnicodeEncodeError:  # as JSON's "\\ud83d" alone, which no tokenizer takes
-        found, rule = "half a character", "texts must be whole"
-    if found:
-        raise DataError(f"{where}: {found}; {rule}", "mend or delete the line")
-    return prompt

@@ -15,7 +15,7 @@ from fastdraft.data.logs import read_transcripts
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_columns, unit_paths, validation_keys
 from fastdraft.decoding.replay import alike_places
 from fastdraft.errors import DataError
-from fastdraft.evaluation.prompts import EncodedTask
+from fastdraft.evaluation.tasks import EncodedTask
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.synthesize import TranscriptLog

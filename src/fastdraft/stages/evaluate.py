@@ -9,24 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from fastdraft.console import Console
 from fastdraft.data.contamination import search_training_text
 from fastdraft.data.logs import describe
 from fastdraft.data.rows import read_all
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import Halving
-from fastdraft.evaluation.prompts import encode_task
 from fastdraft.evaluation.results import EvaluationResults, PromptOverlap, ReplayedTexts
-from fastdraft.evaluation.rows import CostRatios
-from fastdraft.evaluation.summary import findings, samples, tell
-from fastdraft.evaluation.tasks import describe_task, load_task
+from fastdraft.evaluation.rows import CostRatios, findings, samples, tell
+from fastdraft.evaluation.tasks import describe_task, encode_task, load_task
 from fastdraft.evaluation.texts import GivenTexts, logged_rows, trained_prompts
-from fastdraft.evaluation.work import EvaluationPlan, EvaluationWork
+from fastdraft.evaluation.work import EvaluationWork
 from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import load_draft, pick_device, set_threads
 from fastdraft.modeling.vocabulary import check_same
@@ -74,74 +72,70 @@ def needs_weights(config: EvaluateConfig, sections: Mapping[str, Any]) -> bool:
 
 def run(config: EvaluateConfig, context: StageContext) -> None:
     """Writes `results.json` and `samples.json`."""
-    start, folder, console = time.monotonic(), context.folder("evaluate"), context.console
-    set_threads(context.settings.threads)
-    device, target = pick_device(context.settings.device), context.target
-    drafts = {
-        name: context.require(name).path / DRAFT_FOLDERS[name] for name in compared(config, context.sections)
-    }
-    opened = {name: Target.at(path) for name, path in drafts.items()}
-    for name, draft in opened.items():
-        check_same(target.vocabulary, draft.vocabulary, where=str(drafts[name]))
-    context_length = min(model.context_length for model in (target, *opened.values()))
+    start, folder, console, settings = (
+        time.monotonic(),
+        context.folder("evaluate"),
+        context.console,
+        context.settings,
+    )
+    set_threads(settings.threads)
+    device, target = pick_device(settings.device), context.target
+    names = compared(config, context.sections)
+    drafts = {name: Target.at(context.require(name).path / DRAFT_FOLDERS[name]) for name in names}
+    for draft in drafts.values():
+        check_same(target.vocabulary, draft.vocabulary, where=draft.location)
+    context_length = min(model.context_length for model in (target, *drafts.values()))
     model = target.model(device) if isinstance(config.texts, TargetTexts) else None
     given = _given_texts(config, context, context_length)
-    if given:
-        tasks = given.tasks()
-    else:
-        tasks = [encode_task(task, target.tokenizer, context_length, console) for task in config.tasks]
-    plan = EvaluationPlan(
-        tasks=tasks,
-        temperatures=sorted({t for _, t in given.rows}) if given else config.temperatures,
-        num_speculative_tokens=config.num_speculative_tokens,
-        exact_num_speculative_tokens=config.exact.num_speculative_tokens,
-        exact_prompts=config.exact.prompts if model is not None else 0,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        draft_temperature=config.draft_temperature,
-        seed=context.settings.seed,
-        given=given.rows if given else None,
+    work = EvaluationWork(
+        config,
+        given.tasks()
+        if given
+        else [encode_task(task, target.tokenizer, context_length, console) for task in config.tasks],
+        settings.seed,
+        folder,
+        console,
+        target.vocabulary,
+        model,
+        partial(_open_engine, config, context, model),
+        given.rows if given else None,
     )
-    open_engine = partial(_open_engine, config, context, model)
-    work = EvaluationWork(plan, folder, console, target.vocabulary, model, open_engine)
     work.take_turns(target.tokenizer, context_length)
+    work.write_texts()
     # Same device and precision for both: that is what is decoded with and what latency compares.
     dtype = torch.float32 if model is None else model.dtype
-    loaders = {name: cache(partial(load_draft, path, device, dtype)) for name, path in drafts.items()}
-    final = list(drafts)[-1]
-    work.write_texts()
-    replayed = work.replay(loaders)
-    exact = work.exact(final, loaders[final])
+    loaders = {
+        name: cache(partial(load_draft, Path(draft.location), device, dtype))
+        for name, draft in drafts.items()
+    }
+    replayed, final = work.replay(loaders), drafts[names[-1]]
+    exact, latency = work.exact(names[-1], loaders[names[-1]]), work.latency(loaders[names[-1]])
     costs = CostRatios(
-        opened[final].architecture.parameters / target.architecture.parameters,
+        final.architecture.parameters / target.architecture.parameters,
         # At equal precision.
-        opened[final].architecture.bytes_per_token(16) / target.architecture.bytes_per_token(16),
-        None if model is None else work.latency(loaders[final]),
+        final.architecture.bytes_per_token(16) / target.architecture.bytes_per_token(16),
+        latency,
     )
-    trained_on = [] if given else _trained_on(context)
     results = EvaluationResults(
         target=target.name,
-        draft=drafts[final].relative_to(context.run.root).as_posix(),
+        draft=f"{names[-1]}/{DRAFT_FOLDERS[names[-1]]}",
         cost_ratio_parameters=round(costs.parameters, 6),
         cost_ratio_bytes=round(costs.bytes, 6),
-        cost_ratio_latency=round(costs.latency.cost_ratio, 6) if costs.latency else None,
-        latency=costs.latency,
+        cost_ratio_latency=round(latency.cost_ratio, 6) if latency else None,
+        latency=latency,
         **findings(work, replayed, exact, costs, context_length),
-        contamination=_contamination(config, trained_on, target.tokenizer, console) if trained_on else None,
+        contamination=None if given else _contamination(config, context),
         texts=ReplayedTexts(kind=config.texts.kind, left_out=dict(given.left_out) if given else {}),
     )
-    write_json(folder.path / "results.json", results.to_json())
+    written = results.to_json()
+    write_json(folder.path / "results.json", written)
     shown = samples(work, exact, target.tokenizer)
     write_json(folder.path / "samples.json", [sample.to_json() for sample in shown])
     title = f"Acceptance rate and tokens per target pass, K = {results.headline_k}"
     console.table(title, *ladder(results).plain())
     tell(results, console)
-    written = results.to_json()
     folder.complete(
-        tasks={
-            task.name: {"prompts": len(task.prompt_ids), "skipped": task.num_skipped}
-            for task in work.plan.tasks
-        },
+        tasks={t.name: {"prompts": len(t.prompt_ids), "skipped": t.num_skipped} for t in work.tasks},
         **{name: written[name] for name in ("differences", "greedy_check", "contamination")},
         seconds=round(time.monotonic() - start, 1),
         provenance=describe_run(),
@@ -151,19 +145,19 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
 
 def _given_texts(config: EvaluateConfig, context: StageContext, context_length: int) -> GivenTexts | None:
     """Texts that nobody has to write any more; None where somebody has to."""
-    texts, target, synthesize = config.texts, context.target, context.folder("synthesize")
+    texts, target, settings = config.texts, context.target, context.settings
     found, trained = GivenTexts(), frozenset[str]()
     if isinstance(texts, HeldOutTexts):
         rows = list(read_all(context.require("synthesize"), "validation"))
     elif isinstance(texts, LoggedTexts):
-        rows = logged_rows(texts, target.tokenizer, target.vocabulary, context.settings.seed, found.left_out)
-        if context.has("synthesize") and synthesize.is_complete():
-            trained = trained_prompts(synthesize)
+        rows = logged_rows(texts, target.tokenizer, target.vocabulary, settings.seed, found.left_out)
+        for folder in _trained_on(context, "synthesize"):
+            trained = trained_prompts(folder)
     else:
         return None
-    rescore = None
-    if texts.logprobs == "target":
-        rescore = partial(score, target.model(pick_device(context.settings.device)))
+    rescore = (
+        partial(score, target.model(pick_device(settings.device))) if texts.logprobs == "target" else None
+    )
     greedy_draft = config.draft_temperature == 0
     found.take(rows, context_length=context_length, trained=trained, score=rescore, greedy_draft=greedy_draft)
     if found.left_out:
@@ -179,47 +173,42 @@ def _open_engine(
     on_batch: Callable[[int], None],
 ) -> Engine:
     """What writes the tasks' texts: the loaded target, or the engine of synthesize."""
-    target, console = context.target, context.console
+    target, console, settings, rows = context.target, context.console, context.settings, config.batch_rows
     if model is not None:
         halving = Halving("evaluate.batch_rows", console.warn)
-        return HuggingFaceEngine(model, target.vocabulary, config.batch_rows, on_batch, halving=halving)
+        return HuggingFaceEngine(model, target.vocabulary, rows, on_batch, halving=halving)
     return open_engine(
         _chosen_engine(context),
         target,
         context.folder("evaluate"),
         console,
-        device=context.settings.device,
-        threads=context.settings.threads,
-        batch_rows=config.batch_rows,
+        device=settings.device,
+        threads=settings.threads,
+        batch_rows=rows,
         on_answer=on_batch,
     )
 
 
 def _chosen_engine(context: StageContext) -> ChosenEngine:
     """The engine of synthesize; where that is `auto`, the one that wrote the training rows."""
-    settings, folder = context.section("synthesize").engine, context.folder("synthesize")
-    return choose_engine(settings, context.target, context.settings.device, folder).settings
+    engine, folder = context.section("synthesize").engine, context.folder("synthesize")
+    return choose_engine(engine, context.target, context.settings.device, folder).settings
 
 
-def _trained_on(context: StageContext) -> list[StageFolder]:
-    """The finished stages of this recipe that hold training text."""
-    folders = [context.folder(name) for name in ("prepare", "synthesize") if context.has(name)]
+def _trained_on(context: StageContext, *stages: str) -> list[StageFolder]:
+    """Those stages of this recipe that are finished and hold training text."""
+    folders = [context.folder(name) for name in stages or ("prepare", "synthesize") if context.has(name)]
     return [folder for folder in folders if folder.is_complete()]
 
 
-def _contamination(
-    config: EvaluateConfig,
-    trained_on: list[StageFolder],
-    tokenizer: PreTrainedTokenizerBase,
-    console: Console,
-) -> dict[str, PromptOverlap]:
-    """13-grams that evaluation texts (prompts and references) share with everything trained on."""
+def _contamination(config: EvaluateConfig, context: StageContext) -> dict[str, PromptOverlap] | None:
+    """13-grams that evaluation texts (prompts and references) share with everything trained on; None without such text."""
+    folders, tokenizer = _trained_on(context), context.target.tokenizer
+    if not folders:
+        return None
     texts = {
-        task.name: [
-            list(map(int, tokenizer(prompt.everything, add_special_tokens=False).input_ids))
-            for prompt in task.prompts
-        ]
+        task.name: [tokenizer(p.everything, add_special_tokens=False).input_ids for p in task.prompts]
         for task in map(load_task, config.tasks)
     }
-    found = search_training_text(texts, trained_on, console)
+    found = search_training_text(texts, folders, context.console)
     return {name: PromptOverlap.from_json(overlap) for name, overlap in found.items()}
