@@ -1,1 +1,1 @@
-"""The recipe: every setting of a run, one file for each group of sections; `recipe.recipe.load_recipe` reads and validates one."""
+"""The recipe: every setting of a run, a file for each group of sections; `recipe.recipe.load_recipe` reads one."""

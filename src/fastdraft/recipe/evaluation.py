@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,36 +21,34 @@ from fastdraft.recipe.base import (
 )
 from fastdraft.recipe.synthesize import TranscriptLog, Weights
 
-_NAME_CHARS = 100
 _Shipped = Literal["code", "instructions", "text", "summarization"]
 
 
 class TaskSettings(Config):
     """What every task has."""
 
-    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=_NAME_CHARS)
+    name: FolderName = ""
     """How results call the task; the default is its kind, for files the file's name."""
     prompts: int = Field(default=100, ge=1)
     """At most this many prompts, spread evenly over the file."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Length at which an answer is cut."""
 
-
-class ShippedTask(TaskSettings):
-    """A task that ships with the package. code: HumanEval headers; summarization: public-domain prose; text: openings from books;
-    instructions: held-out instructions.
-    """
-
-    kind: _Shipped
-
     @model_validator(mode="before")
     @classmethod
     def _name_it(cls, value: Any) -> Any:
-        return (
-            {**value, "name": value.get("name") or value.get("kind", "")}
-            if isinstance(value, dict)
-            else value
-        )
+        if not isinstance(value, dict) or value.get("name"):
+            return value
+        stem = Path(str(value.get("path") or value.get("kind"))).stem
+        return {**value, "name": re.sub("[^A-Za-z0-9._-]", "-", stem).lstrip("._-")[:100] or "file"}
+
+
+class ShippedTask(TaskSettings):
+    """A task that ships with the package: HumanEval headers, held-out instructions, openings from books, or
+    public-domain prose to sum up.
+    """
+
+    kind: _Shipped
 
     @property
     def path(self) -> str:
@@ -65,20 +64,10 @@ class FileTask(TaskSettings):
 
     kind: Literal["file"]
     path: str = Field(min_length=1)
-    """JSONL with `prompt` (text) or `messages` (a conversation) and, if wanted, `id` and `reference` in each line. Of a conversation every
-    turn is a prompt, with the target's own greedy answers before it."""
+    """JSONL with `prompt` (text) or `messages` (a conversation, whose every turn is a prompt, with the target's own
+    greedy answers before it) and, if wanted, `id` and `reference` in each line."""
     chat: bool = False
-    """Puts each text into the target's chat template as a user message; conversations always go through it, if there is one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_it(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not value.get("name") and isinstance(value.get("path"), str):
-            stem = "".join(
-                c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(value["path"]).stem
-            )
-            return {**value, "name": stem.lstrip("._-")[:_NAME_CHARS] or "file"}
-        return value
+    """Puts each text into the target's chat template; conversations always go through it, if there is one."""
 
 
 TaskConfig = Annotated[ShippedTask | FileTask, Field(discriminator="kind")]
@@ -97,7 +86,7 @@ class EngineTexts(Config):
 
 
 class HeldOutTexts(Config):
-    """The held-out rows of synthesize; every source of prompts is a task, every temperature that it has counts."""
+    """The held-out rows of synthesize: every source of prompts is a task, every temperature that it has counts."""
 
     kind: Literal["synthesize"]
     logprobs: Literal["own", "target"] = "own"
@@ -112,21 +101,17 @@ class LoggedTexts(TranscriptLog):
     count: Count | None = Field(default=None, ge=1)
     """At most this many answers, after a seeded shuffle; unset takes all."""
     logprobs: Literal["processed", "raw", "none", "target"] = "none"  # type: ignore[assignment]
-    """What the logged log-probs are of; target: take those of target.model's weights instead, by a scoring pass."""
+    """What the logged log-probs are of; target: take those of target.model's weights, by a scoring pass."""
 
 
 TextsConfig = Annotated[TargetTexts | EngineTexts | HeldOutTexts | LoggedTexts, Field(discriminator="kind")]
-
-
-def _bare_kind(value: object) -> object:  # `texts: synthesize` for `texts: {kind: synthesize}`
-    return {"kind": value} if isinstance(value, str) else value
-
-
+# `texts: synthesize` for `texts: {kind: synthesize}`
+_BARE_KIND = BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
 Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
 
 
 class ExactConfig(Config):
-    """Real speculative decoding, beside replay: slower, and proof that both agree and that greedy text is the target's own."""
+    """Real speculative decoding, beside replay: slower, and proof that greedy text is the target's own."""
 
     num_speculative_tokens: Ks = Field(default=[3], min_length=1)
     """K of the exact runs."""
@@ -137,16 +122,16 @@ class ExactConfig(Config):
 class EvaluateConfig(Config):
     """`evaluate:` — on what, and how, drafts are compared."""
 
-    tasks: Annotated[list[TaskConfig], NAMES_DIFFER] = Field(default=[])
-    """Shipped tasks by kind (code, summarization, text, instructions) or `kind: file`; needed unless `texts` stand already."""
-    texts: Annotated[TextsConfig, BeforeValidator(_bare_kind)] = TargetTexts()
-    """Where the target's texts come from, over which drafts are replayed: the target itself, its servers, held-out rows, logs."""
+    tasks: Annotated[list[TaskConfig], NAMES_DIFFER] = []
+    """Shipped tasks by kind or `kind: file`; needed unless `texts` stand already."""
+    texts: Annotated[TextsConfig, _BARE_KIND] = TargetTexts()
+    """Whose texts drafts are replayed over: the target's own here or at its servers, held-out rows, logs."""
     temperatures: Temperatures = Field(default=[0.0, 0.6], min_length=1)
     """At which the target answers the tasks; 0 is greedy."""
     num_speculative_tokens: Ks = Field(default=[1, 2, 3, 4, 5, 6, 7, 8], min_length=1)
     """Every K that replay covers: one pass of the draft serves them all."""
     checkpoints: list[Checkpoint] = Field(default=["pretrain", "continue_pretrain", "align"], min_length=1)
-    """Which drafts of this run; those whose stage is not in the recipe are left out (design: the draft as it began)."""
+    """Which drafts of this run, where their stage is in the recipe (design: the draft as it began)."""
     exact: ExactConfig = ExactConfig()
     """Exact runs of the last checkpoint."""
     top_k: int = Field(default=0, ge=0)
@@ -154,17 +139,15 @@ class EvaluateConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Of target and draft; 1 keeps all."""
     draft_temperature: float | None = Field(default=None, ge=0, le=10)
-    """The draft's own temperature where the target samples; any value is lossless; 0: it proposes its likeliest token, as vLLM does by
-    default; null: the target's."""
+    """The draft's own where the target samples; any value is lossless; 0: it proposes its likeliest token, as vLLM does
+    by default; null: the target's."""
     batch_rows: int = Field(default=64, ge=1, le=65_536)
     """Prompts that the target answers together."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> EvaluateConfig:
         if not self.tasks and self.texts.kind in ("target", "engine"):
-            raise ValueError(
-                "tasks must name at least 1 task, unless texts are of kind synthesize or transcripts"
-            )
+            raise ValueError("tasks must name at least 1 task, unless texts are of synthesize or transcripts")
         return self
 
 
@@ -172,7 +155,7 @@ class OpenVINOFormat(Config):
     """Precision of the pair in OpenVINO; the paper serves an int4 target with an int8 draft."""
 
     target: Literal["none", "fp16", "int8", "int4"] = "int4"
-    """int4 reads the fewest bytes; int8 is kinder to targets below a billion parameters; none exports the draft alone."""
+    """int4 reads the fewest bytes; int8 is kinder to targets below a billion parameters; none: the draft alone."""
     draft: Literal["fp16", "int8", "int4"] = "int8"
     """A small draft loses acceptance in int4."""
 
@@ -183,7 +166,7 @@ class ExportConfig(Config):
     formats: Annotated[list[Literal["huggingface", "openvino"]], EACH_ONCE] = Field(
         default=["huggingface"], min_length=1
     )
-    """huggingface: safetensors, config, tokenizer; what vLLM loads and what others are converted from, so always written.
+    """huggingface: safetensors, config, tokenizer; what vLLM loads and others are converted from, so always written.
     openvino: IR of target and draft; needs the extra `openvino`."""
     openvino: OpenVINOFormat = OpenVINOFormat()
     """Used when `formats` names it."""
@@ -204,13 +187,13 @@ _Lengths = Annotated[list[int], each_between(1, 2**20)]
 
 
 class SweepConfig(Config):
-    """One factor at a time, at the best K of the first pair, on the tasks' prompts in turn; an empty list leaves a factor out."""
+    """One factor at a time, at the best K of the first pair, on the tasks' prompts in turn; [] leaves a factor out."""
 
-    prompt_tokens: _Lengths = Field(default=[128, 1024])
-    """Lengths of the prompts: the longer, the more a pass costs beside its weights. Shorter ones get texts of their task in front."""
-    max_new_tokens: _Lengths = Field(default=[32, 128, 512])
+    prompt_tokens: _Lengths = [128, 1024]
+    """Lengths of the prompts: the longer, the more a pass costs beside its weights."""
+    max_new_tokens: _Lengths = [32, 128, 512]
     """Most tokens of an answer: in short ones the prompt's own pass, which no draft hastens, weighs more."""
-    concurrency: Annotated[list[int], each_between(1, 256)] = Field(default=[1, 4, 16])
+    concurrency: Annotated[list[int], each_between(1, 256)] = [1, 4, 16]
     """Texts at a time: with more of them a pass verifies less cheaply, and a draft gains less."""
 
 
@@ -222,9 +205,9 @@ class BenchmarkConfig(Config):
     draft_device: str = ""
     """The draft's; "" is the target's."""
     precision: Literal["fast", "exact"] = "fast"
-    """fast: the device's own, as users run it; exact: float32 throughout, where greedy text cannot differ but times mean nothing."""
+    """fast: as users run it; exact: float32 throughout, where greedy text cannot differ but times mean nothing."""
     weights: Annotated[list[WeightsPair], EACH_ONCE] = Field(default=[WeightsPair()], min_length=1)
-    """The first is the deployed one: best K, verdict and sweeps are its; others show what another precision would cost and gain."""
+    """The first is the deployed one: best K, verdict and sweeps are its; others show what another would gain."""
     tasks: Annotated[list[TaskConfig], NAMES_DIFFER] | None = Field(default=None, min_length=1)
     """As in `evaluate.tasks`; null: those, or the four shipped ones where it has none."""
     prompts: int = Field(default=8, ge=1)
@@ -232,7 +215,7 @@ class BenchmarkConfig(Config):
     num_speculative_tokens: Ks = Field(default=[1, 2, 3, 4, 5], min_length=1)
     """Every K that is timed; the best depends on acceptance and on both models' costs here."""
     temperatures: Temperatures = Field(default=[0.0], min_length=1)
-    """Of the target; 0 is greedy. OpenVINO 2026.4 does not sample losslessly with a draft: other rows are marked and give no verdict."""
+    """Of the target; 0 is greedy. OpenVINO 2026.4 does not sample losslessly with a draft: such rows give no verdict."""
     sweep: SweepConfig = SweepConfig()
     """Prompt length, answer length, texts at a time."""
     repeats: int = Field(default=3, ge=1, le=100)

@@ -29,8 +29,8 @@ class FilesSource(Source):
     """What corpora in files have."""
 
     path: str = Field(min_length=1)
-    """A file, a folder or a pattern such as `books/**/*.txt` or `src/**/*.java`; `shipped:` and `python:` names too. Of a folder: the files
-    of the kind's usual endings."""
+    """A file, a folder (files of the kind's usual endings) or a pattern such as `src/**/*.java`; `shipped:` and
+    `python:` names too."""
 
 
 class RowsSource(FilesSource):
@@ -88,7 +88,7 @@ class PrepareConfig(Config):
     validation: float = Field(default=0.005, ge=0, le=0.5)
     """Share of the documents kept for validation; small corpora keep a few rows anyway."""
     document_masking: bool = False
-    """Texts that share a training row do not see each other: each is trained as if it stood alone, from position 0."""
+    """Texts that share a training row do not see each other, as if each stood alone from position 0."""
     corpora: list[Annotated[SourceConfig, Field(discriminator="kind")]] = Field(min_length=1)
     """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
 

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that holds every setting of a run. `load_recipe` finds it, applies `key=value` overrides and validates all."""
+"""A recipe: one YAML file of every setting of a run. `load_recipe` finds it, applies overrides, validates all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from fastdraft.errors import RecipeError
 from fastdraft.recipe.base import Config, load_config, short
@@ -19,7 +19,6 @@ from fastdraft.recipe.synthesize import SynthesizeConfig
 from fastdraft.recipe.training import AlignConfig, ContinuePretrainConfig, DesignConfig, PretrainConfig
 
 _SHIPPED = Path(__file__).parents[1] / "recipes"
-_LARGEST = 1 << 20  # bytes; a recipe has a few thousand: what is larger is another file
 
 
 class Recipe(Config):
@@ -29,46 +28,40 @@ class Recipe(Config):
     """Name, folder, seed, device."""
     target: TargetConfig
     """The model that the draft is made for."""
-    design: DesignConfig | None = Field(default=None)
+    design: DesignConfig | None = None
     """Target -> draft architecture and first weights."""
-    prepare: PrepareConfig | None = Field(default=None)
+    prepare: PrepareConfig | None = None
     """Corpora -> tokenised, packed shards."""
-    pretrain: PretrainConfig | None = Field(default=None)
+    pretrain: PretrainConfig | None = None
     """Text shards -> a language model."""
-    continue_pretrain: ContinuePretrainConfig | None = Field(default=None)
+    continue_pretrain: ContinuePretrainConfig | None = None
     """The same on a mixture of code and text."""
-    synthesize: SynthesizeConfig | None = Field(default=None)
+    synthesize: SynthesizeConfig | None = None
     """Prompts -> responses that the target writes."""
-    align: AlignConfig | None = Field(default=None)
+    align: AlignConfig | None = None
     """Fine-tuning of the draft on what the target wrote."""
-    evaluate: EvaluateConfig | None = Field(default=None)
+    evaluate: EvaluateConfig | None = None
     """Draft x target x tasks x K x temperature -> counts."""
-    export: ExportConfig | None = Field(default=None)
+    export: ExportConfig | None = None
     """The draft as runtimes load it."""
-    benchmark: BenchmarkConfig | None = Field(default=None)
+    benchmark: BenchmarkConfig | None = None
     """The exported pair on this device's clock, beside the prediction."""
-    report: ReportConfig | None = Field(default=None)
+    report: ReportConfig | None = None
     """One page about the run."""
 
     @model_validator(mode="after")
     def _corpora_are_prepared(self) -> Recipe:
         prepared = {corpus.name for corpus in self.prepare.corpora} if self.prepare else set()
         sources = enumerate(self.synthesize.prompts if self.synthesize else ())
-        named = [
-            (f"synthesize.prompts[{n}].corpus", prompts.corpus)
-            for n, prompts in sources
-            if prompts.kind == "corpus"
-        ]
+        named = [(f"synthesize.prompts[{n}].corpus", s.corpus) for n, s in sources if s.kind == "corpus"]
         for stage in ("pretrain", "continue_pretrain"):
             if (section := getattr(self, stage)) and self.prepare:
                 named += [(f"{stage}.mixture", name) for name in section.mixture]
         for key, name in named:
             if name not in prepared:
                 known = ", ".join(sorted(prepared)) or "there are none"
-                raise RecipeError(
-                    f"{key}: {name}: must be one of prepare.corpora ({known})",
-                    "correct it, or prepare that corpus",
-                )
+                rule = f"must be one of prepare.corpora ({known})"
+                raise RecipeError(f"{key}: {name}: {rule}", "correct it, or prepare that corpus")
         return self
 
     @model_validator(mode="after")
@@ -76,16 +69,14 @@ class Recipe(Config):
         objective, synthesize = self.align.objective if self.align else None, self.synthesize
         reads = objective and objective.kind == "token_kd" and objective.source == "stored"
         if reads and synthesize and synthesize.logits.kind != "top_k":
-            message = (
-                "align.objective.source: stored: needs the target's logits, but synthesize.logits is none"
-            )
+            message = "align.objective.source: stored: needs the target's logits, synthesize.logits is none"
             raise RecipeError(message, "set synthesize.logits: {kind: top_k}, or source: target")
         if self.evaluate and self.evaluate.texts.kind == "engine":
             if not synthesize:
                 message = "evaluate.texts: engine: means synthesize.engine, but there is no such section"
                 raise RecipeError(message, "add `synthesize:`, or set another kind of texts")
             if not synthesize.asks and synthesize.engine.kind == "auto":
-                message = "evaluate.texts: engine: synthesize takes logs and asks no engine, so that none is settled"
+                message = "evaluate.texts: engine: synthesize takes logs and asks no engine"
                 raise RecipeError(message, "name the engine in synthesize.engine, or set texts: target")
         return self
 
@@ -111,9 +102,7 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     if name and path.is_dir():
-        raise RecipeError(
-            f"{name}: is a folder: must be a recipe file or a shipped recipe", f"give {path / 'recipe.yaml'}"
-        )
+        raise RecipeError(f"{name}: is a folder, no recipe file", f"give {path / 'recipe.yaml'}")
     stem = path.name.removesuffix(".yaml")
     if stem in shipped and path.parent.name in ("", "recipes"):
         return shipped[stem]
@@ -129,10 +118,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     value = read_yaml(path)
     if not isinstance(value, dict):
-        raise RecipeError(
-            f"{path}: {short(value)}: must hold sections such as `run:` and `target:`",
-            "see the shipped recipes",
-        )
+        rule = "must hold sections such as `run:` and `target:`"
+        raise RecipeError(f"{path}: {short(value)}: {rule}", "see the shipped recipes")
     for override in overrides:
         apply_override(value, override)
     return load_config(Recipe, value)
@@ -143,12 +130,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key.value}' is given twice", key.start_mark
-                )
-            seen.add(getattr(key, "value", "") if isinstance(key, yaml.ScalarNode) else "")
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                text = f"key '{key.value}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -162,7 +148,7 @@ def _parse_yaml(text: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file of a recipe's size."""
     try:
-        if path.stat().st_size > _LARGEST:
+        if path.stat().st_size > 1 << 20:
             raise ValueError("larger than 1 MB; a recipe has a few kB")
         return _parse_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -170,11 +156,7 @@ def read_yaml(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, str(error.problem or error.context)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        fix = (
-            "write Windows paths in single quotes"
-            if "escape" in problem
-            else "correct it; indent with spaces"
-        )
+        fix = "write Windows paths in single quotes" if "escape" in problem else "indent with spaces"
         raise RecipeError(f"{path}: {where}{problem}: no YAML that can be read", fix) from None
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(f"{path}: {error}", "name a recipe: a YAML file") from None

@@ -1,4 +1,4 @@
-"""`run:` and `target:`: where results go, the seed, the device, and the model that the draft is made for; paths as a recipe writes them."""
+"""`run:` and `target:`: where results go, seed, device, the model that the draft is made for; paths in a recipe."""
 
 from __future__ import annotations
 
@@ -25,36 +25,32 @@ def user_path(text: str, where: str = "path") -> Path:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return path
     except (RuntimeError, ValueError, OSError) as error:  # no such user, a NUL byte, too long a name
-        found = getattr(error, "strerror", None) or error
-        raise RecipeError(
-            f"{where}: {short(text)} ({found}): no path that this machine can have", "correct it"
-        ) from None
+        found = f"{short(text)} ({getattr(error, 'strerror', None) or error})"
+        raise RecipeError(f"{where}: {found}: no path that this machine can have", "correct it") from None
     return path
 
 
 def resolve_path(text: str, where: str = "path") -> Path:
-    """A path of a recipe as a path on this machine.
+    """A path of a recipe as a path on this machine, relative to the working directory.
 
-    `shipped:data/x` lies inside the installed package; `python:stdlib` is the standard library's folder and
-    `python:site-packages/NAME` an installed package's; everything else is relative to the working directory.
+    `shipped:data/x` lies inside this package; `python:stdlib` is the standard library's folder and
+    `python:site-packages/NAME` an installed package's.
     """
+    folder, _, rest = text.removeprefix(PYTHON).partition("/")
+    roots = {"stdlib": sysconfig.get_path("stdlib"), "site-packages": sysconfig.get_path("purelib")}
     if text.startswith(SHIPPED):
         path = Path(__file__).parents[1] / "shipped" / text.removeprefix(SHIPPED)
-    elif text.startswith(PYTHON):
-        folder, _, rest = text.removeprefix(PYTHON).partition("/")
-        roots = {"stdlib": sysconfig.get_path("stdlib"), "site-packages": sysconfig.get_path("purelib")}
-        if folder not in roots:
-            raise DataError(
-                f"{where}: {text}: must begin with {' or '.join(PYTHON + root for root in roots)}",
-                "correct it",
-            )
+    elif text.startswith(PYTHON) and folder in roots:
         path = Path(roots[folder]) / rest
+    elif text.startswith(PYTHON):
+        raise DataError(
+            f"{where}: {text}: must begin with python:stdlib or python:site-packages", "correct it"
+        )
     else:
         return user_path(text, where)
     if not path.exists():
-        raise DataError(
-            f"{where}: {text}: must exist for {sys.executable}", "correct the name or install what holds it"
-        )
+        rule = f"must exist for {sys.executable}"
+        raise DataError(f"{where}: {text}: {rule}", "correct the name or install what holds it")
     return path
 
 
@@ -74,8 +70,7 @@ class RunConfig(Config):
     precision: Precision = "auto"
     """Of training: bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
     compile: Compile = "auto"
-    """auto, true or false: whether training compiles the draft (torch.compile). auto: on CUDA devices, in runs long enough to earn it
-    back; on a CPU the layers are written out instead. Where a compiler is missing, the log says so."""
+    """Whether training compiles the draft (torch.compile); auto: on CUDA, in runs long enough to earn it back."""
     tensorboard: bool = False
     """Whether training writes TensorBoard files too (needs the extra `tensorboard`)."""
 

@@ -22,15 +22,14 @@ class Prompts(Config):
     share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Part of the budget's tokens, relative to the other sources."""
     count: Count | None = Field(default=None, ge=1)
-    """At most this many prompts, after the seeded shuffle (of a hub data set: rows read from its beginning, 100k if unset)."""
+    """At most this many prompts, after the seeded shuffle (hub: rows from its beginning, 100k if unset)."""
 
 
 class TextPrompts(Prompts):
     """What sources of text or conversations have."""
 
     chat: bool = True
-    """Puts each text into the target's chat template as a user message, if it has a template; else bare text. Conversations always go
-    through the template if there is one."""
+    """Puts each text into the target's chat template, if there is one; conversations always go through it."""
     field: str = "prompt"
     """The key or column of the prompt: text, or a list of messages whose every answer the target gives anew."""
 
@@ -50,13 +49,13 @@ class HubPrompts(HubRows, TextPrompts):
 
 
 class MagpiePrompts(Prompts):
-    """The target writes the instruction itself, given only the chat template's beginning (Magpie, arXiv 2406.08464)."""
+    """The target writes the instruction itself, given the chat template's beginning (Magpie, arXiv 2406.08464)."""
 
     kind: Literal["magpie"]
 
 
 class CorpusPrompts(Prompts):
-    """Beginnings of prepared documents, continued without template: how base models write, and code and prose in any model."""
+    """Beginnings of prepared documents, continued without template: how base models write."""
 
     kind: Literal["corpus"]
     corpus: str = Field(min_length=1)
@@ -72,16 +71,17 @@ class CorpusPrompts(Prompts):
 
 
 class TranscriptLog(Config):
-    """Logged prompts and answers of the target in the OpenAI format: nothing is asked, the target's weights are not needed. JSONL of
-    {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...}, {"request": ..., "response": ...}, or the output of
-    a batch with its `requests`.
+    """Logged prompts and answers of the target in the OpenAI format: nothing is asked, no weights are needed.
+
+    JSONL of {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...},
+    {"request": ..., "response": ...}, or the output of a batch with its `requests`.
     """
 
     kind: Literal["transcripts"]
     path: str = Field(min_length=1)
     """A file, a folder or a pattern; .gz, .xz and .zst too."""
     requests: str = ""
-    """Of outputs of the Batch API, which hold answers only: the file, folder or pattern of their requests, joined by `custom_id`."""
+    """Of outputs of the Batch API, which hold answers only: the files of their requests, joined by `custom_id`."""
     temperature: float | None = Field(default=None, ge=0, le=10)
     """Of lines that do not tell theirs; unset, such a line stops the run."""
     top_k: int = Field(default=0, ge=0)
@@ -89,7 +89,7 @@ class TranscriptLog(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Of lines that do not tell theirs."""
     logprobs: LogprobKind = "none"
-    """What the logged log-probs are of: processed, the sampled distribution; raw, the logits (of use at temperature 1 untruncated)."""
+    """What the logged log-probs are of: processed, the sampled distribution; raw, the logits (for temperature 1)."""
 
 
 class TranscriptPrompts(TranscriptLog, Prompts):
@@ -108,9 +108,7 @@ class NoLogitsConfig(Config):
 
 
 class TopKLogitsConfig(Config):
-    """At every response token the target's most likely tokens and the mass of all others, at temperature 1, by a scoring pass of the
-    target's weights: they must be here, also where a server or a log gives the text.
-    """
+    """The target's likeliest tokens at every response token, at temperature 1, by a pass of its weights."""
 
     kind: Literal["top_k"]
     k: int = Field(default=64, ge=1, le=1024)
@@ -118,9 +116,7 @@ class TopKLogitsConfig(Config):
 
 
 class AutoEngineConfig(Config):
-    """OpenVINO on a CPU where it is installed (in int8, or what `target.dtype` names), else transformers; `check` and the manifest say
-    which.
-    """
+    """OpenVINO on a CPU where it is installed (int8, or what `target.dtype` names), else transformers."""
 
     kind: Literal["auto"] = "auto"
 
@@ -142,7 +138,7 @@ class OpenVINOEngineConfig(Config):
     device: str = "CPU"
     """OpenVINO's name: CPU, GPU, GPU.1."""
     logprobs: Literal["engine", "target"] = "engine"
-    """engine: of the distribution that each token was drawn from; target: of the target in `target.dtype`, by a scoring pass."""
+    """engine: of the distribution that each token was drawn from; target: by a scoring pass in `target.dtype`."""
 
 
 def _address(value: str) -> str:
@@ -156,8 +152,8 @@ def _address(value: str) -> str:
 
 
 class OpenAIEngineConfig(Config):
-    """Servers with an OpenAI-compatible API (vLLM, SGLang, llama.cpp, OVMS, transformers): of the target's own files only config and
-    tokenizer are needed here. Needs the extra `server`.
+    """Servers with an OpenAI-compatible API (vLLM, SGLang, llama.cpp, OVMS, transformers): of the target only config
+    and tokenizer are needed here. Needs the extra `server`.
     """
 
     kind: Literal["openai"]
@@ -166,27 +162,28 @@ class OpenAIEngineConfig(Config):
     model: str = ""
     """The target's name at the servers; empty: the only one that they serve."""
     api: Literal["auto", "completions", "chat"] = "auto"
-    """completions takes every prompt, as token ids where the server can; chat takes user messages and conversations, which the server
-    renders itself; auto: completions if there."""
+    """completions takes every prompt, as token ids where the server can; chat takes user messages and conversations,
+    which the server renders itself; auto: completions if there."""
     logprobs: Literal["processed", "raw", "none", "target"] = "none"
-    """What the servers' log-probs are of: processed, the sampled distribution (vLLM: --logprobs-mode processed_logprobs); raw, the
-    logits, of use at temperature 1 without truncation only; none: kept without; target: of target.model's weights, by a scoring pass."""
+    """What the servers' log-probs are of: processed, the sampled distribution (vLLM: --logprobs-mode
+    processed_logprobs); raw, the logits, for temperature 1 untruncated; target: by a pass of the weights here."""
     concurrency: int = Field(default=16, ge=1, le=1024)
     """Questions under way at each server."""
     timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Seconds for one whole answer."""
     retries: int = Field(default=6, ge=0, le=100)
-    """Times that a question is asked again, each time after a longer pause: 6 bear a server that is away for about a minute."""
+    """Times that a question is asked again, after longer and longer pauses: 6 bear about a minute without a server."""
     api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of the environment variable that holds the key, if there is one; its value is never written anywhere."""
 
 
-TRANSPORT = frozenset({"servers", "concurrency", "timeout", "retries", "api_key_env"})
-"""Keys of an engine on which the text does not depend."""
-
+TRANSPORT = frozenset(
+    {"servers", "concurrency", "timeout", "retries", "api_key_env"}
+)  # do not change the text
 Looping = Literal["cut", "drop", "keep"]
 ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig | OpenAIEngineConfig
 EngineConfig = Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="kind")]
+_AskedAt = Annotated[list[float], each_between(0, 10, in_order=False)]
 
 
 class SynthesizeConfig(Config):
@@ -196,9 +193,7 @@ class SynthesizeConfig(Config):
     """Where prompts come from; `share` divides the budget's tokens."""
     tokens: Count = Field(default=250_000, ge=1)
     """Response tokens to write; the unit that reaches it is the last. (FastDraft's own number is not published.)"""
-    temperatures: Annotated[list[float], each_between(0, 10, in_order=False)] = Field(
-        default=[0.0, 0.6, 0.8, 1.0], min_length=1
-    )
+    temperatures: _AskedAt = Field(default=[0.0, 0.6, 0.8, 1.0], min_length=1)
     """Greedy and the paper's three; each prompt is asked at one, then, if the budget lasts, at the next."""
     samples: int = Field(default=1, ge=1)
     """Answers for each prompt at each temperature above 0, if the budget lasts; greedy is asked once."""
@@ -211,21 +206,19 @@ class SynthesizeConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """1 keeps all."""
     logits: Annotated[NoLogitsConfig | TopKLogitsConfig, Field(discriminator="kind")] = NoLogitsConfig()
-    """none, or top_k: the target's distributions beside its tokens, for token-level distillation without the target."""
+    """none, or top_k: the target's distributions, for token-level distillation without the target."""
     looping: Looping = "cut"
-    """An answer that runs into a loop ends there: cut behind the loop's second round, or drop the row; keep lets it go on."""
+    """Of an answer that runs into a loop: cut behind its second round, drop the row, or keep it going."""
     engine: EngineConfig = AutoEngineConfig()
     """What runs the target: auto, huggingface, openvino, or openai for a server."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> SynthesizeConfig:
-        truncated = self.top_k > 0 or self.top_p < 1
         raw = self.engine.kind == "openai" and self.engine.logprobs == "raw" and self.asks
+        truncated = self.top_k > 0 or self.top_p < 1
         if raw and any(t > 0 and (t != 1 or truncated) for t in self.temperatures):
-            raise ValueError(
-                "engine.logprobs: raw are those of the sampled distribution only at temperature 1 without top_k and top_p; "
-                "set none, target (scored by the weights), or processed where the server gives those"
-            )
+            rule = "engine.logprobs: raw are of the sampled distribution only at temperature 1 untruncated"
+            raise ValueError(f"{rule}; set none, target, or processed where the server gives those")
         return self
 
     @property

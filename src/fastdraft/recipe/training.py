@@ -10,24 +10,30 @@ from fastdraft.recipe.base import Config, Count
 
 
 def kind_default(kind: str) -> Any:
-    """Lets a section that gives only some keys leave `kind` out: `{learning_rate: 1e-3}` is an AdamW."""
+    """Lets a section that gives only some keys leave `kind` out: `{decay: 0.2}` is a wsd schedule."""
     return lambda value: {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
 
 
 class OptimizerConfig(Config):
-    """`adamw` for every weight, or `muon` for the body's matrices and AdamW for embeddings, head, gains and biases."""
+    """`adamw` for every weight, or `muon` for the body's matrices and AdamW for embeddings, head, gains, biases."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """adamw or muon."""
     learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    """Peak rate (muon: of the matrices, in AdamW's scale); left out: by the draft's size (training/defaults.py: 3e-3 at 1M parameters,
+    """Peak rate (muon: of the matrices, in AdamW's scale); left out: by the draft's size (3e-3 at 1M parameters,
     2e-3 at 50M, 1.5e-3 at 150M; less for align)."""
     embedding_learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     """Peak rate of embeddings, head, gains and biases; left out: the same (muon: by the draft's size)."""
     weight_decay: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
     """Never on embeddings, gains, biases; left out: 0.1 in pre-training, 0 in align."""
-    beta2: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
-    """AdamW's memory of squared gradients; left out: 0.99 for batches under 524k tokens, else 0.95 (small batches are noisier)."""
+
+
+class CosineConfig(Config):
+    """Warm-up, then half a cosine to zero."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the steps."""
 
 
 class WSDConfig(Config):
@@ -46,14 +52,6 @@ class WSDConfig(Config):
         return self
 
 
-class CosineConfig(Config):
-    """Warm-up, then half a cosine to zero."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup: float = Field(default=0.01, ge=0, lt=1)
-    """Share of the steps."""
-
-
 ScheduleConfig = Annotated[WSDConfig | CosineConfig, Field(discriminator="kind")]
 
 
@@ -67,15 +65,14 @@ TokenLossName = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "ce_kl", "ce_t
 
 
 class TokenKDConfig(Config):
-    """Distils the target's distribution at every token, not only the token that it chose (functional/distillation.py)."""
+    """Distils the target's distribution at every token (functional/distillation.py)."""
 
     kind: Literal["token_kd"] = "token_kd"
     loss: TokenLossName = "forward_kl"
-    """forward_kl, reverse_kl, jsd, tvd, ce_kl (half cross-entropy, half KL), ce_tvd, lk_hybrid (KL, then tvd) or lk_log (-log of the
-    chance of acceptance)."""
+    """ce_kl: half cross-entropy, half KL; lk_hybrid: KL, then tvd; lk_log: -log of the chance of acceptance."""
     source: Literal["target", "stored"] = "target"
-    """target: loaded beside the draft, all tokens compared, on the pre-training mixture too. stored: what `synthesize.logits` kept; the
-    mixture's steps have cross-entropy."""
+    """target: loaded beside the draft, compared on the pre-training mixture too. stored: what
+    `synthesize.logits` kept; the mixture's steps have cross-entropy."""
 
 
 ObjectiveConfig = Annotated[SequenceKDConfig | TokenKDConfig, Field(discriminator="kind")]
@@ -106,7 +103,7 @@ class ShapeDraft(Config):
     num_kv_heads: int | None = Field(default=None, ge=1)
     """null: in the target's ratio to the heads."""
     tied: bool | None = None
-    """Whether embedding and head share one matrix; null: only when the target's do and the draft has under 14 M parameters."""
+    """Whether embedding and head share one matrix; null: when the target's do and the draft has under 14M."""
 
 
 class PresetDraft(Config):
@@ -122,7 +119,7 @@ class EarlierDraft(Config):
 
     kind: Literal["from"]
     path: str = Field(min_length=1)
-    """A Hugging Face directory, or the folder of a stage (`runs/NAME/pretrain`; to pre-train further: `runs/NAME/pretrain/undecayed`)."""
+    """A Hugging Face directory, or a stage's folder (`runs/NAME/pretrain`, `runs/NAME/pretrain/undecayed`)."""
 
 
 DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]
@@ -134,36 +131,41 @@ class DesignConfig(Config):
     draft: DraftConfig
     """budget, shape, preset or from."""
     initialization: Literal["random", "target_embeddings"] = "random"
-    """random as in the paper; target_embeddings projects the target's embedding and head to the draft's width."""
+    """target_embeddings projects the target's embedding and head to the draft's width."""
 
     @model_validator(mode="after")
     def _from_has_weights(self) -> DesignConfig:
         if isinstance(self.draft, EarlierDraft) and self.initialization != "random":
-            raise ValueError(
-                "initialization does not apply to kind: from, which brings its own weights; leave it out"
-            )
+            raise ValueError("initialization must be left out for kind: from, which brings its own weights")
         return self
 
 
-class PretrainConfig(Config):
+class TrainingConfig(Config):
+    """What every stage that trains has."""
+
+    batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens of one optimiser step; left out: by the draft's size and the budget (16k at 1M parameters; 262k at
+    50M and 524k at 150M; align: 64k from 50M on)."""
+    micro_batch_tokens: Count | None = Field(default=None, gt=0)
+    """Tokens that go through the model at once: memory and speed, not the result. Left out: 8k on a CPU, else 32k."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """adamw or muon; best the same in all stages."""
+    checkpoint_every: int | None = Field(default=None, ge=0)
+    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
+    validate_every: int | None = Field(default=None, ge=0)
+    """Steps between validations (align: of block efficiency, whose best is kept); 0: only at the ends. Left out: ten
+    times a run."""
+
+
+class PretrainConfig(TrainingConfig):
     """`pretrain:` — next-token training on packed rows."""
 
     tokens: Count = Field(gt=0)
     """Budget; the paper: 5B of text, then 7.5B of code and text."""
-    mixture: dict[str, float] = Field(default_factory=lambda: {"text": 1.0}, min_length=1)
+    mixture: dict[str, float] = Field(default={"text": 1.0}, min_length=1)
     """Share of each prepared corpus, on any scale."""
-    batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens of one optimiser step; left out: by the draft's size and the budget (16k at 1M parameters, 262k at 50M, 524k at 150M)."""
-    micro_batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens that go through the model at once: memory and speed, not the result. Left out: 8k on a CPU, 32k elsewhere."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """adamw or muon."""
     schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("wsd"))] = WSDConfig()
     """wsd keeps the weights from before the decay, from which continue_pretrain starts; or cosine."""
-    checkpoint_every: int | None = Field(default=None, ge=0)
-    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
-    validate_every: int | None = Field(default=None, ge=0)
-    """Steps between validations; 0: only at the end. Left out: ten times a run."""
 
     @model_validator(mode="after")
     def _budget_holds_a_batch(self) -> PretrainConfig:
@@ -178,31 +180,21 @@ class PretrainConfig(Config):
 class ContinuePretrainConfig(PretrainConfig):
     """`continue_pretrain:` — the same on a mixture with code, from pretrain's weights."""
 
-    mixture: dict[str, float] = Field(default_factory=lambda: {"code": 2.0, "text": 1.0}, min_length=1)
+    mixture: dict[str, float] = Field(default={"code": 2.0, "text": 1.0}, min_length=1)
     """Share of each prepared corpus; the paper: 2 parts code, 1 part text."""
     start: Literal["undecayed", "decayed"] = "undecayed"
-    """pretrain's weights from before its rate fell (trained on at the same rate), or its result (an open rate is then halved)."""
+    """pretrain's weights from before its rate fell, or its result (an open rate is then halved)."""
 
 
-class AlignConfig(Config):
+class AlignConfig(TrainingConfig):
     """`align:` — fine-tuning on the target's own text."""
 
     tokens: Count | None = Field(default=None, gt=0)
     """Budget in input tokens of synthetic text; left out: three passes over it."""
     pretraining_share: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the steps that come from the pre-training mixture (without one: from all prepared corpora in equal parts): without them
-    the draft forgets what the prompts do not cover. Left out: 0.1, or 0 where the recipe prepares no corpora."""
+    """Share of the steps that come from the pre-training mixture (without one: all corpora in equal parts): without
+    them the draft forgets what the prompts do not cover. Left out: 0.1, or 0 where no corpora are prepared."""
     objective: Annotated[ObjectiveConfig, BeforeValidator(kind_default("sequence_kd"))] = SequenceKDConfig()
-    """sequence_kd: cross-entropy on the target's responses; token_kd: the target's distribution at each token of them."""
-    batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens of one optimiser step; left out: by the draft's size (16k at 1M parameters, 64k from 50M on) and the budget."""
-    micro_batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens, padding included, that go through the model at once. Left out: 8k on a CPU, 32k elsewhere."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """adamw or muon; best the family that pre-training used."""
+    """sequence_kd: cross-entropy on the target's responses; token_kd: the target's distribution at each token."""
     schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("cosine"))] = CosineConfig(warmup=0.03)
     """cosine to zero, or wsd."""
-    checkpoint_every: int | None = Field(default=None, ge=0)
-    """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
-    validate_every: int | None = Field(default=None, ge=0)
-    """Steps between measurements of block efficiency, whose best is kept; 0: only at start and end. Left out: ten times a run."""

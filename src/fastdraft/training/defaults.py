@@ -135,7 +135,7 @@ def resolve(
         learning_rate=rate,
         embedding_learning_rate=rate if embedding_rate is None else embedding_rate,
         weight_decay={"pretrain": 0.1, "align": 0.0}[phase] if decay is None else decay,
-        beta2=optimizer.beta2 or (0.99 if batch < LARGE_BATCH else 0.95),
+        beta2=0.99 if batch < LARGE_BATCH else 0.95,
         batch_tokens=batch,
         micro_batch_tokens=config.micro_batch_tokens or default_micro_batch_tokens(model.device),
         precision="bf16" if autocast_dtype(precision, model.device) is not None else "fp32",
