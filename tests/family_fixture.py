@@ -130,7 +130,7 @@ def write_family(folder: Path, name: str) -> Path:
     import torch
     from transformers import GenerationConfig
 
-    from fastdraft.modeling.counting import auto_class
+    from fastdraft.modeling.architecture import auto_class
 
     config = family_config(name)
     folder.mkdir(parents=True, exist_ok=True)

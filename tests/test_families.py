@@ -20,12 +20,10 @@ from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling import shapes
-from fastdraft.modeling.architecture import draft_hf_config, read_architecture
-from fastdraft.modeling.counting import count_model
-from fastdraft.modeling.drafts import load_draft, save_draft
+from fastdraft.modeling.architecture import count_model, draft_hf_config, read_architecture
+from fastdraft.modeling.drafts import load_draft, read_matrices, save_draft
 from fastdraft.modeling.families import TARGET_FAMILIES, draft_family, text_config, why_draft_family
 from fastdraft.modeling.heads import output_head, split_head
-from fastdraft.modeling.initialize import read_matrices
 from fastdraft.recipe.training import OptimizerConfig, PretrainConfig
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.huggingface_export import check_assisted, load_assistant, write_huggingface

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from fastdraft.errors import RecipeError, TargetError
-from fastdraft.modeling import initialize, shapes
+from fastdraft.modeling import drafts, shapes
 from fastdraft.modeling.architecture import (
     Architecture,
+    count,
     draft_hf_config,
     has_rotary_factors,
     read_architecture,
     resample,
 )
-from fastdraft.modeling.counting import count
 from fastdraft.target import Target
 
 LLAMA_8B = Architecture("llama", 128256, 4096, 32, 32, 8, 128, 14336, False, 131072)
@@ -82,7 +82,7 @@ def test_a_draft_of_every_family_has_the_counted_size_and_runs(config: Any) -> N
     shape = _explicit(config, 128, 2, 192)
     draft = draft_hf_config(config, shape)
     assert parameters_of(draft) == shape.parameters
-    model = initialize.build_draft(draft, seed=0)
+    model = drafts.build_draft(draft, seed=0)
     with torch.inference_mode():
         assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 96)
 
@@ -227,7 +227,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 def _draft_model(tied: bool = False, seed: int = 0) -> Any:
     target = _small(LlamaConfig, tie_word_embeddings=tied, vocab_size=2000)
     shape = _explicit(target, 128, 4, 256, num_heads=4, num_kv_heads=2, tied=tied)
-    return initialize.build_draft(draft_hf_config(target, shape), seed)
+    return drafts.build_draft(draft_hf_config(target, shape), seed)
 
 
 def test_first_weights_follow_the_seed_and_leave_the_callers_random_state_alone() -> None:
@@ -257,7 +257,7 @@ def test_projection_keeps_the_directions_in_which_tokens_differ() -> None:
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(500, 8, generator=generator)
     matrix = latent @ torch.randn(8, 64, generator=generator) + 3.0  # rank 8 around a common mean
-    projected = initialize.project(matrix, 16, seed=1)
+    projected = drafts.project(matrix, 16, seed=1)
     assert projected.shape == (500, 16)
     assert projected.std().item() == pytest.approx(0.02, rel=1e-3)
     centred = matrix - matrix.mean(0)
@@ -267,17 +267,17 @@ def test_projection_keeps_the_directions_in_which_tokens_differ() -> None:
 
 def test_projection_to_a_wider_draft_fills_every_column() -> None:
     narrow = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    projected = initialize.project(narrow, 32, seed=0)
+    projected = drafts.project(narrow, 32, seed=0)
     assert projected.shape == (200, 32)
     assert bool((projected.std(0) > 0).all())
 
 
 def test_projected_embeddings_need_only_the_two_matrices(tiny_target: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_target)
-    model = initialize.build_draft(draft_hf_config(config, _explicit(config, 64, 1, 64, tied=False)), 0)
+    model = drafts.build_draft(draft_hf_config(config, _explicit(config, 64, 1, 64, tied=False)), 0)
     body = model.model.layers[0].mlp.up_proj.weight.clone()
     head = model.lm_head.weight.clone()
-    initialize.set_projected_embeddings(model, Target.at(tiny_target), 0)
+    drafts.set_projected_embeddings(model, Target.at(tiny_target), 0)
     assert torch.equal(body, model.model.layers[0].mlp.up_proj.weight)
     assert not torch.equal(head, model.lm_head.weight)
     assert model.lm_head.weight.std().item() <= 0.0201

@@ -1,6 +1,7 @@
-"""A model that is only read: config, tokenizer, vocabulary, architecture, weights, identity, each read once.
+"""A model that is only read: config, tokenizer, vocabulary, architecture, weights, identity.
 
-`Target(recipe.target)` for the target of a recipe, made once per run; `Target.at(folder)` for any other model.
+`Target(recipe.target)` for the target of a recipe, made once per run; `Target.at(folder)` for any other
+model.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from transformers import (
 )
 
 from fastdraft.errors import TargetError
-from fastdraft.modeling.architecture import Architecture, read_architecture
-from fastdraft.modeling.counting import auto_class
+from fastdraft.modeling.architecture import Architecture, auto_class, read_architecture
 from fastdraft.modeling.families import special_id, text_config
 from fastdraft.modeling.model_files import ModelFiles, one_line
 from fastdraft.modeling.vocabulary import Vocabulary, describe
@@ -33,13 +33,14 @@ from fastdraft.run_folder import file_sha256
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _IDENTITY_FILES = """
-    config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
+    config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja
+    chat_template.json
 """.split()
 _HASHED_BYTES = 1 << 20
 
 
 class Target:
-    """The one door to a model's facts. Nothing is read before it is asked for; what is given out must not be changed."""
+    """The one door to a model's facts, each read once, when asked for; do not change what it gives."""
 
     def __init__(self, settings: TargetConfig) -> None:
         self.name, self.location, self.revision = settings.model, settings.location, settings.revision
@@ -56,7 +57,7 @@ class Target:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The config of a supported family. A model's own code is never run: target and draft share transformers'."""
+        """The config of a supported family. A model's own code is never run."""
         self.files.config  # noqa: B018 (refuses other families in words of our own)
         with one_line(self.location):
             return AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
@@ -95,16 +96,13 @@ class Target:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What a draft must share. A text ends at the tokenizer's EOS or any of the generation config's (else of the config's)."""
-        tokenizer, config = self.tokenizer, self.config
+        """What a draft must share. The tokenizer's EOS ends a text, and the generation config's, else the config's."""
+        config, tokenizer = self.config, self.tokenizer
         listed = getattr(self.generation_config, "eos_token_id", None)
-        first = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        eos = first + self._ids(
-            "eos_token_id", listed if listed is not None else special_id(config, "eos_token_id")
-        )
+        listed = special_id(config, "eos_token_id") if listed is None else listed
+        eos = self._ids("eos_token_id", tokenizer.eos_token_id) + self._ids("eos_token_id", listed)
         pad = tokenizer.pad_token_id
-        if pad is None:
-            pad = next(iter(self._ids("pad_token_id", special_id(config, "pad_token_id"))), None)
+        pads = self._ids("pad_token_id", special_id(config, "pad_token_id") if pad is None else pad)
         ids, ordinary, special = describe(tokenizer.backend_tokenizer.to_str())
         size, largest = int(text_config(config).vocab_size), max(ids, default=-1)
         if largest >= size:
@@ -116,7 +114,7 @@ class Target:
             missing_ids=tuple(sorted(set(range(size)) - ids)),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_ids=tuple(dict.fromkeys(eos)),
-            pad_token_id=pad,
+            pad_token_id=next(iter(pads), None),
             digest=ordinary,
             special_digest=special,
         )
@@ -138,7 +136,7 @@ class Target:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights can be had: a hub's always, a directory's where they lie in it."""
+        """Whether the weights can be had; a hub's always."""
         try:
             self.files.check_weights()
         except TargetError:
@@ -167,10 +165,10 @@ class Target:
                 raise
             method = quantised if isinstance(quantised, dict) else vars(quantised)
             found = (
-                f"weights quantised by {method.get('quant_method')} ({' '.join(str(error).split())[:100]})"
+                f"weights quantised by {method.get('quant_method')}; transformers must be able to load them"
             )
-            found += "; transformers must be able to load them"
-            raise self.files.wrong(found, "install the library of that method") from error
+            why = " ".join(str(error).split())[:100]
+            raise self.files.wrong(f"{found} ({why})", "install the library of that method") from error
         # A weight missing from the files is an error, never a random matrix.
         problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
         if problems:
@@ -179,13 +177,14 @@ class Target:
         return model
 
     def identity(self, *, weights: bool = True) -> dict[str, Any]:
-        """Stands for what the model writes, in fingerprints: name, revision, precision; of a directory also its files.
+        """Stands for what the model writes, in fingerprints: name, revision, precision; of a directory also
+        its files.
 
-        Small files count whole, weights by their size and both ends: a fine-tune saved over another one is noticed
-        without reading gigabytes. `weights` false leaves them out, for work that does not touch them.
+        Weights count by their size and both ends: a fine-tune saved over another is noticed without reading
+        gigabytes.
         """
-        dtype = self.dtype if weights else None
-        identity: dict[str, Any] = {"model": self.name, "revision": self.revision, "dtype": dtype}
+        identity: dict[str, Any] = {"model": self.name, "revision": self.revision}
+        identity["dtype"] = self.dtype if weights else None
         folder = Path(self.location)
         if not folder.is_dir():
             return identity
@@ -201,7 +200,7 @@ class Target:
         return identity
 
     def copy_tokenizer(self, folder: Path) -> None:
-        """Copies the tokenizer files byte for byte: a tokenizer saved again is not recognised by every runtime."""
+        """Copies the tokenizer files byte for byte: not every runtime recognises one that was saved again."""
         for path in self.files.tokenizer_files():
             inside = "additional_chat_templates" if path.parent.name == "additional_chat_templates" else ""
             (folder / inside).mkdir(parents=True, exist_ok=True)

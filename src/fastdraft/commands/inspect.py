@@ -1,7 +1,8 @@
-"""`fastdraft inspect TARGET`: what a target is, what its vocabulary hides, which drafts would suit it and what they could gain.
+"""`fastdraft inspect TARGET`: what a target is, what its vocabulary hides, which drafts would suit it and
+could gain.
 
-Reads config and tokenizer only, no weights; results go to stdout, in 80 columns. With `--measure`, costs are measured
-too (measure.py).
+Reads config and tokenizer only, no weights; results go to stdout, in 80 columns. With `--measure`, costs are
+measured too (measure.py).
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from typing import Any
 
 from fastdraft.commands.measure import MeasureSettings, measure
 from fastdraft.console import Console, format_count, format_table
-from fastdraft.errors import RecipeError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.modeling.architecture import Architecture, has_rotary_factors
-from fastdraft.modeling.counting import count
 from fastdraft.modeling.families import draft_family, text_config, why_draft_family
 from fastdraft.modeling.shapes import PRESETS, natural, preset
 from fastdraft.modeling.traps import find_traps
@@ -32,8 +31,7 @@ _SHOWN, _WISHED_RATIO, _LARGEST_RATIO = 6, 0.02, 0.5
 class Candidate:
     """A draft that could be designed for the target."""
 
-    name: str
-    """Of a preset; else empty."""
+    name: str  # of a preset; else empty
     draft: Architecture
     target: Architecture
 
@@ -47,16 +45,11 @@ class Candidate:
 
     @property
     def by_bytes(self) -> float:
-        """Bytes read per token, both in the same precision."""
+        """Bytes read per token, both in one precision; twice that for an int8 draft of an int4 target."""
         return self.draft.read_parameters / self.target.read_parameters
 
-    @property
-    def int8_on_int4(self) -> float:
-        """Bytes read per token, the draft in int8 and the target in int4, as the paper serves them."""
-        return self.draft.bytes_per_token(8) / self.target.bytes_per_token(4)
-
     def mbsu(self, rate: float) -> list[float]:
-        """Memory-bound speed-up by bytes at equal precision for every K, the acceptance rate being known at K = 3."""
+        """Memory-bound speed-up by bytes for every K, the acceptance rate being known at K = 3."""
         return [mbsu_at(rate, k, self.by_bytes) for k in KS]
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,7 +62,7 @@ class Candidate:
             "flops_per_token": self.draft.flops_per_token,
             "cost_ratio_parameters": self.by_parameters,
             "cost_ratio_bytes": self.by_bytes,
-            "cost_ratio_bytes_int8_draft_int4_target": self.int8_on_int4,
+            "cost_ratio_bytes_int8_draft_int4_target": 2 * self.by_bytes,
             "mbsu_bytes": {str(r): dict(zip(map(str, KS), self.mbsu(r), strict=True)) for r in RATES},
         }
 
@@ -82,143 +75,119 @@ def run(
     as_json: bool = False,
     measuring: MeasureSettings | None = None,
 ) -> None:
-    """Prints anatomy, traps and candidate drafts of a target; then, when asked for, what they cost on this device.
-
-    Args:
-        location: A directory, a hub id, or `shipped:targets/starter`.
-        revision: Branch, tag or commit on the hub.
-        console: For notes and progress; results go to stdout.
-        as_json: JSON instead of text.
-        measuring: How passes are to be measured; None measures nothing.
-    """
-    inspection = Inspection(Target.at(location, revision))
-    if not inspection.candidates:
+    """Prints anatomy, traps and candidate drafts of a target, and when asked for what they cost here."""
+    target = Target.at(location, revision)
+    traps, candidates = find_traps(target), find_candidates(target)
+    if not candidates:
         console.warn("no draft would cost less than half of this target: a draft cannot pay here")
-    found = inspection.as_dict() if as_json else {}
     if not as_json:
-        print(inspection.text(), flush=True)
-    if measuring is not None:
-        shapes = [candidate.draft for candidate in inspection.candidates]
-        measured = measure(inspection.target, shapes, measuring, console)
-        found["measured"] = measured.as_dict()
-        if not as_json:
-            print("\n" + measured.text())
+        print(_text(target, traps, candidates), flush=True)
+    measured = measure(target, [c.draft for c in candidates], measuring, console) if measuring else None
     if as_json:
+        found = _as_dict(target, traps, candidates) | ({"measured": measured.as_dict()} if measured else {})
         print(json.dumps(found, indent=1))
+    elif measured:
+        print("\n" + measured.text())
 
 
 def find_candidates(target: Target) -> list[Candidate]:
-    """Natural shapes whose cost lies nearest to a fiftieth of the target's, and the presets of its family, by size."""
+    """Natural shapes that cost nearest to a fiftieth of the target, and its family's presets, by size."""
     shape, keep_heads = target.architecture, has_rotary_factors(target.config)
     found = [Candidate("", natural(shape, width, keep_heads), shape) for width in _WIDTHS]
     affordable = [c for c in found if max(c.by_bytes, c.by_parameters) <= _LARGEST_RATIO]
     chosen = sorted(affordable, key=lambda c: abs(math.log(c.by_bytes / _WISHED_RATIO)))[:_SHOWN]
-    for name in PRESETS:
-        try:
-            named = Candidate(name, preset(name, shape), shape)
-        except RecipeError:  # of another family
-            continue
-        if named.by_bytes <= _LARGEST_RATIO:
-            chosen.append(named)
-    return sorted(chosen, key=lambda c: c.draft.parameters)
+    for name, (family, *_) in PRESETS.items():
+        if family == shape.family:
+            chosen.append(Candidate(name, preset(name, shape), shape))
+    return sorted((c for c in chosen if c.by_bytes <= _LARGEST_RATIO), key=lambda c: c.draft.parameters)
 
 
-class Inspection:
-    """All that is told of a target without measuring."""
+def _as_dict(target: Target, traps: list[str], candidates: list[Candidate]) -> dict[str, Any]:
+    shape = target.architecture
+    return {
+        "target": target.name,
+        "parameters": shape.parameters,
+        "architecture": shape.as_dict(),
+        "draft_family": {"family": draft_family(shape.family), "reason": why_draft_family(shape.family)},
+        "bytes_per_token_int4": shape.bytes_per_token(4),
+        "flops_per_token": shape.flops_per_token,
+        "vocabulary": target.vocabulary.as_dict(),
+        "traps": traps,
+        "acceptance_rates_at_k": PAPER_K,
+        "candidates": [candidate.as_dict() for candidate in candidates],
+    }
 
-    def __init__(self, target: Target) -> None:
-        self.target, self.shape, self.vocabulary = target, target.architecture, target.vocabulary
-        self.traps, self.parameters = find_traps(target), count(target.config).stored
-        self.candidates = find_candidates(target)
 
-    def as_dict(self) -> dict[str, Any]:
-        family = self.shape.family
-        return {
-            "target": self.target.name,
-            "parameters": self.parameters,
-            "architecture": self.shape.as_dict(),
-            "draft_family": {"family": draft_family(family), "reason": why_draft_family(family)},
-            "bytes_per_token_int4": self.shape.bytes_per_token(4),
-            "flops_per_token": self.shape.flops_per_token,
-            "vocabulary": self.vocabulary.as_dict(),
-            "traps": self.traps,
-            "acceptance_rates_at_k": PAPER_K,
-            "candidates": [candidate.as_dict() for candidate in self.candidates],
-        }
+def _text(target: Target, traps: list[str], candidates: list[Candidate]) -> str:
+    """Everything in 80 columns."""
+    family, parts = target.architecture.family, [_anatomy(target)]
+    if reason := why_draft_family(family):
+        parts.append(textwrap.fill(f"Drafts are of the family {draft_family(family)}: {reason}.", 78))
+    wrapped = [textwrap.fill(t, 78, initial_indent="- ", subsequent_indent="  ") for t in traps]
+    parts.append("\n".join(["Traps", *(wrapped or ["- none found"])]))
+    if candidates:
+        parts += [_costs(candidates), _gains(candidates)]
+    return "\n\n".join(parts)
 
-    def text(self) -> str:
-        """Everything in 80 columns."""
-        parts = [self._anatomy()]
-        if reason := why_draft_family(self.shape.family):
-            line = f"Drafts are of the family {draft_family(self.shape.family)}: {reason}."
-            parts.append(textwrap.fill(line, 78))
-        traps = [textwrap.fill(t, 78, initial_indent="- ", subsequent_indent="  ") for t in self.traps]
-        parts.append("\n".join(["Traps", *(traps or ["- none found"])]))
-        if self.candidates:
-            parts += [_costs(self.candidates), _gains(self.candidates)]
-        return "\n\n".join(parts)
 
-    def _anatomy(self) -> str:
-        a, v, config = self.shape, self.vocabulary, self.target.config
-        few = a.read and a.read < 0.9 * (a.parameters - a.embedding_parameters)
-        active = f", {format_count(a.read)} read per token" if few else ""
-        rope: dict[str, Any] = getattr(text_config(config), "rope_parameters", None) or {}
-        rope = rope.get("full_attention") or rope  # of several, that of the layers which see everything
-        kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 0)
-        turned = f"rope {kind}, theta {theta:g}" if rope else "no rope"
-        precisions = {4: "int4", 8: "int8", 16: "bf16"}
-        reads = [f"{_bytes(a.bytes_per_token(bits))} {name}" for bits, name in precisions.items()]
-        share = (2 - a.tied) * a.embedding_parameters / a.parameters
-        tied = "tied" if a.tied else "untied"
-        rows = {
-            "family": a.family,
-            "parameters": f"{format_count(self.parameters)} ({self.parameters:,}), {tied}{active}",
-            "layers": f"{a.num_layers}, hidden {a.hidden_size}, feed-forward {a.intermediate_size}",
-            "attention": f"{a.num_heads} heads of {a.head_dim}, {a.num_kv_heads} key-value heads",
-            "context": f"{a.context_length}, {turned}",
-            "vocabulary": f"{v.size} rows, {v.num_tokens} tokens, {share:.1%} of the parameters",
-            "special ids": f"BOS {v.bos_token_id}, EOS {', '.join(map(str, v.eos_token_ids))}, padding {v.pad_token_id}",
-            "read per token": ", ".join(reads),
-            "compute per token": f"{format_count(a.flops_per_token)} FLOPs",
-            "cache": f"{_bytes(1024 * a.cache_bytes_per_position())} for 1024 tokens in bf16",
-        }
-        return "\n".join([self.target.name, *(f"  {name:<18} {text}" for name, text in rows.items())])
+def _anatomy(target: Target) -> str:
+    a, v = target.architecture, target.vocabulary
+    few = a.read and a.read < 0.9 * (a.parameters - a.embedding_parameters)
+    active = f", {format_count(a.read)} read per token" if few else ""
+    rope: dict[str, Any] = getattr(text_config(target.config), "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope  # of several, that of the layers which see everything
+    turned = (
+        f"rope {rope.get('rope_type', 'default')}, theta {rope.get('rope_theta', 0):g}" if rope else "no rope"
+    )
+    reads = [
+        f"{_bytes(a.bytes_per_token(bits))} {name}" for bits, name in ((4, "int4"), (8, "int8"), (16, "bf16"))
+    ]
+    share = (2 - a.tied) * a.embedding_parameters / a.parameters
+    tied, eos = "tied" if a.tied else "untied", ", ".join(map(str, v.eos_token_ids))
+    cache = 1024 * 2 * 2 * a.num_layers * a.num_kv_heads * a.head_dim  # keys and values, two bytes each
+    rows = {
+        "family": a.family,
+        "parameters": f"{format_count(a.parameters)} ({a.parameters:,}), {tied}{active}",
+        "layers": f"{a.num_layers}, hidden {a.hidden_size}, feed-forward {a.intermediate_size}",
+        "attention": f"{a.num_heads} heads of {a.head_dim}, {a.num_kv_heads} key-value heads",
+        "context": f"{a.context_length}, {turned}",
+        "vocabulary": f"{v.size} rows, {v.num_tokens} tokens, {share:.1%} of the parameters",
+        "special ids": f"BOS {v.bos_token_id}, EOS {eos}, padding {v.pad_token_id}",
+        "read per token": ", ".join(reads),
+        "compute per token": f"{format_count(a.flops_per_token)} FLOPs",
+        "cache": f"{_bytes(cache)} for 1024 tokens in bf16",
+    }
+    return "\n".join([target.name, *(f"  {name:<18} {text}" for name, text in rows.items())])
 
 
 def _costs(candidates: list[Candidate]) -> str:
     columns = ["draft", "hidden", "layers", "FFN", "int8/token", "FLOPs", "c param", "c bytes", "c 8on4"]
     rows = []
     for c in candidates:
-        d = c.draft
-        shape = [d.hidden_size, d.num_layers, d.intermediate_size]
-        ratios = [f"{c.by_parameters:.4f}", f"{c.by_bytes:.4f}", f"{c.int8_on_int4:.4f}"]
-        rows.append([c.label, *shape, _bytes(d.bytes_per_token(8)), format_count(d.flops_per_token), *ratios])
+        d, ratios = c.draft, (c.by_parameters, c.by_bytes, 2 * c.by_bytes)
+        costs = [_bytes(d.bytes_per_token(8)), format_count(d.flops_per_token), *(f"{r:.4f}" for r in ratios)]
+        rows.append([c.label, d.hidden_size, d.num_layers, d.intermediate_size, *costs])
     note = (
-        "c: cost of a draft token over a target token by parameters; by bytes read, equal precision; int8 draft on int4 "
-        "target."
+        "c: cost of a draft token over a target token by parameters; by bytes read; int8 draft on int4 target. "
+        "Widths and FFNs that are no multiples of 256 cannot have K-quants in llama.cpp."
     )
-    uneven = [c.label for c in candidates if c.draft.hidden_size % 256 or c.draft.intermediate_size % 256]
-    if uneven:
-        note += f" Rows not all multiples of 256, so no K-quants in llama.cpp: {', '.join(uneven)}."
     named = [f"* preset {c.name}, {c.draft.parameters:,} parameters." for c in candidates if c.name]
     return "\n".join([format_table("Candidate drafts", columns, rows), textwrap.fill(note, 79), *named])
 
 
 def _gains(candidates: list[Candidate]) -> str:
     rows = []
-    for c in candidates:
-        for rate in RATES:
-            gains = c.mbsu(rate)
-            best = KS[gains.index(max(gains))]
-            rows.append([c.label, f"{rate:g}", *(f"{gain:.2f}" for gain in gains), best])
+    for c, rate in ((c, rate) for c in candidates for rate in RATES):
+        gains = c.mbsu(rate)
+        rows.append([c.label, f"{rate:g}", *(f"{gain:.2f}" for gain in gains), KS[gains.index(max(gains))]])
     note = (
-        f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}, as the paper prints it: there text "
-        "reaches about 0.3, instructions 0.35 and code 0.6. Other K follow from a constant chance for each further token. "
-        "Below 1.00 a draft does harm."
+        f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}, as the paper prints it: there "
+        "text reaches about 0.3, instructions 0.35 and code 0.6. Other K follow from a constant chance for each "
+        "further token. Below 1.00 a draft does harm."
     )
     columns = ["draft", "rate", *(f"K={k}" for k in KS), "best K"]
-    title = "Memory-bound speed-up by bytes at equal precision"
-    return format_table(title, columns, rows) + "\n" + textwrap.fill(note, 79)
+    table = format_table("Memory-bound speed-up by bytes at equal precision", columns, rows)
+    return table + "\n" + textwrap.fill(note, 79)
 
 
 def _bytes(count: float) -> str:

@@ -1,7 +1,9 @@
-"""`fastdraft inspect TARGET --measure`: what target and drafts cost on this device, before anything is trained.
+"""`fastdraft inspect TARGET --measure`: what target and drafts cost on this device, before anything is
+trained.
 
-Each is built with random weights in a temporary folder, unless an export is named, and single passes are timed in the
-order of decoding (runtimes/openvino_latency.py). measurement.py tells what follows from the times.
+Each is built with random weights in a temporary folder, unless an export is named, and single passes are
+timed in the order of decoding (runtimes/openvino_latency.py). measurement.py tells what follows from the
+times.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from fastdraft.commands.measurement import DraftCost, Measurement
+from fastdraft.commands.measurement import MeasuredModel, Measurement
 from fastdraft.console import Console, format_count
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors
@@ -27,15 +29,13 @@ from fastdraft.runtimes.openvino_export import Weights, check_pair, export_rando
 from fastdraft.runtimes.openvino_latency import WARM_TURNS, LoadedModel, fitting_prefix, time_passes
 from fastdraft.target import Target
 
-REPEATS = 15
-"""Turns whose medians are taken."""
+REPEATS = 15  # turns whose medians are taken
+# A deeper model is converted with so many of its layers, twice: that tells what each further one costs.
 DEPTHS = (2, 4)
-"""A deeper model is converted with so many of its layers, twice: the last layers tell what each further one costs."""
-UNSTEADY = 0.3
-"""Relative spread of equal passes from which a warning is given."""
-_SHAPE = re.compile(r"(\d+)x(\d+)")
+UNSTEADY = 0.3  # relative spread of equal passes from which a warning is given
 _DEPTH_KEYS = """
-    layer_types max_window_layers quantization_config auto_map torch_dtype dtype transformers_version num_hidden_layers
+    layer_types max_window_layers quantization_config auto_map torch_dtype dtype transformers_version
+    num_hidden_layers
 """.split()
 
 
@@ -45,34 +45,17 @@ class MeasureSettings:
 
     weights: Weights = "int4"
     draft_weights: Weights = "int8"
-    draft: Sequence[str] = ()
-    """Shapes HIDDENxLAYERS, or folders of exported drafts; none: the listed candidates."""
+    draft: Sequence[
+        str
+    ] = ()  # shapes HIDDENxLAYERS, or folders of exported drafts; none: the listed candidates
     device: str = "CPU"
     threads: int = 0
     num_speculative_tokens: Sequence[int] = (1, 2, 3, 4, 5)
     prefix: int = 128
 
 
-@dataclass(frozen=True)
-class MeasuredModel:
-    """A model that is timed: an export, or its shape with random weights."""
-
-    name: str
-    """HIDDENxLAYERS, or the folder."""
-    architecture: Architecture
-    weights: Weights
-    config: PreTrainedConfig
-    export: Path | None = None
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Layers of each export that is made of it: all of them, or a few, twice."""
-        layers = self.architecture.num_layers
-        return (layers,) if layers <= DEPTHS[-1] + DEPTHS[0] else DEPTHS
-
-
 class ByLayers:
-    """Times a deep model by two shallow ones of its shape, read in turn: what each layer adds is added for the missing ones."""
+    """Times a deep model by two shallow ones, read in turn: a missing layer costs what the last ones do."""
 
     def __init__(self, shallow: LoadedModel, deep: LoadedModel, layers: int) -> None:
         self.shallow, self.deep, self.weights = shallow, deep, deep.weights
@@ -95,11 +78,7 @@ def measure(
 ) -> Measurement:
     """Builds what has to be built, times all passes in turn, and throws the built models away.
 
-    Args:
-        target: Its weights are not read unless it is an export, which is timed itself.
-        candidates: Drafts that are measured when `settings.draft` names none.
-        settings: How.
-        console: Progress.
+    `candidates` are measured where the settings name no draft.
     """
     device_properties(settings.device, "fast", settings.threads)
     described = describe_device(settings.device)
@@ -118,10 +97,15 @@ def measure(
 def _drafts(
     target: Target, candidates: Sequence[Architecture], settings: MeasureSettings
 ) -> list[MeasuredModel]:
-    found, shapes = [], []
+    found, shapes, weights = [], [], settings.draft_weights
     for name in settings.draft:
-        if numbers := _SHAPE.fullmatch(name):
-            shapes.append(_shape(target, *map(int, numbers.groups())))
+        if numbers := re.fullmatch(r"(\d+)x(\d+)", name):
+            hidden, layers = map(int, numbers.groups())
+            if hidden % 2 or not hidden or not layers:
+                rule = "the width must be even, and both at least 1"
+                raise RecipeError(f"--draft: {name}; {rule}", "for example 512x6")
+            shape = natural(target.architecture, hidden, has_rotary_factors(target.config))
+            shapes.append(replace(shape, num_layers=layers))
             continue
         folder = user_path(name, "--draft")
         if not (folder / MODEL_FILE).is_file():
@@ -129,38 +113,26 @@ def _drafts(
             raise RecipeError(f"--draft: {name}; {rule}", "run fastdraft export first for a folder")
         draft = Target.at(folder)
         check_pair(target, draft)
-        weights = settings.draft_weights
         found.append(MeasuredModel(folder.name, draft.architecture, weights, draft.config, folder))
     for shape in shapes or ([] if found else candidates):
         name = f"{shape.hidden_size}x{shape.num_layers}"
         if any(draft.name.split("/")[0] == name for draft in found):
             name = f"{name}/{shape.intermediate_size}"
-        found.append(
-            MeasuredModel(name, shape, settings.draft_weights, draft_hf_config(target.config, shape))
-        )
+        found.append(MeasuredModel(name, shape, weights, draft_hf_config(target.config, shape)))
     if not found:
         rule = "no candidate; a draft must cost less than half of the target"
         raise TargetError(f"{target.location}: {rule}", "name a shape with --draft, for example --draft 64x1")
     return found
 
 
-def _shape(target: Target, hidden: int, layers: int) -> Architecture:
-    """The shape that the listed candidates would have at this width, at the asked depth."""
-    if hidden % 2 or not hidden or not layers:
-        rule = "the width must be even, and both at least 1"
-        raise RecipeError(f"--draft: {hidden}x{layers}; {rule}", "for example 512x6")
-    base = natural(target.architecture, hidden, has_rotary_factors(target.config))
-    return replace(base, num_layers=layers)
-
-
 def _build(model: MeasuredModel, target: Target, temporary: Path, console: Console) -> list[Path]:
     """The exports by which a model is timed, made with random weights where it is none itself."""
     if model.export:
         return [model.export]
-    count = format_count(model.architecture.parameters)
+    count, deep = format_count(model.architecture.parameters), model.architecture.num_layers
     console.say(f"building {model.name} with random weights: {count} parameters, {model.weights}")
     folders = []
-    for layers in model.depths:
+    for layers in (deep,) if deep <= sum(DEPTHS) else DEPTHS:
         if console.stop.requested:
             raise KeyboardInterrupt
         folders.append(temporary / f"{model.name.replace('/', '-')}-{layers}")
@@ -181,12 +153,10 @@ def _time(
     widths = sorted({1, *(k + 1 for k in ks)})
     prefix = fitting_prefix([folder for group in folders for folder in group], settings.prefix, widths[-1])
     console.say(f"loading {len(models)} models and reading {prefix} tokens with each")
+    options: dict[str, Any] = {"device": settings.device, "threads": settings.threads}
     passes: list[Any] = []
     for model, group in zip(models, folders, strict=True):
-        loaded = [
-            LoadedModel(folder, prefix, widths[-1], device=settings.device, threads=settings.threads)
-            for folder in group
-        ]
+        loaded = [LoadedModel(folder, prefix, widths[-1], **options) for folder in group]
         deep = model.architecture.num_layers
         passes.append(loaded[0] if len(loaded) == 1 else ByLayers(loaded[0], loaded[1], deep))
     with console.progress("measuring", REPEATS + WARM_TURNS, "turns") as progress:
@@ -200,25 +170,9 @@ def _time(
     if costs.spread > UNSTEADY:
         disturbed = "other work on this machine disturbs the figures"
         console.warn(f"passes differ by {costs.spread:.0%} from turn to turn: {disturbed}")
-    sizes = [
-        m.architecture.exported_bytes_per_token(timed.weights)
-        for m, timed in zip(models, passes, strict=True)
+    seconds = [costs.target_seconds[1], *costs.draft_seconds]
+    timed = [
+        replace(m, weights=p.weights, seconds=s) for m, p, s in zip(models, passes, seconds, strict=True)
     ]
-    drafts = [
-        DraftCost(
-            model.name, model.architecture, timed.weights, model.export is None, seconds, size / sizes[0]
-        )
-        for model, timed, seconds, size in zip(
-            models[1:], passes[1:], costs.draft_seconds, sizes[1:], strict=True
-        )
-    ]
-    return Measurement(
-        runtime={"name": "openvino", "device": settings.device, "threads": settings.threads, **described},
-        prefix_tokens=prefix,
-        repeats=REPEATS,
-        target_weights=passes[0].weights,
-        target_random=models[0].export is None,
-        target_seconds=costs.target_seconds,
-        drafts=drafts,
-        num_speculative_tokens=tuple(ks),
-    )
+    runtime = {"name": "openvino", **options, **described}
+    return Measurement(runtime, prefix, REPEATS, timed[0], costs.target_seconds, timed[1:], tuple(ks))

@@ -1,14 +1,18 @@
-"""What measured passes promise: speed-up of each draft for three acceptance rates and every K, as tables, JSON and a sentence.
+"""What measured passes promise: speed-up of each draft for three acceptance rates and every K, as tables and
+JSON.
 
-The forecast is `block_efficiency * t_target(1) / (K * t_draft + t_target(K + 1))`, with one constant chance of
-acceptance for each further token.
+The forecast is `block_efficiency * t_target(1) / (K * t_draft + t_target(K + 1))`, with one constant chance
+of acceptance for each further token.
 """
 
 from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from fastdraft.console import format_count, format_table
 from fastdraft.forecast import (
@@ -19,58 +23,53 @@ from fastdraft.forecast import (
     predicted_speedup,
 )
 from fastdraft.modeling.architecture import Architecture
+from fastdraft.runtimes.openvino_export import Weights
 
 
 @dataclass(frozen=True)
-class DraftCost:
-    """What one draft would bring."""
+class MeasuredModel:
+    """A model that is timed: an export, or its shape with random weights."""
 
-    name: str
+    name: str  # HIDDENxLAYERS, or the folder's
     architecture: Architecture
-    weights: str
-    random: bool
-    seconds: float
-    """Of one token."""
-    bytes_ratio: float
-    """Bytes read per token, draft over target, at the weights measured."""
+    weights: Weights
+    config: PreTrainedConfig
+    export: Path | None = None
+    seconds: float = 0.0  # of one token
 
     @property
-    def label(self) -> str:
-        return self.name if len(self.name) <= 14 else f"...{self.name[-11:]}"
+    def read_bytes(self) -> float:
+        """For one token, at the weights measured."""
+        return self.architecture.exported_bytes_per_token(self.weights)
 
 
 @dataclass(frozen=True)
 class Measurement:
     """All that was measured, and what follows from it."""
 
-    runtime: dict[str, Any]
-    """Name, version, device, device_name, threads."""
+    runtime: dict[str, Any]  # name, version, device, device_name, threads
     prefix_tokens: int
     repeats: int
-    target_weights: str
-    target_random: bool
-    """Whether its weights were drawn; an exported target is timed itself."""
-    target_seconds: dict[int, float]
-    """By the number of tokens read at once: 1, and K + 1 for every K."""
-    drafts: list[DraftCost]
-    num_speculative_tokens: tuple[int, ...]
-    """Rising."""
+    target: MeasuredModel
+    target_seconds: dict[int, float]  # by the number of tokens read at once: 1, and K + 1 for every K
+    drafts: list[MeasuredModel]
+    num_speculative_tokens: tuple[int, ...]  # rising
 
-    def speedup(self, draft: DraftCost, rate: float, k: int) -> float:
+    def speedup(self, draft: MeasuredModel, rate: float, k: int) -> float:
         """Forecast at one K for an acceptance rate (accepted / proposed) known at K = 3."""
         efficiency, seconds = block_efficiency(conditional_acceptance_rate(rate), k), self.target_seconds
         return predicted_speedup(efficiency, k, draft.seconds, seconds[1], seconds[k + 1])
 
-    def best_k(self, draft: DraftCost, rate: float) -> int:
+    def best_k(self, draft: MeasuredModel, rate: float) -> int:
         return max(self.num_speculative_tokens, key=lambda k: self.speedup(draft, rate, k))
 
-    def best(self, rate: float) -> tuple[DraftCost, int, float]:
+    def best(self, rate: float) -> tuple[MeasuredModel, int, float]:
         """The draft with the highest forecast, its K and the forecast."""
         found = [(draft, self.best_k(draft, rate)) for draft in self.drafts]
         return max(((draft, k, self.speedup(draft, rate, k)) for draft, k in found), key=lambda item: item[2])
 
-    def break_even(self, draft: DraftCost) -> float | None:
-        """The acceptance rate (at K = 3) above which the draft gains at its best K; None when at no rate below 1."""
+    def break_even(self, draft: MeasuredModel) -> float | None:
+        """The acceptance rate (at K = 3) above which the draft gains at its best K; None when none does."""
         low, high = 0.0, 1.0
         if self.speedup(draft, high, self.best_k(draft, high)) <= 1:
             return None
@@ -89,10 +88,10 @@ class Measurement:
                 "architecture": draft.architecture.as_dict(),
                 "parameters": draft.architecture.parameters,
                 "weights": draft.weights,
-                "random": draft.random,
+                "random": draft.export is None,
                 "seconds": draft.seconds,
                 "cost_ratio_latency": draft.seconds / seconds[1],
-                "cost_ratio_bytes": draft.bytes_ratio,
+                "cost_ratio_bytes": draft.read_bytes / self.target.read_bytes,
                 "break_even_acceptance_rate": self.break_even(draft),
                 "predicted_speedup": {str(r): {str(k): self.speedup(draft, r, k) for k in ks} for r in RATES},
             }
@@ -103,7 +102,7 @@ class Measurement:
             draft, k, speedup = self.best(rate)
             figures = {"predicted_speedup": speedup, "use_a_draft": speedup > 1}
             best[str(rate)] = {"draft": draft.name, "num_speculative_tokens": k, **figures}
-        target = {"weights": self.target_weights, "random": self.target_random}
+        target = {"weights": self.target.weights, "random": self.target.export is None}
         return {
             "runtime": self.runtime,
             "prefix_tokens": self.prefix_tokens,
@@ -116,10 +115,6 @@ class Measurement:
 
     def sentence(self) -> str:
         """Which draft for which acceptance rate, or none."""
-        draft, k, speedup = self.best(RATES[-1])
-        if all(self.best(rate)[2] <= 1 for rate in RATES):
-            best = f"the best, {draft.name} at K = {k}, reaches {speedup:.2f}."
-            return f"Do not use a draft here: even at an acceptance rate of {RATES[-1]:g} {best}"
         parts = []
         for rate in RATES:
             draft, k, speedup = self.best(rate)
@@ -134,15 +129,11 @@ class Measurement:
 
     def _passes(self) -> str:
         r, seconds = self.runtime, self.target_seconds
-        count = (
-            f"{r['threads']} thread{'s' * (r['threads'] > 1)}"
-            if r["threads"]
-            else "OpenVINO's choice of threads"
-        )
-        kind = "random weights of this shape" if self.target_random else "the exported model"
+        kind = "the exported model" if self.target.export else "random weights of this shape"
         note = (
-            f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {count}; target in {self.target_weights}, "
-            f"{kind}; behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns."
+            f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {r['threads'] or 'its choice of'} "
+            f"threads; target in {self.target.weights}, {kind}; behind {self.prefix_tokens} tokens, batch 1, "
+            f"medians of {self.repeats} turns."
         )
         times = ["milliseconds", *(f"{1e3 * value:.3g}" for value in seconds.values())]
         shares = ["over one token", *(f"{value / seconds[1]:.2f}" for value in seconds.values())]
@@ -153,17 +144,14 @@ class Measurement:
         columns = ["draft", "parameters", "FFN", "weights", "ms/token", "c latency", "c bytes", "pays above"]
         rows = []
         for draft in self.drafts:
-            a, ratio, rate = (
-                draft.architecture,
-                draft.seconds / self.target_seconds[1],
-                self.break_even(draft),
-            )
-            row = [draft.label, format_count(a.parameters), a.intermediate_size, draft.weights]
-            row += [f"{1e3 * draft.seconds:.3g}", f"{ratio:.4f}", f"{draft.bytes_ratio:.4f}"]
+            a, rate = draft.architecture, self.break_even(draft)
+            ratios = (draft.seconds / self.target_seconds[1], draft.read_bytes / self.target.read_bytes)
+            row = [_label(draft), format_count(a.parameters), a.intermediate_size, draft.weights]
+            row += [f"{1e3 * draft.seconds:.3g}", *(f"{ratio:.4f}" for ratio in ratios)]
             rows.append([*row, "-" if rate is None else f"{rate:.2f}"])
         note = (
-            "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by the bytes read at "
-            "these weights. pays above: the acceptance rate from which it gains at its best K; - where it never does."
+            "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by the bytes "
+            "read. pays above: the acceptance rate from which it gains at its best K; -: it never does."
         )
         return _table("Measured: one draft token", columns, rows, note)
 
@@ -171,15 +159,19 @@ class Measurement:
         rows = []
         for draft, rate in ((draft, rate) for draft in self.drafts for rate in RATES):
             gains = [f"{self.speedup(draft, rate, k):.2f}" for k in self.num_speculative_tokens]
-            rows.append([draft.label, f"{rate:g}", *gains, self.best_k(draft, rate)])
+            rows.append([_label(draft), f"{rate:g}", *gains, self.best_k(draft, rate)])
         note = (
-            f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a constant chance "
-            "for each further token. At one rate the cheapest draft wins, but a larger one is accepted more often. What "
-            "OpenVINO GenAI does around the passes comes on top: a real pair gains less, most of all where a pass takes "
-            "few milliseconds; `fastdraft benchmark` measures it."
+            f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a "
+            "constant chance for each further token. At one rate the cheapest draft wins, but a larger one is "
+            "accepted more often. What OpenVINO GenAI does around the passes comes on top: a real pair gains less, "
+            "most of all where a pass takes few milliseconds; `fastdraft benchmark` measures it."
         )
         columns = ["draft", "rate", *(f"K={k}" for k in self.num_speculative_tokens), "best K"]
         return _table("Forecast: speed-up by measured passes", columns, rows, note)
+
+
+def _label(draft: MeasuredModel) -> str:
+    return draft.name if len(draft.name) <= 14 else f"...{draft.name[-11:]}"
 
 
 def _table(title: str, columns: list[str], rows: list[list[Any]], note: str) -> str:

@@ -10,20 +10,33 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from transformers import LlamaConfig, PreTrainedConfig
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from fastdraft.errors import RecipeError, TargetError
-from fastdraft.modeling.counting import count
-from fastdraft.modeling.families import DRAFT_FAMILIES, TEXT_FAMILIES, draft_family, llama_values, text_config
+from fastdraft.errors import TargetError
+from fastdraft.modeling.families import (
+    DRAFT_FAMILIES,
+    MULTIMODAL,
+    TEXT_FAMILIES,
+    draft_family,
+    llama_values,
+    text_config,
+)
 
-_HEAD_DIM_IN_CONFIG = ("llama", "mistral", "qwen3")
 _NOT_INHERITED = """
-    layer_types max_window_layers head_dim quantization_config auto_map _name_or_path transformers_version torch_dtype
+    layer_types max_window_layers head_dim quantization_config auto_map _name_or_path transformers_version
+    torch_dtype
 """.split()
 _ROTARY_FACTORS = ("short_factor", "long_factor")
 _WIDEST_LLAMA_HEAD = 128
-WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-"""Bits of a weight by the name of an export's precision."""
+WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}  # by the name of an export's precision
 
 
 @dataclass(frozen=True)
@@ -43,16 +56,12 @@ class Architecture:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    stored: int = 0
-    """Parameters as counted on the modules, where the family has no formula here; 0: by the formula."""
-    read: int = 0
-    """Of these, the ones read for one token: of routed experts only those that it is sent to."""
+    stored: int = 0  # parameters as counted on the modules, where the family has no formula here
+    read: int = 0  # of these, the ones read for one token: of routed experts only those that it is sent to
 
     @property
     def layer_parameters(self) -> int:
-        """Attention, gated feed-forward and two norms of one layer; a mean where layers were counted."""
-        if self.stored:
-            return self.body_parameters // self.num_layers
+        """Attention, gated feed-forward and two norms of one layer."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.hidden_size * (2 * queries + 2 * keys)
         biases = self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
@@ -67,7 +76,7 @@ class Architecture:
 
     @property
     def body_parameters(self) -> int:
-        """All layers and the last norm: everything but the vocabulary matrices; of counted ones what a token reads."""
+        """All layers and the last norm; of counted ones what a token reads."""
         if self.stored:
             return self.read - self.embedding_parameters
         return self.num_layers * self.layer_parameters + self.hidden_size
@@ -79,30 +88,26 @@ class Architecture:
 
     @property
     def read_parameters(self) -> int:
-        """Parameters read for one token: the body and the head; of an untied input embedding only one row is read."""
+        """Read for one token: the body and the head; of an untied input embedding only one row is read."""
         return self.body_parameters + self.embedding_parameters
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of one token's forward pass, attention over the context left out."""
+        return 2 * self.read_parameters
 
     def bytes_per_token(self, bits: float) -> float:
         """Bytes of weights read for one token when each takes `bits` bits."""
         return self.read_parameters * bits / 8
 
     def exported_bytes_per_token(self, weights: str) -> float:
-        """Bytes read for one token of an export, scales left out; int4 ones keep embeddings and head in int8."""
+        """The same of an export, scales left out; int4 ones keep embeddings and head in int8."""
         bits = WEIGHT_BITS[weights]
         return (self.body_parameters * bits + self.embedding_parameters * max(bits, 8)) / 8
 
-    def cache_bytes_per_position(self, bits: float = 16) -> float:
-        """Bytes of keys and values held, and read again, for every position of the context."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bits / 8
-
-    @property
-    def flops_per_token(self) -> int:
-        """Multiplications and additions of one token's forward pass, attention over the context left out."""
-        return 2 * self.read_parameters
-
     @property
     def draft_base(self) -> Architecture:
-        """What a draft of this target starts from: the same vocabulary, context and head layout in the draft's family."""
+        """What a draft of this target starts from: vocabulary, context and heads, in the draft's family."""
         family = draft_family(self.family)
         if family == self.family:
             return self
@@ -111,9 +116,7 @@ class Architecture:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for manifests and fingerprints; counts only where they were made."""
-        return {
-            name: value for name, value in asdict(self).items() if value or name not in ("stored", "read")
-        }
+        return {key: value for key, value in asdict(self).items() if value or key not in ("stored", "read")}
 
 
 def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") -> Architecture:
@@ -139,47 +142,88 @@ def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") 
         mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
     )
     for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_length"):
-        if getattr(shape, name) < 1:
-            raise TargetError(
-                f"{where}: {name} {getattr(shape, name)}; must be at least 1", "fetch the model again"
-            )
+        if (value := getattr(shape, name)) < 1:
+            raise TargetError(f"{where}: {name} {value}; must be at least 1", "fetch the model again")
     if family in DRAFT_FAMILIES and config is hf_config:
         return shape
-    # Only a draft's families have a formula; whether the matrices of a multimodal model are tied, its modules know.
+    # Only a draft's families have a formula; whether a multimodal model's matrices are tied, its modules know.
     counted = count(hf_config)
     if family in DRAFT_FAMILIES:
         return replace(shape, tied=counted.tied)
     return replace(shape, tied=counted.tied, stored=counted.stored, read=counted.read)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Parameters of a model's text part."""
+
+    stored: int  # all; a tied matrix counts once
+    read: int  # those read for one token
+    tied: bool  # whether embedding and head are one matrix
+
+
+def auto_class(hf_config: PreTrainedConfig) -> Any:
+    """The class of transformers that loads a model with this config and writes text."""
+    return AutoModelForImageTextToText if hf_config.model_type in MULTIMODAL else AutoModelForCausalLM
+
+
+def count(hf_config: PreTrainedConfig) -> Counted:
+    """Counts the modules that a config describes, on the meta device: no memory, no weights."""
+    with torch.device("meta"):
+        return count_model(auto_class(hf_config).from_config(copy.deepcopy(hf_config)))
+
+
+def count_model(model: PreTrainedModel) -> Counted:
+    """Counts the text part of a model that was built, on any device."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    decoder = model.get_decoder()
+    parts = {id(p): p.numel() for module in (decoder, head) for p in module.parameters()}
+    tied = head.weight is embedding
+    # Of an untied input embedding and of a table of positions one row is read, which is not counted.
+    tables = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Embedding)}
+    idle = sum(parts[table] for table in tables if not (tied and table == id(embedding)))
+    config: Any = text_config(model.config)
+    experts = int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
+    if experts:  # a token reads those that it is sent to; several tokens in one pass read more than this
+        routed = sum(p.numel() for name, p in decoder.named_parameters() if ".experts." in name)
+        idle += routed * (experts - int(config.num_experts_per_tok)) // experts
+    stored = sum(parts.values())
+    return Counted(stored, stored - idle, tied)
+
+
 def has_rotary_factors(hf_config: PreTrainedConfig) -> bool:
-    """Whether the rope holds one factor per rotary frequency (longrope), which ties it to the head's width."""
+    """Whether the rope has a factor per frequency (longrope), which ties it to the head's width."""
     rope = getattr(text_config(hf_config), "rope_parameters", None) or {}
     return any(rope.get(name) for name in _ROTARY_FACTORS)
 
 
 def rope_switch(hf_config: PreTrainedConfig) -> int | None:
-    """Tokens up to which a text has a longrope's short factors, and beyond which all of it has the long ones, if any."""
+    """Tokens up to which a text has a longrope's short factors; beyond, all of it has the long ones."""
     text: Any = text_config(hf_config)
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return None
-    first = rope.get("original_max_position_embeddings") or getattr(
-        text, "original_max_position_embeddings", None
-    )
-    return int(first) if first and int(first) < int(text.max_position_embeddings) else None
+    name = "original_max_position_embeddings"
+    first = int(rope.get(name) or getattr(text, name, None) or 0)
+    return first if 0 < first < int(text.max_position_embeddings) else None
 
 
 def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture) -> PreTrainedConfig:
-    """A config of the draft's family with its width, depth and heads; all else inherited from the target's text part.
+    """A config of the draft's family with its width, depth and heads; the rest is the target's text part's.
 
-    Vocabulary size, context length, rope and its scaling and special ids stay the target's, and in the target's own
-    family norm and activation too. Rope factors given per frequency are kept for an equal head width and resampled by
-    relative frequency for another.
+    That is vocabulary size, context length, rope and special ids, and in the target's own family norm and
+    activation.
     """
     text = text_config(target_config)
     own = architecture.family == text.model_type
-    values = _own_values(text) if own else llama_values(text)
+    if own:
+        values = {k: v for k, v in copy.deepcopy(text.to_dict()).items() if k not in _NOT_INHERITED}
+        # A window saves a small model nothing, and its cache cannot be rolled back.
+        values["sliding_window"] = None
+        if "use_sliding_window" in values:
+            values["use_sliding_window"] = False
+    else:
+        values = llama_values(text)
     values |= {
         "hidden_size": architecture.hidden_size,
         "num_hidden_layers": architecture.num_layers,
@@ -189,38 +233,17 @@ def draft_hf_config(target_config: PreTrainedConfig, architecture: Architecture)
         "tie_word_embeddings": architecture.tied,
         "dtype": "float32",
     }
-    if architecture.family in _HEAD_DIM_IN_CONFIG:
+    if architecture.family in ("llama", "mistral", "qwen3"):
         values["head_dim"] = architecture.head_dim
-    rope = values.get("rope_parameters")
-    if isinstance(rope, dict):
-        frequencies = int(architecture.head_dim * float(rope.get("partial_rotary_factor") or 1.0)) // 2
-        for name in _ROTARY_FACTORS:
-            if rope.get(name) and len(rope[name]) != frequencies:
-                rope[name] = resample(rope[name], frequencies)
-    try:
-        return type(text)(**values) if own else LlamaConfig(**values)
-    except Exception as error:  # the config classes raise several kinds of validation errors
-        rule = " ".join(str(error).split())[-200:]
-        found = f"hidden {architecture.hidden_size}, {architecture.num_heads} heads"
-        raise RecipeError(f"design.draft: {found}; {rule}", "choose another shape") from error
-
-
-def _own_values(text: PreTrainedConfig) -> dict[str, Any]:
-    """The target's config without what a draft does not inherit."""
-    values = {k: v for k, v in copy.deepcopy(text.to_dict()).items() if k not in _NOT_INHERITED}
-    # A window saves a small model nothing, and its cache cannot be rolled back.
-    values["sliding_window"] = None
-    if "use_sliding_window" in values:
-        values["use_sliding_window"] = False
-    return values
+    rope = values.get("rope_parameters") or {}
+    frequencies = int(architecture.head_dim * float(rope.get("partial_rotary_factor") or 1.0)) // 2
+    for name in _ROTARY_FACTORS:
+        if rope.get(name):
+            rope[name] = resample(rope[name], frequencies)
+    return type(text)(**values) if own else LlamaConfig(**values)
 
 
 def resample(values: Sequence[float], count: int) -> list[float]:
-    """`count` values on the same straight-line curve: frequency i of n stands at i/n of the spectrum in either head."""
-    resampled = []
-    for index in range(count):
-        position = min(index * len(values) / count, len(values) - 1)
-        low = int(position)
-        high = min(low + 1, len(values) - 1)
-        resampled.append(values[low] + (values[high] - values[low]) * (position - low))
-    return resampled
+    """`count` values on the same straight-line curve: frequency i of n stands at i/n of the spectrum."""
+    places = np.arange(count) * len(values) / count
+    return list(map(float, np.interp(places, np.arange(len(values)), values)))

@@ -1,7 +1,4 @@
-"""Which families of models may be targets, where their text part lies, and which family a draft of each gets.
-
-Knows names and config fields only.
-"""
+"""Which families of models may be targets, where their text part lies, and a draft's family for each."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+# Gated decoders with RMS norm: shapes, first weights and learning rates are made for these.
 DRAFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
-"""Gated decoders with RMS norm; shapes, first weights and learning rates are made for these."""
 
-# A draft has the target's own family only where that shrinks to any width and depth without a loss and transformers,
-# OpenVINO, llama.cpp and vLLM all run the small one with attention to its whole context. Else it is a Llama: the
-# runtimes ask only for the same vocabulary.
-_GEMMA = "{} ties norms and embedding scale to its width, and runtimes fix its windows by layer number while a draft attends to everything"
+# A draft has the target's own family only where that shrinks to any width and depth without a loss and all
+# runtimes run the small one with attention to its whole context. Else it is a Llama: they ask only for the same
+# vocabulary.
+_GEMMA = "{} ties norms and embedding scale to its width, and its windows are fixed by layer number"
 _EXPERTS = "a mixture of experts pays by its width, and a draft is narrow: a dense one reads as little"
 _AXES = "{} counts positions on three axes for pictures, and a draft reads text"
 _NOT_MADE = "for which FastDraft's shapes are not made"
@@ -24,22 +21,21 @@ _ALWAYS_LLAMA = {
     "gemma": "Gemma ties norms and embedding scale to its width, and its head is always its embedding",
     "gemma2": _GEMMA.format("Gemma 2"),
     "gemma3_text": _GEMMA.format("Gemma 3"),
-    "gpt2": "GPT-2 learns a vector for each position, so that places beyond the training rows would stay untrained",
+    "gpt2": "GPT-2 learns a vector for each position: places beyond the training rows stay untrained",
     "gpt_neox": f"GPT-NeoX has no gated feed-forward and no shared key-value heads, {_NOT_MADE}",
     "mixtral": _EXPERTS,
     "qwen2_moe": _EXPERTS,
     "qwen3_moe": _EXPERTS,
     "granite": "Granite carries multipliers that were tuned for its own width",
-    "cohere": f"Cohere scales its logits and runs attention and feed-forward side by side, {_NOT_MADE}",
-    "cohere2": f"Cohere 2 scales its logits and leaves positions out of every fourth layer, {_NOT_MADE}",
+    "cohere": f"Cohere scales its logits and runs attention beside feed-forward, {_NOT_MADE}",
+    "cohere2": f"Cohere 2 scales its logits and has layers without positions, {_NOT_MADE}",
     "qwen2_vl_text": _AXES.format("Qwen2-VL"),
     "qwen2_5_vl_text": _AXES.format("Qwen2.5-VL"),
 }
 TEXT_FAMILIES = (*DRAFT_FAMILIES, *_ALWAYS_LLAMA)
+# Configs that hold a text model; its family must be one of `TEXT_FAMILIES`.
 MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
-"""Configs that hold a text model; its family must be one of `TEXT_FAMILIES`."""
-TARGET_FAMILIES = (*TEXT_FAMILIES, *MULTIMODAL)
-"""Every `model_type` that a target's config.json may have; each is tested through the whole chain."""
+TARGET_FAMILIES = (*TEXT_FAMILIES, *MULTIMODAL)  # each is tested through the whole chain
 _PLAIN_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -65,7 +61,7 @@ def why_draft_family(family: str) -> str:
 
 
 def llama_values(text: PreTrainedConfig) -> dict[str, Any]:
-    """What a Llama draft takes from a target of another family: vocabulary, context, special ids, rope, norm's precision."""
+    """What a Llama draft takes from a target of another family."""
     epsilon = getattr(text, "rms_norm_eps", None) or getattr(text, "layer_norm_eps", None) or 1e-5
     return {
         "vocab_size": int(text.vocab_size),
@@ -77,12 +73,11 @@ def llama_values(text: PreTrainedConfig) -> dict[str, Any]:
 
 
 def plain_rope(text: PreTrainedConfig) -> dict[str, Any]:
-    """The rope of the layers that see the whole context, without what a Llama lacks (several axes, a part of each head)."""
+    """The rope of the layers that see the whole context, without what a Llama lacks."""
     found: Any = copy.deepcopy(getattr(text, "rope_parameters", None) or {})
     found = found.get("full_attention") or found
     for name in ("mrope_section", "mrope_interleaved", "partial_rotary_factor"):
         found.pop(name, None)
-    theta = float(found.get("rope_theta") or 10_000.0)
-    if found.get("rope_type", "default") not in _PLAIN_ROPES or "sliding_attention" in found:
-        return {"rope_type": "default", "rope_theta": theta}
-    return {**found, "rope_type": found.get("rope_type", "default"), "rope_theta": theta}
+    rope = {"rope_type": "default", "rope_theta": float(found.get("rope_theta") or 10_000.0)}
+    plain = found.get("rope_type", "default") in _PLAIN_ROPES and "sliding_attention" not in found
+    return {**rope, **found, "rope_theta": rope["rope_theta"]} if plain else rope

@@ -1,7 +1,8 @@
-"""From last hidden states to logits, for every family: whoever computes logits from hidden states goes through here.
+"""From last hidden states to logits, for every family: whoever computes logits from hidden states goes
+through here.
 
-Some families do more than one product there: Gemma 2 caps its logits, Cohere multiplies and Granite divides them, and
-others add a bias. Shape suffixes: N positions, D hidden, V vocabulary.
+Gemma 2 caps its logits, Cohere multiplies and Granite divides them, and others add a bias. Shape suffixes: N
+positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,10 +21,8 @@ from fastdraft.modeling.families import text_config
 class OutputHead:
     """softcap * tanh((hidden @ weight^T + bias) * scale / softcap); a softcap of 0 caps nothing."""
 
-    weight: Tensor
-    """[V, D]."""
-    bias: Tensor | None = None
-    """[V]."""
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
     scale: float = 1.0
     softcap: float = 0.0
 
@@ -32,17 +31,12 @@ class OutputHead:
         """V, padding rows included."""
         return int(self.weight.shape[0])
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether logits are one matrix product and nothing else."""
-        return self.bias is None and self.scale == 1.0 and self.softcap == 0.0
-
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V]; the product in the model's own type, as the model does it, the result in fp32."""
         return self.finish(hidden_ND @ self.weight.T).float()
 
     def finish(self, product_NV: Tensor) -> Tensor:
-        """Logits [N, V] from hidden states times weight, in the product's type; the product itself where the head is plain."""
+        """Logits [N, V] from hidden states times weight, in the product's type."""
         logits_NV = product_NV
         if self.bias is not None:
             logits_NV = logits_NV + self.bias.to(logits_NV.dtype)
@@ -54,7 +48,7 @@ class OutputHead:
 
 
 def output_head(model: PreTrainedModel) -> tuple[nn.Module, OutputHead]:
-    """The decoder of the text part, whose output has `last_hidden_state` [batch, tokens, D], and the head behind it."""
+    """The text part's decoder, which gives `last_hidden_state` [batch, tokens, D], and the head behind it."""
     head: Any = model.get_output_embeddings()
     config: Any = text_config(model.config)
     multiplied, divided = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
@@ -64,11 +58,10 @@ def output_head(model: PreTrainedModel) -> tuple[nn.Module, OutputHead]:
 
 
 def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
-    """The decoder and the head's weight [V, D] of a draft, for losses that never hold the logits of all tokens at once."""
+    """The decoder and the head's weight [V, D] of a draft, for losses that never hold all logits at once."""
     decoder, head = output_head(model)
-    if (
-        not head.is_plain
-    ):  # those losses make no gradient through it, and no designed draft is of such a family
-        rule = "its logits are more than one product; a draft's head must be one matrix without bias, cap or scale"
-        raise TargetError(f"{type(model).__name__}: {rule}", "design a new draft, which is")
+    # Those losses make no gradient through a bias, cap or scale, and no designed draft has one.
+    if head.bias is not None or head.scale != 1.0 or head.softcap:
+        rule = "its logits are more than one product; a draft's head must be one matrix"
+        raise TargetError(f"{type(model).__name__}: {rule}", "design a new draft")
     return decoder, head.weight

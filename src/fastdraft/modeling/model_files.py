@@ -1,7 +1,4 @@
-"""What lies in a model's directory, or on the hub under its name: config.json, tokenizer files, safetensors.
-
-`ModelFiles(location, revision)`; files of the hub are fetched one by one, as they are asked for.
-"""
+"""What lies in a model's directory, or on the hub: config.json, tokenizer files, safetensors."""
 
 from __future__ import annotations
 
@@ -23,21 +20,16 @@ from fastdraft.errors import FastDraftError, TargetError, is_out_of_memory
 from fastdraft.modeling.families import TARGET_FAMILIES
 
 TOKENIZER_FILES = """
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json
-    tokenizer.model vocab.json merges.txt vocab.txt spiece.model sentencepiece.bpe.model tekken.json
-    additional_chat_templates/*
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    chat_template.json tokenizer.model vocab.json merges.txt vocab.txt spiece.model sentencepiece.bpe.model
+    tekken.json additional_chat_templates/*
 """.split()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 _AGAIN = "fetch the model again"
 
 
 class ModelFiles:
-    """The files of one model.
-
-    Args:
-        location: A directory or a hub id.
-        revision: Branch, tag or commit on the hub.
-    """
+    """The files of one model, a directory or a hub id; the hub's are fetched one by one, when asked for."""
 
     def __init__(self, location: str, revision: str | None = None) -> None:
         self.location, self.revision = location, revision
@@ -92,7 +84,7 @@ class ModelFiles:
             with one_line(self.location):
                 options: dict[str, Any] = {"revision": self.revision, "allow_patterns": TOKENIZER_FILES}
                 root = Path(snapshot_download(self.location, **options))
-        files = [path for pattern in TOKENIZER_FILES for path in sorted(root.glob(pattern)) if path.is_file()]
+        files = [path for name in TOKENIZER_FILES for path in sorted(root.glob(name)) if path.is_file()]
         if not files:
             raise self.wrong("no tokenizer files", "copy the model's tokenizer files there")
         return files
@@ -102,8 +94,14 @@ class ModelFiles:
         index = self.find("model.safetensors.index.json")
         if index is None:
             whole = self.find("model.safetensors")
+            suffixes = (
+                {p.suffix for p in Path(self.location).iterdir()} if self.is_local and not whole else set()
+            )
+            if suffixes & {".bin", ".pt", ".pth"}:
+                pickled = "only pickled weights; must be safetensors, because pickles can run code"
+                raise self.wrong(pickled, "save the model as safetensors, or choose another copy")
             if whole is None:
-                raise self._no_weights()
+                raise self.wrong("no model.safetensors; the weights are needed here", "name their directory")
             return dict.fromkeys(names, whole) if names else {"": whole}
         places = _weight_map(index)
         found: dict[str, Path] = {}
@@ -111,41 +109,27 @@ class ModelFiles:
             if name in places:
                 path = self.find(places[name])
                 if path is None:
-                    raise self.wrong(
-                        f"no {places[name]}; every file of model.safetensors.index.json must be there"
-                    )
+                    raise self.wrong(f"no {places[name]}; every file of {index.name} must be there")
                 found[name] = path
         return found
 
     def check_weights(self) -> None:
-        """Refuses a directory whose weights are not all there as safetensors; the hub is asked when loading."""
+        """Refuses a directory whose weights are not all there; the hub is asked when loading."""
         if self.is_local:
             self.weights()
 
-    def _no_weights(self) -> TargetError:
-        suffixes = {path.suffix for path in Path(self.location).iterdir()} if self.is_local else set()
-        if suffixes & {".bin", ".pt", ".pth"}:
-            found = "only pickled weights; must be safetensors, because pickles can run code"
-            return self.wrong(found, "save the model as safetensors, or choose another copy")
-        fix = "put them there, or name the directory that holds them"
-        return self.wrong("no model.safetensors; the weights are needed here", fix)
-
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index tells; a name that would leave the model's directory is refused."""
+    """Tensor name -> file name; a name that would leave the model's directory is refused."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        inside = (
-            isinstance(name, str) and Path(name).name == name and "\\" not in name for name in places.values()
-        )
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        inside = (Path(name).name == name and "\\" not in name for name in places.values())
         if not places or not all(inside):
             raise ValueError("names no files beside it")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        found = f"damaged ({type(error).__name__}: {str(error)[:80]})"
-        raise TargetError(
-            f"{index}: {found}; must hold a `weight_map` of tensor names and files", _AGAIN
-        ) from None
-    return dict(places)
+        found = f"{index}: damaged ({type(error).__name__}: {str(error)[:80]})"
+        raise TargetError(f"{found}; must hold a `weight_map` of tensor names and files", _AGAIN) from None
+    return places
 
 
 @contextlib.contextmanager
@@ -162,6 +146,11 @@ def quiet() -> Iterator[None]:
             notices.enable_progress_bar()
 
 
+# A pattern in a library's message, what it means for the user, the remedy.
+_UNREACHABLE = (
+    "connect|offline|resolve|timed out|Max retries|cannot find the requested files|LocalEntryNotFound"
+)
+_DAMAGED = "safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ"
 _EXPLANATIONS = (
     (
         "trust_remote_code|custom code",
@@ -170,19 +159,10 @@ _EXPLANATIONS = (
     ),
     ("GatedRepo|403", "closed to you", "accept its licence on the hub and log in with `hf auth login`"),
     ("RepositoryNotFound|404|401", "neither a directory here nor a model on the hub", "correct the name"),
-    (
-        "connect|offline|resolve|timed out|Max retries|cannot find the requested files|LocalEntryNotFound",
-        "no such directory, and the hub cannot be reached",
-        "go online or name a directory",
-    ),
-    (
-        "safetensors|HeaderTooLarge|InvalidHeader|MetadataIncomplete|deserializ",
-        "damaged or missing weights",
-        _AGAIN,
-    ),
+    (_UNREACHABLE, "no such directory, and the hub cannot be reached", "go online or name a directory"),
+    (_DAMAGED, "damaged or missing weights", _AGAIN),
     ("mismatched_sizes|size mismatch", "weights of other shapes than config.json says", _AGAIN),
 )
-"""A pattern in a library's message, what it means for the user, the remedy."""
 
 
 @contextlib.contextmanager
@@ -200,6 +180,5 @@ def one_line(location: str) -> Iterator[None]:
         for pattern, found, fix in _EXPLANATIONS:
             if re.search(pattern, text, re.IGNORECASE):
                 raise TargetError(f"{location}: {found}", fix) from error
-        raise TargetError(
-            f"{location}: does not load in transformers ({text[:160]})", "check its files"
-        ) from error
+        found = f"{location}: does not load in transformers ({text[:160]})"
+        raise TargetError(found, "check its files") from error

@@ -1,7 +1,9 @@
-"""Which shape a draft gets: `search` by a parameter budget, `preset` by a name, `natural` for a width, `explicit` by numbers.
+"""Which shape a draft gets: `search` by a budget, `preset` by name, `natural` for a width, `explicit` by
+numbers.
 
-Shallow and wide is preferred: at a fixed budget depth dominates latency, because layers run one after another. Widths
-and feed-forwards are multiples of 64, with 256 preferred: llama.cpp's K-quants need rows of 256.
+Shallow and wide is preferred: at a fixed budget depth dominates latency, because layers run one after
+another. Widths and feed-forwards are multiples of 64, with 256 preferred: llama.cpp's K-quants need rows of
+256.
 """
 
 from __future__ import annotations
@@ -15,41 +17,26 @@ from fastdraft.errors import RecipeError
 from fastdraft.modeling.architecture import Architecture
 
 TOLERANCE = 0.03
-# Input embedding and head are untied, but for small drafts of tied targets: one matrix more would eat the body.
-TIED_BELOW = 14_000_000
+TIED_BELOW = 14_000_000  # of tied targets: one matrix more would eat the body of so small a draft
 _STEP, _WIDTHS = 64, 4096
-_DEPTHS = (
-    2,
-    4,
-)  # times the ideal depth; the deeper shapes only where the shallow ones leave a gap between two widths
+_DEPTHS = (2, 4)  # times the ideal; the deeper ones where the shallow leave a gap between two widths
 _WIDTH_PER_LAYER, _FEED_FORWARD = 96, 3.0
-
-
-# Published drafts, reconstructed from their file sizes: family, width, depth, heads, feed-forward. At the vocabulary of
-# their targets they have 52,107,776 and 154,147,328 parameters.
+# Published drafts, reconstructed from their file sizes (52,107,776 and 154,147,328 parameters at their targets'
+# vocabularies): family, width, depth, heads, feed-forward.
 PRESETS = {"phi-3-mini-50m": ("phi3", 512, 6, 8, 1408), "llama-3.1-8b-150m": ("llama", 512, 6, 8, 1792)}
 
 
 def preset(name: str, target: Architecture) -> Architecture:
     """A reconstructed FastDraft shape (full multi-head attention, untied) in the target's vocabulary."""
-    family, hidden_size, num_layers, heads, intermediate_size = PRESETS[name]
+    family, width, layers, heads, feed_forward = PRESETS[name]
     if family != target.family:
         found = f"{name}; this preset is for {family} targets, this target is {target.family}"
         raise RecipeError(f"design.draft.name: {found}", "use kind: budget")
-    return explicit(
-        target,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        intermediate_size=intermediate_size,
-        num_heads=heads,
-        num_kv_heads=heads,
-        tied=False,
-    )
+    return explicit(target, width, layers, feed_forward, heads, heads, tied=False)
 
 
-def explicit(
+def explicit(  # noqa: PLR0917
     target: Architecture,
-    *,
     hidden_size: int,
     num_layers: int,
     intermediate_size: int,
@@ -58,49 +45,38 @@ def explicit(
     tied: bool | None = None,
 ) -> Architecture:
     """A shape given by numbers; heads and tying left out follow the same rules as the search."""
-    chosen_heads, chosen_kv_heads, _ = choose_heads(hidden_size, target.draft_base)
-    heads = num_heads or chosen_heads
-    if num_kv_heads is None:
-        num_kv_heads = chosen_kv_heads if heads == chosen_heads else _kv_heads(heads, target)
-    if hidden_size % heads or (hidden_size // heads) % 2:
+    base = replace(target.draft_base, tied=False)
+    shape = _at_width(base, hidden_size, num_layers, intermediate_size)
+    if num_heads or num_kv_heads:
+        heads = num_heads or shape.num_heads
+        kv_heads = num_kv_heads or _kv_heads(heads, target)
+        shape = replace(shape, num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden_size // heads)
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    if hidden_size % heads or shape.head_dim % 2:
         rule = f"must divide hidden_size {hidden_size} into heads of even width"
         raise RecipeError(f"design.draft.num_heads: {heads}; {rule}", "change one of them")
-    if heads % num_kv_heads:
-        found = f"{num_kv_heads}; must divide num_heads {heads}"
+    if heads % kv_heads:
+        found = f"{kv_heads}; must divide num_heads {heads}"
         raise RecipeError(f"design.draft.num_kv_heads: {found}", "change one of them")
-    shape = replace(
-        target.draft_base,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        intermediate_size=intermediate_size,
-        num_heads=heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=hidden_size // heads,
-        tied=False,
-    )
     return replace(shape, tied=_is_tied(shape, target) if tied is None else tied)
 
 
 def search(
     target: Architecture, budget: int, num_layers: int | None = None, keep_head_dim: bool = False
 ) -> Architecture:
-    """The best shape within 3 % of a parameter budget.
+    """The best shape within 3 % of a parameter budget, which counts both vocabulary matrices when untied.
 
-    Args:
-        target: Gives family, vocabulary, context, biases.
-        budget: Parameters, both vocabulary matrices counted when untied.
-        num_layers: Fixes the depth.
-        keep_head_dim: Prefer the target's head width (a rope with one factor per frequency).
+    `num_layers` fixes the depth; `keep_head_dim` prefers the target's head width (a rope with a factor per
+    frequency).
     """
+    key = f"design.draft.parameters: {format_count(budget)}"
     base = replace(target.draft_base, tied=target.tied and budget < TIED_BELOW)
     smallest = _at_width(base, _STEP, num_layers or 1, _STEP, keep_head_dim)
     if budget < smallest.parameters * (1 - TOLERANCE):
         matrices = format_count(smallest.parameters - smallest.body_parameters)
-        found = (
-            f"{format_count(budget)}, of which the vocabulary of {target.vocab_size} alone takes {matrices}"
-        )
+        found = f"{key}, of which the vocabulary of {target.vocab_size} alone takes {matrices}"
         least = math.ceil(smallest.parameters / 1000) * 1000
-        raise RecipeError(f"design.draft.parameters: {found}; must be at least {least}", "raise the budget")
+        raise RecipeError(f"{found}; must be at least {least}", "raise the budget")
     for depth in _DEPTHS:
         candidates = list(_candidates(base, budget, num_layers, keep_head_dim, depth))
         fitting = [shape for shape in candidates if abs(shape.parameters - budget) <= TOLERANCE * budget]
@@ -108,40 +84,20 @@ def search(
             return min(fitting, key=lambda shape: _penalty(shape, target, budget, num_layers))
     sizes = {shape.parameters for shape in candidates}
     near = [
-        max((s for s in sizes if s < budget), default=None),
-        min((s for s in sizes if s > budget), default=None),
+        max((s for s in sizes if s < budget), default=0),
+        min((s for s in sizes if s > budget), default=0),
     ]
-    rule = f"no sensible shape within 3 %; the nearest: {' and '.join(format_count(size) for size in near if size)}"
-    raise RecipeError(
-        f"design.draft.parameters: {format_count(budget)}; {rule}", "use one of these, or kind: shape"
-    )
+    rule = f"no sensible shape within 3 %; the nearest: {' and '.join(map(format_count, filter(None, near)))}"
+    raise RecipeError(f"{key}; {rule}", "use one of these, or kind: shape")
 
 
 def natural(target: Architecture, hidden_size: int, keep_head_dim: bool = False) -> Architecture:
     """The shape that the search would like best at this width, whatever its size."""
     step = 256 if hidden_size >= 256 else _STEP
     feed_forward = max(step, round(_FEED_FORWARD * hidden_size / step) * step)
-    layers = round(_ideal_layers(hidden_size))
-    shape = _at_width(
-        replace(target.draft_base, tied=False), hidden_size, layers, feed_forward, keep_head_dim
-    )
+    base, layers = replace(target.draft_base, tied=False), round(_ideal_layers(hidden_size))
+    shape = _at_width(base, hidden_size, layers, feed_forward, keep_head_dim)
     return replace(shape, tied=_is_tied(shape, target))
-
-
-def choose_heads(hidden_size: int, target: Architecture, keep_head_dim: bool = False) -> tuple[int, int, int]:
-    """Heads, key-value heads and head width for a width.
-
-    Heads are 64 wide from a width of 256 on (the target's own from 1024 on, or whenever its rope asks for it), narrower
-    below so that at least four remain. The target's ratio of heads to key-value heads is kept where it divides and
-    leaves two.
-    """
-    wanted = [target.head_dim] if keep_head_dim or hidden_size >= 1024 else []
-    for head_dim in [*wanted, 64, 32, 16, 8, 4, 2]:
-        few = 2 if keep_head_dim and head_dim == target.head_dim else 4
-        if hidden_size % head_dim == 0 and hidden_size // head_dim >= few:
-            heads = hidden_size // head_dim
-            return heads, _kv_heads(heads, target), head_dim
-    return 1, 1, hidden_size
 
 
 def _kv_heads(heads: int, target: Architecture) -> int:
@@ -160,9 +116,21 @@ def _ideal_layers(hidden_size: int) -> float:
 
 
 def _at_width(
-    base: Architecture, hidden_size: int, num_layers: int, intermediate_size: int, keep_head_dim: bool
+    base: Architecture, hidden_size: int, num_layers: int, intermediate_size: int, keep_head_dim: bool = False
 ) -> Architecture:
-    heads, kv_heads, head_dim = choose_heads(hidden_size, base, keep_head_dim)
+    """A shape at a width, its heads 64 wide, narrower below a width of 256 so that four remain.
+
+    From a width of 1024 on, and wherever its rope asks for it, heads are as wide as the target's. The
+    target's ratio of heads to key-value heads is kept where it divides and leaves two.
+    """
+    wanted = [base.head_dim] if keep_head_dim or hidden_size >= 1024 else []
+    head_dim, heads = hidden_size, 1
+    for width in [*wanted, 64, 32, 16, 8, 4, 2]:
+        few = 2 if keep_head_dim and width == base.head_dim else 4
+        if hidden_size % width == 0 and hidden_size // width >= few:
+            head_dim, heads = width, hidden_size // width
+            break
+    kv_heads = _kv_heads(heads, base)
     wide = replace(base, hidden_size=hidden_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     return replace(wide, num_layers=num_layers, intermediate_size=intermediate_size)
 
@@ -170,7 +138,7 @@ def _at_width(
 def _candidates(
     base: Architecture, budget: int, num_layers: int | None, keep_head_dim: bool, depth: int
 ) -> Iterator[Architecture]:
-    """For every width and depth the two feed-forward sizes around the budget, held between 1 and 8 times the width."""
+    """For every width and depth the feed-forwards around the budget, from 1 to 8 times the width."""
     for hidden_size in range(_STEP, _WIDTHS + 1, _STEP):
         empty = _at_width(base, hidden_size, 1, 0, keep_head_dim)
         if replace(empty, num_layers=0).parameters > 2 * budget:
@@ -179,11 +147,7 @@ def _candidates(
             room = budget - replace(empty, num_layers=layers).parameters
             one = replace(empty, intermediate_size=_STEP).layer_parameters - empty.layer_parameters
             per_unit = one / _STEP * layers
-            sizes = {
-                math.floor(room / per_unit / step + offset) * step
-                for step in (_STEP, 256)
-                for offset in (0, 1)
-            }
+            sizes = {math.floor(room / per_unit / step + up) * step for step in (_STEP, 256) for up in (0, 1)}
             for size in sorted({min(max(size, hidden_size), 8 * hidden_size) for size in sizes}):
                 yield replace(empty, num_layers=layers, intermediate_size=size)
 

@@ -1,4 +1,4 @@
-"""The text part of a multimodal model as a plain language model, for what takes no other kind; weights are not copied."""
+"""The text part of a multimodal model as a plain language model, for what takes no other kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def text_family(target: Target) -> str:
 
 
 def text_only(config: PreTrainedConfig, tied: bool) -> PreTrainedConfig:
-    """The text part's config as that of a model by itself; `tied`: whether its embedding and head are one matrix."""
+    """The text part's config as that of a model by itself; `tied`: whether its matrices are one."""
     text = text_config(config)
     if text is config:
         return config
@@ -41,7 +41,7 @@ def text_only(config: PreTrainedConfig, tied: bool) -> PreTrainedConfig:
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The text part as a causal language model; to be saved, not run: its tables of positions are not made."""
+    """The text part as a causal language model, to be saved, not run: tables of positions are not made."""
     # What the parts of the config say about tying may contradict each other: the weights know.
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with torch.device("meta"):
@@ -54,12 +54,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def as_text_model(target: Target, beside: Path) -> Iterator[Target]:
-    """The target itself where it is text only; else its text part, in a directory that lives as long as the block.
-
-    Args:
-        target: Any target.
-        beside: A directory on the disk that has room for the text part's weights.
-    """
+    """The target itself where it is text only; else its text part, in a temporary directory by `beside`."""
     if target.config.model_type not in MULTIMODAL:
         yield target
         return

@@ -1,7 +1,8 @@
-"""What a target and its draft must share: one vocabulary, padding rows included; `check_same` names the first difference.
+"""What a target and its draft must share: one vocabulary, padding rows included; `check_same` names the first
+difference.
 
-A tokenizer is reduced to two digests, of its ordinary and of its special tokens, so that a draft may serve every
-fine-tune that only renames or adds special tokens.
+A tokenizer is reduced to two digests, of its ordinary and of its special tokens, so that a draft may serve
+every fine-tune that only renames or adds special tokens.
 """
 
 from __future__ import annotations
@@ -19,34 +20,25 @@ from fastdraft.run_folder import digest
 class Vocabulary:
     """The token ids that a model scores and what its tokenizer makes of them."""
 
-    size: int
-    """Rows of the embedding as the model's config says, padding rows included."""
-    num_tokens: int
-    """Ids that the tokenizer has a token for."""
-    missing_ids: tuple[int, ...]
-    """Ids below `size` without a token: rows that exist only to pad the matrix. They must never be proposed."""
-    bos_token_id: int | None
-    """The tokenizer's own; None when it has none, whatever the model's config says."""
-    eos_token_ids: tuple[int, ...]
-    """All ids that end a text, the tokenizer's first."""
+    size: int  # rows of the embedding, padding rows included
+    num_tokens: int  # ids that the tokenizer has a token for
+    missing_ids: tuple[int, ...]  # ids below `size` without a token, which must never be proposed
+    bos_token_id: int | None  # the tokenizer's own, whatever the model's config says
+    eos_token_ids: tuple[int, ...]  # all ids that end a text, the tokenizer's first
     pad_token_id: int | None
-    digest: str
-    """Of the ordinary tokens: text, ids, merges, normalisation and splitting rules."""
-    special_digest: str = ""
-    """Of the special and added tokens and their ids."""
+    digest: str  # of the ordinary tokens: text, ids, merges, normalisation and splitting rules
+    special_digest: str = ""  # of the special and added tokens and their ids
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form for manifests: the missing ids as ranges, for there may be many."""
-        return asdict(self) | {
-            "missing_ids": id_ranges(self.missing_ids),
-            "eos_token_ids": list(self.eos_token_ids),
-        }
+        lists = {"missing_ids": id_ranges(self.missing_ids), "eos_token_ids": list(self.eos_token_ids)}
+        return asdict(self) | lists
 
 
 def id_ranges(ids: Sequence[int]) -> list[list[int]]:
     """Sorted ids as closed ranges: `(3, 4, 5, 9)` -> `[[3, 5], [9, 9]]`."""
     ranges: list[list[int]] = []
-    for token_id in sorted(ids):
+    for token_id in ids:
         if ranges and ranges[-1][1] == token_id - 1:
             ranges[-1][1] = token_id
         else:
@@ -55,7 +47,7 @@ def id_ranges(ids: Sequence[int]) -> list[list[int]]:
 
 
 def describe(tokenizer_state: str) -> tuple[frozenset[int], str, str]:
-    """Ids that have a token, digest of the ordinary tokens, digest of the special ones, from a tokenizer's JSON state."""
+    """Ids that have a token, digests of the ordinary and of the special ones, from a tokenizer's JSON."""
     state = json.loads(tokenizer_state)
     model, added = state["model"], state.get("added_tokens") or []
     vocab = model.get("vocab") or {}
@@ -73,8 +65,8 @@ def check_same(
 ) -> None:
     """Refuses a draft that could not speak for the target, naming the first rule that fails.
 
-    Without `special_tokens` these, BOS and EOS may differ: such a draft is about to be trained further for another
-    fine-tune of the family.
+    Special tokens, BOS and EOS may differ where the draft is about to be trained for another fine-tune of the
+    family.
     """
     rules: list[tuple[str, object, object]] = [
         ("vocab_size, padding included, must be equal", draft.size, target.size),

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from fastdraft.errors import FastDraftError, MissingExtra, TargetError
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.same_text import compare_texts
-from fastdraft.modeling.initialize import STD
+from fastdraft.modeling.drafts import STD
 from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.text_part import as_text_model, text_family
 from fastdraft.run_folder import atomic_folder

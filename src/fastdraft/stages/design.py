@@ -1,7 +1,8 @@
-"""Design: a target's config and vocabulary -> a draft's architecture and first weights, as a Hugging Face directory.
+"""Design: a target's config and vocabulary -> a draft's architecture and first weights, as a Hugging Face
+directory.
 
-The manifest's `shape_digest` stands for vocabulary, shape and first weights alone, which pre-training depends on: one
-pre-trained draft serves every fine-tune of a family. The stage's own fingerprint adds what it copies.
+The manifest's `shape_digest` stands for vocabulary, shape and first weights alone, which pre-training depends
+on: one pre-trained draft serves every fine-tune of a family. The stage's own fingerprint adds what it copies.
 """
 
 from __future__ import annotations
@@ -10,24 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
 from fastdraft.console import Console, format_count
-from fastdraft.errors import RecipeError, TargetError
+from fastdraft.errors import RecipeError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.modeling import shapes
-from fastdraft.modeling.architecture import (
-    Architecture,
-    draft_hf_config,
-    has_rotary_factors,
-    read_architecture,
-    rope_switch,
-)
-from fastdraft.modeling.drafts import load_draft, save_draft
+from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors, rope_switch
+from fastdraft.modeling.drafts import build_draft, load_draft, save_draft, set_projected_embeddings
 from fastdraft.modeling.families import DRAFT_FAMILIES, special_id, why_draft_family
-from fastdraft.modeling.initialize import build_draft, matrices_digest, set_projected_embeddings
-from fastdraft.modeling.traps import switch_warning
-from fastdraft.modeling.vocabulary import Vocabulary, check_same
+from fastdraft.modeling.traps import SWITCH
+from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.run import resolve_path
 from fastdraft.recipe.training import DesignConfig, EarlierDraft, PresetDraft, ShapeDraft
@@ -37,13 +31,9 @@ from fastdraft.target import Target
 
 NAME = "design"
 _TOO_LARGE = 0.35  # by bytes: above it even an acceptance rate of 0.6 gains less than 1.4 times at K = 3
-_INHERITED = (
-    "rope_parameters",
-    "rms_norm_eps",
-    "hidden_act",
-    "max_position_embeddings",
-    "original_max_position_embeddings",
-)
+_INHERITED = """
+    rope_parameters rms_norm_eps hidden_act max_position_embeddings original_max_position_embeddings
+""".split()
 
 
 @dataclass(frozen=True)
@@ -53,9 +43,7 @@ class DraftDesign:
     target: Architecture
     draft: Architecture
     draft_config: PreTrainedConfig
-    vocabulary: Vocabulary
-    source: Path | None
-    """Directory of an earlier draft; None for new weights."""
+    source: Path | None = None  # an earlier draft's directory; None for new weights
 
     @property
     def reason(self) -> str:
@@ -69,20 +57,18 @@ def plan(config: DesignConfig, target: Target) -> DraftDesign:
     """Resolves the section against the target's config and tokenizer; reads no weights."""
     shape, wanted = target.architecture, config.draft
     if isinstance(wanted, EarlierDraft):
-        source = _earlier(wanted, target.vocabulary)
-        draft_config = source.config
-        draft = read_architecture(draft_config, source.location)
-        return DraftDesign(shape, draft, draft_config, target.vocabulary, Path(source.location))
+        source = _earlier(wanted, target)
+        return DraftDesign(shape, source.architecture, source.config, Path(source.location))
     if isinstance(wanted, PresetDraft):
         draft = shapes.preset(wanted.name, shape)
     elif isinstance(wanted, ShapeDraft):
         draft = shapes.explicit(shape, **wanted.model_dump(exclude={"kind"}))
     else:
         draft = shapes.search(shape, wanted.parameters, wanted.layers, has_rotary_factors(target.config))
-    return DraftDesign(shape, draft, draft_hf_config(target.config, draft), target.vocabulary, None)
+    return DraftDesign(shape, draft, draft_hf_config(target.config, draft))
 
 
-def _earlier(wanted: EarlierDraft, vocabulary: Vocabulary) -> Target:
+def _earlier(wanted: EarlierDraft, target: Target) -> Target:
     """An earlier draft, its vocabulary checked; special tokens may differ between fine-tunes."""
     key, root = "design.draft.path", resolve_path(wanted.path, "design.draft.path")
     folders = [root, *(root / name for name in ("checkpoint", "huggingface", "draft"))]
@@ -94,43 +80,51 @@ def _earlier(wanted: EarlierDraft, vocabulary: Vocabulary) -> Target:
     if draft.config.model_type not in DRAFT_FAMILIES:
         rule = f"a draft's family must be one of {', '.join(DRAFT_FAMILIES)}"
         raise RecipeError(f"{key}: family {draft.config.model_type}; {rule}", "design a new draft")
-    check_same(vocabulary, draft.vocabulary, special_tokens=False, where=key)
+    check_same(target.vocabulary, draft.vocabulary, special_tokens=False, where=key)
     return draft
 
 
 def fingerprint(config: DesignConfig, context: StageContext) -> dict[str, Any]:
-    """Shape, vocabulary, first weights, and what is copied from the target; not its weights unless they are used."""
-    design = plan(config, context.target)
+    """Shape, vocabulary, first weights, and what is copied from the target; its weights only if used."""
+    target = context.target
     return {
-        "shape": _shape(config, design, context.target, context.settings.seed),
-        "target": design.target.as_dict(),
-        "tokenizer_files": context.target.tokenizer_digest(),
-        "eos_token_ids": list(design.vocabulary.eos_token_ids),
+        "shape": _shape(config, plan(config, target), target, context.settings.seed),
+        "target": target.architecture.as_dict(),
+        "tokenizer_files": target.tokenizer_digest(),
+        "eos_token_ids": list(target.vocabulary.eos_token_ids),
     }
 
 
 def _shape(config: DesignConfig, design: DraftDesign, target: Target, seed: int) -> dict[str, Any]:
     """All that decides the draft's modules, its token ids and its first weights."""
-    vocabulary = {name: getattr(design.vocabulary, name) for name in ("size", "digest", "special_digest")}
+    names = ("size", "digest", "special_digest")
     shape: dict[str, Any] = {
-        "vocabulary": vocabulary,
+        "vocabulary": {name: getattr(target.vocabulary, name) for name in names},
         "architecture": design.draft.as_dict(),
         "inherited": {key: getattr(design.draft_config, key, None) for key in _INHERITED},
     }
     if design.source is not None:
         return shape | {"from": digest([file_sha256(p) for p in sorted(design.source.glob("*.safetensors"))])}
     shape |= {"initialization": config.initialization, "seed": seed}
-    if config.initialization == "target_embeddings":
-        shape["target_embeddings"] = matrices_digest(target)
-    return shape
+    return shape | ({"target": target.identity()} if config.initialization == "target_embeddings" else {})
 
 
 def run(config: DesignConfig, context: StageContext) -> None:
     """Writes `draft/`, a Hugging Face directory, and a manifest with sizes and cost ratios."""
     target, seed, folder = context.target, context.settings.seed, context.folder(NAME)
-    design = plan(config, target)
-    model = _first_weights(config, design, target, seed)
-    _set_special_ids(model, design.vocabulary, target)
+    design, vocabulary = plan(config, target), target.vocabulary
+    model = load_draft(design.source) if design.source else build_draft(design.draft_config, seed)
+    if config.initialization == "target_embeddings":
+        set_projected_embeddings(model, target, seed)
+    # The target's special ids, none of its sampling settings.
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, key, special_id(target.config, key))
+    eos = list(vocabulary.eos_token_ids)
+    model.generation_config = GenerationConfig(
+        bos_token_id=vocabulary.bos_token_id,
+        eos_token_id=eos[0] if len(eos) == 1 else eos or None,
+        pad_token_id=vocabulary.pad_token_id,
+    )
     save_draft(model, folder.path / "draft", target)
     ratios = cost_ratios(design.draft, design.target)
     folder.complete(
@@ -145,7 +139,7 @@ def run(config: DesignConfig, context: StageContext) -> None:
         },
         cost_ratio_parameters=ratios["parameters"],
         cost_ratio_bytes=ratios["bytes"],
-        vocabulary=design.vocabulary.as_dict(),
+        vocabulary=vocabulary.as_dict(),
         initialization="from" if design.source else config.initialization,
         shape_digest=digest(_shape(config, design, target, seed)),
         provenance=describe_run(),
@@ -153,61 +147,30 @@ def run(config: DesignConfig, context: StageContext) -> None:
     _show(design, target, context.console)
 
 
-def _first_weights(config: DesignConfig, design: DraftDesign, target: Target, seed: int) -> PreTrainedModel:
-    if design.source is not None:
-        return load_draft(design.source)
-    model = build_draft(design.draft_config, seed)
-    if config.initialization == "target_embeddings":
-        set_projected_embeddings(model, target, seed)
-    counted = sum(parameter.numel() for parameter in model.parameters())
-    if counted != design.draft.parameters:
-        found = f"{counted} parameters, the formula says {design.draft.parameters}"
-        raise TargetError(f"{target.location}: {found}", "report this config as a bug")
-    return model
-
-
-def _set_special_ids(model: PreTrainedModel, vocabulary: Vocabulary, target: Target) -> None:
-    """The target's BOS, EOS and padding ids in config and generation config; none of its sampling settings."""
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, key, special_id(target.config, key))
-    eos = list(vocabulary.eos_token_ids)
-    model.generation_config = GenerationConfig(
-        bos_token_id=vocabulary.bos_token_id,
-        eos_token_id=eos[0] if len(eos) == 1 else eos or None,
-        pad_token_id=vocabulary.pad_token_id,
-    )
-
-
 def cost_ratios(draft: Architecture, target: Architecture) -> dict[str, float]:
-    """Draft / target by parameters, and by bytes read per token at equal precision (an untied input embedding is not)."""
+    """Draft / target by parameters, and by bytes read per token at equal precision."""
     return {
         "parameters": draft.parameters / target.parameters,
-        "bytes": draft.bytes_per_token(8) / target.bytes_per_token(8),
+        "bytes": draft.read_parameters / target.read_parameters,
     }
 
 
 def _show(design: DraftDesign, of_target: Target, console: Console) -> None:
-    draft, target = design.draft, design.target
-    by_parameters, by_bytes = cost_ratios(draft, target).values()
+    draft, target, ratios = design.draft, design.target, cost_ratios(design.draft, design.target)
+    pair, by_bytes = (draft, target), ratios["bytes"]
     rows: list[list[object]] = [
-        ["parameters", *(format_count(a.parameters) for a in (draft, target)), f"{by_parameters:.4f}"],
-        ["read per token", *(format_count(a.read_parameters) for a in (draft, target)), f"{by_bytes:.4f}"],
-        ["layers", draft.num_layers, target.num_layers, ""],
-        ["hidden size", draft.hidden_size, target.hidden_size, ""],
-        ["feed-forward", draft.intermediate_size, target.intermediate_size, ""],
-        ["heads (key-value)", *(f"{a.num_heads} ({a.num_kv_heads})" for a in (draft, target)), ""],
+        ["parameters", *(format_count(a.parameters) for a in pair), f"{ratios['parameters']:.4f}"],
+        ["read per token", *(format_count(a.read_parameters) for a in pair), f"{by_bytes:.4f}"],
+        ["layers x hidden", *(f"{a.num_layers} x {a.hidden_size}" for a in pair), ""],
+        ["feed-forward", *(a.intermediate_size for a in pair), ""],
+        ["heads (key-value)", *(f"{a.num_heads} ({a.num_kv_heads})" for a in pair), ""],
     ]
-    title = f"draft for {of_target.name} ({draft.family}, vocabulary {draft.vocab_size})"
-    console.table(title, ["", "draft", "target", "cost ratio"], rows)
+    console.table(f"draft for {of_target.name} ({draft.family})", ["", "draft", "target", "cost ratio"], rows)
     if design.reason:
         console.say(f"the draft is of the family {draft.family}, not {target.family}: {design.reason}")
-    if draft.context_length < target.context_length:
-        shorter = f"the draft's context is {draft.context_length}, the target's {target.context_length}"
-        console.warn(f"{shorter}: servers clip to the shorter one")
     if switch := rope_switch(of_target.config):
-        console.warn(switch_warning(switch))
+        console.warn(SWITCH.format(switch))
     if by_bytes > _TOO_LARGE:
-        dear = f"a draft token costs {by_bytes:.2f} of a target token"
-        console.warn(f"{dear}: this draft can hardly pay; make it smaller")
+        console.warn(f"a draft token costs {by_bytes:.2f} of a target token: make the draft smaller")
     gains = ", ".join(f"{mbsu_at(rate, PAPER_K, by_bytes):.2f} at {rate}" for rate in RATES)
     console.say(f"memory-bound speed-up (by bytes, K = {PAPER_K}) by acceptance rate: {gains}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fastdraft.console import Console
 from fastdraft.data.shards import open_corpus
 from fastdraft.errors import RecipeError, TargetError
-from fastdraft.modeling.counting import auto_class
+from fastdraft.modeling.architecture import auto_class
 from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
