@@ -75,10 +75,8 @@ class Served:
             return 400, {"error": {"message": f"unknown: {sorted(strange)}"}}
         prompt = body.get("prompt")
         if chat:
-            text = self.tokenizer.apply_chat_template(
-                body["messages"], tokenize=False, add_generation_prompt=True
-            )
-            prompt = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            rendered: Any = {"add_generation_prompt": True, "return_dict": True}
+            prompt = list(self.tokenizer.apply_chat_template(body["messages"], **rendered)["input_ids"])
         sampling = Sampling(0.0)
         if body["temperature"] > 0:
             sampling = Sampling(body["temperature"], max(0, body.get("top_k") or 0), body.get("top_p", 1.0))
@@ -156,18 +154,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self._welcome():
             known = self.path == "/v1/models"
-            self._send(
-                200 if known else 404, {"data": [{"id": "target"}]} if known else {"detail": "Not Found"}
-            )
+            found = {"data": [{"id": "target"}]} if known else {"detail": "Not Found"}
+            self._send(200 if known else 404, found)
 
     def do_POST(self) -> None:
         size = int(self.headers["content-length"])
         sent = self.rfile.read(size)
         if len(sent) < size:  # whoever asked has gone
             self.close_connection = True
-        if self.close_connection and len(sent) < size or not self._welcome():
-            return
-        body = json.loads(sent)
+        elif self._welcome():
+            self._reply(json.loads(sent))
+
+    def _reply(self, body: dict[str, Any]) -> None:
         self.of.asked.append(body)
         fault = self.of.faults.pop(0) if self.of.faults else ""
         if fault in ("drop", "stall"):
@@ -193,9 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _send(
-        self, status: int, value: Any, headers: dict[str, str] | None = None, keep: int | None = None
-    ) -> None:
+    def _send(self, status: int, value: Any, headers: Any = None, keep: int | None = None) -> None:
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         sizes = {"Content-Type": "application/json", "Content-Length": str(len(content))}
@@ -207,9 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--style", default="full", choices=["full", "llama", "chat"])

@@ -3,107 +3,72 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from conftest import write_tokenizer
-from fastdraft.data.chat import (
-    end_of_turn_ids,
-    has_chat_template,
-    plain_prefix_ids,
-    prompt_ids,
-    render_prompt,
-    special_ids,
-    user_prefix_ids,
-)
+from fastdraft.data.chat import end_of_turn_ids, plain_prefix_ids, prompt_ids, render_prompt, special_ids
+from fastdraft.data.chat import user_prefix_ids
 from fastdraft.errors import TargetError
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> PreTrainedTokenizerBase:
-    write_tokenizer(tmp_path, chat=False)
+@pytest.fixture(params=[True])
+def tokenizer(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    write_tokenizer(tmp_path, chat=request.param)
     return AutoTokenizer.from_pretrained(tmp_path)
 
 
-def test_a_rendered_prompt_is_the_template_up_to_where_the_answer_begins(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+plain = pytest.mark.parametrize("tokenizer", [False], indirect=True, ids=["plain"])
+
+
+def test_a_prompt_is_rendered_as_the_tokenizer_itself_would(tokenizer: Any) -> None:
     ids = render_prompt(tokenizer, HELLO)
     assert tokenizer.decode(ids) == "<|user|>\nHello there<|end|>\n<|assistant|>\n"
-    assert ids[0] == tokenizer.convert_tokens_to_ids("<|user|>")
+    own = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert ids == list(own["input_ids"]) == prompt_ids(tokenizer, "Hello there", chat=True)
+    assert tokenizer.decode(prompt_ids(tokenizer, "Hello there", chat=False)) == "Hello there"
 
 
-def test_rendering_agrees_with_the_tokenizers_own_encoding(tokenizer: PreTrainedTokenizerBase) -> None:
-    own = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-    assert render_prompt(tokenizer, HELLO) == list(own)
-
-
-def test_the_user_prefix_is_the_beginning_of_every_rendered_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_the_template_tells_where_the_users_words_begin_and_end(tokenizer: Any) -> None:
     prefix = user_prefix_ids(tokenizer)
     assert tokenizer.decode(prefix) == "<|user|>\n"
     assert render_prompt(tokenizer, HELLO)[: len(prefix)] == prefix
-
-
-def test_the_end_of_a_users_turn_is_found_in_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
     assert end_of_turn_ids(tokenizer) == {tokenizer.convert_tokens_to_ids("<|end|>")}
+    added = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
+    assert set(map(tokenizer.convert_tokens_to_ids, added)) <= special_ids(tokenizer)
 
 
-def test_a_template_that_ends_turns_with_plain_text_has_no_end_of_turn_id(
-    plain: PreTrainedTokenizerBase,
-) -> None:
-    plain.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
-    assert end_of_turn_ids(plain) == frozenset()
-    assert plain.decode(user_prefix_ids(plain)) == "User: "
+@plain
+def test_a_template_that_ends_turns_with_plain_text_has_no_end_of_turn_id(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
+    assert end_of_turn_ids(tokenizer) == frozenset()
+    assert tokenizer.decode(user_prefix_ids(tokenizer)) == "User: "
 
 
-def test_a_template_that_drops_the_users_words_is_refused(plain: PreTrainedTokenizerBase) -> None:
-    plain.chat_template = "Assistant:"
-    with pytest.raises(TargetError, match="drops the user's words"):
-        user_prefix_ids(plain)
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("Assistant:", "drops the user's words"),
+        ("{{ raise_exception('no system message') }}", "no system message"),
+        (None, "no chat template"),
+    ],
+)
+@plain
+def test_a_template_of_no_use_is_one_line(tokenizer: Any, template: str | None, words: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(TargetError, match=words):
+        user_prefix_ids(tokenizer)
 
 
-def test_a_template_that_fails_is_one_line(plain: PreTrainedTokenizerBase) -> None:
-    plain.chat_template = "{{ raise_exception('no system message') }}"
-    with pytest.raises(TargetError, match="no system message"):
-        render_prompt(plain, HELLO)
-
-
-def test_without_a_template_prompts_are_plain_text(plain: PreTrainedTokenizerBase) -> None:
-    assert not has_chat_template(plain)
-    assert prompt_ids(plain, "Hello there", chat=True) == plain("Hello there").input_ids
-    with pytest.raises(TargetError, match="no chat template"):
-        render_prompt(plain, HELLO)
-
-
-def test_plain_prompts_keep_clear_of_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert tokenizer.decode(prompt_ids(tokenizer, "Hello there", chat=False)) == "Hello there"
-    assert tokenizer.decode(prompt_ids(tokenizer, "Hello there", chat=True)).startswith("<|user|>")
-
-
-def test_what_the_tokenizer_puts_before_plain_text_is_found(plain: PreTrainedTokenizerBase) -> None:
-    assert plain_prefix_ids(plain) == []
-    plain.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    assert plain_prefix_ids(plain) == [0]
-
-
-def test_added_tokens_count_as_special(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert {
-        tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
-    } <= special_ids(tokenizer)
+@plain
+def test_without_a_template_prompts_are_plain_text(tokenizer: Any) -> None:
+    assert prompt_ids(tokenizer, "Hello there", chat=True) == tokenizer("Hello there").input_ids
+    assert plain_prefix_ids(tokenizer) == []
+    begins = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    assert plain_prefix_ids(tokenizer) == [0]

@@ -16,15 +16,9 @@ from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, MissingExtra, TargetError
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.recipe.run import TargetConfig
-from fastdraft.recipe.synthesize import (
-    TRANSPORT,
-    AutoEngineConfig,
-    HuggingFaceEngineConfig,
-    OpenAIEngineConfig,
-    OpenVINOEngineConfig,
-    TopKLogitsConfig,
-    TranscriptPrompts,
-)
+from fastdraft.recipe.synthesize import TRANSPORT, AutoEngineConfig, HuggingFaceEngineConfig
+from fastdraft.recipe.synthesize import OpenAIEngineConfig, OpenVINOEngineConfig, TopKLogitsConfig
+from fastdraft.recipe.synthesize import TranscriptPrompts
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes import engines
 from fastdraft.runtimes.engines import EngineChoice, choose_engine, describe_engine, uses_weights
@@ -36,14 +30,13 @@ def missing() -> None:
     raise MissingExtra("nncf", "openvino")
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "require_openvino", lambda: None)
+@pytest.fixture(params=[True])
+def installed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(engines, "require_openvino", (lambda: None) if request.param else missing)
 
 
-@pytest.fixture
-def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "require_openvino", missing)
+with_openvino = pytest.mark.usefixtures("installed")
+without_openvino = pytest.mark.parametrize("installed", [False], indirect=True, ids=["not installed"])
 
 
 @pytest.fixture
@@ -51,75 +44,68 @@ def folder(tmp_path: Path) -> StageFolder:
     return StageFolder(tmp_path / "synthesize")
 
 
-def chosen(target: Path, folder: StageFolder, settings: Any = None, dtype: Any = "auto") -> EngineChoice:
-    config = TargetConfig(model=str(target), dtype=dtype)
-    return choose_engine(settings or AutoEngineConfig(), Target(config), "cpu", folder)
+@pytest.fixture
+def chosen(tiny_target: Path, folder: StageFolder) -> Any:
+    """What is chosen for the target."""
+
+    def choose(settings: Any = None, dtype: Any = "auto") -> EngineChoice:
+        target = Target(TargetConfig(model=str(tiny_target), dtype=dtype))
+        return choose_engine(settings or AutoEngineConfig(), target, "cpu", folder)
+
+    return choose
 
 
-def begin(folder: StageFolder, engine: dict[str, Any], complete: bool = False) -> None:
+def begin(folder: StageFolder, engine: dict[str, Any]) -> None:
     write_json(folder.path / "fingerprint.json", {"settings": {"engine": engine}})
-    if complete:
-        folder.complete()
 
 
-@pytest.mark.usefixtures("installed")
-def test_auto_is_openvino_on_a_cpu_in_the_precision_that_the_recipe_names(
-    tiny_target: Path, folder: StageFolder
-) -> None:
-    choice = chosen(tiny_target, folder)
-    assert choice.settings == OpenVINOEngineConfig()
-    assert str(choice) == "openvino (int8, CPU): the fastest on a CPU"
-    for dtype, weights in (("fp32", "fp32"), ("bf16", "fp16"), ("fp16", "fp16")):
-        settings = chosen(tiny_target, folder, dtype=dtype).settings
-        assert isinstance(settings, OpenVINOEngineConfig)
-        assert settings.weights == weights
+@with_openvino
+def test_auto_is_openvino_on_a_cpu_in_the_precision_that_the_recipe_names(chosen: Any) -> None:
+    assert str(chosen()) == "openvino (int8, CPU): the fastest on a CPU"
+    for dtype, weights in (("auto", "int8"), ("fp32", "fp32"), ("bf16", "fp16"), ("fp16", "fp16")):
+        assert chosen(dtype=dtype).settings.weights == weights
 
 
-@pytest.mark.usefixtures("not_installed")
-def test_without_openvino_auto_is_transformers_and_says_what_to_install(
-    tiny_target: Path, folder: StageFolder
-) -> None:
-    choice = chosen(tiny_target, folder)
-    assert choice.settings == HuggingFaceEngineConfig()
-    assert "nncf is not installed" in choice.reason
-    assert "pip install 'fastdraft[openvino]'" in choice.reason
+@without_openvino
+def test_without_openvino_auto_is_transformers_and_says_what_to_install(chosen: Any, installed: None) -> None:
+    assert chosen().settings == HuggingFaceEngineConfig()
+    assert "nncf is not installed" in chosen().reason
+    assert "pip install 'fastdraft[openvino]'" in chosen().reason
 
 
-@pytest.mark.usefixtures("installed")
+@with_openvino
 def test_auto_is_transformers_on_an_accelerator_and_for_a_family_that_is_not_converted(
-    tiny_target: Path, folder: StageFolder, monkeypatch: pytest.MonkeyPatch
+    chosen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "unconverted_family", lambda target: "gemma2")
-    choice = chosen(tiny_target, folder)
-    assert choice.settings == HuggingFaceEngineConfig()
-    assert "gemma2 is not converted to OpenVINO: its attention scores are capped" in choice.reason
+    assert chosen().settings == HuggingFaceEngineConfig()
+    assert "gemma2 is not converted to OpenVINO: its attention scores are capped" in chosen().reason
     monkeypatch.setattr(engines, "pick_device", lambda name: torch.device("cuda"))
-    assert chosen(tiny_target, folder).reason == "the target runs on cuda"
+    assert chosen().reason == "the target runs on cuda"
 
 
-@pytest.mark.usefixtures("installed")
+@with_openvino
 def test_the_engine_that_the_recipe_names_is_taken_and_auto_goes_on_with_the_one_that_began(
-    tiny_target: Path, folder: StageFolder
+    chosen: Any, folder: StageFolder
 ) -> None:
     named = OpenVINOEngineConfig(weights="int4")
-    assert chosen(tiny_target, folder, named).settings == named
-    begin(folder, {"kind": "huggingface"})
-    assert chosen(tiny_target, folder).settings == HuggingFaceEngineConfig()
-    begin(folder, describe_engine(named))
-    assert chosen(tiny_target, folder).settings == named
+    assert chosen(named).settings == named
+    for began in (HuggingFaceEngineConfig(), named):
+        begin(folder, describe_engine(began))
+        assert chosen().settings == began
     begin(folder, describe_engine(served()))
-    assert chosen(tiny_target, folder).settings == OpenVINOEngineConfig(), "left to the fingerprint"
+    assert chosen().settings == OpenVINOEngineConfig(), "left to the fingerprint"
 
 
-@pytest.mark.usefixtures("not_installed")
+@without_openvino
 def test_text_begun_by_openvino_is_refused_where_it_is_missing_and_taken_when_finished(
-    tiny_target: Path, folder: StageFolder
+    chosen: Any, folder: StageFolder, installed: None
 ) -> None:
     begin(folder, {"kind": "openvino"})
     with pytest.raises(MissingExtra):
-        chosen(tiny_target, folder)
-    begin(folder, {"kind": "openvino"}, complete=True)
-    assert chosen(tiny_target, folder).settings == OpenVINOEngineConfig()
+        chosen()
+    folder.complete()
+    assert chosen().settings == OpenVINOEngineConfig()
 
 
 def served(*servers: str, **changes: Any) -> OpenAIEngineConfig:
@@ -150,7 +136,7 @@ def fingerprint(recipe: Recipe, **changes: Any) -> dict[str, Any]:
     return synthesize.fingerprint(recipe.synthesize.model_copy(update=changes), context)
 
 
-@pytest.mark.usefixtures("installed")
+@with_openvino
 def test_the_fingerprint_names_the_engine_that_really_writes(recipe: Recipe) -> None:
     assert fingerprint(recipe) == fingerprint(recipe, engine=OpenVINOEngineConfig())
     assert fingerprint(recipe) != fingerprint(recipe, engine=HuggingFaceEngineConfig())
@@ -189,7 +175,7 @@ def refuse_to_convert(*arguments: object, **options: object) -> None:
     raise TargetError("target: no such operator", "set synthesize.engine: {kind: huggingface}")
 
 
-@pytest.mark.usefixtures("installed")
+@with_openvino
 def test_a_target_that_cannot_be_converted_ends_the_run_in_one_line(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +186,7 @@ def test_a_target_that_cannot_be_converted_ends_the_run_in_one_line(
     assert not (recipe.run.root / "synthesize" / "units").exists()
 
 
-@pytest.mark.usefixtures("installed")
+@with_openvino
 def test_the_converted_target_is_kept_until_the_stage_is_complete(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,153 +16,123 @@ from fastdraft.recipe.synthesize import TranscriptPrompts
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.target import Target
 
+FOX = [{"role": "user", "content": "What is a fox?"}]
+ASKED: dict[str, Any] = {"messages": FOX, "temperature": 0}
+WARM = {"messages": FOX, "temperature": 0.7}
+
 
 @pytest.fixture(scope="module")
-def written(tiny_target: Path) -> Generation:
+def target(tiny_target: Path) -> Target:
+    return Target.at(tiny_target)
+
+
+@pytest.fixture(scope="module")
+def written(target: Target) -> Generation:
     """One sampled answer of the target."""
-    target = Target.at(tiny_target)
     engine = HuggingFaceEngine(target.model("cpu"), target.vocabulary)
-    prompt = prompt_ids(Target.at(tiny_target).tokenizer, "What is a fox?", True)
-    return engine.generate([prompt], Sampling(0.7), 12, 1)[0]
+    return engine.generate([prompt_ids(target.tokenizer, "What is a fox?", True)], Sampling(0.7), 12, 1)[0]
 
 
-def read(folder: Path, target: Path, *lines: object, **settings: Any) -> Any:
-    path = folder / "log.jsonl"
+def write_lines(path: Path, lines: Any) -> str:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    config = TranscriptPrompts(
-        **{"kind": "transcripts", "name": "log", "path": str(path), "logprobs": "processed", **settings}
-    )
-    return read_transcripts(config, Target.at(target).tokenizer, Target.at(target).vocabulary, 0)
+    return str(path)
 
 
-def shapes(written: Generation, text: str) -> dict[str, dict[str, Any]]:
+@pytest.fixture
+def read(tmp_path: Path, target: Target) -> Any:
+    """Reads lines as a log."""
+
+    def of(*lines: object, **changes: Any) -> Any:
+        settings = {
+            "name": "log",
+            "path": write_lines(tmp_path / "log.jsonl", lines),
+            "logprobs": "processed",
+        }
+        config = TranscriptPrompts(kind="transcripts", **{**settings, **changes})
+        return read_transcripts(config, target.tokenizer, target.vocabulary, 0)
+
+    return of
+
+
+def ids_of(written: Generation) -> dict[str, Any]:
+    return {"token_ids": written.response_ids, "finish_reason": written.finish_reason}
+
+
+def legacy(written: Generation) -> dict[str, Any]:
+    tokens = {"tokens": ["?"] * len(written.logprobs), "token_logprobs": written.logprobs}
+    return {**ids_of(written), "text": "x", "logprobs": tokens}
+
+
+def shapes(written: Generation) -> dict[str, dict[str, Any]]:
     """One answer in every shape of line that is understood."""
-    messages = [{"role": "user", "content": "What is a fox?"}]
-    ids = {"token_ids": written.response_ids, "finish_reason": written.finish_reason}
-    legacy = {
-        **ids,
-        "text": text,
-        "logprobs": {"tokens": ["?"] * len(written.logprobs), "token_logprobs": written.logprobs},
-    }
-    named = {"tokens": [f"token_id:{i}" for i in written.response_ids], "token_logprobs": written.logprobs}
-    content = [
-        {"id": i, "token": "?", "logprob": p}
-        for i, p in zip(written.response_ids, written.logprobs, strict=True)
-    ]
-    message = {"message": {"role": "assistant", "content": text}, "finish_reason": written.finish_reason}
-    request = {"messages": messages, "temperature": 0.7}
+    pairs = list(zip(written.response_ids, written.logprobs, strict=True))
+    named = {"tokens": [f"token_id:{i}" for i, _ in pairs], "token_logprobs": written.logprobs}
+    content = {"content": [{"id": i, "token": "?", "logprob": p} for i, p in pairs]}
+    chat = {"message": {"role": "assistant", "content": "x"}, "logprobs": content, "finish_reason": "length"}
+    plain, old = {"temperature": 0.7}, legacy(written)
+    batch = {"status_code": 200, "body": {"choices": [{**old, "logprobs": named}]}}
     return {
-        "chat and choices": {"messages": messages, "temperature": 0.7, "choices": [legacy]},
-        "chat and response": {
-            "messages": messages,
-            "temperature": 0.7,
-            "response": {"choices": [{**message, "logprobs": {"content": content}}]},
-        },
-        "request and response": {
-            "request": request,
-            "response": {"choices": [{**message, "logprobs": {"content": content}}]},
-        },
-        "batch": {
-            "body": request,
-            "response": {"status_code": 200, "body": {"choices": [{**legacy, "logprobs": named}]}},
-        },
-        "prompt ids": {"prompt": written.prompt_ids, "temperature": 0.7, "choices": [legacy]},
-        "logged prompt ids": {
-            "prompt": "lost",
-            "prompt_token_ids": written.prompt_ids,
-            "temperature": 0.7,
-            "choices": [legacy],
-        },
-        "plain lists": {
-            "messages": messages,
-            "temperature": 0.7,
-            "response": text,
-            **ids,
-            "logprobs": written.logprobs,
-        },
+        "chat and choices": {**WARM, "choices": [old]},
+        "chat and response": {**WARM, "response": {"choices": [chat]}},
+        "request and response": {"request": WARM, "response": {"choices": [chat]}},
+        "batch": {"body": WARM, "response": batch},
+        "prompt ids": {"prompt": written.prompt_ids, **plain, "choices": [old]},
+        "logged ids": {"prompt": "lost", "prompt_token_ids": written.prompt_ids, **plain, "choices": [old]},
+        "plain lists": {**WARM, "response": "x", **ids_of(written), "logprobs": written.logprobs},
     }
 
 
-SHAPES = ("chat and choices", "chat and response", "request and response", "batch", "prompt ids")
-SHAPES += ("logged prompt ids", "plain lists")
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", shapes(Generation([1], [2], [-1.0], "length")))
 def test_every_shape_of_line_gives_the_answer_that_was_written(
-    tmp_path: Path, tiny_target: Path, written: Generation, shape: str
+    read: Any, written: Generation, shape: str
 ) -> None:
-    text = Target.at(tiny_target).tokenizer.decode(written.response_ids, skip_special_tokens=True)
-    rows = read(tmp_path, tiny_target, shapes(written, text)[shape]).rows
-    assert len(rows) == 1
-    assert rows[0].generation == written
-    assert rows[0].sampling == Sampling(0.7)
+    (row,) = read(shapes(written)[shape]).rows
+    assert (row.generation, row.sampling) == (written, Sampling(0.7))
 
 
-def test_a_conversation_that_ends_with_the_assistant_is_an_answer(tmp_path: Path, tiny_target: Path) -> None:
-    turns = [
-        {"role": "user", "content": "Count."},
-        {"role": "assistant", "content": "One fox."},
-        {"role": "user", "content": "More."},
-    ]
-    row = read(
-        tmp_path,
-        tiny_target,
-        {"messages": [*turns, {"role": "assistant", "content": "the stars"}]},
-        temperature=1.0,
-    ).rows[0]
-    tokenizer = Target.at(tiny_target).tokenizer
-    assert tokenizer.decode(row.generation.response_ids) == "the stars<|end|>"
-    assert "One fox." in tokenizer.decode(row.generation.prompt_ids)
-    assert row.generation.logprobs == [], "nobody told them"
+def test_a_conversation_that_ends_with_the_assistant_is_an_answer(read: Any, target: Target) -> None:
+    said = [("user", "Count."), ("assistant", "One fox."), ("user", "More."), ("assistant", "the stars")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    answer = read({"messages": messages}, temperature=1.0).rows[0].generation
+    assert target.tokenizer.decode(answer.response_ids) == "the stars<|end|>"
+    assert "One fox." in target.tokenizer.decode(answer.prompt_ids)
+    assert answer.logprobs == [], "nobody told them"
 
 
-def test_a_request_that_bends_the_distribution_keeps_no_logprobs(
-    tmp_path: Path, tiny_target: Path, written: Generation
+@pytest.mark.parametrize(
+    ("line", "kind", "kept"),
+    [
+        ({"repetition_penalty": 1.2}, "processed", False),
+        ({"repetition_penalty": 1.0}, "processed", True),
+        ({}, "raw", False),
+        ({"temperature": 1}, "raw", True),
+    ],
+)
+def test_logprobs_are_kept_only_where_they_are_of_the_distribution_drawn_from(
+    read: Any, written: Generation, line: dict[str, Any], kind: str, kept: bool
 ) -> None:
-    line = shapes(written, "x")["chat and choices"]
-    assert read(tmp_path, tiny_target, {**line, "repetition_penalty": 1.2}).rows[0].generation.logprobs == []
-    assert (
-        read(tmp_path, tiny_target, {**line, "repetition_penalty": 1.0}).rows[0].generation.logprobs
-        == written.logprobs
-    )
+    found = read({**WARM, "choices": [legacy(written)], **line}, logprobs=kind).rows[0].generation
+    assert found.logprobs == (written.logprobs if kept else [])
 
 
-def test_raw_logprobs_count_at_temperature_one_only(
-    tmp_path: Path, tiny_target: Path, written: Generation
+@pytest.mark.parametrize(
+    ("choice", "fault"),
+    [
+        ({"text": "half a \ufffd", "finish_reason": "length"}, "not_round_trip"),
+        ({"text": "a fox \ud83d", "finish_reason": "length"}, "not_round_trip"),
+        ({"text": "says <|user|>", "finish_reason": "length"}, "not_round_trip"),
+        ({"message": {"tool_calls": [{}]}, "finish_reason": "tool_calls"}, "finish_tool_calls"),
+        ({"text": " the stars", "finish_reason": "length"}, "not_round_trip"),
+    ],
+)
+def test_an_answer_that_does_not_come_back_exactly_is_told(
+    read: Any, choice: dict[str, Any], fault: str
 ) -> None:
-    line = shapes(written, "x")["chat and choices"]
-    assert read(tmp_path, tiny_target, line, logprobs="raw").rows[0].generation.logprobs == []
-    assert (
-        read(tmp_path, tiny_target, {**line, "temperature": 1}, logprobs="raw").rows[0].generation.logprobs
-        == written.logprobs
-    )
+    line = {"prompt": "The fox", "temperature": 1, "choices": [choice], "usage": {"completion_tokens": 9}}
+    assert read(line).rows[0].generation.fault == fault
 
 
-def test_text_that_does_not_come_back_exactly_is_told(tmp_path: Path, tiny_target: Path) -> None:
-    line = {
-        "prompt": "The fox",
-        "temperature": 1,
-        "choices": [{"text": "half a \ufffd", "finish_reason": "length"}],
-    }
-    assert read(tmp_path, tiny_target, line).rows[0].generation.fault == "not_round_trip"
-    special = {
-        "prompt": "The fox",
-        "temperature": 1,
-        "choices": [{"text": "says <|user|>", "finish_reason": "length"}],
-    }
-    assert read(tmp_path, tiny_target, special).rows[0].generation.fault == "not_round_trip"
-    tool = {
-        "messages": [{"role": "user", "content": "x"}],
-        "temperature": 1,
-        "choices": [{"message": {"tool_calls": [{}]}, "finish_reason": "tool_calls"}],
-    }
-    assert read(tmp_path, tiny_target, tool).rows[0].generation.fault == "finish_tool_calls"
-    counted = {
-        **line,
-        "choices": [{"text": " the stars", "finish_reason": "length"}],
-        "usage": {"completion_tokens": 9},
-    }
-    assert read(tmp_path, tiny_target, counted).rows[0].generation.fault == "not_round_trip"
+TOLD = {"prompt": "x", "response": "y"}
 
 
 @pytest.mark.parametrize(
@@ -172,37 +142,28 @@ def test_text_that_does_not_come_back_exactly_is_told(tmp_path: Path, tiny_targe
         ({"prompt": "x", "temperature": 1}, "must hold"),
         ({"text": "x"}, "must hold"),
         ({"messages": [{"role": "user"}], "response": "y", "temperature": 1}, "message without text"),
-        ({"prompt": "x", "response": "y", "temperature": "hot"}, "must be from 0 to 10"),
-        ({"prompt": "x", "response": "y", "temperature": 1.0, "top_k": float("inf")}, "top_k a whole number"),
-        ({"prompt": "x", "response": "y", "temperature": float("nan")}, "must be from 0 to 10"),
-        (
-            {"prompt": "x", "response": "y", "temperature": -0.5},
-            "temperature -0.5; temperature must be from 0",
-        ),
-        ({"prompt": "x", "response": "y", "temperature": 0.5, "top_p": 0}, "top_p 0; "),
-        ({"prompt": "x", "response": "y", "temperature": 1.0, "top_p": 1.5}, "at most 1"),
+        ({**TOLD, "temperature": "hot"}, "must be from 0 to 10"),
+        ({**TOLD, "temperature": 1.0, "top_k": float("inf")}, "top_k a whole number"),
+        ({**TOLD, "temperature": float("nan")}, "must be from 0 to 10"),
+        ({**TOLD, "temperature": -0.5}, "temperature -0.5; temperature must be from 0"),
+        ({**TOLD, "temperature": 0.5, "top_p": 0}, "top_p 0; "),
+        ({**TOLD, "temperature": 1.0, "top_p": 1.5}, "at most 1"),
         ([1], "JSON list"),
     ],
 )
-def test_a_line_that_cannot_be_understood_is_named(
-    tmp_path: Path, tiny_target: Path, line: object, words: str
-) -> None:
-    with pytest.raises(DataError, match=words) as caught:
-        read(tmp_path, tiny_target, {"prompt": "a", "temperature": 0, "response": "fox"}, line)
-    assert "line 2" in str(caught.value)
+def test_a_line_that_cannot_be_understood_is_named(read: Any, line: object, words: str) -> None:
+    with pytest.raises(DataError, match=f"line 2.*{words}"):
+        read({**TOLD, "temperature": 0}, line)
 
 
-def test_temperatures_that_differ_by_rounding_alone_are_one_temperature(
-    tmp_path: Path, tiny_target: Path
-) -> None:
-    lines = [
-        {"prompt": f"say {number}", "response": "x", "temperature": t}
-        for number, t in enumerate((0.7, 0.699999988079071))
-    ]
-    assert {row.sampling.temperature for row in read(tmp_path, tiny_target, *lines).rows} == {0.7}
+def test_temperatures_that_differ_by_rounding_alone_are_one_temperature(read: Any) -> None:
+    rows = read(*({**TOLD, "temperature": t} for t in (0.7, 0.699999988079071))).rows
+    assert {row.sampling.temperature for row in rows} == {0.7}
 
 
-ASKED = {"messages": [{"role": "user", "content": "What is a fox?"}], "temperature": 0}
+CALLS = [*FOX, {"role": "assistant", "content": None, "tool_calls": [{}]}]
+PICTURE = [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
+HALF = "half \ud83d"
 
 
 @pytest.mark.parametrize(
@@ -215,73 +176,33 @@ ASKED = {"messages": [{"role": "user", "content": "What is a fox?"}], "temperatu
             {"body": ASKED, "response": {"status_code": 500, "body": {"error": {"message": "no"}}}},
             "no_answer",
         ),
-        (
-            {
-                **ASKED,
-                "messages": [*ASKED["messages"], {"role": "assistant", "content": None, "tool_calls": [{}]}],
-            },
-            "unsupported",
-        ),
-        (
-            {
-                "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-                "response": "a fox",
-            },
-            "unsupported",
-        ),
-        (
-            {**ASKED, "messages": [{"role": "user", "content": "half \ud83d"}], "response": "a fox"},
-            "unrendered",
-        ),
-        ({"prompt": "half \ud83d", "response": "a fox", "temperature": 0}, "unrendered"),
+        ({"messages": CALLS, "temperature": 0}, "unsupported"),
+        ({"messages": PICTURE, "response": "a fox"}, "unsupported"),
+        ({"messages": [{"role": "user", "content": HALF}], "response": "a", "temperature": 0}, "unrendered"),
+        ({"prompt": HALF, "response": "a fox", "temperature": 0}, "unrendered"),
     ],
 )
 def test_what_a_real_log_also_holds_is_counted_and_does_not_stop_the_run(
-    tmp_path: Path, tiny_target: Path, line: object, reason: str
+    read: Any, line: object, reason: str
 ) -> None:
-    found = read(tmp_path, tiny_target, line, {**ASKED, "response": " a fox"})
+    found = read(line, {**ASKED, "response": " a fox"})
     assert len(found.rows) == 1
     assert {name: count for name, count in found.refused.items() if count} == {reason: 1}
 
 
-def test_an_answer_with_half_a_character_is_told_as_one_that_does_not_come_back(
-    tmp_path: Path, tiny_target: Path
-) -> None:
-    rows = read(tmp_path, tiny_target, {**ASKED, "response": "a fox \ud83d"}).rows
-    assert [row.generation.fault for row in rows] == ["not_round_trip"]
-
-
-def test_the_output_of_a_batch_is_read_with_its_requests(tmp_path: Path, tiny_target: Path) -> None:
-    requests = tmp_path / "asked.jsonl"
-    requests.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "custom_id": f"r{i}",
-                    "method": "POST",
-                    "body": {**ASKED, "messages": [{"role": "user", "content": text}]},
-                }
-            )
-            + "\n"
-            for i, text in enumerate(("What is a fox?", "Where is Paris?"))
-        ),
-        encoding="utf-8",
-    )
-    answer = {
-        "choices": [{"message": {"role": "assistant", "content": "The river"}, "finish_reason": "stop"}]
-    }
-    line = {
-        "id": "batch_1",
-        "custom_id": "r1",
-        "response": {"status_code": 200, "body": answer},
-        "error": None,
-    }
-    rows = read(tmp_path, tiny_target, line, requests=str(requests)).rows
-    assert [row.generation.prompt_ids for row in rows] == [
-        prompt_ids(Target.at(tiny_target).tokenizer, "Where is Paris?", True)
+def test_the_output_of_a_batch_is_read_with_its_requests(read: Any, target: Target, tmp_path: Path) -> None:
+    bodies = [
+        {**ASKED, "messages": [{"role": "user", "content": text}]} for text in ("A fox?", "Where is Paris?")
     ]
-    assert rows[0].sampling == Sampling(0.0)
+    asked = [{"custom_id": f"r{i}", "method": "POST", "body": body} for i, body in enumerate(bodies)]
+    requests = write_lines(tmp_path / "asked.jsonl", asked)
+    choice = {"message": {"role": "assistant", "content": "The river"}, "finish_reason": "stop"}
+    response = {"status_code": 200, "body": {"choices": [choice]}}
+    line = {"id": "batch_1", "custom_id": "r1", "response": response, "error": None}
+    (row,) = read(line, requests=requests).rows
+    assert row.generation.prompt_ids == prompt_ids(target.tokenizer, "Where is Paris?", True)
+    assert row.sampling == Sampling(0.0)
     with pytest.raises(DataError, match="custom_id 'r9'; must be in the file that `requests` names"):
-        read(tmp_path, tiny_target, {**line, "custom_id": "r9"}, requests=str(requests))
+        read({**line, "custom_id": "r9"}, requests=requests)
     with pytest.raises(DataError, match="set `requests` to the batch's input"):
-        read(tmp_path, tiny_target, line)
+        read(line)

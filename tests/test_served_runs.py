@@ -38,14 +38,8 @@ class Run:
         (self.target / "model.safetensors").rename(self.away)
         engine = {"kind": "openai", "servers": [served.url], "logprobs": "processed"}
         prompts = [{"kind": "jsonl", "name": "asked", "path": str(folder / "prompts.jsonl")}]
-        self.synthesize = {
-            "tokens": "2k",
-            "temperatures": [0, 0.7],
-            "max_new_tokens": 16,
-            "batch_rows": 16,
-            "prompts": prompts,
-            "engine": engine,
-        }
+        self.synthesize = {"tokens": "2k", "temperatures": [0, 0.7], "max_new_tokens": 16, "batch_rows": 16}
+        self.synthesize |= {"prompts": prompts, "engine": engine}
         self.recipe().run.root.mkdir(parents=True)
         pipeline.run(self.recipe(), only=["design", "prepare", "pretrain", "synthesize", "align"])
 
@@ -64,10 +58,13 @@ class Run:
         run = pipeline.run(self.recipe(**evaluate), only=["evaluate"], redo=["evaluate"])
         return dict(json.loads((run.folder("evaluate").path / "results.json").read_text(encoding="utf-8")))
 
+    def rows(self, split: Any = None) -> list[SyntheticRow]:
+        """What the server wrote."""
+        return list(read_all(pipeline.make_context(self.recipe(), _quiet()).require("synthesize"), split))
+
     def weights(self, *, here: bool) -> None:
-        source, goal = (
-            (self.away, self.target / self.away.name) if here else (self.target / self.away.name, self.away)
-        )
+        there = self.target / self.away.name
+        source, goal = (self.away, there) if here else (there, self.away)
         if source.exists():
             source.rename(goal)
 
@@ -87,57 +84,44 @@ def _weights_away(request: pytest.FixtureRequest) -> None:
 def replayed(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Replay rows without what only a loaded target can time."""
     timed = ("mbsu_latency", "predicted_speedup")
-    return [
-        {k: v for k, v in row.items() if k not in timed}
-        for row in results["rows"]
-        if row["method"] == "replay"
-    ]
+    rows = [row for row in results["rows"] if row["method"] == "replay"]
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
-def log_of(rows: list[SyntheticRow], path: Path) -> Path:
-    """Rows as a server's log: ids in, ids out."""
-    lines = [
-        {
-            "prompt": row.prompt_ids,
-            "temperature": row.temperature,
-            "top_k": row.top_k,
-            "top_p": row.top_p,
-            "choices": [
-                {
-                    "token_ids": row.response_ids,
-                    "finish_reason": row.finish_reason,
-                    "logprobs": {"token_logprobs": row.logprobs},
-                }
-            ],
-        }
-        for row in rows
-    ]
+def log_of(rows: list[SyntheticRow], path: Path) -> dict[str, Any]:
+    """Rows as a server's log, ids in and ids out; the source of texts or prompts that reads it."""
+    lines = []
+    for row in rows:
+        choice = {"token_ids": row.response_ids, "finish_reason": row.finish_reason}
+        choice["logprobs"] = {"token_logprobs": row.logprobs}
+        drawn = {"temperature": row.temperature, "top_k": row.top_k, "top_p": row.top_p}
+        lines.append({"prompt": row.prompt_ids, **drawn, "choices": [choice]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
+    return {"kind": "transcripts", "name": "log", "path": str(path), "logprobs": "processed"}
 
 
-def test_synthesize_and_align_need_no_weights_and_no_secret_is_kept(run: Run) -> None:
-    rows = list(read_all(pipeline.make_context(run.recipe(), _quiet()).require("synthesize")))
-    assert rows
-    assert all(row.is_replayable for row in rows)
-    manifest = (run.recipe().run.root / "synthesize" / "fingerprint.json").read_text(encoding="utf-8")
-    assert run.served.url not in manifest, "another address gives the same text"
+def evaluated_rows(run: Run) -> list[SyntheticRow]:
+    written = sorted((run.recipe().run.root / "evaluate" / "generations").glob("*.parquet"))
+    return [row for path in written for row in read_rows(path)]
 
 
 def _quiet() -> Console:
     return Console(quiet=True)
 
 
+def test_synthesize_and_align_need_no_weights_and_no_secret_is_kept(run: Run) -> None:
+    assert run.rows()
+    assert all(row.is_replayable for row in run.rows())
+    manifest = (run.recipe().run.root / "synthesize" / "fingerprint.json").read_text(encoding="utf-8")
+    assert run.served.url not in manifest, "another address gives the same text"
+
+
 def test_replay_over_logged_text_gives_the_rows_that_the_weights_give(run: Run) -> None:
     run.weights(here=True)
     with_weights = run.results()
-    texts = sorted((run.recipe().run.root / "evaluate" / "generations").glob("*.parquet"))
-    rows = [row for path in texts for row in read_rows(path)]
-    log = log_of(rows, run.folder / "served.jsonl")
+    texts = log_of(evaluated_rows(run), run.folder / "served.jsonl")
     run.weights(here=False)
-    without = run.results(
-        texts={"kind": "transcripts", "name": "own", "path": str(log), "logprobs": "processed"}
-    )
+    without = run.results(texts=texts)
     assert replayed(without) == replayed(with_weights)
     assert without["latency"] is None
     assert not [row for row in without["rows"] if row["method"] == "exact"]
@@ -154,10 +138,8 @@ def test_the_servers_own_answers_to_the_tasks_need_no_weights(run: Run) -> None:
 
 def test_a_draft_that_proposes_greedily_needs_no_logprobs(run: Run) -> None:
     run.results(texts="engine")
-    written = sorted((run.recipe().run.root / "evaluate" / "generations").glob("*.parquet"))
-    rows = [row for path in written for row in read_rows(path)]
-    log = log_of(rows, run.folder / "log.jsonl")
-    texts = {"kind": "transcripts", "name": "log", "path": str(log)}
+    rows = evaluated_rows(run)
+    texts = log_of(rows, run.folder / "log.jsonl") | {"logprobs": "none"}
     greedy = replayed(run.results(texts=texts, draft_temperature=0))
     assert {row["temperature"] for row in greedy} == {0.0, 0.7}
     sampled = run.results(texts=texts)
@@ -166,19 +148,16 @@ def test_a_draft_that_proposes_greedily_needs_no_logprobs(run: Run) -> None:
 
 
 def test_prompts_that_were_trained_on_are_left_out_of_an_evaluation(run: Run) -> None:
-    trained = list(read_all(pipeline.make_context(run.recipe(), _quiet()).require("synthesize"), "train"))
-    log = log_of(trained, run.folder / "trained.jsonl")
+    texts = log_of(run.rows("train"), run.folder / "trained.jsonl")
     with pytest.raises(DataError, match="trained_on"):
-        run.results(texts={"kind": "transcripts", "name": "log", "path": str(log), "logprobs": "processed"})
+        run.results(texts=texts)
 
 
 def test_training_rows_from_a_log_are_those_of_the_log(run: Run) -> None:
-    rows = list(read_all(pipeline.make_context(run.recipe(), _quiet()).require("synthesize")))
-    log = log_of(rows, run.folder / "all.jsonl")
-    source = {"kind": "transcripts", "name": "asked", "path": str(log), "logprobs": "processed"}
+    rows = run.rows()
+    source = log_of(rows, run.folder / "all.jsonl") | {"name": "asked"}
     recipe = run.recipe("from-log", {"tokens": "1M", "batch_rows": 8, "prompts": [source]})
-    shutil.copytree(run.recipe().run.root / "design", recipe.run.root / "design")
-    shutil.copytree(run.recipe().run.root / "prepare", recipe.run.root / "prepare")
+    ready(run, recipe, "design", "prepare")
     artifact = pipeline.run(recipe, only=["synthesize"]).folder("synthesize")
     assert sorted(read_all(artifact), key=lambda row: row.row_id) == sorted(rows, key=lambda row: row.row_id)
     assert artifact.manifest()["engine"] == "none"
@@ -201,8 +180,7 @@ def test_logits_of_a_servers_text_come_from_the_weights_and_teach_the_draft(run:
     assert not (recipe.run.root / "synthesize").exists(), "nothing is claimed before the weights are there"
     run.weights(here=True)
     artifact = pipeline.run(recipe, only=["synthesize"]).folder("synthesize")
-    plain = pipeline.make_context(run.recipe(), _quiet()).require("synthesize")
-    assert list(read_all(artifact)) == list(read_all(plain))
+    assert list(read_all(artifact)) == run.rows()
     assert artifact.manifest()["logits"] == {"kind": "top_k", "k": 16}
     model = Target(recipe.target).model("cpu")
     row, logits = next(read_with_logits(artifact))
@@ -214,16 +192,13 @@ def test_logits_of_a_servers_text_come_from_the_weights_and_teach_the_draft(run:
     assert pipeline.run(distilled, only=["align"]).folder("align").is_complete()
 
 
+NEEDS_ALIGN = ["align.objective={kind: token_kd, source: target}"]
+TOLD = "evaluate.texts: kind: target runs the target here.*kind: engine"
+
+
 @pytest.mark.parametrize(
     ("texts", "overrides", "words"),
-    [
-        (
-            "engine",
-            ["align.objective={kind: token_kd, source: target}"],
-            "align.objective: source: target reads",
-        ),
-        ("target", [], "evaluate.texts: kind: target runs the target here.*kind: engine"),
-    ],
+    [("engine", NEEDS_ALIGN, "align.objective: source: target reads"), ("target", [], TOLD)],
 )
 def test_what_needs_weights_that_are_not_here_is_told_before_a_day_of_training(
     run: Run, texts: str, overrides: list[str], words: str
@@ -237,14 +212,8 @@ def test_what_needs_weights_that_are_not_here_is_told_before_a_day_of_training(
 
 
 def test_a_log_of_evaluation_prompts_is_refused_as_training_data(run: Run) -> None:
-    lines = [
-        {
-            "messages": [{"role": "user", "content": f"Tell me about number {i} and the fox."}],
-            "response": "y",
-            "temperature": 0,
-        }
-        for i in range(6)
-    ]
+    asked = [{"role": "user", "content": f"Tell me about number {i} and the fox."} for i in range(6)]
+    lines = [{"messages": [message], "response": "y", "temperature": 0} for message in asked]
     path = run.folder / "leak.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     recipe = run.recipe("leak", {"prompts": [{"kind": "transcripts", "name": "leak", "path": str(path)}]})

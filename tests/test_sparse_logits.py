@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from fastdraft.data.rows import SyntheticRow
-from fastdraft.data.sparse_logits import (
-    SparseLogits,
-    bytes_per_token,
-    read_sparse_logits,
-    write_sparse_logits,
-)
+from fastdraft.data.sparse_logits import SparseLogits, read_sparse_logits, write_sparse_logits
 from fastdraft.errors import TargetError
 from fastdraft.functional.distillation import SparseTarget, top_k_buckets
 from fastdraft.functional.generation import Generation, Sampling
@@ -35,7 +30,6 @@ def made(tokens: int, k: int, vocab_size: int, seed: int = 0) -> SparseLogits:
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(320, 258), (65_536, 258), (65_537, 386), (262_144, 386)])
 def test_a_kept_distribution_takes_few_bytes(tmp_path: Path, vocab_size: int, size: int) -> None:
-    assert bytes_per_token(64, vocab_size) == size
     write_sparse_logits(tmp_path / "u", made(1000, 64, vocab_size), vocab_size)
     assert (tmp_path / "u").stat().st_size < 1000 * size + 300
 
@@ -79,9 +73,8 @@ def test_what_is_stored_is_the_bucketed_distribution_to_a_millionth_of_a_nat(
 
 
 def test_probabilities_too_small_for_half_precision_stay_finite(tmp_path: Path) -> None:
-    write_sparse_logits(
-        tmp_path / "u", SparseLogits(np.array([[4]], np.int32), np.array([[0, -1e30]], np.float32)), 8
-    )
+    tiny = SparseLogits(np.array([[4]], np.int32), np.array([[0, -1e30]], np.float32))
+    write_sparse_logits(tmp_path / "u", tiny, 8)
     assert read_sparse_logits(tmp_path / "u", 0, 1).logprobs.tolist() == [[0.0, -1e4]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, write_tokenizer
-from fastdraft.data.chat import (
-    Conversation,
-    dialogue_format,
-    first_prompt_ids,
-    render_prompt,
-    user_prefix_ids,
-)
+from fastdraft.data.chat import Conversation, dialogue_format, first_prompt_ids, render_prompt
+from fastdraft.data.chat import user_prefix_ids
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.synthesis_plan import Unit
 from fastdraft.errors import TargetError
@@ -53,15 +48,11 @@ class Scripted:
 
     name = "scripted"
 
-    def __init__(
-        self, tokenizer: Any, template: str | None, answers: dict[str, str], finish: str = "stop"
-    ) -> None:
+    def __init__(self, tokenizer: Any, template: Any, answers: dict[str, str], finish: Any = "stop") -> None:
         tokenizer.chat_template = template
         self.tokenizer, self.answers, self.finish, self.asked = tokenizer, answers, finish, list[str]()
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> list[Generation]:
+    def generate(self, prompts: Any, *how: Any) -> list[Generation]:
         found = []
         for prompt in prompts:
             text = self.tokenizer.decode(list(prompt), skip_special_tokens=False)
@@ -69,16 +60,15 @@ class Scripted:
             key = max(self.answers, key=text.rfind)
             ids = self.tokenizer(self.answers[key], add_special_tokens=False).input_ids
             ids += [3] if self.finish == "stop" else []
-            found.append(Generation(list(prompt), ids, [-0.5] * len(ids), self.finish))  # type: ignore[arg-type]
+            found.append(Generation(list(prompt), ids, [-0.5] * len(ids), self.finish))
         return found
 
     def converse(self, *talks: Conversation, context_length: int = 500) -> tuple[list[Any], Any]:
         """Rows and counts of a unit of conversations."""
         form = dialogue_format(self.tokenizer, talks)
         prompts = tuple(form.prompt_ids(talk, ()) for talk in talks)
-        row_filter = RowFilter(
-            range(300, 320), lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)
-        )
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        row_filter = RowFilter(range(300, 320), decode)
         writer = UnitWriter(self, self, self.tokenizer, row_filter, 40, context_length)
         return writer.write(Unit("talks", 0.7, prompts, conversations=talks), 5)
 
@@ -203,21 +193,17 @@ class Script:
 
     name = "script"
 
-    def __init__(self, *answers: tuple[list[int], str]) -> None:
-        self.answers = list(answers)
-        self.asked: list[list[int]] = []
-        self.sampling: list[Sampling] = []
+    def __init__(self, *answers: tuple[list[int], Any]) -> None:
+        self.answers, self.asked, self.sampling = list(answers), list[list[int]](), list[Sampling]()
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> list[Generation]:
+    def generate(self, prompts: Any, sampling: Sampling, *how: Any) -> list[Generation]:
         self.asked += [list(prompt) for prompt in prompts]
         self.sampling.append(sampling)
         pairs = zip(prompts, self.answers * len(prompts), strict=False)
-        return [Generation(list(prompt), ids, [-1.0] * len(ids), finish) for prompt, (ids, finish) in pairs]  # type: ignore[arg-type]
+        return [Generation(list(prompt), ids, [-1.0] * len(ids), finish) for prompt, (ids, finish) in pairs]
 
 
-def writer(tokenizer: Any, instructions: Script, answers: Script) -> UnitWriter:
+def writer(tokenizer: Any, instructions: Any, answers: Any) -> UnitWriter:
     row_filter = RowFilter({310}, tokenizer.decode)
     return UnitWriter(answers, instructions, tokenizer, row_filter, 8, 256, held_out={"the fox"})
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import write_recipe
 from fastdraft import pipeline
@@ -24,11 +24,6 @@ from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.synthesis import sparse_logits
 from fastdraft.stages import synthesize
 from fastdraft.target import Target
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_target: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_target)
 
 
 class Folder:
@@ -69,16 +64,11 @@ def written(folder: Folder) -> StageFolder:
 
 
 LOGITS = {"kind": "top_k", "k": 16}
-INSTRUCTIONS: dict[str, object] = {
-    "kind": "jsonl",
-    "name": "instructions",
-    "path": "prompts.jsonl",
-    "share": 2,
-}
 
 
 def instructions(folder: Folder, **changes: object) -> dict[str, object]:
-    return {**INSTRUCTIONS, "path": str(folder.root / "prompts.jsonl"), **changes}
+    path = str(folder.root / "prompts.jsonl")
+    return {"kind": "jsonl", "name": "instructions", "path": path, "share": 2, **changes}
 
 
 def contents(artifact: StageFolder) -> dict[str, bytes]:
@@ -92,6 +82,9 @@ def test_the_stage_writes_until_its_budget_and_accounts_for_every_row(written: S
     assert manifest["tokens"] == sum(len(row.response_ids) for row in rows) >= 1500
     last = read_facts(unit_paths(written)[-1])["counts"]["tokens"]
     assert manifest["tokens"] - last < 1500
+    for path in unit_paths(written):
+        counts = RowCounts(**read_facts(path)["counts"])
+        assert (counts.balance(), counts.written) == (0, len(read_rows(path)))
     for split in ("by_source", "by_temperature"):
         assert sum(part["written"] for part in manifest[split].values()) == len(rows)
     assert set(manifest["by_source"]) == {"instructions", "magpie", "code"}
@@ -99,8 +92,9 @@ def test_the_stage_writes_until_its_budget_and_accounts_for_every_row(written: S
 
 
 def test_rows_hold_the_prompts_as_asked_and_the_answers_as_drawn(
-    written: StageFolder, tokenizer: PreTrainedTokenizerBase
+    written: StageFolder, tiny_target: Path
 ) -> None:
+    tokenizer: Any = Target.at(tiny_target).tokenizer
     for row in read_all(written):
         assert len(row.logprobs) == len(row.response_ids) <= 16
         assert (row.finish_reason == "stop") == (row.response_ids[-1] == 3)
@@ -110,18 +104,9 @@ def test_rows_hold_the_prompts_as_asked_and_the_answers_as_drawn(
             assert tokenizer.decode(row.prompt_ids).endswith("<|end|>\n<|assistant|>\n")
 
 
-def test_units_carry_their_account(written: StageFolder) -> None:
-    for path in unit_paths(written):
-        counts = RowCounts.from_dict(read_facts(path)["counts"])
-        assert counts.balance() == 0
-        assert counts.written == len(read_rows(path))
-
-
 def test_any_beginning_of_the_units_holds_the_shares(folder: Folder) -> None:
-    prompts = [
-        instructions(folder),
-        {"kind": "corpus", "name": "code", "corpus": "code", "share": 1, "prompt_tokens": [8, 24]},
-    ]
+    code = {"kind": "corpus", "name": "code", "corpus": "code", "share": 1, "prompt_tokens": [8, 24]}
+    prompts = [instructions(folder), code]
     tokens, largest = {"instructions": 0, "code": 0}, 0
     for path in unit_paths(folder.run(folder.recipe(prompts=prompts, tokens=600))):
         facts = read_facts(path)
@@ -130,11 +115,9 @@ def test_any_beginning_of_the_units_holds_the_shares(folder: Folder) -> None:
         assert abs(tokens["instructions"] - sum(tokens.values()) * 2 / 3) <= largest
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_killed_run_goes_on_to_the_very_files_of_an_undisturbed_one(
-    folder: Folder, written: StageFolder, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    recipe, real, calls = folder.recipe(), synthesize.write_rows, 0
+def killed_every_second_time(write: Any, moment: str) -> Any:
+    """A writer whose process ends before (half a file is left) or after each second of its files."""
+    calls = 0
 
     def killed(path: Path, *arguments: object) -> None:
         nonlocal calls
@@ -142,23 +125,46 @@ def test_a_killed_run_goes_on_to_the_very_files_of_an_undisturbed_one(
         if calls % 2 == 0 and moment == "before":
             path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
-        real(path, *arguments)  # type: ignore[arg-type]
+        write(path, *arguments)
         if calls % 2 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(synthesize, "write_rows", killed)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            folder.run(recipe)
-    monkeypatch.setattr(synthesize, "write_rows", real)
+    return killed
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(
+    ("writer", "changes", "undisturbed"),
+    [
+        ("write_rows", {}, "written"),
+        ("write_sparse_logits", {"tokens": 400, "logits": LOGITS}, "with_logits"),
+    ],
+    ids=["rows", "logits"],
+)
+def test_a_killed_run_goes_on_to_the_very_files_of_an_undisturbed_one(
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    moment: str,
+    writer: str,
+    changes: Any,
+    undisturbed: str,
+) -> None:
+    whole = request.getfixturevalue(undisturbed)
+    recipe = folder.recipe(**changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesize, writer, killed_every_second_time(getattr(synthesize, writer), moment))
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                folder.run(recipe)
     finished = folder.run(recipe)
-    assert contents(finished) == contents(written)
-    counted = {
-        key: value
-        for key, value in finished.manifest().items()
-        if key not in ("provenance", "generated_tokens_per_second")
-    }
-    assert counted.items() <= written.manifest().items()
+    assert contents(finished) == contents(whole)
+    new = ("provenance", "generated_tokens_per_second")
+    assert {k: v for k, v in finished.manifest().items() if k not in new}.items() <= whole.manifest().items()
+    (finished.path / "manifest.json").unlink()
+    for name in ("write_rows", "unit_logits"):
+        monkeypatch.setattr(synthesize, name, lambda *_: pytest.fail("done again"))
+    assert contents(folder.run(recipe)) == contents(whole)
 
 
 def test_a_stop_is_obeyed_between_two_units_and_the_same_command_goes_on(folder: Folder) -> None:
@@ -202,32 +208,6 @@ def test_every_unit_has_its_logits_and_every_row_its_part(
         np.testing.assert_array_equal(logits.read(1, 3).ids, found.ids[1:3])
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_kill_between_a_unit_and_its_logits_resumes_to_the_very_files_of_an_undisturbed_run(
-    folder: Folder, with_logits: StageFolder, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    recipe, real, calls = folder.recipe(tokens=400, logits=LOGITS), synthesize.write_sparse_logits, 0
-
-    def killed(path: Path, *arguments: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 2 or moment == "after":
-            real(path, *arguments)  # type: ignore[arg-type]
-        if calls % 2 == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(synthesize, "write_sparse_logits", killed)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            folder.run(recipe)
-    monkeypatch.setattr(synthesize, "write_sparse_logits", real)
-    finished = folder.run(recipe)
-    assert contents(finished) == contents(with_logits)
-    (finished.path / "manifest.json").unlink()
-    monkeypatch.setattr(synthesize, "unit_logits", lambda *_: pytest.fail("scored again"))
-    assert contents(folder.run(recipe)) == contents(with_logits)
-
-
 def test_a_k_that_leaves_no_tail_is_refused(folder: Folder) -> None:
     with pytest.raises(RecipeError, match=r"synthesize\.logits\.k: 320; must be below the 320 ids"):
         folder.run(folder.recipe(logits={"kind": "top_k", "k": 320}))
@@ -245,18 +225,11 @@ def test_a_target_that_writes_nothing_useful_is_refused(folder: Folder) -> None:
 
 
 def test_evaluation_prompts_among_the_prompts_are_counted(folder: Folder, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"prompt": text}) + "\n"
-            for text in ("tell me ABOUT number 3 and the fox.", "Why?", "How?")
-        ),
-        encoding="utf-8",
-    )
+    path, texts = tmp_path / "prompts.jsonl", ("tell me ABOUT number 3 and the fox.", "Why?", "How?")
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
     artifact = folder.run(folder.recipe(prompts=[instructions(folder, path=str(path))]))
-    assert artifact.manifest()["refused_prompts"] == {
-        "instructions": {"evaluation": 1, "empty": 0, "repeated": 0}
-    }
+    refused = {"evaluation": 1, "empty": 0, "repeated": 0}
+    assert artifact.manifest()["refused_prompts"] == {"instructions": refused}
 
 
 def fingerprint(recipe: Recipe) -> dict[str, object]:
@@ -271,13 +244,8 @@ def test_the_fingerprint_follows_what_the_text_depends_on_and_nothing_else(
     tasks.write_text(json.dumps({"prompt": "An unrelated prompt"}) + "\n", encoding="utf-8")
     recipe = folder.ready(folder.recipe())
     assert recipe.evaluate
-    own = recipe.model_copy(
-        update={
-            "evaluate": recipe.evaluate.model_copy(
-                update={"tasks": [FileTask(kind="file", name="t", path=str(tasks))]}
-            )
-        }
-    )
+    task = FileTask(kind="file", name="t", path=str(tasks))
+    own = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"tasks": [task]})})
     first = fingerprint(recipe)
     assert json.loads(json.dumps(first)) == first == fingerprint(own)
     tasks.write_text(json.dumps({"prompt": "what is 1 plus 7?"}) + "\n", encoding="utf-8")
@@ -285,26 +253,26 @@ def test_the_fingerprint_follows_what_the_text_depends_on_and_nothing_else(
     assert fingerprint(folder.ready(folder.recipe(top_k=5)))["settings"] != first["settings"]
 
 
+def with_target(recipe: Recipe, folder: Path) -> Recipe:
+    return recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(folder)})})
+
+
 def test_another_target_has_another_fingerprint(folder: Folder, tiny_draft: Path) -> None:
     recipe = folder.recipe(prompts=[instructions(folder)])
-    other = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(tiny_draft)})})
-    assert fingerprint(recipe)["target"] != fingerprint(other)["target"]
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(
-        fingerprint(recipe)["target"]["files"]
-    )  # type: ignore[index]
+    found: Any = fingerprint(recipe)["target"]
+    assert found != fingerprint(with_target(recipe, tiny_draft))["target"]
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(found["files"])
 
 
 def test_a_missing_prompt_file_is_one_line(folder: Folder) -> None:
-    recipe = folder.recipe(prompts=[instructions(folder, path="nowhere.jsonl")])
     with pytest.raises(FastDraftError, match=r"nowhere\.jsonl"):
-        folder.run(recipe)
+        folder.run(folder.recipe(prompts=[instructions(folder, path="nowhere.jsonl")]))
 
 
 def test_magpie_without_a_chat_template_is_refused(folder: Folder, tiny_target: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_target, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
-    recipe = folder.recipe(prompts=[{"kind": "magpie", "name": "m"}])
-    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(base)})})
+    recipe = with_target(folder.recipe(prompts=[{"kind": "magpie", "name": "m"}]), base)
     assert recipe.synthesize
     with pytest.raises(FastDraftError, match="no chat template"):
         synthesize.run(recipe.synthesize, pipeline.make_context(recipe, Console(quiet=True)))

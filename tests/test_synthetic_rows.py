@@ -7,62 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from fastdraft.data.rows import (
-    SyntheticRow,
-    ids_hash,
-    read_all,
-    read_columns,
-    read_facts,
-    read_rows,
-    unit_name,
-    unit_paths,
-    validation_keys,
-    write_rows,
-)
+from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, read_columns, read_facts, read_rows
+from fastdraft.data.rows import unit_name, unit_paths, validation_keys, write_rows
 from fastdraft.errors import FastDraftError
+from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.run_folder import StageFolder
 
 
 def make_row(number: int, prompt: int | None = None) -> SyntheticRow:
-    prompt_ids = [1, prompt if prompt is not None else number]
-    return SyntheticRow(
-        ids_hash(prompt_ids, [number, 3]),
-        "instructions",
-        ids_hash(prompt_ids),
-        prompt_ids,
-        [number, 3],
-        [-0.5, -0.25],
-        0.6,
-        0,
-        1.0,
-        "stop",
-    )
+    answer = Generation([1, number if prompt is None else prompt], [number, 3], [-0.5, -0.25], "stop")
+    return SyntheticRow.of(answer, "instructions", Sampling(0.6))
 
 
-def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
-    rows = [
-        make_row(1),
-        replace(make_row(70_000), logprobs=[0.0, -12.5], temperature=0.0, finish_reason="length"),
-        make_row(2),
-    ]
-    write_rows(tmp_path / "rows.parquet", rows)
-    assert read_rows(tmp_path / "rows.parquet") == rows
-
-
-def test_a_file_without_rows_is_a_file(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.parquet", [], {"asked": 4})
-    assert read_rows(tmp_path / "rows.parquet") == []
-    assert read_facts(tmp_path / "rows.parquet") == {"asked": 4}
-
-
-def test_facts_are_kept_beside_the_rows(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.parquet", [make_row(1)], {"source": "näme", "counts": {"asked": 2}})
-    assert read_facts(tmp_path / "rows.parquet") == {"source": "näme", "counts": {"asked": 2}}
-
-
-def test_columns_can_be_read_alone(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.parquet", [make_row(1), make_row(2)])
-    assert read_columns(tmp_path / "rows.parquet", ["source"]) == {"source": ["instructions", "instructions"]}
+def test_rows_and_facts_come_back_as_they_were_written(tmp_path: Path) -> None:
+    long = replace(make_row(70_000), logprobs=[0.0, -12.5], temperature=0.0, finish_reason="length")
+    for rows in ([make_row(1), long, make_row(2)], []):
+        facts, path = {"source": "näme", "counts": {"asked": len(rows)}}, tmp_path / "rows.parquet"
+        write_rows(path, rows, facts)
+        assert (read_rows(path), read_facts(path)) == (rows, facts)
+        assert read_columns(path, ["source"]) == {"source": ["instructions"] * len(rows)}
 
 
 def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
@@ -85,23 +48,12 @@ def test_the_hash_knows_where_prompt_and_response_part() -> None:
     assert ids_hash([1, 2], [3]) == ids_hash([1, 2], [3])
 
 
-def folder_with(tmp_path: Path, rows: list[SyntheticRow]) -> StageFolder:
-    folder = StageFolder(tmp_path / "synthesize")
-    for unit in range(0, len(rows), 10):
-        write_rows(folder.path / unit_name(unit // 10), rows[unit : unit + 10])
-    return folder
-
-
-def test_all_rows_come_in_the_order_of_writing(tmp_path: Path) -> None:
-    rows = [make_row(i) for i in range(120)]
-    folder = folder_with(tmp_path, rows)
-    assert len(unit_paths(folder)) == 12
+def test_the_splits_hold_every_row_once_in_the_order_of_writing_and_share_no_prompt(tmp_path: Path) -> None:
+    rows, folder = [make_row(i, prompt=i % 100) for i in range(400)], StageFolder(tmp_path / "synthesize")
+    for unit in range(40):
+        write_rows(folder.path / unit_name(unit), rows[unit * 10 : unit * 10 + 10])
+    assert len(unit_paths(folder)) == 40
     assert list(read_all(folder)) == rows
-
-
-def test_the_splits_hold_every_row_once_and_share_no_prompt(tmp_path: Path) -> None:
-    rows = [make_row(i, prompt=i % 100) for i in range(400)]
-    folder = folder_with(tmp_path, rows)
     train, validation = list(read_all(folder, "train")), list(read_all(folder, "validation"))
     assert {row.prompt_key for row in train}.isdisjoint(row.prompt_key for row in validation)
     assert sorted(row.row_id for row in train + validation) == sorted(row.row_id for row in rows)
@@ -116,6 +68,5 @@ def test_about_a_twentieth_of_the_prompts_is_held_back_and_stays_so() -> None:
 
 
 def test_few_prompts_still_give_some_validation_but_never_more_than_half() -> None:
-    assert len(validation_keys(ids_hash([i]) for i in range(20))) >= 4
-    assert len(validation_keys(ids_hash([i]) for i in range(3))) == 1
-    assert validation_keys([ids_hash([1])]) == frozenset()
+    counts = {n: len(validation_keys(ids_hash([i]) for i in range(n))) for n in (20, 3, 1)}
+    assert counts == {20: 4, 3: 1, 1: 0}

@@ -1,6 +1,6 @@
-"""Shows rows as text, in colour the tokens that the draft is trained on: what the target wrote, or align's own batches.
+"""Shows rows as text, trained tokens in colour: what the target wrote, or align's own batches.
 
-`fastdraft preview runs/demo`. A token counts as trained where the batch holds it as a label: nothing is worked out again.
+`fastdraft preview runs/demo`. A token counts as trained where the batch holds it as a label.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,6 @@ from fastdraft.target import Target
 from fastdraft.training.batches import Batch, BatchSource
 
 _DIM, _GREEN, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
-_MARKS = ("[[", "]]")
 # Characters of a text that would move the cursor or change the colours of a terminal; they are written out.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -38,8 +37,7 @@ class PreviewRow:
 
     about: str
     token_ids: list[int]
-    trained: list[bool]
-    """For each of these, whether it is a label."""
+    trained: list[bool]  # for each of these, whether it is a label
 
 
 def run(
@@ -52,9 +50,7 @@ def run(
     if count < 1:
         raise RecipeError(f"--count: {count}; must be at least 1", "for example --count 5")
     if not (run / "recipe.yaml").is_file():
-        raise RecipeError(
-            f"{run}: has no recipe.yaml; must be the folder of a run", "give one such as runs/demo"
-        )
+        raise RecipeError(f"{run}: no recipe.yaml; must be the folder of a run", "give one such as runs/demo")
     console, recipe = console or Console(quiet=True), load_recipe(str(run / "recipe.yaml"))
     context = StageContext(RunFolder(run), recipe.run, Target(recipe.target), recipe.sections(), console)
     if stage == "align":
@@ -62,35 +58,34 @@ def run(
     else:
         rows = [preview_row(row) for row in spread_rows(context.folder("synthesize"), count)]
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    console.say("trained tokens are " + ("green" if colour else f"between {_MARKS[0]} and {_MARKS[1]}"))
+    console.say("trained tokens are " + ("green" if colour else "between [[ and ]]"))
     for row in rows:
         print(format_row(row, context.target.tokenizer, colour))
 
 
 def spread_rows(folder: StageFolder, count: int) -> list[SyntheticRow]:
     """Up to `count` rows at even distances over all units."""
-    paths = unit_paths(folder)
-    sizes = [len(read_columns(path, ["row_id"])["row_id"]) for path in paths]
-    total = sum(sizes)
+    ends, paths = [0], unit_paths(folder)
+    for path in paths:
+        ends.append(ends[-1] + len(read_columns(path, ["row_id"])["row_id"]))
+    total = ends[-1]
     if not total:
         raise FastDraftError(f"{folder.path}: no synthetic rows", "run `fastdraft synthesize RECIPE` first")
     wanted = [i * total // min(count, total) for i in range(min(count, total))]
     found: list[SyntheticRow] = []
-    start = 0
-    for path, size in zip(paths, sizes, strict=True):
-        places = [place - start for place in wanted if start <= place < start + size]
-        rows = read_rows(path) if places else []
-        found += [rows[place] for place in places]
-        start += size
+    for path, start, end in zip(paths, ends, ends[1:], strict=False):
+        if places := [place - start for place in wanted if start <= place < end]:
+            rows = read_rows(path)
+            found += [rows[place] for place in places]
     return found
 
 
 def preview_row(row: SyntheticRow) -> PreviewRow:
     """A row that the target wrote."""
-    lengths = f"{len(row.prompt_ids)} + {len(row.response_ids)} tokens"
-    about = f"{row.source}, temperature {row.temperature:g}, {row.finish_reason}, {lengths}"
-    trained = [False] * len(row.prompt_ids) + [True] * len(row.response_ids)
-    return PreviewRow(about, [*row.prompt_ids, *row.response_ids], trained)
+    prompt, response = row.prompt_ids, row.response_ids
+    drawn = f"{row.source}, temperature {row.temperature:g}, {row.finish_reason}"
+    about = f"{drawn}, {len(prompt)} + {len(response)} tokens"
+    return PreviewRow(about, [*prompt, *response], [False] * len(prompt) + [True] * len(response))
 
 
 def spread_batch_rows(source: BatchSource, count: int) -> Iterator[PreviewRow]:
@@ -109,7 +104,7 @@ def spread_batch_rows(source: BatchSource, count: int) -> Iterator[PreviewRow]:
 
 
 def batch_row(batch: Batch, place: int, about: str) -> PreviewRow:
-    """Row `place` of a micro-batch: its inputs without padding, and behind them the last token, which is only predicted."""
+    """Row `place` of a micro-batch: its inputs without padding, then the last token, only predicted."""
     length = batch.input_ids.shape[1]
     inputs = batch.input_ids[place].tolist()
     index = batch.index.tolist() if batch.index is not None else range(batch.input_ids.numel())
@@ -122,18 +117,15 @@ def batch_row(batch: Batch, place: int, about: str) -> PreviewRow:
 
 def format_row(row: PreviewRow, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
     """One row as text, special tokens written out; neighbours of the same kind are decoded together."""
-    trained, before, after = sum(row.trained), *((_GREEN, _RESET) if colour else _MARKS)
+    trained, before, after = sum(row.trained), *((_GREEN, _RESET) if colour else ("[[", "]]"))
     if not trained:
         fix = "look at the rows with `fastdraft preview RUN`, then redo synthesize"
         raise FastDraftError(f"{row.about}: 0 % trained tokens; every row must have some", fix)
     share = f"{trained} of {len(row.token_ids)} tokens trained ({trained / len(row.token_ids):.0%})"
     parts = [f"--- {row.about}, {share}\n"]
     for is_trained, places in itertools.groupby(range(len(row.token_ids)), key=row.trained.__getitem__):
-        text = _text(tokenizer, [row.token_ids[place] for place in places])
+        ids = [row.token_ids[place] for place in places]
+        text = str(tokenizer.decode(ids, skip_special_tokens=False))
+        text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
         parts.append(f"{before}{text}{after}" if is_trained else f"{_DIM}{text}{_RESET}" if colour else text)
     return "".join(parts) + "\n"
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text = str(tokenizer.decode(list(ids), skip_special_tokens=False))
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -1,7 +1,7 @@
-"""Logs of a target in the OpenAI format, one JSON object a line, as prompts with the answers that it gave, in token ids.
+"""Logs of a target in the OpenAI format, one JSON object a line, as prompts and answers in token ids.
 
-A line is {messages or prompt, choices or response}, with its request's keys beside it or under `request` or `body`; or the Batch API's
-output with the requests it answers. Failed calls, tools and pictures are counted; a line that does not tell its temperature is an error.
+A line is {messages or prompt, choices or response}, with its request's keys beside it or under `request` or
+`body`; or the Batch API's output with the requests it answers.
 """
 
 from __future__ import annotations
@@ -39,14 +39,11 @@ class LogEntry:
     """One line of a log, before anything is tokenised."""
 
     messages: list[dict[str, str]] | None
-    prompt: str | list[int]
-    """Instead of messages."""
+    prompt: str | list[int]  # instead of messages
     choices: list[Choice]
     sampling: Sampling
-    bent: bool = False
-    """The request bent the distribution by other means than temperature, top-k and top-p."""
-    refused: str = ""
-    """Why the line is of no use, in one word: `no_answer` (the call failed) or `unsupported` (tools, pictures)."""
+    bent: bool = False  # the request bent the distribution by other means than temperature, top-k and top-p
+    refused: str = ""  # why it is of no use: `no_answer` (the call failed) or `unsupported` (tools, pictures)
 
     @property
     def texts(self) -> list[str]:
@@ -68,8 +65,7 @@ class Transcript:
 
     generation: Generation
     sampling: Sampling
-    key: str = ""
-    """Of a later turn the hash of its conversation's first prompt, with whose rows it belongs; else empty."""
+    key: str = ""  # of a later turn the hash of its conversation's first prompt, with whose rows it belongs
 
 
 @dataclass(frozen=True)
@@ -77,25 +73,23 @@ class Transcripts:
     """A log's answers, and how many were refused before they were looked at."""
 
     rows: list[Transcript]
+    # `evaluation` (also of a task), `empty`, `unrendered` (the template refuses it), or as LogEntry's.
     refused: dict[str, int]
-    """`evaluation` (a prompt of an evaluation task), `empty`, `unrendered` (the chat template refuses it), `no_answer`, `unsupported`."""
 
 
 def describe(config: TranscriptLog) -> dict[str, Any]:
     """The settings and what they point at now, for fingerprints."""
     found = {**config.model_dump(mode="json"), **describe_files(find_files(config.path, JSONL))}
-    return {
-        **found,
-        **({"requests_files": describe_files(find_files(config.requests, JSONL))} if config.requests else {}),
-    }
+    if config.requests:
+        found["requests_files"] = describe_files(find_files(config.requests, JSONL))
+    return found
 
 
 def look(config: TranscriptLog) -> None:
-    """Reads the first line, so that a wrong path or a shape that is not understood shows before hours of other work."""
+    """Reads the first line, so that a wrong path or shape shows before hours of other work."""
     if next(read_entries(config), None) is None:
-        raise DataError(
-            f"{config.path}: no line in it; must hold logged answers", "add some or correct the path"
-        )
+        found = f"{config.path}: no line in it; must hold logged answers"
+        raise DataError(found, "add some or correct the path")
 
 
 def refused_digest(config: TranscriptLog, held_out: Iterable[str]) -> str:
@@ -114,10 +108,9 @@ def read_transcripts(
     *,
     shuffled: bool = True,
 ) -> Transcripts:
-    """Every answer of a log as the target's own text in token ids.
+    """Every answer of a log as the target's own text in token ids, without what `is_evaluation` tells.
 
-    `is_evaluation` tells prompts of evaluation tasks, which are refused; `shuffled` brings the answers into an order of the seed, of which
-    the config's `count` takes the first.
+    `shuffled` brings the answers into an order of the seed, of which the config's `count` takes the first.
     """
     readers = {
         kind: AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, kind)  # type: ignore[arg-type]
@@ -126,32 +119,27 @@ def read_transcripts(
     refused = {"evaluation": 0, "empty": 0, "unrendered": 0, "no_answer": 0, "unsupported": 0}
     rows: list[Transcript] = []
     for entry in read_entries(config):
-        if entry.refused:
-            refused[entry.refused] += 1
-            continue
-        if any(map(is_evaluation, filter(None, entry.texts))):
-            refused["evaluation"] += len(entry.choices)
-            continue
-        try:
-            prompt = _prompt_ids(entry, tokenizer)
-            key = ids_hash(render_prompt(tokenizer, entry.first_turn)) if entry.first_turn else ""
-        except (TargetError, UnicodeEncodeError):
-            refused["unrendered"] += len(entry.choices)
-            continue
-        if not prompt:
-            refused["empty"] += len(entry.choices)
+        reason, prompt, key = entry.refused, list[int](), ""
+        if not reason and any(map(is_evaluation, filter(None, entry.texts))):
+            reason = "evaluation"
+        if not reason:
+            try:
+                prompt = _prompt_ids(entry, tokenizer)
+                key = ids_hash(render_prompt(tokenizer, entry.first_turn)) if entry.first_turn else ""
+                reason = "" if prompt else "empty"
+            except (TargetError, UnicodeEncodeError):
+                reason = "unrendered"
+        if reason:
+            refused[reason] += len(entry.choices) or 1
             continue
         reader = readers["none" if entry.bent else config.logprobs]
-        rows += [
-            Transcript(_generation(reader, prompt, choice, entry), entry.sampling, key)
-            for choice in entry.choices
-        ]
+        answers = [_generation(reader, prompt, choice, entry) for choice in entry.choices]
+        rows += [Transcript(answer, entry.sampling, key) for answer in answers]
     if not rows:
-        found = tell_counts(refused) or "no answer"
-        raise DataError(
-            f"transcripts '{config.name}': {found}; at least one answer must be left",
-            "add answers or correct `path`",
+        found = (
+            f"transcripts '{config.name}': {tell_counts(refused) or 'no answer'}; at least one must be left"
         )
+        raise DataError(found, "add answers or correct `path`")
     order = list(range(len(rows)))
     random.Random(f"{seed}/{config.name}").shuffle(order)
     chosen = order[: config.count]
@@ -189,20 +177,11 @@ def read_entries(config: TranscriptLog) -> Iterator[LogEntry]:
     }
     for path in find_files(config.path, JSONL).values():
         for number, row in read_jsonl(path):
-            where = f"{path}: line {number}"
-            asked = {"request": _request(where, row, requests)} if config.requests else {}
-            yield _entry(where, {**row, **asked}, config)
-
-
-def _request(where: str, row: Mapping[str, Any], requests: Mapping[str, Any]) -> Any:
-    """What a line of the Batch API's output answers."""
-    name = str(row.get("custom_id"))
-    if name not in requests:
-        raise DataError(
-            f"{where}: custom_id {name[:60]!r}; must be in the file that `requests` names",
-            "add that file to `requests`, or delete the line",
-        )
-    return requests[name]
+            where, name = f"{path}: line {number}", str(row.get("custom_id"))
+            if config.requests and name not in requests:
+                found = f"{where}: custom_id {name[:60]!r}; must be in the file that `requests` names"
+                raise DataError(found, "add that file to `requests`, or delete the line")
+            yield _entry(where, {**row, "request": requests[name]} if config.requests else row, config)
 
 
 def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> LogEntry:
@@ -218,18 +197,17 @@ def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> LogEntr
         messages = messages[:-1]
     if not choices or not (messages or isinstance(prompt, str) or read_ids(prompt)):
         batch = bool(choices) and "custom_id" in row
-        raise DataError(
-            f"{where}: keys {', '.join(map(str, list(row)[:8])) or 'none'}; must hold `messages` or `prompt`, and "
-            "`choices`, `response` or a last message of the assistant",
-            "set `requests` to the batch's input" if batch else "correct or delete the line",
-        )
+        fix = "set `requests` to the batch's input" if batch else "correct or delete the line"
+        keys = ", ".join(map(str, list(row)[:8])) or "none"
+        found = f"{where}: keys {keys}; must hold `messages` or `prompt`, and"
+        raise DataError(f"{found} `choices`, `response` or a last message of the assistant", fix)
     bent = any(told.get(key) not in (None, value) for key, value in _NEUTRAL.items())
     bent = bent or any(told.get(key) for key in _BENDING)
     return LogEntry(messages, [] if messages else prompt or [], choices, _sampling(where, told, config), bent)
 
 
 def _failed(row: Mapping[str, Any]) -> bool:
-    """The log tells that the call gave no answer: an empty response, an error in its place, or a status of HTTP that is none of success."""
+    """The call gave no answer: an empty response, an error in its place, or a status that is not 2xx."""
     answers = [row[key] for key in ("response", "choices") if key in row]
     if answers and all(answer is None for answer in answers):
         return True
@@ -238,13 +216,11 @@ def _failed(row: Mapping[str, Any]) -> bool:
     codes = [body.get("status_code") for body in bodies]
     if any(type(code) is int and not 200 <= code < 300 for code in codes):
         return True
-    return any(
-        body.get("error") and not body.get("choices") and not body.get("content") for body in bodies[1:]
-    )
+    return any(b.get("error") and not b.get("choices") and not b.get("content") for b in bodies[1:])
 
 
 def _is_unsupported(messages: object) -> bool:
-    """A conversation of more than text: tools called or answering, pictures or sounds among the parts of a message."""
+    """A conversation of more than text: tools called or answering, pictures or sounds among its parts."""
     for message in messages if isinstance(messages, list) else ():
         if not isinstance(message, dict):
             continue
@@ -267,10 +243,8 @@ def _messages(where: str, value: object) -> list[dict[str, str]] | None:
             parts = [part.get("text") for part in content if isinstance(part, dict)]
             content = "".join(text for text in parts if isinstance(text, str))
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f"{where}: a message without text; each needs a `role` and a `content`",
-                "correct or delete the line",
-            )
+            found = f"{where}: a message without text; each needs a `role` and a `content`"
+            raise DataError(found, "correct or delete the line")
         messages.append({"role": message["role"], "content": content})
     return messages
 
@@ -307,22 +281,16 @@ def _sampling(where: str, told: Mapping[str, Any], config: TranscriptLog) -> Sam
         for key in ("temperature", "top_k", "top_p")
     }
     if values["temperature"] is None:
+        found = f"{where}: no temperature; it must be known how an answer was drawn"
+        raise DataError(found, "set the source's `temperature` for lines that do not tell it")
+    fits = {"temperature": 0 <= values["temperature"] <= _HOTTEST}
+    if values["temperature"] != 0:  # of a greedy answer only the temperature counts
+        fits |= {"top_k": values["top_k"] % 1 == 0, "top_p": 0 < values["top_p"] <= 1}
+    if wrong := [name for name, fit in fits.items() if not fit]:
+        rule = f"temperature must be from 0 to {_HOTTEST}, top_k a whole number, top_p above 0 and at most 1"
         raise DataError(
-            f"{where}: no temperature; it must be known how an answer was drawn",
-            "set the source's `temperature` for lines that do not tell it",
+            f"{where}: {wrong[0]} {told.get(wrong[0])!r:.40}; {rule}", "correct or delete the line"
         )
-    fits = {
-        "temperature": 0 <= values["temperature"] <= _HOTTEST,
-        "top_k": values["top_k"] % 1 == 0,
-        "top_p": 0 < values["top_p"] <= 1,
-    }
-    # Of a greedy answer only the temperature counts.
-    for name in fits if values["temperature"] != 0 else ("temperature",):
-        if not fits[name]:
-            rule = (
-                f"temperature must be from 0 to {_HOTTEST}, top_k a whole number, top_p above 0 and at most 1"
-            )
-            raise DataError(f"{where}: {name} {told.get(name)!r:.40}; {rule}", "correct or delete the line")
     # In six digits, by which files and tables call it: 0.7 and float32's 0.699999988 are one temperature.
     temperature = float(f"{values['temperature']:g}")
     if temperature == 0:

@@ -1,7 +1,7 @@
 """One answer in the OpenAI format, as a server sends it or a log keeps it, read as token ids.
 
-`read_choices` takes an answer's JSON apart, `AnswerReader` turns a choice into a `Generation` of the target's vocabulary. vLLM, SGLang,
-llama.cpp and OpenAI put ids and log-probs in different places; text without ids is tokenised again, and kept only where that is exact.
+`read_choices` takes an answer's JSON apart, `AnswerReader` turns a choice into a `Generation`. vLLM, SGLang,
+llama.cpp and OpenAI put ids and log-probs in different places; text without ids is tokenised again.
 """
 
 from __future__ import annotations
@@ -15,58 +15,55 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from fastdraft.functional.generation import Generation, Sampling
-
-LogprobKind = Literal["processed", "raw", "none"]
-"""processed: of the very distribution drawn from (after temperature, top-k, top-p); raw: of the model's own logits."""
+from fastdraft.recipe.synthesize import LogprobKind
 
 STOP_WORDS = frozenset({"stop", "eos", "eos_token", "end_turn"})
 LENGTH_WORDS = frozenset({"length", "max_tokens"})
 _TOKEN_ID = re.compile(r"token_id:([0-9]{1,12})")
+# What OpenAI writes for an unlikely token; how far above 0 rounding may carry a log-prob.
 _UNTOLD, _ROUNDING = -9999.0, 1e-3
-"""What OpenAI writes for a token that was not among the most likely; how far above 0 rounding may carry a log-prob."""
+# Messages that are more than text.
+_NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "reasoning")
 
 
 @dataclass(frozen=True)
 class Choice:
     """What one choice of an answer says, nothing added."""
 
-    text: str | None
-    """None where the answer is not plain text: a tool call, or thinking kept apart."""
+    text: str | None  # None where the answer is not plain text: a tool call, or thinking kept apart
     token_ids: list[int] | None
     logprobs: list[float] | None
-    finish_reason: str | None
-    """The writer's own word."""
-    stop_id: int | None = None
-    """The id that ended the text, where the writer tells it."""
-    stop_string: bool = False
-    """A string of the request ended the text, not a token of the target."""
-    num_tokens: int | None = None
-    """Tokens of this answer as the writer counted them."""
+    finish_reason: str | None  # the writer's own word
+    stop_id: int | None = None  # that ended the text, where the writer tells it
+    stop_string: bool = False  # a string of the request ended the text, not a token of the target
+    num_tokens: int | None = None  # of this answer as the writer counted them
     prompt_ids: list[int] | None = None
     num_prompt_tokens: int | None = None
 
 
 def read_choices(body: Mapping[str, Any]) -> list[Choice]:
-    """Every choice of an answer's JSON object; ValueError, with a few words, when it is not such an answer."""
-    choices = body.get("choices")
+    """Every choice of an answer's JSON object; ValueError, with a few words, when it is none."""
+    choices, usage = body.get("choices"), body.get("usage")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
         raise ValueError("no 'choices'")
     if any("delta" in choice for choice in choices):
         raise ValueError("a piece of a streamed answer")
-    usage = body.get("usage")
     usage = usage if isinstance(usage, dict) and len(choices) == 1 else {}
     return [_choice(choice, body, usage) for choice in choices]
 
 
 def _choice(choice: Mapping[str, Any], body: Mapping[str, Any], usage: Mapping[str, Any]) -> Choice:
-    tokens = _listed_tokens(choice.get("logprobs"))
+    tokens, message = _listed_tokens(choice.get("logprobs")), choice.get("message")
     ids = read_ids(choice.get("token_ids"))
     if ids is None and tokens and all(token_id is not None for token_id, _ in tokens):
         ids = [token_id for token_id, _ in tokens if token_id is not None]
     logprobs = [value for _, value in tokens if value is not None]
     stop, reason = choice.get("stop_reason", choice.get("matched_stop")), choice.get("finish_reason")
+    text = choice.get("text")
+    if isinstance(message, dict):
+        text = None if any(message.get(key) for key in _NOT_TEXT) else message.get("content")
     return Choice(
-        text=_text(choice),
+        text=text if isinstance(text, str) else None,
         token_ids=ids,
         logprobs=logprobs if tokens and len(logprobs) == len(tokens) else None,
         finish_reason=reason if isinstance(reason, str) else None,
@@ -76,17 +73,6 @@ def _choice(choice: Mapping[str, Any], body: Mapping[str, Any], usage: Mapping[s
         prompt_ids=read_ids(choice.get("prompt_token_ids")) or read_ids(body.get("prompt_token_ids")),
         num_prompt_tokens=_count(usage.get("prompt_tokens")),
     )
-
-
-def _text(choice: Mapping[str, Any]) -> str | None:
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        text = choice.get("text")
-    elif any(message.get(key) for key in ("tool_calls", "function_call", "reasoning_content", "reasoning")):
-        return None
-    else:
-        text = message.get("content")
-    return text if isinstance(text, str) else None
 
 
 def _listed_tokens(logprobs: object) -> list[tuple[int | None, float | None]]:
@@ -128,7 +114,7 @@ def _count(value: object) -> int | None:
 
 
 def read_logprob(value: object) -> float | None:
-    """A natural log of a probability; None for what cannot be one. NaN stays: the target's numbers were not finite."""
+    """A natural log of a probability; None for what cannot be one. NaN stays: the target computed it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if math.isnan(value):
@@ -137,7 +123,7 @@ def read_logprob(value: object) -> float | None:
 
 
 def serves_replay(kind: str, sampling: Sampling) -> bool:
-    """Whether log-probs of this kind are those of the distribution drawn from: raw ones only at temperature 1 without truncation."""
+    """Whether these are of the distribution drawn from: raw ones at temperature 1 without truncation."""
     return kind == "processed" or (kind == "raw" and sampling == Sampling(1.0))
 
 
@@ -146,15 +132,14 @@ class AnswerReader:
     """From a choice to a generation in the target's vocabulary."""
 
     tokenizer: PreTrainedTokenizerBase
-    eos_ids: tuple[int, ...]
-    """Ids that end an answer, the one to assume first."""
+    eos_ids: tuple[int, ...]  # that end an answer, the one to assume first
     vocabulary_size: int
     logprobs: LogprobKind
 
     def generation(
         self, prompt_ids: Sequence[int], choice: Choice, sampling: Sampling, max_new_tokens: int | None = None
     ) -> Generation:
-        """The choice as an answer to `prompt_ids`, cut at `max_new_tokens`; one that cannot be used says why in `fault`."""
+        """The choice as an answer to `prompt_ids`, cut at `max_new_tokens`; `fault` says why it is no use."""
         prompt, word = list(prompt_ids), choice.finish_reason
         if word not in STOP_WORDS | LENGTH_WORDS:
             return Generation.failed(prompt, f"finish_{re.sub(r'[^a-z_]', '', word or 'none')[:24]}")
@@ -164,32 +149,23 @@ class AnswerReader:
         if any(not 0 <= token_id < self.vocabulary_size for token_id in ids):
             return Generation.failed(prompt, "unknown_id")
         told = choice.logprobs is not None and len(choice.logprobs) == len(ids)
-        ids, logprobs = self._ended(ids, choice.logprobs if told else None, choice)
-        ids = ids[:max_new_tokens]
-        finish: Literal["stop", "length"] = "stop" if ids and ids[-1] in self.eos_ids else "length"
-        if sampling.temperature == 0:
-            kept = [0.0] * len(ids)
-        else:
-            kept = logprobs[: len(ids)] if logprobs and serves_replay(self.logprobs, sampling) else []
-        return Generation(prompt, ids, kept, finish)
-
-    def _ended(
-        self, ids: list[int], logprobs: list[float] | None, choice: Choice
-    ) -> tuple[list[int], list[float] | None]:
-        """Cut behind the first EOS; with the EOS that the writer drew but left out, whose log-prob nobody tells."""
+        logprobs, drawn = choice.logprobs if told else None, word in STOP_WORDS and not choice.stop_string
         end = next((place for place, token_id in enumerate(ids) if token_id in self.eos_ids), None)
         if end is not None:
-            return ids[: end + 1], logprobs[: end + 1] if logprobs is not None else None
-        drawn = choice.finish_reason in STOP_WORDS and not choice.stop_string and bool(self.eos_ids)
-        if not drawn or (choice.stop_id is not None and choice.stop_id not in self.eos_ids):
-            return ids, logprobs
-        return [*ids, choice.stop_id if choice.stop_id is not None else self.eos_ids[0]], None
+            ids = ids[: end + 1]
+        elif drawn and self.eos_ids and choice.stop_id in (None, *self.eos_ids):
+            # The EOS that the writer drew but left out; its log-prob nobody tells.
+            ids, logprobs = [*ids, self.eos_ids[0] if choice.stop_id is None else choice.stop_id], None
+        ids = ids[:max_new_tokens]
+        finish: Literal["stop", "length"] = "stop" if ids and ids[-1] in self.eos_ids else "length"
+        kept = logprobs[: len(ids)] if logprobs and serves_replay(self.logprobs, sampling) else []
+        return Generation(prompt, ids, [0.0] * len(ids) if sampling.temperature == 0 else kept, finish)
 
     def _tokenise(self, prompt_ids: list[int], choice: Choice) -> list[int] | None:
         """The ids that text without ids stands for; None where they cannot be the ones that were drawn.
 
-        The text is read behind its prompt, as it was written; ids and text must give each other exactly, and there must be
-        as many ids as the writer counted (a text can be written with other tokens than a tokenizer would choose).
+        The text is read behind its prompt; ids and text must give each other exactly, with as many
+        ids as the writer counted (other tokens can write the same text).
         """
         text = choice.text
         if text is None or "\ufffd" in text or any("\ud800" <= c <= "\udfff" for c in text):
@@ -197,14 +173,13 @@ class AnswerReader:
         before, special = self._decode(prompt_ids), frozenset(map(int, self.tokenizer.all_special_ids))
         whole = self._encode(before + text)
         behind = whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else None
+        # The end that the target drew is counted and not shown.
+        counted = {choice.num_tokens, (choice.num_tokens or 0) - (choice.finish_reason in STOP_WORDS)}
         for ids in (behind, self._encode(text)):
             if ids is None or self._decode([*prompt_ids, *ids]) != before + text:
                 continue
-            if not special.isdisjoint(ids):  # a special token's words, which the target wrote as plain text
-                continue
-            # The end that the target drew is counted and not shown.
-            counted = {choice.num_tokens, (choice.num_tokens or 0) - (choice.finish_reason in STOP_WORDS)}
-            if choice.num_tokens is None or len(ids) in counted:
+            # None may be a special token's words, which the target wrote as plain text.
+            if special.isdisjoint(ids) and (choice.num_tokens is None or len(ids) in counted):
                 return ids
         return None
 

@@ -1,6 +1,6 @@
 """Prompts as a recipe's sources hold them: texts and conversations of JSONL files and hub data sets.
 
-`select_prompts` reads a source, refuses prompts of evaluation tasks, however spaced or capitalised, and shuffles the rest by the seed.
+`select_prompts` reads a source, refuses prompts of evaluation tasks and shuffles the rest by the seed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from fastdraft.data.readers import jsonl_values
 from fastdraft.errors import DataError
 from fastdraft.recipe.synthesize import HubPrompts, JsonlPrompts, TextPrompts
 
-HUB_ROWS = 100_000
-"""Rows read of a hub data set where the recipe sets no `count`: they are held in memory."""
+HUB_ROWS = 100_000  # read of a hub data set where the recipe sets no `count`: they are held in memory
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,9 @@ class SelectedPrompts:
     """A source's prompts in the order asked, and how many were refused before the target saw them."""
 
     prompts: list[Prompt]
+    # By reason: `evaluation` (also a prompt of a task), `empty`, `repeated`, `unsupported` (tools, pictures).
     refused: dict[str, int]
-    """`evaluation` (also a prompt of an evaluation task), `empty`, `repeated`, `unsupported` (tools, pictures, late system messages)."""
-    digest: str
-    """Of the prompts refused because of evaluation: what the result depends on of the tasks."""
+    digest: str  # of the prompts refused because of evaluation: what the result depends on of the tasks
 
 
 def read_prompts(source: TextPrompts) -> Iterator[Prompt | None]:
@@ -61,10 +59,8 @@ def describe(source: TextPrompts) -> dict[str, Any]:
 def look(source: JsonlPrompts) -> None:
     """Reads the first row, so that a wrong path or key shows before hours of other work."""
     if next(read_prompts(source), None) is None:
-        raise DataError(
-            f"{source.path}: no prompt in it; must hold rows with the key '{source.field}'",
-            "add rows or correct the path",
-        )
+        found = f"{source.path}: no prompt in it; must hold rows with the key '{source.field}'"
+        raise DataError(found, "add rows or correct the path")
 
 
 def normalised(text: str) -> str:
@@ -73,13 +69,8 @@ def normalised(text: str) -> str:
 
 
 def select_prompts(source: TextPrompts, held_out: Collection[str], seed: int) -> SelectedPrompts:
-    """Reads a source of texts, refuses evaluation prompts, empty and repeated ones, and shuffles the rest.
-
-    `held_out` are the normalised texts of every evaluation prompt.
-    """
-    seen: set[str] = set()
-    met: set[str] = set()
-    prompts: list[Prompt] = []
+    """Reads a source without evaluation prompts (`held_out`, normalised), empty and repeated ones."""
+    seen, met, prompts = set[str](), set[str](), list[Prompt]()
     refused = {"evaluation": 0, "empty": 0, "repeated": 0}
     for prompt in read_prompts(source):
         if prompt is None:
@@ -99,11 +90,8 @@ def select_prompts(source: TextPrompts, held_out: Collection[str], seed: int) ->
             seen.add(key)
             prompts.append(prompt)
     if not prompts:
-        found = tell_counts(refused) or "no prompt"
-        raise DataError(
-            f"prompts '{source.name}': {found}; at least one prompt must be left",
-            "add prompts or correct `path` and `field`",
-        )
+        found = f"prompts '{source.name}': {tell_counts(refused) or 'no prompt'}; at least one must be left"
+        raise DataError(found, "add prompts or correct `path` and `field`")
     random.Random(f"{seed}/{source.name}").shuffle(prompts)
     return SelectedPrompts(prompts[: source.count], refused, digest_of(met))
 

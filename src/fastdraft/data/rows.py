@@ -1,7 +1,6 @@
 """What the target wrote: one row for each response, kept as Parquet in units, token ids in and token ids out.
 
-`read_all` gives a finished stage's rows; a prompt belongs to the validation split by its hash, so that no prompt is ever on both
-sides and more rows never move an old one.
+A prompt belongs to the validation split by its hash: never on both sides, and more rows move none.
 """
 
 from __future__ import annotations
@@ -35,23 +34,19 @@ _TYPES["logprobs"] = pa.list_(pa.float32())
 class SyntheticRow:
     """One response of the target with everything that training and replay need of it."""
 
-    row_id: str
-    """Hash of prompt and response ids."""
-    source: str
-    """Name of the prompt source in the recipe."""
-    prompt_key: str
-    """Hash of the prompt ids, of a conversation those of its first turn: equal prompts have equal keys."""
+    row_id: str  # hash of prompt and response ids
+    source: str  # name of the prompt source in the recipe
+    prompt_key: str  # hash of the prompt ids, of a conversation those of its first turn
     prompt_ids: list[int]
+    # Without the prompt; ends with the EOS id when `finish_reason` is `stop`. Training's loss covers these.
     response_ids: list[int]
-    """Without the prompt; ends with the EOS id when `finish_reason` is `stop`. Training's loss covers exactly these."""
+    # Natural log of each response token's probability under what it was drawn from; 0 when greedy.
+    # Empty where it is not known (a server or a log that does not tell it).
     logprobs: list[float]
-    """Natural log of each response token's probability under the very distribution it was drawn from; 0 when greedy.
-    Empty where it is not known (a server or a log that does not tell it)."""
     temperature: float
     top_k: int
     top_p: float
-    finish_reason: str
-    """`stop` (the target ended its answer) or `length` (the limit on new tokens did)."""
+    finish_reason: str  # `stop` (the target ended its answer) or `length` (the limit on new tokens did)
 
     @classmethod
     def of(cls, answer: Generation, source: str, sampling: Sampling) -> SyntheticRow:
@@ -62,12 +57,12 @@ class SyntheticRow:
 
     @property
     def is_replayable(self) -> bool:
-        """Whether replay can tell what speculative sampling would have accepted: greedy text, or log-probs of every token."""
+        """Whether replay can tell what is accepted: greedy text, or log-probs of every token."""
         return self.temperature == 0 or len(self.logprobs) == len(self.response_ids)
 
 
 def ids_hash(*parts: Sequence[int]) -> str:
-    """Hash of one or more sequences of token ids, 24 hex digits; where one part ends and the next begins counts."""
+    """Hash of sequences of token ids, 24 hex digits; where one ends and the next begins counts."""
     state = hashlib.sha256()
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))
@@ -77,8 +72,7 @@ def ids_hash(*parts: Sequence[int]) -> str:
 
 def write_rows(path: Path, rows: Iterable[SyntheticRow], facts: Mapping[str, Any] | None = None) -> None:
     """Writes all rows, and any JSON-able facts about them, as one Parquet file."""
-    names = [field.name for field in fields(SyntheticRow)]
-    listed = list(rows)
+    names, listed = [field.name for field in fields(SyntheticRow)], list(rows)
     schema = pa.schema([pa.field(name, _TYPES.get(name, pa.string()), nullable=False) for name in names])
     columns = {name: [getattr(row, name) for row in listed] for name in names}
     table = pa.Table.from_pydict(columns, schema.with_metadata({_FACTS: json.dumps(facts or {}).encode()}))
@@ -121,27 +115,19 @@ def unit_paths(folder: StageFolder) -> list[Path]:
 
 
 def read_all(folder: StageFolder, split: Split | None = None) -> Iterator[SyntheticRow]:
-    """Every row in the order of writing, one unit in memory at a time.
-
-    `validation` holds about 5 % of the prompts (at least a few), `train` all the others; None gives both.
-    """
-    for _, _, row in read_with_places(folder, split):
-        yield row
+    """Every row in the order of writing, one unit in memory at a time; None gives both splits."""
+    return (row for _, _, row in read_with_places(folder, split))
 
 
 def read_with_places(
     folder: StageFolder, split: Split | None = None
 ) -> Iterator[tuple[Path, int, SyntheticRow]]:
     """As `read_all`; each row with its unit and the number of response tokens that stand before it there."""
-    paths = unit_paths(folder)
-    if folder.is_complete():  # training on what is left of them would go unnoticed
-        units = folder.manifest().get("units", len(paths))
-        paths = [folder.path / unit_name(index) for index in range(units)]
-    held: frozenset[str] = frozenset()
+    paths, held = unit_paths(folder), frozenset[str]()
+    if folder.is_complete():  # a unit that is gone is an error here: training on the rest would go unnoticed
+        paths = [folder.path / unit_name(i) for i in range(folder.manifest().get("units", len(paths)))]
     if split:
-        held = validation_keys(
-            key for path in paths for key in read_columns(path, ["prompt_key"])["prompt_key"]
-        )
+        held = validation_keys(k for path in paths for k in read_columns(path, ["prompt_key"])["prompt_key"])
     for path in paths:
         before = 0
         for row in read_rows(path):
@@ -151,7 +137,7 @@ def read_with_places(
 
 
 def validation_keys(prompt_keys: Iterable[str]) -> frozenset[str]:
-    """Which prompts are held back for validation: those whose hash falls into the first 5 %.
+    """The prompts held back for validation: those whose hash falls into the first 5 %.
 
     When these are fewer than 4, the 4 smallest hashes are taken, but never more than half of the prompts.
     """

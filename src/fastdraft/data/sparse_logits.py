@@ -1,7 +1,8 @@
-"""The target's distribution at each response token: its k most likely tokens and the mass of all others, at temperature 1.
+"""The target's distribution at each response token: its k likeliest tokens and the mass of all others, at
+temperature 1.
 
-Kept beside a unit's rows, in their order, as two plain tensors of a safetensors file: `ids` [N, k] (uint16, or int32 for vocabularies
-above 65,536) and `logprobs` float16 [N, k + 1], the log of the tail's mass last: 258 bytes a token for k = 64, or 386.
+Kept beside a unit's rows, in their order: `ids` [N, k] (uint16, or int32 for vocabularies above 65,536) and
+`logprobs` float16 [N, k + 1], the log of the tail's mass last: 258 bytes a token for k = 64, or 386.
 """
 
 from __future__ import annotations
@@ -19,30 +20,19 @@ from safetensors.numpy import save
 from fastdraft.data.rows import Split, SyntheticRow, read_with_places
 from fastdraft.run_folder import StageFolder
 
+# Log-probs below are kept as this: no probability either way, and finite in float16.
 _SMALLEST = -1e4
-"""Log-probs below are kept as this: no probability either way, and finite in float16."""
 
 
 @dataclass(frozen=True)
 class SparseLogits:
     """The distributions at n tokens."""
 
-    ids: NDArray[np.int32]
-    """[n, k]."""
-    logprobs: NDArray[np.float32]
-    """[n, k + 1], the log of the tail's mass last."""
+    ids: NDArray[np.int32]  # [n, k]
+    logprobs: NDArray[np.float32]  # [n, k + 1], the log of the tail's mass last
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-def bytes_per_token(k: int, vocab_size: int) -> int:
-    """On disk."""
-    return k * np.dtype(_id_type(vocab_size)).itemsize + 2 * (k + 1)
-
-
-def _id_type(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
 def logits_name(unit: str) -> str:
@@ -52,21 +42,19 @@ def logits_name(unit: str) -> str:
 
 def write_sparse_logits(path: Path, logits: SparseLogits, vocab_size: int) -> None:
     """Writes the distributions of every response token of a unit; ids are below `vocab_size`."""
-    tensors: dict[str, NDArray[Any]] = {
-        "ids": logits.ids.astype(_id_type(vocab_size)),
-        "logprobs": np.maximum(logits.logprobs, _SMALLEST).astype(np.float16),
-    }
-    path.write_bytes(save(tensors))
+    ids: NDArray[Any] = logits.ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    logprobs: NDArray[Any] = np.maximum(logits.logprobs, _SMALLEST).astype(np.float16)
+    path.write_bytes(save({"ids": ids, "logprobs": logprobs}))
 
 
 def read_sparse_logits(path: Path, start: int, stop: int) -> SparseLogits:
-    """The distributions at tokens `start` to `stop` of a unit; nothing else is read, and no file stays open."""
+    """The distributions at tokens `start` to `stop` of a unit; nothing else is read."""
     with safe_open(path, "np") as file:
         parts = [file.get_slice(name) for name in ("ids", "logprobs")]
-        # safetensors has no empty slices
-        ids, logprobs = (
-            part[start:stop] if start < stop else np.zeros((0, part.get_shape()[1])) for part in parts
-        )
+        if start < stop:
+            ids, logprobs = (part[start:stop] for part in parts)
+        else:  # safetensors has no empty slices
+            ids, logprobs = (np.zeros((0, part.get_shape()[1])) for part in parts)
     return SparseLogits(ids.astype(np.int32), logprobs.astype(np.float32))
 
 
@@ -75,8 +63,7 @@ class RowLogits:
     """The part of a unit's distributions that belongs to one row."""
 
     unit: Path
-    before: int
-    """Response tokens of the unit that stand before this row's."""
+    before: int  # response tokens of the unit that stand before this row's
 
     def read(self, start: int, stop: int) -> SparseLogits:
         """The distributions at the row's response tokens `start` to `stop`."""

@@ -1,7 +1,7 @@
-"""What the target is asked, in which order, until which budget: units of prompts, asked and committed together.
+"""What the target is asked, in which order: units of prompts, asked and committed together.
 
-`Planner` makes a `SourcePlan` of each source of a recipe; `Account` adds up the committed units and says whose unit is next. Unit n
-of a source follows from the recipe, the seed and the source's data alone, so that a killed run goes on as it would have.
+`Planner` makes a `SourcePlan` of each source; `Account` adds up the committed units and says whose is next.
+Unit n of a source follows from recipe, seed and data alone, so that a killed run goes on as it would have.
 """
 
 from __future__ import annotations
@@ -17,36 +17,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data import logs, prompts
-from fastdraft.data.chat import (
-    Conversation,
-    dialogue_format,
-    has_chat_template,
-    plain_prefix_ids,
-    prompt_ids,
-    user_prefix_ids,
-)
+from fastdraft.data.chat import Conversation, dialogue_format, plain_prefix_ids, prompt_ids, user_prefix_ids
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.logs import Transcript, read_transcripts, refused_digest
 from fastdraft.data.prompts import normalised, select_prompts
 from fastdraft.data.shards import PackedCorpus, open_corpus
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.synthesize import (
-    CorpusPrompts,
-    MagpiePrompts,
-    PromptConfig,
-    SynthesizeConfig,
-    TextPrompts,
-    TranscriptPrompts,
-)
+from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, PromptConfig, SynthesizeConfig
+from fastdraft.recipe.synthesize import TextPrompts, TranscriptPrompts
 from fastdraft.run_folder import StageFolder, digest
 
+# Prompts are sorted by length within this many units: those of a unit have similar lengths.
 WINDOW = 8
-"""Prompts are sorted by length within this many units: those of a unit have similar lengths, and nothing waits for a whole source."""
-DRY_UNITS = 4
-"""A source is given up after this many units in a row of which no row was kept."""
-MAX_INSTRUCTION_TOKENS = 256
-"""Longer instructions of Magpie are left out."""
+DRY_UNITS = 4  # in a row of which no row was kept: the source is given up
+MAX_INSTRUCTION_TOKENS = 256  # longer instructions of Magpie are left out
 
 
 @dataclass(frozen=True)
@@ -55,14 +40,11 @@ class Unit:
 
     source: str
     temperature: float
+    # Token ids. For Magpie all are the template's beginning; of conversations those of their first turns.
     prompts: tuple[list[int], ...] = ()
-    """Token ids. For Magpie all are the template's beginning; of conversations those of their first turns."""
-    instruction_tokens: int = 0
-    """For Magpie the most tokens of an instruction that the target writes itself; 0 for every other source."""
-    conversations: tuple[Conversation, ...] = ()
-    """Whose turns are asked one after the other."""
-    transcripts: tuple[Transcript, ...] = ()
-    """Answers of a log, all drawn alike: nothing is asked."""
+    instruction_tokens: int = 0  # for Magpie the most tokens of an instruction that the target writes itself
+    conversations: tuple[Conversation, ...] = ()  # whose turns are asked one after the other
+    transcripts: tuple[Transcript, ...] = ()  # answers of a log, all drawn alike: nothing is asked
 
 
 @dataclass(frozen=True)
@@ -71,14 +53,10 @@ class SourcePlan:
 
     name: str
     share: float
-    """Part of the budget's tokens, relative to other sources."""
-    units: float
-    """How many there are; infinite for Magpie."""
+    units: float  # how many there are; infinite for Magpie
     unit: Callable[[int], Unit]
-    refused: dict[str, int] = field(default_factory=dict)
-    """Prompts that are not asked, by reason."""
-    note: str = ""
-    """What the user should know of it."""
+    refused: dict[str, int] = field(default_factory=dict)  # prompts that are not asked, by reason
+    note: str = ""  # what the user should know of it
 
 
 class Account:
@@ -97,8 +75,8 @@ class Account:
 
     def add(self, source: str, temperature: float, counts: RowCounts) -> None:
         """Enters a committed unit."""
-        of_temperature = self.by_temperature.setdefault(temperature, RowCounts())
-        for account in (self.total, self.by_source[source], of_temperature):
+        at = self.by_temperature.setdefault(temperature, RowCounts())
+        for account in (self.total, self.by_source[source], at):
             account.add(counts)
         self.units_of[source] += 1
         self._dry[source] = 0 if counts.written else self._dry[source] + 1
@@ -114,18 +92,17 @@ class Account:
 
 
 def describe_sources(sources: Iterable[PromptConfig], held_out: Collection[str], seed: int) -> dict[str, Any]:
-    """Each source by name for a fingerprint: its settings, what they point at, the evaluation prompts refused in it."""
-    found: dict[str, Any] = {}
-    for source in sources:
+    """Each source by name for a fingerprint: settings, files, and the evaluation prompts refused in it."""
+
+    def describe(source: PromptConfig) -> dict[str, Any]:
         if isinstance(source, TextPrompts):
             refused = select_prompts(source, held_out, seed).digest
-            found[source.name] = {**prompts.describe(source), "refused_for_evaluation": refused}
-        elif isinstance(source, TranscriptPrompts):
-            refused = refused_digest(source, held_out)
-            found[source.name] = {**logs.describe(source), "refused_for_evaluation": refused}
-        else:
-            found[source.name] = source.model_dump(mode="json")
-    return found
+            return {**prompts.describe(source), "refused_for_evaluation": refused}
+        if isinstance(source, TranscriptPrompts):
+            return {**logs.describe(source), "refused_for_evaluation": refused_digest(source, held_out)}
+        return source.model_dump(mode="json")
+
+    return {source.name: describe(source) for source in sources}
 
 
 @dataclass(frozen=True)
@@ -135,12 +112,9 @@ class Planner:
     config: SynthesizeConfig
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
-    """The target's, as the tokenizer."""
-    held_out: Collection[str]
-    """Normalised texts of every evaluation prompt."""
+    held_out: Collection[str]  # normalised texts of every evaluation prompt
     seed: int
-    prepared: Callable[[], StageFolder]
-    """Gives the finished prepare stage; called for prefixes of a corpus only."""
+    prepared: Callable[[], StageFolder]  # the finished prepare stage; called for prefixes of a corpus only
 
     def plans(self) -> list[SourcePlan]:
         """Each source's units, in the order of the recipe."""
@@ -155,31 +129,27 @@ class Planner:
         if isinstance(source, MagpiePrompts):
             return self._magpie(source, temperatures)
         if isinstance(source, CorpusPrompts):
-            prepared = self.prepared()
+            prepared, before = self.prepared(), plain_prefix_ids(self.tokenizer)
             rows, separator = (
                 open_corpus(prepared, source.corpus, "train"),
                 prepared.manifest()["separator_id"],
             )
-            before = plain_prefix_ids(self.tokenizer)
             prefixes = CorpusPrefixes(rows, separator, source.prompt_tokens, before, self.seed)
             size = min(len(prefixes), source.count or len(prefixes))
             return self._prompts(source, temperatures, size, prefixes)
-        return self._texts(source, temperatures)
-
-    def _texts(self, source: TextPrompts, temperatures: Sequence[float]) -> SourcePlan:
         chosen = select_prompts(source, self.held_out, self.seed)
         talks = [p if isinstance(p, Conversation) else Conversation((p,)) for p in chosen.prompts]
         if any(isinstance(prompt, Conversation) for prompt in chosen.prompts):
             form = dialogue_format(self.tokenizer, talks)
             plan = self._prompts(
-                source, temperatures, len(talks), lambda i: form.prompt_ids(talks[i], ()), talks=talks
+                source, temperatures, len(talks), lambda i: form.prompt_ids(talks[i], ()), talks
             )
             return replace(plan, refused=chosen.refused, note=form.note)
-        chat = source.chat and has_chat_template(self.tokenizer)
-        plan = self._prompts(
-            source, temperatures, len(talks), lambda i: prompt_ids(self.tokenizer, talks[i].text, chat)
-        )
-        return replace(plan, refused=chosen.refused)
+
+        def encode(place: int) -> list[int]:
+            return prompt_ids(self.tokenizer, talks[place].text, source.chat)
+
+        return replace(self._prompts(source, temperatures, len(talks), encode), refused=chosen.refused)
 
     def _prompts(
         self,
@@ -191,7 +161,7 @@ class Planner:
     ) -> SourcePlan:
         """`encode` gives the token ids of prompt i of `size`, the same whenever asked."""
         rows, count = self.config.batch_rows, len(temperatures)
-        # All prompts once, then all at their next temperature, and so on: a small budget is spent on many prompts.
+        # All prompts once, then all at their next temperature: a small budget is spent on many prompts.
         order = [
             (chunk, temperature)
             for turn in range(count * self.config.samples)
@@ -221,22 +191,20 @@ class Planner:
 
         def unit(number: int) -> Unit:
             left = rows if source.count is None else min(rows, source.count - number * rows)
-            prompts = tuple(list(prefix) for _ in range(left))
-            return Unit(
-                source.name, temperatures[number % len(temperatures)], prompts, MAX_INSTRUCTION_TOKENS
-            )
+            temperature = temperatures[number % len(temperatures)]
+            return Unit(source.name, temperature, (list(prefix),) * left, MAX_INSTRUCTION_TOKENS)
 
         units = math.inf if source.count is None else -(-source.count // rows)
         return SourcePlan(source.name, source.share, units, unit)
 
     def _log(self, source: TranscriptPrompts) -> SourcePlan:
-        log = read_transcripts(
-            source, self.tokenizer, self.vocabulary, self.seed, lambda text: normalised(text) in self.held_out
-        )
-        alike: dict[Sampling, list[Transcript]] = {}
+        def is_evaluation(text: str) -> bool:
+            return normalised(text) in self.held_out
+
+        log = read_transcripts(source, self.tokenizer, self.vocabulary, self.seed, is_evaluation)
+        alike, rows = dict[Sampling, list[Transcript]](), self.config.batch_rows
         for answer in log.rows:
             alike.setdefault(answer.sampling, []).append(answer)
-        rows = self.config.batch_rows
         units = [
             Unit(source.name, drawn.temperature, transcripts=tuple(answers[start : start + rows]))
             for drawn, answers in alike.items()
@@ -258,14 +226,9 @@ class CorpusPrefixes:
     """
 
     def __init__(
-        self,
-        rows: PackedCorpus,
-        separator_id: int,
-        prompt_tokens: tuple[int, int],
-        before: Sequence[int],
-        seed: int,
+        self, rows: PackedCorpus, separator_id: int, tokens: tuple[int, int], before: Sequence[int], seed: int
     ) -> None:
-        self.rows, self.separator_id, self.prompt_tokens = rows, separator_id, prompt_tokens
+        self.rows, self.separator_id, self.prompt_tokens = rows, separator_id, tokens
         self.before, self.seed = list(before), seed
         self._order = np.random.default_rng([seed, 7]).permutation(rows.rows)
 
@@ -278,7 +241,7 @@ class CorpusPrefixes:
         draw = random.Random(f"{self.seed}/prefix/{index}")
         length = draw.randint(*self.prompt_tokens)
         marks = [i for i, token in enumerate(row) if token == self.separator_id]
-        # Pieces between separators as (place before, place behind); the first may be the rest of an earlier row's document.
+        # Pieces between separators as (before, behind); the first may be the rest of an earlier document.
         pieces = list(zip([-1, *marks], [*marks, len(row)], strict=True))
         long = [piece for piece in pieces if piece[1] - piece[0] - 1 >= self.prompt_tokens[0]]
         documents = [piece for piece in long if piece[0] >= 0]

@@ -112,7 +112,7 @@ class TopKLogitsConfig(Config):
 
     kind: Literal["top_k"]
     k: int = Field(default=64, ge=1, le=1024)
-    """Tokens kept. About 4 bytes each: 258 to 274 bytes a response token for 64."""
+    """Tokens kept. For 64 of them 258 bytes a response token, 386 where the vocabulary is above 65,536 ids."""
 
 
 class AutoEngineConfig(Config):
@@ -172,7 +172,7 @@ class OpenAIEngineConfig(Config):
     timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Seconds for one whole answer."""
     retries: int = Field(default=6, ge=0, le=100)
-    """Times that a question is asked again, after longer and longer pauses: 6 bear about a minute without a server."""
+    """Times that a question is asked again, after longer and longer pauses: 6 bear about 24 s without a server."""
     api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of the environment variable that holds the key, if there is one; its value is never written anywhere."""
 

@@ -1,4 +1,4 @@
-"""Which runtime writes as the target, and how it is opened: `choose_engine` settles `auto`, `open_engine` loads the target there."""
+"""Which runtime writes as the target: `choose_engine` settles `auto`, `open_engine` loads the target."""
 
 from __future__ import annotations
 
@@ -13,15 +13,8 @@ from fastdraft.decoding.scoring import ScoringEngine
 from fastdraft.errors import Halving, MissingExtra
 from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device
-from fastdraft.recipe.synthesize import (
-    TRANSPORT,
-    AutoEngineConfig,
-    ChosenEngine,
-    EngineConfig,
-    HuggingFaceEngineConfig,
-    OpenAIEngineConfig,
-    OpenVINOEngineConfig,
-)
+from fastdraft.recipe.synthesize import TRANSPORT, AutoEngineConfig, ChosenEngine, EngineConfig
+from fastdraft.recipe.synthesize import HuggingFaceEngineConfig, OpenAIEngineConfig, OpenVINOEngineConfig
 from fastdraft.run_folder import FINGERPRINT, StageFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openai import OpenAIEngine
@@ -44,8 +37,7 @@ class EngineChoice:
     """The engine that writes, and why it is this one."""
 
     settings: ChosenEngine
-    reason: str
-    """A clause for the user."""
+    reason: str  # a clause for the user
 
     def __str__(self) -> str:
         """For example `openvino (int8, CPU): the fastest on a CPU`."""
@@ -73,10 +65,9 @@ def describe_engine(settings: ChosenEngine | None) -> dict[str, Any]:
 
 
 def choose_engine(settings: EngineConfig, target: Target, device: str, folder: StageFolder) -> EngineChoice:
-    """Settles `auto` before the fingerprint, which names the engine that really writes: a run's text comes from one distribution.
+    """Settles `auto` before the fingerprint, which names the engine that really writes.
 
-    On a CPU OpenVINO where it is installed and converts the target's family, else transformers, never a server.
-
+    On a CPU OpenVINO where it is installed and converts the family, else transformers, never a server.
     What was begun in `folder`, of synthesize, is finished by the engine that began it.
     """
     if not isinstance(settings, AutoEngineConfig):
@@ -95,10 +86,8 @@ def choose_engine(settings: EngineConfig, target: Target, device: str, folder: S
     try:
         require_openvino()
     except MissingExtra as error:
-        reason = (
-            f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU: {error.fix}"
-        )
-        return EngineChoice(HuggingFaceEngineConfig(), reason)
+        reason = f"{error.library} is not installed; with it OpenVINO would write, faster on a CPU"
+        return EngineChoice(HuggingFaceEngineConfig(), f"{reason}: {error.fix}")
     if family := unconverted_family(target):
         reason = f"{family} is not converted to OpenVINO: {NOT_CONVERTED[family]}"
         return EngineChoice(HuggingFaceEngineConfig(), reason)
@@ -119,25 +108,18 @@ def open_engine(
 ) -> Engine:
     """Loads the target where it writes.
 
-    `folder`, of the stage that asks, holds the target's export for OpenVINO as its scratch, so that it is converted once. `device` is that
-    of transformers, and of the weights that score another engine's text. `on_answer` hears of the answers finished since its last call.
+    `folder`, of the stage that asks, holds the target's export for OpenVINO, so that it is converted once.
+    `device` is that of transformers, and of the weights that score another engine's text.
     """
     if isinstance(settings, HuggingFaceEngineConfig):
-        model, halving = target.model(pick_device(device)), Halving(f"{folder.name}.batch_rows", console.warn)
-        return HuggingFaceEngine(
-            model, target.vocabulary, batch_rows, on_answer, end_loops=end_loops, halving=halving
-        )
+        halving = Halving(f"{folder.name}.batch_rows", console.warn)
+        model, written = target.model(pick_device(device)), (target.vocabulary, batch_rows, on_answer)
+        return HuggingFaceEngine(model, *written, end_loops=end_loops, halving=halving)
     engine: Engine
     if isinstance(settings, OpenAIEngineConfig):
         servers = Servers(settings, partial(console.stop.check, folder.path.parent))
-        engine = OpenAIEngine(
-            servers,
-            target.tokenizer,
-            target.vocabulary,
-            target.context_length,
-            on_answer=on_answer,
-            say=console.say,
-        )
+        served = (target.tokenizer, target.vocabulary, target.context_length)
+        engine = OpenAIEngine(servers, *served, on_answer=on_answer, say=console.say)
     else:
         device_properties(settings.device, settings.precision)  # refuses before minutes of converting
         exported = folder.path / "converted" / settings.weights
@@ -155,6 +137,5 @@ def open_engine(
             threads=threads,
             end_loops=end_loops,
         )
-    return (
-        ScoringEngine(engine, target.model(pick_device(device))) if settings.logprobs == "target" else engine
-    )
+    scored = settings.logprobs == "target"
+    return ScoringEngine(engine, target.model(pick_device(device))) if scored else engine

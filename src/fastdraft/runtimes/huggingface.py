@@ -19,7 +19,7 @@ from fastdraft.modeling.vocabulary import Vocabulary
 class HuggingFaceEngine:
     """The `Engine` protocol over a transformers model that is already loaded.
 
-    `on_batch` hears of the answers finished since its last call; engines over one model share `halving`, how many rows fit into memory.
+    `on_batch` hears of the answers finished since its last call; `halving` is how many rows fit into memory.
     """
 
     name = "huggingface"
@@ -49,7 +49,7 @@ class HuggingFaceEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> list[Generation]:
-        """One answer for each prompt, in order; reproducible for equal prompts, order, seed, batch_rows and threads."""
+        """One answer for each prompt, in order; the same for equal prompts, seed, batch_rows and threads."""
         check_prompts(prompts, max_new_tokens, self.context_length)
         generator = torch.Generator().manual_seed(seed)
         eos_ids, give_up = frozenset(self.vocabulary.eos_token_ids), is_looping if self.end_loops else None

@@ -1,4 +1,4 @@
-"""The target behind servers with an OpenAI-compatible API (vLLM, SGLang, llama.cpp, OVMS): `OpenAIEngine` writes text over them.
+"""The target behind servers with an OpenAI-compatible API: `OpenAIEngine` writes text over them.
 
 There are two ways of asking: token ids to /completions, or messages to /chat/completions.
 """
@@ -20,10 +20,9 @@ from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.runtimes.openai_servers import ServerRefused, Servers
 from fastdraft.runtimes.openvino import answer_seed
 
-READS_AGAIN = 3
-"""Times that one question is asked when its answer cannot be read; a server that fails so is not worth a long wait."""
+READS_AGAIN = 3  # times that one question is asked when its answer cannot be read
+# Log-probs nearer than this count as equal: half precision rounds, and not every server is deterministic.
 EQUAL = 1e-3
-"""Log-probs nearer than this count as equal: half precision rounds more than float32, and not every server is deterministic."""
 
 
 class Way(NamedTuple):
@@ -31,8 +30,7 @@ class Way(NamedTuple):
 
     route: str
     chat: bool
-    extras: bool = True
-    """With the keys that servers of open models take beyond OpenAI's."""
+    extras: bool = True  # with the keys that servers of open models take beyond OpenAI's
 
 
 WAYS = (
@@ -45,7 +43,7 @@ WAYS = (
 class OpenAIEngine:
     """The `Engine` protocol over servers.
 
-    `on_answer` is called with 1 after each answer; `say` is told once, in a line or two, how the servers are asked.
+    `on_answer` is called with 1 after each answer; `say` is told once how the servers are asked.
     """
 
     name = "openai"
@@ -66,8 +64,9 @@ class OpenAIEngine:
         self.reader = AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, self.logprobs)
         self.way: Way | None = None
         self.model = servers.settings.model
-        self._proven: set[bool] = set()
-        """Whether the log-probs were seen to follow the temperature (False) and the truncation (True)."""
+        self._proven: set[bool] = (
+            set()
+        )  # log-probs were seen to follow the temperature (False), the truncation (True)
 
     def with_ends(self, eos_ids: Sequence[int]) -> OpenAIEngine:
         """The same servers, whose answers end at these ids; without log-probs."""
@@ -79,7 +78,7 @@ class OpenAIEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> list[Generation]:
-        """One answer for each prompt, in order; as reproducible for equal prompts, order and seed as the servers are."""
+        """One answer for each prompt, in order; as reproducible as the servers are."""
         check_prompts(prompts, max_new_tokens, self.context_length)
         if not prompts:
             return []
@@ -98,37 +97,27 @@ class OpenAIEngine:
             self.question(way, prompt, sampling, max_new_tokens, answer_seed(seed, index))
             for index, prompt in enumerate(prompts)
         ]
+
+        async def answer(body: dict[str, Any] | None, prompt: list[int]) -> Generation:
+            if body is None:
+                return Generation.failed(prompt, "prompt_not_text")
+            choice = await self._choice(way, body)
+            if _reads_differently(way, prompt, choice):
+                return Generation.failed(prompt, "prompt_read_otherwise")
+            self.on_answer(1)
+            return self.reader.generation(prompt, choice, sampling, max_new_tokens)
+
         if not any(bodies):
-            raise DataError(
-                "prompts: none can be sent to /chat/completions; these servers take messages only: a prompt must be a "
-                "conversation or a user message in the target's chat template",
-                "use prompts with chat: true, or a server with /completions",
-            )
-        tasks = [
-            asyncio.ensure_future(self._answer(way, body, list(prompt), sampling, max_new_tokens))
-            for body, prompt in zip(bodies, prompts, strict=True)
-        ]
+            rule = "these servers take messages only: a conversation, or a user message in the template"
+            fix = "use prompts with chat: true, or a server with /completions"
+            raise DataError(f"prompts: none can be sent to /chat/completions; {rule}", fix)
+        asked = zip(bodies, map(list, prompts), strict=True)
+        tasks = [asyncio.ensure_future(answer(body, prompt)) for body, prompt in asked]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-
-    async def _answer(
-        self,
-        way: Way,
-        body: dict[str, Any] | None,
-        prompt: list[int],
-        sampling: Sampling,
-        max_new_tokens: int,
-    ) -> Generation:
-        if body is None:
-            return Generation.failed(prompt, "prompt_not_text")
-        choice = await self._choice(way, body)
-        if _reads_differently(way, prompt, choice):
-            return Generation.failed(prompt, "prompt_read_otherwise")
-        self.on_answer(1)
-        return self.reader.generation(prompt, choice, sampling, max_new_tokens)
 
     async def _choice(self, way: Way, body: dict[str, Any]) -> Choice:
         """The first choice of the answer; an answer that cannot be read or has no end is asked for again."""
@@ -230,9 +219,7 @@ class OpenAIEngine:
                 kept = "their text is tokenised again, and left out where that is not exact"
                 self.say(f"{names}: no token ids in its answers; {kept}")
             if not way.extras:
-                self.say(
-                    f"{names}: takes OpenAI's keys only; make sure that it adds no top-k, min-p or penalties"
-                )
+                self.say(f"{names}: takes OpenAI's keys only; make sure it adds no top-k, min-p or penalties")
             return way
         fix = "correct synthesize.engine.servers, .model or .api; see the server's log"
         raise TargetError(f"{names}: {refused}; the server must answer as the target does", fix)
@@ -251,7 +238,7 @@ class OpenAIEngine:
             return  # where one token has it all, nothing can be told
         if abs(other - plain) <= EQUAL:
             rule = "logprobs: processed needs those of the sampled distribution"
-            fix = "start the server so (vLLM: --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs=none"
+            fix = "start it so (vLLM --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs=none"
             raise TargetError(f"{self.servers.names}: log-probs of the raw logits; {rule}", fix)
         self._proven.add(truncated)
 
@@ -264,7 +251,7 @@ def _reads_differently(way: Way, prompt: list[int], choice: Choice) -> bool:
 
 
 def _likeliest(answer: Mapping[str, Any]) -> float | None:
-    """The log-prob of the first token's likeliest alternative as the server tells it; None where it does not."""
+    """The log-prob of the first token's likeliest alternative; None where the server does not tell it."""
     try:
         logprobs = answer["choices"][0]["logprobs"]
         if logprobs.get("content"):

@@ -1,6 +1,6 @@
 """Clients of OpenAI-compatible servers, asked in turn: `Servers(settings).ask(route, body)`.
 
-The library `openai` asks again what fails; what lasts is one line without any secret. The only file that imports it.
+The library `openai`, imported here alone, asks again what fails; what lasts is one line without any secret.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ServerRefused(TargetError):
 class Servers:
     """Clients of servers that hold the same model, asked in turn.
 
-    `check` is called several times a second while waiting; what it raises ends the waiting and cancels all questions.
+    `check` is called several times a second while waiting; what it raises cancels all questions.
     """
 
     def __init__(self, settings: OpenAIEngineConfig, check: Callable[[], None] = lambda: None) -> None:
@@ -61,7 +61,7 @@ class Servers:
         return ", ".join(self.urls)
 
     def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs the work to its end in a thread of its own, looking at `check` meanwhile; cancels it when that raises."""
+        """Runs the work to its end in a thread of its own, looking at `check` meanwhile."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not wait([future], 0.2).done:
@@ -93,18 +93,13 @@ class Servers:
             status, said = error.status_code, self._clean(error.body or error.message)
             if status >= 500 or status in (408, 409, 429):
                 raise self._away(url, f"HTTP {status} ({said})") from None
-            refused = ServerRefused(
-                f"{url}: HTTP {status} ({said})", "correct synthesize.engine, or see its log"
-            )
+            found, fix = f"{url}: HTTP {status} ({said})", "correct synthesize.engine, or see its log"
             if status in (401, 403):
                 rule = (
-                    f"the key in {name} is not accepted"
-                    if self._key
-                    else f"it wants a key, and {name} is not set"
+                    f"the key in {name} is not accepted" if self._key else f"wants a key; {name} is not set"
                 )
-                refused = ServerRefused(
-                    f"{url}: HTTP {status}; {rule}", f"set the environment variable {name}"
-                )
+                found, fix = f"{url}: HTTP {status}; {rule}", f"set the environment variable {name}"
+            refused = ServerRefused(found, fix)
             refused.status = status
             raise refused from None
         except library.APITimeoutError:

@@ -1,7 +1,7 @@
-"""One unit of prompts through an engine, the filters and the logit writer: what the target wrote, with an account of every prompt.
+"""One unit of prompts through an engine and the filters, with an account of every prompt.
 
-`UnitWriter(...).write(unit, seed)` gives the rows to keep; `unit_logits` scores them. Equal units, seeds and rows written before give
-equal rows.
+`UnitWriter(...).write(unit, seed)` gives the rows to keep; `unit_logits` scores them. Equal units, seeds and
+rows written before give equal rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdraft.data.chat import dialogue_format, render_prompt, special_ids
@@ -25,36 +24,31 @@ from fastdraft.decoding.replay import TokenText, held_slices, pass_by_pass, resp
 from fastdraft.errors import TargetError
 from fastdraft.functional.distillation import top_k_buckets
 from fastdraft.functional.generation import Engine, Generation, Sampling
-from fastdraft.modeling.heads import OutputHead, output_head
+from fastdraft.modeling.heads import output_head
 
 INSTRUCTION_TEMPERATURE = 1.0
+# Answers, each with the prompt key of its row; empty: its own prompt's.
 Keyed = list[tuple[Generation, str]]
-"""Answers, each with the prompt key of its row; empty: its own prompt's."""
 
 
 @dataclass(frozen=True)
 class UnitWriter:
     """Everything that turns a planned unit into rows."""
 
-    engine: Engine | None
-    """None where every answer is there already."""
-    instruction_engine: Engine | None
-    """Ends a text at the end of the user's turn."""
+    engine: Engine | None  # None where every answer is there already
+    instruction_engine: Engine | None  # ends a text at the end of the user's turn
     tokenizer: PreTrainedTokenizerBase
     row_filter: RowFilter
     max_new_tokens: int
     context_length: int
     top_k: int = 0
     top_p: float = 1.0
-    held_out: Collection[str] = ()
-    """Normalised texts of evaluation prompts, which no instruction may be."""
+    held_out: Collection[str] = ()  # normalised texts of evaluation prompts, which no instruction may be
 
     def write(self, unit: Unit, seed: int) -> tuple[list[SyntheticRow], RowCounts]:
         """The rows to keep, and what became of the others."""
-        counts = RowCounts()
-        sampling = (
-            Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
-        )
+        counts, warm = RowCounts(), unit.temperature > 0
+        sampling = Sampling(unit.temperature, self.top_k, self.top_p) if warm else Sampling(0.0)
         if unit.transcripts:
             sampling = unit.transcripts[0].sampling
             answers = self._logged(unit, counts)
@@ -64,8 +58,7 @@ class UnitWriter:
             answers = self._ask(unit, sampling, seed, counts)
         rows = []
         for answer, key in answers:
-            row = self.row_filter.judge(answer, unit.source, sampling, counts)
-            if row:
+            if row := self.row_filter.judge(answer, unit.source, sampling, counts):
                 rows.append(replace(row, prompt_key=key) if key else row)
         assert counts.balance() == 0, f"unaccounted rows: {counts}"
         return rows, counts
@@ -73,10 +66,11 @@ class UnitWriter:
     def _logged(self, unit: Unit, counts: RowCounts) -> Keyed:
         """Answers that stand already."""
         counts.asked = len(unit.transcripts)
+        answers = [(row.generation, row.key) for row in unit.transcripts]
         fitting = [
-            (row.generation, row.key)
-            for row in unit.transcripts
-            if len(row.generation.prompt_ids) + len(row.generation.response_ids) <= self.context_length
+            (answer, key)
+            for answer, key in answers
+            if len(answer.prompt_ids) + len(answer.response_ids) <= self.context_length
         ]
         counts.leave_out("too_long", counts.asked - len(fitting))
         return fitting
@@ -93,7 +87,7 @@ class UnitWriter:
         return [(answer, "") for answer in self.engine.generate(fitting, sampling, self.max_new_tokens, seed)]
 
     def _converse(self, unit: Unit, sampling: Sampling, seed: int, counts: RowCounts) -> Keyed:
-        """Every turn of every conversation is a row, all with the key of the first prompt: held out together or not at all."""
+        """Every turn is a row, all of a conversation with the key of its first prompt: held out together."""
         engine = self.engine
         assert engine
         counts.asked = sum(len(talk.users) for talk in unit.conversations)
@@ -110,11 +104,10 @@ class UnitWriter:
         return [(turn.answer, keys[turn.conversation]) for turn in found.turns if turn.answer]
 
     def _instructions(self, unit: Unit, seed: int, counts: RowCounts) -> list[list[int]]:
-        """Prompts around the instructions that the target invents behind the template's beginning; others are counted."""
+        """Prompts around the instructions that the target invents; those of no use are counted."""
         assert self.instruction_engine
         room = self.context_length - self.max_new_tokens - len(unit.prompts[0])
-        longest = max(1, min(unit.instruction_tokens, room))
-        drawn = Sampling(INSTRUCTION_TEMPERATURE)
+        longest, drawn = max(1, min(unit.instruction_tokens, room)), Sampling(INSTRUCTION_TEMPERATURE)
         prompts: list[list[int]] = []
         for generation in self.instruction_engine.generate(unit.prompts, drawn, longest, seed):
             counts.generated += len(generation.response_ids)
@@ -145,7 +138,7 @@ class UnitWriter:
 def sparse_logits(
     model: PreTrainedModel, rows: Sequence[TokenText], k: int, *, batch_tokens: int = 0
 ) -> list[SparseLogits]:
-    """The k most likely tokens at every response position of each row, and the mass of all others, at temperature 1.
+    """The k likeliest tokens at every response position and the mass of all others, at temperature 1.
 
     `batch_tokens` are the positions in one pass, padding included; 0 chooses by device.
     """
@@ -154,8 +147,11 @@ def sparse_logits(
 
     def keep_piece(chosen: Sequence[int]) -> None:
         hidden = response_hidden(decoder, [rows[i] for i in chosen], model.device)
-        kept = _kept(torch.cat(hidden), head, k)
-        ends = np.cumsum([len(hidden_ND) for hidden_ND in hidden])[:-1]
+        flat, parts = torch.cat(hidden), list[SparseLogits]()
+        for held in held_slices(flat, head.vocab_size):  # only a few rows of logits exist at a time
+            part = top_k_buckets(head.logits(flat[held]), k)
+            parts.append(SparseLogits(part.ids.to(torch.int32).cpu().numpy(), part.logprobs.cpu().numpy()))
+        kept, ends = joined(parts, k), np.cumsum([len(hidden_ND) for hidden_ND in hidden])[:-1]
         pieces = zip(np.split(kept.ids, ends), np.split(kept.logprobs, ends), strict=True)
         found.update(zip(chosen, (SparseLogits(*piece) for piece in pieces), strict=True))
 
@@ -163,32 +159,17 @@ def sparse_logits(
     return [found[i] for i in range(len(rows))]
 
 
-def _kept(hidden_ND: Tensor, head: OutputHead, k: int) -> SparseLogits:
-    # Only a few rows of logits exist at a time.
-    parts = [
-        top_k_buckets(head.logits(hidden_ND[held]), k) for held in held_slices(hidden_ND, head.vocab_size)
-    ]
-    ids = [part.ids.to(torch.int32).cpu().numpy() for part in parts]
-    return joined(
-        [SparseLogits(i, part.logprobs.cpu().numpy()) for i, part in zip(ids, parts, strict=True)], k
-    )
-
-
 def joined(parts: Sequence[SparseLogits], k: int) -> SparseLogits:
     """One behind the other."""
-    none = SparseLogits(np.zeros((0, k), np.int32), np.zeros((0, k + 1), np.float32))
-    every = [none, *parts]
-    return SparseLogits(
-        np.concatenate([part.ids for part in every]), np.concatenate([part.logprobs for part in every])
-    )
+    every = [SparseLogits(np.zeros((0, k), np.int32), np.zeros((0, k + 1), np.float32)), *parts]
+    ids, logprobs = [part.ids for part in every], [part.logprobs for part in every]
+    return SparseLogits(np.concatenate(ids), np.concatenate(logprobs))
 
 
 def unit_logits(model: PreTrainedModel, rows: Sequence[SyntheticRow], k: int) -> SparseLogits:
-    """The target's distributions over a unit's rows: one teacher-forced pass, in its own precision, whoever wrote the text."""
+    """The target's distributions over a unit's rows: one teacher-forced pass, whoever wrote the text."""
     logits = joined(sparse_logits(model, rows, k), k)
     if not np.isfinite(logits.logprobs).all():
-        raise TargetError(
-            "target.model: logits that are not finite in the scoring pass; the target must compute finite numbers",
-            "set target.dtype to bf16 or fp32",
-        )
+        found = "target.model: logits in the scoring pass are not finite; the target must compute finite ones"
+        raise TargetError(found, "set target.dtype to bf16 or fp32")
     return logits

@@ -1,14 +1,14 @@
 """Synthesize: prompts -> responses that the target writes, as token ids with the log-prob of each.
 
-Sources of prompts take turns so that any beginning holds their shares. Each unit of prompts is asked, filtered and kept as one file with
-its account inside, so that a killed run loses or doubles nothing; the stage ends with the unit that reaches the budget.
+Sources take turns so that any beginning holds their shares. Each unit of prompts is asked, filtered and kept
+as one file with its account inside, so that a killed run loses or doubles nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from fastdraft.data.chat import end_of_turn_ids
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.prompts import normalised, tell_counts
 from fastdraft.data.rows import SyntheticRow, read_columns, read_facts, read_rows, unit_name, write_rows
-from fastdraft.data.sparse_logits import SparseLogits, logits_name, read_sparse_logits, write_sparse_logits
+from fastdraft.data.sparse_logits import logits_name, read_sparse_logits, write_sparse_logits
 from fastdraft.data.synthesis_plan import DRY_UNITS, Account, Planner, SourcePlan, describe_sources, unit_seed
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.evaluation.tasks import load_task
@@ -26,16 +26,10 @@ from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.modeling.heads import output_head
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, SynthesizeConfig, TopKLogitsConfig
+from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, SynthesizeConfig
 from fastdraft.run_folder import StageFolder
-from fastdraft.runtimes.engines import (
-    EngineChoice,
-    choose_engine,
-    describe_engine,
-    open_engine,
-    require_installed,
-    uses_weights,
-)
+from fastdraft.runtimes.engines import EngineChoice, choose_engine, describe_engine, open_engine
+from fastdraft.runtimes.engines import require_installed, uses_weights
 from fastdraft.runtimes.synthesis import UnitWriter, unit_logits
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
@@ -48,28 +42,26 @@ def check_installed(config: SynthesizeConfig) -> None:
 
 def require_weights(config: SynthesizeConfig, target: Target) -> None:
     """Refuses work that needs the target's weights where they are not, before any of it is claimed."""
-    if config.needs_weights:
-        try:
+    try:
+        if config.needs_weights:
             target.files.check_weights()
-        except TargetError as error:
-            if config.asks and uses_weights(config.engine):
-                raise
-            rule = "synthesize.logits: top_k scores all text with the target's weights, whoever wrote it"
-            fix = "put them there, or set synthesize.logits: {kind: none}"
-            raise TargetError(f"{error.message}; {rule}", fix) from None
+    except TargetError as error:
+        if config.asks and uses_weights(config.engine):
+            raise
+        rule = "synthesize.logits: top_k scores all text with the target's weights, whoever wrote it"
+        fix = "put them there, or set synthesize.logits: {kind: none}"
+        raise TargetError(f"{error.message}; {rule}", fix) from None
 
 
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
-    """Target, engine, settings, seed, prompts; of the evaluation tasks only which prompts they forbid; prepared corpora where used."""
+    """What the text depends on; of evaluation tasks only what they forbid; prepared corpora where used."""
     require_weights(config, context.target)
     seed, engine = context.settings.seed, _engine(config, context)
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
+    settings = config.model_dump(mode="json", exclude={"prompts"})
     return {
         "target": context.target.identity(weights=config.needs_weights),
-        "settings": {
-            **config.model_dump(mode="json", exclude={"prompts"}),
-            "engine": describe_engine(engine.settings if engine else None),
-        },
+        "settings": settings | {"engine": describe_engine(engine.settings if engine else None)},
         "prompts": describe_sources(config.prompts, _evaluation_texts(context), seed),
         "seed": seed,
         "prepare": context.folder("prepare").digest() if uses_corpus else None,
@@ -78,9 +70,8 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
 
 def _engine(config: SynthesizeConfig, context: StageContext) -> EngineChoice | None:
     """None where every answer is there already."""
-    if not config.asks:
-        return None
-    return choose_engine(config.engine, context.target, context.settings.device, context.folder("synthesize"))
+    opened = (config.engine, context.target, context.settings.device, context.folder("synthesize"))
+    return choose_engine(*opened) if config.asks else None
 
 
 def _evaluation_texts(context: StageContext) -> set[str]:
@@ -95,35 +86,21 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
     folder, console, target = context.folder("synthesize"), context.console, context.target
     settings, choice, held_out = context.settings, _engine(config, context), _evaluation_texts(context)
     set_threads(settings.threads)
-    planner = Planner(
-        config,
-        target.tokenizer,
-        target.vocabulary,
-        held_out,
-        settings.seed,
-        lambda: context.require("prepare"),
-    )
-    account = Account(planner.plans())
+    drawn = (target.tokenizer, target.vocabulary, held_out, settings.seed)
+    account = Account(Planner(config, *drawn, lambda: context.require("prepare")).plans())
     for source in account.plans:
         if source.note:
             console.say(f"prompts '{source.name}': {source.note}")
     engine = None
     if choice:
         console.say(f"engine {choice}")
-        engine = open_engine(
-            choice.settings,
-            target,
-            folder,
-            console,
-            device=settings.device,
-            threads=settings.threads,
-            batch_rows=config.batch_rows,
-            end_loops=config.looping != "keep",  # what would be cut off or dropped need not be written
-        )
-    writer = _writer(config, target, engine, held_out)
+        how: dict[str, Any] = settings.model_dump(include={"device", "threads"})
+        how |= {"batch_rows": config.batch_rows}
+        how |= {"end_loops": config.looping != "keep"}  # what would be cut off or dropped need not be written
+        engine = open_engine(choice.settings, target, folder, console, **how)
+    writer, fresh = _writer(config, target, engine, held_out), 0
     scorer = _scorer(config, target, engine, settings.device)
     with console.progress("synthesize", config.tokens, "tokens", 0) as progress:
-        fresh = 0
         while account.total.tokens < config.tokens and (plan := account.next_plan()):
             fresh += _take_unit(plan, account, writer, folder, settings.seed)
             if scorer and config.logits.kind == "top_k":
@@ -131,17 +108,25 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
             done = account.total
             progress.update(done.tokens, f"{done.written} rows, {done.total_filtered} filtered")
             if account.is_dry(plan.name):
-                console.warn(
-                    f"prompts '{plan.name}': no row kept of its last {DRY_UNITS} units; going on without"
-                )
+                gone = f"no row kept of its last {DRY_UNITS} units; going on without"
+                console.warn(f"prompts '{plan.name}': {gone}")
             console.stop.check(folder.path)
         speed = round(fresh / progress.seconds, 1) if fresh else None
     if not account.total.written:
         found = f"{folder.path}: 0 of {account.total.asked} rows kept ({account.total.reasons})"
-        raise DataError(f"{found}; the target must write some text", _fix(account.total))
+        fix = "check prompts and target, or change `looping`"
+        if account.total.failed > account.total.total_filtered:
+            fix = "its numbers are not finite in this precision: set target.dtype=fp32"
+        elif account.total.filtered.get("prompt_too_long", 0) * 2 > account.total.asked:
+            fix = "shorten the prompts or lower synthesize.max_new_tokens"
+        raise DataError(f"{found}; the target must write some text", fix)
     _tell(config, account, console)
     folder.complete(
-        **_account_fields(account),
+        **asdict(account.total),
+        units=account.units,
+        by_source={name: asdict(c) for name, c in account.by_source.items()},
+        by_temperature={f"{t:g}": asdict(c) for t, c in sorted(account.by_temperature.items())},
+        refused_prompts={plan.name: plan.refused for plan in account.plans if plan.refused},
         generated_tokens_per_second=speed,
         target=target.identity(weights=config.needs_weights),
         logits=config.logits.model_dump(),
@@ -156,34 +141,23 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
 def _writer(
     config: SynthesizeConfig, target: Target, engine: Engine | None, held_out: Collection[str]
 ) -> UnitWriter:
-    tokenizer, vocabulary = target.tokenizer, target.vocabulary
-    instructing = None
+    tokenizer, vocabulary, instructing = target.tokenizer, target.vocabulary, None
     if engine and any(isinstance(source, MagpiePrompts) for source in config.prompts):
         instructing = engine.with_ends([*vocabulary.eos_token_ids, *sorted(end_of_turn_ids(tokenizer))])
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    return UnitWriter(
-        engine,
-        instructing,
-        tokenizer,
-        RowFilter(vocabulary.missing_ids, lambda ids: str(decode(ids)), config.looping),
-        max_new_tokens=config.max_new_tokens,
-        context_length=target.context_length,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        held_out=held_out,
-    )
+    row_filter = RowFilter(vocabulary.missing_ids, lambda ids: str(decode(ids)), config.looping)
+    limits = (config.max_new_tokens, target.context_length, config.top_k, config.top_p)
+    return UnitWriter(engine, instructing, tokenizer, row_filter, *limits, held_out)
 
 
 def _scorer(
     config: SynthesizeConfig, target: Target, engine: Engine | None, device: str
 ) -> PreTrainedModel | None:
     """The model whose distributions are kept: the engine's own, or the target loaded beside it."""
-    if not isinstance(config.logits, TopKLogitsConfig):
+    if config.logits.kind == "none":
         return None
     model = getattr(engine, "model", None)
-    scorer: PreTrainedModel = (
-        model if isinstance(model, PreTrainedModel) else target.model(pick_device(device))
-    )
+    scorer = model if isinstance(model, PreTrainedModel) else target.model(pick_device(device))
     size = output_head(scorer)[1].vocab_size
     if config.logits.k >= size:
         rule = f"must be below the {size} ids of the target's vocabulary"
@@ -192,7 +166,7 @@ def _scorer(
 
 
 def _take_unit(plan: SourcePlan, account: Account, writer: UnitWriter, folder: StageFolder, seed: int) -> int:
-    """Asks and keeps the source's next unit, or takes over what an earlier process kept; returns the tokens generated now."""
+    """Asks and keeps the source's next unit, or takes over a kept one; returns the tokens generated now."""
     index, rows, generated = account.units, list[SyntheticRow](), 0
 
     def ask() -> dict[str, Any]:
@@ -203,68 +177,39 @@ def _take_unit(plan: SourcePlan, account: Account, writer: UnitWriter, folder: S
         rows.extend(written)
         generated = counts.generated
         facts = {"source": plan.name, "number": number, "temperature": unit.temperature}
-        return {**facts, "counts": counts.as_dict()}
+        return {**facts, "counts": asdict(counts)}
 
-    def write(path: Path, facts: dict[str, Any]) -> None:
-        write_rows(path, rows, facts)
-
-    facts = folder.keep(unit_name(index), ask, read=read_facts, write=write)
-    kept = read_columns(folder.path / unit_name(index), ["row_id", "prompt_key"])
-    writer.row_filter.remember(kept["row_id"], kept["prompt_key"])
+    name = unit_name(index)
+    facts = folder.keep(name, ask, read=read_facts, write=lambda path, facts: write_rows(path, rows, facts))
+    writer.row_filter.remember(*read_columns(folder.path / name, ["row_id", "prompt_key"]).values())
     account.add(plan.name, facts["temperature"], RowCounts(**facts["counts"]))
     return generated
 
 
 def _keep_logits(folder: StageFolder, index: int, model: PreTrainedModel, k: int) -> None:
     """The distributions over a unit that stands: a process may have ended between its rows and these."""
-    size = output_head(model)[1].vocab_size
-
-    def make() -> SparseLogits:
-        return unit_logits(model, read_rows(folder.path / unit_name(index)), k)
-
-    def write(path: Path, logits: SparseLogits) -> None:
-        write_sparse_logits(path, logits, size)
-
+    name, size = unit_name(index), output_head(model)[1].vocab_size
     folder.keep(
-        logits_name(unit_name(index)), make, read=partial(read_sparse_logits, start=0, stop=0), write=write
+        logits_name(name),
+        lambda: unit_logits(model, read_rows(folder.path / name), k),
+        read=partial(read_sparse_logits, start=0, stop=0),
+        write=lambda path, logits: write_sparse_logits(path, logits, size),
     )
-
-
-def _account_fields(account: Account) -> dict[str, Any]:
-    """Of the manifest."""
-    return {
-        **account.total.as_dict(),
-        "units": account.units,
-        "by_source": {name: counts.as_dict() for name, counts in account.by_source.items()},
-        "by_temperature": {
-            f"{t:g}": counts.as_dict() for t, counts in sorted(account.by_temperature.items())
-        },
-        "refused_prompts": {plan.name: plan.refused for plan in account.plans if plan.refused},
-    }
 
 
 def _tell(config: SynthesizeConfig, account: Account, console: Console) -> None:
     """What was written, in one table, and what the user should know."""
-    header = ["prompts", "asked", "written", "filtered", "failed", "tokens", "ended", "loops cut"]
-    rows = []
-    for name, c in [*account.by_source.items(), ("all", account.total)]:
-        ended = f"{c.stopped / max(c.written, 1):.0%}"
-        tokens = format_count(c.tokens)
+    rows, total = [], account.total
+    for name, c in [*account.by_source.items(), ("all", total)]:
+        ended, tokens = f"{c.stopped / max(c.written, 1):.0%}", format_count(c.tokens)
         rows.append([name, c.asked, c.written, c.total_filtered, c.failed, tokens, ended, c.cut])
+    header = ["prompts", "asked", "written", "filtered", "failed", "tokens", "ended", "loops cut"]
     console.table("", header, rows)
-    if account.total.filtered:
-        console.say(f"filtered: {account.total.reasons}")
+    if total.filtered:
+        console.say(f"filtered: {total.reasons}")
     for plan in account.plans:
         if reasons := tell_counts(plan.refused):
             console.say(f"prompts '{plan.name}' not asked: {reasons}")
-    if account.total.tokens < config.tokens:
-        done = f"{format_count(account.total.tokens)} of {format_count(config.tokens)} tokens"
+    if total.tokens < config.tokens:
+        done = f"{format_count(total.tokens)} of {format_count(config.tokens)} tokens"
         console.warn(f"all prompts are used up at {done}; add prompts or raise synthesize.samples")
-
-
-def _fix(counts: RowCounts) -> str:
-    if counts.failed > counts.total_filtered:
-        return "its numbers are not finite in this precision: set target.dtype=fp32"
-    if counts.filtered.get("prompt_too_long", 0) * 2 > counts.asked:
-        return "shorten the prompts or lower synthesize.max_new_tokens"
-    return "check prompts and target, or change `looping`"
