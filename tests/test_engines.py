@@ -21,7 +21,7 @@ from fastdraft.recipe.synthesize import OpenAIEngineConfig, OpenVINOEngineConfig
 from fastdraft.recipe.synthesize import TranscriptPrompts
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes import engines
-from fastdraft.runtimes.engines import EngineChoice, choose_engine, describe_engine, uses_weights
+from fastdraft.runtimes.engines import EngineChoice, choose_engine, describe_engine
 from fastdraft.stages import synthesize
 from fastdraft.target import Target
 
@@ -112,12 +112,6 @@ def served(*servers: str, **changes: Any) -> OpenAIEngineConfig:
     return OpenAIEngineConfig(kind="openai", servers=list(servers) or ["http://127.0.0.1:1/v1"], **changes)
 
 
-def test_only_a_server_does_without_the_targets_weights() -> None:
-    local = (AutoEngineConfig(), HuggingFaceEngineConfig(), OpenVINOEngineConfig())
-    assert all(map(uses_weights, (*local, served(logprobs="target"))))
-    assert not any(uses_weights(served(logprobs=kind)) for kind in ("processed", "raw", "none"))
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_target: Path) -> Recipe:
     """One source of prompts and no other stage, so that a run is synthesize alone."""
@@ -169,21 +163,6 @@ def test_where_only_logs_are_taken_no_engine_is_named(recipe: Recipe, tmp_path: 
     found = fingerprint(recipe, **logs)
     assert found["settings"]["engine"] == {"kind": "none"}
     assert found["target"]["dtype"] is None
-
-
-def refuse_to_convert(*arguments: object, **options: object) -> None:
-    raise TargetError("target: no such operator", "set synthesize.engine: {kind: huggingface}")
-
-
-@with_openvino
-def test_a_target_that_cannot_be_converted_ends_the_run_in_one_line(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engines, "device_properties", lambda *arguments: {})
-    monkeypatch.setattr(engines, "export_openvino", refuse_to_convert)
-    with pytest.raises(FastDraftError, match="no such operator"):
-        pipeline.run(recipe)
-    assert not (recipe.run.root / "synthesize" / "units").exists()
 
 
 @with_openvino

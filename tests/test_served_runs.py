@@ -119,7 +119,7 @@ def test_synthesize_and_align_need_no_weights_and_no_secret_is_kept(run: Run) ->
 def test_replay_over_logged_text_gives_the_rows_that_the_weights_give(run: Run) -> None:
     run.weights(here=True)
     with_weights = run.results()
-    texts = log_of(evaluated_rows(run), run.folder / "served.jsonl")
+    texts = log_of(evaluated_rows(run), run.folder / "served.jsonl") | {"name": "own"}
     run.weights(here=False)
     without = run.results(texts=texts)
     assert replayed(without) == replayed(with_weights)

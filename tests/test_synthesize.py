@@ -15,7 +15,7 @@ from conftest import write_recipe
 from fastdraft import pipeline
 from fastdraft.console import Console
 from fastdraft.data.filters import RowCounts
-from fastdraft.data.rows import read_all, read_facts, read_rows, unit_name, unit_paths
+from fastdraft.data.rows import read_all, read_facts, read_rows, unit_paths
 from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.recipe.evaluation import FileTask
@@ -180,15 +180,6 @@ def test_a_stop_is_obeyed_between_two_units_and_the_same_command_goes_on(folder:
     assert folder.run(recipe).is_complete()
 
 
-def test_a_damaged_unit_of_an_earlier_process_is_refused(folder: Folder) -> None:
-    recipe = folder.recipe()
-    artifact = folder.run(recipe)
-    (artifact.path / "manifest.json").unlink()
-    (artifact.path / unit_name(1)).write_bytes(b"PAR1")
-    with pytest.raises(FastDraftError, match="unit-00001"):
-        folder.run(recipe)
-
-
 @pytest.fixture(scope="module")
 def with_logits(folder: Folder) -> StageFolder:
     """A finished stage with logits; tests only read it."""
@@ -253,26 +244,6 @@ def test_the_fingerprint_follows_what_the_text_depends_on_and_nothing_else(
     assert fingerprint(folder.ready(folder.recipe(top_k=5)))["settings"] != first["settings"]
 
 
-def with_target(recipe: Recipe, folder: Path) -> Recipe:
-    return recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(folder)})})
-
-
-def test_another_target_has_another_fingerprint(folder: Folder, tiny_draft: Path) -> None:
-    recipe = folder.recipe(prompts=[instructions(folder)])
-    found: Any = fingerprint(recipe)["target"]
-    assert found != fingerprint(with_target(recipe, tiny_draft))["target"]
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(found["files"])
-
-
 def test_a_missing_prompt_file_is_one_line(folder: Folder) -> None:
     with pytest.raises(FastDraftError, match=r"nowhere\.jsonl"):
         folder.run(folder.recipe(prompts=[instructions(folder, path="nowhere.jsonl")]))
-
-
-def test_magpie_without_a_chat_template_is_refused(folder: Folder, tiny_target: Path, tmp_path: Path) -> None:
-    base = shutil.copytree(tiny_target, tmp_path / "base")
-    (base / "chat_template.jinja").unlink()
-    recipe = with_target(folder.recipe(prompts=[{"kind": "magpie", "name": "m"}]), base)
-    assert recipe.synthesize
-    with pytest.raises(FastDraftError, match="no chat template"):
-        synthesize.run(recipe.synthesize, pipeline.make_context(recipe, Console(quiet=True)))

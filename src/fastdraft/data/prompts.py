@@ -33,21 +33,16 @@ class SelectedPrompts:
 
 def read_prompts(source: TextPrompts) -> Iterator[Prompt | None]:
     """Every row's prompt; None for a conversation that cannot be asked again."""
-    for where, value in _values(source):
-        yield value or "" if isinstance(value, str | None) else read_conversation(value, where)
-
-
-def _values(source: TextPrompts) -> Iterator[tuple[str, Any]]:
-    """(file and line, text or list of messages) as they stand in the source."""
+    rows: Iterator[tuple[str, Any]] = iter(())  # (file and line, text or list of messages)
     if isinstance(source, HubPrompts):
         name = f"data set {source.dataset}"
-        rows = hub_values(open_hub(source), name, source.field)
-        for number, value in itertools.islice(rows, source.count or HUB_ROWS):
-            yield f"{name}: row {number}", value
+        read = itertools.islice(hub_values(open_hub(source), name, source.field), source.count or HUB_ROWS)
+        rows = ((f"{name}: row {number}", value) for number, value in read)
     if isinstance(source, JsonlPrompts):
-        for path in find_files(source.path, JSONL).values():
-            for number, value in jsonl_values(path, source.field):
-                yield f"{path}: line {number}", value
+        files = find_files(source.path, JSONL).values()
+        rows = ((f"{f}: line {n}", value) for f in files for n, value in jsonl_values(f, source.field))
+    for where, value in rows:
+        yield value or "" if isinstance(value, str | None) else read_conversation(value, where)
 
 
 def describe(source: TextPrompts) -> dict[str, Any]:
