@@ -226,10 +226,8 @@ def dialogue_format(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversa
     tail = render_text(tokenizer, [first]).rpartition(_WORDS)[2]
     if any(len(talk.users) > 1 for talk in talks):
         try:
-            drops = _ANSWER not in render_text(
-                tokenizer, [first, {"role": "assistant", "content": _ANSWER}, first]
-            )
-            found = "drops earlier answers" if drops else ""
+            two_turns = [first, {"role": "assistant", "content": _ANSWER}, first]
+            found = "" if _ANSWER in render_text(tokenizer, two_turns) else "drops earlier answers"
         except TargetError as error:
             found = f"cannot render earlier answers ({str(error.__cause__)[:80]})"
         if found:

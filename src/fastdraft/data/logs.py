@@ -112,10 +112,9 @@ def read_transcripts(
 
     `shuffled` brings the answers into an order of the seed, of which the config's `count` takes the first.
     """
-    readers = {
-        kind: AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, kind)  # type: ignore[arg-type]
-        for kind in ("none", config.logprobs)  # `target`: scored later, so that the logged ones serve nobody
-    }
+    # `target`: scored later, so that the logged ones serve nobody.
+    known: Any = (tokenizer, vocabulary.eos_token_ids, vocabulary.size)
+    readers = {kind: AnswerReader(*known, kind) for kind in ("none", config.logprobs)}
     refused = {"evaluation": 0, "empty": 0, "unrendered": 0, "no_answer": 0, "unsupported": 0}
     rows: list[Transcript] = []
     for entry in read_entries(config):
@@ -136,10 +135,10 @@ def read_transcripts(
         answers = [_generation(reader, prompt, choice, entry) for choice in entry.choices]
         rows += [Transcript(answer, entry.sampling, key) for answer in answers]
     if not rows:
-        found = (
-            f"transcripts '{config.name}': {tell_counts(refused) or 'no answer'}; at least one must be left"
+        told = tell_counts(refused) or "no answer"
+        raise DataError(
+            f"transcripts '{config.name}': {told}; one must be left", "add answers or correct `path`"
         )
-        raise DataError(found, "add answers or correct `path`")
     order = list(range(len(rows)))
     random.Random(f"{seed}/{config.name}").shuffle(order)
     chosen = order[: config.count]

@@ -64,9 +64,8 @@ class OpenAIEngine:
         self.reader = AnswerReader(tokenizer, vocabulary.eos_token_ids, vocabulary.size, self.logprobs)
         self.way: Way | None = None
         self.model = servers.settings.model
-        self._proven: set[bool] = (
-            set()
-        )  # log-probs were seen to follow the temperature (False), the truncation (True)
+        # Log-probs were seen to follow the temperature (False), the truncation (True).
+        self._proven: set[bool] = set()
 
     def with_ends(self, eos_ids: Sequence[int]) -> OpenAIEngine:
         """The same servers, whose answers end at these ids; without log-probs."""
@@ -238,7 +237,7 @@ class OpenAIEngine:
             return  # where one token has it all, nothing can be told
         if abs(other - plain) <= EQUAL:
             rule = "logprobs: processed needs those of the sampled distribution"
-            fix = "start it so (vLLM --logprobs-mode processed_logprobs), or set synthesize.engine.logprobs=none"
+            fix = "start it so (vLLM --logprobs-mode processed_logprobs), or set engine.logprobs=none"
             raise TargetError(f"{self.servers.names}: log-probs of the raw logits; {rule}", fix)
         self._proven.add(truncated)
 
