@@ -111,7 +111,7 @@ def test_a_batchs_stored_rows_belong_to_its_labels(folder: Folder) -> None:
         Sample(row.prompt_ids, row.response_ids[: 3 + i], logits) for i, (row, logits) in enumerate(placed)
     ]
     samples.append(Sample([], placed[0][0].response_ids, placed[0][1]))
-    batch = padded_batch(samples, 0)
+    batch = padded_batch(samples)
     assert batch.target is not None
     expected = [logits.read(0, 3 + i) for i, (_, logits) in enumerate(placed)]
     expected.append(placed[0][1].read(1, len(placed[0][0].response_ids)))
@@ -124,7 +124,7 @@ def test_a_loaded_target_gives_its_own_distribution_at_the_trained_positions_pad
     tiny_target: Path,
 ) -> None:
     model = Target.at(tiny_target).model("cpu")
-    batch = padded_batch([Sample([5, 6, 7], [8, 9]), Sample([10], [11, 12, 13, 14])], 0)
+    batch = padded_batch([Sample([5, 6, 7], [8, 9]), Sample([10], [11, 12, 13, 14])])
     logits = LoadedTarget(*output_head(model)).distribution(batch).logits
     with torch.no_grad():
         whole = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.index]

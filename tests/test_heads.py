@@ -43,7 +43,7 @@ def target(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    return padded_batch(SAMPLES, 0)
+    return padded_batch(SAMPLES)
 
 
 def _own(target: PreTrainedModel, batch: Batch) -> torch.Tensor:

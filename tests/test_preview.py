@@ -92,7 +92,7 @@ def test_what_cannot_be_shown_is_one_line(finished: Path, tmp_path: Path) -> Non
 def test_a_row_without_trained_tokens_is_an_error(tokenizer: Any) -> None:
     with pytest.raises(FastDraftError, match="0 % trained tokens"):
         preview.format_row(preview_row(make_row(1, [5, 6], [])), tokenizer, colour=False)
-    batch = padded_batch([Sample([5, 6], [7, 8]), Sample([5, 6, 9, 9], [7])], 0)
+    batch = padded_batch([Sample([5, 6], [7, 8]), Sample([5, 6, 9, 9], [7])])
     empty = replace(batch, labels=batch.labels[:2], index=batch.index[:2])  # type: ignore[index]
     assert batch_row(empty, 0, "row").trained == [False, False, True, True]
     with pytest.raises(FastDraftError, match="row 1: 0 % trained tokens"):
@@ -101,7 +101,7 @@ def test_a_row_without_trained_tokens_is_an_error(tokenizer: Any) -> None:
 
 def test_a_row_of_a_padded_batch_is_read_back_token_by_token() -> None:
     samples = [Sample([5, 6], [7, 8, 3]), Sample([9, 10, 11, 12], [7]), Sample([], [7, 8])]
-    batch = padded_batch(samples, 0)
+    batch = padded_batch(samples)
     rows = [batch_row(batch, place, "") for place in range(3)]
     assert [row.token_ids for row in rows] == [[5, 6, 7, 8, 3], [9, 10, 11, 12, 7], [7, 8]]
     assert [row.trained for row in rows] == [[False] * 2 + [True] * 3, [False] * 4 + [True], [False, True]]

@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,14 @@ from fastdraft.training.batches import (
 )
 from fastdraft.training.metrics import Metrics, final_train_loss
 from fastdraft.training.objective import CrossEntropy
-from fastdraft.training.optimizer import build_optimizers, set_rate, split_parameters
-from fastdraft.training.schedule import cosine_factor, decay_start, warmup_steps, wsd_factor
+from fastdraft.training.optimizer import (
+    build_optimizers,
+    cosine_factor,
+    decay_start,
+    split_parameters,
+    warmup_steps,
+    wsd_factor,
+)
 from test_training import Model, Rows, make_step, sample
 
 
@@ -58,7 +65,8 @@ def test_open_rates_follow_the_table_at_its_centres_and_lie_between_elsewhere() 
     assert defaults.learning_rate("align", "muon", 150_000_000) == 5e-4
     assert 2e-3 < defaults.learning_rate("pretrain", "adamw", 10_000_000) < 3e-3
     assert defaults.learning_rate("pretrain", "adamw", 10**10) == 1.5e-3
-    assert defaults.embedding_learning_rate("pretrain", "adamw", 10**6) is None
+    assert defaults.learning_rate("pretrain", "adamw", 10**6, "rest") is None
+    assert defaults.learning_rate("align", "muon", 50_000_000, "rest") == 3e-4
 
 
 def test_an_open_batch_size_grows_with_the_draft_and_shrinks_with_the_budget() -> None:
@@ -93,9 +101,10 @@ def test_a_tied_head_is_an_embedding() -> None:
 
 
 def test_rates_scale_from_each_groups_own_peak() -> None:
-    optimizers = build_optimizers(Model(), kind="muon", learning_rate=1e-2, embedding_learning_rate=4e-3)
-    set_rate(optimizers, 0.5)
-    assert [group["lr"] for o in optimizers for group in o.param_groups] == [5e-3, 2e-3, 2e-3]
+    step = make_step(Model(), "muon")
+    step.gradients(PackedBatches(Rows(), 1).batches(0))
+    step.update(0.5)
+    assert [group["lr"] for o in step.optimizers for group in o.param_groups] == [5e-3, 1e-2, 1e-2]
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
@@ -111,18 +120,15 @@ def test_muon_in_fp32_takes_torchs_step_without_its_rounding(shape: tuple[int, i
             optimizers[0].step()
         return model.model.matrix.weight.detach().double()
 
-    exact, fp32, bf16 = (
-        stepped(False, torch.float64),
-        stepped(False, torch.float32),
-        stepped(True, torch.float32),
-    )
+    exact, fp32 = stepped(False, torch.float64), stepped(False, torch.float32)
+    bf16 = stepped(True, torch.float32)
     assert (fp32 - exact).abs().max() < 1e-6
     assert 1e-5 < (bf16 - exact).abs().max() < 1e-3
     assert (stepped(False, torch.float32, shift=1e-6) - fp32).abs().max() < 1e-6
 
 
 def test_only_response_tokens_are_labels_and_each_follows_its_input() -> None:
-    batch = padded_batch([sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9, 10])], pad_id=0)
+    batch = padded_batch([sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9, 10])])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
     assert batch.labels.tolist() == [4, 5, 7, 8, 9, 10]
     assert batch.index is not None
@@ -133,12 +139,10 @@ def test_only_response_tokens_are_labels_and_each_follows_its_input() -> None:
 
 def test_padding_on_the_right_is_never_trained_on_and_changes_no_loss() -> None:
     step = make_step(Model(), objective=CrossEntropy())
-    short, long = sample([1, 2], [3]), sample([4, 5, 6, 7], [8, 9, 10])
+    samples = sample([1, 2], [3]), sample([4, 5, 6, 7], [8, 9, 10])
     with torch.no_grad():
-        together = float(step.loss_sum(padded_batch([short, long], pad_id=0)))
-        other_pad = float(step.loss_sum(padded_batch([short, long], pad_id=22)))
-        alone = sum(float(step.loss_sum(padded_batch([sample], 0))) for sample in (short, long))
-    assert together == other_pad
+        together = float(step.loss_sum(padded_batch(samples)))
+        alone = sum(float(step.loss_sum(padded_batch([one]))) for one in samples)
     assert together == pytest.approx(alone, rel=1e-6)
 
 
@@ -149,13 +153,8 @@ def test_packed_rows_train_on_every_position() -> None:
 
 
 def test_rows_longer_than_the_context_are_cut_and_those_without_response_dropped() -> None:
-    samples = [
-        sample([1] * 3, [2] * 3),
-        sample([1] * 3, [2] * 9),
-        sample([1] * 9, [2]),
-        sample([1], []),
-        sample([], [5]),
-    ]
+    sizes = [(3, 3), (3, 9), (9, 1), (1, 0), (0, 1)]
+    samples = [sample([1] * prompt, [2] * response) for prompt, response in sizes]
     kept, num_cut, num_dropped = cut_to_context(samples, context_length=6)
     assert [(len(s.prompt_ids), len(s.response_ids)) for s in kept] == [(3, 3), (3, 4)]
     assert (num_cut, num_dropped) == (1, 3)
@@ -173,34 +172,33 @@ def test_micro_batches_hold_every_sample_once_within_the_limit() -> None:
 
 def test_the_plan_takes_every_sample_once_an_epoch_in_an_order_of_its_own() -> None:
     lengths = np.random.default_rng(1).integers(5, 50, 200)
-    plan = plan_batches(lengths, 400, seed=3, epochs=2.0)
+    total = 2 * int(lengths.sum())
+    plan, again, other = (plan_batches(lengths, 400, seed, total) for seed in (3, 3, 4))
     assert sorted(np.concatenate(plan).tolist()) == sorted(list(range(200)) * 2)
     assert max(int(lengths[numbers].sum()) for numbers in plan) < 450
-    again = plan_batches(lengths, 400, seed=3, epochs=2.0)
     assert all(np.array_equal(a, b) for a, b in zip(plan, again, strict=True))
-    assert not np.array_equal(plan[0], plan_batches(lengths, 400, seed=4, epochs=2.0)[0])
+    assert not np.array_equal(plan[0], other[0])
 
 
 def test_a_token_budget_ends_the_plan_within_one_sample() -> None:
     lengths = np.full(50, 10)
     for budget in (10, 95, 500, 1234):
-        total = sum(int(lengths[numbers].sum()) for numbers in plan_batches(lengths, 100, 0, tokens=budget))
+        total = sum(int(lengths[numbers].sum()) for numbers in plan_batches(lengths, 100, 0, budget))
         assert budget <= total < budget + 10
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_the_pretraining_share_is_spread_evenly_and_no_synthetic_step_is_lost(share: float) -> None:
     samples = [sample([i % 20], [1, 2]) for i in range(90)]
-    plan = plan_batches(np.full(90, 2), 2, seed=0, epochs=1)
-    mixed = AlignmentBatches(samples, plan, 0, PackedBatches(Rows(), 0), share)
+    plan = plan_batches(np.full(90, 2), 2, 0, 180)
+    mixed = AlignmentBatches(samples, plan, PackedBatches(Rows(), 0), share)
     packed = [step for step in range(mixed.steps) if mixed.batches(step)[0].index is None]
     assert len(packed) == round(share * mixed.steps)
     assert mixed.steps - len(packed) == 90
     gaps = {b - a for a, b in itertools.pairwise(packed)}
     assert len(gaps) <= 2
-    seen = [
-        mixed.batches(step)[0].input_ids[0, 0].item() for step in range(mixed.steps) if step not in packed
-    ]
+    synthetic = sorted(set(range(mixed.steps)) - set(packed))
+    seen = [mixed.batches(step)[0].input_ids[0, 0].item() for step in synthetic]
     assert seen == [samples[int(numbers[0])].prompt_ids[0] for numbers in plan]
     assert mixed.tokens == sum(b.num_tokens for step in range(mixed.steps) for b in mixed.batches(step))
 
@@ -213,10 +211,8 @@ def test_the_parts_of_any_number_of_processes_are_the_step(size: int) -> None:
     assert sorted(found) == sorted(whole)
     samples = [sample([1] * (1 + i % 5), [2] * (1 + i % 17)) for i in range(40)]
     numbers = [np.arange(40)]
-    loads = [
-        sum(b.num_tokens for b in AlignmentBatches(samples, numbers, 0, None, 0.0, rank, size).batches(0))
-        for rank in range(size)
-    ]
+    sources = [AlignmentBatches(samples, numbers, None, 0.0, rank, size) for rank in range(size)]
+    loads = [sum(batch.num_tokens for batch in one.batches(0)) for one in sources]
     assert sum(loads) == sum(one.num_tokens for one in samples)
     assert max(loads) - min(loads) <= max(one.num_tokens for one in samples)
 
@@ -239,17 +235,11 @@ def test_metrics_lose_only_what_lies_after_the_checkpoint_and_torn_lines(tmp_pat
 def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, float, int]] = []
 
-    class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            assert purge_step == 1
+    def writer(folder: str, purge_step: int) -> Any:
+        assert purge_step == 1
+        return SimpleNamespace(add_scalar=lambda *found: written.append(found), close=lambda: None)
 
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written.append((name, value, step))
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     with Metrics(tmp_path, step=0, tensorboard=True) as metrics:
         metrics.write(step=1, loss=2.0, validation_loss={"text": 3.0})
     assert written == [("loss", 2.0, 1), ("validation_loss/text", 3.0, 1)]

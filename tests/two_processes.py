@@ -33,10 +33,10 @@ def aligned(world: World) -> AlignmentBatches:
     """Samples of every length, one packed step in five, and a last step of one sample, which leaves a process without work."""
     generator = np.random.default_rng(3)
     samples = [sample(ids(generator, 1 + i % 4), ids(generator, 2 + i % 9)) for i in range(161)]
-    plan = plan_batches(np.array([one.num_tokens for one in samples]), 40, 0, epochs=2.0)
-    source = AlignmentBatches(
-        samples, [*plan[:39], plan[39][:1]], 0, packed(world, 0), 0.2, world.rank, world.size
-    )
+    lengths = np.array([one.num_tokens for one in samples])
+    plan = plan_batches(lengths, 40, 0, 2 * int(lengths.sum()))
+    steps = [*plan[:39], plan[39][:1]]
+    source = AlignmentBatches(samples, steps, packed(world, 0), 0.2, world.rank, world.size)
     assert source.steps == STEPS
     return source
 

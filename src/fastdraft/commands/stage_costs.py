@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fastdraft import forecast
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.recipe.base import Config
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.stages import align, design, evaluate
-from fastdraft.training.step import MICRO_BATCH_TOKENS
+from fastdraft.training.step import default_micro_batch_tokens
 
 _WRITES = 3  # passes over a task's text: written by the target, replayed by each checkpoint, part of it decoded exactly
 _BYTES_PER_LOGIT_ROW, _BYTES_PER_LOGIT = 2, 4
@@ -71,7 +73,7 @@ class StageCosts:
         tokens = config.tokens or (round(written.tokens * align.DEFAULT_EPOCHS) if written else 0)
         seconds = forecast.training_seconds(tokens, draft.read_parameters, self.device, self.threads)
         disk = 2 * self.checkpoint + 2 * forecast.checkpoint_bytes(draft.parameters, resumable=True)
-        usual = MICRO_BATCH_TOKENS["cpu" if self.device == "cpu" else "other"]
+        usual = default_micro_batch_tokens(torch.device(self.device))
         micro_batch = max(prepare.row_length if prepare else 0, config.micro_batch_tokens or usual)
         memory = forecast.training_memory_bytes(
             draft.parameters,

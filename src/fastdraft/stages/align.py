@@ -7,7 +7,6 @@ efficiency on held-out prompts wins, not the lowest loss. Leaves `checkpoint/` a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from fastdraft.console import format_count
 from fastdraft.data.mixture import open_mixture
 from fastdraft.data.rows import SyntheticRow, read_all
-from fastdraft.data.sparse_logits import RowLogits, read_with_logits
+from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.functional.distillation import token_loss
 from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_threads
@@ -38,7 +37,6 @@ from fastdraft.training.batches import (
     plan_batches,
     text_separator,
 )
-from fastdraft.training.checkpoint import TrainingState
 from fastdraft.training.distributed import World, join, own_device
 from fastdraft.training.fast_decoder import kept_memory
 from fastdraft.training.metrics import final_train_loss, read_metrics
@@ -50,11 +48,9 @@ VALIDATION_ROWS = 128
 DEFAULT_EPOCHS = 3.0
 DEFAULT_PRETRAINING_SHARE = 0.1
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
-_PRETRAINING = ("continue_pretrain", "pretrain")
-"""Stages that may come before, the latest first."""
+_PRETRAINING = ("continue_pretrain", "pretrain")  # stages that may come before, the latest first
 _NO_EFFECT = {"micro_batch_tokens", "checkpoint_every"}
-_MIXTURE_SEED = 0x5EED
-"""Added to the seed: alignment sees the mixture's rows in another order than pre-training did."""
+_MIXTURE_SEED = 0x5EED  # added to the seed: another order of the mixture's rows than in pre-training
 
 
 def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
@@ -77,45 +73,49 @@ def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
 
 def run(config: AlignConfig, context: StageContext) -> None:
     """Trains, or goes on training, and leaves the best step's weights in `checkpoint/`."""
-    console, folder = context.console, context.folder("align")
-    set_threads(context.settings.threads)
-    device = own_device(pick_device(context.settings.device))
-    torch.manual_seed(context.settings.seed)
+    console, folder, common = context.console, context.folder("align"), context.settings
+    set_threads(common.threads)
+    device = own_device(pick_device(common.device))
+    torch.manual_seed(common.seed)
     model = load_draft(start(context)[0], device=device, dtype=torch.float32)
     held_out = _held_out(context.require("synthesize"))
     with join(device, "align") as world, kept_memory(device):
         settings, source, counts = _settings_and_batches(config, context, model, world)
-        compiled, why = defaults.compiles(context.settings.compile, device, source.tokens)
+        compiled = defaults.compiles(common.compile, device, source.tokens)
         rows = f"{format_count(counts['rows'])} responses, {counts['rows_cut']} cut to the draft's context"
-        for line in filter(None, (f"{settings}, {source.steps} steps; {rows}", why)):
-            console.say(f"  {line}")
+        console.say(f"  {settings}, {source.steps} steps{defaults.COMPILED if compiled else ''}; {rows}")
         if not held_out and world.is_main:
             console.warn("align: no held-out responses: the last step's weights are kept instead of the best")
         objective = _objective(config, context, int(model.config.vocab_size), device)
         step = defaults.build_step(model, settings, objective, compiled=compiled)
-        measure = response_scores(
-            step,
-            model,
-            held_out,
-            num_speculative_tokens=_num_speculative_tokens(context),
-            vocabulary=context.target.vocabulary,
-            micro_batch_tokens=settings.micro_batch_tokens,
-        )
-        board = context.settings.tensorboard
-        schedule = defaults.schedule_of(
-            config, "align", settings, source.steps, tensorboard=board, validate_first=True
-        )
+        k, vocabulary = _num_speculative_tokens(context), context.target.vocabulary
+        measure = response_scores(step, model, held_out, k, vocabulary, settings.micro_batch_tokens)
+        more = {"tensorboard": common.tensorboard, "validate_first": True}
+        schedule = defaults.schedule_of(config, "align", settings, source.steps, **more)
         validate = measure if held_out else None
         trainer = Trainer(folder.path, model, step, source, schedule, console, validate, world=world)
         state = trainer.run()
     if not world.is_main:
         return
     save_draft(model, folder.path / "checkpoint", Target.at(context.folder("design").path / "draft"))
-    fields = _summary(folder.path, state)
-    about = {"settings": asdict(settings), "processes": world.size, "provenance": describe_run()}
-    folder.complete(**fields, **counts, **about)
+    records = read_metrics(folder.path)
+    validations = {record["step"]: record for record in records if "validation_loss" in record}
+    last = validations.get(state.best_step) or validations.get(state.step) or {}
+    before, after = validations.get(0, {}).get("validation_block_efficiency"), state.best_score
+    folder.complete(
+        **state.summary(),
+        **counts,
+        trained_tokens=state.trained_tokens,
+        best_step=state.best_step if state.best_step >= 0 else state.step,
+        start_block_efficiency=before,
+        validation_block_efficiency=after,
+        validation_loss=last.get("validation_loss", {}),
+        train_loss=final_train_loss(records),
+        settings=asdict(settings),
+        processes=world.size,
+        provenance=describe_run(),
+    )
     trainer.checkpoints.discard()
-    before, after = fields["start_block_efficiency"], fields["validation_block_efficiency"]
     if before is not None and after is not None:
         best = f"best at step {state.best_step} of {state.step}"
         console.say(f"  block efficiency on held-out prompts: {before:.3f} -> {after:.3f}, {best}")
@@ -141,39 +141,31 @@ def _settings_and_batches(
     config: AlignConfig, context: StageContext, model: PreTrainedModel, world: World
 ) -> tuple[defaults.TrainingSettings, AlignmentBatches, dict[str, int]]:
     """The settings, the steps cut with them, and how many rows were kept, cut to the context or dropped."""
-    seed, precision = context.settings.seed, context.settings.precision
-    rows = [Sample.of(row, logits) for row, logits in _responses(config, context.require("synthesize"))]
+    synthesize, seed = context.require("synthesize"), context.settings.seed
+    objective = config.objective
+    if isinstance(objective, TokenKDConfig) and objective.source == "stored":
+        rows = [Sample.of(row, logits) for row, logits in read_with_logits(synthesize, "train")]
+    else:
+        rows = [Sample.of(row) for row in read_all(synthesize, "train")]
     samples, num_cut, num_dropped = cut_to_context(rows, model.config.max_position_embeddings)
     if not samples:
-        found = f"0 trained tokens in {len(rows)} responses"
-        raise DataError(f"align: {found}", "raise synthesize.tokens, or shorten the prompts")
+        message = f"align: 0 trained tokens in {len(rows)} responses"
+        raise DataError(message, "raise synthesize.tokens, or shorten the prompts")
     lengths = np.array([sample.num_tokens for sample in samples], dtype=np.int64)
     tokens = config.tokens or round(int(lengths.sum()) * DEFAULT_EPOCHS)
-    settings = defaults.resolve(config, "align", model, tokens, precision)
-    epochs = None if config.tokens else DEFAULT_EPOCHS
-    plan = plan_batches(lengths, settings.batch_tokens, seed, epochs=epochs, tokens=config.tokens)
+    settings = defaults.resolve(config, "align", model, tokens, context.settings.precision)
+    plan = plan_batches(lengths, settings.batch_tokens, seed, tokens)
     share, packed = _pretraining_share(config, context), None
     if share:  # steps of the mixture, each of as many tokens as a synthetic step
         prepare = context.require("prepare")
         count = max(1, settings.batch_tokens // prepare.manifest()["row_length"])
         mixture = open_mixture(prepare, _mixture(context), count, seed + _MIXTURE_SEED)
         packed = PackedBatches(mixture, 0, text_separator(prepare.manifest()), world.rank, world.size)
-    batches = AlignmentBatches(samples, plan, 0, packed, share, world.rank, world.size)
+    batches = AlignmentBatches(samples, plan, packed, share, world.rank, world.size)
     return settings, batches, {"rows": len(samples), "rows_cut": num_cut, "rows_dropped": num_dropped}
 
 
-def _responses(
-    config: AlignConfig, synthesize: StageFolder
-) -> Iterable[tuple[SyntheticRow, RowLogits | None]]:
-    """The training rows, each with its stored logits where the objective wants them."""
-    if isinstance(config.objective, TokenKDConfig) and config.objective.source == "stored":
-        return read_with_logits(synthesize, "train")
-    return ((row, None) for row in read_all(synthesize, "train"))
-
-
-def _objective(
-    config: AlignConfig, context: StageContext, vocab_size: int, device: torch.device
-) -> Objective:
+def _objective(config: AlignConfig, context: StageContext, vocab: int, device: torch.device) -> Objective:
     """What the recipe's objective teaches, with the target loaded where it is asked at every step."""
     objective = config.objective
     if not isinstance(objective, TokenKDConfig):
@@ -182,8 +174,8 @@ def _objective(
     if objective.source == "stored":
         return TokenDistillation(loss)
     target = LoadedTarget(*output_head(context.target.model(device)))
-    if target.head.vocab_size != vocab_size:
-        rule = f"distributions over {target.head.vocab_size} ids; the draft's vocabulary has {vocab_size}"
+    if target.head.vocab_size != vocab:
+        rule = f"distributions over {target.head.vocab_size} ids; the draft's vocabulary has {vocab}"
         raise TargetError(f"target.model: {rule}", "redo the run from design on with this target")
     return TokenDistillation(loss, target)
 
@@ -202,37 +194,20 @@ def _mixture(context: StageContext) -> dict[str, float]:
             return dict(context.section(stage).mixture)
     if context.has("prepare"):
         return dict.fromkeys(context.section("prepare").sources, 1.0)
-    raise RecipeError(
-        "align.pretraining_share: needs the mixture of continue_pretrain or pretrain, or prepared corpora",
-        "add one of these sections or set align.pretraining_share: 0",
+    message = (
+        "align.pretraining_share: needs the mixture of continue_pretrain or pretrain, or prepared corpora"
     )
+    raise RecipeError(message, "add one of these sections or set align.pretraining_share: 0")
 
 
 def _num_speculative_tokens(context: StageContext) -> int:
     """K at which the best step is chosen: the export's, else 3."""
-    return (
-        int(context.section("export").num_speculative_tokens)
-        if context.has("export")
-        else DEFAULT_NUM_SPECULATIVE_TOKENS
-    )
+    if context.has("export"):
+        return int(context.section("export").num_speculative_tokens)
+    return DEFAULT_NUM_SPECULATIVE_TOKENS
 
 
 def _held_out(synthesize: StageFolder) -> list[SyntheticRow]:
     """At most VALIDATION_ROWS rows, chosen by hash so that every source and temperature is among them."""
     rows = [row for row in read_all(synthesize, "validation") if row.response_ids]
     return sorted(rows, key=lambda row: hashlib.sha256(row.row_id.encode()).digest())[:VALIDATION_ROWS]
-
-
-def _summary(folder: Path, state: TrainingState) -> dict[str, Any]:
-    records = read_metrics(folder)
-    validations = {record["step"]: record for record in records if "validation_loss" in record}
-    last = validations.get(state.best_step) or validations.get(state.step) or {}
-    return {
-        **state.summary(),
-        "trained_tokens": state.trained_tokens,
-        "best_step": state.best_step if state.best_step >= 0 else state.step,
-        "start_block_efficiency": validations.get(0, {}).get("validation_block_efficiency"),
-        "validation_block_efficiency": state.best_score,
-        "validation_loss": last.get("validation_loss", {}),
-        "train_loss": final_train_loss(records),
-    }

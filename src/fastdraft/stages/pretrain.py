@@ -31,23 +31,26 @@ from fastdraft.training.trainer import Trainer
 from fastdraft.training.validation import corpus_losses
 
 Name = Literal["pretrain", "continue_pretrain"]
-GOOD_EPOCHS = 4
-"""More passes over a corpus add little (arXiv 2305.16264)."""
-Z_LOSS = 1e-5
-"""Weight of the squared log-partition in the loss (PaLM, arXiv 2204.02311)."""
-_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every"}
-"""Keys that may change while a run is under way: they do not change what is learned."""
+GOOD_EPOCHS = 4  # more passes over a corpus add little (arXiv 2305.16264)
+Z_LOSS = 1e-5  # weight of the squared log-partition in the loss (PaLM, arXiv 2204.02311)
+_NO_EFFECT = {"micro_batch_tokens", "checkpoint_every", "validate_every"}  # on what is learned
+# Added to the seed: continue_pretrain must not meet a corpus in the order in which pretrain did.
 _CONTINUED_SEED = 0xC0DE
-"""Added to the seed: continue_pretrain must not meet a corpus in the order in which pretrain did."""
 
 
 def fingerprint(config: PretrainConfig, context: StageContext, name: Name) -> dict[str, Any]:
     """What the weights depend on: the draft's start, the prepared rows, these settings, the seed."""
+    if name == "continue_pretrain" and context.has("pretrain"):
+        start = context.folder("pretrain").digest()
+    else:
+        design = context.folder("design")
+        shape = design.manifest().get("shape_digest") if design.is_complete() else None
+        start = str(shape or design.digest())
     return {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
         "precision": context.settings.precision,
         "seed": context.settings.seed,
-        "start": _start_digest(context, name),
+        "start": start,
         "prepare": context.folder("prepare").digest(),
     }
 
@@ -55,34 +58,27 @@ def fingerprint(config: PretrainConfig, context: StageContext, name: Name) -> di
 def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     """Trains, or goes on training, until the budget is used; then writes `checkpoint/` and the manifest."""
     folder, prepare, console = context.folder(name), context.require("prepare"), context.console
-    tokenizer = Target.at(context.folder("design").path / "draft")
-    set_threads(context.settings.threads)
-    device = own_device(pick_device(context.settings.device))
-    torch.manual_seed(context.settings.seed)
+    tokenizer, common = Target.at(context.folder("design").path / "draft"), context.settings
+    set_threads(common.threads)
+    device = own_device(pick_device(common.device))
+    torch.manual_seed(common.seed)
     model = load_draft(_start_folder(config, context, name), device=device, dtype=torch.float32)
     row_length, limit = prepare.manifest()["row_length"], model.config.max_position_embeddings
     if row_length > limit:
         rule = f"must be at most the draft's context of {limit}"
         raise RecipeError(f"prepare.row_length: {row_length}; {rule}", "lower it")
+    halved = isinstance(config, ContinuePretrainConfig) and config.start == "decayed"
     settings = defaults.resolve(
-        config,
-        "pretrain",
-        model,
-        config.tokens,
-        context.settings.precision,
-        row_length=row_length,
-        halved=isinstance(config, ContinuePretrainConfig) and config.start == "decayed",
+        config, "pretrain", model, config.tokens, common.precision, row_length=row_length, halved=halved
     )
     with join(device, name) as world, kept_memory(device):
         source = _rows(config, context, name, settings.batch_tokens, world)
-        compiled, why = defaults.compiles(context.settings.compile, device, source.tokens)
-        for line in filter(None, (f"{settings}, {source.steps} steps", why)):
-            console.say(f"  {line}")
+        compiled = defaults.compiles(common.compile, device, source.tokens)
+        console.say(f"  {settings}, {source.steps} steps{defaults.COMPILED if compiled else ''}")
         step = defaults.build_step(model, settings, CrossEntropy(Z_LOSS), compiled=compiled)
         held_out = {name: open_corpus(prepare, name, "validation") for name in prepare.manifest()["corpora"]}
         validate = corpus_losses(step, held_out, settings.micro_batch_tokens, source.separator)
-        board = context.settings.tensorboard
-        schedule = defaults.schedule_of(config, name, settings, source.steps, tensorboard=board)
+        schedule = defaults.schedule_of(config, name, settings, source.steps, tensorboard=common.tensorboard)
         trainer = Trainer(folder.path, model, step, source, schedule, console, validate, world=world)
         trainer.save_undecayed = lambda: save_draft(model, folder.path / "undecayed", tokenizer)
         state = trainer.run()
@@ -90,16 +86,10 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
         return
     save_draft(model, folder.path / "checkpoint", tokenizer)
     records = read_metrics(folder.path)
-    validations = [record["validation_loss"] for record in records if "validation_loss" in record]
-    losses = validations[-1] if validations else {}
-    folder.complete(
-        **state.summary(),
-        train_loss=final_train_loss(records),
-        validation_loss=losses,
-        settings=asdict(settings),
-        processes=world.size,
-        provenance=describe_run(),
-    )
+    losses = next((r["validation_loss"] for r in reversed(records) if "validation_loss" in r), {})
+    fields = {"train_loss": final_train_loss(records), "validation_loss": losses}
+    about = {"settings": asdict(settings), "processes": world.size, "provenance": describe_run()}
+    folder.complete(**state.summary(), **fields, **about)
     trainer.checkpoints.discard()
     words = ", ".join(f"{corpus} {loss:.3f}" for corpus, loss in losses.items()) or "no validation rows"
     console.say(f"  {format_count(state.tokens)} tokens, validation loss: {words}")
@@ -112,10 +102,8 @@ def _rows(
     prepare = context.require("prepare")
     row_length = prepare.manifest()["row_length"]
     if batch_tokens < row_length:
-        rule = f"must hold one row of {row_length} tokens"
-        raise RecipeError(
-            f"{name}.batch_tokens: {batch_tokens}; {rule}", "raise it or lower prepare.row_length"
-        )
+        message = f"{name}.batch_tokens: {batch_tokens}; must hold one row of {row_length} tokens"
+        raise RecipeError(message, "raise it or lower prepare.row_length")
     rows = batch_tokens // row_length
     steps = max(1, round(config.tokens / (rows * row_length)))
     seed = context.settings.seed + (_CONTINUED_SEED if name == "continue_pretrain" else 0)
@@ -131,14 +119,6 @@ def _rows(
             more = f"more than {GOOD_EPOCHS} passes add little"
             context.console.warn(f"{name}: the corpus '{corpus}' is read {epochs:.1f} times; {more}")
     return PackedBatches(mixture, steps, text_separator(prepare.manifest()), world.rank, world.size)
-
-
-def _start_digest(context: StageContext, name: Name) -> str:
-    if name == "continue_pretrain" and context.has("pretrain"):
-        return context.folder("pretrain").digest()
-    design = context.folder("design")
-    shape = design.manifest().get("shape_digest") if design.is_complete() else None
-    return str(shape or design.digest())
 
 
 def _start_folder(config: PretrainConfig, context: StageContext, name: Name) -> Path:

@@ -8,10 +8,9 @@ Shapes: B rows of a micro-batch, T positions, N trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,6 @@ import torch
 from torch import Tensor
 
 from fastdraft.functional.distillation import SparseTarget
-
-DEFAULT_MICRO_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,7 @@ class Batch:
     index: Tensor | None = None  # int64 [N]: trained positions in the flattened B*T; None: every position
     num_tokens: int = 0  # inputs without padding
     target: SparseTarget | None = None  # the target's distribution at each trained position, where stored
-    # int64 [B, T]: counted anew in every text of a row, where these shall not see each other
-    position_ids: Tensor | None = None
+    position_ids: Tensor | None = None  # int64 [B, T]: from 0 in every text of a row, where kept apart
     arrived: Any = None  # event of the device after which a copy that was begun early may be read
 
     @property
@@ -44,15 +40,15 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What the decoder is called with."""
-        found = {"input_ids": self.input_ids, "position_ids": self.position_ids}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        places = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, **places}
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, safe to read there; copies to CUDA run beside the computation."""
         if self.arrived is not None:
-            torch.cuda.current_stream(device).wait_event(self.arrived)
-            # Its memory was taken on the other stream.
-            self._each(lambda tensor: tensor.record_stream(torch.cuda.current_stream(device)))
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(self.arrived)
+            self._each(lambda tensor: tensor.record_stream(stream))  # its memory was taken on the other one
         if device.type in ("cpu", self.input_ids.device.type):
             return self
         if device.type == "cuda":
@@ -66,40 +62,28 @@ class Batch:
         return replace(self, target=target, **moved)
 
 
-class BatchReader:
-    """Reads the next step in a thread, and begins its copy to a CUDA device, beside the present one."""
+def read_ahead(
+    source: BatchSource, device: torch.device, first: int, micro_batch_tokens: int
+) -> Iterator[list[Batch]]:
+    """Micro-batches of step `first` and all after it; a thread reads the next step, and begins its copy to CUDA."""
+    stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def __init__(self, source: BatchSource, device: torch.device) -> None:
-        self._source, self._device, self._pool = source, device, ThreadPoolExecutor(1)
-        self._coming: dict[tuple[int, int], Future[list[Batch]]] = {}
-
-    def __enter__(self) -> BatchReader:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def read(self, step: int, micro_batch_tokens: int) -> list[Batch]:
-        """`source.batches(step, micro_batch_tokens)`; those of the step after it are read from now on."""
-        coming = self._coming.get((step, micro_batch_tokens))
-        batches = (coming or self._pool.submit(self._make, step, micro_batch_tokens)).result()
-        if step + 1 < self._source.steps:
-            future = self._pool.submit(self._make, step + 1, micro_batch_tokens)
-            self._coming = {(step + 1, micro_batch_tokens): future}
-        return batches
-
-    def _make(self, step: int, micro_batch_tokens: int) -> list[Batch]:
-        batches = self._source.batches(step, micro_batch_tokens)
-        if self._device.type != "cuda":
+    def read(step: int) -> list[Batch]:
+        batches = source.batches(step, micro_batch_tokens)
+        if stream is None:
             return batches
-        with torch.cuda.stream(self._stream):
-            batches = [batch.to(self._device) for batch in batches]
-            arrived = self._stream.record_event()
+        with torch.cuda.stream(stream):
+            batches = [batch.to(device) for batch in batches]
+            arrived = stream.record_event()
         return [replace(batch, arrived=arrived) for batch in batches]
 
-    @cached_property
-    def _stream(self) -> Any:
-        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read, first)
+        for step in range(first + 1, source.steps + 1):
+            batches = coming.result()
+            if step < source.steps:
+                coming = pool.submit(read, step)
+            yield batches
 
 
 def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> Batch:
@@ -147,7 +131,7 @@ class PackedBatches:
     def is_packed(self, step: int) -> bool:
         return True
 
-    def batches(self, step: int, micro_batch_tokens: int = DEFAULT_MICRO_BATCH_TOKENS) -> list[Batch]:
+    def batches(self, step: int, micro_batch_tokens: int = 8192) -> list[Batch]:
         rows = self.mixture.rows(step, slice(self.rank, None, self.size))
         return packed_batches(rows, micro_batch_tokens, self.separator)
 
@@ -158,9 +142,7 @@ class Sample:
 
     prompt_ids: npt.NDArray[np.int32]
     response_ids: npt.NDArray[np.int32]
-    logits: Any = (
-        None  # data.sparse_logits.RowLogits, read when a batch needs them; of all samples or of none
-    )
+    logits: Any = None  # data.sparse_logits.RowLogits, read for a batch; of all samples or of none
 
     @staticmethod
     def of(row: Any, logits: Any = None) -> Sample:
@@ -190,15 +172,13 @@ def cut_to_context(samples: Iterable[Sample], context_length: int) -> tuple[list
     return kept, num_cut, num_dropped
 
 
-def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Samples side by side, padded on the right to the longest; labels are response tokens only."""
+def padded_batch(samples: Sequence[Sample]) -> Batch:
+    """Samples side by side, padded with 0 on the right to the longest; labels are response tokens only."""
     length = max(sample.num_tokens for sample in samples)
-    inputs = np.full((len(samples), length), pad_id, dtype=np.int64)
+    inputs = np.zeros((len(samples), length), dtype=np.int64)
     index, labels, stored = [], [], []
     for row, sample in enumerate(samples):
-        ids = np.concatenate(
-            [np.asarray(part, dtype=np.int64) for part in (sample.prompt_ids, sample.response_ids)]
-        )
+        ids = np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
         inputs[row, : len(ids) - 1] = ids[:-1]
         first = max(len(sample.prompt_ids), 1)
         index.append(row * length + np.arange(first - 1, len(ids) - 1))
@@ -207,14 +187,11 @@ def padded_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
             stored.append(sample.logits.read(max(1 - len(sample.prompt_ids), 0), len(sample.response_ids)))
     target = None
     if stored:
-        kept_ids, logprobs = (
-            np.concatenate([getattr(part, name) for part in stored]) for name in ("ids", "logprobs")
-        )
-        target = SparseTarget(torch.from_numpy(kept_ids), torch.from_numpy(logprobs)).normalized()
+        columns = [np.concatenate([getattr(part, name) for part in stored]) for name in ("ids", "logprobs")]
+        target = SparseTarget(*map(torch.from_numpy, columns)).normalized()
     labels_N, index_N = torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(index))
-    return Batch(
-        torch.from_numpy(inputs), labels_N, index_N, sum(sample.num_tokens for sample in samples), target
-    )
+    num_tokens = sum(sample.num_tokens for sample in samples)
+    return Batch(torch.from_numpy(inputs), labels_N, index_N, num_tokens, target)
 
 
 def micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> list[list[Sample]]:
@@ -236,28 +213,21 @@ def micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> list[li
 
 
 def plan_batches(
-    lengths: npt.NDArray[np.int64],
-    batch_tokens: int,
-    seed: int,
-    *,
-    epochs: float | None = None,
-    tokens: int | None = None,
+    lengths: npt.NDArray[np.int64], batch_tokens: int, seed: int, tokens: int
 ) -> list[npt.NDArray[np.int64]]:
     """Sample numbers of each step: a seeded permutation for each epoch, cut where `batch_tokens` are reached.
 
-    Ends after `epochs` (or a part of one) or after `tokens` input tokens, whichever is given. A step never
-    spans two epochs; the last step of an epoch may be smaller.
+    Ends after `tokens` input tokens. A step never spans two epochs; the last step of an epoch may be smaller.
     """
-    limit = int(lengths.sum() * epochs) if epochs is not None else int(tokens or 0)
     plan: list[npt.NDArray[np.int64]] = []
     epoch, total = 0, 0
-    while total < limit:
+    while total < tokens:
         order = np.random.default_rng([seed, 0xA119, epoch]).permutation(len(lengths))
         ends = np.cumsum(lengths[order])
         start = 0
-        while start < len(order) and total < limit:
+        while start < len(order) and total < tokens:
             before = ends[start - 1] if start else 0
-            end = int(np.searchsorted(ends, before + min(batch_tokens, limit - total))) + 1
+            end = int(np.searchsorted(ends, before + min(batch_tokens, tokens - total))) + 1
             plan.append(order[start : min(end, len(order))])
             total += int(lengths[plan[-1]].sum())
             start = end
@@ -271,7 +241,6 @@ class AlignmentBatches:
 
     samples: Sequence[Sample]
     plan: Sequence[npt.NDArray[np.int64]]  # sample numbers of each synthetic step, from `plan_batches`
-    pad_id: int
     packed: PackedBatches | None = None  # source of pre-training steps
     packed_share: float = 0.0  # of all steps, below 1
     rank: int = 0  # of this process, which takes every `size`-th sample of a step, by length
@@ -293,13 +262,13 @@ class AlignmentBatches:
     def is_packed(self, step: int) -> bool:
         return (step + 1) * self._num_packed // self.steps > step * self._num_packed // self.steps
 
-    def batches(self, step: int, micro_batch_tokens: int = DEFAULT_MICRO_BATCH_TOKENS) -> list[Batch]:
+    def batches(self, step: int, micro_batch_tokens: int = 8192) -> list[Batch]:
         packed_before = step * self._num_packed // self.steps
         if self.packed and self.is_packed(step):
             return self.packed.batches(packed_before, micro_batch_tokens)
         chosen = [self.samples[i] for i in self.plan[step - packed_before]]
         mine = sorted(chosen, key=lambda sample: -sample.num_tokens)[self.rank :: self.size]
-        return [padded_batch(group, self.pad_id) for group in micro_batches(mine, micro_batch_tokens)]
+        return [padded_batch(group) for group in micro_batches(mine, micro_batch_tokens)]
 
 
 BatchSource = PackedBatches | AlignmentBatches

@@ -30,10 +30,8 @@ class Rotation:
         half = self.cos.shape[-1]
         cos, sin = self.cos * factor, self.sin * (-factor if back else factor)
         # The two halves of all heads lie apart in between: short runs of memory take several times as long.
-        left, right = torch.empty(2, *x.shape[:-1], half, dtype=cos.dtype, device=x.device).copy_(
-            _halves(x, half)
-        )
-        turned = torch.empty(2, *left.shape, dtype=cos.dtype, device=x.device)
+        halves, turned = torch.empty(2, 2, *x.shape[:-1], half, dtype=cos.dtype, device=x.device)
+        left, right = halves.copy_(_halves(x, half))
         torch.mul(left, cos, out=turned[0]).addcmul_(right, sin, value=-1)
         torch.mul(right, cos, out=turned[1]).addcmul_(left, sin)
         _halves(out, half).copy_(turned)
@@ -66,12 +64,8 @@ def causal_attention(
 
     Scores have the type of the queries (bf16 under autocast); each softmax is summed in fp32.
 
-    Args:
-        query: [B, H, T, E], already multiplied by the scale of the scores.
-        key: [B, J, T, E], contiguous, as is `value`.
-        value: [B, J, T, E].
-        documents: int64 [B, T] where a row holds several texts that shall not see each other.
-        keep: whether a backward pass will come.
+    `query` [B, H, T, E] is multiplied by the scale of the scores already; `key` and `value` [B, J, T, E] are
+    contiguous; `documents` as in `AttentionMemory`; `keep`: a backward pass will come.
     """
     batch, heads, length, _ = query.shape
     kept: list[Tensor] | None = [] if keep and batch * heads * length * length // 2 <= KEEP_ELEMENTS else None

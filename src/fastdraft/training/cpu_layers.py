@@ -8,8 +8,7 @@ one input are one product. N = B*T, D hidden, F feed-forward, O features of quer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from torch.nn import functional
 from fastdraft.training.cpu_attention import Rotation, causal_attention, causal_attention_backward
 
 
-@dataclass(frozen=True)
-class Products:
+class Products(NamedTuple):
     """Weights of the products of one half, in their type: several that read the same input are stacked."""
 
     into: Tensor  # query, key and value [O, D], or gate and up [2F, D]
@@ -29,8 +27,7 @@ class Products:
     out_bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class AttentionShape:
+class AttentionShape(NamedTuple):
     """What the attention half needs to know beside its weights."""
 
     num_heads: int
@@ -103,18 +100,14 @@ class AttentionHalf(torch.autograd.Function):
         if shape.norm_heads:
             query = _normed(query, parameters[-2], rotation.cos.dtype, shape.eps)
             key = _normed(key, parameters[-1], rotation.cos.dtype, shape.eps)
-        query = rotation.apply(
-            query, torch.empty(query.shape, dtype=value.dtype, device=x.device), factor=shape.scale
-        )
-        key = rotation.apply(key, torch.empty(key.shape, dtype=value.dtype, device=x.device))
+        query = rotation.apply(query, value.new_empty(query.shape), factor=shape.scale)
+        key = rotation.apply(key, value.new_empty(key.shape))
         seen, memory = causal_attention(query, key, value.contiguous(), documents, keep)
         seen_NO = seen.transpose(1, 2).flatten(2).flatten(0, 1)
         out = functional.linear(seen_NO, products.out, products.out_bias)
         if keep:
-            ctx.facts = shape, products, rotation, memory
-            ctx.save_for_backward(
-                flat_ND, scale_N1, normed_ND, qkv_NO if shape.norm_heads else None, seen_NO, *parameters
-            )
+            ctx.facts, before = (shape, products, rotation, memory), qkv_NO if shape.norm_heads else None
+            ctx.save_for_backward(flat_ND, scale_N1, normed_ND, before, seen_NO, *parameters)
         return _added(x, out)
 
     @staticmethod
@@ -125,10 +118,8 @@ class AttentionHalf(torch.autograd.Function):
         grad_ND = grad.flatten(0, 1)
         low_ND = grad_ND.to(products.out.dtype)
         grad_out = _weight_gradients(low_ND, seen_NO, products.out_bias)
-        grad_seen = (
-            (low_ND @ products.out).view(*grad.shape[:2], shape.num_heads, shape.head_size).transpose(1, 2)
-        )
-        grad_query, grad_key, grad_value = causal_attention_backward(grad_seen, memory)
+        grad_seen = (low_ND @ products.out).view(*grad.shape[:2], shape.num_heads, shape.head_size)
+        grad_query, grad_key, grad_value = causal_attention_backward(grad_seen.transpose(1, 2), memory)
         grad_NO = low_ND.new_empty(low_ND.shape[0], products.into.shape[0])
         parts, grad_gains = _heads(grad_NO, grad.shape, shape), list[Tensor]()
         for number, (part, factor) in enumerate(((grad_query, shape.scale), (grad_key, 1.0))):
@@ -138,9 +129,8 @@ class AttentionHalf(torch.autograd.Function):
             wide = torch.empty(part.shape, dtype=rotation.cos.dtype, device=part.device)
             turned = rotation.apply(part, wide, factor=factor, back=True).flatten(0, -2)
             before = _heads(qkv_NO, grad.shape, shape)[number].to(turned.dtype).contiguous().flatten(0, -2)
-            turned, grad_gain = rms_norm_backward(
-                turned, before, rms_scale(before, shape.eps), parameters[number - 2]
-            )
+            scale = rms_scale(before, shape.eps)
+            turned, grad_gain = rms_norm_backward(turned, before, scale, parameters[number - 2])
             parts[number].copy_(turned.view_as(part))
             grad_gains.append(grad_gain)
         parts[2].copy_(grad_value)
@@ -188,13 +178,8 @@ class FeedForwardHalf(torch.autograd.Function):
         grad_into = _weight_gradients(grad_both, normed_ND, products.into_bias)
         into = (grad_both @ products.into).to(grad.dtype)
         grad_x, grad_gain = rms_norm_backward(into, flat_ND, scale_N1, parameters[0], grad_ND)
-        return (
-            grad_x.view_as(grad),
-            None,
-            None,
-            grad_gain,
-            *_by_parameter(grad_into, grad_out, [], parameters[1:]),
-        )
+        gradients = _by_parameter(grad_into, grad_out, [], parameters[1:])
+        return grad_x.view_as(grad), None, None, grad_gain, *gradients
 
 
 def _added(x: Tensor, out: Tensor) -> Tensor:
@@ -230,6 +215,5 @@ def _by_parameter(
     parts: list[Tensor] = []
     for ndim, stacked in zip((2, 1), into, strict=False):
         parts += torch.split(stacked, [parameter.shape[0] for parameter in own if parameter.ndim == ndim])
-    return [
-        part.to(parameter.dtype) for part, parameter in zip([*parts, *out, *gains], parameters, strict=True)
-    ]
+    pairs = zip([*parts, *out, *gains], parameters, strict=True)
+    return [part.to(parameter.dtype) for part, parameter in pairs]

@@ -66,38 +66,33 @@ class World:
         """Lets process 0 do `work` while the others wait; its result, or its error, is everyone's."""
         if self.size == 1:
             return work()
-        found: list[Any] = [None, None]
+        done: list[Any] = [None, None]
         try:
-            if self.is_main:
-                found[0] = work()
+            done[0] = work() if self.is_main else None
         except FastDraftError as error:
-            found[1] = error
-        dist.broadcast_object_list(found, 0, group=self.control)
-        if found[1] is not None:
-            raise found[1]
-        result: T = found[0]
-        return result
+            done[1] = error
+        dist.broadcast_object_list(done, 0, group=self.control)
+        result, failed = done
+        if failed:
+            raise failed
+        return result  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def join(device: torch.device, stage: str) -> Iterator[World]:
     """Makes this process one of those that torchrun started, for the block; alone without torchrun."""
-    if process_count() == 1:
+    rank, count = process_rank(), process_count()
+    if count == 1:
         yield World()
         return
     if device.type not in _BACKENDS:
         rule = f"run.device: {device.type} cannot add gradients of several processes"
         raise RecipeError(rule, "train with one process")
-    dist.init_process_group(
-        _BACKENDS[device.type],
-        # torch's own prefix is the same for every group of a process: addresses of the one before.
-        store=PrefixStore(stage, _store()),
-        rank=process_rank(),
-        world_size=process_count(),
-        timeout=GRADIENT_TIMEOUT,
-        device_id=device if device.type != "cpu" else None,
-    )
-    yield World(process_rank(), process_count(), dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT))
+    # torch's own prefix is the same for every group of a process: addresses of the one before.
+    store, bound = PrefixStore(stage, _store()), None if device.type == "cpu" else device
+    backend, wait = _BACKENDS[device.type], GRADIENT_TIMEOUT
+    dist.init_process_group(backend, None, wait, count, rank, store, device_id=bound)
+    yield World(rank, count, dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT))
     dist.destroy_process_group()  # not after an error: it would wait for processes that are lost
 
 
@@ -152,9 +147,8 @@ class Replicas:
                 _LossSum(model, loss_sum), broadcast_buffers=False, gradient_as_bucket_view=True
             )
         # DDP's own hook averages; the step has divided by the trained tokens of all processes already.
-        self._module.register_comm_hook(
-            None, lambda state, bucket: _add(bucket)
-        )  # torch reads the annotations of anything else
+        # A lambda, since torch reads the annotations of anything else.
+        self._module.register_comm_hook(None, lambda state, bucket: _add(bucket))
 
     def loss_sum(self, batch: Batch, last: bool) -> Tensor:
         """The summed loss of a micro-batch; `last`: of the step's."""
@@ -162,24 +156,15 @@ class Replicas:
         loss: Tensor = self._module(batch)
         return loss * 0.0 if batch is IDLE else loss
 
-    def sum(self, loss: Tensor) -> Tensor:
-        """Of all processes."""
-        dist.all_reduce(loss)
-        return loss
-
 
 class _LossSum(nn.Module):
     """The forward pass that DDP wraps: from a micro-batch to its summed loss."""
 
     def __init__(self, model: nn.Module, loss_sum: Callable[[Batch], Tensor]) -> None:
         super().__init__()
-        self.model, self._loss_sum = model, loss_sum
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._loss_sum(batch)
+        self.model, self.forward = model, loss_sum
 
 
 def _add(bucket: Any) -> torch.futures.Future[Tensor]:
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    added: torch.futures.Future[Tensor] = future.then(lambda done: done.value()[0])
-    return added
+    return future.then(lambda done: done.value()[0])  # type: ignore[no-any-return]

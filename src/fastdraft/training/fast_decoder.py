@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +19,6 @@ from fastdraft.training.cpu_attention import Rotation
 from fastdraft.training.cpu_layers import AttentionHalf, AttentionShape, FeedForwardHalf, Products, RMSNorm
 from fastdraft.training.gpu_attention import FAMILIES, flash_decoder, has_windows
 
-_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Phi3RMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # names of mallopt(3)
 _NEVER = 2**31 - 1
 _LARGEST_THRESHOLD = 32 << 20  # where glibc's own moving threshold ends
@@ -33,13 +31,10 @@ def fast_decoder(
 
     `compiled`: torch.compile makes its kernels, with `backend`.
     """
-    if device.type != "cpu":
-        fast = flash_decoder(decoder, compiled=compiled, backend=backend)
-        if fast is not None:
-            return fast
-    if compiled:
-        return torch.compile(decoder, backend=backend)
-    return (cpu_decoder(decoder) if device.type == "cpu" else None) or decoder
+    if device.type == "cpu":
+        return torch.compile(decoder, backend=backend) if compiled else cpu_decoder(decoder) or decoder
+    fast = flash_decoder(decoder, compiled=compiled, backend=backend)
+    return fast or (torch.compile(decoder, backend=backend) if compiled else decoder)
 
 
 @contextlib.contextmanager
@@ -69,49 +64,40 @@ class HiddenStates(NamedTuple):
     last_hidden_state: Tensor  # [B, T, D]
 
 
-@dataclass
 class StackedLinear:
     """Linear layers that read the same input, as one matrix in the type of the products."""
 
-    layers: Sequence[nn.Linear]
-    _weight: Tensor | None = field(default=None, init=False)
-    _bias: Tensor | None = field(default=None, init=False)
-    _seen: tuple[object, ...] = field(default=(), init=False)
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.weights = [layer.weight for layer in layers]
+        self.biases = [layer.bias for layer in layers if layer.bias is not None]  # of all or of none
+        self._stacked: list[Tensor | None] = [None, None]
+        self._seen: tuple[object, ...] = ()
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Weights, then biases."""
-        return [
-            *(one.weight for one in self.layers),
-            *(one.bias for one in self.layers if one.bias is not None),
-        ]
+        return [*self.weights, *self.biases]
 
     @torch.no_grad()
-    def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def read(self, dtype: torch.dtype) -> list[Tensor | None]:
         """The stacked weight [O, D] and bias [O]; made anew when a weight has changed, once a step."""
-        parameters, count = self.parameters, len(self.layers)
-        seen = (dtype, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
-        if self._weight is None or seen != self._seen:
-            self._weight = _joined(parameters[:count], dtype, self._weight)
-            self._bias = _joined(parameters[count:], dtype, self._bias) if len(parameters) > count else None
+        seen = (dtype, *((parameter.data_ptr(), parameter._version) for parameter in self.parameters))
+        if seen != self._seen:
+            groups = zip((self.weights, self.biases), self._stacked, strict=True)
+            self._stacked = [_joined(parts, dtype, before) if parts else None for parts, before in groups]
             self._seen = seen
-        return self._weight, self._bias
+        return self._stacked
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype, before: Tensor | None) -> Tensor:
     """One tensor of all rows, in the memory of `before` where that fits."""
     if len(parts) == 1 and parts[0].dtype == dtype:
         return parts[0].detach()
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    fits = before is not None and before.dtype == dtype and before.shape == shape
-    joined = (
-        before if fits and before is not None else torch.empty(shape, dtype=dtype, device=parts[0].device)
-    )
-    start = 0
-    for part in parts:
-        joined[start : start + part.shape[0]].copy_(part)
-        start += part.shape[0]
-    return joined
+    if before is None or before.dtype != dtype:
+        rows = sum(part.shape[0] for part in parts)
+        before = torch.empty(rows, *parts[0].shape[1:], dtype=dtype, device=parts[0].device)
+    for part, place in zip(parts, before.split([part.shape[0] for part in parts]), strict=True):
+        place.copy_(part)
+    return before
 
 
 class _Layer:
@@ -119,29 +105,23 @@ class _Layer:
 
     def __init__(self, layer: Any, config: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        queries = _present(attention, "qkv_proj", "q_proj", "k_proj", "v_proj")
-        inner = _present(mlp, "gate_up_proj", "gate_proj", "up_proj")
-        groups = (queries, [attention.o_proj], inner, [mlp.down_proj])
-        if any(type(module) is not nn.Linear for group in groups for module in group):
-            raise TypeError("a layer is no nn.Linear")
-        if any(len({module.bias is None for module in group}) > 1 for group in groups):
-            raise TypeError("some of the stacked layers have a bias")
-        self.into, self.out, self.inner, self.down = map(StackedLinear, groups)
+        self.into = StackedLinear(_present(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"))
+        self.inner = StackedLinear(_present(mlp, "gate_up_proj", "gate_proj", "up_proj"))
+        self.out, self.down = StackedLinear([attention.o_proj]), StackedLinear([mlp.down_proj])
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.head_gains = [norm.weight for norm in _present(attention, "q_norm", "k_norm")]
+        self.gains = [norm.weight for norm in _present(attention, "q_norm", "k_norm")]
         heads = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
         eps = self.norms[0].variance_epsilon
-        self.shape = AttentionShape(*heads, eps, attention.scaling, norm_heads=bool(self.head_gains))
+        self.shape = AttentionShape(*heads, eps, attention.scaling, norm_heads=bool(self.gains))
 
     def __call__(self, x: Tensor, dtype: torch.dtype, rotation: Rotation, documents: Tensor | None) -> Tensor:
-        parameters = (self.norms[0].weight, *self.into.parameters, *self.out.parameters, *self.head_gains)
-        products = Products(*self.into.read(dtype), *self.out.read(dtype))
-        apply: Any = AttentionHalf.apply
-        x = apply(x, self.shape, products, rotation, documents, *parameters)
-        parameters = (self.norms[1].weight, *self.inner.parameters, *self.down.parameters)
+        attend, feed = cast(Any, AttentionHalf.apply), cast(Any, FeedForwardHalf.apply)
+        weights = self.norms[0].weight, *self.into.parameters, *self.out.parameters, *self.gains
+        products: Any = Products(*self.into.read(dtype), *self.out.read(dtype))
+        x = attend(x, self.shape, products, rotation, documents, *weights)
+        weights = self.norms[1].weight, *self.inner.parameters, *self.down.parameters
         products = Products(*self.inner.read(dtype), *self.down.read(dtype))
-        apply = FeedForwardHalf.apply
-        done: Tensor = apply(x, self.norms[1].variance_epsilon, products, *parameters)
+        done: Tensor = feed(x, self.norms[1].variance_epsilon, products, *weights)
         return done
 
 
@@ -173,20 +153,16 @@ class CpuDecoder:
 
 
 def cpu_decoder(decoder: nn.Module) -> CpuDecoder | None:
-    """The decoder with layers by hand; None where its build is not Llama's, or its config asks for more."""
-    read: Any = decoder
+    """The decoder with layers by hand; None where its family is not of Llama's build, or its config asks for more."""
     config: Any = getattr(decoder, "config", None)
-    if getattr(config, "model_type", None) not in FAMILIES or config.hidden_act != "silu":
+    if (
+        getattr(config, "model_type", None) not in FAMILIES
+        or config.hidden_act != "silu"
+        or has_windows(config)
+    ):
         return None
     dropouts = [getattr(config, name, 0.0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")]
-    if has_windows(config) or any(dropouts):
-        return None
-    try:
-        found = CpuDecoder(decoder)
-        norms = [read.norm, *(norm for layer in found.layers for norm in layer.norms)]
-        return found if all(type(norm).__name__ in _NORMS for norm in norms) else None
-    except (AttributeError, TypeError):  # other modules than those named here: wrapped, quantised, replaced
-        return None
+    return None if any(dropouts) else CpuDecoder(decoder)
 
 
 def _present(module: nn.Module, *names: str) -> list[Any]:

@@ -6,9 +6,7 @@ every forward pass. Under torch.compile it cannot ask, and makes a dense mask th
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,13 +35,15 @@ class FlashDecoder:
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False, position_ids: Tensor | None = None) -> Any:
         """`position_ids` [B, T] begin anew at 0 at a row's next text, which sees nothing before it."""
-        mask = None
-        if position_ids is not None:
-            mask = text_mask(position_ids, blocks=_has_blocks(self.decoder, input_ids.device))
-        with _attention(self.decoder.config):
-            return self._runs(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
-            )
+        inputs, config = {"input_ids": input_ids, "position_ids": position_ids}, self.decoder.config
+        blocks = position_ids is not None and _has_blocks(self.decoder, input_ids.device)
+        mask = None if position_ids is None else text_mask(position_ids, blocks=blocks)
+        before = config._attn_implementation_internal
+        config._attn_implementation_internal = _NAME  # the public setter walks through the model each time
+        try:
+            return self._runs(**inputs, attention_mask=mask, use_cache=False)
+        finally:  # validation and generation have caches and padding
+            config._attn_implementation_internal = before
 
 
 def flash_decoder(
@@ -53,9 +53,8 @@ def flash_decoder(
     config: Any = getattr(decoder, "config", None)
     if getattr(config, "model_type", None) not in FAMILIES or has_windows(config):
         return None
-    if config._attn_implementation != "sdpa":
-        return None
-    return FlashDecoder(decoder, compiled=compiled, backend=backend)
+    fits = config._attn_implementation == "sdpa"
+    return FlashDecoder(decoder, compiled=compiled, backend=backend) if fits else None
 
 
 def has_windows(config: Any) -> bool:
@@ -88,17 +87,6 @@ def _attend(
         query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 since their rotation
         return flex_attention_forward(module, query, key, value, attention_mask, **options)[0], None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0], None
-
-
-@contextlib.contextmanager
-def _attention(config: Any) -> Iterator[None]:
-    """Puts the model's own setting back: validation and generation have caches and padding."""
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = _NAME  # the public setter walks through the model each time
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
 
 
 def _has_blocks(decoder: Any, device: torch.device) -> bool:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fastdraft.errors import MissingExtra
 from fastdraft.run_folder import write_atomic
@@ -20,31 +20,30 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends to `folder/metrics.jsonl`, as if a resumed run had never stopped: lines after `step` go first.
-
-    `silent`: writes nothing; of all processes of a run only one writes.
-    """
+    """Appends to `folder/metrics.jsonl`, as if a resumed run had never stopped: lines after `step` go first."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False, silent: bool = False) -> None:
-        self.path = folder / FILE
+        """`silent`: writes nothing; of all processes of a run only one writes."""
+        self._file: Any = None
         self._board: Any = None
-        self._file: TextIO | None = None
         if silent:
             return
-        kept = [
-            json.dumps(record) + "\n" for record in read_metrics(folder) if step and record["step"] <= step
-        ]
-        write_atomic(self.path, "".join(kept))
-        self._board = _open_board(folder / "tensorboard", step) if tensorboard else None
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        kept = [record for record in read_metrics(folder) if step and record["step"] <= step]
+        write_atomic(folder / FILE, "".join(json.dumps(record) + "\n" for record in kept))
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise MissingExtra("tensorboard", "tensorboard") from None
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, **record: Any) -> None:
         """One line; `step` is the number of finished steps. Numbers that are not finite become null."""
-        if self._file is None:
-            return
-        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
-        self._file.flush()
-        if self._board is not None:
+        if self._file:
+            self._file.write(json.dumps(_finite(record)) + "\n")
+            self._file.flush()
+        if self._board:
             for name, value in _scalars(record):
                 self._board.add_scalar(name, value, record["step"])
 
@@ -52,9 +51,8 @@ class Metrics:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        for opened in (self._file, self._board):
-            if opened is not None:
-                opened.close()
+        for opened in filter(None, (self._file, self._board)):
+            opened.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -71,14 +69,6 @@ def final_train_loss(records: list[dict[str, Any]], share: float = 0.1) -> float
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     tail = losses[-max(1, round(len(losses) * share)) :]
     return sum(tail) / len(tail) if tail else None
-
-
-def _open_board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtra("tensorboard", "tensorboard") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _finite(value: Any) -> Any:

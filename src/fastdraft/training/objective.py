@@ -17,11 +17,9 @@ from fastdraft.training.gpu_attention import flash_decoder
 
 
 class Objective(Protocol):
-    """A loss summed over the trained tokens of a micro-batch."""
+    """A loss summed (not averaged) over the trained tokens of a micro-batch, in nats: fp32."""
 
-    def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
-        """Sum (not mean) in nats over the N trained tokens: fp32, differentiable by hidden and head."""
-        ...
+    def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,8 @@ class TokenDistillation:
     target: LoadedTarget | None = None
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
-        distribution: TargetDistribution | None = (
-            self.target.distribution(batch) if self.target else batch.target
-        )
+        distribution: TargetDistribution | None
+        distribution = self.target.distribution(batch) if self.target else batch.target
         if distribution is None:
             return CrossEntropy().loss(hidden_ND, head_VD, batch)
         return chunked_distillation(hidden_ND, head_VD, batch.labels, distribution, self.token_loss)

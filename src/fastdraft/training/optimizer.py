@@ -1,4 +1,4 @@
-"""AdamW for every weight, or Muon for the body's matrices beside AdamW for the rest."""
+"""AdamW for every weight, or Muon for the body's matrices beside AdamW for the rest; their rates over the steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 PEAK = "peak_rate"
-_FUSED_DEVICES = ("cpu", "cuda", "xpu")
 
 
 def build_optimizers(
@@ -30,25 +29,23 @@ def build_optimizers(
     `embedding_learning_rate` is the peak of all other weights (None: the same); `low`: the step's products are in
     bf16, and so are Muon's, else Muon's are in the type of the weights.
     """
-    groups = split_parameters(model)
-    rest_rate = learning_rate if embedding_learning_rate is None else embedding_learning_rate
-    plain = [
-        _group(groups["head"], rest_rate, weight_decay),
-        _group(groups["embedding"] + groups["vector"], rest_rate, 0.0),
-    ]
-    body = _group(groups["body"], learning_rate, weight_decay)
+
+    def group(parameters: list[nn.Parameter], rate: float, decay: float) -> dict[str, Any]:
+        return {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": decay}
+
+    parts = split_parameters(model)
+    rest = learning_rate if embedding_learning_rate is None else embedding_learning_rate
+    body, head = group(parts["body"], learning_rate, weight_decay), group(parts["head"], rest, weight_decay)
+    groups = [head, group(parts["embedding"] + parts["vector"], rest, 0.0)]
     optimizers: list[torch.optim.Optimizer] = []
     if kind == "muon":
-        muon = torch.optim.Muon if low else Fp32Muon
-        optimizers.append(
-            muon([body], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        muon, scale = torch.optim.Muon if low else Fp32Muon, "match_rms_adamw"
+        optimizers = [muon([body], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn=scale)]
     else:
-        plain.insert(0, body)
-    plain = [group for group in plain if group["params"]]
-    if plain:
-        fused = plain[0]["params"][0].device.type in _FUSED_DEVICES
-        optimizers.append(torch.optim.AdamW(plain, lr=learning_rate, betas=(0.9, beta2), fused=fused))
+        groups.insert(0, body)
+    groups = [group for group in groups if group["params"]]
+    fused = parts["embedding"][0].device.type in ("cpu", "cuda", "xpu")
+    optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=fused))
     return optimizers
 
 
@@ -65,17 +62,6 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         elif parameter.requires_grad:
             groups["body" if parameter.ndim == 2 else "vector"].append(parameter)
     return groups
-
-
-def set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Sets every group's rate to `factor` times its peak."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group[PEAK] * factor
-
-
-def _group(parameters: list[nn.Parameter], rate: float, weight_decay: float) -> dict[str, Any]:
-    return {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": weight_decay}
 
 
 class Fp32Muon(torch.optim.Muon):
@@ -110,3 +96,30 @@ def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps:
         gram = x @ x.t()
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.t() if matrix.shape[0] > matrix.shape[1] else x
+
+
+def warmup_steps(steps: int, warmup: float) -> int:
+    """Steps of linear warm-up: the share `warmup` of all steps, rounded up."""
+    return math.ceil(steps * warmup - 1e-9)
+
+
+def decay_start(steps: int, decay: float) -> int:
+    """Number of steps before the decay begins; the weights after that many steps are the un-decayed ones."""
+    return steps - round(steps * decay)
+
+
+def wsd_factor(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Of a 0-based step: up linearly, 1, then down linearly; it would reach 0 one step after the last."""
+    rising = warmup_steps(steps, warmup)
+    start = decay_start(steps, decay)
+    factor = min(1.0, (step + 1) / rising) if rising else 1.0
+    return min(factor, (steps - step) / (steps - start + 1)) if step >= start else factor
+
+
+def cosine_factor(step: int, steps: int, warmup: float) -> float:
+    """Of a 0-based step: up linearly, then half a cosine from 1 down to 0."""
+    rising = warmup_steps(steps, warmup)
+    if step < rising:
+        return (step + 1) / rising
+    share = (step - rising + 1) / (steps - rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * share))

@@ -6,7 +6,6 @@ micro-batch changes memory and speed but not the mathematics. Knows no recipe: b
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,30 +17,26 @@ from fastdraft.errors import DataError
 from fastdraft.training.batches import Batch
 from fastdraft.training.distributed import IDLE, Replicas
 from fastdraft.training.objective import Objective
-from fastdraft.training.optimizer import set_rate
-
-MICRO_BATCH_TOKENS = {"cpu": 8192, "other": 32768}  # a CPU's caches, an accelerator's units
+from fastdraft.training.optimizer import PEAK
 
 
 def default_micro_batch_tokens(device: torch.device) -> int:
     """Tokens that go through the model at once where the recipe leaves it open."""
-    return MICRO_BATCH_TOKENS["cpu" if device.type == "cpu" else "other"]
+    return 8192 if device.type == "cpu" else 32768  # a CPU's caches, an accelerator's units
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """For `bf16`, `fp32` or `auto` (bf16 where the device computes it natively); None is fp32."""
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and _has_bf16(device)) else None
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":  # emulated bf16 is slower than fp32
-        probes = [
-            getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        ]
-        return any(probe() for probe in probes if probe is not None)
-    return device.type == "xpu"
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == "cpu":  # emulated bf16 is slower than fp32
+            names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            native = any(getattr(torch.cpu, name, bool)() for name in names)
+        else:
+            native = device.type == "xpu"
+        return torch.bfloat16 if native else None
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 @dataclass
@@ -61,12 +56,7 @@ class TrainStep:
     def loss_sum(self, batch: Batch) -> Tensor:
         """The objective summed over the batch's trained tokens."""
         batch = batch.to(self.device)
-        low = (
-            contextlib.nullcontext()
-            if self.autocast is None
-            else torch.autocast(self.device.type, dtype=self.autocast)
-        )
-        with low:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             hidden_ND = self.decoder(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
             if batch.index is not None:
                 hidden_ND = hidden_ND.index_select(0, batch.index)
@@ -80,22 +70,16 @@ class TrainStep:
         if num_trained is None:
             num_trained = sum(batch.num_trained for batch in batches)
         if num_trained == 0:
-            raise DataError(
-                "training batch: 0 trained tokens; every step must have tokens with a loss",
-                "check the responses",
-            )
+            raise DataError("training batch: 0 trained tokens; each step needs some", "check the responses")
         total = torch.zeros((), device=self.device)
         batches = batches or [IDLE]  # more processes than rows
         for number, batch in enumerate(batches, start=1):
-            loss = (
-                self.replicas.loss_sum(batch, last=number == len(batches))
-                if self.replicas
-                else self.loss_sum(batch)
-            )
+            last = number == len(batches)
+            loss = self.replicas.loss_sum(batch, last) if self.replicas else self.loss_sum(batch)
             torch.autograd.backward(loss / num_trained)
             total += loss.detach()
         if self.replicas:
-            total = self.replicas.sum(total)
+            torch.distributed.all_reduce(total)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         # Reading these two numbers is the step's only wait for the device.
         mean, gradient_norm = torch.stack([total / num_trained, norm.to(total.dtype)]).tolist()
@@ -103,12 +87,12 @@ class TrainStep:
 
     def update(self, factor: float) -> None:
         """Moves the weights along the gradients with `factor` times each group's peak rate."""
-        set_rate(self.optimizers, factor)
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group[PEAK] * factor
             optimizer.step()
-        torch.autograd.graph.increment_version(
-            self.parameters
-        )  # fused optimisers do not, and copies of the weights go by it
+        # Fused optimisers do not, and copies of the weights go by it.
+        torch.autograd.graph.increment_version(self.parameters)
         self.skip()
 
     def skip(self) -> None:

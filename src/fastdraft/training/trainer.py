@@ -6,19 +6,19 @@ So a run that was killed and started again ends with the same weights, bit for b
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastdraft.console import Console
-from fastdraft.errors import FastDraftError, Interrupted, OutOfMemory, free_memory, is_out_of_memory
-from fastdraft.training.batches import Batch, BatchReader, BatchSource
+from fastdraft.errors import FastDraftError, Interrupted
+from fastdraft.training.batches import Batch, BatchSource, read_ahead
 from fastdraft.training.checkpoint import Checkpoints, TrainingState
 from fastdraft.training.distributed import Replicas, World
 from fastdraft.training.metrics import Metrics
@@ -65,112 +65,84 @@ class Trainer:
     validate: Callable[[], Validation] | None = None  # called with the model in evaluation mode
     save_undecayed: Callable[[], None] | None = None
     world: World = field(default_factory=World)
-    state: TrainingState = field(default_factory=TrainingState, init=False)
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(self.folder, self.model, self.step.optimizers, self.console)
+        self.checkpoints = Checkpoints(self.folder, self.model, self.step.optimizers)
+        self.state = TrainingState()
 
     def run(self) -> TrainingState:
         """Trains to the end and leaves the last weights in the model, where there are scores the best ones."""
-        source, schedule = self.source, self.schedule
+        source, schedule, step, world = self.source, self.schedule, self.step, self.world
         self.state = state = self.checkpoints.load_latest()
-        if len(set(self.world.gather(state.step))) > 1:
+        if len(set(world.gather(state.step))) > 1:
             message = f"{self.folder}: not the same on all machines"
             raise FastDraftError(message, "set run.folder to a disk that they share")
-        if self.world.size > 1:
-            self.step.replicas = Replicas(self.model, self.step.loss_sum)
+        if world.size > 1:
+            step.replicas = Replicas(self.model, step.loss_sum)
         self.model.train()
+        ahead = read_ahead(source, step.device, state.step, schedule.micro_batch_tokens)
         with (
-            Metrics(self.folder, state.step, schedule.tensorboard, silent=not self.world.is_main) as metrics,
+            Metrics(self.folder, state.step, schedule.tensorboard, silent=not world.is_main) as metrics,
             self.console.progress(schedule.name, source.tokens, "tokens", completed=state.tokens) as progress,
-            BatchReader(source, self.step.device) as reader,
+            contextlib.closing(ahead),
         ):
             if state.step == 0 and schedule.validate_first and self.checkpoints.saved_step < 0:
                 self._validate(metrics)
             while state.step < source.steps:
-                batches, num_tokens, num_trained, stop = self._read(reader)
-                if stop:
-                    self._save()
-                    raise Interrupted(f"{self.folder}: stopped by a signal; progress is saved")
-                begin = time.perf_counter()
-                factor, limit = schedule.factor(state.step), state.micro_batch_limit
-                loss, norm = self._gradients(batches, num_trained, reader)
+                batches, num_tokens, num_trained = self._read(ahead)
+                begin, factor = time.perf_counter(), schedule.factor(state.step)
+                loss, norm, _ = step.gradients(batches, num_trained)
                 finite = math.isfinite(loss) and math.isfinite(norm)
                 if finite:
-                    self.step.update(factor)
+                    step.update(factor)
                 else:
-                    self.step.skip()
+                    step.skip()
                 seconds = time.perf_counter() - begin
                 state.add(num_tokens, num_trained, seconds, finite)
                 record = {"step": state.step, "tokens": state.tokens, "loss": loss}
                 record |= {"lr": schedule.peak_rate * factor, "grad_norm": norm}
                 record["tokens_per_second"] = round(num_tokens / max(seconds, 1e-9), 1)
-                record |= {} if finite else {"skipped": True}
-                record |= (
-                    {} if state.micro_batch_limit == limit else {"micro_batch_limit": state.micro_batch_limit}
-                )
-                metrics.write(**record)
+                metrics.write(**record, **({} if finite else {"skipped": True}))
                 if not finite:
-                    self._report_bad(loss, norm, schedule.peak_rate * factor)
+                    self._report_bad(record)
                 progress.advance(num_tokens, f"loss {loss:.2f}")
                 if state.step == schedule.undecayed_step and self.save_undecayed:
-                    self.world.on_main(self.save_undecayed)
+                    world.on_main(self.save_undecayed)
                 if self._is_due(schedule.validate_every):
                     self._validate(metrics)
                 if self._is_due(schedule.checkpoint_every):
                     self._save()
         if state.best_step >= 0 and state.best_step != state.step:
-            self.world.on_main(lambda: self.checkpoints.load_best(state.best_step))
+            world.on_main(lambda: self.checkpoints.load_best(state.best_step))
         self.model.eval()
         return state
 
     def _is_due(self, every: int) -> bool:
         return self.state.step == self.source.steps or bool(every and self.state.step % every == 0)
 
-    def _read(self, reader: BatchReader) -> tuple[list[Batch], int, int, bool]:
-        """This process's micro-batches; input and trained tokens of all; whether any was asked to stop."""
-        batches: list[Batch] = []
-        failed = None
+    def _read(self, ahead: Iterator[list[Batch]]) -> tuple[list[Batch], int, int]:
+        """This process's micro-batches, input and trained tokens of all; ends all where one was asked to stop."""
+        batches, failed = list[Batch](), None
         try:
-            limit = self.state.micro_batch_limit or self.schedule.micro_batch_tokens
-            batches = reader.read(self.state.step, limit)
+            batches = next(ahead)
         except FastDraftError as error:
             failed = error
         counts = sum(batch.num_tokens for batch in batches), sum(batch.num_trained for batch in batches)
         found = self.world.gather((*counts, self.console.stop.requested, failed))
         tokens, trained, stops, errors = zip(*found, strict=True)
-        for other in filter(None, errors):
-            raise other
-        return batches, sum(tokens), sum(trained), any(stops)
+        for error in filter(None, errors):
+            raise error
+        if any(stops):
+            self._save()
+            raise Interrupted(f"{self.folder}: stopped by a signal; progress is saved")
+        return batches, sum(tokens), sum(trained)
 
-    def _gradients(self, batches: list[Batch], num_trained: int, reader: BatchReader) -> tuple[float, float]:
-        """Loss and gradient norm; where memory runs out, in smaller micro-batches from then on."""
-        while True:
-            try:
-                return self.step.gradients(batches, num_trained)[:2]
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside the except block, whose traceback keeps a step's tensors alive.
-            where = f"{self.schedule.name}: out of memory at step {self.state.step + 1}"
-            largest = max(
-                (batch.input_ids.numel() for batch in batches if len(batch.input_ids) > 1), default=0
-            )
-            if self.world.size > 1 or not largest:
-                rows = f"micro-batches of {largest} tokens" if largest else "one row"
-                fix = f"lower {self.schedule.name}.micro_batch_tokens, or use shorter rows or a smaller draft"
-                raise OutOfMemory(f"{where} with {rows}", fix)
-            self.step.skip()
-            free_memory()
-            self.state.micro_batch_limit = limit = largest // 2
-            self.console.warn(
-                f"{where}: micro-batches of at most {limit} tokens from here on, the same batch"
-            )
-            batches = reader.read(self.state.step, limit)
-
-    def _report_bad(self, loss: float, norm: float, rate: float) -> None:
-        name, step = self.schedule.name, self.state.step
-        found = f"{name}: loss {loss:g}, gradient norm {norm:g} at step {step}, rate {rate:.2g}"
+    def _report_bad(self, record: dict[str, float]) -> None:
+        name, text = (
+            self.schedule.name,
+            "loss {loss:g}, gradient norm {grad_norm:g} at step {step}, rate {lr:.2g}",
+        )
+        found = f"{name}: {text.format(**record)}"
         if self.state.skipped_in_a_row >= BAD_STEPS_IN_A_ROW:
             fix = f"lower {name}.optimizer.learning_rate or set run.precision: fp32, then --redo {name}"
             raise FastDraftError(f"{found}: {BAD_STEPS_IN_A_ROW} steps in a row were not finite", fix)

@@ -46,34 +46,32 @@ def corpus_losses(
     """Measures the present loss on the first rows of every corpus that has any, by name."""
     plain, batches = replace(step, objective=CrossEntropy()), dict[str, list[Batch]]()
     for name, corpus in corpora.items():
-        rows = corpus.take(np.arange(min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))))
-        batches[name] = packed_batches(rows, micro_batch_tokens, separator)
-    held = {name: found for name, found in batches.items() if found}
-    return lambda: Validation({"validation_loss": {name: mean_loss(plain, held[name]) for name in held}})
+        count = min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))
+        if count:
+            batches[name] = packed_batches(corpus.take(np.arange(count)), micro_batch_tokens, separator)
+    return lambda: Validation({"validation_loss": {n: mean_loss(plain, held) for n, held in batches.items()}})
 
 
 def response_scores(
     step: TrainStep,
     draft: PreTrainedModel,
     rows: Sequence[SyntheticRow],
-    *,
-    num_speculative_tokens: int,
+    k: int,
     vocabulary: Vocabulary,
-    micro_batch_tokens: int,
+    micro: int,
 ) -> Callable[[], Validation]:
-    """Measures cross-entropy on responses cut to the context, block efficiency on those that fit whole."""
+    """Measures cross-entropy on responses cut to the context, block efficiency at `k` on those that fit whole."""
     plain, context_length = replace(step, objective=CrossEntropy()), int(draft.config.max_position_embeddings)
     whole = [row for row in rows if len(row.prompt_ids) + len(row.response_ids) <= context_length]
     replayable = [row for row in whole if row.is_replayable]
     samples, _, _ = cut_to_context((Sample.of(row) for row in rows), context_length)
-    batches = [padded_batch(group, 0) for group in micro_batches(samples, micro_batch_tokens)]
+    batches = [padded_batch(group) for group in micro_batches(samples, micro)]
 
     def measure() -> Validation:
         losses = {"responses": mean_loss(plain, batches)} if batches else {}
         if not replayable:
             return Validation({"validation_loss": losses})
-        k, together = num_speculative_tokens, REPLAYED_TOKENS
-        counted = replay(draft, replayable, [k], vocabulary, batch_tokens=together)
+        counted = replay(draft, replayable, [k], vocabulary, batch_tokens=REPLAYED_TOKENS)
         score = add_counts(counts[k] for counts in counted).block_efficiency
         return Validation({"validation_loss": losses, "validation_block_efficiency": score}, score)
 
