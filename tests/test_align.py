@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,8 @@ def test_when_alignment_only_harms_the_starting_weights_are_kept(
     new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter(np.linspace(2.0, 1.0, 20))
-    monkeypatch.setattr(
-        "fastdraft.training.validation.block_efficiency", lambda *unused, **options: float(next(scores))
-    )
+    counts = lambda found: SimpleNamespace(block_efficiency=float(next(scores)))  # noqa: E731
+    monkeypatch.setattr("fastdraft.training.validation.add_counts", counts)
     context = new_context()
     assert run_stage(context)["best_step"] == 0
     start = load_draft(context.folder("pretrain").path / "checkpoint").state_dict()
