@@ -130,20 +130,6 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     assert torch.allclose(logprobs, probs.log()[tokens])
 
 
-def test_the_largest_uniform_number_never_draws_a_token_without_mass() -> None:
-    logits = torch.tensor([[2.0, 1.0, -math.inf, -math.inf]])
-    for uniform in (0.0, 1 - 2**-53, 1.0):
-        token, _ = draw_tokens(logits, Sampling(1.0), torch.tensor([uniform], dtype=torch.float64))
-        assert int(token) == (0 if uniform == 0 else 1)
-
-
-def test_ids_that_the_tokenizer_lacks_are_not_masked_for_the_target() -> None:
-    logits = torch.zeros(1, 320)
-    logits[0, 310] = 50
-    assert int(draw_tokens(logits, Sampling(0.0), None)[0]) == 310
-    assert int(draw_tokens(logits, Sampling(1.0), torch.tensor([0.5], dtype=torch.float64))[0]) == 310
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_end_the_answer_with_a_nan_log_prob(
     tiny_target: Path, temperature: float
@@ -174,16 +160,6 @@ def test_an_empty_prompt_is_refused(model: PreTrainedModel) -> None:
         generate(model, [[1], []], Sampling(0.0))
 
 
-def test_no_prompts_give_no_answers(model: PreTrainedModel) -> None:
-    assert generate(model, [], Sampling(0.0)) == []
-
-
-def test_prompts_are_padded_on_the_left() -> None:
-    ids, mask = pad_left([[1, 2, 3], [9]], extra=2)
-    assert ids.tolist() == [[1, 2, 3], [0, 0, 9]]
-    assert mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
-
-
 @pytest.mark.parametrize("count", [1, 4])
 def test_grouped_attention_gives_the_logits_of_plain_attention_and_is_undone(
     model: PreTrainedModel, count: int, monkeypatch: pytest.MonkeyPatch
@@ -212,12 +188,6 @@ def test_the_engine_answers_in_the_order_asked(model: PreTrainedModel) -> None:
     assert [g.response_ids for g in found] == [
         g.response_ids for g in generate(model, PROMPTS, Sampling(0.0), tokens=5)
     ]
-
-
-def test_the_engine_tells_how_many_answers_each_batch_finished(model: PreTrainedModel) -> None:
-    told: list[int] = []
-    HuggingFaceEngine(model, VOCABULARY, 2, told.append).generate(PROMPTS, Sampling(1.0), 2, seed=0)
-    assert told == [2, 2, 1]
 
 
 def test_the_engine_refuses_a_prompt_that_leaves_no_room_in_the_context(model: PreTrainedModel) -> None:

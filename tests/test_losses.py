@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdraft.functional import losses
 from fastdraft.functional.distillation import DenseTarget, chunked_distillation, token_loss
-from fastdraft.functional.losses import chunked_cross_entropy, default_chunk
+from fastdraft.functional.losses import chunked_cross_entropy
 
 
 def example(
@@ -89,13 +89,6 @@ def test_under_bf16_autocast_the_loss_is_fp32_and_near_the_exact_one() -> None:
     torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
     for gradient, reference in zip(found, expected, strict=True):
         assert functional.cosine_similarity(gradient.flatten(), reference.flatten(), dim=0) > 0.999
-
-
-def test_a_chunk_never_holds_all_logits_of_a_large_vocabulary() -> None:
-    assert default_chunk("cpu", 128256) == 16
-    assert default_chunk("cuda", 128256) * 128256 <= 1 << 27
-    assert default_chunk("cpu", 8192) == 256
-    assert default_chunk("cpu", 320) == 6553
 
 
 def test_left_open_a_cpu_takes_long_products_and_short_chunks_with_the_same_result(

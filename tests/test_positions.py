@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fastdraft.evaluation.rows import faded_sentences, position_results
 from fastdraft.functional import positions
-from fastdraft.functional.acceptance import counts_to_array, expected_counts
+from fastdraft.functional.acceptance import counts_to_array
 from fastdraft.functional.positions import bucket_bounds, bucket_of, counts_by_bucket
+from test_acceptance import expected_counts
 from test_evaluate import context, run
 from test_evaluate import settings as evaluation
 

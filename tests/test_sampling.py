@@ -15,29 +15,15 @@ def test_temperature_zero_is_one_hot_at_the_argmax() -> None:
     assert probs.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
-def test_temperature_divides_the_logits() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0])
-    assert torch.allclose(probabilities(logits, 0.5), (logits / 0.5).softmax(-1))
-
-
 def test_warp_refuses_temperature_zero() -> None:
     with pytest.raises(ValueError, match="above 0"):
         warp(torch.zeros(3), 0.0)
 
 
 def test_top_k_keeps_k_tokens_and_all_ties_at_the_last_place() -> None:
-    assert (probabilities(torch.tensor([4.0, 3.0, 2.0, 1.0]), 1.0, top_k=2) > 0).tolist() == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    assert (probabilities(torch.tensor([4.0, 3.0, 3.0, 1.0]), 1.0, top_k=2) > 0).tolist() == [
-        True,
-        True,
-        True,
-        False,
-    ]
+    for logits, kept in (([4.0, 3.0, 2.0, 1.0], 2), ([4.0, 3.0, 3.0, 1.0], 3)):
+        found = probabilities(torch.tensor(logits), 1.0, top_k=2) > 0
+        assert found.tolist() == [place < kept for place in range(4)]
     assert (probabilities(torch.tensor([4.0, 3.0]), 1.0, top_k=9) > 0).all()
 
 
@@ -46,10 +32,6 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass() -> None:
     assert (probabilities(logits, 1.0, top_p=0.5) > 0).tolist() == [False, True, False]
     assert (probabilities(logits, 1.0, top_p=0.7) > 0).tolist() == [False, True, True]
     assert (probabilities(logits, 1.0, top_p=1.0) > 0).all()
-
-
-def test_top_p_always_keeps_the_most_likely_token() -> None:
-    assert probabilities(torch.tensor([[1.0, 5.0], [0.0, 0.0]]), 1.0, top_p=1e-6).sum(-1).tolist() == [1, 1]
 
 
 def test_order_is_temperature_then_top_k_then_top_p_as_in_transformers() -> None:
@@ -69,10 +51,6 @@ def test_logits_are_left_as_they_were() -> None:
     probabilities(logits, 0.5, 3, 0.5)
     probabilities(logits, 1.0, 3)
     assert torch.equal(logits, before)
-
-
-def test_half_precision_logits_give_float32_probabilities() -> None:
-    assert probabilities(torch.zeros(3, dtype=torch.bfloat16), 1.0).dtype == torch.float32
 
 
 def test_masked_ids_have_no_probability_and_are_never_the_argmax() -> None:

@@ -42,11 +42,6 @@ def test_scored_log_probs_are_those_recorded_while_writing(
         assert scored.logprobs == pytest.approx(recorded.logprobs, abs=2e-4)
 
 
-def test_greedy_text_is_returned_as_it_is(model: PreTrainedModel) -> None:
-    written = write(model, Sampling(0.0))
-    assert score(model, written, Sampling(0.0)) == written
-
-
 def test_a_token_outside_the_kept_ones_has_no_probability(model: PreTrainedModel) -> None:
     written = write(model, Sampling(1.0))[:1]
     best = int(model(torch.tensor([written[0].prompt_ids])).logits[0, -1].argmax())

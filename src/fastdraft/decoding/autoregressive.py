@@ -36,7 +36,7 @@ def generate_batch(  # noqa: PLR0917
     give_up: Callable[[list[int]], bool] | None = None,
     halving: Halving | None = None,
 ) -> list[Generation]:
-    """One answer for each prompt, in order; reproducible for equal prompts, order, generator state and threads.
+    """One answer for each prompt; reproducible for equal prompts, order, generator state and threads.
 
     Where the model's logits are not finite the answer ends with that step's token and a NaN log-prob.
     `generator` lives on the CPU; `give_up` is asked now and then for each unfinished answer so far, True ends
@@ -77,7 +77,7 @@ def _write(  # noqa: PLR0917
     random: Callable[[int, Tensor], Tensor],
     give_up: Callable[[list[int]], bool] | None,
 ) -> list[Generation]:
-    """The answers of one piece of a batch; `random(step, places)` are numbers of the prompts at these places."""
+    """The answers of one piece of a batch; `random(step, places)` gives the numbers of these prompts."""
     count, device = len(prompts), model.device
     ids_BT, mask_BT = (each.to(device) for each in pad_left(prompts, max_new_tokens))
     width = ids_BT.shape[1]

@@ -32,7 +32,7 @@ _FEW = 16  # new tokens for which repeating their mask per query head costs less
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers comes without types
-    """One layer's keys and values: views into buffers of fixed capacity; writing and cropping copy nothing old."""
+    """One layer's keys and values: views into fixed buffers, so that nothing old is copied."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class ModelReader:
         kinds = set(getattr(text_config(model.config), "layer_types", None) or ()) - _CROPPABLE
         if kinds:
             raise TargetError(
-                f"{model.config.model_type}: layers {', '.join(sorted(kinds))} cannot take back rejected tokens",
+                f"{model.config.model_type}: layers {', '.join(sorted(kinds))} cannot take back tokens",
                 "choose a target whose layers are all attention",
             )
         self.model, self.cache, self.length = model, new_cache(capacity), 0
@@ -116,7 +116,7 @@ def _attend(  # noqa: PLR0917 -- called by transformers
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`sdpa` whose query heads of one group are several queries over their one key head: nothing is copied for each."""
+    """`sdpa` with a group's query heads as several queries over their one key head, which is not copied."""
     groups, new, mask = getattr(module, "num_key_value_groups", 1), query_BHTD.shape[2], attention_mask
     one_mask = new == 1 if mask is None else mask.shape[1] == 1 and mask.shape[2] == new
     if groups == 1 or new > _FEW or not one_mask:

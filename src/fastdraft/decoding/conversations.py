@@ -1,4 +1,4 @@
-"""Conversations with a target: every turn asked in order, its own earlier answers in the prompts of later ones.
+"""Conversations with a target: every turn in order, its own earlier answers in later prompts.
 
 Answers of a log are never read: what stands before a later turn is what this target says, as when it is
 served. Turns of the same number are asked together.
@@ -45,7 +45,7 @@ def take_turns(
     missing_ids: Collection[int] = (),
     last_answers: bool = True,
 ) -> Turns:
-    """Asks conversations turn by turn; `ask` gives the target's answers to the prompts of one turn, told its number.
+    """Asks conversations turn by turn; `ask` answers the prompts of one turn, told its number.
 
     `room` is the most tokens of a prompt; an answer with one of `missing_ids`, ids without a token, ends its
     conversation; without `last_answers` the prompts of the last turns are all that is wanted.

@@ -133,7 +133,7 @@ def pass_by_pass(
 
 
 def length_batches(rows: Sequence[TokenText], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of near-equal length, padded at most `batch_tokens` large (a longer row goes alone)."""
+    """Indices in batches of near-equal length, padded within `batch_tokens` (a longer row goes alone)."""
     lengths, batch = [len(row.prompt_ids) + len(row.response_ids) for row in rows], list[int]()
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[index] > batch_tokens:

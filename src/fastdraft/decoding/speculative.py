@@ -127,7 +127,7 @@ class SpeculativeDecoder:
     def generate(
         self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int
     ) -> SpeculativeResult:
-        """One text, the same for the same arguments; DataError where the prompt is empty or leaves no room."""
+        """One text, the same for the same arguments; DataError where the prompt does not fit."""
         rounds = list(self.rounds(prompt_ids, sampling, max_new_tokens, seed))
         response = [token for r in rounds for token in r.tokens]
         logprobs = [value for r in rounds for value in r.logprobs]
@@ -155,7 +155,7 @@ class SpeculativeDecoder:
                 return
 
     def _round(self, text: _Text, length: int, end: int) -> Round:
-        """One proposal and verification, written into `ids_T`; leaves both readers one token behind the text's end.
+        """One proposal and verification, written into `ids_T`; both readers stay one token behind the end.
 
         After K acceptances the draft has not read its own last proposal; it reads it next time, with the
         bonus token.
@@ -186,7 +186,7 @@ class SpeculativeDecoder:
         return Round(tokens, logprobs, accepted, examined, overlap, self.num_speculative_tokens)
 
     def _propose(self, text: _Text, length: int, num_proposals: int) -> Tensor:
-        """Writes the proposals from `length` on; gives the distributions they were drawn from, [K, V], if any."""
+        """Writes the proposals from `length` on; the distributions they were drawn from, [K, V], if any."""
         draft, ids_T, sampling = text.draft, text.ids, text.sampling
         temperature = sampling.temperature if self.draft_temperature is None else self.draft_temperature
         drawn_from: list[Tensor] = []
@@ -204,7 +204,7 @@ class SpeculativeDecoder:
 def _fetch(
     num_accepted: Tensor, ids_E: Tensor, target_probs_EV: Tensor | None, draft_probs_KV: Tensor
 ) -> tuple[int, list[int], list[float], list[float]]:
-    """What a round needs of the device, in one transfer: num_accepted, ids and log-probs of E places, overlaps of K."""
+    """In one transfer what a round needs: num_accepted, ids and log-probs of E places, overlaps of K."""
     if target_probs_EV is None:
         count, *ids = torch.cat([num_accepted[None], ids_E]).tolist()
         return count, ids, [0.0] * len(ids), []

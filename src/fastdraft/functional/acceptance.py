@@ -1,8 +1,7 @@
 """Counts of speculative decoding, and their exact expectation from per-token accept probabilities.
 
-Counts are stored and added; rates are derived when printed. Conventions: the first round drafts straight from the prompt;
-every round proposes K tokens; what stands beyond the end of the text is discarded and not counted as accepted; the
-end-of-sequence token counts as a generated token. Shape suffixes: B texts, T tokens, K proposals, E = K + 1.
+Counts are stored and added, rates derived when printed; the conventions are those of decoding/speculative.py.
+Shape suffixes: B texts, T tokens, K proposals, E = K + 1.
 """
 
 from __future__ import annotations
@@ -14,33 +13,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TOTALS = 7
-"""Columns of `counts_to_array` before the positions."""
-DRAFTS, PROPOSED, ACCEPTED, GENERATED = 0, 1, 2, 4
-"""Some of these columns."""
-
-CountsTable = NDArray[np.float64]
-"""One line for each text, with the columns of `counts_to_array`."""
+TOTALS = 7  # columns of `counts_to_array` before the positions
+DRAFTS, PROPOSED, ACCEPTED, GENERATED = 0, 1, 2, 4  # some of these columns
+Floats = NDArray[np.float64]
+CountsTable = Floats  # one line for each text, with the columns of `counts_to_array`
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What happened in some rounds; whole numbers from a real run, expectations from replay. Add them, then take rates."""
+    """What happened in some rounds: whole numbers from a run, expectations from replay. Add, then rate."""
 
-    num_drafts: float = 0.0
-    """Rounds: one proposal of K tokens and one pass of the target each."""
-    num_draft_tokens: float = 0.0
-    """Proposed: K for each round."""
-    num_accepted_tokens: float = 0.0
-    """Proposals that became part of the text."""
-    num_accepted_tokens_per_pos: tuple[float, ...] = ()
-    """The same by place in the round, first proposal first."""
-    num_examined_tokens: float = 0.0
-    """Proposals that were decided on: each accepted one, and the rejected one that ended a round."""
-    num_generated_tokens: float = 0.0
-    """Tokens of the text."""
-    overlap_sum: float = 0.0
-    """Sum over `overlap_tokens` positions of sum_v min(target_probs, draft_probs), or of its estimate."""
+    num_drafts: float = 0.0  # rounds: one proposal of K tokens and one pass of the target each
+    num_draft_tokens: float = 0.0  # proposed: K for each round
+    num_accepted_tokens: float = 0.0  # proposals that became part of the text
+    num_accepted_tokens_per_pos: tuple[float, ...] = ()  # the same by place in the round
+    num_examined_tokens: float = 0.0  # decided on: each accepted one, and the rejected one that ended a round
+    num_generated_tokens: float = 0.0  # tokens of the text
+    overlap_sum: float = 0.0  # over `overlap_tokens` positions, of sum_v min(target_probs, draft_probs)
     overlap_tokens: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
@@ -81,21 +70,20 @@ def add_counts(counts: Iterable[Counts]) -> Counts:
     return counts_from_array(np.sum([counts_to_array(c) for c in listed], axis=0))
 
 
-def counts_to_array(counts: Counts) -> NDArray[np.float64]:
-    """A row of numbers for sums and bootstraps: the seven totals in the order of the fields, then one number for each position."""
-    c = counts
-    proposals = c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens, c.num_examined_tokens
-    rest = c.num_generated_tokens, c.overlap_sum, c.overlap_tokens, *c.num_accepted_tokens_per_pos
-    return np.array([*proposals, *rest], dtype=np.float64)
+def counts_to_array(counts: Counts) -> Floats:
+    """A row for sums and bootstraps: the seven totals in the order of the fields, then the positions."""
+    drafts, proposed, accepted, per_pos, *rest = vars(counts).values()
+    return np.array([drafts, proposed, accepted, *rest, *per_pos], dtype=np.float64)
 
 
-def counts_from_array(row: NDArray[np.float64]) -> Counts:
+def counts_from_array(row: Floats) -> Counts:
     """The inverse of `counts_to_array`."""
     drafts, proposed, accepted, *rest = [float(value) for value in row]
     return Counts(drafts, proposed, accepted, tuple(rest[TOTALS - 3 :]), *rest[: TOTALS - 3])
 
 
 def counts_table(counts: Sequence[Counts]) -> CountsTable:
+    """A line for each."""
     return np.stack([counts_to_array(c) for c in counts])
 
 
@@ -109,24 +97,19 @@ def tidy_count(value: float) -> float | int:
     return int(value) if value == int(value) else round(value, 6)
 
 
-def expected_counts(accept: NDArray[np.float64], num_speculative_tokens: int) -> Counts:
-    """Expected counts of a run that emits a given text, from each token's probability to be accepted when drafted.
-
-    Given the text, the accept decisions are independent, and a drafted token x is accepted with probability
-    min(1, draft_probs[x] / target_probs[x]): that is `accept`. A 0/1 array (greedy) gives the very counts of the run.
-    """
-    return batched_expected_counts([accept], [num_speculative_tokens])[0][num_speculative_tokens]
-
-
 def batched_expected_counts(
-    accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]
+    accepts: Sequence[Floats], num_speculative_tokens: Sequence[int]
 ) -> list[dict[int, Counts]]:
-    """`expected_counts` for many texts and many K at once: one dictionary from K to counts for each text.
+    """Expected counts of runs that emit given texts, from each token's chance to be accepted when drafted.
 
-    The chance visit[i] that a round begins at token i obeys a recursion from the front, the adjoint of
-    f(i) = 1 + sum_{j<K} (a_i...a_{i+j-1})(1 - a_{i+j}) f(i+j+1) + (a_i...a_{i+K-1}) f(i+K+1):
-    a rejection at token m starts the next round at m + 1, the bonus token after K acceptances at i + K + 1. Every count is
-    linear in `visit`. All K and all texts advance together: O(longest text * K) numpy steps, not O(tokens * K).
+    One dictionary from K to counts for each text. Given the text, the accept decisions are independent, and a
+    drafted token x is accepted with probability min(1, draft_probs[x] / target_probs[x]); 0 and 1 (greedy)
+    give a run's own counts.
+
+    The chance visit[i] that a round begins at token i obeys a recursion from the front, the adjoint of f(i) =
+    1 + sum_{j<K} (a_i...a_{i+j-1})(1 - a_{i+j}) f(i+j+1) + (a_i...a_{i+K-1}) f(i+K+1): a rejection at token m
+    starts the next round at m + 1, the bonus token after K acceptances at i + K + 1. Every count is linear in
+    `visit`. All K and all texts advance together: O(longest text * K) numpy steps, not O(tokens * K).
     """
     ks = sorted(set(num_speculative_tokens))
     if not ks or ks[0] < 1:
@@ -142,58 +125,49 @@ def batched_expected_counts(
     ]
 
 
-def pad_accepts(accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: int) -> NDArray[np.float64]:
-    """Texts side by side, [B, longest + K + 1]. Padding accepts nothing, so runs of acceptances end at a text's end by themselves."""
+def pad_accepts(accepts: Sequence[Floats], num_speculative_tokens: int) -> Floats:
+    """Texts side by side, [B, longest + K + 1]; padding accepts nothing, so runs end where the text does."""
     padded_BT = np.zeros((len(accepts), max(map(len, accepts)) + num_speculative_tokens + 1))
     for row, values in zip(padded_BT, accepts, strict=True):
         row[: len(values)] = values
     return padded_BT
 
 
-def acceptance_runs(padded_BT: NDArray[np.float64], longest: int, top: int) -> NDArray[np.float64]:
+def acceptance_runs(padded_BT: Floats, longest: int, top: int) -> Floats:
     """[b, i, j]: the chance that tokens i .. i+j are all accepted, given that a round begins at i."""
     windows_BTK = np.lib.stride_tricks.sliding_window_view(padded_BT, top, axis=1)[:, :longest]
-    runs_BTK: NDArray[np.float64] = np.cumprod(windows_BTK, axis=2, dtype=np.float64)
-    return runs_BTK
+    return np.asarray(np.cumprod(windows_BTK, axis=2, dtype=np.float64))
 
 
-def _counts_of(
-    padded_BT: NDArray[np.float64], runs_BTK: NDArray[np.float64], lengths: NDArray[np.int64], k: int
-) -> list[Counts]:
+def _counts_of(padded_BT: Floats, runs_BTK: Floats, lengths: NDArray[np.int64], k: int) -> list[Counts]:
     longest = runs_BTK.shape[1]
     runs_BTK = runs_BTK[:, :, :k]
     visit_BT = round_starts(runs_BTK, lengths)
     accepted_BK = np.einsum("bt,btk->bk", visit_BT, runs_BTK)
     # The proposal at j is decided on when the j before it were accepted and its place lies inside the text.
-    reached_BTK = reached(runs_BTK)
     places_TK = np.arange(longest)[:, None] + np.arange(k)
-    examined_B = np.einsum(
-        "bt,btk,btk->b", visit_BT, reached_BTK, (places_TK[None] < lengths[:, None, None]).astype(np.float64)
-    )
-    drafts_B = visit_BT.sum(1)
-    rows = zip(drafts_B, accepted_BK, examined_B, lengths, padded_BT.sum(1), strict=True)
+    inside_BTK = (places_TK[None] < lengths[:, None, None]).astype(np.float64)
+    examined_B = np.einsum("bt,btk,btk->b", visit_BT, reached(runs_BTK), inside_BTK)
+    rows = zip(visit_BT.sum(1), accepted_BK, examined_B, lengths, padded_BT.sum(1), strict=True)
     return [
         Counts(*map(float, (d, d * k, a.sum())), tuple(map(float, a)), *map(float, (e, n, o, n)))
         for d, a, e, n, o in rows
     ]
 
 
-def round_starts(runs_BTK: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+def round_starts(runs_BTK: Floats, lengths: NDArray[np.int64]) -> Floats:
     """[b, i]: the chance that a round begins at token i of text b; 0 beyond its end."""
     batch, longest, k = runs_BTK.shape
-    # ends[b, i, j]: a round that begins at i is rejected at its j-th proposal, for j < k; for j = k the bonus token follows.
+    # [b, i, j]: a round that begins at i is rejected at its j-th proposal; for j = k the bonus token follows.
     ends_BTE = np.concatenate([np.ones((batch, longest, 1)), runs_BTK], axis=2)
     ends_BTE[:, :, :k] -= runs_BTK
     visit_BT = np.zeros((batch, longest + k + 1))
     visit_BT[:, 0] = 1.0
     for i in range(longest):
         visit_BT[:, i + 1 : i + k + 2] += visit_BT[:, i, None] * ends_BTE[:, i]
-    visit_BT = visit_BT[:, :longest]
-    inside_BT = np.arange(longest) < lengths[:, None]
-    started_BT: NDArray[np.float64] = visit_BT * inside_BT
-    return started_BT
+    return np.asarray(visit_BT[:, :longest] * (np.arange(longest) < lengths[:, None]))
 
 
-def reached(runs_BTK: NDArray[np.float64]) -> NDArray[np.float64]:
+def reached(runs_BTK: Floats) -> Floats:
     """[b, i, j]: the chance that the j proposals before the j-th were accepted: 1 for the first."""
     return np.concatenate([np.ones_like(runs_BTK[:, :, :1]), runs_BTK[:, :, :-1]], axis=2)

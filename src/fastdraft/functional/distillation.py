@@ -1,7 +1,7 @@
 """Token-level distillation: losses between the target's distribution of the next token and the draft's.
 
-Written t for target_probs, d for draft_probs, sums over tokens or buckets; overlap = sum min(t, d), the chance
-that speculative sampling accepts the draft's proposal; CE = -log d[label]:
+Written t for target_probs, d for draft_probs, sums over tokens or buckets; overlap = sum min(t, d), the
+chance that speculative sampling accepts the draft's proposal; CE = -log d[label]:
     forward_kl  sum t log(t/d)                                            Hinton et al. 1503.02531
     reverse_kl  sum d log(d/t)                                            MiniLLM 2306.08543
     jsd         beta KL(t|m) + (1-beta) KL(d|m), m = beta t + (1-beta) d  GKD 2306.13649
@@ -11,7 +11,8 @@ that speculative sampling accepts the draft's proposal; CE = -log d[label]:
     lk_hybrid   l forward_kl + (1-l) tvd, l = exp(-3 overlap) held fixed  LK losses 2602.23881
     lk_log      -log overlap                                              LK losses 2602.23881
 
-Shapes: N tokens, D hidden, V vocabulary, K kept tokens, B buckets (V, or K + 1 with the tail last), C a chunk.
+Shapes: N tokens, D hidden, V vocabulary, K kept tokens, B buckets (V, or K + 1 with the tail last), C a
+chunk.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch import Tensor
 from fastdraft.functional.losses import IGNORE_INDEX, chunked_loss, default_chunk
 
 # Both distributions are at temperature 1 and neither is masked: a padding id has the probability that the
-# model gives it. A target known by its k most likely tokens is compared bucket by bucket, those k and one tail
-# for all others, in both: every loss but the cross-entropy is then a lower bound of the dense one.
+# model gives it. A target known by its k most likely tokens is compared bucket by bucket, those k and one
+# tail for all others, in both: every loss but the cross-entropy is then a lower bound of the dense one.
 
 # Log-probs of the target and of the draft, each [..., B] -> nats (or probability) [...]
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -40,7 +41,7 @@ LOG_FLOOR = -1e4  # stands for log 0 where a bucket is empty, so that 0 * log 0 
 
 
 def forward_kl(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
-    """KL(t|d) = sum t log(t/d): the draft must cover all that the target may say."""
+    """KL(t|d): the draft must cover all that the target may say."""
     return (target_logp.exp() * (target_logp - draft_logp)).sum(-1)
 
 
@@ -107,18 +108,15 @@ def token_loss(name: str, beta: float = 0.5) -> TokenLoss:
 class DenseTarget:
     """The target's distribution over all tokens, made when a chunk asks for it."""
 
-    logits: Callable[[slice], Tensor]
-    """Raw logits [C, V] of some rows; `logits_NV.__getitem__` where they stand already."""
+    logits: Callable[[slice], Tensor]  # raw logits [C, V] of some rows
 
 
 @dataclass(frozen=True)
 class SparseTarget:
     """The target's distribution over its K most likely tokens and one tail."""
 
-    ids: Tensor
-    """Integers [N, K]; no id twice in a row."""
-    logprobs: Tensor
-    """[N, K + 1], at temperature 1, the tail's mass last."""
+    ids: Tensor  # integers [N, K]; no id twice in a row
+    logprobs: Tensor  # [N, K + 1], at temperature 1, the tail's mass last
 
     def normalized(self) -> SparseTarget:
         """The same with rows that add to 1 exactly: what was stored in 16 bits is a little off."""
@@ -135,7 +133,7 @@ def top_k_buckets(logits_NV: Tensor, k: int) -> SparseTarget:
 
 
 def _bucketed(logits_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs by bucket [N, K+1], of all tokens [N, V], and of each given the tail [N, V] (-inf outside)."""
+    """Log-probs by bucket [N, K+1], of all tokens [N, V], of each given the tail [N, V] (-inf outside)."""
     lse_N1 = logits_NV.logsumexp(-1, keepdim=True)
     logp_NV = logits_NV - lse_N1
     rest_NV = logits_NV.scatter(1, ids_NK, -torch.inf)

@@ -24,8 +24,9 @@ class Generation:
 
     prompt_ids: list[int]
     response_ids: list[int]  # without the prompt; ends with the EOS id when `finish_reason` is `stop`
-    # Natural log of the probability of each response id under the very distribution it was drawn from; 0 when greedy. Empty
-    # where a server does not tell it: such text can be trained on, and replayed only where no probability is asked.
+    # Natural log of the probability of each response id under the very distribution it was drawn from; 0 when
+    # greedy. Empty where a server does not tell it: such text can be trained on, and replayed only where no
+    # probability is asked.
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     fault: str = ""  # why this answer is no use as a row, in one word; empty for every good one
@@ -41,7 +42,7 @@ class Generation:
 
 
 class RenderedPrompt(list[int]):
-    """Token ids that still know the messages they were rendered from, for servers that render messages themselves."""
+    """Token ids that still know their messages, for servers that render messages themselves."""
 
     def __init__(self, ids: Iterable[int], messages: Iterable[Mapping[str, str]]) -> None:
         super().__init__(ids)

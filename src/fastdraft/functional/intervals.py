@@ -1,50 +1,36 @@
 """How sure a rate is: 95 % bootstrap intervals over prompts, seeded.
 
-Prompts are what is drawn again, turns of a conversation and answers to one prompt together: they depend on each other. The
+Turns of a conversation and answers to one prompt depend on each other, so they are drawn together: the
 cluster bootstrap of Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Groups = NDArray[np.int64]
-"""For each prompt the number of the group with which it is drawn."""
+Groups = NDArray[np.int64]  # for each prompt the number of the group with which it is drawn
 RESAMPLES = 2000
 LEVEL = 0.95
-
-
-def resample_weights(num_prompts: int, seed: int, resamples: int = RESAMPLES) -> Floats:
-    """How often each prompt is drawn in each bootstrap sample, [resamples, num_prompts]."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=resamples).astype(
-        np.float64
-    )
 
 
 def ratio_interval(
     parts_P: Floats, wholes_P: Floats, seed: int, groups_P: Groups | None = None
 ) -> tuple[float, float]:
-    """The interval of sum(parts) / sum(wholes), one of each for each prompt; NaN for fewer than two groups."""
-    sums_G2 = _by_group(parts_P, wholes_P, groups_P)
-    if len(sums_G2) < 2:
-        return float("nan"), float("nan")
-    return _quantiles(_ratios(resample_weights(len(sums_G2), seed), sums_G2))
+    """The interval of sum(parts) / sum(wholes), given by prompt; NaN for fewer than two groups."""
+    return _quantiles(_ratios(_by_group(parts_P, wholes_P, groups_P), seed))
 
 
 def difference_interval(
     before: tuple[Floats, Floats], after: tuple[Floats, Floats], seed: int, groups_P: Groups | None = None
 ) -> tuple[float, float]:
-    """The paired interval of ratio(after) - ratio(before), each a (parts_P, wholes_P) over the same prompts in the same order."""
-    before_G2, after_G2 = _by_group(*before, groups_P), _by_group(*after, groups_P)
-    if len(before_G2) < 2:
-        return float("nan"), float("nan")
-    weights = resample_weights(len(before_G2), seed)
-    return _quantiles(_ratios(weights, after_G2) - _ratios(weights, before_G2))
+    """The interval of ratio(after) - ratio(before), each a (parts_P, wholes_P), paired by prompt."""
+    ratios_R = [_ratios(_by_group(*each, groups_P), seed) for each in (after, before)]
+    return _quantiles(ratios_R[0] - ratios_R[1])
 
 
 def group_numbers(names: Iterable[Hashable]) -> Groups:
@@ -69,16 +55,21 @@ def _by_group(parts_P: Floats, wholes_P: Floats, groups_P: Groups | None) -> Flo
     return sums_G2
 
 
-def _ratios(weights_RG: Floats, sums_G2: Floats) -> Floats:
-    sums_R2 = weights_RG @ sums_G2
+def _ratios(sums_G2: Floats, seed: int) -> Floats:
+    """The ratio in each bootstrap sample; none for fewer than two groups."""
+    groups = len(sums_G2)
+    if groups < 2:
+        return np.zeros(0)
+    # How often each group is drawn in each sample.
+    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
+    sums_R2 = drawn.astype(np.float64) @ sums_G2
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios: Floats = sums_R2[:, 0] / sums_R2[:, 1]
-    return ratios
+        return np.asarray(sums_R2[:, 0] / sums_R2[:, 1])
 
 
 def _quantiles(values_R: Floats) -> tuple[float, float]:
     values_R = values_R[np.isfinite(values_R)]
     if not len(values_R):
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -1,9 +1,8 @@
-"""Cross-entropy over a large vocabulary that never holds all logits.
+"""Cross-entropy over a large vocabulary that never holds all logits: `chunked_cross_entropy(...)`.
 
-Rows are taken in chunks, and each chunk's share of the gradient is made in the forward pass, while its logits
-still exist. Losses against a whole distribution (distillation.py) go through the same `chunked_loss`.
-
-Shapes: N tokens, D hidden size, V vocabulary, C tokens of one chunk.
+Each chunk's share of the gradient is made in the forward pass, while its logits still exist;
+distillation.py's losses go through the same `chunked_loss`. Shapes: N tokens, D hidden size, V vocabulary, C
+tokens of one chunk.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ _CHUNK_ROWS = {"cpu": (16, 8192), "other": (256, 8192)}
 _STRETCH_ROWS, _STRETCH_ELEMENTS = 2048, 1 << 27
 _TINY = 1e-30  # below it a probability's logarithm is not to be trusted in fp32
 
-# Logits [C, V] of some rows, which the callee may overwrite; which rows; whether a gradient is wanted -> summed
-# loss and its gradient by the logits.
+# Logits [C, V] of some rows, which the callee may overwrite; which rows; whether a gradient is wanted ->
+# summed loss and its gradient by the logits.
 ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 # Hidden states [C, D] that begin at that row of all -> the same, the gradient in the type of the products.
 StretchLoss = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
@@ -38,8 +37,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of `-log softmax(hidden @ head^T)[label] + z_loss * logsumexp^2`, in nats.
 
-    Matrix products run in autocast's type where it is on (bf16), else in that of `hidden_ND`; softmax and sums
-    in fp32 (float64 for float64). The z-loss is PaLM's (arXiv 2204.02311). Rows of `IGNORE_INDEX` have no loss.
+    Products run in autocast's type where it is on (bf16), else in that of `hidden_ND`; softmax and sums in
+    fp32 (float64 for float64). The z-loss is PaLM's (arXiv 2204.02311). Rows of `IGNORE_INDEX` have no loss.
     """
     return chunked_loss(hidden_ND, head_VD, partial(_cross_entropy_of_chunk, labels_N, z_loss), chunk)
 
@@ -102,7 +101,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_ND is not None and grad_CV is not None:
                     grad_ND[rows] = product(grad_CV, low_VD, wide)
                 if grad_VD is not None and grad_CV is not None:
-                    _add_product(grad_VD, grad_CV.t(), low_CD)
+                    # On a CPU without a copy of the product in the wider type.
+                    on_cpu, left_VC = grad_VD.device.type == "cpu", grad_CV.t()
+                    grad_VD += left_VC @ low_CD if on_cpu else product(left_VC, low_CD, wide)
         ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
         return total
 
@@ -141,11 +142,9 @@ def _cpu_stretches(
         total = torch.zeros((), dtype=wide)
         for first in range(0, low_CV.shape[0], chunk):
             part_CV = low_CV[first : first + chunk]
-            logits_CV = (
-                part_CV if all_wide_CV is all_low_CV else all_wide_CV[: part_CV.shape[0]].copy_(part_CV)
-            )
-            rows = slice(start + first, start + first + part_CV.shape[0])
-            part_loss, grad_CV = chunk_loss(logits_CV, rows, grad)
+            count, same = part_CV.shape[0], all_wide_CV is all_low_CV
+            logits_CV = part_CV if same else all_wide_CV[:count].copy_(part_CV)
+            part_loss, grad_CV = chunk_loss(logits_CV, slice(start + first, start + first + count), grad)
             total += part_loss
             if grad_CV is not None and grad_CV.data_ptr() != part_CV.data_ptr():
                 part_CV.copy_(grad_CV)
@@ -159,11 +158,6 @@ def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
     if left.is_cuda and left.dtype != wide and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=wide)
     return (left @ right).to(wide)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to `total`; on a CPU without a copy of the product in the total's wider type."""
-    total += left @ right if total.device.type == "cpu" else product(left, right, total.dtype)
 
 
 def _cross_entropy_of_chunk(
@@ -180,8 +174,7 @@ def _cross_entropy_of_chunk(
         return loss, None
     scale_C = trained_C.to(logits_CV.dtype)
     grad_CV = probs_CV.mul_((scale_C * (1 + 2 * z_loss * lse_C))[:, None])
-    grad_CV.scatter_add_(1, safe_C1, -scale_C[:, None])
-    return loss, grad_CV
+    return loss, grad_CV.scatter_add_(1, safe_C1, -scale_C[:, None])
 
 
 def _softmax(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Where in a text a draft is accepted: the expected counts of replay, split by absolute position.
 
-A round belongs whole to the bucket in which its first proposal stands. Shape suffixes: B texts, T response positions,
-K proposals of a round, C columns of `counts_to_array`.
+A round belongs whole to the bucket in which its first proposal stands. Shape suffixes: B texts, T response
+positions, K proposals of a round, C columns of `counts_to_array`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from fastdraft.functional.acceptance import TOTALS, acceptance_runs, pad_accepts, reached, round_starts
 
 FIRST_BUCKET = 512
-TOGETHER = 32
-"""Texts worked on together: bounds the memory of long ones."""
+TOGETHER = 32  # texts worked on together: bounds the memory of long ones
 
 
 def bucket_bounds(bucket: int) -> tuple[int, int]:
@@ -25,18 +24,16 @@ def bucket_bounds(bucket: int) -> tuple[int, int]:
 
 def bucket_of(positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """The bucket of each absolute position, 0-based."""
-    buckets: NDArray[np.int64] = np.frexp(positions // FIRST_BUCKET)[1].astype(
-        np.int64
-    )  # bits of the quotient: 0 below 512
-    return buckets
+    return np.frexp(positions // FIRST_BUCKET)[1].astype(np.int64)  # bits of the quotient: 0 below 512
 
 
 def counts_by_bucket(
     accepts: Sequence[NDArray[np.float64]], starts: Sequence[int], num_speculative_tokens: int
 ) -> NDArray[np.float64]:
-    """Expected counts of every text in every bucket, [texts, buckets, columns of `counts_to_array`]; their sum is `expected_counts`.
+    """Expected counts of every text in every bucket, [texts, buckets, columns of `counts_to_array`].
 
-    `starts` is for each text the absolute position of its first response token. As many buckets as the longest text reaches.
+    Over the buckets they add up to the text's counts. `starts`: the position of each text's first response
+    token.
     """
     ends = [start + len(accept) for start, accept in zip(starts, accepts, strict=True)]
     buckets = 1 + int(bucket_of(np.array([max([1, *ends]) - 1]))[0])
@@ -59,13 +56,11 @@ def _columns(accepts: Sequence[NDArray[np.float64]], k: int) -> NDArray[np.float
     runs_BTK = acceptance_runs(padded_BT, longest, k)
     visit_BT = round_starts(runs_BTK, lengths)
     left_BT = lengths[:, None] - np.arange(longest)  # tokens of the text from this one on
-    accepted_BTK = visit_BT[:, :, None] * runs_BTK
+    accepted_BTK, inside_BT = visit_BT[:, :, None] * runs_BTK, left_BT > 0
     examined_BT = (reached(runs_BTK) * (np.arange(k) < left_BT[:, :, None])).sum(2)
     # The token that the target adds is missing only where the last token of the text is an accepted proposal.
-    last_BT = np.take_along_axis(runs_BTK, np.clip(left_BT - 1, 0, k - 1)[:, :, None], axis=2)[:, :, 0] * (
-        left_BT <= k
-    )
-    inside_BT = left_BT > 0
+    last_BT = np.take_along_axis(runs_BTK, np.clip(left_BT - 1, 0, k - 1)[:, :, None], axis=2)[:, :, 0]
+    last_BT = last_BT * (left_BT <= k)
     totals = [
         visit_BT,
         k * visit_BT,

@@ -1,7 +1,8 @@
 """When two greedy texts count as the same: equal ids, or parted at a near-tie, which rounding decides.
 
-One pass over several tokens rounds otherwise than one pass over one, so a text written with a draft may leave the target's own where two
-tokens are nearly equally likely. The gap between their log-probs behind the common text tells such a near-tie from a fault.
+A pass over several tokens rounds otherwise than a pass over one, so a text written with a draft may leave the
+target's own where two tokens are nearly equally likely; the gap between their log-probs there tells a
+near-tie from a fault.
 """
 
 from __future__ import annotations
@@ -9,40 +10,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+# The gap in log-prob between two next tokens of a text, under the target.
 Judge = Callable[[list[int], int, int], float]
-"""The gap in log-prob between two next tokens of a text, under the target."""
-
-# Widest gap, in nats, that rounding decides. float32 differs by about 1e-5; up to 0.13 was seen in a device's own fast arithmetic.
-_NEAR_TIE = {"float32": 1e-3, "exact": 1e-3, "float16": 0.03}
-_NEAR_TIE_ELSE = 0.2
+# Widest gap, in nats, that rounding decides: float32 differs by about 1e-5, a device's fast arithmetic by up
+# to 0.13.
+_NEAR_TIE, _NEAR_TIE_ELSE = {"float32": 1e-3, "exact": 1e-3, "float16": 0.03}, 0.2
 
 
 @dataclass(frozen=True)
 class TextMismatch:
     """Where a text leaves the target's own."""
 
-    place: int
-    """The first response token that differs, from 0."""
-    gap: float | None
-    """Log-prob between the two tokens there; None where one text is the beginning of the other."""
+    place: int  # the first response token that differs, from 0
+    gap: float | None  # log-prob between the two tokens there; None where one text is the other's beginning
 
     def is_near_tie(self, precision: str) -> bool:
         return self.gap is not None and self.gap < near_tie(precision)
 
 
 def near_tie(precision: str) -> float:
-    """Gap below which two tokens count as tied: by torch's name of a dtype, or `exact` and `fast` of a runtime."""
+    """Gap below which two tokens count as tied: by the name of a dtype, or a runtime's `exact` and `fast`."""
     return _NEAR_TIE.get(precision, _NEAR_TIE_ELSE)
 
 
 def first_difference(own: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first place at which two texts differ; where one is the other's beginning, its length; None for equal texts."""
+    """The first place at which two texts differ, the shorter's end where it begins the other."""
     if list(own) == list(other):
         return None
-    return next(
-        (place for place, (a, b) in enumerate(zip(own, other, strict=False)) if a != b),
-        min(len(own), len(other)),
-    )
+    pairs = enumerate(zip(own, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(own), len(other)))
 
 
 def compare_texts(

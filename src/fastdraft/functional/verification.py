@@ -1,8 +1,8 @@
-"""Which proposals the target keeps, and which token it adds: the step that makes speculative decoding lossless.
+"""Which proposals the target keeps, and which token it adds: what makes speculative decoding lossless.
 
 Leviathan et al. (arXiv 2211.17192), Chen et al. (arXiv 2302.01318): a proposal x is kept with probability
-min(1, target_probs[x] / draft_probs[x]); the first one refused is replaced by a draw from norm(max(0, target_probs - draft_probs)).
-Shape suffixes: K proposals, E = K + 1 positions of the target, V vocabulary. One sequence, no batch axis.
+min(1, target_probs[x] / draft_probs[x]); the first refused is replaced by a draw from `recovery`. One
+sequence, no batch axis. Shape suffixes: K proposals, E = K + 1 positions of the target, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,16 +19,10 @@ def verify(
     proposed_K: Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The number of proposals kept, and the token after them; nothing here waits for the device.
+    """num_accepted in 0..K, int64 without axes, and the recovered or bonus token, [1], without a wait.
 
-    Args:
-        target_probs_EV: The target's distribution at each proposal and after the last one; rows sum to 1.
-        draft_probs_KV: The very distributions that the proposals were drawn from.
-        proposed_K: The proposals, at least one.
-        generator: The source of randomness, on the tensors' device.
-
-    Returns:
-        num_accepted in 0..K, an int64 tensor without axes, and the recovered or bonus token, shape [1].
+    The target's distributions stand at each proposal and after the last one; the draft's are those that the
+    proposals, at least one, were drawn from. `generator` lives on the tensors' device.
     """
     index_K1, num_proposed = proposed_K[:, None], len(proposed_K)
     target_K = target_probs_EV[:-1].gather(-1, index_K1).squeeze(-1)
@@ -49,10 +43,10 @@ def verify_greedy(target_ids_E: Tensor, proposed_K: Tensor) -> tuple[Tensor, Ten
 
 
 def recovery(target_probs_V: Tensor, draft_probs_V: Tensor) -> Tensor:
-    """norm(max(0, target_probs - draft_probs)): the distribution of the token that replaces a refused proposal.
+    """norm(max(0, target_probs - draft_probs)): the distribution of what replaces a refused proposal.
 
-    Where rounding leaves nothing over (the two distributions are equal), a refusal has probability 0 and the target's own
-    distribution is returned.
+    Where the two are equal nothing is left over, and a refusal has probability 0: the target's own stands for
+    it.
     """
     rest_V = (target_probs_V - draft_probs_V).clamp(min=0)
     total = rest_V.sum()

@@ -1,6 +1,7 @@
-"""The charts, each one small matplotlib drawing as an SVG image: `ladder(results)` and so on give `Chart`s for the page.
+"""The charts, each one small matplotlib drawing as an SVG image: `ladder(results)` and so on give `Chart`s.
 
-Charts of one call share their vertical scale. They are drawn for a light ground; the page lays one under them in the dark.
+Charts of one call share their vertical scale. They are drawn for a light ground; in the dark the page lays
+one under them.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ from fastdraft.reporting.definitions import PAPER_RATES, TEMPLATES, at_temperatu
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# What is varied alone at the best K: the row's `part` and the field of its value.
 SWEEPS = {
     "prompt_tokens": "Prompt length, tokens",
     "max_new_tokens": "Output length, tokens",
     "concurrency": "Requests at the same time",
 }
-"""What is varied alone at the best K: the row's `part` and the field of its value."""
 GREY = "#8a909a"
 CHECKPOINT_COLOURS = dict(zip(CHECKPOINT_LABELS, (GREY, "#7f97ba", "#3f7fd0", "#0f2f6e"), strict=True))
 COLOURS = ("#b4531a", "#6f4aa8", "#2c7a4b", "#a87400", "#0f7c8a", "#b03a6e")
-Point = tuple[float, float, tuple[float, float] | None]
-"""Place, value, and its interval or range."""
+Point = tuple[float, float, tuple[float, float] | None]  # place, value, and its interval or range
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Line:
     colour: str
     points: Sequence[Point]
     look: str = "o-"
-    best: bool = False
-    """Whether the highest point is marked."""
+    best: bool = False  # whether the highest point is marked
 
 
 @dataclass
@@ -52,8 +51,7 @@ class Chart:
     lines: Sequence[Line] = ()
     x_label: str = ""
     ticks: Mapping[float, str] | None = None
-    log: str = ""
-    """Logarithmic axes: `x` or `y`."""
+    log: str = ""  # logarithmic axis: `x` or `y`
     draw: Callable[[Axes], None] | None = None
     height: float = 2.9
 
@@ -77,7 +75,7 @@ class Chart:
 
 
 def drawn(charts: Iterable[Chart], *, even: bool = False) -> list[Chart]:
-    """Charts of lines on one vertical scale, those without a line left out; `even` draws 1, as fast as without a draft."""
+    """Charts of lines on one vertical scale, those without a line left out; `even` draws a line at 1."""
     charts = [chart for chart in charts if any(line.points for line in chart.lines)]
     points = [point for chart in charts for line in chart.lines for point in line.points]
     values = [value for _, y, around in points for value in (y, *(around or ()))] + [1.0] * even
@@ -102,11 +100,8 @@ def _draw(axes: Axes, chart: Chart) -> None:
         axes.plot(x, y, line.look, color=line.colour, label=line.name or None, linewidth=1.6, markersize=4)
         for at, around in zip(x, ranges, strict=True):
             if around:  # moved a little, so that ranges of several lines stay apart
-                moved = (
-                    at
-                    if chart.log
-                    else at + 0.008 * (max(places) - min(places)) * (number - (len(lines) - 1) / 2)
-                )
+                step = 0.0 if chart.log else 0.008 * (max(places) - min(places))
+                moved = at + step * (number - (len(lines) - 1) / 2)
                 axes.plot([moved, moved], around, color=line.colour, linewidth=1.4, alpha=0.5)
         if line.best:
             at, top, _ = max(line.points, key=lambda point: (point[1], -point[0]))
@@ -146,7 +141,7 @@ def colour(name: str, names: Iterable[str] = ()) -> str:
 
 
 def ladder(results: EvaluationResults) -> list[Chart]:
-    """Acceptance rate of every task after each checkpoint, a chart for each of two temperatures, then the paper's pairs."""
+    """Acceptance rate of every task after each checkpoint at two temperatures, then the paper's pairs."""
     key, charts = "acceptance_rate", []
     for temperature in results.temperatures[:2]:
         lines = []
@@ -158,10 +153,8 @@ def ladder(results: EvaluationResults) -> list[Chart]:
         name = at_temperature(temperature).capitalize()
         charts.append(Chart(name, f"Acceptance rate by checkpoint: {name}", lines, ticks=ticks))
     for pair, rates in PAPER_RATES.items():
-        lines = [
-            Line(task, colour(task), [(float(i), y, None) for i, y in enumerate(rates[task])])
-            for task in rates
-        ]
+        points = {task: [(float(i), y, None) for i, y in enumerate(found)] for task, found in rates.items()}
+        lines = [Line(task, colour(task), points[task]) for task in rates]
         ticks = {0.0: "PT", 1.0: "CP", 2.0: "FT"}
         charts.append(Chart(f"Paper: {pair}", f"The paper's acceptance rates of {pair}", lines, ticks=ticks))
     return drawn(charts)
@@ -173,10 +166,8 @@ def _by_checkpoint(
     """A chart for each task, in it a line for each checkpoint."""
     charts = []
     for task in results.tasks:
-        found = {name: points(name, task) for name in results.checkpoints}
-        lines = [
-            Line(label(name), CHECKPOINT_COLOURS.get(name, GREY), found[name], best=best) for name in found
-        ]
+        found = [(name, CHECKPOINT_COLOURS.get(name, GREY)) for name in results.checkpoints]
+        lines = [Line(label(name), hue, points(name, task), best=best) for name, hue in found]
         charts.append(Chart(task, f"{task}, against {x_label}", lines, x_label, _ticks(lines)))
     return drawn(charts, even=best)
 
@@ -202,7 +193,7 @@ def positions(results: EvaluationResults) -> list[Chart]:
 
 
 def losses(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
-    """Of every stage, against trained tokens: training loss, as logged and smoothed, and loss on held-out rows; what alignment keeps by."""
+    """Of every stage against trained tokens: losses, and tokens per target pass in alignment."""
     charts = []
     for stage, logged in metrics.items():
         train: list[Point] = [(line["tokens"], line["loss"], None) for line in logged if "loss" in line]
@@ -252,24 +243,22 @@ def sweeps(benchmark: BenchmarkResults) -> list[Chart]:
         tasks = dict.fromkeys(row.task for row in rows)
         points = {task: _points((row for row in rows if row.task == task), "speedup", part) for task in tasks}
         lines = [Line(task, colour(task, tasks), points[task]) for task in tasks]
-        charts.append(
-            Chart(words, f"Measured speed-up against: {words}", lines, ticks=_ticks(lines), log="x")
-        )
+        alt = f"Measured speed-up against: {words}"
+        charts.append(Chart(words, alt, lines, ticks=_ticks(lines), log="x"))
     return drawn(charts, even=True)
 
 
 def breakdown(benchmark: BenchmarkResults) -> list[Chart]:
     """Shares of a speculative run's time, one lying bar for each pair of weights."""
     rows = benchmark.breakdown
+    places = [-at for at in range(len(rows))]
 
     def draw(axes: Axes) -> None:
         for i, words in enumerate(("target", "draft", "runtime around them")):
             left, width = [sum(row.shares[:i]) for row in rows], [row.shares[i] for row in rows]
             shade = ("#0f2f6e", "#3f7fd0", "#b9c4d6")[i]
-            axes.barh(
-                [-at for at in range(len(rows))], width, left=left, height=0.5, color=shade, label=words
-            )
-        axes.set_yticks([-at for at in range(len(rows))], [row.pair for row in rows])
+            axes.barh(places, width, left=left, height=0.5, color=shade, label=words)
+        axes.set_yticks(places, [row.pair for row in rows])
         axes.set_xticks([0, 0.5, 1], ["0", "50", "100 %"])
 
     words = "Where the time of a speculative run goes"

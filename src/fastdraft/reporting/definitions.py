@@ -10,18 +10,16 @@ from fastdraft.evaluation.results import CHECKPOINT_LABELS, TASK_ORDER
 
 TEMPLATES = resources.files("fastdraft.reporting").joinpath("templates")
 _LINES = TEMPLATES.joinpath("definitions.txt").read_text(encoding="utf-8").splitlines()
-DEFINITIONS: dict[str, str] = dict(line.split(": ", 1) for line in _LINES)
-"""What a figure means, in reading order."""
-
+DEFINITIONS: dict[str, str] = dict(line.split(": ", 1) for line in _LINES)  # in reading order
+# Our task -> the set on which the paper measured it.
 PAPER_SETS = dict(zip(TASK_ORDER, ("HumanEval", "CNN-DM", "TinyStories", "Dolly"), strict=True))
-"""Our task -> the set on which the paper measured it."""
+# Acceptance rates at K = 3 and temperature 0.6 (FastDraft, arXiv 2411.11055): pair -> task -> PT, CP, FT.
 _PHI = (0.229, 0.561, 0.562), (0.311, 0.304, 0.369), (0.277, 0.287, 0.306), (0.245, 0.226, 0.370)
 _LLAMA = (0.248, 0.606, 0.649), (0.280, 0.280, 0.307), (0.227, 0.235, 0.266), (0.247, 0.273, 0.334)
 PAPER_RATES = {
     pair: dict(zip(TASK_ORDER, rates, strict=True))
     for pair, rates in (("Phi-3-mini 50M", _PHI), ("Llama-3.1-8B 150M", _LLAMA))
 }
-"""Acceptance rates at K = 3 and temperature 0.6 (FastDraft, arXiv 2411.11055): pair -> task -> PT, CP, FT."""
 
 
 def label(checkpoint: str) -> str:

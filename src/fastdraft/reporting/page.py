@@ -1,6 +1,7 @@
-"""Reports and model cards: `render("report.html.j2", read_run(run))`, and the same for `report.md.j2` and `model_card.md.j2`.
+"""Reports and model cards: `render("report.html.j2", read_run(run))`; also report.md.j2, model_card.md.j2.
 
-What they say stands in templates/: the chapters of both reports in chapters.j2, rendered by the macros of either.
+What they say stands in templates/: chapters.j2 holds the chapters of both reports, rendered by the macros of
+either.
 """
 
 from __future__ import annotations
@@ -22,17 +23,8 @@ from fastdraft.reporting import charts, definitions, tables
 from fastdraft.reporting.verdict import give_verdict, measured_with, runtime_name
 from fastdraft.run_folder import RunFolder, read_json
 
-STAGES = (
-    "design",
-    "prepare",
-    "pretrain",
-    "continue_pretrain",
-    "synthesize",
-    "align",
-    "evaluate",
-    "export",
-    "benchmark",
-)
+STAGES = ("design", "prepare", "pretrain", "continue_pretrain", "synthesize", "align")
+STAGES += ("evaluate", "export", "benchmark")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 
@@ -42,15 +34,13 @@ class RunRecord:
     """What the finished stages of one run wrote."""
 
     name: str
-    manifests: dict[str, dict[str, Any]]
-    """By stage, finished stages only."""
+    manifests: dict[str, dict[str, Any]]  # by stage, finished stages only
     results: EvaluationResults | None = None
     benchmark: BenchmarkResults | None = None
+    # Lines of `metrics.jsonl` by training stage, ordered by step.
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Lines of `metrics.jsonl` by training stage, ordered by step."""
     samples: list[AnswerSample] = field(default_factory=list)
-    recipe: str = ""
-    """As it was resolved."""
+    recipe: str = ""  # as it was resolved
 
     @property
     def trained(self) -> list[dict[str, Any]]:
@@ -94,7 +84,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def render(template: str, run: RunRecord, **values: Any) -> str:
-    """One of the templates about a run; `values` are what it asks for besides: a card's K and checks of the export."""
+    """One of the templates about a run; `values`: a card's K and checks of the export."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastdraft.reporting"),
         autoescape=template.endswith(".html.j2"),
@@ -106,6 +96,8 @@ def render(template: str, run: RunRecord, **values: Any) -> str:
     words = {"runtime_name": runtime_name, "measured_with": measured_with, "shape_words": shape_words}
     environment.globals |= {**vars(definitions), **rooms, **words, "is_hub_id": _HUB_ID.fullmatch}
     environment.filters |= {"md": escape_markdown, "md_table": markdown_table, "fence": fence}
+    asked = yaml.safe_load(run.recipe) or {}  # a benchmark is missed only where the recipe asks for one
+    missing = [s for s in STAGES if s not in run.manifests and (s != "benchmark" or asked.get(s) is not None)]
     text = environment.get_template(template).render(
         run=run,
         manifests=run.manifests,
@@ -115,7 +107,7 @@ def render(template: str, run: RunRecord, **values: Any) -> str:
         tiles=_tiles(run),
         facts=_facts(run),
         target=_target_name(run),
-        missing=_missing(run),
+        missing=missing,
         made=max((m["provenance"] for m in run.manifests.values()), key=lambda p: p["time"], default=None),
         **values,
     )
@@ -140,14 +132,11 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """Name and value pairs under the title."""
     facts, count = [("Target", _target_name(run))], definitions.count
     if design := run.manifests.get("design"):
-        facts.append(
-            ("Draft", f"{count(design['parameters'])} parameters, {shape_words(design['architecture'])}")
-        )
+        shape = shape_words(design["architecture"])
+        facts.append(("Draft", f"{count(design['parameters'])} parameters, {shape}"))
         facts.append(("Cost ratio", f"{design['cost_ratio_parameters']:.3g} by parameters"))
     if run.trained:
-        stages = ", ".join(
-            f"{definitions.label(each['stage'])} {count(each['tokens'])}" for each in run.trained
-        )
+        stages = ", ".join(f"{definitions.label(m['stage'])} {count(m['tokens'])}" for m in run.trained)
         facts.append(("Trained on", f"{count(sum(each['tokens'] for each in run.trained))} tokens: {stages}"))
     seconds = sum(manifest["seconds"] or 0.0 for manifest in run.manifests.values())
     return [*facts, ("Time", f"{format_seconds(seconds)} in {len(run.manifests)} stages")]
@@ -166,12 +155,6 @@ def _target_name(run: RunRecord) -> str:
     return run.results.target if run.results else "the target"
 
 
-def _missing(run: RunRecord) -> list[str]:
-    """Stages that have not finished; the benchmark only where the recipe asks for one."""
-    asked = yaml.safe_load(run.recipe) or {}
-    return [s for s in STAGES if s not in run.manifests and (s != "benchmark" or asked.get(s) is not None)]
-
-
 def escape_markdown(text: object) -> str:
     """Text in which no character is markup."""
     return _SPECIAL.sub(r"\\\1", str(text))
@@ -186,11 +169,8 @@ def markdown_table(table: tables.Table) -> str:
         return f"{text} ({escape_markdown(cell.detail)})" if cell.detail else text
 
     head = [escape_markdown(column) for column in table.columns]
-    lines = [
-        head,
-        ["---:" if numeric else "---" for numeric in table.numeric],
-        *([shown(c) for c in r] for r in table.rows),
-    ]
+    rule = ["---:" if numeric else "---" for numeric in table.numeric]
+    lines = [head, rule, *([shown(cell) for cell in row] for row in table.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -28,8 +28,9 @@ from fastdraft.reporting.definitions import (
 from fastdraft.reporting.verdict import worth
 
 TRAINING = ("pretrain", "continue_pretrain", "align")
-FEWEST_PROMPTS = 8
-"""An interval over fewer prompts knows only their own spread: too little to say that two figures disagree."""
+FEWEST_PROMPTS = (
+    8  # an interval over fewer knows only their own spread: too little to say that figures disagree
+)
 FORMS: dict[str, Callable[[Any], str]] = {
     "": str,
     "×": times,
@@ -51,8 +52,9 @@ class Cell(NamedTuple):
     mark: str = ""
 
 
+# A figure's path in the row and how it is written (`speedup ×`, `train.tokens count`), or a function of the
+# row.
 Column = str | Callable[[Any], Cell | str]
-"""The path of a figure in the row and how it is written (`speedup ×`, `train.tokens count`, `overlap .3f`), or a function of the row."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,13 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold figures only, and so are aligned to the right; never the first, which names the row."""
+        """Which columns hold figures only, and so are aligned to the right; never the first."""
+
+        def figure(text: str) -> bool:
+            return not text or text in ("-", "–") or text.lstrip("+-−<")[:1].isdigit()
+
         columns = zip(*self.rows, strict=True)
-        return [i > 0 and all(_is_figure(cell.text) for cell in column) for i, column in enumerate(columns)]
+        return [i > 0 and all(figure(cell.text) for cell in column) for i, column in enumerate(columns)]
 
     def only(self, *columns: str) -> Table:
         """The same with some of its columns, those that it has."""
@@ -75,10 +81,11 @@ class Table:
 
     def plain(self, *, details: bool = False) -> tuple[list[str], list[list[str]]]:
         """Columns and rows of text, for the terminal."""
-        return list(self.columns), [
-            [f"{cell.text} ({cell.detail})" if details and cell.detail else cell.text for cell in row]
-            for row in self.rows
-        ]
+
+        def shown(cell: Cell) -> str:
+            return f"{cell.text} ({cell.detail})" if details and cell.detail else cell.text
+
+        return list(self.columns), [[shown(cell) for cell in row] for row in self.rows]
 
 
 def table(rows: Iterable[Any], columns: str | Mapping[str, Column]) -> Table:
@@ -105,10 +112,6 @@ def _cell(row: Any, column: Column) -> Cell:
         elif value is not None:
             value = value[int(key)] if key.isdigit() else getattr(value, key)
     return Cell("-" if value is None else FORMS[form](value) if form in FORMS else format(value, form))
-
-
-def _is_figure(text: str) -> bool:
-    return not text or text in ("-", "–") or text.lstrip("+-−<")[:1].isdigit()
 
 
 # What an evaluation found. A setting is a task and a temperature.
@@ -206,9 +209,8 @@ def along_the_text(results: EvaluationResults) -> Table:
     def shown(row: PositionRow | None) -> Cell:
         if row is None or row.acceptance_rate is None or row.block_efficiency is None:
             return Cell("-")
-        return Cell(
-            f"{row.acceptance_rate:.3f}", f"{row.block_efficiency:.2f} a pass, {row.num_prompts} texts"
-        )
+        detail = f"{row.block_efficiency:.2f} a pass, {row.num_prompts} texts"
+        return Cell(f"{row.acceptance_rate:.3f}", detail)
 
     def at(first: int) -> Callable[[str, float], Cell]:
         return lambda task, t: shown(found.get((task, t, first)))
@@ -275,9 +277,8 @@ def measured(benchmark: BenchmarkResults, pairs: Sequence[tuple[str, str]] = ())
     columns |= {"Time to first token": seconds("first_token_seconds")}
     columns |= {"Time per output token": seconds("seconds_per_output_token")}
     columns |= {"Same greedy text": lambda row: f"{show(row.same_text, '{}')} of {row.texts}"}
-    return table(
-        [row for pair in pairs or benchmark.pairs[:1] for row in benchmark.fastest_of_each(pair)], columns
-    )
+    rows = [row for pair in pairs or benchmark.pairs[:1] for row in benchmark.fastest_of_each(pair)]
+    return table(rows, columns)
 
 
 def measured_cell(row: BenchmarkRow) -> Cell:
@@ -292,16 +293,14 @@ def passes(benchmark: BenchmarkResults) -> Table:
     """What one pass of each model takes alone: what the prediction rests on."""
     widths = sorted({width for row in benchmark.latencies for width in row.target_seconds})
     shown = widths if len(widths) <= 6 else [*widths[:4], widths[len(widths) // 2 + 1], widths[-1]]
-    columns = fields(
-        "Weights = pair | Context, tokens = prefix_tokens , | Draft, 1 token = draft_seconds seconds"
-    )
-    return table(
-        benchmark.latencies, columns | {f"Target, {n}": f"target_seconds.{n} seconds" for n in shown}
-    )
+    columns = fields("Weights = pair | Context, tokens = prefix_tokens ,")
+    columns |= fields("Draft, 1 token = draft_seconds seconds")
+    columns |= {f"Target, {n}": f"target_seconds.{n} seconds" for n in shown}
+    return table(benchmark.latencies, columns)
 
 
 def different_texts(benchmark: BenchmarkResults) -> Table:
-    """Every greedy text that differs: once for each place at which it does, with the widest gap between the log-probs there."""
+    """Every greedy text that differs: once for each place, with the widest gap of log-probs there."""
     places: dict[tuple[str, str, int], TextDifference] = {}
     for row in benchmark.rows:
         for case in row.differences:
@@ -333,18 +332,15 @@ def sources(prepare: Mapping[str, Any]) -> Table:
 
 def answers(synthesize: Mapping[str, Any]) -> Table:
     """Asked = written + filtered by reason + failed."""
-    parts = {"asked": synthesize["asked"], "written": synthesize["written"]}
+    parts = {key: synthesize[key] for key in ("asked", "written")}
     parts |= {f"filtered: {reason}": number for reason, number in synthesize["filtered"].items()}
-    rows = [
-        (*part, part[1] / max(parts["asked"], 1))
-        for part in [*parts.items(), ("failed", synthesize["failed"])]
-    ]
+    parts["failed"] = synthesize["failed"]
+    rows = [(name, number, number / max(parts["asked"], 1)) for name, number in parts.items()]
     return table(rows, "Answers of the target = 0 | Rows = 1 , | Share = 2 .1%")
 
 
 def counts_by(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """What became of the rows of every source or temperature."""
-    names = dict.fromkeys(
-        name for each in found.values() for name, value in each.items() if isinstance(value, int)
-    )
+    given = (pair for each in found.values() for pair in each.items())
+    names = dict.fromkeys(name for name, value in given if isinstance(value, int))
     return table(found.items(), {"": "0", **{name.replace("_", " "): f"1.{name} ," for name in names}})

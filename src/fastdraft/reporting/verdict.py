@@ -1,12 +1,12 @@
-"""Whether a draft pays, in one sentence: `give_verdict(results, benchmark)`; the clock leads where one ran, the forecast follows.
+"""Whether a draft pays, in one sentence: `give_verdict(results, benchmark)`; the clock leads where one ran.
 
-The benchmark stage writes `measured_verdict` into `benchmark.json`; the terminal, the report and the model card show the same words.
+The terminal, the report, the model card and `benchmark.json` show the same words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, PassesRow, best_k
@@ -15,16 +15,17 @@ from fastdraft.forecast import WORTH
 from fastdraft.reporting.definitions import at_temperature, duration, k_is, label, listing, percent, times
 
 RUNTIMES = {"openvino": "OpenVINO"}
+# A needed share of accepted proposals above this is beyond what small drafts reach: the costs are then the
+# reason.
 WITHIN_REACH = 0.6
-"""A needed share of accepted proposals above this is beyond what small drafts reach: the costs are then the reason."""
+# Share of time; a runtime that takes more for itself is the reason where less was measured than predicted.
 SMALL_OVERHEAD = 0.15
-"""Of the time; a runtime that takes more for itself is the reason where less was measured than predicted."""
 Tone = Literal["", "good", "mixed", "bad", "none"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence, a second one with what it rests on, and how good the news is; `none`: nothing can be said."""
+    """One sentence, a second one with what it rests on, and how good the news is (`none`: unknown)."""
 
     sentence: str
     detail: str
@@ -38,11 +39,8 @@ def give_verdict(results: EvaluationResults | None, benchmark: BenchmarkResults 
     measured, forecast = measured_verdict(benchmark), forecast_verdict(results, predicted=False)
     if forecast.tone == "none":
         return measured
-    return Verdict(
-        measured.sentence,
-        f"{measured.detail} Memory-bound forecast: {forecast.sentence} {forecast.detail}",
-        measured.tone,
-    )
+    detail = f"{measured.detail} Memory-bound forecast: {forecast.sentence} {forecast.detail}"
+    return replace(measured, detail=detail)
 
 
 def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
@@ -58,17 +56,13 @@ def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
     where = f"({benchmark.runtime.device}, {target} target, {draft} draft)"
     if not poor:
         lowest = min(row.speedup_low or row.speedup or 0.0 for row in good)
-        steady = (
-            "" if lowest >= 1 else f", but {times(lowest)} in one repeat: measure again on a quiet machine"
-        )
-        sentence = f"Use this draft with {k_is(k)}: measured {_each(good)} {where}{steady}."
-        return Verdict(sentence, detail, "mixed" if steady else "good")
+        again = f", but {times(lowest)} in one repeat: measure again on a quiet machine" if lowest < 1 else ""
+        sentence = f"Use this draft with {k_is(k)}: measured {_each(good)} {where}{again}."
+        return Verdict(sentence, detail, "mixed" if again else "good")
     reason = _reason(min(poor, key=lambda row: row.speedup or 0.0), benchmark)
     if good:
-        use = (
-            f"Use this draft with {k_is(k)} where it pays: measured {_each(good)}, but {_each(poor)} {where}"
-        )
-        return Verdict(f"{use}; there {reason}.", detail, "mixed")
+        found = f"measured {_each(good)}, but {_each(poor)} {where}; there {reason}"
+        return Verdict(f"Use this draft with {k_is(k)} where it pays: {found}.", detail, "mixed")
     little = all((row.speedup or 0.0) >= 1 for row in poor)
     start = "A draft brings next to nothing here" if little else "Do not use a draft here"
     sentence = f"{start}: measured {_each(poor)} at best {k_is(k)} {where}; {reason}."
@@ -76,8 +70,8 @@ def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
 
 
 def forecast_verdict(results: EvaluationResults | None, *, predicted: bool = True) -> Verdict:
-    """What acceptance and cost promise; `predicted` adds what the times measured during the evaluation predict."""
-    if results is None or not results.rows or not results.speedups:
+    """What acceptance and cost promise; `predicted` adds what times measured in the evaluation say."""
+    if results is None or not results.speedups:
         sentence = "This draft has not been evaluated yet: nothing can be said about its speed-up."
         return Verdict(sentence, "Run `fastdraft evaluate` on its recipe.", "none")
     key = results.speedups[0]
@@ -87,13 +81,13 @@ def forecast_verdict(results: EvaluationResults | None, *, predicted: bool = Tru
     at = f"at this cost ratio ({results.cost_ratio_parameters:.3g})"
     detail = (
         f"The memory-bound speed-up {SPEEDUPS[key]} at {at_temperature(results.temperatures[0])}, checkpoint "
-        f"{label(results.checkpoints[-1])}: counted acceptance combined with relative cost, not a wall-clock measurement."
+        f"{label(results.checkpoints[-1])}: counted acceptance combined with relative cost, not a wall clock."
     )
     if predicted:
         detail += _predicted(results)
     if not gains:
-        sentence = f"Do not use this draft {at}: its memory-bound speed-up stays under 1 even at the best K, {listing(losses)}."
-        return Verdict(sentence, detail, "bad")
+        low = f"its memory-bound speed-up stays under 1 even at the best K, {listing(losses)}"
+        return Verdict(f"Do not use this draft {at}: {low}.", detail, "bad")
     sentence = f"At its best K the draft reaches {listing(gains)}"
     if losses:
         sentence += f", but stays under 1 with {listing(losses)}: do not use a draft there {at}"
@@ -118,8 +112,9 @@ def runtime_name(benchmark: BenchmarkResults) -> str:
 
 def measured_with(benchmark: BenchmarkResults) -> str:
     """Runtime, device and weights in a few words."""
-    runtime, (target, draft) = benchmark.runtime, benchmark.pairs[0]
-    return f"{runtime_name(benchmark)} on {runtime.device_name} ({runtime.device}), {target} target with {draft} draft"
+    used, (target, draft) = benchmark.runtime, benchmark.pairs[0]
+    device = f"{used.device_name} ({used.device})"
+    return f"{runtime_name(benchmark)} on {device}, {target} target with {draft} draft"
 
 
 def _phrase(row: ResultRow, speedup: str) -> str:
@@ -158,23 +153,27 @@ def _reason(row: BenchmarkRow, benchmark: BenchmarkResults) -> str:
     share = benchmark.breakdown[0].shares[2]
     if share < SMALL_OVERHEAD:
         return f"{promised}, but inside the runtime the passes take longer"
-    return f"{promised}, but {percent(share)} of the time is the runtime's own, neither target nor draft"
+    return f"{promised}, but {percent(share)} of the time is the runtime's own"
 
 
 def _costs(row: BenchmarkRow, passes: PassesRow) -> str:
-    """For a prediction that promised nothing: costs too high for any acceptance, or acceptance too low for the costs."""
+    """Where passes alone promised nothing: costs too high for any acceptance, or acceptance too low."""
     seconds, k = passes.target_seconds, row.num_speculative_tokens or 1
     width = k + 1 if k + 1 in seconds else min(width for width in seconds if width > 1)
     draft, verify = passes.draft_seconds / seconds[1], (seconds[width] / seconds[1] - 1) / (width - 1)
-    # A round pays where each proposal is accepted more often than it costs, in passes of the target over one token.
+    # A round pays where each proposal is accepted more often than it costs, in passes of the target over one
+    # token.
     needed, rate = draft + verify, row.conditional_acceptance_rate
     if needed <= WITHIN_REACH and rate is not None and rate >= needed:
-        return f"the passes of a round cost as much as the accepted tokens gain ({percent(rate)} of the proposals looked at)"
+        return (
+            f"a round costs as much as the accepted tokens gain ({percent(rate)} of the proposals looked at)"
+        )
     if needed <= WITHIN_REACH:
         digits = int(percent(rate) == percent(needed))  # so that the difference can be seen
-        found, wanted = percent(rate, digits), percent(needed, digits)
-        return f"the acceptance is too low: {found} of the proposals looked at, and costs ask for more than {wanted}"
+        found = f"the acceptance is too low: {percent(rate, digits)} of the proposals looked at"
+        return f"{found}, and costs ask for more than {percent(needed, digits)}"
     one = duration(seconds[1])
     if draft >= verify:
         return f"the target answers in {one} a token and the draft needs {duration(passes.draft_seconds)}"
-    return f"verifying is too dear: a pass of the target over {width} tokens takes {duration(seconds[width])}, over one {one}"
+    wide = f"a pass of the target over {width} tokens takes {duration(seconds[width])}"
+    return f"verifying is too dear: {wide}, over one {one}"
