@@ -107,7 +107,7 @@ def test_accept_probabilities_are_the_smaller_of_one_and_draft_over_target(
     for row, accept in zip(rows, found, strict=True):
         with torch.inference_mode():
             logits = near(torch.tensor([row.prompt_ids + row.response_ids])).logits.clone()
-        logits[:, :, 300:] = -torch.inf
+            logits[:, :, 300:] = -torch.inf
         probs = probabilities(logits[0, len(row.prompt_ids) - 1 : -1], 0.8, 40)
         draft_probs = probs.gather(-1, torch.tensor(row.response_ids)[:, None]).squeeze(-1).numpy()
         assert np.allclose(accept, np.minimum(1, draft_probs / np.exp(row.logprobs)), atol=1e-3)
