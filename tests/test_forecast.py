@@ -56,6 +56,6 @@ def test_disk_sizes_are_exact_where_the_format_is() -> None:
 
 
 def test_training_memory_counts_weights_gradients_and_two_moments() -> None:
-    shape = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2}
-    assert forecast.training_memory_bytes(10**6, **shape, micro_batch_tokens=0) == 16e6
-    assert forecast.training_memory_bytes(10**6, **shape, micro_batch_tokens=2048) > 16e6
+    shape = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "layers": 2}
+    assert forecast.training_memory_bytes(10**6, **shape, micro_batch=0) == 16e6
+    assert forecast.training_memory_bytes(10**6, **shape, micro_batch=2048) > 16e6

@@ -10,12 +10,10 @@ import os
 import shutil
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from fastdraft import forecast
-from fastdraft.commands.stage_costs import StageCosts, StageForecast
+from fastdraft.commands.stage_costs import StageCosts
 from fastdraft.console import TABLE_WIDTH, Console, format_count, format_seconds, format_table
 from fastdraft.data.chat import has_chat_template
 from fastdraft.data.corpora import source_files
@@ -24,10 +22,10 @@ from fastdraft.data.prompts import look as look_at_prompts
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.modeling.drafts import pick_device
-from fastdraft.pipeline import STAGES, make_context, refuse_changes, refuse_missing_weights
+from fastdraft.pipeline import make_context, refuse_changes, refuse_missing_weights
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.recipe import Recipe
-from fastdraft.run_folder import FINGERPRINT, StageFolder
+from fastdraft.run_folder import FINGERPRINT
 from fastdraft.runtimes.engines import choose_engine
 from fastdraft.runtimes.openvino import device_properties, require_openvino
 from fastdraft.runtimes.openvino_export import require_convertible
@@ -36,53 +34,75 @@ from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
 
+@dataclass(frozen=True)
+class StageForecast:
+    """What one stage is expected to take."""
+
+    stage: str
+    state: str  # new, unfinished or done
+    tokens: int
+    seconds: float
+    disk_bytes: float
+    memory_bytes: float
+
+
 def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
-    """Checks everything and prints the forecast on stdout: a table (none when the console is quiet), or one JSON object."""
+    """Checks everything; prints the forecast on stdout: a table (none when quiet), or one JSON object."""
     context, device = make_context(recipe, console), str(pick_device(recipe.run.device))
     if recipe.design is None:
         raise RecipeError(
             "design: missing: a forecast needs the draft's shape", "add `design:` to the recipe"
         )
-    _check_folder(recipe.run.root)
+    root = recipe.run.root
+    place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = "cannot be written" if place.is_dir() else "is a file"
+        raise FastDraftError(f"{root}: {place} {found}: no run can lie here", "set another run.folder")
     plan = design.plan(recipe.design, context.target)
     _check_lengths(recipe, plan)
     unseen = list(_check_inputs(recipe, context.target))
     _check_runtimes(recipe, context.target)
     refuse_changes(context)
-    states = {stage.name: _state(context.folder(stage.name)) for stage in STAGES if context.has(stage.name)}
-    for name in (name for name, state in states.items() if state != "done"):
-        refuse_missing_weights(name, context)
-    costs = StageCosts(recipe, plan, device, context.target.has_weights)
-    stages = [costs.forecast(name, state, context.sections[name]) for name, state in states.items()]
-    free, needed = _free_bytes(recipe.run.root), sum(s.disk_bytes for s in stages if s.state != "done")
+    costs, stages = StageCosts(recipe, plan, device, context.target.has_weights), []
+    for name in context.sections:
+        folder = context.folder(name)
+        begun = "unfinished" if (folder.path / FINGERPRINT).exists() else "new"
+        stages.append(StageForecast(name, "done" if folder.is_complete() else begun, *costs.of(name)))
+        if not folder.is_complete():
+            refuse_missing_weights(name, context)
+    free = shutil.disk_usage(place).free
+    needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
     if needed > free:
-        message = f"{recipe.run.root}: {_size(free)} free: the run needs about {_size(needed)}"
+        message = f"{root}: {_size(free)} free: the run needs about {_size(needed)}"
         raise FastDraftError(message, "free some space or set run.folder")
     if as_json:
-        print(json.dumps(_as_dict(recipe, plan, device, stages, free), indent=1))
+        target, draft = plan.target, plan.draft
+        value = {
+            "target": {"model": recipe.target.model, **target.as_dict(), "parameters": target.parameters},
+            "draft": {**draft.as_dict(), "parameters": draft.parameters},
+            "cost_ratios": design.cost_ratios(draft, target),
+            "device": device,
+            "free_bytes": free,
+            "stages": [asdict(stage) for stage in stages],
+        }
+        print(json.dumps(value, indent=1))
     elif not console.quiet:
         _print(recipe, plan, device, stages, free)
         _print_inputs(recipe, context, unseen)
 
 
-def _check_folder(root: Path) -> None:
-    place = _nearest(root)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        found = "cannot be written" if place.is_dir() else "is a file"
-        raise FastDraftError(f"{root}: {place} {found}: no run can lie here", "set another run.folder")
-
-
 def _check_lengths(recipe: Recipe, plan: design.DraftDesign) -> None:
     """Lengths against contexts, and the number of stored logits against the vocabulary."""
-    context = min(plan.draft.context_length, plan.target.context_length)
-    asked = [
-        (f"evaluate.tasks[{n}]", t) for n, t in enumerate(recipe.evaluate.tasks if recipe.evaluate else ())
-    ]
-    for where, section in [*asked, ("synthesize", recipe.synthesize)]:
+    context, synthesize = min(plan.draft.context_length, plan.target.context_length), recipe.synthesize
+    tasks = recipe.evaluate.tasks if recipe.evaluate else ()
+    for where, section in [
+        *((f"evaluate.tasks[{n}]", t) for n, t in enumerate(tasks)),
+        ("synthesize", synthesize),
+    ]:
         if section and section.max_new_tokens >= context:
-            message = f"{where}.max_new_tokens: {section.max_new_tokens}: answer and prompt must fit the context of {context}"
-            raise RecipeError(message, "lower it")
-    logits = recipe.synthesize.logits if recipe.synthesize else None
+            rule = f"answer and prompt must fit the context of {context}"
+            raise RecipeError(f"{where}.max_new_tokens: {section.max_new_tokens}: {rule}", "lower it")
+    logits = synthesize.logits if synthesize else None
     if logits and logits.kind == "top_k" and logits.k >= plan.target.vocab_size:
         rule = f"must be below the {plan.target.vocab_size} ids of the target's vocabulary"
         raise RecipeError(f"synthesize.logits.k: {logits.k}: {rule}", "lower it; 64 is usual")
@@ -93,9 +113,8 @@ def _check_lengths(recipe: Recipe, plan: design.DraftDesign) -> None:
     for name in ("pretrain", "continue_pretrain"):
         batch = getattr(getattr(recipe, name), "batch_tokens", None)
         if batch and batch < length:
-            raise RecipeError(
-                f"{name}.batch_tokens: {batch}: must hold one row of {length} tokens", "raise it"
-            )
+            rule = f"must hold one row of {length} tokens"
+            raise RecipeError(f"{name}.batch_tokens: {batch}: {rule}", "raise it")
 
 
 def _check_inputs(recipe: Recipe, target: Target) -> Iterator[str]:
@@ -156,42 +175,11 @@ def _check_benchmark(recipe: Recipe, config: BenchmarkConfig, target: Target) ->
             raise RecipeError(f"benchmark: {found}: {rule}", "lower max_new_tokens")
 
 
-def _state(folder: StageFolder) -> str:
-    begun = (folder.path / FINGERPRINT).exists()
-    return "done" if folder.is_complete() else "unfinished" if begun else "new"
-
-
-def _nearest(root: Path) -> Path:
-    """The folder itself, or the one above it that exists."""
-    place = root.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
-
-
-def _free_bytes(root: Path) -> int:
-    return shutil.disk_usage(_nearest(root)).free
-
-
 def _size(count: float) -> str:
     for suffix, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {suffix}"
     return f"{count / 1e3:.3g} kB"
-
-
-def _as_dict(
-    recipe: Recipe, plan: design.DraftDesign, device: str, stages: list[StageForecast], free: int
-) -> dict[str, Any]:
-    target, draft = plan.target, plan.draft
-    return {
-        "target": {"model": recipe.target.model, **target.as_dict(), "parameters": target.parameters},
-        "draft": {**draft.as_dict(), "parameters": draft.parameters},
-        "cost_ratios": design.cost_ratios(draft, target),
-        "device": device,
-        "free_bytes": free,
-        "stages": [asdict(stage) for stage in stages],
-    }
 
 
 def _print(

@@ -1,62 +1,43 @@
-"""What each stage of a recipe is expected to take: tokens, seconds, disk, memory. Rates are orders of magnitude; a run prints its own."""
+"""What each stage of a recipe is expected to take: tokens, seconds, disk, memory, by order of magnitude."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastdraft import forecast
 from fastdraft.evaluation.tasks import load_task
-from fastdraft.recipe.base import Config
-from fastdraft.recipe.evaluation import BenchmarkConfig
+from fastdraft.recipe.evaluation import BenchmarkConfig, EvaluateConfig
 from fastdraft.recipe.recipe import Recipe
+from fastdraft.recipe.synthesize import SynthesizeConfig
 from fastdraft.stages import align, design, evaluate
 from fastdraft.training.step import default_micro_batch_tokens
 
-_WRITES = 3  # passes over a task's text: written by the target, replayed by each checkpoint, part of it decoded exactly
-_BYTES_PER_LOGIT_ROW, _BYTES_PER_LOGIT = 2, 4
-# Of a benchmark, roughly: one export; weights read a second when one text is written; what a token costs besides.
+# Passes over a task's text: written by the target, replayed by each checkpoint, part of it decoded exactly.
+_WRITES = 3
+# Of a benchmark, roughly: one export; weights read a second by one text; what a token costs besides.
 _CONVERTING_SECONDS, _BYTES_PER_SECOND, _TOKEN_SECONDS = 15.0, 1e10, 5e-4
-
-
-@dataclass(frozen=True)
-class StageForecast:
-    """What one stage is expected to take."""
-
-    stage: str
-    state: str
-    """new, unfinished or done."""
-    tokens: int = 0
-    seconds: float = 0.0
-    disk_bytes: float = 0.0
-    memory_bytes: float = 0.0
+Cost = tuple[int, float, float, float]  # tokens, seconds, bytes on disk, bytes in memory
 
 
 class StageCosts:
-    """The costs of a recipe's stages, for one draft on one device."""
+    """The costs of a recipe's stages, for one draft on one device: `costs.of("align")`."""
 
     def __init__(self, recipe: Recipe, plan: design.DraftDesign, device: str, has_weights: bool) -> None:
         self.recipe, self.draft, self.target, self.device = recipe, plan.draft, plan.target, device
-        self.threads = recipe.run.threads
-        self.checkpoint = forecast.checkpoint_bytes(plan.draft.parameters)
+        self.checkpoint, self.threads = forecast.checkpoint_bytes(plan.draft.parameters), recipe.run.threads
         wide = recipe.target.dtype == "fp32" or (recipe.target.dtype == "auto" and device == "cpu")
-        self.target_bytes = forecast.loading_bytes(plan.target.parameters, 4 if wide else 2)
+        self.target_bytes = (4.0 if wide else 2.0) * plan.target.parameters
         self.has_weights = has_weights
 
-    def forecast(self, stage: str, state: str, config: Config) -> StageForecast:
-        """Of a stage with this section."""
-        return StageForecast(stage, state, *self._of(stage, config))
-
-    def _of(self, stage: str, config: Any) -> tuple[int, float, float, float]:
-        """(tokens, seconds, bytes on disk, bytes in memory)."""
-        if stage == "design":
-            return 0, 0.0, self.checkpoint, forecast.loading_bytes(self.draft.parameters)
+    def of(self, stage: str) -> Cost:
+        """Tokens, seconds, bytes on disk and in memory."""
+        config: Any = getattr(self.recipe, stage)
         if stage == "prepare":
             tokens = sum(corpus.tokens or 0 for corpus in config.corpora)
-            seconds = forecast.tokenize_seconds(tokens, self.threads)
-            return tokens, seconds, forecast.shard_bytes(tokens, self.draft.vocab_size), 0.0
+            disk = forecast.shard_bytes(tokens, self.draft.vocab_size)
+            return tokens, forecast.tokenize_seconds(tokens, self.threads), disk, 0.0
         if stage in ("pretrain", "continue_pretrain", "align"):
             return self._training(stage, config)
         if stage == "synthesize":
@@ -65,24 +46,22 @@ class StageCosts:
             return self._evaluation(config)
         if stage == "benchmark":
             return self._benchmark(config)
-        held = self.checkpoint + (self.target_bytes if self.has_weights else 0)
-        return (0, 0.0, self.checkpoint, held) if stage == "export" else (0, 0.0, 0.0, 0.0)
+        converted = self.target_bytes if stage == "export" and self.has_weights else 0.0
+        return (
+            (0, 0.0, 0.0, 0.0)
+            if stage == "report"
+            else (0, 0.0, self.checkpoint, self.checkpoint + converted)
+        )
 
-    def _training(self, stage: str, config: Any) -> tuple[int, float, float, float]:
+    def _training(self, stage: str, config: Any) -> Cost:
         draft, prepare, written = self.draft, self.recipe.prepare, self.recipe.synthesize
         tokens = config.tokens or (round(written.tokens * align.DEFAULT_EPOCHS) if written else 0)
         seconds = forecast.training_seconds(tokens, draft.read_parameters, self.device, self.threads)
         disk = 2 * self.checkpoint + 2 * forecast.checkpoint_bytes(draft.parameters, resumable=True)
         usual = default_micro_batch_tokens(torch.device(self.device))
         micro_batch = max(prepare.row_length if prepare else 0, config.micro_batch_tokens or usual)
-        memory = forecast.training_memory_bytes(
-            draft.parameters,
-            draft.vocab_size,
-            draft.hidden_size,
-            draft.intermediate_size,
-            draft.num_layers,
-            micro_batch,
-        )
+        shape = (draft.vocab_size, draft.hidden_size, draft.intermediate_size, draft.num_layers)
+        memory = forecast.training_memory_bytes(draft.parameters, *shape, micro_batch)
         if stage == "align" and config.objective.kind == "token_kd" and config.objective.source == "target":
             seconds += self._scoring(tokens)
             memory += self.target_bytes
@@ -94,16 +73,16 @@ class StageCosts:
     def _writing(self, tokens: int) -> float:
         return forecast.writing_seconds(tokens, self.target.read_parameters, self.device, self.threads)
 
-    def _synthesis(self, config: Any) -> tuple[int, float, float, float]:
+    def _synthesis(self, config: SynthesizeConfig) -> Cost:
         tokens, disk = config.tokens, forecast.synthetic_bytes(config.tokens)
         # How fast a server is cannot be told.
         seconds = self._writing(tokens) if config.asks and config.engine.kind != "openai" else 0.0
         if config.logits.kind == "top_k":
             seconds += self._scoring(tokens)
-            disk += tokens * (_BYTES_PER_LOGIT_ROW + _BYTES_PER_LOGIT * config.logits.k)
+            disk += tokens * (2 + 4 * config.logits.k)
         return tokens, seconds, disk, self.target_bytes if config.needs_weights else 0.0
 
-    def _evaluation(self, config: Any) -> tuple[int, float, float, float]:
+    def _evaluation(self, config: EvaluateConfig) -> Cost:
         tokens = 0
         if config.texts.kind in ("target", "engine"):  # how long other texts are shows when they are read
             for task in config.tasks:
@@ -116,7 +95,7 @@ class StageCosts:
         memory = self.checkpoint + (self.target_bytes if runs_target else 0)
         return tokens, seconds, forecast.synthetic_bytes(tokens), memory
 
-    def _benchmark(self, config: BenchmarkConfig) -> tuple[int, float, float, float]:
+    def _benchmark(self, config: BenchmarkConfig) -> Cost:
         """Every setting in turn, and once untimed."""
         tasks, sweep = config.tasks_of(self.recipe.sections()), config.sweep
         settings, pairs = 1 + len(config.num_speculative_tokens), len(config.weights)
@@ -127,7 +106,5 @@ class StageCosts:
         tokens = (1 + config.repeats) * (per_pair * pairs + 2 * swept)
         seconds = tokens * (self.target.bytes_per_token(8) / _BYTES_PER_SECOND + _TOKEN_SECONDS)
         target, draft = self.target.parameters, self.draft.parameters
-        held = 2 * forecast.loading_bytes(target, 1) + forecast.loading_bytes(draft, 1)
-        disk = pairs * forecast.loading_bytes(target + draft, 1)
-        memory = max(held, forecast.loading_bytes(target))
+        disk, memory = 1.0 * pairs * (target + draft), max(2.0 * target + draft, 4.0 * target)
         return tokens, 2 * pairs * _CONVERTING_SECONDS + seconds, disk, memory

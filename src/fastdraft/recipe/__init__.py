@@ -1,1 +1,1 @@
-"""The recipe: every setting of a run, a file for each group of sections; `recipe.recipe.load_recipe` reads one."""
+"""The recipe: every setting of a run, a file for each group of sections; `recipe.load_recipe` reads one."""

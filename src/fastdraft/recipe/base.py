@@ -1,4 +1,4 @@
-"""What every recipe section is built on: the frozen base class, counts written `10B`, names, one-line errors."""
+"""What every recipe section is built on: a frozen base class, counts such as `10B`, one-line errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ Temperatures = Annotated[list[float], each_between(0, 10)]
 
 
 def load_config(cls: type[C], value: Mapping[str, Any], where: str = "") -> C:
-    """Validates `value`; the first failure becomes a RecipeError: dotted key, value found, rule, nearest key."""
+    """Validates `value`; the first failure becomes a RecipeError: dotted key, value, rule, nearest key."""
     try:
         return cls.model_validate(value)
     except ValidationError as error:
@@ -109,7 +109,7 @@ def _recipe_error(error: ValidationError, cls: type[BaseModel], value: object, w
 def _locate(
     loc: tuple[int | str, ...], cls: type[BaseModel], value: Any, key: str
 ) -> tuple[str, list[type[BaseModel]]]:
-    """The key as a recipe has it (without pydantic's tags of union members), and the sections it may stand in."""
+    """The key as a recipe has it (without pydantic's tags of unions), and the sections that may hold it."""
     found, above = [cls], [cls]
     for part in loc:
         if isinstance(part, int):

@@ -64,8 +64,8 @@ class FileTask(TaskSettings):
 
     kind: Literal["file"]
     path: str = Field(min_length=1)
-    """JSONL with `prompt` (text) or `messages` (a conversation, whose every turn is a prompt, with the target's own
-    greedy answers before it) and, if wanted, `id` and `reference` in each line."""
+    """JSONL with `prompt` (text) or `messages` (every turn is a prompt, after the target's greedy answers);
+    `id` and `reference` if wanted."""
     chat: bool = False
     """Puts each text into the target's chat template; conversations always go through it, if there is one."""
 
@@ -86,7 +86,7 @@ class EngineTexts(Config):
 
 
 class HeldOutTexts(Config):
-    """The held-out rows of synthesize: every source of prompts is a task, every temperature that it has counts."""
+    """The held-out rows of synthesize: every source of prompts is a task, at every temperature it has."""
 
     kind: Literal["synthesize"]
     logprobs: Literal["own", "target"] = "own"
@@ -139,8 +139,7 @@ class EvaluateConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Of target and draft; 1 keeps all."""
     draft_temperature: float | None = Field(default=None, ge=0, le=10)
-    """The draft's own where the target samples; any value is lossless; 0: it proposes its likeliest token, as vLLM does
-    by default; null: the target's."""
+    """The draft's own where the target samples; 0: its likeliest token, as in vLLM; null: the target's."""
     batch_rows: int = Field(default=64, ge=1, le=65_536)
     """Prompts that the target answers together."""
 
@@ -155,7 +154,7 @@ class OpenVINOFormat(Config):
     """Precision of the pair in OpenVINO; the paper serves an int4 target with an int8 draft."""
 
     target: Literal["none", "fp16", "int8", "int4"] = "int4"
-    """int4 reads the fewest bytes; int8 is kinder to targets below a billion parameters; none: the draft alone."""
+    """int4 reads the fewest bytes; int8 is kinder to targets under 1B parameters; none: the draft alone."""
     draft: Literal["fp16", "int8", "int4"] = "int8"
     """A small draft loses acceptance in int4."""
 
@@ -166,8 +165,8 @@ class ExportConfig(Config):
     formats: Annotated[list[Literal["huggingface", "openvino"]], EACH_ONCE] = Field(
         default=["huggingface"], min_length=1
     )
-    """huggingface: safetensors, config, tokenizer; what vLLM loads and others are converted from, so always written.
-    openvino: IR of target and draft; needs the extra `openvino`."""
+    """huggingface: what vLLM loads and others are converted from, so always written; openvino: needs the
+    extra `openvino`."""
     openvino: OpenVINOFormat = OpenVINOFormat()
     """Used when `formats` names it."""
     num_speculative_tokens: int = Field(default=3, ge=1, le=64)
@@ -187,7 +186,7 @@ _Lengths = Annotated[list[int], each_between(1, 2**20)]
 
 
 class SweepConfig(Config):
-    """One factor at a time, at the best K of the first pair, on the tasks' prompts in turn; [] leaves a factor out."""
+    """One factor at a time, at the best K of the first pair, on the tasks' prompts; [] leaves one out."""
 
     prompt_tokens: _Lengths = [128, 1024]
     """Lengths of the prompts: the longer, the more a pass costs beside its weights."""
@@ -205,9 +204,9 @@ class BenchmarkConfig(Config):
     draft_device: str = ""
     """The draft's; "" is the target's."""
     precision: Literal["fast", "exact"] = "fast"
-    """fast: as users run it; exact: float32 throughout, where greedy text cannot differ but times mean nothing."""
+    """fast: as users run it; exact: float32, where greedy text cannot differ and times mean nothing."""
     weights: Annotated[list[WeightsPair], EACH_ONCE] = Field(default=[WeightsPair()], min_length=1)
-    """The first is the deployed one: best K, verdict and sweeps are its; others show what another would gain."""
+    """The first is the deployed one: best K, verdict and sweeps are its; others show what they would gain."""
     tasks: Annotated[list[TaskConfig], NAMES_DIFFER] | None = Field(default=None, min_length=1)
     """As in `evaluate.tasks`; null: those, or the four shipped ones where it has none."""
     prompts: int = Field(default=8, ge=1)
@@ -215,7 +214,7 @@ class BenchmarkConfig(Config):
     num_speculative_tokens: Ks = Field(default=[1, 2, 3, 4, 5], min_length=1)
     """Every K that is timed; the best depends on acceptance and on both models' costs here."""
     temperatures: Temperatures = Field(default=[0.0], min_length=1)
-    """Of the target; 0 is greedy. OpenVINO 2026.4 does not sample losslessly with a draft: such rows give no verdict."""
+    """Of the target; 0 is greedy. OpenVINO 2026.4 samples with losses: such rows give no verdict."""
     sweep: SweepConfig = SweepConfig()
     """Prompt length, answer length, texts at a time."""
     repeats: int = Field(default=3, ge=1, le=100)

@@ -29,8 +29,7 @@ class FilesSource(Source):
     """What corpora in files have."""
 
     path: str = Field(min_length=1)
-    """A file, a folder (files of the kind's usual endings) or a pattern such as `src/**/*.java`; `shipped:` and
-    `python:` names too."""
+    """A file, a folder (files of usual endings) or a pattern `src/**/*.c`; `shipped:` and `python:` too."""
 
 
 class RowsSource(FilesSource):

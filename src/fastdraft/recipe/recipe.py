@@ -1,4 +1,4 @@
-"""A recipe: one YAML file of every setting of a run. `load_recipe` finds it, applies overrides, validates all."""
+"""A recipe: one YAML file of every setting of a run. `load_recipe` finds, overrides and validates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`run:` and `target:`: where results go, seed, device, the model that the draft is made for; paths in a recipe."""
+"""`run:` and `target:`: where results go, seed, device, the target; and paths as recipes write them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class RunConfig(Config):
     precision: Precision = "auto"
     """Of training: bf16 autocast over fp32 weights, or fp32; auto: bf16 where the device has it."""
     compile: Compile = "auto"
-    """Whether training compiles the draft (torch.compile); auto: on CUDA, in runs long enough to earn it back."""
+    """Whether training compiles the draft (torch.compile); auto: on CUDA, in runs long enough for it."""
     tensorboard: bool = False
     """Whether training writes TensorBoard files too (needs the extra `tensorboard`)."""
 

@@ -31,7 +31,7 @@ class TextPrompts(Prompts):
     chat: bool = True
     """Puts each text into the target's chat template, if there is one; conversations always go through it."""
     field: str = "prompt"
-    """The key or column of the prompt: text, or a list of messages whose every answer the target gives anew."""
+    """The key or column of the prompt: text, or messages whose every answer the target gives anew."""
 
 
 class JsonlPrompts(TextPrompts):
@@ -49,7 +49,7 @@ class HubPrompts(HubRows, TextPrompts):
 
 
 class MagpiePrompts(Prompts):
-    """The target writes the instruction itself, given the chat template's beginning (Magpie, arXiv 2406.08464)."""
+    """The target writes the instruction too, given the chat template's beginning (arXiv 2406.08464)."""
 
     kind: Literal["magpie"]
 
@@ -81,7 +81,7 @@ class TranscriptLog(Config):
     path: str = Field(min_length=1)
     """A file, a folder or a pattern; .gz, .xz and .zst too."""
     requests: str = ""
-    """Of outputs of the Batch API, which hold answers only: the files of their requests, joined by `custom_id`."""
+    """Of outputs of the Batch API (answers only): the files of their requests, joined by `custom_id`."""
     temperature: float | None = Field(default=None, ge=0, le=10)
     """Of lines that do not tell theirs; unset, such a line stops the run."""
     top_k: int = Field(default=0, ge=0)
@@ -89,7 +89,7 @@ class TranscriptLog(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Of lines that do not tell theirs."""
     logprobs: LogprobKind = "none"
-    """What the logged log-probs are of: processed, the sampled distribution; raw, the logits (for temperature 1)."""
+    """What they are of: processed, the sampled distribution; raw, the logits (for temperature 1)."""
 
 
 class TranscriptPrompts(TranscriptLog, Prompts):
@@ -128,7 +128,7 @@ class HuggingFaceEngineConfig(Config):
 
 
 class OpenVINOEngineConfig(Config):
-    """OpenVINO's continuous batching, in this process, on CPUs and Intel's GPUs; needs the extra `openvino`."""
+    """OpenVINO's continuous batching, here, on CPUs and Intel's GPUs; needs the extra `openvino`."""
 
     kind: Literal["openvino"] = "openvino"
     weights: Weights = "int8"
@@ -138,7 +138,7 @@ class OpenVINOEngineConfig(Config):
     device: str = "CPU"
     """OpenVINO's name: CPU, GPU, GPU.1."""
     logprobs: Literal["engine", "target"] = "engine"
-    """engine: of the distribution that each token was drawn from; target: by a scoring pass in `target.dtype`."""
+    """engine: of the distribution drawn from; target: by a scoring pass in `target.dtype`."""
 
 
 def _address(value: str) -> str:
@@ -152,9 +152,7 @@ def _address(value: str) -> str:
 
 
 class OpenAIEngineConfig(Config):
-    """Servers with an OpenAI-compatible API (vLLM, SGLang, llama.cpp, OVMS, transformers): of the target only config
-    and tokenizer are needed here. Needs the extra `server`.
-    """
+    """Servers with an OpenAI-compatible API, such as vLLM; needs the extra `server`, no weights."""
 
     kind: Literal["openai"]
     servers: Annotated[list[Annotated[str, AfterValidator(_address)]], EACH_ONCE] = Field(min_length=1)
@@ -162,19 +160,19 @@ class OpenAIEngineConfig(Config):
     model: str = ""
     """The target's name at the servers; empty: the only one that they serve."""
     api: Literal["auto", "completions", "chat"] = "auto"
-    """completions takes every prompt, as token ids where the server can; chat takes user messages and conversations,
-    which the server renders itself; auto: completions if there."""
+    """completions takes every prompt, as token ids if it can; chat: messages that the server renders; auto:
+    completions if there."""
     logprobs: Literal["processed", "raw", "none", "target"] = "none"
-    """What the servers' log-probs are of: processed, the sampled distribution (vLLM: --logprobs-mode
-    processed_logprobs); raw, the logits, for temperature 1 untruncated; target: by a pass of the weights here."""
+    """What they are of: processed, the sampled distribution (vLLM: --logprobs-mode processed_logprobs); raw,
+    the logits, for temperature 1 untruncated; target: by a pass of the weights here."""
     concurrency: int = Field(default=16, ge=1, le=1024)
     """Questions under way at each server."""
     timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Seconds for one whole answer."""
     retries: int = Field(default=6, ge=0, le=100)
-    """Times that a question is asked again, after longer and longer pauses: 6 bear about 24 s without a server."""
+    """Times that a question is asked again, after longer pauses: 6 bear about 24 s."""
     api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Name of the environment variable that holds the key, if there is one; its value is never written anywhere."""
+    """Environment variable that holds the key, if there is one; its value is never written anywhere."""
 
 
 TRANSPORT = frozenset(
@@ -192,7 +190,7 @@ class SynthesizeConfig(Config):
     prompts: Annotated[list[PromptConfig], NAMES_DIFFER] = Field(min_length=1)
     """Where prompts come from; `share` divides the budget's tokens."""
     tokens: Count = Field(default=250_000, ge=1)
-    """Response tokens to write; the unit that reaches it is the last. (FastDraft's own number is not published.)"""
+    """Response tokens to write; the unit that reaches it is the last. (The paper's is not published.)"""
     temperatures: _AskedAt = Field(default=[0.0, 0.6, 0.8, 1.0], min_length=1)
     """Greedy and the paper's three; each prompt is asked at one, then, if the budget lasts, at the next."""
     samples: int = Field(default=1, ge=1)

@@ -15,13 +15,13 @@ def kind_default(kind: str) -> Any:
 
 
 class OptimizerConfig(Config):
-    """`adamw` for every weight, or `muon` for the body's matrices and AdamW for embeddings, head, gains, biases."""
+    """`adamw` for every weight, or `muon` for the body's matrices and AdamW for all others."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """adamw or muon."""
     learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    """Peak rate (muon: of the matrices, in AdamW's scale); left out: by the draft's size (3e-3 at 1M parameters,
-    2e-3 at 50M, 1.5e-3 at 150M; less for align)."""
+    """Peak rate (muon: of the matrices, in AdamW's scale); left out: by size (3e-3 at 1M parameters, 2e-3 at
+    50M, 1.5e-3 at 150M; less for align)."""
     embedding_learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     """Peak rate of embeddings, head, gains and biases; left out: the same (muon: by the draft's size)."""
     weight_decay: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
@@ -69,7 +69,7 @@ class TokenKDConfig(Config):
 
     kind: Literal["token_kd"] = "token_kd"
     loss: TokenLossName = "forward_kl"
-    """ce_kl: half cross-entropy, half KL; lk_hybrid: KL, then tvd; lk_log: -log of the chance of acceptance."""
+    """ce_kl: half cross-entropy, half KL; lk_hybrid: KL, then tvd; lk_log: -log of the acceptance."""
     source: Literal["target", "stored"] = "target"
     """target: loaded beside the draft, compared on the pre-training mixture too. stored: what
     `synthesize.logits` kept; the mixture's steps have cross-entropy."""
@@ -119,7 +119,7 @@ class EarlierDraft(Config):
 
     kind: Literal["from"]
     path: str = Field(min_length=1)
-    """A Hugging Face directory, or a stage's folder (`runs/NAME/pretrain`, `runs/NAME/pretrain/undecayed`)."""
+    """A Hugging Face directory, or a stage's folder such as `runs/NAME/pretrain[/undecayed]`."""
 
 
 DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]
@@ -144,17 +144,16 @@ class TrainingConfig(Config):
     """What every stage that trains has."""
 
     batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens of one optimiser step; left out: by the draft's size and the budget (16k at 1M parameters; 262k at
-    50M and 524k at 150M; align: 64k from 50M on)."""
+    """Tokens of one optimiser step; left out: by size and budget (16k at 1M parameters, 262k at 50M, 524k at
+    150M; align: 64k from 50M on)."""
     micro_batch_tokens: Count | None = Field(default=None, gt=0)
-    """Tokens that go through the model at once: memory and speed, not the result. Left out: 8k on a CPU, else 32k."""
+    """Tokens in the model at once: memory and speed, not the result. Left out: 8k on a CPU, else 32k."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """adamw or muon; best the same in all stages."""
     checkpoint_every: int | None = Field(default=None, ge=0)
     """Steps between resume checkpoints; 0: only at the end and on Ctrl-C. Left out: twenty times a run."""
     validate_every: int | None = Field(default=None, ge=0)
-    """Steps between validations (align: of block efficiency, whose best is kept); 0: only at the ends. Left out: ten
-    times a run."""
+    """Steps between validations (align keeps the best); 0: only at the ends. Left out: ten times a run."""
 
 
 class PretrainConfig(TrainingConfig):
@@ -192,9 +191,9 @@ class AlignConfig(TrainingConfig):
     tokens: Count | None = Field(default=None, gt=0)
     """Budget in input tokens of synthetic text; left out: three passes over it."""
     pretraining_share: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the steps that come from the pre-training mixture (without one: all corpora in equal parts): without
-    them the draft forgets what the prompts do not cover. Left out: 0.1, or 0 where no corpora are prepared."""
+    """Share of the steps from the pre-training mixture (or all corpora in equal parts): without them the
+    draft forgets what the prompts do not cover. Left out: 0.1, or 0 without corpora."""
     objective: Annotated[ObjectiveConfig, BeforeValidator(kind_default("sequence_kd"))] = SequenceKDConfig()
-    """sequence_kd: cross-entropy on the target's responses; token_kd: the target's distribution at each token."""
+    """sequence_kd: cross-entropy on the target's responses; token_kd: its distribution at each token."""
     schedule: Annotated[ScheduleConfig, BeforeValidator(kind_default("cosine"))] = CosineConfig(warmup=0.03)
     """cosine to zero, or wsd."""
