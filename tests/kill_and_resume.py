@@ -1,14 +1,10 @@
 """Kills a run with SIGKILL at random moments, reruns it, and compares the result with an undisturbed run.
 
-    python tests/kill_and_resume.py --kills 20 --seed 5
-    python tests/kill_and_resume.py --kills 12 --openvino
-    python tests/kill_and_resume.py --kills 50 --http --logits
+    python tests/kill_and_resume.py --kills 20 --seed 5 [--openvino | --http] [--logits]
 
-Every other kill falls into the stage that was killed least often so far, the others anywhere. Passes by content: final weights bit for bit
-equal, synthetic rows equal in every column, stored logits byte for byte, evaluation counts equal; of the benchmark, whose clock never says
-the same twice, every text in token ids, the counts, and the rows but for their times. With --http the target writes through a server of its
-own process, which is killed and started again every few kills. Nothing here waits a fixed time for work to be done: a run is given up only
-after its files have not changed for half an hour.
+Every other kill falls into the stage that was killed least often so far, the others anywhere. Equal are weights and stored logits
+byte for byte, synthetic rows in every column, evaluation counts; of the benchmark texts, counts and rows but for what a clock says.
+With --http the target writes through a server of its own process, which is killed and started again every few kills.
 """
 
 from __future__ import annotations
@@ -40,8 +36,8 @@ from fastdraft.errors import MissingExtra
 from fastdraft.runtimes.openvino import require_openvino
 from fastdraft.stages import SUMMARIES
 
-TIMES = ("second", "speedup", "quotient")
-"""Parts of the names of what a clock decides in a row of benchmark.json."""
+TIMES = ("second", "speedup", "quotient")  # in the names of what a clock decides in benchmark.json
+# The smallest benchmark: one pair, one K (which of several is the best is for the clock to say).
 BENCHMARK: dict[str, Any] = {
     "precision": "exact",  # where greedy texts cannot differ
     "weights": [{"target": "fp32", "draft": "fp32"}],
@@ -50,13 +46,8 @@ BENCHMARK: dict[str, Any] = {
     "sweep": {"prompt_tokens": [], "max_new_tokens": [8], "concurrency": []},
     "repeats": 2,
 }
-"""The smallest benchmark: one pair, one K (which of several is the best is for the clock to say)."""
 OPENVINO: dict[str, Any] = {
-    "export": {
-        "formats": ["huggingface", "openvino"],
-        "openvino": {"target": "int8"},
-        "num_speculative_tokens": 3,
-    },
+    "export": {"formats": ["huggingface", "openvino"], "openvino": {"target": "int8"}},
     "benchmark": {
         **BENCHMARK,
         "precision": "fast",
@@ -64,18 +55,10 @@ OPENVINO: dict[str, Any] = {
         "sweep": {"prompt_tokens": [16], "max_new_tokens": [8, 16], "concurrency": [1, 2]},
     },
 }
-"""Sections of the tiny recipe with --openvino."""
-COMPARED = (
-    "design/draft",
-    "pretrain/checkpoint",
-    "continue_pretrain/checkpoint",
-    "align/checkpoint",
-    "export/huggingface",
-)
-SERVER_KILLED_EVERY = 2
-"""Every so many kills of a run one of the server too."""
-STALLED = 1800.0
-"""Seconds without any change of its files after which a run is taken for hung, however busy the machine is."""
+TRAINED = ("pretrain/checkpoint", "continue_pretrain/checkpoint", "align/checkpoint")
+COMPARED = ("design/draft", *TRAINED, "export/huggingface")
+SERVER_KILLED_EVERY = 2  # kills of a run
+STALLED = 1800.0  # seconds without a change of its files after which a run is taken for hung
 
 
 @dataclass(frozen=True)
@@ -83,12 +66,10 @@ class Kind:
     """What is in the recipe beyond the tiny one's."""
 
     openvino: bool = False
-    benchmark: bool = False
-    """The wall clock of the pair; always with `openvino`."""
+    benchmark: bool = False  # always with `openvino`
     http: bool = False
     logits: bool = False
-    short: bool = False
-    """Only what writes and what learns from it: design, synthesize, align."""
+    short: bool = False  # only what writes and what learns from it: design, synthesize, align
 
 
 class Server:
@@ -127,7 +108,7 @@ def command(recipe: Path, name: str) -> list[str]:
 
 
 def written_recipe(folder: Path, kind: Kind, server: str = "") -> Path:
-    """The tiny recipe, on transformers alone, through OpenVINO and its benchmark, or through a server; with logits or without."""
+    """The tiny recipe, on transformers alone, through OpenVINO and its benchmark, or through a server."""
     recipe = write_recipe(folder, folder / "target", **(OPENVINO if kind.openvino else {}))
     value = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     if kind.benchmark and not kind.openvino:
@@ -138,9 +119,7 @@ def written_recipe(folder: Path, kind: Kind, server: str = "") -> Path:
         _through_server(value, folder, server)
     if kind.short:  # after the server's sections, which reach into evaluate
         value = {name: value[name] for name in ("run", "target", "design", "synthesize", "align")}
-        value["synthesize"]["prompts"] = [
-            source for source in value["synthesize"]["prompts"] if source["kind"] == "jsonl"
-        ]
+        value["synthesize"]["prompts"] = [p for p in value["synthesize"]["prompts"] if p["kind"] == "jsonl"]
         value["align"] |= {"tokens": "2k", "pretraining_share": 0}
     if kind.logits:
         value["synthesize"]["logits"] = {"kind": "top_k", "k": 16}
@@ -153,12 +132,9 @@ def _through_server(recipe: dict[str, Any], folder: Path, url: str) -> None:
     """Lets a server write training text and evaluation text, and adds conversations to both."""
     talks, own = folder / "talks.jsonl", folder / "own-talks.jsonl"
     talks.write_text(
-        "".join(json.dumps(_talk(f"talk{i}", "What is", "And what", "Why")) + "\n" for i in range(16)),
-        encoding="utf-8",
+        "".join(_talk(f"talk{i}", "What is", "And what", "Why") for i in range(16)), encoding="utf-8"
     )
-    own.write_text(
-        "".join(json.dumps(_talk(f"own{i}", "Who is", "Where is")) + "\n" for i in range(4)), encoding="utf-8"
-    )
+    own.write_text("".join(_talk(f"own{i}", "Who is", "Where is") for i in range(4)), encoding="utf-8")
     engine = {"kind": "openai", "servers": [url], "logprobs": "processed", "retries": 100}
     source = {"kind": "jsonl", "name": "talks", "path": str(talks), "field": "messages", "share": 1}
     # One answer at a time, so that each has a text of its own: fewer of them, in smaller units.
@@ -168,18 +144,18 @@ def _through_server(recipe: dict[str, Any], folder: Path, url: str) -> None:
     recipe["evaluate"] |= {"texts": "engine", "tasks": [*recipe["evaluate"]["tasks"], task]}
 
 
-def _talk(name: str, *users: str) -> dict[str, Any]:
-    messages = [
-        [{"role": "user", "content": f"{words} {name}?"}, {"role": "assistant", "content": "Logged."}]
-        for words in users
-    ]
-    return {"id": name, "messages": [message for turn in messages for message in turn]}
+def _talk(name: str, *users: str) -> str:
+    messages = []
+    for words in users:
+        messages.append({"role": "user", "content": f"{words} {name}?"})
+        messages.append({"role": "assistant", "content": "Logged."})
+    return json.dumps({"id": name, "messages": messages}) + "\n"
 
 
 def kill_and_resume(
     folder: Path, kills: int, seed: int = 0, say: bool = False, kind: Kind = Kind()
 ) -> list[str]:
-    """Returns what differs between a run killed `kills` times and an undisturbed one; an empty list is a pass. `seed` is of the moments."""
+    """What differs between a run killed `kills` times, at moments of this seed, and an undisturbed one."""
     target = write_target(folder / "target")
     server = Server(target) if kind.http else None
     try:
@@ -202,17 +178,13 @@ class Killing:
     random_part: random.Random
     server: Server | None
     say: bool
-    done: Counter[str] = field(default_factory=Counter)
-    """Kills by the stage that was at work."""
+    done: Counter[str] = field(default_factory=Counter)  # kills by the stage that was at work
     server_kills: int = 0
 
     def compare(self) -> list[str]:
-        stages = [
-            name for name in SUMMARIES if name in yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
-        ]
-        seen = _watch(
-            subprocess.Popen(command(self.recipe, "undisturbed")), self.runs / "undisturbed", stages
-        )
+        whole, recipe = self.runs / "undisturbed", yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        stages = [name for name in SUMMARIES if name in recipe]
+        seen = _watch(subprocess.Popen(command(self.recipe, "undisturbed")), whole, stages)
         self._say(f"undisturbed run: {seen.total()} changes of its files seen; {_by_stage(seen)}")
         found, number = list[str](), 0
         self.done = Counter(dict.fromkeys(stages, 0))
@@ -220,11 +192,10 @@ class Killing:
             number += 1
             name = f"disturbed-{number}"
             self._disturb(name, seen)
-            found += [f"{name}: {what}" for what in differences(self.runs / "undisturbed", self.runs / name)]
+            found += [f"{name}: {what}" for what in differences(whole, self.runs / name)]
             self._say(f"{name}: {'differs: ' + '; '.join(found) if found else 'equal'}")
-        self._say(
-            f"{self.done.total()} kills in {number} runs: {_by_stage(self.done)}; {self.server_kills} kills of the server"
-        )
+        kills = f"{self.done.total()} kills in {number} runs: {_by_stage(self.done)}"
+        self._say(f"{kills}; {self.server_kills} kills of the server")
         return found
 
     def _disturb(self, name: str, seen: Counter[str]) -> None:
@@ -232,11 +203,10 @@ class Killing:
         arguments, run, stages = command(self.recipe, name), self.runs / name, list(seen)
         while (done := self.done.total()) < self.kills:
             least = min(stages[stages.index(_stage(run, stages)) :], key=lambda stage: self.done[stage])
-            missed = not self.done[least] and self.kills >= 2 * len(
-                stages
-            )  # with enough kills every stage has one, the shortest too
+            # With enough kills every stage has one, the shortest too.
+            missed = not self.done[least] and self.kills >= 2 * len(stages)
             within = least if done % 2 or missed else ""
-            # A quarter of a run at most, so that many kills reach the last stages too; a run that ends early is followed by another.
+            # A quarter of a run at most, so that many kills reach the last stages too.
             most = seen[within] if within else max(2, 2 * seen.total() // (self.kills + 1), seen.total() // 4)
             process = subprocess.Popen(arguments)
             server_dies = self._server_dies() if self.server and done % SERVER_KILLED_EVERY == 0 else None
@@ -251,17 +221,11 @@ class Killing:
 
     def _server_dies(self) -> threading.Thread:
         """Kills the server after a while that falls now into the start of a run, now into its questions."""
-        wait, server = self.random_part.uniform(0, 6), self.server
-        assert server is not None
-
-        def work() -> None:
-            time.sleep(wait)
-            server.restart()
-
+        assert self.server is not None
         self.server_kills += 1
-        thread = threading.Thread(target=work)
-        thread.start()
-        return thread
+        timer = threading.Timer(self.random_part.uniform(0, 6), self.server.restart)
+        timer.start()
+        return timer
 
     def _say(self, text: str) -> None:
         if self.say:
@@ -280,7 +244,7 @@ def _by_stage(counts: Counter[str]) -> str:
 def _watch(
     process: subprocess.Popen[bytes], run: Path, stages: list[str], kill_at: int = 0, within: str = ""
 ) -> Counter[str]:
-    """Watches a run's folder until the process ends, and kills it at a change of the files if asked to; returns the changes by stage.
+    """Changes of a run's files by stage until the process ends, or is killed at one of them.
 
     Moments are counted in changes, not seconds: on a busy machine seconds would all be spent on imports.
     """
@@ -294,9 +258,7 @@ def _watch(
         if time.monotonic() - changed > STALLED:
             process.kill()
             process.wait()
-            raise SystemExit(
-                f"{run.name}: no file has changed for {STALLED:.0f} seconds, in {_stage(run, stages)}"
-            )
+            raise SystemExit(f"{run.name}: no file has changed for {STALLED:.0f} s, in {_stage(run, stages)}")
         # A stage passed by meanwhile counts too: what was asked for had fewer changes left than once thought.
         lived = sum(changes[name] for name in stages[stages.index(within) if within else 0 :])
         if kill_at and lived >= kill_at:
@@ -321,30 +283,24 @@ def _listing(run: Path) -> list[tuple[str, int, int]]:
 
 def differences(one: Path, two: Path) -> list[str]:
     """What of weights, synthetic rows, counts and measured rows is not equal."""
-    found = [
-        f"{name}/model.safetensors"
-        for name in COMPARED
-        if (one / name).exists()
-        and (one / name / "model.safetensors").read_bytes() != (two / name / "model.safetensors").read_bytes()
-    ]
-    for what, read in {
-        "synthetic rows": rows,
-        "stored logits": stored_logits,
-        "evaluation rows": evaluation_rows,
-        "benchmark rows": benchmark_rows,
-        "benchmark texts and counts": benchmark_units,
-    }.items():
+    found, readers = [], (weights, rows, stored_logits, evaluation_rows, benchmark_rows, benchmark_units)
+    for read in readers:
         values = read(one), read(two)
         if values[0] != values[1]:
-            found.append(f"{what} ({len(values[0])} and {len(values[1])})")
-    for what, keys in (
-        ("synthetic", [row["row_id"] for row in rows(two)]),
-        ("benchmark", benchmark_rows(two)),
-    ):
+            found.append(f"{read.__name__} ({len(values[0])} and {len(values[1])})")
+    for what, keys in {
+        "synthetic": [r["row_id"] for r in rows(two)],
+        "benchmark": benchmark_rows(two),
+    }.items():
         if len(set(keys)) != len(keys):
             found.append(f"doubled {what} rows")
     left = [path.name for path in (*two.rglob("*.tmp"), *two.rglob("converted"))]
     return [*found, f"left behind: {left[:3]}"] if left else found
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    files = {name: run / name / "model.safetensors" for name in COMPARED if (run / name).exists()}
+    return {name: path.read_bytes() for name, path in files.items()}
 
 
 def read_file(path: Path) -> Any:
@@ -392,10 +348,11 @@ def without_times(value: Any) -> Any:
 
 
 def _can_benchmark() -> bool:
-    with contextlib.suppress(MissingExtra):
+    try:
         require_openvino()
-        return True
-    return False
+    except MissingExtra:
+        return False
+    return True
 
 
 if __name__ == "__main__":
@@ -405,13 +362,11 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--openvino", action="store_true", help="synthesize, export and benchmark through OpenVINO"
+        "--openvino", action="store_true", help="write, export and benchmark through OpenVINO"
     )
+    parser.add_argument("--http", action="store_true", help="write through a server, which is killed too")
     parser.add_argument("--no-benchmark", action="store_true", help="as where OpenVINO is not installed")
-    parser.add_argument(
-        "--http", action="store_true", help="synthesize and evaluate through a server, which is killed too"
-    )
-    parser.add_argument("--logits", action="store_true", help="keep the target's logits and distil from them")
+    parser.add_argument("--logits", action="store_true", help="keep the target's logits, distil from them")
     arguments = parser.parse_args()
     if arguments.openvino and arguments.http:
         parser.error("one engine writes: --openvino or --http")
@@ -419,9 +374,6 @@ if __name__ == "__main__":
         measured = not arguments.no_benchmark and _can_benchmark()
         kind = Kind(arguments.openvino, measured, arguments.http, arguments.logits)
         found = kill_and_resume(Path(folder), arguments.kills, arguments.seed, say=True, kind=kind)
-    print(
-        "differs: " + "; ".join(found)
-        if found
-        else "equal: weights, rows, logits, counts; the benchmark but for its times"
-    )
+    equal = "equal: weights, rows, logits, counts; the benchmark but for its times"
+    print("differs: " + "; ".join(found) if found else equal)
     sys.exit(bool(found))

@@ -33,16 +33,14 @@ from fastdraft.target import Target
 
 
 def settings(folder: Path, **changes: Any) -> EvaluateConfig:
-    for name in ("first", "second"):
-        lines = [
-            json.dumps({"id": f"{name}{i}", "prompt": f"{text} {i}", "reference": "yes"})
-            for i, text in enumerate(TEXT)
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    first = {"kind": "file", "name": "first", "path": str(folder / "first.jsonl"), "max_new_tokens": 12}
-    second = {"kind": "file", "name": "second", "path": str(folder / "second.jsonl"), "max_new_tokens": 8}
+    tasks = []
+    for name, tokens in (("first", 12), ("second", 8)):
+        path = folder / f"{name}.jsonl"
+        rows = [{"id": f"{name}{i}", "prompt": f"{t} {i}", "reference": "yes"} for i, t in enumerate(TEXT)]
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        tasks.append({"kind": "file", "name": name, "path": str(path), "max_new_tokens": tokens})
     value = {
-        "tasks": [first, {**second, "chat": True, "prompts": 3}],
+        "tasks": [tasks[0], {**tasks[1], "chat": True, "prompts": 3}],
         "temperatures": [0, 0.6],
         "num_speculative_tokens": [1, 3],
         "exact": {"num_speculative_tokens": [3], "prompts": 2},
@@ -87,13 +85,14 @@ def test_results_hold_every_row_of_the_plan(finished) -> None:
     results = finished[2]
     assert (results.schema, results.draft) == (1, "align/checkpoint")
     tasks, temperatures = ("first", "second"), (0.0, 0.6)
-    found = [
-        (r.checkpoint, r.task, r.temperature, r.num_speculative_tokens)
-        for r in results.select(method="replay")
-    ]
+    replayed, exact = results.select(method="replay"), results.select(method="exact")
+    found = [(r.checkpoint, r.task, r.temperature, r.num_speculative_tokens) for r in replayed]
     assert sorted(found) == sorted(itertools.product(("pretrain", "align"), tasks, temperatures, (1, 3)))
-    found = [(r.checkpoint, r.task, r.temperature, r.num_prompts) for r in results.select(method="exact")]
+    found = [(r.checkpoint, r.task, r.temperature, r.num_prompts) for r in exact]
     assert sorted(found) == sorted(itertools.product(("align",), tasks, temperatures, (2,)))
+    manifest = finished[1].folder("evaluate").manifest()
+    assert manifest["tasks"]["second"] == {"prompts": 3, "skipped": 0}
+    assert manifest["differences"] == results.to_json()["differences"]
 
 
 def test_rates_in_a_row_follow_from_its_counts(finished) -> None:
@@ -120,13 +119,9 @@ def test_exact_and_replay_agree_on_greedy_text(finished) -> None:
     config, where, _ = finished
     exact = {"exact": {"num_speculative_tokens": [1, 3], "prompts": 5}}
     everything = load_config(EvaluateConfig, config.model_dump() | exact)
-    draft = where.run.root / "pretrain" / "checkpoint"
-    agree = context(
-        where.run.root.parent / "agree", Path(where.target.location), everything, {"pretrain": draft}
-    )
-    rows = {
-        method: run(everything, agree).select(method=method, temperature=0) for method in ("exact", "replay")
-    }
+    root, draft = where.run.root.parent / "agree", where.run.root / "pretrain" / "checkpoint"
+    agree = context(root, Path(where.target.location), everything, {"pretrain": draft})
+    rows = {m: run(everything, agree).select(method=m, temperature=0) for m in ("exact", "replay")}
     assert len(rows["exact"]) == 4
     names = [field.name for field in fields(ResultRow) if field.name.startswith("num_")]
     found, replayed = ([[getattr(row, name) for name in names] for row in rows[method]] for method in rows)
@@ -169,11 +164,9 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_counts(
         run(config, where)
     assert not where.folder("evaluate").is_complete()
     where.console.stop.requested = False
-    results = run(config, where)
     timed = {"mbsu_latency": None, "predicted_speedup": None}
-    assert [replace(row, **timed) for row in results.rows] == [
-        replace(row, **timed) for row in undisturbed.rows
-    ]
+    found, expected = ([replace(r, **timed) for r in s.rows] for s in (run(config, where), undisturbed))
+    assert found == expected
 
 
 def test_a_damaged_result_is_named(finished, tmp_path: Path) -> None:
@@ -189,12 +182,11 @@ def test_a_damaged_result_is_named(finished, tmp_path: Path) -> None:
 def test_prompts_that_do_not_fit_are_left_out_and_told(
     tmp_path: Path, tiny_target: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [json.dumps({"prompt": "short"}), json.dumps({"prompt": "long " * 400})]
-    (tmp_path / "mixed.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    task = {"kind": "file", "name": "mixed", "path": str(tmp_path / "mixed.jsonl"), "max_new_tokens": 4}
-    config = settings(
-        tmp_path, tasks=[task], exact={"prompts": 0}, num_speculative_tokens=[2], temperatures=[0]
-    )
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in ("short", "long " * 400)))
+    task = {"kind": "file", "name": "mixed", "path": str(path), "max_new_tokens": 4}
+    few = {"exact": {"prompts": 0}, "num_speculative_tokens": [2], "temperatures": [0]}
+    config = settings(tmp_path, tasks=[task], **few)
     results = run(config, context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft}))
     assert [row.num_prompts for row in results.rows] == [1]
     assert "1 of 2 prompts skipped" in capsys.readouterr().err
@@ -211,9 +203,8 @@ def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, tiny_target: P
 
 
 def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path, tiny_draft: Path) -> None:
-    latency = measure_latency(
-        load_draft(tiny_target), load_draft(tiny_draft), [2, 4], prefix_tokens=400, repeats=3
-    )
+    pair = load_draft(tiny_target), load_draft(tiny_draft)
+    latency = measure_latency(*pair, [2, 4], prefix_tokens=400, repeats=3)
     assert list(latency.target_seconds) == [1, 2, 4]
     assert latency.prefix_tokens == 252
     assert latency.cost_ratio > 0
@@ -228,16 +219,6 @@ def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) ->
     with torch.inference_mode():
         logits = target(torch.tensor([[5, 6, 7]])).logits[0, -1]
     assert found.gap == pytest.approx(abs(float(logits[8] - logits[10])), abs=1e-4)
-
-
-def test_the_finished_manifest_tells_what_was_skipped_and_compared(finished) -> None:
-    manifest = finished[1].folder("evaluate").manifest()
-    assert manifest["tasks"] == {
-        "first": {"prompts": 5, "skipped": 0},
-        "second": {"prompts": 3, "skipped": 0},
-    }
-    assert manifest["differences"] == finished[2].to_json()["differences"]
-    assert manifest["contamination"] is None
 
 
 def test_evaluation_texts_among_the_training_rows_are_counted(
@@ -271,9 +252,7 @@ def test_the_fingerprint_follows_the_targets_files_and_what_was_trained_on(
     base = evaluate.fingerprint(config, where)
     assert json.loads(json.dumps(base)) == base == evaluate.fingerprint(config, where)
     shutil.copy(write_target(tmp_path / "other", seed=9) / "model.safetensors", target)
-    assert evaluate.fingerprint(config, where)["target"] != base["target"], (
-        "another fine-tune was saved over it"
-    )
+    assert evaluate.fingerprint(config, where)["target"] != base["target"], "another fine-tune lies there"
     prepare = where.folder("prepare")
     write_json(prepare.path / "fingerprint.json", {"made": 1})
     prepare.complete()

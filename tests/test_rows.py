@@ -18,9 +18,10 @@ def written(row: JsonRow) -> Any:
     return json.loads(json.dumps(row.to_json()))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(EvaluationResults, "results.json"), (BenchmarkResults, "benchmark.json")]
-)
+FILES = [(EvaluationResults, "results.json"), (BenchmarkResults, "benchmark.json")]
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
 def test_a_file_of_the_first_release_comes_back_as_it_was(kind: type[JsonRow], name: str) -> None:
     value = golden(name)
     found = kind.from_json(value).to_json()
@@ -62,23 +63,16 @@ def row_like(row: Any, **changes: Any) -> Any:
 def test_the_best_k_has_the_highest_speed_up_and_is_the_smallest_when_equal() -> None:
     value = golden("results.json")
     row = value["rows"][0]
-    value["rows"] = [
-        row | {"num_speculative_tokens": k, "mbsu_bytes": speedup}
-        for k, speedup in ((3, 1.3), (2, 1.3), (1, 1.1), (4, None))
-    ]
+    speedups = ((3, 1.3), (2, 1.3), (1, 1.1), (4, None))
+    value["rows"] = [row | {"num_speculative_tokens": k, "mbsu_bytes": speedup} for k, speedup in speedups]
     best = EvaluationResults.from_json(value).best(row["task"], row["temperature"], "mbsu_bytes")
     assert best is not None
     assert best.num_speculative_tokens == 2
 
 
 def test_a_speed_up_has_the_interval_of_block_efficiency_scaled() -> None:
-    row = row_like(
-        results().rows[0],
-        block_efficiency=2.0,
-        block_efficiency_low=1.9,
-        block_efficiency_high=2.2,
-        mbsu_bytes=1.0,
-    )
+    known = {"block_efficiency": 2.0, "block_efficiency_low": 1.9, "block_efficiency_high": 2.2}
+    row = row_like(results().rows[0], **known, mbsu_bytes=1.0)
     assert row.interval("mbsu_bytes") == pytest.approx((0.95, 1.1))
     assert row.interval("overlap") is None
 
@@ -110,7 +104,6 @@ def test_the_best_k_of_all_tasks_is_that_of_the_largest_geometric_mean() -> None
         {"task": "text", "num_speculative_tokens": 4, "speedup": 0.7},
     )
     found = best_k(judged_rows(rows, rows[0].weights))
-    assert found.num_speculative_tokens == 2
-    assert found.by_task["code"].num_speculative_tokens == 4
+    assert (found.num_speculative_tokens, found.by_task["code"].num_speculative_tokens) == (2, 4)
     assert found.by_task["text"].speedup == 1.2
     assert best_k([]).num_speculative_tokens is None

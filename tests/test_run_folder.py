@@ -33,8 +33,8 @@ def test_a_stage_is_complete_only_when_its_manifest_stands(tmp_path: Path) -> No
 
 def test_work_begun_with_other_settings_is_refused_naming_the_keys_that_changed(tmp_path: Path) -> None:
     folder = StageFolder(tmp_path / "align")
-    folder.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
-    folder.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
+    for _ in range(2):
+        folder.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.1}})
     with pytest.raises(FastDraftError, match=r"optimizer\.learning_rate \(0\.1 -> 0\.2\).*--redo align"):
         folder.begin({"tokens": 5, "optimizer": {"kind": "muon", "learning_rate": 0.2}})
 
@@ -70,17 +70,9 @@ def test_a_kept_result_is_made_once_and_read_ever_after(tmp_path: Path) -> None:
     assert (len(made), folder.has("parts/one.json"), folder.has("parts/two.json")) == (1, True, False)
 
 
-def test_a_result_that_cannot_be_made_or_written_leaves_nothing(tmp_path: Path) -> None:
-    folder = StageFolder(tmp_path)
-
-    def half(path: Path, value: str) -> None:
-        path.write_text(value[:2])
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        folder.keep("text", lambda: "whole", read=Path.read_text, write=half)
+def test_a_result_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        folder.keep("number", lambda: 1 / 0)
+        StageFolder(tmp_path).keep("number", lambda: 1 / 0)
     assert os.listdir(tmp_path) == []
 
 
@@ -157,14 +149,13 @@ def test_discarding_removes_all_and_what_only_unfinished_work_needs_goes_at_its_
 
 
 def test_what_killed_processes_left_half_written_is_removed_under_the_lock(tmp_path: Path) -> None:
-    (tmp_path / "align" / ".checkpoint.4711.tmp" / "inner").mkdir(parents=True)
-    (tmp_path / "align" / ".checkpoint.4711.tmp" / ".part.4711.tmp").write_text("half")
-    (tmp_path / "align" / ".unit-00001.parquet.12.tmp").write_text("half")
-    kept = [
-        tmp_path / "align" / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")
-    ]
+    folder = tmp_path / "align"
+    (folder / ".checkpoint.4711.tmp" / "inner").mkdir(parents=True)
+    for half in (".checkpoint.4711.tmp/.part.4711.tmp", ".unit-00001.parquet.12.tmp"):
+        (folder / half).write_text("half")
+    kept = [folder / name for name in ("checkpoint.tmp", ".hidden", ".checkpoint.x.tmp", "a.12.tmp")]
     for path in kept:
         path.write_text("whole")
     with RunFolder(tmp_path).lock():
         pass
-    assert sorted((tmp_path / "align").iterdir()) == sorted(kept)
+    assert sorted(folder.iterdir()) == sorted(kept)

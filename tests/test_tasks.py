@@ -1,4 +1,4 @@
-"""Evaluation tasks: the shipped ones, files, and what is refused. Also what ships, and under which licence."""
+"""Evaluation tasks: the shipped ones, files, and what is refused; under which licence they ship."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def test_fewer_prompts_are_an_even_spread() -> None:
 
 def test_a_file_of_the_user_is_a_task(tmp_path: Path) -> None:
     path = tmp_path / "my questions.jsonl"
-    path.write_text(
-        '{"prompt": "one"}\n\n{"id": "b", "prompt": "two", "reference": "answer"}\n', encoding="utf-8"
-    )
+    path.write_text('{"prompt": "one"}\n\n{"id": "b", "prompt": "two", "reference": "answer"}\n')
     config: Any = TypeAdapter(TaskConfig).validate_python({"kind": "file", "path": str(path), "chat": True})
     task = load_task(config)
     assert (task.name, task.chat) == ("my-questions", True)
@@ -99,6 +97,5 @@ def test_no_evaluation_prompt_is_a_training_prompt() -> None:
     with lzma.open(SHIPPED / "data" / "prompts.jsonl.xz", "rt", encoding="utf-8") as file:
         training = {json.loads(line)["prompt"].strip().lower() for line in file}
     for kind in NAMES:
-        assert not training & {
-            prompt.text.strip().lower() for prompt in load_task(ShippedTask(kind=kind, prompts=1000)).prompts
-        }  # type: ignore[arg-type]
+        prompts = load_task(ShippedTask(kind=kind, prompts=1000)).prompts  # type: ignore[arg-type]
+        assert not training & {prompt.text.strip().lower() for prompt in prompts}

@@ -1,6 +1,6 @@
 """Frozen dataclasses that stand in a JSON file: `Row.from_json(value)` and `row.to_json()`.
 
-A class lists its fields in the file's order. Values are taken as they are; a field that a newer release added is passed over.
+A class lists its fields in the file's order; a field that a newer release added is passed over.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from fastdraft.errors import FastDraftError
 
 MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
-# Of what stages keep in their folders; work of another release is refused. Not in manifests, whose schema is public.
+# Of what stages keep in their folders; work of another release is refused.
 _LAYOUT = 2
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _SCRATCH = ("steps", ".journal", "converted")  # of no use once a stage is complete
@@ -32,14 +32,14 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path` for a file or folder; it takes the place of `path` when the block succeeds."""
+    """Yields a temporary name beside `path`, which takes the place of `path` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     _remove(temporary)
     try:
         yield temporary
         for file in filter(Path.is_file, (temporary, *temporary.rglob("*"))):
-            # To the disk: after a power cut a file under its final name must not be empty. Some libraries write read-only ones.
+            # To the disk: after a power cut it must not be empty. Some libraries write read-only files.
             with contextlib.suppress(PermissionError), open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
         if path.is_dir():
@@ -147,7 +147,7 @@ class StageFolder:
         return digest(self.stored_fingerprint())
 
     def differences(self, fingerprint: Mapping[str, Any]) -> list[str]:
-        """The keys, with both values, in which existing work differs from `fingerprint`; empty for none or no work yet."""
+        """The keys, with both values, in which existing work differs from `fingerprint`."""
         if not self.has(FINGERPRINT):
             return []
         old = flatten(self.stored_fingerprint())
@@ -158,13 +158,11 @@ class StageFolder:
         return [f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in changed]
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
-        """Claims the folder for these settings, or goes on with work begun under the same ones; other work is refused."""
+        """Claims the folder for these settings; work begun under others is refused."""
         changed = self.differences(fingerprint)
         if changed:
-            raise FastDraftError(
-                f"{self.path}: {'; '.join(changed[:4])}: this work was done with other settings",
-                f"use another run.name, or redo it with --redo {self.name}",
-            )
+            message = f"{self.path}: {'; '.join(changed[:4])}: this work was done with other settings"
+            raise FastDraftError(message, f"use another run.name, or redo it with --redo {self.name}")
         if not self.has(FINGERPRINT):
             write_json(self.path / FINGERPRINT, {**fingerprint, "layout": _LAYOUT})
 
@@ -180,9 +178,9 @@ class StageFolder:
         read: Callable[[Path], T] = read_json,
         write: Callable[[Path, T], object] = write_json,
     ) -> T:
-        """What `name` in this folder holds; made and written, all of it or nothing, where it is not there yet.
+        """What `name` holds; made and written, all of it or nothing, where it is not there yet.
 
-        A killed stage repeats one of these. The result is always what `read` gives, so that a resumed run sees the very same.
+        The result is always what `read` gives, so that a resumed run sees the very same.
         """
         path = self.path / name
         if not path.exists():
@@ -203,7 +201,7 @@ class StageFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def discard(self) -> None:
-        """Removes the stage's work: gone at once, then file by file, so that a kill half-way leaves no part of it."""
+        """Removes the stage's work: gone at once, then file by file, so that no kill leaves a part of it."""
         aside = _beside(self.path)
         _remove(aside)
         with contextlib.suppress(FileNotFoundError):

@@ -1,6 +1,6 @@
 """`fastdraft generate`: the pair at work, text streaming out, with the speed-up measured on the very prompt.
 
-Stdout gets the text and nothing else; the draft's accepted tokens are green on a terminal. Figures go to stderr.
+Stdout gets the text alone, the draft's accepted tokens green on a terminal; figures go to stderr.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DRAFTS = ("export/huggingface", *(f"{stage}/{folder}" for stage, folder in reve
 
 
 def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[TargetConfig, str]:
-    """Target, with the revision and precision that the run used, and the draft's location; what is given by name wins."""
+    """Target, with the run's revision and precision, and the draft's location; what is given by name wins."""
     if run is None:
         if not (target and draft):
             message = "RUN: missing; a run's folder, or both --target and --draft, must be given"
@@ -105,7 +105,7 @@ class _Writer:
         return min(context - len(prompt_ids), self.max_new_tokens)
 
     def alone(self, ids: list[int]) -> tuple[list[int], float]:
-        """What the target writes without the draft, and its seconds, prompt reading included as in `answer`."""
+        """What the target writes without the draft, and its seconds, counted as in `answer`."""
         generator, eos = torch.Generator().manual_seed(self.seed), set(self.decoder.vocabulary.eos_token_ids)
         start = time.perf_counter()
         found = generate_batch(self.decoder.target, [ids], self.sampling, self.room(ids), eos, generator)
@@ -129,7 +129,7 @@ def run(
     compare: bool,
     console: Console,
 ) -> None:
-    """Writes one answer, or holds a conversation: `chat` without a prompt on a terminal. Without `prompt` stdin is read."""
+    """Writes one answer, to stdin without a `prompt`; or holds a conversation, on a terminal with `chat`."""
     opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
     where = pick_device(device, "--device")
     check_same(opened.vocabulary, Target.at(draft).vocabulary, where=draft)

@@ -1,6 +1,6 @@
-"""From counts to what an evaluation found: the rows of `results.json`, the answers of `samples.json`, words for the terminal.
+"""From counts to what an evaluation found: rows of `results.json`, answers of `samples.json`, warnings.
 
-What cannot be computed is null. Intervals come from a bootstrap over prompts, those of one group number drawn together.
+What cannot be computed is null. Intervals are of a bootstrap over prompts, those of one group drawn together.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ from fastdraft.functional.intervals import (
 from fastdraft.functional.positions import bucket_bounds
 from fastdraft.functional.same_text import Judge, compare_texts
 
-# At half the rate half of what a draft brings is gone, while texts of different lengths differ by far less; a draft that
-# reads beyond the lengths it was trained on loses nearly all.
+# A draft that reads beyond its trained lengths loses nearly all; texts of other lengths differ by far less.
 _FADED = 0.5
 _ENOUGH_TOKENS, _ENOUGH_CONVERSATIONS = 300, 4  # proposals and draws of a stretch of text that is judged
 _SAMPLES_PER_TASK = 2
@@ -72,7 +71,7 @@ def findings(
     costs: CostRatios,
     context_length: int,
 ) -> dict[str, Any]:
-    """The fields of `EvaluationResults` that follow from the counts: replay first, then exact, each in the order of the work."""
+    """The fields of `EvaluationResults` that follow from the counts; replay's rows first."""
     seed, ks, groups, looping = work.seed, work.config.num_speculative_tokens, {}, {}
     for task, t in work.settings:
         texts = work.texts[task.name, t]
@@ -159,7 +158,7 @@ def _interval(
 def difference_rows(
     tables: Mapping[Setting, CountsTable], seed: int, groups: GroupsBySetting
 ) -> list[DifferenceRow]:
-    """Each checkpoint against the one before it, on the same prompts drawn together; `tables` in the order of training."""
+    """Each checkpoint against the one before it, on the same prompts; `tables` in the order of training."""
     by_place: dict[tuple[str, float, int], list[tuple[str, CountsTable]]] = {}
     for s, table in tables.items():
         place = s.task, s.temperature, s.num_speculative_tokens
@@ -193,7 +192,7 @@ def position_results(
 ) -> PositionResults:
     """Acceptance along the text, and where the final draft, the last checkpoint, fades.
 
-    `tables` has by checkpoint, task and temperature the counts of each prompt in each bucket, [prompts, buckets, columns].
+    `tables`: by checkpoint, task and temperature the counts, [prompts, buckets, columns].
     """
     rows, faded = list[PositionRow](), list[FadedCase]()
     final = list(tables)[-1][0] if tables else ""
@@ -226,7 +225,7 @@ def position_results(
 
 
 def _faded(rows: list[PositionRow]) -> list[FadedCase]:
-    """The first stretch in which the upper end of the interval is under half of the rate in the best stretch before it."""
+    """The first stretch whose whole interval is under half of the rate in the best stretch before it."""
     best = 0.0
     for row in rows:
         if row.num_draft_tokens < _ENOUGH_TOKENS or row.num_conversations < _ENOUGH_CONVERSATIONS:
@@ -242,10 +241,9 @@ def _faded(rows: list[PositionRow]) -> list[FadedCase]:
 def faded_sentences(found: PositionResults) -> Iterator[str]:
     """Warnings about a draft whose acceptance dies before the context ends."""
     for case in found.faded:
-        rates = f"{case.acceptance_rate:.3f} from position {case.first:,} on, {case.best_acceptance_rate:.3f} before"
-        fix = (
-            "train on longer rows (prepare.row_length), prompts and answers, or serve with a shorter context"
-        )
+        before, rate = case.best_acceptance_rate, case.acceptance_rate
+        rates = f"{rate:.3f} from position {case.first:,} on, {before:.3f} before"
+        fix = "train on longer rows (prepare.row_length), prompts and answers, or serve shorter contexts"
         where = f"{case.task} at temperature {case.temperature:g}"
         yield f"{where}: acceptance {rates}, of a context of {found.context_length:,}; {fix}"
 
@@ -275,7 +273,7 @@ def greedy_check(work: EvaluationWork, exact: Mapping[Setting, ExactRuns]) -> Gr
 
 
 def next_token_judge(target: PreTrainedModel) -> Judge:
-    """Asks the target again, in one pass, how far apart it finds two next tokens: in low precision, batching alone may flip a near-tie."""
+    """Asks the target again, in one pass, how far apart it finds two next tokens."""
 
     def judge(ids: list[int], first: int, second: int) -> float:
         with torch.inference_mode():
@@ -290,11 +288,9 @@ def next_token_judge(target: PreTrainedModel) -> Judge:
 def samples(
     work: EvaluationWork, exact: Mapping[Setting, ExactRuns], tokenizer: PreTrainedTokenizerBase
 ) -> list[AnswerSample]:
-    """A few exact answers in pieces, each marked accepted or not; the lowest sampled temperature, else greedy."""
-    wanted = (
-        min((t for t in work.config.temperatures if t > 0), default=0.0),
-        nearest_k(work.config.exact.num_speculative_tokens),
-    )
+    """A few exact answers in pieces, accepted or not; of the lowest sampled temperature, else greedy."""
+    ks, temperatures = work.config.exact.num_speculative_tokens, work.config.temperatures
+    wanted = min((t for t in temperatures if t > 0), default=0.0), nearest_k(ks)
     tasks, found = {task.name: task for task in work.tasks}, []
     for s, runs in exact.items():
         if (s.temperature, s.num_speculative_tokens) != wanted:
@@ -322,8 +318,7 @@ def tell(results: EvaluationResults, console: Console) -> None:
         ties = f"; {check.near_ties} of the others are near-ties" if check.different else ""
         console.say(f"greedy exact runs equal to the target's own text: {equal} of {check.texts}{ties}")
         if check.different > check.near_ties:
-            console.warn(
-                "greedy texts differ from the target's own by more than rounding; see greedy_check in results.json"
-            )
+            found = "greedy texts differ from the target's own by more than rounding"
+            console.warn(f"{found}; see greedy_check in results.json")
     for sentence in faded_sentences(results.by_position) if results.by_position else ():
         console.warn(sentence)

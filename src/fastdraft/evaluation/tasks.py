@@ -1,7 +1,7 @@
 """Evaluation tasks: named prompts of the package or of the user's JSONL files, as text and as token ids.
 
 task = load_task(FileTask(kind="file", path="questions.jsonl")); task.prompts[0].text
-task = encode_task(config, tokenizer, context_length, console); add_turns(task, write_turns(task, ...), console)
+task = encode_task(config, tokenizer, context_length, console); task.prompt_ids
 """
 
 from __future__ import annotations
@@ -135,8 +135,7 @@ def write_turns(
 ) -> dict[str, Any]:
     """The prompts of every turn of a task's conversations, as JSON for `add_turns`.
 
-    The target's own earlier answers stand in them, greedy whatever the temperatures: so every temperature, every draft and
-    every real run reads the same prompts.
+    The target's own earlier answers stand in them, always greedy ones: all runs read the same prompts.
     """
     talks = [talk for _, talk in task.conversations]
     form = dialogue_format(tokenizer, talks)
@@ -182,7 +181,8 @@ def refuse_faults(task: str, written: list[Generation]) -> None:
     """A served target's answers to a task must be whole."""
     faults = [generation.fault for generation in written if generation.fault]
     if faults:
+        found = f"{len(faults)} of {len(written)} answers: {faults[0]}"
         raise TargetError(
-            f"task '{task}': {len(faults)} of {len(written)} answers: {faults[0]}; each needs the target's own tokens",
-            "use a server that gives token ids (vLLM, llama.cpp, SGLang), or evaluate.texts with kind synthesize",
+            f"task '{task}': {found}; each needs the target's own tokens",
+            "use a server that gives token ids (vLLM, llama.cpp, SGLang), or evaluate.texts=synthesize",
         )

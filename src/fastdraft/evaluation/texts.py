@@ -1,4 +1,4 @@
-"""Texts of the target that nobody has to write any more: held-out rows of synthesize, or logs. A source of them is a task.
+"""Texts of the target that stand already: held-out rows of synthesize, or logs. A source of them is a task.
 
 texts = GivenTexts(); texts.take(rows, context_length=4096); texts.rows["log", 0.6]
 """
@@ -21,8 +21,8 @@ from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.synthesize import TranscriptLog
 from fastdraft.run_folder import StageFolder
 
+# Gives texts the log-probs of a model.
 Score = Callable[[list[SyntheticRow], Sampling], list[SyntheticRow]]
-"""Gives texts the log-probs of a model."""
 
 
 @dataclass
@@ -41,8 +41,11 @@ class GivenTexts:
         score: Score | None = None,
         greedy_draft: bool = False,
     ) -> None:
-        """Sorts in the rows that serve; all others are counted. `trained` are hashes of prompts that the draft was trained on;
-        `score` gives the rows a model's log-probs in place of their own; a greedy draft needs no log-probs."""
+        """Sorts in the rows that serve; all others are counted.
+
+        `trained` are hashes of prompts that the draft was trained on; `score` replaces log-probs by a model's; a
+        greedy draft needs none.
+        """
         seen: set[tuple[str, float, int, float]] = set()
         fitting: list[SyntheticRow] = []
         for row in rows:
@@ -67,7 +70,7 @@ class GivenTexts:
         if not self.rows:
             raise DataError(
                 f"evaluate.texts: {self.told or 'no text at all'}; at least one text must serve",
-                "log-probs come from the server (logprobs: processed) or from the weights (target); greedy text needs none",
+                "set logprobs to processed (the server's) or target (by its weights); greedy text needs none",
             )
 
     def tasks(self) -> list[EncodedTask]:
@@ -77,9 +80,8 @@ class GivenTexts:
             by_name.setdefault(name, []).extend(rows)
         found = []
         for name, rows in by_name.items():
-            longest = max(len(row.response_ids) for row in rows)
-            prompts = [row.prompt_ids for row in rows]
-            found.append(EncodedTask(name, [row.row_id for row in rows], prompts, longest))
+            names, longest = [row.row_id for row in rows], max(len(row.response_ids) for row in rows)
+            found.append(EncodedTask(name, names, [row.prompt_ids for row in rows], longest))
         return found
 
     @property

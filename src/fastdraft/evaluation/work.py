@@ -1,4 +1,4 @@
-"""The work of an evaluation, each result kept in a file of its own as soon as it is done: a killed one repeats at most one.
+"""The work of an evaluation, each result kept in a file when it is done: a killed one repeats at most one.
 
 conversations/TASK.json, generations/TASK-T.parquet    prompts of every turn; the target's own texts
 replay/DRAFT-TASK-T.npz, exact/TASK-T-kK.json, latency.json    what the drafts would do, and did, with them
@@ -66,7 +66,7 @@ class ExactRuns:
 
 @dataclass
 class EvaluationWork:
-    """Does what is asked for and is not kept yet: `take_turns` and `write_texts` first, then what is wanted."""
+    """Does what is asked for and is not kept yet: `take_turns` and `write_texts` first, then the rest."""
 
     config: EvaluateConfig
     tasks: list[EncodedTask]
@@ -104,7 +104,7 @@ class EvaluationWork:
     def _keep_all(
         self, title: str, unit: str, jobs: Mapping[str, tuple[int, Callable[[], Any]]], **form: Any
     ) -> list[Any]:
-        """Keeps these results, given by name with their size; says nothing where all of them stand already."""
+        """Keeps these results, given by name with their size; says nothing where all stand already."""
         total = sum(size for size, _ in jobs.values())
         done = sum(size for name, (size, _) in jobs.items() if self.folder.has(name))
         following = self.console.progress(title, total, unit, done)
@@ -127,21 +127,16 @@ class EvaluationWork:
         self.tasks = [add_turns(t, kept[t.name], self.console) if t.name in kept else t for t in self.tasks]
         for task in self.tasks:
             if not task.prompt_ids:
-                raise DataError(
-                    f"task '{task.name}': none of {task.num_skipped} prompts fits the context of {context_length} "
-                    f"together with {task.max_new_tokens} new tokens",
-                    "shorten the prompts or lower max_new_tokens",
-                )
+                rule = f"fits the context of {context_length} less {task.max_new_tokens} new tokens"
+                message = f"task '{task.name}': none of {task.num_skipped} prompts {rule}"
+                raise DataError(message, "shorten the prompts or lower max_new_tokens")
 
     def write_texts(self) -> None:
-        """The target answers every prompt at every temperature; then the engine is let go, with the model that it may hold."""
-        jobs = {
-            f"generations/{task.name}-{t:g}.parquet": (
-                len(task.prompt_ids) if self.given is None else 0,
-                partial(self._write_texts, task, t),
-            )
-            for task, t in self.settings
-        }
+        """The target answers every prompt at every temperature; then the engine is let go, with its model."""
+        jobs = {}
+        for task, t in self.settings:
+            size = len(task.prompt_ids) if self.given is None else 0
+            jobs[f"generations/{task.name}-{t:g}.parquet"] = size, partial(self._write_texts, task, t)
         found = self._keep_all("target writes", "texts", jobs, read=read_rows, write=write_rows)
         self.texts = {(task.name, t): rows for (task, t), rows in zip(self.settings, found, strict=True)}
         self.__dict__.pop("engine", None)
@@ -154,9 +149,9 @@ class EvaluationWork:
         refuse_faults(task.name, written)
         unknown = sum(len(generation.logprobs) != len(generation.response_ids) for generation in written)
         if unknown and temperature > 0 and self.config.draft_temperature != 0:
+            rule = "replay of sampled text needs them"
             raise TargetError(
-                f"task '{task.name}': {unknown} of {len(written)} answers without log-probs; replay of sampled text "
-                "needs them",
+                f"task '{task.name}': {unknown} of {len(written)} answers without log-probs; {rule}",
                 "set synthesize.engine.logprobs to processed or target, evaluate.temperatures=[0], or "
                 "evaluate.draft_temperature=0",
             )
@@ -166,7 +161,7 @@ class EvaluationWork:
         return [SyntheticRow.of(generation, task.name, sampling) for generation in written]
 
     def replay(self, drafts: Mapping[str, LoadModel]) -> dict[tuple[str, str, float], Replayed]:
-        """By draft, task and temperature; a draft is loaded only if something of it is missing, and should be remembered."""
+        """By draft, task and temperature; a draft is loaded only if something of it is missing."""
         places = [(name, *setting) for name in drafts for setting in self.texts]
         jobs = {}
         for name, task, t in places:

@@ -1,7 +1,7 @@
-"""Evaluate: draft x target x tasks x temperature x K -> counts, rates, speed-ups, in `results.json` and `samples.json`.
+"""Evaluate: draft x target x tasks x temperature x K -> counts, rates, speed-ups in `results.json`.
 
-The target writes its texts once; every checkpoint is replayed over them; the final draft decodes the first prompts for real;
-its cost is measured. Each step is kept (evaluation/work.py), so that a killed run goes on where it was.
+The target writes its texts once; every checkpoint is replayed over them; the final draft decodes some for real.
+Each step is kept (evaluation/work.py), so that a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ from fastdraft.target import Target
 
 
 def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
-    """Settings, task files, target, every checkpoint compared, and what they were trained on, in which the tasks' texts are looked for.
-
-    Not the device, on which only latencies depend.
-    """
+    """Settings, task files, target, drafts, training text; not the device, on which only latencies depend."""
     texts = describe(config.texts) if isinstance(config.texts, LoggedTexts) else config.texts.model_dump()
     if isinstance(config.texts, EngineTexts):
         texts["engine"] = describe_engine(_chosen_engine(context))
@@ -59,7 +56,7 @@ def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]
 
 
 def compared(config: EvaluateConfig, sections: Mapping[str, Any]) -> list[str]:
-    """The drafts of this recipe that are to be compared, in the order of training; the last one is the final draft."""
+    """The drafts of this recipe that are to be compared, in the order of training."""
     return [name for name in DRAFT_FOLDERS if name in config.checkpoints and name in sections] or ["design"]
 
 
@@ -87,26 +84,19 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     context_length = min(model.context_length for model in (target, *drafts.values()))
     model = target.model(device) if isinstance(config.texts, TargetTexts) else None
     given = _given_texts(config, context, context_length)
-    work = EvaluationWork(
-        config,
-        given.tasks()
-        if given
-        else [encode_task(task, target.tokenizer, context_length, console) for task in config.tasks],
-        settings.seed,
-        folder,
-        console,
-        target.vocabulary,
-        model,
-        partial(_open_engine, config, context, model),
-        given.rows if given else None,
-    )
+    if given:
+        tasks = given.tasks()
+    else:
+        tasks = [encode_task(task, target.tokenizer, context_length, console) for task in config.tasks]
+    opener = partial(_open_engine, config, context, model)
+    writing = target.vocabulary, model, opener, given.rows if given else None
+    work = EvaluationWork(config, tasks, settings.seed, folder, console, *writing)
     work.take_turns(target.tokenizer, context_length)
     work.write_texts()
     # Same device and precision for both: that is what is decoded with and what latency compares.
     dtype = torch.float32 if model is None else model.dtype
     loaders = {
-        name: cache(partial(load_draft, Path(draft.location), device, dtype))
-        for name, draft in drafts.items()
+        n: cache(partial(load_draft, Path(draft.location), device, dtype)) for n, draft in drafts.items()
     }
     replayed, final = work.replay(loaders), drafts[names[-1]]
     exact, latency = work.exact(names[-1], loaders[names[-1]]), work.latency(loaders[names[-1]])
@@ -155,9 +145,8 @@ def _given_texts(config: EvaluateConfig, context: StageContext, context_length: 
             trained = trained_prompts(folder)
     else:
         return None
-    rescore = (
-        partial(score, target.model(pick_device(settings.device))) if texts.logprobs == "target" else None
-    )
+    wanted = texts.logprobs == "target"
+    rescore = partial(score, target.model(pick_device(settings.device))) if wanted else None
     greedy_draft = config.draft_temperature == 0
     found.take(rows, context_length=context_length, trained=trained, score=rescore, greedy_draft=greedy_draft)
     if found.left_out:
@@ -202,7 +191,7 @@ def _trained_on(context: StageContext, *stages: str) -> list[StageFolder]:
 
 
 def _contamination(config: EvaluateConfig, context: StageContext) -> dict[str, PromptOverlap] | None:
-    """13-grams that evaluation texts (prompts and references) share with everything trained on; None without such text."""
+    """13-grams that prompts and references share with everything trained on; None without such text."""
     folders, tokenizer = _trained_on(context), context.target.tokenizer
     if not folders:
         return None
