@@ -35,12 +35,8 @@ def write_tokenizer(folder: Path, vocab_size: int = 300, chat: bool = True) -> i
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    options = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
+    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<|endoftext|>",
@@ -85,7 +81,7 @@ def write_target(
     model = LlamaForCausalLM(config)
     with (
         torch.no_grad()
-    ):  # a flat random model ties everywhere: sharpen it so that greedy text is well defined
+    ):  # a flat random model ties everywhere: sharpen it, so that greedy text is well defined
         model.lm_head.weight.mul_(20)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=3, pad_token_id=0)
     model.save_pretrained(folder)
@@ -123,26 +119,24 @@ def near_draft(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.fixture(scope="session")
-def exported_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny target as OpenVINO runs it, fp32."""
+def _export(source: Path, folder: Path, pair: Path | None = None) -> Path:
     from fastdraft.runtimes.openvino_export import export_openvino
     from fastdraft.target import Target
 
-    folder = tmp_path_factory.mktemp("openvino") / "target"
-    export_openvino(Target.at(tiny_target), folder, "fp32")
+    export_openvino(Target.at(source), folder, "fp32", pair=pair)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target as OpenVINO runs it, fp32."""
+    return _export(tiny_target, tmp_path_factory.mktemp("openvino") / "target")
 
 
 @pytest.fixture(scope="session")
 def exported_draft(near_draft: Path, exported_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The near draft as OpenVINO runs it with that target, fp32."""
-    from fastdraft.runtimes.openvino_export import export_openvino
-    from fastdraft.target import Target
-
-    folder = tmp_path_factory.mktemp("openvino") / "draft"
-    export_openvino(Target.at(near_draft), folder, "fp32", pair=exported_target)
-    return folder
+    return _export(near_draft, tmp_path_factory.mktemp("openvino") / "draft", exported_target)
 
 
 @pytest.fixture
@@ -154,96 +148,59 @@ def small_corpus(tmp_path: Path) -> Path:
     return path
 
 
+RECIPE = """
+run: {name: tiny, folder: FOLDER/runs, threads: 1, device: cpu, precision: fp32}
+target: {model: TARGET}
+design:
+  draft: {kind: shape, hidden_size: 64, num_layers: 1, intermediate_size: 64, num_heads: 2, num_kv_heads: 1, tied: true}
+prepare:
+  row_length: 64
+  validation: 0.1
+  corpora:
+  - {name: text, kind: jsonl, path: FOLDER/text.jsonl, tokens: 20k}
+  - {name: code, kind: source_code, path: FOLDER/code, tokens: 8k}
+pretrain: {tokens: 8k, mixture: {text: 1}, TRAINING}
+continue_pretrain: {tokens: 8k, mixture: {code: 2, text: 1}, TRAINING}
+synthesize:
+  tokens: 4k
+  temperatures: [0, 0.6, 1.0]
+  max_new_tokens: 24
+  batch_rows: 16
+  engine: {kind: huggingface}  # needs no converting: seconds on one core, and the same everywhere
+  prompts:
+  - {kind: jsonl, name: instructions, path: FOLDER/prompts.jsonl, share: 2}
+  - {kind: magpie, name: magpie, share: 1}
+  - {kind: corpus, name: code, corpus: code, share: 1, prompt_tokens: [8, 24]}
+align: {tokens: 6k, TRAINING}
+evaluate:
+  tasks: [{kind: file, name: own, path: FOLDER/tasks.jsonl, chat: true, max_new_tokens: 16}]
+  temperatures: [0, 0.6]
+  num_speculative_tokens: [1, 2, 3]
+  exact: {num_speculative_tokens: [3], prompts: 3}
+export: {num_speculative_tokens: 3}
+report: {}
+"""
+TRAINING = """batch_tokens: 512, checkpoint_every: 5, validate_every: 10, optimizer: {kind: muon, learning_rate: 0.003}"""
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
     """A recipe through every stage for a tiny target: seconds on one core. `changes` replaces whole sections."""
     import yaml
 
-    corpus, code = folder / "text.jsonl", folder / "code"
-    corpus.write_text(
-        "".join(json.dumps({"text": f"{TEXT[i % 5]} Number {i}. " * 4}) + "\n" for i in range(300)),
-        encoding="utf-8",
-    )
-    code.mkdir(exist_ok=True)
+    _write_rows(folder / "text.jsonl", [{"text": f"{TEXT[i % 5]} Number {i}. " * 4} for i in range(300)])
+    _write_rows(folder / "prompts.jsonl", [{"prompt": f"What is {i} plus {i * 7 % 13}?"} for i in range(80)])
+    tasks = [{"id": f"t{i}", "prompt": f"Tell me about number {i} and the fox."} for i in range(6)]
+    _write_rows(folder / "tasks.jsonl", tasks)
+    (folder / "code").mkdir(exist_ok=True)
     for i in range(60):
-        (code / f"module_{i}.py").write_text(
-            f"def function_{i}(value):\n    return value + {i}\n" * 8, encoding="utf-8"
-        )
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"prompt": f"What is {i} plus {i * 7 % 13}?"}) + "\n" for i in range(80)),
-        encoding="utf-8",
-    )
-    tasks = folder / "tasks.jsonl"
-    tasks.write_text(
-        "".join(
-            json.dumps({"id": f"t{i}", "prompt": f"Tell me about number {i} and the fox."}) + "\n"
-            for i in range(6)
-        ),
-        encoding="utf-8",
-    )
-    training = {
-        "batch_tokens": 512,
-        "checkpoint_every": 5,
-        "validate_every": 10,
-        "optimizer": {"kind": "muon", "learning_rate": 0.003},
-    }
-    recipe: dict[str, object] = {
-        "run": {
-            "name": "tiny",
-            "folder": str(folder / "runs"),
-            "threads": 1,
-            "device": "cpu",
-            "precision": "fp32",
-        },
-        "target": {"model": str(target)},
-        "design": {
-            "draft": {
-                "kind": "shape",
-                "hidden_size": 64,
-                "num_layers": 1,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "num_kv_heads": 1,
-                "tied": True,
-            }
-        },
-        "prepare": {
-            "row_length": 64,
-            "validation": 0.1,
-            "corpora": [
-                {"name": "text", "kind": "jsonl", "path": str(corpus), "tokens": "20k"},
-                {"name": "code", "kind": "source_code", "path": str(code), "tokens": "8k"},
-            ],
-        },
-        "pretrain": {"tokens": "8k", "mixture": {"text": 1}, **training},
-        "continue_pretrain": {"tokens": "8k", "mixture": {"code": 2, "text": 1}, **training},
-        "synthesize": {
-            "tokens": "4k",
-            "temperatures": [0, 0.6, 1.0],
-            "max_new_tokens": 24,
-            "batch_rows": 16,
-            "engine": {
-                "kind": "huggingface"
-            },  # needs no converting: seconds on one core, and the same everywhere
-            "prompts": [
-                {"kind": "jsonl", "name": "instructions", "path": str(prompts), "share": 2},
-                {"kind": "magpie", "name": "magpie", "share": 1},
-                {"kind": "corpus", "name": "code", "corpus": "code", "share": 1, "prompt_tokens": [8, 24]},
-            ],
-        },
-        "align": {"tokens": "6k", **training},
-        "evaluate": {
-            "tasks": [
-                {"kind": "file", "name": "own", "path": str(tasks), "chat": True, "max_new_tokens": 16}
-            ],
-            "temperatures": [0, 0.6],
-            "num_speculative_tokens": [1, 2, 3],
-            "exact": {"num_speculative_tokens": [3], "prompts": 3},
-        },
-        "export": {"num_speculative_tokens": 3},
-        "report": {},
-    }
-    recipe.update(changes)
+        text = f"def function_{i}(value):\n    return value + {i}\n" * 8
+        (folder / "code" / f"module_{i}.py").write_text(text, encoding="utf-8")
+    text = RECIPE.replace("FOLDER", str(folder)).replace("TARGET", str(target)).replace("TRAINING", TRAINING)
+    recipe = {**yaml.safe_load(text), **changes}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
@@ -270,16 +227,10 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Pa
         value[stage].update(short)
     del value["continue_pretrain"], value["report"]
     value["prepare"]["corpora"][0]["tokens"] = "6k"
-    value["synthesize"].update(
-        {"tokens": 250, "batch_rows": 8, "max_new_tokens": 12, "temperatures": [0, 1.0]}
-    )
-    value["evaluate"].update(
-        {
-            "temperatures": [0.6],
-            "num_speculative_tokens": [2],
-            "exact": {"num_speculative_tokens": [2], "prompts": 2},
-        }
-    )
+    tokens = {"tokens": 250, "max_new_tokens": 12}
+    value["synthesize"].update({**tokens, "batch_rows": 8, "temperatures": [0, 1.0]})
+    exact = {"num_speculative_tokens": [2], "prompts": 2}
+    value["evaluate"].update({"temperatures": [0.6], "num_speculative_tokens": [2], "exact": exact})
     path.write_text(yaml.safe_dump(value), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         _watch_forbidden(patch)
@@ -294,17 +245,8 @@ FORBIDDEN: list[str] = []
 def _watch_forbidden(patch: pytest.MonkeyPatch) -> None:
     import pickle
     import socket
-    from collections.abc import Callable
-    from typing import Any
 
     import torch
-
-    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            FORBIDDEN.append(name)
-            return real(*arguments, **named)
-
-        return call
 
     for owner, name in (
         (socket.socket, "connect"),
@@ -313,4 +255,14 @@ def _watch_forbidden(patch: pytest.MonkeyPatch) -> None:
         (pickle, "loads"),
         (torch, "load"),
     ):
-        patch.setattr(owner, name, watched(f"{owner.__name__}.{name}", getattr(owner, name)))
+
+        def watched(
+            *arguments: object,
+            real: object = getattr(owner, name),
+            told: str = f"{owner.__name__}.{name}",
+            **named: object,
+        ) -> object:
+            FORBIDDEN.append(told)
+            return real(*arguments, **named)  # type: ignore[operator]
+
+        patch.setattr(owner, name, watched)

@@ -30,6 +30,18 @@ QWEN_VISION = {
     "mlp_ratio": 2,
     "patch_size": 14,
 }
+QWEN_IDS = {"image_token_id": 310, "video_token_id": 311, "vision_start_token_id": 312}
+QWEN_IDS |= {"vision_end_token_id": 313, "tie_word_embeddings": False}
+PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {**VISION, "model_type": "siglip_vision_model"},
+        {"mm_tokens_per_image": 4, "image_token_index": 310},
+    ),
+    "llava": ({**VISION, "model_type": "clip_vision_model"}, {"image_token_index": 310}),
+    "mistral3": ({**VISION, "model_type": "pixtral"}, {"image_token_index": 310}),
+    "qwen2_vl": (QWEN_VISION, QWEN_IDS),
+    "qwen2_5_vl": (QWEN_VISION, QWEN_IDS),
+}
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, **FACTORS}
 WINDOW = {"sliding_window": 8}
@@ -43,6 +55,9 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
 
 
 LLAMA3 = rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
+GRANITE = {"logits_scaling": 4.0, "embedding_multiplier": 6.0}
+GRANITE |= {"residual_multiplier": 0.5, "attention_multiplier": 0.2}
+GEMMA = {**MIXED, "tie_word_embeddings": True, "query_pre_attn_scalar": 8}
 TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -55,25 +70,14 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
-    "gemma2": (
-        "gemma2",
-        {**MIXED, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
-    ),
-    "gemma3-text": ("gemma3_text", {**MIXED, "tie_word_embeddings": True, "query_pre_attn_scalar": 8}),
+    "gemma2": ("gemma2", {**GEMMA, "final_logit_softcapping": 5.0}),
+    "gemma3-text": ("gemma3_text", GEMMA),
     "gpt2": ("gpt2", {"n_positions": 160, "tie_word_embeddings": True}),
     "gpt-neox": ("gpt_neox", {}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 24}),
     "qwen3-moe": ("qwen3_moe", EXPERTS),
-    "granite": (
-        "granite",
-        {
-            "logits_scaling": 4.0,
-            "embedding_multiplier": 6.0,
-            "residual_multiplier": 0.5,
-            "attention_multiplier": 0.2,
-        },
-    ),
+    "granite": ("granite", GRANITE),
     "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
     "cohere2": ("cohere2", {**MIXED, "logit_scale": 0.25, "tie_word_embeddings": True}),
     "gemma3-pictures": ("gemma3", {**MIXED, "query_pre_attn_scalar": 8}),
@@ -90,39 +94,13 @@ def family_config(name: str) -> Any:
 
     family, changes = TARGETS[name]
     text = {**SHAPE, **changes}
-    if family == "gpt2":
-        text = {
-            **{
-                key: text[key]
-                for key in text
-                if key not in ("num_key_value_heads", "head_dim", "max_position_embeddings")
-            }
-        }
-    if family == "gpt_neox":
-        text.pop("head_dim")
-    if family in ("phi3", "qwen2", "qwen2_moe"):
-        text.pop("head_dim")
-    if family == "gemma3":
-        vision = {**VISION, "model_type": "siglip_vision_model"}
-        return AutoConfig.for_model(
-            family, text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=310
-        )
-    if family in ("llava", "mistral3"):
-        kind = "clip_vision_model" if family == "llava" else "pixtral"
-        return AutoConfig.for_model(
-            family, text_config=text, vision_config={**VISION, "model_type": kind}, image_token_index=310
-        )
-    if family.endswith("_vl"):
-        ids = {
-            "image_token_id": 310,
-            "video_token_id": 311,
-            "vision_start_token_id": 312,
-            "vision_end_token_id": 313,
-        }
-        return AutoConfig.for_model(
-            family, text_config=text, vision_config=QWEN_VISION, **ids, tie_word_embeddings=False
-        )
-    return AutoConfig.for_model(family, **text)
+    without = ["head_dim"] if family in ("gpt2", "gpt_neox", "phi3", "qwen2", "qwen2_moe") else []
+    without += ["num_key_value_heads", "max_position_embeddings"] if family == "gpt2" else []
+    text = {key: value for key, value in text.items() if key not in without}
+    if family not in PICTURES:
+        return AutoConfig.for_model(family, **text)
+    vision, others = PICTURES[family]
+    return AutoConfig.for_model(family, text_config=text, vision_config=vision, **others)
 
 
 def write_family(folder: Path, name: str) -> Path:
@@ -139,9 +117,8 @@ def write_family(folder: Path, name: str) -> Path:
     model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        for (
-            parameter
-        ) in model.parameters():  # a tied model whose embedding is large says its last token again
+        # A tied model whose embedding is large says its last token again.
+        for parameter in model.parameters():
             if parameter.ndim >= 2 and not (tied and parameter is model.get_input_embeddings().weight):
                 parameter.mul_(20 if tied else 6)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[3, 5], pad_token_id=0)

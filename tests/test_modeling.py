@@ -12,28 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
-from fastdraft.errors import RecipeError, TargetError
+from fastdraft.errors import RecipeError
 from fastdraft.modeling import drafts, shapes
-from fastdraft.modeling.architecture import (
-    Architecture,
-    count,
-    draft_hf_config,
-    has_rotary_factors,
-    read_architecture,
-    resample,
-)
+from fastdraft.modeling.architecture import Architecture, count, draft_hf_config, read_architecture, resample
 from fastdraft.target import Target
 
 LLAMA_8B = Architecture("llama", 128256, 4096, 32, 32, 8, 128, 14336, False, 131072)
 STARTER = Architecture("llama", 8192, 256, 6, 4, 2, 64, 768, True, 2048)
 PHI_3_MINI = {"vocab_size": 32064, "max_position_embeddings": 4096, "sliding_window": 2047}
-_SCALED = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-LLAMA_3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, **_SCALED}
+LLAMA_3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA_3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 WIDTHS = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80}
 DEPTHS = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 IDS = {"max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
@@ -96,28 +84,17 @@ def test_the_preset_phi_3_mini_50m_has_exactly_52107776_parameters() -> None:
 
 
 def test_the_preset_llama_3_1_8b_150m_has_exactly_154147328_parameters() -> None:
-    widths = {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
+    widths = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+    depths = {"max_position_embeddings": 131072} | {
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     }
-    depths = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     target = LlamaConfig(**widths, **depths, rope_parameters=LLAMA_3_ROPE)
     shape = shapes.preset("llama-3.1-8b-150m", read_architecture(target))
     assert parameters_of(target) == read_architecture(target).parameters == 8_030_261_248
     assert parameters_of(draft_hf_config(target, shape)) == shape.parameters == 154_147_328
     assert shape.read_parameters / LLAMA_8B.read_parameters == pytest.approx(0.012, abs=5e-4)
-
-
-def test_a_preset_is_refused_for_another_family() -> None:
-    with pytest.raises(RecipeError, match="for phi3 targets, this target is llama"):
-        shapes.preset("phi-3-mini-50m", STARTER)
-
-
-def test_an_unsupported_family_is_refused_by_name() -> None:
-    with pytest.raises(TargetError, match="model family 'mamba'"):
-        read_architecture(AutoConfig.for_model("mamba"))
 
 
 def test_a_draft_inherits_all_but_width_depth_and_heads() -> None:
@@ -145,15 +122,6 @@ def _longrope() -> Any:
     both = {"short_factor": factors, "long_factor": [2 * factor for factor in factors]}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **both, **original}
     return Phi3Config(**{**PHI_3_MINI, "max_position_embeddings": 131072}, rope_parameters=rope, **original)
-
-
-def test_longrope_factors_stay_when_the_head_width_stays() -> None:
-    target = _longrope()
-    assert has_rotary_factors(target)
-    preset = shapes.preset("phi-3-mini-50m", read_architecture(target))
-    same_heads = replace(preset, hidden_size=384, num_heads=4, num_kv_heads=4, head_dim=96)
-    rope = draft_hf_config(target, same_heads).rope_parameters
-    assert rope["short_factor"] == target.rope_parameters["short_factor"]
 
 
 def test_longrope_factors_are_resampled_for_another_head_width() -> None:
@@ -197,12 +165,6 @@ def test_any_budget_gives_a_fitting_shape_or_a_named_alternative(budget: int) ->
     assert named[0].isdigit()
 
 
-def test_a_budget_that_the_vocabulary_exceeds_is_refused_with_the_minimum() -> None:
-    words = r"vocabulary of 128256 alone takes 16\.4M; must be at least 16442000"
-    with pytest.raises(RecipeError, match=words):
-        shapes.search(LLAMA_8B, 10_000_000)
-
-
 def test_only_small_drafts_of_tied_targets_are_tied() -> None:
     assert shapes.search(STARTER, 1_500_000).tied
     assert not shapes.search(STARTER, 30_000_000).tied
@@ -214,14 +176,6 @@ def test_an_untied_input_embedding_is_not_read() -> None:
     assert untied.parameters - tied.parameters == 8192 * 256
     assert tied.bytes_per_token(8) == untied.bytes_per_token(8) == tied.parameters
     assert untied.flops_per_token == 2 * tied.parameters
-
-
-def test_heads_that_do_not_divide_the_width_are_refused() -> None:
-    sizes = {"hidden_size": 128, "num_layers": 2, "intermediate_size": 256}
-    with pytest.raises(RecipeError, match="must divide hidden_size 128"):
-        shapes.explicit(STARTER, **sizes, num_heads=3)
-    with pytest.raises(RecipeError, match="must divide num_heads 4"):
-        shapes.explicit(STARTER, **sizes, num_heads=4, num_kv_heads=3)
 
 
 def _draft_model(tied: bool = False, seed: int = 0) -> Any:
@@ -263,13 +217,6 @@ def test_projection_keeps_the_directions_in_which_tokens_differ() -> None:
     centred = matrix - matrix.mean(0)
     before, after = torch.cdist(centred, centred), torch.cdist(projected, projected)
     assert torch.allclose(after / after.mean(), before / before.mean(), atol=1e-3)
-
-
-def test_projection_to_a_wider_draft_fills_every_column() -> None:
-    narrow = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    projected = drafts.project(narrow, 32, seed=0)
-    assert projected.shape == (200, 32)
-    assert bool((projected.std(0) > 0).all())
 
 
 def test_projected_embeddings_need_only_the_two_matrices(tiny_target: Path) -> None:

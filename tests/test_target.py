@@ -185,11 +185,6 @@ def test_a_damaged_checkpoint_is_refused(tiny_draft: Path, tmp_path: Path, kind:
         load_draft(_broken(tiny_draft, tmp_path / "broken", kind))
 
 
-def test_a_missing_directory_is_not_sought_on_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="no such directory"):
-        Target.at(tmp_path / "nothing" / "here").model("cpu")
-
-
 def test_an_unreachable_hub_is_one_line() -> None:
     with pytest.raises(TargetError, match="the hub cannot be reached"):
         Target.at("nobody/no-such-model").model("cpu")

@@ -96,7 +96,7 @@ class Target:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What a draft must share. The tokenizer's EOS ends a text, and the generation config's, else the config's."""
+        """What a draft must share. Any EOS of tokenizer and generation config (else config) ends a text."""
         config, tokenizer = self.config, self.tokenizer
         listed = getattr(self.generation_config, "eos_token_id", None)
         listed = special_id(config, "eos_token_id") if listed is None else listed

@@ -168,7 +168,7 @@ def _costs(candidates: list[Candidate]) -> str:
         costs = [_bytes(d.bytes_per_token(8)), format_count(d.flops_per_token), *(f"{r:.4f}" for r in ratios)]
         rows.append([c.label, d.hidden_size, d.num_layers, d.intermediate_size, *costs])
     note = (
-        "c: cost of a draft token over a target token by parameters; by bytes read; int8 draft on int4 target. "
+        "c: cost of a draft token over a target token by parameters; by bytes read; int8 draft on int4. "
         "Widths and FFNs that are no multiples of 256 cannot have K-quants in llama.cpp."
     )
     named = [f"* preset {c.name}, {c.draft.parameters:,} parameters." for c in candidates if c.name]
@@ -181,9 +181,9 @@ def _gains(candidates: list[Candidate]) -> str:
         gains = c.mbsu(rate)
         rows.append([c.label, f"{rate:g}", *(f"{gain:.2f}" for gain in gains), KS[gains.index(max(gains))]])
     note = (
-        f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}, as the paper prints it: there "
-        "text reaches about 0.3, instructions 0.35 and code 0.6. Other K follow from a constant chance for each "
-        "further token. Below 1.00 a draft does harm."
+        f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}, as the paper prints it: "
+        "there text reaches about 0.3, instructions 0.35 and code 0.6. Other K follow from a constant "
+        "chance for each further token. Below 1.00 a draft does harm."
     )
     columns = ["draft", "rate", *(f"K={k}" for k in KS), "best K"]
     table = format_table("Memory-bound speed-up by bytes at equal precision", columns, rows)

@@ -131,7 +131,7 @@ class Measurement:
         r, seconds = self.runtime, self.target_seconds
         kind = "the exported model" if self.target.export else "random weights of this shape"
         note = (
-            f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {r['threads'] or 'its choice of'} "
+            f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {r['threads'] or 'auto'} "
             f"threads; target in {self.target.weights}, {kind}; behind {self.prefix_tokens} tokens, batch 1, "
             f"medians of {self.repeats} turns."
         )
@@ -150,7 +150,7 @@ class Measurement:
             row += [f"{1e3 * draft.seconds:.3g}", *(f"{ratio:.4f}" for ratio in ratios)]
             rows.append([*row, "-" if rate is None else f"{rate:.2f}"])
         note = (
-            "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by the bytes "
+            "draft: hidden x layers. c: cost of a draft token over a target token, by the clock and by bytes "
             "read. pays above: the acceptance rate from which it gains at its best K; -: it never does."
         )
         return _table("Measured: one draft token", columns, rows, note)
@@ -162,9 +162,9 @@ class Measurement:
             rows.append([_label(draft), f"{rate:g}", *gains, self.best_k(draft, rate)])
         note = (
             f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a "
-            "constant chance for each further token. At one rate the cheapest draft wins, but a larger one is "
-            "accepted more often. What OpenVINO GenAI does around the passes comes on top: a real pair gains less, "
-            "most of all where a pass takes few milliseconds; `fastdraft benchmark` measures it."
+            "constant chance for each further token. At one rate the cheapest draft wins, but a larger is "
+            "accepted more often. What OpenVINO GenAI does around the passes comes on top: a real pair gains "
+            "less, most of all where a pass takes few milliseconds; `fastdraft benchmark` measures it."
         )
         columns = ["draft", "rate", *(f"K={k}" for k in self.num_speculative_tokens), "best K"]
         return _table("Forecast: speed-up by measured passes", columns, rows, note)

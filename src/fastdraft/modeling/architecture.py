@@ -146,7 +146,7 @@ def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") 
             raise TargetError(f"{where}: {name} {value}; must be at least 1", "fetch the model again")
     if family in DRAFT_FAMILIES and config is hf_config:
         return shape
-    # Only a draft's families have a formula; whether a multimodal model's matrices are tied, its modules know.
+    # Only a draft's families have a formula; whether a multimodal model is tied, its modules know.
     counted = count(hf_config)
     if family in DRAFT_FAMILIES:
         return replace(shape, tied=counted.tied)

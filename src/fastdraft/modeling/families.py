@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 DRAFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 # A draft has the target's own family only where that shrinks to any width and depth without a loss and all
-# runtimes run the small one with attention to its whole context. Else it is a Llama: they ask only for the same
-# vocabulary.
+# runtimes run the small one with attention to its whole context. Else it is a Llama: they ask for the same
+# vocabulary only.
 _GEMMA = "{} ties norms and embedding scale to its width, and its windows are fixed by layer number"
 _EXPERTS = "a mixture of experts pays by its width, and a draft is narrow: a dense one reads as little"
 _AXES = "{} counts positions on three axes for pictures, and a draft reads text"

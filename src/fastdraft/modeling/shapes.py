@@ -21,8 +21,8 @@ TIED_BELOW = 14_000_000  # of tied targets: one matrix more would eat the body o
 _STEP, _WIDTHS = 64, 4096
 _DEPTHS = (2, 4)  # times the ideal; the deeper ones where the shallow leave a gap between two widths
 _WIDTH_PER_LAYER, _FEED_FORWARD = 96, 3.0
-# Published drafts, reconstructed from their file sizes (52,107,776 and 154,147,328 parameters at their targets'
-# vocabularies): family, width, depth, heads, feed-forward.
+# Published drafts, reconstructed from file sizes (52,107,776 and 154,147,328 parameters): family, width,
+# depth, heads, feed-forward.
 PRESETS = {"phi-3-mini-50m": ("phi3", 512, 6, 8, 1408), "llama-3.1-8b-150m": ("llama", 512, 6, 8, 1792)}
 
 

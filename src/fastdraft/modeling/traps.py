@@ -12,9 +12,9 @@ from fastdraft.target import Target
 
 # Why a text that grows over the line of a longrope is nobody's exact text, and what to do.
 SWITCH = (
-    "This rope changes at {} tokens: a longer text has other factors from its first token on, and cached keys have "
-    "the old ones. A text that grows over that line differs between runtimes, and between replay and exact; on "
-    "either side it is exact. Keep prompt and answer together on one side."
+    "This rope changes at {} tokens: longer text has other factors from its first token on, and cached keys "
+    "have the old ones. A text that grows over that line differs between runtimes, and between replay and "
+    "exact; on either side it is exact. Keep prompt and answer together on one side."
 )
 
 
@@ -31,7 +31,7 @@ def _of_vocabulary(target: Target) -> Iterator[str]:
         listed = ", ".join(ranges[:3]) + (f" and {len(ranges) - 3} more ranges" if len(ranges) > 3 else "")
         yield (
             f"Padded vocabulary: {len(missing)} of {vocabulary.size} ids have no token ({listed}). The draft "
-            "keeps these rows, because vLLM wants equal sizes; they are never proposed, and export tests that."
+            "keeps these rows, because vLLM wants equal sizes; they are never proposed, and export tests it."
         )
     if len(ends) > 1:
         names = ", ".join(f"{token} {target.tokenizer.convert_ids_to_tokens(token)}" for token in ends)
@@ -70,8 +70,8 @@ def _of_config(target: Target) -> Iterator[str]:
         yield SWITCH.format(switch)
     if shape.stored and shape.read < 0.9 * shape.parameters and getattr(text, "num_experts_per_tok", None):
         yield (
-            f"Mixture of experts: a token reads {format_count(shape.read)} of {format_count(shape.parameters)} "
-            "parameters, but verifying several tokens reads more experts: gains are below the predicted ones."
+            f"Mixture of experts: a token reads {format_count(shape.read)} of {format_count(shape.stored)}, "
+            "but verifying several tokens reads more experts: gains are below the predicted ones."
         )
     if getattr(target.config, "quantization_config", None):
         yield "The target's weights are quantised: its library must be installed to run it."
