@@ -72,7 +72,7 @@ def test_hidden_states_and_head_give_the_models_own_logits(target: tuple[str, Pa
     with torch.inference_mode():
         expected = model(input_ids=ids).logits[0]
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-    assert torch.allclose(head.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(head.logits(hidden), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
