@@ -10,8 +10,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from conftest import write_tokenizer
-from fastdraft.data.chat import end_of_turn_ids, plain_prefix_ids, prompt_ids, render_prompt, special_ids
-from fastdraft.data.chat import user_prefix_ids
+from fastdraft.data.chat import (
+    end_of_turn_ids,
+    plain_prefix_ids,
+    prompt_ids,
+    render_prompt,
+    special_ids,
+    user_prefix_ids,
+)
 from fastdraft.errors import TargetError
 
 HELLO = [{"role": "user", "content": "Hello there"}]

@@ -16,9 +16,15 @@ from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, MissingExtra, TargetError
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.recipe.run import TargetConfig
-from fastdraft.recipe.synthesize import TRANSPORT, AutoEngineConfig, HuggingFaceEngineConfig
-from fastdraft.recipe.synthesize import OpenAIEngineConfig, OpenVINOEngineConfig, TopKLogitsConfig
-from fastdraft.recipe.synthesize import TranscriptPrompts
+from fastdraft.recipe.synthesize import (
+    TRANSPORT,
+    AutoEngineConfig,
+    HuggingFaceEngineConfig,
+    OpenAIEngineConfig,
+    OpenVINOEngineConfig,
+    TopKLogitsConfig,
+    TranscriptPrompts,
+)
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes import engines
 from fastdraft.runtimes.engines import EngineChoice, choose_engine, describe_engine

@@ -115,7 +115,7 @@ def failing(real: Callable[..., Any], number: int, error: Callable[[], BaseExcep
         ("export", "replace", 3),
     ],
 )
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(  # noqa: PLR0917
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     short_run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -211,7 +211,7 @@ def test_a_server_that_is_not_there_is_one_line(short_run: Path, capsys: pytest.
         ("pretrain", torch.nn.Embedding, "forward", MemoryError, "pretrain.micro_batch_tokens"),
     ],
 )
-def test_memory_that_does_not_suffice_is_one_line_with_the_key_to_lower(  # noqa: PLR0917
+def test_memory_that_does_not_suffice_is_one_line_with_the_key_to_lower(
     short_run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

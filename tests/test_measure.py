@@ -171,7 +171,22 @@ def test_target_and_drafts_are_measured_untrained_and_nothing_is_left(
     (target / "model.safetensors").unlink()
     capsys.readouterr()
     monkeypatch.setattr(measure, "REPEATS", 2)
-    arguments = "--json --measure --draft 16x1 --draft 32x1 -k 3 -k 1 --weights int8 --threads 1".split()
+    arguments = [
+        "--json",
+        "--measure",
+        "--draft",
+        "16x1",
+        "--draft",
+        "32x1",
+        "-k",
+        "3",
+        "-k",
+        "1",
+        "--weights",
+        "int8",
+        "--threads",
+        "1",
+    ]
     assert cli.main(["inspect", str(target), *arguments]) == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert [measured["runtime"][key] for key in ("name", "device", "threads")] == ["openvino", "CPU", 1]

@@ -10,8 +10,13 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, write_tokenizer
-from fastdraft.data.chat import Conversation, dialogue_format, first_prompt_ids, render_prompt
-from fastdraft.data.chat import user_prefix_ids
+from fastdraft.data.chat import (
+    Conversation,
+    dialogue_format,
+    first_prompt_ids,
+    render_prompt,
+    user_prefix_ids,
+)
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.synthesis_plan import Unit
 from fastdraft.errors import TargetError

@@ -15,8 +15,15 @@ from hypothesis import strategies as st
 
 from fastdraft.data.chat import Conversation
 from fastdraft.data.filters import RowCounts
-from fastdraft.data.synthesis_plan import DRY_UNITS, Account, CorpusPrefixes, Planner, SourcePlan, Unit
-from fastdraft.data.synthesis_plan import unit_seed
+from fastdraft.data.synthesis_plan import (
+    DRY_UNITS,
+    Account,
+    CorpusPrefixes,
+    Planner,
+    SourcePlan,
+    Unit,
+    unit_seed,
+)
 from fastdraft.recipe.synthesize import JsonlPrompts, MagpiePrompts, SynthesizeConfig
 
 

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, read_columns, read_facts, read_rows
-from fastdraft.data.rows import unit_name, unit_paths, validation_keys, write_rows
+from fastdraft.data.rows import (
+    SyntheticRow,
+    ids_hash,
+    read_all,
+    read_columns,
+    read_facts,
+    read_rows,
+    unit_name,
+    unit_paths,
+    validation_keys,
+    write_rows,
+)
 from fastdraft.errors import FastDraftError
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.run_folder import StageFolder

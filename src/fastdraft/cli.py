@@ -4,7 +4,7 @@ Whatever the user can mend ends in one line on stderr and exit code 2; a stop by
 Verbs import what they need inside, so that `fastdraft --help` answers at once.
 """
 
-# ruff: noqa: B008, PLR0917 (typer reads options from the defaults)
+# ruff: noqa: B008 (typer reads options from the defaults)
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ def writing_seconds(tokens: float, parameters: int, device: str = "cpu", threads
 
 
 def tokenize_seconds(tokens: float, threads: int = 0) -> float:
+    """On this machine."""
     return tokens / (_TOKENS_PER_CORE * (threads or os.cpu_count() or 1))
 
 
@@ -95,7 +96,7 @@ def synthetic_bytes(tokens: float) -> float:
     return tokens * 9.0
 
 
-def training_memory_bytes(  # noqa: PLR0917
+def training_memory_bytes(
     parameters: int, vocab_size: int, hidden_size: int, intermediate_size: int, layers: int, micro_batch: int
 ) -> float:
     """Of a step: fp32 weights, gradients, two moments, activations, one chunk of logits three times."""

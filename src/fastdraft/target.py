@@ -32,10 +32,14 @@ from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import file_sha256
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_IDENTITY_FILES = """
-    config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja
-    chat_template.json
-""".split()
+_IDENTITY_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+]
 _HASHED_BYTES = 1 << 20
 
 

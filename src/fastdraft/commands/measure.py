@@ -33,10 +33,16 @@ REPEATS = 15  # turns whose medians are taken
 # A deeper model is converted with so many of its layers, twice: that tells what each further one costs.
 DEPTHS = (2, 4)
 UNSTEADY = 0.3  # relative spread of equal passes from which a warning is given
-_DEPTH_KEYS = """
-    layer_types max_window_layers quantization_config auto_map torch_dtype dtype transformers_version
-    num_hidden_layers
-""".split()
+_DEPTH_KEYS = [
+    "layer_types",
+    "max_window_layers",
+    "quantization_config",
+    "auto_map",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "num_hidden_layers",
+]
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ class DialogueFormat:
         plain: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         text = str(self.tokenizer.decode(visible, **plain))
         if not self.template:  # a base model goes on with the user's side
-            text = text.split("\nUser:")[0].rstrip()
+            text = text.split("\nUser:", maxsplit=1)[0].rstrip()
         elif CHANNEL in text:
             text = text.rpartition(FINAL)[2] if FINAL in text else ""
         else:

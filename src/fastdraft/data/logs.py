@@ -113,8 +113,9 @@ def read_transcripts(
     `shuffled` brings the answers into an order of the seed, of which the config's `count` takes the first.
     """
     # `target`: scored later, so that the logged ones serve nobody.
-    known: Any = (tokenizer, vocabulary.eos_token_ids, vocabulary.size)
-    readers = {kind: AnswerReader(*known, kind) for kind in ("none", config.logprobs)}
+    ends: Any = vocabulary.eos_token_ids
+    kinds: Any = ("none", config.logprobs)
+    readers = {kind: AnswerReader(tokenizer, ends, vocabulary.size, kind) for kind in kinds}
     refused = {"evaluation": 0, "empty": 0, "unrendered": 0, "no_answer": 0, "unsupported": 0}
     rows: list[Transcript] = []
     for entry in read_entries(config):

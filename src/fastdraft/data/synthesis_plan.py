@@ -24,8 +24,14 @@ from fastdraft.data.prompts import normalised, select_prompts
 from fastdraft.data.shards import PackedCorpus, open_corpus
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, PromptConfig, SynthesizeConfig
-from fastdraft.recipe.synthesize import TextPrompts, TranscriptPrompts
+from fastdraft.recipe.synthesize import (
+    CorpusPrompts,
+    MagpiePrompts,
+    PromptConfig,
+    SynthesizeConfig,
+    TextPrompts,
+    TranscriptPrompts,
+)
 from fastdraft.run_folder import StageFolder, digest
 
 # Prompts are sorted by length within this many units: those of a unit have similar lengths.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ GIVE_UP_EVERY = 16  # tokens between two looks at whether an answer is worth goi
 PADDING_ID = 0
 
 
-def generate_batch(  # noqa: PLR0917
+def generate_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -68,7 +69,7 @@ def generate_batch(  # noqa: PLR0917
 
 
 @torch.inference_mode()
-def _write(  # noqa: PLR0917
+def _write(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -124,7 +125,7 @@ def _write(  # noqa: PLR0917
     for prompt, tokens, logprobs, length in written:
         steps = zip(range(1, length + 1), tokens, logprobs, strict=False)
         end = next((n for n, token, logprob in steps if token in eos_ids or math.isnan(logprob)), length)
-        reason = "stop" if tokens[end - 1] in eos_ids else "length"
+        reason: Any = "stop" if tokens[end - 1] in eos_ids else "length"
         answers.append(Generation(list(prompt), tokens[:end], logprobs[:end], reason))
     return answers
 

@@ -107,7 +107,7 @@ class ModelReader:
             self.length = length
 
 
-def _attend(  # noqa: PLR0917 -- called by transformers
+def _attend(
     module: torch.nn.Module,
     query_BHTD: Tensor,
     key_BNTD: Tensor,

@@ -8,7 +8,6 @@ response positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -94,8 +93,9 @@ def accept_probabilities(
         for alike in alike_places(Sampling(row.temperature, row.top_k, row.top_p) for row in batch):
             group, first = [batch[b] for b in alike], batch[alike[0]]
             own = draft_temperature is None or first.temperature == 0
-            sampling = Sampling(first.temperature, first.top_k, first.top_p)
-            sampling = sampling if own else replace(sampling, temperature=draft_temperature)
+            sampling = Sampling(
+                first.temperature if own else draft_temperature or 0.0, first.top_k, first.top_p
+            )
             tokens = [token for row in group for token in row.response_ids]
             found_N = token_logprobs(head, torch.cat([hidden[b] for b in alike]), tokens, sampling, missing_M)
             found_N = found_N.cpu().double()  # on the CPU, because not every accelerator has float64

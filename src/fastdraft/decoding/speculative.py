@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class SpeculativeDecoder:
         rounds = list(self.rounds(prompt_ids, sampling, max_new_tokens, seed))
         response = [token for r in rounds for token in r.tokens]
         logprobs = [value for r in rounds for value in r.logprobs]
-        reason = "stop" if response and response[-1] in self._eos else "length"
+        reason: Any = "stop" if response and response[-1] in self._eos else "length"
         return SpeculativeResult(Generation(list(prompt_ids), response, logprobs, reason), rounds)
 
     def rounds(

@@ -150,7 +150,7 @@ def _figures(counts: Counts) -> dict[str, Any]:
 
 def _interval(
     name: str, table: CountsTable, part: int, whole: int, seed: int, groups: Groups | None
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     low, high = ratio_interval(table[:, part], table[:, whole], seed, groups)
     return {f"{name}_low": tidy(low), f"{name}_high": tidy(high)}
 
@@ -166,9 +166,9 @@ def difference_rows(
     rows = []
     for (task, temperature, k), found in by_place.items():
         for (name, before), (next_name, after) in pairwise(found):
-            pairs = [(table[:, columns.ACCEPTED], table[:, columns.PROPOSED]) for table in (before, after)]
+            old, new = ((table[:, columns.ACCEPTED], table[:, columns.PROPOSED]) for table in (before, after))
             rates = [counts_from_array(table.sum(0)).acceptance_rate for table in (before, after)]
-            low, high = difference_interval(*pairs, seed, groups[task, temperature])
+            low, high = difference_interval(old, new, seed, groups[task, temperature])
             row = DifferenceRow(
                 before=name,
                 after=next_name,
@@ -232,7 +232,7 @@ def _faded(rows: list[PositionRow]) -> list[FadedCase]:
             continue
         rate, high = row.acceptance_rate or 0.0, row.acceptance_rate_high
         if high is not None and high < _FADED * best:
-            place = {"checkpoint": row.checkpoint, "task": row.task, "temperature": row.temperature}
+            place: Any = {"checkpoint": row.checkpoint, "task": row.task, "temperature": row.temperature}
             return [FadedCase(**place, first=row.first, acceptance_rate=rate, best_acceptance_rate=best)]
         best = max(best, rate)
     return []

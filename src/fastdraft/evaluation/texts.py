@@ -18,7 +18,7 @@ from fastdraft.errors import DataError
 from fastdraft.evaluation.tasks import EncodedTask
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.synthesize import TranscriptLog
+from fastdraft.recipe.evaluation import LoggedTexts
 from fastdraft.run_folder import StageFolder
 
 # Gives texts the log-probs of a model.
@@ -101,7 +101,7 @@ def trained_prompts(synthesize: StageFolder) -> frozenset[str]:
 
 
 def logged_rows(
-    log: TranscriptLog,
+    log: LoggedTexts,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     seed: int,

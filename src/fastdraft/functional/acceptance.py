@@ -150,7 +150,16 @@ def _counts_of(padded_BT: Floats, runs_BTK: Floats, lengths: NDArray[np.int64], 
     examined_B = np.einsum("bt,btk,btk->b", visit_BT, reached(runs_BTK), inside_BTK)
     rows = zip(visit_BT.sum(1), accepted_BK, examined_B, lengths, padded_BT.sum(1), strict=True)
     return [
-        Counts(*map(float, (d, d * k, a.sum())), tuple(map(float, a)), *map(float, (e, n, o, n)))
+        Counts(
+            float(d),
+            float(d * k),
+            float(a.sum()),
+            tuple(map(float, a)),
+            float(e),
+            float(n),
+            float(o),
+            float(n),
+        )
         for d, a, e, n, o in rows
     ]
 

@@ -160,7 +160,7 @@ def chunked_distillation(
     return chunked_loss(hidden_ND, head_VD, partial(_chunk_loss, labels_N, target, loss), chunk)
 
 
-def _chunk_loss(  # noqa: PLR0917 - the first three are bound
+def _chunk_loss(
     labels_N: Tensor, target: TargetDistribution, loss: TokenLoss, logits_CV: Tensor, rows: slice, grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of a chunk and its gradient by the logits.

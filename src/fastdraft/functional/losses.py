@@ -76,7 +76,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """Forward makes the gradients of every chunk; backward only scales them."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917
+    def forward(
         ctx: Any,
         hidden_ND: Tensor,
         head_VD: Tensor,

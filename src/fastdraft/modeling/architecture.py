@@ -30,10 +30,16 @@ from fastdraft.modeling.families import (
     text_config,
 )
 
-_NOT_INHERITED = """
-    layer_types max_window_layers head_dim quantization_config auto_map _name_or_path transformers_version
-    torch_dtype
-""".split()
+_NOT_INHERITED = [
+    "layer_types",
+    "max_window_layers",
+    "head_dim",
+    "quantization_config",
+    "auto_map",
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+]
 _ROTARY_FACTORS = ("short_factor", "long_factor")
 _WIDEST_LLAMA_HEAD = 128
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}  # by the name of an export's precision

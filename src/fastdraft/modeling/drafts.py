@@ -19,11 +19,15 @@ from fastdraft.target import Target
 STD = 0.02
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 # Names of the two matrices in the families' files, the draft's own first.
-_EMBEDDINGS = """
-    model.embed_tokens.weight transformer.wte.weight wte.weight gpt_neox.embed_in.weight
-    model.language_model.embed_tokens.weight language_model.model.embed_tokens.weight
-    model.language_model.model.embed_tokens.weight
-""".split()
+_EMBEDDINGS = [
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "wte.weight",
+    "gpt_neox.embed_in.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    "model.language_model.model.embed_tokens.weight",
+]
 _HEADS = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
 _CHUNK = 16_384
 

@@ -19,11 +19,22 @@ from transformers.utils import logging as notices
 from fastdraft.errors import FastDraftError, TargetError, is_out_of_memory
 from fastdraft.modeling.families import TARGET_FAMILIES
 
-TOKENIZER_FILES = """
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
-    chat_template.json tokenizer.model vocab.json merges.txt vocab.txt spiece.model sentencepiece.bpe.model
-    tekken.json additional_chat_templates/*
-""".split()
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "additional_chat_templates/*",
+]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 _AGAIN = "fetch the model again"
 

@@ -35,7 +35,7 @@ def preset(name: str, target: Architecture) -> Architecture:
     return explicit(target, width, layers, feed_forward, heads, heads, tied=False)
 
 
-def explicit(  # noqa: PLR0917
+def explicit(
     target: Architecture,
     hidden_size: int,
     num_layers: int,

@@ -40,7 +40,8 @@ def parse_count(value: Any) -> int:
         count = float(match[1].replace("_", "")) * _SUFFIX[match[2].lower()] if match else -1
     if not 0 <= count <= 10**18 or abs(count - round(count)) > 1e-6:  # NaN too
         raise ValueError("must be a whole count such as 250k, 2M or 10B")
-    return round(count)
+    whole: int = round(count)
+    return whole
 
 
 def _folder_name(value: str) -> str:

@@ -153,8 +153,10 @@ def ladder(results: EvaluationResults) -> list[Chart]:
         name = at_temperature(temperature).capitalize()
         charts.append(Chart(name, f"Acceptance rate by checkpoint: {name}", lines, ticks=ticks))
     for pair, rates in PAPER_RATES.items():
-        points = {task: [(float(i), y, None) for i, y in enumerate(found)] for task, found in rates.items()}
-        lines = [Line(task, colour(task), points[task]) for task in rates]
+        lines = [
+            Line(task, colour(task), [(float(i), y, None) for i, y in enumerate(found)])
+            for task, found in rates.items()
+        ]
         ticks = {0.0: "PT", 1.0: "CP", 2.0: "FT"}
         charts.append(Chart(f"Paper: {pair}", f"The paper's acceptance rates of {pair}", lines, ticks=ticks))
     return drawn(charts)

@@ -23,8 +23,10 @@ from fastdraft.reporting import charts, definitions, tables
 from fastdraft.reporting.verdict import give_verdict, measured_with, runtime_name
 from fastdraft.run_folder import RunFolder, read_json
 
-STAGES = ("design", "prepare", "pretrain", "continue_pretrain", "synthesize", "align")
-STAGES += ("evaluate", "export", "benchmark")
+STAGES = (
+    *("design", "prepare", "pretrain", "continue_pretrain", "synthesize", "align"),
+    *("evaluate", "export", "benchmark"),
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 

@@ -13,8 +13,15 @@ from fastdraft.decoding.scoring import ScoringEngine
 from fastdraft.errors import Halving, MissingExtra
 from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device
-from fastdraft.recipe.synthesize import TRANSPORT, AutoEngineConfig, ChosenEngine, EngineConfig
-from fastdraft.recipe.synthesize import HuggingFaceEngineConfig, OpenAIEngineConfig, OpenVINOEngineConfig
+from fastdraft.recipe.synthesize import (
+    TRANSPORT,
+    AutoEngineConfig,
+    ChosenEngine,
+    EngineConfig,
+    HuggingFaceEngineConfig,
+    OpenAIEngineConfig,
+    OpenVINOEngineConfig,
+)
 from fastdraft.run_folder import FINGERPRINT, StageFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openai import OpenAIEngine

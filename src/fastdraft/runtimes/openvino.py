@@ -161,6 +161,7 @@ def short(error: Exception) -> str:
 
 
 def check_exported(folder: Path) -> None:
+    """TargetError where the folder holds no exported model."""
     if not (folder / MODEL_FILE).is_file():
         raise TargetError(
             f"{folder}: no {MODEL_FILE}; must be a model exported for OpenVINO",

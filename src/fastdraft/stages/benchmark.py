@@ -43,6 +43,7 @@ _BUSY, _LOOPING = 0.25, 0.25
 
 
 def check_installed(config: BenchmarkConfig) -> None:
+    """MissingExtra where a library is not there: told before hours of training."""
     require_openvino()
 
 

@@ -48,6 +48,7 @@ _TRIED_TOKENS = 48
 
 
 def check_installed(config: ExportConfig) -> None:
+    """MissingExtra where a library is not there: told before hours of training."""
     if "openvino" in config.formats:
         require_openvino()
 

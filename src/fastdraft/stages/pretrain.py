@@ -86,7 +86,9 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
         return
     save_draft(model, folder.path / "checkpoint", tokenizer)
     records = read_metrics(folder.path)
-    losses = next((r["validation_loss"] for r in reversed(records) if "validation_loss" in r), {})
+    losses: dict[str, float] = next(
+        (r["validation_loss"] for r in reversed(records) if "validation_loss" in r), {}
+    )
     fields = {"train_loss": final_train_loss(records), "validation_loss": losses}
     about = {"settings": asdict(settings), "processes": world.size, "provenance": describe_run()}
     folder.complete(**state.summary(), **fields, **about)

@@ -28,8 +28,14 @@ from fastdraft.modeling.heads import output_head
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, SynthesizeConfig
 from fastdraft.run_folder import StageFolder
-from fastdraft.runtimes.engines import EngineChoice, choose_engine, describe_engine, open_engine
-from fastdraft.runtimes.engines import require_installed, uses_weights
+from fastdraft.runtimes.engines import (
+    EngineChoice,
+    choose_engine,
+    describe_engine,
+    open_engine,
+    require_installed,
+    uses_weights,
+)
 from fastdraft.runtimes.synthesis import UnitWriter, unit_logits
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target

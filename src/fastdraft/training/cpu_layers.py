@@ -82,7 +82,7 @@ class AttentionHalf(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917
+    def forward(
         ctx: Any,
         x: Tensor,
         shape: AttentionShape,

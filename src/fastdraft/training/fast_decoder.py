@@ -78,11 +78,11 @@ class StackedLinear:
         return [*self.weights, *self.biases]
 
     @torch.no_grad()
-    def read(self, dtype: torch.dtype) -> list[Tensor | None]:
+    def read(self, dtype: torch.dtype) -> list[Any]:
         """The stacked weight [O, D] and bias [O]; made anew when a weight has changed, once a step."""
         seen = (dtype, *((parameter.data_ptr(), parameter._version) for parameter in self.parameters))
         if seen != self._seen:
-            groups = zip((self.weights, self.biases), self._stacked, strict=True)
+            groups: Any = zip((self.weights, self.biases), self._stacked, strict=True)
             self._stacked = [_joined(parts, dtype, before) if parts else None for parts, before in groups]
             self._seen = seen
         return self._stacked
@@ -95,7 +95,7 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype, before: Tensor | None) 
     if before is None or before.dtype != dtype:
         rows = sum(part.shape[0] for part in parts)
         before = torch.empty(rows, *parts[0].shape[1:], dtype=dtype, device=parts[0].device)
-    for part, place in zip(parts, before.split([part.shape[0] for part in parts]), strict=True):
+    for part, place in zip(parts, torch.split(before, [part.shape[0] for part in parts]), strict=True):
         place.copy_(part)
     return before
 
