@@ -4,21 +4,19 @@
     python benchmarks/loss_functions.py --device cpu --tokens 2048
 
 For each vocabulary: `plain` holds all logits (`linear`, then `cross_entropy` in float32); `torch` is its own
-`linear_cross_entropy` in chunks (torch 2.13 and newer), `torch, not chunked` the same without; `chunked` is ours (functional/losses.py). With --distillation also the losses against a whole
-distribution of the target (functional/distillation.py, dense), ours in chunks beside the same formula over all logits.
-
-Decides that every contender starts from the same hidden states and weights (weights in float32, the products in --precision, as
-in training under autocast) and ends at gradients of both; that its loss and gradients are compared with those of `plain`; that memory is
-the most that stood at any moment beyond the inputs, gradients included, as torch's allocator counts it; that contenders take
-turns; and that one that does not fit is written down as such. Needs torch and transformers; figures stand in the file as they come.
+`linear_cross_entropy` in chunks (torch 2.13 and newer), `torch, not chunked` the same without; `chunked` is
+ours. With --distillation also the losses against a whole distribution of the target, ours in chunks beside
+the same formula over all logits. Every contender starts from the same hidden states and float32 weights
+(products in --precision, as under autocast) and ends at gradients of both, which are compared with those of
+`plain`. Memory is the most that stood at any moment beyond the inputs, gradients included, as torch's
+allocator counts it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
 
 import torch
-from machine import Report, add_arguments, out_of_memory, ratio, spread, synchronize, table, take_turns
+from machine import Report, options, ratio, spread, synchronize, table, take_turns, tell
 from torch import Tensor, nn
 
 from fastdraft.functional.distillation import DenseTarget, chunked_distillation, token_loss
@@ -36,40 +34,36 @@ from fastdraft.functional.losses import chunked_cross_entropy
 NAME = "loss_functions"
 PLAIN, TORCH_WHOLE, TORCH, OURS = "plain", "torch, not chunked", "torch", "chunked"
 DISTILLATION = ("forward_kl", "tvd", "lk_hybrid")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Loss = Callable[[], Tensor]
 """Summed over tokens."""
 
 
 class Inputs:
-    """Random hidden states, head, labels and, for distillation, the target's logits: the same for all contenders."""
+    """Random hidden states, head, labels and, for distillation, the target's logits: the same for all."""
 
-    def __init__(self, arguments: argparse.Namespace, vocab: int) -> None:
-        device, generator = arguments.device, torch.Generator().manual_seed(0)
-        self.hidden_ND = (
-            torch.randn(arguments.tokens, arguments.hidden, generator=generator).to(device).requires_grad_()
-        )
-        self.head_VD = (
-            (torch.randn(vocab, arguments.hidden, generator=generator) / arguments.hidden**0.5)
-            .to(device)
-            .requires_grad_()
-        )
-        self.labels_N = torch.randint(vocab, (arguments.tokens,), generator=generator).to(device)
-        self.device, self.dtype = (
-            torch.device(device),
-            {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision],
-        )
-        wanted = arguments.distillation
-        self.target_NV = (
-            torch.randn(arguments.tokens, vocab, generator=generator).to(device, torch.bfloat16)
-            if wanted
-            else None
-        )
+    def __init__(self, given: argparse.Namespace, vocab: int) -> None:
+        tokens, width, generator = given.tokens, given.hidden, torch.Generator().manual_seed(0)
+        self.device, self.dtype = torch.device(given.device), DTYPES[given.precision]
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.hidden_ND = draw(tokens, width).to(self.device).requires_grad_()
+        self.head_VD = (draw(vocab, width) / width**0.5).to(self.device).requires_grad_()
+        self.labels_N = torch.randint(vocab, (tokens,), generator=generator).to(self.device)
+        if given.distillation:
+            self.target_NV = draw(tokens, vocab).to(self.device, torch.bfloat16)
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    def logits(self) -> Tensor:
+        with self.autocast():
+            return nn.functional.linear(self.hidden_ND, self.head_VD)
+
     def low(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and head in the type of the products, for kernels that know no autocast; gradients reach the originals."""
+        """For kernels that know no autocast; gradients reach the originals."""
         return self.hidden_ND.to(self.dtype), self.head_VD.to(self.dtype)
 
 
@@ -77,44 +71,34 @@ def cross_entropies(inputs: Inputs) -> dict[str, Loss]:
     """Contenders by name; those that this installation does not have are left out."""
     labels = inputs.labels_N
 
-    def plain() -> Tensor:
-        with inputs.autocast():
-            logits = nn.functional.linear(inputs.hidden_ND, inputs.head_VD)
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-
     def chunked() -> Tensor:
         with inputs.autocast():
             return chunked_cross_entropy(inputs.hidden_ND, inputs.head_VD, labels)
 
+    def plain() -> Tensor:
+        return nn.functional.cross_entropy(inputs.logits().float(), labels, reduction="sum")
+
     found: dict[str, Loss] = {PLAIN: plain, OURS: chunked}
     own = getattr(nn.functional, "linear_cross_entropy", None)
-    options = getattr(nn, "LinearCrossEntropyOptions", None)
-    if own is not None:
+    how = getattr(nn, "LinearCrossEntropyOptions", None)
+    if own and how:
         found[TORCH_WHOLE] = lambda: own(*inputs.low(), labels, reduction="sum")
-        if options is not None:
-            found[TORCH] = lambda: own(*inputs.low(), labels, reduction="sum", options=options())
+        found[TORCH] = lambda: own(*inputs.low(), labels, reduction="sum", options=how())
     return found
 
 
 def distillations(inputs: Inputs, name: str) -> dict[str, Loss]:
     """The named loss over all logits, and ours in chunks."""
-    loss, target_NV = token_loss(name), inputs.target_NV
-    assert target_NV is not None
+    loss, target_NV, hidden_ND, head_VD = token_loss(name), inputs.target_NV, inputs.hidden_ND, inputs.head_VD
 
     def plain() -> Tensor:
-        with inputs.autocast():
-            logits = nn.functional.linear(inputs.hidden_ND, inputs.head_VD)
-        return loss.divergence(target_NV.float().log_softmax(-1), logits.float().log_softmax(-1)).sum()
+        draft_NV = inputs.logits().float().log_softmax(-1)
+        return loss.divergence(target_NV.float().log_softmax(-1), draft_NV).sum()
 
     def chunked() -> Tensor:
+        target = DenseTarget(lambda rows: target_NV[rows].float())
         with inputs.autocast():
-            return chunked_distillation(
-                inputs.hidden_ND,
-                inputs.head_VD,
-                inputs.labels_N,
-                DenseTarget(lambda rows: target_NV[rows].float()),
-                loss,
-            )
+            return chunked_distillation(hidden_ND, head_VD, inputs.labels_N, target, loss)
 
     return {PLAIN: plain, OURS: chunked}
 
@@ -136,12 +120,11 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         work()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         work()
     # Every allocation (+) and release (-) of the CPU allocator, those inside an operation included.
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -149,120 +132,74 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def compare(  # noqa: PLR0917
-    losses: dict[str, Loss],
-    inputs: Inputs,
-    turns: int,
-    about: dict[str, Any],
-    report: Report,
-    clock: Callable[[], float],
+def compare(
+    losses: dict[str, Loss], inputs: Inputs, turns: int, about: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Error, memory and seconds of each contender."""
+    """Error, memory and seconds of each contender; one that does not fit is written down as such."""
     found: dict[str, dict[str, Any]] = {}
-    standard: tuple[Tensor, Tensor] | None = None
+    plain: tuple[Tensor, Tensor] | None = None
     for name, loss in losses.items():
         found[name] = {**about, "contender": name}
         try:
-            value = backward(loss, inputs)
-            assert inputs.head_VD.grad is not None
+            value, grad = backward(loss, inputs), inputs.head_VD.grad
             if name == PLAIN:
-                standard = value, inputs.head_VD.grad.clone()
-            if standard is not None:
-                error = (inputs.head_VD.grad - standard[1]).abs().max() / standard[1].abs().max()
-                found[name] |= {
-                    "loss_difference": float((value / standard[0] - 1).abs()),
-                    "gradient_difference": float(error),
-                }
-            inputs.hidden_ND.grad = inputs.head_VD.grad = (
-                None  # else their release would count against what comes
-            )
+                plain = value, grad.clone()
+            if plain is not None:
+                error = float((grad - plain[1]).abs().max() / plain[1].abs().max())
+                found[name]["loss_difference"] = float((value / plain[0] - 1).abs())
+                found[name]["gradient_difference"] = error
+            # Else their release would count against what comes.
+            grad = inputs.hidden_ND.grad = inputs.head_VD.grad = None
             found[name]["peak_bytes"] = peak_bytes(partial(backward, loss, inputs), inputs.device)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
                 raise
             found[name]["error"] = "out of memory"
-    standard = None
-    fitting = {
-        name: partial(backward, losses[name], inputs) for name, row in found.items() if "error" not in row
-    }
-    seconds = take_turns(fitting, turns, inputs.device, clock)
+    plain = None
+    fitting = {name: partial(backward, losses[name], inputs) for name in found if "error" not in found[name]}
+    seconds = take_turns(fitting, turns, inputs.device)
     for name, taken in seconds.items():
-        found[name] |= {
-            "seconds": spread(taken),
-            "tokens_per_second": round(len(inputs.labels_N) / spread(taken)["median"]),
-        }
+        found[name]["seconds"] = spread(taken)
         if PLAIN in seconds:
             found[name]["times_faster_than_plain"] = ratio(seconds[PLAIN], taken)
-    report.add(*found.values())
     return list(found.values())
 
 
-def row_of(result: dict[str, Any]) -> list[str]:
-    name = f"{result['vocabulary']:,} {result['loss']} {result['contender']}"
-    if "error" in result:
-        return [name, result["error"], "", "", "", ""]
-    faster = result.get("times_faster_than_plain")
-    seconds = result["seconds"]
-    return [
-        name,
-        f"{1e3 * seconds['median']:.1f}",
-        f"{1e3 * seconds['low']:.1f} to {1e3 * seconds['high']:.1f}",
-        f"{faster['median']:.2f} ({faster['low']:.2f} to {faster['high']:.2f})" if faster else "-",
-        f"{result['peak_bytes'] / 1e6:,.0f}",
-        f"{result['gradient_difference']:.0e}" if "gradient_difference" in result else "-",
-    ]
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, NAME)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 32_064, 128_256])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument(
-        "--precision", choices=["bf16", "fp32"], default="bf16", help="of the matrix products"
-    )
-    parser.add_argument(
-        "--distillation", action="store_true", help=f"also {', '.join(DISTILLATION)} against dense logits"
-    )
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument(
-        "--contender", nargs="+", choices=[PLAIN, OURS, TORCH_WHOLE, TORCH], help="only these"
-    )
-    parser.add_argument(
-        "--thread-clock",
-        action="store_true",
-        help="CPU: seconds that the calling thread computes; set OMP_WAIT_POLICY=PASSIVE",
-    )
-    given = parser.parse_args(arguments)
-    if given.dry_run:
-        given.device, given.vocabularies, given.tokens, given.hidden, given.turns = "cpu", [64], 32, 16, 2
-    return given
+def row_of(one: dict[str, Any]) -> list[str]:
+    name = f"{one['vocabulary']:,} {one['loss']} {one['contender']}"
+    if "error" in one:
+        return [name, one["error"], "", "", ""]
+    faster, off = one.get("times_faster_than_plain"), one.get("gradient_difference")
+    seconds = {key: 1e3 * value for key, value in one["seconds"].items()}
+    memory = f"{one['peak_bytes'] / 1e6:,.0f}"
+    return [name, tell(seconds, ".1f"), tell(faster) if faster else "-", memory, f"{off:.0e}" if off else "-"]
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    report, shown = Report(arguments.output, NAME, arguments.device, arguments), []
-    for vocab in arguments.vocabularies:
-        inputs = Inputs(arguments, vocab)
-        about = {
-            "vocabulary": vocab,
-            "tokens": arguments.tokens,
-            "hidden": arguments.hidden,
-            "precision": arguments.precision,
-        }
-        for loss in ("cross_entropy", *(DISTILLATION if arguments.distillation else ())):
+    parser = options(__doc__, NAME)
+    add = parser.add_argument
+    add("--vocabularies", type=int, nargs="+", default=[8192, 32_064, 128_256])
+    add("--tokens", type=int, default=8192)
+    add("--hidden", type=int, default=512)
+    add("--precision", choices=DTYPES, default="bf16", help="of the matrix products")
+    add("--distillation", action="store_true", help=f"also {', '.join(DISTILLATION)} against dense logits")
+    add("--turns", type=int, default=5)
+    given = parser.parse_args()
+    if given.dry_run:
+        given.device, given.vocabularies, given.tokens, given.hidden, given.turns = "cpu", [64], 32, 16, 2
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    report = Report(given.output, NAME, given.device, given)
+    for vocab in given.vocabularies:
+        inputs = Inputs(given, vocab)
+        about = {"vocabulary": vocab, "tokens": given.tokens, "hidden": given.hidden}
+        for loss in ("cross_entropy", *(DISTILLATION if given.distillation else ())):
             losses = cross_entropies(inputs) if loss == "cross_entropy" else distillations(inputs, loss)
-            losses = {name: work for name, work in losses.items() if name in (arguments.contender or losses)}
-            clock = time.thread_time if arguments.thread_clock else time.perf_counter
-            shown += compare(losses, inputs, arguments.turns, {**about, "loss": loss}, report, clock)
+            about |= {"precision": given.precision, "loss": loss}
+            report.add(*compare(losses, inputs, given.turns, about))
     report.finish()
-    columns = ["vocabulary, loss, contender", "ms", "range", "x plain (range)", "peak MB", "gradient off by"]
-    print(table(columns, [row_of(result) for result in shown]))
+    columns = ["vocabulary, loss, contender", "ms", "x plain", "peak MB", "gradient off by"]
+    print(table(columns, [row_of(one) for one in report.results]))
 
 
 if __name__ == "__main__":

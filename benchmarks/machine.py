@@ -1,20 +1,19 @@
-"""What every benchmark here shares: the machine in words, the JSON that each writes, and timing in turns.
+"""What every benchmark here shares: options, the machine in words, the result file, timing in turns.
 
-Decides the form of a result file (`SCHEMA`), that it is written whole after every figure, so that a benchmark cut off leaves
-what it has; that neither host names nor folders get into it; that contenders take turns in another order each time and ratios
-are formed within a turn, so that a busy machine slows all alike. Needs the standard library and torch, nothing else.
+Needs the standard library and torch, nothing else. The file is written whole after every figure; no host name
+or folder gets into it:
 
-    {"schema": 1, "benchmark": NAME, "date": "2026-11-23", "command": "python benchmarks/NAME.py ...", "dry_run": false,
-     "machine": {...}, "settings": {...}, "complete": true, "results": [{...}, ...]}
+    {"schema": 1, "benchmark": NAME, "date": "2026-11-23", "command": "python benchmarks/NAME.py ...",
+     "dry_run": false, "machine": {...}, "settings": {...}, "complete": true, "results": [{...}, ...]}
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -26,94 +25,41 @@ from typing import Any
 
 import torch
 
-SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = (
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "openvino",
-    "openvino-genai",
-    "nncf",
-    "optimum-intel",
-)
+LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "openvino", "openvino-genai", "nncf")
 
 
-def add_arguments(parser: argparse.ArgumentParser, name: str, *, device: bool = True) -> None:
-    """The options that all benchmarks have: --device, --threads, --output, --dry-run."""
+def options(about: str | None, name: str, *, device: bool = True) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks have: --device, --threads, --output, --dry-run."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=form)
+    add = parser.add_argument
     if device:
-        parser.add_argument(
-            "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-        )
-    parser.add_argument(
-        "--threads", type=int, default=0, help="CPU threads of torch; 0 leaves its own choice"
-    )
-    parser.add_argument(
-        "--output",
-        "--json",
-        type=Path,
-        default=Path(f"{name}.json"),
-        help=f"result file (default {name}.json)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="tiny shapes on the CPU, seconds: does it run at all? its figures mean nothing",
-    )
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--threads", type=int, default=0, help="CPU threads of torch; 0 leaves its own choice")
+    add("--output", "--json", type=Path, default=Path(f"{name}.json"), help=f"default {name}.json")
+    add("--dry-run", action="store_true", help="tiny, on the CPU: does it run? its figures mean nothing")
+    return parser
 
 
 def describe_machine(device: torch.device | str) -> dict[str, Any]:
     """The device, the CPU, memory, system and library versions; no host name, no user, no folder."""
-    device = torch.device(device)
-    machine: dict[str, Any] = {"device_type": device.type, "device": cpu_name()}
+    device, info = torch.device(device), Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8") if info.exists() else "")
+    cpu = named[1] if named else platform.processor() or platform.machine()
+    machine: dict[str, Any] = {"device_type": device.type, "device": cpu}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        machine |= {
-            "device": properties.name,
-            "device_memory_gib": round(properties.total_memory / 2**30, 1),
-            "devices": torch.cuda.device_count(),
-            "cuda": torch.version.cuda,
-        }
-    versions = {name: version for name in LIBRARIES if (version := _version(name))}
-    return machine | {
-        "cpu": cpu_name(),
-        "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "libraries": versions,
-    }
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+        machine |= {"device": properties.name, "device_memory_gib": round(properties.total_memory / 2**30, 1)}
+        machine |= {"devices": torch.cuda.device_count(), "cuda": torch.version.cuda}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine |= {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "memory_gib": None}
+    if hasattr(os, "sysconf"):
+        machine["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    machine["libraries"] = {name: installed[name] for name in LIBRARIES if name in installed}
+    system = f"{platform.system()} {platform.machine()}"
+    return machine | {"system": system, "python": platform.python_version()}
 
 
 def command() -> str:
@@ -131,51 +77,27 @@ def _relative(argument: str) -> str:
 
 
 class Report:
-    """A benchmark's result file: `add` a figure and it stands on the disk.
+    """A benchmark's result file: `add` a figure and it stands on the disk."""
 
-    Args:
-        path: Written at once, and again after every figure.
-        name: The benchmark's, that of its script.
-        device: What it ran on.
-        settings: The parsed options; paths and bookkeeping are left out.
-        dry_run: Tiny shapes: the figures mean nothing.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        device: torch.device | str,
-        settings: Mapping[str, Any] | argparse.Namespace,
-        *,
-        dry_run: bool = False,
-    ) -> None:
-        given = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
+    def __init__(self, path: Path, name: str, device: torch.device | str, given: argparse.Namespace) -> None:
         shown = {
-            key: _relative(value.as_posix()) if isinstance(value, Path) else value
-            for key, value in given.items()
+            key: _relative(str(value)) if isinstance(value, Path | str) else value
+            for key, value in vars(given).items()
+            if key not in ("output", "dry_run")
         }
-        shown = {key: _relative(value) if isinstance(value, str) else value for key, value in shown.items()}
-        self.path = path
+        self.path, self.results = path, []
         self.content: dict[str, Any] = {
-            "schema": SCHEMA,
+            "schema": 1,
             "benchmark": name,
             "date": datetime.now(UTC).date().isoformat(),
             "command": command(),
-            "dry_run": dry_run or bool(given.get("dry_run")),
+            "dry_run": given.dry_run,
             "machine": describe_machine(device),
-            "settings": {
-                key: value for key, value in shown.items() if key not in ("output", "json", "dry_run")
-            },
+            "settings": shown,
             "complete": False,
-            "results": [],
+            "results": self.results,
         }
         self.write()
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.content["results"]
-        return found
 
     def add(self, *results: Mapping[str, Any]) -> None:
         """Figures of one or several settings, on the disk when this returns."""
@@ -183,14 +105,13 @@ class Report:
         self.write()
 
     def put(self, result: Mapping[str, Any], *keys: str) -> None:
-        """As `add`, in the place of an earlier result that has the same values at `keys`: a figure that becomes better known."""
+        """As `add`, in the place of an earlier result with the same values at `keys`."""
         self.results[:] = [one for one in self.results if any(one.get(key) != result[key] for key in keys)]
         self.add(result)
 
     def finish(self, **figures: Any) -> None:
-        """Marks the file complete; `figures` are put beside the results (a summary, a verdict)."""
-        self.content |= figures
-        self.content["complete"] = True
+        """Marks the file complete; `figures` are put beside the results."""
+        self.content |= {**figures, "complete": True}
         self.write()
 
     def write(self) -> None:
@@ -206,22 +127,24 @@ def synchronize(device: torch.device | str) -> None:
         torch.accelerator.synchronize()
 
 
+def turns_of(names: Sequence[str], turns: int) -> list[list[str]]:
+    """Who comes after whom in each turn: another begins every time."""
+    firsts = [turn % max(1, len(names)) for turn in range(turns)]
+    return [[*names[first:], *names[:first]] for first in firsts]
+
+
 def take_turns(
-    contenders: Mapping[str, Callable[[], Any]],
-    turns: int,
-    device: torch.device | str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
+    contenders: Mapping[str, Callable[[], Any]], turns: int, device: torch.device | str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every turn, by `clock`; who begins changes from turn to turn. Warm up before."""
-    names, seconds = list(contenders), {name: [0.0] * turns for name in contenders}
-    for turn in range(turns):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    """Seconds of every contender in every turn. Warm up before."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for names in turns_of(list(contenders), turns):
+        for name in names:
             synchronize(device)
-            start = clock()
+            start = time.perf_counter()
             contenders[name]()
             synchronize(device)
-            seconds[name][turn] = clock() - start
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -236,26 +159,17 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(slower, faster, strict=True)], 3)
 
 
+def tell(found: Mapping[str, float], form: str = ".2f") -> str:
+    """A spread in words: median (low to high)."""
+    return f"{found['median']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Rows under columns, the first left, the others right."""
     cells = [[str(cell) for cell in row] for row in (columns, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
     return "\n".join(
-        line.rstrip() for line in [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-    )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is a device or a process without memory, which ends a setting and not the benchmark."""
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "out of memory" in str(error)
-        or "can't allocate memory" in str(error)
+        "  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(cells, padded, strict=True)
     )

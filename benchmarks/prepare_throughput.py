@@ -1,14 +1,14 @@
-"""Measures the prepare stage: tokens per second beside the bare tokenizer, and peak memory at two sizes of corpus.
+"""The prepare stage: tokens per second beside the bare tokenizer, and peak memory at two sizes of corpus.
 
-    python benchmarks/prepare_throughput.py
-    python benchmarks/prepare_throughput.py --tokenizer DIR --text corpus.jsonl --parts rate --output prepare.json
+    python benchmarks/prepare_throughput.py python benchmarks/prepare_throughput.py --tokenizer DIR --text
+    corpus.jsonl --parts rate --output prepare.json
 
-Text: Python's own library (or `--text`: .jsonl with "text", also .gz, .xz and .zst), repeated to the asked size with a numbered line in
-every 2,000 characters, so that no piece is a duplicate of another. `raw` is tokenizers' encode_batch over the batches that prepare makes,
-all texts in memory, nothing done with the ids; `raw_fast` is encode_batch_fast, which leaves out the offsets and which prepare uses too.
-They alternate with whole stages in one process, fingerprint included; a quotient divides prepare's tokens/s by theirs within a round.
-`cpu` is processor time of all threads, which a busy machine stretches less than it does seconds. Memory is the peak resident set of a
-child process that only prepares.
+Text: Python's own library (or `--text`: .jsonl with "text", also compressed), repeated to the asked size with
+a numbered line in every 2,000 characters, so that no piece is a duplicate. `raw` is tokenizers' encode_batch
+over the batches that prepare makes, all texts in memory, nothing done with the ids; `raw_fast` is
+encode_batch_fast, which leaves out the offsets and which prepare uses too. They take turns with whole stages
+in one process, fingerprint included; a quotient divides prepare's tokens/s by theirs within a round. Memory
+is the peak resident set of a child process that only prepares.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from machine import Report, add_arguments, ratio
+import torch
+from machine import Report, options, ratio, take_turns, tell
+from stepping.worker import peak_memory
 
 from fastdraft.console import Console
 from fastdraft.data.corpora import blocks, documents
@@ -47,67 +49,45 @@ NUMBERED_CHARS = 2000
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    if arguments.child:
-        print(json.dumps(prepare_once(arguments.child, arguments.tokenizer)))
+    parser = options(__doc__, "prepare_throughput", device=False)
+    add = parser.add_argument
+    add("--tokenizer", default="shipped:targets/starter", help="directory of tokenizer and config.json")
+    add("--text", type=Path, help="a JSONL file of text; left out: Python's own library")
+    add("--megabytes", nargs=2, type=float, default=[50, 500], help="rate at the first, memory at both")
+    add("--rounds", type=int, default=3)
+    add("--parts", nargs="+", choices=["rate", "memory"], default=["rate", "memory"])
+    add("--work", help="where temporary files go (about the size of the text)")
+    add("--child", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(prepare_once(given.child, given.tokenizer)))
         return
-    report = Report(arguments.output, "prepare_throughput", "cpu", arguments)
-    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        for part in arguments.parts:
-            measure = measure_rate if part == "rate" else measure_memory
-            found = measure(Path(folder), arguments)
-            report.add({"part": part, "tokenizer": Path(arguments.tokenizer).name, **found})
+    if given.dry_run:
+        given.megabytes, given.rounds = [1.0, 2.0], 1
+    report = Report(given.output, "prepare_throughput", "cpu", given)
+    with tempfile.TemporaryDirectory(dir=given.work) as folder:
+        for part in given.parts:
+            found = (measure_rate if part == "rate" else measure_memory)(Path(folder), given)
+            report.add({"part": part, "tokenizer": Path(given.tokenizer).name, **found})
     report.finish()
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tokenizer",
-        default="shipped:targets/starter",
-        help="a directory with a tokenizer and a config.json",
-    )
-    parser.add_argument("--text", type=Path, help="a JSONL file of text; left out: Python's own library")
-    parser.add_argument(
-        "--megabytes",
-        nargs=2,
-        type=float,
-        default=[50, 500],
-        help="of text: rate at the first, memory at both",
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", choices=["rate", "memory"], default=["rate", "memory"])
-    parser.add_argument("--work", help="where temporary files go (about the size of the text)")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    add_arguments(parser, "prepare_throughput", device=False)
-    arguments = parser.parse_args()
-    if arguments.dry_run:
-        arguments.megabytes, arguments.rounds = [1.0, 2.0], 1
-    return arguments
 
 
 def write_corpus(folder: Path, megabytes: float, text: Path | None) -> Path:
     """JSONL of that many megabytes (10**6 bytes of text), in which no two pieces are equal."""
     path, left, copy = folder / f"{megabytes:g}.jsonl", megabytes * 1e6, 0
+    library = SourceCodeSource(name="library", kind="source_code", path="python:stdlib")
     with open(path, "w", encoding="utf-8") as file:
         while left > 0:
             copy += 1
-            for document in texts(text):
+            own = (document for _, _, document in documents(library, 0) if document)
+            given = (document for _, document in jsonl_values(text, "text")) if text else own
+            for document in given:
                 numbered = with_numbers(document, copy)
                 file.write(json.dumps({"text": numbered}, ensure_ascii=False) + "\n")
                 left -= len(numbered.encode("utf-8", "replace"))
                 if left <= 0:
                     break
     return path
-
-
-def texts(path: Path | None) -> Iterator[str]:
-    if path is None:
-        library = SourceCodeSource(name="library", kind="source_code", path="python:stdlib")
-        return (text for _, _, text in documents(library, 0) if text)
-    return (text for _, text in jsonl_values(path, "text"))
 
 
 def with_numbers(document: str, copy: int) -> str:
@@ -121,96 +101,64 @@ def with_numbers(document: str, copy: int) -> str:
     return "".join(lines)
 
 
-def prepare_once(corpus: Path, tokenizer: str) -> dict[str, float]:
-    """One whole stage, fingerprint included, as a process's first."""
+def prepare_once(corpus: Path, tokenizer: str) -> dict[str, Any]:
+    """One whole stage, fingerprint included."""
     root = Path(tempfile.mkdtemp(dir=corpus.parent))
     config = PrepareConfig(corpora=[RowsSource(name="text", kind="jsonl", path=str(corpus))])
-    target = Target.at(tokenizer)
-    context = StageContext(RunFolder(root), RunConfig(name="benchmark"), target, {}, Console(quiet=True))
+    run = RunFolder(root), RunConfig(name="benchmark")
+    context = StageContext(*run, Target.at(tokenizer), {}, Console(quiet=True))
     try:
-        begin, started = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
         context.folder("prepare").begin(prepare.fingerprint(config, context))
         prepare.run(config, context)
-        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - started
+        seconds = time.perf_counter() - start
         text = context.folder("prepare").manifest()["corpora"]["text"]
     finally:
         shutil.rmtree(root)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1 << (20 if sys.platform == "darwin" else 10)
-    )
-    times = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": peak_mib}
-    return {**times, "tokens": text["sources"][0]["tokens"], "duplicates": text["duplicates"]}
+    peak = 1e9 * (peak_memory(torch.device("cpu")) or 0) / 2**20
+    found = {"seconds": seconds, "peak_mib": peak, "tokens": text["sources"][0]["tokens"]}
+    return {**found, "duplicates": text["duplicates"]}
 
 
-def measure_rate(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    corpus = write_corpus(folder, arguments.megabytes[0], arguments.text)
-    target = Target.at(arguments.tokenizer)
-    bare = DocumentEncoder(target.tokenizer, target.vocabulary.size).tokenizer
-    batches = list(batched(corpus))
-    seconds: dict[str, list[float]] = {"raw": [], "raw_fast": [], "prepare": []}
-    cpu: dict[str, list[float]] = {name: [] for name in seconds}
-    for _ in range(arguments.rounds):
-        for name, encode in (("raw", bare.encode_batch), ("raw_fast", bare.encode_batch_fast)):
-            begin, started = time.perf_counter(), time.process_time()
-            encode_all(encode, batches)
-            seconds[name].append(time.perf_counter() - begin)
-            cpu[name].append(time.process_time() - started)
-        one = prepare_once(corpus, arguments.tokenizer)
-        seconds["prepare"].append(one["seconds"])
-        cpu["prepare"].append(one["cpu_seconds"])
-    rates = {name: one["tokens"] / statistics.median(taken) for name, taken in seconds.items()}
-    found = {
-        "megabytes": corpus.stat().st_size / 1e6,
-        "tokens": one["tokens"],
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "tokens_per_second": rates,
-        "quotient_to_encode_batch": ratio(seconds["raw"], seconds["prepare"]),
-        "quotient": ratio(seconds["raw_fast"], seconds["prepare"]),
-        "cpu_quotient_to_encode_batch": ratio(cpu["raw"], cpu["prepare"]),
-        "cpu_quotient": ratio(cpu["raw_fast"], cpu["prepare"]),
-    }
-    print(
-        f"{'':10}{'tokens/s':>12}  seconds of each round ({found['megabytes']:.0f} MB, {found['tokens']:,} tokens)"
-    )
-    for name, rate in rates.items():
-        print(f"{name:10}{rate:12,.0f}  {' '.join(f'{taken:.2f}' for taken in seconds[name])}")
-    for name in [name for name in found if "quotient" in name]:
-        value = found[name]
-        print(f"{name}: {value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})", flush=True)
+def measure_rate(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    corpus, target = write_corpus(folder, given.megabytes[0], given.text), Target.at(given.tokenizer)
+    bare, batches = DocumentEncoder(target.tokenizer, target.vocabulary.size).tokenizer, list(batched(corpus))
+    set_tokenizer_threads(0)
+
+    def encode(how: str) -> None:
+        for batch in batches:
+            getattr(bare, how)(batch, add_special_tokens=False)
+
+    works: dict[str, Any] = {"raw": partial(encode, "encode_batch")}
+    works |= {"raw_fast": partial(encode, "encode_batch_fast")}
+    works |= {"prepare": partial(prepare_once, corpus, given.tokenizer)}
+    tokens, seconds = works["prepare"]()["tokens"], take_turns(works, given.rounds)
+    found = {"megabytes": corpus.stat().st_size / 1e6, "tokens": tokens, "seconds": seconds}
+    found["quotient_to_encode_batch"] = ratio(seconds["raw"], seconds["prepare"])
+    found["quotient"] = ratio(seconds["raw_fast"], seconds["prepare"])
+    for name, taken in seconds.items():
+        print(f"{name:10}{tokens / min(taken):12,.0f} tokens/s at best of {taken}")
+    print(f"prepare: {tell(found['quotient'])} of encode_batch_fast", flush=True)
     return found
 
 
-def encode_all(encode: Callable[..., Any], batches: list[list[str]]) -> None:
-    set_tokenizer_threads(0)
-    for batch in batches:
-        encode(batch, add_special_tokens=False)
-
-
 def batched(corpus: Path) -> Iterator[list[str]]:
-    batch: list[str] = []
-    chars = 0
+    """The batches that prepare makes of each block."""
     for block in blocks(RowsSource(name="text", kind="jsonl", path=str(corpus)), 0, (0, 0)):
-        for piece in block.pieces:
-            batch.append(piece)
-            chars += len(piece)
-            if chars >= BATCH_CHARS:
-                yield batch
-                batch, chars = [], 0
-    yield batch
+        ends = zip(block.pieces, accumulate(map(len, block.pieces)), strict=True)
+        for _, group in groupby(ends, lambda end: end[1] // BATCH_CHARS):
+            yield [piece for piece, _ in group]
 
 
-def measure_memory(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    runs = []
-    for megabytes in arguments.megabytes:
-        corpus = write_corpus(folder, megabytes, arguments.text)
-        command = [sys.executable, __file__, "--child", str(corpus), "--tokenizer", arguments.tokenizer]
-        quiet = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+def measure_memory(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    runs, quiet = [], {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+    for megabytes in given.megabytes:
+        corpus = write_corpus(folder, megabytes, given.text)
+        command = [sys.executable, __file__, "--child", str(corpus), "--tokenizer", given.tokenizer]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=quiet)
-        run = {"megabytes": megabytes, **json.loads(done.stdout.splitlines()[-1])}
+        runs.append({"megabytes": megabytes, **json.loads(done.stdout.splitlines()[-1])})
         corpus.unlink()
-        runs.append(run)
-        print(f"{megabytes:.0f} MB: {run['tokens']:,} tokens, peak {run['peak_mib']:.0f} MiB")
+        print(f"{megabytes:.0f} MB: {runs[-1]['tokens']:,} tokens, peak {runs[-1]['peak_mib']:.0f} MiB")
     growth = runs[1]["peak_mib"] / runs[0]["peak_mib"] - 1
     print(f"growth of the peak: {growth:+.1%}", flush=True)
     return {"runs": runs, "growth": growth}

@@ -1,1 +1,1 @@
-"""What benchmarks/train_step.py is made of: shapes, contenders, matrix products, the process that each contender has to itself."""
+"""The parts of train_step.py: contenders, a process for each, an accelerator held against the CPU."""

@@ -1,6 +1,6 @@
-"""Do the evaluation texts occur in what was trained on? Overlap of 13-grams of token ids (GPT-3's appendix C, arXiv 2005.14165).
+"""Do the evaluation texts occur in what was trained on? Overlap of 13-grams of ids (arXiv 2005.14165, C).
 
-n-grams are compared by a 64-bit hash, and arrays are scanned piece by piece: memory is that of the evaluation texts.
+n-grams are compared by a 64-bit hash, and arrays are scanned piece by piece: memory is that of the texts.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def ngram_hashes(ids: npt.ArrayLike, n: int = NGRAM) -> U64:
 
 
 class Contamination:
-    """Looks for the n-grams of evaluation prompts (token ids of each prompt by task name) in arrays of training ids."""
+    """Looks for the n-grams of evaluation prompts (token ids by task name) in arrays of training ids."""
 
     def __init__(self, tasks: Mapping[str, Sequence[Sequence[int]]], n: int = NGRAM) -> None:
         self.n = n
-        self._hashes = {
-            name: [np.unique(ngram_hashes(prompt, n)) for prompt in prompts]
-            for name, prompts in tasks.items()
+        hashes = {
+            name: [np.unique(ngram_hashes(ids, n)) for ids in prompts] for name, prompts in tasks.items()
         }
-        self._wanted = _distinct([hashes for prompts in self._hashes.values() for hashes in prompts])
+        self._hashes = hashes
+        self._wanted = _distinct([one for prompts in hashes.values() for one in prompts])
         self._found = np.zeros(len(self._wanted), dtype=bool)
 
     def scan(self, ids: npt.ArrayLike) -> None:
@@ -74,17 +74,10 @@ def _distinct(arrays: list[U64]) -> U64:
 def search_training_text(
     tasks: Mapping[str, Sequence[Sequence[int]]], trained_on: Sequence[StageFolder], console: Console
 ) -> dict[str, dict[str, Any]]:
-    """What evaluation texts (token ids by task) share with everything trained on, as `Contamination.result`.
-
-    `trained_on`: the finished stages that hold training text, prepare and synthesize.
-    """
+    """What evaluation texts share with the stages prepare and synthesize, as `Contamination.result`."""
     search = Contamination(tasks)
-    corpora = [
-        open_corpus(folder, name, "train")
-        for folder in trained_on
-        if folder.name == "prepare"
-        for name in folder.manifest()["corpora"]
-    ]
+    prepared = [folder for folder in trained_on if folder.name == "prepare"]
+    corpora = [open_corpus(one, name, "train") for one in prepared for name in one.manifest()["corpora"]]
     with console.progress("overlap search", sum(corpus.tokens for corpus in corpora), "tokens") as progress:
         for shard in (shard for corpus in corpora for shard in corpus.shards):
             search.scan(shard)

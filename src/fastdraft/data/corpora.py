@@ -1,6 +1,6 @@
 """A recipe's corpora as streams of documents: JSONL, Parquet, text, source code, data sets of the hub.
 
-`describe` is what of a source enters fingerprints; `blocks` gives its text in a seeded order, from any block on.
+`describe` is what of a source enters fingerprints; `blocks` gives its text in a seeded order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +43,13 @@ class Block:
     """Text that was read together, in shuffled order."""
 
     pieces: list[str]
-    digests: npt.NDArray[np.uint64]
-    """Of each piece's text."""
-    skipped: int
-    """Files passed over on the way."""
+    digests: npt.NDArray[np.uint64]  # of each piece's text
+    skipped: int  # files passed over on the way
     end: Position
 
 
 def blocks(source: SourceConfig, seed: int, start: Position) -> Iterator[Block]:
-    """The source's text behind `start`, about BLOCK_CHARS at a time; the order depends on source and seed alone."""
+    """The text behind `start`, about BLOCK_CHARS at a time; the order depends on source and seed alone."""
     pieces: list[str] = []
     chars = skipped = 0
     end = start
@@ -80,7 +79,7 @@ def _block(pieces: list[str], seed: int, skipped: int, end: Position) -> Block:
 def documents(
     source: SourceConfig, seed: int, start: Position = (0, 0)
 ) -> Iterator[tuple[int, int, str | None]]:
-    """(file, row, text) of each document behind `start`, files in seeded order; None for a file that was passed over."""
+    """(file, row, text) of the documents behind `start`, files in seeded order; no text: passed over."""
     if isinstance(source, HubSource):
         yield from _hub_documents(source, seed, start)
         return
@@ -102,7 +101,7 @@ def _file_documents(source: FileSource, path: Path, after: int) -> Iterator[tupl
         try:
             yield 1, read_text(path)
         except DataError:
-            # Source folders hold the odd file in another encoding; a file that has gone is less text than the user thinks.
+            # Source folders hold the odd file in another encoding; one that has gone is a fault.
             if source.kind != "source_code" or not path.is_file():
                 raise
             yield 1, None
@@ -116,11 +115,8 @@ def _texts(values: Iterator[tuple[int, Any]], where: str, field: str) -> Iterato
         yield number, value or ""
 
 
-# ---- the hub
-
-
 def _hub_documents(source: HubSource, seed: int, start: Position) -> Iterator[tuple[int, int, str]]:
-    """A data set's files in seeded order: a small budget would otherwise see only the first of a sorted data set."""
+    """Files in seeded order: a small budget would otherwise see only the first of a sorted data set."""
     data = open_hub(source)
     count = int(data.num_shards)
     order = list(range(count))
@@ -139,9 +135,8 @@ def open_hub(source: Any) -> Any:
     from datasets import load_dataset  # here: a second of start that only data sets of the hub are worth
 
     try:
-        return load_dataset(
-            source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True
-        )
+        how = {"split": source.split, "revision": source.revision, "streaming": True}
+        return load_dataset(source.dataset, source.subset, **how)
     except Exception as error:
         raise _unreachable(f"data set {source.dataset}", error, 0) from error
 
@@ -163,14 +158,8 @@ def hub_values(data: Any, name: str, field: str, after: int = 0) -> Iterator[tup
 
 
 def _unreachable(name: str, error: Exception, rows: int) -> DataError:
-    text = " ".join(str(error).split())[:160]
-    return DataError(
-        f"{name}: {type(error).__name__} after {rows} rows ({text}); must be reachable on the hub",
-        "check id, subset, split and network, then run again",
-    )
-
-
-# ---- files
+    found = f"{name}: {type(error).__name__} after {rows} rows ({' '.join(str(error).split())[:160]})"
+    return DataError(f"{found}; must be reachable", "check id, subset, split and network, then run again")
 
 
 def source_files(source: FileSource) -> dict[str, Path]:
@@ -178,18 +167,13 @@ def source_files(source: FileSource) -> dict[str, Path]:
     files = find_files(source.path, PATTERNS[source.kind])
     if source.kind != "source_code":
         return files
-
-    def is_excluded(name: str) -> bool:
-        return any(
-            fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in source.exclude
-        )
-
-    kept = {name: path for name, path in files.items() if not is_excluded(name)}
+    excluded = re.compile("|".join(map(fnmatch.translate, source.exclude)) or "$.")
+    kept = {name: path for name, path in files.items() if not any(map(excluded.match, name.split("/")))}
     return kept or _nothing(source.path, "no file is left after `exclude`")
 
 
 def find_files(text: str, patterns: Sequence[str]) -> dict[str, Path]:
-    """What a recipe's `path` names, by the name within it: a file itself, a folder's files matching `patterns`, or a glob."""
+    """What a `path` names, by the name within it: a file, a folder's files matching `patterns`, or a glob."""
     base, wanted = text, [f"**/{pattern}" for pattern in patterns]
     if glob.has_magic(text) and not user_path(text).exists():
         # `data/**/*.txt` -> `data` and `**/*.txt`
@@ -201,13 +185,12 @@ def find_files(text: str, patterns: Sequence[str]) -> dict[str, Path]:
         return {root.name: root}
     found = {name for pattern in wanted for name in glob.glob(pattern, root_dir=root, recursive=True)}
     files = {Path(name).as_posix(): root / name for name in found if (root / name).is_file()}
-    return dict(sorted(files.items())) or _nothing(
-        text, "no file there" if root.exists() else "no such file or folder"
-    )
+    why = "no file there" if root.exists() else "no such file or folder"
+    return dict(sorted(files.items())) or _nothing(text, why)
 
 
 def describe(source: SourceConfig) -> dict[str, Any]:
-    """A source's settings and what they point at now, for fingerprints: names, sizes and samples, never times."""
+    """A source's settings and what they point at now, for fingerprints: names, sizes, samples, no times."""
     settings = source.model_dump(exclude={"license"})
     return settings if isinstance(source, HubSource) else {**settings, **describe_files(source_files(source))}
 
@@ -234,13 +217,11 @@ def _nothing(path: str, found: str) -> dict[str, Path]:
     raise DataError(f"{path}: {found}; a source needs at least one file", "correct the path or the patterns")
 
 
-# ---- long documents
-
-
 def split_document(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
     """Pieces of at most `limit` characters that concatenate to the document; blank ones are left out.
 
-    Cuts behind the last blank line in the second half of a piece, else behind the last line end, else before the last space.
+    Cuts behind the last blank line in the second half of a piece, else behind the last line end, else before
+    the last space.
     """
     start = 0
     while start < len(text):

@@ -1,7 +1,7 @@
 """Which rows a step has: a weighted mixture of prepared corpora, as a function of the step.
 
-Every step holds each corpus in its share, to within about a row; each corpus is walked in a fresh permutation per epoch. There is
-no state: a resumed run asks for its step and gets the same rows.
+Every step holds each corpus in its share, to within about a row; each corpus is walked in a fresh permutation
+per epoch. There is no state: a resumed run asks for its step and gets the same rows.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ from fastdraft.run_folder import StageFolder
 
 
 class Mixture:
-    """Rows of several corpora in given shares.
-
-    Args:
-        corpora: By name; all of one row length.
-        weights: Share of the rows by name, on any scale.
-        rows_per_step: Rows of one optimiser step, of all processes together.
-        seed: Fixes the order.
-    """
+    """Rows of corpora in shares on any scale; `rows_per_step` are those of all processes together."""
 
     def __init__(
         self, corpora: Mapping[str, PackedCorpus], weights: Mapping[str, float], rows_per_step: int, seed: int
@@ -51,7 +44,8 @@ class Mixture:
         rows = np.empty((len(order), self.row_length + 1), dtype=np.int64)
         for number in np.unique(picks).tolist():
             own = picks == number
-            rows[own] = self._corpus(number).take(self._row_numbers(number, occurrences[own]))
+            corpus = self.corpora[self.names[number]]
+            rows[own] = corpus.take(self._row_numbers(number, occurrences[own]))
         return rows
 
     def epochs(self, steps: int) -> dict[str, float]:
@@ -59,22 +53,17 @@ class Mixture:
         taken = self._taken(steps * self.rows_per_step).tolist()
         return {name: count / self.corpora[name].rows for name, count in zip(self.names, taken, strict=True)}
 
-    def _corpus(self, number: int) -> PackedCorpus:
-        return self.corpora[self.names[number]]
-
     def _taken(self, rows: int) -> npt.NDArray[np.int64]:
         """How many of the run's first `rows` rows each corpus gives."""
-        # Sainte-Lague's method: as near to the shares as rounding each of them, but no count ever falls as `rows` grows.
-        taken: npt.NDArray[np.int64] = np.floor(self._shares * max(rows - len(self.names), 0) + 0.5).astype(
-            np.int64
-        )
+        # Sainte-Lague's method: as near to the shares as rounding, but no count falls as `rows` grows.
+        taken = np.floor(self._shares * max(rows - len(self.names), 0) + 0.5).astype(np.int64)
         for _ in range(rows - int(taken.sum())):
             taken[np.argmin((taken + 0.5) / self._shares)] += 1
         return taken
 
     def _row_numbers(self, number: int, occurrences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Rows in corpus `number` for its occurrences in the run."""
-        epochs, positions = np.divmod(occurrences, self._corpus(number).rows)
+        epochs, positions = np.divmod(occurrences, self.corpora[self.names[number]].rows)
         numbers = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             own = epochs == epoch
@@ -82,7 +71,8 @@ class Mixture:
         return numbers
 
     def _permutation(self, number: int, epoch: int) -> npt.NDArray[np.int64]:
-        return np.random.default_rng([self.seed, number, epoch]).permutation(self._corpus(number).rows)
+        rows = self.corpora[self.names[number]].rows
+        return np.random.default_rng([self.seed, number, epoch]).permutation(rows)
 
 
 def open_mixture(

@@ -1,7 +1,7 @@
 """One corpus of a recipe: documents -> distinct documents -> token ids -> rows in shards.
 
-Call `CorpusPacker(...).run(...)`. PackingProgress is written down after every block of text; a killed stage repeats one block and
-ends with the same bytes.
+Call `CorpusPacker(...).run(...)`. PackingProgress is written down after every block of text; a killed stage
+repeats one block and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -36,35 +36,25 @@ VALIDATION_ROWS = 8
 class PackingProgress:
     """How far a corpus has come."""
 
-    source: int = 0
-    """Number of the source that is read."""
-    position: tuple[int, int] = (0, 0)
-    """Behind which reading it goes on."""
+    source: int = 0  # number of the source that is read
+    position: tuple[int, int] = (0, 0)  # behind which reading it goes on
     source_tokens: int = 0
-    skipped: int = 0
-    """Files of this source that were passed over."""
-    seen: int = 0
-    """Documents taken so far, of all sources."""
+    skipped: int = 0  # files of this source that were passed over
+    seen: int = 0  # documents taken so far, of all sources
     duplicates: int = 0
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    """What each finished source gave."""
+    sources: list[dict[str, Any]] = field(default_factory=list)  # what each finished source gave
     writers: dict[str, Any] = field(default_factory=dict)
 
 
 class CorpusPacker:
-    """Everything between a corpus's sources (its entries in the recipe) and its part of the manifest.
-
-    Shards go to `folder/name`, progress to `folder/.journal`, which is of no use once the stage is complete.
-    """
+    """All between a corpus's sources and its part of the manifest; progress is in `folder/.journal`."""
 
     def __init__(self, name: str, folder: Path, form: RowForm, encoder: DocumentEncoder, seed: int) -> None:
         self.name, self._folder, self._form, self._encoder, self._seed = name, folder, form, encoder, seed
         self._record = folder / ".journal" / f"{name}.json"
-        self.progress = (
-            PackingProgress(**read_json(self._record)) if self._record.exists() else PackingProgress()
-        )
+        self.progress = PackingProgress(**(read_json(self._record) if self._record.exists() else {}))
         self._seen = SeenDigests(self._record.with_suffix(".seen"), self.progress.seen)
         written = self.progress.writers
         self._writers = {split: RowWriter(folder / name, split, form, written.get(split)) for split in SPLITS}
@@ -76,10 +66,7 @@ class CorpusPacker:
     def run(
         self, sources: Sequence[SourceConfig], console: Console, advance: Callable[[float], None]
     ) -> dict[str, Any]:
-        """Reads what is still to be read and closes the shards; gives the corpus's part of the manifest.
-
-        `advance` hears of tokens.
-        """
+        """Reads what is left, closes the shards, gives the manifest's part; `advance` hears of tokens."""
         # One thread reads: each thread that ever did would keep a block's memory for itself.
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(ENCODERS) as pool:
             for source in sources[self.progress.source :]:
@@ -100,29 +87,23 @@ class CorpusPacker:
                 rule = f"each split needs at least one row of {self._form.row_ids}"
                 raise DataError(f"{found}; {rule}", "give it more text or lower prepare.row_length")
         self._commit()
-        return {
-            **{split: self._split_result(split) for split in SPLITS},
-            "duplicates": self.progress.duplicates,
-            "sources": self.progress.sources,
-        }
-
-    def _split_result(self, split: Split) -> dict[str, Any]:
-        rows, documents = self._writers[split].rows, self.progress.documents[split]
-        tokens, shards = rows * self._form.row_ids, self._writers[split].shards
-        return {"rows": rows, "tokens": tokens, "documents": documents, "shards": shards}
+        found: dict[str, Any] = {}
+        for split, writer in self._writers.items():
+            counts = {"rows": writer.rows, "tokens": writer.rows * self._form.row_ids}
+            found[split] = {**counts, "documents": self.progress.documents[split], "shards": writer.shards}
+        return {**found, "duplicates": self.progress.duplicates, "sources": self.progress.sources}
 
     def _is_full(self, source: SourceConfig) -> bool:
         return source.tokens is not None and self.progress.source_tokens >= source.tokens
 
     def _pack(self, block: Block, source: SourceConfig, pool: Executor) -> Iterator[int]:
-        """Encodes what is new of a block and writes it, until the source's budget is used up; yields tokens taken."""
+        """Encodes what is new of a block and writes it, up to the source's budget; yields tokens taken."""
         progress, taken = self.progress, 0
         new = self._seen.first_seen(block.digests)
         texts = [block.pieces[i] for i in new]
         ends = zip(texts, accumulate(map(len, texts)), strict=True)
-        batches = [
-            [text for text, _ in group] for _, group in groupby(ends, lambda end: end[1] // BATCH_CHARS)
-        ]
+        groups = groupby(ends, lambda end: end[1] // BATCH_CHARS)
+        batches = [[text for text, _ in group] for _, group in groups]
         for encoded in pool.map(self._encoder.encode, batches):
             routed: dict[Split, list[npt.NDArray[np.uint32]]] = {split: [] for split in SPLITS}
             before = self.tokens
@@ -151,7 +132,7 @@ class CorpusPacker:
         if digest < int(self._form.validation * 2**64):
             return "validation"
         train, validation = self.progress.tokens["train"], self.progress.tokens["validation"]
-        # A corpus of few rows gives a tenth of its documents, a third until there is a row, whatever their hash.
+        # A corpus of few rows gives a tenth of its documents, a third until there is a row.
         share = 3 if validation <= self._form.row_ids else 10
         small = validation < VALIDATION_ROWS * self._form.row_ids
         return "validation" if small and validation * share < train else "train"
@@ -161,20 +142,19 @@ class CorpusPacker:
         tokens, skipped = progress.source_tokens, progress.skipped
         where = source.dataset if isinstance(source, HubSource) else source.path
         if not tokens:
-            rule = "a source needs at least one document that is not empty"
-            message = f"prepare.corpora '{self.name}': {where}: no new text; {rule}"
+            message = (
+                f"prepare.corpora '{self.name}': {where}: no new text; a source needs at least one document"
+            )
             raise DataError(message, "correct the path or the field")
         if source.tokens is not None and tokens < source.tokens:
-            console.warn(
-                f"{self.name}: {where} ends at {format_count(tokens)} of {format_count(source.tokens)} tokens"
-            )
+            taken, wanted = format_count(tokens), format_count(source.tokens)
+            console.warn(f"{self.name}: {where} ends at {taken} of {wanted} tokens")
         if skipped:
             console.warn(f"{self.name}: {skipped} files of {where} passed over (unreadable or not UTF-8)")
         about = {"kind": source.kind, "from": where, "license": source.license}
         progress.sources.append({**about, "tokens": tokens, "files_skipped": skipped})
-        self.progress = replace(
-            progress, source=progress.source + 1, position=(0, 0), source_tokens=0, skipped=0
-        )
+        progress.source += 1
+        progress.position, progress.source_tokens, progress.skipped = (0, 0), 0, 0
         self._commit()
 
     def _commit(self) -> None:
@@ -186,7 +166,7 @@ class CorpusPacker:
 
 
 class SeenDigests:
-    """Digests of the documents taken so far: on disk in the order taken, in memory sorted; eight bytes a document."""
+    """Digests of the documents taken: on disk in the order taken, in memory sorted; eight bytes each."""
 
     def __init__(self, path: Path, count: int) -> None:
         self._path = path

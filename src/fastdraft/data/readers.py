@@ -1,4 +1,4 @@
-"""Files of text line by line or whole: JSONL and UTF-8 text (plain, .gz, .xz, .zst), Parquet; memory does not grow with the file.
+"""Files of text line by line or whole: JSONL and UTF-8 text (plain, .gz, .xz, .zst), Parquet; in flat memory.
 
 A damaged file stops the run with its name and line, instead of giving less text than the user thinks.
 """
@@ -41,7 +41,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a UTF-8 file, behind line `after`; only a newline ends a line."""
+    """(line number from 1, line without its end) behind line `after`; only a newline ends a line."""
     number = 0
     with open_binary(path) as file:
         while True:
@@ -58,9 +58,7 @@ def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
                 try:
                     yield number, content.rstrip(b"\r\n").decode("utf-8")
                 except UnicodeDecodeError as error:
-                    message = (
-                        f"{path}: line {number}: byte {error.start} is not UTF-8; text files must be UTF-8"
-                    )
+                    message = f"{path}: line {number}: byte {error.start} is not UTF-8; files must be UTF-8"
                     raise DataError(message, "convert the file, or copy it again if it was cut off") from None
 
 
@@ -73,9 +71,7 @@ def read_jsonl(path: Path, after: int = 0) -> Iterator[tuple[int, dict[str, Any]
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             message = f"{path}: line {number}: not JSON ({error}); each line must be one JSON object"
-            raise DataError(
-                message, "mend or delete the line, or copy the file again if it was cut off"
-            ) from None
+            raise DataError(message, "mend the line, or copy the file again if it was cut off") from None
         if not isinstance(row, dict):
             message = f"{path}: line {number}: a JSON {type(row).__name__}; each line must be one JSON object"
             raise DataError(message, "mend or delete the line")
@@ -113,16 +109,14 @@ def read_text(path: Path) -> str:
         try:
             content = file.read().replace(b"\r\n", b"\n")
         except DAMAGE as error:
-            raise DataError(
-                f"{path}: damaged ({error}); the file must be whole", "download it again"
-            ) from None
+            message = f"{path}: damaged ({error}); the file must be whole"
+            raise DataError(message, "download it again") from None
     try:
         return content.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}: line {line}: not UTF-8; text files must be UTF-8", "convert the file"
-        ) from None
+        message = f"{path}: line {line}: not UTF-8; text files must be UTF-8"
+        raise DataError(message, "convert the file") from None
 
 
 def missing_field(where: object, field: str, found: Any) -> DataError:
@@ -133,7 +127,5 @@ def missing_field(where: object, field: str, found: Any) -> DataError:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """For a file that cannot be opened."""
-    found = error.strerror or "unreadable"
-    return DataError(
-        f"{path}: {found}; the file must exist and be readable", "correct the path or its rights"
-    )
+    message = f"{path}: {error.strerror or 'unreadable'}; the file must exist and be readable"
+    return DataError(message, "correct the path or its rights")

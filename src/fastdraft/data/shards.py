@@ -1,6 +1,7 @@
 """Shard files: rows of `row_length + 1` token ids, little-endian uint16 or uint32, no header.
 
-`RowWriter` packs documents into rows and appends them; `open_corpus` reads one split of a prepared corpus by memory map.
+`RowWriter` packs documents into rows and appends them; `open_corpus` reads one split of a prepared corpus by
+memory map.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ class RowForm:
     separator_id: int
     dtype: str
     shard_tokens: int
-    validation: float = 0.0
-    """Share of the documents."""
+    validation: float = 0.0  # share of the documents
 
     @property
     def row_ids(self) -> int:
@@ -48,10 +48,10 @@ class RowForm:
 
 
 class RowWriter:
-    """Concatenates documents, a separator before each, into the rows of one split, and appends these to its shards.
+    """Concatenates documents, a separator before each, into the rows of one split and its shards.
 
-    Nothing is padded or dropped but the last partial row of a corpus. Given a `state()` that was written down, it cuts the
-    files back to that.
+    Only the last partial row of a corpus is dropped. Given a `state()` that was written down, it cuts the
+    files back.
     """
 
     def __init__(
@@ -95,9 +95,8 @@ class RowWriter:
         """Ends the open shard, if it has a row: the next row begins a new one."""
         if self.open_rows:
             self.sync()
-            self.shards.append(
-                {"file": self._path.name, "rows": self.open_rows, "sha256": file_sha256(self._path)}
-            )
+            shard = {"file": self._path.name, "rows": self.open_rows, "sha256": file_sha256(self._path)}
+            self.shards.append(shard)
             self.open_rows = 0
 
     def sync(self) -> None:
@@ -165,10 +164,7 @@ def open_corpus(prepare: StageFolder, corpus: str, split: Split) -> PackedCorpus
     """One split of one corpus of a finished prepare stage."""
     manifest = prepare.manifest()
     if corpus not in manifest["corpora"]:
-        names = ", ".join(manifest["corpora"])
-        raise DataError(
-            f"corpus '{corpus}': not prepared; must be one of {names}",
-            "correct the name or add it to prepare.corpora",
-        )
+        message = f"corpus '{corpus}': not prepared; must be one of {', '.join(manifest['corpora'])}"
+        raise DataError(message, "correct the name or add it to prepare.corpora")
     shards = manifest["corpora"][corpus][split]["shards"]
     return PackedCorpus(prepare.path / corpus, shards, manifest["row_length"], manifest["dtype"])

@@ -1,7 +1,7 @@
 """Text to the target's token ids, on all cores, in order.
 
-`DocumentEncoder` adds nothing of the tokenizer's own, and a control token spelled out in a text stays text: a web page that says
-`<|end|>` must not end anything.
+`DocumentEncoder` adds nothing of the tokenizer's own, and a control token spelled out in a text stays text: a
+web page that says `<|end|>` must not end anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTROL = re.compile(r"<\|.*\|>", re.DOTALL)
 
 
 def set_tokenizer_threads(threads: int) -> None:
-    """How many threads the tokenizers library uses in this process (0: all cores, 1: none of its own); the ids never depend on it."""
+    """How many threads the tokenizers library uses here (0: all cores); the ids never depend on it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if threads == 1 else "true"
     if threads > 1:
         # Its thread pool is made at first use and keeps its size.
@@ -36,14 +36,12 @@ def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
         return bos_token_id
     if eos_token_ids:
         return eos_token_ids[0]
-    raise TargetError(
-        "tokenizer: neither BOS nor EOS; documents need a token between them",
-        "set eos_token in the target's tokenizer_config.json",
-    )
+    message = "tokenizer: neither BOS nor EOS; documents need a token between them"
+    raise TargetError(message, "set eos_token in the target's tokenizer_config.json")
 
 
 def added_words(tokenizer: Any) -> list[tuple[int, str]]:
-    """(id, text) of the added tokens that are looked for in corpus text: ordinary words, neither special nor like a control token."""
+    """(id, text) of the added tokens looked for in corpus text: neither special nor like a control token."""
     special = set(tokenizer.all_special_ids)
     return [
         (int(token_id), token.content)
@@ -53,7 +51,7 @@ def added_words(tokenizer: Any) -> list[tuple[int, str]]:
 
 
 class DocumentEncoder:
-    """Encodes corpus text with a target's fast tokenizer, which is copied, not changed; ids must be below `size`."""
+    """Encodes corpus text with a copy of a target's fast tokenizer; ids must be below `size`."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self.tokenizer, self._size = _with_control_tokens_special(tokenizer), size
@@ -72,26 +70,21 @@ class DocumentEncoder:
         ids = np.array(flat, dtype=np.uint32)
         top = int(ids.max(initial=0))
         if top >= self._size:
-            raise TargetError(
-                f"tokenizer: gives id {top}; the model's vocabulary has {self._size}",
-                "use the tokenizer that belongs to the target",
-            )
+            message = f"tokenizer: gives id {top}; the model's vocabulary has {self._size}"
+            raise TargetError(message, "use the tokenizer that belongs to the target")
         return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _with_control_tokens_special(tokenizer: Any) -> Tokenizer:
-    """A tokenizer of the same model and rules, to which all added tokens but words are special; the model itself is shared."""
+    """A tokenizer of the same model and rules, to which all added tokens but words are special."""
     backend, words = tokenizer.backend_tokenizer, {token_id for token_id, _ in added_words(tokenizer)}
     copy = Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         setattr(copy, part, getattr(backend, part))
     flags = ("single_word", "lstrip", "rstrip", "normalized")
-    copy.add_tokens(
-        [
-            AddedToken(
-                token.content, special=token_id not in words, **{flag: getattr(token, flag) for flag in flags}
-            )
-            for token_id, token in sorted(backend.get_added_tokens_decoder().items())
-        ]
-    )
+    added = []
+    for token_id, token in sorted(backend.get_added_tokens_decoder().items()):
+        own = {flag: getattr(token, flag) for flag in flags}
+        added.append(AddedToken(token.content, special=token_id not in words, **own))
+    copy.add_tokens(added)
     return copy

@@ -1,7 +1,8 @@
 """prepare: corpora -> tokenised, packed shards in the target's vocabulary.
 
-The shards depend on the vocabulary, the sources, this section and the seed; neither on the target's weights nor on the number of
-workers. How a corpus is read, cut, encoded and packed: data/corpora.py, data/tokenize.py, data/pack.py.
+The shards depend on the vocabulary, the sources, this section and the seed; neither on the target's weights
+nor on the number of workers. How a corpus is read, cut, encoded and packed: data/corpora.py,
+data/tokenize.py, data/pack.py.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from fastdraft.run_folder import StageFolder, digest
 from fastdraft.stages.context import StageContext
 
 SHARD_TOKENS = 64_000_000
-# Unfinished work of fewer tokens is removed when a source turns out to be bad, so that a mended corpus can simply be run
-# again; more stays, for the fault may have been the network's.
+# Unfinished work of fewer tokens is removed when a source turns out to be bad, so that a mended corpus can
+# simply be run again; more stays, for the fault may have been the network's.
 KEPT_TOKENS = 20_000_000
 
 
@@ -30,7 +31,7 @@ def fingerprint(config: PrepareConfig, context: StageContext) -> dict[str, Any]:
     tokenizer, vocabulary = context.target.tokenizer, context.target.vocabulary
     return {
         "vocabulary": vocabulary.digest,
-        # Other special tokens do not matter: they never come out of corpus text, so fine-tunes that differ in them share shards.
+        # Other special tokens never come out of corpus text: fine-tunes that differ in them share shards.
         "added_words": digest(added_words(tokenizer)),
         "separator_id": separator_id(vocabulary.bos_token_id, vocabulary.eos_token_ids),
         "dtype": token_dtype(vocabulary.size),
@@ -61,20 +62,16 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     folder, console = context.folder("prepare"), context.console
     vocabulary = context.target.vocabulary
     separator = separator_id(vocabulary.bos_token_id, vocabulary.eos_token_ids)
-    form = RowForm(
-        config.row_length, separator, token_dtype(vocabulary.size), SHARD_TOKENS, config.validation
-    )
+    dtype, seed = token_dtype(vocabulary.size), context.settings.seed
+    form = RowForm(config.row_length, separator, dtype, SHARD_TOKENS, config.validation)
     encoder = DocumentEncoder(context.target.tokenizer, vocabulary.size)
-    packers = {
-        name: CorpusPacker(name, folder.path, form, encoder, context.settings.seed) for name in config.sources
-    }
+    packers = {name: CorpusPacker(name, folder.path, form, encoder, seed) for name in config.sources}
     done = sum(packer.tokens for packer in packers.values())
     set_tokenizer_threads(context.settings.threads)
     with console.progress("prepare", config.budget, "tokens", completed=done) as bar:
         try:
             corpora = {
-                name: packer.run(config.sources[name], console, bar.advance)
-                for name, packer in packers.items()
+                name: one.run(config.sources[name], console, bar.advance) for name, one in packers.items()
             }
         except DataError:
             if sum(packer.tokens for packer in packers.values()) < KEPT_TOKENS:
@@ -83,22 +80,17 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     folder.complete(
         row_length=config.row_length,
         separator_id=separator,
-        dtype=form.dtype,
+        dtype=dtype,
         corpora=corpora,
         document_masking=config.document_masking,
         provenance=describe_run(),
     )
     folder.remove_scratch()
-    rows = [
-        [
-            name,
-            format_count(corpus["train"]["tokens"]),
-            corpus["train"]["rows"],
-            corpus["validation"]["rows"],
-            corpus["train"]["documents"] + corpus["validation"]["documents"],
-            corpus["duplicates"],
-        ]
-        for name, corpus in corpora.items()
-    ]
+    rows = []
+    for name, corpus in corpora.items():
+        train, validation = corpus["train"], corpus["validation"]
+        documents = train["documents"] + validation["documents"]
+        counts = [format_count(train["tokens"]), train["rows"], validation["rows"], documents]
+        rows.append([name, *counts, corpus["duplicates"]])
     columns = ["corpus", "train tokens", "rows", "validation rows", "documents", "duplicates"]
     console.table("", columns, rows)
