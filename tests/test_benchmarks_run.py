@@ -20,8 +20,9 @@ BARE = """
 import builtins, runpy, sys
 for name in ("pydantic", "pyarrow", "jinja2", "matplotlib", "openvino", "datasets", "accelerate"):
     sys.modules[name] = None  # as if not installed
-allowed = {*sys.stdlib_module_names, "torch", "transformers", "numpy", "safetensors", "tokenizers", "fastdraft"}
-allowed |= {"machine", "pair", "stepping", "triton", "filelock"}  # transformers' own library of the hub brings the last
+allowed = {*sys.stdlib_module_names, "torch", "transformers", "numpy", "safetensors", "tokenizers", "triton"}
+# The library of the hub, which transformers needs, brings filelock.
+allowed |= {"fastdraft", "machine", "pair", "stepping", "filelock"}
 known = builtins.__import__
 
 def bare(name, globals=None, locals=None, fromlist=(), level=0):

@@ -9,6 +9,11 @@ from fastdraft.data import contamination
 from fastdraft.data.contamination import Contamination, ngram_hashes
 
 
+def result(prompts: int, overlap: int, ngrams: int, matched: int) -> dict[str, int]:
+    names = ("prompts", "prompts_with_overlap", "ngrams", "ngrams_matched")
+    return dict(zip(names, (prompts, overlap, ngrams, matched), strict=True))
+
+
 def by_hand(prompts: list[list[int]], corpus: list[int], n: int) -> tuple[int, int, int]:
     grams = [{tuple(p[i : i + n]) for i in range(len(p) - n + 1)} for p in prompts]
     seen = {tuple(corpus[i : i + n]) for i in range(len(corpus) - n + 1)}
@@ -24,25 +29,14 @@ def test_overlap_equals_a_count_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: 
     finder = Contamination({"a": prompts, "none": [[7] * 9]}, n=5)
     finder.scan(corpus.astype(np.uint16))
     overlap, ngrams, matched = by_hand(prompts, corpus.tolist(), 5)
-    assert finder.result()["a"] == {
-        "prompts": 20,
-        "prompts_with_overlap": overlap,
-        "ngrams": ngrams,
-        "ngrams_matched": matched,
-    }
+    assert finder.result() == {"a": result(20, overlap, ngrams, matched), "none": result(1, 0, 1, 0)}
     assert 0 < matched < ngrams
-    assert finder.result()["none"] == {
-        "prompts": 1,
-        "prompts_with_overlap": 0,
-        "ngrams": 1,
-        "ngrams_matched": 0,
-    }
 
 
 def test_a_prompt_of_thirteen_tokens_is_found_and_of_twelve_is_not() -> None:
     finder = Contamination({"a": [list(range(13)), list(range(12))]})
     finder.scan(np.arange(100).reshape(10, 10))
-    assert finder.result()["a"] == {"prompts": 2, "prompts_with_overlap": 1, "ngrams": 1, "ngrams_matched": 1}
+    assert finder.result()["a"] == result(2, 1, 1, 1)
 
 
 def test_ngrams_do_not_reach_over_separate_texts() -> None:
@@ -55,7 +49,7 @@ def test_ngrams_do_not_reach_over_separate_texts() -> None:
 def test_no_prompts_and_short_texts_are_fine() -> None:
     finder = Contamination({"a": []})
     finder.scan([1, 2, 3])
-    assert finder.result()["a"] == {"prompts": 0, "prompts_with_overlap": 0, "ngrams": 0, "ngrams_matched": 0}
+    assert finder.result()["a"] == result(0, 0, 0, 0)
     assert len(ngram_hashes([1, 2, 3])) == 0
 
 

@@ -44,9 +44,8 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
 
 
 def source_of(kind: str, path: Path, **settings: Any) -> SourceConfig:
-    return PrepareConfig.model_validate(
-        {"corpora": [{"name": "t", "kind": kind, "path": str(path), **settings}]}
-    ).corpora[0]
+    source = {"name": "t", "kind": kind, "path": str(path), **settings}
+    return PrepareConfig.model_validate({"corpora": [source]}).corpora[0]
 
 
 def texts_of(source: SourceConfig, seed: int = 0) -> list[str | None]:
@@ -185,15 +184,6 @@ def test_blocks_lose_nothing_and_go_on_behind_any_of_them(
         assert [block.pieces for block in rest] == [block.pieces for block in found[number + 1 :]]
 
 
-def test_a_small_part_of_a_block_is_a_spread_over_long_documents(tmp_path: Path) -> None:
-    for letter in "abcd":
-        (tmp_path / f"{letter}.txt").write_text((letter * 99 + "\n") * 1000)
-    (block,) = blocks(source_of("text", tmp_path), 0, (0, 0))
-    assert len({piece[0] for piece in block.pieces[:8]}) >= 3
-    assert sum(map(len, block.pieces)) == 400_000
-    assert max(map(len, block.pieces)) <= 20_000
-
-
 @given(st.text(alphabet="ab \n", max_size=300), st.integers(2, 40))
 @settings(max_examples=100, deadline=None)
 def test_pieces_are_short_and_lose_no_letter(text: str, limit: int) -> None:
@@ -228,12 +218,8 @@ def test_the_encoders_tokenizer_is_the_targets_with_control_tokens_marked(
     state = json.loads((tiny_target / "tokenizer.json").read_text())
     state["model"]["vocab"]["beyond"] = len(state["model"]["vocab"]) + gap
     backend = Tokenizer.from_str(json.dumps(state))
-    added = [
-        ("Foo", {"lstrip": True}),
-        ("<|tool|>", {"normalized": True}),
-        ("<think>", {"single_word": True}),
-    ]
-    backend.add_tokens([AddedToken(text, **flags) for text, flags in added])
+    added = {"Foo": "lstrip", "<|tool|>": "normalized", "<think>": "single_word"}
+    backend.add_tokens([AddedToken(text, **{flag: True}) for text, flag in added.items()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     expected = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in expected["added_tokens"]:
@@ -289,20 +275,8 @@ def test_rows_are_the_documents_one_after_the_other_with_a_separator_before_each
     writer.add([])
     writer.add([ids(4, 5, 6, 7, 8, 9)])
     writer.close_shard()
-    assert np.fromfile(tmp_path / "train-00000.bin", dtype="<u2").tolist() == [
-        0,
-        1,
-        2,
-        0,
-        3,
-        0,
-        4,
-        5,
-        6,
-        7,
-        8,
-        9,
-    ]
+    found = np.fromfile(tmp_path / "train-00000.bin", dtype="<u2").tolist()
+    assert found == [0, 1, 2, 0, 3, 0, 4, 5, 6, 7, 8, 9]
     assert writer.state()["carry"] == []
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the hub, streamed by the library itself from a local folder: order, going on, what is wrong in one line."""
+"""Data sets of the hub, streamed from a local folder: order, going on, what is wrong in one line."""
 
 from __future__ import annotations
 
@@ -25,20 +25,16 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubSource:
     for file in range(FILES):
         texts = [f"file {file} row {row}" for row in range(ROWS)]
         (tmp_path / "data").mkdir(exist_ok=True)
-        parquet.write_table(
-            pyarrow.table({"text": texts, "count": list(range(ROWS))}), tmp_path / "data" / f"{file}.parquet"
-        )
+        table = pyarrow.table({"text": texts, "count": list(range(ROWS))})
+        parquet.write_table(table, tmp_path / "data" / f"{file}.parquet")
     return HubSource(name="h", kind="hub", dataset=str(tmp_path / "data"))
 
 
 def test_files_come_in_an_order_of_the_seed_and_prompts_in_the_data_sets_own(source: HubSource) -> None:
     orders = [[str(text).split()[1] for _, _, text in documents(source, seed)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
-    assert (
-        sorted(orders[2])
-        == sorted(orders[0])
-        == sorted(str(file) for file in range(FILES) for _ in range(ROWS))
-    )
+    files = [str(file) for file in range(FILES) for _ in range(ROWS)]
+    assert sorted(orders[2]) == sorted(orders[0]) == files
     values = list(hub_values(open_hub(source), "name", "text"))
     assert values == [(n + 1, f"file {n // ROWS} row {n % ROWS}") for n in range(FILES * ROWS)]
 

@@ -56,7 +56,8 @@ class Mixture:
     def _taken(self, rows: int) -> npt.NDArray[np.int64]:
         """How many of the run's first `rows` rows each corpus gives."""
         # Sainte-Lague's method: as near to the shares as rounding, but no count falls as `rows` grows.
-        taken = np.floor(self._shares * max(rows - len(self.names), 0) + 0.5).astype(np.int64)
+        least = np.floor(self._shares * max(rows - len(self.names), 0) + 0.5)
+        taken: npt.NDArray[np.int64] = least.astype(np.int64)
         for _ in range(rows - int(taken.sum())):
             taken[np.argmin((taken + 0.5) / self._shares)] += 1
         return taken

@@ -87,11 +87,11 @@ class CorpusPacker:
                 rule = f"each split needs at least one row of {self._form.row_ids}"
                 raise DataError(f"{found}; {rule}", "give it more text or lower prepare.row_length")
         self._commit()
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for split, writer in self._writers.items():
             counts = {"rows": writer.rows, "tokens": writer.rows * self._form.row_ids}
-            found[split] = {**counts, "documents": self.progress.documents[split], "shards": writer.shards}
-        return {**found, "duplicates": self.progress.duplicates, "sources": self.progress.sources}
+            result[split] = {**counts, "documents": self.progress.documents[split], "shards": writer.shards}
+        return {**result, "duplicates": self.progress.duplicates, "sources": self.progress.sources}
 
     def _is_full(self, source: SourceConfig) -> bool:
         return source.tokens is not None and self.progress.source_tokens >= source.tokens
