@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +67,7 @@ def synthesize(context: StageContext, rows: list[SyntheticRow]) -> None:
 
 
 @pytest.fixture
-def new_context(tmp_path: Path, tiny_draft: Path) -> Callable[..., StageContext]:
+def new_context(tmp_path: Path, tiny_draft: Path) -> Any:
     def make(name: str = "run", rows: list[SyntheticRow] | None = None, **changes: Any) -> StageContext:
         merged = {key: value for key, value in {**SETTINGS, **changes}.items() if value is not None}
         sections: dict[str, Config] = {
@@ -93,20 +92,16 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     return context.folder("align").manifest()
 
 
-def test_alignment_raises_block_efficiency_on_held_out_prompts(
-    new_context: Callable[..., StageContext],
-) -> None:
+def test_alignment_raises_block_efficiency_on_held_out_prompts(new_context: Any) -> None:
     context = new_context(tokens=14000)
     manifest = run_stage(context)
     records = read_metrics(context.folder("align").path)
-    scores = {
-        r["step"]: r["validation_block_efficiency"] for r in records if "validation_block_efficiency" in r
-    }
+    key = "validation_block_efficiency"
+    scores = {record["step"]: record[key] for record in records if key in record}
+    best = max(scores.values())
     assert manifest["start_block_efficiency"] == scores[0]
-    assert manifest["validation_block_efficiency"] == max(scores.values()) > scores[0]
-    assert manifest["best_step"] == min(
-        step for step, score in scores.items() if score == max(scores.values())
-    )
+    assert manifest["validation_block_efficiency"] == best > scores[0]
+    assert manifest["best_step"] == min(step for step, score in scores.items() if score == best)
     assert manifest["validation_loss"]["responses"] > 0
     assert (manifest["rows"], manifest["rows_cut"], manifest["rows_dropped"]) == (56, 0, 0)
     assert (context.folder("align").path / "checkpoint/tokenizer.json").is_file()
@@ -114,7 +109,7 @@ def test_alignment_raises_block_efficiency_on_held_out_prompts(
 
 
 def test_when_alignment_only_harms_the_starting_weights_are_kept(
-    new_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
+    new_context: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter(np.linspace(2.0, 1.0, 20))
     counts = lambda found: SimpleNamespace(block_efficiency=float(next(scores)))  # noqa: E731
@@ -126,9 +121,7 @@ def test_when_alignment_only_harms_the_starting_weights_are_kept(
     assert all(bool((start[name] == kept[name]).all()) for name in start)
 
 
-def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
-    new_context: Callable[..., StageContext],
-) -> None:
+def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(new_context: Any) -> None:
     changes = {"optimizer": {"kind": "muon", "learning_rate": 0.01}}
     first, second = new_context("a", **changes), new_context("b", **changes)
     expected = run_stage(first)
@@ -140,22 +133,15 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
             align.run(config, dataclasses.replace(second, console=StopAfter(2)))
     assert rounds > 2
     found = second.folder("align").manifest()
-    for key in (
-        "best_step",
-        "validation_block_efficiency",
-        "train_loss",
-        "tokens",
-        "trained_tokens",
-        "validation_loss",
-    ):
-        assert found[key] == expected[key]
+    timed = {"seconds", "tokens_per_second", "provenance", "finished"}
+    assert {k: v for k, v in found.items() if k not in timed} == {
+        k: v for k, v in expected.items() if k not in timed
+    }
     folders = [context.folder("align").path / "checkpoint/model.safetensors" for context in (first, second)]
     assert folders[0].read_bytes() == folders[1].read_bytes()
 
 
-def test_trained_tokens_are_the_response_tokens_of_the_training_split(
-    new_context: Callable[..., StageContext],
-) -> None:
+def test_trained_tokens_are_the_response_tokens_of_the_training_split(new_context: Any) -> None:
     context = new_context(tokens=None, pretraining_share=0)
     manifest = run_stage(context)
     train = list(read_all(context.folder("synthesize"), "train"))
@@ -163,32 +149,30 @@ def test_trained_tokens_are_the_response_tokens_of_the_training_split(
     assert manifest["tokens"] == 3 * sum(len(row.prompt_ids) + len(row.response_ids) - 1 for row in train)
 
 
-def test_a_token_budget_takes_the_place_of_three_passes(new_context: Callable[..., StageContext]) -> None:
+def test_a_token_budget_takes_the_place_of_three_passes(new_context: Any) -> None:
     manifest = run_stage(new_context(tokens=500, pretraining_share=0))
     assert 500 <= manifest["tokens"] < 520
 
 
-def test_rows_longer_than_the_drafts_context_are_cut_and_counted(
-    new_context: Callable[..., StageContext],
-) -> None:
+def test_rows_longer_than_the_drafts_context_are_cut_and_counted(new_context: Any) -> None:
+    row = make_rows(1)[0]
+    ids = [5] * 300
     long = dataclasses.replace(
-        make_rows(1)[0], row_id="long", prompt_key="f" * 24, response_ids=[5] * 300, logprobs=[0.0] * 300
+        row, row_id="long", prompt_key="f" * 24, response_ids=ids, logprobs=[0.0] * 300
     )
-    hopeless = dataclasses.replace(
-        make_rows(1)[0], row_id="hopeless", prompt_key="e" * 24, prompt_ids=[5] * 300
-    )
+    hopeless = dataclasses.replace(row, row_id="hopeless", prompt_key="e" * 24, prompt_ids=ids)
     manifest = run_stage(new_context(rows=[*make_rows(), long, hopeless]))
     assert (manifest["rows_cut"], manifest["rows_dropped"]) == (1, 1)
 
 
-def test_zero_trained_tokens_is_an_error(new_context: Callable[..., StageContext]) -> None:
+def test_zero_trained_tokens_is_an_error(new_context: Any) -> None:
     rows = [dataclasses.replace(row, prompt_ids=[5] * 300) for row in make_rows(12)]
     with pytest.raises(FastDraftError, match="0 trained tokens"):
         run_stage(new_context(rows=rows))
 
 
 def test_without_held_out_responses_the_last_step_is_kept_with_a_warning(
-    new_context: Callable[..., StageContext], capsys: pytest.CaptureFixture[str]
+    new_context: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = run_stage(new_context(rows=make_rows(1)))
     assert "no held-out responses" in capsys.readouterr().err
@@ -207,15 +191,12 @@ def test_a_mixture_is_needed_only_where_a_share_is_asked_for(tmp_path: Path, tin
             assert run_stage(context)["steps"] > 0
 
 
-def test_the_fingerprint_holds_what_the_weights_depend_on(new_context: Callable[..., StageContext]) -> None:
+def test_the_fingerprint_holds_what_the_weights_depend_on(new_context: Any) -> None:
     context = new_context()
     base = align.fingerprint(context.section("align"), context)
     assert json.loads(json.dumps(base)) == base
-    for change in ({"micro_batch_tokens": 16}, {"checkpoint_every": 1}):
-        assert digest(align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)) == digest(
-            base
-        )
-    for change in ({"tokens": 900}, {"validate_every": 2}, {"pretraining_share": 0}):
-        assert digest(align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)) != digest(
-            base
-        )
+    same: list[Any] = [{"micro_batch_tokens": 16}, {"checkpoint_every": 1}]
+    other: list[Any] = [{"tokens": 900}, {"validate_every": 2}, {"pretraining_share": 0}]
+    for change in (*same, *other):
+        found = align.fingerprint(load_config(AlignConfig, {**SETTINGS, **change}), context)
+        assert (digest(found) == digest(base)) == (change in same)

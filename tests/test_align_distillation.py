@@ -93,12 +93,9 @@ def test_every_loss_from_either_source_improves_in_training(folder: Folder, loss
 
 
 def test_stored_and_loaded_targets_begin_with_nearly_the_same_loss(folder: Folder) -> None:
+    objective = {"kind": "token_kd", "loss": "forward_kl"}
     dense, sparse = (
-        losses(
-            folder.align(
-                f"same-{source}", {"kind": "token_kd", "loss": "forward_kl", "source": source}, tokens=300
-            )
-        )[0]
+        losses(folder.align(f"same-{source}", {**objective, "source": source}, tokens=300))[0]
         for source in ("target", "stored")
     )
     assert sparse < dense
@@ -145,9 +142,8 @@ def test_rows_of_the_mixture_have_cross_entropy_unless_the_target_is_there_to_as
         hidden = decoder(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)
         plain = CrossEntropy().loss(hidden, head, batch)
         stored = TokenDistillation(token_loss("forward_kl")).loss(hidden, head, batch)
-        asked = TokenDistillation(token_loss("forward_kl"), LoadedTarget(*output_head(target))).loss(
-            hidden, head, batch
-        )
+        teacher = LoadedTarget(*output_head(target))
+        asked = TokenDistillation(token_loss("forward_kl"), teacher).loss(hidden, head, batch)
     assert stored == plain
     assert asked != plain
 
@@ -156,10 +152,8 @@ def test_rows_of_the_mixture_have_cross_entropy_unless_the_target_is_there_to_as
 def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
     folder: Folder, source: str
 ) -> None:
-    objective, changes = (
-        {"kind": "token_kd", "loss": "lk_hybrid", "source": source},
-        {"tokens": "2k", "pretraining_share": 0.3},
-    )
+    objective = {"kind": "token_kd", "loss": "lk_hybrid", "source": source}
+    changes = {"tokens": "2k", "pretraining_share": 0.3}
     expected = folder.align(f"whole-{source}", objective, **changes)
     recipe, rounds = folder.recipe(f"stopped-{source}", objective, **changes), 0
     context = pipeline.make_context(recipe, Console(quiet=True))
@@ -177,9 +171,8 @@ def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(
 def test_the_fingerprint_holds_the_objective_and_the_target_only_where_it_teaches(folder: Folder) -> None:
     def fingerprint(objective: dict[str, Any]) -> dict[str, Any]:
         recipe = folder.recipe("fingerprint", objective)
-        return align.fingerprint(
-            recipe.sections()["align"], pipeline.make_context(recipe, Console(quiet=True))
-        )  # type: ignore[arg-type]
+        context = pipeline.make_context(recipe, Console(quiet=True))
+        return align.fingerprint(recipe.sections()["align"], context)  # type: ignore[arg-type]
 
     taught = [
         {"kind": "token_kd"},

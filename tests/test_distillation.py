@@ -21,6 +21,7 @@ from fastdraft.functional.distillation import (
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd", "ce_kl", "ce_tvd", "lk_hybrid", "lk_log")
 BETA = 0.3
+EITHER = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
@@ -68,17 +69,16 @@ class Example:
         self.k = k
 
     def target(self, sparse: bool) -> TargetDistribution:
-        return (
-            top_k_buckets(self.target_logits, self.k)
-            if sparse
-            else DenseTarget(self.target_logits.__getitem__)
-        )
+        if sparse:
+            return top_k_buckets(self.target_logits, self.k)
+        return DenseTarget(self.target_logits.__getitem__)
 
     def found(self, name: str, sparse: bool, chunk: int = 0) -> Tensor:
-        target = self.target(sparse)
-        return chunked_distillation(
-            self.hidden, self.head, self.labels, target, token_loss(name, BETA), chunk=chunk
-        )
+        target, loss = self.target(sparse), token_loss(name, BETA)
+        return chunked_distillation(self.hidden, self.head, self.labels, target, loss, chunk=chunk)
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, (self.hidden, self.head))
 
     def plain(self, name: str, sparse: bool) -> Tensor:
         logits = (self.hidden @ self.head.t()).double()
@@ -93,20 +93,17 @@ class Example:
         return PLAIN[name](target, draft, cross_entropy)[self.labels != -100].sum()
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@EITHER
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])
 def test_value_and_gradients_equal_those_of_the_plain_formula(name: str, sparse: bool, chunk: int) -> None:
     example = Example()
     loss, expected = example.found(name, sparse, chunk), example.plain(name, sparse)
-    gradients = torch.autograd.grad(loss * 0.37, (example.hidden, example.head))
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(
-        gradients, torch.autograd.grad(expected * 0.37, (example.hidden, example.head))
-    )
+    torch.testing.assert_close(example.gradients(loss * 0.37), example.gradients(expected * 0.37))
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@EITHER
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "lk_hybrid"])
 def test_gradients_pass_gradcheck(name: str, sparse: bool) -> None:
     example = Example(
@@ -120,7 +117,7 @@ def test_gradients_pass_gradcheck(name: str, sparse: bool) -> None:
     assert torch.autograd.gradcheck(call, (example.hidden, example.head))
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@EITHER
 @pytest.mark.parametrize("name", LOSSES)
 def test_ignored_rows_have_no_loss_and_no_gradient_whatever_the_target_holds_there(
     name: str, sparse: bool
@@ -132,16 +129,12 @@ def test_ignored_rows_have_no_loss_and_no_gradient_whatever_the_target_holds_the
     assert found[example.labels == -100].abs().sum() == 0
     torch.testing.assert_close(found, expected)
     example.labels[:] = -100
-    loss = chunked_distillation(
-        example.hidden, example.head, example.labels, example.target(sparse), token_loss(name)
-    )
+    loss = example.found(name, sparse)
     assert loss.item() == 0
-    assert all(
-        gradient.abs().sum() == 0 for gradient in torch.autograd.grad(loss, (example.hidden, example.head))
-    )
+    assert all(gradient.abs().sum() == 0 for gradient in example.gradients(loss))
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@EITHER
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("ce_")])
 def test_a_draft_equal_to_the_target_has_no_loss(name: str, sparse: bool) -> None:
     example = Example()
@@ -160,7 +153,7 @@ def test_buckets_give_a_lower_bound_that_meets_the_dense_loss_as_k_grows(name: s
     assert found[-2] == pytest.approx(dense)
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@EITHER
 @pytest.mark.parametrize("name", LOSSES)
 def test_distributions_far_apart_and_sharp_stay_finite(name: str, sparse: bool) -> None:
     example = Example(dtype=torch.float32)
@@ -168,10 +161,7 @@ def test_distributions_far_apart_and_sharp_stay_finite(name: str, sparse: bool) 
     example.head = (example.head.detach() * 1000).requires_grad_()
     loss = example.found(name, sparse)
     assert torch.isfinite(loss)
-    assert all(
-        torch.isfinite(gradient).all()
-        for gradient in torch.autograd.grad(loss, (example.hidden, example.head))
-    )
+    assert all(torch.isfinite(gradient).all() for gradient in example.gradients(loss))
 
 
 def test_when_every_token_is_kept_an_empty_tail_adds_nothing() -> None:
@@ -182,9 +172,7 @@ def test_when_every_token_is_kept_an_empty_tail_adds_nothing() -> None:
     for name in LOSSES:
         loss, dense = example.found(name, True), example.found(name, False)
         torch.testing.assert_close(loss, dense)
-        torch.testing.assert_close(
-            torch.autograd.grad(loss, example.head), torch.autograd.grad(dense, example.head)
-        )
+        torch.testing.assert_close(example.gradients(loss), example.gradients(dense))
 
 
 def test_the_hybrids_weight_moves_from_kl_to_total_variation_as_the_overlap_grows() -> None:

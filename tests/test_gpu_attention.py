@@ -52,23 +52,17 @@ def test_hidden_states_and_gradients_are_the_decoders_own(family: str, apart: bo
 def test_in_blocks_each_text_of_a_row_is_as_if_it_stood_alone(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        flex, "WrappedFlexAttention", lambda training: lambda: flex_attention
-    )  # not compiled: slow, and the same numbers
+    # Not compiled: slow, and the same numbers.
+    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)
     monkeypatch.setattr(module, "_has_blocks", lambda decoder, device: True)
     decoder, row = decoder_of(family), ids(1, 33)
-    fast = FlashDecoder(decoder)
+    fast, texts = FlashDecoder(decoder), row.split([9, 4, 20], dim=1)
     with torch.no_grad():
         together = fast(row, position_ids=PLACES[None]).last_hidden_state[0]
-        alone = torch.cat(
-            [
-                decoder(input_ids=text, use_cache=False).last_hidden_state[0]
-                for text in row.split([9, 4, 20], dim=1)
-            ]
-        )
+        parts = [decoder(input_ids=text, use_cache=False).last_hidden_state[0] for text in texts]
         unmasked = fast(row).last_hidden_state[0]
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    assert (unmasked - alone).abs().max() > 0.1
+    torch.testing.assert_close(together, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    assert (unmasked - torch.cat(parts)).abs().max() > 0.1
 
 
 def test_under_autocast_blocks_take_one_type(monkeypatch: pytest.MonkeyPatch) -> None:

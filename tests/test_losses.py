@@ -77,6 +77,15 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_label_whose_probability_vanishes_has_its_exact_loss() -> None:
+    hidden = torch.tensor([[1.0], [1.0]], requires_grad=True)
+    head, labels = torch.tensor([[200.0], [-200.0], [199.0]], requires_grad=True), torch.tensor([1, 0])
+    loss = chunked_cross_entropy(hidden, head, labels, z_loss=0.1)
+    torch.testing.assert_close(
+        loss.double(), plain(hidden.double(), head.double(), labels, 0.1), rtol=1e-6, atol=0
+    )
+
+
 def test_under_bf16_autocast_the_loss_is_fp32_and_near_the_exact_one() -> None:
     hidden, head, labels = example(n=64, d=32, v=50)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -148,10 +157,7 @@ def test_memory_of_a_chunked_loss_does_not_grow_with_tokens_times_vocabulary(los
     vocab, width, found = 4096, 8, {}
     for tokens in (64, 256):
         torch.manual_seed(0)
-        hidden, head = (
-            torch.randn(tokens, width, requires_grad=True),
-            torch.randn(vocab, width, requires_grad=True),
-        )
+        hidden, head = (torch.randn(rows, width, requires_grad=True) for rows in (tokens, vocab))
         labels = torch.randint(0, vocab, (tokens,))
         with Held() as held:
             loss(hidden, head, labels).backward()

@@ -12,7 +12,6 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdraft.functional.losses import chunked_cross_entropy
 from fastdraft.training import cpu_attention as attention
 from fastdraft.training import defaults
 from fastdraft.training.batches import packed_batch, read_ahead, text_positions, text_separator
@@ -91,9 +90,8 @@ def test_under_autocast_layers_written_out_are_as_near_to_fp32_as_the_modules(fa
     decoder = build(family).get_decoder()
     parameters = list(decoder.parameters())
     exact = outcome(decoder, parameters, ids())
-    assert distance(outcome(cpu_decoder(decoder), parameters, ids(), low=True), exact) < 1.5 * distance(
-        outcome(decoder, parameters, ids(), low=True), exact
-    )
+    found, modules = (outcome(runs, parameters, ids(), low=True) for runs in (cpu_decoder(decoder), decoder))
+    assert distance(found, exact) < 1.5 * distance(modules, exact)
 
 
 @pytest.mark.parametrize(
@@ -189,20 +187,6 @@ def test_places_are_counted_anew_after_every_separator() -> None:
     assert packed_batch(rows.numpy()).position_ids is None
     assert text_separator({"separator_id": 9, "document_masking": True}) == 9
     assert text_separator({"separator_id": 9}) is None
-
-
-def test_a_label_whose_probability_vanishes_has_its_exact_loss() -> None:
-    hidden, head = (
-        torch.tensor([[1.0], [1.0]], requires_grad=True),
-        torch.tensor([[200.0], [-200.0], [199.0]], requires_grad=True),
-    )
-    labels = torch.tensor([1, 0])
-    loss = chunked_cross_entropy(hidden, head, labels, z_loss=0.1)
-    logits = hidden.double() @ head.double().t()
-    expected = (
-        functional.cross_entropy(logits, labels, reduction="sum") + 0.1 * logits.logsumexp(-1).square().sum()
-    )
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_auto_compiles_long_runs_on_cuda_and_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
