@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_all, unit_name, write_rows
-from fastdraft.errors import FastDraftError, Interrupted, RecipeError
+from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import Config, load_config
 from fastdraft.recipe.training import AlignConfig, PretrainConfig
@@ -22,7 +21,7 @@ from fastdraft.run_folder import digest, write_json
 from fastdraft.stages import align
 from fastdraft.stages.context import StageContext
 from fastdraft.training.metrics import read_metrics
-from test_pretrain import StopAfter, make_context
+from test_pretrain import make_context
 
 SETTINGS: dict[str, Any] = {
     "tokens": 1400,
@@ -119,26 +118,6 @@ def test_when_alignment_only_harms_the_starting_weights_are_kept(
     start = load_draft(context.folder("pretrain").path / "checkpoint").state_dict()
     kept = load_draft(context.folder("align").path / "checkpoint").state_dict()
     assert all(bool((start[name] == kept[name]).all()) for name in start)
-
-
-def test_a_stopped_and_rerun_stage_ends_bit_for_bit_like_an_undisturbed_one(new_context: Any) -> None:
-    changes = {"optimizer": {"kind": "muon", "learning_rate": 0.01}}
-    first, second = new_context("a", **changes), new_context("b", **changes)
-    expected = run_stage(first)
-    config, rounds = second.section("align"), 0
-    second.folder("align").begin(align.fingerprint(config, second))
-    while not second.folder("align").is_complete():
-        rounds += 1
-        with contextlib.suppress(Interrupted):
-            align.run(config, dataclasses.replace(second, console=StopAfter(2)))
-    assert rounds > 2
-    found = second.folder("align").manifest()
-    timed = {"seconds", "tokens_per_second", "provenance", "finished"}
-    assert {k: v for k, v in found.items() if k not in timed} == {
-        k: v for k, v in expected.items() if k not in timed
-    }
-    folders = [context.folder("align").path / "checkpoint/model.safetensors" for context in (first, second)]
-    assert folders[0].read_bytes() == folders[1].read_bytes()
 
 
 def test_trained_tokens_are_the_response_tokens_of_the_training_split(new_context: Any) -> None:

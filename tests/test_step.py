@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from fastdraft.training import cpu_attention as attention
 from fastdraft.training import defaults
-from fastdraft.training.batches import packed_batch, read_ahead, text_positions, text_separator
+from fastdraft.training.batches import packed_batch, read_ahead, text_separator
 from fastdraft.training.fast_decoder import CpuDecoder, cpu_decoder, kept_memory
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers
@@ -182,9 +183,11 @@ def test_texts_of_a_masked_row_are_trained_as_if_each_stood_alone(by_hand: bool)
 
 
 def test_places_are_counted_anew_after_every_separator() -> None:
-    rows = torch.tensor([[5, 6, 9, 7, 9, 9], [9, 1, 2, 3, 4, 5]])
-    assert text_positions(rows, 9).tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]]
-    assert packed_batch(rows.numpy()).position_ids is None
+    rows = np.array([[5, 6, 9, 7, 9, 9, 1], [9, 1, 2, 3, 4, 5, 6]])
+    places = packed_batch(rows, 9).position_ids
+    assert places is not None
+    assert places.tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]]
+    assert packed_batch(rows).position_ids is None
     assert text_separator({"separator_id": 9, "document_masking": True}) == 9
     assert text_separator({"separator_id": 9}) is None
 

@@ -20,7 +20,7 @@ from fastdraft.training.metrics import read_metrics
 from fastdraft.training.objective import CrossEntropy
 from fastdraft.training.optimizer import build_optimizers, wsd_factor
 from fastdraft.training.step import TrainStep
-from fastdraft.training.trainer import BAD_STEPS_IN_A_ROW, Trainer, TrainingSchedule, Validation
+from fastdraft.training.trainer import Trainer, TrainingSchedule, Validation
 from fastdraft.training.validation import mean_loss
 
 VOCAB, HIDDEN, LENGTH = 23, 8, 12
@@ -304,21 +304,6 @@ def test_a_step_left_out_moves_neither_weights_nor_optimiser(tmp_path: Path, kin
     trainer.run()  # two micro-batches a step: the second one of step 3 is bad, the first one was not
     assert_same(seen[2], seen[3])
     assert any(not torch.equal(value, seen[4][name]) for name, value in seen[3].items())
-
-
-def test_the_count_of_bad_steps_in_a_row_goes_on_over_a_restart(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, objective=Poisoned({3, 5}), checkpoint_every=1)
-    warn = trainer.console.warn
-
-    def stop_after_the_second(text: str) -> None:
-        warn(text)
-        trainer.console.stop.requested = trainer.state.skipped_in_a_row == BAD_STEPS_IN_A_ROW - 1
-
-    trainer.console.warn = stop_after_the_second  # type: ignore[method-assign]
-    with pytest.raises(Interrupted):
-        trainer.run()
-    with pytest.raises(FastDraftError, match=f"step 4.*{BAD_STEPS_IN_A_ROW} steps in a row"):
-        make_trainer(tmp_path, objective=Poisoned({1})).run()
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_left_out_too(tmp_path: Path) -> None:

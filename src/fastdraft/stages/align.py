@@ -6,8 +6,8 @@ efficiency on held-out prompts wins, not the lowest loss. Leaves `checkpoint/` a
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ from fastdraft.training.validation import response_scores
 VALIDATION_ROWS = 128
 DEFAULT_EPOCHS = 3.0
 DEFAULT_PRETRAINING_SHARE = 0.1
-DEFAULT_NUM_SPECULATIVE_TOKENS = 3
 _PRETRAINING = ("continue_pretrain", "pretrain")  # stages that may come before, the latest first
 _NO_EFFECT = {"micro_batch_tokens", "checkpoint_every"}
 _MIXTURE_SEED = 0x5EED  # added to the seed: another order of the mixture's rows than in pre-training
@@ -56,7 +55,8 @@ _MIXTURE_SEED = 0x5EED  # added to the seed: another order of the mixture's rows
 def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
     """What the weights depend on: the start, the synthetic rows, the mixture, these settings, the seed."""
     mixture = _mixture(context) if _pretraining_share(config, context) else None
-    found = {
+    taught = isinstance(config.objective, TokenKDConfig) and config.objective.source == "target"
+    return {
         "config": config.model_dump(mode="json", exclude=_NO_EFFECT),
         "precision": context.settings.precision,
         "seed": context.settings.seed,
@@ -65,10 +65,8 @@ def fingerprint(config: AlignConfig, context: StageContext) -> dict[str, Any]:
         "mixture": mixture,
         "prepare": context.folder("prepare").digest() if mixture else None,
         "num_speculative_tokens": _num_speculative_tokens(context),
+        **({"target": context.target.identity()} if taught else {}),
     }
-    if isinstance(config.objective, TokenKDConfig) and config.objective.source == "target":
-        found["target"] = context.target.identity()
-    return found
 
 
 def run(config: AlignConfig, context: StageContext) -> None:
@@ -78,7 +76,9 @@ def run(config: AlignConfig, context: StageContext) -> None:
     device = own_device(pick_device(common.device))
     torch.manual_seed(common.seed)
     model = load_draft(start(context)[0], device=device, dtype=torch.float32)
-    held_out = _held_out(context.require("synthesize"))
+    written = [row for row in read_all(context.require("synthesize"), "validation") if row.response_ids]
+    # By hash, so that every source and temperature is among them.
+    held_out = sorted(written, key=lambda row: sha256(row.row_id.encode()).digest())[:VALIDATION_ROWS]
     with join(device, "align") as world, kept_memory(device):
         settings, source, counts = _settings_and_batches(config, context, model, world)
         compiled = defaults.compiles(common.compile, device, source.tokens)
@@ -142,9 +142,8 @@ def _settings_and_batches(
 ) -> tuple[defaults.TrainingSettings, AlignmentBatches, dict[str, int]]:
     """The settings, the steps cut with them, and how many rows were kept, cut to the context or dropped."""
     synthesize, seed = context.require("synthesize"), context.settings.seed
-    objective = config.objective
-    if isinstance(objective, TokenKDConfig) and objective.source == "stored":
-        rows = [Sample.of(row, logits) for row, logits in read_with_logits(synthesize, "train")]
+    if isinstance(config.objective, TokenKDConfig) and config.objective.source == "stored":
+        rows = [Sample.of(*found) for found in read_with_logits(synthesize, "train")]
     else:
         rows = [Sample.of(row) for row in read_all(synthesize, "train")]
     samples, num_cut, num_dropped = cut_to_context(rows, model.config.max_position_embeddings)
@@ -194,20 +193,10 @@ def _mixture(context: StageContext) -> dict[str, float]:
             return dict(context.section(stage).mixture)
     if context.has("prepare"):
         return dict.fromkeys(context.section("prepare").sources, 1.0)
-    message = (
-        "align.pretraining_share: needs the mixture of continue_pretrain or pretrain, or prepared corpora"
-    )
+    message = "align.pretraining_share: needs a mixture: continue_pretrain, pretrain or prepared corpora"
     raise RecipeError(message, "add one of these sections or set align.pretraining_share: 0")
 
 
 def _num_speculative_tokens(context: StageContext) -> int:
     """K at which the best step is chosen: the export's, else 3."""
-    if context.has("export"):
-        return int(context.section("export").num_speculative_tokens)
-    return DEFAULT_NUM_SPECULATIVE_TOKENS
-
-
-def _held_out(synthesize: StageFolder) -> list[SyntheticRow]:
-    """At most VALIDATION_ROWS rows, chosen by hash so that every source and temperature is among them."""
-    rows = [row for row in read_all(synthesize, "validation") if row.response_ids]
-    return sorted(rows, key=lambda row: hashlib.sha256(row.row_id.encode()).digest())[:VALIDATION_ROWS]
+    return int(getattr(context.sections.get("export"), "num_speculative_tokens", 3))

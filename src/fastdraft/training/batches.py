@@ -90,7 +90,10 @@ def packed_batch(rows: npt.NDArray[np.int64], separator: int | None = None) -> B
     """Rows of length T+1 as a batch that trains on every position; `separator`: of texts to be kept apart."""
     tokens = torch.from_numpy(np.ascontiguousarray(rows))
     inputs_BT = tokens[:, :-1].contiguous()
-    positions_BT = None if separator is None else text_positions(inputs_BT, separator)
+    positions_BT = None
+    if separator is not None:  # counted from 0 at each separator and at the beginning of a row
+        positions_T = torch.arange(inputs_BT.shape[1])
+        positions_BT = positions_T - positions_T.where(inputs_BT == separator, 0).cummax(dim=1).values
     return Batch(inputs_BT, tokens[:, 1:].reshape(-1), None, inputs_BT.numel(), position_ids=positions_BT)
 
 
@@ -100,13 +103,6 @@ def packed_batches(
     """Rows of length T+1 in micro-batches of at most so many tokens, or of one row."""
     count = max(1, micro_batch_tokens // (rows.shape[1] - 1))
     return [packed_batch(rows[first : first + count], separator) for first in range(0, len(rows), count)]
-
-
-def text_positions(inputs_BT: Tensor, separator: int) -> Tensor:
-    """Position of every token in its text [B, T]: 0 at each separator and at the beginning of a row."""
-    positions_T = torch.arange(inputs_BT.shape[1])
-    starts_BT = positions_T.where(inputs_BT == separator, 0)
-    return positions_T - starts_BT.cummax(dim=1).values
 
 
 def text_separator(manifest: Mapping[str, Any]) -> int | None:

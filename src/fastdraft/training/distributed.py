@@ -140,11 +140,13 @@ class Replicas:
     """Copies of the model in all processes; gradients are added during the last backward pass (DDP)."""
 
     def __init__(self, model: nn.Module, loss_sum: Callable[[Batch], Tensor]) -> None:
+        wrapped = nn.Module()  # its forward pass goes from a micro-batch to its summed loss
+        wrapped.model, wrapped.forward = model, loss_sum
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; older releases do not know the new name.
             warnings.simplefilter("ignore", FutureWarning)
             self._module = DistributedDataParallel(
-                _LossSum(model, loss_sum), broadcast_buffers=False, gradient_as_bucket_view=True
+                wrapped, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         # DDP's own hook averages; the step has divided by the trained tokens of all processes already.
         # A lambda, since torch reads the annotations of anything else.
@@ -155,14 +157,6 @@ class Replicas:
         self._module.require_backward_grad_sync = last
         loss: Tensor = self._module(batch)
         return loss * 0.0 if batch is IDLE else loss
-
-
-class _LossSum(nn.Module):
-    """The forward pass that DDP wraps: from a micro-batch to its summed loss."""
-
-    def __init__(self, model: nn.Module, loss_sum: Callable[[Batch], Tensor]) -> None:
-        super().__init__()
-        self.model, self.forward = model, loss_sum
 
 
 def _add(bucket: Any) -> torch.futures.Future[Tensor]:
