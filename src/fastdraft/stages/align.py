@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.console import format_count
 from fastdraft.data.mixture import open_mixture
-from fastdraft.data.rows import SyntheticRow, read_all
+from fastdraft.data.rows import read_all
 from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.functional.distillation import token_loss
@@ -25,7 +25,6 @@ from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_t
 from fastdraft.modeling.heads import output_head
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.training import AlignConfig, TokenKDConfig
-from fastdraft.run_folder import StageFolder
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 from fastdraft.training import defaults

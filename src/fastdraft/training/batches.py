@@ -65,7 +65,7 @@ class Batch:
 def read_ahead(
     source: BatchSource, device: torch.device, first: int, micro_batch_tokens: int
 ) -> Iterator[list[Batch]]:
-    """Micro-batches of step `first` and all after it; a thread reads the next step, and begins its copy to CUDA."""
+    """Micro-batches from step `first` on; a thread reads the next step, and begins its copy to CUDA."""
     stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def read(step: int) -> list[Batch]:

@@ -75,7 +75,7 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def save_best(self, step: int) -> None:
-        """Keeps the weights as the best so far; older ones stay, for until `save` the checkpoint names them."""
+        """Keeps the weights as the best so far; older ones stay until `save`: the checkpoint names them."""
         with atomic_folder(self.folder / f"best-{step:09d}") as folder:
             _write(dict(self._model.named_parameters()), folder / _WEIGHTS)
 

@@ -159,7 +159,7 @@ def schedule_of(
 
 
 def compiles(asked: Compile, device: torch.device, tokens: int) -> bool:
-    """What `run.compile` means for a stage of that many tokens; where a compiler is missing nothing is compiled."""
+    """What `run.compile` means for a stage of that many tokens; without a compiler: False."""
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl"))
     found = {"cuda": importlib.util.find_spec("triton"), "cpu": any(map(shutil.which, compilers))}
     # On a CPU layers by hand need no compiler, and are faster.

@@ -1,7 +1,7 @@
 """The processes that torchrun started, one for each device: `with join(device, stage) as world:`.
 
 Gradients go by the device's own backend. What the loops must agree on goes by gloo over CPU tensors, which
-never makes a device wait. Process 0 alone validates and writes. Outside training stages there is no process group.
+never makes a device wait. Process 0 alone validates and writes. Other stages have no process group.
 """
 
 from __future__ import annotations

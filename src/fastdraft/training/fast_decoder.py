@@ -153,7 +153,7 @@ class CpuDecoder:
 
 
 def cpu_decoder(decoder: nn.Module) -> CpuDecoder | None:
-    """The decoder with layers by hand; None where its family is not of Llama's build, or its config asks for more."""
+    """The decoder with layers by hand; None where it is not of Llama's build, or its config asks for more."""
     config: Any = getattr(decoder, "config", None)
     if (
         getattr(config, "model_type", None) not in FAMILIES

@@ -20,7 +20,7 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends to `folder/metrics.jsonl`, as if a resumed run had never stopped: lines after `step` go first."""
+    """Appends to `folder/metrics.jsonl`, as if a resumed run had never stopped: lines after `step` go."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False, silent: bool = False) -> None:
         """`silent`: writes nothing; of all processes of a run only one writes."""

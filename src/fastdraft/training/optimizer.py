@@ -1,4 +1,4 @@
-"""AdamW for every weight, or Muon for the body's matrices beside AdamW for the rest; their rates over the steps."""
+"""AdamW for every weight, or Muon for the body's matrices and AdamW for the rest; rates over the steps."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def build_optimizers(
 
     Matrices of the body and an untied head decay; embeddings (tied ones too), gains and biases do not. Muon's
     steps are scaled to AdamW's root mean square (arXiv 2502.16982), so that one rate means the same for both.
-    `embedding_learning_rate` is the peak of all other weights (None: the same); `low`: the step's products are in
-    bf16, and so are Muon's, else Muon's are in the type of the weights.
+    `embedding_learning_rate` is the peak of all other weights (None: the same); `low`: Muon's products are in
+    bf16, as the step's, else in the type of the weights.
     """
 
     def group(parameters: list[nn.Parameter], rate: float, decay: float) -> dict[str, Any]:

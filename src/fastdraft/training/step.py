@@ -1,7 +1,7 @@
 """One optimiser step, bare: `step.gradients(batches)`, then `step.update(factor)` or `step.skip()`.
 
-fp32 weights, products in bf16 autocast. A gradient is the mean over all trained tokens of the batch, so that the
-micro-batch changes memory and speed but not the mathematics. Knows no recipe: benchmarks use it too.
+fp32 weights, products in bf16 autocast. A gradient is the mean over all trained tokens of the batch, so that
+the micro-batch changes memory and speed but not the mathematics. Knows no recipe: benchmarks use it too.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Trainer:
         self.state = TrainingState()
 
     def run(self) -> TrainingState:
-        """Trains to the end and leaves the last weights in the model, where there are scores the best ones."""
+        """Trains to the end and leaves the last weights in the model, or the best where there are scores."""
         source, schedule, step, world = self.source, self.schedule, self.step, self.world
         self.state = state = self.checkpoints.load_latest()
         if len(set(world.gather(state.step))) > 1:
@@ -121,7 +121,7 @@ class Trainer:
         return self.state.step == self.source.steps or bool(every and self.state.step % every == 0)
 
     def _read(self, ahead: Iterator[list[Batch]]) -> tuple[list[Batch], int, int]:
-        """This process's micro-batches, input and trained tokens of all; ends all where one was asked to stop."""
+        """This process's micro-batches, input and trained tokens of all; ends all where one shall stop."""
         batches, failed = list[Batch](), None
         try:
             batches = next(ahead)

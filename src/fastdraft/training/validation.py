@@ -60,7 +60,7 @@ def response_scores(
     vocabulary: Vocabulary,
     micro: int,
 ) -> Callable[[], Validation]:
-    """Measures cross-entropy on responses cut to the context, block efficiency at `k` on those that fit whole."""
+    """Measures cross-entropy on responses cut to the context, block efficiency at `k` on whole ones."""
     plain, context_length = replace(step, objective=CrossEntropy()), int(draft.config.max_position_embeddings)
     whole = [row for row in rows if len(row.prompt_ids) + len(row.response_ids) <= context_length]
     replayable = [row for row in whole if row.is_replayable]
