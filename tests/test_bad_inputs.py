@@ -14,10 +14,12 @@ from conftest import write_recipe, write_target, write_tokenizer
 from fastdraft import cli
 from fastdraft.recipe.recipe import load_recipe
 
+Capture = pytest.CaptureFixture[str]
+
 SECRET = "sk-abcdefghijklmnop1234567890"
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def refused(capsys: Capture, *arguments: object) -> str:
     """The one line with which this command line ends, with exit code 2."""
     capsys.readouterr()
     code = cli.main([str(argument) for argument in arguments])
@@ -116,6 +118,12 @@ OVERRIDES = [
     ("evaluate.tasks[0].path=missing.jsonl", "missing.jsonl"),
     ("evaluate.num_speculative_tokens=[0]", "must be between 1 and 64"),
     ("evaluate.texts=nothing", "evaluate.texts"),
+    ("run.name.deep=1", "names no place"),
+    ("evaluate.temperatures=[-1]", "evaluate.temperatures: [-1]: must be between 0 and 10"),
+    ("synthesize.prompts[2].prompt_tokens=[3, 2]", "prompt_tokens must be [shortest, longest]"),
+    ("prepare.corpora[0].tokn=5", "prepare.corpora[0].tokn: 5: unknown key; did you mean 'tokens'?"),
+    ("align.objective={kind: nothing}", "align.objective"),
+    ("run={}", "run.name: missing"),
     ("export.num_speculative_tokens=0", "export.num_speculative_tokens: 0: must be greater"),
 ]
 TARGETS = [
@@ -148,9 +156,7 @@ def test_there_are_sixty_and_more() -> None:
 
 
 @pytest.mark.parametrize(("value", "said"), RECIPES)
-def test_a_file_that_is_no_recipe(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: bytes, said: str
-) -> None:
+def test_a_file_that_is_no_recipe(tmp_path: Path, capsys: Capture, value: bytes, said: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(value)
     assert said in refused(capsys, "check", path)
@@ -158,20 +164,14 @@ def test_a_file_that_is_no_recipe(
 
 
 @pytest.mark.parametrize(("override", "said"), OVERRIDES)
-def test_a_wrong_setting(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
-) -> None:
+def test_a_wrong_setting(tiny_recipe: Path, capsys: Capture, override: str, said: str) -> None:
     assert said in refused(capsys, "check", tiny_recipe, override.replace("{file}", str(tiny_recipe)))
     assert not (tiny_recipe.parent / "runs").exists()
 
 
 @pytest.mark.parametrize(("change", "said"), TARGETS)
 def test_a_folder_that_is_no_target(
-    tmp_path: Path,
-    tiny_target: Path,
-    capsys: pytest.CaptureFixture[str],
-    change: Callable[[Path], Any],
-    said: str,
+    tmp_path: Path, tiny_target: Path, capsys: Capture, change: Callable[[Path], Any], said: str
 ) -> None:
     shutil.copytree(tiny_target, tmp_path / "target")
     change(tmp_path / "target")
@@ -180,9 +180,7 @@ def test_a_folder_that_is_no_target(
 
 
 @pytest.mark.parametrize(("name", "value"), FILES)
-def test_a_data_file_that_holds_no_rows(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str], name: str, value: bytes
-) -> None:
+def test_a_data_file_that_holds_no_rows(tiny_recipe: Path, capsys: Capture, name: str, value: bytes) -> None:
     (tiny_recipe.parent / name).write_bytes(value)
     if name != "text.jsonl":
         assert name in refused(capsys, "check", tiny_recipe)
@@ -192,18 +190,14 @@ def test_a_data_file_that_holds_no_rows(
     assert not (tiny_recipe.parent / "runs" / "tiny" / "prepare" / "manifest.json").exists()
 
 
-def test_a_draft_of_another_vocabulary(
-    tmp_path: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_draft_of_another_vocabulary(tmp_path: Path, tiny_target: Path, capsys: Capture) -> None:
     other, recipe = write_target(tmp_path / "other", padded_vocab=336), write_recipe(tmp_path, tiny_target)
     line = refused(capsys, "check", recipe, f"design.draft={{kind: from, path: '{other}'}}")
     assert "336" in line
     assert "320" in line
 
 
-def test_code_and_pickles_of_a_model_are_never_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_code_and_pickles_of_a_model_are_never_run(tmp_path: Path, capsys: Capture) -> None:
     target = write_target(tmp_path / "target")
     config(
         model_type="homemade",
@@ -226,25 +220,23 @@ def test_code_and_pickles_of_a_model_are_never_run(
         f"[{SECRET}",
     ],
 )
-def test_a_key_in_a_recipe_is_neither_shown_nor_kept(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str], engine: str
-) -> None:
+def test_a_key_in_a_recipe_is_neither_shown_nor_kept(tiny_recipe: Path, capsys: Capture, engine: str) -> None:
     assert SECRET not in refused(capsys, "run", tiny_recipe, f"synthesize.engine={engine}")
     files = [path for path in tiny_recipe.parent.rglob("*") if path.is_file()]
     assert not any(SECRET in path.read_text("utf-8", "replace") for path in files)
 
 
-def test_magpie_without_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_magpie_without_a_chat_template(tmp_path: Path, capsys: Capture) -> None:
     recipe = write_recipe(tmp_path, write_target(tmp_path / "base", chat=False))
     assert "needs a chat template" in refused(capsys, "check", recipe)
 
 
 @pytest.mark.parametrize("name", [".", "nowhere.yaml", "", "a\0b", "~no-such-user-here/x.yaml", "x" * 5000])
-def test_a_name_that_leads_to_no_recipe(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_name_that_leads_to_no_recipe(capsys: Capture, name: str) -> None:
     refused(capsys, "check", name)
 
 
-def test_a_run_whose_place_is_a_file(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_place_is_a_file(tiny_recipe: Path, capsys: Capture) -> None:
     place = tiny_recipe.parent / "runs" / "tiny"
     place.parent.mkdir()
     place.write_text("mine", encoding="utf-8")

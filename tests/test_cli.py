@@ -11,6 +11,9 @@ from fastdraft import __version__, cli
 from fastdraft.pipeline import STAGES
 from fastdraft.stages import SUMMARIES
 
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
 VERBS = ("run", "check", "inspect", "preview", "generate", "recipes", *SUMMARIES)
 
 
@@ -18,9 +21,7 @@ def test_the_verbs_of_the_stages_are_the_stages() -> None:
     assert [stage.name for stage in STAGES] == list(SUMMARIES)
 
 
-def test_help_of_every_verb_fits_80_columns(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_of_every_verb_fits_80_columns(capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for arguments in ([], *([verb] for verb in VERBS)):
         assert cli.main([*arguments, "--help"]) == 0
@@ -38,9 +39,7 @@ def test_help_answers_in_under_a_third_of_a_second_and_loads_nothing_heavy() -> 
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
-def test_an_error_is_one_line_on_stderr_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys: Capture) -> None:
     assert cli.main(["run", str(tmp_path / "none.yaml")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -48,18 +47,18 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_2(
     assert captured.err.count("\n") == 1
 
 
-def test_no_verb_prints_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_verb_prints_help_and_fails(capsys: Capture) -> None:
     assert cli.main([]) == 2
     assert "fastdraft run demo" in capsys.readouterr().out
 
 
-def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(capsys: Capture) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
 
 
 def test_recipes_are_listed_and_copied_but_never_over_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["recipes"]) == 0
@@ -85,7 +84,7 @@ def test_recipes_are_listed_and_copied_but_never_over_a_file(
     ],
 )
 def test_a_wrong_argument_is_one_line_with_a_remedy(
-    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], expected: str, capsys: Capture
 ) -> None:
     assert cli.main(arguments) == 2
     told = capsys.readouterr().err
@@ -94,7 +93,7 @@ def test_a_wrong_argument_is_one_line_with_a_remedy(
     assert told.count("\n") == 1
 
 
-def test_overrides_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_may_stand_before_and_after_options(capsys: Capture) -> None:
     for arguments in (
         ["--quiet", "demo", "align.tokens=x"],
         ["demo", "run.seed=1", "--quiet", "align.tokens=x"],

@@ -55,11 +55,6 @@ def test_counts_print_with_three_digits(count: int, text: str) -> None:
     assert format_count(count) == text
 
 
-def test_an_unknown_key_names_the_nearest_known_one() -> None:
-    with pytest.raises(RecipeError, match=r"align\.tokns: 5: unknown key; did you mean 'tokens'\?"):
-        load_config(Section, {"tokns": 5}, "align")
-
-
 def test_an_unknown_key_inside_a_tagged_alternative_names_the_keys_of_that_alternative() -> None:
     with pytest.raises(RecipeError, match=r"schedule.*did you mean 'final'"):
         load_config(Section, {"schedule": {"kind": "cosine", "finl": 0}})
@@ -70,8 +65,3 @@ def test_a_wrong_value_names_key_value_rule_and_remedy_in_one_line() -> None:
         load_config(Section, {"schedule": {"kind": "cosine", "final": -1}})
     assert "\n" not in str(caught.value)
     assert "schedule.final: -1: must be greater than or equal to 0; change it" in str(caught.value)
-
-
-def test_a_section_is_frozen() -> None:
-    with pytest.raises(ValueError, match="frozen"):
-        Section().tokens = 5  # type: ignore[misc]

@@ -26,6 +26,9 @@ from fastdraft.provenance import without_secrets
 from fastdraft.run_folder import RunFolder
 from fastdraft.training.metrics import Metrics
 
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
 MEASURED = ("seconds", "provenance", "tokens_per_second", "generated_tokens_per_second", "time")
 CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
 
@@ -46,7 +49,7 @@ class Run:
     def command(self, *more: str) -> int:
         return cli.main([self.stage, str(self.recipe), f"run.name={self.name}", "--quiet", *more])
 
-    def fails(self, capsys: pytest.CaptureFixture[str], *more: str, exit_code: int = 2) -> str:
+    def fails(self, capsys: Capture, *more: str, exit_code: int = 2) -> str:
         """The one line with which the command ends; nothing half-written is left."""
         capsys.readouterr()
         assert self.command(*more) == exit_code
@@ -103,29 +106,20 @@ def failing(real: Callable[..., Any], number: int, error: Callable[[], BaseExcep
     return call
 
 
+FULL = "design replace 3, prepare fsync 4, pretrain replace 6, synthesize fsync 3, align replace 5, evaluate fsync 4"
+
+
 @pytest.mark.parametrize(
-    ("stage", "name", "number"),
-    [
-        ("design", "replace", 3),
-        ("prepare", "fsync", 4),
-        ("pretrain", "replace", 6),
-        ("synthesize", "fsync", 3),
-        ("align", "replace", 5),
-        ("evaluate", "fsync", 4),
-        ("export", "replace", 3),
-    ],
+    ("stage", "name", "number"), [case.split() for case in f"{FULL}, export replace 3".split(", ")]
 )
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
-    short_run: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    stage: str,
-    name: str,
-    number: int,
+    short_run: Path, capsys: Capture, monkeypatch: Patch, stage: str, name: str, number: str
 ) -> None:
     run = Run(short_run, f"full-{stage}", stage)
     with monkeypatch.context() as patch:
-        full = failing(getattr(os, name), number, lambda: OSError(errno.ENOSPC, "No space left on device"))
+        full = failing(
+            getattr(os, name), int(number), lambda: OSError(errno.ENOSPC, "No space left on device")
+        )
         patch.setattr(os, name, full)
         assert "no space left on the disk" in run.fails(capsys)
     run.ends_alike()
@@ -136,7 +130,7 @@ def test_a_full_disk_is_known_where_a_library_hides_its_number() -> None:
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-def test_one_process_at_a_time_works_at_a_run(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_at_a_time_works_at_a_run(short_run: Path, capsys: Capture) -> None:
     run = Run(short_run, "both", "export")
     with RunFolder(run.folder).lock():
         assert "in use" in run.fails(capsys)
@@ -148,11 +142,7 @@ def test_one_process_at_a_time_works_at_a_run(short_run: Path, capsys: pytest.Ca
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(("name", "times"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGINT", 2)])
 def test_a_signal_stops_at_the_next_safe_point_and_a_second_one_at_once(
-    short_run: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    times: int,
+    short_run: Path, capsys: Capture, monkeypatch: Patch, name: str, times: int
 ) -> None:
     run, number = Run(short_run, f"stopped-{name}-{times}", "pretrain"), getattr(signal, name)
     usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
@@ -172,9 +162,7 @@ def test_a_signal_stops_at_the_next_safe_point_and_a_second_one_at_once(
     run.ends_alike()
 
 
-def test_a_loss_that_is_not_a_number_stops_with_one_line(
-    short_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_that_is_not_a_number_stops_with_one_line(short_run: Path, capsys: Capture) -> None:
     run = Run(short_run, "nan", "align")
     path = run.folder / "pretrain" / "checkpoint" / "model.safetensors"
     weights = load_file(path)
@@ -184,7 +172,7 @@ def test_a_loss_that_is_not_a_number_stops_with_one_line(
     assert "nan" in line.lower() or "finite" in line.lower()
 
 
-def test_a_server_that_is_not_there_is_one_line(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_is_not_there_is_one_line(short_run: Path, capsys: Capture) -> None:
     pytest.importorskip("openai")
     run = Run(short_run, "dead-server", "synthesize")
     engine = "{kind: openai, servers: ['http://127.0.0.1:9/v1'], retries: 0, timeout: 2}"
@@ -213,8 +201,8 @@ def test_a_server_that_is_not_there_is_one_line(short_run: Path, capsys: pytest.
 )
 def test_memory_that_does_not_suffice_is_one_line_with_the_key_to_lower(
     short_run: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    monkeypatch: Patch,
     stage: str,
     owner: Any,
     name: str,
@@ -264,7 +252,7 @@ def test_a_whole_run_opens_no_connection_and_no_pickle(short_run: Path) -> None:
     assert (short_run.parent / "runs" / "tiny" / "export" / "manifest.json").is_file()
 
 
-def test_keys_and_passwords_are_in_no_file(short_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_passwords_are_in_no_file(short_run: Path, monkeypatch: Patch) -> None:
     run, secret = Run(short_run, "secret", "design"), "s3cr3t-Value"
     for name in ("OPENAI_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, secret)

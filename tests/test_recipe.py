@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fastdraft.errors import RecipeError
-from fastdraft.recipe.base import Config
+from fastdraft.recipe.base import Config, models
 from fastdraft.recipe.recipe import Recipe, apply_override, find_recipe, load_recipe, shipped_recipes
 
 MINIMAL = {"run": {"name": "t"}, "target": {"model": "somewhere"}}
@@ -17,11 +17,6 @@ MINIMAL = {"run": {"name": "t"}, "target": {"model": "somewhere"}}
 def write(path: Path, value: object) -> str:
     path.write_text(yaml.safe_dump(value), encoding="utf-8")
     return str(path)
-
-
-@pytest.mark.parametrize("name", ["demo", "starter", "llama-3.1-8b", "phi-3-mini"])
-def test_every_shipped_recipe_loads(name: str) -> None:
-    assert load_recipe(name).sections()
 
 
 def test_a_shipped_recipe_is_found_by_name_and_as_if_in_a_folder() -> None:
@@ -43,53 +38,10 @@ def test_overrides_reach_nested_keys_and_list_items() -> None:
     assert recipe.pretrain is not None
     assert recipe.prepare is not None
     assert (recipe.pretrain.tokens, recipe.prepare.corpora[0].tokens, recipe.run.seed) == (
-        3_000_000,
-        1_000_000,
+        3 * 10**6,
+        10**6,
         7,
     )
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("pretrain.tokns=1", "unknown key"),
-        ("pretrain.tokens=-3", "count such as"),
-        ("nothing", "must be key=value"),
-        ("prepare.corpora[99].tokens=1", "names no place"),
-        ("run.name.deep=1", "names no place"),
-        (
-            "evaluate.num_speculative_tokens=[0]",
-            "evaluate.num_speculative_tokens: [0]: must be between 1 and 64",
-        ),
-        ("evaluate.temperatures=[-1]", "temperatures"),
-        ("run.seed=x", "run.seed"),
-        ("run.name=../up", "run.name"),
-        (
-            "pretrain.mixture={nowhere: 1}",
-            "pretrain.mixture: nowhere: must be one of prepare.corpora (code, text)",
-        ),
-        ("design.draft={kind: shape}", "design.draft"),
-        ("design.draft={kind: budget, parameters: 0}", "design.draft"),
-        ("synthesize.temperatures=[-0.5]", "synthesize.temperatures"),
-        ("align.objective={kind: nothing}", "align.objective"),
-        ("export.num_speculative_tokens=0", "export.num_speculative_tokens"),
-        ("run={}", "run.name: missing"),
-    ],
-)
-def test_a_bad_override_is_one_line_that_names_the_key(override: str, message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe("demo", [override])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "a: [", "\tx", "run: 5", "just words"])
-def test_what_is_not_a_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(str(path))
-    assert "\n" not in str(caught.value)
 
 
 def test_the_resolved_recipe_loads_to_the_same_recipe(tmp_path: Path) -> None:
@@ -107,8 +59,6 @@ def test_an_override_may_open_a_section() -> None:
 def test_no_section_has_more_than_twelve_keys_and_every_key_is_documented() -> None:
     seen: set[type[Config]] = set()
     todo: list[type[Config]] = [Recipe]
-    from fastdraft.recipe.base import models as _models
-
     while todo:
         cls = todo.pop()
         if cls in seen:
@@ -117,7 +67,7 @@ def test_no_section_has_more_than_twelve_keys_and_every_key_is_documented() -> N
         assert len(cls.model_fields) <= 12, cls
         for name, field in cls.model_fields.items():
             assert field.description or name == "kind", f"{cls.__name__}.{name} has no docstring"
-            todo.extend(model for model in _models(field.annotation) if issubclass(model, Config))
+            todo.extend(model for model in models(field.annotation) if issubclass(model, Config))
 
 
 @pytest.mark.parametrize("module", ["fastdraft", "fastdraft.cli", "fastdraft.recipe.recipe"])
@@ -126,28 +76,9 @@ def test_importing_does_not_import_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_yaml_mistake_names_its_line_and_windows_paths_their_cure(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text('run: {name: x}\ntarget: {model: "C:\\models"}\n', encoding="utf-8")
-    with pytest.raises(
-        RecipeError, match=r"line 2, column 2\d: found unknown escape character .* single quotes"
-    ):
-        load_recipe(str(path))
-
-
 def test_a_folder_in_the_place_of_a_recipe_points_to_the_recipe_inside(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is a folder"):
         load_recipe(str(tmp_path))
     (tmp_path / "recipe.yaml").write_text("run: {name: x}", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"give .*recipe\.yaml"):
         load_recipe(str(tmp_path))
-
-
-def test_prompts_from_a_corpus_that_is_not_prepared_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"synthesize\.prompts\[2\]\.corpus: nowhere: must be one of"):
-        load_recipe("demo", ["synthesize.prompts[2].corpus=nowhere"])
-
-
-def test_a_run_name_that_makes_no_folder_says_what_a_name_is() -> None:
-    with pytest.raises(RecipeError, match=r"run\.name: 'a b': must be letters, digits"):
-        load_recipe("demo", ["run.name=a b"])

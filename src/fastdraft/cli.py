@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from typer import Argument, Exit, Option, Typer, TyperException
 
+from fastdraft import __version__
 from fastdraft.errors import FastDraftError, RecipeError, machine_errors
 from fastdraft.stages import SUMMARIES
 
@@ -41,7 +42,8 @@ app = Typer(
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Makes a small draft model for any language model, so that speculative decoding answers faster at no change in output.",
+    help="Makes a small draft model for any language model, so that speculative decoding answers faster at no "
+    "change in output.",
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -67,8 +69,6 @@ Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from fastdraft import __version__
-
         print(__version__)
         raise Exit
 
@@ -82,11 +82,6 @@ def _root(
     """Options before the verb."""
 
 
-@_verb("run", "Every stage of a recipe, one after the other.", "run demo run.seed=1 pretrain.tokens=1M")
-def _run(recipe: Recipe, overrides: Overrides = None, redo: Redo = None, quiet: Quiet = False) -> None:
-    _stages(recipe, overrides, redo, quiet)
-
-
 def _stages(
     recipe: str, overrides: list[str] | None, redo: list[str] | None, quiet: bool, only: str | None = None
 ) -> None:
@@ -98,7 +93,7 @@ def _stages(
     pipeline.run(loaded, Console(quiet=quiet), only=[only] if only else None, redo=redo or ())
 
 
-def _stage_verb(name: str) -> Callable[..., None]:
+def _stage_verb(name: str | None) -> Callable[..., None]:
     def stage(recipe: Recipe, overrides: Overrides = None, redo: Redo = None, quiet: Quiet = False) -> None:
         _stages(recipe, overrides, redo, quiet, only=name)
 
@@ -125,12 +120,14 @@ def _export(
     export_model(recipe, format=format, weights=weights, output=output, target=target, console=console)
 
 
+_SETTING = "demo run.seed=1 pretrain.tokens=1M"
+_verb("run", "Every stage of a recipe, one after the other.", f"run {_SETTING}")(_stage_verb(None))
 for _name, _summary in SUMMARIES.items():
     if _name == "export":
         _example = "export models/my-draft --format openvino"
         _verb(_name, f"Stage: {_summary}; or any model, without a recipe.", _example)(_export)
     else:
-        _verb(_name, f"Stage: {_summary}.", f"{_name} demo run.seed=1 pretrain.tokens=1M")(_stage_verb(_name))
+        _verb(_name, f"Stage: {_summary}.", f"{_name} {_SETTING}")(_stage_verb(_name))
 
 
 @_verb("check", "Validate a recipe; forecast tokens, time, disk, memory.", "check demo run.device=cpu")
@@ -162,15 +159,8 @@ def _inspect(
     from fastdraft.commands.measure import MeasureSettings
     from fastdraft.console import Console
 
-    settings = MeasureSettings(
-        weights=weights,
-        draft_weights=draft_weights,
-        draft=tuple(draft),
-        device=device,
-        threads=threads,
-        num_speculative_tokens=tuple(k) or (1, 2, 3, 4, 5),
-        prefix=prefix,
-    )
+    ks = tuple(k) or (1, 2, 3, 4, 5)
+    settings = MeasureSettings(weights, draft_weights, tuple(draft), device, threads, ks, prefix)
     measuring = settings if measure else None
     inspect.run(target, revision=revision, console=Console(), as_json=json, measuring=measuring)
 
@@ -246,7 +236,7 @@ def _recipes(copy: str | None = Option(None, metavar="NAME", help="Write NAME.ya
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
-    # Threads that spin while they wait starve each other on a machine that does anything else; must be set before torch loads.
+    # Threads that spin while they wait starve each other on a busy machine; set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

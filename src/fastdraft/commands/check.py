@@ -58,6 +58,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         found = "cannot be written" if place.is_dir() else "is a file"
         raise FastDraftError(f"{root}: {place} {found}: no run can lie here", "set another run.folder")
+    context.target.vocabulary  # noqa: B018 (refuses a tokenizer that does not fit the config)
     plan = design.plan(recipe.design, context.target)
     _check_lengths(recipe, plan)
     unseen = list(_check_inputs(recipe, context.target))
