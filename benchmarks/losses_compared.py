@@ -128,7 +128,9 @@ def replay(
     texts: dict[Place, list[SyntheticRow]],
     context: StageContext,
 ) -> Tables:
-    """The counts of every prompt, by task and temperature, each in a file of its own; and all tasks together."""
+    """The counts of every prompt, by task and temperature, each in a file of its own; and all tasks
+    together.
+    """
     draft, kept, tables = load_draft(folder), StageFolder(given.out / loss), {}
     for (task, temperature), rows in texts.items():
 

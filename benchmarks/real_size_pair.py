@@ -78,8 +78,8 @@ def head_places(old: PreTrainedConfig, new: PreTrainedConfig) -> tuple[list[int]
 def find_axes(old: PreTrainedConfig, new: PreTrainedConfig, trained: bool) -> dict[str, Axis]:
     """Every axis of a matrix.
 
-    Every other block of 128 new neurons and every other new key-value head is dead, so that no matrix of a new
-    layer is all zeros: equal matrices would be stored as one, which would flatter the latency.
+    Every other block of 128 new neurons and every other new key-value head is dead, so that no matrix of a
+    new layer is all zeros: equal matrices would be stored as one, which would flatter the latency.
     """
     queries, copies = head_places(old, new) if trained else ([], [])
     group, width = new.num_attention_heads // new.num_key_value_heads, old.head_dim
@@ -131,7 +131,8 @@ def grow_tensor(
     # To the residual stream: zero beside the trained values.
     writes = module in ("embed_tokens", "o_proj", "down_proj")
     if not writes or columns.dead.any():
-        # Random values of the matrix's own scale, inside the range of the trained values of the same row (of its
+        # Random values of the matrix's own scale, inside the range of the trained values of the same row (of
+        # its
         # last group), so that the scales of int8 rows and int4 groups stay.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         low, high = torch.full((len(grown), 1), -math.inf), torch.full((len(grown), 1), math.inf)
@@ -209,7 +210,9 @@ def grow(source: Path, folder: Path, sizes: Sequence[int], dtype: torch.dtype) -
 
 
 def compare(model: Any, folder: Path, dtype: torch.dtype) -> tuple[float, float]:
-    """Largest difference of float32 logits, and largest logit; the source's matrices rounded as the others."""
+    """Largest difference of float32 logits, and largest logit; the source's matrices rounded as the
+    others.
+    """
     tokens = torch.randint(model.config.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
     for parameter in model.parameters():
         if parameter.ndim == 2:

@@ -96,7 +96,7 @@ def measure(shape: str, device: torch.device, given: argparse.Namespace, report:
     show(report.results[-1], turns, batch)
 
 
-def side_by_side(  # noqa: PLR0917
+def side_by_side(
     names: list[str], shape: str, batch: int, steps: int, given: argparse.Namespace, turns: Turns
 ) -> None:
     """A turn to warm up, then turns that count, each beginning with another contender."""

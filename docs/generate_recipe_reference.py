@@ -1,4 +1,5 @@
-"""Writes docs/recipe.md: every key of a recipe with its type, default and meaning, from the docstrings in the code.
+"""Writes docs/recipe.md: every key of a recipe with its type, default and meaning, from the docstrings in the
+code.
 
 python docs/generate_recipe_reference.py
 """
@@ -99,7 +100,9 @@ def kinds(cls: type[BaseModel]) -> str:
 
 
 def section(cls: type[BaseModel], title: str, level: int, seen: dict[type[BaseModel], str]) -> list[str]:
-    """Its keys, then those of the alternatives inside it. Keys that several sections share are listed once, and named in the others."""
+    """Its keys, then those of the alternatives inside it. Keys that several sections share are listed once,
+    and named in the others.
+    """
     parts, shared = [], []
     for base in cls.__mro__[1:]:
         if issubclass(base, BaseModel) and base.__module__ != BaseModel.__module__ and own_fields(base):

@@ -90,7 +90,9 @@ def write_target(
 
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a tiny random Llama target: 320 vocabulary entries of which the tokenizer has 300, context 256, chat template."""
+    """Directory of a tiny random Llama target: 320 vocabulary entries of which the tokenizer has 300, context
+    256, chat template.
+    """
     return write_target(tmp_path_factory.mktemp("tiny-target"))
 
 
@@ -188,7 +190,9 @@ def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def write_recipe(folder: Path, target: Path, **changes: object) -> Path:
-    """A recipe through every stage for a tiny target: seconds on one core. `changes` replaces whole sections."""
+    """A recipe through every stage for a tiny target: seconds on one core. `changes` replaces whole
+    sections.
+    """
     import yaml
 
     _write_rows(folder / "text.jsonl", [{"text": f"{TEXT[i % 5]} Number {i}. " * 4} for i in range(300)])
@@ -214,7 +218,9 @@ def tiny_recipe(tmp_path: Path, tiny_target: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
-    """The recipe of a finished run: few steps, few units, several checkpoints of each kind. Its folder is not to be changed."""
+    """The recipe of a finished run: few steps, few units, several checkpoints of each kind. Its folder is not
+    to be changed.
+    """
     import yaml
 
     from fastdraft import pipeline

@@ -1,4 +1,6 @@
-"""Tiny random targets of every family, with a padded vocabulary and a real tokenizer, and noisy copies that serve as drafts."""
+"""Tiny random targets of every family, with a padded vocabulary and a real tokenizer, and noisy copies that
+serve as drafts.
+"""
 
 from __future__ import annotations
 

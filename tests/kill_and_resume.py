@@ -2,10 +2,10 @@
 
     python tests/kill_and_resume.py --kills 20 --seed 5 [--openvino | --http] [--logits]
 
-Every other kill falls into the stage that was killed least often so far, the others anywhere. Equal are weights and stored logits
-byte for byte, synthetic rows in every column, evaluation counts; of the benchmark texts, counts and rows but for what a clock says.
-With --http the target writes through a server of its own process, which is killed and started again every few kills.
-"""
+Every other kill falls into the stage that was killed least often so far, the others anywhere. Equal are
+weights and stored logits byte for byte, synthetic rows in every column, evaluation counts; of the benchmark
+texts, counts and rows but for what a clock says. With --http the target writes through a server of its own
+process, which is killed and started again every few kills."""
 
 from __future__ import annotations
 
@@ -327,14 +327,18 @@ def evaluation_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def benchmark_rows(run: Path) -> list[str]:
-    """The measured rows without what a clock decides, in the order written; none where nothing was measured."""
+    """The measured rows without what a clock decides, in the order written; none where nothing was
+    measured.
+    """
     path = run / "benchmark" / "benchmark.json"
     found = read_file(path)["rows"] if path.is_file() else []
     return [json.dumps(without_times(row), sort_keys=True) for row in found]
 
 
 def benchmark_units(run: Path) -> dict[str, Any]:
-    """Name -> texts and counts of each finished unit, and how many tokens were timed; without times and memory."""
+    """Name -> texts and counts of each finished unit, and how many tokens were timed; without times and
+    memory.
+    """
     paths = sorted((run / "benchmark" / "units").glob("*.json"))
     measures = ("latency-", "breakdown-", "memory-")
     return {p.name: "" if p.name.startswith(measures) else without_times(read_file(p)) for p in paths}

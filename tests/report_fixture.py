@@ -96,7 +96,9 @@ def _rates(checkpoint: str, task: str, method: str, k: int, temperature: float) 
 
 
 def benchmark(**changes: Any) -> BenchmarkResults:
-    """Two pairs of weights, sweeps, a lossy row and texts that part; `changes` are made to the deployed pair's tasks."""
+    """Two pairs of weights, sweeps, a lossy row and texts that part; `changes` are made to the deployed
+    pair's tasks.
+    """
     value = golden("benchmark.json")
     row = value["rows"][0] | {
         "differences": [],

@@ -2,9 +2,9 @@
 
     python tests/serving.py MODEL_FOLDER --port 8000
 
-In the style of vLLM (`full`), of llama.cpp (ids inside the log-probs) or of a server that has /chat/completions only, gives text only
-and refuses unknown keys (`chat`). Faults are named in a list and used up one for each question.
-"""
+In the style of vLLM (`full`), of llama.cpp (ids inside the log-probs) or of a server that has
+/chat/completions only, gives text only and refuses unknown keys (`chat`). Faults are named in a list and used
+up one for each question."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_rows(count: int = 60, prompt: int = 6) -> list[SyntheticRow]:
-    """Responses that count on from the prompt's last id: easy to learn, and greedy, so that replay is exact."""
+    """Responses that count on from the prompt's last id: easy to learn, and greedy, so that replay is
+    exact.
+    """
     rows = []
     for number in range(count):
         length = 4 + number % 9

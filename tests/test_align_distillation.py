@@ -1,4 +1,6 @@
-"""Token-level distillation through the stages: every loss from both sources, the mixture's rows, refusals, resuming."""
+"""Token-level distillation through the stages: every loss from both sources, the mixture's rows, refusals,
+resuming.
+"""
 
 from __future__ import annotations
 

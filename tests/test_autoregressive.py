@@ -1,4 +1,6 @@
-"""Batched generation: the same text as one prompt alone, and log-probs of the very distribution drawn from."""
+"""Batched generation: the same text as one prompt alone, and log-probs of the very distribution drawn
+from.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Whatever a user gets wrong in a recipe, a data file or a model's folder: one line on stderr, exit code 2, nothing half-written."""
+"""Whatever a user gets wrong in a recipe, a data file or a model's folder: one line on stderr, exit code 2,
+nothing half-written.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Conversations through the stages: trained turn by turn, evaluated with the target's own answers before each turn."""
+"""Conversations through the stages: trained turn by turn, evaluated with the target's own answers before each
+turn.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Token-level losses equal their formulas in float64, in value and in gradient, for whole and for bucketed distributions."""
+"""Token-level losses equal their formulas in float64, in value and in gradient, for whole and for bucketed
+distributions.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +53,15 @@ PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "lk_hybrid": lambda t, d, ce: hybrid(t, d),
     "lk_log": lambda t, d, ce: -overlap(t, d).log(),
 }
-"""Target and draft probabilities by token or bucket, and the label's cross-entropy: the formulas as they stand in the papers."""
+"""Target and draft probabilities by token or bucket, and the label's cross-entropy: the formulas as they
+stand in the papers.
+"""
 
 
 class Example:
-    """Hidden states, head, labels (two of them ignored) and the target's logits, in float64 or another type."""
+    """Hidden states, head, labels (two of them ignored) and the target's logits, in float64 or another
+    type.
+    """
 
     def __init__(
         self, n: int = 13, d: int = 6, v: int = 11, k: int = 3, dtype: torch.dtype = torch.float64

@@ -1,4 +1,6 @@
-"""Many processes against one: the same losses, the same data, the same end, whatever happens to one of them."""
+"""Many processes against one: the same losses, the same data, the same end, whatever happens to one of
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which engine writes: what `auto` stands for, what the fingerprint says of it, what needs the target's weights."""
+"""Which engine writes: what `auto` stands for, what the fingerprint says of it, what needs the target's
+weights.
+"""
 
 from __future__ import annotations
 

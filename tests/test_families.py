@@ -1,4 +1,6 @@
-"""Every family of targets through the whole chain, tiny: counted, designed for, trained for, written by, replayed, exported."""
+"""Every family of targets through the whole chain, tiny: counted, designed for, trained for, written by,
+replayed, exported.
+"""
 
 from __future__ import annotations
 

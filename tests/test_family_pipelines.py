@@ -1,7 +1,8 @@
-"""Every family of targets through the whole pipeline, tiny: design to report, and the exported draft beside the target in transformers.
+"""Every family of targets through the whole pipeline, tiny: design to report, and the exported draft beside
+the target in transformers.
 
-The three ways to align take turns over the families, so that heads which are scaled or capped meet each of them.
-"""
+The three ways to align take turns over the families, so that heads which are scaled or capped meet each of
+them."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ def test_a_target_of_every_family_goes_through_the_whole_pipeline_and_takes_the_
 
 
 def _assert_taken_by_generate(target_folder: Path, draft_folder: Path) -> None:
-    """Greedy text with our draft as `assistant_model` is the target's own, in transformers' own loops, past a refused proposal."""
+    """Greedy text with our draft as `assistant_model` is the target's own, in transformers' own loops, past a
+    refused proposal.
+    """
     target, draft = Target.at(target_folder).model("cpu"), load_assistant(draft_folder)
     prompt = torch.tensor([[7 + (i * 37) % 280 for i in range(20)]])
     settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 24}

@@ -1,6 +1,5 @@
-"""What goes wrong while a run works: a full disk, no memory, signals, a second run, NaN, a dead server. One line, nothing lost, and the
-same command goes on to the undisturbed result.
-"""
+"""What goes wrong while a run works: a full disk, no memory, signals, a second run, NaN, a dead server. One
+line, nothing lost, and the same command goes on to the undisturbed result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Whole runs other than the usual one: a base model, an earlier draft for another fine-tune, texts met in training."""
+"""Whole runs other than the usual one: a base model, an earlier draft for another fine-tune, texts met in
+training.
+"""
 
 import json
 import shutil

@@ -21,7 +21,9 @@ def test_acceptance_rate_and_conditional_rate_are_inverse() -> None:
 
 
 def test_memory_bound_speedup_gives_the_papers_figures() -> None:
-    """The Phi-3-mini pair: acceptance rates at K = 3 and the speed-ups derived from them, costs by parameters."""
+    """The Phi-3-mini pair: acceptance rates at K = 3 and the speed-ups derived from them, costs by
+    parameters.
+    """
     cost = 52_107_776 / 3_821_079_552
     for rate, speedup in ((0.369, 2.02), (0.306, 1.84), (0.370, 2.03), (0.562, 2.58)):
         assert forecast.mbsu(1 + 3 * rate, 3, cost) == pytest.approx(speedup, abs=0.006)

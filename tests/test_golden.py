@@ -1,7 +1,7 @@
 """What users rely on does not change unnoticed: help, resolved recipes, public names, the recipe reference.
 
-A wanted change is written down with `UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py`, and shows in the diff.
-"""
+A wanted change is written down with `UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py`, and shows in the
+diff."""
 
 import importlib.util
 import os

@@ -1,4 +1,6 @@
-"""The decoder as an accelerator runs it: its own hidden states, flash attention, texts apart where asked, no graph break."""
+"""The decoder as an accelerator runs it: its own hidden states, flash attention, texts apart where asked, no
+graph break.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def test_a_grown_model_has_the_logits_of_its_source(
 
 
 def test_random_values_fill_every_matrix_within_the_range_of_the_trained_row(tmp_path: Path) -> None:
-    """Equal matrices would be stored as one; a wider range would coarsen the scales of int8 rows and int4 groups."""
+    """Equal matrices would be stored as one; a wider range would coarsen the scales of int8 rows and int4
+    groups.
+    """
     source = write_model(tmp_path / "source")
     real_size_pair.grow(source, tmp_path / "grown", (64, 5, 320, 8, 4), torch.float32)
     before, after = (

@@ -1,4 +1,6 @@
-"""Output heads that are more than one product (scale, bias, cap): the target's distributions are the model's own."""
+"""Output heads that are more than one product (scale, bias, cap): the target's distributions are the model's
+own.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ SAMPLES = [Sample([5, 6, 7], [8, 9]), Sample([10], [11, 12, 13, 14]), Sample([20
 
 @pytest.fixture(scope="module", params=HEADS)
 def target(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A random target in float64 whose logits are spread wide enough for its cap to bite, its bias to count."""
+    """A random target in float64 whose logits are spread wide enough for its cap to bite, its bias to
+    count.
+    """
     torch.manual_seed(0)
     config = BIASED.get(request.param) or family_config(request.param)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()

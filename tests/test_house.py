@@ -1,4 +1,5 @@
-"""The house stays small: budgets by room, sizes of files and functions, one meaning for a name, no import circle.
+"""The house stays small: budgets by room, sizes of files and functions, one meaning for a name, no import
+circle.
 
 `python tests/test_house.py` prints the counts.
 """

@@ -117,7 +117,9 @@ def test_left_open_a_cpu_takes_long_products_and_short_chunks_with_the_same_resu
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of every storage that operations made and that still lives; exact, and the same every time."""
+    """Counts the bytes of every storage that operations made and that still lives; exact, and the same every
+    time.
+    """
 
     def __init__(self) -> None:
         super().__init__()

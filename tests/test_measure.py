@@ -1,4 +1,6 @@
-"""`inspect --measure`: what follows from measured passes, and that nothing is left behind. No time is asserted."""
+"""`inspect --measure`: what follows from measured passes, and that nothing is left behind. No time is
+asserted.
+"""
 
 from __future__ import annotations
 

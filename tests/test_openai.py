@@ -1,4 +1,6 @@
-"""A target behind HTTP: equal rows however it is asked, every fault ends in complete rows or in one clear line."""
+"""A target behind HTTP: equal rows however it is asked, every fault ends in complete rows or in one clear
+line.
+"""
 
 from __future__ import annotations
 

@@ -42,9 +42,26 @@ def test_results_have_the_published_schema(finished: Path) -> None:
     costs = {f"cost_ratio_{by}" for by in ("parameters", "bytes", "latency")}
     assert results["schema"] == 1
     assert costs | {"target", "draft", "rows"} <= set(results)
-    keys = """checkpoint task method temperature num_speculative_tokens num_prompts num_drafts num_draft_tokens
-        num_accepted_tokens num_accepted_tokens_per_pos num_generated_tokens acceptance_rate overlap block_efficiency
-        conditional_acceptance_rate mbsu_parameters mbsu_bytes mbsu_latency""".split()
+    keys = [
+        "checkpoint",
+        "task",
+        "method",
+        "temperature",
+        "num_speculative_tokens",
+        "num_prompts",
+        "num_drafts",
+        "num_draft_tokens",
+        "num_accepted_tokens",
+        "num_accepted_tokens_per_pos",
+        "num_generated_tokens",
+        "acceptance_rate",
+        "overlap",
+        "block_efficiency",
+        "conditional_acceptance_rate",
+        "mbsu_parameters",
+        "mbsu_bytes",
+        "mbsu_latency",
+    ]
     assert all(set(keys) <= set(row) for row in results["rows"])
     replayed = {(name, "replay") for name in ("pretrain", "continue_pretrain", "align")}
     assert {(row["checkpoint"], row["method"]) for row in results["rows"]} == replayed | {("align", "exact")}

@@ -1,4 +1,6 @@
-"""Acceptance by position: buckets add up to the text's counts, and a draft that fades before the context ends is told."""
+"""Acceptance by position: buckets add up to the text's counts, and a draft that fades before the context ends
+is told.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_prepared(folder: Path, rows: dict[str, int], validation_rows: int = 4) -> None:
-    """A finished prepare artifact: each corpus counts upwards in steps of its own, so that it can be learned."""
+    """A finished prepare artifact: each corpus counts upwards in steps of its own, so that it can be
+    learned.
+    """
     corpora: dict[str, Any] = {}
     for number, (name, count) in enumerate(rows.items()):
         corpora[name] = {}

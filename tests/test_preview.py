@@ -1,4 +1,6 @@
-"""What `fastdraft preview` shows: the prompt as it was asked and, marked, the very tokens that training uses."""
+"""What `fastdraft preview` shows: the prompt as it was asked and, marked, the very tokens that training
+uses.
+"""
 
 from __future__ import annotations
 

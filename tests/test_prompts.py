@@ -1,4 +1,6 @@
-"""Sources of prompts: what of a log was said to the target, which prompts are refused, in which order the others come."""
+"""Sources of prompts: what of a log was said to the target, which prompts are refused, in which order the
+others come.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Replay against the exact decoder: equal counts when greedy, equal expectation when sampled, one pass for every K."""
+"""Replay against the exact decoder: equal counts when greedy, equal expectation when sampled, one pass for
+every K.
+"""
 
 from __future__ import annotations
 

@@ -75,7 +75,9 @@ def test_draw_never_gives_a_token_without_probability() -> None:
 
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_places() -> None:
-    """In float32 a cumulated sum near 1 moves in steps of 6e-8: of these tokens only every sixth could be drawn."""
+    """In float32 a cumulated sum near 1 moves in steps of 6e-8: of these tokens only every sixth could be
+    drawn.
+    """
     rare, count = 1e-8, 100_000
     probs = torch.full((count + 1,), rare)
     probs[0] = 1 - rare * count

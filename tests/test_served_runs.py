@@ -1,4 +1,6 @@
-"""Runs for a target behind a server, or known by its logs: with its weights away, and where somebody needs them after all."""
+"""Runs for a target behind a server, or known by its logs: with its weights away, and where somebody needs
+them after all.
+"""
 
 from __future__ import annotations
 

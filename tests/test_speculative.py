@@ -1,4 +1,6 @@
-"""The exact decoder: its text is the target's own, greedy and sampled, whatever the draft, the caches and the end."""
+"""The exact decoder: its text is the target's own, greedy and sampled, whatever the draft, the caches and the
+end.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ def own_text(target: PreTrainedModel, prompt: list[int], count: int) -> list[int
     return output[0, len(prompt) :].tolist()
 
 
-# --- one verification step -------------------------------------------------------------------------------------------
+# --- one verification step
+# -------------------------------------------------------------------------------------------
 
 
 def test_one_step_emits_the_targets_distribution() -> None:
@@ -106,7 +109,8 @@ def test_greedy_verification_stops_at_the_first_difference() -> None:
     assert (accepted, final.tolist()) == (3, [7])
 
 
-# --- whole texts -----------------------------------------------------------------------------------------------------
+# --- whole texts
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -120,7 +124,9 @@ def test_greedy_text_is_the_targets_own(target: PreTrainedModel, draft: PreTrain
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_a_draft_equal_to_the_target_is_always_accepted(target: PreTrainedModel, k: int) -> None:
-    """Holds only if the draft reads its own last proposal after K acceptances and both caches are cropped rightly."""
+    """Holds only if the draft reads its own last proposal after K acceptances and both caches are cropped
+    rightly.
+    """
     vocabulary = Vocabulary(320, 320, (), 0, (), 0, "")
     result = SpeculativeDecoder(target, target, vocabulary, k).generate(
         [5, 6, 7], GREEDY, 4 * (k + 1), seed=0
@@ -147,7 +153,9 @@ def joint(model: PreTrainedModel, prompt: list[int], length: int, sampling: Samp
 
 
 def chi_squared_z(counts: Tensor, expected_probs: Tensor) -> float:
-    """Standard normal score of the chi-squared statistic (Wilson and Hilferty, 1931); cells with few expected are joined."""
+    """Standard normal score of the chi-squared statistic (Wilson and Hilferty, 1931); cells with few expected
+    are joined.
+    """
     expected = expected_probs * counts.sum()
     rare = expected < 5
     seen = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])

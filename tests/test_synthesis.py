@@ -1,4 +1,6 @@
-"""One unit through a scripted engine: Magpie's two steps, every turn of conversations, answers that leave no room."""
+"""One unit through a scripted engine: Magpie's two steps, every turn of conversations, answers that leave no
+room.
+"""
 
 from __future__ import annotations
 

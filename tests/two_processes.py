@@ -1,4 +1,5 @@
-"""What tests/test_distributed.py does in two gloo processes at once: `python two_processes.py FOLDER`, started by torchrun.
+"""What tests/test_distributed.py does in two gloo processes at once: `python two_processes.py FOLDER`,
+started by torchrun.
 
 One start of two interpreters for all of it; each process leaves what it saw in `seen-RANK.json`.
 """
@@ -30,7 +31,9 @@ def packed(world: World, steps: int = STEPS) -> PackedBatches:
 
 
 def aligned(world: World) -> AlignmentBatches:
-    """Samples of every length, one packed step in five, and a last step of one sample, which leaves a process without work."""
+    """Samples of every length, one packed step in five, and a last step of one sample, which leaves a process
+    without work.
+    """
     generator = np.random.default_rng(3)
     samples = [sample(ids(generator, 1 + i % 4), ids(generator, 2 + i % 9)) for i in range(161)]
     lengths = np.array([one.num_tokens for one in samples])

@@ -1,7 +1,7 @@
 """FastDraft: makes a small draft model for any language model, so that speculative decoding answers faster.
 
-The command line and this package are the same objects: `load_recipe` reads a recipe, `run` takes it through its stages.
-Importing this package does not import torch; names are loaded when first used.
+The command line and this package are the same objects: `load_recipe` reads a recipe, `run` takes it through
+its stages. Importing this package does not import torch; names are loaded when first used.
 """
 
 from __future__ import annotations

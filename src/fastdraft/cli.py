@@ -42,8 +42,8 @@ app = Typer(
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Makes a small draft model for any language model, so that speculative decoding answers faster at no "
-    "change in output.",
+    help="Makes a small draft model for any language model, so that speculative decoding answers faster at no"
+    " change in output.",
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

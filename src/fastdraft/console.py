@@ -1,6 +1,8 @@
-"""What the user sees while FastDraft works: lines, tables, progress with rate and time left; and the request to stop.
+"""What the user sees while FastDraft works: lines, tables, progress with rate and time left; and the request
+to stop.
 
-Everything goes to stderr, since stdout belongs to results. Progress is a live bar on a terminal and a line every ten seconds elsewhere.
+Everything goes to stderr, since stdout belongs to results. Progress is a live bar on a terminal and a line
+every ten seconds elsewhere.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Stop:
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
         """Inside the block the first SIGINT or SIGTERM requests a stop; a second one acts as usual."""
-        # Python takes handlers from the main thread only; what nohup or a shell's background has ignored stays so.
+        # Python takes handlers from the main thread only; what nohup or a shell's background has ignored
+        # stays so.
         main = threading.current_thread() is threading.main_thread()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
         before = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}

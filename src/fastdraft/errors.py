@@ -1,6 +1,8 @@
-"""The errors that FastDraft raises on purpose, and the one place where a full disk and exhausted memory become one.
+"""The errors that FastDraft raises on purpose, and the one place where a full disk and exhausted memory
+become one.
 
-Each is one line: the key or file, what stands there and the rule, then what to do. The command line prints it and exits with `exit_code`.
+Each is one line: the key or file, what stands there and the rule, then what to do. The command line prints it
+and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-# Control characters, and those that turn the direction of writing: a damaged file must not steer the terminal.
+# Control characters, and those that turn the direction of writing: a damaged file must not steer the
+# terminal.
 _STEERING = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # How torch's allocators, cuBLAS, OpenVINO and C++ say it in errors of no kind of their own.
 _MEMORY = "out of memory|can.?.?t allocate memory|not enough memory|failed to allocate|bad_alloc|ALLOC_FAILED"
@@ -34,7 +37,9 @@ class FastDraftError(Exception):
 
 
 class RecipeError(FastDraftError):
-    """A recipe key or argument is unknown, of the wrong type, out of range or not possible on this machine."""
+    """A recipe key or argument is unknown, of the wrong type, out of range or not possible on this
+    machine.
+    """
 
 
 class DataError(FastDraftError):
@@ -76,7 +81,9 @@ def _one_line(text: object) -> str:
 
 @contextlib.contextmanager
 def machine_errors(where: object, smaller: str) -> Iterator[None]:
-    """Inside the block a failed file and exhausted memory become one line; `smaller`: what would need less memory."""
+    """Inside the block a failed file and exhausted memory become one line; `smaller`: what would need less
+    memory.
+    """
     try:
         yield
     except (FastDraftError, BrokenPipeError):
@@ -101,7 +108,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Halving:
-    """Work over rows that is tried again in halves where memory runs out, and stays small; `key` is the recipe key to lower."""
+    """Work over rows that is tried again in halves where memory runs out, and stays small; `key` is the
+    recipe key to lower.
+    """
 
     def __init__(self, key: str, warn: Callable[[str], None] | None = None) -> None:
         self.key, self.most, self._warn = key, sys.maxsize, warn

@@ -1,9 +1,11 @@
 """The table of stages, and how a recipe goes through them. Read this first.
 
-    design -> prepare -> pretrain -> continue_pretrain -> synthesize -> align -> evaluate -> export -> benchmark -> report
+    design -> prepare -> pretrain -> continue_pretrain -> synthesize -> align -> evaluate -> export ->
+    benchmark -> report
 
-Finished work is skipped and unfinished work goes on. A missing stage, or work done with other settings, is refused before anything
-runs. Under torchrun process 0 goes through the stages, and the others join it in those that train.
+Finished work is skipped and unfinished work goes on. A missing stage, or work done with other settings, is
+refused before anything runs. Under torchrun process 0 goes through the stages, and the others join it in
+those that train.
 """
 
 from __future__ import annotations
@@ -175,7 +177,9 @@ def _refuse_gaps(wanted: list[Stage], redone: Collection[str], context: StageCon
 def refuse_changes(
     context: StageContext, redone: Collection[str] = (), wanted: Collection[Stage] = STAGES
 ) -> None:
-    """Refuses work that stands and was done with other settings; of stages not wanted, inputs may be missing."""
+    """Refuses work that stands and was done with other settings; of stages not wanted, inputs may be
+    missing.
+    """
     for stage in STAGES:
         folder = context.folder(stage.name)
         begun = context.has(stage.name) and (folder.path / FINGERPRINT).exists()
@@ -188,7 +192,9 @@ def refuse_changes(
 
 
 def refuse_missing_weights(name: str, context: StageContext) -> None:
-    """Of a target behind an API or of logs only the config may be here: what needs more is told before anything is trained."""
+    """Of a target behind an API or of logs only the config may be here: what needs more is told before
+    anything is trained.
+    """
     config: Any = context.sections[name]
     if name == "align" and config.objective.kind == "token_kd" and config.objective.source == "target":
         rule, fix = "align.objective: source: target reads the target", "leave out align.objective"
@@ -237,7 +243,9 @@ def _run_stage(stage: Stage, context: StageContext) -> bool:
 
 
 def _record_seconds(root: Path, name: str, seconds: float, fresh: bool) -> None:
-    """Adds to `timings.json`: wall-clock seconds of all processes that worked at each stage, killed ones left out."""
+    """Adds to `timings.json`: wall-clock seconds of all processes that worked at each stage, killed ones left
+    out.
+    """
     path = root / "timings.json"
     if root.is_dir():  # nobody has moved the run away
         timings = read_json(path) if path.exists() else {}

@@ -1,4 +1,6 @@
-"""Where a result comes from: versions, machine, command and time, written into every manifest; nothing secret among them."""
+"""Where a result comes from: versions, machine, command and time, written into every manifest; nothing secret
+among them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _KEYS = re.compile(rf"((?:^|[?&.{{,\s])(?:{_NAMES})['\"]?\s*[=:]\s*)[^&\s,}}]+",
 
 
 def describe_run() -> dict[str, Any]:
-    """Versions, machine, command and time, ready for a manifest. The home folder of a path in the command is written `~`."""
+    """Versions, machine, command and time, ready for a manifest. The home folder of a path in the command is
+    written `~`.
+    """
     program = Path(sys.argv[0]).name
     words = ["fastdraft" if program == "__main__.py" else program, *sys.argv[1:]]
     home = os.path.expanduser("~")

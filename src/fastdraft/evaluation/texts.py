@@ -43,8 +43,8 @@ class GivenTexts:
     ) -> None:
         """Sorts in the rows that serve; all others are counted.
 
-        `trained` are hashes of prompts that the draft was trained on; `score` replaces log-probs by a model's; a
-        greedy draft needs none.
+        `trained` are hashes of prompts that the draft was trained on; `score` replaces log-probs by a
+        model's; a greedy draft needs none.
         """
         seen: set[tuple[str, float, int, float]] = set()
         fitting: list[SyntheticRow] = []

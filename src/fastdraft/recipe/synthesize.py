@@ -112,7 +112,9 @@ class TopKLogitsConfig(Config):
 
     kind: Literal["top_k"]
     k: int = Field(default=64, ge=1, le=1024)
-    """Tokens kept. For 64 of them 258 bytes a response token, 386 where the vocabulary is above 65,536 ids."""
+    """Tokens kept. For 64 of them 258 bytes a response token, 386 where the vocabulary is above 65,536
+    ids.
+    """
 
 
 class AutoEngineConfig(Config):

@@ -1,4 +1,6 @@
-"""The ten stages of a recipe. Each module has `fingerprint(config, context)` and `run(config, context)`; pipeline.py puts them in order."""
+"""The ten stages of a recipe. Each module has `fingerprint(config, context)` and `run(config, context)`;
+pipeline.py puts them in order.
+"""
 
 # Here, and not beside the modules in pipeline.py, so that `--help` shows them without loading torch.
 SUMMARIES = {

@@ -1,7 +1,7 @@
 """Evaluate: draft x target x tasks x temperature x K -> counts, rates, speed-ups in `results.json`.
 
-The target writes its texts once; every checkpoint is replayed over them; the final draft decodes some for real.
-Each step is kept (evaluation/work.py), so that a killed run goes on where it was.
+The target writes its texts once; every checkpoint is replayed over them; the final draft decodes some for
+real. Each step is kept (evaluation/work.py), so that a killed run goes on where it was.
 """
 
 from __future__ import annotations

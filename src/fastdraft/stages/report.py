@@ -1,4 +1,6 @@
-"""The report stage: `report.html` and `report.md` about a run, after a benchmark `model_card.md` too; the verdict in the terminal."""
+"""The report stage: `report.html` and `report.md` about a run, after a benchmark `model_card.md` too; the
+verdict in the terminal.
+"""
 
 from __future__ import annotations
 
