@@ -80,8 +80,7 @@ def compare(given: argparse.Namespace, path: Path, settings: dict[str, str], con
     """All losses; the file is written anew after each, so that a killed comparison shows what it has."""
     texts = read_texts(given.run / "evaluate/generations", given.prompts or None)
     training: dict[str, dict[str, Any]] = {}
-    rows: list[dict[str, Any]] = []
-    base: Tables | None = None
+    found: dict[str, Tables] = {}
     for loss in (START, BASE, *(loss for loss in given.losses if loss != BASE)):
         console.say(loss)
         context = context_of(given, loss, console)
@@ -93,9 +92,9 @@ def compare(given: argparse.Namespace, path: Path, settings: dict[str, str], con
                 align.run(config, context)
             draft = folder.path / "checkpoint"
             training[loss] = {name: folder.manifest()[name] for name in TOLD}
-        tables = replay(given, loss, draft, texts, context)
-        base = tables if loss == BASE else base
-        rows += [row_of(loss, place, tables[place], base and base[place]) for place in tables]
+        found[loss] = replay(given, loss, draft, texts, context)
+        base = found.get(BASE, {})
+        rows = [row_of(name, at, one[at], base.get(at)) for name, one in found.items() for at in one]
         write_json(path, {"schema": 1, "settings": settings, "training": training, "rows": rows})
     show(rows)
 

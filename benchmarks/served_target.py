@@ -89,12 +89,13 @@ class Check:
         synthesize = {"tokens": given.tokens, "max_new_tokens": given.max_new_tokens, "batch_rows": 16}
         synthesize |= {"temperatures": [0.0, 1.0] if given.logprobs == "raw" else [0.0, 0.6, 1.0]}
         synthesize |= {"prompts": [source], "engine": {**engine, "timeout": 120, "retries": 20}}
+        run = {"name": "whole", "folder": str(self.folder / "runs"), "device": "cpu", "threads": 1}
         return {
-            "run": {"name": "whole", "folder": str(self.folder / "runs"), "device": "cpu", "threads": 1},
+            "run": {**run, "precision": "fp32"},
             "target": {"model": str(self.bare)},
             "design": {"draft": {"kind": "shape", **sizes}},
             "synthesize": synthesize,
-            "align": {"epochs": 20, "pretraining_share": 0, "precision": "fp32"},
+            "align": {"tokens": 10 * given.tokens, "pretraining_share": 0},
             "evaluate": {"texts": {"kind": "synthesize"}, "checkpoints": ["design", "align"]},
         }
 

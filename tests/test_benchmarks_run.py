@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastdraft.recipe.recipe import load_recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
 BARE = """
@@ -95,6 +97,13 @@ def test_the_scripts_that_need_the_package_find_all_that_they_import(load: Any) 
     names = ("prepare_throughput", "loader_throughput", "generate_throughput", "openvino_agreement")
     for name in (*names, "losses_compared", "served_target"):
         assert load(name).main
+
+
+def test_the_recipe_of_a_served_target_is_valid(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    given = {"target": tmp_path / "target", "server": "http://x/v1", "logprobs": "raw"}
+    load("served_target").Check(argparse.Namespace(**given, tokens=10, max_new_tokens=8), tmp_path)
+    assert load_recipe(str(tmp_path / "recipe.yaml")).evaluate is not None
 
 
 def test_losses_are_followed_step_by_step_and_stand_as_far_as_they_came(
