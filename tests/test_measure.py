@@ -20,7 +20,7 @@ from family_fixture import family_config
 from fastdraft import cli
 from fastdraft.commands import measure
 from fastdraft.commands.measure import ByLayers, with_layers
-from fastdraft.commands.measurement import MeasuredModel, Measurement
+from fastdraft.commands.measurement import MeasuredModel, MeasuredShapes
 from fastdraft.forecast import PAPER_K, RATES, acceptance_rate, block_efficiency, conditional_acceptance_rate
 from fastdraft.modeling.architecture import Architecture, read_architecture
 from fastdraft.modeling.text_part import text_only
@@ -31,7 +31,7 @@ RUNTIME = {"name": "openvino", "version": "2026.4.1", "device": "CPU", "device_n
 SHAPE = Architecture("llama", 320, 32, 2, 4, 2, 8, 64, False, 256)
 
 
-def measurement(*draft_seconds: float) -> Measurement:
+def measurement(*draft_seconds: float) -> MeasuredShapes:
     config = LlamaConfig()
     drafts = [
         MeasuredModel(f"{64 * i}x2", replace(SHAPE, hidden_size=64 * i), "int8", config, None, seconds)
@@ -39,7 +39,7 @@ def measurement(*draft_seconds: float) -> Measurement:
     ]
     target = MeasuredModel("target", SHAPE, "int4", config)
     of_target = {1: 0.100, 2: 0.105, 3: 0.110, 4: 0.115, 5: 0.130, 6: 0.140}
-    return Measurement(RUNTIME, 128, 15, target, of_target, drafts, (1, 2, 3, 4, 5))
+    return MeasuredShapes(RUNTIME, 128, 15, target, of_target, drafts, (1, 2, 3, 4, 5))
 
 
 def check_forecast(measured: dict[str, Any]) -> None:

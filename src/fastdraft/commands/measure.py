@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from fastdraft.commands.measurement import MeasuredModel, Measurement
+from fastdraft.commands.measurement import MeasuredModel, MeasuredShapes
 from fastdraft.console import Console, format_count
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors
@@ -81,7 +81,7 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 def measure(
     target: Target, candidates: Sequence[Architecture], settings: MeasureSettings, console: Console
-) -> Measurement:
+) -> MeasuredShapes:
     """Builds what has to be built, times all passes in turn, and throws the built models away.
 
     `candidates` are measured where the settings name no draft.
@@ -153,7 +153,7 @@ def _time(
     settings: MeasureSettings,
     described: dict[str, str],
     console: Console,
-) -> Measurement:
+) -> MeasuredShapes:
     """Loads all, and times them in turn."""
     ks = sorted(set(settings.num_speculative_tokens))
     widths = sorted({1, *(k + 1 for k in ks)})
@@ -181,4 +181,4 @@ def _time(
         replace(m, weights=p.weights, seconds=s) for m, p, s in zip(models, passes, seconds, strict=True)
     ]
     runtime = {"name": "openvino", **options, **described}
-    return Measurement(runtime, prefix, REPEATS, timed[0], costs.target_seconds, timed[1:], tuple(ks))
+    return MeasuredShapes(runtime, prefix, REPEATS, timed[0], costs.target_seconds, timed[1:], tuple(ks))

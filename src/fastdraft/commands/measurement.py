@@ -44,7 +44,7 @@ class MeasuredModel:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class MeasuredShapes:
     """All that was measured, and what follows from it."""
 
     runtime: dict[str, Any]  # name, version, device, device_name, threads
