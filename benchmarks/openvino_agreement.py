@@ -76,7 +76,7 @@ class Agreement:
             for _, prompt in self.prompts:
                 asked = ([prompt], GREEDY, self.given.max_new_tokens, 0)
                 found = pair.write_with_draft(*asked, k, exact_counts=exact) if k else pair.write(*asked)
-                texts += found.texts
+                texts += found
                 progress.advance()
         return texts
 

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import pytest
 
 from fastdraft.benchmark.figures import rows_of
-from fastdraft.benchmark.memory import PeakWatch, measure_memory
+from fastdraft.benchmark.memory import measure_memory, resident
 from fastdraft.benchmark.plan import (
     BenchmarkPlan,
-    BenchmarkTask,
     Measurement,
     PromptSet,
     make_plan,
@@ -28,7 +27,7 @@ from fastdraft.decoding.speculative import Round
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Sampling
 from fastdraft.run_folder import StageFolder
-from fastdraft.runtimes.runtime import TimedBatch, TimedText
+from fastdraft.runtimes.runtime import TimedText
 
 FIRST = 0.5
 TOKENS = 9
@@ -60,7 +59,7 @@ class Scripted:
 
     def write(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> TimedBatch:
+    ) -> list[TimedText]:
         return self.write_with_draft(prompts, sampling, max_new_tokens, seed, 0)
 
     def write_with_draft(
@@ -72,7 +71,7 @@ class Scripted:
         k: int,
         *,
         exact_counts: bool = False,
-    ) -> TimedBatch:
+    ) -> list[TimedText]:
         text = self.texts.get(k, TEXT)[:max_new_tokens]
         asked = ",".join(str(prompt[0]) for prompt in prompts)
         self.log.append(f"{k}{'*' if exact_counts else ''}:{asked}:{len(text)}")
@@ -82,7 +81,7 @@ class Scripted:
             self.timed[k] = done + (not exact_counts and len(text) == len(self.texts.get(k, TEXT)))
         seconds = FIRST + pace * (len(text) - 1)
         rounds = [Round(text[i : i + 4], [], k, k, 0.0, k) for i in (1, 5)] if k else []
-        return TimedBatch([TimedText(text, seconds, FIRST, rounds) for _ in prompts])
+        return [TimedText(text, seconds, FIRST, rounds) for _ in prompts]
 
     def gap(self, prefix_ids: list[int], first: int, second: int) -> float:
         self.gaps.append((prefix_ids, first, second))
@@ -102,7 +101,7 @@ def rows(
 
 
 def runs(path: Path, pair: Scripted) -> PairRuns:
-    plan = BenchmarkPlan([], [], [("int4", "int8")], [0.0], [1, 3], 3, 0, [])
+    plan = BenchmarkPlan([], [], [], [("int4", "int8")], [0.0], [1, 3], 3, 0)
     return PairRuns(plan, ("int4", "int8"), path, path, pair, StageFolder(path))  # type: ignore[arg-type]
 
 
@@ -173,7 +172,7 @@ def test_the_prediction_takes_the_passes_measured_nearest_to_the_text(tmp_path: 
 
 def test_several_texts_at_a_time_have_no_prediction_and_take_the_time_of_one(tmp_path: Path) -> None:
     pair = Scripted()
-    [row] = rows(tmp_path, pair, work([3], part="concurrency", concurrency=2, value=2))
+    [row] = rows(tmp_path, pair, work([3], part="concurrency", value=2))
     assert row.predicted_speedup is None
     assert row.mbsu_bytes is not None
     assert pair.log[:2] == ["0:10,20:9", "3*:10,20:9"]
@@ -194,12 +193,12 @@ def test_texts_that_loop_are_left_out_of_a_speedup_beside_the_whole(tmp_path: Pa
 
         def write_with_draft(
             self, prompts: Any, sampling: Any, tokens: int, seed: int, k: int, **_: Any
-        ) -> TimedBatch:
+        ) -> list[TimedText]:
             looping = prompts[0][0] == 10
             pace = 1.0 if not k else 0.1 if looping else 0.5
             text = [7] * 48 if looping else list(range(48))
             rounds = [Round(text[:2], [], 1, 1, 0.0, 1)] if k else []
-            return TimedBatch([TimedText(text, 48 * pace, pace, rounds)])
+            return [TimedText(text, 48 * pace, pace, rounds)]
 
     [row] = rows(tmp_path, Second(), work([1], max_new_tokens=48))
     assert (row.looping_share, row.speedup_without_looping) == (0.5, 2.0)
@@ -253,41 +252,40 @@ def test_a_process_that_goes_on_warms_up_before_it_times_and_one_with_nothing_to
     assert idle.log == []
 
 
-def task(name: str, lengths: Sequence[int], max_new_tokens: int = 8) -> BenchmarkTask:
-    prompts = [[1, 2, *range(100 + 10 * i, 100 + 10 * i + n - 2)] for i, n in enumerate(lengths)]
-    named = [(f"p{i}", ids) for i, ids in enumerate(prompts)]
-    return BenchmarkTask(name, named, [[900 + i] * 5 for i in range(len(lengths))], max_new_tokens)
+def task(name: str, lengths: Sequence[int], max_new_tokens: int = 8) -> PromptSet:
+    prompts = [[1, 2, *range(100 + 100 * i, 98 + 100 * i + n)] for i, n in enumerate(lengths)]
+    return PromptSet(name, [(f"p{i}", ids) for i, ids in enumerate(prompts)], max_new_tokens)
 
 
 def test_prompts_that_do_not_fit_are_left_out_with_a_word() -> None:
-    found = task_prompts(task("code", [5, 40, 6]), 3, room=30)
-    assert ([name for name, _ in found.prompts], len(found.left_out)) == (["p0", "p2"], 1)
-    assert task_prompts(task("code", [5, 40, 6]), 1, room=30).left_out == [], "enough fit: nothing is missing"
-    talks = replace(task("talks", [5, 6]), later_turns=3)
-    [words] = task_prompts(talks, 2, room=30).left_out
-    assert words == "talks: 3 later turns of conversations; first turns are measured"
+    left_out: list[str] = []
+    found = task_prompts(task("code", [5, 40, 6]), 3, 30, left_out)
+    assert [name for name, _ in found.prompts] == ["p0", "p2"]
+    assert left_out == ["code: 1 of 3 prompts are too long for the context"]
+    task_prompts(task("code", [5, 40, 6]), 1, 30, left_out)
+    assert len(left_out) == 1, "enough fit: nothing is missing"
     with pytest.raises(DataError, match="none of 1 prompts fits"):
-        task_prompts(task("code", [40]), 3, room=30)
+        task_prompts(task("code", [40]), 3, 30, left_out)
 
 
-def test_a_prompt_is_lengthened_behind_its_beginning_and_keeps_its_end() -> None:
-    found = prompts_of_length([task("code", [5, 4, 30])], 3, tokens=12, max_new_tokens=8, room=100)
+def test_a_prompt_is_lengthened_by_others_in_front_and_keeps_its_words() -> None:
+    left_out: list[str] = []
+    found = prompts_of_length([task("code", [5, 4, 30])], 3, 12, 8, 100, left_out)
     assert [len(ids) for _, ids in found.prompts] == [12, 12], "the third is longer by itself"
-    assert found.prompts[0][1][:2] == [1, 2]
-    assert found.prompts[0][1][-3:] == [100, 101, 102]
-    assert set(found.prompts[0][1][2:-3]) == {901, 902}, "filled with texts of the others"
-    left_out = prompts_of_length([task("code", [50])], 3, 12, 8, room=100).left_out
+    assert (found.prompts[0][1][0], found.prompts[0][1][-4:]) == (1, [2, 100, 101, 102])
+    assert found.prompts[0][1][1:-4] == list(range(321, 328)), "the end of what the others hold"
+    assert len(prompts_of_length([task("code", [5])], 1, 12, 8, 100, left_out).prompts[0][1]) == 12
+    assert not prompts_of_length([task("code", [5])], 3, 95, 8, 100, left_out).prompts
+    assert not left_out
+    prompts_of_length([task("code", [50]), task("text", [5])], 3, 12, 8, 100, left_out)
     assert left_out == ["prompts of 12 tokens: all 1 of code are longer"]
-    assert prompts_of_length([task("code", [5])], 3, 95, 8, room=100).prompts == []
-    alone = prompts_of_length([task("code", [5])], 1, 12, 8, room=100)
-    assert len(alone.prompts[0][1]) == 12, "a task of one prompt is filled with its own text"
 
 
 def test_a_mixture_takes_the_tasks_in_turn_and_fills_up_again() -> None:
-    found = mixed_prompts([task("code", [5, 6]), task("text", [7])], 5, max_new_tokens=8, room=100)
+    found = mixed_prompts([task("code", [5, 6]), task("text", [7])], 5, 8, 100, "concurrency", 2)
     names = ["code/p0", "text/p0", "code/p1", "code/p0", "text/p0"]
     assert (found.task, [name for name, _ in found.prompts]) == ("mixed", names)
-    assert mixed_prompts([task("code", [5])], 1, 200, room=100).left_out
+    assert mixed_prompts([task("code", [5])], 1, 200, 100, "max_new_tokens", 200).prompts == []
 
 
 def test_a_plan_names_every_measurement_once_and_leaves_out_what_does_not_fit() -> None:
@@ -314,13 +312,14 @@ def test_a_plan_names_every_measurement_once_and_leaves_out_what_does_not_fit() 
     assert [list(map(len, each.batches)) for each in plan.of_sweeps(2)[2:]] == [[1, 1, 1, 1], [4]]
 
 
-def test_the_peak_of_memory_is_above_what_was_held_before() -> None:
+def test_what_a_process_holds_and_held_at_most_counts_what_it_took() -> None:
     pytest.importorskip("psutil")
-    watch = PeakWatch()
+    before, _ = resident()
     # Pages of its own: the heap may have some left from earlier tests.
-    with watch.looking(), mmap.mmap(-1, 40_000_000) as held:
+    with mmap.mmap(-1, 40_000_000) as held:
         held.write(bytes(1) * 40_000_000)
-    assert watch.grown > 20_000_000
+        now, highest = resident()
+    assert highest >= now > before + 20_000_000
 
 
 @dataclass(frozen=True)

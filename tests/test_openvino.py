@@ -40,7 +40,7 @@ from fastdraft.runtimes.openvino import (
 )
 from fastdraft.runtimes.openvino_export import check_pair, export_openvino
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
-from fastdraft.runtimes.runtime import TimedBatch, TimedText
+from fastdraft.runtimes.runtime import TimedText
 from fastdraft.target import Target
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30)]
@@ -147,7 +147,7 @@ def test_an_export_that_fails_its_check_leaves_no_folder(
         shutil.copytree(exported_target, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(openvino_export, "convert", copy)
-    alone = TimedBatch([TimedText([7] * 32, 1.0, 1.0)])
+    alone = [TimedText([7] * 32, 1.0, 1.0)]
     monkeypatch.setattr(openvino_export.OpenVINOPair, "write", lambda *_: alone)
     with pytest.raises(FastDraftError, match="differs with the draft, by a log-prob of"):
         export_openvino(Target.at(tiny_target), tmp_path / "out", "fp32")
@@ -198,11 +198,8 @@ def test_the_text_part_of_a_multimodal_target_is_converted_and_writes_the_target
     own = Target.at(source)
     endless = replace(own.vocabulary, eos_token_ids=())
     [expected] = greedy(own.model("cpu"), [PROMPTS[3]], 32, endless)
-    [text] = (
-        OpenVINOPair(tmp_path / "out", tmp_path / "out", OpenVINOSettings(precision="exact"))
-        .write([PROMPTS[3]], Sampling(0.0), 32, 0)
-        .texts
-    )
+    pair = OpenVINOPair(tmp_path / "out", tmp_path / "out", OpenVINOSettings(precision="exact"))
+    [text] = pair.write([PROMPTS[3]], Sampling(0.0), 32, 0)
     assert text.response_ids == expected.response_ids
     assert len(set(expected.response_ids)) > 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]
@@ -257,7 +254,7 @@ def test_what_does_not_fit_is_refused(engine: OpenVINOEngine, tiny_target: Path)
     with pytest.raises(RecipeError, match="OpenVINO sees"):
         device_properties("TPU", "fast")
     with pytest.raises(FastDraftError, match=r"no openvino_model\.xml"):
-        load_pipeline(tiny_target, "CPU", {})
+        load_pipeline(tiny_target, "CPU", {}, 1)
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +345,7 @@ def test_a_tokenizer_that_splits_otherwise_is_refused_and_a_longer_context_taken
     state = json.loads((draft / "tokenizer.json").read_text(encoding="utf-8"))
     state["model"]["merges"] = []
     (draft / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    with pytest.raises(TargetError, match="must encode 'Could you"):
+    with pytest.raises(TargetError, match="'Could you.*must be equal"):
         check_pair(Target.at(tiny_target), Target.at(draft))
 
 

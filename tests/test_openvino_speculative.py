@@ -23,9 +23,8 @@ from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings, cut_rounds
-from fastdraft.runtimes.openvino_ties import TieJudge
-from fastdraft.runtimes.runtime import TimedBatch
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings, TieJudge, cut_rounds
+from fastdraft.runtimes.runtime import TimedText
 from fastdraft.target import Target
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30, 120, 90, 100)]
@@ -57,8 +56,8 @@ def pair(exported_target: Path, exported_draft: Path, vocabulary: Vocabulary) ->
     return OpenVINOPair(exported_target, exported_draft, settings)
 
 
-def texts(batch: TimedBatch) -> list[list[int]]:
-    return [text.response_ids for text in batch.texts]
+def texts(batch: list[TimedText]) -> list[list[int]]:
+    return [text.response_ids for text in batch]
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -73,7 +72,7 @@ def test_greedy_counts_agree_with_our_decoder_and_with_replay(
     draft = load_draft(near_draft)
     decoder, total = SpeculativeDecoder(target, draft, vocabulary, k), []
     written = pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, k, exact_counts=True)
-    for prompt, own, text in zip(PROMPTS, expected, written.texts, strict=True):
+    for prompt, own, text in zip(PROMPTS, expected, written, strict=True):
         assert text.response_ids == own.response_ids
         # OpenVINO's first pass proposes nothing: its token belongs to the prompt.
         behind = decoder.generate([*prompt, own.response_ids[0]], GREEDY, len(own.response_ids) - 1, seed=0)
@@ -101,14 +100,14 @@ def test_prompts_that_are_answered_together_get_the_texts_and_rounds_that_they_g
     for exact in (False, True):
         together = pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 3, exact_counts=exact)
         assert texts(together) == own
-        for prompt, text in zip(PROMPTS, together.texts, strict=True):
-            [one] = pair.write_with_draft([prompt], GREEDY, TOKENS, 0, 3, exact_counts=exact).texts
+        for prompt, text in zip(PROMPTS, together, strict=True):
+            [one] = pair.write_with_draft([prompt], GREEDY, TOKENS, 0, 3, exact_counts=exact)
             assert (text.response_ids, text.rounds) == (one.response_ids, one.rounds)
 
 
 def test_a_timed_run_counts_as_an_exact_one_but_for_the_last_proposal_of_a_text(pair: OpenVINOPair) -> None:
     timed, exact = (
-        [t.counts for t in pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 3, exact_counts=value).texts]
+        [t.counts for t in pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 3, exact_counts=value)]
         for value in (False, True)
     )
     for quick, whole in zip(timed, exact, strict=True):
@@ -123,11 +122,10 @@ def test_moments_are_in_the_order_in_which_tokens_come(pair: OpenVINOPair) -> No
         pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 2),
         pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 2, exact_counts=True),
     ):
-        assert batch.seconds == max(text.seconds for text in batch.texts)
-        for text in batch.texts:
+        for text in batch:
             assert 0 < text.first_token_seconds <= text.seconds
             assert text.first_token_seconds < text.seconds or len(text.response_ids) <= 3
-    [single] = pair.write(PROMPTS[:1], GREEDY, 1, 0).texts
+    [single] = pair.write(PROMPTS[:1], GREEDY, 1, 0)
     assert single.first_token_seconds == single.seconds
     assert not single.rounds
 
@@ -137,7 +135,7 @@ def test_sampled_texts_differ_and_alone_follow_the_seed(pair: OpenVINOPair) -> N
     first = pair.write(same, Sampling(0.8), TOKENS, 1)
     assert len(set(map(tuple, texts(first)))) > 1
     assert texts(first) == texts(pair.write(same, Sampling(0.8), TOKENS, 1))
-    for text in pair.write_with_draft(same, Sampling(0.8), TOKENS, 1, 3).texts:
+    for text in pair.write_with_draft(same, Sampling(0.8), TOKENS, 1, 3):
         assert text.counts.num_generated_tokens == len(text.response_ids) - 1
 
 
@@ -165,7 +163,7 @@ def test_what_does_not_fit_is_refused(pair: OpenVINOPair, exported_target: Path,
         pair.write_with_draft([[5], []], GREEDY, TOKENS, 0, 3)
     with pytest.raises(DataError, match="prompt 0: 230 tokens"):
         pair.write_with_draft([[5] * 230], GREEDY, TOKENS, 0, 3, exact_counts=True)
-    assert pair.write_with_draft([[5] * 230], GREEDY, TOKENS, 0, 3).texts[0].response_ids
+    assert pair.write_with_draft([[5] * 230], GREEDY, TOKENS, 0, 3)[0].response_ids
     with pytest.raises(TargetError, match=r"no openvino_model\.xml"):
         OpenVINOPair(exported_target, tiny_draft).write_with_draft([[5]], GREEDY, 2, 0, 1)
     for devices in ({"device": "GPU.7"}, {"draft_device": "NPU"}):

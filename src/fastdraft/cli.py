@@ -150,7 +150,6 @@ def _inspect(
     draft: list[str] = Option(
         [], help="With --measure: a shape such as 512x6, or an exported draft; repeat."
     ),
-    device: str = Option("CPU", help="With --measure: OpenVINO's name."),
     threads: int = Option(0, min=0, help="With --measure: CPU threads; 0 is OpenVINO's choice."),
     k: list[int] = Option([], "--num-speculative-tokens", "-k", min=1, help="With --measure: K; repeat."),
     prefix: int = Option(128, min=1, help="With --measure: tokens in the cache before each pass."),
@@ -159,8 +158,14 @@ def _inspect(
     from fastdraft.commands.measure import MeasureSettings
     from fastdraft.console import Console
 
-    ks = tuple(k) or (1, 2, 3, 4, 5)
-    settings = MeasureSettings(weights, draft_weights, tuple(draft), device, threads, ks, prefix)
+    settings = MeasureSettings(
+        weights=weights,
+        draft_weights=draft_weights,
+        draft=tuple(draft),
+        threads=threads,
+        num_speculative_tokens=tuple(k) or (1, 2, 3, 4, 5),
+        prefix=prefix,
+    )
     measuring = settings if measure else None
     inspect.run(target, revision=revision, console=Console(), as_json=json, measuring=measuring)
 

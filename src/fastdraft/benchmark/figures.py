@@ -1,13 +1,13 @@
 """From the measured texts and times to the rows of `benchmark.json`: `rows_of(measured, passes, cost_ratio_bytes)`.
 
-A speed-up is seconds per token alone over seconds per token with the draft, of the two runs of one repeat; the row says the median over the
-repeats and the smallest and largest. Rates follow from added counts. What cannot be computed is null.
+A speed-up is seconds per token alone over seconds per token with the draft, of the two runs of one repeat; the row
+says the median over the repeats and the range. Rates follow from added counts. What cannot be computed is null.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,23 +16,22 @@ from fastdraft.benchmark.plan import ALONE
 from fastdraft.benchmark.rows import BenchmarkRow, PassesRow, TextDifference
 from fastdraft.benchmark.runs import Measured
 from fastdraft.data.filters import is_looping
+from fastdraft.evaluation.rows import count_fields
 from fastdraft.forecast import mbsu, predicted_speedup
 from fastdraft.functional.acceptance import Counts, counts_from_array, tidy, tidy_count
 
 NAN = float("nan")
-Text = tuple[int, float, float]
-"""Tokens, seconds and seconds to the first token of one answer."""
+Text = tuple[int, float, float]  # tokens, seconds and seconds to the first token of one answer
 
 
 def rows_of(measured: Measured, passes: Sequence[PassesRow], cost_ratio_bytes: float) -> list[BenchmarkRow]:
     """One row for each K of a finished measurement.
 
-    `passes` are the pair's single passes by prefix; `cost_ratio_bytes` the bytes of weights that the draft reads for one token over the
-    target's, each at its own weights.
+    `passes` are the pair's single passes by prefix; `cost_ratio_bytes` the bytes of weights that the draft reads
+    for one token over the target's, each at its own weights.
     """
-    return [
-        _row(measured, label, k, passes, cost_ratio_bytes) for label, k in measured.work.labels.items() if k
-    ]
+    labels = measured.work.labels.items()
+    return [_row(measured, label, k, passes, cost_ratio_bytes) for label, k in labels if k]
 
 
 def _row(
@@ -42,18 +41,27 @@ def _row(
     texts = measured.counts["texts"][label]
     numbers = [row for row in texts["counts"] if row is not None]
     counts = counts_from_array(np.sum(np.array(numbers, dtype=np.float64), axis=0)) if numbers else Counts()
+    tau = counts.block_efficiency
     prompt_tokens = statistics.fmean(measured.counts["prompt_tokens"])
     differences = measured.counts["differences"][label]
     times = _times(measured, label)
     # Single passes predict one text at a time; those are taken that were measured nearest to the middle of the texts.
     middle = prompt_tokens + statistics.fmean(map(len, texts["response_ids"])) / 2
     near = min(passes, key=lambda each: abs(each.prefix_tokens - middle), default=None)
-    predicted, bound = NAN, mbsu(counts.block_efficiency, k, cost_ratio_bytes)
+    predicted, bound = NAN, mbsu(tau, k, cost_ratio_bytes)
     if near is not None and prompts.concurrency == 1 and k + 1 in near.target_seconds:
         seconds = near.target_seconds
-        predicted = predicted_speedup(
-            counts.block_efficiency, k, near.draft_seconds, seconds[1], seconds[k + 1]
-        )
+        predicted = predicted_speedup(tau, k, near.draft_seconds, seconds[1], seconds[k + 1])
+    figures = times | {
+        "prompt_tokens": prompt_tokens,
+        "predicted_speedup": predicted,
+        "predicted_quotient": _ratio(times["speedup"], predicted),
+        "decode_quotient": _ratio(times["decode_speedup"], predicted),
+        "mbsu_bytes": bound,
+        "mbsu_quotient": _ratio(times["speedup"], bound),
+        "looping_share": statistics.fmean(is_looping(ids) for ids in texts["response_ids"]),
+        "speedup_without_looping": _without_looping(measured, label) if prompts.concurrency == 1 else NAN,
+    }
     return BenchmarkRow(
         part=prompts.part,
         task=prompts.task,
@@ -62,33 +70,18 @@ def _row(
         temperature=work.temperature,
         num_speculative_tokens=k,
         concurrency=prompts.concurrency,
-        prompt_tokens=tidy(prompt_tokens),
         max_new_tokens=prompts.max_new_tokens,
         num_prompts=len(prompts.prompts),
         repeats=len(measured.repeats),
-        num_drafts=tidy_count(counts.num_drafts),
-        num_draft_tokens=tidy_count(counts.num_draft_tokens),
-        num_accepted_tokens=tidy_count(counts.num_accepted_tokens),
+        **count_fields(counts),
         num_accepted_tokens_per_pos=[tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
-        num_generated_tokens=tidy_count(counts.num_generated_tokens),
-        num_examined_tokens=tidy_count(counts.num_examined_tokens),
-        acceptance_rate=tidy(counts.acceptance_rate),
-        conditional_acceptance_rate=tidy(counts.conditional_acceptance_rate),
-        block_efficiency=tidy(counts.block_efficiency),
-        **{name: tidy(value) for name, value in times.items()},
+        **{name: tidy(value) for name, value in figures.items()},
         num_tokens_alone=sum(tokens for tokens, _, _ in _texts(measured.repeats[0], ALONE)),
         num_tokens_with_draft=sum(tokens for tokens, _, _ in _texts(measured.repeats[0], label)),
-        predicted_speedup=tidy(predicted),
-        predicted_quotient=tidy(_ratio(times["speedup"], predicted)),
-        decode_quotient=tidy(_ratio(times["decode_speedup"], predicted)),
-        mbsu_bytes=tidy(bound),
-        mbsu_quotient=tidy(_ratio(times["speedup"], bound)),
         texts=len(texts["response_ids"]),
         same_text=None if differences is None else len(texts["response_ids"]) - len(differences),
         differences=[TextDifference.from_json(found) for found in differences or []],
-        looping_share=tidy(statistics.fmean(is_looping(ids) for ids in texts["response_ids"])),
         lossless=bool(measured.counts["lossless"][label]),
-        speedup_without_looping=tidy(_without_looping(measured, label)) if prompts.concurrency == 1 else None,
     )
 
 
@@ -127,7 +120,7 @@ def _times(measured: Measured, label: str) -> dict[str, float]:
 
 
 def _without_looping(measured: Measured, label: str) -> float:
-    """The median speed-up of those texts that do not loop in the target's own words, which a draft predicts easily; NaN if none."""
+    """The median speed-up of the texts whose target does not loop, which a draft predicts easily; NaN if none."""
     own = measured.counts["texts"][ALONE]["response_ids"]
     places = [place for place, ids in enumerate(own) if not is_looping(ids)]
 
@@ -135,16 +128,13 @@ def _without_looping(measured: Measured, label: str) -> float:
         texts = _texts(unit, name)
         return _ratio(sum(texts[place][1] for place in places), sum(texts[place][0] for place in places))
 
-    found = [
-        _ratio(seconds_per_token(unit, ALONE), seconds_per_token(unit, label)) for unit in measured.repeats
-    ]
-    return statistics.median(found)
+    pairs = [(seconds_per_token(unit, ALONE), seconds_per_token(unit, label)) for unit in measured.repeats]
+    return statistics.median(_ratio(*pair) for pair in pairs)
 
 
 def _texts(unit: dict[str, Any], label: str) -> list[Text]:
     names = ("num_tokens", "text_seconds", "first_token_seconds")
-    batches: Iterable[Any] = unit["runs"][label]
-    return [text for batch in batches for text in zip(*(batch[name] for name in names), strict=True)]
+    return [text for batch in unit["runs"][label] for text in zip(*(batch[n] for n in names), strict=True)]
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -1,28 +1,22 @@
 """How much memory a target takes, alone and with a draft: each in a process of its own, so that nothing else counts.
 
-Memory is the peak of what is resident while one real prompt is answered, above what the process held before anything was loaded. Weights
-that are mapped from their file count where they were touched.
-
-    python -m fastdraft.benchmark.memory < JSON    one line of JSON; what `measure_memory` starts
+Memory is the peak of what is resident while one real prompt is answered, above what the process held before
+anything was loaded. Weights that are mapped from their file count where they were touched.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from fastdraft.functional.generation import Sampling
 from fastdraft.runtimes.runtime import Runtime
 
-_LOOK_SECONDS = 0.003
 _TIMEOUT_SECONDS = 1800
 
 
@@ -34,10 +28,7 @@ def measure_memory(
     max_new_tokens: int,
     num_speculative_tokens: int,
 ) -> int | None:
-    """Peak bytes of a fresh process, which makes the same runtime, above what it held before loading; K 0 is the target alone.
-
-    None when the process fails.
-    """
+    """Peak bytes of a fresh process, which makes the same runtime; K 0 is the target alone. None when it fails."""
     kind = type(runtime)
     asked = {
         "runtime": [kind.__module__, kind.__name__, asdict(runtime)],  # type: ignore[call-overload]
@@ -45,68 +36,30 @@ def measure_memory(
         "answer": [list(prompt_ids), max_new_tokens, num_speculative_tokens],
     }
     command = [sys.executable, "-m", "fastdraft.benchmark.memory"]
-    options: dict[str, Any] = {
-        "capture_output": True,
-        "text": True,
-        "encoding": "utf-8",
-        "timeout": _TIMEOUT_SECONDS,
-    }
     try:
-        ended = subprocess.run(command, input=json.dumps(asked), check=True, **options)
-        return int(json.loads(ended.stdout.strip().splitlines()[-1])["bytes"])
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError, IndexError):
+        ended = subprocess.run(
+            command,
+            input=json.dumps(asked).encode(),
+            check=True,
+            capture_output=True,
+            timeout=_TIMEOUT_SECONDS,
+        )
+        return int(ended.stdout.split()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 
 
-class PeakWatch:
-    """The most memory that this process held since it was made."""
-
-    def __init__(self) -> None:
-        import psutil
-
-        self._process = psutil.Process()
-        self._counter = _peak_counter()
-        self.begin = self.seen = int(self._process.memory_info().rss)
-
-    @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        """Looks every few milliseconds inside the block: beside the system's own peak counter, which misses nothing where there is one."""
-        ended = threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(_LOOK_SECONDS):
-                self._look()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self._look()
-
-    def _look(self) -> None:
-        self.seen = max(self.seen, int(self._process.memory_info().rss))
-
-    @property
-    def grown(self) -> int:
-        """Bytes of the peak above the beginning."""
-        counter = _peak_counter()
-        # The counter covers the process's whole life: it tells only if it has risen since.
-        risen = counter is not None and counter > (self._counter or 0)
-        return max(self.seen, counter if risen else 0) - self.begin
-
-
-def _peak_counter() -> int | None:
-    """The operating system's own peak of resident memory in bytes, where it can be asked for."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+def resident() -> tuple[int, int]:
+    """Bytes that this process holds now, and the most that it ever held, where the system tells that."""
     import psutil
 
-    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
-    return None if peak is None else int(peak)
+    memory = psutil.Process().memory_info()
+    peak = getattr(memory, "peak_wset", memory.rss)  # Windows
+    status = Path("/proc/self/status")  # Linux
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
+        if line.startswith("VmHWM"):
+            peak = int(line.split()[1]) * 1024
+    return memory.rss, peak
 
 
 def main() -> None:
@@ -116,13 +69,12 @@ def main() -> None:
     runtime: Runtime = getattr(importlib.import_module(module), name)(**settings)
     pair = runtime.open(*map(Path, asked["pair"]))
     prompt_ids, max_new_tokens, k = asked["answer"]
-    watch = PeakWatch()
-    with watch.looking():  # models are loaded with the first answer
-        if k:
-            pair.write_with_draft([prompt_ids], Sampling(0.0), max_new_tokens, 0, k)
-        else:
-            pair.write([prompt_ids], Sampling(0.0), max_new_tokens, 0)
-    print(json.dumps({"bytes": watch.grown}))
+    answer = [prompt_ids], Sampling(0.0), max_new_tokens, 0
+    before, highest_before = resident()
+    pair.write_with_draft(*answer, k) if k else pair.write(*answer)  # models are loaded with the first answer
+    now, highest = resident()
+    # The highest is of the whole life: where loading did not raise it, importing did.
+    print((highest if highest > highest_before else now) - before)
 
 
 if __name__ == "__main__":

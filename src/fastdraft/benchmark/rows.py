@@ -9,15 +9,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from fastdraft.evaluation.results import TASK_ORDER, ordered
 from fastdraft.json_rows import JsonRow, Number
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairRow(JsonRow):
-    """Something about a pair of weights."""
+class OfPair:
+    """What is about a pair of weights."""
 
     target_weights: str
     draft_weights: str
@@ -37,25 +37,21 @@ class TextDifference(JsonRow):
     """A greedy text that is not the same with the draft."""
 
     prompt: str
-    token: int
-    """Index of the first token that differs."""
-    logprob_gap: float | None
-    """Between the target's log-probs of the two tokens there; None where one text ends."""
+    token: int  # index of the first token that differs
+    logprob_gap: float | None  # between the two tokens there under the target; None where one text ends
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkRow(JsonRow):
+class BenchmarkRow(OfPair, JsonRow):
     """One task under the clock, without and with the draft; null what cannot be computed."""
 
-    part: str
-    """`tasks`, or what alone is varied at the best K: `prompt_tokens`, `max_new_tokens`, `concurrency`."""
+    part: str  # `tasks`, or what alone is varied: `prompt_tokens`, `max_new_tokens`, `concurrency`
     task: str
     target_weights: str
     draft_weights: str
     temperature: float
     num_speculative_tokens: int | None
-    confidence_threshold: float = 0.0
-    """0: every round proposes K tokens. Others stand in files of earlier releases alone."""
+    confidence_threshold: float = 0.0  # every round proposes K tokens
     concurrency: int = 1
     prompt_tokens: float | None = None
     max_new_tokens: int
@@ -80,12 +76,10 @@ class BenchmarkRow(JsonRow):
     seconds_with_draft_high: float | None = None
     tokens_per_second_alone: float | None = None
     tokens_per_second_with_draft: float | None = None
-    speedup: float | None = None
-    """Median over the repeats of seconds per token alone / with the draft; low and high are its range."""
+    speedup: float | None = None  # median over the repeats of seconds per token alone / with the draft
     speedup_low: float | None = None
     speedup_high: float | None = None
-    decode_speedup: float | None = None
-    """The same behind each text's first token."""
+    decode_speedup: float | None = None  # behind each text's first token
     first_token_seconds_alone: float | None = None
     first_token_seconds_with_draft: float | None = None
     seconds_per_output_token_alone: float | None = None
@@ -102,14 +96,6 @@ class BenchmarkRow(JsonRow):
     lossless: bool
     speedup_without_looping: float | None = None
 
-    @property
-    def weights(self) -> tuple[str, str]:
-        return self.target_weights, self.draft_weights
-
-    @property
-    def pair(self) -> str:
-        return "\u00a0+\u00a0".join(self.weights)
-
     def interval(self, key: str) -> tuple[float, float] | None:
         """The range of a figure over the repeats."""
         low, high = getattr(self, f"{key}_low", None), getattr(self, f"{key}_high", None)
@@ -117,21 +103,24 @@ class BenchmarkRow(JsonRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassesRow(PairRow):
+class PassesRow(OfPair, JsonRow):
     """What one pass of each model takes alone, behind a prefix."""
 
+    target_weights: str
+    draft_weights: str
     prefix_tokens: int
     draft_seconds: float
-    target_seconds: dict[int, float]
-    """By the tokens read at once."""
+    target_seconds: dict[int, float]  # by the tokens read at once
     device: str
     draft_device: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class BreakdownRow(PairRow):
+class BreakdownRow(OfPair, JsonRow):
     """Where the time of a speculative run goes, by the runtime's own clock."""
 
+    target_weights: str
+    draft_weights: str
     num_speculative_tokens: int
     target_seconds: float
     draft_seconds: float
@@ -146,9 +135,11 @@ class BreakdownRow(PairRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryRow(PairRow):
+class MemoryRow(OfPair, JsonRow):
     """Peak memory of a fresh process; None where that process failed."""
 
+    target_weights: str
+    draft_weights: str
     alone_bytes: int | None
     with_draft_bytes: int | None
 
@@ -205,18 +196,15 @@ class BenchmarkResults(JsonRow):
     runtime: RuntimeUsed
     target: str
     draft: str
-    block: dict[str, Any]
-    """`settings` of the recipe, and what was `left_out`."""
+    block: dict[str, Any]  # `settings` of the recipe, and what was `left_out`
     models: list[ModelSize]
     latencies: list[PassesRow]
     breakdown: list[BreakdownRow]
     memory: list[MemoryRow]
     rows: list[BenchmarkRow]
     best: BestK
-    verdict: dict[str, str] = field(default_factory=dict)
-    """`sentence` and `tone`: good, mixed or bad."""
-    launch: str = ""
-    """What a user types to run the deployed pair at its best K."""
+    verdict: dict[str, str] = field(default_factory=dict)  # `sentence` and `tone`: good, mixed or bad
+    launch: str = ""  # what a user types to run the deployed pair at its best K
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:
@@ -229,11 +217,7 @@ class BenchmarkResults(JsonRow):
 
     def fastest_of_each(self, pair: tuple[str, str] | None = None) -> list[BenchmarkRow]:
         """Of every task the judged row of its best K."""
-        best: dict[str, BenchmarkRow] = {}
-        for row in self.judged(pair):
-            if row.task not in best or (row.speedup or 0.0) > (best[row.task].speedup or 0.0):
-                best[row.task] = row
-        return list(best.values())
+        return fastest(self.judged(pair))
 
 
 def judged_rows(rows: Iterable[BenchmarkRow], weights: tuple[str, str]) -> list[BenchmarkRow]:
@@ -241,12 +225,7 @@ def judged_rows(rows: Iterable[BenchmarkRow], weights: tuple[str, str]) -> list[
     found = [
         row
         for row in rows
-        if row.part == "tasks"
-        and row.weights == weights
-        and row.lossless
-        and row.speedup is not None
-        and row.num_speculative_tokens is not None
-        and not row.confidence_threshold
+        if row.part == "tasks" and row.weights == weights and row.lossless and row.speedup is not None
     ]
     lowest = min((row.temperature for row in found), default=0.0)
     at_lowest = [row for row in found if row.temperature == lowest]
@@ -254,15 +233,20 @@ def judged_rows(rows: Iterable[BenchmarkRow], weights: tuple[str, str]) -> list[
     return sorted(at_lowest, key=lambda row: (tasks.index(row.task), row.num_speculative_tokens))
 
 
+def fastest(judged: Iterable[BenchmarkRow]) -> list[BenchmarkRow]:
+    """Of every task the first of its fastest rows."""
+    return [max(rows, key=lambda row: row.speedup) for _, rows in groupby(judged, lambda row: row.task)]
+
+
 def best_k(judged: Sequence[BenchmarkRow]) -> BestK:
     """The best K of `judged_rows`."""
-    by_task: dict[str, TaskBest] = {}
+    by_task = {
+        row.task: TaskBest(num_speculative_tokens=row.num_speculative_tokens, speedup=row.speedup)
+        for row in fastest(judged)
+    }
     speedups: dict[int, list[float]] = {}
     for row in judged:
-        k, speedup = row.num_speculative_tokens or 0, row.speedup or 0.0
-        speedups.setdefault(k, []).append(speedup)
-        if row.task not in by_task or speedup > by_task[row.task].speedup:
-            by_task[row.task] = TaskBest(num_speculative_tokens=k, speedup=speedup)
+        speedups.setdefault(row.num_speculative_tokens, []).append(row.speedup)
     means = {k: math.prod(values) ** (1 / len(values)) for k, values in speedups.items()}
     found = max(means, key=lambda k: (means[k], -k)) if means else None
     return BestK(num_speculative_tokens=found, by_task=by_task)

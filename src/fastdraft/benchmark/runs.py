@@ -1,7 +1,7 @@
-"""The runs of one pair of exports: single passes, tasks with and without the draft in turn, where the time goes, and memory.
+"""The runs of one pair of exports: single passes, tasks with and without the draft in turn, time spent, and memory.
 
-Every result is a file in the stage's `units/`, kept when it ends: a killed benchmark repeats at most one of them, no repeat is ever made of
-runs from two processes, and models are loaded only where something is missing.
+Every result is a file in the stage's `units/`: a killed benchmark repeats at most one of them, no repeat is ever made
+of runs from two processes, and models are loaded only where something is missing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from fastdraft.evaluation.tasks import derive_seed
 from fastdraft.functional.acceptance import counts_to_array
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.same_text import compare_texts
-from fastdraft.json_rows import JsonRow
 from fastdraft.run_folder import StageFolder
-from fastdraft.runtimes.runtime import LoadedPair, Runtime, TimedBatch
+from fastdraft.runtimes.runtime import LoadedPair, Runtime, TimedText
 
 _PREFIX_TOKENS = 128
 _WARM_UP_TOKENS = 8
@@ -34,10 +33,8 @@ class Measured:
     """A measurement and what its files hold."""
 
     work: Measurement
-    counts: dict[str, Any]
-    """Texts, counts and comparisons of every label."""
-    repeats: list[dict[str, Any]]
-    """Times of every label, by repeat."""
+    counts: dict[str, Any]  # texts, counts and comparisons of every label
+    repeats: list[dict[str, Any]]  # times of every label, by repeat
 
 
 def unit_names(work: Measurement, repeats: int) -> list[str]:
@@ -56,8 +53,8 @@ class PairRuns:
     draft: Path
     runtime: Runtime
     folder: StageFolder
+    # Called with planned tokens and the measurement's name, when every label has answered a batch; may raise.
     on_batch: Callable[[int, str], None] = lambda tokens, name: None
-    """Called with planned tokens and the measurement's name, after every batch of every label has been answered; may raise."""
     _warm: set[str] = field(default_factory=set)
 
     @cached_property
@@ -65,15 +62,14 @@ class PairRuns:
         return self.runtime.open(self.target, self.draft)
 
     def unload(self) -> None:
-        """Lets go of the models."""
         self.__dict__.pop("loaded", None)
 
     def measure(self, work: Measurement) -> Measured:
         """Makes what is missing of a measurement.
 
-        A baseline is never taken from another time: all labels (the target alone, then each K) answer a prompt one after the other before
-        the next prompt comes, and every second repeat goes through them from the other end, so that a slow spell of the machine, a warm
-        cache or a falling clock hits all alike. Before that an untimed run with exact counts warms up, and gives counts and texts.
+        All labels (the target alone, then each K) answer a prompt before the next one comes, every second repeat from
+        the other end, so that a slow spell of the machine, a warm cache or a falling clock hits all alike. Before that
+        an untimed run with exact counts warms up, and gives counts and texts.
         """
         first, *rest = unit_names(work, self.plan.repeats)
         counts = self.folder.keep(first, partial(self._counted, work))
@@ -82,7 +78,7 @@ class PairRuns:
 
     def _answers(
         self, work: Measurement, k: int, places: Sequence[int], *, exact: bool = False, tokens: int = 2**31
-    ) -> TimedBatch:
+    ) -> list[TimedText]:
         seed = derive_seed(work.seed, work.name, places[0])
         prompts = [work.prompts.prompts[place][1] for place in places]
         asked = (prompts, Sampling(work.temperature), min(tokens, work.prompts.max_new_tokens), seed)
@@ -93,28 +89,28 @@ class PairRuns:
     def _counted(self, work: Measurement) -> dict[str, Any]:
         """Texts, counts and comparisons of every label, untimed."""
         self._warm.add(work.name)
-        texts: dict[str, dict[str, list[Any]]] = {
-            label: {"response_ids": [], "counts": []} for label in work.labels
-        }
+        answers: dict[str, list[TimedText]] = {label: [] for label in work.labels}
         for places in work.batches:
             for label, k in work.labels.items():
-                for text in self._answers(work, k, places, exact=True).texts:
-                    texts[label]["response_ids"].append([int(token) for token in text.response_ids])
-                    if k:  # null for a text without a round: one that ended at its first token
-                        numbers = counts_to_array(text.counts).tolist() if text.rounds else None
-                        texts[label]["counts"].append(numbers)
+                answers[label] += self._answers(work, k, places, exact=True)
             self._tell(work, places)
-        greedy, lossless = work.temperature == 0, self.runtime.lossless_sampling
-        own = texts[ALONE]["response_ids"]
+        ids = {
+            label: [list(map(int, text.response_ids)) for text in texts] for label, texts in answers.items()
+        }
+        # Null for a text without a round: one that ended at its first token, or of the target alone.
+        counts = {
+            label: [counts_to_array(text.counts).tolist() if text.rounds else None for text in texts]
+            for label, texts in answers.items()
+        }
+        greedy, drafted = work.temperature == 0, [label for label, k in work.labels.items() if k]
+        differences = {
+            name: self._differences(work, ids[ALONE], ids[name]) if greedy else None for name in drafted
+        }
         return {
-            "prompt_tokens": [len(ids) for _, ids in work.prompts.prompts],
-            "texts": texts,
-            "lossless": {label: greedy or lossless or k == 0 for label, k in work.labels.items()},
-            "differences": {
-                label: self._differences(work, own, texts[label]["response_ids"]) if greedy else None
-                for label, k in work.labels.items()
-                if k
-            },
+            "prompt_tokens": [len(prompt) for _, prompt in work.prompts.prompts],
+            "texts": {label: {"response_ids": ids[label], "counts": counts[label]} for label in work.labels},
+            "lossless": dict.fromkeys(drafted, greedy or self.runtime.lossless_sampling),
+            "differences": differences,
         }
 
     def _differences(
@@ -138,12 +134,12 @@ class PairRuns:
         runs: dict[str, list[dict[str, Any]]] = {label: [] for label in work.labels}
         for places in work.batches:
             for label in order:
-                batch = self._answers(work, work.labels[label], places)
+                texts = self._answers(work, work.labels[label], places)
                 times = {
-                    "seconds": batch.seconds,
-                    "num_tokens": [len(text.response_ids) for text in batch.texts],
-                    "text_seconds": [text.seconds for text in batch.texts],
-                    "first_token_seconds": [text.first_token_seconds for text in batch.texts],
+                    "seconds": max(text.seconds for text in texts),
+                    "num_tokens": [len(text.response_ids) for text in texts],
+                    "text_seconds": [text.seconds for text in texts],
+                    "first_token_seconds": [text.first_token_seconds for text in texts],
                 }
                 runs[label].append(times)
             self._tell(work, places)
@@ -158,59 +154,50 @@ class PairRuns:
         if self.weights == self.plan.weights[0]:
             prefixes |= {prompts.value for prompts in self.plan.swept if prompts.part == "prompt_tokens"}
 
-        def make(prefix: int) -> PassesRow | None:
+        def make(prefix: int) -> dict[str, Any] | None:
             found = self.runtime.measure_passes(self.target, self.draft, widths, prefix)
-            return found and PassesRow(
-                **self._weights,
-                prefix_tokens=found.prefix_tokens,
-                draft_seconds=found.draft_seconds,
-                target_seconds=found.target_seconds,
-                device=self.runtime.device,
-                draft_device=self.runtime.draft_device or self.runtime.device,
-            )
+            return found and {
+                "prefix_tokens": found.prefix_tokens,
+                "draft_seconds": found.draft_seconds,
+                "target_seconds": found.target_seconds,
+                "device": self.runtime.device,
+                "draft_device": self.runtime.draft_device or self.runtime.device,
+            }
 
-        rows = [
-            self._row("latency", f"{prefix}", PassesRow, partial(make, prefix)) for prefix in sorted(prefixes)
-        ]
+        rows = [self._row("latency", f"{n}", PassesRow, partial(make, n)) for n in sorted(prefixes)]
         return [row for row in rows if row is not None]
 
     def time_spent(self, k: int) -> BreakdownRow | None:
         """Where the time of real runs goes, of a prompt of each task together; None where the runtime does not tell."""
 
-        def make() -> BreakdownRow | None:
+        def make() -> dict[str, Any] | None:
             chosen = [(p.prompts[0][1], p.max_new_tokens) for p in self.plan.tasks[:_BREAKDOWN_TASKS]]
             found = [self.loaded.time_spent(ids, tokens, k) for ids, tokens in chosen]
             spent = [(each.target_seconds, each.draft_seconds, each.total_seconds) for each in found if each]
             if not spent:
                 return None
-            target, draft, total = map(sum, zip(*spent, strict=True))
-            return BreakdownRow(
-                **self._weights,
-                num_speculative_tokens=k,
-                target_seconds=round(target, 6),
-                draft_seconds=round(draft, 6),
-                other_seconds=round(max(0.0, total - target - draft), 6),
-                total_seconds=round(total, 6),
-            )
+            target, draft, total = (round(sum(column), 6) for column in zip(*spent, strict=True))
+            return {
+                "num_speculative_tokens": k,
+                "target_seconds": target,
+                "draft_seconds": draft,
+                "other_seconds": round(max(0.0, total - target - draft), 6),
+                "total_seconds": total,
+            }
 
         return self._row("breakdown", f"k{k}", BreakdownRow, make)
 
     def peaks(self, k: int) -> MemoryRow:
         """Peak bytes of the target alone and with the draft, each for one prompt of the first task."""
         first = self.plan.tasks[0]
+        answer = first.prompts[0][1], min(_MEMORY_TOKENS, first.max_new_tokens)
+        peak = partial(measure_memory, self.runtime, self.target, self.draft, *answer)
+        return self._row(
+            "memory", f"k{k}", MemoryRow, lambda: {"alone_bytes": peak(0), "with_draft_bytes": peak(k)}
+        )
 
-        def make() -> MemoryRow:
-            tokens = min(_MEMORY_TOKENS, first.max_new_tokens)
-            peak = partial(measure_memory, self.runtime, self.target, self.draft, first.prompts[0][1], tokens)
-            return MemoryRow(**self._weights, alone_bytes=peak(0), with_draft_bytes=peak(k))
-
-        return self._row("memory", f"k{k}", MemoryRow, make)
-
-    @property
-    def _weights(self) -> dict[str, str]:
-        return {"target_weights": self.weights[0], "draft_weights": self.weights[1]}
-
-    def _row(self, what: str, which: str, kind: Any, make: Callable[[], JsonRow | None]) -> Any:
+    def _row(self, what: str, which: str, kind: Any, make: Callable[[], dict[str, Any] | None]) -> Any:
+        """A row of this pair; `make` gives its other fields, or None for none."""
         name = f"units/{what}-{'-'.join(self.weights)}-{which}.json"
-        value = self.folder.keep(name, lambda: (row := make()) and row.to_json())
-        return value and kind.from_json(value)
+        value, (target, draft) = self.folder.keep(name, make), self.weights
+        return value and kind.from_json({"target_weights": target, "draft_weights": draft, **value})

@@ -24,7 +24,7 @@ from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_r
 from fastdraft.modeling.shapes import natural
 from fastdraft.modeling.text_part import text_only
 from fastdraft.recipe.run import user_path
-from fastdraft.runtimes.openvino import MODEL_FILE, describe_device, device_properties
+from fastdraft.runtimes.openvino import MODEL_FILE, describe_device
 from fastdraft.runtimes.openvino_export import Weights, check_pair, export_random
 from fastdraft.runtimes.openvino_latency import WARM_TURNS, LoadedModel, fitting_prefix, time_passes
 from fastdraft.target import Target
@@ -54,7 +54,6 @@ class MeasureSettings:
     draft: Sequence[
         str
     ] = ()  # shapes HIDDENxLAYERS, or folders of exported drafts; none: the listed candidates
-    device: str = "CPU"
     threads: int = 0
     num_speculative_tokens: Sequence[int] = (1, 2, 3, 4, 5)
     prefix: int = 128
@@ -86,8 +85,7 @@ def measure(
 
     `candidates` are measured where the settings name no draft.
     """
-    device_properties(settings.device, "fast", settings.threads)
-    described = describe_device(settings.device)
+    described = describe_device("CPU")
     whole = Path(target.location) if (Path(target.location) / MODEL_FILE).is_file() else None
     config = text_only(target.config, target.architecture.tied)
     models = [
@@ -159,10 +157,9 @@ def _time(
     widths = sorted({1, *(k + 1 for k in ks)})
     prefix = fitting_prefix([folder for group in folders for folder in group], settings.prefix, widths[-1])
     console.say(f"loading {len(models)} models and reading {prefix} tokens with each")
-    options: dict[str, Any] = {"device": settings.device, "threads": settings.threads}
     passes: list[Any] = []
     for model, group in zip(models, folders, strict=True):
-        loaded = [LoadedModel(folder, prefix, widths[-1], **options) for folder in group]
+        loaded = [LoadedModel(folder, prefix, widths[-1], threads=settings.threads) for folder in group]
         deep = model.architecture.num_layers
         passes.append(loaded[0] if len(loaded) == 1 else ByLayers(loaded[0], loaded[1], deep))
     with console.progress("measuring", REPEATS + WARM_TURNS, "turns") as progress:
@@ -180,5 +177,5 @@ def _time(
     timed = [
         replace(m, weights=p.weights, seconds=s) for m, p, s in zip(models, passes, seconds, strict=True)
     ]
-    runtime = {"name": "openvino", **options, **described}
+    runtime = {"name": "openvino", "device": "CPU", "threads": settings.threads, **described}
     return MeasuredShapes(runtime, prefix, REPEATS, timed[0], costs.target_seconds, timed[1:], tuple(ks))

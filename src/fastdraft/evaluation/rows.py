@@ -123,7 +123,7 @@ def result_row(
         wall = tidy(predicted_speedup(tau, k, latency.draft_seconds, seconds[1], seconds[k + 1]))
     return ResultRow(
         **vars(setting),
-        **_figures(counts),
+        **count_fields(counts),
         **_interval("acceptance_rate", table, columns.ACCEPTED, columns.PROPOSED, seed, groups),
         **_interval("block_efficiency", table, columns.GENERATED, columns.DRAFTS, seed, groups),
         num_prompts=len(table),
@@ -140,8 +140,8 @@ def result_row(
     )
 
 
-def _figures(counts: Counts) -> dict[str, Any]:
-    """What every row says of its counts."""
+def count_fields(counts: Counts) -> dict[str, Any]:
+    """What every row says of its counts, in `benchmark.json` too."""
     names = ("drafts", "draft_tokens", "accepted_tokens", "generated_tokens", "examined_tokens")
     rates = ("acceptance_rate", "conditional_acceptance_rate", "block_efficiency")
     found = {f"num_{name}": tidy_count(getattr(counts, f"num_{name}")) for name in names}
@@ -213,7 +213,7 @@ def position_results(
                 end=end,
                 num_prompts=len(counts_PC),
                 num_conversations=num_groups(together, len(counts_PC)),
-                **_figures(counts_from_array(counts_PC.sum(0))),
+                **count_fields(counts_from_array(counts_PC.sum(0))),
                 **_interval("acceptance_rate", counts_PC, columns.ACCEPTED, columns.PROPOSED, seed, together),
             )
             found.append(row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +15,20 @@ from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.target import Target
 
-PADDING_MASS_LIMIT = 1e-4
-"""Mean probability on padding ids above which runtimes that do not mask them waste proposals."""
+PADDING_MASS_LIMIT = (
+    1e-4  # mean probability on padding ids from which runtimes that do not mask them waste proposals
+)
 _PADDING_TOKENS = 512  # read of each text
 
 
-@dataclass(frozen=True)
-class AssistedCheck:
-    """What transformers' assisted generation did with the exported files."""
-
-    same_text: bool
-    """Whether the greedy tokens with and without the draft are equal."""
-    response_ids: list[int]
-    """What the target wrote alone."""
-
-
-def write_huggingface(checkpoint: Path, folder: Path, num_speculative_tokens: int) -> list[str]:
-    """Writes a complete Hugging Face directory from a checkpoint and returns the names of its files.
-
-    Weights are stored in fp32, bit for bit those that were evaluated; tokenizer files are copied byte for byte.
-    """
+def write_huggingface(checkpoint: Path, folder: Path, num_speculative_tokens: int) -> None:
+    """Writes a complete Hugging Face directory: fp32 weights as they were evaluated, tokenizer files byte for byte."""
     model = load_draft(checkpoint)
     # transformers' own defaults, 20 tokens and 0.4, change between releases and make small drafts slower.
     model.generation_config.num_assistant_tokens = num_speculative_tokens
     model.generation_config.num_assistant_tokens_schedule = "constant"
     model.generation_config.assistant_confidence_threshold = 0.0
     save_draft(model, folder, Target.at(checkpoint))
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def load_assistant(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -57,10 +43,10 @@ def check_assisted(
     prompt_ids: Sequence[int],
     vocabulary: Vocabulary,
     max_new_tokens: int = 48,
-) -> AssistedCheck:
-    """Greedy text of the target alone and with the draft as `assistant_model`, for one prompt.
+) -> tuple[bool, list[int]]:
+    """Whether the target's greedy text is the same with the draft as `assistant_model`, and what it wrote alone.
 
-    In half precision or at exact ties the two may differ, because a pass over several tokens rounds differently from one over one.
+    In half precision or at exact ties the two may differ: a pass over several tokens rounds differently.
     """
     prompt = torch.tensor([list(prompt_ids)], device=target.device)
     eos: Any = list(vocabulary.eos_token_ids) or None
@@ -76,14 +62,13 @@ def check_assisted(
     with quiet():
         alone = target.generate(prompt, **asked)
         assisted = target.generate(prompt, **asked, assistant_model=draft, **text_positions(target, prompt))
-    return AssistedCheck(torch.equal(alone, assisted), alone[0, prompt.shape[1] :].tolist())
+    return torch.equal(alone, assisted), alone[0, prompt.shape[1] :].tolist()
 
 
 def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
     """What `generate` must be told beside the prompt [1, T] for a target that counts positions on several axes (Qwen2-VL).
 
-    By itself it makes positions [axes, 1, T] for pictures and hands them on to the draft, which, as any text model, reads one for
-    each token and fails. Told the positions in the text, [1, T], both use them.
+    By itself it hands positions [axes, 1, T] on to the draft, which reads one for each token and fails.
     """
     if not needs_positions(target.config):
         return {}
@@ -91,7 +76,6 @@ def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, t
 
 
 def needs_positions(config: PreTrainedConfig) -> bool:
-    """Whether `generate` must be told the positions in the text, by the target's config."""
     rope = getattr(text_config(config), "rope_parameters", None) or {}
     return bool(rope.get("mrope_section"))
 
@@ -100,7 +84,7 @@ def needs_positions(config: PreTrainedConfig) -> bool:
 def padding_mass(
     draft: PreTrainedModel, vocabulary: Vocabulary, texts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """Mean and largest probability that the draft, at temperature 1, gives to all ids without a token together, over some texts."""
+    """Mean and largest probability, at temperature 1, of all ids without a token together, over some texts."""
     missing = list(vocabulary.missing_ids)
     if not missing:
         return 0.0, 0.0

@@ -1,7 +1,6 @@
 """OpenVINO: devices, loading, and the engine by which a target writes text.
 
-This file and the others named openvino_* are the only ones that import openvino, openvino_genai, nncf or optimum; all import this one
-first, so that nothing of them reports usage from this process.
+Only the files named openvino* import openvino, openvino_genai, nncf or optimum; all import this one first, so that none reports usage.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +26,9 @@ from fastdraft.errors import FastDraftError, MissingExtra, RecipeError, TargetEr
 from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.modeling.vocabulary import Vocabulary
 
+# fast: the device's own choice, on a CPU with an 8-bit KV cache; exact: float32 throughout, to compare token by token.
 Precision = Literal["fast", "exact"]
-"""fast: the device's own choice, on a CPU with an 8-bit KV cache; exact: float32 throughout, for comparisons token by token."""
 MODEL_FILE = "openvino_model.xml"
-WHOLE_PROMPTS = 2**31 - 1
-"""Tokens of one pass where no prompt may be cut into pieces."""
 INSTALL_CONVERTER = "pip install --no-deps optimum-intel optimum; pip install requests (with its dependencies it brings torchvision)"
 _EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -43,9 +41,8 @@ _GIVE_UP_EVERY = 16
 def silence_telemetry() -> None:
     """Keeps OpenVINO, its converter and nncf from sending usage data from this process.
 
-    Unless ~/intel/openvino_telemetry says no (or CI=true), `openvino_telemetry` sends events to Google Analytics when openvino is imported,
-    a model converted or weights compressed: 59 for one export. No environment variable stops all of them, but all do without the
-    package where it cannot be imported. The user's consent is neither read nor written.
+    `openvino_telemetry` sends 59 events to Google Analytics for one export, and no environment variable stops all of them; but all three
+    do without the package where it cannot be imported. The user's consent is neither read nor written.
     """
     name = "openvino_telemetry"
     sender = sys.modules.get(f"{name}.utils.sender")
@@ -60,19 +57,14 @@ silence_telemetry()
 
 def require_openvino() -> None:
     """Looks whether everything that converting and running needs is installed, without importing it."""
-    for module, library in (
-        ("openvino_genai", "openvino-genai"),
-        ("openvino_tokenizers", "openvino-tokenizers"),
-        ("nncf", "nncf"),
-    ):
+    for module in ("openvino_genai", "openvino_tokenizers", "nncf"):
         if find_spec(module) is None:
-            raise MissingExtra(library, "openvino")
+            raise MissingExtra(module.replace("_", "-"), "openvino")
     if find_spec("optimum") is None or find_spec("optimum.intel") is None:
         raise MissingExtra("optimum-intel", "openvino", INSTALL_CONVERTER)
 
 
 def import_genai() -> Any:
-    """The module openvino_genai."""
     try:
         import openvino_genai
     except ImportError:
@@ -89,19 +81,15 @@ def core() -> Any:
     return openvino.Core()
 
 
-class _SignalStack(ctypes.Structure):
-    """`stack_t` of sigaltstack(2)."""
-
+class _SignalStack(ctypes.Structure):  # `stack_t` of sigaltstack(2)
     _fields_ = [("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t)]
 
 
 @contextlib.contextmanager
 def keeping_signal_stack() -> Iterator[None]:
-    """Around whatever loads a plugin, so that Ctrl-C goes on working.
-
-    OpenVINO's CPU plugin sets a signal stack of its own and, when it goes, puts back the one that it had found; two plugins that do not
-    go in reverse order leave one that is gone, and the next signal is a segmentation fault (release 2026.4.1, Linux).
-    """
+    """Around whatever loads a plugin, so that Ctrl-C goes on working."""
+    # OpenVINO's CPU plugin sets a signal stack and, when it goes, puts back the one that it had found. Two that do not go in reverse
+    # order leave one that is gone: the next signal is a segmentation fault (release 2026.4.1, Linux).
     if sys.platform != "linux":
         yield
         return
@@ -120,16 +108,12 @@ def device_properties(device: str, precision: Precision, threads: int = 0) -> di
         seen = core().available_devices
     if device.partition(".")[0] not in {name.partition(".")[0] for name in seen}:
         raise RecipeError(f"device {device}: OpenVINO sees {', '.join(seen)} here", "name one of them")
-    if not device.startswith("CPU"):
-        if precision == "exact":
-            raise RecipeError(
-                f"device {device}: exact (float32) runs need the CPU", "use CPU, or the precision fast"
-            )
-        return {}
-    return {
-        **(_EXACT if precision == "exact" else {}),
-        **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
-    }
+    exact = precision == "exact"
+    if device.startswith("CPU"):
+        return (_EXACT if exact else {}) | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    if exact:
+        raise RecipeError(f"device {device}: exact (float32) runs need the CPU", "use CPU, or precision fast")
+    return {}
 
 
 def describe_device(device: str, precision: Precision = "fast") -> dict[str, str]:
@@ -152,36 +136,31 @@ def openvino_errors(where: object, rule: str, fix: str) -> Iterator[None]:
 
 def short(error: Exception) -> str:
     """The message of an OpenVINO error without its source positions, in one line."""
-    lines = [
-        line.strip()
-        for line in str(error).splitlines()
-        if line.strip() and not line.lstrip().startswith(("Exception from", "Check '"))
-    ]
-    return (lines[-1] if lines else str(error))[:200]
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return (told[-1] if told else str(error))[:200]
 
 
 def check_exported(folder: Path) -> None:
     """TargetError where the folder holds no exported model."""
     if not (folder / MODEL_FILE).is_file():
-        raise TargetError(
-            f"{folder}: no {MODEL_FILE}; must be a model exported for OpenVINO",
-            "run fastdraft export with --format openvino",
-        )
+        fix = "run fastdraft export with --format openvino"
+        raise TargetError(f"{folder}: no {MODEL_FILE}; must be a model exported for OpenVINO", fix)
 
 
 def load_pipeline(
-    folder: Path, device: str, properties: Mapping[str, Any], rows: int = 256, tokens_per_pass: int = 0
+    folder: Path, device: str, properties: Mapping[str, Any], rows: int, whole_prompts: bool = False
 ) -> Any:
     """A ContinuousBatchingPipeline over an export that writes at most `rows` answers at a time.
 
-    One pass reads at most `tokens_per_pass` tokens, 0 being OpenVINO's own choice of 256; longer prompts are cut into pieces.
+    By OpenVINO's own choice one pass reads at most 256 tokens; with `whole_prompts` no prompt is cut into pieces.
     """
     check_exported(folder)
     genai = import_genai()
     scheduler = genai.SchedulerConfig()
     scheduler.max_num_seqs = rows
-    if tokens_per_pass:
-        scheduler.max_num_batched_tokens = tokens_per_pass
+    if whole_prompts:
+        scheduler.max_num_batched_tokens = 2**31 - 1
     with openvino_errors(folder, f"OpenVINO could not load it on {device}", "export the model again"):
         return genai.ContinuousBatchingPipeline(str(folder), scheduler, device, dict(properties))
 
@@ -196,8 +175,7 @@ def as_tensor(ids: Sequence[int]) -> Any:
 def generation_config(sampling: Sampling, max_new_tokens: int, eos_ids: Sequence[int], seed: int) -> Any:
     """OpenVINO's settings for one answer, leaving nothing to what a model's own generation config says."""
     config = import_genai().GenerationConfig()
-    # `logprobs` stays 0: OpenVINO then records each token's log-prob under the distribution that it was drawn from (after temperature,
-    # top-k, top-p); with 1 it would record that of the raw logits.
+    # `logprobs` stays 0: log-probs are then of the distribution that a token was drawn from; with 1, of the raw logits.
     config.max_new_tokens = max_new_tokens
     config.stop_token_ids = set(eos_ids)
     if eos_ids:
@@ -215,10 +193,9 @@ def answer_seed(seed: int, index: int) -> int:
 
 
 class OpenVINOEngine:
-    """The `Engine` protocol over OpenVINO GenAI's continuous batching, in this process.
+    """The `Engine` over OpenVINO GenAI's continuous batching, in this process.
 
-    Log-probs are OpenVINO's own: of the distribution that each token was drawn from, at the weights and precision that run. Where those of
-    another precision are wanted, `decoding.scoring` adds them. Results are reproducible for equal threads.
+    Log-probs are OpenVINO's own: of the distribution that each token was drawn from, at the weights and precision that run.
     """
 
     name = "openvino"
@@ -238,9 +215,8 @@ class OpenVINOEngine:
     ) -> None:
         self.vocabulary, self.context_length = vocabulary, context_length
         self.on_batch, self.end_loops = on_batch, end_loops
-        self.pipeline = load_pipeline(
-            folder, device, device_properties(device, precision, threads), batch_rows
-        )
+        properties = device_properties(device, precision, threads)
+        self.pipeline = load_pipeline(folder, device, properties, batch_rows)
 
     def with_ends(self, eos_ids: Sequence[int]) -> OpenVINOEngine:
         """The same loaded model, whose answers end at these ids or in a loop."""
@@ -259,11 +235,11 @@ class OpenVINOEngine:
         for index, prompt in enumerate(prompts):
             config = generation_config(sampling, max_new_tokens, eos_ids, answer_seed(seed, index))
             answers.append(_Answer(pipeline.add_request(index, as_tensor(prompt), config)))
-        steps = 0
-        while pipeline.has_non_finished_requests():
+        for step in itertools.count(1):
+            if not pipeline.has_non_finished_requests():
+                break
             pipeline.step()
-            steps += 1
-            if self.end_loops and steps % _GIVE_UP_EVERY == 0:
+            if self.end_loops and step % _GIVE_UP_EVERY == 0:
                 for answer in answers:
                     answer.give_up_if_looping()
         if self.on_batch:
@@ -271,9 +247,9 @@ class OpenVINOEngine:
         written = []
         for prompt, answer in zip(prompts, answers, strict=True):
             answer.read()
-            ids, logprobs = answer.ids, answer.logprobs
+            ids = answer.ids
+            logprobs = answer.logprobs if sampling.temperature else [0.0] * len(ids)
             stopped = bool(ids) and ids[-1] in eos_ids and not answer.given_up
-            logprobs = [0.0] * len(ids) if sampling.temperature == 0 else logprobs
             written.append(Generation(list(prompt), ids, logprobs, "stop" if stopped else "length"))
         return written
 
@@ -287,7 +263,6 @@ class _Answer:
         self.logprobs: list[float] = []
 
     def read(self) -> None:
-        """Takes over what OpenVINO wrote since the last time."""
         while not self.given_up and self.handle.can_read():
             for output in self.handle.read().values():
                 self.ids += output.generated_ids
@@ -297,10 +272,9 @@ class _Answer:
         self.read()
         # Judged at the same lengths whichever step this is, so that the answer does not depend on the batch.
         for length in range(self.looked_at + _GIVE_UP_EVERY, len(self.ids) + 1, _GIVE_UP_EVERY):
-            if self.given_up:
-                return
             self.looked_at = length
             if is_looping(self.ids[:length]):
                 self.given_up = True
                 self.ids, self.logprobs = self.ids[:length], self.logprobs[:length]
                 self.handle.cancel()
+                return

@@ -1,7 +1,7 @@
-"""A Hugging Face directory as OpenVINO runs it: IR of model, tokenizer and detokenizer, weights compressed, and tried; which it takes.
+"""A Hugging Face directory as OpenVINO runs it: IR of model, tokenizer and detokenizer, weights compressed, and tried.
 
-optimum-intel converts, in the model's own precision or float32; nncf compresses; the source's tokenizer files are copied byte for byte
-beside the converted ones. An export is a directory only after it has been loaded and has written the same greedy text with a draft.
+optimum-intel converts, nncf compresses; the tokenizer files are copied byte for byte. An export is a directory only after it has been
+loaded and has written the same greedy text with a draft.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from fastdraft.modeling.drafts import STD
 from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.text_part import as_text_model, text_family
 from fastdraft.run_folder import atomic_folder
-from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, core, import_genai, short
+from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, core, require_openvino, short
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
 from fastdraft.target import Target
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
+# Text families that are not converted, and why: transformers writes for these.
 NOT_CONVERTED = {
-    "gemma2": "its attention scores are capped, which OpenVINO's attention leaves out: it would write another text"
+    "gemma2": "OpenVINO's attention leaves out the cap on its scores: it would write another text"
 }
-"""Text families that are not converted, and why: transformers writes for these."""
 _FILES = (MODEL_FILE, "openvino_tokenizer.xml", "openvino_detokenizer.xml", "config.json")
 _INT4_GROUP = 128  # weights that share a scale; rows that it does not divide keep int8
 _TRIED_TOKENS = 32
@@ -47,14 +47,10 @@ _PROMPT = "Once upon a time there was a small town by the sea, and in that town"
 class ExportCheck:
     """What the exported files did when they were tried."""
 
-    num_tokens: int
-    """Greedy tokens written without a draft."""
-    same_text: bool
-    """Whether they were equal with a draft; if not, the first difference was a near-tie."""
-    near_tie_gap: float | None
-    """Log-prob between the two tokens at the first difference."""
-    tokens_per_pass: float
-    """Block efficiency of the few tokens: of the draft, or of the model as its own draft."""
+    num_tokens: int  # written greedily without a draft
+    same_text: bool  # whether they were equal with a draft; if not, the first difference was a near-tie
+    near_tie_gap: float | None  # in log-prob, between the two tokens there
+    tokens_per_pass: float  # with the draft, or the model as its own draft
 
 
 def unconverted_family(target: Target) -> str:
@@ -65,59 +61,41 @@ def unconverted_family(target: Target) -> str:
 
 def require_convertible(target: Target) -> None:
     """Refuses a target whose family is not converted, before anything is trained for it."""
-    family = unconverted_family(target)
-    if family:
-        raise TargetError(
-            f"{target.location}: family {family}: {NOT_CONVERTED[family]}",
-            "leave out `benchmark`, and write export.openvino.target=none",
-        )
+    if family := unconverted_family(target):
+        fix = "leave out `benchmark`, and write export.openvino.target=none"
+        raise TargetError(f"{target.location}: family {family}: {NOT_CONVERTED[family]}", fix)
 
 
 def check_pair(target: Target, draft: Target) -> None:
-    """Refuses a draft that OpenVINO GenAI could not run for this target, exported or not, before either is loaded.
+    """Refuses a draft that OpenVINO GenAI could not run for this target, exported or not, before either is loaded."""
 
-    It compares one encoded sentence and three ids itself, but only after both were loaded; other vocabulary sizes, or a draft with a
-    shorter context, crash or clip later.
-    """
-
+    # GenAI compares this sentence and the three ids after loading; another vocabulary or a shorter context crashes or clips later.
     def facts(model: Target) -> dict[str, Any]:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return {
-            "vocab_size, padding included, must be equal": model.vocabulary.size,
-            **{f"{name} must be equal": getattr(model.tokenizer, name) for name in names},
-            f"both tokenizers must encode '{_PAIR_SENTENCE}' alike": model.tokenizer(
-                _PAIR_SENTENCE
-            ).input_ids,
+        ids = {
+            f"{name}_token_id": getattr(model.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
         }
+        size = {"vocab_size, padding included,": model.vocabulary.size}
+        return size | ids | {f"'{_PAIR_SENTENCE}' in ids": model.tokenizer(_PAIR_SENTENCE).input_ids}
 
-    of_draft = facts(draft)
-    for rule, of_target in facts(target).items():
-        if of_target != of_draft[rule]:
-            raise TargetError(
-                f"{draft.location}: draft {of_draft[rule]}, target {of_target}: {rule}",
-                "use a draft that was made for this target's tokenizer",
-            )
+    for (name, of_target), of_draft in zip(facts(target).items(), facts(draft).values(), strict=True):
+        if of_target != of_draft:
+            found = f"{draft.location}: draft {of_draft}, target {of_target}: {name} must be equal"
+            raise TargetError(found, "use a draft that was made for this target's tokenizer")
     if draft.context_length < target.context_length:
-        raise TargetError(
-            f"{draft.location}: draft {draft.context_length}, target {target.context_length}: "
-            "the draft's context must not be shorter than the target's",
-            "make the draft with the target's context length: its memory is read only as far as the text goes",
-        )
+        lengths = f"draft {draft.context_length}, target {target.context_length}"
+        found = f"{draft.location}: {lengths}: the draft's context must not be shorter than the target's"
+        raise TargetError(found, "make the draft with the target's context length")
 
 
 def export_openvino(
     source: Target, folder: Path, weights: Weights, *, pair: Path | None = None
 ) -> ExportCheck:
-    """Exports a model and tries it; the directory stands whole and tried, or not at all.
+    """Exports a model and tries it; `folder` is replaced, and stands whole and tried or not at all.
 
-    Args:
-        source: The model.
-        folder: Replaced when it exists.
-        weights: fp32 and fp16 store floats; int8 and int4 are compressed without data (asymmetric; int4 in groups of 128
-            with embeddings and head in int8).
-        pair: An exported target that this one must serve as a draft; None tries the model as its own draft.
+    int8 and int4 are compressed without data: asymmetric; int4 in groups of 128, with embeddings and head in int8. `pair` is an exported
+    target that this one must serve as a draft; None tries the model as its own draft.
     """
-    import_genai()
+    require_openvino()
     source.files.check_weights()
     if pair is not None:
         check_pair(Target.at(pair), source)
@@ -128,9 +106,9 @@ def export_openvino(
 
 def convert(source: Target, folder: Path, weights: Weights) -> None:
     """Writes the IR of model, tokenizer and detokenizer, and the source's tokenizer files, into an existing directory."""
-    convert_model, ov_config = _optimum()
+    convert_model, ov_config = _converter()
     try:
-        with _silence(), as_text_model(source, folder) as text, _newer_transformers():
+        with _silence(), as_text_model(source, folder) as text:
             convert_model(
                 text.location,
                 str(folder),
@@ -144,39 +122,27 @@ def convert(source: Target, folder: Path, weights: Weights) -> None:
             if weights in ("int8", "int4"):
                 compress(folder / MODEL_FILE, weights)
     except (RuntimeError, ValueError, OSError, KeyError, AttributeError, NotImplementedError) as error:
-        raise TargetError(
-            f"{source.location}: cannot be converted to OpenVINO: {type(error).__name__}: {short(error)}",
-            "try another model",
-        ) from error
+        found = f"{source.location}: cannot be converted to OpenVINO: {type(error).__name__}: {short(error)}"
+        raise TargetError(found, "try another model") from error
     source.copy_tokenizer(folder)
-    missing = [name for name in _FILES if not (folder / name).is_file()]
-    if missing:
-        raise TargetError(
-            f"{source.location}: no {', '.join(missing)} after the conversion; model, tokenizer and detokenizer must all be converted",
-            "see that openvino-tokenizers is installed",
-        )
+    if missing := [name for name in _FILES if not (folder / name).is_file()]:  # a tokenizer of another kind
+        found = f"{source.location}: the conversion left out {', '.join(missing)}"
+        raise TargetError(found, "try a model with a fast tokenizer")
 
 
 def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
     """Compresses the weights of an IR in place, without data."""
-    try:
-        import nncf
-    except ImportError:
-        raise MissingExtra("nncf", "openvino") from None
+    import nncf
     import openvino
 
     model = core().read_model(model_file)
-    if weights == "int8":
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
-    else:
+    how: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
+    if weights == "int4":
         adjust = nncf.GroupSizeFallbackMode.ADJUST
-        model = nncf.compress_weights(
-            model,
-            mode=nncf.CompressWeightsMode.INT4_ASYM,
-            group_size=_INT4_GROUP,
-            ratio=1.0,
-            advanced_parameters=nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust),
-        )
+        more = nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust)
+        how = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": _INT4_GROUP, "ratio": 1.0}
+        how["advanced_parameters"] = more
+    model = nncf.compress_weights(model, **how)
     compressed = model_file.with_name("compressed.xml")
     openvino.save_model(model, compressed, compress_to_fp16=False)
     del model  # lets go of the file it was read from: on Windows an open file cannot be replaced
@@ -191,75 +157,47 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
     room = min(model.context_length for model in models) - len(prompt) - 8
     tokens = max(1, min(_TRIED_TOKENS, room))
     pair = OpenVINOPair(target, draft, OpenVINOSettings(precision="exact"))
-    [alone] = pair.write([prompt], Sampling(0.0), tokens, 0).texts
-    [drafted] = pair.write_with_draft([prompt], Sampling(0.0), tokens, 0, 3).texts
+    [alone] = pair.write([prompt], Sampling(0.0), tokens, 0)
+    [drafted] = pair.write_with_draft([prompt], Sampling(0.0), tokens, 0, 3)
     difference = compare_texts(prompt, alone.response_ids, drafted.response_ids, pair.gap)
     if difference is not None and not difference.is_near_tie("exact"):
-        raise FastDraftError(
-            f"{draft}: token {difference.place + 1} of {tokens} differs with the draft, by a log-prob of {difference.gap}; "
-            "greedy text must be the same but for near-ties",
-            "export it again",
-        )
-    return ExportCheck(
-        len(alone.response_ids),
-        difference is None,
-        difference.gap if difference else None,
-        drafted.counts.block_efficiency,
-    )
+        where = f"token {difference.place + 1} of {tokens}"
+        rule = f"differs with the draft, by a log-prob of {difference.gap}: more than a near-tie"
+        raise FastDraftError(f"{draft}: {where} {rule}", "export it again")
+    gap = difference.gap if difference else None
+    return ExportCheck(len(alone.response_ids), difference is None, gap, drafted.counts.block_efficiency)
 
 
 def export_random(config: PreTrainedConfig, tokenizer: Target, folder: Path, weights: Weights) -> None:
-    """An export of a shape with random weights, converted whole, into an existing folder; `tokenizer` gives the files beside it."""
-    with TemporaryDirectory(dir=folder.parent, prefix=".random-") as made:
-        source = Path(made)
-        write_random(config, source)
-        tokenizer.copy_tokenizer(source)
-        convert(Target.at(source), folder, weights)
-
-
-def write_random(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
-    """A Hugging Face directory with random bfloat16 weights, written without building the model."""
+    """An export of a shape with random weights into an existing folder; `tokenizer` gives the files beside it."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, parameter in model.named_parameters():  # a tied head is not named twice
         tensor = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0.0, STD, generator=generator)
         # Norms around 1, but not at it: a conversion drops a multiplication by exactly 1.
         tensors[name] = tensor + 1 if "norm" in name and parameter.ndim == 1 else tensor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
+    with TemporaryDirectory(dir=folder.parent, prefix=".random-") as made:
+        save_file(tensors, Path(made) / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(made)
+        tokenizer.copy_tokenizer(Path(made))
+        convert(Target.at(made), folder, weights)
 
 
-@contextlib.contextmanager
-def _newer_transformers() -> Iterator[None]:
-    """Lets optimum-intel convert Gemma 1 and 3 beside transformers 5.1 and later, which release 2.2 refuses by a version number alone.
-
-    What it writes there is right: a test holds it to transformers' own greedy text.
-    """
-    from optimum.exporters.openvino import model_configs
-
-    owner, name = getattr(model_configs, "GemmaOpenVINOConfig", None), "MAX_TRANSFORMERS_VERSION"
-    bound = getattr(owner, name, None)
-    if bound is None:
-        yield
-        return
-    setattr(owner, name, "5.99")
-    try:
-        yield
-    finally:
-        setattr(owner, name, bound)
-
-
-def _optimum() -> tuple[Any, Any]:
+def _converter() -> tuple[Any, Any]:
     """optimum-intel's exporter and its settings."""
+    require_openvino()
     try:
         with _silence():
-            from optimum.exporters.openvino import main_export
+            from optimum.exporters.openvino import main_export, model_configs
             from optimum.intel import OVConfig
     except (ImportError, RuntimeError) as error:
         raise MissingExtra(f"optimum-intel ({short(error)[:80]})", "openvino", INSTALL_CONVERTER) from error
+    # Release 2.2 refuses Gemma 1 and 3 beside transformers 5.1 by a version number alone; what it writes is right, as a test shows.
+    if gemma := getattr(model_configs, "GemmaOpenVINOConfig", None):
+        gemma.MAX_TRANSFORMERS_VERSION = "5.99"
     return main_export, OVConfig
 
 

@@ -13,22 +13,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastdraft.decoding.speculative import Round
 from fastdraft.functional.generation import Sampling, check_prompts
 from fastdraft.runtimes.openvino import (
-    WHOLE_PROMPTS,
+    MODEL_FILE,
     Precision,
     answer_seed,
     as_tensor,
     check_exported,
+    core,
     device_properties,
     generation_config,
     import_genai,
     load_pipeline,
     openvino_errors,
 )
-from fastdraft.runtimes.openvino_ties import TieJudge
-from fastdraft.runtimes.runtime import TimedBatch, TimedText, TimeSpent
+from fastdraft.runtimes.runtime import TimedText, TimeSpent
 from fastdraft.target import Target
 
 
@@ -37,16 +39,11 @@ class OpenVINOSettings:
     """How OpenVINO runs a pair."""
 
     device: str = "CPU"
-    """OpenVINO's name of the target's device."""
-    draft_device: str = ""
-    """The draft's; "" is the target's."""
+    draft_device: str = ""  # "" is the target's
     precision: Precision = "fast"
-    threads: int = 0
-    """Of a CPU; 0 leaves OpenVINO's own choice."""
-    rows: int = 16
-    """Most answers at a time; further ones wait."""
-    eos_ids: tuple[int, ...] = ()
-    """Ids that end a text; none: always to the limit."""
+    threads: int = 0  # of a CPU; 0 leaves OpenVINO's own choice
+    rows: int = 16  # most answers at a time; further ones wait
+    eos_ids: tuple[int, ...] = ()  # ids that end a text; none: always to the limit
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,12 @@ class Pass:
     """What one pass of the target added to one answer."""
 
     tokens: list[int]
-    seconds: float
-    """From handing over the batch."""
+    seconds: float  # from handing over the batch
 
 
 @dataclass
 class OpenVINOPair:
-    """A target and a draft in OpenVINO GenAI's continuous batching; each pipeline is loaded when it is first asked.
-
-    Both are exports; a draft that does not fit is refused by `check_pair`, which reads tokenizers only.
-    """
+    """Exports of a target and a draft in continuous batching; each pipeline is loaded when it is first asked."""
 
     target: Path
     draft: Path
@@ -71,7 +64,6 @@ class OpenVINOPair:
 
     @cached_property
     def alone(self) -> Any:
-        """The target's pipeline."""
         return self._load({})
 
     @cached_property
@@ -88,26 +80,29 @@ class OpenVINOPair:
     def _load(self, more: dict[str, Any]) -> Any:
         s = self.settings
         properties = device_properties(s.device, s.precision, s.threads) | more
-        # Prompts are read whole: where several requests with a draft run at once and a prompt is read in pieces (more than 256 tokens in
-        # all by default), release 2026.4.1 writes wrong text, in float32 too.
-        return load_pipeline(self.target, s.device, properties, s.rows, WHOLE_PROMPTS)
+        # Where several requests with a draft run at once and a prompt is read in pieces (by default if all have more than 256 tokens),
+        # release 2026.4.1 writes wrong text, in float32 too.
+        return load_pipeline(self.target, s.device, properties, s.rows, whole_prompts=True)
 
     @cached_property
-    def _judge(self) -> TieJudge:
+    def judge(self) -> TieJudge:
         return TieJudge(self.target)
+
+    def gap(self, prefix_ids: Sequence[int], first: int, second: int) -> float:
+        """Distance of the log-probs of two next tokens, by the target in float32."""
+        return self.judge.gap(prefix_ids, first, second)
 
     @cached_property
     def _rooms(self) -> tuple[int, int]:
         """Positions of the target, and of both."""
-        target = Target.at(self.target).context_length
-        return target, min(target, Target.at(self.draft).context_length)
+        target, draft = (Target.at(folder).context_length for folder in (self.target, self.draft))
+        return target, min(target, draft)
 
     def write(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> TimedBatch:
-        """The target alone answers all prompts at the same time."""
+    ) -> list[TimedText]:
         found = self._passes(self.alone, prompts, self._configs(prompts, sampling, max_new_tokens, seed))
-        return TimedBatch([_timed(passes, [t for p in passes for t in p.tokens], []) for passes in found])
+        return [_timed(passes, [token for each in passes for token in each.tokens], []) for passes in found]
 
     def write_with_draft(
         self,
@@ -118,8 +113,8 @@ class OpenVINOPair:
         num_speculative_tokens: int,
         *,
         exact_counts: bool = False,
-    ) -> TimedBatch:
-        """The target with its draft. Sampled text is not the target's own; its rounds are those of the text that was written."""
+    ) -> list[TimedText]:
+        """Sampled text is not the target's own; its rounds are those of the text that was written."""
         k, eos_ids = num_speculative_tokens, self.settings.eos_ids
         # OpenVINO proposes min(K, tokens left - 1), so that the last token is always the target's, and where it stops at an
         # end-of-sequence token nobody can tell whether that was a proposal. Neither changes rounds and generated tokens, but accepted
@@ -129,19 +124,15 @@ class OpenVINOPair:
         for config in configs:
             config.ignore_eos |= exact_counts
         found = self._passes(self.both, prompts, configs, end)
-        cut = [cut_rounds([p.tokens for p in passes], max_new_tokens, eos_ids, k) for passes in found]
-        return TimedBatch([_timed(passes, *parts) for passes, parts in zip(found, cut, strict=True)])
-
-    def gap(self, prefix_ids: Sequence[int], first: int, second: int) -> float:
-        """Distance of the log-probs of two next tokens, by the target in float32; loaded with the first question."""
-        return self._judge.gap(prefix_ids, first, second)
+        cut = [cut_rounds([each.tokens for each in passes], max_new_tokens, eos_ids, k) for passes in found]
+        return [_timed(passes, *parts) for passes, parts in zip(found, cut, strict=True)]
 
     def time_spent(
         self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
     ) -> TimeSpent:
         """Where the time of one greedy answer goes, by OpenVINO's metrics; the answer is written once before, to warm up."""
         k, greedy = num_speculative_tokens, Sampling(0.0)
-        [text] = self.write_with_draft([prompt], greedy, max_new_tokens, 0, k).texts
+        [text] = self.write_with_draft([prompt], greedy, max_new_tokens, 0, k)
         configs = self._configs([prompt], greedy, max_new_tokens, 0, k)
         with self._errors():
             [result] = self.both.generate([as_tensor(prompt)], configs)
@@ -165,8 +156,8 @@ class OpenVINOPair:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, asked: int, seed: int, k: int = 0
     ) -> list[Any]:
         """OpenVINO's settings for every answer; K 0: without the draft."""
-        check_prompts(prompts, asked, self._rooms[k > 0])
         configs, eos_ids = [], self.settings.eos_ids
+        check_prompts(prompts, asked, self._rooms[k > 0])
         for index in range(len(prompts)):
             config = generation_config(sampling, asked, eos_ids, answer_seed(seed, index))
             config.ignore_eos = not eos_ids
@@ -183,23 +174,20 @@ class OpenVINOPair:
         OpenVINO's own counters leave out the last round of every text, so the rounds are read off the tokens: by reading every request
         after every step. An answer is cancelled at `end` tokens, or at an end-of-sequence id before; None: OpenVINO stops by itself.
         """
-        tensors = [as_tensor(prompt) for prompt in prompts]
+        tensors, ends = [as_tensor(prompt) for prompt in prompts], set(self.settings.eos_ids)
         found: list[list[Pass]] = [[] for _ in prompts]
         with self._errors():
             start = time.perf_counter()
-            handles = [
-                pipeline.add_request(i, *asked) for i, asked in enumerate(zip(tensors, configs, strict=True))
-            ]
-            running = list(zip(handles, found, strict=True))
+            asked = enumerate(zip(tensors, configs, strict=True))
+            running = [(pipeline.add_request(i, *each), found[i]) for i, each in asked]
             while pipeline.has_non_finished_requests():
                 pipeline.step()
                 now = time.perf_counter() - start
                 still = []
                 for handle, passes in running:
-                    written = read_ids(handle)
-                    if written:
-                        passes.append(Pass(written, now))
-                    if passes and end is not None and self._has_ended(passes, end):
+                    if tokens := read_ids(handle):
+                        passes.append(Pass(tokens, now))
+                    if end and passes and (count(passes) >= end or not ends.isdisjoint(passes[-1].tokens)):
                         handle.cancel()
                     else:
                         still.append((handle, passes))
@@ -208,13 +196,13 @@ class OpenVINOPair:
                 raise RuntimeError("a prompt was left without an answer, for want of memory")
         return found
 
-    def _has_ended(self, passes: Sequence[Pass], end: int) -> bool:
-        ends = set(self.settings.eos_ids)
-        return sum(len(p.tokens) for p in passes) >= end or not ends.isdisjoint(passes[-1].tokens)
-
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         fix = "ask for less text at a time, or use another device"
         return openvino_errors(f"device {self.settings.device}", "OpenVINO failed", fix)
+
+
+def count(passes: Sequence[Pass]) -> int:
+    return sum(len(each.tokens) for each in passes)
 
 
 def read_ids(handle: Any) -> list[int]:
@@ -231,10 +219,10 @@ def cut_rounds(
 ) -> tuple[list[int], list[Round]]:
     """The text up to its end (`max_new_tokens`, or an end-of-sequence id), and its rounds in our conventions (functional/acceptance.py).
 
-    OpenVINO's first pass of the target reads the prompt and writes one token without any proposal. That pass is left out: the counts are
-    those of a text that begins behind this token, so prompt plus first token is the prompt for which our decoder and replay give equal
-    counts, and `Counts.num_generated_tokens` is one less than the tokens written. Every later pass writes its accepted proposals and one
-    token of the target, so accepted = written - 1; what stands beyond the text's end is discarded and not counted as accepted.
+    OpenVINO's first pass of the target reads the prompt and writes one token without any proposal. That pass is left out: prompt plus first
+    token is the prompt for which our decoder and replay give equal counts, and `Counts.num_generated_tokens` is one less than the tokens
+    written. Every later pass writes its accepted proposals and one token of the target, so accepted = written - 1; what stands beyond the
+    text's end is discarded and not counted as accepted.
     """
     text: list[int] = []
     rounds: list[Round] = []
@@ -245,13 +233,11 @@ def cut_rounds(
         end = next((place + 1 for place, token in enumerate(written[:room]) if token in eos_ids), room)
         inside = list(written[:end])
         text += inside
-        if number == 0:
-            continue
-        accepted = min(len(written) - 1, len(inside))
-        examined = min(len(written), num_speculative_tokens, len(inside))
-        rounds.append(
-            Round(inside, [0.0] * len(inside), accepted, examined, float(accepted), num_speculative_tokens)
-        )
+        if number:
+            accepted = min(len(written) - 1, len(inside))
+            examined = min(len(written), num_speculative_tokens, len(inside))
+            zeros = [0.0] * len(inside)
+            rounds.append(Round(inside, zeros, accepted, examined, float(accepted), num_speculative_tokens))
     return text, rounds
 
 
@@ -263,3 +249,31 @@ def _timed(passes: Sequence[Pass], text: list[int], rounds: list[Round]) -> Time
             break
         written, last = written + len(each.tokens), each
     return TimedText(text, last.seconds, passes[0].seconds, rounds)
+
+
+class TieJudge:
+    """How far apart two next tokens are: the bare exported model in float32, outside any pipeline, and so on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        properties = device_properties("CPU", "exact")
+        check_exported(folder)
+        with openvino_errors(folder, "OpenVINO could not load it on CPU", "export the model again"):
+            model = core().compile_model(folder / MODEL_FILE, "CPU", properties)
+        self._inputs = {name for port in model.inputs for name in port.get_names()}
+        self._request = model.create_infer_request()
+
+    def logprobs(self, prefix_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Log-probs [V] of the token behind a text of at least one token."""
+        length = len(prefix_ids)
+        values = {"input_ids": prefix_ids, "attention_mask": [1] * length, "position_ids": range(length)}
+        inputs = {name: np.array([row], np.int64) for name, row in values.items() if name in self._inputs}
+        if "beam_idx" in self._inputs:
+            inputs["beam_idx"] = np.zeros(1, dtype=np.int32)
+        self._request.reset_state()  # the KV cache of the text before
+        logits_V = np.asarray(self._request.infer(inputs)["logits"], dtype=np.float64)[0, -1]
+        shifted_V = logits_V - logits_V.max()
+        return np.asarray(shifted_V - np.log(np.exp(shifted_V).sum()))
+
+    def gap(self, prefix_ids: Sequence[int], first: int, second: int) -> float:
+        logprobs_V = self.logprobs(prefix_ids)
+        return float(abs(logprobs_V[first] - logprobs_V[second]))

@@ -19,15 +19,14 @@ from fastdraft.target import Target
 
 @dataclass(frozen=True)
 class TimedText:
-    """One answer and when it came."""
+    """One answer and when it came, in seconds from handing over the batch."""
 
     response_ids: list[int]
-    seconds: float
-    """From handing over the batch to this answer's last token."""
+    seconds: float  # to its last token
     first_token_seconds: float
-    """From handing over the batch to this answer's first token."""
-    rounds: list[Round] = field(default_factory=list)
-    """In our conventions (functional/acceptance.py); empty without a draft."""
+    rounds: list[Round] = field(
+        default_factory=list
+    )  # as functional/acceptance.py counts; empty without a draft
 
     @property
     def counts(self) -> Counts:
@@ -35,20 +34,8 @@ class TimedText:
 
 
 @dataclass(frozen=True)
-class TimedBatch:
-    """Answers that were asked for at the same moment."""
-
-    texts: list[TimedText]
-
-    @property
-    def seconds(self) -> float:
-        """From handing over the batch to the last token of all."""
-        return max((text.seconds for text in self.texts), default=0.0)
-
-
-@dataclass(frozen=True)
 class TimeSpent:
-    """Where the time of an answer went, by the runtime's own clocks; what is left of the whole is the runtime's own work."""
+    """Where the time of an answer went, by the runtime's own clocks; what is left of the total is the runtime's own work."""
 
     target_seconds: float
     draft_seconds: float
@@ -60,7 +47,7 @@ class LoadedPair(Protocol):
 
     def write(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> TimedBatch:
+    ) -> list[TimedText]:
         """The target alone answers all prompts at the same time."""
 
     def write_with_draft(
@@ -72,7 +59,7 @@ class LoadedPair(Protocol):
         num_speculative_tokens: int,
         *,
         exact_counts: bool = False,
-    ) -> TimedBatch:
+    ) -> list[TimedText]:
         """The target with its draft. `exact_counts` counts the round at a text's end exactly, at the cost of more passes: not for timing."""
 
     def gap(self, prefix_ids: list[int], first: int, second: int) -> float:
@@ -89,13 +76,11 @@ class Runtime(Protocol):
 
     name: ClassVar[str]
     device: str
-    draft_device: str
-    """"" is the target's."""
-    lossless_sampling: ClassVar[bool]
-    """Whether text sampled with a draft follows the target alone; without one it always does."""
+    draft_device: str  # "" is the target's
+    lossless_sampling: ClassVar[bool]  # whether text sampled with a draft follows the target alone
 
     def describe(self) -> dict[str, Any]:
-        """`runtime` of benchmark.json: name, version, device, device_name and the settings; refuses a device that is not there."""
+        """`runtime` of benchmark.json: name, version, device, device_name and settings; refuses a device that is not there."""
 
     def check_pair(self, target: Target, draft: Target) -> None:
         """Refuses, before anything is loaded, a draft that the runtime could not run for this target."""
@@ -103,16 +88,14 @@ class Runtime(Protocol):
     def export(self, source: Target, folder: Path, weights: str, target: Path | None = None) -> None:
         """Writes a model as the runtime loads it; a draft is tried with the exported `target`."""
 
-    def weights_bytes(self, exported: Path) -> int:
-        """Size of an export's weights."""
+    def weights_bytes(self, exported: Path) -> int: ...
 
     def measure_passes(
         self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
     ) -> Latency | None:
         """Single passes of two exports behind a prefix; None where the runtime cannot be asked for one."""
 
-    def open(self, target: Path, draft: Path) -> LoadedPair:
-        """A pair of exports."""
+    def open(self, target: Path, draft: Path) -> LoadedPair: ...
 
     def launch_line(self, target: str, draft: str, num_speculative_tokens: int) -> str:
         """What a user types to run the pair so."""

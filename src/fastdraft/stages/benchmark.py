@@ -1,7 +1,7 @@
 """Benchmark: the exported pair on this device's clock, beside the prediction -> `benchmark.json`.
 
-Missing exports are made; single passes timed; each pair of weights runs the tasks with every K, in turn with the target alone; the first pair
-runs the sweeps at its best K; then where the time goes, and how much memory is held. Each step is kept, so a killed benchmark goes on.
+Missing exports are made; single passes timed; each pair of weights runs the tasks with every K, in turn with the target
+alone; the first pair runs the sweeps at its best K; then time spent and memory. A killed benchmark goes on.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
 NAME = "benchmark"
-# Shares from which it is said: of the processors that others keep busy, and of texts that loop.
-_BUSY, _LOOPING = 0.25, 0.25
 
 
 def check_installed(config: BenchmarkConfig) -> None:
@@ -62,12 +60,8 @@ def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any
 
 def run(config: BenchmarkConfig, context: StageContext) -> None:
     """Writes `benchmark.json`."""
-    start, folder, export, console = (
-        time.monotonic(),
-        context.folder(NAME),
-        context.require("export"),
-        context.console,
-    )
+    start, console = time.monotonic(), context.console
+    folder, export = context.folder(NAME), context.require("export")
     target, draft = context.target, Target.at(export.path / "huggingface")
     runtime = OpenVINORuntime(
         device=config.device,
@@ -93,11 +87,6 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     _check_same_machine(used, folder)
     for words in plan.left_out:
         console.say(f"left out: {words}")
-    share = _busy_share()
-    if share is not None and share >= _BUSY:
-        console.warn(
-            f"other processes keep {share:.0%} of this machine busy: times will be worse and the ranges wider"
-        )
     pairs = _exported_pairs(plan, runtime, target, draft, export, folder, console)
     results = BenchmarkResults(
         runtime=used,
@@ -111,7 +100,11 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     results = replace(results, verdict={"sentence": verdict.sentence, "tone": verdict.tone})
     value = results.to_json()
     write_json(folder.path / "benchmark.json", value)
-    _tell(results, plan, console)
+    if results.judged():
+        columns = ("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
+        title = "Speed-up on the clock, {}, {} target, {} draft".format(used.device, *plan.weights[0])
+        console.table(title, *tables.measured(results).only(*columns).plain(details=True))
+    console.say(verdict.sentence)
     summary = {name: value[name] for name in ("runtime", "models", "best", "verdict")}
     folder.complete(**summary, seconds=round(time.monotonic() - start, 1), provenance=describe_run())
 
@@ -121,20 +114,9 @@ def _check_same_machine(used: RuntimeUsed, folder: StageFolder) -> None:
     now = {"version": used.version, "device_name": used.device_name}
     begun = folder.keep("units/device.json", lambda: now)
     if begun != now:
-        raise FastDraftError(
-            f"{folder.path}: begun on {begun['device_name']}, {used.name} {begun['version']}; one benchmark is of one device, and this "
-            f"is {used.device_name}, {used.name} {used.version}",
-            f"go on there, or add --redo {NAME}",
-        )
-
-
-def _busy_share() -> float | None:
-    """Share of the processors that others keep busy while this process waits; None where it cannot be told."""
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return float(psutil.cpu_percent(interval=0.5)) / 100
+        found = "begun on {device_name} ({version}), and this is ".format(**begun)
+        here = f"{used.device_name} ({used.version}); one benchmark is of one device"
+        raise FastDraftError(f"{folder.path}: {found}{here}", f"go on there, or add --redo {NAME}")
 
 
 def _exported_pairs(
@@ -146,7 +128,7 @@ def _exported_pairs(
     folder: StageFolder,
     console: Console,
 ) -> list[PairRuns]:
-    """Every pair's exports: those of the export stage where the weights are the same, the others made once, in `models/ROLE-WEIGHTS`."""
+    """Every pair's exports: the export stage's where the weights are the same, others made once in `models/`."""
     exported = export.manifest().get(runtime.name) or {}
 
     def find(role: str, weights: str, with_target: Path | None = None) -> Path:
@@ -155,7 +137,7 @@ def _exported_pairs(
         path = folder.path / "models" / f"{role}-{weights}"
         if not path.is_dir():
             console.stop.check(folder.path)
-            console.say(f"converting the {role} ({weights}): it is loaded and tried, which takes a while")
+            console.say(f"converting the {role} ({weights})")
             path.parent.mkdir(exist_ok=True)
             runtime.export(target if role == "target" else draft, path, weights, with_target)
         return path
@@ -171,21 +153,18 @@ def _sizes(pairs: Sequence[PairRuns]) -> list[ModelSize]:
     found = {("target", pair.weights[0]): pair.target for pair in pairs}
     found |= {("draft", pair.weights[1]): pair.draft for pair in pairs}
     size = pairs[0].runtime.weights_bytes
-    return [
-        ModelSize(role=role, weights=weights, bytes=size(path)) for (role, weights), path in found.items()
-    ]
+    return [ModelSize(role=role, weights=each, bytes=size(path)) for (role, each), path in found.items()]
 
 
 def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: Console) -> dict[str, Any]:
     """The measured fields of `benchmark.json`."""
     plan, folder, deployed = pairs[0].plan, pairs[0].folder, pairs[0].weights
-    passes = {}
+    rows: list[BenchmarkRow] = []
+    swept: list[BenchmarkRow] = []
+    passes, breakdown, memory = {}, [], []
     for pair in pairs:
         console.stop.check(folder.path)
         passes[pair.weights] = pair.passes()
-    rows: list[BenchmarkRow] = []
-    swept: list[BenchmarkRow] = []
-    breakdown = []
     # Which K the sweeps run at is known only behind the tasks; all K write as many tokens.
     works = [plan.everything(k) for k in plan.num_speculative_tokens]
     planned = sum(work.planned_tokens * (1 + plan.repeats) for work in works[0])
@@ -213,13 +192,9 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
                 swept = measured(pair, plan.of_sweeps(k))
             breakdown.append(pair.time_spent(k))
             pair.unload()  # before the memory of the next is taken
-    memory = []
     for pair in pairs:
         console.stop.check(folder.path)
         memory.append(pair.peaks(k))
-        if None in (memory[-1].alone_bytes, memory[-1].with_draft_bytes):
-            words = "-".join(pair.weights)
-            console.warn(f"the memory of {words} could not be measured: a process that loads it failed")
     return {
         "latencies": [row for pair in pairs for row in passes[pair.weights]],
         "breakdown": [row for row in breakdown if row is not None],
@@ -228,36 +203,3 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
         "best": best,
         "launch": pairs[0].runtime.launch_line(*deployed, k) if best.num_speculative_tokens else "",
     }
-
-
-def _tell(results: BenchmarkResults, plan: BenchmarkPlan, console: Console) -> None:
-    """The table, what deserves a word, and the verdict last."""
-    used, (target, draft), judged = results.runtime, plan.weights[0], results.judged()
-    apart = f" with the draft on {used.draft_device}" if used.draft_device != used.device else ""
-    if judged:
-        columns = ("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
-        shown = tables.measured(results).only(*columns)
-        title = f"Speed-up on the clock, {used.device}{apart}, {target} target, {draft} draft"
-        console.table(title, *shown.plain(details=True))
-    others = [f"{len(plan.weights)} weights pairs"] if len(plan.weights) > 1 else []
-    others += [part.replace("_", " ") for part in dict.fromkeys(prompts.part for prompts in plan.swept)]
-    if others:
-        console.say(f"in benchmark.json and the report besides: {', '.join(others)}")
-    if any(not row.lossless for row in results.rows):
-        console.say(
-            "sampled rows give no speed-up of a draft: this release of the runtime lets sampled text lean towards the draft, which flatters it"
-        )
-    cases = [case for row in results.rows for case in row.differences]
-    if cases:
-        largest = max(case.logprob_gap or 0.0 for case in cases)
-        texts = sum(row.texts for row in results.rows if row.same_text is not None)
-        console.say(
-            f"greedy text differs from the target's own in {len(cases)} of {texts} texts; largest log-prob gap there {largest:.2g}"
-        )
-    looping = [row.looping_share or 0.0 for row in judged]
-    if looping and sum(looping) / len(looping) >= _LOOPING:
-        share = sum(looping) / len(looping)
-        console.say(
-            f"{share:.0%} of the texts run into loops, which a draft predicts easily: see speedup_without_looping in benchmark.json"
-        )
-    console.say(results.verdict["sentence"])

@@ -1,7 +1,7 @@
 """Export: the last checkpoint of a run -> the directory that runtimes load, tested, with a model card.
 
-`export_model` does the same for any model without a recipe. A failed test with transformers is told and recorded rather than fatal: a draft
-can be worse than hoped, but never change the output. A conversion that does not load or changes greedy text is a fault of the files.
+`export_model` does the same for any model without a recipe. A failed test with transformers is told and recorded, not
+fatal; a conversion that does not load or changes greedy text is a fault of the files.
 """
 
 from __future__ import annotations
@@ -36,14 +36,9 @@ from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
 NAME = "export"
-_CHECKPOINTS = {
-    "align": "checkpoint",
-    "continue_pretrain": "checkpoint",
-    "pretrain": "checkpoint",
-    "design": "draft",
-}
+_STAGES = ("align", "continue_pretrain", "pretrain", "design")  # that make drafts, the last first
 _PROMPT = "Once upon a time there was a small town by the sea, and in that town"
-_ROWS_PER_CORPUS = 4
+_ROWS_PER_CORPUS = 4  # held-out rows on which the mass on padding ids is measured
 _TRIED_TOKENS = 48
 
 
@@ -55,8 +50,8 @@ def check_installed(config: ExportConfig) -> None:
 
 def source_of(context: StageContext) -> tuple[str, Path]:
     """The last stage that made a draft, which must have finished, and the draft's directory."""
-    name = next((stage for stage in _CHECKPOINTS if context.has(stage)), "design")
-    return name, context.require(name).path / _CHECKPOINTS[name]
+    name = next((stage for stage in _STAGES if context.has(stage)), "design")
+    return name, context.require(name).path / ("draft" if name == "design" else "checkpoint")
 
 
 def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
@@ -76,15 +71,19 @@ def run(config: ExportConfig, context: StageContext) -> None:
     start, artifact, console, target = time.monotonic(), context.folder(NAME), context.console, context.target
     set_threads(context.settings.threads)
     name, checkpoint = source_of(context)
-    check_same(
-        target.vocabulary, Target.at(checkpoint).vocabulary, special_tokens=False, where=str(checkpoint)
-    )
+    vocabulary = Target.at(checkpoint).vocabulary
+    check_same(target.vocabulary, vocabulary, special_tokens=False, where=str(checkpoint))
     folder = artifact.path / "huggingface"
-    files = write_huggingface(checkpoint, folder, config.num_speculative_tokens)
+    write_huggingface(checkpoint, folder, config.num_speculative_tokens)
     console.stop.check(artifact.path)
     checks = _check(Target.at(folder), target, context.settings.device, context.folder("prepare"), console)
     card = render("model_card.md.j2", read_run(context.run), k=config.num_speculative_tokens, checks=checks)
     write_atomic(folder / "README.md", card)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
+    }
     openvino = {}
     if "openvino" in config.formats:
         openvino = {"openvino": _openvino(config.openvino, artifact.path, target, Target.at(folder), console)}
@@ -93,10 +92,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         source=name,
         num_speculative_tokens=config.num_speculative_tokens,
         confidence_threshold=0.0,
-        files={
-            file: {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
-            for file in (*files, "README.md")
-        },
+        files=described,
         checks=checks,
         **openvino,
         seconds=round(time.monotonic() - start, 1),
@@ -105,15 +101,14 @@ def run(config: ExportConfig, context: StageContext) -> None:
     tried = "loads"
     if "assistant_same_greedy_text" in checks:
         same = "equal" if checks["assistant_same_greedy_text"] else "NOT equal"
-        compared = checks["assistant_tokens_compared"]
-        tried += f" as assistant_model; greedy text with and without it {same} over {compared} tokens"
+        tried = f"as assistant_model, greedy text {same} over {checks['assistant_tokens_compared']} tokens"
     console.say(f"{folder}: {tried}; mean probability on padding ids {checks['padding_mass_mean']:.1e}")
 
 
 def _check(
     draft: Target, target: Target, device: str, prepare: StageFolder, console: Console
 ) -> dict[str, Any]:
-    """Assisted generation with the target, where its weights are, and the mass on padding ids; warnings for what is not as it should be."""
+    """Assisted generation with the target, where its weights are, and the mass on padding ids, with warnings."""
     assistant = load_assistant(Path(draft.location), pick_device(device))
     prompt = list(draft.tokenizer(_PROMPT).input_ids)
     checks: dict[str, Any] = {}
@@ -121,26 +116,24 @@ def _check(
     if target.has_weights:
         model = target.model(assistant.device)
         room = max(1, min(_TRIED_TOKENS, target.context_length - len(prompt) - 8))
-        found = check_assisted(model, assistant, prompt, target.vocabulary, room)
-        if not found.same_text:
-            console.warn(
-                f"with the draft, transformers wrote other greedy text than the target alone ({model.dtype}; a near-tie, or a runtime fault)"
-            )
-        texts = [prompt + found.response_ids]
+        same, response_ids = check_assisted(model, assistant, prompt, target.vocabulary, room)
+        if not same:
+            console.warn(f"transformers wrote other greedy text with the draft than without ({model.dtype})")
+        texts = [prompt + response_ids]
         checks = {
-            "assistant_same_greedy_text": found.same_text,
-            "assistant_tokens_compared": len(found.response_ids),
+            "assistant_same_greedy_text": same,
+            "assistant_tokens_compared": len(response_ids),
             "assistant_dtype": str(model.dtype).removeprefix("torch."),
         }
     else:
-        console.warn(
-            f"the target's weights are not in {target.location}: the draft was loaded, but not tried with the target"
-        )
-    mean, largest = padding_mass(assistant, target.vocabulary, texts + _validation_rows(prepare))
+        console.warn(f"the target's weights are not in {target.location}: the draft was not tried with it")
+    corpora = prepare.manifest()["corpora"] if prepare.is_complete() else ()
+    for corpus in (open_corpus(prepare, name, "validation") for name in corpora):
+        texts += corpus.take(range(min(_ROWS_PER_CORPUS, corpus.rows))).tolist()
+    mean, largest = padding_mass(assistant, target.vocabulary, texts)
     if mean >= PADDING_MASS_LIMIT:
-        console.warn(
-            f"the draft gives {mean:.1e} of its probability to ids without a token (limit {PADDING_MASS_LIMIT:.0e}): train it longer"
-        )
+        rule = f"of its probability to ids without a token (limit {PADDING_MASS_LIMIT:.0e})"
+        console.warn(f"the draft gives {mean:.1e} {rule}: train it longer")
     return {
         **checks,
         # How `generate` must be called, for the card.
@@ -151,15 +144,6 @@ def _check(
         "padding_mass_limit": PADDING_MASS_LIMIT,
         "padding_mass_ok": mean < PADDING_MASS_LIMIT,
     }
-
-
-def _validation_rows(prepare: StageFolder) -> list[list[int]]:
-    """A few held-out rows of every corpus, when corpora were prepared."""
-    rows = []
-    for name in prepare.manifest()["corpora"] if prepare.is_complete() else ():
-        corpus = open_corpus(prepare, name, "validation")
-        rows += corpus.take(range(min(_ROWS_PER_CORPUS, corpus.rows))).tolist()
-    return rows
 
 
 def _openvino(
@@ -190,23 +174,18 @@ def export_model(
 ) -> Path:
     """Exports any Hugging Face directory, hub id or `shipped:` model without a recipe and returns its folder.
 
-    `output` None is `NAME-FORMAT-WEIGHTS` in the working directory; `target` is an export that the model must serve as a draft, None tries
-    it alone.
+    `output` None is `NAME-FORMAT-WEIGHTS` in the working directory; `target` is an export that the model must serve as
+    a draft, None tries it alone.
     """
     location = str(resolve_path(source, "export")) if source.startswith(("shipped:", "python:")) else source
     folder = user_path(output or f"{Path(location).name}-{format}-{weights}", "--output")
     if folder.exists() and not (folder / MODEL_FILE).is_file():
         raise RecipeError(f"--output {folder}: exists and is not an earlier export", "name another folder")
-    pair = None if target is None else user_path(target, "--target")
-    if pair is not None and not (pair / MODEL_FILE).is_file():
-        raise TargetError(
-            f"{pair}: no {MODEL_FILE}; --target must be an exported target", "export the target first"
-        )
+    pair = user_path(target, "--target") if target else None
+    if pair and not (pair / MODEL_FILE).is_file():
+        raise TargetError(f"--target {pair}: no {MODEL_FILE} in it", "export the target first")
     check = export_openvino(Target.at(location), folder, weights, pair=pair)
-    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     partner = f"as the draft of {pair}" if pair else "as its own draft"
     same = "equal" if check.same_text else f"equal up to a near-tie ({check.near_tie_gap:.1g})"
-    console.say(
-        f"{folder}: {size:.1f} MB; {partner}: {check.num_tokens} greedy tokens with and without it {same}"
-    )
+    console.say(f"{folder}: {partner}: {check.num_tokens} greedy tokens with and without it {same}")
     return folder
