@@ -1,4 +1,4 @@
-"""Plans, runs in turn and rows of a benchmark, with a runtime that follows a script: every time is exact, none is measured."""
+"""Plans, runs in turn and rows of a benchmark, with a runtime that follows a script: every time is exact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from fastdraft.benchmark.rows import BenchmarkRow, PassesRow
 from fastdraft.benchmark.runs import PairRuns
 from fastdraft.decoding.speculative import Round
 from fastdraft.errors import DataError
-from fastdraft.functional.generation import Sampling
 from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.runtime import TimedText
 
@@ -33,19 +32,13 @@ FIRST = 0.5
 TOKENS = 9
 TEXT = list(range(TOKENS))
 NAMED = {"target_weights": "int4", "draft_weights": "int8"}
-PASSES = PassesRow(
-    **NAMED,
-    prefix_tokens=128,
-    draft_seconds=0.25,
-    target_seconds={1: 1.0, 2: 1.25, 4: 1.5},
-    device="CPU",
-    draft_device="CPU",
-)
+SECONDS = {"draft_seconds": 0.25, "target_seconds": {1: 1.0, 2: 1.25, 4: 1.5}}
+PASSES = PassesRow(**NAMED, **SECONDS, prefix_tokens=128, device="CPU", draft_device="CPU")
 
 
 @dataclass
 class Scripted:
-    """A pair that answers every prompt with the same tokens, each K at a set pace by repeat; each write is noted in a log."""
+    """A pair that answers every prompt with the same tokens, each K at a set pace by repeat, and logs it."""
 
     paces: dict[int, Sequence[float]] = field(default_factory=dict)
     texts: dict[int, list[int]] = field(default_factory=dict)
@@ -57,20 +50,11 @@ class Scripted:
     def open(self, target: Path, draft: Path) -> Scripted:
         return self
 
-    def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> list[TimedText]:
-        return self.write_with_draft(prompts, sampling, max_new_tokens, seed, 0)
+    def write(self, *asked: Any) -> list[TimedText]:
+        return self.write_with_draft(*asked, 0)
 
     def write_with_draft(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        seed: int,
-        k: int,
-        *,
-        exact_counts: bool = False,
+        self, prompts: Any, _: Any, max_new_tokens: int, seed: int, k: int, exact_counts: bool = False
     ) -> list[TimedText]:
         text = self.texts.get(k, TEXT)[:max_new_tokens]
         asked = ",".join(str(prompt[0]) for prompt in prompts)
@@ -130,12 +114,8 @@ def test_a_speedup_is_the_median_of_repeats_each_paired_with_its_own_baseline(tm
 
 def test_a_row_holds_counts_prediction_and_quotients(tmp_path: Path) -> None:
     row = rows(tmp_path)[1]
-    assert (row.num_drafts, row.num_draft_tokens, row.num_accepted_tokens, row.num_generated_tokens) == (
-        4,
-        12,
-        12,
-        16,
-    )
+    assert (row.num_drafts, row.num_draft_tokens, row.num_accepted_tokens) == (4, 12, 12)
+    assert (row.num_generated_tokens, row.texts, row.same_text, row.differences) == (16, 2, 2, [])
     assert row.num_accepted_tokens_per_pos == [4, 4, 4]
     assert (row.acceptance_rate, row.block_efficiency) == (1.0, 4.0)
     predicted = 4.0 * 1.0 / (3 * 0.25 + 1.5)
@@ -144,20 +124,8 @@ def test_a_row_holds_counts_prediction_and_quotients(tmp_path: Path) -> None:
     assert row.predicted_quotient == pytest.approx(row.speedup / predicted, abs=1e-5)
     assert row.decode_quotient == pytest.approx(4.0 / predicted, abs=1e-5)
     assert row.mbsu_bytes == pytest.approx(4.0 / 1.3, abs=1e-6)
-    assert (row.texts, row.same_text, row.differences, row.looping_share, row.lossless) == (
-        2,
-        2,
-        [],
-        0.0,
-        True,
-    )
-    assert (row.part, row.task, row.prompt_tokens, row.num_prompts, row.repeats) == (
-        "tasks",
-        "code",
-        2.5,
-        2,
-        3,
-    )
+    assert (row.looping_share, row.lossless, row.prompt_tokens) == (0.0, True, 2.5)
+    assert (row.part, row.task, row.num_prompts, row.repeats) == ("tasks", "code", 2, 3)
 
 
 def test_the_prediction_takes_the_passes_measured_nearest_to_the_text(tmp_path: Path) -> None:
@@ -165,9 +133,7 @@ def test_the_prediction_takes_the_passes_measured_nearest_to_the_text(tmp_path: 
     near = rows(tmp_path, passes=[PASSES, far])  # the texts lie around position 7
     assert near[1].predicted_speedup == pytest.approx(4 / 12, abs=1e-6)
     assert near[0].predicted_speedup is None, "K + 1 = 2 was not measured there"
-    assert rows(tmp_path, passes=[])[1].predicted_speedup is None, (
-        "a runtime that cannot be asked for single passes"
-    )
+    assert rows(tmp_path, passes=[])[1].predicted_speedup is None, "a runtime without single passes"
 
 
 def test_several_texts_at_a_time_have_no_prediction_and_take_the_time_of_one(tmp_path: Path) -> None:
@@ -191,9 +157,8 @@ def test_texts_that_loop_are_left_out_of_a_speedup_beside_the_whole(tmp_path: Pa
     class Second(Scripted):
         """Loops on the first prompt only, and is fast there."""
 
-        def write_with_draft(
-            self, prompts: Any, sampling: Any, tokens: int, seed: int, k: int, **_: Any
-        ) -> list[TimedText]:
+        def write_with_draft(self, prompts: Any, *asked: Any, **_: Any) -> list[TimedText]:
+            k = asked[-1]
             looping = prompts[0][0] == 10
             pace = 1.0 if not k else 0.1 if looping else 0.5
             text = [7] * 48 if looping else list(range(48))

@@ -33,18 +33,10 @@ class _Section(Config):
 @pytest.fixture
 def context(tiny_target: Path, tmp_path: Path) -> StageContext:
     """A run whose design stage has finished."""
-    config = load_config(
-        DesignConfig,
-        {"draft": {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}},
-        "design",
-    )
-    context = StageContext(
-        RunFolder(tmp_path / "run"),
-        RunConfig(name="run", device="cpu"),
-        Target.at(tiny_target),
-        {"design": config},
-        Console(quiet=True),
-    )
+    shape = {"kind": "shape", "hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
+    config = load_config(DesignConfig, {"draft": shape}, "design")
+    run, settings = RunFolder(tmp_path / "run"), RunConfig(name="run", device="cpu")
+    context = StageContext(run, settings, Target.at(tiny_target), {"design": config}, Console(quiet=True))
     context.folder("design").begin(design.fingerprint(config, context))
     design.run(config, context)
     return context
@@ -69,10 +61,8 @@ def test_the_export_pins_k_for_transformers(context: StageContext) -> None:
 def test_weights_and_tokenizer_are_those_of_the_checkpoint(context: StageContext, tiny_target: Path) -> None:
     folder, manifest = _export(context)
     checkpoint = context.folder("design").path / "draft"
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(load_draft(folder).parameters(), load_draft(checkpoint).parameters(), strict=True)
-    )
+    weights = load_draft(folder).parameters(), load_draft(checkpoint).parameters()
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (tiny_target / name).read_bytes()
     assert sorted(manifest["files"]) == sorted(path.name for path in folder.iterdir())
@@ -83,25 +73,14 @@ def test_the_export_serves_as_assistant_model_without_changing_greedy_text(
 ) -> None:
     folder, manifest = _export(context)
     assert manifest["checks"]["assistant_same_greedy_text"] is True
-    target, draft = (
-        AutoModelForCausalLM.from_pretrained(tiny_target),
-        AutoModelForCausalLM.from_pretrained(folder),
-    )
+    target, draft = map(AutoModelForCausalLM.from_pretrained, (tiny_target, folder))
     inputs = AutoTokenizer.from_pretrained(folder)("The quick brown", return_tensors="pt")
-    alone = target.generate(**inputs, do_sample=False, max_new_tokens=24)
-    assert torch.equal(
-        alone, target.generate(**inputs, do_sample=False, max_new_tokens=24, assistant_model=draft)
-    )
+    asked = {**inputs, "do_sample": False, "max_new_tokens": 24}
+    assert torch.equal(target.generate(**asked), target.generate(**asked, assistant_model=draft))
 
 
 def test_a_trained_stage_goes_before_the_design_and_must_have_finished(context: StageContext) -> None:
-    trained = StageContext(
-        context.run,
-        context.settings,
-        context.target,
-        {**context.sections, "align": _Section()},
-        context.console,
-    )
+    trained = replace(context, sections={**context.sections, "align": _Section()})
     with pytest.raises(FastDraftError, match="needs the result of 'align'"):
         _export(trained)
     assert export.source_of(context)[0] == "design"
@@ -112,9 +91,8 @@ def test_padding_mass_is_measured_and_reported(
 ) -> None:
     _, manifest = _export(replace(context, console=Console(quiet=True)))
     checks = manifest["checks"]
-    assert checks["padding_mass_mean"] == pytest.approx(
-        20 / 320, rel=0.3
-    )  # untrained: every id equally likely
+    # Untrained: every id is equally likely.
+    assert checks["padding_mass_mean"] == pytest.approx(20 / 320, rel=0.3)
     assert checks["padding_mass_ok"] is False
     assert "ids without a token" in capsys.readouterr().err
 
@@ -124,15 +102,13 @@ def test_padding_mass_is_the_softmax_share_of_ids_without_a_token(context: Stage
     texts = [[1, 2, 3], list(range(60))]
     with torch.no_grad():
         draft.model.embed_tokens.weight.fill_(1.0)
-        for (
-            layer
-        ) in draft.model.layers:  # nothing is added to the residual stream: every hidden state is all ones
+        # Nothing is added to the residual stream: every hidden state is all ones.
+        for layer in draft.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         draft.lm_head.weight.zero_()
-        assert huggingface_export.padding_mass(draft, vocabulary, texts) == pytest.approx(
-            (20 / 320, 20 / 320)
-        )
+        found = huggingface_export.padding_mass(draft, vocabulary, texts)
+        assert found == pytest.approx((20 / 320, 20 / 320))
         draft.lm_head.weight[300:] = -1.0
     mean, largest = huggingface_export.padding_mass(draft, vocabulary, texts)
     assert mean <= largest < huggingface_export.PADDING_MASS_LIMIT
@@ -140,9 +116,8 @@ def test_padding_mass_is_the_softmax_share_of_ids_without_a_token(context: Stage
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(context: StageContext, tmp_path: Path) -> None:
     other = write_target(tmp_path / "other", padded_vocab=384)
-    changed = StageContext(context.run, context.settings, Target.at(other), context.sections, context.console)
     with pytest.raises(TargetError, match="vocab_size"):
-        _export(changed)
+        _export(replace(context, target=Target.at(other)))
     assert not (context.folder("export").path / "huggingface").exists()
 
 
@@ -157,13 +132,8 @@ def test_the_model_card_says_what_was_measured_and_no_more(context: StageContext
     folder, _ = _export(context)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers")
-    for words in (
-        "assistant_model=draft",
-        "This draft was not evaluated",
-        "NOT under 1e-04",
-        "was equal to the target's alone",
-    ):
-        assert words in card
+    said = "assistant_model=draft", "This draft was not evaluated", "NOT under 1e-04"
+    assert all(words in card for words in (*said, "was equal to the target's alone"))
 
 
 def test_a_target_whose_weights_are_elsewhere_still_gets_its_draft_exported_and_the_card_says_so(

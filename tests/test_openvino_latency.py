@@ -1,4 +1,4 @@
-"""What is timed in OpenVINO is what decoding runs. No time is asserted anywhere. Skipped where OpenVINO is not installed."""
+"""What is timed in OpenVINO is what decoding runs. No time is asserted anywhere. Skipped without OpenVINO."""
 
 from __future__ import annotations
 
@@ -31,19 +31,10 @@ def random_export(folder: Path, layers: int, weights: str) -> Path:
     source = folder / "tokenizer"
     source.mkdir()
     write_tokenizer(source)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=3,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "vocab_size": 320}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    ids = {"bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
+    config = LlamaConfig(**shape, **heads, **ids, max_position_embeddings=64)
     exported = folder / "exported"
     exported.mkdir()
     export_random(config, Target.at(source), exported, weights)  # type: ignore[arg-type]

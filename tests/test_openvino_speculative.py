@@ -1,4 +1,4 @@
-"""OpenVINO under the clock: texts, moments, rounds counted as ours, near-ties. Skipped where it is not installed."""
+"""OpenVINO under the clock: texts, moments, rounds counted as ours, near-ties. Skipped without OpenVINO."""
 
 from __future__ import annotations
 
@@ -77,14 +77,8 @@ def test_greedy_counts_agree_with_our_decoder_and_with_replay(
         # OpenVINO's first pass proposes nothing: its token belongs to the prompt.
         behind = decoder.generate([*prompt, own.response_ids[0]], GREEDY, len(own.response_ids) - 1, seed=0)
         assert text.counts == behind.counts
-        row = SimpleNamespace(
-            prompt_ids=[*prompt, own.response_ids[0]],
-            response_ids=own.response_ids[1:],
-            logprobs=own.logprobs[1:],
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-        )
+        texts = {"prompt_ids": [*prompt, own.response_ids[0]], "response_ids": own.response_ids[1:]}
+        row = SimpleNamespace(**texts, logprobs=own.logprobs[1:], temperature=0.0, top_k=0, top_p=1.0)
         replayed = replay(draft, [row], [k], vocabulary)[0][k]
         assert replayed.num_accepted_tokens == text.counts.num_accepted_tokens
         total.append(text.counts)
@@ -168,9 +162,8 @@ def test_what_does_not_fit_is_refused(pair: OpenVINOPair, exported_target: Path,
         OpenVINOPair(exported_target, tiny_draft).write_with_draft([[5]], GREEDY, 2, 0, 1)
     for devices in ({"device": "GPU.7"}, {"draft_device": "NPU"}):
         with pytest.raises(RecipeError, match="OpenVINO sees"):
-            OpenVINOPair(exported_target, exported_target, OpenVINOSettings(**devices)).write_with_draft(
-                [[5]], GREEDY, 2, 0, 1
-            )
+            elsewhere = OpenVINOPair(exported_target, exported_target, OpenVINOSettings(**devices))
+            elsewhere.write_with_draft([[5]], GREEDY, 2, 0, 1)
 
 
 def test_a_failure_of_openvino_is_one_line(exported_target: Path) -> None:
@@ -182,9 +175,8 @@ def test_a_failure_of_openvino_is_one_line(exported_target: Path) -> None:
     pair.__dict__["alone"] = SimpleNamespace(add_request=fail)
     with pytest.raises(FastDraftError, match="device CPU: OpenVINO failed: no memory left"):
         pair.write(PROMPTS, GREEDY, TOKENS, 0)
-    pair.__dict__["alone"] = SimpleNamespace(
-        add_request=lambda *_: None, has_non_finished_requests=lambda: False
-    )
+    empty = {"add_request": lambda *_: None, "has_non_finished_requests": lambda: False}
+    pair.__dict__["alone"] = SimpleNamespace(**empty)
     with pytest.raises(FastDraftError, match="a prompt was left without an answer"):
         pair.write(PROMPTS[:1], GREEDY, TOKENS, 0)
 

@@ -1,7 +1,8 @@
-"""From the measured texts and times to the rows of `benchmark.json`: `rows_of(measured, passes, cost_ratio_bytes)`.
+"""Measured texts and times -> rows of `benchmark.json`: `rows_of(measured, passes, cost_ratio_bytes)`.
 
-A speed-up is seconds per token alone over seconds per token with the draft, of the two runs of one repeat; the row
-says the median over the repeats and the range. Rates follow from added counts. What cannot be computed is null.
+A speed-up is seconds per token alone over seconds per token with the draft, of the two runs of one repeat;
+the row says the median over the repeats and the range. Rates follow from added counts. What cannot be
+computed is null.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Text = tuple[int, float, float]  # tokens, seconds and seconds to the first toke
 def rows_of(measured: Measured, passes: Sequence[PassesRow], cost_ratio_bytes: float) -> list[BenchmarkRow]:
     """One row for each K of a finished measurement.
 
-    `passes` are the pair's single passes by prefix; `cost_ratio_bytes` the bytes of weights that the draft reads
-    for one token over the target's, each at its own weights.
+    `passes` are the pair's single passes by prefix; `cost_ratio_bytes` the bytes of weights that the draft
+    reads for one token over the target's, each at its own weights.
     """
     labels = measured.work.labels.items()
     return [_row(measured, label, k, passes, cost_ratio_bytes) for label, k in labels if k]
@@ -45,7 +46,8 @@ def _row(
     prompt_tokens = statistics.fmean(measured.counts["prompt_tokens"])
     differences = measured.counts["differences"][label]
     times = _times(measured, label)
-    # Single passes predict one text at a time; those are taken that were measured nearest to the middle of the texts.
+    # Single passes predict one text at a time; those are taken that were measured nearest to the middle of
+    # the texts.
     middle = prompt_tokens + statistics.fmean(map(len, texts["response_ids"])) / 2
     near = min(passes, key=lambda each: abs(each.prefix_tokens - middle), default=None)
     predicted, bound = NAN, mbsu(tau, k, cost_ratio_bytes)
@@ -120,7 +122,7 @@ def _times(measured: Measured, label: str) -> dict[str, float]:
 
 
 def _without_looping(measured: Measured, label: str) -> float:
-    """The median speed-up of the texts whose target does not loop, which a draft predicts easily; NaN if none."""
+    """The median speed-up of texts whose target does not loop, which a draft predicts easily; NaN if none."""
     own = measured.counts["texts"][ALONE]["response_ids"]
     places = [place for place, ids in enumerate(own) if not is_looping(ids)]
 

@@ -1,4 +1,4 @@
-"""How much memory a target takes, alone and with a draft: each in a process of its own, so that nothing else counts.
+"""How much memory a target takes, alone and with a draft: each in a process of its own.
 
 Memory is the peak of what is resident while one real prompt is answered, above what the process held before
 anything was loaded. Weights that are mapped from their file count where they were touched.
@@ -28,7 +28,7 @@ def measure_memory(
     max_new_tokens: int,
     num_speculative_tokens: int,
 ) -> int | None:
-    """Peak bytes of a fresh process, which makes the same runtime; K 0 is the target alone. None when it fails."""
+    """Peak bytes of a fresh process with the same runtime; K 0: the target alone. None when it fails."""
     kind = type(runtime)
     asked = {
         "runtime": [kind.__module__, kind.__name__, asdict(runtime)],  # type: ignore[call-overload]

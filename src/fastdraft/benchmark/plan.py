@@ -108,7 +108,7 @@ def make_plan(
     num_speculative_tokens: list[int],
     **settings: Any,
 ) -> BenchmarkPlan:
-    """Chooses the prompts of every measurement: of each task and each sweep the first `count` that fit both models' context.
+    """Chooses of each task and each sweep the first `count` prompts that fit both models' context.
 
     `sweep` holds the values by factor; `settings` are further fields of the plan.
     """
@@ -137,7 +137,7 @@ def make_plan(
 
 
 def encode(task: Any, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """A recipe's task as token ids, of a conversation its first turn: later ones need the target's own answers."""
+    """A recipe's task as token ids; of a conversation the first turn, for later ones need answers."""
     loaded = load_task(task)
     encoded = [(each.id, first_prompt_ids(tokenizer, each.prompt, loaded.chat)) for each in loaded.prompts]
     prompts = [(name, ids) for name, ids in encoded if ids]
@@ -162,7 +162,7 @@ def task_prompts(task: PromptSet, count: int, room: int, left_out: list[str]) ->
 def mixed_prompts(
     tasks: Sequence[PromptSet], count: int, max_new_tokens: int, room: int, part: str, value: int
 ) -> PromptSet:
-    """One prompt of each task in turn until there are `count`; when the tasks have fewer that fit, they come again."""
+    """One prompt of each task in turn until there are `count`; when fewer fit, they come again."""
     named = _in_turn([[(f"{task.task}/{name}", ids) for name, ids in task.prompts] for task in tasks])
     fitting = [(name, ids) for name, ids in named if len(ids) + max_new_tokens <= room]
     chosen = [fitting[index % len(fitting)] for index in range(count if fitting else 0)]
@@ -172,7 +172,7 @@ def mixed_prompts(
 def prompts_of_length(
     tasks: Sequence[PromptSet], count: int, tokens: int, max_new_tokens: int, room: int, left_out: list[str]
 ) -> PromptSet:
-    """Prompts of exactly `tokens` tokens, from each task in turn: other prompts are put in front of one's own words.
+    """Prompts of exactly `tokens` tokens, from each task in turn: other prompts are put in front.
 
     Those that are longer by themselves are left out.
     """

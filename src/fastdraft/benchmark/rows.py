@@ -182,7 +182,7 @@ class TaskBest(JsonRow):
 
 @dataclass(frozen=True, kw_only=True)
 class BestK(JsonRow):
-    """K of the largest geometric mean over the tasks, and each task's own; None where nothing may be judged."""
+    """K of the largest geometric mean over the tasks, and each task's own; None where none may be judged."""
 
     num_speculative_tokens: int | None
     by_task: dict[str, TaskBest]
@@ -221,11 +221,15 @@ class BenchmarkResults(JsonRow):
 
 
 def judged_rows(rows: Iterable[BenchmarkRow], weights: tuple[str, str]) -> list[BenchmarkRow]:
-    """Rows on which a verdict may rest: whole tasks, text that is the target's own, the lowest temperature among them."""
+    """Rows on which a verdict may rest: whole tasks, lossless text, the lowest temperature."""
     found = [
         row
         for row in rows
-        if row.part == "tasks" and row.weights == weights and row.lossless and row.speedup is not None
+        if row.part == "tasks"
+        and row.weights == weights
+        and row.lossless
+        and row.speedup is not None
+        and row.num_speculative_tokens  # None in files of an earlier release
     ]
     lowest = min((row.temperature for row in found), default=0.0)
     at_lowest = [row for row in found if row.temperature == lowest]
@@ -235,18 +239,19 @@ def judged_rows(rows: Iterable[BenchmarkRow], weights: tuple[str, str]) -> list[
 
 def fastest(judged: Iterable[BenchmarkRow]) -> list[BenchmarkRow]:
     """Of every task the first of its fastest rows."""
-    return [max(rows, key=lambda row: row.speedup) for _, rows in groupby(judged, lambda row: row.task)]
+    by_task = groupby(judged, lambda row: row.task)
+    return [max(rows, key=lambda row: row.speedup or 0.0) for _, rows in by_task]
 
 
 def best_k(judged: Sequence[BenchmarkRow]) -> BestK:
     """The best K of `judged_rows`."""
-    by_task = {
-        row.task: TaskBest(num_speculative_tokens=row.num_speculative_tokens, speedup=row.speedup)
-        for row in fastest(judged)
-    }
     speedups: dict[int, list[float]] = {}
+    by_task: dict[str, TaskBest] = {}
     for row in judged:
-        speedups.setdefault(row.num_speculative_tokens, []).append(row.speedup)
+        speedups.setdefault(row.num_speculative_tokens or 0, []).append(row.speedup or 0.0)
+    for row in fastest(judged):
+        k, speedup = row.num_speculative_tokens or 0, row.speedup or 0.0
+        by_task[row.task] = TaskBest(num_speculative_tokens=k, speedup=speedup)
     means = {k: math.prod(values) ** (1 / len(values)) for k, values in speedups.items()}
     found = max(means, key=lambda k: (means[k], -k)) if means else None
     return BestK(num_speculative_tokens=found, by_task=by_task)

@@ -1,7 +1,7 @@
-"""The runs of one pair of exports: single passes, tasks with and without the draft in turn, time spent, and memory.
+"""The runs of one pair of exports: single passes, tasks with and without the draft in turn, time, memory.
 
-Every result is a file in the stage's `units/`: a killed benchmark repeats at most one of them, no repeat is ever made
-of runs from two processes, and models are loaded only where something is missing.
+Every result is a file in the stage's `units/`: a killed benchmark repeats at most one of them, no repeat is
+ever made of runs from two processes, and models are loaded only where something is missing.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class PairRuns:
     def measure(self, work: Measurement) -> Measured:
         """Makes what is missing of a measurement.
 
-        All labels (the target alone, then each K) answer a prompt before the next one comes, every second repeat from
-        the other end, so that a slow spell of the machine, a warm cache or a falling clock hits all alike. Before that
-        an untimed run with exact counts warms up, and gives counts and texts.
+        All labels (the target alone, then each K) answer a prompt before the next one comes, every second
+        repeat from the other end, so that a slow spell of the machine, a warm cache or a falling clock hits
+        all alike. Before that an untimed run with exact counts warms up, and gives counts and texts.
         """
         first, *rest = unit_names(work, self.plan.repeats)
         counts = self.folder.keep(first, partial(self._counted, work))
@@ -168,7 +168,7 @@ class PairRuns:
         return [row for row in rows if row is not None]
 
     def time_spent(self, k: int) -> BreakdownRow | None:
-        """Where the time of real runs goes, of a prompt of each task together; None where the runtime does not tell."""
+        """Where the time of real runs goes, of a prompt of each task; None where a runtime does not tell."""
 
         def make() -> dict[str, Any] | None:
             chosen = [(p.prompts[0][1], p.max_new_tokens) for p in self.plan.tasks[:_BREAKDOWN_TASKS]]

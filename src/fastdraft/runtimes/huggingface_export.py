@@ -1,4 +1,4 @@
-"""The draft as transformers loads it: a directory for `assistant_model`, and proof that it loads and keeps its promise."""
+"""The draft as transformers loads it: a directory for `assistant_model`, and proof that it works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PADDING_TOKENS = 512  # read of each text
 
 
 def write_huggingface(checkpoint: Path, folder: Path, num_speculative_tokens: int) -> None:
-    """Writes a complete Hugging Face directory: fp32 weights as they were evaluated, tokenizer files byte for byte."""
+    """Writes a complete directory: fp32 weights as they were evaluated, tokenizer files byte for byte."""
     model = load_draft(checkpoint)
     # transformers' own defaults, 20 tokens and 0.4, change between releases and make small drafts slower.
     model.generation_config.num_assistant_tokens = num_speculative_tokens
@@ -44,7 +44,7 @@ def check_assisted(
     vocabulary: Vocabulary,
     max_new_tokens: int = 48,
 ) -> tuple[bool, list[int]]:
-    """Whether the target's greedy text is the same with the draft as `assistant_model`, and what it wrote alone.
+    """Whether the target's greedy text is the same with the draft as `assistant_model`, and that text.
 
     In half precision or at exact ties the two may differ: a pass over several tokens rounds differently.
     """
@@ -66,7 +66,7 @@ def check_assisted(
 
 
 def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `generate` must be told beside the prompt [1, T] for a target that counts positions on several axes (Qwen2-VL).
+    """What `generate` must be told beside a prompt [1, T] by a target with several position axes (Qwen2-VL).
 
     By itself it hands positions [axes, 1, T] on to the draft, which reads one for each token and fails.
     """
@@ -84,7 +84,7 @@ def needs_positions(config: PreTrainedConfig) -> bool:
 def padding_mass(
     draft: PreTrainedModel, vocabulary: Vocabulary, texts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """Mean and largest probability, at temperature 1, of all ids without a token together, over some texts."""
+    """Mean and largest probability, at temperature 1, of all ids without a token together."""
     missing = list(vocabulary.missing_ids)
     if not missing:
         return 0.0, 0.0

@@ -1,6 +1,7 @@
 """OpenVINO: devices, loading, and the engine by which a target writes text.
 
-Only the files named openvino* import openvino, openvino_genai, nncf or optimum; all import this one first, so that none reports usage.
+Only the files named openvino* import openvino, openvino_genai, nncf or optimum; all import this one first, so
+that none reports usage.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from fastdraft.errors import FastDraftError, MissingExtra, RecipeError, TargetEr
 from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.modeling.vocabulary import Vocabulary
 
-# fast: the device's own choice, on a CPU with an 8-bit KV cache; exact: float32 throughout, to compare token by token.
+# fast: the device's own choice, on a CPU with an 8-bit KV cache; exact: float32 throughout, to compare token
+# by token.
 Precision = Literal["fast", "exact"]
 MODEL_FILE = "openvino_model.xml"
-INSTALL_CONVERTER = "pip install --no-deps optimum-intel optimum; pip install requests (with its dependencies it brings torchvision)"
+# With its dependencies optimum-intel brings torchvision.
+INSTALL_CONVERTER = "pip install --no-deps optimum-intel optimum; pip install requests"
 _EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -41,8 +44,9 @@ _GIVE_UP_EVERY = 16
 def silence_telemetry() -> None:
     """Keeps OpenVINO, its converter and nncf from sending usage data from this process.
 
-    `openvino_telemetry` sends 59 events to Google Analytics for one export, and no environment variable stops all of them; but all three
-    do without the package where it cannot be imported. The user's consent is neither read nor written.
+    `openvino_telemetry` sends 59 events to Google Analytics for one export, and no environment variable stops
+    all of them; but all three do without the package where it cannot be imported. The user's consent is
+    neither read nor written.
     """
     name = "openvino_telemetry"
     sender = sys.modules.get(f"{name}.utils.sender")
@@ -88,8 +92,9 @@ class _SignalStack(ctypes.Structure):  # `stack_t` of sigaltstack(2)
 @contextlib.contextmanager
 def keeping_signal_stack() -> Iterator[None]:
     """Around whatever loads a plugin, so that Ctrl-C goes on working."""
-    # OpenVINO's CPU plugin sets a signal stack and, when it goes, puts back the one that it had found. Two that do not go in reverse
-    # order leave one that is gone: the next signal is a segmentation fault (release 2026.4.1, Linux).
+    # OpenVINO's CPU plugin sets a signal stack and, when it goes, puts back the one that it had found. Two
+    # that do not go in reverse order leave one that is gone: the next signal is a segmentation fault (release
+    # 2026.4.1, Linux).
     if sys.platform != "linux":
         yield
         return
@@ -102,7 +107,7 @@ def keeping_signal_stack() -> Iterator[None]:
 
 
 def device_properties(device: str, precision: Precision, threads: int = 0) -> dict[str, Any]:
-    """What OpenVINO is told about a device (CPU, GPU, GPU.1); threads 0 leaves its own choice. Refuses one that is not there."""
+    """What OpenVINO is told about a device (CPU, GPU, GPU.1) that is here; threads 0: its own choice."""
     import_genai()
     with keeping_signal_stack():
         seen = core().available_devices
@@ -153,7 +158,8 @@ def load_pipeline(
 ) -> Any:
     """A ContinuousBatchingPipeline over an export that writes at most `rows` answers at a time.
 
-    By OpenVINO's own choice one pass reads at most 256 tokens; with `whole_prompts` no prompt is cut into pieces.
+    By OpenVINO's own choice one pass reads at most 256 tokens; with `whole_prompts` no prompt is cut into
+    pieces.
     """
     check_exported(folder)
     genai = import_genai()
@@ -175,7 +181,8 @@ def as_tensor(ids: Sequence[int]) -> Any:
 def generation_config(sampling: Sampling, max_new_tokens: int, eos_ids: Sequence[int], seed: int) -> Any:
     """OpenVINO's settings for one answer, leaving nothing to what a model's own generation config says."""
     config = import_genai().GenerationConfig()
-    # `logprobs` stays 0: log-probs are then of the distribution that a token was drawn from; with 1, of the raw logits.
+    # `logprobs` stays 0: log-probs are then of the distribution that a token was drawn from; with 1, of the
+    # raw logits.
     config.max_new_tokens = max_new_tokens
     config.stop_token_ids = set(eos_ids)
     if eos_ids:
@@ -188,14 +195,15 @@ def generation_config(sampling: Sampling, max_new_tokens: int, eos_ids: Sequence
 
 
 def answer_seed(seed: int, index: int) -> int:
-    """The seed of one answer among those asked together: equal prompts get different answers, whatever else is in the batch."""
+    """The seed of one answer among those asked together, so that equal prompts get different answers."""
     return random.Random(f"{seed}/{index}").getrandbits(31)
 
 
 class OpenVINOEngine:
     """The `Engine` over OpenVINO GenAI's continuous batching, in this process.
 
-    Log-probs are OpenVINO's own: of the distribution that each token was drawn from, at the weights and precision that run.
+    Log-probs are OpenVINO's own: of the distribution that each token was drawn from, at the weights and
+    precision that run.
     """
 
     name = "openvino"

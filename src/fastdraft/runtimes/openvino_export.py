@@ -1,7 +1,7 @@
-"""A Hugging Face directory as OpenVINO runs it: IR of model, tokenizer and detokenizer, weights compressed, and tried.
+"""A Hugging Face directory as OpenVINO runs it: model, tokenizer and detokenizer, compressed, and tried.
 
-optimum-intel converts, nncf compresses; the tokenizer files are copied byte for byte. An export is a directory only after it has been
-loaded and has written the same greedy text with a draft.
+optimum-intel converts, nncf compresses; the tokenizer files are copied byte for byte. An export is a
+directory only after it has been loaded and has written the same greedy text with a draft.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def require_convertible(target: Target) -> None:
 
 
 def check_pair(target: Target, draft: Target) -> None:
-    """Refuses a draft that OpenVINO GenAI could not run for this target, exported or not, before either is loaded."""
+    """Refuses a draft that OpenVINO GenAI could not run for this target, before either is loaded."""
 
-    # GenAI compares this sentence and the three ids after loading; another vocabulary or a shorter context crashes or clips later.
+    # GenAI compares this sentence and the three ids after loading; another vocabulary or a shorter context
+    # crashes or clips later.
     def facts(model: Target) -> dict[str, Any]:
         ids = {
             f"{name}_token_id": getattr(model.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
@@ -92,8 +93,9 @@ def export_openvino(
 ) -> ExportCheck:
     """Exports a model and tries it; `folder` is replaced, and stands whole and tried or not at all.
 
-    int8 and int4 are compressed without data: asymmetric; int4 in groups of 128, with embeddings and head in int8. `pair` is an exported
-    target that this one must serve as a draft; None tries the model as its own draft.
+    int8 and int4 are compressed without data: asymmetric; int4 in groups of 128, with embeddings and head in
+    int8. `pair` is an exported target that this one must serve as a draft; None tries the model as its own
+    draft.
     """
     require_openvino()
     source.files.check_weights()
@@ -105,7 +107,7 @@ def export_openvino(
 
 
 def convert(source: Target, folder: Path, weights: Weights) -> None:
-    """Writes the IR of model, tokenizer and detokenizer, and the source's tokenizer files, into an existing directory."""
+    """Writes the IR of model, tokenizer and detokenizer, and the tokenizer files, into an existing folder."""
     convert_model, ov_config = _converter()
     try:
         with _silence(), as_text_model(source, folder) as text:
@@ -151,7 +153,7 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
 
 
 def check_export(target: Path, draft: Path) -> ExportCheck:
-    """Loads both, writes 32 greedy tokens without and with the draft, in float32, and compares; refuses more than a near-tie."""
+    """Writes 32 greedy tokens without and with the draft, in float32; refuses more than a near-tie."""
     models = [Target.at(folder) for folder in (target, draft)]
     prompt = [int(token) for token in models[0].tokenizer(_PROMPT).input_ids]
     room = min(model.context_length for model in models) - len(prompt) - 8
@@ -169,7 +171,7 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
 
 
 def export_random(config: PreTrainedConfig, tokenizer: Target, folder: Path, weights: Weights) -> None:
-    """An export of a shape with random weights into an existing folder; `tokenizer` gives the files beside it."""
+    """An export of a shape with random weights into an existing folder; `tokenizer` gives its files."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +197,8 @@ def _converter() -> tuple[Any, Any]:
             from optimum.intel import OVConfig
     except (ImportError, RuntimeError) as error:
         raise MissingExtra(f"optimum-intel ({short(error)[:80]})", "openvino", INSTALL_CONVERTER) from error
-    # Release 2.2 refuses Gemma 1 and 3 beside transformers 5.1 by a version number alone; what it writes is right, as a test shows.
+    # Release 2.2 refuses Gemma 1 and 3 beside transformers 5.1 by a version number alone; what it writes is
+    # right, as a test shows.
     if gemma := getattr(model_configs, "GemmaOpenVINOConfig", None):
         gemma.MAX_TRANSFORMERS_VERSION = "5.99"
     return main_export, OVConfig

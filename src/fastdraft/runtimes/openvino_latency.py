@@ -1,10 +1,11 @@
 """What one pass of an exported model costs in OpenVINO on a CPU: the measured side of the forecast.
 
-`measure_passes` times a pair for the benchmark; `LoadedModel` and `time_passes` serve `inspect --measure`, with many drafts at once.
+`measure_passes` times a pair for the benchmark; `LoadedModel` and `time_passes` serve `inspect --measure`,
+with many drafts at once.
 """
 
-# What GenAI adds around a pass is not in these figures: scheduling, choosing tokens, filling the inputs, and a draft pass over two tokens
-# instead of one after a round in which all were accepted.
+# What GenAI adds around a pass is not in these figures: scheduling, choosing tokens, filling the inputs, and
+# a draft pass over two tokens instead of one after a round in which all were accepted.
 
 from __future__ import annotations
 
@@ -43,9 +44,10 @@ class PassCosts:
 class LoadedModel:
     """An exported model compiled as continuous batching compiles it, its cache filled with a prefix.
 
-    The very graph is timed that OpenVINO GenAI runs: attention turned into paged attention, compiled with `device_properties` and nothing
-    else, so that arithmetic (on a CPU bfloat16 where it has it), dynamic quantisation and the 8-bit KV cache are the same. The cache is in
-    tensors of ours: every pass starts behind the same prefix, so it never grows and is never refilled. `room`: most tokens of a pass.
+    The very graph is timed that OpenVINO GenAI runs: attention turned into paged attention, compiled with
+    `device_properties` and nothing else, so that arithmetic (on a CPU bfloat16 where it has it), dynamic
+    quantisation and the 8-bit KV cache are the same. The cache is in tensors of ours: every pass starts
+    behind the same prefix, so it never grows and is never refilled. `room`: most tokens of a pass.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ def measure_passes(
     threads: int = 0,
     repeats: int = REPEATS,
 ) -> Latency:
-    """Times single passes of two exports: of the target over 1 token and each of `widths` (K + 1 verifies K), of the draft over one.
+    """Times single passes: the target over 1 token and `widths` (K + 1 verifies K), the draft over one.
 
     The prefix in the caches is lowered to fit the shorter context.
     """
@@ -140,12 +142,13 @@ def time_passes(
     repeats: int,
     on_turn: Callable[[], None] = lambda: None,
 ) -> PassCosts:
-    """Turns of rounds in which every width and every draft comes at least once, all pairs of them over the turns.
+    """Turns of rounds in which every width and every draft comes at least once, and in the end all pairs.
 
-    The order is that of decoding: a round is K draft tokens and then a target pass over K + 1; equal rounds go untimed before the timed
-    ones, and target passes over one token before those timed alone. So each model finds the processor's caches as the other left them
-    (a small model that has them to itself is twice as fast), and no pass pays for a change of shape that decoding does not make either.
-    All kinds come in every turn, so that a slow moment of the machine hits all.
+    The order is that of decoding: a round is K draft tokens and then a target pass over K + 1; equal rounds
+    go untimed before the timed ones, and target passes over one token before those timed alone. So each model
+    finds the processor's caches as the other left them (a small model that has them to itself is twice as
+    fast), and no pass pays for a change of shape that decoding does not make either. All kinds come in every
+    turn, so that a slow moment of the machine hits all.
     """
     verifying = [width for width in widths if width > 1]
     times: dict[tuple[str, int], list[float]] = {}
@@ -177,7 +180,7 @@ def _spread(times: Sequence[float]) -> float:
 
 
 def _spell(work: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-    """Medians of what `work` returns over a spell of it, after an untimed one; a spell is once, or more within `SPELL_SECONDS`."""
+    """Medians of what `work` returns: once, or as often as `SPELL_SECONDS` hold, after an untimed spell."""
     done: list[tuple[float, ...]] = []
     for _ in range(2):
         done = []

@@ -1,4 +1,4 @@
-"""OpenVINO as the `Runtime` of a benchmark: what it runs on, and the doors to its exports, passes and pairs."""
+"""OpenVINO as the `Runtime` of a benchmark."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class OpenVINORuntime(OpenVINOSettings):
     """The `Runtime` with these settings."""
 
     name: ClassVar[str] = "openvino"
-    # With a draft, release 2026.4.1 accepts a proposal by comparing the draft's probability of it with the target's probability of another
-    # token: sampled text leans towards the draft, and the counted acceptance is far too high (docs/openvino.md has the measurement).
+    # With a draft, release 2026.4.1 accepts a proposal by comparing the draft's probability of it with the
+    # target's probability of another token: sampled text leans towards the draft, and the counted acceptance
+    # is far too high (docs/openvino.md has the measurement).
     lossless_sampling: ClassVar[bool] = False
 
     def describe(self) -> dict[str, Any]:

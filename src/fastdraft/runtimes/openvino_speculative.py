@@ -1,6 +1,7 @@
-"""OpenVINO under the clock: a target alone and with a draft answers prompts, and its passes become our rounds.
+"""OpenVINO under the clock: a target alone and with a draft, whose passes become our rounds.
 
-`OpenVINOPair(target, draft)` is the `LoadedPair` that openvino_runtime.py opens for a benchmark, and what tries an export.
+`OpenVINOPair(target, draft)` is the `LoadedPair` that openvino_runtime.py opens for a benchmark, and what
+tries an export.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Pass:
 
 @dataclass
 class OpenVINOPair:
-    """Exports of a target and a draft in continuous batching; each pipeline is loaded when it is first asked."""
+    """Exports of a target and a draft in continuous batching; each pipeline is loaded when first asked."""
 
     target: Path
     draft: Path
@@ -80,8 +81,8 @@ class OpenVINOPair:
     def _load(self, more: dict[str, Any]) -> Any:
         s = self.settings
         properties = device_properties(s.device, s.precision, s.threads) | more
-        # Where several requests with a draft run at once and a prompt is read in pieces (by default if all have more than 256 tokens),
-        # release 2026.4.1 writes wrong text, in float32 too.
+        # Where several requests with a draft run at once and a prompt is read in pieces (by default if all
+        # have more than 256 tokens), release 2026.4.1 writes wrong text, in float32 too.
         return load_pipeline(self.target, s.device, properties, s.rows, whole_prompts=True)
 
     @cached_property
@@ -116,9 +117,10 @@ class OpenVINOPair:
     ) -> list[TimedText]:
         """Sampled text is not the target's own; its rounds are those of the text that was written."""
         k, eos_ids = num_speculative_tokens, self.settings.eos_ids
-        # OpenVINO proposes min(K, tokens left - 1), so that the last token is always the target's, and where it stops at an
-        # end-of-sequence token nobody can tell whether that was a proposal. Neither changes rounds and generated tokens, but accepted
-        # proposals may be one too few for each text. For exact counts it writes K + 1 tokens on, past any end, and the text is cut.
+        # OpenVINO proposes min(K, tokens left - 1), so that the last token is always the target's, and where
+        # it stops at an end-of-sequence token nobody can tell whether that was a proposal. Neither changes
+        # rounds and generated tokens, but accepted proposals may be one too few for each text. For exact
+        # counts it writes K + 1 tokens on, past any end, and the text is cut.
         end = max_new_tokens if exact_counts else None
         configs = self._configs(prompts, sampling, max_new_tokens + (k + 1 if exact_counts else 0), seed, k)
         for config in configs:
@@ -130,7 +132,7 @@ class OpenVINOPair:
     def time_spent(
         self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
     ) -> TimeSpent:
-        """Where the time of one greedy answer goes, by OpenVINO's metrics; the answer is written once before, to warm up."""
+        """Where the time of one greedy answer goes, by OpenVINO's metrics; it is written once before."""
         k, greedy = num_speculative_tokens, Sampling(0.0)
         [text] = self.write_with_draft([prompt], greedy, max_new_tokens, 0, k)
         configs = self._configs([prompt], greedy, max_new_tokens, 0, k)
@@ -138,9 +140,10 @@ class OpenVINOPair:
             [result] = self.both.generate([as_tensor(prompt)], configs)
         models = result.extended_perf_metrics
         target, draft = models.main_model_metrics.raw_metrics, models.draft_model_metrics.raw_metrics
-        # The list of the draft's passes repeats one or two: continuous batching steps the draft with every pass of the target, and lists a
-        # step in which it had nothing to do with the figures of its last pass. The text says how many there were, one for each proposal
-        # (its prompt's pass proposes too). What is repeated is taken off at the mean.
+        # The list of the draft's passes repeats one or two: continuous batching steps the draft with every
+        # pass of the target, and lists a step in which it had nothing to do with the figures of its last
+        # pass. The text says how many there were, one for each proposal (its prompt's pass proposes too).
+        # What is repeated is taken off at the mean.
         proposed, written = 0, 1
         for each in text.rounds:
             proposed += min(k, max_new_tokens - written - 1)
@@ -171,8 +174,9 @@ class OpenVINOPair:
     ) -> list[list[Pass]]:
         """The passes of every answer, all requests added before the first step.
 
-        OpenVINO's own counters leave out the last round of every text, so the rounds are read off the tokens: by reading every request
-        after every step. An answer is cancelled at `end` tokens, or at an end-of-sequence id before; None: OpenVINO stops by itself.
+        OpenVINO's own counters leave out the last round of every text, so the rounds are read off the tokens:
+        by reading every request after every step. An answer is cancelled at `end` tokens, or at an
+        end-of-sequence id before; None: OpenVINO stops by itself.
         """
         tensors, ends = [as_tensor(prompt) for prompt in prompts], set(self.settings.eos_ids)
         found: list[list[Pass]] = [[] for _ in prompts]
@@ -217,12 +221,13 @@ def read_ids(handle: Any) -> list[int]:
 def cut_rounds(
     passes: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int], num_speculative_tokens: int
 ) -> tuple[list[int], list[Round]]:
-    """The text up to its end (`max_new_tokens`, or an end-of-sequence id), and its rounds in our conventions (functional/acceptance.py).
+    """The text up to its end, and its rounds in our conventions (functional/acceptance.py).
 
-    OpenVINO's first pass of the target reads the prompt and writes one token without any proposal. That pass is left out: prompt plus first
-    token is the prompt for which our decoder and replay give equal counts, and `Counts.num_generated_tokens` is one less than the tokens
-    written. Every later pass writes its accepted proposals and one token of the target, so accepted = written - 1; what stands beyond the
-    text's end is discarded and not counted as accepted.
+    OpenVINO's first pass of the target reads the prompt and writes one token without any proposal. That pass
+    is left out: prompt plus first token is the prompt for which our decoder and replay give equal counts, and
+    `Counts.num_generated_tokens` is one less than the tokens written. Every later pass writes its accepted
+    proposals and one token of the target, so accepted = written - 1; what stands beyond the text's end is
+    discarded and not counted as accepted.
     """
     text: list[int] = []
     rounds: list[Round] = []
@@ -252,7 +257,7 @@ def _timed(passes: Sequence[Pass], text: list[int], rounds: list[Round]) -> Time
 
 
 class TieJudge:
-    """How far apart two next tokens are: the bare exported model in float32, outside any pipeline, and so on the CPU."""
+    """How far apart two next tokens are under the bare exported model, in float32 and so on the CPU."""
 
     def __init__(self, folder: Path) -> None:
         properties = device_properties("CPU", "exact")

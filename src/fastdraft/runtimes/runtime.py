@@ -1,6 +1,7 @@
-"""What the benchmark asks of a runtime, and nothing more: one `Runtime` for each, one `LoadedPair` for two models in it.
+"""What the benchmark asks of a runtime: one `Runtime` for each, one `LoadedPair` for two models in it.
 
-A runtime is a frozen dataclass of plain settings (device, threads, ...), so that another process can make the same one.
+A runtime is a frozen dataclass of plain settings (device, threads, ...), so that another process can make the
+same one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class TimedText:
 
 @dataclass(frozen=True)
 class TimeSpent:
-    """Where the time of an answer went, by the runtime's own clocks; what is left of the total is the runtime's own work."""
+    """Where an answer's time went, by the runtime's own clocks; the rest is the runtime's own work."""
 
     target_seconds: float
     draft_seconds: float
@@ -60,7 +61,7 @@ class LoadedPair(Protocol):
         *,
         exact_counts: bool = False,
     ) -> list[TimedText]:
-        """The target with its draft. `exact_counts` counts the round at a text's end exactly, at the cost of more passes: not for timing."""
+        """`exact_counts` counts the round at a text's end exactly, at the cost of more passes."""
 
     def gap(self, prefix_ids: list[int], first: int, second: int) -> float:
         """Distance of the log-probs of two next tokens under the target, as exactly as the runtime can."""
@@ -80,7 +81,7 @@ class Runtime(Protocol):
     lossless_sampling: ClassVar[bool]  # whether text sampled with a draft follows the target alone
 
     def describe(self) -> dict[str, Any]:
-        """`runtime` of benchmark.json: name, version, device, device_name and settings; refuses a device that is not there."""
+        """`runtime` of benchmark.json; refuses a device that is not there."""
 
     def check_pair(self, target: Target, draft: Target) -> None:
         """Refuses, before anything is loaded, a draft that the runtime could not run for this target."""

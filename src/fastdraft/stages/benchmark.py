@@ -1,7 +1,8 @@
 """Benchmark: the exported pair on this device's clock, beside the prediction -> `benchmark.json`.
 
-Missing exports are made; single passes timed; each pair of weights runs the tasks with every K, in turn with the target
-alone; the first pair runs the sweeps at its best K; then time spent and memory. A killed benchmark goes on.
+Missing exports are made; single passes timed; each pair of weights runs the tasks with every K, in turn with
+the target alone; the first pair runs the sweeps at its best K; then time spent and memory. A killed benchmark
+goes on.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _exported_pairs(
     folder: StageFolder,
     console: Console,
 ) -> list[PairRuns]:
-    """Every pair's exports: the export stage's where the weights are the same, others made once in `models/`."""
+    """Every pair's exports: the export stage's where the weights are the same, others made in `models/`."""
     exported = export.manifest().get(runtime.name) or {}
 
     def find(role: str, weights: str, with_target: Path | None = None) -> Path:

@@ -1,7 +1,7 @@
 """Export: the last checkpoint of a run -> the directory that runtimes load, tested, with a model card.
 
-`export_model` does the same for any model without a recipe. A failed test with transformers is told and recorded, not
-fatal; a conversion that does not load or changes greedy text is a fault of the files.
+`export_model` does the same for any model without a recipe. A failed test with transformers is told and
+recorded, not fatal; a conversion that does not load or changes greedy text is a fault of the files.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
 def _check(
     draft: Target, target: Target, device: str, prepare: StageFolder, console: Console
 ) -> dict[str, Any]:
-    """Assisted generation with the target, where its weights are, and the mass on padding ids, with warnings."""
+    """Assisted generation with the target, where its weights are, and the mass on padding ids."""
     assistant = load_assistant(Path(draft.location), pick_device(device))
     prompt = list(draft.tokenizer(_PROMPT).input_ids)
     checks: dict[str, Any] = {}
@@ -174,8 +174,8 @@ def export_model(
 ) -> Path:
     """Exports any Hugging Face directory, hub id or `shipped:` model without a recipe and returns its folder.
 
-    `output` None is `NAME-FORMAT-WEIGHTS` in the working directory; `target` is an export that the model must serve as
-    a draft, None tries it alone.
+    `output` None is `NAME-FORMAT-WEIGHTS` in the working directory; `target` is an export that the model must
+    serve as a draft, None tries it alone.
     """
     location = str(resolve_path(source, "export")) if source.startswith(("shipped:", "python:")) else source
     folder = user_path(output or f"{Path(location).name}-{format}-{weights}", "--output")
