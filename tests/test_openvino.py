@@ -90,7 +90,14 @@ def test_a_conversion_sends_nothing_and_leaves_the_users_consent_alone(
     home, out = tmp_path / "home", tmp_path / "out"
     for folder in (home, out):
         folder.mkdir()
-    away = "HF_HUB_OFFLINE CI TF_BUILD JENKINS_URL NNCF_CI NNCF_DEV".split()  # as on a user's machine
+    away = [
+        "HF_HUB_OFFLINE",
+        "CI",
+        "TF_BUILD",
+        "JENKINS_URL",
+        "NNCF_CI",
+        "NNCF_DEV",
+    ]  # as on a user's machine
     environment = {name: value for name, value in os.environ.items() if name not in away}
     environment |= {"HOME": str(home), "LOCALAPPDATA": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", NETWORK, str(tiny_target), str(out)]

@@ -76,6 +76,7 @@ def text_positions(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, t
 
 
 def needs_positions(config: PreTrainedConfig) -> bool:
+    """Whether `generate` makes positions on several axes for this target."""
     rope = getattr(text_config(config), "rope_parameters", None) or {}
     return bool(rope.get("mrope_section"))
 

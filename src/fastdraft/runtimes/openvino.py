@@ -69,6 +69,7 @@ def require_openvino() -> None:
 
 
 def import_genai() -> Any:
+    """openvino_genai; MissingExtra where it is not installed."""
     try:
         import openvino_genai
     except ImportError:

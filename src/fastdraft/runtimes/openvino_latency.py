@@ -19,8 +19,14 @@ from typing import Any
 import numpy as np
 
 from fastdraft.decoding.latency import Latency
-from fastdraft.runtimes.openvino import MODEL_FILE, Precision, check_exported, core
-from fastdraft.runtimes.openvino import device_properties, openvino_errors
+from fastdraft.runtimes.openvino import (
+    MODEL_FILE,
+    Precision,
+    check_exported,
+    core,
+    device_properties,
+    openvino_errors,
+)
 from fastdraft.target import Target
 
 WARM_TURNS = 2

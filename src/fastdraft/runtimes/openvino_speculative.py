@@ -206,6 +206,7 @@ class OpenVINOPair:
 
 
 def count(passes: Sequence[Pass]) -> int:
+    """Tokens that these passes wrote."""
     return sum(len(each.tokens) for each in passes)
 
 
