@@ -64,6 +64,7 @@ def _row(
         "looping_share": statistics.fmean(is_looping(ids) for ids in texts["response_ids"]),
         "speedup_without_looping": _without_looping(measured, label) if prompts.concurrency == 1 else NAN,
     }
+    rounded: dict[str, Any] = {name: tidy(value) for name, value in figures.items()}
     return BenchmarkRow(
         part=prompts.part,
         task=prompts.task,
@@ -77,7 +78,7 @@ def _row(
         repeats=len(measured.repeats),
         **count_fields(counts),
         num_accepted_tokens_per_pos=[tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
-        **{name: tidy(value) for name, value in figures.items()},
+        **rounded,
         num_tokens_alone=sum(tokens for tokens, _, _ in _texts(measured.repeats[0], ALONE)),
         num_tokens_with_draft=sum(tokens for tokens, _, _ in _texts(measured.repeats[0], label)),
         texts=len(texts["response_ids"]),

@@ -118,8 +118,8 @@ class PairRuns:
     ) -> list[dict[str, Any]]:
         """Where texts leave the target's own, each with how near the two tokens are under the target."""
         found = []
-        for (name, prompt), *texts in zip(work.prompts.prompts, own, others, strict=True):
-            mismatch = compare_texts(prompt, *texts, self.loaded.gap)
+        for (name, prompt), alone, with_draft in zip(work.prompts.prompts, own, others, strict=True):
+            mismatch = compare_texts(prompt, alone, with_draft, self.loaded.gap)
             if mismatch:
                 found.append({"prompt": name, "token": mismatch.place, "logprob_gap": mismatch.gap})
         return found
@@ -156,7 +156,9 @@ class PairRuns:
 
         def make(prefix: int) -> dict[str, Any] | None:
             found = self.runtime.measure_passes(self.target, self.draft, widths, prefix)
-            return found and {
+            if found is None:
+                return None
+            return {
                 "prefix_tokens": found.prefix_tokens,
                 "draft_seconds": found.draft_seconds,
                 "target_seconds": found.target_seconds,
@@ -185,16 +187,18 @@ class PairRuns:
                 "total_seconds": total,
             }
 
-        return self._row("breakdown", f"k{k}", BreakdownRow, make)
+        row: BreakdownRow | None = self._row("breakdown", f"k{k}", BreakdownRow, make)
+        return row
 
     def peaks(self, k: int) -> MemoryRow:
         """Peak bytes of the target alone and with the draft, each for one prompt of the first task."""
         first = self.plan.tasks[0]
         answer = first.prompts[0][1], min(_MEMORY_TOKENS, first.max_new_tokens)
         peak = partial(measure_memory, self.runtime, self.target, self.draft, *answer)
-        return self._row(
+        row: MemoryRow = self._row(
             "memory", f"k{k}", MemoryRow, lambda: {"alone_bytes": peak(0), "with_draft_bytes": peak(k)}
         )
+        return row
 
     def _row(self, what: str, which: str, kind: Any, make: Callable[[], dict[str, Any] | None]) -> Any:
         """A row of this pair; `make` gives its other fields, or None for none."""

@@ -76,9 +76,13 @@ class Runtime(Protocol):
     """How models run: the runtime and its settings."""
 
     name: ClassVar[str]
-    device: str
-    draft_device: str  # "" is the target's
     lossless_sampling: ClassVar[bool]  # whether text sampled with a draft follows the target alone
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def draft_device(self) -> str: ...  # "" is the target's
 
     def describe(self) -> dict[str, Any]:
         """`runtime` of benchmark.json; refuses a device that is not there."""

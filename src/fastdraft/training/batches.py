@@ -8,7 +8,7 @@ Shapes: B rows of a micro-batch, T positions, N trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +64,7 @@ class Batch:
 
 def read_ahead(
     source: BatchSource, device: torch.device, first: int, micro_batch_tokens: int
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """Micro-batches from step `first` on; a thread reads the next step, and begins its copy to CUDA."""
     stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 

@@ -130,8 +130,8 @@ class Trainer:
         counts = sum(batch.num_tokens for batch in batches), sum(batch.num_trained for batch in batches)
         found = self.world.gather((*counts, self.console.stop.requested, failed))
         tokens, trained, stops, errors = zip(*found, strict=True)
-        for error in filter(None, errors):
-            raise error
+        for told in filter(None, errors):
+            raise told
         if any(stops):
             self._save()
             raise Interrupted(f"{self.folder}: stopped by a signal; progress is saved")
