@@ -158,14 +158,8 @@ def _inspect(
     from fastdraft.commands.measure import MeasureSettings
     from fastdraft.console import Console
 
-    settings = MeasureSettings(
-        weights=weights,
-        draft_weights=draft_weights,
-        draft=tuple(draft),
-        threads=threads,
-        num_speculative_tokens=tuple(k) or (1, 2, 3, 4, 5),
-        prefix=prefix,
-    )
+    ks = tuple(k) or (1, 2, 3, 4, 5)
+    settings = MeasureSettings(weights, draft_weights, tuple(draft), threads, ks, prefix)
     measuring = settings if measure else None
     inspect.run(target, revision=revision, console=Console(), as_json=json, measuring=measuring)
 
