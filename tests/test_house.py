@@ -20,7 +20,7 @@ KEYS = 150
 # Lines of each room: they may fall, not rise, but for a room of something new (GGUF and llama.cpp 1,500, decoder 700,
 # acceptance 1,200, many machines 600, vLLM 400). 16,000 in all are wanted.
 BUDGET = {
-    "": 1_570,
+    "": 1_600,
     "recipe": 1_190,
     "commands": 1_240,
     "stages": 1_640,
