@@ -41,6 +41,14 @@ def test_a_conversation_is_refused_where_any_of_its_questions_is_an_evaluation_p
     assert chosen.refused == {"evaluation": 1, "empty": 1, "repeated": 1}
 
 
+def test_a_prompt_with_half_a_character_is_counted_and_not_asked(tmp_path: Path) -> None:
+    chosen = select_prompts(
+        source(tmp_path, "a \ud83d", messages(("user", "\udc00")), "whole \U0001f98a"), {}, 0
+    )
+    assert chosen.prompts == ["whole \U0001f98a"]
+    assert chosen.refused["unsupported"] == 2
+
+
 def test_the_digest_tells_only_which_prompts_evaluation_forbids(tmp_path: Path) -> None:
     config = source(tmp_path, "one", "two", "three")
     assert select_prompts(config, {"elsewhere"}, 0).digest == select_prompts(config, set(), 0).digest == ""

@@ -63,15 +63,20 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def is_whole(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can hold ("\\ud83d") and no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def select_prompts(source: TextPrompts, held_out: Collection[str], seed: int) -> SelectedPrompts:
     """Reads a source without evaluation prompts (`held_out`, normalised), empty and repeated ones."""
     seen, met, prompts = set[str](), set[str](), list[Prompt]()
     refused = {"evaluation": 0, "empty": 0, "repeated": 0}
     for prompt in read_prompts(source):
-        if prompt is None:
+        talk = Conversation((prompt,)) if isinstance(prompt, str) else prompt
+        if prompt is None or talk is None or not is_whole(talk.text):
             refused["unsupported"] = refused.get("unsupported", 0) + 1
             continue
-        talk = prompt if isinstance(prompt, Conversation) else Conversation((prompt,))
         key, said = normalised(talk.text), {normalised(words) for words in talk.users}
         forbidden = said.intersection(held_out)
         met |= forbidden
