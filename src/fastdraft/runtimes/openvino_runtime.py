@@ -29,7 +29,7 @@ class OpenVINORuntime(OpenVINOSettings):
     name: ClassVar[str] = "openvino"
     # With a draft, release 2026.4.1 accepts a proposal by comparing the draft's probability of it with the
     # target's probability of another token: sampled text leans towards the draft, and the counted acceptance
-    # is far too high (docs/openvino.md has the measurement).
+    # is far too high (docs/runtimes.md has the measurement).
     lossless_sampling: ClassVar[bool] = False
 
     def describe(self) -> dict[str, Any]:
