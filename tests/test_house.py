@@ -49,6 +49,8 @@ OPTIONAL = {
     "torch.utils.tensorboard",
     "psutil",
     "datasets",
+    "gguf",
+    "xllamacpp",
 }
 # `fastdraft --help` and `import fastdraft` must stay quick.
 LAZY = {"cli.py", "__init__.py", "__main__.py"}
