@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -19,9 +20,9 @@ from pyarrow import parquet
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastdraft.data import corpora
+from fastdraft.data import corpora, readers
 from fastdraft.data.corpora import blocks, describe, documents, find_files, split_document
-from fastdraft.data.readers import jsonl_values, parquet_values, read_text
+from fastdraft.data.readers import field_values, read_rows, read_text
 from fastdraft.data.shards import RowForm, RowWriter, open_corpus, token_dtype
 from fastdraft.data.tokenize import DocumentEncoder, separator_id
 from fastdraft.errors import DataError, FastDraftError, TargetError
@@ -33,6 +34,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
+    ".bz2": bz2.compress,
     ".zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True),
 }
 
@@ -58,8 +60,8 @@ def texts_of(source: SourceConfig, seed: int = 0) -> list[str | None]:
 @pytest.mark.parametrize("suffix", PACK)
 def test_jsonl_and_text_are_read_in_every_compression(tmp_path: Path, suffix: str) -> None:
     path = write_jsonl(tmp_path / f"a.jsonl{suffix}", TEXTS)
-    assert [text for _, text in jsonl_values(path, "text")] == TEXTS
-    assert list(jsonl_values(path, "text", after=2)) == [(3, "third")]
+    assert [text for _, _, text in field_values(path, "text")] == TEXTS
+    assert list(field_values(path, "text", after=2)) == [(3, f"{path}: line 3", "third")]
     (tmp_path / f"a.txt{suffix}").write_bytes(PACK[suffix](b"\xef\xbb\xbfone\r\ntwo"))
     assert texts_of(source_of("text", tmp_path)) == ["one\ntwo"]
 
@@ -69,7 +71,7 @@ def test_a_truncated_download_is_named_and_not_taken_for_the_end(tmp_path: Path,
     path = write_jsonl(tmp_path / f"a.jsonl{suffix}", [f"{i} {i * 7919 % 1000003}" for i in range(5000)])
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(DataError, match=r"a\.jsonl\S+: line \d+: damaged"):
-        list(jsonl_values(path, "text"))
+        list(field_values(path, "text"))
     with pytest.raises(DataError, match="damaged"):
         read_text(path)
 
@@ -102,17 +104,59 @@ def test_parquet_is_read_and_a_missing_column_or_damage_is_named(tmp_path: Path)
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [*TEXTS, None]}), path)
     assert texts_of(source_of("parquet", tmp_path)) == [*TEXTS, ""]
-    assert list(parquet_values(path, "text", after=2)) == [(3, "third"), (4, None)]
+    assert [(n, text) for n, _, text in field_values(path, "text", after=2)] == [(3, "third"), (4, None)]
     with pytest.raises(DataError, match=r"a\.parquet: no 'body'; has text"):
-        list(parquet_values(path, "body"))
+        list(field_values(path, "body"))
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError, match=r"a\.parquet: row 1: damaged"):
-        list(parquet_values(path, "text"))
+        list(field_values(path, "text"))
+
+
+ROWS: list[dict[str, Any]] = [{"text": text, "n": n} for n, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "unit"),
+    [
+        ("array.json", json.dumps(ROWS), "row"),
+        ("pretty.json", json.dumps(ROWS, indent=1), "row"),
+        ("one-after-the-other.jsonl", "\n".join(json.dumps(row, indent=1) for row in ROWS), "row"),
+        ("old-mac.jsonl", "".join(json.dumps(row) + "\r" for row in ROWS), "row"),
+        ("plain-text-called.gz", "\n".join(map(json.dumps, ROWS)), "line"),
+    ],
+)
+def test_rows_are_read_in_every_form_and_named_by_file_and_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, unit: str
+) -> None:
+    monkeypatch.setattr(readers, "ARRAY_BYTES", 7)
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    assert list(read_rows(path)) == [(f"{path}: {unit} {n}", row) for n, row in enumerate(ROWS, 1)]
+    assert [row for _, row in read_rows(path, after=2)] == ROWS[2:]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1},\n{"a": 2}', r"line 2: not JSON"),
+        (b'[{"a": 1},\n"text"]', r"line 2: not JSON \(no object"),
+        (b'[{"a": 1},\n{"a" 2}]', r"line 2: not JSON \(Expecting ':'"),
+        (b'[{"a": 1},\n{"a": "\xe9"}]', r"line 2: byte 7 is not UTF-8 \(0xE9\)"),
+        ('{"a": 1}'.encode("utf-16"), "UTF-16 text"),
+        ('{"a": 1}'.encode("utf-16-le"), "binary data, or UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        (b"PK\x03\x04rest", "a zip archive"),
+    ],
+)
+def test_a_file_that_holds_no_rows_says_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(tmp_path / "a.json"))
 
 
 def test_text_that_is_not_utf8_is_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("eins\nzwei ü\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.txt: line 2: not UTF-8"):
+    with pytest.raises(DataError, match=r"a\.txt: line 2: byte 5 is not UTF-8"):
         texts_of(source_of("text", tmp_path))
 
 

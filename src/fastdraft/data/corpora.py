@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.data.readers import jsonl_values, missing_field, parquet_values, read_text, unreadable
+from fastdraft.data.readers import field_values, missing_field, read_text, unreadable
 from fastdraft.errors import DataError
-from fastdraft.recipe.prepare import FileSource, HubSource, SourceConfig
+from fastdraft.recipe.prepare import FileSource, HubSource, RowsSource, SourceConfig
 from fastdraft.recipe.run import resolve_path, user_path
 
 HASHED_FILES, HASHED_BYTES = 64, 1 << 16
@@ -29,8 +29,8 @@ HASHED_FILES, HASHED_BYTES = 64, 1 << 16
 BLOCK_CHARS = 16_000_000
 # Longest piece of a document: about 5,000 tokens, so that one book cannot fill a small budget.
 PIECE_CHARS = 20_000
-COMPRESSED = ("", ".gz", ".xz", ".zst")
-JSONL = [f"*.jsonl{suffix}" for suffix in COMPRESSED]
+COMPRESSED = ("", ".gz", ".xz", ".bz2", ".zst", ".zstd")
+JSONL = [f"*{kind}{suffix}" for kind in (".jsonl", ".ndjson") for suffix in COMPRESSED]
 TEXT = [f"*{kind}{suffix}" for kind in (".txt", ".md") for suffix in COMPRESSED]
 PATTERNS = {"jsonl": JSONL, "parquet": ["*.parquet"], "text": TEXT, "source_code": ["*.py"]}
 
@@ -93,10 +93,8 @@ def documents(
 
 
 def _file_documents(source: FileSource, path: Path, after: int) -> Iterator[tuple[int, str | None]]:
-    if source.kind == "jsonl":
-        yield from _texts(jsonl_values(path, source.field, after), f"{path}: line", source.field)
-    elif source.kind == "parquet":
-        yield from _texts(parquet_values(path, source.field, after), f"{path}: row", source.field)
+    if isinstance(source, RowsSource):
+        yield from _texts(field_values(path, source.field, after), source.field)
     elif not after:
         try:
             yield 1, read_text(path)
@@ -107,10 +105,10 @@ def _file_documents(source: FileSource, path: Path, after: int) -> Iterator[tupl
             yield 1, None
 
 
-def _texts(values: Iterator[tuple[int, Any]], where: str, field: str) -> Iterator[tuple[int, str]]:
-    for number, value in values:
+def _texts(values: Iterable[tuple[int, str, Any]], field: str) -> Iterator[tuple[int, str]]:
+    for number, where, value in values:
         if not isinstance(value, str | None):
-            found = f"{where} {number}: '{field}' is a {type(value).__name__}; must be text"
+            found = f"{where}: '{field}' is a {type(value).__name__}; must be text"
             raise DataError(found, "set `field` to the one that holds the text")
         yield number, value or ""
 
@@ -126,7 +124,7 @@ def _hub_documents(source: HubSource, seed: int, start: Position) -> Iterator[tu
         part = data.shard(num_shards=count, index=order[number])
         name = f"data set {source.dataset}: file {order[number] + 1} of {count}"
         values = hub_values(part.skip(after) if after else part, name, source.field, after)
-        for row, text in _texts(values, f"{name}: row", source.field):
+        for row, text in _texts(((n, f"{name}: row {n}", v) for n, v in values), source.field):
             yield number, row, text
 
 

@@ -18,7 +18,7 @@ from fastdraft.data.chat import render_prompt
 from fastdraft.data.corpora import JSONL, describe_files, find_files
 from fastdraft.data.openai_format import AnswerReader, Choice, read_choices, read_ids, read_logprob
 from fastdraft.data.prompts import digest_of, normalised, tell_counts
-from fastdraft.data.readers import read_jsonl
+from fastdraft.data.readers import read_rows
 from fastdraft.data.rows import ids_hash
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
@@ -172,12 +172,12 @@ def read_entries(config: TranscriptLog) -> Iterator[LogEntry]:
     requests = {
         str(row["custom_id"]): row["body"]
         for path in (find_files(config.requests, JSONL).values() if config.requests else ())
-        for _, row in read_jsonl(path)
+        for _, row in read_rows(path)
         if "custom_id" in row and isinstance(row.get("body"), dict)
     }
     for path in find_files(config.path, JSONL).values():
-        for number, row in read_jsonl(path):
-            where, name = f"{path}: line {number}", str(row.get("custom_id"))
+        for where, row in read_rows(path):
+            name = str(row.get("custom_id"))
             if config.requests and name not in requests:
                 found = f"{where}: custom_id {name[:60]!r}; must be in the file that `requests` names"
                 raise DataError(found, "add that file to `requests`, or delete the line")

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastdraft.data.chat import Conversation, Prompt, read_conversation
 from fastdraft.data.corpora import JSONL, describe_files, find_files, hub_values, open_hub
-from fastdraft.data.readers import jsonl_values
+from fastdraft.data.readers import field_values
 from fastdraft.errors import DataError
 from fastdraft.recipe.synthesize import HubPrompts, JsonlPrompts, TextPrompts
 
@@ -40,7 +40,7 @@ def read_prompts(source: TextPrompts) -> Iterator[Prompt | None]:
         rows = ((f"{name}: row {number}", value) for number, value in read)
     if isinstance(source, JsonlPrompts):
         files = find_files(source.path, JSONL).values()
-        rows = ((f"{f}: line {n}", value) for f in files for n, value in jsonl_values(f, source.field))
+        rows = ((where, value) for file in files for _, where, value in field_values(file, source.field))
     for where, value in rows:
         yield value or "" if isinstance(value, str | None) else read_conversation(value, where)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdraft.console import Console
 from fastdraft.data.chat import Conversation, Prompt, dialogue_format, prompt_ids, read_conversation
-from fastdraft.data.readers import read_jsonl
+from fastdraft.data.readers import numbered_rows
 from fastdraft.decoding.conversations import take_turns
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Engine, Generation, RenderedPrompt, Sampling
@@ -71,8 +71,8 @@ def load_task(config: ShippedTask | FileTask) -> Task:
     """
     path = resolve_path(config.path, f"task '{config.name}'")
     found: dict[str, TaskPrompt] = {}
-    for number, row in read_jsonl(path):
-        prompt = _read_prompt(f"{path}: line {number}", str(row.get("id", number)), row)
+    for number, where, row in numbered_rows(path):
+        prompt = _read_prompt(where, str(row.get("id", number)), row)
         if prompt.id in found:
             raise DataError(f"{path}: id {prompt.id!r} twice; ids must be unique within a task", "rename one")
         found[prompt.id] = prompt
