@@ -29,6 +29,7 @@ def benchmark(folder: Path) -> dict[str, Any]:
         "tasks": [tasks],
         "prompts": 2,
         "num_speculative_tokens": [1, 2],
+        "lookup": [2],
         "temperatures": [0.0, 0.6],
         "repeats": 2,
         "sweep": {"prompt_tokens": [48, 999], "max_new_tokens": [4, 999], "concurrency": [1, 2]},
@@ -95,16 +96,18 @@ def place(row: BenchmarkRow) -> tuple[Any, ...]:
     """What a row is about; the K of a sweep follows from the clock."""
     k = row.num_speculative_tokens if row.part == "tasks" else None
     sizes = row.concurrency, row.max_new_tokens, row.prompt_tokens
-    return (row.part, row.task, row.weights, row.temperature, *sizes, k)
+    return (row.proposer, row.part, row.task, row.weights, row.temperature, *sizes, k)
 
 
 def test_a_benchmark_leaves_rows_of_the_published_schema(finished: Path) -> None:
     found = results_of(folder_of(finished.parent))
-    assert found.schema == 1
+    assert found.schema == 2
     used = found.runtime
     assert (used.name, used.device, used.draft_device) == ("openvino", "CPU", "CPU")
     tasks = [row for row in found.rows if row.part == "tasks"]
-    assert len(tasks) == 2 * 2 * 2, "weights x temperatures x K"
+    assert [row.proposer for row in tasks].count("draft") == 2 * 2 * 2, "weights x temperatures x K"
+    lookup = [(row.weights, row.temperature) for row in tasks if row.proposer == "lookup"]
+    assert lookup == [(("int8", "int8"), 0.0), (("int8", "int8"), 0.6)], "on the deployed pair"
     assert len({place(row) for row in found.rows}) == len(found.rows)
     swept = [(row.part, row.concurrency, row.max_new_tokens) for row in found.rows if row.part != "tasks"]
     alone = [("prompt_tokens", 1, 8), ("max_new_tokens", 1, 4)]
@@ -120,7 +123,7 @@ def test_its_figures_hang_together(finished: Path) -> None:
         assert row.num_drafts
         assert row.lossless == (row.temperature == 0)
         assert (row.same_text is None) == (row.temperature > 0)
-        assert (row.predicted_speedup is not None) == (row.concurrency == 1)
+        assert (row.predicted_speedup is not None) == (row.concurrency == 1 and row.proposer == "draft")
         if row.temperature == 0:
             assert row.same_text == row.texts - len(row.differences)
             assert row.num_tokens_alone <= row.num_prompts * row.max_new_tokens
@@ -134,12 +137,13 @@ def test_its_figures_hang_together(finished: Path) -> None:
     assert found.best.num_speculative_tokens in (1, 2)
     assert set(found.best.by_task) == {"own"}
     assert found.verdict["tone"] in ("good", "mixed", "bad")
-    assert f"num_assistant_tokens={found.best.num_speculative_tokens})" in found.launch
+    assert [found.launch] == list(found.launches.values())
+    assert ("prompt_lookup=True" in found.launch) != ("draft_model=draft" in found.launch)
 
 
 def test_exports_of_the_export_stage_are_used_and_only_others_made(finished: Path) -> None:
     folder = folder_of(finished.parent)
-    assert [path.name for path in (folder / "models").iterdir()] == ["draft-fp16"]
+    assert [path.name for path in (folder / "models").iterdir()] == ["openvino-draft-fp16"]
     names = {path.name for path in folder.iterdir()}
     assert names == {"benchmark.json", "manifest.json", "fingerprint.json", "units", "models"}
 
@@ -181,8 +185,8 @@ def test_a_killed_benchmark_goes_on_and_no_row_is_lost_or_doubled(finished: Path
     folder = folder_of(tmp_path)
     for name in ("manifest.json", "benchmark.json"):
         (folder / name).unlink()
-    tasks = "tasks-own-int8-int8-t0.repeat-2", "tasks-own-int8-fp16-t0.6.counts"
-    for pattern in (*tasks, "concurrency-*", "memory-int8-fp16-*"):
+    tasks = "*tasks-own-int8-int8-t0.repeat-2", "*tasks-own-int8-fp16-t0.6.counts"
+    for pattern in (*tasks, "*-concurrency-*", "*-memory-int8-fp16-*"):
         for path in (folder / "units").glob(f"{pattern}.json"):
             path.unlink()
     stops = 0
@@ -208,7 +212,7 @@ def test_another_machine_does_not_go_on_with_it(finished: Path, tmp_path: Path) 
     recipe = copy_of(finished, tmp_path)
     (folder_of(tmp_path) / "manifest.json").unlink()
     other = {"version": "2026.4.1", "device_name": "another"}
-    (folder_of(tmp_path) / "units" / "device.json").write_text(json.dumps(other), encoding="utf-8")
+    (folder_of(tmp_path) / "units" / "openvino-device.json").write_text(json.dumps(other), encoding="utf-8")
     with pytest.raises(FastDraftError, match="begun on another"):
         pipeline.run(recipe, only=["benchmark"])
 

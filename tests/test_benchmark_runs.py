@@ -26,7 +26,7 @@ from fastdraft.benchmark.runs import PairRuns
 from fastdraft.decoding.speculative import Round
 from fastdraft.errors import DataError
 from fastdraft.run_folder import StageFolder
-from fastdraft.runtimes.runtime import TimedText
+from fastdraft.runtimes.runtime import Proposer, TimedText
 
 FIRST = 0.5
 TOKENS = 9
@@ -50,12 +50,11 @@ class Scripted:
     def open(self, target: Path, draft: Path) -> Scripted:
         return self
 
-    def write(self, *asked: Any) -> list[TimedText]:
-        return self.write_with_draft(*asked, 0)
-
-    def write_with_draft(
-        self, prompts: Any, _: Any, max_new_tokens: int, seed: int, k: int, exact_counts: bool = False
+    def write(
+        self, prompts: Any, _: Any, max_new_tokens: int, seed: int, by: Any = None, exact_counts: bool = False
     ) -> list[TimedText]:
+        k, lookup = (by.num_speculative_tokens, by.kind == "lookup") if by else (0, False)
+        exact_counts, k = exact_counts and k > 0, -k if lookup else k
         text = self.texts.get(k, TEXT)[:max_new_tokens]
         asked = ",".join(str(prompt[0]) for prompt in prompts)
         self.log.append(f"{k}{'*' if exact_counts else ''}:{asked}:{len(text)}")
@@ -64,7 +63,7 @@ class Scripted:
         if k or len(self.log) > 6:  # the target alone has no exact counts: its first two answers are untimed
             self.timed[k] = done + (not exact_counts and len(text) == len(self.texts.get(k, TEXT)))
         seconds = FIRST + pace * (len(text) - 1)
-        rounds = [Round(text[i : i + 4], [], k, k, 0.0, k) for i in (1, 5)] if k else []
+        rounds = [Round(text[i : i + 4], [], abs(k), abs(k), 0.0, abs(k)) for i in (1, 5)] if k else []
         return [TimedText(text, seconds, FIRST, rounds) for _ in prompts]
 
     def gap(self, prefix_ids: list[int], first: int, second: int) -> float:
@@ -73,8 +72,10 @@ class Scripted:
 
 
 def work(ks: Sequence[int] = (1, 3), temperature: float = 0.0, **changes: Any) -> Measurement:
-    prompts = PromptSet("code", [("a", [10, 1, 2]), ("b", [20, 1])], TOKENS)
-    return Measurement(replace(prompts, **changes), ("int4", "int8"), temperature, list(ks), 0)
+    """A K below 0 is one of prompt lookup."""
+    prompts = replace(PromptSet("code", [("a", [10, 1, 2]), ("b", [20, 1])], TOKENS), **changes)
+    proposers = [Proposer("draft", k) if k > 0 else Proposer("lookup", -k) for k in ks]
+    return Measurement(prompts, "openvino", ("int4", "int8"), temperature, proposers, 0)
 
 
 def rows(
@@ -85,7 +86,7 @@ def rows(
 
 
 def runs(path: Path, pair: Scripted) -> PairRuns:
-    plan = BenchmarkPlan([], [], [], [("int4", "int8")], [0.0], [1, 3], 3, 0)
+    plan = BenchmarkPlan([], [], [], "openvino", [("int4", "int8")], [0.0], [], 3, 0)
     return PairRuns(plan, ("int4", "int8"), path, path, pair, StageFolder(path))  # type: ignore[arg-type]
 
 
@@ -128,6 +129,18 @@ def test_a_row_holds_counts_prediction_and_quotients(tmp_path: Path) -> None:
     assert (row.part, row.task, row.num_prompts, row.repeats) == ("tasks", "code", 2, 3)
 
 
+def test_lookup_takes_its_turn_and_its_rows_claim_nothing_of_what_it_proposed(tmp_path: Path) -> None:
+    pair = Scripted({3: (0.5,), -3: (0.25,)})
+    drafted, found = rows(tmp_path, pair, work([3, -3]))
+    assert pair.log[6:9] == ["0:10:9", "3:10:9", "-3:10:9"]
+    assert (drafted.proposer, found.proposer, found.runtime) == ("draft", "lookup", "openvino")
+    assert (found.num_drafts, found.num_accepted_tokens, found.block_efficiency) == (4, 12, 4.0)
+    assert (found.num_draft_tokens, found.acceptance_rate, found.num_examined_tokens) == (None, None, None)
+    assert (found.predicted_speedup, found.mbsu_bytes) == (None, None)
+    assert (drafted.decode_speedup, found.decode_speedup) == (2.0, 4.0)
+    assert BenchmarkRow.from_json(found.to_json()) == found
+
+
 def test_the_prediction_takes_the_passes_measured_nearest_to_the_text(tmp_path: Path) -> None:
     far = replace(PASSES, draft_seconds=1.0, target_seconds={1: 1.0, 4: 9.0}, prefix_tokens=4)
     near = rows(tmp_path, passes=[PASSES, far])  # the texts lie around position 7
@@ -157,8 +170,8 @@ def test_texts_that_loop_are_left_out_of_a_speedup_beside_the_whole(tmp_path: Pa
     class Second(Scripted):
         """Loops on the first prompt only, and is fast there."""
 
-        def write_with_draft(self, prompts: Any, *asked: Any, **_: Any) -> list[TimedText]:
-            k = asked[-1]
+        def write(self, prompts: Any, *asked: Any, **_: Any) -> list[TimedText]:
+            k = asked[-1] and asked[-1].num_speculative_tokens
             looping = prompts[0][0] == 10
             pace = 1.0 if not k else 0.1 if looping else 0.5
             text = [7] * 48 if looping else list(range(48))
@@ -207,7 +220,7 @@ def test_a_process_that_goes_on_warms_up_before_it_times_and_one_with_nothing_to
     tmp_path: Path,
 ) -> None:
     rows(tmp_path, Scripted())
-    (tmp_path / "units" / "tasks-code-int4-int8-t0.repeat-2.json").unlink()
+    (tmp_path / "units" / "openvino-tasks-code-int4-int8-t0.repeat-2.json").unlink()
     again = Scripted()
     rows(tmp_path, again)
     assert again.log[:3] == ["0:10:8", "1:10:8", "3:10:8"]
@@ -260,7 +273,8 @@ def test_a_plan_names_every_measurement_once_and_leaves_out_what_does_not_fit() 
         context_length=128,
         weights=[("int4", "int8"), ("int4", "int4")],
         temperatures=[0.0, 0.6],
-        num_speculative_tokens=[1, 2],
+        runtime="openvino",
+        proposers=[Proposer("draft", 1), Proposer("draft", 2), Proposer("lookup", 2)],
         sweep={"prompt_tokens": [16, 500], "max_new_tokens": [4, 500], "concurrency": [1, 4]},
         repeats=2,
         seed=0,
@@ -268,11 +282,13 @@ def test_a_plan_names_every_measurement_once_and_leaves_out_what_does_not_fit() 
     everything = plan.everything(2)
     assert len({each.name for each in everything}) == len(everything) == 2 * 2 * 2 + 4
     assert [each.name for each in plan.of_sweeps(2)] == [
-        "prompt_tokens-mixed-int4-int8-t0-16-k2",
-        "max_new_tokens-mixed-int4-int8-t0-4-k2",
-        "concurrency-mixed-int4-int8-t0-1-k2",
-        "concurrency-mixed-int4-int8-t0-4-k2",
+        "openvino-prompt_tokens-mixed-int4-int8-t0-16-draft-k2",
+        "openvino-max_new_tokens-mixed-int4-int8-t0-4-draft-k2",
+        "openvino-concurrency-mixed-int4-int8-t0-1-draft-k2",
+        "openvino-concurrency-mixed-int4-int8-t0-4-draft-k2",
     ]
+    asked = [[str(proposer) for proposer in each.proposers] for each in everything[::4]]
+    assert asked == [["draft-k1", "draft-k2", "lookup-k2"], ["draft-k1", "draft-k2"], ["draft-k2"]]
     assert len(plan.left_out) == 2
     assert [list(map(len, each.batches)) for each in plan.of_sweeps(2)[2:]] == [[1, 1, 1, 1], [4]]
 
@@ -295,4 +311,4 @@ class Broken:
 
 
 def test_a_process_that_fails_has_no_memory_to_tell(tmp_path: Path) -> None:
-    assert measure_memory(Broken(), tmp_path, tmp_path, [1], 2, 3) is None  # type: ignore[arg-type]
+    assert measure_memory(Broken(), tmp_path, tmp_path, [1], 2) is None  # type: ignore[arg-type]

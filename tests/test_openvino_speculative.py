@@ -24,7 +24,7 @@ from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings, TieJudge, cut_rounds
-from fastdraft.runtimes.runtime import TimedText
+from fastdraft.runtimes.runtime import Proposer, TimedText
 from fastdraft.target import Target
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30, 120, 90, 100)]
@@ -71,7 +71,7 @@ def test_greedy_counts_agree_with_our_decoder_and_with_replay(
 ) -> None:
     draft = load_draft(near_draft)
     decoder, total = SpeculativeDecoder(target, draft, vocabulary, k), []
-    written = pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, k, exact_counts=True)
+    written = pair.write(PROMPTS, GREEDY, TOKENS, 0, Proposer("draft", k), exact_counts=True)
     for prompt, own, text in zip(PROMPTS, expected, written, strict=True):
         assert text.response_ids == own.response_ids
         # OpenVINO's first pass proposes nothing: its token belongs to the prompt.
@@ -92,16 +92,31 @@ def test_prompts_that_are_answered_together_get_the_texts_and_rounds_that_they_g
     own = [generation.response_ids for generation in expected]
     assert texts(pair.write(PROMPTS, GREEDY, TOKENS, 0)) == own
     for exact in (False, True):
-        together = pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 3, exact_counts=exact)
+        together = pair.write(PROMPTS, GREEDY, TOKENS, 0, Proposer("draft", 3), exact_counts=exact)
         assert texts(together) == own
         for prompt, text in zip(PROMPTS, together, strict=True):
-            [one] = pair.write_with_draft([prompt], GREEDY, TOKENS, 0, 3, exact_counts=exact)
+            [one] = pair.write([prompt], GREEDY, TOKENS, 0, Proposer("draft", 3), exact_counts=exact)
             assert (text.response_ids, text.rounds) == (one.response_ids, one.rounds)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_prompt_lookup_writes_the_targets_own_text_in_fewer_passes(
+    pair: OpenVINOPair, expected: list[Generation], exact: bool
+) -> None:
+    again = [[*own.prompt_ids, *own.response_ids, *own.prompt_ids] for own in expected[:4]]
+    written = pair.write(again, GREEDY, TOKENS, 0, Proposer("lookup", 3), exact_counts=exact)
+    assert texts(written) == texts(pair.write(again, GREEDY, TOKENS, 0))
+    for text in written:
+        counts = text.counts
+        assert [token for each in text.rounds for token in each.tokens] == text.response_ids[1:]
+        assert 0 <= counts.num_accepted_tokens <= 3 * counts.num_drafts
+    found = add_counts(text.counts for text in written)
+    assert found.num_accepted_tokens > 0, "nothing was looked up, so nothing was tested"
 
 
 def test_a_timed_run_counts_as_an_exact_one_but_for_the_last_proposal_of_a_text(pair: OpenVINOPair) -> None:
     timed, exact = (
-        [t.counts for t in pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 3, exact_counts=value)]
+        [t.counts for t in pair.write(PROMPTS, GREEDY, TOKENS, 0, Proposer("draft", 3), exact_counts=value)]
         for value in (False, True)
     )
     for quick, whole in zip(timed, exact, strict=True):
@@ -113,8 +128,8 @@ def test_a_timed_run_counts_as_an_exact_one_but_for_the_last_proposal_of_a_text(
 def test_moments_are_in_the_order_in_which_tokens_come(pair: OpenVINOPair) -> None:
     for batch in (
         pair.write(PROMPTS, GREEDY, TOKENS, 0),
-        pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 2),
-        pair.write_with_draft(PROMPTS, GREEDY, TOKENS, 0, 2, exact_counts=True),
+        pair.write(PROMPTS, GREEDY, TOKENS, 0, Proposer("draft", 2)),
+        pair.write(PROMPTS, GREEDY, TOKENS, 0, Proposer("draft", 2), exact_counts=True),
     ):
         for text in batch:
             assert 0 < text.first_token_seconds <= text.seconds
@@ -129,7 +144,7 @@ def test_sampled_texts_differ_and_alone_follow_the_seed(pair: OpenVINOPair) -> N
     first = pair.write(same, Sampling(0.8), TOKENS, 1)
     assert len(set(map(tuple, texts(first)))) > 1
     assert texts(first) == texts(pair.write(same, Sampling(0.8), TOKENS, 1))
-    for text in pair.write_with_draft(same, Sampling(0.8), TOKENS, 1, 3):
+    for text in pair.write(same, Sampling(0.8), TOKENS, 1, Proposer("draft", 3)):
         assert text.counts.num_generated_tokens == len(text.response_ids) - 1
 
 
@@ -154,16 +169,16 @@ def test_the_time_of_an_answer_is_the_targets_the_drafts_and_the_runtimes(
 
 def test_what_does_not_fit_is_refused(pair: OpenVINOPair, exported_target: Path, tiny_draft: Path) -> None:
     with pytest.raises(DataError, match="prompt 1: no tokens"):
-        pair.write_with_draft([[5], []], GREEDY, TOKENS, 0, 3)
+        pair.write([[5], []], GREEDY, TOKENS, 0, Proposer("draft", 3))
     with pytest.raises(DataError, match="prompt 0: 230 tokens"):
-        pair.write_with_draft([[5] * 230], GREEDY, TOKENS, 0, 3, exact_counts=True)
-    assert pair.write_with_draft([[5] * 230], GREEDY, TOKENS, 0, 3)[0].response_ids
+        pair.write([[5] * 230], GREEDY, TOKENS, 0, Proposer("draft", 3), exact_counts=True)
+    assert pair.write([[5] * 230], GREEDY, TOKENS, 0, Proposer("draft", 3))[0].response_ids
     with pytest.raises(TargetError, match=r"no openvino_model\.xml"):
-        OpenVINOPair(exported_target, tiny_draft).write_with_draft([[5]], GREEDY, 2, 0, 1)
+        OpenVINOPair(exported_target, tiny_draft).write([[5]], GREEDY, 2, 0, Proposer("draft", 1))
     for devices in ({"device": "GPU.7"}, {"draft_device": "NPU"}):
         with pytest.raises(RecipeError, match="OpenVINO sees"):
             elsewhere = OpenVINOPair(exported_target, exported_target, OpenVINOSettings(**devices))
-            elsewhere.write_with_draft([[5]], GREEDY, 2, 0, 1)
+            elsewhere.write([[5]], GREEDY, 2, 0, Proposer("draft", 1))
 
 
 def test_a_failure_of_openvino_is_one_line(exported_target: Path) -> None:

@@ -20,25 +20,31 @@ from fastdraft.data.filters import is_looping
 from fastdraft.evaluation.rows import count_fields
 from fastdraft.forecast import mbsu, predicted_speedup
 from fastdraft.functional.acceptance import Counts, counts_from_array, tidy, tidy_count
+from fastdraft.runtimes.runtime import Proposer
 
 NAN = float("nan")
+# What follows from the number of proposals.
+_OF_PROPOSALS = (
+    *("num_draft_tokens", "num_examined_tokens"),
+    *("acceptance_rate", "conditional_acceptance_rate"),
+)
 Text = tuple[int, float, float]  # tokens, seconds and seconds to the first token of one answer
 
 
 def rows_of(measured: Measured, passes: Sequence[PassesRow], cost_ratio_bytes: float) -> list[BenchmarkRow]:
-    """One row for each K of a finished measurement.
+    """One row for each proposer and K of a finished measurement.
 
     `passes` are the pair's single passes by prefix; `cost_ratio_bytes` the bytes of weights that the draft
     reads for one token over the target's, each at its own weights.
     """
-    labels = measured.work.labels.items()
-    return [_row(measured, label, k, passes, cost_ratio_bytes) for label, k in labels if k]
+    return [_row(measured, each, passes, cost_ratio_bytes) for each in measured.work.proposers]
 
 
 def _row(
-    measured: Measured, label: str, k: int, passes: Sequence[PassesRow], cost_ratio_bytes: float
+    measured: Measured, proposer: Proposer, passes: Sequence[PassesRow], cost_ratio_bytes: float
 ) -> BenchmarkRow:
-    work, prompts = measured.work, measured.work.prompts
+    work, prompts, label = measured.work, measured.work.prompts, str(proposer)
+    k, drafting = proposer.num_speculative_tokens, proposer.kind == "draft"
     texts = measured.counts["texts"][label]
     numbers = [row for row in texts["counts"] if row is not None]
     counts = counts_from_array(np.sum(np.array(numbers, dtype=np.float64), axis=0)) if numbers else Counts()
@@ -50,8 +56,9 @@ def _row(
     # the texts.
     middle = prompt_tokens + statistics.fmean(map(len, texts["response_ids"])) / 2
     near = min(passes, key=lambda each: abs(each.prefix_tokens - middle), default=None)
-    predicted, bound = NAN, mbsu(tau, k, cost_ratio_bytes)
-    if near is not None and prompts.concurrency == 1 and k + 1 in near.target_seconds:
+    # Whether lookup found anything in a round, and so what that round costs, no runtime tells.
+    predicted, bound = NAN, mbsu(tau, k, cost_ratio_bytes) if drafting else NAN
+    if drafting and near is not None and prompts.concurrency == 1 and k + 1 in near.target_seconds:
         seconds = near.target_seconds
         predicted = predicted_speedup(tau, k, near.draft_seconds, seconds[1], seconds[k + 1])
     figures = times | {
@@ -65,6 +72,9 @@ def _row(
         "speedup_without_looping": _without_looping(measured, label) if prompts.concurrency == 1 else NAN,
     }
     rounded: dict[str, Any] = {name: tidy(value) for name, value in figures.items()}
+    counted = count_fields(counts)
+    if not drafting:
+        counted |= dict.fromkeys(_OF_PROPOSALS)
     return BenchmarkRow(
         part=prompts.part,
         task=prompts.task,
@@ -76,7 +86,7 @@ def _row(
         max_new_tokens=prompts.max_new_tokens,
         num_prompts=len(prompts.prompts),
         repeats=len(measured.repeats),
-        **count_fields(counts),
+        **counted,
         num_accepted_tokens_per_pos=[tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
         **rounded,
         num_tokens_alone=sum(tokens for tokens, _, _ in _texts(measured.repeats[0], ALONE)),
@@ -85,6 +95,8 @@ def _row(
         same_text=None if differences is None else len(texts["response_ids"]) - len(differences),
         differences=[TextDifference.from_json(found) for found in differences or []],
         lossless=bool(measured.counts["lossless"][label]),
+        runtime=work.runtime,
+        proposer=proposer.kind,
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastdraft.functional.generation import Sampling
-from fastdraft.runtimes.runtime import Runtime
+from fastdraft.runtimes.runtime import Proposer, Runtime
 
 _TIMEOUT_SECONDS = 1800
 
@@ -26,14 +26,15 @@ def measure_memory(
     draft: Path,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
-    num_speculative_tokens: int,
+    proposer: Proposer | None = None,
 ) -> int | None:
-    """Peak bytes of a fresh process with the same runtime; K 0: the target alone. None when it fails."""
+    """Peak bytes of a fresh process with the same runtime; None when it fails."""
     kind = type(runtime)
     asked = {
         "runtime": [kind.__module__, kind.__name__, asdict(runtime)],  # type: ignore[call-overload]
         "pair": [str(target), str(draft)],
-        "answer": [list(prompt_ids), max_new_tokens, num_speculative_tokens],
+        "answer": [list(prompt_ids), max_new_tokens],
+        "proposer": proposer and asdict(proposer),
     }
     command = [sys.executable, "-m", "fastdraft.benchmark.memory"]
     try:
@@ -68,10 +69,10 @@ def main() -> None:
     module, name, settings = asked["runtime"]
     runtime: Runtime = getattr(importlib.import_module(module), name)(**settings)
     pair = runtime.open(*map(Path, asked["pair"]))
-    prompt_ids, max_new_tokens, k = asked["answer"]
-    answer = [prompt_ids], Sampling(0.0), max_new_tokens, 0
+    prompt_ids, max_new_tokens = asked["answer"]
+    proposer = asked["proposer"] and Proposer(**asked["proposer"])
     before, highest_before = resident()
-    pair.write_with_draft(*answer, k) if k else pair.write(*answer)  # models are loaded with the first answer
+    pair.write([prompt_ids], Sampling(0.0), max_new_tokens, 0, proposer)  # models are loaded with the first
     now, highest = resident()
     # The highest is of the whole life: where loading did not raise it, importing did.
     print((highest if highest > highest_before else now) - before)

@@ -1,14 +1,15 @@
 """What a benchmark measures, before anything is loaded: its prompts, and every measurement by name.
 
-The tasks run with every K on every pair of weights. The sweeps (prompt length, answer length, texts at a
-time) run one factor at a time, on the first pair, at the best K alone, on one prompt of each task in turn.
+The tasks run with every proposer and K on every pair of weights (prompt lookup on the first alone). The
+sweeps (prompt length, answer length, texts at a time) run one factor at a time, on the first pair, at the
+draft's best K alone, on one prompt of each task in turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fastdraft.data.chat import first_prompt_ids
 from fastdraft.errors import DataError
 from fastdraft.evaluation.tasks import load_task
+from fastdraft.runtimes.runtime import Proposer
 
 ALONE = "alone"
 NamedPrompt = tuple[str, list[int]]
@@ -39,25 +41,26 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Prompts on which a target alone and with its draft are timed in turn."""
+    """Prompts on which a target alone and with each proposer are timed in turn."""
 
     prompts: PromptSet
+    runtime: str
     weights: WeightsOfPair
     temperature: float
-    num_speculative_tokens: list[int]
+    proposers: list[Proposer]
     seed: int
 
     @property
     def name(self) -> str:
         """Of its files."""
         p = self.prompts
-        swept = f"-{p.value}-k{self.num_speculative_tokens[0]}" if p.value else ""
-        return f"{p.part}-{p.task}-{'-'.join(self.weights)}-t{self.temperature:g}{swept}"
+        swept = f"-{p.value}-{self.proposers[0]}" if p.value else ""
+        return f"{self.runtime}-{p.part}-{p.task}-{'-'.join(self.weights)}-t{self.temperature:g}{swept}"
 
     @property
-    def labels(self) -> dict[str, int]:
-        """Name -> K of all that answer in turn, the target alone (0) first."""
-        return {ALONE: 0, **{f"k{k}": k for k in self.num_speculative_tokens}}
+    def labels(self) -> dict[str, Proposer | None]:
+        """By name all that answer in turn, the target alone first."""
+        return {ALONE: None, **{str(proposer): proposer for proposer in self.proposers}}
 
     @property
     def batches(self) -> list[range]:
@@ -73,26 +76,34 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """All measurements of a benchmark."""
+    """All measurements of one runtime."""
 
     tasks: list[PromptSet]
     swept: list[PromptSet]
     left_out: list[str]  # what does not fit, in words
+    runtime: str
     weights: list[WeightsOfPair]  # of every pair; the first is the deployed one
     temperatures: list[float]
-    num_speculative_tokens: list[int]
+    proposers: list[Proposer]
     repeats: int
     seed: int
 
+    @property
+    def draft_ks(self) -> list[int]:
+        """Every K at which the draft alone proposes."""
+        return [each.num_speculative_tokens for each in self.proposers if each.kind == "draft"]
+
     def of_tasks(self, weights: WeightsOfPair) -> list[Measurement]:
-        """Every task at every temperature on one pair."""
-        rest = self.num_speculative_tokens, self.seed
-        return [Measurement(prompts, weights, t, *rest) for prompts in self.tasks for t in self.temperatures]
+        """Every task at every temperature on one pair; prompt lookup on the deployed one alone."""
+        deployed = weights == self.weights[0]
+        chosen = [each for each in self.proposers if deployed or each.kind == "draft"]
+        everything = product(self.tasks, self.temperatures)
+        return [Measurement(p, self.runtime, weights, t, chosen, self.seed) for p, t in everything]
 
     def of_sweeps(self, k: int) -> list[Measurement]:
-        """Every value of every factor on the deployed pair, at the lowest temperature."""
-        lowest = min(self.temperatures)
-        return [Measurement(prompts, self.weights[0], lowest, [k], self.seed) for prompts in self.swept]
+        """Every value of every factor on the deployed pair with its draft, at the lowest temperature."""
+        rest = self.runtime, self.weights[0], min(self.temperatures), [Proposer("draft", k)], self.seed
+        return [Measurement(prompts, *rest) for prompts in self.swept]
 
     def everything(self, k: int) -> list[Measurement]:
         """All, the sweeps at K."""
@@ -105,14 +116,15 @@ def make_plan(
     count: int,
     context_length: int,
     sweep: Mapping[str, Sequence[int]],
-    num_speculative_tokens: list[int],
+    proposers: list[Proposer],
     **settings: Any,
 ) -> BenchmarkPlan:
     """Chooses of each task and each sweep the first `count` prompts that fit both models' context.
 
     `sweep` holds the values by factor; `settings` are further fields of the plan.
     """
-    room = context_length - max(num_speculative_tokens) - 1  # exact counts write one round beyond the end
+    # Exact counts write one round beyond the end.
+    room = context_length - max(each.num_speculative_tokens for each in proposers) - 1
     left_out: list[str] = []
     chosen = [task_prompts(task, count, room, left_out) for task in tasks]
     usual = min(task.max_new_tokens for task in tasks)
@@ -128,11 +140,7 @@ def make_plan(
         f"{each.part} {each.value}: no prompt fits the context" for each in swept if not each.prompts
     ]
     return BenchmarkPlan(
-        chosen,
-        [prompts for prompts in swept if prompts.prompts],
-        left_out,
-        num_speculative_tokens=num_speculative_tokens,
-        **settings,
+        chosen, [prompts for prompts in swept if prompts.prompts], left_out, proposers=proposers, **settings
     )
 
 

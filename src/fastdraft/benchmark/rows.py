@@ -15,12 +15,19 @@ from typing import Any
 from fastdraft.evaluation.results import TASK_ORDER, ordered
 from fastdraft.json_rows import JsonRow, Number
 
+Pair = tuple[str, str, str]  # the runtime, the weights of the target and of the draft
+
 
 class OfPair:
-    """What is about a pair of weights."""
+    """What is about a pair of weights in a runtime."""
 
+    runtime: str
     target_weights: str
     draft_weights: str
+
+    @property
+    def key(self) -> Pair:
+        return self.runtime, *self.weights
 
     @property
     def weights(self) -> tuple[str, str]:
@@ -43,7 +50,11 @@ class TextDifference(JsonRow):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRow(OfPair, JsonRow):
-    """One task under the clock, without and with the draft; null what cannot be computed."""
+    """One task under the clock, alone and with a proposer; null what cannot be computed.
+
+    What is called `with_draft` is with this row's proposer. Of prompt lookup no runtime tells what was
+    proposed and refused, only what was accepted. Its rows name the pair beside which it was timed.
+    """
 
     part: str  # `tasks`, or what alone is varied: `prompt_tokens`, `max_new_tokens`, `concurrency`
     task: str
@@ -95,6 +106,8 @@ class BenchmarkRow(OfPair, JsonRow):
     looping_share: float | None = None
     lossless: bool
     speedup_without_looping: float | None = None
+    runtime: str = "openvino"
+    proposer: str = "draft"  # or `lookup`, `lookup_draft`: runtimes/runtime.py says what they are
 
     def interval(self, key: str) -> tuple[float, float] | None:
         """The range of a figure over the repeats."""
@@ -113,6 +126,7 @@ class PassesRow(OfPair, JsonRow):
     target_seconds: dict[int, float]  # by the tokens read at once
     device: str
     draft_device: str
+    runtime: str = "openvino"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +140,7 @@ class BreakdownRow(OfPair, JsonRow):
     draft_seconds: float
     other_seconds: float
     total_seconds: float
+    runtime: str = "openvino"
 
     @property
     def shares(self) -> list[float]:
@@ -142,6 +157,7 @@ class MemoryRow(OfPair, JsonRow):
     draft_weights: str
     alone_bytes: int | None
     with_draft_bytes: int | None
+    runtime: str = "openvino"
 
     @property
     def added_bytes(self) -> int | None:
@@ -157,6 +173,7 @@ class ModelSize(JsonRow):
     role: str
     weights: str
     bytes: int
+    runtime: str = "openvino"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +207,10 @@ class BestK(JsonRow):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResults(JsonRow):
-    """All of `benchmark.json`; the pair of weights that is deployed comes first everywhere."""
+    """All of `benchmark.json`; of every runtime the pair of weights that is deployed comes first."""
 
-    schema: int = 1
-    runtime: RuntimeUsed
+    schema: int = 2
+    runtime: RuntimeUsed  # the first of `runtimes`
     target: str
     draft: str
     block: dict[str, Any]  # `settings` of the recipe, and what was `left_out`
@@ -204,29 +221,41 @@ class BenchmarkResults(JsonRow):
     rows: list[BenchmarkRow]
     best: BestK
     verdict: dict[str, str] = field(default_factory=dict)  # `sentence` and `tone`: good, mixed or bad
-    launch: str = ""  # what a user types to run the deployed pair at its best K
+    launch: str = ""  # the first of `launches`
+    runtimes: list[RuntimeUsed] = field(default_factory=list)
+    # By runtime what a user types to run its deployed pair with its best proposer at its best K.
+    launches: dict[str, str] = field(default_factory=dict)
 
     @cached_property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Weights of target and draft, those deployed first."""
-        return list(dict.fromkeys(row.weights for row in self.rows))
+    def pairs(self) -> list[Pair]:
+        """Every pair, of each runtime the deployed one first."""
+        return list(dict.fromkeys(row.key for row in self.rows))
 
-    def judged(self, pair: tuple[str, str] | None = None) -> list[BenchmarkRow]:
-        """`judged_rows` of a pair of weights, by default the deployed one."""
-        return judged_rows(self.rows, pair or self.pairs[0]) if self.pairs else []
+    @property
+    def deployed(self) -> list[Pair]:
+        """One pair of each runtime."""
+        return list({pair[0]: pair for pair in reversed(self.pairs)}.values())[::-1]
 
-    def fastest_of_each(self, pair: tuple[str, str] | None = None) -> list[BenchmarkRow]:
+    def used(self, pair: Pair) -> RuntimeUsed:
+        """What a pair ran on."""
+        return next((used for used in self.runtimes if used.name == pair[0]), self.runtime)
+
+    def judged(self, pair: Pair | None = None, proposer: str = "draft") -> list[BenchmarkRow]:
+        """`judged_rows` of a pair, by default the first."""
+        return judged_rows(self.rows, pair or self.pairs[0], proposer) if self.pairs else []
+
+    def fastest_of_each(self, pair: Pair | None = None, proposer: str = "draft") -> list[BenchmarkRow]:
         """Of every task the judged row of its best K."""
-        return fastest(self.judged(pair))
+        return fastest(self.judged(pair, proposer))
 
 
-def judged_rows(rows: Iterable[BenchmarkRow], weights: tuple[str, str]) -> list[BenchmarkRow]:
+def judged_rows(rows: Iterable[BenchmarkRow], pair: Pair, proposer: str = "draft") -> list[BenchmarkRow]:
     """Rows on which a verdict may rest: whole tasks, lossless text, the lowest temperature."""
     found = [
         row
         for row in rows
         if row.part == "tasks"
-        and row.weights == weights
+        and (row.key, row.proposer) == (pair, proposer)
         and row.lossless
         and row.speedup is not None
         and row.num_speculative_tokens  # None in files of an earlier release
@@ -243,15 +272,20 @@ def fastest(judged: Iterable[BenchmarkRow]) -> list[BenchmarkRow]:
     return [max(rows, key=lambda row: row.speedup or 0.0) for _, rows in by_task]
 
 
-def best_k(judged: Sequence[BenchmarkRow]) -> BestK:
-    """The best K of `judged_rows`."""
+def mean_speedups(judged: Iterable[BenchmarkRow]) -> dict[int, float]:
+    """By K the geometric mean over the tasks of `judged_rows`."""
     speedups: dict[int, list[float]] = {}
-    by_task: dict[str, TaskBest] = {}
     for row in judged:
         speedups.setdefault(row.num_speculative_tokens or 0, []).append(row.speedup or 0.0)
-    for row in fastest(judged):
-        k, speedup = row.num_speculative_tokens or 0, row.speedup or 0.0
-        by_task[row.task] = TaskBest(num_speculative_tokens=k, speedup=speedup)
-    means = {k: math.prod(values) ** (1 / len(values)) for k, values in speedups.items()}
+    return {k: math.prod(values) ** (1 / len(values)) for k, values in speedups.items()}
+
+
+def best_k(judged: Sequence[BenchmarkRow]) -> BestK:
+    """The best K of `judged_rows`."""
+    by_task = {
+        row.task: TaskBest(num_speculative_tokens=row.num_speculative_tokens or 0, speedup=row.speedup or 0.0)
+        for row in fastest(judged)
+    }
+    means = mean_speedups(judged)
     found = max(means, key=lambda k: (means[k], -k)) if means else None
     return BestK(num_speculative_tokens=found, by_task=by_task)

@@ -1,4 +1,4 @@
-"""The runs of one pair of exports: single passes, tasks with and without the draft in turn, time, memory.
+"""The runs of one pair of exports: single passes, tasks with and without proposers in turn, time, memory.
 
 Every result is a file in the stage's `units/`: a killed benchmark repeats at most one of them, no repeat is
 ever made of runs from two processes, and models are loaded only where something is missing.
@@ -20,7 +20,7 @@ from fastdraft.functional.acceptance import counts_to_array
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.same_text import compare_texts
 from fastdraft.run_folder import StageFolder
-from fastdraft.runtimes.runtime import LoadedPair, Runtime, TimedText
+from fastdraft.runtimes.runtime import LoadedPair, Proposer, Runtime, TimedText
 
 _PREFIX_TOKENS = 128
 _WARM_UP_TOKENS = 8
@@ -67,9 +67,9 @@ class PairRuns:
     def measure(self, work: Measurement) -> Measured:
         """Makes what is missing of a measurement.
 
-        All labels (the target alone, then each K) answer a prompt before the next one comes, every second
-        repeat from the other end, so that a slow spell of the machine, a warm cache or a falling clock hits
-        all alike. Before that an untimed run with exact counts warms up, and gives counts and texts.
+        All labels (the target alone, then each proposer) answer a prompt before the next one comes, every
+        second repeat from the other end, so that a slow spell of the machine, a warm cache or a falling clock
+        hits all alike. Before that an untimed run with exact counts warms up, and gives counts and texts.
         """
         first, *rest = unit_names(work, self.plan.repeats)
         counts = self.folder.keep(first, partial(self._counted, work))
@@ -77,22 +77,26 @@ class PairRuns:
         return Measured(work, counts, repeats)
 
     def _answers(
-        self, work: Measurement, k: int, places: Sequence[int], *, exact: bool = False, tokens: int = 2**31
+        self,
+        work: Measurement,
+        label: str,
+        places: Sequence[int],
+        *,
+        exact: bool = False,
+        tokens: int = 2**31,
     ) -> list[TimedText]:
         seed = derive_seed(work.seed, work.name, places[0])
         prompts = [work.prompts.prompts[place][1] for place in places]
         asked = (prompts, Sampling(work.temperature), min(tokens, work.prompts.max_new_tokens), seed)
-        if k == 0:
-            return self.loaded.write(*asked)
-        return self.loaded.write_with_draft(*asked, k, exact_counts=exact)
+        return self.loaded.write(*asked, work.labels[label], exact_counts=exact)
 
     def _counted(self, work: Measurement) -> dict[str, Any]:
         """Texts, counts and comparisons of every label, untimed."""
         self._warm.add(work.name)
         answers: dict[str, list[TimedText]] = {label: [] for label in work.labels}
         for places in work.batches:
-            for label, k in work.labels.items():
-                answers[label] += self._answers(work, k, places, exact=True)
+            for label in work.labels:
+                answers[label] += self._answers(work, label, places, exact=True)
             self._tell(work, places)
         ids = {
             label: [list(map(int, text.response_ids)) for text in texts] for label, texts in answers.items()
@@ -102,14 +106,14 @@ class PairRuns:
             label: [counts_to_array(text.counts).tolist() if text.rounds else None for text in texts]
             for label, texts in answers.items()
         }
-        greedy, drafted = work.temperature == 0, [label for label, k in work.labels.items() if k]
+        greedy, proposed = work.temperature == 0, [str(proposer) for proposer in work.proposers]
         differences = {
-            name: self._differences(work, ids[ALONE], ids[name]) if greedy else None for name in drafted
+            name: self._differences(work, ids[ALONE], ids[name]) if greedy else None for name in proposed
         }
         return {
             "prompt_tokens": [len(prompt) for _, prompt in work.prompts.prompts],
             "texts": {label: {"response_ids": ids[label], "counts": counts[label]} for label in work.labels},
-            "lossless": dict.fromkeys(drafted, greedy or self.runtime.lossless_sampling),
+            "lossless": dict.fromkeys(proposed, greedy or self.runtime.lossless_sampling),
             "differences": differences,
         }
 
@@ -127,14 +131,14 @@ class PairRuns:
     def _timed(self, work: Measurement, number: int) -> dict[str, Any]:
         """One repeat: batch by batch, every label in turn."""
         if work.name not in self._warm:  # a process that goes on with timing
-            for k in work.labels.values():
-                self._answers(work, k, work.batches[0], tokens=_WARM_UP_TOKENS)
+            for label in work.labels:
+                self._answers(work, label, work.batches[0], tokens=_WARM_UP_TOKENS)
             self._warm.add(work.name)
         order = list(work.labels) if number % 2 == 0 else list(work.labels)[::-1]
         runs: dict[str, list[dict[str, Any]]] = {label: [] for label in work.labels}
         for places in work.batches:
             for label in order:
-                texts = self._answers(work, work.labels[label], places)
+                texts = self._answers(work, label, places)
                 times = {
                     "seconds": max(text.seconds for text in texts),
                     "num_tokens": [len(text.response_ids) for text in texts],
@@ -150,7 +154,7 @@ class PairRuns:
 
     def passes(self) -> list[PassesRow]:
         """Single passes behind the usual prefix; of the deployed pair also behind the swept ones."""
-        prefixes, widths = {_PREFIX_TOKENS}, sorted(k + 1 for k in self.plan.num_speculative_tokens)
+        prefixes, widths = {_PREFIX_TOKENS}, sorted(k + 1 for k in self.plan.draft_ks)
         if self.weights == self.plan.weights[0]:
             prefixes |= {prompts.value for prompts in self.plan.swept if prompts.part == "prompt_tokens"}
 
@@ -195,13 +199,16 @@ class PairRuns:
         first = self.plan.tasks[0]
         answer = first.prompts[0][1], min(_MEMORY_TOKENS, first.max_new_tokens)
         peak = partial(measure_memory, self.runtime, self.target, self.draft, *answer)
-        row: MemoryRow = self._row(
-            "memory", f"k{k}", MemoryRow, lambda: {"alone_bytes": peak(0), "with_draft_bytes": peak(k)}
-        )
+
+        def make() -> dict[str, Any]:
+            return {"alone_bytes": peak(), "with_draft_bytes": peak(Proposer("draft", k))}
+
+        row: MemoryRow = self._row("memory", f"k{k}", MemoryRow, make)
         return row
 
     def _row(self, what: str, which: str, kind: Any, make: Callable[[], dict[str, Any] | None]) -> Any:
         """A row of this pair; `make` gives its other fields, or None for none."""
-        name = f"units/{what}-{'-'.join(self.weights)}-{which}.json"
-        value, (target, draft) = self.folder.keep(name, make), self.weights
-        return value and kind.from_json({"target_weights": target, "draft_weights": draft, **value})
+        name = f"units/{self.plan.runtime}-{what}-{'-'.join(self.weights)}-{which}.json"
+        value, names = self.folder.keep(name, make), ("runtime", "target_weights", "draft_weights")
+        pair = dict(zip(names, (self.plan.runtime, *self.weights), strict=True))
+        return value and kind.from_json(pair | value)

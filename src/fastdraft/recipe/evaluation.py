@@ -212,7 +212,9 @@ class BenchmarkConfig(Config):
     prompts: int = Field(default=8, ge=1)
     """Of each task, from the front: ranges over the repeats tell whether they suffice."""
     num_speculative_tokens: Ks = Field(default=[1, 2, 3, 4, 5], min_length=1)
-    """Every K that is timed; the best depends on acceptance and on both models' costs here."""
+    """Every K that the draft is timed at; the best depends on acceptance and both models' costs here."""
+    lookup: Ks = [3, 5]
+    """K of prompt lookup, which needs no draft: what a draft must beat; [] leaves it out."""
     temperatures: Temperatures = Field(default=[0.0], min_length=1)
     """Of the target; 0 is greedy. OpenVINO 2026.4 samples with losses: such rows give no verdict."""
     sweep: SweepConfig = SweepConfig()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, TextDifference
+from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, Pair, TextDifference
 from fastdraft.console import format_seconds
 from fastdraft.evaluation.results import SPEEDUPS, DifferenceRow, EvaluationResults, PositionRow, ResultRow
 from fastdraft.functional.same_text import near_tie
@@ -252,7 +252,7 @@ def agreement(results: EvaluationResults) -> Table:
 # What the clock says.
 
 
-def measured(benchmark: BenchmarkResults, pairs: Sequence[tuple[str, str]] = ()) -> Table:
+def measured(benchmark: BenchmarkResults, pairs: Sequence[Pair] = ()) -> Table:
     """Pairs of weights, the deployed one by default, at each task's best K.
 
     In small print: ranges, quotients of measured over promised, and times without the draft.

@@ -112,7 +112,7 @@ def runtime_name(benchmark: BenchmarkResults) -> str:
 
 def measured_with(benchmark: BenchmarkResults) -> str:
     """Runtime, device and weights in a few words."""
-    used, (target, draft) = benchmark.runtime, benchmark.pairs[0]
+    used, (_, target, draft) = benchmark.runtime, benchmark.pairs[0]
     device = f"{used.device_name} ({used.device})"
     return f"{runtime_name(benchmark)} on {device}, {target} target with {draft} draft"
 
@@ -142,7 +142,7 @@ def _predicted(results: EvaluationResults) -> str:
 
 def _reason(row: BenchmarkRow, benchmark: BenchmarkResults) -> str:
     """The figure that explains most of why this row gains nothing, in words."""
-    passes = next((each for each in benchmark.latencies if each.weights == row.weights), None)
+    passes = next((each for each in benchmark.latencies if each.key == row.key), None)
     if row.predicted_speedup is None or passes is None:
         return f"the target accepts {percent(row.acceptance_rate)} of what is proposed"
     if row.predicted_speedup < WORTH:

@@ -29,6 +29,7 @@ from fastdraft.modeling.text_part import as_text_model, text_family
 from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, core, require_openvino, short
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
+from fastdraft.runtimes.runtime import Proposer
 from fastdraft.target import Target
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
@@ -160,7 +161,7 @@ def check_export(target: Path, draft: Path) -> ExportCheck:
     tokens = max(1, min(_TRIED_TOKENS, room))
     pair = OpenVINOPair(target, draft, OpenVINOSettings(precision="exact"))
     [alone] = pair.write([prompt], Sampling(0.0), tokens, 0)
-    [drafted] = pair.write_with_draft([prompt], Sampling(0.0), tokens, 0, 3)
+    [drafted] = pair.write([prompt], Sampling(0.0), tokens, 0, Proposer("draft", 3))
     difference = compare_texts(prompt, alone.response_ids, drafted.response_ids, pair.gap)
     if difference is not None and not difference.is_near_tie("exact"):
         where = f"token {difference.place + 1} of {tokens}"

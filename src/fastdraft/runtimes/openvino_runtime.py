@@ -11,14 +11,20 @@ from fastdraft.decoding.latency import Latency
 from fastdraft.runtimes.openvino import MODEL_FILE, describe_device
 from fastdraft.runtimes.openvino_export import check_pair, export_openvino
 from fastdraft.runtimes.openvino_latency import measure_passes
-from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
+from fastdraft.runtimes.openvino_speculative import LOOKUP_NGRAM, OpenVINOPair, OpenVINOSettings
+from fastdraft.runtimes.runtime import Proposer, ProposerKind
 from fastdraft.target import Target
 
-_LAUNCH = """import openvino_genai
+_DRAFT = """import openvino_genai
 
 draft = openvino_genai.draft_model("path/to/draft-{draft}", "{draft_device}")
 pipeline = openvino_genai.LLMPipeline("path/to/target-{target}", "{device}", draft_model=draft)
 config = openvino_genai.GenerationConfig(max_new_tokens=256, num_assistant_tokens={k})
+print(pipeline.generate("Once upon a time", config))"""
+_LOOKUP = """import openvino_genai
+
+pipeline = openvino_genai.LLMPipeline("path/to/target-{target}", "{device}", prompt_lookup=True)
+config = openvino_genai.GenerationConfig(max_new_tokens=256, num_assistant_tokens={k}, max_ngram_size={ngram})
 print(pipeline.generate("Once upon a time", config))"""
 
 
@@ -27,6 +33,7 @@ class OpenVINORuntime(OpenVINOSettings):
     """The `Runtime` with these settings."""
 
     name: ClassVar[str] = "openvino"
+    proposers: ClassVar[tuple[ProposerKind, ...]] = ("draft", "lookup")
     # With a draft, release 2026.4.1 accepts a proposal by comparing the draft's probability of it with the
     # target's probability of another token: sampled text leans towards the draft, and the counted acceptance
     # is far too high (docs/runtimes.md has the measurement).
@@ -57,6 +64,8 @@ class OpenVINORuntime(OpenVINOSettings):
     def open(self, target: Path, draft: Path) -> OpenVINOPair:
         return OpenVINOPair(target, draft, self)
 
-    def launch_line(self, target: str, draft: str, num_speculative_tokens: int) -> str:
+    def launch_line(self, target: str, draft: str, proposer: Proposer) -> str:
+        form = _DRAFT if proposer.kind == "draft" else _LOOKUP
         devices = {"device": self.device, "draft_device": self.draft_device or self.device}
-        return _LAUNCH.format(target=target, draft=draft, k=num_speculative_tokens, **devices)
+        k = proposer.num_speculative_tokens
+        return form.format(target=target, draft=draft, k=k, ngram=LOOKUP_NGRAM, **devices)

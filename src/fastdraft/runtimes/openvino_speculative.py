@@ -1,4 +1,4 @@
-"""OpenVINO under the clock: a target alone and with a draft, whose passes become our rounds.
+"""OpenVINO under the clock: a target alone, with a draft, with prompt lookup; its passes become our rounds.
 
 `OpenVINOPair(target, draft)` is the `LoadedPair` that openvino_runtime.py opens for a benchmark, and what
 tries an export.
@@ -31,8 +31,11 @@ from fastdraft.runtimes.openvino import (
     load_pipeline,
     openvino_errors,
 )
-from fastdraft.runtimes.runtime import TimedText, TimeSpent
+from fastdraft.runtimes.runtime import Proposer, TimedText, TimeSpent
 from fastdraft.target import Target
+
+# Most of the last tokens that prompt lookup looks for; it takes fewer where these were not there before.
+LOOKUP_NGRAM = 3
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class OpenVINOPair:
             draft = import_genai().draft_model(str(self.draft), device, **properties)
         return self._load({"draft_model": draft})
 
+    @cached_property
+    def looking_up(self) -> Any:
+        """The pipeline of the target with OpenVINO's own prompt lookup."""
+        return self._load({"prompt_lookup": True})
+
     def _load(self, more: dict[str, Any]) -> Any:
         s = self.settings
         properties = device_properties(s.device, s.precision, s.threads) | more
@@ -100,32 +108,33 @@ class OpenVINOPair:
         return target, min(target, draft)
 
     def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> list[TimedText]:
-        found = self._passes(self.alone, prompts, self._configs(prompts, sampling, max_new_tokens, seed))
-        return [_timed(passes, [token for each in passes for token in each.tokens], []) for passes in found]
-
-    def write_with_draft(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         max_new_tokens: int,
         seed: int,
-        num_speculative_tokens: int,
+        proposer: Proposer | None = None,
         *,
         exact_counts: bool = False,
     ) -> list[TimedText]:
-        """Sampled text is not the target's own; its rounds are those of the text that was written."""
-        k, eos_ids = num_speculative_tokens, self.settings.eos_ids
+        """With a proposer sampled text is not the target's own; its rounds are those of the text written."""
+        asked, eos_ids = max_new_tokens, self.settings.eos_ids
+        if proposer is None:
+            found = self._passes(self.alone, prompts, self._configs(prompts, sampling, asked, seed))
+            return [
+                _timed(passes, [token for each in passes for token in each.tokens], []) for passes in found
+            ]
         # OpenVINO proposes min(K, tokens left - 1), so that the last token is always the target's, and where
         # it stops at an end-of-sequence token nobody can tell whether that was a proposal. Neither changes
         # rounds and generated tokens, but accepted proposals may be one too few for each text. For exact
         # counts it writes K + 1 tokens on, past any end, and the text is cut.
+        k = proposer.num_speculative_tokens
         end = max_new_tokens if exact_counts else None
-        configs = self._configs(prompts, sampling, max_new_tokens + (k + 1 if exact_counts else 0), seed, k)
+        configs = self._configs(prompts, sampling, asked + (k + 1 if exact_counts else 0), seed, proposer)
         for config in configs:
             config.ignore_eos |= exact_counts
-        found = self._passes(self.both, prompts, configs, end)
+        pipeline = self.both if proposer.kind == "draft" else self.looking_up
+        found = self._passes(pipeline, prompts, configs, end)
         cut = [cut_rounds([each.tokens for each in passes], max_new_tokens, eos_ids, k) for passes in found]
         return [_timed(passes, *parts) for passes, parts in zip(found, cut, strict=True)]
 
@@ -133,9 +142,10 @@ class OpenVINOPair:
         self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
     ) -> TimeSpent:
         """Where the time of one greedy answer goes, by OpenVINO's metrics; it is written once before."""
-        k, greedy = num_speculative_tokens, Sampling(0.0)
-        [text] = self.write_with_draft([prompt], greedy, max_new_tokens, 0, k)
-        configs = self._configs([prompt], greedy, max_new_tokens, 0, k)
+        k, asked = num_speculative_tokens, ([prompt], Sampling(0.0), max_new_tokens, 0)
+        drafting = Proposer("draft", k)
+        [text] = self.write(*asked, drafting)
+        configs = self._configs(*asked, drafting)
         with self._errors():
             [result] = self.both.generate([as_tensor(prompt)], configs)
         models = result.extended_perf_metrics
@@ -156,16 +166,25 @@ class OpenVINOPair:
         )
 
     def _configs(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, asked: int, seed: int, k: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        asked: int,
+        seed: int,
+        proposer: Proposer | None = None,
     ) -> list[Any]:
-        """OpenVINO's settings for every answer; K 0: without the draft."""
+        """OpenVINO's settings for every answer."""
         configs, eos_ids = [], self.settings.eos_ids
-        check_prompts(prompts, asked, self._rooms[k > 0])
+        check_prompts(prompts, asked, self._rooms[proposer is not None and proposer.kind == "draft"])
         for index in range(len(prompts)):
             config = generation_config(sampling, asked, eos_ids, answer_seed(seed, index))
             config.ignore_eos = not eos_ids
-            if k:
-                config.num_assistant_tokens, config.assistant_confidence_threshold = k, 0.0
+            if proposer:
+                config.num_assistant_tokens = proposer.num_speculative_tokens
+                if proposer.kind == "draft":
+                    config.assistant_confidence_threshold = 0.0
+                else:
+                    config.max_ngram_size = LOOKUP_NGRAM
             configs.append(config)
         return configs
 

@@ -9,13 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.decoding.speculative import Round
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.target import Target
+
+# draft: a draft model; lookup: prompt lookup, which copies what stood behind the same last tokens before;
+# lookup_draft: lookup, and the draft model in a round for which it finds nothing.
+ProposerKind = Literal["draft", "lookup", "lookup_draft"]
+
+
+@dataclass(frozen=True)
+class Proposer:
+    """What proposes tokens to the target, and at most how many in a round."""
+
+    kind: ProposerKind
+    num_speculative_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-k{self.num_speculative_tokens}"
 
 
 @dataclass(frozen=True)
@@ -25,9 +40,8 @@ class TimedText:
     response_ids: list[int]
     seconds: float  # to its last token
     first_token_seconds: float
-    rounds: list[Round] = field(
-        default_factory=list
-    )  # as functional/acceptance.py counts; empty without a draft
+    # As functional/acceptance.py counts; empty of the target alone, and where a runtime does not tell.
+    rounds: list[Round] = field(default_factory=list)
 
     @property
     def counts(self) -> Counts:
@@ -47,21 +61,20 @@ class LoadedPair(Protocol):
     """A target and its draft; each is loaded when it is first needed and let go with this object."""
 
     def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> list[TimedText]:
-        """The target alone answers all prompts at the same time."""
-
-    def write_with_draft(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         max_new_tokens: int,
         seed: int,
-        num_speculative_tokens: int,
+        proposer: Proposer | None = None,
         *,
         exact_counts: bool = False,
     ) -> list[TimedText]:
-        """`exact_counts` counts the round at a text's end exactly, at the cost of more passes."""
+        """The target answers all prompts at the same time, alone or with one of the runtime's `proposers`.
+
+        `exact_counts` counts the round at a text's end exactly, at the cost of more passes. Of prompt lookup
+        only the tokens of each round and how many of them were proposals are used: not what was refused.
+        """
 
     def gap(self, prefix_ids: list[int], first: int, second: int) -> float:
         """Distance of the log-probs of two next tokens under the target, as exactly as the runtime can."""
@@ -69,14 +82,15 @@ class LoadedPair(Protocol):
     def time_spent(
         self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
     ) -> TimeSpent | None:
-        """Where the time of one greedy answer goes; None where the runtime does not tell."""
+        """Where the time of one greedy answer with the draft goes; None where the runtime does not tell."""
 
 
 class Runtime(Protocol):
     """How models run: the runtime and its settings."""
 
     name: ClassVar[str]
-    lossless_sampling: ClassVar[bool]  # whether text sampled with a draft follows the target alone
+    proposers: ClassVar[tuple[ProposerKind, ...]]  # what it can run
+    lossless_sampling: ClassVar[bool]  # whether text sampled with a proposer follows the target alone
 
     @property
     def device(self) -> str: ...
@@ -102,5 +116,5 @@ class Runtime(Protocol):
 
     def open(self, target: Path, draft: Path) -> LoadedPair: ...
 
-    def launch_line(self, target: str, draft: str, num_speculative_tokens: int) -> str:
-        """What a user types to run the pair so."""
+    def launch_line(self, target: str, draft: str, proposer: Proposer) -> str:
+        """What a user types to run the pair so; `target` and `draft` are their weights."""

@@ -1,8 +1,8 @@
 """Benchmark: the exported pair on this device's clock, beside the prediction -> `benchmark.json`.
 
-Missing exports are made; single passes timed; each pair of weights runs the tasks with every K, in turn with
-the target alone; the first pair runs the sweeps at its best K; then time spent and memory. A killed benchmark
-goes on.
+One runtime after the other, on the same prompts: missing exports are made; single passes timed; each pair of
+weights runs the tasks with every proposer, in turn with the target alone; the first pair runs the sweeps at
+its best K; then time spent and memory. A killed benchmark goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdraft.benchmark.figures import rows_of
-from fastdraft.benchmark.plan import BenchmarkPlan, Measurement, encode, make_plan
+from fastdraft.benchmark.plan import BenchmarkPlan, Measurement, WeightsOfPair, encode, make_plan
 from fastdraft.benchmark.rows import (
     BenchmarkResults,
     BenchmarkRow,
@@ -22,10 +22,12 @@ from fastdraft.benchmark.rows import (
     RuntimeUsed,
     best_k,
     judged_rows,
+    mean_speedups,
 )
 from fastdraft.benchmark.runs import PairRuns, unit_names
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError
+from fastdraft.evaluation.results import nearest_k
 from fastdraft.evaluation.tasks import describe_task
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import BenchmarkConfig
@@ -34,11 +36,12 @@ from fastdraft.reporting.verdict import measured_verdict
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.openvino import require_openvino
 from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
-from fastdraft.runtimes.runtime import Runtime
+from fastdraft.runtimes.runtime import Proposer, ProposerKind, Runtime
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
 NAME = "benchmark"
+_LISTS = ("latencies", "breakdown", "memory", "rows")
 
 
 def check_installed(config: BenchmarkConfig) -> None:
@@ -59,43 +62,67 @@ def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any
     }
 
 
-def run(config: BenchmarkConfig, context: StageContext) -> None:
-    """Writes `benchmark.json`."""
-    start, console = time.monotonic(), context.console
-    folder, export = context.folder(NAME), context.require("export")
-    target, draft = context.target, Target.at(export.path / "huggingface")
+def open_runtimes(
+    config: BenchmarkConfig, context: StageContext
+) -> list[tuple[Runtime, list[WeightsOfPair]]]:
+    """What is to be measured, with the weights of its pairs, the deployed one first."""
     runtime = OpenVINORuntime(
         device=config.device,
         draft_device=config.draft_device,
         precision=config.precision,
         threads=context.settings.threads,
         rows=max([1, *config.sweep.concurrency]),
-        eos_ids=target.vocabulary.eos_token_ids,
+        eos_ids=context.target.vocabulary.eos_token_ids,
     )
-    used = RuntimeUsed.from_json(runtime.describe())
-    runtime.check_pair(target, draft)
-    plan = make_plan(
+    return [(runtime, [(pair.target, pair.draft) for pair in config.weights])]
+
+
+def run(config: BenchmarkConfig, context: StageContext) -> None:
+    """Writes `benchmark.json`."""
+    start, console = time.monotonic(), context.console
+    folder, export = context.folder(NAME), context.require("export")
+    target, draft = context.target, Target.at(export.path / "huggingface")
+    runtimes = open_runtimes(config, context)
+    used = [RuntimeUsed.from_json(runtime.describe()) for runtime, _ in runtimes]
+    kinds: dict[ProposerKind, list[int]] = {"draft": config.num_speculative_tokens}
+    kinds |= {"lookup": config.lookup, "lookup_draft": config.lookup}
+    shared = make_plan(
         [encode(task, target.tokenizer) for task in config.tasks_of(context.sections)],
         count=config.prompts,
         context_length=min(target.context_length, draft.context_length),
         sweep=config.sweep.model_dump(),
-        num_speculative_tokens=config.num_speculative_tokens,
-        weights=[(pair.target, pair.draft) for pair in config.weights],
+        runtime="",
+        weights=[],
+        proposers=[Proposer(kind, k) for kind, ks in kinds.items() for k in ks],
         temperatures=config.temperatures,
         repeats=config.repeats,
         seed=context.settings.seed,
     )
-    _check_same_machine(used, folder)
-    for words in plan.left_out:
+    for (runtime, _), each in zip(runtimes, used, strict=True):
+        runtime.check_pair(target, draft)
+        _check_same_machine(each, folder)
+    for words in shared.left_out:
         console.say(f"left out: {words}")
-    pairs = _exported_pairs(plan, runtime, target, draft, export, folder, console)
+    models, found = list[ModelSize](), list[dict[str, Any]]()
+    for runtime, weights in runtimes:
+        can = [each for each in shared.proposers if each.kind in runtime.proposers]
+        plan = replace(shared, runtime=runtime.name, weights=weights, proposers=can)
+        pairs = _exported_pairs(plan, runtime, target, draft, export, folder, console)
+        models += _sizes(pairs)
+        found.append(_measure(pairs, target, draft, console))
+    launches = {each.name: one["launch"] for each, one in zip(used, found, strict=True)}
+    lists: dict[str, Any] = {name: [row for each in found for row in each[name]] for name in _LISTS}
     results = BenchmarkResults(
-        runtime=used,
+        runtime=used[0],
         target=target.name,
         draft=export.manifest()["source"],
-        block={"settings": config.model_dump(), "left_out": plan.left_out},
-        models=_sizes(pairs),
-        **_measure(pairs, target, draft, console),
+        block={"settings": config.model_dump(), "left_out": shared.left_out},
+        models=models,
+        best=found[0]["best"],
+        launch=found[0]["launch"],
+        runtimes=used,
+        launches=launches,
+        **lists,
     )
     verdict = measured_verdict(results)
     results = replace(results, verdict={"sentence": verdict.sentence, "tone": verdict.tone})
@@ -103,17 +130,17 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     write_json(folder.path / "benchmark.json", value)
     if results.judged():
         columns = ("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
-        title = "Speed-up on the clock, {}, {} target, {} draft".format(used.device, *plan.weights[0])
+        title = "Speed-up on the clock, {}, {} target, {} draft".format(used[0].device, *results.pairs[0][1:])
         console.table(title, *tables.measured(results).only(*columns).plain(details=True))
     console.say(verdict.sentence)
-    summary = {name: value[name] for name in ("runtime", "models", "best", "verdict")}
+    summary = {name: value[name] for name in ("runtime", "runtimes", "models", "best", "verdict")}
     folder.complete(**summary, seconds=round(time.monotonic() - start, 1), provenance=describe_run())
 
 
 def _check_same_machine(used: RuntimeUsed, folder: StageFolder) -> None:
     """One benchmark is of one device and release: work begun on another is not gone on with."""
     now = {"version": used.version, "device_name": used.device_name}
-    begun = folder.keep("units/device.json", lambda: now)
+    begun = folder.keep(f"units/{used.name}-device.json", lambda: now)
     if begun != now:
         found = "begun on {device_name} ({version}), and this is ".format(**begun)
         here = f"{used.device_name} ({used.version}); one benchmark is of one device"
@@ -135,7 +162,7 @@ def _exported_pairs(
     def find(role: str, weights: str, with_target: Path | None = None) -> Path:
         if exported.get(role, "none") == weights:
             return export.path / runtime.name / role
-        path = folder.path / "models" / f"{role}-{weights}"
+        path = folder.path / "models" / f"{runtime.name}-{role}-{weights}"
         if not path.is_dir():
             console.stop.check(folder.path)
             console.say(f"converting the {role} ({weights})")
@@ -153,13 +180,17 @@ def _exported_pairs(
 def _sizes(pairs: Sequence[PairRuns]) -> list[ModelSize]:
     found = {("target", pair.weights[0]): pair.target for pair in pairs}
     found |= {("draft", pair.weights[1]): pair.draft for pair in pairs}
-    size = pairs[0].runtime.weights_bytes
-    return [ModelSize(role=role, weights=each, bytes=size(path)) for (role, each), path in found.items()]
+    runtime = pairs[0].runtime
+    return [
+        ModelSize(role=role, weights=each, bytes=runtime.weights_bytes(path), runtime=runtime.name)
+        for (role, each), path in found.items()
+    ]
 
 
 def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: Console) -> dict[str, Any]:
-    """The measured fields of `benchmark.json`."""
-    plan, folder, deployed = pairs[0].plan, pairs[0].folder, pairs[0].weights
+    """What one runtime adds to `benchmark.json`: the lists of its rows, its best K and how to launch it."""
+    plan, folder, runtime, deployed = pairs[0].plan, pairs[0].folder, pairs[0].runtime, pairs[0].weights
+    key = (runtime.name, *deployed)
     rows: list[BenchmarkRow] = []
     swept: list[BenchmarkRow] = []
     passes, breakdown, memory = {}, [], []
@@ -167,11 +198,11 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
         console.stop.check(folder.path)
         passes[pair.weights] = pair.passes()
     # Which K the sweeps run at is known only behind the tasks; all K write as many tokens.
-    works = [plan.everything(k) for k in plan.num_speculative_tokens]
+    works = [plan.everything(k) for k in plan.draft_ks]
     planned = sum(work.planned_tokens * (1 + plan.repeats) for work in works[0])
     kept = {name: w.planned_tokens for each in works for w in each for name in unit_names(w, plan.repeats)}
     done = sum(tokens for name, tokens in kept.items() if (folder.path / name).is_file())
-    with console.progress("runs in turn", planned, "tokens", done) as progress:
+    with console.progress(f"{runtime.name} in turn", planned, "tokens", done) as progress:
 
         def on_batch(tokens: int, name: str) -> None:
             progress.advance(tokens, name)
@@ -185,10 +216,8 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
         for pair in pairs:
             pair.on_batch = on_batch
             rows += measured(pair, plan.of_tasks(pair.weights))
-            best = best_k(judged_rows(rows, deployed))
-            # Where no row tells the best: 3 or the nearest.
-            nearest = min(plan.num_speculative_tokens, key=lambda each: (abs(each - 3), each))
-            k = best.num_speculative_tokens or nearest
+            best = best_k(judged_rows(rows, key))
+            k = best.num_speculative_tokens or nearest_k(plan.draft_ks)  # where no row tells the best
             if pair.weights == deployed:
                 swept = measured(pair, plan.of_sweeps(k))
             breakdown.append(pair.time_spent(k))
@@ -196,11 +225,16 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
     for pair in pairs:
         console.stop.check(folder.path)
         memory.append(pair.peaks(k))
+    means = {
+        Proposer(kind, n): mean
+        for kind in runtime.proposers
+        for n, mean in mean_speedups(judged_rows(rows, key, kind)).items()
+    }
     return {
         "latencies": [row for pair in pairs for row in passes[pair.weights]],
         "breakdown": [row for row in breakdown if row is not None],
         "memory": memory,
         "rows": rows + swept,
         "best": best,
-        "launch": pairs[0].runtime.launch_line(*deployed, k) if best.num_speculative_tokens else "",
+        "launch": runtime.launch_line(*deployed, max(means, key=means.__getitem__)) if means else "",
     }
