@@ -23,7 +23,8 @@ from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings, TieJudge, cut_rounds
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings, TieJudge
+from fastdraft.runtimes.passes import cut_rounds
 from fastdraft.runtimes.runtime import Proposer, TimedText
 from fastdraft.target import Target
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from fastdraft.decoding.speculative import Round
 from fastdraft.functional.generation import Sampling, check_prompts
 from fastdraft.runtimes.openvino import (
     MODEL_FILE,
@@ -31,6 +30,7 @@ from fastdraft.runtimes.openvino import (
     load_pipeline,
     openvino_errors,
 )
+from fastdraft.runtimes.passes import Pass, cut_rounds, timed
 from fastdraft.runtimes.runtime import Proposer, TimedText, TimeSpent
 from fastdraft.target import Target
 
@@ -48,14 +48,6 @@ class OpenVINOSettings:
     threads: int = 0  # of a CPU; 0 leaves OpenVINO's own choice
     rows: int = 16  # most answers at a time; further ones wait
     eos_ids: tuple[int, ...] = ()  # ids that end a text; none: always to the limit
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one pass of the target added to one answer."""
-
-    tokens: list[int]
-    seconds: float  # from handing over the batch
 
 
 @dataclass
@@ -122,7 +114,7 @@ class OpenVINOPair:
         if proposer is None:
             found = self._passes(self.alone, prompts, self._configs(prompts, sampling, asked, seed))
             return [
-                _timed(passes, [token for each in passes for token in each.tokens], []) for passes in found
+                timed(passes, [token for each in passes for token in each.tokens], []) for passes in found
             ]
         # OpenVINO proposes min(K, tokens left - 1), so that the last token is always the target's, and where
         # it stops at an end-of-sequence token nobody can tell whether that was a proposal. Neither changes
@@ -136,7 +128,7 @@ class OpenVINOPair:
         pipeline = self.both if proposer.kind == "draft" else self.looking_up
         found = self._passes(pipeline, prompts, configs, end)
         cut = [cut_rounds([each.tokens for each in passes], max_new_tokens, eos_ids, k) for passes in found]
-        return [_timed(passes, *parts) for passes, parts in zip(found, cut, strict=True)]
+        return [timed(passes, *parts) for passes, parts in zip(found, cut, strict=True)]
 
     def time_spent(
         self, prompt: Sequence[int], max_new_tokens: int, num_speculative_tokens: int
@@ -236,44 +228,6 @@ def read_ids(handle: Any) -> list[int]:
         for output in handle.read().values():
             written += output.generated_ids
     return written
-
-
-def cut_rounds(
-    passes: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int], num_speculative_tokens: int
-) -> tuple[list[int], list[Round]]:
-    """The text up to its end, and its rounds in our conventions (functional/acceptance.py).
-
-    OpenVINO's first pass of the target reads the prompt and writes one token without any proposal. That pass
-    is left out: prompt plus first token is the prompt for which our decoder and replay give equal counts, and
-    `Counts.num_generated_tokens` is one less than the tokens written. Every later pass writes its accepted
-    proposals and one token of the target, so accepted = written - 1; what stands beyond the text's end is
-    discarded and not counted as accepted.
-    """
-    text: list[int] = []
-    rounds: list[Round] = []
-    for number, written in enumerate(passes):
-        if len(text) >= max_new_tokens or (text and text[-1] in eos_ids):
-            break
-        room = max_new_tokens - len(text)
-        end = next((place + 1 for place, token in enumerate(written[:room]) if token in eos_ids), room)
-        inside = list(written[:end])
-        text += inside
-        if number:
-            accepted = min(len(written) - 1, len(inside))
-            examined = min(len(written), num_speculative_tokens, len(inside))
-            zeros = [0.0] * len(inside)
-            rounds.append(Round(inside, zeros, accepted, examined, float(accepted), num_speculative_tokens))
-    return text, rounds
-
-
-def _timed(passes: Sequence[Pass], text: list[int], rounds: list[Round]) -> TimedText:
-    """The text of some passes with the moments of its first and last token."""
-    written, last = 0, passes[0]
-    for each in passes:
-        if written >= len(text):
-            break
-        written, last = written + len(each.tokens), each
-    return TimedText(text, last.seconds, passes[0].seconds, rounds)
 
 
 class TieJudge:
