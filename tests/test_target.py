@@ -162,7 +162,7 @@ def _broken(source: Path, folder: Path, kind: str) -> Path:
         ("family", "model family 'mamba'"),
         ("remote code", "needs Python code of its own"),
         ("wrong shape", "weights of other shapes"),
-        ("no layers", "num_layers 0; must be at least 1"),
+        ("no layers", "num_hidden_layers 0; must be a whole number"),
         ("words for a size", "hidden_size"),
     ],
 )

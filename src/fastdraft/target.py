@@ -15,18 +15,20 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
+    CONFIG_MAPPING,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from fastdraft.errors import TargetError
 from fastdraft.modeling.architecture import Architecture, auto_class, read_architecture
-from fastdraft.modeling.families import special_id, text_config
-from fastdraft.modeling.model_files import ModelFiles, one_line
+from fastdraft.modeling.checkpoint import check_header, refuse_misfits, refuse_second_head
+from fastdraft.modeling.families import check_config, plain_values, special_id, text_config
+from fastdraft.modeling.model_files import ModelFiles, one_line, quiet
 from fastdraft.modeling.vocabulary import Vocabulary, describe
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import file_sha256
@@ -62,9 +64,11 @@ class Target:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The config of a supported family. A model's own code is never run."""
-        self.files.config  # noqa: B018 (refuses other families in words of our own)
+        values = plain_values(self.files.config)  # refuses other families in words of our own
         with one_line(self.location):
-            return AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
+            config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+            check_config(config, self.location)
+        return config
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
@@ -73,7 +77,7 @@ class Target:
         if path is None:
             return None
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = plain_values(json.loads(path.read_text(encoding="utf-8")))
             try:
                 return GenerationConfig.from_dict(value)
             except Exception:  # it looks into sampling settings too, which nobody uses here
@@ -131,7 +135,8 @@ class Target:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return read_architecture(self.config, self.location)
+        with one_line(self.location):  # an activation, say, that transformers does not know
+            return read_architecture(self.config)
 
     @property
     def context_length(self) -> int:
@@ -147,12 +152,54 @@ class Target:
             return False
         return True
 
+    def check_tensors(self) -> list[str]:
+        """Refuses weights that do not fit config.json; names of tensors that are passed over.
+
+        Only the heads of files are read. Nothing is compared where there are no weights, where the hub cannot
+        be asked, and where a quantiser has names of its own.
+        """
+        if self.has_weights and self.files.is_local and self.files.find("adapter_config.json"):
+            # transformers adds it where peft is installed, and leaves it out elsewhere
+            found, fix = "adapter_config.json beside the weights", "merge the adapter, or take it out"
+            raise self.files.wrong(found, fix)
+        if self._quantised or not self.has_weights or (header := self.files.header()) is None:
+            return []
+        with one_line(self.location):
+            passed, tied = check_header(self.location, self.config, header)
+            return passed + (refuse_second_head(self.location, self.files.weights_here()) if tied else [])
+
+    def check_quantiser(self) -> None:
+        """Refuses quantised weights whose library is not here or does not run on this machine."""
+        if not self._quantised:
+            return
+        try:
+            with quiet():
+                if not AutoHfQuantizer.supports_quant_method(self._quantised):
+                    raise ValueError("unknown to transformers")
+                quantiser = AutoHfQuantizer.from_config(self._quantised, pre_quantized=True)
+                quantiser.validate_environment(device_map=None)
+        except Exception as error:  # each has errors of its own
+            raise self._not_loadable(error) from error
+
+    @property
+    def _quantised(self) -> Any:
+        """The quantiser's settings in config.json; none for plain weights."""
+        return getattr(self.config, "quantization_config", None)
+
+    def _not_loadable(self, error: Exception) -> TargetError:
+        method = self._quantised if isinstance(self._quantised, dict) else vars(self._quantised)
+        found = f"weights quantised by {method.get('quant_method')}; transformers must be able to load them"
+        why = " ".join(str(error).split())[:100]
+        return self.files.wrong(f"{found} ({why})", "install the library of that method")
+
     def model(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Ready to read and write: eval mode, on `device`, by default in the recipe's precision."""
         device = torch.device(device)
         # On a CPU half precision is slow on most machines, and makes greedy text inexact.
         auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
         self.files.check_weights()
+        self.check_quantiser()
+        self.check_tensors()
         with one_line(self.location):
             return self._load(dtype or _DTYPES.get(self.dtype) or auto).to(device).eval()
 
@@ -161,23 +208,17 @@ class Target:
         if getattr(text_config(self.config), "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # torch's fused attention leaves the cap out
         try:
-            options |= {"use_safetensors": True, "output_loading_info": True}
+            options |= {"use_safetensors": True, "output_loading_info": True, "config": self.config}
             model, report = auto_class(self.config).from_pretrained(self.location, **options)
         except Exception as error:  # each quantiser has errors of its own, where its library is missing
-            quantised: Any = getattr(self.config, "quantization_config", None)
-            if quantised is None:
+            if not self._quantised:
                 raise
-            method = quantised if isinstance(quantised, dict) else vars(quantised)
-            found = (
-                f"weights quantised by {method.get('quant_method')}; transformers must be able to load them"
-            )
-            why = " ".join(str(error).split())[:100]
-            raise self.files.wrong(f"{found} ({why})", "install the library of that method") from error
-        # A weight missing from the files is an error, never a random matrix.
-        problems = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
-        if problems:
-            others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise self.files.wrong(f"no weights for {problems[0]}{others}")
+            raise self._not_loadable(error) from error
+        # A weight missing from the files is an error, never a random matrix; so is one that nobody uses.
+        unused = () if self._quantised else report["unexpected_keys"]
+        refuse_misfits(self.location, report["missing_keys"], unused, report["mismatched_keys"])
+        if not self.files.is_local:
+            self.check_tensors()  # by now all of its files are here
         return model
 
     def identity(self, *, weights: bool = True) -> dict[str, Any]:

@@ -20,15 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastdraft.errors import TargetError
-from fastdraft.modeling.families import (
-    DRAFT_FAMILIES,
-    MULTIMODAL,
-    TEXT_FAMILIES,
-    draft_family,
-    llama_values,
-    text_config,
-)
+from fastdraft.modeling.families import DRAFT_FAMILIES, MULTIMODAL, draft_family, llama_values, text_config
 
 _NOT_INHERITED = [
     "layer_types",
@@ -125,12 +117,10 @@ class Architecture:
         return {key: value for key, value in asdict(self).items() if value or key not in ("stored", "read")}
 
 
-def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") -> Architecture:
+def read_architecture(hf_config: PreTrainedConfig) -> Architecture:
     """The shape of the text part that a Hugging Face config describes."""
     config: Any = text_config(hf_config)
-    family = str(getattr(config, "model_type", ""))
-    if family not in TEXT_FAMILIES:
-        raise TargetError(f"{where}: model family '{family}'; must be one of {', '.join(TEXT_FAMILIES)}")
+    family, counted = str(config.model_type), count(hf_config)
     attention_bias = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
     shape = Architecture(
         family=family,
@@ -141,22 +131,14 @@ def read_architecture(hf_config: PreTrainedConfig, where: str = "target.model") 
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
-        tied=bool(config.tie_word_embeddings),
+        tied=counted.tied,  # what the parts of a config say may contradict each other: the modules know
         context_length=int(config.max_position_embeddings),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
     )
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_length"):
-        if (value := getattr(shape, name)) < 1:
-            raise TargetError(f"{where}: {name} {value}; must be at least 1", "fetch the model again")
-    if family in DRAFT_FAMILIES and config is hf_config:
-        return shape
-    # Only a draft's families have a formula; whether a multimodal model is tied, its modules know.
-    counted = count(hf_config)
-    if family in DRAFT_FAMILIES:
-        return replace(shape, tied=counted.tied)
-    return replace(shape, tied=counted.tied, stored=counted.stored, read=counted.read)
+    # Only a draft's families have a formula.
+    return shape if family in DRAFT_FAMILIES else replace(shape, stored=counted.stored, read=counted.read)
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fastdraft.errors import RecipeError, TargetError
+from fastdraft.modeling.checkpoint import EMBEDDINGS, HEADS
 from fastdraft.modeling.model_files import quiet
 from fastdraft.run_folder import atomic_folder
 from fastdraft.target import Target
 
 STD = 0.02
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
-# Names of the two matrices in the families' files, the draft's own first.
-_EMBEDDINGS = [
-    "model.embed_tokens.weight",
-    "transformer.wte.weight",
-    "wte.weight",
-    "gpt_neox.embed_in.weight",
-    "model.language_model.embed_tokens.weight",
-    "language_model.model.embed_tokens.weight",
-    "model.language_model.model.embed_tokens.weight",
-]
-_HEADS = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
 _CHUNK = 16_384
 
 
@@ -60,6 +50,8 @@ def load_draft(
 ) -> PreTrainedModel:
     """A draft or checkpoint: eval mode, on `device`, every weight finite."""
     model = Target.at(folder).model("cpu", dtype)
+    # Else the row of the padding id, which often is also BOS or EOS, has no gradient.
+    model.get_input_embeddings().padding_idx = None
     for name, parameter in model.named_parameters():
         # Views into the file are not aligned, and Windows would not let the file be replaced.
         parameter.data = parameter.data.clone()
@@ -110,22 +102,22 @@ def set_projected_embeddings(model: PreTrainedModel, target: Target, seed: int) 
         if len(matrix) != len(embedding):
             found = f"{name} has {len(matrix)} rows, the config's vocab_size is {len(embedding)}"
             raise TargetError(f"{target.location}: {found}", "fetch the model again")
-    of_target = matrices[_EMBEDDINGS[0]]
+    of_target = matrices[EMBEDDINGS[0]]
     embedding.copy_(project(of_target, embedding.shape[1], seed))
     if head is not embedding:
-        head.copy_(project(matrices.get(_HEADS[0], of_target), head.shape[1], seed + 1))
+        head.copy_(project(matrices.get(HEADS[0], of_target), head.shape[1], seed + 1))
 
 
 def read_matrices(target: Target) -> dict[str, Tensor]:
     """The target's embedding [vocabulary, hidden], and its head when not tied; nothing else is loaded."""
     matrices: dict[str, Tensor] = {}
-    for name, path in target.files.weights((*_EMBEDDINGS, *_HEADS)).items():
-        kind = _EMBEDDINGS[0] if name in _EMBEDDINGS else _HEADS[0]
+    for name, path in target.files.weights((*EMBEDDINGS, *HEADS)).items():
+        kind = EMBEDDINGS[0] if name in EMBEDDINGS else HEADS[0]
         with safe_open(path, framework="pt") as file:
             if kind not in matrices and name in file.keys():  # noqa: SIM118 - no mapping
                 matrices[kind] = file.get_tensor(name)
-    if _EMBEDDINGS[0] not in matrices:
-        rule = f"no {_EMBEDDINGS[0]}; initialization: target_embeddings needs it"
+    if EMBEDDINGS[0] not in matrices:
+        rule = f"no {EMBEDDINGS[0]}; initialization: target_embeddings needs it"
         raise TargetError(f"{target.location}: {rule}", "use initialization: random")
     return matrices
 

@@ -6,6 +6,9 @@ import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fastdraft.errors import TargetError
 
 # Gated decoders with RMS norm: shapes, first weights and learning rates are made for these.
 DRAFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -37,6 +40,43 @@ TEXT_FAMILIES = (*DRAFT_FAMILIES, *_ALWAYS_LLAMA)
 MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
 TARGET_FAMILIES = (*TEXT_FAMILIES, *MULTIMODAL)  # each is tested through the whole chain
 _PLAIN_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size")  # None: from the others
+
+
+def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as transformers takes it, where it was written in an older way."""
+    values = {name: plain_values(v) if name == "text_config" and v else v for name, v in values.items()}
+    for name in _SPECIAL_IDS:  # -1 says "none" in the first Llamas
+        ids = values.get(name)
+        if isinstance(ids, list):
+            values[name] = [i for i in ids if not isinstance(i, int) or i >= 0] or None
+        elif isinstance(ids, int) and ids < 0:
+            values[name] = None
+    rope = values.get("rope_scaling")
+    if isinstance(rope, dict) and rope.get("type") == "su":  # longrope's name in the first Phi-3
+        values["rope_scaling"] = {**rope, "type": "longrope"}
+    return values
+
+
+def check_config(config: PreTrainedConfig, where: str) -> None:
+    """Refuses a text part of another family, sizes that are none, and a rope that transformers has not."""
+    text = text_config(config)
+    if text.model_type not in TEXT_FAMILIES:
+        found = f"text of model family '{text.model_type}'; must be one of {', '.join(TEXT_FAMILIES)}"
+        raise TargetError(f"{where}: {found}", "choose another model")
+    for name in (*_SIZES, *_OPTIONAL_SIZES):
+        value = getattr(text, name, None)
+        if (value is not None or name in _SIZES) and (type(value) is not int or value < 1):
+            rule = "must be a whole number of at least 1"
+            raise TargetError(f"{where}: config.json: {name} {value!r:.40}; {rule}", "fetch the model again")
+    rope: Any = getattr(text, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if (kind := part.get("rope_type", "default")) not in ("default", *ROPE_INIT_FUNCTIONS):
+            rule = f"must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}"
+            raise TargetError(f"{where}: config.json: rope type '{kind}'; {rule}", "choose another model")
 
 
 def text_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:

@@ -12,8 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import (
+    get_safetensors_metadata,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers.utils import logging as notices
 
 from fastdraft.errors import FastDraftError, TargetError, is_out_of_memory
@@ -35,6 +41,19 @@ TOKENIZER_FILES = [
     "tekken.json",
     "additional_chat_templates/*",
 ]
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = "only pickled weights; must be safetensors, because pickles can run code"
+# What lies in a directory without safetensors, by the end of a file's name.
+_OTHER_KINDS = {
+    "openvino_model.xml": "an OpenVINO model; the weights are read from safetensors",
+    "adapter_model.safetensors": "a LoRA adapter; must be merged into its model",
+    ".gguf": "GGUF weights; must be safetensors",
+    ".onnx": "an ONNX model; the weights are read from safetensors",
+    ".bin": _PICKLED,
+    ".pt": _PICKLED,
+    ".pth": _PICKLED,
+}
+Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> type, as safetensors calls it, and shape
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w.-]*")
 _AGAIN = "fetch the model again"
 
@@ -62,9 +81,18 @@ class ModelFiles:
             try:
                 return Path(hf_hub_download(self.location, name, revision=self.revision))
             except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError):  # not here, and the hub was not asked
-                    raise
-                return None
+                # Offline a file that is not there is absent where the model's config is there.
+                asked = not isinstance(error, LocalEntryNotFoundError)
+                if asked or (name != "config.json" and self._here("config.json")):
+                    return None
+                raise
+
+    def _here(self, name: str) -> Path | None:
+        """The same, and of the hub's files only one that was fetched before."""
+        if self.is_local:
+            return self.find(name)
+        found = try_to_load_from_cache(self.location, name, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -94,7 +122,10 @@ class ModelFiles:
         if not self.is_local:
             with one_line(self.location):
                 options: dict[str, Any] = {"revision": self.revision, "allow_patterns": TOKENIZER_FILES}
-                root = Path(snapshot_download(self.location, **options))
+                try:
+                    root = Path(snapshot_download(self.location, **options))
+                except Exception:  # of a commit that is here the list of files is asked for all the same
+                    root = Path(snapshot_download(self.location, **options, local_files_only=True))
         files = [path for name in TOKENIZER_FILES for path in sorted(root.glob(name)) if path.is_file()]
         if not files:
             raise self.wrong("no tokenizer files", "copy the model's tokenizer files there")
@@ -102,32 +133,56 @@ class ModelFiles:
 
     def weights(self, names: Sequence[str] = ()) -> dict[str, Path]:
         """Tensor name -> safetensors file that holds it, for all tensors or the asked ones."""
-        index = self.find("model.safetensors.index.json")
-        if index is None:
-            whole = self.find("model.safetensors")
-            suffixes = (
-                {p.suffix for p in Path(self.location).iterdir()} if self.is_local and not whole else set()
-            )
-            if suffixes & {".bin", ".pt", ".pth"}:
-                pickled = "only pickled weights; must be safetensors, because pickles can run code"
-                raise self.wrong(pickled, "save the model as safetensors, or choose another copy")
-            if whole is None:
-                raise self.wrong("no model.safetensors; the weights are needed here", "name their directory")
+        whole = self.find(_WHOLE)  # where both are there transformers takes this one
+        if whole is not None:
             return dict.fromkeys(names, whole) if names else {"": whole}
+        index = self.find(_INDEX)
+        if index is None:
+            here = [path.name for path in Path(self.location).iterdir()] if self.is_local else []
+            for end, found in _OTHER_KINDS.items():
+                if any(name.endswith(end) for name in here):
+                    raise self.wrong(found, "save the model as safetensors, or choose another copy")
+            raise self.wrong("no model.safetensors; the weights are needed here", "name their directory")
         places = _weight_map(index)
-        found: dict[str, Path] = {}
+        found_at: dict[str, Path] = {}
         for name in names or places:
             if name in places:
                 path = self.find(places[name])
                 if path is None:
                     raise self.wrong(f"no {places[name]}; every file of {index.name} must be there")
-                found[name] = path
-        return found
+                found_at[name] = path
+        return found_at
+
+    def header(self) -> Header | None:
+        """Type and shape of every tensor, no weights being read; None where the hub cannot be asked."""
+        if paths := self.weights_here():
+            with one_line(self.location):
+                return {name: kind for path in paths for name, kind in _header(path).items()}
+        if self.is_local:
+            self.check_weights()
+        try:
+            files = get_safetensors_metadata(self.location, revision=self.revision).files_metadata.values()
+        except Exception:  # offline, or closed, or no safetensors: whoever loads it tells
+            return None
+        return {name: (t.dtype, tuple(t.shape)) for file in files for name, t in file.tensors.items()}
+
+    def weights_here(self) -> list[Path]:
+        """All of the safetensors files; none if one of them is not on this machine. Nothing is fetched."""
+        index = None if self._here(_WHOLE) else self._here(_INDEX)
+        names = set(_weight_map(index).values()) if index else {_WHOLE}
+        paths = [path for name in sorted(names) if (path := self._here(name))]
+        return paths if len(paths) == len(names) else []
 
     def check_weights(self) -> None:
         """Refuses a directory whose weights are not all there; the hub is asked when loading."""
         if self.is_local:
             self.weights()
+
+
+def _header(path: Path) -> Header:
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:

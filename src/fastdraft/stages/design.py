@@ -84,6 +84,7 @@ def _earlier(wanted: EarlierDraft, target: Target) -> Target:
     if draft.config.model_type not in DRAFT_FAMILIES:
         rule = f"a draft's family must be one of {', '.join(DRAFT_FAMILIES)}"
         raise RecipeError(f"{key}: family {draft.config.model_type}; {rule}", "design a new draft")
+    draft.check_tensors()
     check_same(target.vocabulary, draft.vocabulary, special_tokens=False, where=key)
     return draft
 
