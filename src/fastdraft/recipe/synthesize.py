@@ -177,11 +177,26 @@ class OpenAIEngineConfig(Config):
     """Environment variable that holds the key, if there is one; its value is never written anywhere."""
 
 
-TRANSPORT = frozenset(
-    {"servers", "concurrency", "timeout", "retries", "api_key_env"}
-)  # do not change the text
+class LlamaCppEngineConfig(Config):
+    """llama.cpp's own server, started here: the text of a GGUF file as it will be served; needs the extra
+    `llamacpp`, no weights.
+    """
+
+    kind: Literal["llamacpp"]
+    model: str = Field(min_length=1)
+    """The target's GGUF file; of several parts any one."""
+    server: str = ""
+    """A llama-server of your own, for your GPU or CPU; empty: the one in xllamacpp, for every CPU."""
+    slots: int = Field(default=8, ge=1, le=256)
+    """Answers written at a time."""
+    logprobs: Literal["engine", "none"] = "engine"
+    """engine: of the distribution drawn from; llama.cpp tells none where a token is no whole character."""
+
+
+# Do not change the text.
+TRANSPORT = frozenset({"servers", "concurrency", "timeout", "retries", "api_key_env", "server", "slots"})
 Looping = Literal["cut", "drop", "keep"]
-ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig | OpenAIEngineConfig
+ChosenEngine = HuggingFaceEngineConfig | OpenVINOEngineConfig | OpenAIEngineConfig | LlamaCppEngineConfig
 EngineConfig = Annotated[AutoEngineConfig | ChosenEngine, Field(discriminator="kind")]
 _AskedAt = Annotated[list[float], each_between(0, 10, in_order=False)]
 
@@ -210,7 +225,7 @@ class SynthesizeConfig(Config):
     looping: Looping = "cut"
     """Of an answer that runs into a loop: cut behind its second round, drop the row, or keep it going."""
     engine: EngineConfig = AutoEngineConfig()
-    """What runs the target: auto, huggingface, openvino, or openai for a server."""
+    """What runs the target: auto, huggingface, openvino, llamacpp, or openai for a server."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> SynthesizeConfig:
@@ -230,4 +245,5 @@ class SynthesizeConfig(Config):
     def needs_weights(self) -> bool:
         """Whether the target's weights must be on this machine: they write, or score what others wrote."""
         served = self.engine.kind == "openai" and self.engine.logprobs != "target"
+        served |= self.engine.kind == "llamacpp"  # a file of its own
         return self.logits.kind == "top_k" or (self.asks and not served)

@@ -19,11 +19,14 @@ from fastdraft.recipe.synthesize import (
     ChosenEngine,
     EngineConfig,
     HuggingFaceEngineConfig,
+    LlamaCppEngineConfig,
     OpenAIEngineConfig,
     OpenVINOEngineConfig,
 )
 from fastdraft.run_folder import FINGERPRINT, StageFolder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
+from fastdraft.runtimes.llama_cpp_engine import LlamaCppEngine, check_vocabulary, gguf_of
+from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
 from fastdraft.runtimes.openai import OpenAIEngine
 from fastdraft.runtimes.openai_servers import Servers
 from fastdraft.runtimes.openvino import OpenVINOEngine, device_properties, require_openvino
@@ -59,16 +62,26 @@ def require_installed(settings: EngineConfig) -> None:
         require_openvino()
     if isinstance(settings, OpenAIEngineConfig) and find_spec("openai") is None:
         raise MissingExtra("openai", "server")
+    if isinstance(settings, LlamaCppEngineConfig):
+        gguf_of(settings)
+        require_llama_cpp(settings.server)
 
 
 def uses_weights(settings: EngineConfig) -> bool:
     """Whether the target's weights must be on this machine; `auto` only stands for engines that load them."""
-    return not isinstance(settings, OpenAIEngineConfig) or settings.logprobs == "target"
+    if isinstance(settings, OpenAIEngineConfig):
+        return settings.logprobs == "target"
+    return not isinstance(settings, LlamaCppEngineConfig)
 
 
 def describe_engine(settings: ChosenEngine | None) -> dict[str, Any]:
     """What of an engine the text depends on, for fingerprints; None: every answer is there already."""
-    return settings.model_dump(mode="json", exclude=set(TRANSPORT)) if settings else {"kind": "none"}
+    if settings is None:
+        return {"kind": "none"}
+    described = settings.model_dump(mode="json", exclude=set(TRANSPORT))
+    if isinstance(settings, LlamaCppEngineConfig):
+        described["model"] = gguf_of(settings).digest  # wherever the file lies
+    return described
 
 
 def choose_engine(settings: EngineConfig, target: Target, device: str, folder: StageFolder) -> EngineChoice:
@@ -127,6 +140,18 @@ def open_engine(
         servers = Servers(settings, partial(console.stop.check, folder.path.parent))
         served = (target.tokenizer, target.vocabulary, target.context_length)
         engine = OpenAIEngine(servers, *served, on_answer=on_answer, say=console.say)
+    elif isinstance(settings, LlamaCppEngineConfig):
+        file = gguf_of(settings)
+        check_vocabulary(file, target)
+        return LlamaCppEngine(
+            file.path,
+            target.vocabulary,
+            target.context_length,
+            settings,
+            threads=threads,
+            on_answer=on_answer,
+            check=partial(console.stop.check, folder.path.parent),
+        )
     else:
         device_properties(settings.device, settings.precision)  # refuses before minutes of converting
         exported = folder.path / "converted" / settings.weights

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.functional.generation import Sampling, check_prompts
-from fastdraft.runtimes.llama_cpp_server import ANY_ID, Answer, LlamaServer, ServerSettings
+from fastdraft.runtimes.llama_cpp_server import ANY_ID, Answer, LlamaServer, ServerSettings, room_for
 from fastdraft.runtimes.openvino import answer_seed
 from fastdraft.runtimes.passes import cut_rounds
 from fastdraft.runtimes.runtime import Proposer, TimedText
@@ -121,11 +121,6 @@ class LlamaCppPair:
     @cached_property
     def _bytes(self) -> int:
         return self.target.stat().st_size + self.draft.stat().st_size
-
-
-def room_for(tokens: int) -> int:
-    """Room that serves somewhat longer texts too, so that few servers are started again."""
-    return max(256, 1 << (tokens - 1).bit_length())
 
 
 def _memory() -> float:

@@ -97,6 +97,11 @@ class Answer:
     num_accepted: int
 
 
+def room_for(tokens: int) -> int:
+    """Room that serves somewhat longer texts too, so that few servers are started again."""
+    return max(256, 1 << (tokens - 1).bit_length())
+
+
 def require_llama_cpp(program: str = "") -> None:
     """Refuses where there is nothing to start."""
     if not program and find_spec("xllamacpp") is None:
