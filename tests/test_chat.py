@@ -10,15 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from conftest import write_tokenizer
-from fastdraft.data.chat import (
-    end_of_turn_ids,
-    plain_prefix_ids,
-    prompt_ids,
-    render_prompt,
-    special_ids,
-    user_prefix_ids,
-)
+from fastdraft.data.chat import end_of_turn_ids, prompt_ids, render_prompt, special_ids, user_prefix_ids
 from fastdraft.errors import TargetError
+from fastdraft.modeling.tokenizer import ids_around
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
@@ -74,7 +68,7 @@ def test_a_template_of_no_use_is_one_line(tokenizer: Any, template: str | None, 
 @plain
 def test_without_a_template_prompts_are_plain_text(tokenizer: Any) -> None:
     assert prompt_ids(tokenizer, "Hello there", chat=True) == tokenizer("Hello there").input_ids
-    assert plain_prefix_ids(tokenizer) == []
+    assert ids_around(tokenizer) == ([], [])
     begins = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     tokenizer.backend_tokenizer.post_processor = begins
-    assert plain_prefix_ids(tokenizer) == [0]
+    assert ids_around(tokenizer) == ([0], [])

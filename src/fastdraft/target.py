@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +28,7 @@ from fastdraft.modeling.architecture import Architecture, auto_class, read_archi
 from fastdraft.modeling.checkpoint import check_header, refuse_misfits, refuse_second_head
 from fastdraft.modeling.families import check_config, plain_values, special_id, text_config
 from fastdraft.modeling.model_files import ModelFiles, one_line, quiet
+from fastdraft.modeling.tokenizer import load_tokenizer
 from fastdraft.modeling.vocabulary import Vocabulary, describe
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import file_sha256
@@ -87,20 +87,18 @@ class Target:
             raise TargetError(f"{path}: {error}; must be a JSON object", fix) from error
 
     @cached_property
+    def _tokenizer(self) -> tuple[PreTrainedTokenizerBase, list[str]]:
+        return load_tokenizer(self.files, int(text_config(self.config).vocab_size))
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """A fast tokenizer, because only these can be compared and copied."""
-        names = ("tokenizer.json", "tokenizer.model")
-        if self.files.is_local and not any(self.files.find(name) for name in names):
-            fix = "copy the model's tokenizer files here"
-            raise self.files.wrong("no tokenizer.json; a fast tokenizer is required", fix)
-        with one_line(self.location):
-            options = {"revision": self.revision, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(self.location, **options)
-            if not tokenizer.is_fast:
-                found = f"{type(tokenizer).__name__} is slow; a fast tokenizer is required"
-                raise self.files.wrong(found, "convert it to tokenizer.json first")
-            tokenizer.decode(tokenizer("A fox.").input_ids)  # a damaged one may load and fail at a text
-        return tokenizer
+        """A fast tokenizer, because only these can be compared and copied; its rules are tokenizer.json's."""
+        return self._tokenizer[0]
+
+    @property
+    def tokenizer_notes(self) -> list[str]:
+        """What was changed or chosen in reading the tokenizer, each a sentence."""
+        return self._tokenizer[1]
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -108,21 +106,29 @@ class Target:
         config, tokenizer = self.config, self.tokenizer
         listed = getattr(self.generation_config, "eos_token_id", None)
         listed = special_id(config, "eos_token_id") if listed is None else listed
-        eos = self._ids("eos_token_id", tokenizer.eos_token_id) + self._ids("eos_token_id", listed)
-        pad = tokenizer.pad_token_id
-        pads = self._ids("pad_token_id", special_id(config, "pad_token_id") if pad is None else pad)
+        size = int(text_config(config).vocab_size)
         ids, ordinary, special = describe(tokenizer.backend_tokenizer.to_str())
-        size, largest = int(text_config(config).vocab_size), max(ids, default=-1)
-        if largest >= size:
+        largest = max(ids - set(tokenizer.added_tokens_decoder), default=-1)
+        if largest >= size:  # of the ordinary tokens; added ones without a row are a trap
             found = f"the tokenizer has id {largest}, the config's vocab_size is {size}"
             raise self.files.wrong(found, "take config and tokenizer from the same model")
+        ends = self._ids("eos_token_id", listed)
+        if wrong := [
+            token_id for token_id in ends if not -1 <= token_id < size
+        ]:  # -1 is an old word for none
+            found = f"eos_token_id {wrong[0]}; must be below the vocab_size of {size}"
+            raise self.files.wrong(found, "correct it in config.json and generation_config.json")
+        eos = self._ids("eos_token_id", tokenizer.eos_token_id) + ends
+        pads = self._ids("pad_token_id", tokenizer.pad_token_id)
+        pads += self._ids("pad_token_id", special_id(config, "pad_token_id"))
+        bos, known = tokenizer.bos_token_id, range(size)
         return Vocabulary(
             size=size,
-            num_tokens=len(ids),
-            missing_ids=tuple(sorted(set(range(size)) - ids)),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_ids=tuple(dict.fromkeys(eos)),
-            pad_token_id=next(iter(pads), None),
+            num_tokens=len(ids & set(known)),
+            missing_ids=tuple(sorted(set(known) - ids)),
+            bos_token_id=bos if bos in known else None,
+            eos_token_ids=tuple(dict.fromkeys(token_id for token_id in eos if token_id in known)),
+            pad_token_id=next((token_id for token_id in pads if token_id in known), None),
             digest=ordinary,
             special_digest=special,
         )

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, RenderedPrompt
+from fastdraft.modeling.tokenizer import plain_prompt_ids, text_ids
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -98,6 +99,9 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
     if not has_chat_template(tokenizer):
         fix = "leave out prompts of kind magpie, or use a target with a template"
         raise TargetError(f"{name}: no chat template; chat prompts need one", fix)
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        found = f"chat templates {', '.join(sorted(tokenizer.chat_template))}; one must be the default"
+        raise TargetError(f"{name}: {found}", "write the one to use to chat_template.jinja there")
     try:
         plain = [dict(message) for message in messages]
         return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
@@ -108,14 +112,14 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> RenderedPrompt:
     """Token ids of the conversation up to where the answer begins; they know their messages."""
-    return RenderedPrompt(_encode(tokenizer, render_text(tokenizer, messages)), messages)
+    return RenderedPrompt(text_ids(tokenizer, render_text(tokenizer, messages)), messages)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:
-    """One prompt: through the template if `chat` and there is one, else plain text with special tokens."""
+    """One prompt: through the template if `chat` and there is one, else plain text behind BOS."""
     if chat and has_chat_template(tokenizer):
         return render_prompt(tokenizer, [{"role": "user", "content": text}])
-    return [int(token) for token in tokenizer(text, verbose=False).input_ids]
+    return plain_prompt_ids(tokenizer, text)
 
 
 def first_prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> list[int]:
@@ -126,24 +130,15 @@ def first_prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: b
     return dialogue_format(tokenizer, [first]).prompt_ids(first, ())
 
 
-def plain_prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before plain text, such as a BOS id; empty for many."""
-    with_special, without = [int(token) for token in tokenizer("a").input_ids], _encode(tokenizer, "a")
-    for length in range(len(with_special) - len(without) + 1):
-        if with_special[length : length + len(without)] == without:
-            return with_special[:length]
-    return []
-
-
 def user_prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The template's beginning, behind which a model writes an instruction (Magpie, arXiv 2406.08464)."""
-    return _encode(tokenizer, _around_user_words(tokenizer)[0])
+    return text_ids(tokenizer, _around_user_words(tokenizer)[0])
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The special token that the template puts right after the user's words, if there is one."""
     after = _around_user_words(tokenizer)[1]
-    return frozenset(_encode(tokenizer, after.lstrip())[:1]) & special_ids(tokenizer)
+    return frozenset(text_ids(tokenizer, after.lstrip())[:1]) & special_ids(tokenizer)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -157,11 +152,6 @@ def _around_user_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         found = f"{tokenizer.name_or_path}: chat template drops the user's words; it must contain them once"
         raise TargetError(found, "leave out prompts of kind magpie")
     return before, after
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # Without adding special tokens: a template has written its own.
-    return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fastdraft.data.readers import read_rows
 from fastdraft.data.rows import ids_hash
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.modeling.tokenizer import UnknownId, plain_prompt_ids
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.evaluation import LoggedTexts
 from fastdraft.recipe.synthesize import TranscriptLog, TranscriptPrompts
@@ -116,7 +117,14 @@ def read_transcripts(
     ends: Any = vocabulary.eos_token_ids
     kinds: Any = ("none", config.logprobs)
     readers = {kind: AnswerReader(tokenizer, ends, vocabulary.size, kind) for kind in kinds}
-    refused = {"evaluation": 0, "empty": 0, "unrendered": 0, "no_answer": 0, "unsupported": 0}
+    refused = {
+        "evaluation": 0,
+        "empty": 0,
+        "unrendered": 0,
+        "no_answer": 0,
+        "unsupported": 0,
+        "unknown_id": 0,
+    }
     rows: list[Transcript] = []
     for entry in read_entries(config):
         reason, prompt, key = entry.refused, list[int](), ""
@@ -127,6 +135,8 @@ def read_transcripts(
                 prompt = _prompt_ids(entry, tokenizer)
                 key = ids_hash(render_prompt(tokenizer, entry.first_turn)) if entry.first_turn else ""
                 reason = "" if prompt else "empty"
+            except UnknownId:
+                reason = "unknown_id"
             except (TargetError, UnicodeEncodeError):
                 reason = "unrendered"
         if reason:
@@ -151,7 +161,7 @@ def _prompt_ids(entry: LogEntry, tokenizer: PreTrainedTokenizerBase) -> list[int
     if entry.messages is not None:
         return render_prompt(tokenizer, entry.messages)
     if isinstance(entry.prompt, str):
-        return [int(token) for token in tokenizer(entry.prompt, verbose=False).input_ids]
+        return plain_prompt_ids(tokenizer, entry.prompt)
     return list(entry.prompt)
 
 

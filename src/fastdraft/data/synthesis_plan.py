@@ -17,12 +17,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data import logs, prompts
-from fastdraft.data.chat import Conversation, dialogue_format, plain_prefix_ids, prompt_ids, user_prefix_ids
+from fastdraft.data.chat import Conversation, dialogue_format, prompt_ids, user_prefix_ids
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.logs import Transcript, read_transcripts, refused_digest
 from fastdraft.data.prompts import normalised, select_prompts
 from fastdraft.data.shards import PackedCorpus, open_corpus
 from fastdraft.functional.generation import Sampling
+from fastdraft.modeling.tokenizer import ids_around, rowless_tokens
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.synthesize import (
     CorpusPrompts,
@@ -135,7 +136,7 @@ class Planner:
         if isinstance(source, MagpiePrompts):
             return self._magpie(source, temperatures)
         if isinstance(source, CorpusPrompts):
-            prepared, before = self.prepared(), plain_prefix_ids(self.tokenizer)
+            prepared, before = self.prepared(), ids_around(self.tokenizer)[0]
             rows, separator = (
                 open_corpus(prepared, source.corpus, "train"),
                 prepared.manifest()["separator_id"],
@@ -145,17 +146,21 @@ class Planner:
             return self._prompts(source, temperatures, size, prefixes)
         chosen = select_prompts(source, self.held_out, self.seed)
         talks = [p if isinstance(p, Conversation) else Conversation((p,)) for p in chosen.prompts]
+        rowless = rowless_tokens(self.tokenizer).values()
+        talks = [talk for talk in talks if not any(token in talk.text for token in rowless)]
+        unknown = len(chosen.prompts) - len(talks)
+        refused = chosen.refused | ({"unknown_id": unknown} if unknown else {})
         if any(isinstance(prompt, Conversation) for prompt in chosen.prompts):
             form = dialogue_format(self.tokenizer, talks)
             plan = self._prompts(
                 source, temperatures, len(talks), lambda i: form.prompt_ids(talks[i], ()), talks
             )
-            return replace(plan, refused=chosen.refused, note=form.note)
+            return replace(plan, refused=refused, note=form.note)
 
         def encode(place: int) -> list[int]:
             return prompt_ids(self.tokenizer, talks[place].text, source.chat)
 
-        return replace(self._prompts(source, temperatures, len(talks), encode), refused=chosen.refused)
+        return replace(self._prompts(source, temperatures, len(talks), encode), refused=refused)
 
     def _prompts(
         self,

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer
 
 from fastdraft.errors import TargetError
+from fastdraft.modeling.tokenizer import rowless_tokens
 
 CONTROL = re.compile(r"<\|.*\|>", re.DOTALL)
 
@@ -41,8 +42,10 @@ def separator_id(bos_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
 
 
 def added_words(tokenizer: Any) -> list[tuple[int, str]]:
-    """(id, text) of the added tokens looked for in corpus text: neither special nor like a control token."""
-    special = set(tokenizer.all_special_ids)
+    """(id, text) of the added tokens looked for in corpus text: not special, not like a control
+    token, and with a row in the model.
+    """
+    special = {*tokenizer.all_special_ids, *rowless_tokens(tokenizer)}
     return [
         (int(token_id), token.content)
         for token_id, token in sorted(tokenizer.added_tokens_decoder.items())

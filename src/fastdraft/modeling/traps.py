@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fastdraft.console import format_count
 from fastdraft.modeling.architecture import rope_switch
 from fastdraft.modeling.families import special_id, text_config
+from fastdraft.modeling.tokenizer import class_trap, ids_around, rowless_tokens
 from fastdraft.modeling.vocabulary import id_ranges
 from fastdraft.target import Target
 
@@ -20,7 +21,19 @@ SWITCH = (
 
 def find_traps(target: Target) -> list[str]:
     """The traps of one target, each a sentence or two, most consequential first."""
-    return [*_of_vocabulary(target), *_of_beginnings(target), *_of_config(target)]
+    return [*_of_tokenizer(target), *_of_vocabulary(target), *_of_beginnings(target), *_of_config(target)]
+
+
+def _of_tokenizer(target: Target) -> Iterator[str]:
+    if trap := class_trap(target.files, target.tokenizer):
+        yield trap
+    yield from target.tokenizer_notes
+    rowless = [f"id {token_id} {token}" for token_id, token in rowless_tokens(target.tokenizer).items()]
+    if rowless:
+        more = (
+            f" and {len(rowless) - 3} more have" if len(rowless) > 3 else " have" if rowless[1:] else " has"
+        )
+        yield f"{', '.join(rowless[:3])}{more} no row: never fed, never proposed."
 
 
 def _of_vocabulary(target: Target) -> Iterator[str]:
@@ -47,14 +60,17 @@ def _of_vocabulary(target: Target) -> Iterator[str]:
 def _of_beginnings(target: Target) -> Iterator[str]:
     tokenizer, bos = target.tokenizer, target.vocabulary.bos_token_id
     listed = special_id(target.config, "bos_token_id")
-    first = tokenizer("a").input_ids[:1]
+    before, behind = ids_around(tokenizer)
     if bos is None:
         unused = f" The config's bos_token_id {listed} is not used." if listed is not None else ""
         yield f"The tokenizer has no BOS: documents are separated by EOS.{unused}"
-    elif first != [bos]:
+    elif before[:1] != [bos]:
         yield f"The tokenizer does not put its BOS (id {bos}) before a text: prompts are encoded without it."
     if bos is not None and listed is not None and listed != bos:
         yield f"The config says BOS is {listed}, the tokenizer says {bos}: the tokenizer's is used."
+    if behind:
+        names = " ".join(map(str, tokenizer.convert_ids_to_tokens(behind)))
+        yield f"The tokenizer puts {names} behind every text: prompts are encoded without it."
     if not tokenizer.chat_template:
         yield "No chat template: tasks are asked bare; take corpus prompts, Magpie's cannot be made."
 

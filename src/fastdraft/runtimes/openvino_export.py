@@ -26,6 +26,7 @@ from fastdraft.functional.same_text import compare_texts
 from fastdraft.modeling.drafts import STD
 from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.text_part import as_text_model, text_family
+from fastdraft.modeling.tokenizer import plain_prompt_ids
 from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, core, require_openvino, short
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
@@ -156,7 +157,7 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
 def check_export(target: Path, draft: Path) -> ExportCheck:
     """Writes 32 greedy tokens without and with the draft, in float32; refuses more than a near-tie."""
     models = [Target.at(folder) for folder in (target, draft)]
-    prompt = [int(token) for token in models[0].tokenizer(_PROMPT).input_ids]
+    prompt = plain_prompt_ids(models[0].tokenizer, _PROMPT)
     room = min(model.context_length for model in models) - len(prompt) - 8
     tokens = max(1, min(_TRIED_TOKENS, room))
     pair = OpenVINOPair(target, draft, OpenVINOSettings(precision="exact"))

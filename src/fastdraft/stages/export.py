@@ -16,6 +16,7 @@ from fastdraft.data.shards import open_corpus
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.architecture import auto_class
 from fastdraft.modeling.drafts import pick_device, set_threads
+from fastdraft.modeling.tokenizer import plain_prompt_ids
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import ExportConfig, OpenVINOFormat
@@ -110,7 +111,7 @@ def _check(
 ) -> dict[str, Any]:
     """Assisted generation with the target, where its weights are, and the mass on padding ids."""
     assistant = load_assistant(Path(draft.location), pick_device(device))
-    prompt = list(draft.tokenizer(_PROMPT).input_ids)
+    prompt = plain_prompt_ids(draft.tokenizer, _PROMPT)
     checks: dict[str, Any] = {}
     texts = [prompt]
     if target.has_weights:
