@@ -113,11 +113,10 @@ class Target:
             found = f"the tokenizer has id {largest}, the config's vocab_size is {size}"
             raise self.files.wrong(found, "take config and tokenizer from the same model")
         ends = self._ids("eos_token_id", listed)
-        if wrong := [
-            token_id for token_id in ends if not -1 <= token_id < size
-        ]:  # -1 is an old word for none
+        wrong = [token_id for token_id in ends if not -1 <= token_id < size]  # -1: none
+        if wrong:
             found = f"eos_token_id {wrong[0]}; must be below the vocab_size of {size}"
-            raise self.files.wrong(found, "correct it in config.json and generation_config.json")
+            raise self.files.wrong(found, "correct config.json and generation_config.json")
         eos = self._ids("eos_token_id", tokenizer.eos_token_id) + ends
         pads = self._ids("pad_token_id", tokenizer.pad_token_id)
         pads += self._ids("pad_token_id", special_id(config, "pad_token_id"))
