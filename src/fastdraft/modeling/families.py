@@ -48,7 +48,9 @@ _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size")  # No
 
 def plain_values(values: dict[str, Any]) -> dict[str, Any]:
     """A config.json as transformers takes it, where it was written in an older way."""
-    values = {name: plain_values(v) if name == "text_config" and v else v for name, v in values.items()}
+    values = dict(values)
+    if isinstance(values.get("text_config"), dict):
+        values["text_config"] = plain_values(values["text_config"])
     for name in _SPECIAL_IDS:  # -1 says "none" in the first Llamas
         ids = values.get(name)
         if isinstance(ids, list):

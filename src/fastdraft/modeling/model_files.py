@@ -246,5 +246,7 @@ def one_line(location: str) -> Iterator[None]:
         for pattern, found, fix in _EXPLANATIONS:
             if re.search(pattern, text, re.IGNORECASE):
                 raise TargetError(f"{location}: {found}", fix) from error
+        if field := re.search(r"(?i)validation error for .*?Error: (.+)", text):
+            raise TargetError(f"{location}: config.json: {field[1][:160]}", _AGAIN) from error
         found = f"{location}: does not load in transformers ({text[:160]})"
         raise TargetError(found, "check its files") from error

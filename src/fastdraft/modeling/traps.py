@@ -89,5 +89,10 @@ def _of_config(target: Target) -> Iterator[str]:
             f"Mixture of experts: a token reads {format_count(shape.read)} of {format_count(shape.stored)}, "
             "but verifying several tokens reads more experts: gains are below the predicted ones."
         )
+    if passed := target.check_tensors():
+        more = f" and {len(passed) - 1} more" if passed[1:] else ""
+        yield f"Not used of the checkpoint: {passed[0]}{more}."
+    elif not target.files.is_local and target.files.header() is None:
+        yield "The hub does not tell the names of the tensors: they are compared when the weights are loaded."
     if getattr(target.config, "quantization_config", None):
         yield "The target's weights are quantised: its library must be installed to run it."
