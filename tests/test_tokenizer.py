@@ -13,14 +13,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from conftest import CHAT_TEMPLATE, SPECIAL, TEXT
 from fastdraft.data.chat import prompt_ids, render_text
+from fastdraft.data.logs import read_transcripts
 from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.errors import TargetError
 from fastdraft.modeling.families import MULTIMODAL, TARGET_FAMILIES
 from fastdraft.modeling.tokenizer import UnknownId
 from fastdraft.modeling.traps import find_traps
+from fastdraft.recipe.synthesize import TranscriptPrompts
 from fastdraft.target import Target
 
 CLASSES = ["LlamaTokenizerFast", "GPT2Tokenizer", "GPTNeoXTokenizer", "CohereTokenizer", None]
+KINDS = ["byte-level", "sentencepiece", "unigram"]
 STRINGS = [*TEXT, "x = 12345 != 0x1F", " a  b\t\tc\n\n\n  d", "数学 😀é", "", " lead", "x<|end|>y <|user|> z"]
 
 
@@ -53,27 +56,25 @@ def kind_of_tokenizer(kind: str) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def kinds() -> dict[str, Tokenizer]:
-    return {kind: kind_of_tokenizer(kind) for kind in ("byte-level", "sentencepiece", "unigram")}
+    return {kind: kind_of_tokenizer(kind) for kind in KINDS}
 
 
-PAIRS = [("llama", name, kind) for name in CLASSES for kind in ("byte-level", "sentencepiece", "unigram")]
-PAIRS += [
-    (family, name, ("byte-level", "sentencepiece", "unigram")[place % 3])
-    for place, (family, name) in enumerate(itertools.product(TARGET_FAMILIES, CLASSES))
-]
+PAIRS = [(*pair, KINDS[place % 3]) for place, pair in enumerate(itertools.product(TARGET_FAMILIES, CLASSES))]
+PAIRS += [("llama", name, kind) for name in CLASSES for kind in KINDS if ("llama", name, kind) not in PAIRS]
 
 
 @pytest.mark.parametrize(("family", "declared", "kind"), PAIRS)
 def test_ids_are_those_of_tokenizer_json_for_every_family_and_class(
     tmp_path: Path, kinds: dict[str, Tokenizer], family: str, declared: str | None, kind: str
 ) -> None:
-    text = {"vocab_size": 320}
-    inner = {"text_config": {**text, "model_type": "mistral"}} if family in ("llava", "mistral3") else {}
-    inner = inner or ({"text_config": text} if family in MULTIMODAL else text)
+    text: dict[str, Any] = {"vocab_size": 320}
+    text |= {"model_type": "mistral"} if family in ("llava", "mistral3") else {}
+    inner = {"text_config": text} if family in MULTIMODAL else text
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **inner}))
     kinds[kind].save(str(tmp_path / "tokenizer.json"))
-    told = {"eos_token": "<|end|>", "bos_token": "<|endoftext|>", "tokenizer_class": declared, "legacy": True}
-    told = {key: value for key, value in told.items() if value is not None}
+    told: dict[str, Any] = {"eos_token": "<|end|>", "bos_token": "<|endoftext|>"}
+    told |= {"tokenizer_class": declared} if declared else {}
+    told["split_special_tokens"] = True
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
     alone, tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), Target.at(tmp_path).tokenizer
     assert [tokenizer(text).input_ids for text in STRINGS] == [alone.encode(text).ids for text in STRINGS]
@@ -95,8 +96,8 @@ def changed(source: Path, folder: Path, name: str = "tokenizer_config.json", **v
 NAMED = [
     {"name": name, "template": f"{name}: {{{{ messages[0]['content'] }}}}"} for name in ("default", "rag")
 ]
-IMAGE = {"id": 320, "content": "<image>", "special": True, "single_word": False}
-IMAGE |= {"lstrip": False, "rstrip": False, "normalized": False}
+IMAGE = {"id": 320, "content": "<image>", "special": True}
+IMAGE |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 WORD = {**IMAGE, "content": "wordless", "special": False}
 
 
@@ -140,14 +141,18 @@ def test_a_token_without_a_row_is_told_and_only_a_text_that_holds_it_refused(
     assert prompt_ids(target.tokenizer, "A fox", True)
     with pytest.raises(UnknownId, match=r"a text holds <image> \(id 320\)"):
         prompt_ids(target.tokenizer, "A fox <image>", True)
+    path = tmp_path / "log.jsonl"
+    rows = [{"prompt": f"A {word}", "response": "A fox.", "temperature": 0} for word in ("fox", "<image>")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = TranscriptPrompts(kind="transcripts", name="log", path=str(path))
+    assert read_transcripts(log, target.tokenizer, target.vocabulary, 0).refused["unknown_id"] == 1
 
 
 def test_corpora_read_a_word_without_a_row_as_its_letters(tiny_target: Path, tmp_path: Path) -> None:
     target = Target.at(with_added(changed(tiny_target, tmp_path / "t"), WORD))
     assert target.tokenizer("wordless").input_ids == [320]
     [ids] = DocumentEncoder(target.tokenizer, 320).encode(["wordless"])
-    assert len(ids) > 1
-    assert max(ids) < 300
+    assert (len(ids) > 1, max(ids) < 300) == (True, True)
 
 
 def test_an_eos_behind_every_text_is_left_out_of_prompts_and_told(tiny_target: Path, tmp_path: Path) -> None:
@@ -201,12 +206,12 @@ def test_vocab_and_merges_are_read_by_a_class_that_knows_them(
     wanted = Target.at(folder).tokenizer(TEXT[1]).input_ids
     Tokenizer.from_file(str(folder / "tokenizer.json")).model.save(str(folder))
     (folder / "tokenizer.json").unlink()
-    if said:
-        with pytest.raises(TargetError, match=said):
-            _ = Target.at(folder).tokenizer
+    if not said:
+        assert Target.at(folder).tokenizer(TEXT[1]).input_ids == wanted
+        assert any("No tokenizer.json: the rules" in trap for trap in find_traps(Target.at(folder)))
         return
-    assert Target.at(folder).tokenizer(TEXT[1]).input_ids == wanted
-    assert any("No tokenizer.json: the rules" in trap for trap in find_traps(Target.at(folder)))
+    with pytest.raises(TargetError, match=said):
+        _ = Target.at(folder).tokenizer
 
 
 @pytest.mark.parametrize(("head", "library"), [(b"\n\x0e", "sentencepiece"), (b"IQ== 0\n", "tiktoken")])

@@ -113,8 +113,7 @@ class Target:
             found = f"the tokenizer has id {largest}, the config's vocab_size is {size}"
             raise self.files.wrong(found, "take config and tokenizer from the same model")
         ends = self._ids("eos_token_id", listed)
-        wrong = [token_id for token_id in ends if not -1 <= token_id < size]  # -1: none
-        if wrong:
+        if wrong := [token_id for token_id in ends if token_id >= size]:
             found = f"eos_token_id {wrong[0]}; must be below the vocab_size of {size}"
             raise self.files.wrong(found, "correct config.json and generation_config.json")
         eos = self._ids("eos_token_id", tokenizer.eos_token_id) + ends

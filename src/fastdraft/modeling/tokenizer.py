@@ -39,7 +39,9 @@ def load_tokenizer(files: ModelFiles, size: int) -> tuple[PreTrainedTokenizerBas
     notes: list[str] = []
     with one_line(files.location):
         if files.find("tokenizer.json"):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(files.location, revision=files.revision)
+            # A setting may have special tokens split, and with them those that the chat template writes.
+            options: Any = {"revision": files.revision, "split_special_tokens": False}
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(files.location, **options)
         else:
             tokenizer = _build(files, notes)
         tokenizer.decode(tokenizer("A fox.").input_ids)  # a damaged one may load and fail at a text
