@@ -41,7 +41,7 @@ def type_name(annotation: Any) -> str:
     if origin is list:
         return f"list of {type_name(arguments[0])}"
     if origin is dict:
-        return f"mapping of name to {type_name(arguments[1])}"
+        return f"mapping of name to {'value' if arguments[1] is Any else type_name(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         kind = annotation.model_fields.get("kind")
         return (

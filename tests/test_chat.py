@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from conftest import write_tokenizer
-from fastdraft.data.chat import end_of_turn_ids, prompt_ids, render_prompt, special_ids, user_prefix_ids
+from fastdraft.data.chat import ChatTemplate, special_ids
 from fastdraft.errors import TargetError
 from fastdraft.modeling.tokenizer import ids_around
 
@@ -27,18 +27,20 @@ plain = pytest.mark.parametrize("tokenizer", [False], indirect=True, ids=["plain
 
 
 def test_a_prompt_is_rendered_as_the_tokenizer_itself_would(tokenizer: Any) -> None:
-    ids = render_prompt(tokenizer, HELLO)
+    chat = ChatTemplate(tokenizer)
+    ids = chat.render(HELLO)
     assert tokenizer.decode(ids) == "<|user|>\nHello there<|end|>\n<|assistant|>\n"
     own = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert ids == list(own["input_ids"]) == prompt_ids(tokenizer, "Hello there", chat=True)
-    assert tokenizer.decode(prompt_ids(tokenizer, "Hello there", chat=False)) == "Hello there"
+    assert ids == list(own["input_ids"]) == chat.prompt_ids("Hello there")
+    assert tokenizer.decode(chat.prompt_ids("Hello there", chat=False)) == "Hello there"
 
 
 def test_the_template_tells_where_the_users_words_begin_and_end(tokenizer: Any) -> None:
-    prefix = user_prefix_ids(tokenizer)
+    chat = ChatTemplate(tokenizer)
+    prefix = chat.user_prefix_ids()
     assert tokenizer.decode(prefix) == "<|user|>\n"
-    assert render_prompt(tokenizer, HELLO)[: len(prefix)] == prefix
-    assert end_of_turn_ids(tokenizer) == {tokenizer.convert_tokens_to_ids("<|end|>")}
+    assert chat.render(HELLO)[: len(prefix)] == prefix
+    assert chat.end_of_turn_ids() == {tokenizer.convert_tokens_to_ids("<|end|>")}
     added = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
     assert set(map(tokenizer.convert_tokens_to_ids, added)) <= special_ids(tokenizer)
 
@@ -46,8 +48,9 @@ def test_the_template_tells_where_the_users_words_begin_and_end(tokenizer: Any) 
 @plain
 def test_a_template_that_ends_turns_with_plain_text_has_no_end_of_turn_id(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
-    assert end_of_turn_ids(tokenizer) == frozenset()
-    assert tokenizer.decode(user_prefix_ids(tokenizer)) == "User: "
+    chat = ChatTemplate(tokenizer)
+    assert chat.end_of_turn_ids() == frozenset()
+    assert tokenizer.decode(chat.user_prefix_ids()) == "User: "
 
 
 @pytest.mark.parametrize(
@@ -62,12 +65,13 @@ def test_a_template_that_ends_turns_with_plain_text_has_no_end_of_turn_id(tokeni
 def test_a_template_of_no_use_is_one_line(tokenizer: Any, template: str | None, words: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(TargetError, match=words):
-        user_prefix_ids(tokenizer)
+        ChatTemplate(tokenizer).user_prefix_ids()
 
 
 @plain
 def test_without_a_template_prompts_are_plain_text(tokenizer: Any) -> None:
-    assert prompt_ids(tokenizer, "Hello there", chat=True) == tokenizer("Hello there").input_ids
+    chat = ChatTemplate(tokenizer)
+    assert chat.prompt_ids("Hello there") == tokenizer("Hello there").input_ids
     assert ids_around(tokenizer) == ([], [])
     begins = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     tokenizer.backend_tokenizer.post_processor = begins

@@ -157,8 +157,9 @@ def test_check_counts_every_turn_of_a_conversation(
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ({"messages": "no"}, "a str"),
-        ({"messages": []}, "nothing that a user says"),
+        ({"messages": 7}, "a int"),
+        ({"messages": []}, "an empty prompt"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "nothing that a user says"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "tools"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastdraft.data.chat import prompt_ids
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.logs import read_transcripts
 from fastdraft.errors import DataError
 from fastdraft.functional.generation import Generation, Sampling
@@ -30,7 +30,9 @@ def target(tiny_target: Path) -> Target:
 def written(target: Target) -> Generation:
     """One sampled answer of the target."""
     engine = HuggingFaceEngine(target.model("cpu"), target.vocabulary)
-    return engine.generate([prompt_ids(target.tokenizer, "What is a fox?", True)], Sampling(0.7), 12, 1)[0]
+    return engine.generate(
+        [ChatTemplate(target.tokenizer).prompt_ids("What is a fox?")], Sampling(0.7), 12, 1
+    )[0]
 
 
 def write_lines(path: Path, lines: Any) -> str:
@@ -49,7 +51,7 @@ def read(tmp_path: Path, target: Target) -> Any:
             "logprobs": "processed",
         }
         config = TranscriptPrompts(kind="transcripts", **{**settings, **changes})
-        return read_transcripts(config, target.tokenizer, target.vocabulary, 0)
+        return read_transcripts(config, ChatTemplate(target.tokenizer), target.vocabulary, 0)
 
     return of
 
@@ -200,7 +202,7 @@ def test_the_output_of_a_batch_is_read_with_its_requests(read: Any, target: Targ
     response = {"status_code": 200, "body": {"choices": [choice]}}
     line = {"id": "batch_1", "custom_id": "r1", "response": response, "error": None}
     (row,) = read(line, requests=requests).rows
-    assert row.generation.prompt_ids == prompt_ids(target.tokenizer, "Where is Paris?", True)
+    assert row.generation.prompt_ids == ChatTemplate(target.tokenizer).prompt_ids("Where is Paris?")
     assert row.sampling == Sampling(0.0)
     with pytest.raises(DataError, match="custom_id 'r9'; must be in the file that `requests` names"):
         read({**line, "custom_id": "r9"}, requests=requests)

@@ -19,7 +19,7 @@ pytest.importorskip("openai")
 from openai import _base_client
 
 from conftest import CHAT_TEMPLATE
-from fastdraft.data.chat import Conversation, dialogue_format, prompt_ids
+from fastdraft.data.chat import ChatTemplate, Conversation
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.synthesis_plan import Unit
 from fastdraft.errors import DataError, Interrupted, TargetError
@@ -43,7 +43,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def prompts(tiny_target: Path) -> list[list[int]]:
-    return [prompt_ids(Target.at(tiny_target).tokenizer, text, True) for text in WORDS]
+    return [ChatTemplate(Target.at(tiny_target).tokenizer).prompt_ids(text) for text in WORDS]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_text_without_ids_is_tokenised_again_and_only_exact_rows_are_kept(
     with Served(tiny_target, style="chat").running() as one:
         engine = engine_of(tiny_target, one, logprobs="none", say=said.append)
         written = engine.generate(prompts, Sampling(1.0), 12, 3)
-        bare = prompt_ids(Target.at(tiny_target).tokenizer, "def add(first", False)
+        bare = ChatTemplate(Target.at(tiny_target).tokenizer).prompt_ids("def add(first", chat=False)
         assert engine.generate([prompts[0], bare], Sampling(0.0), 4, 0)[1].fault == "prompt_not_text"
         with pytest.raises(DataError, match="user message"):
             engine.generate([bare], Sampling(0.0), 4, 0)
@@ -261,10 +261,10 @@ TALKS = (
 
 def converse(folder: Path, engine: Engine) -> tuple[list[Any], Any]:
     tokenizer = Target.at(folder).tokenizer
-    form = dialogue_format(tokenizer, TALKS)
-    prompts = tuple(form.prompt_ids(talk, ()) for talk in TALKS)
+    chat = ChatTemplate(tokenizer)
+    prompts = tuple(map(chat.prompt_ids, TALKS))
     row_filter = RowFilter(range(300, 320), lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
-    writer = UnitWriter(engine, engine, tokenizer, row_filter, 40, 256)
+    writer = UnitWriter(engine, engine, chat, row_filter, 40, 256)
     return writer.write(Unit("talks", 0.0, prompts, conversations=TALKS), 5)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fastdraft.data.chat import Conversation, read_conversation
-from fastdraft.data.prompts import look, normalised, select_prompts
+from fastdraft.data.chat import Conversation
+from fastdraft.data.prompts import look, normalised, read_conversation, select_prompts
 from fastdraft.errors import DataError
 from fastdraft.recipe.synthesize import JsonlPrompts
 

@@ -12,13 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, write_tokenizer
-from fastdraft.data.chat import (
-    Conversation,
-    dialogue_format,
-    first_prompt_ids,
-    render_prompt,
-    user_prefix_ids,
-)
+from fastdraft.data.chat import ChatTemplate, Conversation
 from fastdraft.data.filters import RowFilter
 from fastdraft.data.synthesis_plan import Unit
 from fastdraft.errors import TargetError
@@ -72,11 +66,11 @@ class Scripted:
 
     def converse(self, *talks: Conversation, context_length: int = 500) -> tuple[list[Any], Any]:
         """Rows and counts of a unit of conversations."""
-        form = dialogue_format(self.tokenizer, talks)
-        prompts = tuple(form.prompt_ids(talk, ()) for talk in talks)
+        chat = ChatTemplate(self.tokenizer)
+        prompts = tuple(map(chat.prompt_ids, talks))
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         row_filter = RowFilter(range(300, 320), decode)
-        writer = UnitWriter(self, self, self.tokenizer, row_filter, 40, context_length)
+        writer = UnitWriter(self, self, chat, row_filter, 40, context_length)
         return writer.write(Unit("talks", 0.7, prompts, conversations=talks), 5)
 
 
@@ -144,10 +138,10 @@ def test_a_conversation_ends_behind_an_answer_that_is_no_history(
 
 def test_an_answer_of_the_harmony_format_goes_on_with_its_last_channel(tokenizer: Any) -> None:
     tokenizer.chat_template = WITH_SYSTEM
-    form = dialogue_format(tokenizer, [TALK])
+    chat = ChatTemplate(tokenizer)
 
     def answer(text: str) -> str | None:
-        return form.answer(Generation([1], tokenizer(text).input_ids, [], "length"))
+        return chat.answer(Generation([1], tokenizer(text).input_ids, [], "length"))
 
     assert answer("<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>One.") == "One."
     assert answer("<|channel|>analysis<|message|>hm") is None
@@ -158,12 +152,12 @@ def test_a_system_message_that_the_template_does_not_take_stands_before_the_firs
     tokenizer: Any, template: str
 ) -> None:
     tokenizer.chat_template = template
-    form = dialogue_format(tokenizer, [TALK])
-    assert "head of the first user turn" in form.note
-    assert tokenizer.decode(form.prompt_ids(TALK, ["One."])) == (
+    chat = ChatTemplate(tokenizer)
+    assert "head of the first user turn" in chat.note([TALK])
+    assert tokenizer.decode(chat.prompt_ids(TALK, ["One."])) == (
         "<|user|>\nBe brief.\n\nFirst?<|end|>\n<|assistant|>\nOne.<|end|>\n<|user|>\nSecond?<|end|>\n<|assistant|>\n"
     )
-    assert not dialogue_format(tokenizer, [TWO]).note
+    assert not chat.note([TWO])
 
 
 def test_without_a_template_a_conversation_is_text_with_user_and_assistant(tokenizer: Any) -> None:
@@ -173,7 +167,7 @@ def test_without_a_template_a_conversation_is_text_with_user_and_assistant(token
     assert tokenizer.decode(rows[0].prompt_ids) == first
     assert tokenizer.decode(rows[1].prompt_ids) == f"{first} One.\n\nUser: Second?\nAssistant:"
     assert "What else?" in tokenizer.decode(rows[0].response_ids), "trained as it stands"
-    assert tokenizer.decode(first_prompt_ids(tokenizer, "bare", chat=True)) == "bare"
+    assert tokenizer.decode(ChatTemplate(tokenizer).prompt_ids("bare")) == "bare"
 
 
 @pytest.mark.parametrize(
@@ -183,14 +177,15 @@ def test_a_template_that_cannot_go_on_is_refused_for_conversations_of_several_tu
     tokenizer: Any, template: str, found: str
 ) -> None:
     tokenizer.chat_template = template
-    assert dialogue_format(tokenizer, [Conversation(("First?",))])
+    chat = ChatTemplate(tokenizer)
+    assert chat.note([Conversation(("First?",))]) == ""
     with pytest.raises(TargetError, match=found):
-        dialogue_format(tokenizer, [TALK])
+        chat.note([TALK])
 
 
 def test_turns_that_do_not_fit_are_counted_and_end_their_conversation(tokenizer: Any) -> None:
     engine = Scripted(tokenizer, WITH_SYSTEM, ANSWERS)
-    length = len(first_prompt_ids(tokenizer, TALK, chat=True))
+    length = len(ChatTemplate(tokenizer).prompt_ids(TALK))
     rows, counts = engine.converse(TALK, context_length=length + 40)
     assert (len(rows), counts.filtered) == (1, {"prompt_too_long": 2})
 
@@ -212,7 +207,9 @@ class Script:
 
 def writer(tokenizer: Any, instructions: Any, answers: Any) -> UnitWriter:
     row_filter = RowFilter({310}, tokenizer.decode)
-    return UnitWriter(answers, instructions, tokenizer, row_filter, 8, 256, held_out={"the fox"})
+    return UnitWriter(
+        answers, instructions, ChatTemplate(tokenizer), row_filter, 8, 256, held_out={"the fox"}
+    )
 
 
 def test_magpie_asks_what_the_target_invented_and_counts_what_is_no_use(tokenizer: Any) -> None:
@@ -222,9 +219,9 @@ def test_magpie_asks_what_the_target_invented_and_counts_what_is_no_use(tokenize
     odd = [([300, 310, 3], "stop"), ([1, 40, 3], "stop"), ([41] * 8, "length"), ([42] * 60, "length")]
     bad = [said("The fox"), said("What is this?"), said("12 + 4"), *odd]
     instructions, answers = Script(said("What is this?"), *bad), Script(([50, 51, 3], "stop"))
-    unit = Unit("magpie", 0.6, tuple(user_prefix_ids(tokenizer) for _ in range(8)), 60)
+    unit = Unit("magpie", 0.6, tuple(ChatTemplate(tokenizer).user_prefix_ids() for _ in range(8)), 60)
     rows, counts = writer(tokenizer, instructions, answers).write(unit, seed=5)
-    assert answers.asked == [render_prompt(tokenizer, [{"role": "user", "content": "What is this?"}])]
+    assert answers.asked == [ChatTemplate(tokenizer).prompt_ids("What is this?")]
     assert (instructions.sampling, answers.sampling) == ([Sampling(1.0)], [Sampling(0.6)])
     assert [row.response_ids for row in rows] == [[50, 51, 3]]
     once = ["evaluation", "duplicate", "empty", "too_long", "looping"]
@@ -235,7 +232,7 @@ def test_magpie_asks_what_the_target_invented_and_counts_what_is_no_use(tokenize
 def test_an_instruction_of_an_earlier_unit_is_a_duplicate(tokenizer: Any) -> None:
     said = ([*tokenizer("Name a river").input_ids, 3], "stop")
     unit_writer = writer(tokenizer, Script(said), Script(([50, 3], "stop"), ([51, 3], "stop")))
-    unit = Unit("magpie", 0.6, (user_prefix_ids(tokenizer),), 60)
+    unit = Unit("magpie", 0.6, (ChatTemplate(tokenizer).user_prefix_ids(),), 60)
     assert unit_writer.write(unit, 1)[1].written == 1
     assert unit_writer.write(unit, 2)[1].filtered == {"instruction_duplicate": 1}
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdraft.data.chat import Conversation
+from fastdraft.data.chat import ChatTemplate, Conversation
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.synthesis_plan import (
     DRY_UNITS,
@@ -42,7 +42,7 @@ def plan(folder: Path, texts: list[Any], **changes: Any) -> SourcePlan:
     source = JsonlPrompts(kind="jsonl", name="p", path=str(path))
     settings: Any = {"prompts": [source], "temperatures": [0.0, 0.6, 1.0], "batch_rows": 8, **changes}
     config = SynthesizeConfig(**settings)
-    planner = Planner(config, Numbers(), None, set(), 1, lambda: pytest.fail("no corpus"))  # type: ignore[arg-type]
+    planner = Planner(config, ChatTemplate(Numbers()), None, set(), 1, lambda: pytest.fail("no corpus"))  # type: ignore[arg-type]
     return planner.plans()[0]
 
 
@@ -88,7 +88,7 @@ def test_texts_among_conversations_are_conversations_of_one_turn(tmp_path: Path)
 
 
 def test_an_endless_source_always_has_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdraft.data.synthesis_plan.user_prefix_ids", lambda tokenizer: [1, 2])
+    monkeypatch.setattr(ChatTemplate, "user_prefix_ids", lambda chat: [1, 2])
     endless = plan(tmp_path, [], prompts=[MagpiePrompts(kind="magpie", name="m")])
     assert endless.unit(10**9 + 1) == Unit("m", 1.0, ([1, 2],) * 8, 256)
     few = plan(tmp_path, [], prompts=[MagpiePrompts(kind="magpie", name="m", count=20)])

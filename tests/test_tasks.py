@@ -58,8 +58,8 @@ def test_a_description_changes_with_the_file(tmp_path: Path) -> None:
     [
         (b"", "no prompt"),
         (b"{", "line 1: not JSON"),
-        (b'{"prompt": ""}', "line 1: no text under 'prompt'"),
-        (b'{"text": "a"}', "no text under 'prompt'"),
+        (b'{"prompt": ""}', "line 1: an empty prompt"),
+        (b'{"words": "a"}', "line 1: no 'prompt'; has words"),
         (b"\xff", "line 1: byte 0 is not UTF-8"),
         (b'{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "id '1' twice"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from conftest import CHAT_TEMPLATE, SPECIAL, TEXT
-from fastdraft.data.chat import prompt_ids, render_text
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.logs import read_transcripts
 from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.errors import TargetError
@@ -138,14 +138,16 @@ def test_a_token_without_a_row_is_told_and_only_a_text_that_holds_it_refused(
     target = Target.at(with_added(changed(tiny_target, tmp_path / "t", pad_token="<image>"), IMAGE))
     assert "id 320 <image> has no row: never fed, never proposed." in find_traps(target)
     assert (target.vocabulary.num_tokens, target.vocabulary.pad_token_id) == (320, 0)
-    assert prompt_ids(target.tokenizer, "A fox", True)
+    assert ChatTemplate(target.tokenizer).prompt_ids("A fox")
     with pytest.raises(UnknownId, match=r"a text holds <image> \(id 320\)"):
-        prompt_ids(target.tokenizer, "A fox <image>", True)
+        ChatTemplate(target.tokenizer).prompt_ids("A fox <image>")
     path = tmp_path / "log.jsonl"
     rows = [{"prompt": f"A {word}", "response": "A fox.", "temperature": 0} for word in ("fox", "<image>")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     log = TranscriptPrompts(kind="transcripts", name="log", path=str(path))
-    assert read_transcripts(log, target.tokenizer, target.vocabulary, 0).refused["unknown_id"] == 1
+    assert (
+        read_transcripts(log, ChatTemplate(target.tokenizer), target.vocabulary, 0).refused["unknown_id"] == 1
+    )
 
 
 def test_corpora_read_a_word_without_a_row_as_its_letters(tiny_target: Path, tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_an_eos_behind_every_text_is_left_out_of_prompts_and_told(tiny_target: P
     target = Target.at(folder)
     whole = target.tokenizer("A fox").input_ids
     assert (whole[0], whole[-1]) == (0, 3)
-    assert prompt_ids(target.tokenizer, "A fox", False) == whole[:-1]
+    assert ChatTemplate(target.tokenizer).prompt_ids("A fox", chat=False) == whole[:-1]
     assert [trap for trap in find_traps(target) if "puts <|end|> behind every text" in trap]
 
 
@@ -180,20 +182,23 @@ def test_dropout_of_merges_is_switched_off_and_told(tiny_target: Path, tmp_path:
 def test_a_processors_chat_template_counts_and_a_list_needs_a_default(
     tiny_target: Path, tmp_path: Path
 ) -> None:
-    message = [{"role": "user", "content": "Hello"}]
-    wanted = render_text(Target.at(tiny_target).tokenizer, message)
+    def rendered(folder: Path) -> str:
+        tokenizer = Target.at(folder).tokenizer
+        return str(tokenizer.decode(ChatTemplate(tokenizer).prompt_ids("Hello")))
+
+    wanted = rendered(tiny_target)
     folder = changed(tiny_target, tmp_path / "t", "chat_template.json", chat_template=CHAT_TEMPLATE)
     (folder / "chat_template.jinja").unlink()
-    assert render_text(Target.at(folder).tokenizer, message) == wanted
+    assert rendered(folder) == wanted
     assert "The chat template is the processor's, of chat_template.json." in find_traps(Target.at(folder))
     (folder / "chat_template.json").unlink()
     extra = folder / "additional_chat_templates"
     extra.mkdir()
     (extra / "rag.jinja").write_text("rag")
     with pytest.raises(TargetError, match="chat templates rag; one must be the default"):
-        render_text(Target.at(folder).tokenizer, message)
+        rendered(folder)
     changed(folder, folder, chat_template=NAMED)
-    assert render_text(Target.at(folder).tokenizer, message) == "default: Hello"
+    assert rendered(folder) == "default: Hello"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def run(
             for name in redone:
                 context.folder(name).discard()
             write_atomic(context.run.root / "recipe.yaml", recipe.dump())
+            context.run.keep_date()
             worked = sum([_run_stage(stage, context) for stage in wanted])
     if worked > 1:
         done = format_seconds(time.monotonic() - start)

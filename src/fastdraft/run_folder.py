@@ -7,6 +7,7 @@ folder.begin(fingerprint); found = folder.keep("latency.json", measure); folder.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from fastdraft.errors import FastDraftError
 
-MANIFEST, FINGERPRINT, SCHEMA = "manifest.json", "fingerprint.json", 1
+MANIFEST, FINGERPRINT, BEGUN, SCHEMA = "manifest.json", "fingerprint.json", "begun.json", 1
 # Of what stages keep in their folders; work of another release is refused.
 _LAYOUT = 2
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
@@ -217,6 +218,16 @@ class RunFolder:
 
     def folder(self, name: str) -> StageFolder:
         return StageFolder(self.root / name)
+
+    @property
+    def date(self) -> datetime.date:
+        """The day on which the run was begun, which templates write into prompts; today before it is."""
+        path = self.root / BEGUN
+        return datetime.date.fromisoformat(read_json(path)) if path.is_file() else datetime.date.today()
+
+    def keep_date(self) -> None:
+        """Writes today's date where there is none yet."""
+        StageFolder(self.root).keep(BEGUN, datetime.date.today().isoformat)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

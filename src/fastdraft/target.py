@@ -50,7 +50,7 @@ class Target:
 
     def __init__(self, settings: TargetConfig) -> None:
         self.name, self.location, self.revision = settings.model, settings.location, settings.revision
-        self.dtype = settings.dtype
+        self.dtype, self.chat_template_kwargs = settings.dtype, settings.chat_template_kwargs
 
     @classmethod
     def at(cls, folder: Path | str, revision: str | None = None) -> Target:

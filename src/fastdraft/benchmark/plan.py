@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product, zip_longest
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from fastdraft.data.chat import first_prompt_ids
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.errors import DataError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.runtimes.runtime import Proposer
@@ -144,10 +142,10 @@ def make_plan(
     )
 
 
-def encode(task: Any, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+def encode(task: Any, chat: ChatTemplate) -> PromptSet:
     """A recipe's task as token ids; of a conversation the first turn, for later ones need answers."""
     loaded = load_task(task)
-    encoded = [(each.id, first_prompt_ids(tokenizer, each.prompt, loaded.chat)) for each in loaded.prompts]
+    encoded = [(each.id, chat.prompt_ids(each.prompt, chat=loaded.chat)) for each in loaded.prompts]
     prompts = [(name, ids) for name, ids in encoded if ids]
     if not prompts:
         raise DataError(f"task '{task.name}': no prompt has a token", "use another task")

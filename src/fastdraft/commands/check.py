@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from fastdraft import forecast
 from fastdraft.commands.stage_costs import StageCosts
 from fastdraft.console import TABLE_WIDTH, Console, format_count, format_seconds, format_table
-from fastdraft.data.chat import has_chat_template
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.corpora import source_files
 from fastdraft.data.logs import look as look_at_log
 from fastdraft.data.prompts import look as look_at_prompts
@@ -132,7 +132,7 @@ def _check_inputs(recipe: Recipe, target: Target) -> Iterator[str]:
             look_at_prompts(prompts)
         elif prompts.kind == "transcripts":
             look_at_log(prompts)
-        elif prompts.kind == "magpie" and not has_chat_template(target.tokenizer):
+        elif prompts.kind == "magpie" and not ChatTemplate(target.tokenizer).exists:
             rule = "kind: magpie needs a chat template, which this target lacks"
             fix = "take that source out; corpus prompts serve base models"
             raise RecipeError(f"synthesize.prompts[{number}]: {target.name}: {rule}", fix)

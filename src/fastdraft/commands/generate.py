@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from fastdraft.console import Console
-from fastdraft.data.chat import prompt_ids, render_prompt
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.speculative import Round, SpeculativeDecoder
 from fastdraft.decoding.token_stream import TokenStream
@@ -75,7 +74,7 @@ class _Writer:
     """Everything that an answer needs but its prompt."""
 
     decoder: SpeculativeDecoder
-    tokenizer: PreTrainedTokenizerBase
+    chat: ChatTemplate
     sampling: Sampling
     max_new_tokens: int
     seed: int
@@ -83,7 +82,7 @@ class _Writer:
 
     def answer(self, prompt_ids: list[int]) -> _Answer:
         """Streams one answer to stdout."""
-        stream, rounds = TokenStream(self.tokenizer), []
+        stream, rounds = TokenStream(self.chat.tokenizer), []
         start = time.perf_counter()
         for found in self.decoder.rounds(prompt_ids, self.sampling, self.room(prompt_ids), self.seed):
             rounds.append(found)
@@ -136,12 +135,13 @@ def run(
     model = opened.model(where)
     loaded = load_draft(Path(draft), where, model.dtype)
     decoder = SpeculativeDecoder(model, loaded, opened.vocabulary, num_speculative_tokens)
-    tokenizer, sampling = opened.tokenizer, Sampling(temperature, top_k, top_p)
+    template = ChatTemplate(opened.tokenizer, opened.chat_template_kwargs)
+    sampling = Sampling(temperature, top_k, top_p)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal of another code page shows ? instead of failing
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    writer = _Writer(decoder, tokenizer, sampling, max_new_tokens, seed, color)
+    writer = _Writer(decoder, template, sampling, max_new_tokens, seed, color)
     if chat and prompt is None and sys.stdin.isatty():
         answers = _converse(writer, console)
     else:
@@ -149,7 +149,7 @@ def run(
         if not text.strip():
             raise DataError("--prompt: empty; there must be a prompt", "give --prompt TEXT or pipe text in")
         message = [{"role": "user", "content": text}]
-        ids = render_prompt(tokenizer, message) if chat else prompt_ids(tokenizer, text, False)
+        ids = template.render(message) if chat else template.prompt_ids(text, chat=False)
         if compare:  # both models run once, or the first pass would be charged to one of them
             decoder.generate(ids[:8], sampling, 2, seed)
         answers = [writer.answer(ids)]
@@ -178,11 +178,11 @@ def _converse(writer: _Writer, console: Console) -> list[_Answer]:
             if not text:
                 continue
             messages.append({"role": "user", "content": text})
-            answers.append(writer.answer(render_prompt(writer.tokenizer, messages)))
+            answers.append(writer.answer(writer.chat.render(messages)))
         except (EOFError, KeyboardInterrupt):
             print()
             return answers
-        said = str(writer.tokenizer.decode(answers[-1].token_ids, skip_special_tokens=True))
+        said = str(writer.chat.tokenizer.decode(answers[-1].token_ids, skip_special_tokens=True))
         messages.append({"role": "assistant", "content": said})
 
 

@@ -141,6 +141,14 @@ def open_hub(source: Any) -> Any:
 
 def hub_values(data: Any, name: str, field: str, after: int = 0) -> Iterator[tuple[int, Any]]:
     """(row number from `after` + 1, value of column `field`) of each row."""
+    for number, row in hub_rows(data, name, after):
+        if field not in row:
+            raise missing_field(f"{name}: row {number}", field, row)
+        yield number, row[field]
+
+
+def hub_rows(data: Any, name: str, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from `after` + 1, row)."""
     rows, number = iter(data), after
     while True:
         try:
@@ -150,9 +158,7 @@ def hub_values(data: Any, name: str, field: str, after: int = 0) -> Iterator[tup
         if row is None:
             return
         number += 1
-        if field not in row:
-            raise missing_field(f"{name}: row {number}", field, row)
-        yield number, row[field]
+        yield number, row
 
 
 def _unreachable(name: str, error: Exception, rows: int) -> DataError:

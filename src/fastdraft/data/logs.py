@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from fastdraft.data.chat import render_prompt
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.corpora import JSONL, describe_files, find_files
 from fastdraft.data.openai_format import AnswerReader, Choice, read_choices, read_ids, read_logprob
 from fastdraft.data.prompts import digest_of, normalised, tell_counts
@@ -22,7 +20,7 @@ from fastdraft.data.readers import read_rows
 from fastdraft.data.rows import ids_hash
 from fastdraft.errors import DataError, TargetError
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.modeling.tokenizer import UnknownId, plain_prompt_ids
+from fastdraft.modeling.tokenizer import UnknownId
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.evaluation import LoggedTexts
 from fastdraft.recipe.synthesize import TranscriptLog, TranscriptPrompts
@@ -102,7 +100,7 @@ def refused_digest(config: TranscriptLog, held_out: Iterable[str]) -> str:
 
 def read_transcripts(
     config: TranscriptPrompts | LoggedTexts,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatTemplate,
     vocabulary: Vocabulary,
     seed: int,
     is_evaluation: Callable[[str], bool] = lambda text: False,
@@ -116,15 +114,9 @@ def read_transcripts(
     # `target`: scored later, so that the logged ones serve nobody.
     ends: Any = vocabulary.eos_token_ids
     kinds: Any = ("none", config.logprobs)
-    readers = {kind: AnswerReader(tokenizer, ends, vocabulary.size, kind) for kind in kinds}
-    refused = {
-        "evaluation": 0,
-        "empty": 0,
-        "unrendered": 0,
-        "no_answer": 0,
-        "unsupported": 0,
-        "unknown_id": 0,
-    }
+    readers = {kind: AnswerReader(chat.tokenizer, ends, vocabulary.size, kind) for kind in kinds}
+    reasons = ("evaluation", "empty", "unrendered", "no_answer", "unsupported", "unknown_id")
+    refused = dict.fromkeys(reasons, 0)
     rows: list[Transcript] = []
     for entry in read_entries(config):
         reason, prompt, key = entry.refused, list[int](), ""
@@ -132,8 +124,8 @@ def read_transcripts(
             reason = "evaluation"
         if not reason:
             try:
-                prompt = _prompt_ids(entry, tokenizer)
-                key = ids_hash(render_prompt(tokenizer, entry.first_turn)) if entry.first_turn else ""
+                prompt = _prompt_ids(entry, chat)
+                key = ids_hash(chat.render(entry.first_turn)) if entry.first_turn else ""
                 reason = "" if prompt else "empty"
             except UnknownId:
                 reason = "unknown_id"
@@ -156,12 +148,12 @@ def read_transcripts(
     return Transcripts([rows[place] for place in (chosen if shuffled else sorted(chosen))], refused)
 
 
-def _prompt_ids(entry: LogEntry, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _prompt_ids(entry: LogEntry, chat: ChatTemplate) -> list[int]:
     "".join(entry.texts).encode()  # half a character alone (a lone surrogate) cannot be read
     if entry.messages is not None:
-        return render_prompt(tokenizer, entry.messages)
+        return chat.render(entry.messages)
     if isinstance(entry.prompt, str):
-        return plain_prompt_ids(tokenizer, entry.prompt)
+        return chat.prompt_ids(entry.prompt, chat=False)
     return list(entry.prompt)
 
 

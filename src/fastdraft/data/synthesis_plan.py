@@ -14,10 +14,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data import logs, prompts
-from fastdraft.data.chat import Conversation, dialogue_format, prompt_ids, user_prefix_ids
+from fastdraft.data.chat import ChatTemplate, Conversation
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.logs import Transcript, read_transcripts, refused_digest
 from fastdraft.data.prompts import normalised, select_prompts
@@ -117,7 +116,7 @@ class Planner:
     """Everything that turns the sources of a recipe into plans."""
 
     config: SynthesizeConfig
-    tokenizer: PreTrainedTokenizerBase
+    chat: ChatTemplate
     vocabulary: Vocabulary
     held_out: Collection[str]  # normalised texts of every evaluation prompt
     seed: int
@@ -136,7 +135,7 @@ class Planner:
         if isinstance(source, MagpiePrompts):
             return self._magpie(source, temperatures)
         if isinstance(source, CorpusPrompts):
-            prepared, before = self.prepared(), ids_around(self.tokenizer)[0]
+            prepared, before = self.prepared(), ids_around(self.chat.tokenizer)[0]
             rows, separator = (
                 open_corpus(prepared, source.corpus, "train"),
                 prepared.manifest()["separator_id"],
@@ -146,21 +145,21 @@ class Planner:
             return self._prompts(source, temperatures, size, prefixes)
         chosen = select_prompts(source, self.held_out, self.seed)
         talks = [p if isinstance(p, Conversation) else Conversation((p,)) for p in chosen.prompts]
-        rowless = rowless_tokens(self.tokenizer).values()
+        rowless = rowless_tokens(self.chat.tokenizer).values()
         talks = [talk for talk in talks if not any(token in talk.text for token in rowless)]
         unknown = len(chosen.prompts) - len(talks)
         refused = chosen.refused | ({"unknown_id": unknown} if unknown else {})
-        if any(isinstance(prompt, Conversation) for prompt in chosen.prompts):
-            form = dialogue_format(self.tokenizer, talks)
-            plan = self._prompts(
-                source, temperatures, len(talks), lambda i: form.prompt_ids(talks[i], ()), talks
-            )
-            return replace(plan, refused=refused, note=form.note)
+        notes = [chosen.note]
+        conversations = any(isinstance(prompt, Conversation) for prompt in chosen.prompts)
+        if conversations or source.chat:  # refuses a template of no use before anything is loaded
+            notes.append(self.chat.note(talks))
 
         def encode(place: int) -> list[int]:
-            return prompt_ids(self.tokenizer, talks[place].text, source.chat)
+            talk = talks[place]
+            return self.chat.prompt_ids(talk if conversations else talk.text, chat=source.chat)
 
-        return replace(self._prompts(source, temperatures, len(talks), encode), refused=refused)
+        plan = self._prompts(source, temperatures, len(talks), encode, talks if conversations else ())
+        return replace(plan, refused=refused, note="; ".join(filter(None, notes)))
 
     def _prompts(
         self,
@@ -198,7 +197,7 @@ class Planner:
         return SourcePlan(source.name, source.share, len(order), unit)
 
     def _magpie(self, source: MagpiePrompts, temperatures: Sequence[float]) -> SourcePlan:
-        prefix, rows = user_prefix_ids(self.tokenizer), self.config.batch_rows
+        prefix, rows = self.chat.user_prefix_ids(), self.config.batch_rows
 
         def unit(number: int) -> Unit:
             left = rows if source.count is None else min(rows, source.count - number * rows)
@@ -212,7 +211,7 @@ class Planner:
         def is_evaluation(text: str) -> bool:
             return normalised(text) in self.held_out
 
-        log = read_transcripts(source, self.tokenizer, self.vocabulary, self.seed, is_evaluation)
+        log = read_transcripts(source, self.chat, self.vocabulary, self.seed, is_evaluation)
         alike, rows = dict[Sampling, list[Transcript]](), self.config.batch_rows
         for answer in log.rows:
             alike.setdefault(answer.sampling, []).append(answer)

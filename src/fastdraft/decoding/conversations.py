@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from fastdraft.data.chat import Conversation, DialogueFormat
+from fastdraft.data.chat import ChatTemplate, Conversation
 from fastdraft.data.filters import is_looping
 from fastdraft.functional.generation import Generation
 
@@ -37,7 +37,7 @@ class Turns:
 
 
 def take_turns(
-    form: DialogueFormat,
+    chat: ChatTemplate,
     conversations: Sequence[Conversation],
     ask: Callable[[int, list[list[int]]], list[Generation]],
     *,
@@ -56,7 +56,7 @@ def take_turns(
     for number in range(max((len(talk.users) for talk in conversations), default=0)):
         prompts: dict[int, list[int]] = {}
         for place in open_talks:
-            ids = form.prompt_ids(conversations[place], answers[place])
+            ids = chat.prompt_ids(conversations[place], answers[place])
             if 0 < len(ids) <= room:
                 prompts[place] = ids
             else:
@@ -70,7 +70,7 @@ def take_turns(
             left = len(conversations[place].users) - number - 1
             failed = answer.fault or any(map(math.isnan, answer.logprobs))
             unusable = failed or not missing.isdisjoint(answer.body) or is_looping(answer.body)
-            said = None if unusable or not left else form.answer(answer)
+            said = None if unusable or not left else chat.answer(answer)
             if said is None:
                 ended += left
             else:

@@ -1,7 +1,7 @@
 """Evaluation tasks: named prompts of the package or of the user's JSONL files, as text and as token ids.
 
 task = load_task(FileTask(kind="file", path="questions.jsonl")); task.prompts[0].text
-task = encode_task(config, tokenizer, context_length, console); task.prompt_ids
+task = encode_task(config, chat, context_length, console); task.prompt_ids
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from fastdraft.console import Console
-from fastdraft.data.chat import Conversation, Prompt, dialogue_format, prompt_ids, read_conversation
+from fastdraft.data.chat import ChatTemplate, Conversation, Prompt
+from fastdraft.data.prompts import FIELDS, RowReader, tell_counts
 from fastdraft.data.readers import numbered_rows
 from fastdraft.decoding.conversations import take_turns
 from fastdraft.errors import DataError, TargetError
@@ -49,6 +48,7 @@ class Task:
     name: str
     prompts: list[TaskPrompt]
     chat: bool  # whether a text becomes a user message of the chat template, if there is one
+    note: str = ""  # which fields of its rows were read and which not
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,13 @@ class EncodedTask:
     prompt_names: list[str]
     prompt_ids: list[list[int]]
     max_new_tokens: int
-    num_skipped: int = 0  # prompts that do not fit the context
+    skipped: dict[str, int] = field(default_factory=dict)  # prompts that are not asked, by reason
     conversations: list[tuple[str, Conversation]] = field(default_factory=list)  # by name, for `add_turns`
     groups: list[int] = field(default_factory=list)  # of each prompt, equal for turns of one conversation
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
 
 
 def load_task(config: ShippedTask | FileTask) -> Task:
@@ -70,34 +74,34 @@ def load_task(config: ShippedTask | FileTask) -> Task:
     A bad line stops the run with its number: an evaluation on part of a file could not be compared.
     """
     path = resolve_path(config.path, f"task '{config.name}'")
-    found: dict[str, TaskPrompt] = {}
+    found, reader = dict[str, TaskPrompt](), RowReader(["messages", *FIELDS])
     for number, where, row in numbered_rows(path):
-        prompt = _read_prompt(where, str(row.get("id", number)), row)
+        prompt = _read_prompt(where, str(row.get("id", number)), row, reader)
         if prompt.id in found:
             raise DataError(f"{path}: id {prompt.id!r} twice; ids must be unique within a task", "rename one")
         found[prompt.id] = prompt
     if not found:
         raise DataError(f"{path}: no prompt; a task needs at least one", 'add lines like {"prompt": "..."}')
     prompts, count = list(found.values()), min(config.prompts, len(found))
-    return Task(config.name, [prompts[i * len(prompts) // count] for i in range(count)], config.chat)
+    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+    return Task(config.name, chosen, config.chat, reader.note(known=("id", "reference")))
 
 
-def _read_prompt(where: str, name: str, row: Mapping[str, Any]) -> TaskPrompt:
+def _read_prompt(where: str, name: str, row: Mapping[str, Any], reader: RowReader) -> TaskPrompt:
     reference = row["reference"] if isinstance(row.get("reference"), str) else ""
-    if "messages" in row:
-        talk = read_conversation(row["messages"], where)
-        prompt = TaskPrompt(name, talk.users[0] if talk and talk.users else "", reference, talk)
-        found = "nothing that a user says" if talk else "tools, pictures or a late system message"
-        rule = "`messages` must be text between a user and an assistant"
+    said, why = reader.prompt(row, where)
+    if isinstance(said, str):
+        prompt, found = TaskPrompt(name, said, reference), "an empty prompt"
     else:
-        prompt = TaskPrompt(name, row["prompt"] if isinstance(row.get("prompt"), str) else "", reference)
-        found, rule = "no text under 'prompt'", "each line needs a non-empty string there"
+        prompt = TaskPrompt(name, said.users[0] if said.users else "", reference, said)
+        found = "nothing that a user says"
     try:
         prompt.everything.encode()
     except UnicodeEncodeError:  # as JSON's "\\ud83d" alone, which no tokenizer takes
         raise DataError(f"{where}: half a character; texts must be whole", "mend the line") from None
     if not prompt.text:
-        raise DataError(f"{where}: {found}; {rule}", "mend or delete the line")
+        rule = "must be a text, or messages of text between a user and an assistant"
+        raise DataError(f"{where}: {why or found}; {rule}", "mend or delete the line")
     return prompt
 
 
@@ -115,30 +119,33 @@ def derive_seed(*parts: object) -> int:
 
 
 def encode_task(
-    config: ShippedTask | FileTask, tokenizer: PreTrainedTokenizerBase, context_length: int, console: Console
+    config: ShippedTask | FileTask, chat: ChatTemplate, context_length: int, console: Console
 ) -> EncodedTask:
     """A task's prompts that fit the context together with a whole answer; those left out are told."""
     task, new = load_task(config), config.max_new_tokens
     talks = [(prompt.id, prompt.conversation) for prompt in task.prompts if prompt.conversation]
     texts = [prompt for prompt in task.prompts if not prompt.conversation]
-    encoded = {prompt.id: prompt_ids(tokenizer, prompt.text, task.chat) for prompt in texts}
+    encoded = {prompt.id: chat.prompt_ids(prompt.text, chat=task.chat) for prompt in texts}
     fitting = {name: ids for name, ids in encoded.items() if 0 < len(ids) <= context_length - new}
-    skipped = len(encoded) - len(fitting)
-    if skipped:
-        why = f"empty or longer than the context of {context_length} less {new} new tokens"
-        console.warn(f"{task.name}: {skipped} of {len(encoded)} prompts skipped: {why}")
+    empty = sum(not ids for ids in encoded.values())
+    skipped = {"empty": empty, "too_long": len(encoded) - len(fitting) - empty}
+    if told := tell_counts(skipped):
+        room = f"the context of {context_length} less {new} new tokens"
+        console.warn(f"{task.name}: of {len(encoded)} prompts skipped: {told} (for {room})")
+    if task.note:
+        console.say(f"{task.name}: {task.note}")
     return EncodedTask(task.name, list(fitting), list(fitting.values()), new, skipped, talks)
 
 
 def write_turns(
-    task: EncodedTask, tokenizer: PreTrainedTokenizerBase, engine: Callable[[], Engine], room: int, seed: int
+    task: EncodedTask, chat: ChatTemplate, engine: Callable[[], Engine], room: int, seed: int
 ) -> dict[str, Any]:
     """The prompts of every turn of a task's conversations, as JSON for `add_turns`.
 
     The target's own earlier answers stand in them, always greedy ones: all runs read the same prompts.
     """
     talks = [talk for _, talk in task.conversations]
-    form = dialogue_format(tokenizer, talks)
+    note = chat.note(talks)
 
     def ask(number: int, prompts: list[list[int]]) -> list[Generation]:
         seed_of_turn = derive_seed(seed, task.name, "turn", number)
@@ -146,14 +153,15 @@ def write_turns(
         refuse_faults(task.name, written)  # else what a server left out once would be left out for good
         return written
 
-    found = take_turns(form, talks, ask, room=room, last_answers=False)
+    found = take_turns(chat, talks, ask, room=room, last_answers=False)
     turns = []
     for turn in sorted(found.turns, key=lambda turn: (turn.conversation, turn.number)):
         name = task.conversations[turn.conversation][0] + (f"#{turn.number + 1}" if turn.number else "")
-        messages = getattr(turn.prompt_ids, "messages", None)  # for servers that want them
         told = {"conversation": turn.conversation, "name": name, "prompt_ids": turn.prompt_ids}
-        turns.append({**told, "messages": messages})
-    return {"turns": turns, "too_long": found.too_long, "ended": found.ended, "note": form.note}
+        # For servers that want them.
+        told |= {key: getattr(turn.prompt_ids, key, None) for key in ("messages", "arguments")}
+        turns.append(told)
+    return {"turns": turns, "too_long": found.too_long, "ended": found.ended, "note": note}
 
 
 def add_turns(task: EncodedTask, kept: dict[str, Any], console: Console) -> EncodedTask:
@@ -166,14 +174,17 @@ def add_turns(task: EncodedTask, kept: dict[str, Any], console: Console) -> Enco
         why = f"{too_long} do not fit the context, {ended} follow an empty, looping or unfinished answer"
         console.warn(f"{task.name}: {skipped} of {skipped + len(turns)} turns left out: {why}")
     ids = [
-        RenderedPrompt(t["prompt_ids"], t["messages"]) if t["messages"] else t["prompt_ids"] for t in turns
+        RenderedPrompt(t["prompt_ids"], t["messages"], t.get("arguments"))
+        if t["messages"]
+        else t["prompt_ids"]
+        for t in turns
     ]
     return replace(
         task,
         groups=[*range(single), *(single + turn["conversation"] for turn in turns)],
         prompt_names=[*task.prompt_names, *(turn["name"] for turn in turns)],
         prompt_ids=[*task.prompt_ids, *ids],
-        num_skipped=task.num_skipped + skipped,
+        skipped={**task.skipped, "turn_too_long": too_long, "conversation_ended": ended},
     )
 
 

@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 
-from transformers import PreTrainedTokenizerBase
-
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.logs import read_transcripts
 from fastdraft.data.rows import SyntheticRow, ids_hash, read_columns, unit_paths, validation_keys
 from fastdraft.decoding.replay import alike_places
@@ -101,14 +100,10 @@ def trained_prompts(synthesize: StageFolder) -> frozenset[str]:
 
 
 def logged_rows(
-    log: LoggedTexts,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: Vocabulary,
-    seed: int,
-    left_out: Counter[str],
+    log: LoggedTexts, chat: ChatTemplate, vocabulary: Vocabulary, seed: int, left_out: Counter[str]
 ) -> list[SyntheticRow]:
     """A log's answers as rows; those of no use are counted in `left_out`."""
-    read = read_transcripts(log, tokenizer, vocabulary, seed, shuffled=False)
+    read = read_transcripts(log, chat, vocabulary, seed, shuffled=False)
     left_out.update({reason: count for reason, count in read.refused.items() if count})
     rows = []
     for transcript in read.rows:

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from fastdraft.console import Console, Progress
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.rows import SyntheticRow, read_rows, write_rows
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
@@ -111,7 +112,7 @@ class EvaluationWork:
         with following if done < total else contextlib.nullcontext() as self._shown:
             return [self.folder.keep(name, make, **form) for name, (_, make) in jobs.items()]
 
-    def take_turns(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+    def take_turns(self, chat: ChatTemplate, context_length: int) -> None:
         """Makes prompts of every turn of the tasks' conversations; no task may be without a prompt."""
         jobs, talking = {}, [task for task in self.tasks if task.conversations]
         for task in talking:
@@ -119,7 +120,7 @@ class EvaluationWork:
                 context_length - task.max_new_tokens,
                 sum(len(t.users) - 1 for _, t in task.conversations),
             )
-            ask = partial(write_turns, task, tokenizer, lambda: self.engine, room, self.seed)
+            ask = partial(write_turns, task, chat, lambda: self.engine, room, self.seed)
             jobs[f"conversations/{task.name}.json"] = size, ask
         kept = dict(
             zip((t.name for t in talking), self._keep_all("earlier turns", "answers", jobs), strict=True)

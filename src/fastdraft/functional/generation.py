@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fastdraft.errors import DataError
 
@@ -44,9 +44,15 @@ class Generation:
 class RenderedPrompt(list[int]):
     """Token ids that still know their messages, for servers that render messages themselves."""
 
-    def __init__(self, ids: Iterable[int], messages: Iterable[Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        ids: Iterable[int],
+        messages: Iterable[Mapping[str, str]],
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(ids)
         self.messages = [dict(message) for message in messages]
+        self.arguments = dict(arguments or {})  # variables of the template
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.recipe.base import Config, FolderName, short
@@ -79,6 +79,17 @@ class RunConfig(Config):
         return user_path(self.folder, "run.folder") / self.name
 
 
+# What the renderer itself takes by these names.
+_TAKEN = {"conversation", "conversations", "messages", "tokenize", "add_generation_prompt", "return_dict"}
+_TAKEN |= {"continue_final_message", "return_assistant_tokens_mask", "return_tensors", "tokenizer_kwargs"}
+
+
+def _free(arguments: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(_TAKEN & set(arguments)):
+        raise ValueError(f"'{taken[0]}' is set by FastDraft itself; name variables that the template reads")
+    return arguments
+
+
 class TargetConfig(Config):
     """`target:` — the model that the draft is made for."""
 
@@ -88,6 +99,8 @@ class TargetConfig(Config):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision in which the target runs; auto: its own on an accelerator, fp32 on a CPU."""
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_free)] = {}
+    """Variables of the chat template, such as `enable_thinking: false`; servers that render get them too."""
 
     @property
     def location(self) -> str:

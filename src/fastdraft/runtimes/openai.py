@@ -142,6 +142,9 @@ class OpenAIEngine:
             body["prompt"] = list(prompt)
         elif isinstance(prompt, RenderedPrompt):
             body["messages"] = prompt.messages
+            # The name of one of several templates is for the renderer here.
+            if told := {key: value for key, value in prompt.arguments.items() if key != "chat_template"}:
+                body["chat_template_kwargs"] = told
         else:
             return None
         body["temperature"] = sampling.temperature

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from fastdraft.data.chat import dialogue_format, render_prompt, special_ids
+from fastdraft.data.chat import ChatTemplate, special_ids
 from fastdraft.data.filters import RowCounts, RowFilter, is_looping
 from fastdraft.data.prompts import normalised
 from fastdraft.data.rows import SyntheticRow, ids_hash
@@ -37,7 +37,7 @@ class UnitWriter:
 
     engine: Engine | None  # None where every answer is there already
     instruction_engine: Engine | None  # ends a text at the end of the user's turn
-    tokenizer: PreTrainedTokenizerBase
+    chat: ChatTemplate
     row_filter: RowFilter
     max_new_tokens: int
     context_length: int
@@ -92,7 +92,7 @@ class UnitWriter:
         assert engine
         counts.asked = sum(len(talk.users) for talk in unit.conversations)
         found = take_turns(
-            dialogue_format(self.tokenizer, unit.conversations),
+            self.chat,
             unit.conversations,
             lambda number, prompts: engine.generate(prompts, sampling, self.max_new_tokens, seed + number),
             room=self.context_length - self.max_new_tokens,
@@ -112,7 +112,7 @@ class UnitWriter:
         for generation in self.instruction_engine.generate(unit.prompts, drawn, longest, seed):
             counts.generated += len(generation.response_ids)
             reason, text = self._read_instruction(generation)
-            prompt = [] if reason else render_prompt(self.tokenizer, [{"role": "user", "content": text}])
+            prompt = [] if reason else self.chat.prompt_ids(text)
             if not reason and (prompt in prompts or self.row_filter.has_prompt(prompt)):
                 reason = "instruction_duplicate"
             if reason:
@@ -126,9 +126,9 @@ class UnitWriter:
         if generation.finish_reason == "length":
             looping = is_looping(generation.response_ids)
             return "instruction_looping" if looping else "instruction_too_long", ""
-        if not (special_ids(self.tokenizer) | self.row_filter.missing_ids).isdisjoint(generation.body):
+        if not (special_ids(self.chat.tokenizer) | self.row_filter.missing_ids).isdisjoint(generation.body):
             return "instruction_malformed", ""
-        text = str(self.tokenizer.decode(generation.body)).strip()
+        text = str(self.chat.tokenizer.decode(generation.body)).strip()
         if not any(character.isalpha() for character in text):
             return "instruction_empty", ""
         return ("instruction_evaluation" if normalised(text) in self.held_out else ""), text

@@ -56,6 +56,7 @@ def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any
         **config.model_dump(),
         "tasks": [describe_task(task) for task in config.tasks_of(context.sections)],
         "target": context.target.identity(),
+        **context.template,
         "export": context.require("export").digest(),
         "threads": context.settings.threads,
         "seed": context.settings.seed,
@@ -87,7 +88,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     kinds: dict[ProposerKind, list[int]] = {"draft": config.num_speculative_tokens}
     kinds |= {"lookup": config.lookup, "lookup_draft": config.lookup}
     shared = make_plan(
-        [encode(task, target.tokenizer) for task in config.tasks_of(context.sections)],
+        [encode(task, context.chat) for task in config.tasks_of(context.sections)],
         count=config.prompts,
         context_length=min(target.context_length, draft.context_length),
         sweep=config.sweep.model_dump(),

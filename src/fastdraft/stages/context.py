@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fastdraft.console import Console
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.recipe.base import Config
 from fastdraft.recipe.run import RunConfig
@@ -32,6 +34,17 @@ class StageContext:
     sections: Mapping[str, Config]
     """Every section of the recipe by stage name: a stage may read another's settings, never its code."""
     console: Console
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """How the target reads prompts in this run: with the recipe's arguments, on the day it was begun."""
+        return ChatTemplate(self.target.tokenizer, self.target.chat_template_kwargs, self.run.date)
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """The template's arguments, for fingerprints of stages that make prompts; empty without any."""
+        arguments = self.target.chat_template_kwargs
+        return {"chat_template_kwargs": arguments} if arguments else {}
 
     def folder(self, stage: str) -> StageFolder:
         return self.run.folder(stage)

@@ -49,6 +49,7 @@ def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]
         "tasks": [describe_task(task) for task in config.tasks],
         "texts": texts,
         "target": context.target.identity(weights=needs_weights(config, context.sections)),
+        **context.template,
         "seed": context.settings.seed,
         "trained_on": {folder.name: folder.digest() for folder in _trained_on(context)},
         "checkpoints": {name: context.require(name).digest() for name in compared(config, context.sections)},
@@ -87,11 +88,11 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     if given:
         tasks = given.tasks()
     else:
-        tasks = [encode_task(task, target.tokenizer, context_length, console) for task in config.tasks]
+        tasks = [encode_task(task, context.chat, context_length, console) for task in config.tasks]
     opener = partial(_open_engine, config, context, model)
     writing = target.vocabulary, model, opener, given.rows if given else None
     work = EvaluationWork(config, tasks, settings.seed, folder, console, *writing)
-    work.take_turns(target.tokenizer, context_length)
+    work.take_turns(context.chat, context_length)
     work.write_texts()
     # Same device and precision for both: that is what is decoded with and what latency compares.
     dtype = torch.float32 if model is None else model.dtype
@@ -125,7 +126,10 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     console.table(title, *ladder(results).plain())
     tell(results, console)
     folder.complete(
-        tasks={t.name: {"prompts": len(t.prompt_ids), "skipped": t.num_skipped} for t in work.tasks},
+        tasks={
+            t.name: {"prompts": len(t.prompt_ids), "skipped": t.num_skipped, "why": t.skipped}
+            for t in work.tasks
+        },
         **{name: written[name] for name in ("differences", "greedy_check", "contamination")},
         seconds=round(time.monotonic() - start, 1),
         provenance=describe_run(),
@@ -140,7 +144,7 @@ def _given_texts(config: EvaluateConfig, context: StageContext, context_length: 
     if isinstance(texts, HeldOutTexts):
         rows = list(read_all(context.require("synthesize"), "validation"))
     elif isinstance(texts, LoggedTexts):
-        rows = logged_rows(texts, target.tokenizer, target.vocabulary, settings.seed, found.left_out)
+        rows = logged_rows(texts, context.chat, target.vocabulary, settings.seed, found.left_out)
         for folder in _trained_on(context, "synthesize"):
             trained = trained_prompts(folder)
     else:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fastdraft.console import Console, format_count
-from fastdraft.data.chat import end_of_turn_ids
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.prompts import normalised, tell_counts
 from fastdraft.data.rows import SyntheticRow, read_columns, read_facts, read_rows, unit_name, write_rows
@@ -67,6 +67,7 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
     settings = config.model_dump(mode="json", exclude={"prompts"})
     return {
         "target": context.target.identity(weights=config.needs_weights),
+        **context.template,
         "settings": settings | {"engine": describe_engine(engine.settings if engine else None)},
         "prompts": describe_sources(config.prompts, _evaluation_texts(context), seed),
         "seed": seed,
@@ -92,7 +93,7 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
     folder, console, target = context.folder("synthesize"), context.console, context.target
     settings, choice, held_out = context.settings, _engine(config, context), _evaluation_texts(context)
     set_threads(settings.threads)
-    drawn = (target.tokenizer, target.vocabulary, held_out, settings.seed)
+    drawn = (context.chat, target.vocabulary, held_out, settings.seed)
     account = Account(Planner(config, *drawn, lambda: context.require("prepare")).plans())
     for source in account.plans:
         if source.note:
@@ -104,7 +105,7 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         how |= {"batch_rows": config.batch_rows}
         how |= {"end_loops": config.looping != "keep"}  # what would be cut off or dropped need not be written
         engine = open_engine(choice.settings, target, folder, console, **how)
-    writer, fresh = _writer(config, target, engine, held_out), 0
+    writer, fresh = _writer(config, target, context.chat, engine, held_out), 0
     scorer = _scorer(config, target, engine, settings.device)
     with console.progress("synthesize", config.tokens, "tokens", 0) as progress:
         while account.total.tokens < config.tokens and (plan := account.next_plan()):
@@ -132,6 +133,8 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         units=account.units,
         by_source={name: asdict(c) for name, c in account.by_source.items()},
         by_temperature={f"{t:g}": asdict(c) for t, c in sorted(account.by_temperature.items())},
+        template=context.chat.settings,
+        notes={plan.name: plan.note for plan in account.plans if plan.note},
         refused_prompts={plan.name: plan.refused for plan in account.plans if plan.refused},
         generated_tokens_per_second=speed,
         target=target.identity(weights=config.needs_weights),
@@ -145,15 +148,19 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
 
 
 def _writer(
-    config: SynthesizeConfig, target: Target, engine: Engine | None, held_out: Collection[str]
+    config: SynthesizeConfig,
+    target: Target,
+    chat: ChatTemplate,
+    engine: Engine | None,
+    held_out: Collection[str],
 ) -> UnitWriter:
     tokenizer, vocabulary, instructing = target.tokenizer, target.vocabulary, None
     if engine and any(isinstance(source, MagpiePrompts) for source in config.prompts):
-        instructing = engine.with_ends([*vocabulary.eos_token_ids, *sorted(end_of_turn_ids(tokenizer))])
+        instructing = engine.with_ends([*vocabulary.eos_token_ids, *sorted(chat.end_of_turn_ids())])
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     row_filter = RowFilter(vocabulary.missing_ids, lambda ids: str(decode(ids)), config.looping)
     limits = (config.max_new_tokens, target.context_length, config.top_k, config.top_p)
-    return UnitWriter(engine, instructing, tokenizer, row_filter, *limits, held_out)
+    return UnitWriter(engine, instructing, chat, row_filter, *limits, held_out)
 
 
 def _scorer(
