@@ -25,7 +25,8 @@ from fastdraft.errors import DataError, FastDraftError
 from fastdraft.functional.acceptance import batched_expected_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.runtimes.llama_cpp import LlamaCppPair, LlamaCppSettings, as_passes, measure_passes
-from fastdraft.runtimes.llama_cpp_server import LlamaServer, ServerSettings
+from fastdraft.runtimes.llama_cpp_process import ServerSettings
+from fastdraft.runtimes.llama_cpp_server import LlamaServer
 from fastdraft.runtimes.runtime import Proposer
 from gguf_fixture import CONTEXT, EOS, SIZE, write_gguf
 

@@ -22,7 +22,8 @@ from fastdraft.recipe.synthesize import LlamaCppEngineConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.engines import describe_engine, open_engine, require_installed, uses_weights
 from fastdraft.runtimes.llama_cpp_engine import LlamaCppEngine, check_vocabulary
-from fastdraft.runtimes.llama_cpp_server import LlamaServer, ServerSettings
+from fastdraft.runtimes.llama_cpp_process import ServerSettings
+from fastdraft.runtimes.llama_cpp_server import LlamaServer
 from fastdraft.target import Target
 from gguf_fixture import CONTEXT, EOS, SIZE, write_gguf
 

@@ -51,16 +51,21 @@ def measure_memory(
 
 
 def resident() -> tuple[int, int]:
-    """Bytes that this process holds now, and the most that it ever held, where the system tells that."""
+    """Bytes that this process and its servers hold now, and the most that they ever held, where the system
+    tells that.
+    """
     import psutil
 
-    memory = psutil.Process().memory_info()
-    peak = getattr(memory, "peak_wset", memory.rss)  # Windows
-    status = Path("/proc/self/status")  # Linux
-    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
-        if line.startswith("VmHWM"):
-            peak = int(line.split()[1]) * 1024
-    return memory.rss, peak
+    this, now, most = psutil.Process(), 0, 0
+    for process in [this, *this.children(recursive=True)]:
+        memory = process.memory_info()
+        peak = getattr(memory, "peak_wset", memory.rss)  # Windows
+        status = Path(f"/proc/{process.pid}/status")  # Linux
+        for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
+            if line.startswith("VmHWM"):
+                peak = int(line.split()[1]) * 1024
+        now, most = now + memory.rss, most + peak
+    return now, most
 
 
 def main() -> None:

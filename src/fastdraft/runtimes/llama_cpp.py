@@ -16,7 +16,8 @@ from typing import Any
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.functional.generation import Sampling, check_prompts
-from fastdraft.runtimes.llama_cpp_server import ANY_ID, Answer, LlamaServer, ServerSettings, room_for
+from fastdraft.runtimes.llama_cpp_process import ServerSettings, room_for
+from fastdraft.runtimes.llama_cpp_server import ANY_ID, Answer, LlamaServer
 from fastdraft.runtimes.openvino import answer_seed
 from fastdraft.runtimes.passes import cut_rounds
 from fastdraft.runtimes.runtime import Proposer, TimedText

@@ -14,7 +14,8 @@ from fastdraft.modeling.gguf_files import GGUFFile, read_gguf
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.run import resolve_path
 from fastdraft.recipe.synthesize import LlamaCppEngineConfig
-from fastdraft.runtimes.llama_cpp_server import LlamaServer, ServerSettings, room_for
+from fastdraft.runtimes.llama_cpp_process import ServerSettings, room_for
+from fastdraft.runtimes.llama_cpp_server import LlamaServer
 from fastdraft.runtimes.openvino import answer_seed
 from fastdraft.target import Target
 

@@ -1,15 +1,12 @@
 """llama.cpp's server in a process of its own: started, waited for, asked over HTTP, ended with this process.
 
-    with LlamaServer(ServerSettings("target.gguf")) as server:
-        server.complete([1, 2, 3], Sampling(0.0), max_new_tokens=16, seed=0).ids
-
-Run as a module this file is that process: the server of the wheel `xllamacpp`, or the user's llama-server.
+with LlamaServer(ServerSettings("target.gguf")) as server:
+    server.complete([1, 2, 3], Sampling(0.0), max_new_tokens=16, seed=0).ids
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import json
 import math
@@ -20,7 +17,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -32,54 +28,16 @@ from typing import Any
 
 from fastdraft.errors import FastDraftError, MissingExtra
 from fastdraft.functional.generation import Sampling
+from fastdraft.runtimes.llama_cpp_process import HOST, ServerSettings
 
 ANY_ID = 64  # an ordinary token in every vocabulary: a byte or a short piece
-_HOST = "127.0.0.1"
 _START_SECONDS = 1800
 _ANSWER_SECONDS = 7200  # of one text; on a CPU a long one takes many minutes
 _LOG_SECONDS = 2
 _ROUND = re.compile(rb"accepted +(\d+)/ *(\d+) draft tokens")
+_PROCESS = "fastdraft.runtimes.llama_cpp_process"
 _STAMP = re.compile(r"[\d.]+ ([A-Z]) ")  # of a line of the log: time and kind
 _NEWER = "a llama-server must be of November 2026 or later; without `server` that of xllamacpp runs"
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What a server is started with; nothing of it can be changed by a request."""
-
-    target: str  # GGUF files
-    draft: str = ""  # "": none
-    num_speculative_tokens: int = 0
-    lookup: bool = False  # proposes from the text itself, before the draft is asked
-    room: int = 4096  # tokens of one text, prompt and answer together
-    slots: int = 1  # texts at a time
-    threads: int = 0  # 0: llama.cpp's own choice
-    program: str = ""  # a llama-server; "": the wheel's
-
-    @property
-    def lookup_tokens(self) -> int:
-        """Of the text's end, which must have stood before for lookup to propose what came behind."""
-        return min(3, self.num_speculative_tokens)  # it refuses to propose fewer than these
-
-    def arguments(self, port: int) -> list[str]:
-        """The command line of a llama-server."""
-        k = self.num_speculative_tokens
-        # Without these two it keeps old prompts in gigabytes of memory, and shrinks the context to what fits.
-        line = ["-m", self.target, "--cache-ram", "0", "--fit", "off", "--host", _HOST, "--port", str(port)]
-        line += ["-c", str(self.room * self.slots), "-np", str(self.slots), "--metrics", "--no-ui"]
-        line += ["-t", str(self.threads), "-tb", str(self.threads)] if self.threads else []
-        if self.lookup:
-            line += [
-                "--spec-ngram-simple-size-n",
-                str(self.lookup_tokens),
-                "--spec-ngram-simple-size-m",
-                str(k),
-            ]
-        if self.draft:
-            line += ["-md", self.draft, "--spec-draft-n-max", str(k)]
-            line += ["--spec-draft-n-min", "0", "--spec-draft-p-min", "0"]
-        kinds = ["ngram-simple"] * self.lookup + ["draft-simple"] * bool(self.draft)
-        return line + (["--spec-type", ",".join(kinds)] if kinds else [])
 
 
 @dataclass(frozen=True)
@@ -95,11 +53,6 @@ class Answer:
     ]  # under the distribution drawn from; empty where they were not asked for or left out
     num_drafted: int
     num_accepted: int
-
-
-def room_for(tokens: int) -> int:
-    """Room that serves somewhat longer texts too, so that few servers are started again."""
-    return max(256, 1 << (tokens - 1).bit_length())
 
 
 def require_llama_cpp(program: str = "") -> None:
@@ -118,9 +71,9 @@ class LlamaServer:
         require_llama_cpp(settings.program)
         self.settings = settings
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (goes with this object)
-        with socket.create_server((_HOST, 0)) as free:
+        with socket.create_server((HOST, 0)) as free:
             self._port = int(free.getsockname()[1])
-        command = [sys.executable, "-m", __spec__.name, json.dumps(asdict(settings)), str(self._port)]
+        command = [sys.executable, "-m", _PROCESS, json.dumps(asdict(settings)), str(self._port)]
         # A session of its own: Ctrl-C is for this process, which finishes what is under way.
         self._process = subprocess.Popen(
             command,
@@ -157,7 +110,7 @@ class LlamaServer:
             if self._process.poll() is not None:
                 raise self._died("could not start", f"see the file and the keys of llama.cpp; {_NEWER}")
             with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection(_HOST, self._port, timeout=5)
+                connection = http.client.HTTPConnection(HOST, self._port, timeout=5)
                 connection.request("GET", "/health")
                 if connection.getresponse().status == 200:
                     return
@@ -245,7 +198,7 @@ class LlamaServer:
 
     def ask(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         """The JSON answer to a question; every failure is one line."""
-        connection = http.client.HTTPConnection(_HOST, self._port, timeout=_ANSWER_SECONDS)
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=_ANSWER_SECONDS)
         try:
             connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -298,63 +251,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def main() -> None:
-    """The process of `LlamaServer`: serves until its stdin is closed, as it is when the parent ends."""
-    settings, port = ServerSettings(**json.loads(sys.argv[1])), int(sys.argv[2])
-    ended: list[subprocess.Popen[bytes]] = []
-
-    def end_with_parent() -> None:
-        sys.stdin.buffer.read()
-        for program in ended:
-            program.kill()
-        os._exit(0)
-
-    if settings.program:
-        command = [settings.program, *settings.arguments(port)]
-        linux = sys.platform == "linux"
-        # A server must not outlive this process either, should it be killed.
-        die = (lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)) if linux else None  # PR_SET_PDEATHSIG
-        ended.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die))  # noqa: PLW1509 (no thread yet)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    if ended:
-        code = ended[0].wait()
-        if code < 0:
-            os.kill(os.getpid(), -code)  # ends as it ended, so that the parent can tell
-        os._exit(code or 1)
-    try:
-        server = _serve(settings, port)
-    except RuntimeError:  # its log has told why
-        os._exit(1)
-    threading.Event().wait()
-    del server
-
-
-def _serve(settings: ServerSettings, port: int) -> Any:
-    """The server of the wheel, which runs as long as what this gives is held."""
-    import xllamacpp
-
-    params, kinds = xllamacpp.CommonParams(), []
-    params.model.path, params.hostnames, params.port = settings.target, [_HOST], port
-    params.n_ctx, params.n_parallel = settings.room * settings.slots, settings.slots
-    params.cache_ram_mib, params.fit_params, params.endpoint_metrics, params.ui = 0, False, True, False
-    if settings.threads:
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.threads
-    speculative, kind = params.speculative, xllamacpp.common_speculative_type
-    if settings.lookup:
-        kinds.append(kind.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE)
-        speculative.ngram_simple.size_n = settings.lookup_tokens
-        speculative.ngram_simple.size_m = settings.num_speculative_tokens
-    if settings.draft:
-        kinds.append(kind.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE)
-        speculative.draft.mparams.path = settings.draft
-        speculative.draft.n_max = settings.num_speculative_tokens
-        speculative.draft.n_min, speculative.draft.p_min = 0, 0.0
-    if kinds:
-        speculative.types = kinds
-    return xllamacpp.Server(params)
-
-
-if __name__ == "__main__":
-    main()

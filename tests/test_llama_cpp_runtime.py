@@ -1,0 +1,92 @@
+"""llama.cpp as a runtime of the benchmark: what it says of itself, which pairs it refuses, how it is launched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("gguf")
+
+from fastdraft.benchmark.memory import measure_memory
+from fastdraft.errors import FastDraftError, TargetError
+from fastdraft.functional.generation import Sampling
+from fastdraft.runtimes.llama_cpp_process import ServerSettings
+from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime
+from fastdraft.runtimes.runtime import Proposer, ProposerKind
+from gguf_fixture import CONTEXT, SIZE, write_gguf
+
+RUNTIME = LlamaCppRuntime(threads=1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    made = []
+    for name, noise in (("target", 0.0), ("draft", 0.02)):
+        made.append(tmp_path_factory.mktemp(name))
+        write_gguf(made[-1] / "model.gguf", noise=noise)
+    return made[0], made[1]
+
+
+def test_a_pair_is_opened_with_the_context_of_its_files(folders: tuple[Path, Path]) -> None:
+    pair = RUNTIME.open(*folders)
+    assert (pair.context_length, pair.settings) == (CONTEXT, RUNTIME)
+    [text] = pair.write([[5, 7, 9]], Sampling(0.0), 6, 0, Proposer("draft", 2))
+    assert len(text.response_ids) == 6
+    pair.close()
+
+
+def test_a_draft_that_the_server_would_leave_out_is_refused_before_it_starts(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "model.gguf", size=SIZE + 200)
+    with pytest.raises(TargetError, match="must differ by at most 128"):
+        RUNTIME.open(folders[0], tmp_path)
+
+
+def test_bytes_are_those_of_the_weights(folders: tuple[Path, Path]) -> None:
+    size = RUNTIME.weights_bytes(folders[0])
+    assert size % 4 == 0
+    assert 0 < (folders[0] / "model.gguf").stat().st_size - size < 20_000  # the head
+
+
+def test_memory_is_that_of_the_server(folders: tuple[Path, Path]) -> None:
+    found = measure_memory(RUNTIME, *folders, [5, 7, 9], 4)
+    assert found is not None
+    assert found > 20_000_000  # of a process with the wheel loaded; ours has loaded nothing
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("draft", "-md path/to/draft-f16.gguf --spec-draft-n-max 4 --spec-type draft-simple"),
+        ("lookup", "--spec-type ngram-simple --spec-ngram-simple-size-n 3 --spec-ngram-simple-size-m 4"),
+        (
+            "lookup_draft",
+            "-md path/to/draft-f16.gguf --spec-draft-n-max 4 --spec-type ngram-simple,draft-simple"
+            " --spec-ngram-simple-size-n 3 --spec-ngram-simple-size-m 4",
+        ),
+    ],
+)
+def test_what_a_user_types(kind: ProposerKind, wanted: str) -> None:
+    line = RUNTIME.launch_line("Q4_K_M", "f16", Proposer(kind, 4))
+    assert line == f"llama-server -m path/to/target-Q4_K_M.gguf {wanted}"
+
+
+def test_a_server_without_proposals_is_asked_for_nothing_that_an_older_one_lacks() -> None:
+    line = ServerSettings("t.gguf", room=512, slots=4).arguments(80)
+    assert " ".join(line) == ("-m t.gguf --cache-ram 0 --fit off --host 127.0.0.1 --port 80 -c 2048 -np 4")
+
+
+def test_the_release_is_told_or_the_program_is_refused(tmp_path: Path) -> None:
+    told = RUNTIME.describe()
+    assert told["version"].startswith("xllamacpp 20")
+    assert (told["name"], told["device"], told["threads"]) == ("llamacpp", "CPU", 1)
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\necho 'version: 11549 (abc)' >&2\n", encoding="utf-8")
+    program.chmod(0o755)
+    assert LlamaCppRuntime(server=str(program)).describe()["version"] == "llama-server 11549 (abc)"
+    program.write_text("#!/bin/sh\nexit 3\n", encoding="utf-8")
+    with pytest.raises(FastDraftError, match="exit code 3; must be llama.cpp's llama-server"):
+        LlamaCppRuntime(server=str(program)).describe()
