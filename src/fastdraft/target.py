@@ -27,6 +27,7 @@ from fastdraft.errors import TargetError
 from fastdraft.modeling.architecture import Architecture, auto_class, read_architecture
 from fastdraft.modeling.checkpoint import check_header, refuse_misfits, refuse_second_head
 from fastdraft.modeling.families import check_config, plain_values, special_id, text_config
+from fastdraft.modeling.gguf_target import GGUFModelFiles, as_directory, open_gguf
 from fastdraft.modeling.model_files import ModelFiles, one_line, quiet
 from fastdraft.modeling.tokenizer import load_tokenizer
 from fastdraft.modeling.vocabulary import Vocabulary, describe
@@ -51,6 +52,9 @@ class Target:
     def __init__(self, settings: TargetConfig) -> None:
         self.name, self.location, self.revision = settings.model, settings.location, settings.revision
         self.dtype, self.chat_template_kwargs = settings.dtype, settings.chat_template_kwargs
+        self._gguf = open_gguf(settings.location, settings.revision)
+        if self._gguf:
+            self.location = str(as_directory(self._gguf))
 
     @classmethod
     def at(cls, folder: Path | str, revision: str | None = None) -> Target:
@@ -59,7 +63,14 @@ class Target:
 
     @cached_property
     def files(self) -> ModelFiles:
+        if self._gguf:
+            return GGUFModelFiles(self._gguf, self.location)
         return ModelFiles(self.location, self.revision)
+
+    @property
+    def gguf_file(self) -> Path | None:
+        """The GGUF file that this model is (of several parts the first); None for other models."""
+        return self._gguf.path if self._gguf else None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -201,7 +212,7 @@ class Target:
         device = torch.device(device)
         # On a CPU half precision is slow on most machines, and makes greedy text inexact.
         auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
-        self.files.check_weights()
+        self.files.make_weights()
         self.check_quantiser()
         self.check_tensors()
         with one_line(self.location):
@@ -234,6 +245,8 @@ class Target:
         """
         identity: dict[str, Any] = {"model": self.name, "revision": self.revision}
         identity["dtype"] = self.dtype if weights else None
+        if self._gguf:
+            return identity | {"files": {self._gguf.path.name: self._gguf.digest}}
         folder = Path(self.location)
         if not folder.is_dir():
             return identity

@@ -1,19 +1,16 @@
 """Tokenizers between GGUF fields and tokenizer.json, so that both give the ids of llama.cpp.
 
-llama.cpp does not normalise text, so a tokenizer made from a file has no NFC even where the model's own has; it
-matches control and user-defined tokens before anything else; and it knows how to split a text by a name only.
+llama.cpp does not normalise text, so a tokenizer made from a file has no NFC even where the model's own has;
+it matches control and user-defined tokens before anything else; it knows how to split a text by a name only.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastdraft.errors import TargetError
-from fastdraft.modeling.gguf_files import ARRAY, PADDING_TOKEN, STRING, GGUFField, GGUFFile, adds
+from fastdraft.modeling.gguf_files import PADDING_TOKEN, GGUFFile, adds
 
 # Types of tokens, of the specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -32,7 +29,7 @@ def _by_case(upper: str, lower: str, ending: str, digits: str) -> str:
 
 @dataclass(frozen=True)
 class Splitting:
-    """How a text falls into pieces before it is merged: by each pattern in turn, matches and what is between."""
+    """How a text falls into pieces before merging: by each pattern in turn, matches and what is between."""
 
     patterns: tuple[str, ...]
     whole_words: bool = False  # a piece that is a token is not merged

@@ -178,6 +178,10 @@ class ModelFiles:
         if self.is_local:
             self.weights()
 
+    def make_weights(self) -> None:
+        """Whatever must be there before transformers loads the directory."""
+        self.check_weights()
+
 
 def _header(path: Path) -> Header:
     with safe_open(path, framework="pt") as file:

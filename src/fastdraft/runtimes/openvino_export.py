@@ -100,7 +100,7 @@ def export_openvino(
     draft.
     """
     require_openvino()
-    source.files.check_weights()
+    source.files.make_weights()
     if pair is not None:
         check_pair(Target.at(pair), source)
     with atomic_folder(folder) as temporary:
