@@ -221,11 +221,12 @@ def _read_head(path: Path) -> tuple[dict[str, GGUFField], dict[str, GGUFTensor]]
 
 def _tensors(head: _Head, count: int, alignment: int) -> Iterator[GGUFTensor]:
     """Every tensor that the head lists; all of its bytes must be in the file."""
-    sizes, listed = require_gguf().GGML_QUANT_SIZES, []
+    sizes = require_gguf().GGML_QUANT_SIZES
+    listed: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in range(count):
         [name] = head.texts(1)
-        shape = [head.number("Q") for _ in range(head.number("I"))]
-        listed.append((name, tuple(reversed(shape)), head.number("I"), head.number("Q")))
+        dimensions = [head.number("Q") for _ in range(head.number("I"))]
+        listed.append((name, tuple(reversed(dimensions)), head.number("I"), head.number("Q")))
     start = (head.at + alignment - 1) // alignment * alignment
     for name, shape, kind, offset in listed:
         if kind not in sizes:

@@ -77,12 +77,12 @@ def is_turned(architecture: str, name: str) -> bool:
 
 def to_halves(weight: Tensor, heads: int) -> Tensor:
     """Rows [heads * width, ...] from neighbouring rotary pairs to transformers' two halves."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def to_neighbours(weight: Tensor, heads: int) -> Tensor:
     """The inverse of `to_halves`."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def has_shifted_norms(architecture: str) -> bool:
