@@ -28,7 +28,7 @@ import torch
 from machine import Report, options, ratio, spread, table, take_turns, tell
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fastdraft.data.chat import first_prompt_ids
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.prompts import select_prompts
 from fastdraft.decoding.autoregressive import pad_left
 from fastdraft.functional.generation import Sampling
@@ -125,7 +125,8 @@ class Contenders:
 def read_prompts(target: Target, given: argparse.Namespace, room: int) -> Texts:
     """The first prompts that fit, as the target reads them, shortest first."""
     chosen = select_prompts(JsonlPrompts(kind="jsonl", name="p", path=given.file), set(), 0).prompts
-    encoded = (first_prompt_ids(target.tokenizer, prompt, chat=True) for prompt in chosen)
+    chat = ChatTemplate(target.tokenizer)
+    encoded = (chat.prompt_ids(prompt) for prompt in chosen)
     fitting = (ids for ids in encoded if len(ids) <= room)
     return sorted(itertools.islice(fitting, given.prompts), key=len)
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file 
 from machine import Report, options, table
 
 from fastdraft.console import Console
-from fastdraft.data.chat import has_chat_template, prompt_ids
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.evaluation.tasks import load_task
@@ -40,7 +40,7 @@ from fastdraft.recipe.evaluation import ShippedTask
 from fastdraft.run_folder import atomic_folder
 from fastdraft.runtimes.openvino_export import convert
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
-from fastdraft.runtimes.runtime import TimedText
+from fastdraft.runtimes.runtime import Proposer, TimedText
 from fastdraft.target import Target
 
 TASKS = ("code", "instructions", "text", "summarization")
@@ -75,7 +75,9 @@ class Agreement:
         with self.console.progress(f"{title}, K = {k}", len(self.prompts), "texts") as progress:
             for _, prompt in self.prompts:
                 asked = ([prompt], GREEDY, self.given.max_new_tokens, 0)
-                found = pair.write_with_draft(*asked, k, exact_counts=exact) if k else pair.write(*asked)
+                found = (
+                    pair.write(*asked, Proposer("draft", k), exact_counts=exact) if k else pair.write(*asked)
+                )
                 texts += found
                 progress.advance()
         return texts
@@ -129,12 +131,12 @@ class Agreement:
 
 def read_prompts(target: Target, count: int, room: int) -> list[tuple[str, list[int]]]:
     """Names and ids of prompts that fit, spread evenly over the tasks."""
-    template, found = has_chat_template(target.tokenizer), []
+    template, found = ChatTemplate(target.tokenizer), []
     for number, kind in enumerate(TASKS):
         share = (count + len(TASKS) - 1 - number) // len(TASKS)
         task = load_task(ShippedTask.model_validate({"kind": kind, "prompts": 4 * share}))
-        chat = task.chat and template
-        encoded = ((one.id, prompt_ids(target.tokenizer, one.text, chat)) for one in task.prompts)
+        chat = task.chat
+        encoded = ((one.id, template.prompt_ids(one.text, chat=chat)) for one in task.prompts)
         found += [(f"{kind} {name}", ids) for name, ids in encoded if len(ids) <= room][:share]
     return found
 

@@ -36,7 +36,7 @@ from stepping.worker import peak_memory
 from fastdraft.console import Console
 from fastdraft.data.corpora import blocks, documents
 from fastdraft.data.pack import BATCH_CHARS
-from fastdraft.data.readers import jsonl_values
+from fastdraft.data.readers import field_values
 from fastdraft.data.tokenize import DocumentEncoder, set_tokenizer_threads
 from fastdraft.recipe.prepare import PrepareConfig, RowsSource, SourceCodeSource
 from fastdraft.recipe.run import RunConfig
@@ -80,7 +80,7 @@ def write_corpus(folder: Path, megabytes: float, text: Path | None) -> Path:
         while left > 0:
             copy += 1
             own = (document for _, _, document in documents(library, 0) if document)
-            given = (document for _, document in jsonl_values(text, "text")) if text else own
+            given = (document for _, _, document in field_values(text, "text")) if text else own
             for document in given:
                 numbered = with_numbers(document, copy)
                 file.write(json.dumps({"text": numbered}, ensure_ascii=False) + "\n")

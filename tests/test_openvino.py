@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ from fastdraft.runtimes.openvino import (
 )
 from fastdraft.runtimes.openvino_export import check_pair, export_openvino
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
-from fastdraft.runtimes.runtime import TimedText
+from fastdraft.runtimes.runtime import Proposer, TimedText
 from fastdraft.target import Target
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30)]
@@ -142,8 +143,12 @@ def test_an_export_that_fails_its_check_leaves_no_folder(
         shutil.copytree(exported_target, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(openvino_export, "convert", copy)
-    alone = [TimedText([7] * 32, 1.0, 1.0)]
-    monkeypatch.setattr(openvino_export.OpenVINOPair, "write", lambda *_: alone)
+    write = openvino_export.OpenVINOPair.write
+
+    def other_alone(pair: OpenVINOPair, *asked: Any) -> list[TimedText]:
+        return write(pair, *asked) if isinstance(asked[-1], Proposer) else [TimedText([7] * 32, 1.0, 1.0)]
+
+    monkeypatch.setattr(openvino_export.OpenVINOPair, "write", other_alone)
     with pytest.raises(FastDraftError, match="differs with the draft, by a log-prob of"):
         export_openvino(Target.at(tiny_target), tmp_path / "out", "fp32")
     assert list(tmp_path.iterdir()) == []
