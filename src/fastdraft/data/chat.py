@@ -109,11 +109,17 @@ class ChatTemplate:
         # From messages, as a server would: a template that strips earlier thinking strips it here too.
         return self.render(messages)
 
-    def render(self, messages: Messages) -> RenderedPrompt:
-        """Token ids of the messages up to where the answer begins; they know their messages."""
+    def render(self, messages: Messages, arguments: Mapping[str, Any] | None = None) -> RenderedPrompt:
+        """Token ids of the messages up to where the answer begins; they know their messages.
+
+        `arguments` are of these alone: the tools of their request, say, or `continue_final_message`.
+        """
         self.require("user")
         given = [self._given(message["role"], message["content"]) for message in messages]
-        return RenderedPrompt(text_ids(self.tokenizer, self._apply(given)), messages, self._variables)
+        own = arguments or {}
+        return RenderedPrompt(
+            text_ids(self.tokenizer, self._apply(given, own)), messages, {**self._variables, **own}
+        )
 
     def note(self, talks: Sequence[Conversation]) -> str:
         """What the user should know of how these are rendered, empty for nothing; refuses a template that
@@ -176,8 +182,10 @@ class ChatTemplate:
     def _given(self, role: str, words: str) -> dict[str, Any]:
         return {"role": role, "content": _content(words, self._form(role)[0])}
 
-    def _apply(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        name, variables = self.tokenizer.name_or_path, dict(self._variables)
+    def _apply(
+        self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any] | None = None
+    ) -> str:
+        name, variables = self.tokenizer.name_or_path, {**self._variables, **(arguments or {})}
         if not self.exists:
             fix = "leave out prompts of kind magpie, or use a target with a template"
             raise TargetError(f"{name}: no chat template; chat prompts need one", fix)
@@ -188,7 +196,7 @@ class ChatTemplate:
         if self.date:
             variables["strftime_now"] = self.date.strftime
         try:
-            options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **variables}
+            options: dict[str, Any] = {"add_generation_prompt": True, **variables, "tokenize": False}
             return str(self.tokenizer.apply_chat_template([dict(m) for m in messages], **options))
         except Exception as error:  # templates are programs: whatever they raise is about the template
             found = f"{name}: chat template failed ({str(error)[:80]}); it must render these messages"

@@ -1,20 +1,30 @@
-"""Logs of a target in the OpenAI format, one JSON object a line, as prompts and answers in token ids.
+"""Logs of a target, one request with its answer a line or row, as prompts and answers in token ids.
 
-A line is {messages or prompt, choices or response}, with its request's keys beside it or under `request` or
-`body`; or the Batch API's output with the requests it answers.
+`read_transcripts` reads a source of the recipe; data/log_formats.py knows how lines are written, and
+data/openai_format.py makes ids of an answer. What cannot be used is counted by its reason.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.corpora import JSONL, describe_files, find_files
-from fastdraft.data.openai_format import AnswerReader, Choice, read_choices, read_ids, read_logprob
+from fastdraft.data.log_formats import (
+    answered,
+    asked,
+    flat_answer,
+    has_failed,
+    system_words,
+    template_arguments,
+)
+from fastdraft.data.messages import Message, read_messages
+from fastdraft.data.openai_format import AnswerReader, Choice, read_choices, read_ids
 from fastdraft.data.prompts import digest_of, normalised, tell_counts
 from fastdraft.data.readers import read_rows
 from fastdraft.data.rows import ids_hash
@@ -30,32 +40,50 @@ _NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "repeat_penalty
 _NEUTRAL |= {"presence_penalty": 0, "frequency_penalty": 0}
 _BENDING = ["logit_bias", "response_format", "grammar", "bad_words"]
 _BENDING += [f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")]
-_HOTTEST, _LARGEST_TOP_K = 10, 1 << 30
+_FILES = [*JSONL, "*.parquet"]
+# Arguments of a request that are about its last message alone.
+_OF_THE_LAST = {"add_generation_prompt", "continue_final_message"}
+# Why lines are refused; what they say beyond text has further names: `tools`, `thinking`, `unsupported_echo`
+_REASONS = ("evaluation", "empty", "unrendered", "no_answer", "unknown_id")
+_HOTTEST, _LARGEST_TOP_K, _GREEDY = 10, 1 << 30, Sampling(0.0)
 
 
 @dataclass(frozen=True)
 class LogEntry:
     """One line of a log, before anything is tokenised."""
 
-    messages: list[dict[str, str]] | None
-    prompt: str | list[int]  # instead of messages
-    choices: list[Choice]
-    sampling: Sampling
+    messages: list[Message] | None
+    prompt: str | list[int] = ""  # instead of messages
+    choices: list[Choice] = field(default_factory=list)
+    sampling: Sampling = _GREEDY
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the request, for the chat template
     bent: bool = False  # the request bent the distribution by other means than temperature, top-k and top-p
-    refused: str = ""  # why it is of no use: `no_answer` (the call failed) or `unsupported` (tools, pictures)
+    refused: str = ""  # why it is of no use
 
     @property
     def texts(self) -> list[str]:
         """Everything that the user said, or the prompt's text; empty for a prompt of ids."""
         if self.messages is not None:
-            return [message["content"] for message in self.messages if message["role"] == "user"]
+            return [message.text for message in self.messages if message.role == "user"]
         return [self.prompt] if isinstance(self.prompt, str) else []
 
-    @property
-    def first_turn(self) -> list[dict[str, str]]:
-        """Of a later turn what stands before the conversation's first answer; else empty."""
-        roles = [message["role"] for message in self.messages or ()]
-        return (self.messages or [])[: roles.index("assistant")] if "assistant" in roles else []
+    def prompt_ids(self, chat: ChatTemplate) -> list[int]:
+        """As the target read it."""
+        "".join(self.texts).encode()  # half a character alone (a lone surrogate) cannot be read
+        if all(choice.prompt_ids for choice in self.choices):
+            return self.choices[0].prompt_ids or []
+        if self.messages:
+            return chat.render([message.plain for message in self.messages], self.arguments)
+        if isinstance(self.prompt, str):
+            return chat.prompt_ids(self.prompt, chat=False) if self.prompt else []
+        return list(self.prompt)
+
+    def key(self, chat: ChatTemplate) -> str:
+        """Of a later turn the hash of what stands before its conversation's first answer; else empty."""
+        roles = [message.role for message in self.messages or ()]
+        first = (self.messages or [])[: roles.index("assistant")] if "assistant" in roles else []
+        arguments = {key: value for key, value in self.arguments.items() if key not in _OF_THE_LAST}
+        return ids_hash(chat.render([message.plain for message in first], arguments)) if first else ""
 
 
 @dataclass(frozen=True)
@@ -74,13 +102,14 @@ class Transcripts:
     rows: list[Transcript]
     # `evaluation` (also of a task), `empty`, `unrendered` (the template refuses it), or as LogEntry's.
     refused: dict[str, int]
+    note: str = ""  # what the user should know of how lines were read
 
 
 def describe(config: TranscriptLog) -> dict[str, Any]:
     """The settings and what they point at now, for fingerprints."""
-    found = {**config.model_dump(mode="json"), **describe_files(find_files(config.path, JSONL))}
+    found = {**config.model_dump(mode="json"), **describe_files(find_files(config.path, _FILES))}
     if config.requests:
-        found["requests_files"] = describe_files(find_files(config.requests, JSONL))
+        found["requests_files"] = describe_files(find_files(config.requests, _FILES))
     return found
 
 
@@ -115,17 +144,16 @@ def read_transcripts(
     ends: Any = vocabulary.eos_token_ids
     kinds: Any = ("none", config.logprobs)
     readers = {kind: AnswerReader(chat.tokenizer, ends, vocabulary.size, kind) for kind in kinds}
-    reasons = ("evaluation", "empty", "unrendered", "no_answer", "unsupported", "unknown_id")
-    refused = dict.fromkeys(reasons, 0)
+    refused, names = Counter(dict.fromkeys(_REASONS, 0)), Counter[str]()
     rows: list[Transcript] = []
     for entry in read_entries(config):
         reason, prompt, key = entry.refused, list[int](), ""
+        names.update({message.name for message in entry.messages or () if message.name})
         if not reason and any(map(is_evaluation, filter(None, entry.texts))):
             reason = "evaluation"
         if not reason:
             try:
-                prompt = _prompt_ids(entry, chat)
-                key = ids_hash(chat.render(entry.first_turn)) if entry.first_turn else ""
+                prompt, key = entry.prompt_ids(chat), entry.key(chat)
                 reason = "" if prompt else "empty"
             except UnknownId:
                 reason = "unknown_id"
@@ -145,16 +173,8 @@ def read_transcripts(
     order = list(range(len(rows)))
     random.Random(f"{seed}/{config.name}").shuffle(order)
     chosen = order[: config.count]
-    return Transcripts([rows[place] for place in (chosen if shuffled else sorted(chosen))], refused)
-
-
-def _prompt_ids(entry: LogEntry, chat: ChatTemplate) -> list[int]:
-    "".join(entry.texts).encode()  # half a character alone (a lone surrogate) cannot be read
-    if entry.messages is not None:
-        return chat.render(entry.messages)
-    if isinstance(entry.prompt, str):
-        return chat.prompt_ids(entry.prompt, chat=False)
-    return list(entry.prompt)
+    note = f"roles taken as the assistant's: {tell_counts(names)}" if names else ""
+    return Transcripts([rows[place] for place in (chosen if shuffled else sorted(chosen))], refused, note)
 
 
 def _generation(reader: AnswerReader, prompt: Sequence[int], choice: Choice, entry: LogEntry) -> Generation:
@@ -172,12 +192,12 @@ def _generation(reader: AnswerReader, prompt: Sequence[int], choice: Choice, ent
 def read_entries(config: TranscriptLog) -> Iterator[LogEntry]:
     """Every line of a log; the errors name file and line."""
     requests = {
-        str(row["custom_id"]): row["body"]
-        for path in (find_files(config.requests, JSONL).values() if config.requests else ())
+        str(row["custom_id"]): row.get("body") or row.get("params")  # Anthropic's
+        for path in (find_files(config.requests, _FILES).values() if config.requests else ())
         for _, row in read_rows(path)
-        if "custom_id" in row and isinstance(row.get("body"), dict)
+        if "custom_id" in row
     }
-    for path in find_files(config.path, JSONL).values():
+    for path in find_files(config.path, _FILES).values():
         for where, row in read_rows(path):
             name = str(row.get("custom_id"))
             if config.requests and name not in requests:
@@ -187,94 +207,77 @@ def read_entries(config: TranscriptLog) -> Iterator[LogEntry]:
 
 
 def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> LogEntry:
-    request = next((row[key] for key in ("request", "body") if isinstance(row.get(key), dict)), row)
-    told = {**row, **request}
-    messages, prompt = told.get("messages"), told.get("prompt")
-    if reason := "no_answer" if _failed(row) else "unsupported" if _is_unsupported(messages) else "":
-        return LogEntry(None, "", [], Sampling(0.0), refused=reason)
-    messages = _messages(where, messages)
-    choices = _choices(where, row, chat=messages is not None)
-    if not choices and messages and messages[-1]["role"] == "assistant":
-        choices = [Choice(messages[-1]["content"], None, None, str(row.get("finish_reason") or "stop"))]
-        messages = messages[:-1]
-    if not choices or not (messages or isinstance(prompt, str) or read_ids(prompt)):
+    if has_failed(row):
+        return LogEntry(None, refused="no_answer")
+    told = asked(row)
+    listed = isinstance(told.get("messages"), list | dict)
+    messages = read_messages(told["messages"], where) if listed else None
+    if isinstance(messages, str):
+        return LogEntry(None, refused="unknown_role")
+    choices = _choices(where, row, told, chat=messages is not None)
+    if not choices and messages:
+        messages, choices = _last_answer(row, told, messages)
+    prompt = told.get("prompt")
+    if not choices or not (messages is not None or isinstance(prompt, str) or read_ids(prompt)):
         batch = bool(choices) and "custom_id" in row
         fix = "set `requests` to the batch's input" if batch else "correct or delete the line"
         keys = ", ".join(map(str, list(row)[:8])) or "none"
         found = f"{where}: keys {keys}; must hold `messages` or `prompt`, and"
         raise DataError(f"{found} `choices`, `response` or a last message of the assistant", fix)
+    arguments = template_arguments(told)
+    reason = _beyond_text(messages or [], arguments)
+    if reason and not (isinstance(arguments, str) and all(choice.prompt_ids for choice in choices)):
+        return LogEntry(messages, choices=choices, refused=reason)
+    if (
+        messages is not None
+        and (system := system_words(told))
+        and system not in (m.text for m in messages[:1])
+    ):
+        messages = [Message("system", system), *messages]
     bent = any(told.get(key) not in (None, value) for key, value in _NEUTRAL.items())
     bent = bent or any(told.get(key) for key in _BENDING)
-    return LogEntry(messages, [] if messages else prompt or [], choices, _sampling(where, told, config), bent)
+    given = arguments if isinstance(arguments, dict) else {}
+    return LogEntry(messages, prompt or [], choices, _sampling(where, told, config), given, bent)
 
 
-def _failed(row: Mapping[str, Any]) -> bool:
-    """The call gave no answer: an empty response, an error in its place, or a status that is not 2xx."""
-    answers = [row[key] for key in ("response", "choices") if key in row]
-    if answers and all(answer is None for answer in answers):
-        return True
-    bodies = [row, *(answer for answer in answers if isinstance(answer, dict))]
-    bodies += [body["body"] for body in bodies if isinstance(body.get("body"), dict)]
-    codes = [body.get("status_code") for body in bodies]
-    if any(type(code) is int and not 200 <= code < 300 for code in codes):
-        return True
-    return any(b.get("error") and not b.get("choices") and not b.get("content") for b in bodies[1:])
+def _beyond_text(messages: Sequence[Message], arguments: Mapping[str, Any] | str) -> str:
+    """Why the prompt cannot be rendered as the target read it; empty where it can."""
+    if beyond := next((message.beyond for message in messages if message.beyond), ""):
+        return beyond
+    if isinstance(arguments, str):
+        return f"unsupported_{arguments}"
+    # Some servers go on with a last message of the assistant, others close it: the request must tell.
+    ends_open = bool(messages) and messages[-1].role == "assistant" and not _OF_THE_LAST & arguments.keys()
+    return "unsupported_prefix" if ends_open else ""
 
 
-def _is_unsupported(messages: object) -> bool:
-    """A conversation of more than text: tools called or answering, pictures or sounds among its parts."""
-    for message in messages if isinstance(messages, list) else ():
-        if not isinstance(message, dict):
-            continue
-        parts = message["content"] if isinstance(message.get("content"), list) else []
-        called = message.get("tool_calls") or message.get("function_call")
-        if called or message.get("role") in ("tool", "function"):
-            return True
-        if any(isinstance(part, dict) and not isinstance(part.get("text"), str) for part in parts):
-            return True
-    return False
+def _choices(where: str, row: Mapping[str, Any], told: Mapping[str, Any], *, chat: bool) -> list[Choice]:
+    """The line's answers, none where there is none but for the last of its messages."""
+    body = answered(row, chat=chat)
+    try:
+        choices = read_choices(body, told.get("stop", told.get("stop_sequences"))) if body else []
+    except ValueError as error:
+        rule, fix = (
+            "an answer must stand in one piece",
+            "join the pieces of each answer, or log whole answers",
+        )
+        raise DataError(f"{where}: {error}; {rule}", fix) from None
+    ids = read_ids(row.get("prompt_token_ids"))
+    return [replace(choice, prompt_ids=choice.prompt_ids or ids) for choice in choices]
 
 
-def _messages(where: str, value: object) -> list[dict[str, str]] | None:
-    if not isinstance(value, list) or not value:
-        return None
-    messages = []
-    for message in value:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list):
-            parts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "".join(text for text in parts if isinstance(text, str))
-        if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            found = f"{where}: a message without text; each needs a `role` and a `content`"
-            raise DataError(found, "correct or delete the line")
-        messages.append({"role": message["role"], "content": content})
-    return messages
-
-
-def _choices(where: str, row: Mapping[str, Any], *, chat: bool) -> list[Choice]:
-    """The line's answers: `choices`, its own or its response's, or a response of text."""
-    response = row.get("response")
-    bodies = [row, *([response] if isinstance(response, dict) else [])]
-    bodies += [body["body"] for body in bodies if isinstance(body.get("body"), dict)]
-    prompt_ids = read_ids(row.get("prompt_token_ids"))
-    for body in bodies:
-        try:
-            choices = read_choices(body)
-        except ValueError as error:
-            if "streamed" in str(error):
-                fix = "join the pieces of each answer, or log whole answers"
-                raise DataError(f"{where}: {error}; an answer must stand in one piece", fix) from None
-            continue
-        return [replace(choice, prompt_ids=choice.prompt_ids or prompt_ids) for choice in choices]
-    text = response.get("content") if isinstance(response, dict) else response
-    if not isinstance(text, str):
-        return []
-    ids = read_ids(row.get("response_token_ids")) or read_ids(row.get("token_ids"))
-    reason = str(row.get("finish_reason") or ("stop" if chat else "length"))
-    told = row.get("logprobs")
-    values = [read_logprob(value) for value in told] if isinstance(told, list) else [None]
-    logprobs = [value for value in values if value is not None] if None not in values else None
-    return [Choice(text, ids, logprobs, reason, prompt_ids=prompt_ids)]
+def _last_answer(
+    row: Mapping[str, Any], told: Mapping[str, Any], messages: list[Message]
+) -> tuple[list[Message], list[Choice]]:
+    """A conversation apart from its last answer, behind which data sets may have a question more."""
+    roles = [message.role for message in messages]
+    if "conversations" in told and "assistant" in roles:
+        messages = messages[: len(roles) - roles[::-1].index("assistant")]
+    if messages[-1].role != "assistant":
+        return messages, []
+    answer = flat_answer(row, {"content": messages[-1].text}, "stop")
+    choices = read_choices(answer, told.get("stop"))
+    return messages[:-1], [replace(choice, beyond=messages[-1].beyond) for choice in choices]
 
 
 def _sampling(where: str, told: Mapping[str, Any], config: TranscriptLog) -> Sampling:

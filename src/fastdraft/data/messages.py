@@ -45,6 +45,7 @@ class Message:
     role: Role
     text: str  # empty for an assistant that said nothing (`no_text`)
     beyond: Beyond = ""  # why it is more than its text, or less
+    name: str = ""  # one that nobody knows, taken as the assistant's
 
     @property
     def plain(self) -> dict[str, str]:
@@ -62,17 +63,18 @@ def read_messages(value: object, where: str) -> list[Message] | str:
     names = [_first(message, _ROLE_KEYS) for message in told]
     if not all(isinstance(name, str) for name in names):
         raise _damaged(where, "a message without role")
-    roles = _roles([name.strip().lower() for name in names])
+    names = [name.strip().lower() for name in names]
+    roles = _roles(names)
     if isinstance(roles, str):
         return roles
     messages = []
-    for role, message in zip(roles, told, strict=True):
+    for role, message, name in zip(roles, told, names, strict=True):
         text, beyond = message_text(message)
         if role == "tool":
             text, beyond = text or "", "tools"
         if text is None and (role != "assistant" or beyond == ""):
             raise _damaged(where, f"a message of the {role} without text")
-        messages.append(Message(role, text or "", beyond))
+        messages.append(Message(role, text or "", beyond, "" if name in ROLES else name))
     return messages
 
 

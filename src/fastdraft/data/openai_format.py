@@ -14,61 +14,71 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from fastdraft.data.messages import message_text
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.recipe.synthesize import LogprobKind
 
 STOP_WORDS = frozenset({"stop", "eos", "eos_token", "end_turn"})
 LENGTH_WORDS = frozenset({"length", "max_tokens"})
+STRING_WORD = "stop_sequence"  # Anthropic's and TGI's, where a string ended the text
 _TOKEN_ID = re.compile(r"token_id:([0-9]{1,12})")
 # What OpenAI writes for an unlikely token; how far above 0 rounding may carry a log-prob.
 _UNTOLD, _ROUNDING = -9999.0, 1e-3
-# Messages that are more than text.
-_NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "reasoning")
 
 
 @dataclass(frozen=True)
 class Choice:
     """What one choice of an answer says, nothing added."""
 
-    text: str | None  # None where the answer is not plain text: a tool call, or thinking kept apart
+    text: str | None
     token_ids: list[int] | None
     logprobs: list[float] | None
-    finish_reason: str | None  # the writer's own word
+    finish_reason: str | None  # the writer's own word; `stop_sequence` where a string ended it for certain
     stop_id: int | None = None  # that ended the text, where the writer tells it
-    stop_string: bool = False  # a string of the request ended the text, not a token of the target
+    stop_strings: tuple[str, ...] = ()  # of which one ended the text, or may have
+    beyond: str = ""  # what there is beside the text, or instead: thinking, a call, a refusal
     num_tokens: int | None = None  # of this answer as the writer counted them
     prompt_ids: list[int] | None = None
     num_prompt_tokens: int | None = None
 
 
-def read_choices(body: Mapping[str, Any]) -> list[Choice]:
-    """Every choice of an answer's JSON object; ValueError, with a few words, when it is none."""
+def read_choices(body: Mapping[str, Any], stop: object = None) -> list[Choice]:
+    """Every choice of an answer's JSON object; ValueError, with a few words, when it is none.
+
+    `stop` is the request's: a string or several that end an answer.
+    """
     choices, usage = body.get("choices"), body.get("usage")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
         raise ValueError("no 'choices'")
-    if any("delta" in choice for choice in choices):
+    if any(choice.get("delta") is not None for choice in choices):
         raise ValueError("a piece of a streamed answer")
     usage = usage if isinstance(usage, dict) and len(choices) == 1 else {}
-    return [_choice(choice, body, usage) for choice in choices]
+    strings = tuple(text for text in (stop if isinstance(stop, list) else [stop]) if isinstance(text, str))
+    return [_choice(choice, body, usage, strings) for choice in choices]
 
 
-def _choice(choice: Mapping[str, Any], body: Mapping[str, Any], usage: Mapping[str, Any]) -> Choice:
+def _choice(
+    choice: Mapping[str, Any], body: Mapping[str, Any], usage: Mapping[str, Any], strings: tuple[str, ...]
+) -> Choice:
     tokens, message = _listed_tokens(choice.get("logprobs")), choice.get("message")
     ids = read_ids(choice.get("token_ids"))
     if ids is None and tokens and all(token_id is not None for token_id, _ in tokens):
         ids = [token_id for token_id, _ in tokens if token_id is not None]
     logprobs = [value for _, value in tokens if value is not None]
     stop, reason = choice.get("stop_reason", choice.get("matched_stop")), choice.get("finish_reason")
-    text = choice.get("text")
-    if isinstance(message, dict):
-        text = None if any(message.get(key) for key in _NOT_TEXT) else message.get("content")
+    text, beyond = message_text(message if isinstance(message, dict) else choice)
+    if isinstance(stop, str):
+        strings, reason = (stop,), STRING_WORD
+    elif reason != STRING_WORD and (reason != "stop" or {"stop_reason", "matched_stop"} & choice.keys()):
+        strings = ()  # an EOS, by a word of its own or by the null beside it
     return Choice(
-        text=text if isinstance(text, str) else None,
+        text=text,
         token_ids=ids,
         logprobs=logprobs if tokens and len(logprobs) == len(tokens) else None,
         finish_reason=reason if isinstance(reason, str) else None,
         stop_id=stop if type(stop) is int else None,
-        stop_string=isinstance(stop, str),
+        stop_strings=strings,
+        beyond=beyond,
         num_tokens=_count(usage.get("completion_tokens")),
         prompt_ids=read_ids(choice.get("prompt_token_ids")) or read_ids(body.get("prompt_token_ids")),
         num_prompt_tokens=_count(usage.get("prompt_tokens")),
@@ -77,6 +87,8 @@ def _choice(choice: Mapping[str, Any], body: Mapping[str, Any], usage: Mapping[s
 
 def _listed_tokens(logprobs: object) -> list[tuple[int | None, float | None]]:
     """(id, log-prob) of each token as the choice lists them; None for what it does not tell."""
+    if isinstance(logprobs, list):
+        return [(None, read_logprob(value)) for value in logprobs]
     if not isinstance(logprobs, dict):
         return []
     if isinstance(logprobs.get("content"), list):  # chat answers, and llama.cpp's in both APIs
@@ -141,7 +153,9 @@ class AnswerReader:
     ) -> Generation:
         """The choice as an answer to `prompt_ids`, cut at `max_new_tokens`; `fault` says why it is no use."""
         prompt, word = list(prompt_ids), choice.finish_reason
-        if word not in STOP_WORDS | LENGTH_WORDS:
+        if choice.token_ids is None and choice.beyond:  # its text is not all that the target wrote
+            return Generation.failed(prompt, choice.beyond)
+        if word not in STOP_WORDS | LENGTH_WORDS | {STRING_WORD}:
             return Generation.failed(prompt, f"finish_{re.sub(r'[^a-z_]', '', word or 'none')[:24]}")
         ids = choice.token_ids if choice.token_ids is not None else self._tokenise(prompt, choice)
         if ids is None:
@@ -149,7 +163,7 @@ class AnswerReader:
         if any(not 0 <= token_id < self.vocabulary_size for token_id in ids):
             return Generation.failed(prompt, "unknown_id")
         told = choice.logprobs is not None and len(choice.logprobs) == len(ids)
-        logprobs, drawn = choice.logprobs if told else None, word in STOP_WORDS and not choice.stop_string
+        logprobs, drawn = choice.logprobs if told else None, word in STOP_WORDS and not choice.stop_strings
         end = next((place for place, token_id in enumerate(ids) if token_id in self.eos_ids), None)
         if end is not None:
             ids = ids[: end + 1]
@@ -171,15 +185,16 @@ class AnswerReader:
         if text is None or "\ufffd" in text or any("\ud800" <= c <= "\udfff" for c in text):
             return None  # half a character: its bytes are lost
         before, special = self._decode(prompt_ids), frozenset(map(int, self.tokenizer.all_special_ids))
-        whole = self._encode(before + text)
-        behind = whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else None
-        # The end that the target drew is counted and not shown.
-        counted = {choice.num_tokens, (choice.num_tokens or 0) - (choice.finish_reason in STOP_WORDS)}
-        for ids in (behind, self._encode(text)):
-            if ids is None or self._decode([*prompt_ids, *ids]) != before + text:
+        for start, read in ((before, prompt_ids), ("", [])):
+            whole = self._encode(start + text)
+            ids = whole[len(read) :]
+            if whole[: len(read)] != read or self._decode([*prompt_ids, *ids]) != before + text:
                 continue
+            # The EOS that the target drew is counted and not shown, and so is the string that ended it.
+            counted = {None, len(ids), len(ids) + (choice.finish_reason in STOP_WORDS)}
+            counted |= {len(self._encode(start + text + end)) - len(read) for end in choice.stop_strings}
             # None may be a special token's words, which the target wrote as plain text.
-            if special.isdisjoint(ids) and (choice.num_tokens is None or len(ids) in counted):
+            if special.isdisjoint(ids) and choice.num_tokens in counted:
                 return ids
         return None
 

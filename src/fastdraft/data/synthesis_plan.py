@@ -221,7 +221,7 @@ class Planner:
             for start in range(0, len(answers), rows)
         ]
         random.Random(f"{self.seed}/{source.name}").shuffle(units)
-        return SourcePlan(source.name, source.share, len(units), units.__getitem__, log.refused)
+        return SourcePlan(source.name, source.share, len(units), units.__getitem__, log.refused, log.note)
 
 
 def unit_seed(seed: int, index: int) -> int:
