@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.errors import Halving
-from fastdraft.functional.acceptance import Counts, batched_expected_counts
+from fastdraft.functional.acceptance import Counts, batched_expected_counts, neighbours
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import mask_ids, warp
 from fastdraft.modeling.heads import OutputHead, output_head
@@ -55,11 +55,8 @@ def counts_of_accepts(
     accepts: Sequence[NDArray[np.float64]], num_speculative_tokens: Sequence[int]
 ) -> list[dict[int, Counts]]:
     """For each text a dictionary from K to expected counts, from its accept probabilities."""
-    # Neighbours in length share a recursion, so that short texts do not pay for the longest.
-    order = sorted(range(len(accepts)), key=lambda i: len(accepts[i]))
     counts: list[dict[int, Counts]] = [{} for _ in accepts]
-    for start in range(0, len(accepts), _COUNTED_TOGETHER):
-        chosen = order[start : start + _COUNTED_TOGETHER]
+    for chosen in neighbours([len(accept) for accept in accepts], _COUNTED_TOGETHER):
         found = batched_expected_counts([accepts[i] for i in chosen], num_speculative_tokens)
         for index, by_k in zip(chosen, found, strict=True):
             counts[index] = by_k

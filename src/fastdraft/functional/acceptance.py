@@ -7,14 +7,15 @@ Shape suffixes: B texts, T tokens, K proposals, E = K + 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 TOTALS = 7  # columns of `counts_to_array` before the positions
-DRAFTS, PROPOSED, ACCEPTED, GENERATED = 0, 1, 2, 4  # some of these columns
+DRAFTS, PROPOSED, ACCEPTED, GENERATED, OVERLAP, OVERLAP_TOKENS = 0, 1, 2, 4, 5, 6  # some of these columns
 Floats = NDArray[np.float64]
 CountsTable = Floats  # one line for each text, with the columns of `counts_to_array`
 
@@ -119,10 +120,20 @@ def batched_expected_counts(
     lengths = np.array([len(a) for a in accepts])
     padded_BT = pad_accepts(accepts, ks[-1])
     runs_BTK = acceptance_runs(padded_BT, int(lengths.max()), ks[-1])
-    return [
-        dict(zip(ks, row, strict=True))
-        for row in zip(*(_counts_of(padded_BT, runs_BTK, lengths, k) for k in ks), strict=True)
-    ]
+    found: list[dict[int, Counts]] = [{} for _ in accepts]
+    for k in ks:
+        visit_BT = round_starts(runs_BTK[:, :, :k], lengths)
+        table = rounds_table(runs_BTK[:, :, :k], visit_BT, lengths, np.full(visit_BT.shape, k))
+        table[:, OVERLAP], table[:, OVERLAP_TOKENS] = padded_BT.sum(1), lengths
+        for by_k, line in zip(found, table, strict=True):
+            by_k[k] = counts_from_array(line)
+    return found
+
+
+def neighbours(lengths: Sequence[int], together: int) -> Iterator[list[int]]:
+    """Places of texts of near-equal length, so that short ones do not pay for the longest beside them."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return (order[start : start + together] for start in range(0, len(order), together))
 
 
 def pad_accepts(accepts: Sequence[Floats], num_speculative_tokens: int) -> Floats:
@@ -139,29 +150,19 @@ def acceptance_runs(padded_BT: Floats, longest: int, top: int) -> Floats:
     return np.asarray(np.cumprod(windows_BTK, axis=2, dtype=np.float64))
 
 
-def _counts_of(padded_BT: Floats, runs_BTK: Floats, lengths: NDArray[np.int64], k: int) -> list[Counts]:
-    longest = runs_BTK.shape[1]
-    runs_BTK = runs_BTK[:, :, :k]
-    visit_BT = round_starts(runs_BTK, lengths)
+def rounds_table(
+    runs_BTK: Floats, visit_BT: Floats, lengths: NDArray[np.int64], widths_BT: NDArray[Any]
+) -> CountsTable:
+    """Expected counts but overlap, of rounds that begin with chance `visit` and propose `widths` tokens."""
+    batch, longest, k = runs_BTK.shape
     accepted_BK = np.einsum("bt,btk->bk", visit_BT, runs_BTK)
     # The proposal at j is decided on when the j before it were accepted and its place lies inside the text.
-    places_TK = np.arange(longest)[:, None] + np.arange(k)
-    inside_BTK = (places_TK[None] < lengths[:, None, None]).astype(np.float64)
+    room_BT = np.minimum(widths_BT, lengths[:, None] - np.arange(longest))
+    inside_BTK = (np.arange(k) < room_BT[:, :, None]).astype(np.float64)
     examined_B = np.einsum("bt,btk,btk->b", visit_BT, reached(runs_BTK), inside_BTK)
-    rows = zip(visit_BT.sum(1), accepted_BK, examined_B, lengths, padded_BT.sum(1), strict=True)
-    return [
-        Counts(
-            float(d),
-            float(d * k),
-            float(a.sum()),
-            tuple(map(float, a)),
-            float(e),
-            float(n),
-            float(o),
-            float(n),
-        )
-        for d, a, e, n, o in rows
-    ]
+    proposed_B = (visit_BT * widths_BT).sum(1)
+    totals = [visit_BT.sum(1), proposed_B, accepted_BK.sum(1), examined_B, lengths, *np.zeros((2, batch))]
+    return np.concatenate([np.stack(totals, axis=1), accepted_BK], axis=1)
 
 
 def round_starts(runs_BTK: Floats, lengths: NDArray[np.int64]) -> Floats:

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdraft.functional.acceptance import TOTALS, acceptance_runs, pad_accepts, reached, round_starts
+from fastdraft.functional.acceptance import (
+    TOTALS,
+    acceptance_runs,
+    neighbours,
+    pad_accepts,
+    reached,
+    round_starts,
+)
 
 FIRST_BUCKET = 512
 TOGETHER = 32  # texts worked on together: bounds the memory of long ones
@@ -38,9 +45,7 @@ def counts_by_bucket(
     ends = [start + len(accept) for start, accept in zip(starts, accepts, strict=True)]
     buckets = 1 + int(bucket_of(np.array([max([1, *ends]) - 1]))[0])
     found = np.zeros((len(accepts), buckets, TOTALS + num_speculative_tokens))
-    order = sorted(range(len(accepts)), key=lambda i: len(accepts[i]))
-    for begin in range(0, len(order), TOGETHER):
-        chosen = order[begin : begin + TOGETHER]
+    for chosen in neighbours([len(accept) for accept in accepts], TOGETHER):
         columns_BTC = _columns([accepts[i] for i in chosen], num_speculative_tokens)
         for index, columns_TC in zip(chosen, columns_BTC, strict=True):
             places = starts[index] + np.arange(len(accepts[index]))
