@@ -32,7 +32,7 @@ def write_gguf(path: Path, seed: int = 0, *, noise: float = 0.0, size: int = SIZ
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre("gpt-2")
     special = ["<s>", "</s>", *(f"<extra{number}>" for number in range(size - 258))]
     writer.add_token_list([*byte_letters(), *special])
     writer.add_token_types([TokenType.NORMAL] * 256 + [TokenType.CONTROL] * len(special))

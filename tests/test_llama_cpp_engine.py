@@ -13,14 +13,20 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
 from fastdraft.console import Console
-from fastdraft.errors import DataError, Interrupted, RecipeError, TargetError
+from fastdraft.errors import DataError, Interrupted, MissingExtra, RecipeError, TargetError
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.sampling import probabilities
 from fastdraft.modeling.gguf_files import read_gguf
 from fastdraft.modeling.vocabulary import Vocabulary
-from fastdraft.recipe.synthesize import LlamaCppEngineConfig
+from fastdraft.recipe.synthesize import AutoEngineConfig, LlamaCppEngineConfig
 from fastdraft.run_folder import StageFolder
-from fastdraft.runtimes.engines import describe_engine, open_engine, require_installed, uses_weights
+from fastdraft.runtimes.engines import (
+    choose_engine,
+    describe_engine,
+    open_engine,
+    require_installed,
+    uses_weights,
+)
 from fastdraft.runtimes.llama_cpp_engine import LlamaCppEngine, check_vocabulary
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
 from fastdraft.runtimes.llama_cpp_server import LlamaServer
@@ -156,3 +162,19 @@ def test_log_probs_can_be_left_out(engine: LlamaCppEngine, model: Path) -> None:
 
 def replace_logprobs(settings: LlamaCppEngineConfig) -> LlamaCppEngineConfig:
     return settings.model_copy(update={"logprobs": "none"})
+
+
+def test_a_gguf_target_is_written_by_llama_cpp_where_it_is_installed_and_goes_on_as_it_was_begun(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTDRAFT_CACHE", str(tmp_path / "cache"))
+    folder, target, auto = StageFolder(tmp_path / "synthesize"), Target.at(model), AutoEngineConfig()
+    choice = choose_engine(auto, target, "cpu", folder)
+    assert choice.settings == LlamaCppEngineConfig(kind="llamacpp", model=str(model))
+    folder.begin({"settings": {"engine": describe_engine(choice.settings)}})
+    assert choose_engine(auto, target, "cpu", folder).settings == choice.settings
+    monkeypatch.setattr("fastdraft.runtimes.llama_cpp_server.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="xllamacpp"):
+        choose_engine(auto, target, "cpu", folder)
+    fresh = choose_engine(auto, target, "cpu", StageFolder(tmp_path / "other"))
+    assert (fresh.settings.kind, "xllamacpp" in fresh.reason) == ("huggingface", True)

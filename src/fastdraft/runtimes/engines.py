@@ -87,8 +87,9 @@ def describe_engine(settings: ChosenEngine | None) -> dict[str, Any]:
 def choose_engine(settings: EngineConfig, target: Target, device: str, folder: StageFolder) -> EngineChoice:
     """Settles `auto` before the fingerprint, which names the engine that really writes.
 
-    On a CPU OpenVINO where it is installed and converts the family, else transformers, never a server.
-    What was begun in `folder`, of synthesize, is finished by the engine that began it.
+    A GGUF file by llama.cpp, which will serve it; other targets on a CPU by OpenVINO where it is installed
+    and converts the family; else transformers, never a server of the user's. What was begun in `folder`, of
+    synthesize, is finished by the engine that began it.
     """
     if not isinstance(settings, AutoEngineConfig):
         return EngineChoice(settings, "as the recipe says")
@@ -100,6 +101,16 @@ def choose_engine(settings: EngineConfig, target: Target, device: str, folder: S
             if not folder.is_complete():
                 require_openvino()
             return EngineChoice(OpenVINOEngineConfig(**begun), "it began what is there")
+        if begun["kind"] == "llamacpp" and not folder.is_complete():
+            require_llama_cpp()
+    if target.gguf_file:
+        try:
+            require_llama_cpp()
+        except MissingExtra as error:
+            reason = f"{error.library} is not installed; with it llama.cpp would write, as the file is served"
+            return EngineChoice(HuggingFaceEngineConfig(), f"{reason}: {error.fix}")
+        named = LlamaCppEngineConfig(kind="llamacpp", model=str(target.gguf_file))
+        return EngineChoice(named, "the target is a GGUF file, and its text differs elsewhere")
     chosen = pick_device(device)
     if chosen.type != "cpu":
         return EngineChoice(HuggingFaceEngineConfig(), f"the target runs on {chosen}")
