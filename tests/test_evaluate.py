@@ -91,7 +91,8 @@ def test_results_hold_every_row_of_the_plan(finished) -> None:
     found = [(r.checkpoint, r.task, r.temperature, r.num_prompts) for r in exact]
     assert sorted(found) == sorted(itertools.product(("align",), tasks, temperatures, (2,)))
     manifest = finished[1].folder("evaluate").manifest()
-    assert manifest["tasks"]["second"] == {"prompts": 3, "skipped": 0}
+    none = {"empty": 0, "too_long": 0}
+    assert manifest["tasks"]["second"] == {"prompts": 3, "skipped": 0, "why": none}
     assert manifest["differences"] == results.to_json()["differences"]
 
 
@@ -104,6 +105,29 @@ def test_rates_in_a_row_follow_from_its_counts(finished) -> None:
         assert row.block_efficiency == pytest.approx(row.num_generated_tokens / row.num_drafts, abs=1e-5)
         assert row.mbsu_parameters == pytest.approx(row.block_efficiency / (k * ratio + 1), abs=1e-4)
         assert row.acceptance_rate_low <= row.acceptance_rate <= row.acceptance_rate_high
+
+
+def test_lookup_is_counted_on_the_very_texts_alone_and_before_each_draft(finished) -> None:
+    results = finished[2]
+    drafts = {(r.checkpoint, *place(r)): r for r in results.select(method="replay")}
+    alone = {place(row): row for row in results.lookup if row.checkpoint is None}
+    both = [row for row in results.lookup if row.checkpoint]
+    assert {(row.checkpoint, *place(row)) for row in both} == set(drafts)
+    assert set(alone) == {key[1:] for key in drafts}
+    assert any(row.num_lookups for row in both)
+    for row in both:
+        draft, lookup, k = drafts[row.checkpoint, *place(row)], alone[place(row)], row.num_speculative_tokens
+        assert row.num_generated_tokens == draft.num_generated_tokens == lookup.num_generated_tokens
+        assert row.block_efficiency >= lookup.block_efficiency == lookup.mbsu_parameters == lookup.mbsu_bytes
+        drafted = k * (1 - row.num_lookups / row.num_drafts)
+        expected = row.block_efficiency / (drafted * results.cost_ratio_parameters + 1)
+        assert row.mbsu_parameters == pytest.approx(expected, abs=1e-5)
+        if not row.num_lookups:
+            assert row.num_drafts == pytest.approx(draft.num_drafts)
+
+
+def place(row: Any) -> tuple[str, float, int]:
+    return row.task, row.temperature, row.num_speculative_tokens
 
 
 def test_a_draft_equal_to_the_target_costs_the_same_and_is_mostly_accepted(finished) -> None:
@@ -189,7 +213,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_told(
     config = settings(tmp_path, tasks=[task], **few)
     results = run(config, context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft}))
     assert [row.num_prompts for row in results.rows] == [1]
-    assert "1 of 2 prompts skipped" in capsys.readouterr().err
+    assert "mixed: of 2 prompts skipped: 1 too_long" in capsys.readouterr().err
     only_long = settings(tmp_path, tasks=[{**task, "max_new_tokens": 255}])
     with pytest.raises(DataError, match="none of 2 prompts"):
         run(only_long, context(tmp_path / "other", tiny_target, only_long, {"pretrain": tiny_draft}))

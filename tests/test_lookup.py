@@ -65,7 +65,7 @@ def test_what_stood_behind_the_same_tokens_is_proposed(
     prompt: list[int], response: list[int], proposed: list[int], right: list[int]
 ) -> None:
     found = look_up(prompt, response, 4)
-    assert (found.proposed_T.tolist(), found.right_T.tolist()) == (proposed, right)
+    assert (found.proposed.tolist(), found.right.tolist()) == (proposed, right)
 
 
 @given(IDS, IDS, st.integers(1, 5))
@@ -77,7 +77,7 @@ def test_lookup_finds_what_a_search_from_scratch_finds(
         proposal = searched(prompt + response[:place], k)
         same = [a == b for a, b in zip(proposal, response[place:], strict=False)]
         right = same.index(False) if False in same else len(same)
-        assert (found.proposed_T[place], found.right_T[place]) == (len(proposal), right)
+        assert (found.proposed[place], found.right[place]) == (len(proposal), right)
 
 
 @given(
@@ -110,7 +110,7 @@ def test_a_draft_that_is_accepted_by_chance_is_weighed_where_lookup_finds_nothin
     # Only a round at the last token finds something, and that is right; elsewhere half of the draft's
     # proposals are accepted: 0, 1 or 2 of them with 1/2, 1/4 and 1/4.
     found, accept = [look_up([], [1, 2, 3, 1, 2, 3], 2)], np.full(6, 0.5)
-    assert found[0].proposed_T.tolist() == [0, 0, 0, 0, 0, 2]
+    assert found[0].proposed.tolist() == [0, 0, 0, 0, 0, 2]
     chances = np.array([1.0, *np.zeros(8)])
     for place in range(5):
         chances[place + 1 : place + 4] += chances[place] * np.array([0.5, 0.25, 0.25])

@@ -37,7 +37,7 @@ def conditional_acceptance_rate(rate: float, num_speculative_tokens: int = PAPER
     return (low + high) / 2
 
 
-def mbsu(block_efficiency: float, num_speculative_tokens: int, cost_ratio: float) -> float:
+def mbsu(block_efficiency: float, num_speculative_tokens: float, cost_ratio: float) -> float:
     """Memory-bound speed-up: block_efficiency / (K * cost_ratio + 1), cost draft : target (2411.11055)."""
     return block_efficiency / (num_speculative_tokens * cost_ratio + 1)
 
@@ -50,7 +50,7 @@ def mbsu_at(rate: float, num_speculative_tokens: int, cost_ratio: float, known_a
 
 def predicted_speedup(
     block_efficiency: float,
-    num_speculative_tokens: int,
+    num_speculative_tokens: float,
     draft_seconds: float,
     target_seconds_1: float,
     target_seconds_k1: float,

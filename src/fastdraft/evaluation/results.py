@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -27,8 +27,24 @@ SPEEDUPS = {
 HEADLINE_TEMPERATURE, HEADLINE_K = 0.6, 3  # where the paper prints its acceptance rates
 
 
+class Rated:
+    """A row with rates, some of them with `_low` and `_high`."""
+
+    block_efficiency: float | None
+
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """The 95 % interval of a rate or a speed-up."""
+        if key in SPEEDUPS:
+            # Block efficiency times what K and the costs fix; the costs' own spread is not in it.
+            around, value = self.interval("block_efficiency"), getattr(self, key)
+            factor = value / self.block_efficiency if value and self.block_efficiency else None
+            return (around[0] * factor, around[1] * factor) if around and factor else None
+        low, high = getattr(self, f"{key}_low", None), getattr(self, f"{key}_high", None)
+        return None if low is None or high is None else (low, high)
+
+
 @dataclass(frozen=True, kw_only=True)
-class ResultRow(JsonRow):
+class ResultRow(Rated, JsonRow):
     """Counts and rates of one draft on one task at one temperature and K; null what cannot be computed."""
 
     checkpoint: str
@@ -60,20 +76,44 @@ class ResultRow(JsonRow):
     acceptance_rate_without_looping: float | None = None
     block_efficiency_without_looping: float | None = None
 
-    def interval(self, key: str) -> tuple[float, float] | None:
-        """The 95 % interval of a rate or a speed-up."""
-        if key in SPEEDUPS:
-            # Block efficiency times what K and the costs fix; the costs' own spread is not in it.
-            around, value = self.interval("block_efficiency"), getattr(self, key)
-            factor = value / self.block_efficiency if value and self.block_efficiency else None
-            return (around[0] * factor, around[1] * factor) if around and factor else None
-        low, high = getattr(self, f"{key}_low", None), getattr(self, f"{key}_high", None)
-        return None if low is None or high is None else (low, high)
-
     @property
     def accepted_per_position(self) -> list[float]:
         """Share of rounds in which the proposal at position 1, 2, ... was accepted."""
         return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos if self.num_drafts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookupRow(Rated, JsonRow):
+    """Prompt lookup by replay over the same texts, which needs no draft: what a draft must beat."""
+
+    proposer: str  # `lookup`; `lookup_draft`: lookup, and the checkpoint in rounds that find nothing
+    checkpoint: str | None
+    task: str
+    temperature: float
+    num_speculative_tokens: int
+    num_prompts: int
+    num_conversations: int | None = None
+    num_drafts: Number
+    num_draft_tokens: Number  # of a round K, or as many as lookup found
+    num_accepted_tokens: Number
+    num_accepted_tokens_per_pos: list[Number]
+    num_generated_tokens: Number
+    num_examined_tokens: Number
+    num_lookups: Number  # rounds in which lookup found something
+    acceptance_rate: float | None
+    conditional_acceptance_rate: float | None
+    block_efficiency: float | None
+    acceptance_rate_low: float | None
+    acceptance_rate_high: float | None
+    block_efficiency_low: float | None
+    block_efficiency_high: float | None
+    mbsu_parameters: float | None
+    mbsu_bytes: float | None
+    mbsu_latency: float | None = None
+    predicted_speedup: float | None = None
+
+
+ProposedRow = ResultRow | LookupRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +252,7 @@ class EvaluationResults(JsonRow):
     greedy_check: GreedyCheck | None = None
     contamination: dict[str, PromptOverlap] | None = None
     texts: ReplayedTexts | None = None
+    lookup: list[LookupRow] = field(default_factory=list)  # apart from `rows`, which are of drafts
 
     @cached_property
     def checkpoints(self) -> list[str]:
@@ -263,11 +304,22 @@ class EvaluationResults(JsonRow):
         rows, k = self.against_k(checkpoint, task, temperature), k or self.headline_k
         return next((row for row in rows if row.num_speculative_tokens == k), None)
 
-    def best(self, task: str, temperature: float, speedup: str = "mbsu_parameters") -> ResultRow | None:
+    def best(
+        self, task: str, temperature: float, speedup: str = "mbsu_parameters", proposer: str = "draft"
+    ) -> ProposedRow | None:
         """The final draft's row at the K with the highest speed-up of a kind; the smallest such K."""
-        rows = self.against_k(self.checkpoints[-1], task, temperature)
-        rated = [row for row in rows if getattr(row, speedup) is not None]
+        rated = [r for r in self.proposed(proposer, task, temperature) if getattr(r, speedup) is not None]
         return max(rated, key=lambda row: float(getattr(row, speedup)), default=None)
+
+    def proposed(self, proposer: str, task: str, temperature: float) -> Sequence[ProposedRow]:
+        """By rising K the rows of the final draft, of lookup, or of both (`lookup_draft`)."""
+        final = self.checkpoints[-1]
+        if proposer == "draft":
+            return self.against_k(final, task, temperature)
+        wanted = (proposer, task, temperature)
+        found = [row for row in self.lookup if (row.proposer, row.task, row.temperature) == wanted]
+        mine = [row for row in found if row.checkpoint in (None, final)]
+        return sorted(mine, key=lambda row: row.num_speculative_tokens)
 
     @property
     def final_rows(self) -> list[ResultRow]:

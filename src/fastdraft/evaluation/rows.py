@@ -72,11 +72,8 @@ def findings(
     context_length: int,
 ) -> dict[str, Any]:
     """The fields of `EvaluationResults` that follow from the counts; replay's rows first."""
-    seed, ks, groups, looping = work.seed, work.config.num_speculative_tokens, {}, {}
-    for task, t in work.settings:
-        texts = work.texts[task.name, t]
-        groups[task.name, t] = group_numbers(task.groups or [row.prompt_key for row in texts])
-        looping[task.name, t] = _looping([row.response_ids for row in texts])
+    seed, ks, groups = work.seed, work.config.num_speculative_tokens, prompt_groups(work)
+    looping = {place: _looping([row.response_ids for row in texts]) for place, texts in work.texts.items()}
     tables = {
         Setting(name, task, "replay", t, k): table[:, : columns.TOTALS + k]
         for (name, task, t), found in replayed.items()
@@ -97,6 +94,14 @@ def findings(
         "differences": difference_rows(headline, seed, groups),
         "by_position": position_results(by_position, nearest_k(ks), context_length, seed, groups),
         "greedy_check": greedy_check(work, exact),
+    }
+
+
+def prompt_groups(work: EvaluationWork) -> GroupsBySetting:
+    """Turns of a conversation, or answers to one prompt, belong together."""
+    return {
+        (task.name, t): group_numbers(task.groups or [row.prompt_key for row in work.texts[task.name, t]])
+        for task, t in work.settings
     }
 
 
@@ -124,8 +129,8 @@ def result_row(
     return ResultRow(
         **vars(setting),
         **count_fields(counts),
-        **_interval("acceptance_rate", table, columns.ACCEPTED, columns.PROPOSED, seed, groups),
-        **_interval("block_efficiency", table, columns.GENERATED, columns.DRAFTS, seed, groups),
+        **interval_fields("acceptance_rate", table, columns.ACCEPTED, columns.PROPOSED, seed, groups),
+        **interval_fields("block_efficiency", table, columns.GENERATED, columns.DRAFTS, seed, groups),
         num_prompts=len(table),
         num_conversations=num_groups(groups, len(table)),
         num_accepted_tokens_per_pos=[tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
@@ -148,9 +153,10 @@ def count_fields(counts: Counts) -> dict[str, Any]:
     return found | {name: tidy(getattr(counts, name)) for name in rates}
 
 
-def _interval(
+def interval_fields(
     name: str, table: CountsTable, part: int, whole: int, seed: int, groups: Groups | None
 ) -> dict[str, Any]:
+    """The 95 % interval of a rate of columns."""
     low, high = ratio_interval(table[:, part], table[:, whole], seed, groups)
     return {f"{name}_low": tidy(low), f"{name}_high": tidy(high)}
 
@@ -194,7 +200,7 @@ def position_results(
 
     `tables`: by checkpoint, task and temperature the counts, [prompts, buckets, columns].
     """
-    rows, faded = list[PositionRow](), list[FadedCase]()
+    rows, faded, accepted = list[PositionRow](), list[FadedCase](), (columns.ACCEPTED, columns.PROPOSED)
     final = list(tables)[-1][0] if tables else ""
     for (checkpoint, task, temperature), table in tables.items():
         found = []
@@ -214,7 +220,7 @@ def position_results(
                 num_prompts=len(counts_PC),
                 num_conversations=num_groups(together, len(counts_PC)),
                 **count_fields(counts_from_array(counts_PC.sum(0))),
-                **_interval("acceptance_rate", counts_PC, columns.ACCEPTED, columns.PROPOSED, seed, together),
+                **interval_fields("acceptance_rate", counts_PC, *accepted, seed, together),
             )
             found.append(row)
         rows += found

@@ -29,6 +29,7 @@ from fastdraft.evaluation.results import nearest_k
 from fastdraft.evaluation.tasks import EncodedTask, add_turns, derive_seed, refuse_faults, write_turns
 from fastdraft.functional.acceptance import TOTALS, counts_table
 from fastdraft.functional.generation import Engine, Sampling
+from fastdraft.functional.lookup import Lookups, look_up, lookup_counts
 from fastdraft.functional.positions import counts_by_bucket
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.evaluation import EvaluateConfig
@@ -54,6 +55,7 @@ class Replayed:
 
     by_k: NDArray[np.float64]  # [K, texts, columns of the largest K]: of a smaller K the last are zero
     by_position: NDArray[np.float64]  # at the headline K, [texts, buckets of positions, columns]
+    behind_lookup: NDArray[np.float64]  # where prompt lookup finds nothing: see `lookup_counts`
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,13 @@ def replay_texts(
     by_k = np.zeros((len(ks), len(rows), widest))
     for table, k in zip(by_k, ks, strict=True):
         table[:, : TOTALS + k] = counts_table([by_k[k] for by_k in counts])
-    return Replayed(by_k, counts_by_bucket(accepts, [len(row.prompt_ids) for row in rows], nearest_k(ks)))
+    by_position = counts_by_bucket(accepts, [len(row.prompt_ids) for row in rows], nearest_k(ks))
+    return Replayed(by_k, by_position, lookup_counts(looked_up(rows, ks), ks, accepts))
+
+
+def looked_up(rows: Sequence[SyntheticRow], num_speculative_tokens: Sequence[int]) -> list[Lookups]:
+    """What prompt lookup finds in every row, at the largest K."""
+    return [look_up(row.prompt_ids, row.response_ids, max(num_speculative_tokens)) for row in rows]
 
 
 def exact_runs(

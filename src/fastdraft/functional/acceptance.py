@@ -136,7 +136,7 @@ def neighbours(lengths: Sequence[int], together: int) -> Iterator[list[int]]:
     return (order[start : start + together] for start in range(0, len(order), together))
 
 
-def pad_accepts(accepts: Sequence[Floats], num_speculative_tokens: int) -> Floats:
+def pad_accepts(accepts: Sequence[NDArray[Any]], num_speculative_tokens: int) -> Floats:
     """Texts side by side, [B, longest + K + 1]; padding accepts nothing, so runs end where the text does."""
     padded_BT = np.zeros((len(accepts), max(map(len, accepts)) + num_speculative_tokens + 1))
     for row, values in zip(padded_BT, accepts, strict=True):

@@ -30,10 +30,10 @@ _TOGETHER = 256  # texts counted at once
 
 @dataclass(frozen=True)
 class Lookups:
-    """What a round would find that begins at each response token."""
+    """What a round would find that begins at each response token, [T]."""
 
-    proposed_T: NDArray[np.int64]  # tokens; 0 where nothing is found
-    right_T: NDArray[np.int64]  # how many of them, from the front, are the text's own
+    proposed: NDArray[np.int64]  # tokens; 0 where nothing is found
+    right: NDArray[np.int64]  # how many of them, from the front, are the text's own
 
 
 def look_up(prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int) -> Lookups:
@@ -56,17 +56,17 @@ def look_up(prompt: Sequence[int], response: Sequence[int], num_speculative_toke
 def lookup_counts(
     found: Sequence[Lookups], num_speculative_tokens: Sequence[int], accepts: Sequence[Floats] | None = None
 ) -> Floats:
-    """Counts of lookup alone, or, given a draft's `accepts`, of lookup and in rounds without a find the draft.
+    """Counts of lookup alone, or, given a draft's `accepts`, of lookup and the draft where it finds nothing.
 
     [K, texts, columns of `counts_to_array` at the largest K and, last, the rounds in which lookup proposes].
     """
     top = max(num_speculative_tokens)
     counts = np.zeros((len(num_speculative_tokens), len(found), TOTALS + top + 1))
-    for chosen in neighbours([len(each.right_T) for each in found], _TOGETHER):
-        lengths = np.array([len(found[i].right_T) for i in chosen])
+    for chosen in neighbours([len(each.right) for each in found], _TOGETHER):
+        lengths = np.array([len(found[i].right) for i in chosen])
         longest = int(lengths.max())
-        proposed_BT = pad_accepts([found[i].proposed_T for i in chosen], 0)[:, :longest]
-        right_BT = pad_accepts([found[i].right_T for i in chosen], 0)[:, :longest]
+        proposed_BT = pad_accepts([found[i].proposed for i in chosen], 0)[:, :longest]
+        right_BT = pad_accepts([found[i].right for i in chosen], 0)[:, :longest]
         finds_BT = proposed_BT > 0
         if accepts is not None:
             drafted_BTK = acceptance_runs(pad_accepts([accepts[i] for i in chosen], top), longest, top)

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, Pair, TextDifference
 from fastdraft.console import format_seconds
-from fastdraft.evaluation.results import SPEEDUPS, DifferenceRow, EvaluationResults, PositionRow, ResultRow
+from fastdraft.evaluation.results import (
+    SPEEDUPS,
+    DifferenceRow,
+    EvaluationResults,
+    PositionRow,
+    ProposedRow,
+    ResultRow,
+)
 from fastdraft.functional.same_text import near_tie
 from fastdraft.reporting.definitions import (
     PAPER_RATES,
@@ -124,7 +131,7 @@ def _by_setting(
     return table(results.settings(), {"Task": lambda s: s[0], "T": lambda s: f"{s[1]:g}", **given})
 
 
-def _rate(row: ResultRow | None, key: str, form: str = ".2f", after: str = "") -> Cell:
+def _rate(row: ProposedRow | None, key: str, form: str = ".2f", after: str = "") -> Cell:
     value = getattr(row, key, None)
     if row is None or value is None:
         return Cell("-")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, PassesRow, best_k
-from fastdraft.evaluation.results import SPEEDUPS, EvaluationResults, ResultRow
+from fastdraft.evaluation.results import SPEEDUPS, EvaluationResults, ProposedRow
 from fastdraft.forecast import WORTH
 from fastdraft.reporting.definitions import at_temperature, duration, k_is, label, listing, percent, times
 
@@ -94,7 +94,7 @@ def forecast_verdict(results: EvaluationResults | None, *, predicted: bool = Tru
     return Verdict(f"{sentence}.", detail, "mixed" if losses else "good")
 
 
-def best_rows(results: EvaluationResults, speedup: str) -> list[ResultRow]:
+def best_rows(results: EvaluationResults, speedup: str) -> list[ProposedRow]:
     """Every task's row of the final draft at its best K and the headline temperature, the fastest first."""
     found = [results.best(task, results.temperatures[0], speedup) for task in results.tasks]
     return sorted([row for row in found if row], key=lambda row: -getattr(row, speedup))
@@ -117,7 +117,7 @@ def measured_with(benchmark: BenchmarkResults) -> str:
     return f"{runtime_name(benchmark)} on {device}, {target} target with {draft} draft"
 
 
-def _phrase(row: ResultRow, speedup: str) -> str:
+def _phrase(row: ProposedRow, speedup: str) -> str:
     efficiency, k = row.block_efficiency or 0.0, k_is(row.num_speculative_tokens)
     return f"{times(getattr(row, speedup))} on\u00a0{row.task} ({efficiency:.2f} tokens per target pass, {k})"
 

@@ -20,6 +20,7 @@ from fastdraft.data.logs import describe
 from fastdraft.data.rows import read_all
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import Halving
+from fastdraft.evaluation.lookup import lookup_rows
 from fastdraft.evaluation.results import EvaluationResults, PromptOverlap, ReplayedTexts
 from fastdraft.evaluation.rows import CostRatios, findings, samples, tell
 from fastdraft.evaluation.tasks import describe_task, encode_task, load_task
@@ -116,6 +117,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         latency=latency,
         **findings(work, replayed, exact, costs, context_length),
         contamination=None if given else _contamination(config, context),
+        lookup=lookup_rows(work, replayed, costs),
         texts=ReplayedTexts(kind=config.texts.kind, left_out=dict(given.left_out) if given else {}),
     )
     written = results.to_json()
