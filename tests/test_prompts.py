@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastdraft.data.chat import Conversation
-from fastdraft.data.prompts import look, normalised, read_conversation, select_prompts
+from fastdraft.data.prompts import normalised, read_conversation, select_prompts, usable_prompts
 from fastdraft.errors import DataError
 from fastdraft.recipe.synthesize import JsonlPrompts
 
@@ -65,8 +65,8 @@ def test_prompts_come_in_an_order_of_the_seed_and_count_takes_the_first(tmp_path
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 evaluation"):
         select_prompts(source(tmp_path, "A b", "a  B"), {"a b"}, 0)
-    with pytest.raises(DataError, match="no prompt in it"):
-        look(source(tmp_path))
+    with pytest.raises(DataError, match="no prompt that can be asked"):
+        next(usable_prompts(source(tmp_path)))
 
 
 def test_a_log_gives_what_was_said_to_the_target() -> None:

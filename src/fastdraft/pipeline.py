@@ -36,6 +36,7 @@ from fastdraft.stages import (
     synthesize,
 )
 from fastdraft.stages.context import StageContext
+from fastdraft.stages.inputs import check_lengths, try_inputs
 from fastdraft.target import Target
 from fastdraft.training import distributed
 
@@ -49,9 +50,7 @@ class Stage:
     """One line of the table: what runs, and whose results it builds on."""
 
     name: str
-    module: (
-        ModuleType  # has `fingerprint` and `run`, and `check_installed` where it needs an optional library
-    )
+    module: ModuleType  # has `fingerprint` and `run`
     builds_on: tuple[str, ...] = ()
     smaller: str = _MEMORY  # what makes the stage need less of it
     trains: bool = False  # works in all processes of torchrun
@@ -132,11 +131,7 @@ def run(
                     stage.run(context)
             return context.run
         _refuse_gaps(wanted, redone, context)
-        for stage in wanted:  # now, and not after hours of training
-            if stage.name in redone or not context.folder(stage.name).is_complete():
-                if hasattr(stage.module, "check_installed"):
-                    stage.module.check_installed(context.sections[stage.name])
-                refuse_missing_weights(stage.name, context)
+        _try(wanted, redone, context)
         with context.run.lock():
             refuse_changes(context, redone, wanted)
             for name in redone:
@@ -148,6 +143,15 @@ def run(
         done = format_seconds(time.monotonic() - start)
         context.console.say(f"{recipe.run.name}: {worked} stages done in {done}")
     return context.run
+
+
+def _try(wanted: list[Stage], redone: Collection[str], context: StageContext) -> None:
+    """What unfinished stages read and need is tried now, and not after hours of training."""
+    unfinished = [s.name for s in wanted if s.name in redone or not context.folder(s.name).is_complete()]
+    if "design" in unfinished:
+        check_lengths(context.sections, design.plan(context.section("design"), context.target))
+    for line in try_inputs(unfinished, context):
+        context.console.say(line)
 
 
 def _wanted(context: StageContext, only: Iterable[str] | None) -> list[Stage]:
@@ -190,27 +194,6 @@ def refuse_changes(
             # A run that was moved to another machine may lack the inputs of its finished stages.
             with contextlib.nullcontext() if stage in wanted else contextlib.suppress(DataError, TargetError):
                 folder.begin(stage.fingerprint(context))
-
-
-def refuse_missing_weights(name: str, context: StageContext) -> None:
-    """Of a target behind an API or of logs only the config may be here: what needs more is told before
-    anything is trained.
-    """
-    config: Any = context.sections[name]
-    if name == "align" and config.objective.kind == "token_kd" and config.objective.source == "target":
-        rule, fix = "align.objective: source: target reads the target", "leave out align.objective"
-    elif name == "evaluate" and evaluate.needs_weights(config, context.sections):
-        rule = f"evaluate.texts: kind: {config.texts.kind} runs the target here"
-        fix = "set evaluate.texts: {kind: engine}, or {kind: synthesize} for rows with their own log-probs"
-    elif name == "export" and "openvino" in config.formats and config.openvino.target != "none":
-        rule, fix = "export.formats: openvino converts the target too", "set export.openvino.target: none"
-    elif name == "benchmark":
-        rule, fix = "benchmark runs the target here", "leave out `benchmark`"
-    else:  # synthesize looks itself
-        return
-    if not context.target.has_weights:
-        message = f"{context.target.location}: no model.safetensors: {rule}"
-        raise TargetError(message, f"put the weights there, or {fix}")
 
 
 def _run_stage(stage: Stage, context: StageContext) -> bool:

@@ -1,6 +1,6 @@
 """`fastdraft check`: refuses the impossible and forecasts the rest, before anything is trained.
 
-Reads configs and file listings, never weights; downloads nothing of a corpus and asks no server.
+What it looks at, and a run looks at too before its first stage, stands in stages/inputs.py.
 """
 
 from __future__ import annotations
@@ -9,29 +9,20 @@ import json
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from fastdraft import forecast
 from fastdraft.commands.stage_costs import StageCosts
 from fastdraft.console import TABLE_WIDTH, Console, format_count, format_seconds, format_table
-from fastdraft.data.chat import ChatTemplate
-from fastdraft.data.corpora import source_files
-from fastdraft.data.logs import look as look_at_log
-from fastdraft.data.prompts import look as look_at_prompts
 from fastdraft.errors import FastDraftError, RecipeError
-from fastdraft.evaluation.tasks import load_task
 from fastdraft.modeling.drafts import pick_device
-from fastdraft.pipeline import make_context, refuse_changes, refuse_missing_weights
-from fastdraft.recipe.evaluation import BenchmarkConfig
+from fastdraft.pipeline import make_context, refuse_changes
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import FINGERPRINT
 from fastdraft.runtimes.engines import choose_engine
-from fastdraft.runtimes.openvino import device_properties, require_openvino
-from fastdraft.runtimes.openvino_export import require_convertible
-from fastdraft.stages import design, synthesize
+from fastdraft.stages import design
 from fastdraft.stages.context import StageContext
-from fastdraft.target import Target
+from fastdraft.stages.inputs import check_lengths, try_inputs
 
 
 @dataclass(frozen=True)
@@ -60,17 +51,14 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
         raise FastDraftError(f"{root}: {place} {found}: no run can lie here", "set another run.folder")
     context.target.vocabulary  # noqa: B018 (refuses a tokenizer that does not fit the config)
     plan = design.plan(recipe.design, context.target)
-    _check_lengths(recipe, plan)
-    unseen = list(_check_inputs(recipe, context.target))
-    _check_runtimes(recipe, context.target)
+    check_lengths(context.sections, plan)
+    told = try_inputs([n for n in context.sections if not context.folder(n).is_complete()], context)
     refuse_changes(context)
     costs, stages = StageCosts(recipe, plan, device, context.target.has_weights), []
     for name in context.sections:
         folder = context.folder(name)
         begun = "unfinished" if (folder.path / FINGERPRINT).exists() else "new"
         stages.append(StageForecast(name, "done" if folder.is_complete() else begun, *costs.of(name)))
-        if not folder.is_complete():
-            refuse_missing_weights(name, context)
     free = shutil.disk_usage(place).free
     needed = sum(stage.disk_bytes for stage in stages if stage.state != "done")
     if needed > free:
@@ -89,91 +77,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
         print(json.dumps(value, indent=1))
     elif not console.quiet:
         _print(recipe, plan, device, stages, free)
-        _print_inputs(recipe, context, unseen)
-
-
-def _check_lengths(recipe: Recipe, plan: design.DraftDesign) -> None:
-    """Lengths against contexts, and the number of stored logits against the vocabulary."""
-    context, synthesize = min(plan.draft.context_length, plan.target.context_length), recipe.synthesize
-    tasks = recipe.evaluate.tasks if recipe.evaluate else ()
-    for where, section in [
-        *((f"evaluate.tasks[{n}]", t) for n, t in enumerate(tasks)),
-        ("synthesize", synthesize),
-    ]:
-        if section and section.max_new_tokens >= context:
-            rule = f"answer and prompt must fit the context of {context}"
-            raise RecipeError(f"{where}.max_new_tokens: {section.max_new_tokens}: {rule}", "lower it")
-    logits = synthesize.logits if synthesize else None
-    if logits and logits.kind == "top_k" and logits.k >= plan.target.vocab_size:
-        rule = f"must be below the {plan.target.vocab_size} ids of the target's vocabulary"
-        raise RecipeError(f"synthesize.logits.k: {logits.k}: {rule}", "lower it; 64 is usual")
-    length = recipe.prepare.row_length if recipe.prepare else 0
-    if length > plan.draft.context_length:
-        rule = f"must be at most the draft's context of {plan.draft.context_length}"
-        raise RecipeError(f"prepare.row_length: {length}: {rule}", "lower it")
-    for name in ("pretrain", "continue_pretrain"):
-        batch = getattr(getattr(recipe, name), "batch_tokens", None)
-        if batch and batch < length:
-            rule = f"must hold one row of {length} tokens"
-            raise RecipeError(f"{name}.batch_tokens: {batch}: {rule}", "raise it")
-
-
-def _check_inputs(recipe: Recipe, target: Target) -> Iterator[str]:
-    """Looks for every file that a stage will read; yields what can only be seen over the network."""
-    for number, corpus in enumerate(recipe.prepare.corpora if recipe.prepare else ()):
-        if corpus.kind == "hub":
-            yield f"prepare.corpora[{number}]: {corpus.dataset}"
-        else:
-            source_files(corpus)
-    for number, prompts in enumerate(recipe.synthesize.prompts if recipe.synthesize else ()):
-        if prompts.kind == "hub":
-            yield f"synthesize.prompts[{number}]: {prompts.dataset}"
-        elif prompts.kind == "jsonl":
-            look_at_prompts(prompts)
-        elif prompts.kind == "transcripts":
-            look_at_log(prompts)
-        elif prompts.kind == "magpie" and not ChatTemplate(target.tokenizer).exists:
-            rule = "kind: magpie needs a chat template, which this target lacks"
-            fix = "take that source out; corpus prompts serve base models"
-            raise RecipeError(f"synthesize.prompts[{number}]: {target.name}: {rule}", fix)
-    for task in recipe.evaluate.tasks if recipe.evaluate else ():
-        load_task(task)
-    if recipe.evaluate and recipe.evaluate.texts.kind == "transcripts":
-        look_at_log(recipe.evaluate.texts)
-    if recipe.align and not recipe.synthesize:
-        message = "align: no synthesize section: alignment trains on what the target wrote"
-        raise RecipeError(message, "add `synthesize:` to the recipe")
-
-
-def _check_runtimes(recipe: Recipe, target: Target) -> None:
-    """What writes, scores what others wrote, or takes the export, must be here and take the target."""
-    if recipe.export and "openvino" in recipe.export.formats:
-        require_openvino()
-        if recipe.export.openvino.target != "none":
-            require_convertible(target)
-    if recipe.synthesize:
-        synthesize.check_installed(recipe.synthesize)
-        synthesize.require_weights(recipe.synthesize, target)
-        if recipe.synthesize.engine.kind == "openvino":
-            require_convertible(target)
-    if recipe.benchmark:
-        _check_benchmark(recipe, recipe.benchmark, target)
-
-
-def _check_benchmark(recipe: Recipe, config: BenchmarkConfig, target: Target) -> None:
-    if recipe.export is None:
-        raise RecipeError("benchmark: no export section: what is exported is measured", "add `export:`")
-    require_openvino()
-    for device in dict.fromkeys((config.device, config.draft_device or config.device)):
-        device_properties(device, config.precision)
-    require_convertible(target)
-    most = max(config.num_speculative_tokens)
-    for task in config.tasks_of(recipe.sections()):
-        load_task(task)
-        if task.max_new_tokens + most + 1 >= target.context_length:
-            found = f"task '{task.name}' writes {task.max_new_tokens} tokens with K = {most}"
-            rule = f"prompt, answer and one round must fit the context of {target.context_length}"
-            raise RecipeError(f"benchmark: {found}: {rule}", "lower max_new_tokens")
+        _print_inputs(recipe, context, told)
 
 
 def _size(count: float) -> str:
@@ -216,12 +120,12 @@ def _row(stage: StageForecast) -> list[str]:
     ]
 
 
-def _print_inputs(recipe: Recipe, context: StageContext, unseen: list[str]) -> None:
+def _print_inputs(recipe: Recipe, context: StageContext, told: list[str]) -> None:
     by_evaluate = recipe.evaluate is not None and recipe.evaluate.texts.kind == "engine"
     if recipe.synthesize and (recipe.synthesize.asks or by_evaluate):
         folder = context.folder("synthesize")
         choice = choose_engine(recipe.synthesize.engine, context.target, recipe.run.device, folder)
         print(f"engine of synthesize: {choice}")
-    for name in unseen:
-        print(f"not looked at (it lies on the hub): {name}")
+    for line in told:
+        print(line)
     print("everything that can be checked here fits")

@@ -128,6 +128,12 @@ def _hub_documents(source: HubSource, seed: int, start: Position) -> Iterator[tu
             yield number, row, text
 
 
+def local_folder(dataset: str) -> Path | None:
+    """The folder that a data set is, if it is one on this machine."""
+    path = user_path(dataset, "dataset")
+    return path if path.is_dir() else None
+
+
 def open_hub(source: Any) -> Any:
     """The data set as `datasets` streams it: only what is read is downloaded, and nothing is kept on disk."""
     from datasets import load_dataset  # here: a second of start that only data sets of the hub are worth

@@ -113,11 +113,16 @@ def describe(config: TranscriptLog) -> dict[str, Any]:
     return found
 
 
-def look(config: TranscriptLog) -> None:
-    """Reads the first line, so that a wrong path or shape shows before hours of other work."""
-    if next(read_entries(config), None) is None:
-        found = f"{config.path}: no line in it; must hold logged answers"
-        raise DataError(found, "add some or correct the path")
+def look(config: TranscriptLog, chat: ChatTemplate) -> None:
+    """Reads up to the first line of use, so that a wrong path, shape or template shows before other work."""
+    why = "no line of use in it; must hold logged answers"
+    for entry in read_entries(config):
+        try:
+            if not entry.refused and _prompt_ids(entry, chat):
+                return
+        except (TargetError, UnicodeEncodeError) as error:
+            why = f"no prompt of it can be rendered ({str(error)[:160]})"
+    raise DataError(f"{config.path}: {why}", "add some or correct the path")
 
 
 def refused_digest(config: TranscriptLog, held_out: Iterable[str]) -> str:

@@ -154,11 +154,17 @@ def describe(source: TextPrompts) -> dict[str, Any]:
     return {**source.model_dump(mode="json"), **files}
 
 
-def look(source: JsonlPrompts) -> None:
-    """Reads the first row, so that a wrong path or key shows before hours of other work."""
-    if next(read_prompts(source, _reader(source)), None) is None:
-        found = f"{source.path}: no prompt in it; must hold rows with the key '{source.field}'"
-        raise DataError(found, "add rows or correct the path")
+def usable_prompts(source: TextPrompts) -> Iterator[Prompt]:
+    """Those that can be asked; the first shows a wrong path, key or shape before hours of other work."""
+    none = True
+    for prompt, why in read_prompts(source, _reader(source)):
+        said = (prompt,) if isinstance(prompt, str) else prompt.users
+        if not why and any(map(str.strip, said)) and all(map(is_whole, said)):
+            none = False
+            yield prompt
+    if none:
+        found = f"prompts '{source.name}': no prompt that can be asked; at least one must be left"
+        raise DataError(found, "add prompts or correct `path` and `field`")
 
 
 def _reader(source: TextPrompts) -> RowReader:
