@@ -118,7 +118,7 @@ def look(config: TranscriptLog, chat: ChatTemplate) -> None:
     why = "no line of use in it; must hold logged answers"
     for entry in read_entries(config):
         try:
-            if not entry.refused and _prompt_ids(entry, chat):
+            if not entry.refused and entry.prompt_ids(chat):
                 return
         except (TargetError, UnicodeEncodeError) as error:
             why = f"no prompt of it can be rendered ({str(error)[:160]})"
