@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastdraft.data.messages import message_text
+from fastdraft.data.messages import BESIDE_TEXT, from_json, message_text
 
 # Request keys that a chat template reads as variables of the same names.
 _VARIABLES = ["tools", "documents", "enable_thinking", "reasoning_effort"]
@@ -17,6 +17,7 @@ _VARIABLES += ["add_generation_prompt", "continue_final_message"]
 # Those that change the prompt in ways that cannot be repeated here.
 _UNSUPPORTED = ["functions", "chat_template", "suffix", "echo", "previous_response_id", "conversation"]
 _UNSUPPORTED += ["truncate_prompt_tokens"]
+TALKS = ("conversations", "conversation")  # keys of data sets: a whole talk, that may end with a question
 # Status of a response of Responses, type of a result of Anthropic's batches.
 _NO_ANSWER = ("failed", "cancelled", "errored", "canceled", "expired")
 
@@ -30,19 +31,20 @@ def asked(row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, words, given = told.get("prompt"), told.get("instruction"), told.get("input")
     # Ollama's /api/generate puts the prompt into the template, unless it is called raw.
     is_generate = "response" in _mapping(row.get("response")) and not told.get("raw")
-    if told.get("messages") or told.get("conversations"):
-        told["messages"] = told.get("messages") or told["conversations"]
+    talks = (from_json(told.get(key)) for key in ("messages", *TALKS) if key in told)
+    # Lists, or columns of them; the `conversation` of Responses is a name or {"id": name}.
+    if talk := next((t for t in talks if t and isinstance(_first_of(t), list | dict)), None):
+        told["messages"] = talk
     elif isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
         completion = told.get("completion")
         told["messages"] = [*prompt, *(completion if isinstance(completion, list) else [])]
-    elif isinstance(words, str):
-        turns = [text for pair in told.get("history", []) for text in pair]
-        turns.append("\n\n".join(part for part in (words, given) if part))
-        told["messages"] = [
-            _message(("user", "assistant")[turn % 2], text) for turn, text in enumerate(turns)
-        ]
+    elif prompt is None and isinstance(words, str):
+        # What an instruction is about follows it, as in prompts of data sets.
+        about = [text for text in (given, told.get("context")) if text and isinstance(text, str)]
+        turns = [text for pair in told.get("history", []) for text in pair] + ["\n\n".join([words, *about])]
+        told["messages"] = [_message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns)]
     elif isinstance(text := given if prompt is None else prompt, str) and (prompt is None or is_generate):
-        told["messages"] = [_message("user", text)]
+        told["messages"] = [{**_message("user", text), "images": told.get("images")}]
     elif prompt is None and isinstance(given, list):
         told["messages"] = [item if "role" in item else _item(item) for item in map(_mapping, given)]
     return told
@@ -57,7 +59,8 @@ def system_words(told: Mapping[str, Any]) -> str:
 
 def template_arguments(told: Mapping[str, Any]) -> dict[str, Any] | str:
     """What the request tells the chat template beside the messages, or the key that cannot be repeated."""
-    if key := next((key for key in _UNSUPPORTED if told.get(key)), ""):
+    messages, think = told.get("messages"), told.get("think")
+    if key := next((key for key in _UNSUPPORTED if told.get(key) and told[key] is not messages), ""):
         return key
     arguments, tools = told.get("chat_template_kwargs", {}), told.get("tools", [])
     if not isinstance(arguments, dict) or {"chat_template", "tokenize"} & arguments.keys():
@@ -65,10 +68,10 @@ def template_arguments(told: Mapping[str, Any]) -> dict[str, Any] | str:
     # Anthropic's tools and those of Responses have another form, which servers translate.
     if not isinstance(tools, list) or not all("function" in _mapping(tool) for tool in tools):
         return "tools"
-    named = {"reasoning_effort": _mapping(told.get("reasoning")).get("effort")}
-    named["enable_thinking"] = told["think"] if isinstance(told.get("think"), bool) else None  # Ollama
+    effort = think if isinstance(think, str) else _mapping(told.get("reasoning")).get("effort")  # Ollama's
+    named = {"reasoning_effort": effort, "enable_thinking": think if isinstance(think, bool) else None}
     named |= {key: told[key] for key in _VARIABLES if told.get(key) not in (None, [])}
-    if isinstance(messages := told.get("messages"), list) and _mapping(messages[-1]).get("prefix"):
+    if isinstance(messages, list) and _mapping(*messages[-1:]).get("prefix"):
         named["continue_final_message"] = True  # Mistral's and DeepSeek's word
     if named.get("continue_final_message"):
         named["add_generation_prompt"] = False
@@ -77,8 +80,8 @@ def template_arguments(told: Mapping[str, Any]) -> dict[str, Any] | str:
 
 def has_failed(row: Mapping[str, Any]) -> bool:
     """The call gave no answer: an empty response, an error in its place, or a status that tells so."""
-    answers = [row[key] for key in ("response", "choices") if key in row]
-    if answers and all(answer is None for answer in answers):
+    answers = [row[key] for key in ("response", "choices", "completion", "output") if key in row]
+    if answers and all(answer is None for answer in answers) and not any(map(row.get, TALKS)):
         return True
     bodies = [row, *(answer for answer in (*answers, row.get("result")) if isinstance(answer, dict))]
     bodies += [body["body"] for body in bodies if isinstance(body.get("body"), dict)]
@@ -95,19 +98,21 @@ def answered(row: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
     """The answer with `choices`; empty where the row has none but for the last of its messages."""
     body = row.get("response") or _mapping(row.get("result")).get("message")
     body = body.get("body", body) if isinstance(body, dict) else body
+    if isinstance(row.get("message"), dict) or isinstance(row.get("output"), list):
+        body = row  # Ollama's or that of Responses beside its request
     if row.get("choices"):
         return dict(row)
     if isinstance(body, dict):
         return dict(body) if body.get("choices") else _of_body(row, body)
-    texts = (body, row.get("completion"), row.get("output") if "instruction" in row else None)
-    text = next((text for text in texts if isinstance(text, str)), None)
-    return {} if text is None else flat_answer(row, {"content": text}, "stop" if chat else "length")
+    texts = [text for text in (body, row.get("completion"), row.get("output")) if isinstance(text, str)]
+    return flat_answer(row, {"content": texts[0]}, "stop" if chat else "length") if texts else {}
 
 
 def flat_answer(row: Mapping[str, Any], message: Mapping[str, Any], word: str) -> dict[str, Any]:
     """A message whose ids, log-probs and end stand in the row itself; `word` where it tells no end."""
     choice = {key: row[key] for key in ("logprobs", "stop_reason", "matched_stop") if key in row}
-    choice |= {"message": message, "finish_reason": row.get("finish_reason") or word}
+    beside = {key: row[key] for key in BESIDE_TEXT if isinstance(row.get(key), str | list)}  # no settings
+    choice |= {"message": {**beside, **message}, "finish_reason": row.get("finish_reason") or word}
     choice["token_ids"] = row.get("response_token_ids") or row.get("token_ids")
     return {"choices": [choice], "usage": row.get("usage")}
 
@@ -117,26 +122,20 @@ def _of_body(row: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
     usage, word = _mapping(body.get("usage")), body.get("done_reason")
     if body.get("done") is False:
         return {"choices": [{"delta": {}}]}
-    if isinstance(body.get("message"), dict):
-        return {"choices": [{"message": body["message"], "finish_reason": word or "stop"}]}
-    if isinstance(body.get("response"), str):
-        return {
-            "choices": [{"message": {**body, "content": body["response"]}, "finish_reason": word or "stop"}]
-        }
+    if isinstance(body.get("message"), dict) or isinstance(body.get("response"), str):
+        message = body.get("message") or {**body, "content": body["response"]}
+        return {"choices": [{"message": message, "finish_reason": word or "stop"}]}
     if isinstance(body.get("output"), list):
         parts = [part for item in map(_mapping, body["output"]) for part in _item(item)["content"]]
-        short = _mapping(body.get("incomplete_details")).get("reason", "").removesuffix("_output_tokens")
-        word = {"max": "length"}.get(short, short) or "stop"
+        short = str(_mapping(body.get("incomplete_details")).get("reason") or "stop")
+        word = {"max_output_tokens": "length"}.get(short, short)
         usage = {"prompt_tokens": usage.get("input_tokens"), "completion_tokens": usage.get("output_tokens")}
         return {"choices": [{"message": {"content": parts}, "finish_reason": word}], "usage": usage}
     if not {"content", "role"} & body.keys():
         return {}
-    if "stop_reason" in body:  # Anthropic's; its count of the prompt leaves out what was in the cache
-        choice = {
-            "message": body,
-            "finish_reason": body["stop_reason"],
-            "stop_reason": body.get("stop_sequence"),
-        }
+    if "finish_reason" not in body and isinstance(word := body.get("stop_reason"), str):
+        # Anthropic's; its count of the prompt leaves out what was in the cache.
+        choice = {"message": body, "finish_reason": word, "stop_reason": body.get("stop_sequence")}
         return {"choices": [choice], "usage": {"completion_tokens": usage.get("output_tokens")}}
     return flat_answer({**row, **body}, body, "stop")
 
@@ -147,6 +146,10 @@ def _item(item: Mapping[str, Any]) -> dict[str, Any]:
         content = item.get("content")
         return _message("assistant", content if isinstance(content, list) else [content])
     return _message("assistant", [{"type": "reasoning" if item["type"] == "reasoning" else "function_call"}])
+
+
+def _first_of(value: Any) -> Any:
+    return next(iter(value.values() if isinstance(value, dict) else value), None)
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:

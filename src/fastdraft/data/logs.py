@@ -16,6 +16,7 @@ from typing import Any
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.corpora import JSONL, describe_files, find_files
 from fastdraft.data.log_formats import (
+    TALKS,
     answered,
     asked,
     flat_answer,
@@ -59,6 +60,7 @@ class LogEntry:
     arguments: dict[str, Any] = field(default_factory=dict)  # of the request, for the chat template
     bent: bool = False  # the request bent the distribution by other means than temperature, top-k and top-p
     refused: str = ""  # why it is of no use
+    names: frozenset[str] = frozenset()  # of roles that nobody knows, taken as the assistant's
 
     @property
     def texts(self) -> list[str]:
@@ -153,7 +155,7 @@ def read_transcripts(
     rows: list[Transcript] = []
     for entry in read_entries(config):
         reason, prompt, key = entry.refused, list[int](), ""
-        names.update({message.name for message in entry.messages or () if message.name})
+        names.update(entry.names)
         if not reason and any(map(is_evaluation, filter(None, entry.texts))):
             reason = "evaluation"
         if not reason:
@@ -219,9 +221,13 @@ def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> LogEntr
     messages = read_messages(told["messages"], where) if listed else None
     if isinstance(messages, str):
         return LogEntry(None, refused="unknown_role")
+    is_talk = any(map(told.get, TALKS))
+    names = frozenset(message.name for message in messages or () if message.name)
     choices = _choices(where, row, told, chat=messages is not None)
     if not choices and messages:
-        messages, choices = _last_answer(row, told, messages)
+        messages, choices = _last_answer(row, told, messages, is_talk=is_talk)
+    if not choices and (is_talk or row.get("error")):
+        return LogEntry(None, refused="no_answer")
     prompt = told.get("prompt")
     if not choices or not (messages is not None or isinstance(prompt, str) or read_ids(prompt)):
         batch = bool(choices) and "custom_id" in row
@@ -242,7 +248,7 @@ def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> LogEntr
     bent = any(told.get(key) not in (None, value) for key, value in _NEUTRAL.items())
     bent = bent or any(told.get(key) for key in _BENDING)
     given = arguments if isinstance(arguments, dict) else {}
-    return LogEntry(messages, prompt or [], choices, _sampling(where, told, config), given, bent)
+    return LogEntry(messages, prompt or [], choices, _sampling(where, told, config), given, bent, names=names)
 
 
 def _beyond_text(messages: Sequence[Message], arguments: Mapping[str, Any] | str) -> str:
@@ -272,11 +278,11 @@ def _choices(where: str, row: Mapping[str, Any], told: Mapping[str, Any], *, cha
 
 
 def _last_answer(
-    row: Mapping[str, Any], told: Mapping[str, Any], messages: list[Message]
+    row: Mapping[str, Any], told: Mapping[str, Any], messages: list[Message], *, is_talk: bool
 ) -> tuple[list[Message], list[Choice]]:
     """A conversation apart from its last answer, behind which data sets may have a question more."""
     roles = [message.role for message in messages]
-    if "conversations" in told and "assistant" in roles:
+    if is_talk and "assistant" in roles:
         messages = messages[: len(roles) - roles[::-1].index("assistant")]
     if messages[-1].role != "assistant":
         return messages, []

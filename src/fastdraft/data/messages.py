@@ -6,6 +6,7 @@ decides what of it is of use: the text of thinking, calls and pictures is never 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -30,6 +31,7 @@ _KEYS["refusal"] = "refusal"
 _KEYS |= dict.fromkeys(
     ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks"), "thinking"
 )
+BESIDE_TEXT = tuple(_KEYS)
 # Kinds of parts: OpenAI's, Anthropic's; every other is a picture, a sound or a file.
 _PARTS: dict[str, Beyond] = dict.fromkeys(("text", "input_text", "output_text"), "")
 _PARTS |= dict.fromkeys(("thinking", "redacted_thinking", "reasoning"), "thinking")
@@ -96,6 +98,19 @@ def message_text(message: Mapping[str, Any]) -> tuple[str | None, Beyond]:
     if content is None:
         return None, beyond or "no_text"
     return (content, beyond) if isinstance(content, str) else (None, beyond)
+
+
+def from_json(value: Any) -> Any:
+    """A text that is a JSON list of messages, as columns of text hold them, as that list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        shapes = ({"role", "content"}, {"from", "value"})
+        messages = [isinstance(m, dict) and any(shape <= m.keys() for shape in shapes) for m in found]
+        return found if messages and all(messages) else value
+    return value
 
 
 def _roles(names: Sequence[str]) -> list[Role] | str:

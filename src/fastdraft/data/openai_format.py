@@ -66,7 +66,7 @@ def _choice(
         ids = [token_id for token_id, _ in tokens if token_id is not None]
     logprobs = [value for _, value in tokens if value is not None]
     stop, reason = choice.get("stop_reason", choice.get("matched_stop")), choice.get("finish_reason")
-    text, beyond = message_text(message if isinstance(message, dict) else choice)
+    text, beyond = message_text({**choice, **(message if isinstance(message, dict) else {})})
     if isinstance(stop, str):
         strings, reason = (stop,), STRING_WORD
     elif reason != STRING_WORD and (reason != "stop" or {"stop_reason", "matched_stop"} & choice.keys()):
@@ -163,17 +163,27 @@ class AnswerReader:
         if any(not 0 <= token_id < self.vocabulary_size for token_id in ids):
             return Generation.failed(prompt, "unknown_id")
         told = choice.logprobs is not None and len(choice.logprobs) == len(ids)
-        logprobs, drawn = choice.logprobs if told else None, word in STOP_WORDS and not choice.stop_strings
-        end = next((place for place, token_id in enumerate(ids) if token_id in self.eos_ids), None)
-        if end is not None:
-            ids = ids[: end + 1]
-        elif drawn and self.eos_ids and choice.stop_id in (None, *self.eos_ids):
-            # The EOS that the writer drew but left out; its log-prob nobody tells.
-            ids, logprobs = [*ids, self.eos_ids[0] if choice.stop_id is None else choice.stop_id], None
+        logprobs = choice.logprobs if told else None
+        first = next((place for place, token_id in enumerate(ids) if token_id in self.eos_ids), None)
+        if first is not None:
+            ids = ids[: first + 1]
+        elif (end := self._unseen_end(choice)) is not None:
+            ids, logprobs = [*ids, end], None  # its log-prob nobody tells
         ids = ids[:max_new_tokens]
         finish: Literal["stop", "length"] = "stop" if ids and ids[-1] in self.eos_ids else "length"
         kept = logprobs[: len(ids)] if logprobs and serves_replay(self.logprobs, sampling) else []
         return Generation(prompt, ids, [0.0] * len(ids) if sampling.temperature == 0 else kept, finish)
+
+    def _unseen_end(self, choice: Choice) -> int | None:
+        """The EOS that the writer drew but left out; None where something else ended the text."""
+        if choice.finish_reason in LENGTH_WORDS or not self.eos_ids:
+            return None
+        by_text = {self._decode([token_id]): token_id for token_id in self.eos_ids}
+        if choice.stop_strings or choice.finish_reason == STRING_WORD:
+            ends = [by_text.get(string) for string in choice.stop_strings]  # of a string that writes an EOS
+            return ends[0] if ends and None not in ends else None
+        end = self.eos_ids[0] if choice.stop_id is None else choice.stop_id
+        return end if end in self.eos_ids else None
 
     def _tokenise(self, prompt_ids: list[int], choice: Choice) -> list[int] | None:
         """The ids that text without ids stands for; None where they cannot be the ones that were drawn.

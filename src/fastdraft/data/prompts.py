@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from fastdraft.data.chat import Conversation, Prompt
 from fastdraft.data.corpora import JSONL, describe_files, find_files, hub_rows, open_hub
-from fastdraft.data.messages import read_messages
+from fastdraft.data.messages import from_json, read_messages
 from fastdraft.data.readers import missing_field, read_rows
 from fastdraft.errors import DataError
 from fastdraft.recipe.synthesize import HubPrompts, JsonlPrompts, TextPrompts
@@ -64,7 +63,7 @@ class RowReader:
             return "", ""
         texts = {name: told[name] for name in (*_SYSTEM, *_BELONGS) if isinstance(told.get(name), str)}
         texts.pop(key, None)
-        value, used = _from_json(told[key]), [key]
+        value, used = from_json(told[key]), [key]
         system = "\n\n".join(dict.fromkeys(texts[name] for name in _SYSTEM if name in texts))
         talk: Conversation | str
         if isinstance(value, str):
@@ -121,19 +120,6 @@ def read_conversation(value: object, where: str) -> Conversation | str:
             users.append(f"{users.pop()}\n\n{message.text}" if follows_user else message.text)
             follows_user = True
     return Conversation(tuple(users), "\n\n".join(part for part in system if part.strip()))
-
-
-def _from_json(value: Any) -> Any:
-    """A text that is a JSON list of messages, as columns of text hold them, as that list."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        shapes = ({"role", "content"}, {"from", "value"})
-        messages = [isinstance(m, dict) and any(shape <= m.keys() for shape in shapes) for m in found]
-        return found if messages and all(messages) else value
-    return value
 
 
 def read_prompts(source: TextPrompts, reader: RowReader) -> Iterator[tuple[Prompt, str]]:
