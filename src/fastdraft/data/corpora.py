@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
 import os
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +16,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdraft.data.readers import field_values, missing_field, read_text, unreadable
+from fastdraft.data.files import (
+    JSONL,
+    TEXT,
+    FoundFiles,
+    describe_data_set,
+    describe_files,
+    find_files,
+    local_folder,
+)
+from fastdraft.data.readers import field_values, missing_field, read_text
 from fastdraft.errors import DataError
 from fastdraft.recipe.prepare import FileSource, HubSource, RowsSource, SourceConfig
-from fastdraft.recipe.run import resolve_path, user_path
 
-HASHED_FILES, HASHED_BYTES = 64, 1 << 16
 # Text that is read and shuffled together: memory is a small multiple of it, a killed stage repeats one.
 BLOCK_CHARS = 16_000_000
 # Longest piece of a document: about 5,000 tokens, so that one book cannot fill a small budget.
 PIECE_CHARS = 20_000
-COMPRESSED = ("", ".gz", ".xz", ".bz2", ".zst", ".zstd")
-JSONL = [f"*{kind}{suffix}" for kind in (".jsonl", ".ndjson") for suffix in COMPRESSED]
-TEXT = [f"*{kind}{suffix}" for kind in (".txt", ".md") for suffix in COMPRESSED]
-PATTERNS = {"jsonl": JSONL, "parquet": ["*.parquet"], "text": TEXT, "source_code": ["*.py"]}
+ENDINGS = {"jsonl": JSONL, "parquet": (".parquet",), "text": TEXT, "source_code": (".py",)}
 
 Position = tuple[int, int]
 """Number of a file in the seeded order, and a line or row in it: documents up to there have been read."""
@@ -45,27 +46,29 @@ class Block:
     pieces: list[str]
     digests: npt.NDArray[np.uint64]  # of each piece's text
     skipped: int  # files passed over on the way
+    empty: int  # documents without text
     end: Position
 
 
 def blocks(source: SourceConfig, seed: int, start: Position) -> Iterator[Block]:
     """The text behind `start`, about BLOCK_CHARS at a time; the order depends on source and seed alone."""
     pieces: list[str] = []
-    chars = skipped = 0
+    chars = skipped = empty = 0
     end = start
     for file, row, text in documents(source, seed, start):
         if chars >= BLOCK_CHARS:
-            yield _block(pieces, seed, skipped, end)
-            pieces, chars, skipped = [], 0, 0
+            yield _block(pieces, seed, skipped, empty, end)
+            pieces, chars, skipped, empty = [], 0, 0, 0
         end = (file, row)
         skipped += text is None
+        empty += text is not None and (not text or text.isspace())
         pieces += split_document(text or "")
         chars += len(text or "")
-    if pieces or skipped:
-        yield _block(pieces, seed, skipped, end)
+    if pieces or skipped or empty:
+        yield _block(pieces, seed, skipped, empty, end)
 
 
-def _block(pieces: list[str], seed: int, skipped: int, end: Position) -> Block:
+def _block(pieces: list[str], seed: int, skipped: int, empty: int, end: Position) -> Block:
     random.Random(f"{seed}/{end}").shuffle(pieces)
     digests = np.empty(len(pieces), dtype=np.uint64)
     for number, piece in enumerate(pieces):
@@ -73,7 +76,7 @@ def _block(pieces: list[str], seed: int, skipped: int, end: Position) -> Block:
         digests[number] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
         if not piece.isascii():  # lone surrogates, which UTF-8 cannot hold, become question marks
             pieces[number] = content.decode("utf-8")
-    return Block(pieces, digests, skipped, end)
+    return Block(pieces, digests, skipped, empty, end)
 
 
 def documents(
@@ -83,7 +86,7 @@ def documents(
     if isinstance(source, HubSource):
         yield from _hub_documents(source, seed, start)
         return
-    files = source_files(source)
+    files = source_files(source).files
     # By the name within the source, so that the order is the same on every machine.
     order = sorted(files, key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest())
     for number in range(start[0], len(order)):
@@ -128,19 +131,13 @@ def _hub_documents(source: HubSource, seed: int, start: Position) -> Iterator[tu
             yield number, row, text
 
 
-def local_folder(dataset: str) -> Path | None:
-    """The folder that a data set is, if it is one on this machine."""
-    path = user_path(dataset, "dataset")
-    return path if path.is_dir() else None
-
-
 def open_hub(source: Any) -> Any:
     """The data set as `datasets` streams it: only what is read is downloaded, and nothing is kept on disk."""
     from datasets import load_dataset  # here: a second of start that only data sets of the hub are worth
 
     try:
         how = {"split": source.split, "revision": source.revision, "streaming": True}
-        return load_dataset(source.dataset, source.subset, **how)
+        return load_dataset(str(local_folder(source.dataset) or source.dataset), source.subset, **how)
     except Exception as error:
         raise _unreachable(f"data set {source.dataset}", error, 0) from error
 
@@ -172,59 +169,18 @@ def _unreachable(name: str, error: Exception, rows: int) -> DataError:
     return DataError(f"{found}; must be reachable", "check id, subset, split and network, then run again")
 
 
-def source_files(source: FileSource) -> dict[str, Path]:
-    """The files of a source by their name within it, sorted."""
-    files = find_files(source.path, PATTERNS[source.kind])
-    if source.kind != "source_code":
-        return files
-    excluded = re.compile("|".join(map(fnmatch.translate, source.exclude)) or "$.")
-    kept = {name: path for name, path in files.items() if not any(map(excluded.match, name.split("/")))}
-    return kept or _nothing(source.path, "no file is left after `exclude`")
-
-
-def find_files(text: str, patterns: Sequence[str]) -> dict[str, Path]:
-    """What a `path` names, by the name within it: a file, a folder's files matching `patterns`, or a glob."""
-    base, wanted = text, [f"**/{pattern}" for pattern in patterns]
-    if glob.has_magic(text) and not user_path(text).exists():
-        # `data/**/*.txt` -> `data` and `**/*.txt`
-        parts = text.split("/")
-        first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-        base, wanted = "/".join(parts[:first]) or ("/" if first else "."), ["/".join(parts[first:])]
-    root = resolve_path(base)
-    if root.is_file():
-        return {root.name: root}
-    found = {name for pattern in wanted for name in glob.glob(pattern, root_dir=root, recursive=True)}
-    files = {Path(name).as_posix(): root / name for name in found if (root / name).is_file()}
-    why = "no file there" if root.exists() else "no such file or folder"
-    return dict(sorted(files.items())) or _nothing(text, why)
+def source_files(source: FileSource) -> FoundFiles:
+    """The files of a source."""
+    exclude = source.exclude if source.kind == "source_code" else ()
+    return find_files(source.path, ENDINGS[source.kind], exclude)
 
 
 def describe(source: SourceConfig) -> dict[str, Any]:
     """A source's settings and what they point at now, for fingerprints: names, sizes, samples, no times."""
     settings = source.model_dump(exclude={"license"})
-    return settings if isinstance(source, HubSource) else {**settings, **describe_files(source_files(source))}
-
-
-def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
-    """Number, size and a digest of names, sizes and samples."""
-    listing, total = hashlib.sha256(), 0
-    for name, path in files.items():
-        try:
-            size = path.stat().st_size
-            total += size
-            listing.update(os.fsencode(f"{name}\t{size}\n"))
-            if len(files) <= HASHED_FILES:
-                with open(path, "rb") as content:
-                    listing.update(content.read(HASHED_BYTES))
-                    content.seek(max(0, size - HASHED_BYTES))
-                    listing.update(content.read(HASHED_BYTES))
-        except OSError as error:
-            raise unreadable(path, error) from None
-    return {"files": len(files), "bytes": total, "listing": listing.hexdigest()[:20]}
-
-
-def _nothing(path: str, found: str) -> dict[str, Path]:
-    raise DataError(f"{path}: {found}; a source needs at least one file", "correct the path or the patterns")
+    if isinstance(source, HubSource):
+        return settings | describe_data_set(source.dataset)
+    return settings | describe_files(source_files(source).files)
 
 
 def split_document(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdraft.data.chat import ChatTemplate
-from fastdraft.data.corpora import JSONL, describe_files, find_files
+from fastdraft.data.files import ROWS, describe_files, find_files
 from fastdraft.data.log_formats import (
     TALKS,
     answered,
@@ -41,7 +41,6 @@ _NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "repeat_penalty
 _NEUTRAL |= {"presence_penalty": 0, "frequency_penalty": 0}
 _BENDING = ["logit_bias", "response_format", "grammar", "bad_words"]
 _BENDING += [f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")]
-_FILES = [*JSONL, "*.parquet"]
 # Arguments of a request that are about its last message alone.
 _OF_THE_LAST = {"add_generation_prompt", "continue_final_message"}
 # Why lines are refused; what they say beyond text has further names: `tools`, `thinking`, `unsupported_echo`
@@ -109,9 +108,9 @@ class Transcripts:
 
 def describe(config: TranscriptLog) -> dict[str, Any]:
     """The settings and what they point at now, for fingerprints."""
-    found = {**config.model_dump(mode="json"), **describe_files(find_files(config.path, _FILES))}
+    found = {**config.model_dump(mode="json"), **describe_files(find_files(config.path, ROWS).files)}
     if config.requests:
-        found["requests_files"] = describe_files(find_files(config.requests, _FILES))
+        found["requests_files"] = describe_files(find_files(config.requests, ROWS).files)
     return found
 
 
@@ -200,11 +199,11 @@ def read_entries(config: TranscriptLog) -> Iterator[LogEntry]:
     """Every line of a log; the errors name file and line."""
     requests = {
         str(row["custom_id"]): row.get("body") or row.get("params")  # Anthropic's
-        for path in (find_files(config.requests, _FILES).values() if config.requests else ())
+        for path in (find_files(config.requests, ROWS).files.values() if config.requests else ())
         for _, row in read_rows(path)
         if "custom_id" in row
     }
-    for path in find_files(config.path, _FILES).values():
+    for path in find_files(config.path, ROWS).files.values():
         for where, row in read_rows(path):
             name = str(row.get("custom_id"))
             if config.requests and name not in requests:

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdraft.console import Console, format_count
-from fastdraft.data.corpora import Block, blocks
+from fastdraft.data.corpora import Block, blocks, source_files
+from fastdraft.data.files import NAMED
 from fastdraft.data.shards import SPLITS, RowForm, RowWriter, Split
 from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.errors import DataError
@@ -40,6 +41,7 @@ class PackingProgress:
     position: tuple[int, int] = (0, 0)  # behind which reading it goes on
     source_tokens: int = 0
     skipped: int = 0  # files of this source that were passed over
+    empty: int = 0  # documents of this source without text
     seen: int = 0  # documents taken so far, of all sources
     duplicates: int = 0
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -125,6 +127,7 @@ class CorpusPacker:
         progress.duplicates += (int(new[taken]) if taken < len(new) else len(block.pieces)) - taken
         progress.seen += taken
         progress.skipped += block.skipped
+        progress.empty += block.empty
         progress.position = block.end
 
     def _split_of(self, digest: int) -> Split:
@@ -151,10 +154,17 @@ class CorpusPacker:
             console.warn(f"{self.name}: {where} ends at {taken} of {wanted} tokens")
         if skipped:
             console.warn(f"{self.name}: {skipped} files of {where} passed over (unreadable or not UTF-8)")
-        about = {"kind": source.kind, "from": where, "license": source.license}
-        progress.sources.append({**about, "tokens": tokens, "files_skipped": skipped})
+        if progress.empty:
+            console.warn(f"{self.name}: {progress.empty} documents of {where} hold no text")
+        about: dict[str, Any] = {"kind": source.kind, "from": where, "license": source.license}
+        if not isinstance(source, HubSource):
+            found = source_files(source)
+            about |= {"files": len(found.files), "passed_over": len(found.passed_over)}
+            about["passed_over_names"] = found.passed_over[:NAMED]
+        counts = {"tokens": tokens, "files_skipped": skipped, "empty": progress.empty}
+        progress.sources.append({**about, **counts})
         progress.source += 1
-        progress.position, progress.source_tokens, progress.skipped = (0, 0), 0, 0
+        progress.position, progress.source_tokens, progress.skipped, progress.empty = (0, 0), 0, 0, 0
         self._commit()
 
     def _commit(self) -> None:

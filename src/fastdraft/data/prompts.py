@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdraft.data.chat import Conversation, Prompt
-from fastdraft.data.corpora import JSONL, describe_files, find_files, hub_rows, open_hub
+from fastdraft.data.corpora import hub_rows, open_hub
+from fastdraft.data.files import ROWS, describe_data_set, describe_files, find_files
 from fastdraft.data.messages import from_json, read_messages
 from fastdraft.data.readers import missing_field, read_rows
 from fastdraft.errors import DataError
@@ -130,14 +131,18 @@ def read_prompts(source: TextPrompts, reader: RowReader) -> Iterator[tuple[Promp
         read = itertools.islice(hub_rows(open_hub(source), name), source.count or HUB_ROWS)
         rows = ((f"{name}: row {number}", row) for number, row in read)
     if isinstance(source, JsonlPrompts):
-        rows = (row for file in find_files(source.path, JSONL).values() for row in read_rows(file))
+        rows = (row for file in find_files(source.path, ROWS).files.values() for row in read_rows(file))
     return (reader.prompt(row, where) for where, row in rows)
 
 
 def describe(source: TextPrompts) -> dict[str, Any]:
     """The settings and what they point at now, for fingerprints."""
-    files = describe_files(find_files(source.path, JSONL)) if isinstance(source, JsonlPrompts) else {}
-    return {**source.model_dump(mode="json"), **files}
+    found = source.model_dump(mode="json")
+    if isinstance(source, HubPrompts):
+        found |= describe_data_set(source.dataset)
+    if isinstance(source, JsonlPrompts):
+        found |= describe_files(find_files(source.path, ROWS).files)
+    return found
 
 
 def usable_prompts(source: TextPrompts) -> Iterator[Prompt]:

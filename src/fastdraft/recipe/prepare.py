@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastdraft.recipe.base import Config, Count, FolderName
 
@@ -90,6 +90,16 @@ class PrepareConfig(Config):
     """Texts that share a training row do not see each other, as if each stood alone from position 0."""
     corpora: list[Annotated[SourceConfig, Field(discriminator="kind")]] = Field(min_length=1)
     """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
+
+    @model_validator(mode="after")
+    def _names_are_folders(self) -> PrepareConfig:
+        for name in self.sources:
+            alike = [other for other in self.sources if other.casefold() == name.casefold()]
+            if len(alike) > 1:
+                raise ValueError(f"corpora {' and '.join(alike)} differ by capitals only; rename one")
+            if name.casefold() in ("manifest.json", "fingerprint.json"):
+                raise ValueError(f"a corpus '{name}' would lie where that file does; rename it")
+        return self
 
     @property
     def sources(self) -> dict[str, list[SourceConfig]]:

@@ -14,14 +14,15 @@ from typing import Any
 
 from fastdraft.data import logs
 from fastdraft.data.chat import ChatTemplate, Conversation
-from fastdraft.data.corpora import documents, local_folder
+from fastdraft.data.corpora import documents, source_files
+from fastdraft.data.files import ROWS, find_files, local_folder
 from fastdraft.data.prompts import usable_prompts
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.modeling.tokenizer import UnknownId
 from fastdraft.recipe.evaluation import BenchmarkConfig
-from fastdraft.recipe.prepare import HubRows, SourceConfig
-from fastdraft.recipe.synthesize import PromptConfig
+from fastdraft.recipe.prepare import FileSource, HubRows, SourceConfig
+from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptPrompts
 from fastdraft.runtimes.openvino import device_properties
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.stages import benchmark, design, evaluate, export, synthesize
@@ -178,7 +179,7 @@ def _try_tasks(config: Any, context: StageContext) -> Iterator[str]:
         _try_task(task, context.chat)
     if config.texts.kind == "transcripts":
         logs.look(config.texts, context.chat)
-    yield from ()
+        yield f"evaluate.texts: {config.texts.path}: {find_files(config.texts.path, ROWS).told}"
 
 
 def _try_task(config: Any, chat: ChatTemplate) -> None:
@@ -192,6 +193,10 @@ def _try_source(where: str, source: Any, attempt: Callable[[Any], None]) -> Iter
     """Tries a source; one of the hub for some seconds, and a hub that does not answer is told."""
     if not isinstance(source, HubRows) or local_folder(source.dataset):
         attempt(source)
+        if isinstance(source, JsonlPrompts | TranscriptPrompts):
+            yield f"{where}: {source.path}: {find_files(source.path, ROWS).told}"
+        elif isinstance(source, FileSource):
+            yield f"{where}: {source.path}: {source_files(source).told}"
         return
     errors: list[Exception] = []
 
