@@ -140,3 +140,28 @@ def test_a_hub_that_does_not_answer_is_told_and_holds_nobody_up(
     assert cli.main(["check", recipe, hub]) == 0
     assert "the hub does not answer): prepare.corpora[0]: x/y" in capsys.readouterr().out
     never.set()
+
+
+BESIDE = [
+    "prepare.corpora[0]={kind: jsonl, name: text, path: data/a.jsonl}",
+    "prepare.corpora[0]={kind: jsonl, name: text, path: 'dat*/**/*.jsonl'}",
+    "prepare.corpora[0]={kind: hub, name: text, dataset: data}",
+    "synthesize.prompts[0]={kind: jsonl, name: p, path: data}",
+    "synthesize.prompts[0]={kind: transcripts, name: p, path: data/a.jsonl}",
+    "evaluate.tasks=[{kind: file, path: data/a.jsonl}]",
+]
+
+
+@pytest.mark.parametrize("override", BESIDE)
+def test_a_path_that_lies_beside_the_recipe_and_not_here_says_so(
+    tmp_path: Path, tiny_target: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "x", "prompt": "y"}\n')
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["check", str(write_recipe(tmp_path, tiny_target)), override]) == 2
+    assert (
+        f"lies beside the recipe; paths are relative to the working directory: run in {tmp_path}, or write"
+        in capsys.readouterr().err
+    )

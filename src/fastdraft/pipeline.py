@@ -87,7 +87,8 @@ STAGES = (
 def make_context(recipe: Recipe, console: Console) -> StageContext:
     """What every stage of this recipe is given."""
     folder = RunFolder(recipe.run.root)
-    return StageContext(folder, recipe.run, Target(recipe.target), recipe.sections(), console)
+    target = Target(recipe.target)
+    return StageContext(folder, recipe.run, target, recipe.sections(), console, recipe.folder)
 
 
 def downstream(names: Iterable[str]) -> set[str]:

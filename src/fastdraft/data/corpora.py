@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdraft.data.files import (
+    ALL,
     JSONL,
     TEXT,
     FoundFiles,
@@ -135,11 +138,24 @@ def open_hub(source: Any) -> Any:
     """The data set as `datasets` streams it: only what is read is downloaded, and nothing is kept on disk."""
     from datasets import load_dataset  # here: a second of start that only data sets of the hub are worth
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a README without a card is no news
     try:
         how = {"split": source.split, "revision": source.revision, "streaming": True}
         return load_dataset(str(local_folder(source.dataset) or source.dataset), source.subset, **how)
     except Exception as error:
         raise _unreachable(f"data set {source.dataset}", error, 0) from error
+
+
+def data_set_files(source: Any, folder: Path) -> FoundFiles:
+    """Which files of a data set's folder `datasets` reads: those of the commonest kind and of the split."""
+    from datasets import load_dataset_builder
+
+    told = load_dataset_builder(str(folder), source.subset).config.data_files or {}
+    read = {Path(name).resolve() for name in told.get(re.split(r"[\[+]", source.split)[0], ())}
+    found = find_files(str(folder), ALL)
+    files = {name: path for name, path in found.files.items() if path.resolve() in read}
+    others = [name for name in found.files if name not in files] if files else []
+    return FoundFiles(files, sorted(found.passed_over + others))
 
 
 def hub_values(data: Any, name: str, field: str, after: int = 0) -> Iterator[tuple[int, Any]]:

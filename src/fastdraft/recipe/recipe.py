@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 
 from fastdraft.errors import RecipeError
 from fastdraft.recipe.base import Config, load_config, short
@@ -48,6 +48,13 @@ class Recipe(Config):
     """The exported pair on this device's clock, beside the prediction."""
     report: ReportConfig | None = None
     """One page about the run."""
+
+    _folder: Path | None = PrivateAttr(None)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its file lies, if it was read from one; paths in it do not depend on that."""
+        return self._folder
 
     @model_validator(mode="after")
     def _corpora_are_prepared(self) -> Recipe:
@@ -122,7 +129,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {short(value)}: {rule}", "see the shipped recipes")
     for override in overrides:
         apply_override(value, override)
-    return load_config(Recipe, value)
+    recipe = load_config(Recipe, value)
+    recipe._folder = path.parent
+    return recipe
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fastdraft.console import Console
@@ -34,6 +35,8 @@ class StageContext:
     sections: Mapping[str, Config]
     """Every section of the recipe by stage name: a stage may read another's settings, never its code."""
     console: Console
+    recipe_folder: Path | None = None
+    """Where the recipe's file lies, for errors alone."""
 
     @cached_property
     def chat(self) -> ChatTemplate:

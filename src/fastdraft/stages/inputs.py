@@ -6,6 +6,8 @@ no server is asked, and of a data set of the hub only the first row is waited fo
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,16 +15,16 @@ from functools import partial
 from typing import Any
 
 from fastdraft.data import logs
-from fastdraft.data.chat import ChatTemplate, Conversation
-from fastdraft.data.corpora import documents, source_files
-from fastdraft.data.files import ROWS, find_files, local_folder
+from fastdraft.data.chat import Conversation
+from fastdraft.data.corpora import data_set_files, documents, source_files
+from fastdraft.data.files import ROWS, FoundFiles, find_files, local_folder
 from fastdraft.data.prompts import usable_prompts
-from fastdraft.errors import RecipeError, TargetError
+from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.modeling.tokenizer import UnknownId
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.prepare import FileSource, HubRows, SourceConfig
-from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptPrompts
+from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptLog
 from fastdraft.runtimes.openvino import device_properties
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.stages import benchmark, design, evaluate, export, synthesize
@@ -124,7 +126,7 @@ def _try_benchmark(config: BenchmarkConfig, context: StageContext) -> None:
     require_convertible(context.target)
     length, most = context.target.context_length, max(config.num_speculative_tokens)
     for task in config.tasks_of(context.sections):
-        _try_task(task, context.chat)
+        _try_task(task, context)
         if task.max_new_tokens + most + 1 >= length:
             found = f"task '{task.name}' writes {task.max_new_tokens} tokens with K = {most}"
             rule = f"prompt, answer and one round must fit the context of {length}"
@@ -133,7 +135,7 @@ def _try_benchmark(config: BenchmarkConfig, context: StageContext) -> None:
 
 def _try_corpora(config: Any, context: StageContext) -> Iterator[str]:
     for number, source in enumerate(config.corpora):
-        yield from _try_source(f"prepare.corpora[{number}]", source, partial(_try_corpus, context))
+        yield from _try_source(f"prepare.corpora[{number}]", source, partial(_try_corpus, context), context)
 
 
 def _try_corpus(context: StageContext, source: SourceConfig) -> None:
@@ -145,7 +147,7 @@ def _try_corpus(context: StageContext, source: SourceConfig) -> None:
 def _try_prompts(config: Any, context: StageContext) -> Iterator[str]:
     for number, source in enumerate(config.prompts):
         where = f"synthesize.prompts[{number}]"
-        yield from _try_source(where, source, partial(_try_prompt, where, context))
+        yield from _try_source(where, source, partial(_try_prompt, where, context), context)
 
 
 def _try_prompt(where: str, context: StageContext, source: PromptConfig) -> None:
@@ -155,11 +157,10 @@ def _try_prompt(where: str, context: StageContext, source: PromptConfig) -> None
         logs.look(source, chat)
     elif source.kind == "magpie":
         if not chat.exists:
-            rule, fix = (
-                "magpie needs a chat template, which this target lacks",
-                "corpus prompts serve base models",
+            found = (
+                f"{where}: {context.target.name}: kind: magpie needs a chat template, which this target lacks"
             )
-            raise RecipeError(f"{where}: {context.target.name}: kind: {rule}", f"take that source out; {fix}")
+            raise RecipeError(found, "take that source out; corpus prompts serve base models")
         chat.user_prefix_ids()
     elif source.kind != "corpus":
         unknown: UnknownId | None = None
@@ -176,44 +177,82 @@ def _try_prompt(where: str, context: StageContext, source: PromptConfig) -> None
 
 def _try_tasks(config: Any, context: StageContext) -> Iterator[str]:
     for task in config.tasks:
-        _try_task(task, context.chat)
+        _try_task(task, context)
     if config.texts.kind == "transcripts":
-        logs.look(config.texts, context.chat)
-        yield f"evaluate.texts: {config.texts.path}: {find_files(config.texts.path, ROWS).told}"
+        look = partial(logs.look, chat=context.chat)
+        yield from _try_source("evaluate.texts", config.texts, look, context)
 
 
-def _try_task(config: Any, chat: ChatTemplate) -> None:
-    task = load_task(config)
-    chat.note([prompt.conversation for prompt in task.prompts if prompt.conversation])
+def _try_task(config: Any, context: StageContext) -> None:
+    with _hint(context, config.path):
+        task = load_task(config)
+    context.chat.note([prompt.conversation for prompt in task.prompts if prompt.conversation])
     for prompt in task.prompts:
-        chat.prompt_ids(prompt.prompt, chat=task.chat)
+        context.chat.prompt_ids(prompt.prompt, chat=task.chat)
 
 
-def _try_source(where: str, source: Any, attempt: Callable[[Any], None]) -> Iterator[str]:
-    """Tries a source; one of the hub for some seconds, and a hub that does not answer is told."""
-    if not isinstance(source, HubRows) or local_folder(source.dataset):
+def _try_source(
+    where: str, source: Any, attempt: Callable[[Any], None], context: StageContext
+) -> Iterator[str]:
+    """Tries a source and tells its files; one of the hub for some seconds, and that it does not answer."""
+    named = [getattr(source, key, "") for key in ("path", "requests", "dataset")]
+    folder = local_folder(source.dataset) if isinstance(source, HubRows) else None
+    with _hint(context, *named):
+        if isinstance(source, HubRows) and not folder:
+            if not _answers(lambda: attempt(source)):
+                if context.recipe_folder and (context.recipe_folder / source.dataset).is_dir():
+                    raise DataError(f"{where}: {source.dataset}: no such folder, and the hub does not answer")
+                yield f"not looked at (the hub does not answer): {where}: {source.dataset}"
+            return
         attempt(source)
-        if isinstance(source, JsonlPrompts | TranscriptPrompts):
-            yield f"{where}: {source.path}: {find_files(source.path, ROWS).told}"
+        if folder:
+            yield f"{where}: {source.dataset}: {data_set_files(source, folder).told}"
         elif isinstance(source, FileSource):
-            yield f"{where}: {source.path}: {source_files(source).told}"
-        return
+            yield from _told(where, source.path, source_files(source))
+        for path in named[:2] if isinstance(source, JsonlPrompts | TranscriptLog) else ():
+            if path:
+                yield from _told(where, path, find_files(path, ROWS))
+
+
+def _told(where: str, path: str, found: FoundFiles) -> Iterator[str]:
+    """Of a folder or a pattern."""
+    if len(found.files) > 1 or found.passed_over or path.rpartition("/")[2] not in found.files:
+        yield f"{where}: {path}: {found.told}"
+
+
+def _answers(work: Callable[[], None]) -> bool:
+    """Whether the hub answers in time; what else goes wrong is raised."""
     errors: list[Exception] = []
 
-    def work() -> None:
+    def run() -> None:
         try:
-            attempt(source)
+            work()
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)  # nothing waits for it at the end
+    thread = threading.Thread(target=run, daemon=True)  # nothing waits for it at the end
     thread.start()
     thread.join(HUB_SECONDS)
-    offline = errors and isinstance(errors[0].__cause__, ConnectionError | TimeoutError)
-    if thread.is_alive() or offline:
-        yield f"not looked at (the hub does not answer): {where}: {source.dataset}"
-    elif errors:
+    if errors and not isinstance(errors[0].__cause__, ConnectionError | TimeoutError):
         raise errors[0]
+    return not errors and not thread.is_alive()
+
+
+@contextlib.contextmanager
+def _hint(context: StageContext, *named: str) -> Iterator[None]:
+    """Adds to an error that what is missing here lies beside the recipe."""
+    try:
+        yield
+    except DataError as error:
+        folder = context.recipe_folder
+        for name in filter(None, named if folder else ()):
+            beside = f"{glob.escape(str(folder))}/{name}"
+            if not glob.glob(name, recursive=True) and glob.glob(beside, recursive=True):
+                fix = (
+                    f"paths are relative to the working directory: run in {folder}, or write {folder}/{name}"
+                )
+                raise DataError(f"{error.message}; {name} lies beside the recipe", fix) from None
+        raise
 
 
 _TRIED: dict[str, Callable[[Any, StageContext], Iterator[str]]] = {
