@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fastdraft.benchmark.rows import BenchmarkResults, best_k
+from fastdraft.benchmark.rows import BenchmarkResults, best_k, best_proposer
 from fastdraft.console import Console
 from fastdraft.recipe.evaluation import ReportConfig
 from fastdraft.recipe.run import RunConfig, TargetConfig
-from fastdraft.reporting import charts, tables
+from fastdraft.reporting import charts, proposers, tables
 from fastdraft.reporting.definitions import byte_size, duration
 from fastdraft.reporting.page import RunRecord, read_metrics, read_run, render
 from fastdraft.reporting.verdict import forecast_verdict, give_verdict, measured_verdict
@@ -23,7 +23,7 @@ from fastdraft.run_folder import RunFolder
 from fastdraft.stages import report
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
-from report_fixture import HOSTILE, TASKS, benchmark, results, write_run
+from report_fixture import HOSTILE, TASKS, benchmark, results, timed_lookup, with_lookup, write_run
 
 VOID = {"meta", "br", "img"}
 
@@ -243,6 +243,80 @@ def test_costs_out_of_reach_are_named(draft_seconds: float, wide: float, words: 
     seconds = {1: 0.0192, 2: wide, 3: 2 * wide}
     passes = [replace(row, draft_seconds=draft_seconds, target_seconds=seconds) for row in found.latencies]
     assert words in measured_verdict(replace(found, latencies=passes)).sentence
+
+
+NOTHING = dict.fromkeys(TASKS, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("finds", "start", "words"),
+    [
+        (NOTHING, "At its best K the draft reaches", ""),
+        (
+            dict.fromkeys(TASKS, 0.95),
+            "Use prompt lookup, train nothing: it reaches a memory-bound",
+            "the draft",
+        ),
+        (NOTHING | {"code": 0.95}, "At its best K", "does no worse on its own: 7.08×"),
+        (dict.fromkeys(TASKS, 0.4), "At its best K", "where it finds nothing is better: "),
+    ],
+)
+def test_the_forecast_knows_what_lookup_reaches(finds: dict[str, float], start: str, words: str) -> None:
+    sentence = forecast_verdict(with_lookup(results(), finds=finds)).sentence
+    assert sentence.startswith(start), sentence
+    assert words in sentence, sentence
+    assert ("lookup" in sentence) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("draft", "lookup", "named", "start", "end"),
+    [
+        (1.5, 1.0, ("draft", 1), "Use this draft with K\u00a0=\u00a01: measured", "int8 draft)."),
+        (1.5, 1.9, ("lookup", 3), "Use prompt lookup with K\u00a0=\u00a03, train nothing: ", "int4 target)."),
+        (
+            1.5,
+            1.46,
+            ("lookup", 3),
+            "Use prompt lookup with K\u00a0=\u00a03, train nothing: ",
+            "int4 target).",
+        ),
+        (0.8, 1.0, ("draft", 1), "Do not use a draft here: measured 0.80×", "."),
+        (0.8, 1.3, ("lookup", 3), "Use prompt lookup", "train nothing: measured 1.30×"),
+    ],
+)
+def test_the_verdict_and_what_is_launched_are_of_the_proposer_that_is_worth_it(
+    draft: float, lookup: float, named: tuple[str, int], start: str, end: str
+) -> None:
+    found = benchmark(speedup=draft, speedup_low=draft, predicted_speedup=None)
+    found = timed_lookup(found, **dict.fromkeys(TASKS, lookup))
+    sentence = measured_verdict(found).sentence
+    assert best_proposer(found.rows, found.pairs[0]) == named
+    assert sentence.startswith(start), sentence
+    assert end in sentence, sentence
+    assert "Better by task" not in sentence
+
+
+def test_where_another_proposer_is_faster_is_said_by_task() -> None:
+    found = timed_lookup(benchmark(), code=1.0, summarization=1.6, text=1.0, instructions=1.0)
+    sentence = measured_verdict(found).sentence
+    assert sentence.startswith("Use this draft")
+    assert sentence.endswith(
+        "Better by task: prompt lookup reaches 1.60× on\u00a0summarization (K\u00a0=\u00a03)."
+    )
+    rows = {row[0].text: row for row in proposers.clocked(found).rows}
+    marks = {task: [cell.mark for cell in rows[task][2:]] for task in ("code", "summarization")}
+    assert marks == {"code": ["", "good"], "summarization": ["good", ""]}
+
+
+def test_all_proposers_stand_side_by_side_and_an_older_run_has_no_such_table(record: RunRecord) -> None:
+    assert record.results is not None
+    shown = proposers.tokens(record.results)
+    assert list(shown.columns) == ["Task", "T", "Nothing", "Prompt lookup", "Draft", "Lookup, then draft"]
+    assert [cell.text for cell in shown.rows[0]][:5] == ["code", "0", "1.00", "1.13", "1.93"]
+    assert card(record).count("which needs no draft") >= 2
+    text = markdown(replace(record, results=results(), benchmark=benchmark()))
+    assert "What a draft must beat" in markdown(record)
+    assert "What a draft must beat" not in text
 
 
 def test_lossy_figures_carry_no_verdict(record: RunRecord) -> None:

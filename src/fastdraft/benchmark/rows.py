@@ -13,8 +13,11 @@ from itertools import groupby
 from typing import Any
 
 from fastdraft.evaluation.results import TASK_ORDER, ordered
+from fastdraft.forecast import WORTH
 from fastdraft.json_rows import JsonRow, Number
+from fastdraft.runtimes.runtime import ProposerKind
 
+PROPOSERS: tuple[ProposerKind, ...] = ("lookup", "draft", "lookup_draft")
 Pair = tuple[str, str, str]  # the runtime, the weights of the target and of the draft
 
 
@@ -278,6 +281,23 @@ def mean_speedups(judged: Iterable[BenchmarkRow]) -> dict[int, float]:
     for row in judged:
         speedups.setdefault(row.num_speculative_tokens or 0, []).append(row.speedup or 0.0)
     return {k: math.prod(values) ** (1 / len(values)) for k, values in speedups.items()}
+
+
+def best_proposer(rows: Iterable[BenchmarkRow], pair: Pair) -> tuple[ProposerKind, int] | None:
+    """With its K what has the largest mean over the tasks; the draft where that is worth it nowhere.
+
+    Lookup needs no training: what a draft brings must be worth its trouble beside it too.
+    """
+    listed, means = list(rows), dict[tuple[ProposerKind, int], float]()
+    for kind in PROPOSERS:
+        means |= {(kind, k): mean for k, mean in mean_speedups(judged_rows(listed, pair, kind)).items()}
+    if not means:
+        return None
+    best = max(means, key=lambda each: means[each] / (1.0 if each[0] == "lookup" else WORTH))
+    named = judged_rows(listed, pair, best[0])
+    reached = [row.speedup or 0.0 for row in named if row.num_speculative_tokens == best[1]]
+    drafts = [each for each in means if each[0] == "draft"]
+    return max(drafts, key=means.__getitem__) if drafts and max(reached) < WORTH else best
 
 
 def best_k(judged: Sequence[BenchmarkRow]) -> BestK:

@@ -19,7 +19,7 @@ import yaml
 from fastdraft.benchmark.rows import BenchmarkResults
 from fastdraft.console import format_seconds
 from fastdraft.evaluation.results import SPEEDUPS, AnswerSample, EvaluationResults
-from fastdraft.reporting import charts, definitions, tables
+from fastdraft.reporting import charts, definitions, proposers, tables
 from fastdraft.reporting.verdict import give_verdict, measured_with, runtime_name
 from fastdraft.run_folder import RunFolder, read_json
 
@@ -94,7 +94,7 @@ def render(template: str, run: RunRecord, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    rooms = {"tables": tables, "charts": charts, "SPEEDUPS": SPEEDUPS}
+    rooms = {"tables": tables, "charts": charts, "proposers": proposers, "SPEEDUPS": SPEEDUPS}
     words = {"runtime_name": runtime_name, "measured_with": measured_with, "shape_words": shape_words}
     environment.globals |= {**vars(definitions), **rooms, **words, "is_hub_id": _HUB_ID.fullmatch}
     environment.filters |= {"md": escape_markdown, "md_table": markdown_table, "fence": fence}
@@ -127,7 +127,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, tables.Cell]]:
         for task, k, cell in tables.measured(run.benchmark).only("Task", "Best K", "Measured").rows:
             detail = f"K\u00a0=\u00a0{k.text}, {cell.detail}"
             found[task.text] = "measured", cell._replace(detail=detail)
-    return [(f"{task.capitalize()}, {kind}", cell) for task, (kind, cell) in found.items()]
+    return [(f"{task.capitalize()}, draft, {kind}", cell) for task, (kind, cell) in found.items()]
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:

@@ -124,14 +124,16 @@ def _cell(row: Any, column: Column) -> Cell:
 # What an evaluation found. A setting is a task and a temperature.
 
 
-def _by_setting(
+def by_setting(
     results: EvaluationResults, columns: Mapping[str, Callable[[str, float], Cell | str]]
 ) -> Table:
+    """A row for every task and temperature."""
     given = {name: lambda setting, make=make: make(*setting) for name, make in columns.items()}
     return table(results.settings(), {"Task": lambda s: s[0], "T": lambda s: f"{s[1]:g}", **given})
 
 
-def _rate(row: ProposedRow | None, key: str, form: str = ".2f", after: str = "") -> Cell:
+def rate(row: ProposedRow | None, key: str, form: str = ".2f", after: str = "") -> Cell:
+    """A figure of a row with its interval in small print."""
     value = getattr(row, key, None)
     if row is None or value is None:
         return Cell("-")
@@ -143,12 +145,12 @@ def ladder(results: EvaluationResults) -> Table:
     """Acceptance after each checkpoint, at the headline K, with 95 % intervals."""
 
     def shown(name: str, key: str, form: str) -> Callable[[str, float], Cell]:
-        return lambda task, t: _rate(results.row(name, task, t), key, form)
+        return lambda task, t: rate(results.row(name, task, t), key, form)
 
     names = results.checkpoints
     rates = {f"{label(name)} rate": shown(name, "acceptance_rate", ".3f") for name in names}
     tokens = {f"{label(name)} tok/pass": shown(name, "block_efficiency", ".2f") for name in names}
-    return _by_setting(results, rates | tokens)
+    return by_setting(results, rates | tokens)
 
 
 def paper_ladder() -> Table:
@@ -173,7 +175,7 @@ def differences(results: EvaluationResults) -> Table:
         return lambda task, t: change(found.get((task, t, before, after)))
 
     steps = dict.fromkeys((row.before, row.after) for row in results.differences)
-    return _by_setting(results, {f"{label(a)} → {label(b)}": step(a, b) for a, b in steps})
+    return by_setting(results, {f"{label(a)} → {label(b)}": step(a, b) for a, b in steps})
 
 
 def _minus(text: str) -> str:
@@ -186,16 +188,16 @@ def best(results: EvaluationResults) -> Table:
     def speedup(key: str) -> Callable[[str, float], Cell]:
         def shown(task: str, temperature: float) -> Cell:
             row = results.best(task, temperature, key)
-            found = _rate(row, key, ".2f", f"× at {k_is(row.num_speculative_tokens)}" if row else "")
+            found = rate(row, key, ".2f", f"× at {k_is(row.num_speculative_tokens)}" if row else "")
             return found._replace(mark="" if row is None else "good" if getattr(row, key) > 1 else "bad")
 
         return shown
 
     def tokens(task: str, temperature: float) -> Cell:
-        return _rate(results.best(task, temperature, results.speedups[0]), "block_efficiency")
+        return rate(results.best(task, temperature, results.speedups[0]), "block_efficiency")
 
     speedups = {SPEEDUPS[key]: speedup(key) for key in results.speedups}
-    return _by_setting(results, {"Tokens per target pass": tokens, **speedups})
+    return by_setting(results, {"Tokens per target pass": tokens, **speedups})
 
 
 def positions(results: EvaluationResults) -> Table:
@@ -223,7 +225,7 @@ def along_the_text(results: EvaluationResults) -> Table:
         return lambda task, t: shown(found.get((task, t, first)))
 
     starts = sorted({row.first for row in results.rows_by_position})
-    return _by_setting(results, {stretch(start): at(start) for start in starts})
+    return by_setting(results, {stretch(start): at(start) for start in starts})
 
 
 def stretch(first: int) -> str:
@@ -239,7 +241,7 @@ def agreement(results: EvaluationResults) -> Table:
         return row.checkpoint, row.task, row.temperature, row.num_speculative_tokens
 
     def shown(row: ResultRow) -> Cell:
-        found = _rate(row, "block_efficiency")
+        found = rate(row, "block_efficiency")
         return found._replace(detail=f"{found.detail}, {row.num_prompts} prompts")
 
     def change(pair: tuple[ResultRow, ResultRow]) -> Cell:

@@ -5,16 +5,34 @@ The terminal, the report, the model card and `benchmark.json` show the same word
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, PassesRow, best_k
+from fastdraft.benchmark.rows import PROPOSERS, BenchmarkResults, BenchmarkRow, Pair, PassesRow, best_proposer
 from fastdraft.evaluation.results import SPEEDUPS, EvaluationResults, ProposedRow
 from fastdraft.forecast import WORTH
-from fastdraft.reporting.definitions import at_temperature, duration, k_is, label, listing, percent, times
+from fastdraft.reporting.definitions import (
+    at_temperature,
+    duration,
+    k_is,
+    label,
+    listing,
+    percent,
+    show,
+    times,
+)
 
-RUNTIMES = {"openvino": "OpenVINO"}
+RUNTIMES = {"openvino": "OpenVINO", "llamacpp": "llama.cpp"}
+SUBJECTS = {
+    "lookup": "prompt lookup",
+    "draft": "this draft",
+    "lookup_draft": "prompt lookup and, where it finds nothing, this draft",
+}
+_BESIDE = {
+    "lookup": "Prompt lookup, which needs no draft, does no worse on its own:",
+    "lookup_draft": "Prompt lookup with the draft where it finds nothing is better:",
+}
 # A needed share of accepted proposals above this is beyond what small drafts reach: the costs are then the
 # reason.
 WITHIN_REACH = 0.6
@@ -45,28 +63,72 @@ def give_verdict(results: EvaluationResults | None, benchmark: BenchmarkResults 
 
 def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
     """What the clock says about the deployed pair of weights."""
-    rows, detail = benchmark.judged(), f"Whole answers, {measured_with(benchmark)}."
-    k = best_k(rows).num_speculative_tokens
-    if k is None:
+    pair, detail = (
+        benchmark.pairs[0] if benchmark.pairs else None,
+        f"Whole answers, {measured_with(benchmark)}.",
+    )
+    named = best_proposer(benchmark.rows, pair) if pair else None
+    if named is None:
         sentence = "No verdict: no measured text is the target's own; measure at temperature 0."
         return Verdict(sentence, detail, "mixed")
-    good = [row for row in rows if row.num_speculative_tokens == k and (row.speedup or 0.0) >= WORTH]
-    poor = [row for row in rows if row.num_speculative_tokens == k and row not in good]
+    kind, k = named
+    rows = [row for row in benchmark.judged(pair, kind) if row.num_speculative_tokens == k]
+    good = [row for row in rows if (row.speedup or 0.0) >= WORTH]
+    poor = [row for row in rows if row not in good]
     target, draft = rows[0].weights
-    where = f"({benchmark.runtime.device}, {target} target, {draft} draft)"
+    where = f"({benchmark.runtime.device}, {target} target" + (
+        f", {draft} draft)" if kind != "lookup" else ")"
+    )
+    more = faster_ones(benchmark, kind, k)
+    # "Train nothing" is the truth only where no draft is worth it beside lookup.
+    use = f"Use {SUBJECTS[kind]} with {k_is(k)}" + (
+        ", train nothing" if kind == "lookup" and not more else ""
+    )
     if not poor:
         lowest = min(row.speedup_low or row.speedup or 0.0 for row in good)
         again = f", but {times(lowest)} in one repeat: measure again on a quiet machine" if lowest < 1 else ""
-        sentence = f"Use this draft with {k_is(k)}: measured {_each(good)} {where}{again}."
-        return Verdict(sentence, detail, "mixed" if again else "good")
+        sentence = f"{use}: measured {_each(good)} {where}{again}.{more}"
+        return Verdict(sentence, detail, "mixed" if again or kind == "lookup" else "good")
     reason = _reason(min(poor, key=lambda row: row.speedup or 0.0), benchmark)
     if good:
         found = f"measured {_each(good)}, but {_each(poor)} {where}; there {reason}"
-        return Verdict(f"Use this draft with {k_is(k)} where it pays: {found}.", detail, "mixed")
+        return Verdict(f"{use} where it pays: {found}.{more}", detail, "mixed")
     little = all((row.speedup or 0.0) >= 1 for row in poor)
     start = "A draft brings next to nothing here" if little else "Do not use a draft here"
-    sentence = f"{start}: measured {_each(poor)} at best {k_is(k)} {where}; {reason}."
-    return Verdict(sentence, detail, "mixed" if little else "bad")
+    found = f"{start}: measured {_each(poor)} at best {k_is(k)} {where}; {reason}.{more}"
+    return Verdict(found, detail, "mixed" if little else "bad")
+
+
+def worth_most(speedups: Mapping[str, float]) -> str:
+    """The proposer to use: a draft only where it is worth its trouble beside lookup, both beside either."""
+    best = ""
+    for kind in (kind for kind in PROPOSERS if kind in speedups):
+        if speedups[kind] >= WORTH * speedups.get(best, 1.0):
+            best = kind
+    return best
+
+
+def fastest_by_task(benchmark: BenchmarkResults, pair: Pair) -> dict[str, dict[str, BenchmarkRow]]:
+    """By task and proposer the judged row at the best K."""
+    found: dict[str, dict[str, BenchmarkRow]] = {}
+    for kind in PROPOSERS:
+        for row in benchmark.fastest_of_each(pair, kind):
+            found.setdefault(row.task, {})[kind] = row
+    return found
+
+
+def faster_ones(benchmark: BenchmarkResults, kind: str, k: int) -> str:
+    """Where another proposer than the named one is worth it, as a sentence; empty where none is."""
+    own = {r.task: r.speedup or 0.0 for r in benchmark.judged(None, kind) if r.num_speculative_tokens == k}
+    better: dict[str, list[str]] = {}
+    for task, rows in fastest_by_task(benchmark, benchmark.pairs[0]).items():
+        others = {name: row.speedup or 0.0 for name, row in rows.items() if name != kind}
+        chosen = worth_most(others)
+        if chosen and others[chosen] >= WORTH * max(own.get(task, 0.0), 1.0):
+            told = f"{times(others[chosen])} on\u00a0{task} ({k_is(rows[chosen].num_speculative_tokens)})"
+            better.setdefault(chosen, []).append(told)
+    parts = [f"{SUBJECTS[name]} reaches {listing(told)}" for name, told in better.items()]
+    return f" Better by task: {'; '.join(parts)}." if parts else ""
 
 
 def forecast_verdict(results: EvaluationResults | None, *, predicted: bool = True) -> Verdict:
@@ -85,13 +147,38 @@ def forecast_verdict(results: EvaluationResults | None, *, predicted: bool = Tru
     )
     if predicted:
         detail += _predicted(results)
+    chosen = _chosen(results, key)
+    if set(chosen) == {"lookup"}:
+        draft = listing([f"{times(getattr(row, key))} on\u00a0{row.task}" for row in rows])
+        free = f"it reaches a memory-bound {listing(chosen['lookup'])} without a draft"
+        return Verdict(f"Use prompt lookup, train nothing: {free}, the draft {draft}.", detail, "mixed")
+    more = "".join(f" {_BESIDE[kind]} {listing(told)}." for kind, told in chosen.items() if kind in _BESIDE)
     if not gains:
         low = f"its memory-bound speed-up stays under 1 even at the best K, {listing(losses)}"
-        return Verdict(f"Do not use this draft {at}: {low}.", detail, "bad")
+        return Verdict(f"Do not use this draft {at}: {low}.{more}", detail, "bad")
     sentence = f"At its best K the draft reaches {listing(gains)}"
     if losses:
         sentence += f", but stays under 1 with {listing(losses)}: do not use a draft there {at}"
-    return Verdict(f"{sentence}.", detail, "mixed" if losses else "good")
+    return Verdict(f"{sentence}.{more}", detail, "mixed" if losses else "good")
+
+
+def _chosen(results: EvaluationResults, speedup: str) -> dict[str, list[str]]:
+    """By proposer the tasks on which it is worth it, with its speed-up; empty without lookup's counts."""
+    found: dict[str, list[str]] = {}
+    for task in results.tasks if results.lookup else ():
+        rows = best_of_each(results, task, results.temperatures[0], speedup)
+        reached = {kind: float(getattr(row, speedup)) for kind, row in rows.items()}
+        if kind := worth_most(reached):
+            found.setdefault(kind, []).append(f"{times(reached[kind])} on\u00a0{task}")
+    return dict(sorted(found.items()))
+
+
+def best_of_each(
+    results: EvaluationResults, task: str, temperature: float, speedup: str
+) -> dict[str, ProposedRow]:
+    """By proposer the row at the best K for a kind of speed-up."""
+    found = {kind: results.best(task, temperature, speedup, kind) for kind in PROPOSERS}
+    return {kind: row for kind, row in found.items() if row}
 
 
 def best_rows(results: EvaluationResults, speedup: str) -> list[ProposedRow]:
@@ -143,6 +230,8 @@ def _predicted(results: EvaluationResults) -> str:
 def _reason(row: BenchmarkRow, benchmark: BenchmarkResults) -> str:
     """The figure that explains most of why this row gains nothing, in words."""
     passes = next((each for each in benchmark.latencies if each.key == row.key), None)
+    if row.proposer != "draft":
+        return f"a pass of the target brings {show(row.block_efficiency, '{:.2f}')} tokens"
     if row.predicted_speedup is None or passes is None:
         return f"the target accepts {percent(row.acceptance_rate)} of what is proposed"
     if row.predicted_speedup < WORTH:

@@ -21,8 +21,8 @@ from fastdraft.benchmark.rows import (
     ModelSize,
     RuntimeUsed,
     best_k,
+    best_proposer,
     judged_rows,
-    mean_speedups,
 )
 from fastdraft.benchmark.runs import PairRuns, unit_names
 from fastdraft.console import Console
@@ -226,16 +226,12 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
     for pair in pairs:
         console.stop.check(folder.path)
         memory.append(pair.peaks(k))
-    means = {
-        Proposer(kind, n): mean
-        for kind in runtime.proposers
-        for n, mean in mean_speedups(judged_rows(rows, key, kind)).items()
-    }
+    named = best_proposer(rows, key)  # as the verdict names it
     return {
         "latencies": [row for pair in pairs for row in passes[pair.weights]],
         "breakdown": [row for row in breakdown if row is not None],
         "memory": memory,
         "rows": rows + swept,
         "best": best,
-        "launch": runtime.launch_line(*deployed, max(means, key=means.__getitem__)) if means else "",
+        "launch": runtime.launch_line(*deployed, Proposer(*named)) if named else "",
     }
