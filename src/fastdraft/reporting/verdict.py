@@ -72,14 +72,16 @@ def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
         sentence = "No verdict: no measured text is the target's own; measure at temperature 0."
         return Verdict(sentence, detail, "mixed")
     kind, k = named
-    rows = [row for row in benchmark.judged(pair, kind) if row.num_speculative_tokens == k]
+    rows, better = benchmark.judged(pair, kind), faster_ones(benchmark, kind, k)
+    at_k = [row for row in rows if row.num_speculative_tokens == k]
+    rows = [row for row in at_k if row.task not in better] or at_k
     good = [row for row in rows if (row.speedup or 0.0) >= WORTH]
     poor = [row for row in rows if row not in good]
     target, draft = rows[0].weights
     where = f"({benchmark.runtime.device}, {target} target" + (
         f", {draft} draft)" if kind != "lookup" else ")"
     )
-    more = faster_ones(benchmark, kind, k)
+    more = _elsewhere(better)
     # "Train nothing" is the truth only where no draft is worth it beside lookup.
     use = f"Use {SUBJECTS[kind]} with {k_is(k)}" + (
         ", train nothing" if kind == "lookup" and not more else ""
@@ -88,7 +90,7 @@ def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
         lowest = min(row.speedup_low or row.speedup or 0.0 for row in good)
         again = f", but {times(lowest)} in one repeat: measure again on a quiet machine" if lowest < 1 else ""
         sentence = f"{use}: measured {_each(good)} {where}{again}.{more}"
-        return Verdict(sentence, detail, "mixed" if again or kind == "lookup" else "good")
+        return Verdict(sentence, detail, "mixed" if again or more or kind == "lookup" else "good")
     reason = _reason(min(poor, key=lambda row: row.speedup or 0.0), benchmark)
     if good:
         found = f"measured {_each(good)}, but {_each(poor)} {where}; there {reason}"
@@ -117,17 +119,24 @@ def fastest_by_task(benchmark: BenchmarkResults, pair: Pair) -> dict[str, dict[s
     return found
 
 
-def faster_ones(benchmark: BenchmarkResults, kind: str, k: int) -> str:
-    """Where another proposer than the named one is worth it, as a sentence; empty where none is."""
+def faster_ones(benchmark: BenchmarkResults, kind: str, k: int) -> dict[str, tuple[str, str]]:
+    """By task another proposer than the named one, where it is worth it there, and what it reaches."""
     own = {r.task: r.speedup or 0.0 for r in benchmark.judged(None, kind) if r.num_speculative_tokens == k}
-    better: dict[str, list[str]] = {}
+    better: dict[str, tuple[str, str]] = {}
     for task, rows in fastest_by_task(benchmark, benchmark.pairs[0]).items():
         others = {name: row.speedup or 0.0 for name, row in rows.items() if name != kind}
         chosen = worth_most(others)
         if chosen and others[chosen] >= WORTH * max(own.get(task, 0.0), 1.0):
             told = f"{times(others[chosen])} on\u00a0{task} ({k_is(rows[chosen].num_speculative_tokens)})"
-            better.setdefault(chosen, []).append(told)
-    parts = [f"{SUBJECTS[name]} reaches {listing(told)}" for name, told in better.items()]
+            better[task] = (chosen, told)
+    return better
+
+
+def _elsewhere(better: Mapping[str, tuple[str, str]]) -> str:
+    parts = [
+        f"{SUBJECTS[kind]} reaches {listing([told for name, told in better.values() if name == kind])}"
+        for kind in dict.fromkeys(name for name, _ in better.values())
+    ]
     return f" Better by task: {'; '.join(parts)}." if parts else ""
 
 
