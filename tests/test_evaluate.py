@@ -26,7 +26,9 @@ from fastdraft.modeling.drafts import load_draft
 from fastdraft.recipe.base import load_config
 from fastdraft.recipe.evaluation import EvaluateConfig
 from fastdraft.recipe.run import RunConfig
+from fastdraft.recipe.synthesize import SynthesizeConfig
 from fastdraft.run_folder import RunFolder, read_json, write_json
+from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.stages import evaluate
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
@@ -248,7 +250,8 @@ def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) ->
 def test_evaluation_texts_among_the_training_rows_are_counted(
     tmp_path: Path, tiny_target: Path, tiny_draft: Path
 ) -> None:
-    config = settings(tmp_path, exact={"prompts": 0}, num_speculative_tokens=[2], temperatures=[0])
+    few = {"exact": {"prompts": 0}, "num_speculative_tokens": [2], "temperatures": [0], "texts": "target"}
+    config = settings(tmp_path, **few)
     where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft})
     synthesize = where.folder("synthesize")
     seen = Target.at(tiny_target).tokenizer(f"{TEXT[2]} 2", add_special_tokens=False).input_ids
@@ -282,3 +285,47 @@ def test_the_fingerprint_follows_the_targets_files_and_what_was_trained_on(
     prepare.complete()
     where = replace(where, sections={**where.sections, "prepare": config})
     assert evaluate.fingerprint(config, where)["trained_on"] == {"prepare": prepare.digest()}
+
+
+def with_engine(where: StageContext, engine: dict[str, Any]) -> StageContext:
+    value = {"prompts": [{"kind": "corpus", "name": "any", "corpus": "text"}], "engine": engine}
+    section = load_config(SynthesizeConfig, value, "synthesize")
+    return replace(where, sections={**where.sections, "synthesize": section})
+
+
+@pytest.mark.parametrize(
+    ("texts", "engine", "writes"),
+    [
+        ("auto", {"kind": "huggingface"}, None),
+        ("auto", {"kind": "openvino"}, "openvino"),
+        ("auto", {"kind": "openai", "servers": ["http://localhost:1/v1"], "model": "m"}, None),
+        ("target", {"kind": "openvino"}, None),
+        ("engine", {"kind": "huggingface"}, "huggingface"),
+    ],
+)
+def test_texts_are_written_as_the_training_rows_are_where_that_is_here(
+    tmp_path: Path,
+    tiny_target: Path,
+    tiny_draft: Path,
+    texts: str,
+    engine: dict[str, Any],
+    writes: str | None,
+) -> None:
+    config = settings(tmp_path, texts=texts)
+    where = with_engine(context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft}), engine)
+    found = evaluate.fingerprint(config, where)["texts"]
+    assert found.get("engine", {}).get("kind") == writes
+    assert found["kind"] == ("engine" if texts == "engine" else "target")
+
+
+def test_greedy_exact_text_is_held_against_the_models_own_where_an_engine_wrote(
+    tmp_path: Path, tiny_target: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Target.at(write_target(tmp_path / "other", seed=9))  # as far from the target as rounding never is
+    engine = HuggingFaceEngine(other.model(torch.device("cpu")), other.vocabulary)
+    monkeypatch.setattr(evaluate, "open_engine", lambda *_, **__: engine)
+    config = settings(tmp_path, temperatures=[0])
+    where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft})
+    results = run(config, with_engine(where, {"kind": "openvino"}))
+    assert results.texts.kind == "engine"
+    assert (results.greedy_check.texts, results.greedy_check.different) == (4, 0)

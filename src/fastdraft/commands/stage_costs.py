@@ -84,7 +84,11 @@ class StageCosts:
 
     def _evaluation(self, config: EvaluateConfig) -> Cost:
         tokens = 0
-        if config.texts.kind in ("target", "engine"):  # how long other texts are shows when they are read
+        if config.texts.kind in (
+            "auto",
+            "target",
+            "engine",
+        ):  # how long other texts are shows when they are read
             for task in config.tasks:
                 prompts = load_task(task).prompts
                 turns = sum(len(p.conversation.users) if p.conversation else 1 for p in prompts)

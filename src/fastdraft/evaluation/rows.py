@@ -262,9 +262,11 @@ def greedy_check(work: EvaluationWork, exact: Mapping[Setting, ExactRuns]) -> Gr
             continue
         assert work.target is not None
         judge, precision = next_token_judge(work.target), str(work.target.dtype).removeprefix("torch.")
-        for name, row, ids in zip(names[s.task], work.texts[s.task, 0], runs.response_ids, strict=False):
+        rows = work.texts[s.task, 0]
+        own = runs.target_ids or [row.response_ids for row in rows]
+        for name, row, alone, ids in zip(names[s.task], rows, own, runs.response_ids, strict=False):
             texts += 1
-            if found := compare_texts(row.prompt_ids, row.response_ids, ids, judge):
+            if found := compare_texts(row.prompt_ids, alone, ids, judge):
                 case = GreedyCase(
                     task=s.task,
                     prompt=name,

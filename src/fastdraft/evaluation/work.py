@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from fastdraft.console import Console, Progress
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.rows import SyntheticRow, read_rows, write_rows
+from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
@@ -28,7 +30,7 @@ from fastdraft.errors import DataError, TargetError
 from fastdraft.evaluation.results import nearest_k
 from fastdraft.evaluation.tasks import EncodedTask, add_turns, derive_seed, refuse_faults, write_turns
 from fastdraft.functional.acceptance import TOTALS, counts_table
-from fastdraft.functional.generation import Engine, Sampling
+from fastdraft.functional.generation import Engine, Generation, Sampling
 from fastdraft.functional.lookup import Lookups, look_up, lookup_counts
 from fastdraft.functional.positions import counts_by_bucket
 from fastdraft.modeling.vocabulary import Vocabulary
@@ -65,6 +67,9 @@ class ExactRuns:
     counts: list[list[float]]
     response_ids: list[list[int]]
     accepted: list[list[bool]]
+    target_ids: list[list[int]] = field(
+        default_factory=list
+    )  # greedy, where an engine wrote the tasks' texts
 
 
 @dataclass
@@ -80,6 +85,7 @@ class EvaluationWork:
     target: PreTrainedModel | None  # None where nothing is decoded or timed here
     open_engine: Callable[[Callable[[int], None]], Engine]  # given what hears of finished answers
     given: Mapping[tuple[str, float], list[SyntheticRow]] | None = None  # texts that nobody has to write
+    by_engine: bool = False  # whether something else than `target` writes
     texts: dict[tuple[str, float], list[SyntheticRow]] = field(default_factory=dict)  # by task, temperature
     _shown: Progress | None = None
 
@@ -196,7 +202,12 @@ class EvaluationWork:
         decoder = SpeculativeDecoder(self.target, draft(), self.vocabulary, k, self.config.draft_temperature)
         seed, sampling = derive_seed(self.seed, task.name, temperature, k), self.sampling(temperature)
         runs = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, self._advance)
+        own: list[Generation] = []
+        if self.by_engine and temperature == 0:  # another runtime and precision breaks ties another way
+            ends, unused = frozenset(self.vocabulary.eos_token_ids), torch.Generator()
+            own = generate_batch(self.target, prompts, sampling, task.max_new_tokens, ends, unused)
         return {
+            "target_ids": [each.response_ids for each in own],
             "counts": counts_table([run.counts for run in runs]).tolist(),
             "response_ids": [run.generation.response_ids for run in runs],
             "accepted": [run.accepted for run in runs],

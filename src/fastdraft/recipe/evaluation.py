@@ -73,10 +73,16 @@ class FileTask(TaskSettings):
 TaskConfig = Annotated[ShippedTask | FileTask, Field(discriminator="kind")]
 
 
-class TargetTexts(Config):
-    """The target answers the tasks here, with its weights; only then are there exact runs and latencies."""
+class AutoTexts(Config):
+    """As `target`; where `synthesize.engine` runs on this machine too (OpenVINO, llama.cpp), that writes."""
 
-    kind: Literal["target"] = "target"
+    kind: Literal["auto"] = "auto"
+
+
+class TargetTexts(Config):
+    """transformers answers the tasks here; with this and `auto` alone there are exact runs and latencies."""
+
+    kind: Literal["target"]
 
 
 class EngineTexts(Config):
@@ -104,7 +110,9 @@ class LoggedTexts(TranscriptLog):
     """What the logged log-probs are of; target: take those of target.model's weights, by a scoring pass."""
 
 
-TextsConfig = Annotated[TargetTexts | EngineTexts | HeldOutTexts | LoggedTexts, Field(discriminator="kind")]
+TextsConfig = Annotated[
+    AutoTexts | TargetTexts | EngineTexts | HeldOutTexts | LoggedTexts, Field(discriminator="kind")
+]
 # `texts: synthesize` for `texts: {kind: synthesize}`
 _BARE_KIND = BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
 Checkpoint = Literal["design", "pretrain", "continue_pretrain", "align"]
@@ -124,7 +132,7 @@ class EvaluateConfig(Config):
 
     tasks: Annotated[list[TaskConfig], NAMES_DIFFER] = []
     """Shipped tasks by kind or `kind: file`; needed unless `texts` stand already."""
-    texts: Annotated[TextsConfig, _BARE_KIND] = TargetTexts()
+    texts: Annotated[TextsConfig, _BARE_KIND] = AutoTexts()
     """Whose texts drafts are replayed over: the target's own here or at its servers, held-out rows, logs."""
     temperatures: Temperatures = Field(default=[0.0, 0.6], min_length=1)
     """At which the target answers the tasks; 0 is greedy."""
@@ -145,7 +153,7 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> EvaluateConfig:
-        if not self.tasks and self.texts.kind in ("target", "engine"):
+        if not self.tasks and self.texts.kind in ("auto", "target", "engine"):
             raise ValueError("tasks must name at least 1 task, unless texts are of synthesize or transcripts")
         return self
 

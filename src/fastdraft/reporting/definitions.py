@@ -57,6 +57,12 @@ def percent(share: float | None, digits: int = 0) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f}\u00a0%"
 
 
+def stretch(first: int) -> str:
+    """0 -> `0–512`, 1024 -> `1k–2k`."""
+    ends = (first, first * 2 or 512)
+    return "–".join(f"{end // 1024}k" if end and end % 1024 == 0 else str(end) for end in ends)
+
+
 def listing(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)

@@ -30,6 +30,7 @@ from fastdraft.reporting.definitions import (
     label,
     percent,
     show,
+    stretch,
     times,
 )
 from fastdraft.reporting.verdict import worth
@@ -226,12 +227,6 @@ def along_the_text(results: EvaluationResults) -> Table:
 
     starts = sorted({row.first for row in results.rows_by_position})
     return by_setting(results, {stretch(start): at(start) for start in starts})
-
-
-def stretch(first: int) -> str:
-    """0 -> `0–512`, 1024 -> `1k–2k`."""
-    ends = (first, first * 2 or 512)
-    return "–".join(f"{end // 1024}k" if end and end % 1024 == 0 else str(end) for end in ends)
 
 
 def agreement(results: EvaluationResults) -> Table:

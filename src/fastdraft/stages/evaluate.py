@@ -30,8 +30,15 @@ from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import load_draft, pick_device, set_threads
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.evaluation import EngineTexts, EvaluateConfig, HeldOutTexts, LoggedTexts, TargetTexts
-from fastdraft.recipe.synthesize import ChosenEngine
+from fastdraft.recipe.evaluation import (
+    AutoTexts,
+    EngineTexts,
+    EvaluateConfig,
+    HeldOutTexts,
+    LoggedTexts,
+    TargetTexts,
+)
+from fastdraft.recipe.synthesize import ChosenEngine, LlamaCppEngineConfig, OpenVINOEngineConfig
 from fastdraft.reporting.tables import ladder
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.engines import choose_engine, describe_engine, open_engine, uses_weights
@@ -43,8 +50,10 @@ from fastdraft.target import Target
 def fingerprint(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
     """Settings, task files, target, drafts, training text; not the device, on which only latencies depend."""
     texts = describe(config.texts) if isinstance(config.texts, LoggedTexts) else config.texts.model_dump()
-    if isinstance(config.texts, EngineTexts):
-        texts["engine"] = describe_engine(_chosen_engine(context))
+    if isinstance(config.texts, AutoTexts):
+        texts["kind"] = "target"  # the same work, where no engine writes
+    if writer := _writer(config, context):
+        texts["engine"] = describe_engine(writer)
     return {
         **config.model_dump(),
         "tasks": [describe_task(task) for task in config.tasks],
@@ -66,7 +75,7 @@ def needs_weights(config: EvaluateConfig, sections: Mapping[str, Any]) -> bool:
     """Whether the target's weights must be on this machine; `sections` are the recipe's, by stage."""
     if isinstance(config.texts, EngineTexts):
         return uses_weights(sections["synthesize"].engine)
-    return isinstance(config.texts, TargetTexts) or config.texts.logprobs == "target"
+    return isinstance(config.texts, AutoTexts | TargetTexts) or config.texts.logprobs == "target"
 
 
 def run(config: EvaluateConfig, context: StageContext) -> None:
@@ -84,15 +93,18 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     for draft in drafts.values():
         check_same(target.vocabulary, draft.vocabulary, where=draft.location)
     context_length = min(model.context_length for model in (target, *drafts.values()))
-    model = target.model(device) if isinstance(config.texts, TargetTexts) else None
+    model = target.model(device) if isinstance(config.texts, AutoTexts | TargetTexts) else None
     given = _given_texts(config, context, context_length)
     if given:
         tasks = given.tasks()
     else:
         tasks = [encode_task(task, context.chat, context_length, console) for task in config.tasks]
-    opener = partial(_open_engine, config, context, model)
+    writer = _writer(config, context)
+    opener = partial(_open_engine, writer, config.batch_rows, context, model)
     writing = target.vocabulary, model, opener, given.rows if given else None
-    work = EvaluationWork(config, tasks, settings.seed, folder, console, *writing)
+    work = EvaluationWork(
+        config, tasks, settings.seed, folder, console, *writing, by_engine=writer is not None
+    )
     work.take_turns(context.chat, context_length)
     work.write_texts()
     # Same device and precision for both: that is what is decoded with and what latency compares.
@@ -118,7 +130,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         **findings(work, replayed, exact, costs, context_length),
         contamination=None if given else _contamination(config, context),
         lookup=lookup_rows(work, replayed, costs),
-        texts=ReplayedTexts(kind=config.texts.kind, left_out=dict(given.left_out) if given else {}),
+        texts=ReplayedTexts(kind=_texts_kind(config, writer), left_out=dict(given.left_out) if given else {}),
     )
     written = results.to_json()
     write_json(folder.path / "results.json", written)
@@ -162,32 +174,49 @@ def _given_texts(config: EvaluateConfig, context: StageContext, context_length: 
 
 
 def _open_engine(
-    config: EvaluateConfig,
+    writer: ChosenEngine | None,
+    batch_rows: int,
     context: StageContext,
     model: PreTrainedModel | None,
     on_batch: Callable[[int], None],
 ) -> Engine:
-    """What writes the tasks' texts: the loaded target, or the engine of synthesize."""
-    target, console, settings, rows = context.target, context.console, context.settings, config.batch_rows
-    if model is not None:
+    """What writes the tasks' texts: the engine of synthesize, or the loaded target."""
+    target, console, settings = context.target, context.console, context.settings
+    if writer is None:
+        assert model is not None
         halving = Halving("evaluate.batch_rows", console.warn)
-        return HuggingFaceEngine(model, target.vocabulary, rows, on_batch, halving=halving)
+        return HuggingFaceEngine(model, target.vocabulary, batch_rows, on_batch, halving=halving)
     return open_engine(
-        _chosen_engine(context),
+        writer,
         target,
         context.folder("evaluate"),
         console,
         device=settings.device,
         threads=settings.threads,
-        batch_rows=rows,
+        batch_rows=batch_rows,
         on_answer=on_batch,
     )
 
 
-def _chosen_engine(context: StageContext) -> ChosenEngine:
-    """The engine of synthesize; where that is `auto`, the one that wrote the training rows."""
+def _writer(config: EvaluateConfig, context: StageContext) -> ChosenEngine | None:
+    """The engine of synthesize where it writes the tasks' texts; None: the loaded target, or nobody.
+
+    Where that is `auto`, the one that wrote the training rows.
+    """
+    if isinstance(config.texts, AutoTexts):
+        if not context.has("synthesize") or not context.section("synthesize").asks:
+            return None
+    elif not isinstance(config.texts, EngineTexts):
+        return None
     engine, folder = context.section("synthesize").engine, context.folder("synthesize")
-    return choose_engine(engine, context.target, context.settings.device, folder).settings
+    chosen = choose_engine(engine, context.target, context.settings.device, folder).settings
+    local = isinstance(chosen, OpenVINOEngineConfig | LlamaCppEngineConfig)
+    return chosen if local or isinstance(config.texts, EngineTexts) else None
+
+
+def _texts_kind(config: EvaluateConfig, writer: ChosenEngine | None) -> str:
+    """For `results.json`: who wrote, where the recipe leaves it open."""
+    return ("engine" if writer else "target") if isinstance(config.texts, AutoTexts) else config.texts.kind
 
 
 def _trained_on(context: StageContext, *stages: str) -> list[StageFolder]:
