@@ -29,11 +29,12 @@ class FilesSource(Source):
     """What corpora in files have."""
 
     path: str = Field(min_length=1)
-    """A file, a folder (files of usual endings) or a pattern `src/**/*.c`; `shipped:` and `python:` too."""
+    """A file, a folder (files of usual endings, links followed, none hidden) or a pattern `src/**/*.c`, relative
+    to the working directory; `shipped:` and `python:` too."""
 
 
 class RowsSource(FilesSource):
-    """JSON objects, one a line (plain, .gz, .xz or .zst), or Parquet files."""
+    """JSON objects, one a line or in an array (plain, .gz, .xz, .bz2 or .zst), or Parquet files."""
 
     kind: Literal["jsonl", "parquet"]
     field: str = "text"
@@ -58,7 +59,7 @@ class HubRows(Config):
     """Which rows of a data set of the Hugging Face hub."""
 
     dataset: str = Field(min_length=1)
-    """Hub id."""
+    """Hub id, or a folder here that `datasets` reads; of a folder its files count in fingerprints."""
     subset: str | None = None
     """The data set's configuration."""
     split: str = "train"

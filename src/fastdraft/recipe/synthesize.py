@@ -35,7 +35,7 @@ class TextPrompts(Prompts):
 
 
 class JsonlPrompts(TextPrompts):
-    """JSON objects, one a line; plain, .gz, .xz or .zst."""
+    """JSON objects, one a line or in an array, or Parquet; plain, .gz, .xz, .bz2 or .zst."""
 
     kind: Literal["jsonl"]
     path: str = Field(min_length=1)
