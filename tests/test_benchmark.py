@@ -223,7 +223,7 @@ def test_check_forecasts_a_benchmark_and_refuses_an_unknown_device(
     assert cli.main(["check", str(finished)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("benchmark"))
     assert line.split()[1] == "done"
-    assert cli.main(["check", str(finished), "benchmark.device=XPU7"]) == 2
+    assert cli.main(["check", str(finished), "run.name=other", "benchmark.device=XPU7"]) == 2
     assert "OpenVINO sees" in capsys.readouterr().err
     assert cli.main(["check", str(finished), "run.name=other", "export=null"]) == 2
     assert "no export section" in capsys.readouterr().err

@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -193,6 +194,11 @@ class Target:
                     raise ValueError("unknown to transformers")
                 quantiser = AutoHfQuantizer.from_config(self._quantised, pre_quantized=True)
                 quantiser.validate_environment(device_map=None)
+                with torch.device("meta"):
+                    model = auto_class(self.config).from_config(self.config)
+                # Some ask for their library only here; other errors are for the loading to tell.
+                with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+                    quantiser.preprocess_model(model, device_map=None, checkpoint_files=[], use_kernels=False)
         except Exception as error:  # each has errors of its own
             raise self._not_loadable(error) from error
 

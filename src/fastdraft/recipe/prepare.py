@@ -29,8 +29,8 @@ class FilesSource(Source):
     """What corpora in files have."""
 
     path: str = Field(min_length=1)
-    """A file, a folder (files of usual endings, links followed, none hidden) or a pattern `src/**/*.c`, relative
-    to the working directory; `shipped:` and `python:` too."""
+    """A file, a folder (files of usual endings, links followed, none hidden) or a pattern `src/**/*.c`, from
+    the working directory; `shipped:` and `python:` too."""
 
 
 class RowsSource(FilesSource):
