@@ -17,11 +17,13 @@ from pyarrow import parquet
 from conftest import TEXT, write_recipe
 from fastdraft import cli
 from fastdraft.console import Console
+from fastdraft.data import prompts
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.evaluation.texts import logged_rows
 from fastdraft.pipeline import run
 from fastdraft.recipe.evaluation import LoggedTexts
 from fastdraft.recipe.recipe import load_recipe
+from fastdraft.recipe.synthesize import HubPrompts
 from fastdraft.target import Target
 
 ASKED = [{"role": "user", "content": "Why?"}]
@@ -51,11 +53,11 @@ def write_sources(root: Path) -> None:
     write_rows(root / "program/tests/a.py", texts())
     (root / "words/empty.txt").touch()
     (root / "program/latin.py").write_bytes(b"# \xe9\n")
-    prompts: list[dict[str, Any]] = [{"prompt": f"What is {n}?"} for n in range(8)]
+    plain: list[dict[str, Any]] = [{"prompt": f"What is {n}?"} for n in range(8)]
     messages = [{"messages": [{"role": "user", "content": f"What is {n}?"}]} for n in range(8)]
-    write_rows(root / "asked/a.jsonl", [*prompts, {"prompt": ""}, {"prompt": "WHAT is 1?"}])
+    write_rows(root / "asked/a.jsonl", [*plain, {"prompt": ""}, {"prompt": "WHAT is 1?"}])
     write_rows(root / "talks/a.json", [*messages, {"messages": CALLS + ASKED}])
-    write_rows(root / "asked_set/train.parquet", [*prompts, {"prompt": " "}, {"prompt": None}])
+    write_rows(root / "asked_set/train.parquet", [*plain, {"prompt": " "}, {"prompt": None}])
     logged = {"messages": ASKED, "response": "So it is.", "temperature": 0}
     write_rows(root / "log/a.jsonl", [logged, logged, {**logged, "response": None}])
     for folder in ("lines", "table", "words", "set", "asked", "asked_set", "talks", "log"):
@@ -73,13 +75,13 @@ def output(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> str:
     root = tmp_path_factory.mktemp("drops")
     write_sources(root)
     corpora = [{"name": name, "kind": kind, "path": str(root / name)} for name, kind in CORPORA.items()]
-    prompts = [{"name": name, "kind": kind, "path": str(root / name)} for name, kind in PROMPTS.items()]
+    asked = [{"name": name, "kind": kind, "path": str(root / name)} for name, kind in PROMPTS.items()]
     corpora.append({"name": "set", "kind": "hub", "dataset": str(root / "set")})
-    prompts.append({"name": "asked_set", "kind": "hub", "dataset": str(root / "asked_set")})
-    prompts[1]["field"] = "messages"
+    asked.append({"name": "asked_set", "kind": "hub", "dataset": str(root / "asked_set")})
+    asked[1]["field"] = "messages"
     design = load_recipe(str(write_recipe(root, tiny_target))).model_dump()["design"]
     sections = {"prepare": {"row_length": 64, "corpora": corpora}, "design": design}
-    synthesize = {"tokens": 2000, "temperatures": [0], "max_new_tokens": 8, "prompts": prompts}
+    synthesize = {"tokens": 2000, "temperatures": [0], "max_new_tokens": 8, "prompts": asked}
     sections |= {"synthesize": synthesize | {"engine": {"kind": "huggingface"}}}
     sections |= dict.fromkeys(("pretrain", "continue_pretrain", "align", "evaluate", "export", "report"))
     recipe = load_recipe(str(write_recipe(root, tiny_target, **sections)))
@@ -143,3 +145,13 @@ def test_a_log_on_which_drafts_are_measured_counts_what_is_left_out(
     log = LoggedTexts(kind="transcripts", name="log", path=str(tmp_path))
     rows = logged_rows(log, ChatTemplate(target.tokenizer), target.vocabulary, 0, left_out)
     assert (len(rows), left_out.total()) == (1, 2), left_out
+
+
+def test_a_data_set_of_which_only_the_beginning_is_read_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "train.parquet", [{"prompt": f"What is {n}?"} for n in range(8)])
+    monkeypatch.setattr(prompts, "HUB_ROWS", 5)
+    source = HubPrompts(name="p", kind="hub", dataset=str(tmp_path))
+    assert prompts.select_prompts(source, (), 0).note.startswith("only the first 5 rows are read")
+    assert not prompts.select_prompts(source.model_copy(update={"count": 8}), (), 0).note

@@ -200,7 +200,13 @@ def select_prompts(source: TextPrompts, held_out: Collection[str], seed: int) ->
         found = f"prompts '{source.name}': {told}; at least one must be left"
         raise DataError(found, "add prompts or correct `path` and `field`")
     random.Random(f"{seed}/{source.name}").shuffle(prompts)
-    notes = reader.note(), f"unsupported: {tell_counts(unsupported)}" if unsupported else ""
+    notes = [reader.note(), f"unsupported: {tell_counts(unsupported)}" if unsupported else ""]
+    if (
+        isinstance(source, HubPrompts)
+        and not source.count
+        and sum(refused.values(), len(prompts)) >= HUB_ROWS
+    ):
+        notes.append(f"only the first {HUB_ROWS:,} rows are read; set `count` for more")
     return SelectedPrompts(prompts[: source.count], refused, digest_of(met), "; ".join(filter(None, notes)))
 
 
