@@ -53,9 +53,9 @@ class Target:
     def __init__(self, settings: TargetConfig) -> None:
         self.name, self.location, self.revision = settings.model, settings.location, settings.revision
         self.dtype, self.chat_template_kwargs = settings.dtype, settings.chat_template_kwargs
-        self._gguf = open_gguf(settings.location, settings.revision)
-        if self._gguf:
-            self.location = str(as_directory(self._gguf))
+        self.gguf = open_gguf(settings.location, settings.revision)
+        if self.gguf:
+            self.location = str(as_directory(self.gguf))
 
     @classmethod
     def at(cls, folder: Path | str, revision: str | None = None) -> Target:
@@ -64,14 +64,14 @@ class Target:
 
     @cached_property
     def files(self) -> ModelFiles:
-        if self._gguf:
-            return GGUFModelFiles(self._gguf, self.location)
+        if self.gguf:
+            return GGUFModelFiles(self.gguf, self.location)
         return ModelFiles(self.location, self.revision)
 
     @property
     def gguf_file(self) -> Path | None:
         """The GGUF file that this model is (of several parts the first); None for other models."""
-        return self._gguf.path if self._gguf else None
+        return self.gguf.path if self.gguf else None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -251,8 +251,8 @@ class Target:
         """
         identity: dict[str, Any] = {"model": self.name, "revision": self.revision}
         identity["dtype"] = self.dtype if weights else None
-        if self._gguf:
-            return identity | {"files": {self._gguf.path.name: self._gguf.digest}}
+        if self.gguf:
+            return identity | {"files": {self.gguf.path.name: self.gguf.digest}}
         folder = Path(self.location)
         if not folder.is_dir():
             return identity

@@ -173,7 +173,8 @@ def _number(file: GGUFFile, key: str, default: int | None = None) -> int:
 def _of_family(file: GGUFFile, head_dim: int, rotary: int) -> dict[str, Any]:
     """What only some families have."""
     architecture, theta = file.value("general.architecture"), file.value("{arch}.rope.freq_base", 10_000.0)
-    rope, window = _rope(file, float(theta), head_dim), file.value("{arch}.attention.sliding_window")
+    rope = _rope(file, float(theta), head_dim)
+    window = file.value("{arch}.attention.sliding_window") or None  # converters write 0 for none
     hidden, heads = _number(file, "embedding_length"), _number(file, "attention.head_count")
     if architecture in ("qwen2", "phi3") and head_dim * heads != hidden:
         raise file.wrong(

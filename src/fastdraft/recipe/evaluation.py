@@ -167,15 +167,29 @@ class OpenVINOFormat(Config):
     """A small draft loses acceptance in int4."""
 
 
+GGUFWeights = Literal["f32", "f16", "q8_0"]
+
+
+class GGUFFormat(Config):
+    """Precision of the GGUF files that are written for llama.cpp, LM Studio and Ollama."""
+
+    draft: GGUFWeights = "q8_0"
+    """A small draft loses acceptance in fewer bits."""
+    target: Literal["none"] | GGUFWeights = "none"
+    """Of a target that is no GGUF file itself: none where you have its file from elsewhere."""
+
+
 class ExportConfig(Config):
     """`export:` — for which runtimes, with which settings pinned."""
 
-    formats: Annotated[list[Literal["huggingface", "openvino"]], EACH_ONCE] = Field(
+    formats: Annotated[list[Literal["huggingface", "openvino", "gguf"]], EACH_ONCE] = Field(
         default=["huggingface"], min_length=1
     )
     """huggingface: what vLLM loads and others are converted from, so always written; openvino: needs the
-    extra `openvino`."""
+    extra `openvino`; gguf: for llama.cpp, needs the extra `llamacpp`."""
     openvino: OpenVINOFormat = OpenVINOFormat()
+    """Used when `formats` names it."""
+    gguf: GGUFFormat = GGUFFormat()
     """Used when `formats` names it."""
     num_speculative_tokens: int = Field(default=3, ge=1, le=64)
     """K, pinned in the generation config. The paper serves with 3 to 5."""

@@ -15,13 +15,12 @@ from fastdraft.errors import FastDraftError
 from fastdraft.modeling.gguf_files import check_pair as check_gguf_pair
 from fastdraft.modeling.gguf_files import read_gguf
 from fastdraft.modeling.vocabulary import check_same
+from fastdraft.runtimes.gguf_export import GGUF_FILE
 from fastdraft.runtimes.llama_cpp import LlamaCppPair, LlamaCppSettings, measure_passes
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
 from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
 from fastdraft.runtimes.runtime import Proposer, ProposerKind
 from fastdraft.target import Target
-
-MODEL_FILE = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,16 @@ class LlamaCppRuntime(LlamaCppSettings):
         check_same(target.vocabulary, draft.vocabulary, where=draft.name)
 
     def weights_bytes(self, exported: Path) -> int:
-        return sum(tensor.size for tensor in read_gguf(exported / MODEL_FILE).tensors.values())
+        return sum(tensor.size for tensor in read_gguf(exported / GGUF_FILE).tensors.values())
 
     def measure_passes(
         self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
     ) -> Latency | None:
-        return measure_passes(target / MODEL_FILE, draft / MODEL_FILE, self, widths, prefix_tokens)
+        return measure_passes(target / GGUF_FILE, draft / GGUF_FILE, self, widths, prefix_tokens)
 
     def open(self, target: Path, draft: Path) -> LlamaCppPair:
         """Refuses first a draft that the server would leave out without an error."""
-        files = read_gguf(target / MODEL_FILE), read_gguf(draft / MODEL_FILE)
+        files = read_gguf(target / GGUF_FILE), read_gguf(draft / GGUF_FILE)
         check_gguf_pair(files[0].fields, files[1].fields, str(files[1].path))
         context = min(int(file.value("{arch}.context_length")) for file in files)
         return LlamaCppPair(files[0].path, files[1].path, self, context)

@@ -16,13 +16,15 @@ from fastdraft.data.shards import open_corpus
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.architecture import auto_class
 from fastdraft.modeling.drafts import pick_device, set_threads
+from fastdraft.modeling.gguf_files import require_gguf
 from fastdraft.modeling.tokenizer import plain_prompt_ids
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.evaluation import ExportConfig, OpenVINOFormat
+from fastdraft.recipe.evaluation import ExportConfig, GGUFFormat, OpenVINOFormat
 from fastdraft.recipe.run import resolve_path, user_path
 from fastdraft.reporting.page import read_run, render
 from fastdraft.run_folder import StageFolder, file_sha256, write_atomic
+from fastdraft.runtimes.gguf_export import GGUF_FILE, export_gguf
 from fastdraft.runtimes.huggingface_export import (
     PADDING_MASS_LIMIT,
     check_assisted,
@@ -47,6 +49,8 @@ def check_installed(config: ExportConfig) -> None:
     """MissingExtra where a library is not there: told before hours of training."""
     if "openvino" in config.formats:
         require_openvino()
+    if "gguf" in config.formats:
+        require_gguf()
 
 
 def source_of(context: StageContext) -> tuple[str, Path]:
@@ -60,7 +64,7 @@ def fingerprint(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     name, _ = source_of(context)
     results = context.folder("evaluate").path / "results.json"
     return {
-        **config.model_dump(exclude=set() if "openvino" in config.formats else {"openvino"}),
+        **config.model_dump(exclude={"openvino", "gguf"} - set(config.formats)),
         "source": {name: context.require(name).digest()},
         "target": context.target.identity(weights=context.target.has_weights),
         "results": file_sha256(results) if results.is_file() else None,
@@ -85,9 +89,11 @@ def run(config: ExportConfig, context: StageContext) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in files
     }
-    openvino = {}
+    others: dict[str, Any] = {}
     if "openvino" in config.formats:
-        openvino = {"openvino": _openvino(config.openvino, artifact.path, target, Target.at(folder), console)}
+        others["openvino"] = _openvino(config.openvino, artifact.path, target, Target.at(folder), console)
+    if "gguf" in config.formats:
+        others["gguf"] = _gguf(config.gguf, artifact.path, target, Target.at(folder), console)
     artifact.complete(
         formats=config.formats,
         source=name,
@@ -95,7 +101,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         confidence_threshold=0.0,
         files=described,
         checks=checks,
-        **openvino,
+        **others,
         seconds=round(time.monotonic() - start, 1),
         provenance=describe_run(),
     )
@@ -162,6 +168,23 @@ def _openvino(
     found["pair" if pair else "draft_alone"] = asdict(tried)
     console.say(f"{folder / 'openvino'}: OpenVINO loads it; target {settings.target}, draft {settings.draft}")
     return found
+
+
+def _gguf(
+    settings: GGUFFormat, folder: Path, target: Target, draft: Target, console: Console
+) -> dict[str, Any]:
+    """Writes `gguf/draft`, and `gguf/target` where it is asked for, each one file; bytes of each."""
+    asked = {"draft": (draft, settings.draft)}
+    if settings.target != "none" and target.gguf is None:
+        asked["target"] = (target, settings.target)
+    sizes = {}
+    for role, (model, weights) in asked.items():
+        file = folder / "gguf" / role / GGUF_FILE
+        export_gguf(model, file, weights, target)
+        sizes[f"{role}_bytes"] = file.stat().st_size
+        console.say(f"{file}: {weights}, {sizes[f'{role}_bytes'] / 1e6:.1f} MB")
+        console.stop.check(folder)
+    return {**settings.model_dump(), **sizes}
 
 
 def export_model(

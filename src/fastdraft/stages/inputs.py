@@ -25,6 +25,7 @@ from fastdraft.modeling.tokenizer import UnknownId
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.prepare import FileSource, HubRows, SourceConfig
 from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptLog
+from fastdraft.runtimes.gguf_export import require_writable
 from fastdraft.runtimes.openvino import device_properties
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.stages import benchmark, design, evaluate, export, synthesize
@@ -114,6 +115,8 @@ def _try_runtimes(sections: Mapping[str, Any], context: StageContext) -> None:
     converts = exported and "openvino" in exported.formats and exported.openvino.target != "none"
     if converts or (written and written.engine.kind == "openvino"):
         require_convertible(context.target)
+    if exported and "gguf" in exported.formats:
+        require_writable(context.target)
     if "benchmark" in sections:
         _try_benchmark(sections["benchmark"], context)
 
