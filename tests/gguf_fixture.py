@@ -33,9 +33,11 @@ def write_gguf(path: Path, seed: int = 0, *, noise: float = 0.0, size: int = SIZ
     writer.add_vocab_size(size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    special = ["<s>", "</s>", *(f"<extra{number}>" for number in range(size - 258))]
+    special = ["<s>", "</s>", "ab", *(f"<extra{number}>" for number in range(size - 259))]
     writer.add_token_list([*byte_letters(), *special])
-    writer.add_token_types([TokenType.NORMAL] * 256 + [TokenType.CONTROL] * len(special))
+    writer.add_token_types(
+        [TokenType.NORMAL if len(text) < 3 else TokenType.CONTROL for text in [*byte_letters(), *special]]
+    )
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(eos)

@@ -21,16 +21,15 @@ RUNTIME = LlamaCppRuntime(threads=1)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     made = []
     for name, noise in (("target", 0.0), ("draft", 0.02)):
-        made.append(tmp_path_factory.mktemp(name))
-        write_gguf(made[-1] / "model.gguf", noise=noise)
+        made.append(write_gguf(tmp_path_factory.mktemp(name) / "m.gguf", noise=noise))
     return made[0], made[1]
 
 
-def test_a_pair_is_opened_with_the_context_of_its_files(folders: tuple[Path, Path]) -> None:
-    pair = RUNTIME.open(*folders)
+def test_a_pair_is_opened_with_the_context_of_its_files(files: tuple[Path, Path]) -> None:
+    pair = RUNTIME.open(*files)
     assert (pair.context_length, pair.settings) == (CONTEXT, RUNTIME)
     [text] = pair.write([[5, 7, 9]], Sampling(0.0), 6, 0, Proposer("draft", 2))
     assert len(text.response_ids) == 6
@@ -38,21 +37,21 @@ def test_a_pair_is_opened_with_the_context_of_its_files(folders: tuple[Path, Pat
 
 
 def test_a_draft_that_the_server_would_leave_out_is_refused_before_it_starts(
-    folders: tuple[Path, Path], tmp_path: Path
+    files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    write_gguf(tmp_path / "model.gguf", size=SIZE + 200)
+    other = write_gguf(tmp_path / "other.gguf", size=SIZE + 200)
     with pytest.raises(TargetError, match="must differ by at most 128"):
-        RUNTIME.open(folders[0], tmp_path)
+        RUNTIME.open(files[0], other)
 
 
-def test_bytes_are_those_of_the_weights(folders: tuple[Path, Path]) -> None:
-    size = RUNTIME.weights_bytes(folders[0])
+def test_bytes_are_those_of_the_weights(files: tuple[Path, Path]) -> None:
+    size = RUNTIME.weights_bytes(files[0])
     assert size % 4 == 0
-    assert 0 < (folders[0] / "model.gguf").stat().st_size - size < 20_000  # the head
+    assert 0 < files[0].stat().st_size - size < 20_000  # the head
 
 
-def test_memory_is_that_of_the_server(folders: tuple[Path, Path]) -> None:
-    found = measure_memory(RUNTIME, *folders, [5, 7, 9], 4)
+def test_memory_is_that_of_the_server(files: tuple[Path, Path]) -> None:
+    found = measure_memory(RUNTIME, *files, [5, 7, 9], 4)
     assert found is not None
     assert found > 20_000_000  # of a process with the wheel loaded; ours has loaded nothing
 

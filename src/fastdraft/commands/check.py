@@ -54,7 +54,12 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
     check_lengths(context.sections, plan)
     told = try_inputs([n for n in context.sections if not context.folder(n).is_complete()], context)
     refuse_changes(context)
-    costs, stages = StageCosts(recipe, plan, device, context.target.has_weights), []
+    costs, stages = (
+        StageCosts(
+            recipe, plan, device, context.target.has_weights, gguf=context.target.gguf_file is not None
+        ),
+        [],
+    )
     for name in context.sections:
         folder = context.folder(name)
         begun = "unfinished" if (folder.path / FINGERPRINT).exists() else "new"

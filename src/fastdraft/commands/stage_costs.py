@@ -24,12 +24,14 @@ Cost = tuple[int, float, float, float]  # tokens, seconds, bytes on disk, bytes 
 class StageCosts:
     """The costs of a recipe's stages, for one draft on one device: `costs.of("align")`."""
 
-    def __init__(self, recipe: Recipe, plan: design.DraftDesign, device: str, has_weights: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, plan: design.DraftDesign, device: str, has_weights: bool, *, gguf: bool = False
+    ) -> None:
         self.recipe, self.draft, self.target, self.device = recipe, plan.draft, plan.target, device
         self.checkpoint, self.threads = forecast.checkpoint_bytes(plan.draft.parameters), recipe.run.threads
         wide = recipe.target.dtype == "fp32" or (recipe.target.dtype == "auto" and device == "cpu")
         self.target_bytes = (4.0 if wide else 2.0) * plan.target.parameters
-        self.has_weights = has_weights
+        self.has_weights, self.gguf = has_weights, gguf
 
     def of(self, stage: str) -> Cost:
         """Tokens, seconds, bytes on disk and in memory."""
@@ -102,12 +104,18 @@ class StageCosts:
     def _benchmark(self, config: BenchmarkConfig) -> Cost:
         """Every setting in turn, and once untimed."""
         tasks, sweep = config.tasks_of(self.recipe.sections()), config.sweep
-        settings, pairs = 1 + len(config.num_speculative_tokens), len(config.weights)
-        per_pair = settings * len(config.temperatures) * config.prompts * sum(t.max_new_tokens for t in tasks)
+        runtimes = config.runtimes_of(
+            self.recipe.export.formats if self.recipe.export else (), gguf=self.gguf
+        )
+        pairs = len(config.weights) * ("openvino" in runtimes)
+        # Of llama.cpp one pair; lookup on the first pair alone, in llama.cpp also with the draft behind it.
+        each, looked_up = 1 + len(config.num_speculative_tokens), len(config.lookup)
+        settings = pairs * each + looked_up * (pairs > 0) + (each + 2 * looked_up) * ("llamacpp" in runtimes)
+        written = settings * len(config.temperatures) * config.prompts * sum(t.max_new_tokens for t in tasks)
         usual, at_once = min(task.max_new_tokens for task in tasks), max([0, *sweep.concurrency])
         swept = config.prompts * (len(sweep.prompt_tokens) * usual + sum(sweep.max_new_tokens))
         swept += max(config.prompts, at_once) * len(sweep.concurrency) * usual
-        tokens = (1 + config.repeats) * (per_pair * pairs + 2 * swept)
+        tokens = (1 + config.repeats) * (written + 2 * swept * len(runtimes))
         seconds = tokens * (self.target.bytes_per_token(8) / _BYTES_PER_SECOND + _TOKEN_SECONDS)
         target, draft = self.target.parameters, self.draft.parameters
         disk, memory = 1.0 * pairs * (target + draft), max(2.0 * target + draft, 4.0 * target)

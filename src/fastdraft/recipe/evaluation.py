@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -204,6 +204,7 @@ class WeightsPair(Config):
     """A small draft loses acceptance in int4 and gains little time."""
 
 
+RuntimeName = Literal["openvino", "llamacpp"]
 _Lengths = Annotated[list[int], each_between(1, 2**20)]
 
 
@@ -218,8 +219,27 @@ class SweepConfig(Config):
     """Texts at a time: with more of them a pass verifies less cheaply, and a draft gains less."""
 
 
+class LlamaCppConfig(Config):
+    """How llama.cpp runs the pair; it needs the extra `llamacpp`."""
+
+    server: str = ""
+    """A llama-server of your own, for your GPU or CPU; empty: the one in xllamacpp, for every CPU."""
+    threads: int = Field(default=0, ge=0, le=4096)
+    """CPU threads; 0: those of `run.threads`."""
+    target: str = ""
+    """The target's GGUF file; empty: `target.model` where it is one, else that of `synthesize.engine`."""
+    draft: str = ""
+    """The draft's GGUF file; empty: the one that export made for its format gguf."""
+
+
 class BenchmarkConfig(Config):
     """`benchmark:` — what is measured on this device, and how often."""
+
+    runtimes: Annotated[list[RuntimeName], EACH_ONCE] | None = Field(default=None, min_length=1)
+    """What runs the pair, one after the other; null: llamacpp for a GGUF target whose draft is a GGUF
+    file too, else openvino."""
+    llamacpp: LlamaCppConfig = LlamaCppConfig()
+    """Used where llama.cpp runs."""
 
     device: str = Field(default="CPU", min_length=1)
     """OpenVINO's name of the device that runs the target: CPU, GPU, GPU.1."""
@@ -243,6 +263,12 @@ class BenchmarkConfig(Config):
     """Prompt length, answer length, texts at a time."""
     repeats: int = Field(default=3, ge=1, le=100)
     """Timed runs of everything, target alone and with the draft in turn; medians and ranges are over them."""
+
+    def runtimes_of(self, formats: Sequence[str], *, gguf: bool) -> list[RuntimeName]:
+        """Those named, or what the target (a GGUF file or not) and `export.formats` allow."""
+        if self.runtimes:
+            return list(self.runtimes)
+        return ["llamacpp" if gguf and ("gguf" in formats or self.llamacpp.draft) else "openvino"]
 
     def tasks_of(self, sections: Mapping[str, Config]) -> list[Any]:
         """Its own tasks, those of `evaluate`, or the shipped ones; `sections` are the recipe's."""

@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.errors import FastDraftError
+from fastdraft.modeling.gguf_files import GGUFFile, read_gguf, require_gguf
 from fastdraft.modeling.gguf_files import check_pair as check_gguf_pair
-from fastdraft.modeling.gguf_files import read_gguf
 from fastdraft.modeling.vocabulary import check_same
-from fastdraft.runtimes.gguf_export import GGUF_FILE
 from fastdraft.runtimes.llama_cpp import LlamaCppPair, LlamaCppSettings, measure_passes
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
 from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
@@ -23,9 +22,21 @@ from fastdraft.runtimes.runtime import Proposer, ProposerKind
 from fastdraft.target import Target
 
 
+def file_type(file: GGUFFile) -> str:
+    """How its weights are kept, in llama.cpp's words: `Q4_K_M`."""
+    kind = file.value("general.file_type", 0)
+    names = {each.value: each.name for each in require_gguf().LlamaFileType}
+    return str(names.get(kind, f"type{kind}")).removeprefix("MOSTLY_").removeprefix("ALL_")
+
+
+def check_files(target: GGUFFile, draft: GGUFFile) -> None:
+    """Refuses a draft that the server would leave out without an error."""
+    check_gguf_pair(target.fields, draft.fields, str(draft.path))
+
+
 @dataclass(frozen=True)
 class LlamaCppRuntime(LlamaCppSettings):
-    """The `Runtime` with these settings; an exported model is a folder with one GGUF file."""
+    """The `Runtime` with these settings; an exported model is a GGUF file."""
 
     name: ClassVar[str] = "llamacpp"
     proposers: ClassVar[tuple[ProposerKind, ...]] = ("draft", "lookup", "lookup_draft")
@@ -44,18 +55,28 @@ class LlamaCppRuntime(LlamaCppSettings):
     def check_pair(self, target: Target, draft: Target) -> None:
         check_same(target.vocabulary, draft.vocabulary, where=draft.name)
 
+    def export(self, source: Target, folder: Path, weights: str, target: Path | None = None) -> None:
+        """Files are the target's own and the export stage's: none is made for a benchmark."""
+        rule = "llama.cpp runs the target's own file and the exported draft's"
+        raise FastDraftError(f"{folder.name}: not there; {rule}", "add gguf to export.formats")
+
     def weights_bytes(self, exported: Path) -> int:
-        return sum(tensor.size for tensor in read_gguf(exported / GGUF_FILE).tensors.values())
+        return sum(tensor.size for tensor in read_gguf(exported).tensors.values())
+
+    def bytes_per_token(self, model: Target, exported: Path, weights: str) -> float:
+        """All, without the input's embeddings where the head has a matrix of its own."""
+        tensors = read_gguf(exported).tensors
+        unread = tensors["token_embd.weight"].size if "output.weight" in tensors else 0
+        return float(self.weights_bytes(exported) - unread)
 
     def measure_passes(
         self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
     ) -> Latency | None:
-        return measure_passes(target / GGUF_FILE, draft / GGUF_FILE, self, widths, prefix_tokens)
+        return measure_passes(target, draft, self, widths, prefix_tokens)
 
     def open(self, target: Path, draft: Path) -> LlamaCppPair:
-        """Refuses first a draft that the server would leave out without an error."""
-        files = read_gguf(target / GGUF_FILE), read_gguf(draft / GGUF_FILE)
-        check_gguf_pair(files[0].fields, files[1].fields, str(files[1].path))
+        files = read_gguf(target), read_gguf(draft)
+        check_files(*files)
         context = min(int(file.value("{arch}.context_length")) for file in files)
         return LlamaCppPair(files[0].path, files[1].path, self, context)
 

@@ -54,6 +54,9 @@ class OpenVINORuntime(OpenVINOSettings):
     def weights_bytes(self, exported: Path) -> int:
         return (exported / MODEL_FILE).with_suffix(".bin").stat().st_size
 
+    def bytes_per_token(self, model: Target, exported: Path, weights: str) -> float:
+        return model.architecture.exported_bytes_per_token(weights)
+
     def measure_passes(
         self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
     ) -> Latency | None:

@@ -109,6 +109,9 @@ class Runtime(Protocol):
 
     def weights_bytes(self, exported: Path) -> int: ...
 
+    def bytes_per_token(self, model: Target, exported: Path, weights: str) -> float:
+        """What an exported model reads of its weights for one token."""
+
     def measure_passes(
         self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
     ) -> Latency | None:

@@ -8,7 +8,7 @@ its best K; then time spent and memory. A killed benchmark goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,34 +26,99 @@ from fastdraft.benchmark.rows import (
 )
 from fastdraft.benchmark.runs import PairRuns, unit_names
 from fastdraft.console import Console
-from fastdraft.errors import FastDraftError
+from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.evaluation.results import nearest_k
 from fastdraft.evaluation.tasks import describe_task
+from fastdraft.modeling.gguf_files import GGUFFile, read_gguf
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.evaluation import BenchmarkConfig
+from fastdraft.recipe.evaluation import BenchmarkConfig, RuntimeName
+from fastdraft.recipe.run import resolve_path
 from fastdraft.reporting import tables
 from fastdraft.reporting.verdict import measured_verdict
 from fastdraft.run_folder import StageFolder, write_json
-from fastdraft.runtimes.openvino import require_openvino
+from fastdraft.runtimes.llama_cpp_engine import check_vocabulary
+from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime, check_files, file_type
+from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
+from fastdraft.runtimes.openvino import device_properties, require_openvino
+from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
 from fastdraft.runtimes.runtime import Proposer, ProposerKind, Runtime
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
 NAME = "benchmark"
+# A runtime, the weights of its pairs, and where exports stand already, by role and weights.
+Opened = tuple[Runtime, list[WeightsOfPair], dict[tuple[str, str], Path]]
 _LISTS = ("latencies", "breakdown", "memory", "rows")
 
 
-def check_installed(config: BenchmarkConfig) -> None:
-    """MissingExtra where a library is not there: told before hours of training."""
-    require_openvino()
+def named_runtimes(config: BenchmarkConfig, context: StageContext) -> list[RuntimeName]:
+    """The runtimes that the recipe names, or its target and export allow."""
+    return config.runtimes_of(context.section("export").formats, gguf=context.target.gguf_file is not None)
+
+
+def check_installed(config: BenchmarkConfig, context: StageContext) -> None:
+    """Refuses what is not there, told before hours of training."""
+    if not context.has("export"):
+        raise RecipeError("benchmark: no export section: what is exported is measured", "add `export:`")
+    runtimes = named_runtimes(config, context)
+    if "openvino" in runtimes:
+        require_openvino()
+        for device in dict.fromkeys((config.device, config.draft_device or config.device)):
+            device_properties(device, config.precision)
+        require_convertible(context.target)
+    if "llamacpp" in runtimes:
+        require_llama_cpp(config.llamacpp.server)
+        target = _target_file(config, context)
+        if config.llamacpp.draft:
+            check_files(target, _draft_file(config, context))
+        elif "gguf" not in context.section("export").formats:
+            rule = "benchmark.runtimes: llamacpp runs the draft's GGUF file"
+            fix = "add gguf to export.formats, or name a file in benchmark.llamacpp.draft"
+            raise RecipeError(f"export.formats: no gguf; {rule}", fix)
+
+
+def _target_file(config: BenchmarkConfig, context: StageContext) -> GGUFFile:
+    """The GGUF file that llama.cpp runs as the target."""
+    target, where = context.target, "benchmark.llamacpp.target"
+    own, engine = target.gguf_file, getattr(context.sections.get("synthesize"), "engine", None)
+    if own and not config.llamacpp.target:
+        return read_gguf(own)
+    named = config.llamacpp.target or getattr(engine, "model", "") * (
+        getattr(engine, "kind", "") == "llamacpp"
+    )
+    file = _named_file(named, where)
+    check_vocabulary(file, target)
+    return file
+
+
+def _named_file(named: str, where: str) -> GGUFFile:
+    path = resolve_path(named, where) if named else None
+    if path is None or not path.is_file():
+        rule = "must be a GGUF file where llama.cpp is measured"
+        raise RecipeError(f"{where}: {named or 'empty'}: {rule}", "name the file")
+    return read_gguf(path)
+
+
+def _draft_file(config: BenchmarkConfig, context: StageContext) -> GGUFFile:
+    """The file that is named, or the one that export made."""
+    if config.llamacpp.draft:
+        return _named_file(config.llamacpp.draft, "benchmark.llamacpp.draft")
+    folder = context.require("export").path / "gguf"
+    found = sorted(folder.rglob("*.gguf"))
+    found = [path for path in found if "draft" in str(path.relative_to(folder))] or found
+    if not found:
+        raise FastDraftError(f"{folder}: no draft's file", "add gguf to export.formats, --redo export")
+    return read_gguf(found[0])
 
 
 def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any]:
     """Settings, task files, the export, the target, threads and seed."""
     context.section("export")
+    files = (_target_file, _draft_file) if "llamacpp" in named_runtimes(config, context) else ()
     return {
         **config.model_dump(),
+        **({"gguf": [find(config, context).digest for find in files]} if files else {}),
         "tasks": [describe_task(task) for task in config.tasks_of(context.sections)],
         "target": context.target.identity(),
         **context.template,
@@ -63,10 +128,13 @@ def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any
     }
 
 
-def open_runtimes(
-    config: BenchmarkConfig, context: StageContext
-) -> list[tuple[Runtime, list[WeightsOfPair]]]:
+def open_runtimes(config: BenchmarkConfig, context: StageContext) -> list[Opened]:
     """What is to be measured, with the weights of its pairs, the deployed one first."""
+    opening = {"openvino": _open_openvino, "llamacpp": _open_llama_cpp}
+    return [opening[name](config, context) for name in named_runtimes(config, context)]
+
+
+def _open_openvino(config: BenchmarkConfig, context: StageContext) -> Opened:
     runtime = OpenVINORuntime(
         device=config.device,
         draft_device=config.draft_device,
@@ -75,7 +143,28 @@ def open_runtimes(
         rows=max([1, *config.sweep.concurrency]),
         eos_ids=context.target.vocabulary.eos_token_ids,
     )
-    return [(runtime, [(pair.target, pair.draft) for pair in config.weights])]
+    export = context.require("export")
+    exported = export.manifest().get(runtime.name) or {}
+    files = {
+        (role, exported[role]): export.path / runtime.name / role
+        for role in ("target", "draft")
+        if exported.get(role, "none") != "none"
+    }
+    return runtime, [(pair.target, pair.draft) for pair in config.weights], files
+
+
+def _open_llama_cpp(config: BenchmarkConfig, context: StageContext) -> Opened:
+    """The target's own file with the draft's of the export stage."""
+    settings, target = config.llamacpp, _target_file(config, context)
+    draft = _draft_file(config, context)
+    check_files(target, draft)
+    runtime = LlamaCppRuntime(
+        server=settings.server,
+        threads=settings.threads or context.settings.threads,
+        eos_ids=context.target.vocabulary.eos_token_ids,
+    )
+    weights = file_type(target), file_type(draft)
+    return runtime, [weights], {("target", weights[0]): target.path, ("draft", weights[1]): draft.path}
 
 
 def run(config: BenchmarkConfig, context: StageContext) -> None:
@@ -84,7 +173,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
     folder, export = context.folder(NAME), context.require("export")
     target, draft = context.target, Target.at(export.path / "huggingface")
     runtimes = open_runtimes(config, context)
-    used = [RuntimeUsed.from_json(runtime.describe()) for runtime, _ in runtimes]
+    used = [RuntimeUsed.from_json(runtime.describe()) for runtime, _, _ in runtimes]
     kinds: dict[ProposerKind, list[int]] = {"draft": config.num_speculative_tokens}
     kinds |= {"lookup": config.lookup, "lookup_draft": config.lookup}
     shared = make_plan(
@@ -99,16 +188,16 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
         repeats=config.repeats,
         seed=context.settings.seed,
     )
-    for (runtime, _), each in zip(runtimes, used, strict=True):
+    for (runtime, _, _), each in zip(runtimes, used, strict=True):
         runtime.check_pair(target, draft)
         _check_same_machine(each, folder)
     for words in shared.left_out:
         console.say(f"left out: {words}")
     models, found = list[ModelSize](), list[dict[str, Any]]()
-    for runtime, weights in runtimes:
+    for runtime, weights, files in runtimes:
         can = [each for each in shared.proposers if each.kind in runtime.proposers]
         plan = replace(shared, runtime=runtime.name, weights=weights, proposers=can)
-        pairs = _exported_pairs(plan, runtime, target, draft, export, folder, console)
+        pairs = _exported_pairs(plan, runtime, target, draft, files, folder, console)
         models += _sizes(pairs)
         found.append(_measure(pairs, target, draft, console))
     launches = {each.name: one["launch"] for each, one in zip(used, found, strict=True)}
@@ -153,16 +242,15 @@ def _exported_pairs(
     runtime: Runtime,
     target: Target,
     draft: Target,
-    export: StageFolder,
+    files: Mapping[tuple[str, str], Path],
     folder: StageFolder,
     console: Console,
 ) -> list[PairRuns]:
-    """Every pair's exports: the export stage's where the weights are the same, others made in `models/`."""
-    exported = export.manifest().get(runtime.name) or {}
+    """Every pair's exports: those that stand already, of the same weights, others made in `models/`."""
 
     def find(role: str, weights: str, with_target: Path | None = None) -> Path:
-        if exported.get(role, "none") == weights:
-            return export.path / runtime.name / role
+        if (role, weights) in files:
+            return files[role, weights]
         path = folder.path / "models" / f"{runtime.name}-{role}-{weights}"
         if not path.is_dir():
             console.stop.check(folder.path)
@@ -210,8 +298,8 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
             console.stop.check(folder.path)
 
         def measured(pair: PairRuns, works: Sequence[Measurement]) -> list[BenchmarkRow]:
-            of_draft = draft.architecture.exported_bytes_per_token(pair.weights[1])
-            ratio = of_draft / target.architecture.exported_bytes_per_token(pair.weights[0])
+            of_draft = runtime.bytes_per_token(draft, pair.draft, pair.weights[1])
+            ratio = of_draft / runtime.bytes_per_token(target, pair.target, pair.weights[0])
             return [row for work in works for row in rows_of(pair.measure(work), passes[pair.weights], ratio)]
 
         for pair in pairs:

@@ -26,7 +26,6 @@ from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.prepare import FileSource, HubRows, SourceConfig
 from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptLog
 from fastdraft.runtimes.gguf_export import require_writable
-from fastdraft.runtimes.openvino import device_properties
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.stages import benchmark, design, evaluate, export, synthesize
 from fastdraft.stages.context import StageContext
@@ -37,15 +36,16 @@ TRIED = 1000
 _INSTALLED: dict[str, Callable[[Any], None]] = {
     "synthesize": synthesize.check_installed,
     "export": export.check_installed,
-    "benchmark": benchmark.check_installed,
 }
 
 
 def try_inputs(names: Collection[str], context: StageContext) -> list[str]:
     """Refuses what would stop one of these stages, all unfinished; lines of what the user should know."""
-    sections = {name: section for name, section in context.sections.items() if name in names}
+    sections: dict[str, Any] = {name: each for name, each in context.sections.items() if name in names}
     for name, section in sections.items():
         _INSTALLED.get(name, lambda _: None)(section)
+    if "benchmark" in sections:
+        benchmark.check_installed(sections["benchmark"], context)
     if "align" in sections and not context.has("synthesize"):
         message = "align: no synthesize section: alignment trains on what the target wrote"
         raise RecipeError(message, "add `synthesize:` to the recipe")
@@ -99,7 +99,7 @@ def _reads_weights(name: str, context: StageContext) -> bool:
         fix = "set evaluate.texts: {kind: engine}, or {kind: synthesize} for rows with their own log-probs"
     elif name == "export" and "openvino" in config.formats and config.openvino.target != "none":
         rule, fix = "export.formats: openvino converts the target too", "set export.openvino.target: none"
-    elif name == "benchmark":
+    elif name == "benchmark" and "openvino" in benchmark.named_runtimes(config, context):
         rule, fix = "benchmark runs the target here", "leave out `benchmark`"
     else:
         return False
@@ -122,11 +122,6 @@ def _try_runtimes(sections: Mapping[str, Any], context: StageContext) -> None:
 
 
 def _try_benchmark(config: BenchmarkConfig, context: StageContext) -> None:
-    if not context.has("export"):
-        raise RecipeError("benchmark: no export section: what is exported is measured", "add `export:`")
-    for device in dict.fromkeys((config.device, config.draft_device or config.device)):
-        device_properties(device, config.precision)
-    require_convertible(context.target)
     length, most = context.target.context_length, max(config.num_speculative_tokens)
     for task in config.tasks_of(context.sections):
         _try_task(task, context)
