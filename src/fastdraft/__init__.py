@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastdraft.pipeline import run
     from fastdraft.recipe.recipe import Recipe, load_recipe
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Counts", "FastDraftError", "Recipe", "SpeculativeDecoder", "__version__", "load_recipe", "run"]
 
 _HOME = {
