@@ -15,26 +15,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "fastdraft"
-TEST_LINES = 16_400
+TEST_LINES = 16_500
 KEYS = 150
 # Lines of each room: they may fall, not rise, but for a room of something new (GGUF and llama.cpp 1,500, decoder 700,
 # acceptance 1,200, many machines 600, vLLM 400). 16,000 in all are wanted.
 BUDGET = {
-    "": 1_660,
-    "recipe": 1_330,
-    "commands": 1_320,
-    "stages": 1_640,
+    "": 1_650,
+    "recipe": 1_310,
+    "commands": 1_170,
+    "stages": 2_050,
     "training": 1_990,
-    "functional": 1_120,
+    "functional": 1_100,
     "decoding": 990,
-    "evaluation": 1_320,
-    "modeling": 2_600,
-    "data": 3_350,
-    "runtimes": 3_550,
-    "benchmark": 1_150,
-    "reporting": 1_200,
+    "evaluation": 1_360,
+    "modeling": 2_620,
+    "data": 3_260,
+    "runtimes": 3_250,
+    "benchmark": 1_000,
+    "reporting": 1_250,
 }
-TOTAL = 22_900
+TOTAL = 23_000
 # Libraries that only some users have or that only one verb needs: imported in the function that uses them.
 OPTIONAL = {
     "openvino",
