@@ -28,26 +28,34 @@ def asked(row: Mapping[str, Any]) -> dict[str, Any]:
     options = _mapping(inner.get("options"), row.get("options"))
     # Arrow writes nulls for whatever other rows have.
     told = {k: v for part in (row, inner, options) for k, v in part.items() if v is not None}
-    prompt, words, given = told.get("prompt"), told.get("instruction"), told.get("input")
     # Ollama's /api/generate puts the prompt into the template, unless it is called raw.
     is_generate = "response" in _mapping(row.get("response")) and not told.get("raw")
-    talks = (from_json(told.get(key)) for key in ("messages", *TALKS) if key in told)
-    # Lists, or columns of them; the `conversation` of Responses is a name or {"id": name}.
-    if talk := next((t for t in talks if t and isinstance(_first_of(t), list | dict)), None):
-        told["messages"] = talk
-    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
-        completion = told.get("completion")
-        told["messages"] = [*prompt, *(completion if isinstance(completion, list) else [])]
-    elif prompt is None and isinstance(words, str):
+    messages = _messages(told, is_generate=is_generate)
+    return told if messages is None else {**told, "messages": messages}
+
+
+def _messages(told: Mapping[str, Any], *, is_generate: bool) -> Any:
+    prompt, words, given = told.get("prompt"), told.get("instruction"), told.get("input")
+    for talk in (from_json(told.get(key)) for key in ("messages", *TALKS)):
+        # Lists, or columns of them; the `conversation` of Responses is a name or {"id": name}.
+        if talk and isinstance(_first_of(talk), list | dict):
+            return talk
+    if isinstance(prompt, list) and isinstance(_first_of(prompt), dict):
+        return [*prompt, *_list(told.get("completion"))]
+    if isinstance(prompt, str) and is_generate:
+        return [{**_message("user", prompt), "images": told.get("images")}]
+    if prompt is not None:
+        return None
+    if isinstance(words, str):
         # What an instruction is about follows it, as in prompts of data sets.
         about = [text for text in (given, told.get("context")) if text and isinstance(text, str)]
-        turns = [text for pair in told.get("history", []) for text in pair] + ["\n\n".join([words, *about])]
-        told["messages"] = [_message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns)]
-    elif isinstance(text := given if prompt is None else prompt, str) and (prompt is None or is_generate):
-        told["messages"] = [{**_message("user", text), "images": told.get("images")}]
-    elif prompt is None and isinstance(given, list):
-        told["messages"] = [item if "role" in item else _item(item) for item in map(_mapping, given)]
-    return told
+        turns = [text for pair in _list(told.get("history")) for text in _list(pair)]
+        turns.append("\n\n".join([words, *about]))
+        return [_message(("user", "assistant")[number % 2], text) for number, text in enumerate(turns)]
+    if isinstance(given, str):
+        return [_message("user", given)]
+    items = [item if "role" in item else _item(item) for item in map(_mapping, _list(given))]
+    return items or None
 
 
 def system_words(told: Mapping[str, Any]) -> str:
@@ -123,7 +131,7 @@ def _of_body(row: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
     if body.get("done") is False:
         return {"choices": [{"delta": {}}]}
     if isinstance(body.get("message"), dict) or isinstance(body.get("response"), str):
-        message = body.get("message") or {**body, "content": body["response"]}
+        message = _mapping(body.get("message"), {**body, "content": body.get("response")})
         return {"choices": [{"message": message, "finish_reason": word or "stop"}]}
     if isinstance(body.get("output"), list):
         parts = [part for item in map(_mapping, body["output"]) for part in _item(item)["content"]]
@@ -149,7 +157,11 @@ def _item(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_of(value: Any) -> Any:
-    return next(iter(value.values() if isinstance(value, dict) else value), None)
+    return next(iter(value.values() if isinstance(value, dict) else _list(value)), None)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:
