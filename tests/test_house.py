@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "fastdraft"
 TEST_LINES = 16_500
-KEYS = 150
+KEYS = 170  # 150, and 10 more for each of inputs and GGUF files with llama.cpp
 # Lines of each room: they may fall, not rise, but for a room of something new (GGUF and llama.cpp 1,500, decoder 700,
 # acceptance 1,200, many machines 600, vLLM 400). 16,000 in all are wanted.
 BUDGET = {
@@ -123,7 +123,7 @@ def test_the_tests_are_shorter_than_the_source() -> None:
     assert sum(lines(path) for path in (ROOT / "tests").glob("*.py")) <= TEST_LINES
 
 
-def test_a_recipe_has_at_most_150_keys() -> None:
+def test_a_recipe_has_few_keys() -> None:
     """As docs/recipe.md lists them, which another test holds equal to the code."""
     rows = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").splitlines()
     assert sum(row.startswith("| `") for row in rows) <= KEYS
