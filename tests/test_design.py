@@ -134,6 +134,7 @@ def test_inspect_lists_presets_of_the_family_and_the_papers_cost_ratios(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_target(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # of another shape than the config below
     config = json.loads((tmp_path / "config.json").read_text())
     large = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}

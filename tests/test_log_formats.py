@@ -43,10 +43,7 @@ EQUAL: dict[str, dict[str, Any]] = {
     "Ollama": {"messages": [USER], "response": {"message": ANSWER, "done": True, "done_reason": "stop"}},
     "ShareGPT": {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAID}]},
     "columns of a data set": {"conversations": {"from": ["human", "gpt"], "value": [ASK, SAID]}},
-    "nulls that Arrow wrote": {
-        "messages": [{**USER, "from": None}, {**ANSWER, "value": None}],
-        "choices": None,
-    },
+    "nulls that Arrow wrote": {"messages": [{**USER, "from": None}, {**ANSWER, "value": None}]},
     "TRL": {"prompt": [USER], "completion": [ANSWER]},
     "Alpaca": {"instruction": ASK, "input": "", "output": SAID},
     "a model's own name": {"messages": [USER, {"role": "bard", "content": SAID}]},
