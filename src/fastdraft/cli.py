@@ -141,7 +141,9 @@ def _check(recipe: Recipe, overrides: Overrides = None, json: Json = False, quie
 
 @_verb("inspect", "A target's anatomy, its traps, candidate drafts and their costs.", "inspect Qwen/Qwen3-8B")
 def _inspect(
-    target: str = _argument(..., "TARGET", "A model directory, a hub id, or shipped:targets/starter."),
+    target: str = _argument(
+        ..., "TARGET", "A model directory, a hub id, a GGUF file, or shipped:targets/starter."
+    ),
     revision: str | None = Option(None, help="Branch, tag or commit on the hub."),
     json: Json = False,
     measure: bool = Option(False, "--measure", help="Time the target and untrained drafts here."),

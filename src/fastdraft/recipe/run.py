@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import AfterValidator, Field
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.recipe.base import Config, FolderName, short
 
-SHIPPED, PYTHON = "shipped:", "python:"
+SHIPPED, PYTHON, PACKAGE = "shipped:", "python:", "package:"
 Precision = Literal["auto", "bf16", "fp32"]
 Compile = Literal["auto"] | bool
 
@@ -34,8 +35,11 @@ def resolve_path(text: str, where: str = "path") -> Path:
     """A path of a recipe as a path on this machine, relative to the working directory.
 
     `shipped:data/x` lies inside this package; `python:stdlib` is the standard library's folder and
-    `python:site-packages/NAME` an installed package's.
+    `python:site-packages/NAME` an installed package's; `package:MODULE/FILE` is a file that a Python package
+    brings, wherever it is installed.
     """
+    if text.startswith(PACKAGE):
+        return _package_file(text, where)
     folder, _, rest = text.removeprefix(PYTHON).partition("/")
     roots = {"stdlib": sysconfig.get_path("stdlib"), "site-packages": sysconfig.get_path("purelib")}
     if text.startswith(SHIPPED):
@@ -52,6 +56,25 @@ def resolve_path(text: str, where: str = "path") -> Path:
         rule = f"must exist for {sys.executable}"
         raise DataError(f"{where}: {text}: {rule}", "correct the name or install what holds it")
     return path
+
+
+def _package_file(text: str, where: str) -> Path:
+    """`package:MODULE/FILE` as a path. The module is only looked up: none of its code runs."""
+    module, _, name = text.removeprefix(PACKAGE).partition("/")
+    if not module.isidentifier() or module.startswith("_") or not name:
+        rule = "must be package:MODULE/FILE, a file that a Python package brings"
+        raise DataError(f"{where}: {text}: {rule}", "correct the name")
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    found = next((path for folder in folders if (path := Path(folder) / name).exists()), None)
+    if found is None:
+        # A distribution is usually called as its module, with hyphens.
+        pip = f"pip install --no-deps {module.replace('_', '-')}"
+        lacks = (
+            f"no {name} in {folders[0]}" if folders else f"no Python package {module} for {sys.executable}"
+        )
+        raise DataError(f"{where}: {text}: {lacks}", f"`{pip}`, or the package that brings it")
+    return found
 
 
 class RunConfig(Config):
@@ -94,7 +117,8 @@ class TargetConfig(Config):
     """`target:` — the model that the draft is made for."""
 
     model: str = Field(min_length=1, pattern=r"\S")
-    """A directory, a hub id, or `shipped:targets/starter`."""
+    """A directory, a hub id, a GGUF file (also OWNER/REPO:FILE.gguf of the hub, or package:MODULE/FILE.gguf of
+    an installed Python package), or `shipped:targets/starter`."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -105,4 +129,5 @@ class TargetConfig(Config):
     @property
     def location(self) -> str:
         """The directory on this machine, or the hub id."""
-        return str(resolve_path(self.model, "target.model"))
+        # as_posix: a hub id keeps its slash on Windows
+        return resolve_path(self.model, "target.model").as_posix()

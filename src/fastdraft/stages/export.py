@@ -201,7 +201,7 @@ def export_model(
     `output` None is `NAME-FORMAT-WEIGHTS` in the working directory; `target` is an export that the model must
     serve as a draft, None tries it alone.
     """
-    location = str(resolve_path(source, "export")) if source.startswith(("shipped:", "python:")) else source
+    location = resolve_path(source, "export").as_posix()
     folder = user_path(output or f"{Path(location).name}-{format}-{weights}", "--output")
     if folder.exists() and not (folder / MODEL_FILE).is_file():
         raise RecipeError(f"--output {folder}: exists and is not an earlier export", "name another folder")
