@@ -65,6 +65,12 @@ def test_every_proposer_is_measured_and_told_with_its_runtime(folder: Path) -> N
         assert all(row.lossless and row.speedup for row in rows)
     greedy = [row for row in results.rows if row.part == "tasks" and row.temperature == 0]
     assert all(row.same_text == row.texts == 2 for row in greedy)
+    # What the server counted is what replay of these files predicts, for sampled text too.
+    for row in results.rows:
+        if row.part == "tasks" and row.proposer == "draft":
+            counted = row.num_accepted_tokens, row.block_efficiency
+            assert counted == (row.replayed_accepted_tokens, row.replayed_block_efficiency)
+    assert any(row.num_accepted_tokens for row in results.rows)
     assert [row.concurrency for row in results.rows if row.part == "concurrency"] == [2]
     assert results.runtime.name == "llamacpp"
     assert results.launches["llamacpp"].startswith("llama-server -m path/to/target-F32.gguf")

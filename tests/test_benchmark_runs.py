@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from fastdraft.benchmark.figures import rows_of
@@ -25,6 +26,7 @@ from fastdraft.benchmark.rows import BenchmarkRow, PassesRow
 from fastdraft.benchmark.runs import PairRuns
 from fastdraft.decoding.speculative import Round
 from fastdraft.errors import DataError
+from fastdraft.functional.lookup import Lookups, look_up
 from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.runtime import Proposer, TimedText
 
@@ -46,6 +48,10 @@ class Scripted:
     timed: dict[int, int] = field(default_factory=dict)
     gaps: list[tuple[list[int], int, int]] = field(default_factory=list)
     lossless_sampling: ClassVar[bool] = False
+    greedy_proposals: ClassVar[bool] = False
+
+    def look_up(self, prompt: list[int], response: list[int], k: int) -> Lookups:
+        return look_up(prompt, response, k)
 
     def open(self, target: Path, draft: Path) -> Scripted:
         return self
@@ -141,6 +147,23 @@ def test_lookup_takes_its_turn_and_its_rows_claim_nothing_of_what_it_proposed(tm
     assert BenchmarkRow.from_json(found.to_json()) == found
 
 
+def test_counts_stand_beside_what_replay_predicts_for_the_very_texts(tmp_path: Path) -> None:
+    def half(rows: Any) -> list[Any]:
+        """Behind the first token every second one is the draft's own: 8 tokens in 4 rounds of 2."""
+        assert [row.prompt_ids for row in rows] == [[10, 1, 2, 0], [20, 1, 0]]  # K 1 and 3 wrote the same
+        return [np.array([1.0, 0.0] * 4) for _ in rows]
+
+    def predicted(name: str, **changes: Any) -> list[tuple[Any, Any]]:
+        pair = runs(tmp_path / name, Scripted())
+        pair.accepts = half
+        found = rows_of(pair.measure(work([1, 3, -3], **changes)), [PASSES], 0.1)
+        return [(row.replayed_accepted_tokens, row.replayed_block_efficiency) for row in found]
+
+    assert predicted("greedy") == [(8, 2.0), (8, 2.0), (0, 1.0)]  # lookup finds nothing in 0, 1, 2, ...
+    assert predicted("warm", temperature=0.6) == [(None, None), (None, None), (0, 1.0)]
+    assert [row.replayed_accepted_tokens for row in rows(tmp_path / "no draft")] == [None, None]
+
+
 def test_the_prediction_takes_the_passes_measured_nearest_to_the_text(tmp_path: Path) -> None:
     far = replace(PASSES, draft_seconds=1.0, target_seconds={1: 1.0, 4: 9.0}, prefix_tokens=4)
     near = rows(tmp_path, passes=[PASSES, far])  # the texts lie around position 7
@@ -213,7 +236,7 @@ def test_a_killed_measurement_goes_on_and_neither_loses_nor_doubles_a_run(tmp_pa
             assert len(list(units.iterdir() if units.exists() else ())) < 4
         assert kept == {path: path.read_bytes() for path in kept}
     assert rows(tmp_path / "killed", Scripted()) == whole
-    assert len(list(units.iterdir())) == 4
+    assert len(list(units.iterdir())) == 5  # counts, three repeats, replay
 
 
 def test_a_process_that_goes_on_warms_up_before_it_times_and_one_with_nothing_to_do_asks_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("xllamacpp")
@@ -11,9 +12,12 @@ pytest.importorskip("gguf")
 
 from fastdraft.benchmark.memory import measure_memory
 from fastdraft.errors import FastDraftError, TargetError
+from fastdraft.functional.acceptance import TOTALS, counts_from_array
 from fastdraft.functional.generation import Sampling
+from fastdraft.functional.lookup import lookup_counts
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
-from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime
+from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime, ngram_simple
+from fastdraft.runtimes.llama_cpp_server import LlamaServer
 from fastdraft.runtimes.runtime import Proposer, ProposerKind
 from gguf_fixture import CONTEXT, SIZE, write_gguf
 
@@ -54,6 +58,53 @@ def test_memory_is_that_of_the_server(files: tuple[Path, Path]) -> None:
     found = measure_memory(RUNTIME, *files, [5, 7, 9], 4)
     assert found is not None
     assert found > 20_000_000  # of a process with the wheel loaded; ours has loaded nothing
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_lookup_follows_the_rule_of_ngram_simple(k: int) -> None:
+    """Against a search from scratch in its words: what is known without the last token, and that token."""
+    random = np.random.default_rng(k)
+    for _ in range(40):
+        text = random.integers(0, 3, 30).tolist()
+        prompt, response = text[:8], text[8:]
+        found = ngram_simple(prompt, response, k)
+        for place in range(len(response)):
+            known, last = text[: 8 + place - 1], text[8 + place - 1]
+            size, draft = min(3, k), list[int]()
+            pattern = [*known[len(known) - size + 1 :], last]
+            starts = range(len(known) - size - 1, 0, -1) if len(known) > size + k + 1 else range(0)
+            at = next((j for j in starts if known[j : j + size] == pattern), 0)
+            width = min(k, len(known) - at - size) if at else 0
+            draft = known[at + size : at + size + width] if width >= size else []
+            own = response[place : place + len(draft)]
+            right = next((j for j, (a, b) in enumerate(zip(draft, own, strict=False)) if a != b), len(own))
+            assert (found.proposed[place], found.right[place]) == (len(draft), right)
+
+
+@pytest.mark.parametrize("kind", ["lookup", "lookup_draft"])
+def test_lookups_passes_and_accepted_tokens_are_those_that_its_rule_predicts(
+    files: tuple[Path, Path], kind: ProposerKind
+) -> None:
+    prompts = [
+        [int(token) for token in np.random.default_rng(seed).integers(40, 44, 60)] for seed in range(8)
+    ]
+    pair, greedy, finds = RUNTIME.open(*files), Sampling(0.0), 0.0
+    with LlamaServer(ServerSettings(str(files[1]), room=256, threads=1)) as favourites:
+        for text, prompt in zip(
+            pair.write(prompts, greedy, 60, 0, Proposer(kind, 3), exact_counts=True), prompts, strict=True
+        ):
+            begun, rest = [*prompt, text.response_ids[0]], text.response_ids[1:]
+            found = ngram_simple(begun, rest, 3)
+            own = [favourites.complete([*begun, *rest[:n]], greedy, 1, 0).ids[0] for n in range(len(rest))]
+            accepts = [np.array([float(a == b) for a, b in zip(own, rest, strict=True)])]
+            line = lookup_counts([found], [3], accepts if kind == "lookup_draft" else None)[0, 0]
+            counts = counts_from_array(line[: TOTALS + 3])
+            assert text.counts.num_drafts == counts.num_drafts
+            # At its limit the server asks for one proposal less, and writes that token itself.
+            assert 0 <= counts.num_accepted_tokens - text.counts.num_accepted_tokens <= 1
+            finds += line[-1]
+    pair.close()
+    assert finds > 0
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ def _row(
     counted = count_fields(counts)
     if not drafting:
         counted |= dict.fromkeys(_OF_PROPOSALS)
+    line = measured.replayed.get(label)
+    replayed = counts_from_array(np.array(line)) if line else Counts()
     return BenchmarkRow(
         part=prompts.part,
         task=prompts.task,
@@ -97,6 +99,8 @@ def _row(
         lossless=bool(measured.counts["lossless"][label]),
         runtime=work.runtime,
         proposer=proposer.kind,
+        replayed_accepted_tokens=tidy_count(replayed.num_accepted_tokens) if line else None,
+        replayed_block_efficiency=tidy(replayed.block_efficiency),
     )
 
 

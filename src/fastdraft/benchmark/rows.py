@@ -111,6 +111,9 @@ class BenchmarkRow(OfPair, JsonRow):
     speedup_without_looping: float | None = None
     runtime: str = "openvino"
     proposer: str = "draft"  # or `lookup`, `lookup_draft`: runtimes/runtime.py says what they are
+    # What replay of greedy proposals over these very texts predicts, to stand beside the counts.
+    replayed_accepted_tokens: Number | None = None
+    replayed_block_efficiency: float | None = None
 
     def interval(self, key: str) -> tuple[float, float] | None:
         """The range of a figure over the repeats."""

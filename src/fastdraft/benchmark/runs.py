@@ -14,6 +14,7 @@ from typing import Any
 
 from fastdraft.benchmark.memory import measure_memory
 from fastdraft.benchmark.plan import ALONE, BenchmarkPlan, Measurement, WeightsOfPair
+from fastdraft.benchmark.replayed import Accepts, replayed_counts
 from fastdraft.benchmark.rows import BreakdownRow, MemoryRow, PassesRow
 from fastdraft.evaluation.tasks import derive_seed
 from fastdraft.functional.acceptance import counts_to_array
@@ -35,6 +36,7 @@ class Measured:
     work: Measurement
     counts: dict[str, Any]  # texts, counts and comparisons of every label
     repeats: list[dict[str, Any]]  # times of every label, by repeat
+    replayed: dict[str, Any] = field(default_factory=dict)  # by label what replay predicts (replayed.py)
 
 
 def unit_names(work: Measurement, repeats: int) -> list[str]:
@@ -55,6 +57,8 @@ class PairRuns:
     folder: StageFolder
     # Called with planned tokens and the measurement's name, when every label has answered a batch; may raise.
     on_batch: Callable[[int, str], None] = lambda tokens, name: None
+    # Of the draft, for replay; nothing is replayed without.
+    accepts: Accepts = lambda rows: None
     _warm: set[str] = field(default_factory=set)
 
     @cached_property
@@ -74,7 +78,8 @@ class PairRuns:
         first, *rest = unit_names(work, self.plan.repeats)
         counts = self.folder.keep(first, partial(self._counted, work))
         repeats = [self.folder.keep(name, partial(self._timed, work, n)) for n, name in enumerate(rest)]
-        return Measured(work, counts, repeats)
+        replay = partial(replayed_counts, work, counts["texts"], self.runtime, self.accepts)
+        return Measured(work, counts, repeats, self.folder.keep(f"units/{work.name}.replayed.json", replay))
 
     def _answers(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fastdraft.benchmark.rows import PROPOSERS, BenchmarkResults, BenchmarkRow
 from fastdraft.evaluation.results import EvaluationResults
 from fastdraft.reporting.definitions import k_is, show, times
-from fastdraft.reporting.tables import Cell, Column, Table, by_setting, rate, table
+from fastdraft.reporting.tables import Cell, Column, Table, by_setting, fields, rate, table
 from fastdraft.reporting.verdict import best_of_each, fastest_by_task, worth_most
 
 HEADINGS = {"lookup": "Prompt lookup", "draft": "Draft", "lookup_draft": "Lookup, then draft"}
@@ -72,3 +72,20 @@ def clocked(benchmark: BenchmarkResults) -> Table:
     )
     present = [kind for kind in PROPOSERS if any(kind in rows for rows in found)]
     return table(found, columns | {HEADINGS[kind]: shown(kind) for kind in present})
+
+
+def replayed(benchmark: BenchmarkResults) -> Table:
+    """Whole tasks: what the runtime counted beside what replay predicts for the same texts."""
+    rows = [row for row in benchmark.rows if row.part == "tasks" and row.replayed_block_efficiency]
+
+    def beside(counted: str, replayed: str, form: str) -> Callable[[BenchmarkRow], Cell]:
+        def cell(row: BenchmarkRow) -> Cell:
+            return Cell(show(getattr(row, counted), form), f"replay {show(getattr(row, replayed), form)}")
+
+        return cell
+
+    columns = fields("Task = task | Runtime = runtime | T = temperature g | K = num_speculative_tokens")
+    columns["Proposer"] = lambda row: HEADINGS[row.proposer]
+    columns["Tokens per pass"] = beside("block_efficiency", "replayed_block_efficiency", "{:.3f}")
+    columns["Accepted"] = beside("num_accepted_tokens", "replayed_accepted_tokens", "{:,}")
+    return table(rows, columns)

@@ -10,8 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from fastdraft.decoding.latency import Latency
 from fastdraft.errors import FastDraftError
+from fastdraft.functional.lookup import Lookups
 from fastdraft.modeling.gguf_files import GGUFFile, read_gguf, require_gguf
 from fastdraft.modeling.gguf_files import check_pair as check_gguf_pair
 from fastdraft.modeling.vocabulary import check_same
@@ -34,6 +37,28 @@ def check_files(target: GGUFFile, draft: GGUFFile) -> None:
     check_gguf_pair(target.fields, draft.fields, str(draft.path))
 
 
+def ngram_simple(prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int) -> Lookups:
+    """What llama.cpp's lookup of that name proposes at every place (common/ngram-map.cpp).
+
+    It takes the latest place of the last min(3, K) tokens that lies at least two tokens back, and proposes
+    nothing where fewer tokens than these stand behind it, the last one of the text not counted.
+    """
+    text, k = [*prompt, *response], num_speculative_tokens
+    size, first = min(3, k), len(prompt)
+    found = np.zeros((2, len(response)), dtype=np.int64)
+    behind: dict[tuple[int, ...], int] = {}
+    for end in range(size, len(text)):
+        if (place := end - 2) > size:  # not the text's very beginning
+            behind[tuple(text[place - size : place])] = place
+        at = behind.get(tuple(text[end - size : end]), end)
+        width = min(k, end - 1 - at)
+        if end >= first and width >= size and end - 1 > size + k + 1:
+            pairs = zip(text[at : at + width], text[end : end + width], strict=False)
+            right = next((j for j, (a, b) in enumerate(pairs) if a != b), min(width, len(text) - end))
+            found[:, end - first] = width, right
+    return Lookups(*found)
+
+
 @dataclass(frozen=True)
 class LlamaCppRuntime(LlamaCppSettings):
     """The `Runtime` with these settings; an exported model is a GGUF file."""
@@ -42,6 +67,7 @@ class LlamaCppRuntime(LlamaCppSettings):
     proposers: ClassVar[tuple[ProposerKind, ...]] = ("draft", "lookup", "lookup_draft")
     # What is drawn from the target is compared with the draft's likeliest token, and written either way.
     lossless_sampling: ClassVar[bool] = True
+    greedy_proposals: ClassVar[bool] = True
     device: ClassVar[str] = "CPU"
     draft_device: ClassVar[str] = ""
 
@@ -73,6 +99,9 @@ class LlamaCppRuntime(LlamaCppSettings):
         self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
     ) -> Latency | None:
         return measure_passes(target, draft, self, widths, prefix_tokens)
+
+    def look_up(self, prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int) -> Lookups:
+        return ngram_simple(prompt, response, num_speculative_tokens)
 
     def open(self, target: Path, draft: Path) -> LlamaCppPair:
         files = read_gguf(target), read_gguf(draft)

@@ -38,6 +38,7 @@ class OpenVINORuntime(OpenVINOSettings):
     # target's probability of another token: sampled text leans towards the draft, and the counted acceptance
     # is far too high (docs/runtimes.md has the measurement).
     lossless_sampling: ClassVar[bool] = False
+    greedy_proposals: ClassVar[bool] = False
 
     def describe(self) -> dict[str, Any]:
         draft_device = self.draft_device or self.device
@@ -63,6 +64,9 @@ class OpenVINORuntime(OpenVINOSettings):
         if {self.device, self.draft_device or self.device} != {"CPU"}:
             return None  # tried on CPUs alone: elsewhere the clock stands without a prediction
         return measure_passes(target, draft, widths, prefix_tokens, self.precision, self.threads)
+
+    def look_up(self, prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int) -> None:
+        """Its rule is not modelled here."""
 
     def open(self, target: Path, draft: Path) -> OpenVINOPair:
         return OpenVINOPair(target, draft, self)

@@ -15,6 +15,7 @@ from fastdraft.decoding.latency import Latency
 from fastdraft.decoding.speculative import Round
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
+from fastdraft.functional.lookup import Lookups
 from fastdraft.target import Target
 
 # draft: a draft model; lookup: prompt lookup, which copies what stood behind the same last tokens before;
@@ -91,6 +92,7 @@ class Runtime(Protocol):
     name: ClassVar[str]
     proposers: ClassVar[tuple[ProposerKind, ...]]  # what it can run
     lossless_sampling: ClassVar[bool]  # whether text sampled with a proposer follows the target alone
+    greedy_proposals: ClassVar[bool]  # whether a draft proposes its likeliest token to sampled text too
 
     @property
     def device(self) -> str: ...
@@ -116,6 +118,11 @@ class Runtime(Protocol):
         self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
     ) -> Latency | None:
         """Single passes of two exports behind a prefix; None where the runtime cannot be asked for one."""
+
+    def look_up(
+        self, prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int
+    ) -> Lookups | None:
+        """What its prompt lookup proposes at every place of a text; None where its rule is not known here."""
 
     def open(self, target: Path, draft: Path) -> LoadedPair: ...
 
