@@ -65,8 +65,10 @@ class Agreement:
         folder: Path = self.folder / f"{role}-{weights}"
         if not folder.is_dir():
             self.console.say(f"exporting the {role} in {weights}")
+            source: Target = getattr(self, role)
+            source.files.make_weights()  # of a GGUF file
             with atomic_folder(folder) as temporary:
-                convert(getattr(self, role), temporary, weights)
+                convert(source, temporary, weights)
         return folder
 
     def write(self, pair: OpenVINOPair, title: str, k: int) -> list[TimedText]:

@@ -95,7 +95,8 @@ def test_the_slow_scripts_of_a_bare_machine_lean_on_torch_and_transformers_alone
 
 def test_the_scripts_that_need_the_package_find_all_that_they_import(load: Any) -> None:
     names = ("prepare_throughput", "loader_throughput", "generate_throughput", "openvino_agreement")
-    for name in (*names, "losses_compared", "served_target"):
+    names += ("losses_compared", "served_target", "llamacpp_agreement", "real_models")
+    for name in names:
         assert load(name).main
 
 
@@ -104,6 +105,35 @@ def test_the_recipe_of_a_served_target_is_valid(load: Any, tmp_path: Path) -> No
     given = {"target": tmp_path / "target", "server": "http://x/v1", "logprobs": "raw"}
     load("served_target").Check(argparse.Namespace(**given, tokens=10, max_new_tokens=8), tmp_path)
     assert load_recipe(str(tmp_path / "recipe.yaml")).evaluate is not None
+
+
+def test_the_functions_to_rewrite_are_whole_and_as_many_on_every_python(load: Any) -> None:
+    prompts = load("rewrite_task").prompts()
+    assert len({prompt["id"] for prompt in prompts}) == len(prompts) == 24
+    for prompt in prompts:
+        [code] = re.findall(r"```python\n(.*)\n```$", prompt["prompt"], re.DOTALL)
+        assert code.startswith("def ")
+        compile(code, prompt["id"], "exec")
+
+
+def test_the_table_of_real_models_adds_tokens_passes_and_seconds(load: Any) -> None:
+    def answer(task: str, contender: str, tokens: int, seconds: float, passes: int) -> dict[str, Any]:
+        what = {"runtime": "llamacpp", "task": task, "contender": contender, "ids": [7] * tokens}
+        return {**what, "seconds": seconds, "passes": passes}
+
+    results = [answer("code", "alone", 9, 4.0, 8), answer("code", "alone", 3, 2.0, 2)]
+    results += [answer("code", "ours", 9, 2.0, 4), answer("code", "ours", 1, 0.5, 0)]
+    results += [answer("text", "alone", 5, 2.5, 4), answer("text", "ours", 5, 2.5, 2)]
+    alone, ours = load("real_models").show(results).splitlines()[2:]
+    # Tokens behind the prompt's pass over passes; seconds; seconds per token alone over seconds per token so.
+    assert (
+        re.sub(" {3,}", "  ", alone)
+        == "llamacpp: alone  1.00  6.0 s  1.00x  1.00  2.5 s  1.00x  1.00  8.5 s  1.00x"
+    )
+    assert (
+        re.sub(" {3,}", "  ", ours)
+        == "llamacpp: ours  2.00  2.5 s  2.00x  2.00  2.5 s  1.00x  2.00  5.0 s  1.50x"
+    )
 
 
 def test_losses_are_followed_step_by_step_and_stand_as_far_as_they_came(

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
 from conftest import TEXT
-from family_fixture import TARGETS, write_family
+from family_fixture import TARGETS, designed, write_family
 from fastdraft import cli
 from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Sampling
@@ -258,3 +259,15 @@ def test_a_file_that_a_python_package_brings_is_found_without_running_its_code(
         target = Target(TargetConfig(model=model))
         assert target.gguf_file == folder / "model.gguf"
         assert target.identity()["model"] == model
+
+
+def test_a_sibling_that_is_a_gguf_file_becomes_the_draft_with_its_own_weights(tmp_path: Path) -> None:
+    target, sibling = write_gguf(tmp_path / "t.gguf"), write_gguf(tmp_path / "s.gguf", noise=0.02)
+    draft = {"kind": "from", "path": str(sibling)}
+    folder, manifest = designed(tmp_path / "run", target, draft=draft)
+    models = [AutoModelForCausalLM.from_pretrained(folder), Target.at(sibling).model("cpu")]
+    weights = [model.state_dict() for model in models]
+    assert manifest["initialization"] == "from"
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    write_gguf(sibling, noise=0.03)
+    assert designed(tmp_path / "b", target, draft=draft)[1]["shape_digest"] != manifest["shape_digest"]

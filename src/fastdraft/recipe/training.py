@@ -115,11 +115,14 @@ class PresetDraft(Config):
 
 
 class EarlierDraft(Config):
-    """Starts from an earlier draft of the same vocabulary: its shape and its weights."""
+    """Starts from an earlier draft or a small sibling of the target, of its vocabulary: shape and weights.
+
+    With `export` and `benchmark` alone behind it, the recipe measures a sibling as it is.
+    """
 
     kind: Literal["from"]
     path: str = Field(min_length=1)
-    """A Hugging Face directory, or a stage's folder such as `runs/NAME/pretrain[/undecayed]`."""
+    """A Hugging Face directory, a GGUF file, or a stage's folder such as `runs/NAME/pretrain[/undecayed]`."""
 
 
 DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]

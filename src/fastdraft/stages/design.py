@@ -20,6 +20,7 @@ from fastdraft.modeling import shapes
 from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors, rope_switch
 from fastdraft.modeling.drafts import build_draft, load_draft, save_draft, set_projected_embeddings
 from fastdraft.modeling.families import DRAFT_FAMILIES, special_id, why_draft_family
+from fastdraft.modeling.gguf_files import SUFFIX
 from fastdraft.modeling.traps import SWITCH
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
@@ -47,7 +48,7 @@ class DraftDesign:
     target: Architecture
     draft: Architecture
     draft_config: PreTrainedConfig
-    source: Path | None = None  # an earlier draft's directory; None for new weights
+    source: Path | None = None  # an earlier draft's directory or GGUF file; None for new weights
 
     @property
     def reason(self) -> str:
@@ -62,7 +63,9 @@ def plan(config: DesignConfig, target: Target) -> DraftDesign:
     shape, wanted = target.architecture, config.draft
     if isinstance(wanted, EarlierDraft):
         source = _earlier(wanted, target)
-        return DraftDesign(shape, source.architecture, source.config, Path(source.location))
+        return DraftDesign(
+            shape, source.architecture, source.config, source.gguf_file or Path(source.location)
+        )
     if isinstance(wanted, PresetDraft):
         draft = shapes.preset(wanted.name, shape)
     elif isinstance(wanted, ShapeDraft):
@@ -77,8 +80,9 @@ def _earlier(wanted: EarlierDraft, target: Target) -> Target:
     key, root = "design.draft.path", resolve_path(wanted.path, "design.draft.path")
     folders = [root, *(root / name for name in ("checkpoint", "huggingface", "draft"))]
     found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    found = root if root.suffix == SUFFIX and root.is_file() else found
     if found is None:
-        rule = "must be a directory with config.json, or a stage's folder"
+        rule = "must be a directory with config.json, a GGUF file, or a stage's folder"
         raise RecipeError(f"{key}: {wanted.path}; {rule}", "correct the path")
     draft = Target.at(found)
     if draft.config.model_type not in DRAFT_FAMILIES:
@@ -109,7 +113,8 @@ def _shape(config: DesignConfig, design: DraftDesign, target: Target, seed: int)
         "inherited": {key: getattr(design.draft_config, key, None) for key in _INHERITED},
     }
     if design.source is not None:
-        return shape | {"from": digest([file_sha256(p) for p in sorted(design.source.glob("*.safetensors"))])}
+        files = sorted(design.source.glob("*.safetensors")) or [design.source]
+        return shape | {"from": digest([file_sha256(path) for path in files])}
     shape |= {"initialization": config.initialization, "seed": seed}
     return shape | ({"target": target.identity()} if config.initialization == "target_embeddings" else {})
 
