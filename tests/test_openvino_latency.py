@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from conftest import write_tokenizer
 from fastdraft.errors import TargetError
-from fastdraft.runtimes import openvino_latency
+from fastdraft.runtimes import openvino_latency, openvino_reader
 from fastdraft.runtimes.openvino_export import export_random
 from fastdraft.runtimes.openvino_latency import LoadedModel, any_ids, measure_passes, time_passes
 from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
@@ -59,7 +59,7 @@ def loaded(deep: Path) -> LoadedModel:
 
 def test_the_timed_pass_computes_what_the_exported_model_computes(deep: Path, loaded: LoadedModel) -> None:
     loaded.read(4)
-    logits = loaded.logits().astype(np.float64)
+    logits = loaded.logits(4).astype(np.float64)
     assert logits.shape == (4, 320)
     whole = TieJudge(deep)
     for place in range(4):
@@ -73,15 +73,15 @@ def test_every_pass_begins_behind_the_same_prefix_read_in_pieces_or_not(
     deep: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded.read(3)
-    first = loaded.logits()
+    first = loaded.logits(3)
     loaded.read(6)
     loaded.read(1)
     loaded.read(3)
-    np.testing.assert_array_equal(loaded.logits(), first)
-    monkeypatch.setattr(openvino_latency, "_PIECE", 16)
+    np.testing.assert_array_equal(loaded.logits(3), first)
+    monkeypatch.setattr(openvino_reader, "_PIECE", 16)
     pieces = LoadedModel(deep, PREFIX, 6, precision="exact", threads=1)
     pieces.read(3)
-    np.testing.assert_allclose(pieces.logits(), first, atol=1e-4)
+    np.testing.assert_allclose(pieces.logits(3), first, atol=1e-4)
 
 
 def test_a_latency_names_weights_widths_and_a_prefix_that_fits_the_context(deep: Path, small: Path) -> None:

@@ -17,16 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastdraft.decoding.latency import Latency
-from fastdraft.runtimes.openvino import (
-    MODEL_FILE,
-    Precision,
-    check_exported,
-    core,
-    device_properties,
-    openvino_errors,
-)
+from fastdraft.runtimes.openvino import Precision
+from fastdraft.runtimes.openvino_reader import OpenVINOModel
 from fastdraft.target import Target
 
 WARM_TURNS = 2
@@ -34,8 +29,6 @@ REPEATS = 15  # turns whose median is taken
 SPELL_SECONDS = (
     0.02  # for which equal rounds are made before, and again while, they are timed; or one of each
 )
-_PIECE = 256  # of the prefix, read at once: logits of a long one over a large vocabulary would take gigabytes
-_NAMES = (("int4", ("u4", "i4")), ("int8", ("u8", "i8")), ("fp16", ("f16", "bf16")))
 
 
 @dataclass(frozen=True)
@@ -48,65 +41,32 @@ class PassCosts:
 
 
 class LoadedModel:
-    """An exported model compiled as continuous batching compiles it, its cache filled with a prefix.
+    """An exported model behind a prefix, as decoding reads it: the graph that OpenVINO GenAI runs.
 
-    The very graph is timed that OpenVINO GenAI runs: attention turned into paged attention, compiled with
-    `device_properties` and nothing else, so that arithmetic (on a CPU bfloat16 where it has it), dynamic
-    quantisation and the 8-bit KV cache are the same. The cache is in tensors of ours: every pass starts
-    behind the same prefix, so it never grows and is never refilled. `room`: most tokens of a pass.
+    Attention is turned into paged attention, and the model compiled with `device_properties` and nothing
+    else, so that arithmetic (on a CPU bfloat16 where it has it), dynamic quantisation and the KV cache are
+    the same. Every pass starts behind the same prefix. `room`: most tokens of a pass.
     """
 
     def __init__(
         self, folder: Path, prefix_tokens: int, room: int, precision: Precision = "fast", threads: int = 0
     ) -> None:
-        from openvino._offline_transformations import paged_attention_transformation
-
-        properties = device_properties("CPU", precision, threads)
-        check_exported(folder)
-        self.prefix_tokens = 0
-        with openvino_errors(folder, "OpenVINO could not run it on CPU", "export the model again"):
-            model = core().read_model(folder / MODEL_FILE)
-            self.weights = weights_of(model)
-            paged_attention_transformation(model)
-            compiled = core().compile_model(model, "CPU", properties)
-            self._request = compiled.create_infer_request()
-            self._names = {port.get_any_name() for port in compiled.inputs}
-            self._vocab_size = int(compiled.output("logits").partial_shape[-1].get_length())
-            self._blocks = _set_caches(self._request, compiled, prefix_tokens + room)
-            while self.prefix_tokens < prefix_tokens:
-                piece = min(_PIECE, prefix_tokens - self.prefix_tokens)
-                self.read(piece)
-                self.prefix_tokens += piece
+        self._model = OpenVINOModel(folder, precision, threads)
+        self.prefix_tokens, self.weights = prefix_tokens, self._model.weights
+        self._reader = self._model.reader(prefix_tokens + room)
+        self._reader.read(torch.from_numpy(any_ids(0, prefix_tokens, self._model.vocab_size)))
 
     def read(self, width: int) -> float:
         """Seconds of one pass over `width` tokens behind the prefix."""
-        for name, tensor in self._tensors(width).items():
-            self._request.set_tensor(name, tensor)
+        self._reader.take_back(self.prefix_tokens)
+        self._reader.prepare(any_ids(self.prefix_tokens, width, self._model.vocab_size), width)
         start = time.perf_counter()
-        self._request.infer(share_inputs=True, share_outputs=True)
+        self._reader.run()
         return time.perf_counter() - start
 
-    def logits(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Of the last pass, [width, vocabulary]."""
-        logits = np.array(self._request.get_tensor("logits").data, dtype=np.float32)
-        return logits.reshape(-1, self._vocab_size)
-
-    def _tensors(self, width: int) -> dict[str, Any]:
-        """The inputs of one sequence of `width` tokens behind `prefix_tokens`."""
-        import openvino
-
-        begin = self.prefix_tokens
-        values: dict[str, tuple[Any, type]] = {
-            "input_ids": (any_ids(begin, width, self._vocab_size), np.int64),
-            "position_ids": (np.arange(begin, begin + width), np.int64),
-            "max_context_len": (begin + width, np.int32),
-            "past_lens": ([begin], np.int32),
-            "subsequence_begins": ([0, width], np.int32),
-            "block_indices_begins": ([0, self._blocks], np.int32),
-            "block_indices": (np.arange(self._blocks), np.int32),
-        }
-        known = {name: each for name, each in values.items() if name in self._names}
-        return {name: openvino.Tensor(np.asarray(value, dtype=kind)) for name, (value, kind) in known.items()}
+    def logits(self, width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Of the last pass, over `width` tokens: [width, vocabulary]."""
+        return self._model.logits_rows(width).copy()
 
 
 def any_ids(begin: int, count: int, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -194,26 +154,3 @@ def _spell(work: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
         while not done or time.perf_counter() - start < SPELL_SECONDS:
             done.append(work())
     return tuple(map(statistics.median, zip(*done, strict=True)))
-
-
-def weights_of(model: Any) -> str:
-    """int4, int8, fp16 or fp32: the narrowest type among the matrices of an IR."""
-    matrices = [op for op in model.get_ops() if op.get_type_name() == "Constant" and len(op.shape) > 1]
-    kinds = {op.get_element_type().get_type_name() for op in matrices}
-    return next((name for name, types in _NAMES if not kinds.isdisjoint(types)), "fp32")
-
-
-def _set_caches(request: Any, compiled: Any, positions: int) -> int:
-    """Gives a request empty caches for so many positions; returns their number of blocks."""
-    import openvino
-
-    ports = {port.get_any_name(): port for port in compiled.inputs}
-    block = int(ports["value_cache.0"].partial_shape[2].get_length())
-    blocks = -(-positions // block)
-    for name, port in ports.items():
-        if name.startswith(("key_cache.", "value_cache.")):
-            sizes = [size.get_length() for size in list(port.partial_shape)[1:]]
-            tensor = openvino.Tensor(port.element_type, openvino.Shape([blocks, *sizes]))
-            tensor.data[...] = 0
-            request.set_tensor(name, tensor)
-    return blocks

@@ -1,0 +1,212 @@
+"""An exported model as decoding reads it: passes of OpenVINO on a CPU whose end can be taken back.
+
+    model = OpenVINOModel(folder, "exact"); reader = model.reader(capacity=512)
+    logits = reader.read(ids_T, keep=4); reader.take_back(reader.length - 2)
+
+It is the graph that GenAI's continuous batching runs: paged attention, and the output matrix over the chosen
+rows alone. Shape suffixes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdraft.errors import FastDraftError, TargetError
+from fastdraft.runtimes.openvino import (
+    MODEL_FILE,
+    Precision,
+    check_exported,
+    core,
+    device_properties,
+    openvino_errors,
+    short,
+)
+from fastdraft.target import Target
+
+_PIECE = 256  # most tokens of a pass over a prompt, as GenAI reads it by its own choice
+_ROWS = "logits_rows"  # our input: the tokens of a pass behind which logits are computed
+# What a pass is told beside the caches: one value for all texts or several, always of the same shape; and
+# what is as long as the pass, or as the text.
+_SHAPES = {"max_context_len": (), "past_lens": (1,), "subsequence_begins": (2,), "block_indices_begins": (2,)}
+_INPUTS = {"input_ids", "position_ids", "block_indices", _ROWS, *_SHAPES}
+_NAMES = (("int4", ("u4", "i4")), ("int8", ("u8", "i8")), ("fp16", ("f16", "bf16")))
+
+
+class OpenVINOModel:
+    """The `Readable` over an export, compiled once; it reads one text at a time, one after another.
+
+    fast: as deployed, with arithmetic, dynamic quantisation and cache of OpenVINO's own choice; exact:
+    float32 throughout. The cache is ours: it grows to the longest text, and every text writes over the one
+    before.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, precision: Precision = "fast", threads: int = 0) -> None:
+        from openvino._offline_transformations import paged_attention_transformation
+
+        properties = device_properties("CPU", precision, threads)
+        check_exported(folder)
+        self.folder = folder
+        with openvino_errors(folder, "OpenVINO could not run it on CPU", "export the model again"):
+            model = core().read_model(folder / MODEL_FILE)
+            self.weights = weights_of(model)
+            paged_attention_transformation(model)
+            _choose_rows(model)
+            _refuse_unknown(model, folder)
+            compiled = core().compile_model(model, "CPU", properties)
+            self.request = compiled.create_infer_request()
+        self._ports = {port.get_any_name(): port for port in compiled.inputs}
+        self.vocab_size = int(compiled.output("logits").partial_shape[-1].get_length())
+        self.block_size = int(self._ports["value_cache.0"].partial_shape[2].get_length())
+        self.current: OpenVINOReader | None = None
+        self._capacity = 0
+        self._shared: dict[str, Any] = {}  # keeps what OpenVINO looks at
+        self._logits_EV = np.empty((0, self.vocab_size), np.float32)
+
+    @cached_property
+    def context_length(self) -> int:
+        """Tokens that the model can read."""
+        return Target.at(self.folder).context_length
+
+    def reader(self, capacity: int) -> OpenVINOReader:
+        """The model before a text of at most `capacity` tokens; the reader before this one is done."""
+        import openvino
+
+        if capacity > self._capacity:
+            self._capacity = capacity
+            for name, port in self._ports.items():
+                if name not in _INPUTS:
+                    sizes = [size.get_length() for size in list(port.partial_shape)[1:]]
+                    shape = openvino.Shape([-(-capacity // self.block_size), *sizes])
+                    tensor = openvino.Tensor(port.element_type, shape)
+                    tensor.data[...] = 0
+                    self.request.set_tensor(name, tensor)
+        self.current = OpenVINOReader(self, capacity)
+        return self.current
+
+    def share(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        """Lets OpenVINO read an input, or write an output, where it stands; unknown names are left out."""
+        import openvino
+
+        if name in self._ports or name == "logits":
+            self._shared[name] = tensor = openvino.Tensor(array, shared_memory=True)
+            self.request.set_tensor(name, tensor)
+
+    def logits_rows(self, keep: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Room for the logits of a pass, [keep, V]: the same for every pass."""
+        if keep > len(self._logits_EV):
+            self._logits_EV = np.empty((keep, self.vocab_size), np.float32)
+        return self._logits_EV[:keep]
+
+
+class OpenVINOReader:
+    """One text: the `Reader` of an `OpenVINOModel`.
+
+    The cache is a table of blocks, in order: a longer text takes more of them, what is taken back is written
+    over, and nothing is ever copied.
+    """
+
+    def __init__(self, model: OpenVINOModel, capacity: int) -> None:
+        self.model, self.capacity, self.length = model, capacity, 0
+        self._places = np.arange(capacity)
+        self._blocks = np.arange(-(-capacity // model.block_size), dtype=np.int32)
+        self._told = {name: np.zeros(shape, np.int32) for name, shape in _SHAPES.items()}
+        for name, array in self._told.items():
+            model.share(name, array)
+
+    def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
+        """Reads T more tokens; the logits after each of the last `keep`, [keep, V].
+
+        They are the model's own memory: the next pass writes over them.
+        """
+        while len(ids_T) > max(_PIECE, keep):
+            piece = min(_PIECE, len(ids_T) - max(keep, 1))
+            self.prepare(ids_T[:piece].numpy(), 0)
+            self.run()
+            ids_T = ids_T[piece:]
+        logits_EV = self.prepare(ids_T.numpy(), keep)
+        self.run()
+        return torch.from_numpy(logits_EV)
+
+    def take_back(self, length: int) -> None:
+        """Keeps the first `length` tokens only; nothing happens when fewer were read."""
+        self.length = min(self.length, length)
+
+    def prepare(
+        self, ids_T: np.ndarray[Any, np.dtype[np.int64]], keep: int
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Sets up a pass over these tokens; where its logits will stand, [keep, V]."""
+        model, told, count = self.model, self._told, len(ids_T)
+        begin, end = self.length, self.length + count
+        if model.current is not self:
+            raise ValueError("a model reads one text at a time, and another was begun")
+        if not count or end > self.capacity or keep > count:
+            raise ValueError(f"{count} tokens behind {begin}, {keep} kept: there is room for {self.capacity}")
+        blocks = -(-end // model.block_size)
+        told["max_context_len"][...], told["past_lens"][0] = end, begin
+        told["subsequence_begins"][1], told["block_indices_begins"][1] = count, blocks
+        logits_EV = model.logits_rows(keep)
+        model.share("input_ids", ids_T)
+        model.share("position_ids", self._places[begin:end])
+        model.share("block_indices", self._blocks[:blocks])
+        model.share(_ROWS, self._places[count - keep : count])
+        model.share("logits", logits_EV[:, None])
+        return logits_EV
+
+    def run(self) -> None:
+        """The pass that `prepare` set up."""
+        try:
+            self.model.request.infer(share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            found = f"{self.model.folder}: OpenVINO failed: {short(error)}"
+            raise FastDraftError(found, "export the model again, or use transformers") from error
+        self.length = int(self._told["max_context_len"])
+
+
+def weights_of(model: Any) -> str:
+    """int4, int8, fp16 or fp32: the narrowest type among the matrices of an IR."""
+    matrices = [op for op in model.get_ops() if op.get_type_name() == "Constant" and len(op.shape) > 1]
+    kinds = {op.get_element_type().get_type_name() for op in matrices}
+    return next((name for name, types in _NAMES if not kinds.isdisjoint(types)), "fp32")
+
+
+def _choose_rows(model: Any) -> None:
+    """Puts a choice of rows in front of the output matrix, as GenAI does.
+
+    Otherwise a prompt of 1,024 tokens over a vocabulary of 152 k would give 620 MB of logits.
+    """
+    from openvino import opset13 as ops
+
+    place = model.output("logits").get_node().input(0)  # behind the matrix there may be a scale or a cap
+    while (node := place.get_source_output().get_node()).get_type_name() != "MatMul":
+        inputs = [each for each in node.inputs() if each.get_source_output().get_node().inputs()]
+        if not inputs:
+            raise RuntimeError("no output matrix")
+        place = inputs[0]
+    rows = ops.parameter([-1], np.int64, name=_ROWS)
+    rows.output(0).get_tensor().set_names({_ROWS})
+    hidden = node.input(0)
+    chosen = ops.gather(hidden.get_source_output(), rows, ops.constant(0, np.int64))
+    hidden.replace_source_output(chosen.output(0))
+    model.add_parameters([rows])
+    model.validate_nodes_and_infer_types()
+
+
+def _refuse_unknown(model: Any, folder: Path) -> None:
+    """TargetError where a model asks for more than a text and its cache."""
+    ports = {port.get_any_name(): port for port in model.inputs}
+    caches = {name for name in ports if name.startswith(("key_cache.", "value_cache."))}
+    unknown = sorted(set(ports) - _INPUTS - caches) or ["none for a cache of keys"] * (not caches)
+    # Positions of several axes are those of pictures; every text family is exported with one.
+    axes = ports["position_ids"].partial_shape.rank.get_length() if "position_ids" in ports else 1
+    if unknown or axes != 1:
+        found = f"input {unknown[0]}" if unknown else f"positions of {axes} axes"
+        rule = "must be a text model whose layers are all attention"
+        raise TargetError(f"{folder}: {found}; {rule}", "run it with transformers")
