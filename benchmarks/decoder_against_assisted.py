@@ -24,6 +24,7 @@ import torch
 from machine import Report, ratio, spread, table, take_turns, tell
 from pair import Pair, pair_options
 
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.functional.generation import Sampling
 
@@ -39,7 +40,9 @@ class Writers:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.pair = given, Pair(given, spare=given.k + 1)
         self.target, self.draft, self.prompts = self.pair.target, self.pair.draft, self.pair.prompts
-        self.decoder = SpeculativeDecoder(self.target, self.draft, self.pair.vocabulary, given.k)
+        self.decoder = SpeculativeDecoder(
+            ReadableModel(self.target), ReadableModel(self.draft), self.pair.vocabulary, given.k
+        )
         for model in (self.target, self.draft):  # nothing of the models' own taste
             model.generation_config.update(temperature=None, top_k=None, top_p=None, repetition_penalty=None)
         config = self.draft.generation_config

@@ -29,6 +29,7 @@ from machine import Report, options, table
 
 from fastdraft.console import Console
 from fastdraft.data.chat import ChatTemplate
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.evaluation.tasks import load_task
@@ -120,7 +121,7 @@ class Agreement:
         ]
         replayed, found = replay(draft, rows, self.given.k, known), []
         for k in self.given.k:
-            decoder = SpeculativeDecoder(target, draft, known, k)
+            decoder = SpeculativeDecoder(ReadableModel(target), ReadableModel(draft), known, k)
             # As many tokens as were asked for, so that a text that ended early must end early here too.
             room = self.given.max_new_tokens - 1
             one = {"num_speculative_tokens": k, "texts": len(kept)}

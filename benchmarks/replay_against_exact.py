@@ -25,6 +25,7 @@ import torch
 from machine import Report, spread, synchronize, table, take_turns, tell
 from pair import Pair, pair_options
 
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
 from fastdraft.functional.acceptance import add_counts
@@ -42,7 +43,10 @@ def row_of(text: Generation, sampling: Sampling) -> Any:
 
 def exact(pair: Pair, k: int, sampling: Sampling) -> tuple[list[SpeculativeResult], float]:
     """Real runs of all prompts, and their seconds."""
-    decoder, room = SpeculativeDecoder(pair.target, pair.draft, pair.vocabulary, k), pair.given.max_new_tokens
+    decoder, room = (
+        SpeculativeDecoder(ReadableModel(pair.target), ReadableModel(pair.draft), pair.vocabulary, k),
+        pair.given.max_new_tokens,
+    )
     start = time.perf_counter()
     results = [decoder.generate(p, sampling, room, seed) for seed, p in enumerate(pair.prompts)]
     return results, time.perf_counter() - start

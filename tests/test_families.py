@@ -14,6 +14,7 @@ from transformers import Gemma3TextConfig
 
 from family_fixture import MIXED, SHAPE, TARGETS, designed, family_config, noisy, write_family
 from fastdraft.console import Console
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.scoring import score
 from fastdraft.decoding.speculative import SpeculativeDecoder
@@ -85,7 +86,7 @@ def test_greedy_text_with_a_draft_is_the_targets_own_and_replay_counts_the_same(
     assert vocabulary.eos_token_ids == (3, 5)
     draft, prompts = noisy(model), _prompts(name)
     written = HuggingFaceEngine(model, vocabulary, 8).generate(prompts, GREEDY, 24, 0)
-    decoder = SpeculativeDecoder(model, draft, vocabulary, K)
+    decoder = SpeculativeDecoder(ReadableModel(model), ReadableModel(draft), vocabulary, K)
     exact = [decoder.generate(prompt, GREEDY, 24, 0) for prompt in prompts]
     assert [result.generation.response_ids for result in exact] == [row.response_ids for row in written]
     assert len({token for row in written for token in row.response_ids}) > 8
@@ -139,7 +140,9 @@ def test_a_text_on_either_side_of_a_longropes_line_is_exact_and_design_warns_of_
     assert written.response_ids == text[length:]
     # Two tokens: neither proposals nor the last one of a round may stand beyond the line.
     room = tokens - 2 if length < 16 else tokens
-    found = SpeculativeDecoder(model, noisy(model), endless, 1).generate(prompt, GREEDY, room, 0)
+    found = SpeculativeDecoder(ReadableModel(model), ReadableModel(noisy(model)), endless, 1).generate(
+        prompt, GREEDY, room, 0
+    )
     assert found.generation.response_ids == text[length : length + room]
     designed(tmp_path / "run", folder, console=Console())
     assert "This rope changes at 16 tokens" in " ".join("".join(capsys.readouterr()).split())
@@ -154,7 +157,9 @@ def test_a_text_that_fills_the_context_to_its_last_place_is_the_targets_own(
     endless = replace(Target.at(folder).vocabulary, eos_token_ids=())
     [written] = HuggingFaceEngine(model, endless, 8).generate(PROMPTS[2:], GREEDY, 130, 0)
     for k in (1, 4):
-        found = SpeculativeDecoder(model, noisy(model), endless, k).generate(PROMPTS[2], GREEDY, 130, 0)
+        found = SpeculativeDecoder(ReadableModel(model), ReadableModel(noisy(model)), endless, k).generate(
+            PROMPTS[2], GREEDY, 130, 0
+        )
         assert found.generation.response_ids == written.response_ids
         assert found.counts.num_draft_tokens == k * found.counts.num_drafts
         [replayed] = replay(noisy(model), [_Row(written, 0.0)], [k], endless)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastdraft.decoding.autoregressive import generate_batch
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.replay import replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
@@ -71,7 +72,7 @@ def test_greedy_counts_agree_with_our_decoder_and_with_replay(
     k: int,
 ) -> None:
     draft = load_draft(near_draft)
-    decoder, total = SpeculativeDecoder(target, draft, vocabulary, k), []
+    decoder, total = SpeculativeDecoder(ReadableModel(target), ReadableModel(draft), vocabulary, k), []
     written = pair.write(PROMPTS, GREEDY, TOKENS, 0, Proposer("draft", k), exact_counts=True)
     for prompt, own, text in zip(PROMPTS, expected, written, strict=True):
         assert text.response_ids == own.response_ids

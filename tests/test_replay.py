@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding import replay as module
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.replay import accept_probabilities, length_batches, replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.evaluation.tasks import EncodedTask
@@ -57,7 +58,9 @@ def written(
     k: int = 3,
     draft_temperature: float | None = None,
 ) -> tuple[list[SyntheticRow], list]:
-    decoder = SpeculativeDecoder(target, draft, VOCABULARY, k, draft_temperature)
+    decoder = SpeculativeDecoder(
+        ReadableModel(target), ReadableModel(draft), VOCABULARY, k, draft_temperature
+    )
     results = exact_runs(decoder, prompts(count), sampling, 20, seed=1)
     return [SyntheticRow.of(result.generation, "test", sampling) for result in results], [
         result.counts for result in results
@@ -146,7 +149,7 @@ def test_batches_hold_every_row_once_and_respect_the_budget() -> None:
 
 def test_a_draft_that_is_the_target_accepts_everything(target: PreTrainedModel) -> None:
     everything = Vocabulary(320, 320, (), 0, (), 0, "")
-    decoder = SpeculativeDecoder(target, target, everything, 3)
+    decoder = SpeculativeDecoder(ReadableModel(target), ReadableModel(target), everything, 3)
     rows = [
         SyntheticRow.of(r.generation, "", Sampling(1.0))
         for r in exact_runs(decoder, prompts(4), Sampling(1.0), 20, seed=0)

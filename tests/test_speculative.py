@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastdraft.decoding.cache import ModelReader
+from fastdraft.decoding.cache import ModelReader, ReadableModel
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.functional.generation import Sampling
@@ -115,7 +115,7 @@ def test_greedy_verification_stops_at_the_first_difference() -> None:
 
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_greedy_text_is_the_targets_own(target: PreTrainedModel, draft: PreTrainedModel, k: int) -> None:
-    decoder = SpeculativeDecoder(target, draft, TINY, k)
+    decoder = SpeculativeDecoder(ReadableModel(target), ReadableModel(draft), TINY, k)
     for prompt in prompts(6, seed=k):
         result = decoder.generate(prompt, GREEDY, 24, seed=0)
         assert result.generation.response_ids == own_text(target, prompt, 24)
@@ -128,13 +128,13 @@ def test_a_draft_equal_to_the_target_is_always_accepted(target: PreTrainedModel,
     rightly.
     """
     vocabulary = Vocabulary(320, 320, (), 0, (), 0, "")
-    result = SpeculativeDecoder(target, target, vocabulary, k).generate(
+    result = SpeculativeDecoder(ReadableModel(target), ReadableModel(target), vocabulary, k).generate(
         [5, 6, 7], GREEDY, 4 * (k + 1), seed=0
     )
     assert result.counts.num_drafts == 4
     assert result.counts.acceptance_rate == 1
     assert [r.num_accepted for r in result.rounds] == [k] * 4
-    sampled = SpeculativeDecoder(target, target, vocabulary, k).generate(
+    sampled = SpeculativeDecoder(ReadableModel(target), ReadableModel(target), vocabulary, k).generate(
         [5, 6, 7], Sampling(1.0), 4 * (k + 1), seed=0
     )
     assert sampled.counts.overlap == pytest.approx(1, abs=1e-4)
@@ -179,7 +179,9 @@ def test_joint_sequences_through_decoder_and_caches_follow_the_target(
 ) -> None:
     target, draft = llama(3, seed=1), llama(3, seed=2)
     vocabulary = Vocabulary(3, 3 - len(missing), missing, None, (), None, "")
-    decoder = SpeculativeDecoder(target, draft, vocabulary, k, draft_temperature)
+    decoder = SpeculativeDecoder(
+        ReadableModel(target), ReadableModel(draft), vocabulary, k, draft_temperature
+    )
     counts = torch.zeros(3**4)
     for seed in range(1500):
         a, b, c, d = decoder.generate([0, 1], sampling, 4, seed).generation.response_ids
@@ -197,7 +199,11 @@ def test_recorded_log_probs_are_those_of_the_targets_sampling_distribution(
     target: PreTrainedModel, draft: PreTrainedModel
 ) -> None:
     sampling = Sampling(0.7, top_k=20, top_p=0.9)
-    found = SpeculativeDecoder(target, draft, TINY, 3).generate([9, 8, 7], sampling, 20, seed=5).generation
+    found = (
+        SpeculativeDecoder(ReadableModel(target), ReadableModel(draft), TINY, 3)
+        .generate([9, 8, 7], sampling, 20, seed=5)
+        .generation
+    )
     with torch.inference_mode():
         logits = target(torch.tensor([found.prompt_ids + found.response_ids])).logits[0, 2:-1]
     probs = (
@@ -213,7 +219,9 @@ def test_text_ends_with_the_first_end_token_and_nothing_beyond_is_counted(
     end = text[4]
     vocabulary = Vocabulary(320, 300, TINY.missing_ids, 0, (end,), 0, "")
     # The target drafts for itself, so the end token arrives as an accepted proposal in the middle of a round.
-    result = SpeculativeDecoder(target, target, vocabulary, 8).generate([5, 6, 7], GREEDY, 12, seed=0)
+    result = SpeculativeDecoder(ReadableModel(target), ReadableModel(target), vocabulary, 8).generate(
+        [5, 6, 7], GREEDY, 12, seed=0
+    )
     stop = text.index(end) + 1
     assert result.generation.response_ids == text[:stop]
     assert result.generation.finish_reason == "stop"
@@ -225,7 +233,9 @@ def test_text_ends_with_the_first_end_token_and_nothing_beyond_is_counted(
 
 def test_text_ends_at_the_limit(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     for limit in (1, 2, 5):
-        result = SpeculativeDecoder(target, target, TINY, 4).generate([5, 6], GREEDY, limit, seed=0)
+        result = SpeculativeDecoder(ReadableModel(target), ReadableModel(target), TINY, 4).generate(
+            [5, 6], GREEDY, limit, seed=0
+        )
         assert len(result.generation.response_ids) == limit
         assert result.generation.finish_reason == "length"
         assert sum(map(len, (r.tokens for r in result.rounds))) == len(result.accepted) == limit
@@ -238,7 +248,9 @@ def test_ids_without_a_token_are_never_proposed_but_the_target_may_write_them() 
     vocabulary = Vocabulary(8, 5, (5, 6, 7), None, (), None, "")
     written, proposed = set[int](), set[int]()
     for seed in range(40):
-        result = SpeculativeDecoder(target, target, vocabulary, 3).generate([1, 2], Sampling(1.0), 12, seed)
+        result = SpeculativeDecoder(ReadableModel(target), ReadableModel(target), vocabulary, 3).generate(
+            [1, 2], Sampling(1.0), 12, seed
+        )
         written |= set(result.generation.response_ids)
         proposed |= {
             token
@@ -259,7 +271,7 @@ def test_a_sliding_window_target_is_decoded_rightly_past_its_window() -> None:
         target.lm_head.weight.mul_(30)
     vocabulary = Vocabulary(60, 60, (), None, (), None, "")
     for k in (1, 4):
-        decoder = SpeculativeDecoder(target, llama(60, seed=4), vocabulary, k)
+        decoder = SpeculativeDecoder(ReadableModel(target), ReadableModel(llama(60, seed=4)), vocabulary, k)
         text = decoder.generate(list(range(10)), GREEDY, 20, 0).generation.response_ids
         assert text == own_text(target, list(range(10)), 20)
         with torch.inference_mode():
@@ -285,9 +297,17 @@ def refuse(call: Callable[[], object], error: type[Exception], text: str) -> Non
 
 
 def test_impossible_settings_are_refused_in_one_line(target: PreTrainedModel, draft: PreTrainedModel) -> None:
-    refuse(lambda: SpeculativeDecoder(target, draft, TINY, 0), RecipeError, "at least 1")
-    refuse(lambda: SpeculativeDecoder(target, draft, TINY, 3, -1.0), RecipeError, "negative")
-    decoder = SpeculativeDecoder(target, draft, TINY, 3)
+    refuse(
+        lambda: SpeculativeDecoder(ReadableModel(target), ReadableModel(draft), TINY, 0),
+        RecipeError,
+        "at least 1",
+    )
+    refuse(
+        lambda: SpeculativeDecoder(ReadableModel(target), ReadableModel(draft), TINY, 3, -1.0),
+        RecipeError,
+        "negative",
+    )
+    decoder = SpeculativeDecoder(ReadableModel(target), ReadableModel(draft), TINY, 3)
     refuse(lambda: decoder.generate([], GREEDY, 8, 0), DataError, "at least one token")
     refuse(lambda: decoder.generate([5] * 250, GREEDY, 8, 0), DataError, "context holds 256")
 
@@ -319,7 +339,9 @@ def test_a_round_waits_for_the_device_once(
     target: PreTrainedModel, draft: PreTrainedModel, sampling: Sampling
 ) -> None:
     with Waits() as waits:
-        result = SpeculativeDecoder(target, draft, TINY, 3).generate([5, 6, 7], sampling, 24, seed=0)
+        result = SpeculativeDecoder(ReadableModel(target), ReadableModel(draft), TINY, 3).generate(
+            [5, 6, 7], sampling, 24, seed=0
+        )
     assert waits.seen == ["tolist"] * len(result.rounds)
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from fastdraft.console import Console
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.decoding.autoregressive import generate_batch
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.speculative import Round, SpeculativeDecoder
 from fastdraft.decoding.token_stream import TokenStream
 from fastdraft.errors import DataError, FastDraftError, RecipeError
@@ -74,6 +76,7 @@ class _Writer:
     """Everything that an answer needs but its prompt."""
 
     decoder: SpeculativeDecoder
+    target: PreTrainedModel
     chat: ChatTemplate
     sampling: Sampling
     max_new_tokens: int
@@ -107,7 +110,7 @@ class _Writer:
         """What the target writes without the draft, and its seconds, counted as in `answer`."""
         generator, eos = torch.Generator().manual_seed(self.seed), set(self.decoder.vocabulary.eos_token_ids)
         start = time.perf_counter()
-        found = generate_batch(self.decoder.target, [ids], self.sampling, self.room(ids), eos, generator)
+        found = generate_batch(self.target, [ids], self.sampling, self.room(ids), eos, generator)
         return found[0].response_ids, time.perf_counter() - start
 
 
@@ -134,14 +137,15 @@ def run(
     check_same(opened.vocabulary, Target.at(draft).vocabulary, where=draft)
     model = opened.model(where)
     loaded = load_draft(Path(draft), where, model.dtype)
-    decoder = SpeculativeDecoder(model, loaded, opened.vocabulary, num_speculative_tokens)
+    pair = ReadableModel(model), ReadableModel(loaded)
+    decoder = SpeculativeDecoder(*pair, opened.vocabulary, num_speculative_tokens)
     template = ChatTemplate(opened.tokenizer, opened.chat_template_kwargs)
     sampling = Sampling(temperature, top_k, top_p)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal of another code page shows ? instead of failing
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    writer = _Writer(decoder, template, sampling, max_new_tokens, seed, color)
+    writer = _Writer(decoder, model, template, sampling, max_new_tokens, seed, color)
     if chat and prompt is None and sys.stdin.isatty():
         answers = _converse(writer, console)
     else:

@@ -1,6 +1,6 @@
 """Key-value caches for decoding that takes tokens back, and attention that reads them where they stand.
 
-    reader = ModelReader(model, capacity=512); logits = reader.read(ids_T, keep=4);
+    reader = ReadableModel(model).reader(capacity=512); logits = reader.read(ids_T, keep=4);
     reader.take_back(reader.length - 2)
 
 Shape suffixes: B rows, H query heads, N key heads, T positions, F = (H / N) x new positions, D head size, V
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -105,6 +106,24 @@ class ModelReader:
                 length - self.length
             )  # every release of transformers understands a negative count
             self.length = length
+
+
+@dataclass(frozen=True)
+class ReadableModel:
+    """A model of transformers, in evaluation mode, for decoding."""
+
+    model: PreTrainedModel
+
+    @property
+    def context_length(self) -> int:
+        return int(text_config(self.model.config).max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device  # type: ignore[no-any-return]
+
+    def reader(self, capacity: int) -> ModelReader:
+        return ModelReader(self.model, capacity)
 
 
 def _attend(

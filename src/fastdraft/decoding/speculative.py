@@ -9,33 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from fastdraft.decoding.cache import ModelReader
+from fastdraft.decoding.reader import Readable, Reader
 from fastdraft.errors import RecipeError
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Generation, Sampling, check_prompts
 from fastdraft.functional.sampling import draw, mask_ids, probabilities
 from fastdraft.functional.verification import verify, verify_greedy
 from fastdraft.modeling.vocabulary import Vocabulary
-
-
-class Reader(Protocol):
-    """A model while it reads one text: all that decoding needs of it."""
-
-    length: int  # tokens read so far and not taken back
-
-    def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
-        """Reads T more tokens; the logits after each of the last `keep`, [keep, V]."""
-        ...
-
-    def take_back(self, length: int) -> None:
-        """Keeps the first `length` tokens only; nothing happens when fewer were read."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -89,17 +74,19 @@ class SpeculativeDecoder:
     """Writes text as the target does, with fewer passes of the target.
 
     Args:
-        target: The model whose text is wanted, in evaluation mode. draft: The model that proposes; same
-        vocabulary, same device. vocabulary: The shared vocabulary: which ids end a text, which are padding.
-        num_speculative_tokens: K, proposals in each round; at least 1. draft_temperature: The draft's own
-        where the target samples; None: the target's; 0: proposes greedily. Any
-            value leaves the text's distribution unchanged. Where the target is greedy the draft always is.
+        target: The model whose text is wanted.
+        draft: The model that proposes; same vocabulary, same device.
+        vocabulary: The shared vocabulary: which ids end a text, which are padding.
+        num_speculative_tokens: K, proposals in each round; at least 1.
+        draft_temperature: The draft's own where the target samples; None: the target's; 0: proposes
+            greedily. Any value leaves the text's distribution unchanged. Where the target is greedy the draft
+            always is.
     """
 
     def __init__(
         self,
-        target: PreTrainedModel,
-        draft: PreTrainedModel,
+        target: Readable,
+        draft: Readable,
         vocabulary: Vocabulary,
         num_speculative_tokens: int,
         draft_temperature: float | None = None,
@@ -117,12 +104,7 @@ class SpeculativeDecoder:
     @property
     def context_length(self) -> int:
         """Tokens that both models can read: prompt and answer together."""
-        configs = [m.config.get_text_config(decoder=True) for m in (self.target, self.draft)]
-        return min(int(config.max_position_embeddings) for config in configs)
-
-    def readers(self, capacity: int) -> tuple[Reader, Reader]:
-        """Target and draft before a text of at most `capacity` tokens; all passes go through these."""
-        return ModelReader(self.target, capacity), ModelReader(self.draft, capacity)
+        return min(self.target.context_length, self.draft.context_length)
 
     def generate(
         self, prompt_ids: list[int], sampling: Sampling, max_new_tokens: int, seed: int
@@ -145,7 +127,7 @@ class SpeculativeDecoder:
         ids_T = torch.zeros(capacity, dtype=torch.long, device=device)
         ids_T[:length] = torch.tensor(prompt_ids, device=device)
         generator = torch.Generator(device=device).manual_seed(seed)
-        text = _Text(*self.readers(capacity), ids_T, sampling, generator)
+        text = _Text(self.target.reader(capacity), self.draft.reader(capacity), ids_T, sampling, generator)
         while length < end:
             with torch.inference_mode():
                 found = self._round(text, length, end)

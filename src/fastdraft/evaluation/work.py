@@ -23,6 +23,7 @@ from fastdraft.console import Console, Progress
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.rows import SyntheticRow, read_rows, write_rows
 from fastdraft.decoding.autoregressive import generate_batch
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
@@ -199,7 +200,8 @@ class EvaluationWork:
         self, task: EncodedTask, prompts: list[list[int]], temperature: float, k: int, draft: LoadModel
     ) -> dict[str, Any]:
         assert self.target is not None
-        decoder = SpeculativeDecoder(self.target, draft(), self.vocabulary, k, self.config.draft_temperature)
+        pair = ReadableModel(self.target), ReadableModel(draft())
+        decoder = SpeculativeDecoder(*pair, self.vocabulary, k, self.config.draft_temperature)
         seed, sampling = derive_seed(self.seed, task.name, temperature, k), self.sampling(temperature)
         runs = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, self._advance)
         own: list[Generation] = []
