@@ -20,7 +20,7 @@ from fastdraft.errors import TargetError
 from fastdraft.runtimes import openvino_reader
 from fastdraft.runtimes.openvino import core
 from fastdraft.runtimes.openvino_export import convert
-from fastdraft.runtimes.openvino_reader import OpenVINOModel
+from fastdraft.runtimes.openvino_reader import OpenVINOModel, OpenVINOReader
 from fastdraft.target import Target
 
 
@@ -65,24 +65,35 @@ def test_what_is_taken_back_leaves_no_trace(exported_target: Path, precision: st
 
 
 def test_texts_come_one_after_another_in_the_same_memory(target: OpenVINOModel) -> None:
-    def memory() -> list[int]:
-        names = [name for name in target._ports if "_cache." in name]
-        return [target.request.get_tensor(name).data.ctypes.data for name in [*names, "logits"]]
+    def memory(reader: OpenVINOReader) -> list[int]:
+        request = reader.request
+        names = [*(name for name in request._ports if "_cache." in name), "logits"]
+        return [request._request.get_tensor(name).data.ctypes.data for name in names]
 
-    first = target.reader(200).read(text(30), keep=4).clone()
-    before = memory()
+    reader = target.reader(200)
+    first, before = reader.read(text(30), keep=4).clone(), memory(reader)
     for seed in range(50):
-        target.reader(100 + seed).read(text(20 + seed, seed), keep=1 + seed % 4)
+        del reader
+        reader = target.reader(100 + seed)
+        reader.read(text(20 + seed, seed), keep=1 + seed % 4)
+    del reader
     again = target.reader(150)
     assert torch.equal(again.read(text(30), keep=4), first)
-    assert memory() == before
-    assert len(target._shared) == len(openvino_reader._INPUTS) + 1
+    assert memory(again) == before
+    assert (len(again.request._shared), target._idle) == (len(openvino_reader._INPUTS) + 1, [])
+
+
+def test_texts_read_at_the_same_time_do_not_disturb_each_other(target: OpenVINOModel) -> None:
+    one, other = target.reader(60), target.reader(60)
+    for reader, seed in ((one, 0), (other, 1), (one, 2), (other, 3)):
+        reader.read(text(20, seed))
+    alone = target.reader(60)
+    alone.read(torch.cat([text(20), text(20, 2)]))
+    assert torch.equal(one.read(text(3, 4), keep=3), alone.read(text(3, 4), keep=3))
 
 
 def test_what_a_reader_cannot_read_is_refused_before_anything_is_written(target: OpenVINOModel) -> None:
-    done, reader = target.reader(20), target.reader(20)
-    with pytest.raises(ValueError, match="one text at a time"):
-        done.read(text(3))
+    reader = target.reader(20)
     for count, keep in ((21, 1), (0, 0), (3, 4)):
         with pytest.raises(ValueError, match="room for 20"):
             reader.read(text(count), keep)

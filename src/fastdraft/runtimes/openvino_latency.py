@@ -51,22 +51,22 @@ class LoadedModel:
     def __init__(
         self, folder: Path, prefix_tokens: int, room: int, precision: Precision = "fast", threads: int = 0
     ) -> None:
-        self._model = OpenVINOModel(folder, precision, threads)
-        self.prefix_tokens, self.weights = prefix_tokens, self._model.weights
-        self._reader = self._model.reader(prefix_tokens + room)
-        self._reader.read(torch.from_numpy(any_ids(0, prefix_tokens, self._model.vocab_size)))
+        model = OpenVINOModel(folder, precision, threads)
+        self.prefix_tokens, self.weights, self._vocab_size = prefix_tokens, model.weights, model.vocab_size
+        self._reader = model.reader(prefix_tokens + room)
+        self._reader.read(torch.from_numpy(any_ids(0, prefix_tokens, model.vocab_size)))
 
     def read(self, width: int) -> float:
         """Seconds of one pass over `width` tokens behind the prefix."""
         self._reader.take_back(self.prefix_tokens)
-        self._reader.prepare(any_ids(self.prefix_tokens, width, self._model.vocab_size), width)
+        self._reader.prepare(any_ids(self.prefix_tokens, width, self._vocab_size), width)
         start = time.perf_counter()
         self._reader.run()
         return time.perf_counter() - start
 
     def logits(self, width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Of the last pass, over `width` tokens: [width, vocabulary]."""
-        return self._model.logits_rows(width).copy()
+        return self._reader.request.logits_rows(width).copy()
 
 
 def any_ids(begin: int, count: int, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -9,12 +9,14 @@ rows alone. Shape suffixes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdraft.errors import FastDraftError, TargetError
@@ -29,6 +31,8 @@ from fastdraft.runtimes.openvino import (
 )
 from fastdraft.target import Target
 
+Ids = NDArray[np.int64]
+Logits = NDArray[np.float32]
 _PIECE = 256  # most tokens of a pass over a prompt, as GenAI reads it by its own choice
 _ROWS = "logits_rows"  # our input: the tokens of a pass behind which logits are computed
 # What a pass is told beside the caches: one value for all texts or several, always of the same shape; and
@@ -39,11 +43,10 @@ _NAMES = (("int4", ("u4", "i4")), ("int8", ("u8", "i8")), ("fp16", ("f16", "bf16
 
 
 class OpenVINOModel:
-    """The `Readable` over an export, compiled once; it reads one text at a time, one after another.
+    """The `Readable` over an export, compiled once.
 
     fast: as deployed, with arithmetic, dynamic quantisation and cache of OpenVINO's own choice; exact:
-    float32 throughout. The cache is ours: it grows to the longest text, and every text writes over the one
-    before.
+    float32 throughout. Texts read one after another share the same memory.
     """
 
     device = torch.device("cpu")
@@ -60,15 +63,9 @@ class OpenVINOModel:
             paged_attention_transformation(model)
             _choose_rows(model)
             _refuse_unknown(model, folder)
-            compiled = core().compile_model(model, "CPU", properties)
-            self.request = compiled.create_infer_request()
-        self._ports = {port.get_any_name(): port for port in compiled.inputs}
-        self.vocab_size = int(compiled.output("logits").partial_shape[-1].get_length())
-        self.block_size = int(self._ports["value_cache.0"].partial_shape[2].get_length())
-        self.current: OpenVINOReader | None = None
-        self._capacity = 0
-        self._shared: dict[str, Any] = {}  # keeps what OpenVINO looks at
-        self._logits_EV = np.empty((0, self.vocab_size), np.float32)
+            self._compiled = core().compile_model(model, "CPU", properties)
+        self.vocab_size = int(self._compiled.output("logits").partial_shape[-1].get_length())
+        self._idle: list[_Request] = []  # of texts that are done
 
     @cached_property
     def context_length(self) -> int:
@@ -76,34 +73,12 @@ class OpenVINOModel:
         return Target.at(self.folder).context_length
 
     def reader(self, capacity: int) -> OpenVINOReader:
-        """The model before a text of at most `capacity` tokens; the reader before this one is done."""
-        import openvino
-
-        if capacity > self._capacity:
-            self._capacity = capacity
-            for name, port in self._ports.items():
-                if name not in _INPUTS:
-                    sizes = [size.get_length() for size in list(port.partial_shape)[1:]]
-                    shape = openvino.Shape([-(-capacity // self.block_size), *sizes])
-                    tensor = openvino.Tensor(port.element_type, shape)
-                    tensor.data[...] = 0
-                    self.request.set_tensor(name, tensor)
-        self.current = OpenVINOReader(self, capacity)
-        return self.current
-
-    def share(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        """Lets OpenVINO read an input, or write an output, where it stands; unknown names are left out."""
-        import openvino
-
-        if name in self._ports or name == "logits":
-            self._shared[name] = tensor = openvino.Tensor(array, shared_memory=True)
-            self.request.set_tensor(name, tensor)
-
-    def logits_rows(self, keep: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Room for the logits of a pass, [keep, V]: the same for every pass."""
-        if keep > len(self._logits_EV):
-            self._logits_EV = np.empty((keep, self.vocab_size), np.float32)
-        return self._logits_EV[:keep]
+        """The model before a text of at most `capacity` tokens."""
+        request = self._idle.pop() if self._idle else _Request(self._compiled, self.vocab_size)
+        request.make_room(capacity)
+        reader = OpenVINOReader(request, capacity, self.folder)
+        weakref.finalize(reader, self._idle.append, request).atexit = False
+        return reader
 
 
 class OpenVINOReader:
@@ -113,18 +88,18 @@ class OpenVINOReader:
     over, and nothing is ever copied.
     """
 
-    def __init__(self, model: OpenVINOModel, capacity: int) -> None:
-        self.model, self.capacity, self.length = model, capacity, 0
+    def __init__(self, request: _Request, capacity: int, folder: Path) -> None:
+        self.request, self.capacity, self.folder, self.length = request, capacity, folder, 0
         self._places = np.arange(capacity)
-        self._blocks = np.arange(-(-capacity // model.block_size), dtype=np.int32)
+        self._blocks = np.arange(-(-capacity // request.block_size), dtype=np.int32)
         self._told = {name: np.zeros(shape, np.int32) for name, shape in _SHAPES.items()}
         for name, array in self._told.items():
-            model.share(name, array)
+            request.share(name, array)
 
     def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
         """Reads T more tokens; the logits after each of the last `keep`, [keep, V].
 
-        They are the model's own memory: the next pass writes over them.
+        The next `read` writes over them.
         """
         while len(ids_T) > max(_PIECE, keep):
             piece = min(_PIECE, len(ids_T) - max(keep, 1))
@@ -139,35 +114,74 @@ class OpenVINOReader:
         """Keeps the first `length` tokens only; nothing happens when fewer were read."""
         self.length = min(self.length, length)
 
-    def prepare(
-        self, ids_T: np.ndarray[Any, np.dtype[np.int64]], keep: int
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def prepare(self, ids_T: Ids, keep: int) -> Logits:
         """Sets up a pass over these tokens; where its logits will stand, [keep, V]."""
-        model, told, count = self.model, self._told, len(ids_T)
+        request, told, count = self.request, self._told, len(ids_T)
         begin, end = self.length, self.length + count
-        if model.current is not self:
-            raise ValueError("a model reads one text at a time, and another was begun")
         if not count or end > self.capacity or keep > count:
             raise ValueError(f"{count} tokens behind {begin}, {keep} kept: there is room for {self.capacity}")
-        blocks = -(-end // model.block_size)
+        blocks = -(-end // request.block_size)
         told["max_context_len"][...], told["past_lens"][0] = end, begin
         told["subsequence_begins"][1], told["block_indices_begins"][1] = count, blocks
-        logits_EV = model.logits_rows(keep)
-        model.share("input_ids", ids_T)
-        model.share("position_ids", self._places[begin:end])
-        model.share("block_indices", self._blocks[:blocks])
-        model.share(_ROWS, self._places[count - keep : count])
-        model.share("logits", logits_EV[:, None])
+        logits_EV = request.logits_rows(keep)
+        request.share("input_ids", ids_T)
+        request.share("position_ids", self._places[begin:end])
+        request.share("block_indices", self._blocks[:blocks])
+        request.share(_ROWS, self._places[count - keep : count])
+        request.share("logits", logits_EV[:, None])
         return logits_EV
 
     def run(self) -> None:
         """The pass that `prepare` set up."""
         try:
-            self.model.request.infer(share_inputs=True, share_outputs=True)
+            self.request.infer()
         except RuntimeError as error:
-            found = f"{self.model.folder}: OpenVINO failed: {short(error)}"
+            found = f"{self.folder}: OpenVINO failed: {short(error)}"
             raise FastDraftError(found, "export the model again, or use transformers") from error
         self.length = int(self._told["max_context_len"])
+
+
+class _Request:
+    """What runs a compiled model, with the cache of one text; inputs and logits stand in memory of ours."""
+
+    def __init__(self, compiled: Any, vocab_size: int) -> None:
+        self._request = compiled.create_infer_request()
+        self._ports = {port.get_any_name(): port for port in compiled.inputs}
+        self.block_size = int(self._ports["value_cache.0"].partial_shape[2].get_length())
+        self._capacity, self._shared = 0, dict[str, Any]()
+        self._logits_EV = np.empty((0, vocab_size), np.float32)
+
+    def infer(self) -> None:
+        self._request.infer(share_inputs=True, share_outputs=True)
+
+    def make_room(self, capacity: int) -> None:
+        """A cache for so many tokens, if it is not there."""
+        import openvino
+
+        if capacity <= self._capacity:
+            return
+        self._capacity = capacity
+        for name, port in self._ports.items():
+            if name not in _INPUTS:
+                sizes = [size.get_length() for size in list(port.partial_shape)[1:]]
+                shape = openvino.Shape([-(-capacity // self.block_size), *sizes])
+                tensor = openvino.Tensor(port.element_type, shape)
+                tensor.data[...] = 0
+                self._request.set_tensor(name, tensor)
+
+    def share(self, name: str, array: NDArray[Any]) -> None:
+        """Lets OpenVINO read an input, or write the logits, where they stand."""
+        import openvino
+
+        if name in self._ports or name == "logits":
+            self._shared[name] = tensor = openvino.Tensor(array, shared_memory=True)
+            self._request.set_tensor(name, tensor)
+
+    def logits_rows(self, keep: int) -> Logits:
+        """Room for the logits of a pass, [keep, V]: the same for every pass."""
+        if keep > len(self._logits_EV):
+            self._logits_EV = np.empty((keep, self._logits_EV.shape[1]), np.float32)
+        return self._logits_EV[:keep]
 
 
 def weights_of(model: Any) -> str:
