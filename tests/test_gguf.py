@@ -21,7 +21,7 @@ from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.gguf_fields import pre_tokenizer_name, tokenizer_fields
 from fastdraft.modeling.gguf_files import check_pair, read_gguf
-from fastdraft.modeling.gguf_tokenizer import SPLITTINGS
+from fastdraft.modeling.gguf_tokenizer import SPLITTINGS, tokenizer_files
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.runtimes.gguf_export import export_gguf
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
@@ -185,6 +185,12 @@ def cut(data: bytes) -> bytes:
             lambda d: d.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"),
             "blk.0.attn_z.weight has no place",
         ),
+        (lambda d: d.replace(b"a b", b"a_b"), "merges: 'a_b'; must be two tokens"),
+        (lambda d: d.replace(b"a b", b"a \x01"), "merges: 'a .x01'; must be two tokens"),
+        (
+            lambda d: d.replace(b"block_count\x04\x00\x00\x00\x02", b"block_count\x04\x00\x00\x00\x09"),
+            "2 layers of tensors, block_count 9",
+        ),
     ],
 )
 def test_a_damaged_or_unknown_file_is_refused_in_one_line(damage: Any, told: str, tmp_path: Path) -> None:
@@ -194,6 +200,69 @@ def test_a_damaged_or_unknown_file_is_refused_in_one_line(damage: Any, told: str
         assert Target.at(path).vocabulary
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def as_field(data: bytes, key: str, kind: int, value: bytes) -> bytes:
+    """One field more in front of the others."""
+    count = int.from_bytes(data[16:24], "little") + 1
+    name = len(key).to_bytes(8, "little") + key.encode()
+    return data[:16] + count.to_bytes(8, "little") + name + kind.to_bytes(4, "little") + value + data[24:]
+
+
+def number(value: int, size: int = 4) -> bytes:
+    return value.to_bytes(size, "little")
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "told"),
+    [
+        ("general.alignment", 4, number(0), "general.alignment 0; must be a multiple of 8"),
+        ("general.alignment", 8, number(1, 8) + b"x", "'x'; must be a multiple of 8"),
+        ("split.count", 8, number(1, 8) + b"x", "split.count 'x'; must be a whole number"),
+        ("tokenizer.chat_template", 4, number(7), "tokenizer.chat_template 7; must be a text"),
+        ("tokenizer.ggml.eot_token_id", 5, b"\xff" * 4, "eot_token_id -1; must be a whole number"),
+        ("tokenizer.ggml.scores", 9, number(6) + number(1, 8) + b"\x00\x00\xc0\x7f", "must be a list of numbers"),
+        ("tokenizer.ggml.more", 9, number(9) + number(1, 8) + number(4) + number(0, 8), "a value of type 9"),
+        ("tokenizer.ggml.more", 9, number(4) + b"\xff" * 8, "cut short or damaged"),
+        ("tokenizer.ggml.more", 9, number(8) + b"\xff" * 8, "cut short or damaged"),
+        ("llama.rope.freq_base", 8, number(1, 8) + b"x", "rope.freq_base 'x'; must be a number"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_kind_than_its_own_is_refused_in_one_line(
+    key: str, kind: int, value: bytes, told: str, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "t.gguf")
+    path.write_bytes(as_field(path.read_bytes(), key, kind, value))
+    with pytest.raises(TargetError, match=told) as caught:
+        Target.at(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("tokenizer.ggml.unknown_token_id", 9999, "unknown_token_id 9999; must be below 512"),
+        ("tokenizer.ggml.scores", [0.0] * 5, "5 scores of 512 tokens"),
+    ],
+)
+def test_a_damaged_sentencepiece_vocabulary_is_refused(
+    key: str, value: Any, told: str, tmp_path: Path
+) -> None:
+    from fastdraft.modeling.gguf_files import GGUFField, GGUFFile
+
+    tokens = ["<unk>", "<s>", "</s>", *(f"t{n}" for n in range(509))]
+    fields = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+    }
+    fields |= {"tokenizer.ggml.scores": [0.0] * 512, key: value}
+    file = GGUFFile(
+        tmp_path / "t.gguf", {name: GGUFField(0, None, what) for name, what in fields.items()}, {}
+    )
+    with pytest.raises(TargetError, match=told):
+        tokenizer_files(file)
 
 
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -77,9 +77,9 @@ class Target:
     def config(self) -> PreTrainedConfig:
         """The config of a supported family. A model's own code is never run."""
         values = plain_values(self.files.config)  # refuses other families in words of our own
-        with one_line(self.location):
+        with one_line(self.files.where):
             config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-            check_config(config, self.location)
+            check_config(config, self.files.where)
         return config
 
     @cached_property
@@ -151,7 +151,7 @@ class Target:
 
     @cached_property
     def architecture(self) -> Architecture:
-        with one_line(self.location):  # an activation, say, that transformers does not know
+        with one_line(self.files.where):  # an activation, say, that transformers does not know
             return read_architecture(self.config)
 
     @property
@@ -180,9 +180,9 @@ class Target:
             raise self.files.wrong(found, fix)
         if self._quantised or not self.has_weights or (header := self.files.header()) is None:
             return []
-        with one_line(self.location):
-            passed, tied = check_header(self.location, self.config, header)
-            return passed + (refuse_second_head(self.location, self.files.weights_here()) if tied else [])
+        with one_line(self.files.where):
+            passed, tied = check_header(self.files.where, self.config, header)
+            return passed + (refuse_second_head(self.files.where, self.files.weights_here()) if tied else [])
 
     def check_quantiser(self) -> None:
         """Refuses quantised weights whose library is not here or does not run on this machine."""
@@ -221,7 +221,7 @@ class Target:
         self.files.make_weights()
         self.check_quantiser()
         self.check_tensors()
-        with one_line(self.location):
+        with one_line(self.files.where):
             return self._load(dtype or _DTYPES.get(self.dtype) or auto).to(device).eval()
 
     def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -237,7 +237,7 @@ class Target:
             raise self._not_loadable(error) from error
         # A weight missing from the files is an error, never a random matrix; so is one that nobody uses.
         unused = () if self._quantised else report["unexpected_keys"]
-        refuse_misfits(self.location, report["missing_keys"], unused, report["mismatched_keys"])
+        refuse_misfits(self.files.where, report["missing_keys"], unused, report["mismatched_keys"])
         if not self.files.is_local:
             self.check_tensors()  # by now all of its files are here
         return model

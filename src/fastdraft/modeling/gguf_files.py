@@ -9,10 +9,11 @@ vocabulary of 152 k tokens.
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,32 @@ _AGAIN = "download the file again"
 # Of the specification: struct's letter for each type of value; 8 is a string, 9 an array.
 _LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+# What fields that are read here must hold, by their names; the first pattern that fits counts.
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    (
+        r"general\.(architecture|name)|tokenizer\.(ggml\.(model|pre)|chat_template)|.*\.scaling\.type",
+        "a text",
+        lambda value: isinstance(value, str),
+    ),
+    (
+        r"tokenizer\.ggml\.(tokens|merges)",
+        "a list of texts",
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    ),
+    (
+        r"tokenizer\.ggml\.(scores|token_type)",
+        "a list of numbers",
+        lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    ),
+    (r"general\.alignment", "a multiple of 8", lambda value: _is_count(value) and value and value % 8 == 0),
+    (r"tokenizer\.ggml\.\w+_token_id|split\.count", "a whole number", lambda value: _is_count(value)),
+    (r"tokenizer\.ggml\.add_\w+", "true or false", lambda value: isinstance(value, int)),
+    (
+        r".*(_epsilon|\.freq_base(_swa)?|\.scaling\.\w+|_softcapping|\.sliding_window)",
+        "a number",
+        lambda value: _is_number(value),
+    ),
+)
 _SAMPLE = 4096  # bytes of each tensor in a file's digest
 # Of llama.cpp's rules for a pair: how far sizes may differ, and the first id whose text is compared.
 _SIZE_DIFFERENCE, _FIRST_COMPARED = 128, 5
@@ -215,8 +242,27 @@ def _read_head(path: Path) -> tuple[dict[str, GGUFField], dict[str, GGUFTensor]]
             head.at = 8
             num_tensors, num_fields = head.number("Q"), head.number("Q")
             fields = {head.texts(1)[0]: head.field() for _ in range(num_fields)}
+            _check_values(path, fields)
             alignment = fields["general.alignment"].value if "general.alignment" in fields else 32
             return fields, {tensor.name: tensor for tensor in _tensors(head, num_tensors, alignment)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_values(path: Path, fields: Mapping[str, GGUFField]) -> None:
+    """Refuses a value of another kind than its field is for."""
+    for key, field in fields.items():
+        rules = (found[1:] for found in _RULES if re.fullmatch(found[0], key))
+        for rule, fits in rules:
+            if not fits(field.value):
+                raise TargetError(f"{path}: {key} {field.value!r:.40}; must be {rule}", _AGAIN)
+            break
 
 
 def _tensors(head: _Head, count: int, alignment: int) -> Iterator[GGUFTensor]:

@@ -96,7 +96,7 @@ class GGUFModelFiles(ModelFiles):
 
     def __init__(self, file: GGUFFile, folder: str) -> None:
         super().__init__(folder)
-        self.gguf = file
+        self.gguf, self.where = file, str(file.path)
 
     def header(self) -> Header:
         """As the weights will be written."""
@@ -129,9 +129,15 @@ def hugging_face_config(file: GGUFFile) -> dict[str, Any]:
             raise file.wrong(found, "take the model as a Hugging Face directory")
     if "token_embd.weight" not in file.tensors:
         raise file.wrong("no token_embd.weight; a language model has an embedding", "name the model's file")
-    rows, tokens = file.tensors["token_embd.weight"].shape[0], len(file.value("tokenizer.ggml.tokens") or [])
-    if tokens and rows != tokens:
-        raise file.wrong(f"{rows} rows of the embedding, {tokens} tokens; must be as many")
+    rows, tokens = file.tensors["token_embd.weight"].shape[0], file.value("tokenizer.ggml.tokens")
+    if tokens is not None and rows != len(tokens):
+        raise file.wrong(f"{rows} rows of the embedding, {len(tokens)} tokens; must be as many")
+    depth, listed = (
+        _number(file, "block_count"),
+        {name.split(".")[1] for name in file.tensors if name[:4] == "blk."},
+    )
+    if depth != len(listed):
+        raise file.wrong(f"{len(listed)} layers of tensors, block_count {depth}; must be as many")
     heads, hidden = _number(file, "attention.head_count"), _number(file, "embedding_length")
     rotary = _number(file, "rope.dimension_count", hidden // heads)
     wide = rotary if architecture == "llama" else hidden // heads
@@ -143,7 +149,7 @@ def hugging_face_config(file: GGUFFile) -> dict[str, Any]:
         "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": _number(file, "feed_forward_length"),
-        "num_hidden_layers": _number(file, "block_count"),
+        "num_hidden_layers": depth,
         "num_attention_heads": heads,
         "num_key_value_heads": _number(file, "attention.head_count_kv", heads),
         "max_position_embeddings": _number(file, "context_length"),

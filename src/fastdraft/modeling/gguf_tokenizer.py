@@ -175,7 +175,14 @@ def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> dict[str, Any]:
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in splitting.patterns
     ]
-    merges = [(m[: (cut := m.index(" ", 1))], m[cut + 1 :]) for m in _required(file, "merges")]
+    merges = []
+    for merge in _required(file, "merges"):
+        cut = merge.find(" ", 1)
+        first, second = merge[:cut], merge[cut + 1 :]
+        if not vocab.keys() >= {first, second, first + second}:
+            rule = "must be two tokens with a blank between, and a token together"
+            raise file.wrong(f"tokenizer.ggml.merges: {merge!r:.40}; {rule}")
+        merges.append((first, second))
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, bytes_only]},
@@ -187,6 +194,11 @@ def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> dict[str, Any]:
 def _sentence_pieces(file: GGUFFile, vocab: dict[str, int], tokens: list[str]) -> dict[str, Any]:
     """llama.cpp merges the two neighbours whose joint token has the highest score; merges say the same."""
     scores, pairs = _required(file, "scores"), []
+    if len(scores) != len(tokens):
+        raise file.wrong(f"{len(scores)} scores of {len(tokens)} tokens; must be as many")
+    unknown = file.value("tokenizer.ggml.unknown_token_id", _SPM_IDS["unk"])
+    if unknown >= len(tokens):
+        raise file.wrong(f"tokenizer.ggml.unknown_token_id {unknown}; must be below {len(tokens)}")
     for token, n in vocab.items():
         for cut in range(1, len(token)):
             left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
@@ -198,8 +210,7 @@ def _sentence_pieces(file: GGUFFile, vocab: dict[str, int], tokens: list[str]) -
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     normalizers = [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), spaces]
-    unknown = tokens[file.value("tokenizer.ggml.unknown_token_id", _SPM_IDS["unk"])]
-    how = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
+    how = {"unk_token": tokens[unknown], "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
     return {
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,

@@ -63,13 +63,14 @@ class ModelFiles:
 
     def __init__(self, location: str, revision: str | None = None) -> None:
         self.location, self.revision = location, revision
+        self.where = location  # what errors call it
         self.is_local = Path(location).is_dir()
         if not self.is_local and (Path(location).exists() or not _HUB_ID.fullmatch(location)):
             raise self.wrong("no such directory; a model is a directory or a hub id", "correct the path")
 
     def wrong(self, found: str, fix: str = _AGAIN) -> TargetError:
         """What is the matter with this model, to be raised."""
-        return TargetError(f"{self.location}: {found}", fix)
+        return TargetError(f"{self.where}: {found}", fix)
 
     def find(self, name: str) -> Path | None:
         """One file on this machine; None when the model has no such file."""
@@ -77,7 +78,7 @@ class ModelFiles:
             path = Path(self.location) / name
             return path if path.is_file() else None
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news
-        with one_line(self.location):
+        with one_line(self.where):
             try:
                 return Path(hf_hub_download(self.location, name, revision=self.revision))
             except EntryNotFoundError as error:
@@ -120,7 +121,7 @@ class ModelFiles:
         """The tokenizer, chat template and special-token files, in a fixed order."""
         root = Path(self.location)
         if not self.is_local:
-            with one_line(self.location):
+            with one_line(self.where):
                 options: dict[str, Any] = {"revision": self.revision, "allow_patterns": TOKENIZER_FILES}
                 try:
                     root = Path(snapshot_download(self.location, **options))
@@ -156,7 +157,7 @@ class ModelFiles:
     def header(self) -> Header | None:
         """Type and shape of every tensor, no weights being read; None where the hub cannot be asked."""
         if paths := self.weights_here():
-            with one_line(self.location):
+            with one_line(self.where):
                 return {name: kind for path in paths for name, kind in _header(path).items()}
         if self.is_local:
             self.check_weights()

@@ -37,7 +37,7 @@ class UnknownId(TargetError):
 def load_tokenizer(files: ModelFiles, size: int) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """A fast tokenizer for a model of `size` rows, and what was changed or chosen in reading it."""
     notes: list[str] = []
-    with one_line(files.location):
+    with one_line(files.where):
         if files.find("tokenizer.json"):
             # A setting may have special tokens split, and with them those that the chat template writes.
             options: Any = {"revision": files.revision, "split_special_tokens": False}
