@@ -134,8 +134,12 @@ def test_the_release_is_told_or_the_program_is_refused(tmp_path: Path) -> None:
     assert told["version"].startswith("xllamacpp 20")
     assert (told["name"], told["device"], told["threads"]) == ("llamacpp", "CPU", 1)
     program = tmp_path / "llama-server"
-    program.write_text("#!/bin/sh\necho 'version: 11549 (abc)' >&2\n", encoding="utf-8")
+    told = "#!/bin/sh\necho 'version: 11549 (abc)' >&2\n"
+    program.write_text(told, encoding="utf-8")
     program.chmod(0o755)
+    with pytest.raises(FastDraftError, match="--help names no --spec-type; it is too old"):
+        LlamaCppRuntime(server=str(program)).describe()
+    program.write_text(f"{told}echo --spec-type\n", encoding="utf-8")
     assert LlamaCppRuntime(server=str(program)).describe()["version"] == "llama-server 11549 (abc)"
     program.write_text("#!/bin/sh\nexit 3\n", encoding="utf-8")
     with pytest.raises(FastDraftError, match="exit code 3; must be llama.cpp's llama-server"):

@@ -20,7 +20,7 @@ from fastdraft.modeling.gguf_files import check_pair as check_gguf_pair
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.runtimes.llama_cpp import LlamaCppPair, LlamaCppSettings, measure_passes
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
-from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
+from fastdraft.runtimes.llama_cpp_server import NEWER, require_llama_cpp
 from fastdraft.runtimes.runtime import Proposer, ProposerKind
 from fastdraft.target import Target
 
@@ -73,7 +73,7 @@ class LlamaCppRuntime(LlamaCppSettings):
 
     def describe(self) -> dict[str, Any]:
         """The server's release, and the processor."""
-        require_llama_cpp(self.server)
+        check_server(self.server)
         version = _version(self.server) if self.server else f"xllamacpp {metadata.version('xllamacpp')}"
         named = {"name": self.name, "version": version, "device_name": _processor(), "device": self.device}
         return named | {"draft_device": self.device, "threads": self.threads, "precision": "fast"}
@@ -116,19 +116,28 @@ class LlamaCppRuntime(LlamaCppSettings):
         return " ".join(["llama-server", "-m", paths[0], *settings.speculation()])
 
 
+def check_server(program: str = "") -> None:
+    """Refuses a server that is not there, or that is too old to propose tokens."""
+    require_llama_cpp(program)
+    if program and "--spec-type" not in _told(program, "--help"):
+        raise FastDraftError(f"server: {program}: --help names no --spec-type; it is too old", NEWER)
+
+
 def _version(program: str) -> str:
     """As `llama-server --version` tells it."""
+    told = [line for line in _told(program, "--version").splitlines() if line.startswith("version")]
+    return f"llama-server {told[0].partition(':')[2].strip()}" if told else "llama-server"
+
+
+def _told(program: str, option: str) -> str:
     try:
-        ended = subprocess.run(
-            [program, "--version"], check=False, capture_output=True, timeout=60, text=True
-        )
+        ended = subprocess.run([program, option], check=False, capture_output=True, timeout=60, text=True)
         if not ended.returncode:
-            told = [line for line in (ended.stderr + ended.stdout).splitlines() if line.startswith("version")]
-            return f"llama-server {told[0].partition(':')[2].strip()}" if told else "llama-server"
+            return ended.stderr + ended.stdout
         found = f"exit code {ended.returncode}"
     except (OSError, subprocess.SubprocessError) as error:
         found = str(error)
-    rule = "must be llama.cpp's llama-server, which tells its --version"
+    rule = f"must be llama.cpp's llama-server, which tells its {option}"
     raise FastDraftError(f"server: {program}: {found}; {rule}", "correct the path")
 
 

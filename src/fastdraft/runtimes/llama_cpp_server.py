@@ -37,7 +37,7 @@ _LOG_SECONDS = 2
 _ROUND = re.compile(rb"accepted +(\d+)/ *(\d+) draft tokens")
 _PROCESS = "fastdraft.runtimes.llama_cpp_process"
 _STAMP = re.compile(r"[\d.]+ ([A-Z]) ")  # of a line of the log: time and kind
-_NEWER = "a llama-server must be of November 2026 or later; without `server` that of xllamacpp runs"
+NEWER = "a llama-server must be of November 2026 or later; without `server` that of xllamacpp runs"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LlamaServer:
     def __init__(self, settings: ServerSettings) -> None:
         require_llama_cpp(settings.program)
         self.settings = settings
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (goes with this object)
+        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (goes with this object)
         with socket.create_server((HOST, 0)) as free:
             self._port = int(free.getsockname()[1])
         command = [sys.executable, "-m", _PROCESS, json.dumps(asdict(settings)), str(self._port)]
@@ -108,7 +108,7 @@ class LlamaServer:
         until = time.monotonic() + _START_SECONDS
         while time.monotonic() < until:
             if self._process.poll() is not None:
-                raise self._died("could not start", f"see the file and the keys of llama.cpp; {_NEWER}")
+                raise self._died("could not start", f"see the file and the keys of llama.cpp; {NEWER}")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 connection = http.client.HTTPConnection(HOST, self._port, timeout=5)
                 connection.request("GET", "/health")
@@ -122,7 +122,7 @@ class LlamaServer:
         # `ignore_eos`: enough tokens for a round.
         if not self.complete([ANY_ID] * 4, Sampling(0.0), 8, 0, ignore_eos=True).num_drafted:
             found = f"{self.settings.draft}: the server left the draft out"
-            raise FastDraftError(f"{found}: {self._last_line()}", f"export the draft again; {_NEWER}")
+            raise FastDraftError(f"{found}: {self._last_line()}", f"export the draft again; {NEWER}")
 
     def complete(
         self,
@@ -156,7 +156,7 @@ class LlamaServer:
         told = self.ask("/completion", body | more)
         seconds, ids, timings = time.perf_counter() - start, told.get("tokens"), told.get("timings", {})
         if not ids:
-            raise FastDraftError("llama.cpp's server: no token ids in its answers", _NEWER)
+            raise FastDraftError("llama.cpp's server: no token ids in its answers", NEWER)
         probs = [each.get("prob", 0.0) for each in told.get("completion_probabilities", ())]
         # Here too, tokens that are no whole character are missing.
         whole = len(probs) == len(ids) and all(probs)
@@ -193,7 +193,7 @@ class LlamaServer:
         body = {"prompt": list(prompt), "n_predict": 1, "cache_prompt": False, "n_probs": count}
         told = self.ask("/completion", body | forced).get("completion_probabilities")
         if not told:
-            raise FastDraftError("llama.cpp's server: no log-probs in its answers", _NEWER)
+            raise FastDraftError("llama.cpp's server: no log-probs in its answers", NEWER)
         return {int(each["id"]): float(each["logprob"]) for each in told[0]["top_logprobs"]}
 
     def ask(self, route: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -42,8 +42,7 @@ from fastdraft.reporting import tables
 from fastdraft.reporting.verdict import measured_verdict
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.llama_cpp_engine import check_vocabulary
-from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime, check_files, file_type
-from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
+from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime, check_files, check_server, file_type
 from fastdraft.runtimes.openvino import device_properties, require_openvino
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
@@ -73,7 +72,7 @@ def check_installed(config: BenchmarkConfig, context: StageContext) -> None:
             device_properties(device, config.precision)
         require_convertible(context.target)
     if "llamacpp" in runtimes:
-        require_llama_cpp(config.llamacpp.server)
+        check_server(config.llamacpp.server)
         target = _target_file(config, context)
         if config.llamacpp.draft:
             check_files(target, _draft_file(config, context))
