@@ -20,7 +20,7 @@ HEAD = """# Every key of a recipe
 
 Generated from the code by `python docs/generate_recipe_reference.py`. Counts may be written `250k`, `2M`, `10B`.
 Alternatives are told apart by `kind`. Any key can be set on the command line:
-`fastdraft run demo pretrain.tokens=4M "prepare.corpora[0].tokens=1M"`. A stage runs when its section is present;
+`fastdraft run starter pretrain.tokens=4M "prepare.corpora[0].tokens=1M"`. A stage runs when its section is present;
 unknown keys are refused.
 """
 

@@ -210,7 +210,7 @@ PROVENANCE = json.loads("""{"time": "2026-03-02T10:11:12+00:00", "command": "fas
 MANIFESTS = """{
 "design": {"architecture": {"family": "llama", "vocab_size": 8192, "hidden_size": 128, "num_layers": 2, "num_heads": 2,
   "intermediate_size": 384}, "parameters": 1512000, "target": {"model": "NAME", "parameters": 6820000},
-  "cost_ratio_parameters": 0.187, "seconds": 3.2},
+  "cost_ratio_parameters": 0.187, "source": "shipped:drafts/body", "seconds": 3.2},
 "prepare": {"row_length": 1024, "corpora": {"text": {"train": {"rows": 1953, "tokens": 2000000, "documents": 937},
   "validation": {"rows": 20, "tokens": 20000, "documents": 9}, "duplicates": 12,
   "sources": [{"kind": "jsonl", "from": "shipped:data/books.jsonl.xz", "license": "CC0-1.0", "tokens": 2000000}]}}},

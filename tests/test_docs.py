@@ -88,7 +88,7 @@ def refuse(words: list[str]) -> str:
 
 
 def refuse_verb(arguments: list[str]) -> str:
-    """As `refuse`, of the command line; overrides are those of the recipe named, or of the demo."""
+    """As `refuse`, of the command line; overrides are those of the recipe named, or of the starter."""
     if arguments[0].startswith("-"):
         return ""
     verb = typer.main.get_command(app).commands.get(arguments[0])
@@ -103,7 +103,7 @@ def refuse_verb(arguments: list[str]) -> str:
     overrides = [word for word in found.get("overrides") or () if not word.startswith("run.name=")]
     if overrides:
         name = Path(found["recipe"]).stem
-        load_recipe(name if name in shipped_recipes() else "demo", overrides)
+        load_recipe(name if name in shipped_recipes() else "starter", overrides)
     return ""
 
 

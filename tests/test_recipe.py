@@ -34,7 +34,7 @@ def test_a_section_present_means_that_its_stage_runs(tmp_path: Path) -> None:
 
 
 def test_overrides_reach_nested_keys_and_list_items() -> None:
-    recipe = load_recipe("demo", ["pretrain.tokens=3M", "prepare.corpora[0].tokens=1M", "run.seed=7"])
+    recipe = load_recipe("starter", ["pretrain.tokens=3M", "prepare.corpora[0].tokens=1M", "run.seed=7"])
     assert recipe.pretrain is not None
     assert recipe.prepare is not None
     assert (recipe.pretrain.tokens, recipe.prepare.corpora[0].tokens, recipe.run.seed) == (

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastdraft.benchmark.rows import BenchmarkResults, best_k, best_proposer
-from fastdraft.console import Console
+from fastdraft.console import Console, format_table
 from fastdraft.recipe.evaluation import ReportConfig
 from fastdraft.recipe.run import RunConfig, TargetConfig
 from fastdraft.reporting import charts, proposers, tables
@@ -95,6 +95,19 @@ def test_the_stage_writes_its_files_and_ends_with_the_verdict_in_80_columns(
     assert told.replace("\n", " ").rstrip().endswith(folder.manifest()["verdict"])
     assert max(len(line) for line in told.splitlines() if str(folder.path) not in line) <= 80
     assert all(task in told for task in TASKS)
+    assert "Begun from  shipped:drafts/body, pre-trained before this run\n" in told
+
+
+def test_the_terminals_table_of_two_runtimes_and_all_proposers_fits_80_columns() -> None:
+    found = timed_lookup(benchmark(speedup=1.234, block_efficiency=1.5, tokens_per_second_alone=1234.5))
+    both = [replace(row, proposer="lookup_draft") for row in found.rows]
+    other = [replace(row, runtime="llamacpp") for row in [*found.rows, *both]]
+    shown = proposers.clocked(replace(found, rows=[*found.rows, *other]), brief=True)
+    assert list(shown.columns) == ["Task", "Runtime", "Nothing", "Lookup", "Draft", "Both"]
+    rows = shown.plain(details=True)[1]
+    assert [row[:2] for row in rows[:1] + rows[-1:]] == [["code", "OpenVINO"], ["instructions", "llama.cpp"]]
+    assert rows[0][2:] == ["1,234 tok/s", "1.10× (1.13)", "1.23× (1.50)", "-"]
+    assert max(map(len, format_table("", *shown.plain(details=True)).splitlines())) <= 80
 
 
 def test_the_fingerprint_follows_results_benchmark_and_finished_stages(tmp_path: Path) -> None:

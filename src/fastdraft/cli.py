@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _EPILOG = """\
 \b
-a first run, a small real target that comes with the package:
+a first run, for a real target of 135M parameters (README.md: make demo):
   fastdraft run demo
 your own target:
   fastdraft inspect meta-llama/Llama-3.1-8B-Instruct  what it is
@@ -120,7 +120,7 @@ def _export(
     export_model(recipe, format=format, weights=weights, output=output, target=target, console=console)
 
 
-_SETTING = "demo run.seed=1 pretrain.tokens=1M"
+_SETTING = "demo run.seed=1 align.tokens=1M"
 _verb("run", "Every stage of a recipe, one after the other.", f"run {_SETTING}")(_stage_verb(None))
 for _name, _summary in SUMMARIES.items():
     if _name == "export":

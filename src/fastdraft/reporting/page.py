@@ -107,7 +107,7 @@ def render(template: str, run: RunRecord, **values: Any) -> str:
         benchmark=run.benchmark,
         verdict=give_verdict(run.results, run.benchmark),
         tiles=_tiles(run),
-        facts=_facts(run),
+        facts=facts(run),
         target=_target_name(run),
         missing=missing,
         made=max((m["provenance"] for m in run.manifests.values()), key=lambda p: p["time"], default=None),
@@ -130,18 +130,19 @@ def _tiles(run: RunRecord) -> list[tuple[str, tables.Cell]]:
     return [(f"{task.capitalize()}, draft, {kind}", cell) for task, (kind, cell) in found.items()]
 
 
-def _facts(run: RunRecord) -> list[tuple[str, str]]:
+def facts(run: RunRecord) -> list[tuple[str, str]]:
     """Name and value pairs under the title."""
-    facts, count = [("Target", _target_name(run))], definitions.count
+    found, count = [("Target", _target_name(run))], definitions.count
     if design := run.manifests.get("design"):
-        shape = shape_words(design["architecture"])
-        facts.append(("Draft", f"{count(design['parameters'])} parameters, {shape}"))
-        facts.append(("Cost ratio", f"{design['cost_ratio_parameters']:.3g} by parameters"))
+        shape, source = shape_words(design["architecture"]), design.get("source")
+        found.append(("Draft", f"{count(design['parameters'])} parameters, {shape}"))
+        found += [("Begun from", f"{source}, pre-trained before this run")] if source else []
+        found.append(("Cost ratio", f"{design['cost_ratio_parameters']:.3g} by parameters"))
     if run.trained:
         stages = ", ".join(f"{definitions.label(m['stage'])} {count(m['tokens'])}" for m in run.trained)
-        facts.append(("Trained on", f"{count(sum(each['tokens'] for each in run.trained))} tokens: {stages}"))
+        found.append(("Trained on", f"{count(sum(each['tokens'] for each in run.trained))} tokens: {stages}"))
     seconds = sum(manifest["seconds"] or 0.0 for manifest in run.manifests.values())
-    return [*facts, ("Time", f"{format_seconds(seconds)} in {len(run.manifests)} stages")]
+    return [*found, ("Time", f"{format_seconds(seconds)} in {len(run.manifests)} stages")]
 
 
 def shape_words(shape: dict[str, Any]) -> str:

@@ -8,9 +8,10 @@ from fastdraft.benchmark.rows import PROPOSERS, BenchmarkResults, BenchmarkRow
 from fastdraft.evaluation.results import EvaluationResults
 from fastdraft.reporting.definitions import k_is, show, times
 from fastdraft.reporting.tables import Cell, Column, Table, by_setting, fields, rate, table
-from fastdraft.reporting.verdict import best_of_each, fastest_by_task, worth_most
+from fastdraft.reporting.verdict import RUNTIMES, best_of_each, fastest_by_task, worth_most
 
 HEADINGS = {"lookup": "Prompt lookup", "draft": "Draft", "lookup_draft": "Lookup, then draft"}
+_BRIEF = {"lookup": "Lookup", "draft": "Draft", "lookup_draft": "Both"}
 
 
 def tokens(results: EvaluationResults) -> Table:
@@ -45,20 +46,26 @@ def speedups(results: EvaluationResults, speedup: str) -> Table:
     return by_setting(results, {HEADINGS[kind]: shown(kind) for kind in PROPOSERS})
 
 
-def clocked(benchmark: BenchmarkResults) -> Table:
-    """The deployed pair of every runtime on the clock: ratio to alone, tokens a second and a pass, K."""
+def clocked(benchmark: BenchmarkResults, *, brief: bool = False) -> Table:
+    """The deployed pair of every runtime on the clock: ratio to alone, tokens a second and a pass, K; `brief`
+    leaves K and speeds out, for 80 columns.
+    """
 
     def shown(kind: str) -> Callable[[dict[str, BenchmarkRow]], Cell]:
         def cell(rows: dict[str, BenchmarkRow]) -> Cell:
             if (row := rows.get(kind)) is None:
                 return Cell("-")
-            speed = f"{show(row.tokens_per_second_with_draft, '{:,.1f}')} tokens/s"
             passes = show(row.block_efficiency, "{:.2f}")
-            detail = f"{speed}, {passes} a pass, {k_is(row.num_speculative_tokens)}"
+            speed = f"{show(row.tokens_per_second_with_draft, '{:,.1f}')} tokens/s"
+            detail = passes if brief else f"{speed}, {passes} a pass, {k_is(row.num_speculative_tokens)}"
             chosen = worth_most({name: each.speedup or 0.0 for name, each in rows.items()})
             return Cell(times(row.speedup), detail, "good" if kind == chosen else "")
 
         return cell
+
+    def alone(rows: dict[str, BenchmarkRow]) -> Cell:
+        speed = first(rows).tokens_per_second_alone
+        return Cell(show(speed, "{:,.0f} tok/s")) if brief else Cell("1.00×", show(speed, "{:,.1f} tokens/s"))
 
     def first(rows: dict[str, BenchmarkRow]) -> BenchmarkRow:
         return next(iter(rows.values()))
@@ -66,12 +73,10 @@ def clocked(benchmark: BenchmarkResults) -> Table:
     found = [by_kind for pair in benchmark.deployed for by_kind in fastest_by_task(benchmark, pair).values()]
     columns: dict[str, Column] = {"Task": lambda rows: first(rows).task}
     if len(benchmark.deployed) > 1:
-        columns["Runtime"] = lambda rows: first(rows).runtime
-    columns["Nothing"] = lambda rows: Cell(
-        "1.00×", f"{show(first(rows).tokens_per_second_alone, '{:,.1f}')} tokens/s"
-    )
+        columns["Runtime"] = lambda rows: RUNTIMES.get(first(rows).runtime, first(rows).runtime)
     present = [kind for kind in PROPOSERS if any(kind in rows for rows in found)]
-    return table(found, columns | {HEADINGS[kind]: shown(kind) for kind in present})
+    headings = _BRIEF if brief else HEADINGS
+    return table(found, columns | {"Nothing": alone} | {headings[kind]: shown(kind) for kind in present})
 
 
 def replayed(benchmark: BenchmarkResults) -> Table:

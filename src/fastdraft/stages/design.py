@@ -151,6 +151,7 @@ def run(config: DesignConfig, context: StageContext) -> None:
         cost_ratio_bytes=ratios["bytes"],
         vocabulary=vocabulary.as_dict(),
         initialization="from" if design.source else config.initialization,
+        source=config.draft.path if isinstance(config.draft, EarlierDraft) else None,
         shape_digest=digest(_shape(config, design, target, seed)),
         provenance=describe_run(),
     )

@@ -9,8 +9,8 @@ from typing import Any
 
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import ReportConfig
-from fastdraft.reporting import tables
-from fastdraft.reporting.page import STAGES, read_run, render
+from fastdraft.reporting import proposers, tables
+from fastdraft.reporting.page import STAGES, facts, read_run, render
 from fastdraft.reporting.verdict import give_verdict
 from fastdraft.run_folder import file_sha256, write_atomic
 from fastdraft.stages.context import StageContext
@@ -30,7 +30,7 @@ def fingerprint(config: ReportConfig, context: StageContext) -> dict[str, Any]:
 
 
 def run(config: ReportConfig, context: StageContext) -> None:
-    """Writes the files; prints what the draft brings, then the verdict as the last word."""
+    """Writes the files; prints what was done and what it brings, then the verdict as the last word."""
     folder, console, record = context.folder("report"), context.console, read_run(context.run)
     files = {name: render(f"{name}.j2", record) for name in ("report.md", "report.html")}
     if record.benchmark:
@@ -43,16 +43,23 @@ def run(config: ReportConfig, context: StageContext) -> None:
         write_atomic(folder.path / name, text)
     verdict = give_verdict(record.results, record.benchmark)
     folder.complete(files=list(files), verdict=verdict.sentence, provenance=describe_run())
-    if record.results and record.results.speedups:
+    for name, value in facts(record):
+        console.say(_lines(f"{name:<11} {value}", indent=12))
+    if record.benchmark:
+        title = "Times as fast as the target with nothing (tokens per target pass)"
+        console.table(title, *proposers.clocked(record.benchmark, brief=True).plain(details=True))
+    elif record.results and record.results.speedups:
         shown = tables.best(record.results).only(
             "Task", "T", "Tokens per target pass", "by parameters", "by bytes read"
         )
         console.table("Memory-bound speed-up at the best K", *shown.plain())
-    if record.benchmark:
-        measured = tables.measured(record.benchmark)
-        shown = measured.only("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
-        console.table("Speed-up on the clock [range, quotient]", *shown.plain(details=True))
     for name in files:
         console.say(f"{folder.path / name}")
     for text in (verdict.detail, verdict.sentence):
-        console.say(textwrap.fill(text, 79, break_long_words=False, break_on_hyphens=False))
+        console.say(_lines(text))
+
+
+def _lines(text: str, indent: int = 0) -> str:
+    """Broken between words, for 80 columns."""
+    after = " " * indent
+    return textwrap.fill(text, 79, subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
