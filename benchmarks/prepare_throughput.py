@@ -1,7 +1,7 @@
-"""The prepare stage: tokens per second beside the bare tokenizer, and peak memory at two sizes of corpus.
+"""The prepare stage: tokens per second beside the bare tokenizer, and peak memory at growing corpora.
 
-    python benchmarks/prepare_throughput.py python benchmarks/prepare_throughput.py --tokenizer DIR --text
-    corpus.jsonl --parts rate --output prepare.json
+    python benchmarks/prepare_throughput.py
+    python benchmarks/prepare_throughput.py --tokenizer DIR --text corpus.jsonl --parts rate --output prepare.json
 
 Text: Python's own library (or `--text`: .jsonl with "text", also compressed), repeated to the asked size with
 a numbered line in every 2,000 characters, so that no piece is a duplicate. `raw` is tokenizers' encode_batch
@@ -53,7 +53,7 @@ def main() -> None:
     add = parser.add_argument
     add("--tokenizer", default="shipped:targets/starter", help="directory of tokenizer and config.json")
     add("--text", type=Path, help="a JSONL file of text; left out: Python's own library")
-    add("--megabytes", nargs=2, type=float, default=[50, 500], help="rate at the first, memory at both")
+    add("--megabytes", nargs="+", type=float, default=[50, 250, 500], help="rate at the first, memory at all")
     add("--rounds", type=int, default=3)
     add("--parts", nargs="+", choices=["rate", "memory"], default=["rate", "memory"])
     add("--work", help="where temporary files go (about the size of the text)")
@@ -159,7 +159,7 @@ def measure_memory(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         runs.append({"megabytes": megabytes, **json.loads(done.stdout.splitlines()[-1])})
         corpus.unlink()
         print(f"{megabytes:.0f} MB: {runs[-1]['tokens']:,} tokens, peak {runs[-1]['peak_mib']:.0f} MiB")
-    growth = runs[1]["peak_mib"] / runs[0]["peak_mib"] - 1
+    growth = runs[-1]["peak_mib"] / runs[0]["peak_mib"] - 1
     print(f"growth of the peak: {growth:+.1%}", flush=True)
     return {"runs": runs, "growth": growth}
 

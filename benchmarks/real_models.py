@@ -3,10 +3,11 @@
     python benchmarks/real_models.py --openvino TARGET sibling=SIBLING ours=DRAFT \\
         --llamacpp TARGET.gguf sibling=SIBLING.gguf ours=DRAFT.gguf --threads 2 --output real_models.json
 
-Folders of exports (`fastdraft export MODEL --format openvino`) and GGUF files of one target. Greedy; of each prompt
-all contenders write an answer in turn, another first each time. A cell has tokens per pass of the target (the
-prompt's pass aside), seconds of all answers, and seconds per token alone over seconds per token so. Tasks: HumanEval,
-instructions, a summary, code to rewrite (rewrite_task.py), the last three in the chat template.
+Folders of exports (`fastdraft export MODEL --format openvino`) and GGUF files of one target. Greedy; of each
+prompt all contenders write an answer in turn, another first each time, and the tasks take turns too. A cell has
+tokens per pass of the target (the prompt's pass aside), seconds of all answers, and seconds per token alone over
+seconds per token so. Tasks: HumanEval, instructions, a summary, code to rewrite (rewrite_task.py), the last three
+in the chat template.
 
 The same command goes on where it was cut off: finished answers stand in the output.
 """
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +43,19 @@ from fastdraft.target import Target
 
 GREEDY = Sampling(0.0)
 KEYS = ("runtime", "task", "prompt", "contender")
-# A prompt and most new tokens -> ids, seconds, passes of the target behind the prompt's.
-Writer = Callable[[list[int], int], tuple[list[int], float, int]]
+# A prompt and most new tokens -> ids, seconds, seconds to the first token, passes of the target behind that.
+Written = tuple[list[int], float, float, int]
+Writer = Callable[[list[int], int], Written]
 
 
 def openvino_writer(target: str, draft: str, proposer: Proposer | None, given: argparse.Namespace) -> Writer:
     eos = Target.at(target).vocabulary.eos_token_ids
     pair = OpenVINOPair(Path(target), Path(draft), OpenVINOSettings(threads=given.threads, eos_ids=eos))
 
-    def write(prompt: list[int], tokens: int) -> tuple[list[int], float, int]:
+    def write(prompt: list[int], tokens: int) -> Written:
         [text] = pair.write([prompt], GREEDY, tokens, 0, proposer)
         ids = list(map(int, text.response_ids))
-        return ids, text.seconds, len(text.rounds) if proposer else len(ids) - 1
+        return ids, text.seconds, text.first_token_seconds, len(text.rounds) if proposer else len(ids) - 1
 
     return write
 
@@ -64,9 +67,10 @@ def llamacpp_writer(target: str, draft: str, proposer: Proposer | None, given: a
         ServerSettings(target, own, k, kind.startswith("lookup"), given.room, threads=given.threads)
     )
 
-    def write(prompt: list[int], tokens: int) -> tuple[list[int], float, int]:
+    def write(prompt: list[int], tokens: int) -> Written:
         answer = server.complete(prompt, GREEDY, tokens, 0)
-        return answer.ids, answer.seconds, max(0, len(answer.ids) - 1 - answer.num_accepted)
+        passes = max(0, len(answer.ids) - 1 - answer.num_accepted)
+        return answer.ids, answer.seconds, answer.first_token_seconds, passes
 
     return write
 
@@ -112,9 +116,10 @@ def measure(
 ) -> None:
     """Every answer that the report has not yet; a contender's first answer in a process is a warm-up."""
     done, warm, names = {tuple(one[key] for key in KEYS) for one in report.results}, set[str](), list(writers)
-    asked = [(task, name, prompt) for task, prompts in tasks for name, prompt in prompts]
+    rounds = zip_longest(*([(task, *prompt) for prompt in prompts] for task, prompts in tasks))
+    asked = [each for one_of_each_task in rounds for each in one_of_each_task if each]
     for number, (task, prompt_name, prompt) in enumerate(asked):
-        first = number % len(names)
+        first = (number + number // len(tasks)) % len(names)  # another for each task too
         for name in names[first:] + names[:first]:
             place = runtime, task, prompt_name, name
             if place in done:
@@ -122,8 +127,9 @@ def measure(
             if name not in warm:
                 writers[name]()(prompt, 8)
                 warm.add(name)
-            ids, seconds, passes = writers[name]()(prompt, tokens)
-            one = {"prompt_tokens": len(prompt), "seconds": round(seconds, 4), "passes": passes, "ids": ids}
+            ids, seconds, first_seconds, passes = writers[name]()(prompt, tokens)
+            one = {"prompt_tokens": len(prompt), "passes": passes, "ids": ids}
+            one |= {"seconds": round(seconds, 4), "first_token_seconds": round(first_seconds, 4)}
             report.add({**dict(zip(KEYS, place, strict=True)), **one})
         print(f"{runtime}: {number + 1} of {len(asked)} prompts", flush=True)
 
@@ -160,7 +166,7 @@ def main() -> None:
     add = parser.add_argument
     add("--openvino", nargs="+", default=[], metavar=("TARGET", "NAME=DRAFT"), help="folders of exports")
     add("--llamacpp", nargs="+", default=[], metavar=("TARGET", "NAME=DRAFT"), help="GGUF files")
-    add("--prompts", type=int, default=6, help="of each task")
+    add("--prompts", type=int, default=4, help="of each task")
     add("--max-new-tokens", type=int, default=64)
     add("--num-speculative-tokens", dest="k", type=int, default=3)
     add("--room", type=int, default=1024, help="tokens of a prompt and its answer")
