@@ -66,7 +66,7 @@ class LoadedModel:
 
     def logits(self, width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Of the last pass, over `width` tokens: [width, vocabulary]."""
-        return self._reader.request.logits_rows(width).copy()
+        return self._reader.request.show("logits", width).copy()
 
 
 def any_ids(begin: int, count: int, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -9,6 +9,7 @@ rows alone. Shape suffixes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import time
 import weakref
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,7 @@ class OpenVINOModel:
             self._compiled = core().compile_model(model, "CPU", properties)
         self.vocab_size = int(self._compiled.output("logits").partial_shape[-1].get_length())
         self._idle: list[_Request] = []  # of texts that are done
+        self.seconds = 0.0  # inside OpenVINO, of all passes
 
     @cached_property
     def context_length(self) -> int:
@@ -76,7 +78,7 @@ class OpenVINOModel:
         """The model before a text of at most `capacity` tokens."""
         request = self._idle.pop() if self._idle else _Request(self._compiled, self.vocab_size)
         request.make_room(capacity)
-        reader = OpenVINOReader(request, capacity, self.folder)
+        reader = OpenVINOReader(self, request, capacity)
         weakref.finalize(reader, self._idle.append, request).atexit = False
         return reader
 
@@ -88,25 +90,21 @@ class OpenVINOReader:
     over, and nothing is ever copied.
     """
 
-    def __init__(self, request: _Request, capacity: int, folder: Path) -> None:
-        self.request, self.capacity, self.folder, self.length = request, capacity, folder, 0
-        self._places = np.arange(capacity)
-        self._blocks = np.arange(-(-capacity // request.block_size), dtype=np.int32)
-        self._told = {name: np.zeros(shape, np.int32) for name, shape in _SHAPES.items()}
-        for name, array in self._told.items():
-            request.share(name, array)
+    def __init__(self, model: OpenVINOModel, request: _Request, capacity: int) -> None:
+        self.model, self.request, self.capacity, self.length = model, request, capacity, 0
 
     def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
         """Reads T more tokens; the logits after each of the last `keep`, [keep, V].
 
         The next `read` writes over them.
         """
-        while len(ids_T) > max(_PIECE, keep):
-            piece = min(_PIECE, len(ids_T) - max(keep, 1))
-            self.prepare(ids_T[:piece].numpy(), 0)
+        ids: Ids = ids_T.numpy()
+        while len(ids) > max(_PIECE, keep):
+            piece = min(_PIECE, len(ids) - max(keep, 1))
+            self.prepare(ids[:piece], 0)
             self.run()
-            ids_T = ids_T[piece:]
-        logits_EV = self.prepare(ids_T.numpy(), keep)
+            ids = ids[piece:]
+        logits_EV = self.prepare(ids, keep)
         self.run()
         return torch.from_numpy(logits_EV)
 
@@ -116,72 +114,98 @@ class OpenVINOReader:
 
     def prepare(self, ids_T: Ids, keep: int) -> Logits:
         """Sets up a pass over these tokens; where its logits will stand, [keep, V]."""
-        request, told, count = self.request, self._told, len(ids_T)
+        request, count = self.request, len(ids_T)
         begin, end = self.length, self.length + count
         if not count or end > self.capacity or keep > count:
             raise ValueError(f"{count} tokens behind {begin}, {keep} kept: there is room for {self.capacity}")
         blocks = -(-end // request.block_size)
-        told["max_context_len"][...], told["past_lens"][0] = end, begin
-        told["subsequence_begins"][1], told["block_indices_begins"][1] = count, blocks
-        logits_EV = request.logits_rows(keep)
-        request.share("input_ids", ids_T)
-        request.share("position_ids", self._places[begin:end])
-        request.share("block_indices", self._blocks[:blocks])
-        request.share(_ROWS, self._places[count - keep : count])
-        request.share("logits", logits_EV[:, None])
-        return logits_EV
+        request.tell("max_context_len", end)
+        request.tell("past_lens", begin)
+        request.tell("subsequence_begins", count)
+        request.tell("block_indices_begins", blocks)
+        request.show("block_indices", blocks)
+        request.show("input_ids", count)[:] = ids_T
+        request.show("position_ids", count)[:] = np.arange(begin, end)
+        request.show(_ROWS, keep)[:] = np.arange(count - keep, count)
+        return request.show("logits", keep)
 
     def run(self) -> None:
         """The pass that `prepare` set up."""
+        start = time.perf_counter()
         try:
-            self.request.infer()
+            self.length = self.request.infer()
         except RuntimeError as error:
-            found = f"{self.folder}: OpenVINO failed: {short(error)}"
+            found = f"{self.model.folder}: OpenVINO failed: {short(error)}"
             raise FastDraftError(found, "export the model again, or use transformers") from error
-        self.length = int(self._told["max_context_len"])
+        self.model.seconds += time.perf_counter() - start
 
 
 class _Request:
-    """What runs a compiled model, with the cache of one text; inputs and logits stand in memory of ours."""
+    """What runs a compiled model, with the cache of one text.
+
+    Inputs and logits stand in memory of ours, of which OpenVINO is told only when a pass has another shape
+    than the one before: behind a pass over a large model each such call takes tens of microseconds.
+    """
 
     def __init__(self, compiled: Any, vocab_size: int) -> None:
+        import openvino
+
         self._request = compiled.create_infer_request()
         self._ports = {port.get_any_name(): port for port in compiled.inputs}
         self.block_size = int(self._ports["value_cache.0"].partial_shape[2].get_length())
-        self._capacity, self._shared = 0, dict[str, Any]()
-        self._logits_EV = np.empty((0, vocab_size), np.float32)
+        self._capacity = 0
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._tensors: dict[str, dict[int, Any]] = {}  # by name, and by how much of the array they are
+        self._shown: dict[str, int] = {}  # what OpenVINO looks at now
+        self._place("logits", np.empty((0, vocab_size), np.float32))
+        self._told = {name: np.zeros(shape, np.int32) for name, shape in _SHAPES.items()}
+        for name, array in self._told.items():
+            self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
 
-    def infer(self) -> None:
+    def infer(self) -> int:
+        """One pass; how long the text is behind it."""
         self._request.infer(share_inputs=True, share_outputs=True)
+        return int(self._told["max_context_len"])
 
     def make_room(self, capacity: int) -> None:
-        """A cache for so many tokens, if it is not there."""
+        """Memory for a text of so many tokens, if it is not there."""
         import openvino
 
         if capacity <= self._capacity:
             return
-        self._capacity = capacity
+        self._capacity, blocks = capacity, -(-capacity // self.block_size)
         for name, port in self._ports.items():
             if name not in _INPUTS:
                 sizes = [size.get_length() for size in list(port.partial_shape)[1:]]
-                shape = openvino.Shape([-(-capacity // self.block_size), *sizes])
-                tensor = openvino.Tensor(port.element_type, shape)
+                tensor = openvino.Tensor(port.element_type, openvino.Shape([blocks, *sizes]))
                 tensor.data[...] = 0
                 self._request.set_tensor(name, tensor)
+        for name in ("input_ids", "position_ids", _ROWS):
+            self._place(name, np.zeros(capacity, np.int64))
+        self._place("block_indices", np.arange(blocks, dtype=np.int32))
 
-    def share(self, name: str, array: NDArray[Any]) -> None:
-        """Lets OpenVINO read an input, or write the logits, where they stand."""
+    def tell(self, name: str, value: int) -> None:
+        """Writes an input of one value, or of a 0 and the value."""
+        self._told[name].flat[-1] = value
+
+    def show(self, name: str, length: int) -> NDArray[Any]:
+        """The first entries of an input, or the logits of so many tokens, as OpenVINO sees them."""
         import openvino
 
-        if name in self._ports or name == "logits":
-            self._shared[name] = tensor = openvino.Tensor(array, shared_memory=True)
-            self._request.set_tensor(name, tensor)
+        if name == "logits" and length > len(self._arrays[name]):
+            self._place(name, np.empty((length, self._arrays[name].shape[1]), np.float32))
+        view, tensors = self._arrays[name][:length], self._tensors[name]
+        if self._shown.get(name) != length and (name in self._ports or name == "logits"):
+            if length not in tensors:
+                whole = view[:, None] if name == "logits" else view
+                tensors[length] = openvino.Tensor(whole, shared_memory=True)
+            self._request.set_tensor(name, tensors[length])
+            self._shown[name] = length
+        return view
 
-    def logits_rows(self, keep: int) -> Logits:
-        """Room for the logits of a pass, [keep, V]: the same for every pass."""
-        if keep > len(self._logits_EV):
-            self._logits_EV = np.empty((keep, self._logits_EV.shape[1]), np.float32)
-        return self._logits_EV[:keep]
+    def _place(self, name: str, array: NDArray[Any]) -> None:
+        self._arrays[name], self._tensors[name] = array, {}
+        self._shown.pop(name, None)
 
 
 def weights_of(model: Any) -> str:
