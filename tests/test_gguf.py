@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from conftest import TEXT
+from conftest import TEXT, write_recipe
 from family_fixture import TARGETS, designed, write_family
 from fastdraft import cli
+from fastdraft.commands import inspect
+from fastdraft.console import Console
 from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.gguf_fields import pre_tokenizer_name, tokenizer_fields
@@ -137,13 +139,23 @@ def changed(source: Path, folder: Path, change: Any) -> Target:
         (lambda s: s["pre_tokenizer"].update(add_prefix_space=True), "splits texts in a way"),
     ],
 )
-def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused(
-    change: Any, why: str, tiny_target: Path, tmp_path: Path
+def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused_and_told_by_inspect_and_check(
+    change: Any, why: str, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = changed(tiny_target, tmp_path / "t", change)
     with pytest.raises(TargetError, match=why):
         export_gguf(target, tmp_path / "m.gguf", "f16", target)
     assert not (tmp_path / "m.gguf").exists()
+    inspect.run(str(tmp_path / "t"), console=Console(quiet=True), as_json=True)
+    [told] = [
+        trap for trap in json.loads(capsys.readouterr().out)["traps"] if "No draft for llama.cpp" in trap
+    ]
+    assert why in told
+    recipe = write_recipe(tmp_path, tmp_path / "t", export={"formats": ["gguf"]}, benchmark=None)
+    assert cli.main(["check", str(recipe)]) == 2
+    assert (
+        f"{why} that llama.cpp has no name for; leave gguf out of export.formats" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

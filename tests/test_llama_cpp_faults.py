@@ -162,7 +162,7 @@ def test_a_server_that_refuses_an_option_or_dies_is_one_line_and_the_same_comman
 def test_kills_of_the_server_and_of_the_benchmark_leave_no_process_and_the_next_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, kept = recipe_at(tmp_path), dict[str, bytes]()
+    recipe, kept = recipe_at(tmp_path, repeats=20), dict[str, bytes]()
     below: set[Any] = set()
 
     def strike(run: Any, number: int, server: bool) -> None:
@@ -248,6 +248,7 @@ def test_a_damaged_or_unknown_target_is_one_line_of_every_verb(
     ("damage", "message"),
     [
         (cut, "the file is cut short or damaged"),
+        (renamed, "architecture 'ollma', which the installed gguf does not know"),
         (lambda path: write_gguf(path, size=SIZE + 200), "must differ by at most 128"),
     ],
 )

@@ -195,6 +195,69 @@ def test_target_and_drafts_are_measured_untrained_and_nothing_is_left(
     assert list(scratch.iterdir()) == []
 
 
+@pytest.fixture
+def gguf_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    from gguf_fixture import write_gguf
+
+    monkeypatch.setenv("FASTDRAFT_CACHE", str(tmp_path / "cache"))
+    return write_gguf(tmp_path / "t.gguf")
+
+
+def test_in_llama_cpp_the_file_itself_is_timed_beside_drafts_written_as_files(
+    gguf_target: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastdraft.modeling.gguf_files import read_gguf
+
+    timed: list[tuple[str, int, int]] = []
+
+    def seconds(path: Path, width: int, settings: Any, prefix: int) -> list[float]:
+        timed.append((path.name, width, read_gguf(path).value("llama.embedding_length")))
+        return [0.01 * width] * 5 if path == gguf_target else [0.001] * 5
+
+    monkeypatch.setattr(measure, "pass_seconds", seconds)
+    arguments = ["inspect", str(gguf_target), "--measure", "--runtime", "llamacpp", "--draft", "16x1"]
+    assert cli.main([*arguments, "--draft", str(gguf_target), "-k", "3", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert timed == [("t.gguf", 1, 32), ("model.gguf", 1, 16), ("t.gguf", 1, 32), ("t.gguf", 4, 32)]
+    check_forecast(measured)
+    assert measured["target"]["ceiling"] == {"3": 1.0}  # four tokens at the price of four
+    assert measured["runtime"]["name"] == "llamacpp"
+    assert [draft["weights"] for draft in measured["drafts"]] == ["F32", "Q8_0"]
+    assert measured["target"]["weights"] == "F32"
+    assert "A free draft that is always right would reach 1.00 at K = 3." in measured["sentence"]
+    assert list(scratch.iterdir()) == []
+    monkeypatch.setattr(measure, "pass_seconds", lambda *asked: [])
+    assert cli.main([*arguments, "-k", "3"]) == 2
+    assert "does not go on with a text that repeats itself" in capsys.readouterr().err
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--draft-weights", "int4"], "--draft-weights: int4; of a GGUF draft fp32, fp16 or int8"),
+        (["--draft", "none.gguf"], "--draft: none.gguf; must be HIDDENxLAYERS, such as 512x6, or a draft's"),
+        (["--server", "/no/llama-server"], "server: /no/llama-server: must be llama.cpp's llama-server"),
+    ],
+)
+def test_in_llama_cpp_wrong_settings_are_one_line_too(
+    gguf_target: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measuring = ["--measure", "--runtime", "llamacpp", *arguments]
+    assert cli.main(["inspect", str(gguf_target), *measuring]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_only_a_gguf_file_is_measured_in_llama_cpp(
+    tiny_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp")
+    assert cli.main(["inspect", str(tiny_target), "--measure", "--runtime", "llamacpp"]) == 2
+    assert "no GGUF file; llama.cpp runs a GGUF file; name FILE.gguf" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemError, "stop"])
 def test_the_temporary_folder_goes_however_it_ends(
     tiny_target: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, ending: Any

@@ -152,16 +152,18 @@ def _inspect(
     draft: list[str] = Option(
         [], help="With --measure: a shape such as 512x6, or an exported draft; repeat."
     ),
-    threads: int = Option(0, min=0, help="With --measure: CPU threads; 0 is OpenVINO's choice."),
+    threads: int = Option(0, min=0, help="With --measure: CPU threads; 0 is the runtime's choice."),
     k: list[int] = Option([], "--num-speculative-tokens", "-k", min=1, help="With --measure: K; repeat."),
     prefix: int = Option(128, min=1, help="With --measure: tokens in the cache before each pass."),
+    runtime: Literal["openvino", "llamacpp"] = Option("openvino", help="With --measure: what runs them."),
+    server: str = Option("", help="With --runtime llamacpp: a llama-server of your own."),
 ) -> None:
     from fastdraft.commands import inspect
     from fastdraft.commands.measure import MeasureSettings
     from fastdraft.console import Console
 
     ks = tuple(k) or (1, 2, 3, 4, 5)
-    settings = MeasureSettings(weights, draft_weights, tuple(draft), threads, ks, prefix)
+    settings = MeasureSettings(weights, draft_weights, tuple(draft), threads, ks, prefix, runtime, server)
     measuring = settings if measure else None
     inspect.run(target, revision=revision, console=Console(), as_json=json, measuring=measuring)
 

@@ -15,9 +15,11 @@ from typing import Any
 
 from fastdraft.commands.measure import MeasureSettings, measure
 from fastdraft.console import Console, format_count, format_table
+from fastdraft.errors import TargetError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.modeling.architecture import Architecture, has_rotary_factors
 from fastdraft.modeling.families import draft_family, text_config, why_draft_family
+from fastdraft.modeling.gguf_fields import tokenizer_fields
 from fastdraft.modeling.shapes import PRESETS, natural, preset
 from fastdraft.modeling.traps import find_traps
 from fastdraft.target import Target
@@ -77,7 +79,7 @@ def run(
 ) -> None:
     """Prints anatomy, traps and candidate drafts of a target, and when asked for what they cost here."""
     target = Target.at(location, revision)
-    traps, candidates = find_traps(target), find_candidates(target)
+    traps, candidates = [*find_traps(target), *_of_gguf(target)], find_candidates(target)
     if not candidates:
         console.warn("no draft would cost less than half of this target: a draft cannot pay here")
     if not as_json:
@@ -88,6 +90,16 @@ def run(
         print(json.dumps(found, indent=1))
     elif measured:
         print("\n" + measured.text())
+
+
+def _of_gguf(target: Target) -> list[str]:
+    """Whether llama.cpp could read a draft's tokenizer."""
+    try:
+        tokenizer_fields(target)
+    except TargetError as error:
+        found = error.message.partition(": ")[2].removeprefix("its ")
+        return [f"No draft for llama.cpp: the {found}. Leave gguf out of export.formats."]
+    return []
 
 
 def find_candidates(target: Target) -> list[Candidate]:

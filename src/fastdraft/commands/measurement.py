@@ -23,7 +23,12 @@ from fastdraft.forecast import (
     predicted_speedup,
 )
 from fastdraft.modeling.architecture import Architecture
-from fastdraft.runtimes.openvino_export import Weights
+from fastdraft.reporting.verdict import RUNTIMES
+
+_AROUND = {
+    "openvino": "OpenVINO GenAI does around the passes",
+    "llamacpp": "llama.cpp does around the passes, and its further pass of the draft in every round,",
+}
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,16 @@ class MeasuredModel:
 
     name: str  # HIDDENxLAYERS, or the folder's
     architecture: Architecture
-    weights: Weights
+    weights: str
     config: PreTrainedConfig
     export: Path | None = None
     seconds: float = 0.0  # of one token
+    file_bytes: float = 0.0  # read of a GGUF file for one token
 
     @property
     def read_bytes(self) -> float:
         """For one token, at the weights measured."""
-        return self.architecture.exported_bytes_per_token(self.weights)
+        return self.file_bytes or self.architecture.exported_bytes_per_token(self.weights)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ class MeasuredShapes:
         """Forecast at one K for an acceptance rate (accepted / proposed) known at K = 3."""
         efficiency, seconds = block_efficiency(conditional_acceptance_rate(rate), k), self.target_seconds
         return predicted_speedup(efficiency, k, draft.seconds, seconds[1], seconds[k + 1])
+
+    def ceiling(self, k: int) -> float:
+        """The speed-up of a draft that costs nothing and is always right: what verifying leaves of K + 1."""
+        return (k + 1) * self.target_seconds[1] / self.target_seconds[k + 1]
 
     def best_k(self, draft: MeasuredModel, rate: float) -> int:
         return max(self.num_speculative_tokens, key=lambda k: self.speedup(draft, rate, k))
@@ -103,6 +113,7 @@ class MeasuredShapes:
             figures = {"predicted_speedup": speedup, "use_a_draft": speedup > 1}
             best[str(rate)] = {"draft": draft.name, "num_speculative_tokens": k, **figures}
         target = {"weights": self.target.weights, "random": self.target.export is None}
+        target["ceiling"] = {str(k): self.ceiling(k) for k in ks}
         return {
             "runtime": self.runtime,
             "prefix_tokens": self.prefix_tokens,
@@ -121,6 +132,8 @@ class MeasuredShapes:
             advice = "" if speedup > 1 else "do not use a draft: "
             forecast = f"{draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast."
             parts.append(f"At an acceptance rate of {rate:g}, {advice}{forecast}")
+        k = max(self.num_speculative_tokens, key=self.ceiling)
+        parts.append(f"A free draft that is always right would reach {self.ceiling(k):.2f} at K = {k}.")
         return " ".join(parts)
 
     def text(self) -> str:
@@ -131,14 +144,16 @@ class MeasuredShapes:
         r, seconds = self.runtime, self.target_seconds
         kind = "the exported model" if self.target.export else "random weights of this shape"
         note = (
-            f"OpenVINO {r['version']} on {r['device']} ({r['device_name']}), {r['threads'] or 'auto'} "
-            f"threads; target in {self.target.weights}, {kind}; behind {self.prefix_tokens} tokens, batch 1, "
-            f"medians of {self.repeats} turns."
+            f"{RUNTIMES[r['name']]} {r['version']} on {r['device']} ({r['device_name']}), "
+            f"{r['threads'] or 'auto'} threads; target in {self.target.weights}, {kind}; "
+            f"behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns. Ceiling: the speed-up of a draft that costs nothing and is "
+            "always right; what is missing to the number of tokens is the price of verifying."
         )
         times = ["milliseconds", *(f"{1e3 * value:.3g}" for value in seconds.values())]
         shares = ["over one token", *(f"{value / seconds[1]:.2f}" for value in seconds.values())]
+        ceilings = ["ceiling", *(f"{width * seconds[1] / value:.2f}" for width, value in seconds.items())]
         title = "Measured: one target pass over several tokens"
-        return _table(title, ["tokens", *map(str, seconds)], [times, shares], note)
+        return _table(title, ["tokens", *map(str, seconds)], [times, shares, ceilings], note)
 
     def _costs(self) -> str:
         columns = ["draft", "parameters", "FFN", "weights", "ms/token", "c latency", "c bytes", "pays above"]
@@ -157,13 +172,14 @@ class MeasuredShapes:
 
     def _gains(self) -> str:
         rows = []
-        for draft, rate in ((draft, rate) for draft in self.drafts for rate in RATES):
+        for draft, rate in ((draft, rate) for draft in self.drafts for rate in (*RATES, 1.0)):
             gains = [f"{self.speedup(draft, rate, k):.2f}" for k in self.num_speculative_tokens]
             rows.append([_label(draft), f"{rate:g}", *gains, self.best_k(draft, rate)])
         note = (
             f"The acceptance rate (accepted / proposed) is the one at K = {PAPER_K}; other K follow from a "
             "constant chance for each further token. At one rate the cheapest draft wins, but a larger is "
-            "accepted more often. What OpenVINO GenAI does around the passes comes on top: a real pair gains "
+            "accepted more often. At 1 every proposal is accepted: more "
+            f"is not to be had. What {_AROUND[self.runtime['name']]} comes on top: a real pair gains "
             "less, most of all where a pass takes few milliseconds; `fastdraft benchmark` measures it."
         )
         columns = ["draft", "rate", *(f"K={k}" for k in self.num_speculative_tokens), "best K"]

@@ -24,7 +24,7 @@ from fastdraft.runtimes.runtime import Proposer, TimedText
 
 _LISTED = 1000  # next tokens whose log-probs are asked for, to tell a near-tie
 _CYCLE = 16  # tokens after which the text for single passes repeats itself
-_ROUNDS, _REPEATS = 12, 5  # passes of a text, and texts, for the cost of a pass
+PASSES, REPEATS = 12, 5  # of a text, and texts, for the cost of a pass
 
 
 @dataclass(frozen=True)
@@ -165,21 +165,26 @@ def measure_passes(
     single ones, which is in no figure here.
     """
     prefix = max(4 * _CYCLE, prefix_tokens)
-    prompt = [ANY_ID + place % _CYCLE for place in range(prefix)]
-
-    def median(model: Path, width: int) -> float | None:
-        k, asked = width - 1, 1 + _ROUNDS * width
-        room, more = room_for(prefix + asked + width + 1), (settings.threads, settings.server)
-        with LlamaServer(ServerSettings(str(model), "", k, k > 0, room, 1, *more)) as server:
-            question = prompt, Sampling(0.0), asked, 0
-            answers = [server.complete(*question, cache_prompt=True) for _ in range(1 + _REPEATS)][1:]
-        passes = len(answers[0].ids) - 1 - answers[0].num_accepted
-        if not passes or answers[0].num_drafted != passes * k:
-            return None  # not every pass had K proposals
-        return statistics.median(answer.writing_seconds for answer in answers) / passes
-
-    seconds = {width: median(target, width) for width in sorted({1, *widths})}
-    of_draft, found = median(draft, 1), {width: each for width, each in seconds.items() if each}
-    if of_draft is None or len(found) < len(seconds):
+    jobs = [(draft, 1), *((target, width) for width in sorted({1, *widths}))]
+    found = [pass_seconds(*job, settings, prefix) for job in jobs]
+    if not all(found):
         return None
-    return Latency(of_draft, found, prefix, "CPU", "gguf", "gguf")
+    of_draft, *of_target = map(statistics.median, found)
+    seconds = dict(zip(sorted({1, *widths}), of_target, strict=True))
+    return Latency(of_draft, seconds, prefix, "CPU", "gguf", "gguf")
+
+
+def pass_seconds(model: Path, width: int, settings: LlamaCppSettings, prefix_tokens: int) -> list[float]:
+    """What a pass over so many tokens takes, once for each of several texts; empty where a model does not go
+    on with a text that repeats itself, so that lookup has not K proposals for every pass.
+    """
+    prompt, k = [ANY_ID + place % _CYCLE for place in range(prefix_tokens)], width - 1
+    asked = 1 + PASSES * width
+    room, more = room_for(prefix_tokens + asked + width + 1), (settings.threads, settings.server)
+    with LlamaServer(ServerSettings(str(model), "", k, k > 0, room, 1, *more)) as server:
+        question = prompt, Sampling(0.0), asked, 0
+        answers = [server.complete(*question, cache_prompt=True, ignore_eos=True) for _ in range(1 + REPEATS)]
+    passes = len(answers[0].ids) - 1 - answers[0].num_accepted
+    if not passes or answers[0].num_drafted != passes * k:
+        return []
+    return [answer.writing_seconds / passes for answer in answers[1:]]

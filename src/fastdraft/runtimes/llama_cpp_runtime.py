@@ -33,7 +33,12 @@ def file_type(file: GGUFFile) -> str:
 
 
 def check_files(target: GGUFFile, draft: GGUFFile) -> None:
-    """Refuses a draft that the server would leave out without an error."""
+    """Refuses a file that the server could not read, and a draft that it would leave out without an error."""
+    for file in (target, draft):
+        architecture = file.value("general.architecture")
+        if architecture not in require_gguf().MODEL_ARCH_NAMES.values():
+            found = f"architecture {architecture!r}, which the installed gguf does not know"
+            raise file.wrong(found, "update gguf and the server, or take another model")
     check_gguf_pair(target.fields, draft.fields, str(draft.path))
 
 

@@ -226,7 +226,7 @@ class LlamaServer:
         self, found: str, fix: str = "run the same command again: finished work is kept"
     ) -> FastDraftError:
         with contextlib.suppress(subprocess.TimeoutExpired):  # a broken connection may come before the end
-            code = self._process.wait(1)
+            code = self._process.wait(5)
             why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             found = f"{found} ({why})"
         name = Path(self.settings.target).name

@@ -26,6 +26,7 @@ from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.prepare import FileSource, HubRows, SourceConfig
 from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptLog
 from fastdraft.runtimes.gguf_export import require_writable
+from fastdraft.runtimes.llama_cpp_engine import check_vocabulary, gguf_of
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.stages import benchmark, design, evaluate, export, synthesize
 from fastdraft.stages.context import StageContext
@@ -115,6 +116,8 @@ def _try_runtimes(sections: Mapping[str, Any], context: StageContext) -> None:
     converts = exported and "openvino" in exported.formats and exported.openvino.target != "none"
     if converts or (written and written.engine.kind == "openvino"):
         require_convertible(context.target)
+    if written and written.engine.kind == "llamacpp":
+        check_vocabulary(gguf_of(written.engine), context.target)
     if exported and "gguf" in exported.formats:
         require_writable(context.target)
     if "benchmark" in sections:
