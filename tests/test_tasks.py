@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import fastdraft
 from fastdraft.errors import DataError
 from fastdraft.evaluation.tasks import describe_task, load_task
 from fastdraft.recipe.evaluation import FileTask, ShippedTask, TaskConfig
+from fastdraft.run_folder import file_sha256
+from fastdraft.target import Target
 
 SHIPPED = Path(fastdraft.__path__[0]) / "shipped"
 NAMES = {"code": 164, "summarization": 120, "text": 200, "instructions": 200}
@@ -88,7 +91,7 @@ def test_every_shipped_row_names_its_source_and_a_permissive_licence(name: str) 
 
 
 def test_what_ships_is_small_and_has_its_licences_beside_it() -> None:
-    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 26_000_000
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 50_000_000
     assert (SHIPPED / "data" / "LICENSES.md").is_file()
     assert (SHIPPED / "tasks" / "LICENSES.md").is_file()
 
@@ -99,3 +102,15 @@ def test_no_evaluation_prompt_is_a_training_prompt() -> None:
     for kind in NAMES:
         prompts = load_task(ShippedTask(kind=kind, prompts=1000)).prompts  # type: ignore[arg-type]
         assert not training & {prompt.text.strip().lower() for prompt in prompts}
+
+
+def test_the_shipped_draft_is_made_of_the_files_that_its_page_names() -> None:
+    folder = SHIPPED / "drafts" / "smollm2"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    named = dict(re.findall(r"^\| (\S+) \| `([0-9a-f]{64})` \|$", page, re.MULTILINE))
+    assert named == {path.name: file_sha256(path) for path in folder.iterdir() if path.name != "README.md"}
+    draft = Target.at(folder)
+    draft.check_tensors()
+    assert draft.vocabulary.size == 49_152
+    assert f"{draft.architecture.parameters:,} parameters" in page
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
