@@ -130,6 +130,7 @@ AS_ON_THE_HUB: list[dict[str, Any]] = [
     {"head_dim": ..., "num_key_value_heads": ...},
     {"head_dim": None, "num_key_value_heads": None, "rope_scaling": None, "quantization_config": None},
     {"dtype": ..., "torch_dtype": "bfloat16"},
+    {"quantization_config": {}, "pad_token_id": 320},
     {"pad_token_id": -1, "bos_token_id": -1, "eos_token_id": -1},
     {"eos_token_id": [3, 5, -1], "pad_token_id": None},
 ]
@@ -150,6 +151,11 @@ NTK = {"rope_type": "ntk", "factor": 4.0}
 NO_MODEL = [
     ("rope type 'ntk'; must be one of default, linear", {"rope_parameters": NTK}),
     ("Field 'vocab_size' expected int, got str (value: '320')", {"vocab_size": "320"}),
+    (
+        "factor of the rope '2'; must be a number above 0",
+        {"rope_parameters": {**NTK, "rope_type": "linear", "factor": "2"}},
+    ),
+    ("rope_theta of the rope 0; must be a number above 0", {"rope_parameters": {"rope_theta": 0}}),
     ("num_hidden_layers 0; must be a whole number of at least 1", {"num_hidden_layers": 0}),
     ("text of model family 'opt'", {"text_config": {"model_type": "opt"}, "model_type": "llava"}),
     ("KeyError: 'silly'", {"hidden_act": "silly"}),

@@ -51,6 +51,9 @@ def test_a_name_that_nobody_knows_and_that_does_not_alternate_with_a_user_is_tol
     found = read_messages([{"from": name, "value": "x"} for name in names.split()], "here")
     assert isinstance(found, str)
     assert found.startswith("role '")
+    assert found.count("'") == 2 * len(
+        {"critic", "moderator", "alice", "bob", "a", "b", "npc"} & {*names.split()}
+    )
 
 
 @pytest.mark.parametrize(

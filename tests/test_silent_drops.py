@@ -143,7 +143,7 @@ def test_a_log_on_which_drafts_are_measured_counts_what_is_left_out(
     write_rows(tmp_path / "a.jsonl", [row, {**row, "response": None}, {**row, "messages": CALLS + ASKED}])
     target, left_out = Target.at(tiny_target), Counter[str]()
     log = LoggedTexts(kind="transcripts", name="log", path=str(tmp_path))
-    rows = logged_rows(log, ChatTemplate(target.tokenizer), target.vocabulary, 0, left_out)
+    rows, _ = logged_rows(log, ChatTemplate(target.tokenizer), target.vocabulary, 0, left_out)
     assert (len(rows), left_out.total()) == (1, 2), left_out
 
 

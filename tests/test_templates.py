@@ -79,6 +79,7 @@ def test_every_word_stands_in_the_prompt_whether_a_template_reads_text_or_parts(
         ("<|user|>\n<|end|>\n", "drops the user's words"),
         (turns("{{ m['words'] }}"), "drops the user's words"),
         (turns("{{ m['content'] }} {{ m['content'] }}"), "repeats the user's words"),
+        (turns("{{ m['content'][:10] }}"), "drops the user's words"),
         ("{{ raise_exception('not today') }}", "not today"),
     ],
 )

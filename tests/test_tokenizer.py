@@ -231,6 +231,25 @@ def test_the_library_that_a_tokenizer_model_needs_is_named(
         _ = Target.at(folder).tokenizer
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json: a JSON list; must be an object"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template 5; must be text, or a list"),
+        ("tokenizer_config.json", '{"chat_template": ["x"]}', "chat_template .'x'.; must be text, or a list"),
+        ("chat_template.json", "{{ x }}", "chat_template.json: not JSON"),
+        ("generation_config.json", "[1]", "generation_config.json: .*; must be a JSON object"),
+    ],
+)
+def test_a_file_of_another_kind_is_one_line(
+    tiny_target: Path, tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    (changed(tiny_target, tmp_path / "t") / name).write_text(text)
+    with pytest.raises(TargetError, match=said) as caught:
+        _ = Target.at(tmp_path / "t").vocabulary
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("eos", "ends"), [(-1, (3,)), ([-1, 5], (3, 5)), (99999, None), ([3, 320], None)])
 def test_an_eos_of_minus_one_is_none_and_one_without_a_row_is_refused(
     tiny_target: Path, tmp_path: Path, eos: Any, ends: tuple[int, ...] | None

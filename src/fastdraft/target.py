@@ -94,7 +94,7 @@ class Target:
                 return GenerationConfig.from_dict(value)
             except Exception:  # it looks into sampling settings too, which nobody uses here
                 return GenerationConfig(eos_token_id=value.get("eos_token_id"))
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             fix = "fetch the model again, or delete this file"
             raise TargetError(f"{path}: {error}; must be a JSON object", fix) from error
 

@@ -25,6 +25,8 @@ Messages = Sequence[Mapping[str, str]]
 # Marks between which models think, as templates write them; others are found among a tokenizer's tokens.
 THINKING = [(f"<{w}>", f"</{w}>") for w in ("think", "thinking", "thought", "reasoning", "seed:think")]
 THINKING.append(("[THINK]", "[/THINK]"))
+# How a list of parts looks where a template writes it out instead of its text.
+_WRITTEN_OUT = re.compile(r"""['"]type['"]: ?['"]text['"]""")
 _THINKS, _BEGINS = re.compile("think|thought|reason"), re.compile("start|begin|open")
 # Models of the harmony format think in channels; the last one holds the answer.
 CHANNEL, FINAL = "<|channel|>", "<|channel|>final<|message|>"
@@ -174,6 +176,8 @@ class ChatTemplate:
                 continue
             roles = [message["role"] for message in messages]
             counts = [text.count(_MARKS[each]) - roles.count(each) for each in roles]
+            if _WRITTEN_OUT.search(text):
+                counts.append(-1)
             if not any(counts):
                 return parts, ""
             found = found or ("drops " if min(counts) < 0 else "repeats ") + words

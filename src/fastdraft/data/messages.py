@@ -120,7 +120,7 @@ def _roles(names: Sequence[str]) -> list[Role] | str:
     around = [(roles[i - 1] if i else "", *roles[i + 1 : i + 2]) for i, role in enumerate(roles) if not role]
     alternates = all(set(neighbours) == {"user"} for neighbours in around)
     if unknown and (len(unknown) > 1 or "assistant" in roles or not alternates):
-        return f"role {min(unknown)[:40]!r}"
+        return f"role {' and '.join(repr(name[:40]) for name in sorted(unknown)[:3])}"
     return [cast(Role, role or "assistant") for role in roles]
 
 

@@ -101,8 +101,10 @@ def trained_prompts(synthesize: StageFolder) -> frozenset[str]:
 
 def logged_rows(
     log: LoggedTexts, chat: ChatTemplate, vocabulary: Vocabulary, seed: int, left_out: Counter[str]
-) -> list[SyntheticRow]:
-    """A log's answers as rows; those of no use are counted in `left_out`."""
+) -> tuple[list[SyntheticRow], str]:
+    """A log's answers as rows, and what the user should know of how they were read; those of no use are
+    counted in `left_out`.
+    """
     read = read_transcripts(log, chat, vocabulary, seed, shuffled=False)
     left_out.update({reason: count for reason, count in read.refused.items() if count})
     rows = []
@@ -112,7 +114,7 @@ def logged_rows(
         else:
             row = SyntheticRow.of(transcript.generation, log.name, transcript.sampling)
             rows.append(replace(row, prompt_key=transcript.key or row.prompt_key))
-    return rows
+    return rows, read.note
 
 
 def _scored(rows: list[SyntheticRow], score: Score) -> list[SyntheticRow]:

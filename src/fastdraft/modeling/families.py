@@ -57,6 +57,11 @@ def plain_values(values: dict[str, Any]) -> dict[str, Any]:
             values[name] = [i for i in ids if not isinstance(i, int) or i >= 0] or None
         elif isinstance(ids, int) and ids < 0:
             values[name] = None
+    pad, rows = values.get("pad_token_id"), values.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        values["pad_token_id"] = None  # a token that was added after the rows were made
+    if not values.get("quantization_config", True):
+        del values["quantization_config"]  # null and {} say "none"
     rope = values.get("rope_scaling")
     if isinstance(rope, dict) and rope.get("type") == "su":  # longrope's name in the first Phi-3
         values["rope_scaling"] = {**rope, "type": "longrope"}
@@ -79,6 +84,11 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
         if (kind := part.get("rope_type", "default")) not in ("default", *ROPE_INIT_FUNCTIONS):
             rule = f"must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}"
             raise TargetError(f"{where}: config.json: rope type '{kind}'; {rule}", "choose another model")
+        for name in ("rope_theta", "factor"):
+            value = 1 if part.get(name) is None else part[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                found = f"config.json: {name} of the rope {value!r:.40}; must be a number above 0"
+                raise TargetError(f"{where}: {found}", "fetch the model again")
 
 
 def text_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:

@@ -46,15 +46,25 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
         r"tokenizer\.ggml\.(scores|token_type)",
         "a list of numbers",
-        lambda value: isinstance(value, list) and all(map(_is_number, value)),
+        lambda value: (
+            isinstance(value, list) and all(isinstance(n, int | float) and math.isfinite(n) for n in value)
+        ),
     ),
-    (r"general\.alignment", "a multiple of 8", lambda value: _is_count(value) and value and value % 8 == 0),
-    (r"tokenizer\.ggml\.\w+_token_id|split\.count", "a whole number", lambda value: _is_count(value)),
+    (
+        r"general\.alignment",
+        "a multiple of 8",
+        lambda value: type(value) is int and value > 0 and value % 8 == 0,
+    ),
+    (
+        r"tokenizer\.ggml\.\w+_token_id|split\.count",
+        "a whole number",
+        lambda value: type(value) is int and value >= 0,
+    ),
     (r"tokenizer\.ggml\.add_\w+", "true or false", lambda value: isinstance(value, int)),
     (
         r".*(_epsilon|\.freq_base(_swa)?|\.scaling\.\w+|_softcapping|\.sliding_window)",
         "a number",
-        lambda value: _is_number(value),
+        lambda value: isinstance(value, int | float) and math.isfinite(value),
     ),
 )
 _SAMPLE = 4096  # bytes of each tensor in a file's digest
@@ -245,14 +255,6 @@ def _read_head(path: Path) -> tuple[dict[str, GGUFField], dict[str, GGUFTensor]]
             _check_values(path, fields)
             alignment = fields["general.alignment"].value if "general.alignment" in fields else 32
             return fields, {tensor.name: tensor for tensor in _tensors(head, num_tensors, alignment)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _check_values(path: Path, fields: Mapping[str, GGUFField]) -> None:

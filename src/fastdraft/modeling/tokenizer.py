@@ -38,6 +38,7 @@ def load_tokenizer(files: ModelFiles, size: int) -> tuple[PreTrainedTokenizerBas
     """A fast tokenizer for a model of `size` rows, and what was changed or chosen in reading it."""
     notes: list[str] = []
     with one_line(files.where):
+        settings = _settings(files, "tokenizer_config.json")
         if files.find("tokenizer.json"):
             # A setting may have special tokens split, and with them those that the chat template writes.
             options: Any = {"revision": files.revision, "split_special_tokens": False}
@@ -51,7 +52,7 @@ def load_tokenizer(files: ModelFiles, size: int) -> tuple[PreTrainedTokenizerBas
         if dropout := getattr(model, "dropout", None):
             model.dropout = None
             notes.append(f"The tokenizer drops merges at random ({dropout:g}): that is switched off.")
-        notes += _choose_template(files, tokenizer)
+        notes += _choose_template(files, tokenizer, settings)
     return tokenizer, notes
 
 
@@ -87,10 +88,20 @@ def _settings(files: ModelFiles, name: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except ValueError as error:
         raise TargetError(f"{path}: not JSON ({error})", "fetch the model again") from None
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise TargetError(
+            f"{path}: a JSON {type(value).__name__}; must be an object", "fetch the model again"
+        )
+    template = value.get("chat_template") or ""
+    entries = template if isinstance(template, list) else []
+    named = all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in entries)
+    if not (named and isinstance(template, str | dict | list)):
+        rule = "must be text, or a list of {name, template}"
+        raise TargetError(f"{path}: chat_template {template!r:.40}; {rule}", "fetch the model again")
+    return value
 
 
-def _choose_template(files: ModelFiles, tokenizer: Any) -> Iterator[str]:
+def _choose_template(files: ModelFiles, tokenizer: Any, settings: dict[str, Any]) -> Iterator[str]:
     """Joins the templates of all places by name, the tokenizer's own first; tells what is not plain."""
 
     def by_name(told: Any) -> dict[str, str]:
@@ -98,7 +109,7 @@ def _choose_template(files: ModelFiles, tokenizer: Any) -> Iterator[str]:
             return {entry["name"]: entry["template"] for entry in told}
         return dict(told) if isinstance(told, dict) else {"default": told} if told else {}
 
-    named = by_name(_settings(files, "tokenizer_config.json").get("chat_template"))
+    named = by_name(settings.get("chat_template"))
     named |= by_name(tokenizer.chat_template)
     processor = by_name(_settings(files, "chat_template.json").get("chat_template"))
     if "default" in processor and "default" not in named:

@@ -71,10 +71,11 @@ class CorpusPrompts(Prompts):
 
 
 class TranscriptLog(Config):
-    """Logged prompts and answers of the target in the OpenAI format: nothing is asked, no weights are needed.
+    """Logged prompts and answers of the target: nothing is asked, no weights are needed.
 
-    JSONL of {"messages": [...], "response" or "choices": ...}, {"prompt": ..., "choices": ...},
-    {"request": ..., "response": ...}, or the output of a batch with its `requests`.
+    Rows with messages or a prompt and the answer, in the formats of OpenAI (chat, completions, responses, the
+    output of a batch with its `requests`), Anthropic and Ollama, or as {"request": ..., "response": ...}; and
+    conversations that end with the answer: messages, ShareGPT, prompt and completion, Alpaca.
     """
 
     kind: Literal["transcripts"]

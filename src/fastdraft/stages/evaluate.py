@@ -158,7 +158,9 @@ def _given_texts(config: EvaluateConfig, context: StageContext, context_length: 
     if isinstance(texts, HeldOutTexts):
         rows = list(read_all(context.require("synthesize"), "validation"))
     elif isinstance(texts, LoggedTexts):
-        rows = logged_rows(texts, context.chat, target.vocabulary, settings.seed, found.left_out)
+        rows, note = logged_rows(texts, context.chat, target.vocabulary, settings.seed, found.left_out)
+        if note:
+            context.console.say(f"texts '{texts.name}': {note}")
         for folder in _trained_on(context, "synthesize"):
             trained = trained_prompts(folder)
     else:
