@@ -11,6 +11,7 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
 from fastdraft.benchmark.memory import measure_memory
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.errors import FastDraftError, TargetError
 from fastdraft.functional.acceptance import TOTALS, counts_from_array
 from fastdraft.functional.generation import Sampling
@@ -18,7 +19,7 @@ from fastdraft.functional.lookup import lookup_counts
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
 from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime, ngram_simple
 from fastdraft.runtimes.llama_cpp_server import LlamaServer
-from fastdraft.runtimes.runtime import Proposer, ProposerKind
+from fastdraft.runtimes.runtime import Proposer
 from gguf_fixture import CONTEXT, SIZE, write_gguf
 
 RUNTIME = LlamaCppRuntime(threads=1)

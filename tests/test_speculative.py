@@ -27,7 +27,7 @@ from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.sampling import probabilities
-from fastdraft.functional.verification import recovery, verify, verify_greedy
+from fastdraft.functional.verification import recovery, verify, verify_certain
 from fastdraft.modeling.vocabulary import Vocabulary
 
 GREEDY = Sampling(0.0)
@@ -103,9 +103,9 @@ def test_recovery_draws_only_where_the_target_has_more() -> None:
 
 
 def test_greedy_verification_stops_at_the_first_difference() -> None:
-    accepted, final = verify_greedy(torch.tensor([4, 5, 6, 7]), torch.tensor([4, 9, 6]))
+    accepted, final = verify_certain(torch.tensor([4, 5, 6, 7]), torch.tensor([4, 9, 6]))
     assert (accepted, final.tolist()) == (1, [5])
-    accepted, final = verify_greedy(torch.tensor([4, 5, 6, 7]), torch.tensor([4, 5, 6]))
+    accepted, final = verify_certain(torch.tensor([4, 5, 6, 7]), torch.tensor([4, 5, 6]))
     assert (accepted, final.tolist()) == (3, [7])
 
 
@@ -228,7 +228,7 @@ def test_text_ends_with_the_first_end_token_and_nothing_beyond_is_counted(
     counts = result.counts
     assert (counts.num_drafts, counts.num_draft_tokens) == (1, 8)
     assert (counts.num_accepted_tokens, counts.num_examined_tokens) == (stop, stop)
-    assert result.accepted == [True] * stop
+    assert result.accepted == ["draft"] * stop
 
 
 def test_text_ends_at_the_limit(target: PreTrainedModel, draft: PreTrainedModel) -> None:

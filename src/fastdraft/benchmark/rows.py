@@ -12,10 +12,10 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.evaluation.results import TASK_ORDER, ordered
 from fastdraft.forecast import WORTH
 from fastdraft.json_rows import JsonRow, Number
-from fastdraft.runtimes.runtime import ProposerKind
 
 PROPOSERS: tuple[ProposerKind, ...] = ("lookup", "draft", "lookup_draft")
 Pair = tuple[str, str, str]  # the runtime, the weights of the target and of the draft

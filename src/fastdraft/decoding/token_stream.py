@@ -47,7 +47,7 @@ class TokenStream:
 
 
 def text_pieces(
-    tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], accepted: Iterable[bool]
+    tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], accepted: Iterable[object]
 ) -> list[dict[str, str | bool]]:
     """`[{"text": ..., "accepted": ...}, ...]`: neighbours of the same kind joined."""
     stream, flags = TokenStream(tokenizer), [bool(flag) for flag in accepted]

@@ -67,7 +67,7 @@ class ExactRuns:
 
     counts: list[list[float]]
     response_ids: list[list[int]]
-    accepted: list[list[bool]]
+    accepted: list[list[str]]  # by which proposer, empty for the target's own
     target_ids: list[list[int]] = field(
         default_factory=list
     )  # greedy, where an engine wrote the tasks' texts

@@ -8,7 +8,7 @@ tokens, K proposals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,20 +36,40 @@ class Lookups:
     right: NDArray[np.int64]  # how many of them, from the front, are the text's own
 
 
-def look_up(prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int) -> Lookups:
-    """At most K tokens at every place: fewer where the text that is known ends, and none are made up."""
-    text, first = [*prompt, *response], len(prompt)
-    found = np.zeros((2, len(response)), dtype=np.int64)
-    behind: dict[tuple[int, ...], int] = {}  # the place behind the latest of every n-gram
-    for end in range(min(first, NGRAMS[-1]), len(text)):
-        grams = [tuple(text[end - n : end]) for n in NGRAMS if n <= end]
-        if end >= first:
-            at = next((behind[gram] for gram in grams if gram in behind), end)
-            width = min(num_speculative_tokens, end - at)
-            pairs = zip(text[at : at + width], text[end : end + width], strict=False)
-            right = next((j for j, (a, b) in enumerate(pairs) if a != b), min(width, len(text) - end))
-            found[:, end - first] = width, right
-        behind.update(dict.fromkeys(grams, end))
+class PromptLookup:
+    """A text that grows, and where its last tokens stood before: a constant time for each token."""
+
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        self.ids: list[int] = []
+        self._behind: dict[tuple[int, ...], int] = {}  # the place behind the latest of every n-gram
+        self.append(ids)
+
+    def append(self, ids: Iterable[int]) -> None:
+        """The text goes on."""
+        for token in ids:
+            # Only now, so that the text's own end is never found.
+            self._behind.update(dict.fromkeys(self._last(), len(self.ids)))
+            self.ids.append(token)
+
+    def find(self, num_lookup_tokens: int) -> list[int]:
+        """At most so many tokens: fewer where the text that is known ends, none where nothing is found."""
+        at = next((self._behind[gram] for gram in self._last() if gram in self._behind), len(self.ids))
+        return self.ids[at : at + num_lookup_tokens]
+
+    def _last(self) -> list[tuple[int, ...]]:
+        """The n-grams at the text's end, in the order in which they are looked for."""
+        return [tuple(self.ids[-n:]) for n in NGRAMS if n <= len(self.ids)]
+
+
+def look_up(prompt: Sequence[int], response: Sequence[int], num_lookup_tokens: int) -> Lookups:
+    """What would be proposed at every place of a response, and how much of it is right."""
+    known, found = PromptLookup(prompt), np.zeros((2, len(response)), dtype=np.int64)
+    for place, token in enumerate(response):
+        proposed = known.find(num_lookup_tokens)
+        own = response[place : place + len(proposed)]
+        same = [a == b for a, b in zip(proposed, own, strict=False)]
+        found[:, place] = len(proposed), [*same, False].index(False)
+        known.append([token])
     return Lookups(*found)
 
 

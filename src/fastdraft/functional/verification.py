@@ -36,8 +36,15 @@ def verify(
     return num_accepted, draw(final_1V, generator)
 
 
-def verify_greedy(target_ids_E: Tensor, proposed_K: Tensor) -> tuple[Tensor, Tensor]:
-    """`verify` for temperature 0, where the target's distribution is one-hot at `target_ids_E`."""
+def verify_certain(target_ids_E: Tensor, proposed_K: Tensor) -> tuple[Tensor, Tensor]:
+    """`verify` for proposals that were not drawn, any number of them, none too: those of a greedy draft, of
+    lookup.
+
+    `target_ids_E` were drawn from the target's distributions at the same places; greedy, they are the
+    likeliest. Draft probabilities that are one-hot at x ask for an acceptance with probability
+    target_probs[x], and else for a token from the rest of target_probs, renormalised: just what drawing the
+    target's token and comparing it with x does.
+    """
     num_accepted = leading(proposed_K == target_ids_E[:-1])
     return num_accepted, target_ids_E.index_select(0, num_accepted[None])
 

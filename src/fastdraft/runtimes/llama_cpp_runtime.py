@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastdraft.decoding.latency import Latency
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.errors import FastDraftError
 from fastdraft.functional.lookup import Lookups
 from fastdraft.modeling.gguf_files import GGUFFile, read_gguf, require_gguf
@@ -21,7 +22,7 @@ from fastdraft.modeling.vocabulary import check_same
 from fastdraft.runtimes.llama_cpp import LlamaCppPair, LlamaCppSettings, measure_passes
 from fastdraft.runtimes.llama_cpp_process import ServerSettings
 from fastdraft.runtimes.llama_cpp_server import NEWER, require_llama_cpp
-from fastdraft.runtimes.runtime import Proposer, ProposerKind
+from fastdraft.runtimes.runtime import Proposer
 from fastdraft.target import Target
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastdraft.decoding.latency import Latency
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.runtimes.openvino import MODEL_FILE, describe_device
 from fastdraft.runtimes.openvino_export import check_pair, export_openvino
 from fastdraft.runtimes.openvino_latency import measure_passes
 from fastdraft.runtimes.openvino_speculative import LOOKUP_NGRAM, OpenVINOPair, OpenVINOSettings
-from fastdraft.runtimes.runtime import Proposer, ProposerKind
+from fastdraft.runtimes.runtime import Proposer
 from fastdraft.target import Target
 
 _DRAFT = """import openvino_genai

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 from fastdraft.decoding.latency import Latency
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.decoding.speculative import Round
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.lookup import Lookups
 from fastdraft.target import Target
-
-# draft: a draft model; lookup: prompt lookup, which copies what stood behind the same last tokens before;
-# lookup_draft: lookup, and the draft model in a round for which it finds nothing.
-ProposerKind = Literal["draft", "lookup", "lookup_draft"]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from fastdraft.benchmark.rows import (
 from fastdraft.benchmark.runs import PairRuns, unit_names
 from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.decoding.replay import accept_probabilities
 from fastdraft.errors import FastDraftError, RecipeError, TargetError
 from fastdraft.evaluation.results import nearest_k
@@ -46,7 +47,7 @@ from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime, check_files, c
 from fastdraft.runtimes.openvino import device_properties, require_openvino
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
-from fastdraft.runtimes.runtime import Proposer, ProposerKind, Runtime
+from fastdraft.runtimes.runtime import Proposer, Runtime
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 

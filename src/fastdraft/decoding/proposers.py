@@ -1,0 +1,91 @@
+"""What proposes tokens while one text is written: prompt lookup, a draft model, or one behind the other.
+
+Shape suffixes: T tokens, K proposals, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fastdraft.decoding.reader import Reader
+from fastdraft.functional.generation import Sampling
+from fastdraft.functional.lookup import PromptLookup
+from fastdraft.functional.sampling import draw, mask_ids, probabilities
+
+# draft: a draft model; lookup: prompt lookup, which copies what stood behind the same last tokens before;
+# lookup_draft: lookup, and the draft model in a round for which it finds nothing.
+ProposerKind = Literal["draft", "lookup", "lookup_draft"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a round proposes."""
+
+    proposer: str  # draft, lookup; empty: nothing
+    num_proposed: int  # those without room in the context, which nobody wrote down, included
+    probs: Tensor | None = None  # [K, V], from which they were drawn; None: each was certain
+
+
+class ProposesTokens(Protocol):
+    """Proposes in round after round of one text."""
+
+    def propose(self, ids_T: Tensor, length: int, room: int) -> Proposal | None:
+        """Writes at most `room` tokens behind the first `length`, which are the text; None: has nothing."""
+        ...
+
+    def go_on(self, length: int, tokens: list[int]) -> None:
+        """The text of `length` tokens goes on with these, whoever proposed them."""
+        ...
+
+
+class LookupProposals:
+    """Prompt lookup over prompt and answer; a proposal is short where the text that is known ends."""
+
+    def __init__(self, prompt_ids: list[int], num_lookup_tokens: int) -> None:
+        self.known, self.num_lookup_tokens = PromptLookup(prompt_ids), num_lookup_tokens
+
+    def propose(self, ids_T: Tensor, length: int, room: int) -> Proposal | None:
+        found = self.known.find(self.num_lookup_tokens)
+        if not found:
+            return None
+        ids_T[length : length + room][: len(found)] = torch.tensor(found[:room], device=ids_T.device)
+        return Proposal("lookup", len(found))
+
+    def go_on(self, length: int, tokens: list[int]) -> None:
+        self.known.append(tokens)
+
+
+class DraftProposals:
+    """A draft model; what others wrote since its last round it reads in the first pass of its next one."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        num_speculative_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+        missing: Tensor | None,
+    ) -> None:
+        self.reader, self.num_speculative_tokens = reader, num_speculative_tokens
+        self.sampling, self.generator, self.missing = sampling, generator, missing
+
+    def propose(self, ids_T: Tensor, length: int, room: int) -> Proposal | None:
+        reader, sampling, drawn_from = self.reader, self.sampling, list[Tensor]()
+        for place in range(length, length + min(self.num_speculative_tokens, room)):
+            logits_1V = mask_ids(reader.read(ids_T[reader.length : place]), self.missing)
+            if sampling.temperature == 0:
+                ids_T[place] = logits_1V[0].argmax(-1)
+                continue
+            probs_1V = probabilities(logits_1V, sampling.temperature, sampling.top_k, sampling.top_p)
+            ids_T[place] = draw(probs_1V, self.generator)[0]
+            drawn_from.append(probs_1V)
+        return Proposal("draft", self.num_speculative_tokens, torch.cat(drawn_from) if drawn_from else None)
+
+    def go_on(self, length: int, tokens: list[int]) -> None:
+        # The last token is the target's. After K acceptances the draft has not read its own last proposal
+        # either, and nothing is taken back.
+        self.reader.take_back(length + len(tokens) - 1)

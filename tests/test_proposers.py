@@ -1,0 +1,244 @@
+"""Draft, lookup and both: the text stays the target's own, the counts are those of replay, a text's end is a
+clean one.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fastdraft.decoding import speculative
+from fastdraft.decoding.cache import ReadableModel
+from fastdraft.decoding.proposers import ProposerKind
+from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.errors import DataError, RecipeError
+from fastdraft.functional import verification
+from fastdraft.functional.generation import Sampling
+from fastdraft.functional.lookup import PromptLookup
+from fastdraft.functional.sampling import draw, token_at
+from fastdraft.functional.verification import verify_certain
+from fastdraft.modeling.vocabulary import Vocabulary
+from lossless import PROMPT, SIZE, tables, written
+
+KINDS: tuple[ProposerKind, ...] = ("draft", "lookup", "lookup_draft")
+GREEDY = Sampling(0.0)
+COOL, WARM = Sampling(0.7, top_k=4), Sampling(1.0, top_p=0.9)
+TOY = Vocabulary(SIZE, SIZE, (), None, (), None, "")
+
+
+TINY = Vocabulary(320, 300, tuple(range(300, 320)), 0, (3,), 0, "")
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def near(tiny_target: Path) -> PreTrainedModel:
+    """A draft that often agrees: the target with some noise in its head."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) * 0.25 * model.lm_head.weight.std())
+    return model
+
+
+def decoder(kind: ProposerKind | None, k: int = 3, context: int = 10_000, **how: Any) -> SpeculativeDecoder:
+    return SpeculativeDecoder(*tables(context), how.pop("vocabulary", TOY), k, proposer=kind, **how)
+
+
+# --- the same text
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampling", "texts"),
+    [
+        ("draft", COOL, 2000),
+        ("lookup", WARM, 2000),
+        ("lookup_draft", replace(COOL, top_p=0.95), 2000),
+        ("draft", WARM, 250),
+        ("lookup", COOL, 250),
+        ("lookup_draft", WARM, 250),
+    ],
+)
+def test_the_joint_distribution_of_three_tokens_is_the_targets(
+    kind: ProposerKind, sampling: Sampling, texts: int
+) -> None:
+    found = written(tables(), sampling, kind, texts)
+    assert found.p_value > 0.01 / 6
+    assert found.accepted_share > 0.3
+
+
+def recover_from_the_targets_own(patch: pytest.MonkeyPatch) -> None:
+    """What replaces a refused proposal is drawn from the target's probabilities as they are."""
+    seen: list[Tensor] = []
+
+    def remember(probs: Tensor, uniform: Tensor) -> Tensor:
+        seen[:] = [probs]
+        return token_at(probs, uniform)
+
+    def verify(drawn: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
+        accepted, _ = verify_certain(drawn, proposed)
+        return accepted, draw(seen[0][accepted][None])
+
+    patch.setattr(verification, "recovery", lambda target_probs, draft_probs: target_probs)
+    patch.setattr(speculative, "token_at", remember)
+    patch.setattr(speculative, "verify_certain", verify)
+
+
+def accept_always(patch: pytest.MonkeyPatch) -> None:
+    def drawn(target_probs: Tensor, draft_probs: Tensor, proposed: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        return torch.tensor(len(proposed)), draw(target_probs[-1:])
+
+    def certain(own: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tensor(len(proposed)), own[-1:]
+
+    patch.setattr(speculative, "verify", drawn)
+    patch.setattr(speculative, "verify_certain", certain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", [recover_from_the_targets_own, accept_always])
+def test_wrong_rules_are_found_out_by_the_same_test(
+    rule: Callable[[pytest.MonkeyPatch], None], kind: ProposerKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule(monkeypatch)
+    assert written(tables(), COOL, kind, 250).p_value < 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_is_the_same_alone_and_with_every_proposer(
+    target: PreTrainedModel, near: PreTrainedModel, kind: ProposerKind, k: int
+) -> None:
+    pair, prompts = (ReadableModel(target), ReadableModel(near)), [[5, 6, 7], [9, 8] * 6, [*range(4, 24)] * 2]
+    alone = SpeculativeDecoder(pair[0], None, TINY, 0, proposer=None)
+    found = SpeculativeDecoder(*pair, TINY, k, proposer=kind)
+    for prompt in prompts:
+        own = alone.generate(prompt, GREEDY, 60, 0)
+        assert found.generate(prompt, GREEDY, 60, 0).generation == own.generation
+        assert own.counts.num_drafts == own.counts.num_generated_tokens == len(own.generation.response_ids)
+        assert own.counts.num_draft_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "how", [{"proposer": "lookup"}, {"proposer": "lookup_draft", "draft_temperature": 0.0}]
+)
+def test_where_proposals_are_certain_a_seed_gives_the_text_that_it_gives_alone(how: dict[str, Any]) -> None:
+    alone = SpeculativeDecoder(tables()[0], None, TOY, 0, proposer=None)
+    for seed in range(20):
+        found = SpeculativeDecoder(*tables(), TOY, 3, **how).generate(PROMPT, WARM, 30, seed)
+        own = alone.generate(PROMPT, WARM, 30, seed).generation
+        assert found.generation.response_ids == own.response_ids
+        assert found.generation.logprobs == pytest.approx(own.logprobs)
+        assert found.counts.num_accepted_tokens > 0
+
+
+# --- what is proposed, by whom
+
+
+def test_lookup_goes_before_the_draft_which_then_reads_what_it_missed() -> None:
+    pair = tables()
+    found = SpeculativeDecoder(*pair, TOY, 4, proposer="lookup_draft", num_lookup_tokens=2)
+    result = found.generate(PROMPT, WARM, 60, 3)
+    by = [r.proposer for r in result.rounds]
+    assert set(by) == {"draft", "lookup"}
+    text = [*PROMPT, *result.generation.response_ids]
+    length = len(PROMPT)
+    for r in result.rounds:
+        known = PromptLookup(text[:length]).find(2)
+        assert (r.proposer, r.num_proposed) == (("lookup", len(known)) if known else ("draft", 4))
+        length += len(r.tokens)
+    assert result.accepted.count("lookup") == sum(
+        r.num_accepted for r in result.rounds if r.proposer == "lookup"
+    )
+    assert result.accepted.count("draft") == sum(
+        r.num_accepted for r in result.rounds if r.proposer == "draft"
+    )
+    # The draft reads the prompt and all that stands before its last round; of its own proposals in every
+    # round all but the last, and that too where all were accepted.
+    last = max(place for place, name in enumerate(by) if name == "draft")
+    before = len(PROMPT) + sum(len(r.tokens) for r in result.rounds[:last])
+    kept = sum(min(r.num_accepted, 3) for r in result.rounds[:last] if r.proposer == "draft")
+    assert pair[1].num_read == before - kept + 3 * by.count("draft")
+
+
+def test_a_round_without_a_find_proposes_nothing_where_there_is_no_draft() -> None:
+    result = decoder("lookup").generate([0, 2], WARM, 40, 0)
+    first = result.rounds[0]
+    assert (first.proposer, first.num_proposed, first.num_accepted, len(first.tokens)) == ("", 0, 0, 1)
+    assert result.counts.num_draft_tokens < 3 * result.counts.num_drafts
+    assert decoder("lookup").draft is None
+
+
+# --- ends
+
+
+@pytest.mark.parametrize("kind", [*KINDS, None])
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_a_text_may_fill_the_context_to_its_last_place(kind: ProposerKind | None, sampling: Sampling) -> None:
+    found = decoder(kind, 4, context=30)
+    result = found.generate(PROMPT, sampling, 21, 0)
+    assert len(result.generation.response_ids) == 21
+    with pytest.raises(DataError, match="9 tokens and 22 new ones; the context holds 30"):
+        found.generate(PROMPT, sampling, 22, 0)
+    with pytest.raises(DataError, match="no tokens"):
+        found.generate([], sampling, 4, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_token_among_the_proposals_ends_the_text(kind: ProposerKind) -> None:
+    # Greedy, the target writes 1, 2, 3 and again; of the prompt lookup proposes 4 behind 1, 2, 3.
+    ending = replace(TOY, eos_token_ids=(3,))
+    result = decoder(kind, 3, vocabulary=ending).generate(PROMPT, GREEDY, 12, 0)
+    free = decoder(None).generate(PROMPT, GREEDY, 12, 0).generation.response_ids
+    assert result.generation.response_ids == free[: free.index(3) + 1]
+    assert result.generation.finish_reason == "stop"
+    assert len(result.accepted) == len(result.generation.response_ids)
+    assert result.counts.num_accepted_tokens <= result.counts.num_examined_tokens <= len(result.accepted)
+
+
+@pytest.mark.parametrize(("kind", "sampling"), product(KINDS, [GREEDY, WARM]))
+def test_answers_leave_nothing_behind_and_neither_does_one_that_is_stopped(
+    target: PreTrainedModel, near: PreTrainedModel, kind: ProposerKind, sampling: Sampling
+) -> None:
+    found = SpeculativeDecoder(ReadableModel(target), ReadableModel(near), TINY, 3, proposer=kind)
+
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
+    def answer(count: int) -> None:
+        for seed in range(count):
+            rounds = found.rounds([5, 6, 7, 5, 6], sampling, 8, seed)
+            next(rounds)
+            if seed % 2:
+                assert sum(len(r.tokens) for r in rounds)
+            rounds.close()
+
+    answer(2)
+    before = held()
+    answer(34)
+    assert held() == before
+
+
+def test_impossible_settings_of_a_proposer_are_refused() -> None:
+    target, draft = tables()
+    for given, message in (
+        ((target, None, TOY, 3), "draft: missing"),
+        ((target, draft, TOY, 0), "num_speculative_tokens: 0"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            SpeculativeDecoder(*given, proposer="lookup_draft")
+    with pytest.raises(RecipeError, match="num_lookup_tokens: 0"):
+        SpeculativeDecoder(target, None, TOY, 3, proposer="lookup", num_lookup_tokens=0)
