@@ -146,7 +146,8 @@ class MeasuredShapes:
         note = (
             f"{RUNTIMES[r['name']]} {r['version']} on {r['device']} ({r['device_name']}), "
             f"{r['threads'] or 'auto'} threads; target in {self.target.weights}, {kind}; "
-            f"behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns. Ceiling: the speed-up of a draft that costs nothing and is "
+            f"behind {self.prefix_tokens} tokens, batch 1, medians of {self.repeats} turns. "
+            "Ceiling: the speed-up of a draft that costs nothing and is "
             "always right; what is missing to the number of tokens is the price of verifying."
         )
         times = ["milliseconds", *(f"{1e3 * value:.3g}" for value in seconds.values())]
