@@ -164,6 +164,7 @@ def test_kills_of_the_server_and_of_the_benchmark_leave_no_process_and_the_next_
 ) -> None:
     recipe, kept = recipe_at(tmp_path, repeats=20), dict[str, bytes]()
     below: set[Any] = set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 
     def strike(run: Any, number: int, server: bool) -> None:
         """Once one more unit is finished and a server runs."""
