@@ -117,8 +117,8 @@ class TargetConfig(Config):
     """`target:` — the model that the draft is made for."""
 
     model: str = Field(min_length=1, pattern=r"\S")
-    """A directory, a hub id, a GGUF file (also OWNER/REPO:FILE.gguf of the hub, or package:MODULE/FILE.gguf of
-    an installed Python package), or `shipped:targets/starter`."""
+    """A directory, a hub id, a GGUF file (OWNER/REPO:FILE.gguf of the hub, package:MODULE/FILE.gguf of an
+    installed Python package), or `shipped:targets/starter`."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
