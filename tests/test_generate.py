@@ -21,7 +21,13 @@ from fastdraft.target import Target
 
 
 def call(target: Path, draft: Path, **changes: Any) -> None:
-    settings = {"prompt": "Once upon a time", "chat": False, "num_speculative_tokens": 3, "temperature": 0.0}
+    settings = {
+        "prompt": "Once upon a time",
+        "chat": False,
+        "proposer": "both",
+        "num_speculative_tokens": 3,
+        "temperature": 0.0,
+    }
     settings |= {"top_k": 0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0, "device": "cpu", "color": None}
     settings |= {"compare": False, "console": Console()}
     generate.run(target=str(target), draft=str(draft), **(settings | changes))
@@ -38,13 +44,39 @@ def test_stdout_holds_the_targets_text_and_nothing_else(tiny_target: Path, tiny_
 
 
 def test_accepted_tokens_are_coloured_when_asked_for(tiny_target: Path, capsys) -> None:
-    call(tiny_target, tiny_target, color=True)
-    coloured = capsys.readouterr().out
+    texts: list[str] = []
+    draft, lookup = (color for color, _ in generate.COLORS.values())
     call(tiny_target, tiny_target)
     plain = capsys.readouterr().out
-    assert generate.ACCEPTED in coloured
     assert "\x1b" not in plain
-    assert coloured.replace(generate.ACCEPTED, "").replace(generate.RESET, "") == plain
+    for proposer, used in (
+        ("draft", {draft}),
+        ("lookup", {lookup}),
+        ("both", {draft, lookup}),
+        ("nothing", set()),
+    ):
+        call(
+            tiny_target,
+            tiny_target,
+            color=True,
+            proposer=proposer,
+            prompt="one two one two one two",
+            max_new_tokens=40,
+        )
+        coloured, told = capsys.readouterr()
+        assert {color for color in (draft, lookup) if color in coloured} == used
+        for color in (draft, lookup, generate.RESET):
+            coloured = coloured.replace(color, "")
+        assert len(set(texts := [*texts, coloured])) == 1
+        assert ("of draft (green)" in told, "of lookup (cyan)" in told) == (draft in used, lookup in used)
+        assert "of the target itself" in told
+
+
+def test_without_a_proposer_that_drafts_no_draft_is_needed(tmp_path: Path) -> None:
+    for proposer in ("lookup", "nothing"):
+        assert find_pair(None, "a/b", None, proposer)[1] is None
+    with pytest.raises(RecipeError, match="--draft"):
+        find_pair(None, "a/b", None, "both")
 
 
 @pytest.mark.parametrize("end", ["", "\n"])

@@ -187,6 +187,7 @@ def _generate(
     draft: str | None = Option(None, help="Draft directory, instead of RUN's."),
     prompt: str | None = Option(None, help="Text to continue, or --chat's question; else read from stdin."),
     chat: bool = Option(False, "--chat", help="Use the chat template; without --prompt, a conversation."),
+    proposer: Literal["draft", "lookup", "both", "nothing"] = Option("both", help="What proposes tokens."),
     k: int = Option(3, "--num-speculative-tokens", "-k", min=1, max=64, help="Tokens proposed per round."),
     temperature: float = Option(0.0, min=0, help="0 is greedy."),
     top_k: int = Option(0, min=0, help="0 keeps all."),
@@ -200,12 +201,13 @@ def _generate(
     from fastdraft.commands import generate
     from fastdraft.console import Console
 
-    found_target, found_draft = generate.find_pair(run, target, draft)
+    found_target, found_draft = generate.find_pair(run, target, draft, proposer)
     generate.run(
         target=found_target,
         draft=found_draft,
         prompt=prompt,
         chat=chat,
+        proposer=proposer,
         num_speculative_tokens=k,
         temperature=temperature,
         top_k=top_k,

@@ -1,6 +1,6 @@
 """`fastdraft generate`: the pair at work, text streaming out, with the speed-up measured on the very prompt.
 
-Stdout gets the text alone, the draft's accepted tokens green on a terminal; figures go to stderr.
+Stdout gets the text alone, on a terminal coloured by what proposed each token; figures go to stderr.
 """
 
 from __future__ import annotations
@@ -8,18 +8,16 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
 from fastdraft.console import Console
 from fastdraft.data.chat import ChatTemplate
-from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.cache import ReadableModel
-from fastdraft.decoding.speculative import Round, SpeculativeDecoder
+from fastdraft.decoding.proposers import ProposerKind
+from fastdraft.decoding.speculative import Round, SpeculativeDecoder, proposers
 from fastdraft.decoding.token_stream import TokenStream
 from fastdraft.errors import DataError, FastDraftError, RecipeError
 from fastdraft.functional.acceptance import add_counts
@@ -32,15 +30,26 @@ from fastdraft.recipe.run import TargetConfig
 from fastdraft.stages.context import DRAFT_FOLDERS
 from fastdraft.target import Target
 
-ACCEPTED, RESET = "\x1b[32m", "\x1b[0m"  # green: the draft's; the terminal's own colour: the target's
+# By what proposed a token its colour, and the colour's name; the target's own have the terminal's.
+COLORS = {"draft": ("\x1b[32m", "green"), "lookup": ("\x1b[36m", "cyan")}
+RESET = "\x1b[0m"
+# What --proposer may be; both: lookup, and the draft in rounds for which it finds nothing.
+PROPOSERS: dict[str, ProposerKind | None]
+PROPOSERS = {"draft": "draft", "lookup": "lookup", "both": "lookup_draft", "nothing": None}
 # A run's best draft is its export, else the checkpoint of its latest finished training stage.
 _DRAFTS = ("export/huggingface", *(f"{stage}/{folder}" for stage, folder in reversed(DRAFT_FOLDERS.items())))
 
 
-def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[TargetConfig, str]:
-    """Target, with the run's revision and precision, and the draft's location; what is given by name wins."""
+def find_pair(
+    run: str | None, target: str | None, draft: str | None, proposer: str = "draft"
+) -> tuple[TargetConfig, str | None]:
+    """Target, with the run's revision and precision, and the draft's location; what is given by name wins.
+
+    Without a proposer that drafts no draft is needed.
+    """
+    needed = proposer not in ("lookup", "nothing")
     if run is None:
-        if not (target and draft):
+        if not target or (needed and not draft):
             message = "RUN: missing; a run's folder, or both --target and --draft, must be given"
             raise RecipeError(message, "for example fastdraft generate runs/demo")
         return TargetConfig(model=target), draft
@@ -53,7 +62,7 @@ def find_pair(run: str | None, target: str | None, draft: str | None) -> tuple[T
         raise FastDraftError(message, "give a folder such as runs/demo") from None
     found = (str(folder / name) for name in _DRAFTS if (folder / name / "config.json").is_file())
     draft = draft or next(found, None)
-    if draft is None:
+    if draft is None and needed:
         raise FastDraftError(f"{run}: holds no draft yet", "run `fastdraft run RECIPE` first")
     return config, draft
 
@@ -76,7 +85,7 @@ class _Writer:
     """Everything that an answer needs but its prompt."""
 
     decoder: SpeculativeDecoder
-    target: PreTrainedModel
+    alone: SpeculativeDecoder  # the same target without a proposer
     chat: ChatTemplate
     sampling: Sampling
     max_new_tokens: int
@@ -89,10 +98,9 @@ class _Writer:
         start = time.perf_counter()
         for found in self.decoder.rounds(prompt_ids, self.sampling, self.room(prompt_ids), self.seed):
             rounds.append(found)
-            for place, token in enumerate(found.tokens):
-                text = stream.feed(token)
-                green = text and self.color and place < found.num_accepted
-                sys.stdout.write(f"{ACCEPTED}{text}{RESET}" if green else text)
+            for token, proposer in zip(found.tokens, proposers(found), strict=True):
+                text, (color, _) = stream.feed(token), COLORS.get(proposer, ("", ""))
+                sys.stdout.write(f"{color}{text}{RESET}" if text and self.color and color else text)
             sys.stdout.flush()
         seconds = time.perf_counter() - start
         print(stream.finish(), flush=True)
@@ -106,20 +114,20 @@ class _Writer:
             raise DataError(message, "shorten it, or begin a new conversation")
         return min(context - len(prompt_ids), self.max_new_tokens)
 
-    def alone(self, ids: list[int]) -> tuple[list[int], float]:
-        """What the target writes without the draft, and its seconds, counted as in `answer`."""
-        generator, eos = torch.Generator().manual_seed(self.seed), set(self.decoder.vocabulary.eos_token_ids)
+    def write_alone(self, ids: list[int]) -> tuple[list[int], float]:
+        """What the target writes without a proposer, and its seconds, counted as in `answer`."""
         start = time.perf_counter()
-        found = generate_batch(self.target, [ids], self.sampling, self.room(ids), eos, generator)
-        return found[0].response_ids, time.perf_counter() - start
+        found = self.alone.generate(ids, self.sampling, self.room(ids), self.seed)
+        return found.generation.response_ids, time.perf_counter() - start
 
 
 def run(
     *,
     target: str | TargetConfig,
-    draft: str,
+    draft: str | None,
     prompt: str | None,
     chat: bool,
+    proposer: str,
     num_speculative_tokens: int,
     temperature: float,
     top_k: int,
@@ -133,19 +141,23 @@ def run(
 ) -> None:
     """Writes one answer, to stdin without a `prompt`; or holds a conversation, on a terminal with `chat`."""
     opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
-    where = pick_device(device, "--device")
-    check_same(opened.vocabulary, Target.at(draft).vocabulary, where=draft)
-    model = opened.model(where)
-    loaded = load_draft(Path(draft), where, model.dtype)
-    pair = ReadableModel(model), ReadableModel(loaded)
-    decoder = SpeculativeDecoder(*pair, opened.vocabulary, num_speculative_tokens)
+    where, kind = pick_device(device, "--device"), PROPOSERS[proposer]
+    vocabulary, drafting = opened.vocabulary, None
+    draft = draft if kind in ("draft", "lookup_draft") else None
+    if draft:
+        check_same(vocabulary, Target.at(draft).vocabulary, where=draft)
+    model = ReadableModel(opened.model(where))
+    if draft:
+        drafting = ReadableModel(load_draft(Path(draft), where, model.model.dtype))
+    decoder = SpeculativeDecoder(model, drafting, vocabulary, num_speculative_tokens, proposer=kind)
+    alone = SpeculativeDecoder(model, None, vocabulary, num_speculative_tokens, proposer=None)
     template = ChatTemplate(opened.tokenizer, opened.chat_template_kwargs)
     sampling = Sampling(temperature, top_k, top_p)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal of another code page shows ? instead of failing
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    writer = _Writer(decoder, model, template, sampling, max_new_tokens, seed, color)
+    writer = _Writer(decoder, alone, template, sampling, max_new_tokens, seed, color)
     if chat and prompt is None and sys.stdin.isatty():
         answers = _converse(writer, console)
     else:
@@ -191,19 +203,30 @@ def _converse(writer: _Writer, console: Console) -> list[_Answer]:
 
 
 def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool, console: Console) -> None:
-    """Tokens per target pass of all answers; the measured speed-up on the last."""
-    counts = add_counts(r.counts for answer in answers for r in answer.rounds)
-    k, say, last = writer.decoder.num_speculative_tokens, console.say, answers[-1]
+    """Tokens per target pass of all answers, and who gave them; the measured speed-up on the last."""
+    rounds = [r for answer in answers for r in answer.rounds]
+    counts, k, say, last = (
+        add_counts(r.counts for r in rounds),
+        writer.decoder.most_proposed,
+        console.say,
+        answers[-1],
+    )
     rate = counts.num_generated_tokens / max(sum(answer.seconds for answer in answers), 1e-9)
     passes = f"{counts.num_generated_tokens:.0f} tokens in {counts.num_drafts:.0f} target passes"
     say(f"{passes}: {counts.block_efficiency:.2f} tokens per pass, {rate:.0f} tokens/s")
-    proposals = f"{counts.num_accepted_tokens:.0f} of {counts.num_draft_tokens:.0f} proposals"
-    say(f"acceptance rate {counts.acceptance_rate:.3f} at K = {k} ({proposals})")
-    if not compare:
+    by = Counter(name for r in rounds for name in proposers(r))
+    used = {"draft": writer.decoder.drafts, "lookup": writer.decoder.looks_up}
+    kinds = [name for name in COLORS if used[name]]
+    shown = [f"{by[name]} of {name}{f' ({COLORS[name][1]})' if writer.color else ''}" for name in kinds]
+    say(f"tokens: {', '.join([*shown, f'{by[str()]} of the target itself'])}")
+    if counts.num_draft_tokens:
+        proposals = f"{counts.num_accepted_tokens:.0f} of {counts.num_draft_tokens:.0f} proposals"
+        say(f"acceptance rate {counts.acceptance_rate:.3f} at K = {k} ({proposals})")
+    if not compare or not kinds:
         return
-    alone_ids, alone_seconds = writer.alone(last.prompt_ids)
+    alone_ids, alone_seconds = writer.write_alone(last.prompt_ids)
     with_draft, without = last.seconds / max(1, len(last.token_ids)), alone_seconds / max(1, len(alone_ids))
-    verdict = "" if without > with_draft else "; a draft does not pay for this pair on this device"
+    verdict = "" if without > with_draft else "; proposing does not pay for this target on this device"
     change = f"{1000 * without:.1f} -> {1000 * with_draft:.1f} ms a token"
     say(f"speed-up against the target alone: {without / with_draft:.2f}x ({change}){verdict}")
     if writer.sampling.temperature == 0:
