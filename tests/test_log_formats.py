@@ -50,6 +50,8 @@ EQUAL: dict[str, dict[str, Any]] = {
     "a text that is JSON": {"messages": json.dumps([USER, ANSWER])},
 }
 
+GOOD = {"messages": [USER], "choices": [CHOICE]}
+
 LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
     "thinking in a choice": ({"messages": [USER], "choices": [{**CHOICE, "message": THOUGHT}]}, "thinking"),
     "thinking in the last message": ({"messages": [USER, THOUGHT]}, "thinking"),
@@ -62,6 +64,11 @@ LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
         },
         "media",
     ),
+    "settings of thinking": ({**GOOD, "thinking": {"type": "disabled"}}, "unsupported_thinking"),
+    "two names nobody knows": (
+        {"messages": [USER, {**ANSWER, "role": "alice"}, USER, {**ANSWER, "role": "bob"}]},
+        "unknown_role",
+    ),
     "a call that failed": ({"messages": [USER], "response": None}, "no_answer"),
     "an answer begun for the target": (
         {"messages": [USER, {"role": "assistant", "content": "A"}], "choices": [CHOICE]},
@@ -69,14 +76,14 @@ LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 
-GOOD = {"messages": [USER], "choices": [CHOICE]}
-
 
 @pytest.fixture
 def read(tmp_path: Path, tiny_target: Path) -> Any:
     target = Target.at(tiny_target)
 
-    def of(*lines: dict[str, Any]) -> Any:
+    def of(*lines: dict[str, Any], template: str = "") -> Any:
+        if template:
+            target.tokenizer.chat_template = template
         path = tmp_path / "log.jsonl"
         path.write_text("".join(json.dumps({"temperature": 0, **line}) + "\n" for line in lines))
         config = TranscriptPrompts(kind="transcripts", name="log", path=str(path), logprobs="none")
@@ -99,6 +106,29 @@ def read(tmp_path: Path, tiny_target: Path) -> Any:
 def test_the_same_talk_is_read_from_every_program(name: str, read: Any) -> None:
     wanted = f"<|user|>\n{ASK}<|end|>\n<|assistant|>\n", f"{SAID}<|end|>"
     assert read(EQUAL[name]) == ([wanted], {})
+
+
+OPENS = "{{ messages[0].content }}<think>{{ '</think>' if enable_thinking is false }}"
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "kept", "refused"),
+    [
+        ({}, SAID, [], {"thinking": 1}),
+        ({}, f"hm</think>{SAID}", [(f"{ASK}<think>", f"hm</think>{SAID}<|end|>")], {}),
+        (
+            {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+            SAID,
+            [(f"{ASK}<think></think>", f"{SAID}<|end|>")],
+            {},
+        ),
+    ],
+)
+def test_an_answer_stands_behind_the_thinking_that_its_template_began(
+    line: dict[str, Any], said: str, kept: list[Any], refused: dict[str, int], read: Any
+) -> None:
+    answer = {**CHOICE, "message": {**ANSWER, "content": said}}
+    assert read({**GOOD, **line, "choices": [answer]}, template=OPENS) == (kept, refused)
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

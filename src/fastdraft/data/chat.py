@@ -25,6 +25,7 @@ Messages = Sequence[Mapping[str, str]]
 # Marks between which models think, as templates write them; others are found among a tokenizer's tokens.
 THINKING = [(f"<{w}>", f"</{w}>") for w in ("think", "thinking", "thought", "reasoning", "seed:think")]
 THINKING.append(("[THINK]", "[/THINK]"))
+_LONGEST_OPENING = 16  # tokens that a template may write behind the mark
 # How a list of parts looks where a template writes it out instead of its text.
 _WRITTEN_OUT = re.compile(r"""['"]type['"]: ?['"]text['"]""")
 _THINKS, _BEGINS = re.compile("think|thought|reason"), re.compile("start|begin|open")
@@ -232,6 +233,13 @@ class ChatTemplate:
         """From the thinking mark that the template itself writes where an answer begins: answers lack it."""
         tail = self._around_user_words()[1]
         return next((tail[tail.rindex(marks[0]) :] for marks in self.thinking if _is_open(tail, *marks)), "")
+
+    def lacks_thinking(self, prompt_ids: Sequence[int], answer: str) -> bool:
+        """The prompt ends inside thinking that the answer does not end, as where a server cut it off."""
+        plain: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        asked = str(self.tokenizer.decode(list(prompt_ids)[-_LONGEST_OPENING:], **plain))
+        opened = next((marks for marks in self.thinking if _is_open(asked, *marks)), None)
+        return opened is not None and opened[1] not in answer
 
     def answer(self, generation: Generation) -> str | None:
         """What the target said, for later turns; None where none can follow: empty, or still thinking."""

@@ -23,11 +23,14 @@ _NO_ANSWER = ("failed", "cancelled", "errored", "canceled", "expired")
 
 
 def asked(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The request's keys, those beside it and Ollama's `options` in one; `messages` as they were written."""
+    """The request's keys, those beside it, Ollama's `options` and the `extra_body` of OpenAI's client in one;
+    `messages` as they were written.
+    """
     inner = _mapping(*(row.get(key) for key in ("request", "body", "params")))
     options = _mapping(inner.get("options"), row.get("options"))
+    extra = _mapping(inner.get("extra_body"), row.get("extra_body"))
     # Arrow writes nulls for whatever other rows have.
-    told = {k: v for part in (row, inner, options) for k, v in part.items() if v is not None}
+    told = {k: v for part in (row, inner, options, extra) for k, v in part.items() if v is not None}
     # Ollama's /api/generate puts the prompt into the template, unless it is called raw.
     is_generate = "response" in _mapping(row.get("response")) and not told.get("raw")
     messages = _messages(told, is_generate=is_generate)
@@ -70,6 +73,8 @@ def template_arguments(told: Mapping[str, Any]) -> dict[str, Any] | str:
     messages, think = told.get("messages"), told.get("think")
     if key := next((key for key in _UNSUPPORTED if told.get(key) and told[key] is not messages), ""):
         return key
+    if isinstance(told.get("thinking"), dict):  # servers tell their templates in words of their own
+        return "thinking"
     arguments, tools = told.get("chat_template_kwargs", {}), told.get("tools", [])
     if not isinstance(arguments, dict) or {"chat_template", "tokenize"} & arguments.keys():
         return "chat_template_kwargs"

@@ -59,7 +59,7 @@ class LogEntry:
     arguments: dict[str, Any] = field(default_factory=dict)  # of the request, for the chat template
     bent: bool = False  # the request bent the distribution by other means than temperature, top-k and top-p
     refused: str = ""  # why it is of no use
-    names: frozenset[str] = frozenset()  # of roles that nobody knows, taken as the assistant's
+    names: frozenset[str] = frozenset()  # of roles that nobody knows, taken as the assistant's; or refused
 
     @property
     def texts(self) -> list[str]:
@@ -150,11 +150,12 @@ def read_transcripts(
     ends: Any = vocabulary.eos_token_ids
     kinds: Any = ("none", config.logprobs)
     readers = {kind: AnswerReader(chat.tokenizer, ends, vocabulary.size, kind) for kind in kinds}
-    refused, names = Counter(dict.fromkeys(_REASONS, 0)), Counter[str]()
+    refused = Counter(dict.fromkeys(_REASONS, 0))
+    names, strangers = Counter[str](), Counter[str]()
     rows: list[Transcript] = []
     for entry in read_entries(config):
         reason, prompt, key = entry.refused, list[int](), ""
-        names.update(entry.names)
+        (strangers if reason == "unknown_role" else names).update(entry.names)
         if not reason and any(map(is_evaluation, filter(None, entry.texts))):
             reason = "evaluation"
         if not reason:
@@ -169,7 +170,7 @@ def read_transcripts(
             refused[reason] += len(entry.choices) or 1
             continue
         reader = readers["none" if entry.bent else config.logprobs]
-        answers = [_generation(reader, prompt, choice, entry) for choice in entry.choices]
+        answers = [_generation(chat, reader, prompt, choice, entry) for choice in entry.choices]
         rows += [Transcript(answer, entry.sampling, key) for answer in answers]
     if not rows:
         told = tell_counts(refused) or "no answer"
@@ -179,11 +180,16 @@ def read_transcripts(
     order = list(range(len(rows)))
     random.Random(f"{seed}/{config.name}").shuffle(order)
     chosen = order[: config.count]
-    note = f"roles taken as the assistant's: {tell_counts(names)}" if names else ""
-    return Transcripts([rows[place] for place in (chosen if shuffled else sorted(chosen))], refused, note)
+    notes = [f"roles taken as the assistant's: {tell_counts(names)}"] if names else []
+    notes += [f"unknown_role: {tell_counts(strangers)}"] if strangers else []
+    return Transcripts(
+        [rows[place] for place in (chosen if shuffled else sorted(chosen))], refused, "; ".join(notes)
+    )
 
 
-def _generation(reader: AnswerReader, prompt: Sequence[int], choice: Choice, entry: LogEntry) -> Generation:
+def _generation(
+    chat: ChatTemplate, reader: AnswerReader, prompt: Sequence[int], choice: Choice, entry: LogEntry
+) -> Generation:
     """The logged prompt ids count where there are any: they are what the target read."""
     prompt = list(choice.prompt_ids or prompt)
     if any(not 0 <= token_id < reader.vocabulary_size for token_id in prompt):
@@ -192,6 +198,12 @@ def _generation(reader: AnswerReader, prompt: Sequence[int], choice: Choice, ent
         return Generation.failed(prompt, "prompt_read_otherwise")
     if choice.logprobs and any(map(math.isnan, choice.logprobs)):
         return Generation.failed(prompt, "not_finite")
+    if (
+        choice.token_ids is None
+        and choice.num_tokens is None
+        and chat.lacks_thinking(prompt, choice.text or "")
+    ):
+        return Generation.failed(prompt, "thinking")
     return reader.generation(prompt, choice, entry.sampling)
 
 
@@ -219,7 +231,7 @@ def _entry(where: str, row: Mapping[str, Any], config: TranscriptLog) -> LogEntr
     listed = isinstance(told.get("messages"), list | dict)
     messages = read_messages(told["messages"], where) if listed else None
     if isinstance(messages, str):
-        return LogEntry(None, refused="unknown_role")
+        return LogEntry(None, refused="unknown_role", names=frozenset([messages]))
     is_talk = any(map(told.get, TALKS))
     names = frozenset(message.name for message in messages or () if message.name)
     choices = _choices(where, row, told, chat=messages is not None)
