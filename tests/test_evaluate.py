@@ -18,7 +18,7 @@ from fastdraft.data.rows import SyntheticRow, unit_name, write_rows
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.errors import DataError, FastDraftError, Interrupted, TargetError
 from fastdraft.evaluation import work
-from fastdraft.evaluation.results import EvaluationResults, ResultRow
+from fastdraft.evaluation.results import EvaluationResults, LookupRow, ResultRow
 from fastdraft.evaluation.rows import next_token_judge
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.same_text import compare_texts
@@ -112,8 +112,9 @@ def test_rates_in_a_row_follow_from_its_counts(finished) -> None:
 def test_lookup_is_counted_on_the_very_texts_alone_and_before_each_draft(finished) -> None:
     results = finished[2]
     drafts = {(r.checkpoint, *place(r)): r for r in results.select(method="replay")}
-    alone = {place(row): row for row in results.lookup if row.checkpoint is None}
-    both = [row for row in results.lookup if row.checkpoint]
+    replayed = [row for row in results.lookup if row.method == "replay"]
+    alone = {place(row): row for row in replayed if row.checkpoint is None}
+    both = [row for row in replayed if row.checkpoint]
     assert {(row.checkpoint, *place(row)) for row in both} == set(drafts)
     assert set(alone) == {key[1:] for key in drafts}
     assert any(row.num_lookups for row in both)
@@ -152,6 +153,15 @@ def test_exact_and_replay_agree_on_greedy_text(finished) -> None:
     names = [field.name for field in fields(ResultRow) if field.name.startswith("num_")]
     found, replayed = ([[getattr(row, name) for name in names] for row in rows[method]] for method in rows)
     assert found == replayed
+    results = EvaluationResults.from_json(read_json(agree.folder("evaluate").path / "results.json"))
+    lookups: dict[Any, Any] = {"exact": {}, "replay": {}}
+    for row in results.lookup:
+        counts = [getattr(row, f.name) for f in fields(LookupRow) if f.name.startswith("num_")]
+        lookups[row.method][row.proposer, *place(row)] = counts
+    greedy = {key: counts for key, counts in lookups["exact"].items() if key[2] == 0}
+    assert len(greedy) == 2 * len(rows["exact"])
+    for key, counts in greedy.items():
+        assert counts == lookups["replay"][key]
 
 
 def test_greedy_exact_text_is_checked_against_the_targets_own(finished) -> None:

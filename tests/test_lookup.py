@@ -24,29 +24,30 @@ def searched(known: list[int], k: int) -> list[int]:
 
 def walked(
     prompt: list[int], response: list[int], k: int, draft: list[float] | None = None
-) -> tuple[int, int, int, int, int]:
-    """Rounds, those with a find, proposed, accepted and examined tokens, round by round."""
-    at = rounds = finds = proposed = accepted = examined = 0
+) -> tuple[int, ...]:
+    """Rounds, those with a find, what the draft reads late, proposed, accepted and examined tokens."""
+    at = rounds = finds = proposed = accepted = examined = late = waiting = 0
     while at < len(response):
         proposal, own = searched(prompt + response[:at], k), response[at : at + k]
         right = [a == b for a, b in zip(proposal, own, strict=False)]
         finds += bool(proposal)
-        if draft is not None and not proposal:
+        if drafted := draft is not None and not proposal:
             proposal, right = own, [chance == 1 for chance in draft[at : at + k]]
-            proposed += k
+            proposed, late, waiting = proposed + k, late + waiting, 0
         else:
             proposed += len(proposal)
         taken = next((j for j, same in enumerate(right) if not same), len(right))
         accepted, examined = accepted + taken, examined + min(taken + 1, len(right))
+        waiting += (taken + 1) * (draft is not None and not drafted)
         rounds, at = rounds + 1, at + taken + 1
-    return rounds, finds, proposed, accepted, examined
+    return rounds, finds, late, proposed, accepted, examined
 
 
-def told(line: np.ndarray, k: int) -> tuple[int, int, int, int, int]:
+def told(line: np.ndarray, k: int) -> tuple[int, ...]:
     counts = counts_from_array(line[: TOTALS + k])
     assert sum(counts.num_accepted_tokens_per_pos) == counts.num_accepted_tokens
     figures = counts.num_draft_tokens, counts.num_accepted_tokens, counts.num_examined_tokens
-    return counts.num_drafts, line[-1], *figures  # type: ignore[return-value]
+    return counts.num_drafts, line[-1], line[-2], *figures  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +100,11 @@ def test_where_nothing_repeats_both_are_the_draft_and_lookup_is_nothing() -> Non
     response, accept = list(range(50)), np.linspace(0.2, 0.9, 50)
     found = [look_up([], response, 3)]
     both, (draft,) = lookup_counts(found, [3], [accept])[0, 0], batched_expected_counts([accept], [3])
-    counts = counts_from_array(both[:-1])
+    counts = counts_from_array(both[:-2])
     assert (counts.num_drafts, counts.num_accepted_tokens) == pytest.approx(
         (draft[3].num_drafts, draft[3].num_accepted_tokens)
     )
-    assert counts_from_array(lookup_counts(found, [3])[0, 0, :-1]).num_drafts == 50
+    assert counts_from_array(lookup_counts(found, [3])[0, 0, :-2]).num_drafts == 50
 
 
 def test_a_draft_that_is_accepted_by_chance_is_weighed_where_lookup_finds_nothing() -> None:
@@ -115,5 +116,5 @@ def test_a_draft_that_is_accepted_by_chance_is_weighed_where_lookup_finds_nothin
     for place in range(5):
         chances[place + 1 : place + 4] += chances[place] * np.array([0.5, 0.25, 0.25])
     both = lookup_counts(found, [2], [accept])[0, 0]
-    assert counts_from_array(both[:-1]).num_drafts == pytest.approx(chances[:6].sum())
+    assert counts_from_array(both[:-2]).num_drafts == pytest.approx(chances[:6].sum())
     assert both[-1] == pytest.approx(chances[5])

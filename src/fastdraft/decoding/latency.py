@@ -27,6 +27,7 @@ class Latency(JsonRow):
     device: str
     draft_dtype: str
     target_dtype: str
+    draft_seconds_more: float = 0.0  # what each token more, read in the same pass of the draft, adds
 
     @property
     def cost_ratio(self) -> float:
@@ -42,7 +43,8 @@ def measure_latency(
     prefix_tokens: int = 128,
     repeats: int = 15,
 ) -> Latency:
-    """Times single passes: the draft over one token, the target over one and over each of `widths` at once.
+    """Times single passes: the draft over one token and over the largest of `widths`, the target over one and
+    over each of `widths` at once.
 
     `prefix_tokens` stand in the cache before each pass, fewer in a short context; two turns warm up.
     """
@@ -52,21 +54,24 @@ def measure_latency(
     readers = [ModelReader(m, prefix + widths[-1]) for m in (target, draft)]
     for reader in readers:
         reader.read(_any_ids(reader, prefix))
-    jobs = [(readers[1], 1), *((readers[0], width) for width in widths)]
+    # The draft needs logits behind its last token alone, the target behind all.
+    jobs = [(readers[1], 1, 1), (readers[1], widths[-1], 1)]
+    jobs += [(readers[0], width, width) for width in widths]
     # In turns: a slow spell of the machine hits all.
     seconds = [[_one_pass(*job, prefix) for job in jobs] for _ in range(repeats + 2)][2:]
-    draft_seconds, *by_width = map(statistics.median, zip(*seconds, strict=True))
+    draft_seconds, draft_wide, *by_width = map(statistics.median, zip(*seconds, strict=True))
     target_dtype, draft_dtype = (str(m.dtype).removeprefix("torch.") for m in (target, draft))
     target_seconds = dict(zip(widths, by_width, strict=True))
-    return Latency(draft_seconds, target_seconds, prefix, str(target.device), draft_dtype, target_dtype)
+    more = max(0.0, draft_wide - draft_seconds) / max(1, widths[-1] - 1)
+    return Latency(draft_seconds, target_seconds, prefix, str(target.device), draft_dtype, target_dtype, more)
 
 
-def _one_pass(reader: ModelReader, width: int, prefix: int) -> float:
+def _one_pass(reader: ModelReader, width: int, keep: int, prefix: int) -> float:
     ids_T = _any_ids(reader, width)
     if reader.model.device.type != "cpu":
         torch.accelerator.synchronize(reader.model.device)
     start = time.perf_counter()
-    reader.read(ids_T, keep=width).argmax(-1).tolist()
+    reader.read(ids_T, keep=keep).argmax(-1).tolist()
     seconds = time.perf_counter() - start
     reader.take_back(prefix)
     return seconds

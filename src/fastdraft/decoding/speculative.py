@@ -73,6 +73,13 @@ class SpeculativeResult:
         """For each response token, what proposed it, draft or lookup; empty for the target's own."""
         return [by for r in self.rounds for by in proposers(r)]
 
+    @property
+    def num_caught_up(self) -> int:
+        """Tokens of lookup's rounds that the draft reads in the first pass of a later round of its own."""
+        drafted = [place for place, r in enumerate(self.rounds) if r.proposer == "draft"]
+        before = self.rounds[: drafted[-1]] if drafted else []
+        return sum(len(r.tokens) for r in before if r.proposer != "draft")
+
 
 def proposers(found: Round) -> list[str]:
     """For each token of a round, what proposed it, draft or lookup; empty for the target's own."""

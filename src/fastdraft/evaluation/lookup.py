@@ -1,4 +1,4 @@
-"""`lookup` of `results.json`: prompt lookup over the texts on which drafts are measured."""
+"""`lookup` of `results.json`: prompt lookup over the texts on which drafts are measured, and for real."""
 
 from __future__ import annotations
 
@@ -6,44 +6,54 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.evaluation.results import LookupRow
 from fastdraft.evaluation.rows import CostRatios, count_fields, interval_fields, prompt_groups
-from fastdraft.evaluation.work import EvaluationWork, Replayed, looked_up
+from fastdraft.evaluation.work import EvaluationWork, ExactRuns, Replayed, Setting, looked_up
 from fastdraft.forecast import mbsu, predicted_speedup
 from fastdraft.functional import acceptance as columns
 from fastdraft.functional.acceptance import Floats, counts_from_array, tidy, tidy_count
 from fastdraft.functional.intervals import Groups, num_groups
 from fastdraft.functional.lookup import lookup_counts
 
+# Where a row is: the checkpoint, None for lookup alone; the task, method, temperature and K.
+_Place = tuple[str | None, str, str, float, int]
+
 
 def lookup_rows(
-    work: EvaluationWork, replayed: Mapping[tuple[str, str, float], Replayed], costs: CostRatios
+    work: EvaluationWork,
+    replayed: Mapping[tuple[str, str, float], Replayed],
+    exact: Mapping[ProposerKind, Mapping[Setting, ExactRuns]],
+    costs: CostRatios,
 ) -> list[LookupRow]:
-    """Of every task, temperature and K: lookup alone, then each checkpoint behind it."""
+    """Of every task, temperature and K: lookup alone, each checkpoint behind it, then the exact runs."""
     ks, groups = work.config.num_speculative_tokens, prompt_groups(work)
-    tables: dict[tuple[str | None, str, float], Floats] = {
+    found: dict[tuple[str | None, str, float], Floats] = {
         (None, *place): lookup_counts(looked_up(texts, ks), ks) for place, texts in work.texts.items()
     }
-    tables |= {place: found.behind_lookup for place, found in replayed.items()}
-    return [
-        _row(checkpoint, task, t, k, table, costs, work.seed, groups[task, t])
-        for (checkpoint, task, t), by_k in tables.items()
+    found |= {place: each.behind_lookup for place, each in replayed.items()}
+    tables: dict[_Place, Floats] = {
+        (checkpoint, task, "replay", t, k): table
+        for (checkpoint, task, t), by_k in found.items()
         for k, table in zip(ks, by_k, strict=True)
+    }
+    for kind, by_setting in exact.items():
+        for s, runs in by_setting.items():
+            more = np.array([runs.num_caught_up, runs.num_lookups], dtype=np.float64).T
+            place = None if kind == "lookup" else s.checkpoint, s.task, s.method, s.temperature
+            table = np.concatenate([np.array(runs.counts, dtype=np.float64), more], axis=1)
+            tables[*place, s.num_speculative_tokens] = table
+    return [
+        _row(place, table, costs, work.seed, groups[place[1], place[3]][: len(table)])
+        for place, table in tables.items()
     ]
 
 
-def _row(
-    checkpoint: str | None,
-    task: str,
-    temperature: float,
-    k: int,
-    table: Floats,
-    costs: CostRatios,
-    seed: int,
-    groups: Groups,
-) -> LookupRow:
+def _row(place: _Place, table: Floats, costs: CostRatios, seed: int, groups: Groups) -> LookupRow:
+    checkpoint, task, method, temperature, k = place
     total = table.sum(0)
-    counts, lookups = counts_from_array(total[: columns.TOTALS + k]), float(total[-1])
+    counts = counts_from_array(total[: columns.TOTALS + k])
+    caught_up, lookups = float(total[-2]), float(total[-1])
     tau, latency = counts.block_efficiency, costs.latency
     finds = lookups / counts.num_drafts if counts.num_drafts else float("nan")
     # Looking up costs nothing beside a pass: only rounds without a find pay for the draft.
@@ -52,6 +62,8 @@ def _row(
     if latency and k + 1 in (seconds := latency.target_seconds):
         # Lookup alone reads a single token where it finds nothing.
         wide = seconds[k + 1] if checkpoint else float(np.interp(finds, (0, 1), (seconds[1], seconds[k + 1])))
+        # The draft's first pass behind lookup reads more than one token, each at what a wider pass adds.
+        wide += caught_up / counts.num_drafts * latency.draft_seconds_more if counts.num_drafts else 0.0
         wall = tidy(predicted_speedup(tau, drafted, latency.draft_seconds, seconds[1], wide))
     return LookupRow(
         proposer="lookup_draft" if checkpoint else "lookup",
@@ -64,6 +76,8 @@ def _row(
         **count_fields(counts),
         num_accepted_tokens_per_pos=[tidy_count(value) for value in counts.num_accepted_tokens_per_pos],
         num_lookups=tidy_count(lookups),
+        method=method,
+        num_caught_up_tokens=tidy_count(caught_up) if checkpoint else None,
         **interval_fields("acceptance_rate", table, columns.ACCEPTED, columns.PROPOSED, seed, groups),
         **interval_fields("block_efficiency", table, columns.GENERATED, columns.DRAFTS, seed, groups),
         mbsu_parameters=tidy(mbsu(tau, drafted, costs.parameters)),

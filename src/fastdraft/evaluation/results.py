@@ -111,6 +111,9 @@ class LookupRow(Rated, JsonRow):
     mbsu_bytes: float | None
     mbsu_latency: float | None = None
     predicted_speedup: float | None = None
+    method: str = "replay"  # or `exact`
+    # Tokens that lookup's rounds wrote and a later round of the draft read in its first pass.
+    num_caught_up_tokens: Number | None = None
 
 
 ProposedRow = ResultRow | LookupRow
@@ -318,7 +321,7 @@ class EvaluationResults(JsonRow):
             return self.against_k(final, task, temperature)
         wanted = (proposer, task, temperature)
         found = [row for row in self.lookup if (row.proposer, row.task, row.temperature) == wanted]
-        mine = [row for row in found if row.checkpoint in (None, final)]
+        mine = [row for row in found if row.checkpoint in (None, final) and row.method == "replay"]
         return sorted(mine, key=lambda row: row.num_speculative_tokens)
 
     @property

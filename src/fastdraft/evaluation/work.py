@@ -25,6 +25,7 @@ from fastdraft.data.rows import SyntheticRow, read_rows, write_rows
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.latency import Latency, measure_latency
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
 from fastdraft.errors import DataError, TargetError
@@ -71,6 +72,9 @@ class ExactRuns:
     target_ids: list[list[int]] = field(
         default_factory=list
     )  # greedy, where an engine wrote the tasks' texts
+    # For each prompt the rounds of lookup, and the tokens that the draft read only after them.
+    num_lookups: list[int] = field(default_factory=list)
+    num_caught_up: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -184,35 +188,48 @@ class EvaluationWork:
         ks, temperature = self.config.num_speculative_tokens, self.config.draft_temperature
         return replay_texts(draft(), rows, ks, self.vocabulary, temperature, self._advance)
 
-    def exact(self, name: str, draft: LoadModel) -> dict[Setting, ExactRuns]:
-        """Real speculative decoding of the first prompts of each task with one draft."""
+    def exact(
+        self, name: str, draft: LoadModel, proposer: ProposerKind = "draft"
+    ) -> dict[Setting, ExactRuns]:
+        """Real speculative decoding of the first prompts of each task with one draft, lookup or both."""
         exact, jobs, places = self.config.exact, {}, []
         wanted = exact.num_speculative_tokens if self.target is not None and exact.prompts else []
         for task, t, k in ((*setting, k) for setting in self.settings for k in wanted):
             prompts = task.prompt_ids[: exact.prompts]
-            make = partial(self._exact, task, prompts, t, k, draft)
-            jobs[f"exact/{task.name}-{t:g}-k{k}.json"] = len(prompts), make
+            make = partial(self._exact, task, prompts, t, k, draft, proposer)
+            kind = "" if proposer == "draft" else f"-{proposer}"
+            jobs[f"exact/{task.name}-{t:g}-k{k}{kind}.json"] = len(prompts), make
             places.append(Setting(name, task.name, "exact", t, k))
-        found = self._keep_all("exact runs", "texts", jobs, read=lambda path: ExactRuns(**read_json(path)))
+        title = f"exact runs, {proposer}"
+        found = self._keep_all(title, "texts", jobs, read=lambda path: ExactRuns(**read_json(path)))
         return dict(zip(places, found, strict=True))
 
     def _exact(
-        self, task: EncodedTask, prompts: list[list[int]], temperature: float, k: int, draft: LoadModel
+        self,
+        task: EncodedTask,
+        prompts: list[list[int]],
+        temperature: float,
+        k: int,
+        draft: LoadModel,
+        proposer: ProposerKind,
     ) -> dict[str, Any]:
         assert self.target is not None
         pair = ReadableModel(self.target), ReadableModel(draft())
-        decoder = SpeculativeDecoder(*pair, self.vocabulary, k, self.config.draft_temperature)
+        own = self.config.draft_temperature
+        decoder = SpeculativeDecoder(*pair, self.vocabulary, k, own, proposer=proposer)
         seed, sampling = derive_seed(self.seed, task.name, temperature, k), self.sampling(temperature)
         runs = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, self._advance)
-        own: list[Generation] = []
+        alone: list[Generation] = []
         if self.by_engine and temperature == 0:  # another runtime and precision breaks ties another way
             ends, unused = frozenset(self.vocabulary.eos_token_ids), torch.Generator()
-            own = generate_batch(self.target, prompts, sampling, task.max_new_tokens, ends, unused)
+            alone = generate_batch(self.target, prompts, sampling, task.max_new_tokens, ends, unused)
         return {
-            "target_ids": [each.response_ids for each in own],
+            "target_ids": [each.response_ids for each in alone],
             "counts": counts_table([run.counts for run in runs]).tolist(),
             "response_ids": [run.generation.response_ids for run in runs],
             "accepted": [run.accepted for run in runs],
+            "num_lookups": [sum(r.proposer == "lookup" for r in run.rounds) for run in runs],
+            "num_caught_up": [run.num_caught_up for run in runs],
         }
 
     def latency(self, draft: LoadModel) -> Latency | None:

@@ -78,10 +78,11 @@ def lookup_counts(
 ) -> Floats:
     """Counts of lookup alone, or, given a draft's `accepts`, of lookup and the draft where it finds nothing.
 
-    [K, texts, columns of `counts_to_array` at the largest K and, last, the rounds in which lookup proposes].
+    [K, texts, columns of `counts_to_array` at the largest K, then the tokens of lookup's rounds that a later
+    round of the draft has to read, and the rounds in which lookup proposes].
     """
     top = max(num_speculative_tokens)
-    counts = np.zeros((len(num_speculative_tokens), len(found), TOTALS + top + 1))
+    counts = np.zeros((len(num_speculative_tokens), len(found), TOTALS + top + 2))
     for chosen in neighbours([len(each.right) for each in found], _TOGETHER):
         lengths = np.array([len(found[i].right) for i in chosen])
         longest = int(lengths.max())
@@ -98,5 +99,24 @@ def lookup_counts(
                 runs_BTK = np.where(finds_BT[:, :, None], runs_BTK, drafted_BTK[:, :, :k])
             visit_BT = round_starts(runs_BTK, lengths)
             table[chosen, : TOTALS + k] = rounds_table(runs_BTK, visit_BT, lengths, widths_BT)
-            table[chosen, -1] = (visit_BT * finds_BT).sum(1)
+            looked_BT = visit_BT * finds_BT
+            table[chosen, -1] = looked_BT.sum(1)
+            if accepts is not None:
+                written_BT = np.minimum(right_BT, k).astype(np.int64) + 1
+                table[chosen, -2] = (looked_BT * _read_later(finds_BT, written_BT, lengths)).sum(1)
     return counts
+
+
+def _read_later(
+    finds_BT: NDArray[np.bool_], written_BT: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """What a round of lookup writes where a round of the draft follows it sooner or later, else 0; [B, T]."""
+    batch, longest = finds_BT.shape
+    drafts_BT = np.zeros((batch, longest + int(written_BT.max(initial=0)) + 1), dtype=bool)
+    rows_B = np.arange(batch)
+    for place in reversed(range(longest)):
+        # After lookup the next round's place is known, given the text.
+        behind_B = drafts_BT[rows_B, place + written_BT[:, place]]
+        drafts_BT[:, place] = np.where(finds_BT[:, place], behind_B, place < lengths)
+    follows_BT = np.take_along_axis(drafts_BT, np.arange(longest) + written_BT, axis=1)
+    return np.where(follows_BT, written_BT, 0)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fastdraft.data.contamination import search_training_text
 from fastdraft.data.logs import describe
 from fastdraft.data.rows import read_all
+from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import Halving
 from fastdraft.evaluation.lookup import lookup_rows
@@ -113,7 +114,10 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         n: cache(partial(load_draft, Path(draft.location), device, dtype)) for n, draft in drafts.items()
     }
     replayed, final = work.replay(loaders), drafts[names[-1]]
-    exact, latency = work.exact(names[-1], loaders[names[-1]]), work.latency(loaders[names[-1]])
+    exact = work.exact(names[-1], loaders[names[-1]])
+    both: tuple[ProposerKind, ...] = ("lookup", "lookup_draft")
+    with_lookup = {kind: work.exact(names[-1], loaders[names[-1]], kind) for kind in both}
+    latency = work.latency(loaders[names[-1]])
     costs = CostRatios(
         final.architecture.parameters / target.architecture.parameters,
         # At equal precision.
@@ -129,7 +133,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         latency=latency,
         **findings(work, replayed, exact, costs, context_length),
         contamination=None if given else _contamination(config, context),
-        lookup=lookup_rows(work, replayed, costs),
+        lookup=lookup_rows(work, replayed, with_lookup, costs),
         texts=ReplayedTexts(kind=_texts_kind(config, writer), left_out=dict(given.left_out) if given else {}),
     )
     written = results.to_json()
