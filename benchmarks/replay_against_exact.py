@@ -43,10 +43,8 @@ def row_of(text: Generation, sampling: Sampling) -> Any:
 
 def exact(pair: Pair, k: int, sampling: Sampling) -> tuple[list[SpeculativeResult], float]:
     """Real runs of all prompts, and their seconds."""
-    decoder, room = (
-        SpeculativeDecoder(ReadableModel(pair.target), ReadableModel(pair.draft), pair.vocabulary, k),
-        pair.given.max_new_tokens,
-    )
+    both, room = (ReadableModel(pair.target), ReadableModel(pair.draft)), pair.given.max_new_tokens
+    decoder = SpeculativeDecoder(*both, pair.vocabulary, k)
     start = time.perf_counter()
     results = [decoder.generate(p, sampling, room, seed) for seed, p in enumerate(pair.prompts)]
     return results, time.perf_counter() - start
