@@ -195,6 +195,9 @@ def _generate(
     max_new_tokens: int = Option(256, min=1, help="Length at which an answer is cut."),
     seed: int = Option(0, min=0, max=2**63 - 1, help="Of sampling."),
     device: str = Option("auto", help="auto, cpu, cuda, xpu or mps."),
+    runtime: Literal["openvino", "transformers"] | None = Option(
+        None, help="Default: openvino where RUN has both models exported for it."
+    ),
     color: bool | None = Option(None, help="Default: on a terminal."),
     compare: bool = Option(True, help="Also time the target alone."),
 ) -> None:
@@ -205,6 +208,7 @@ def _generate(
     generate.run(
         target=found_target,
         draft=found_draft,
+        exports=generate.find_exports(runtime, run, target, draft, device),
         prompt=prompt,
         chat=chat,
         proposer=proposer,

@@ -260,8 +260,7 @@ def greedy_check(work: EvaluationWork, exact: Mapping[Setting, ExactRuns]) -> Gr
     for s, runs in exact.items():
         if s.temperature != 0:
             continue
-        assert work.target is not None
-        judge, precision = next_token_judge(work.target), str(work.target.dtype).removeprefix("torch.")
+        judge = next_token_judge(lambda: work.pair[0])
         rows = work.texts[s.task, 0]
         own = runs.target_ids or [row.response_ids for row in rows]
         for name, row, alone, ids in zip(names[s.task], rows, own, runs.response_ids, strict=False):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fastdraft.console import Console
@@ -23,14 +24,15 @@ from fastdraft.recipe.synthesize import (
     OpenAIEngineConfig,
     OpenVINOEngineConfig,
 )
-from fastdraft.run_folder import FINGERPRINT, StageFolder
+from fastdraft.run_folder import FINGERPRINT, StageFolder, atomic_folder
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.llama_cpp_engine import LlamaCppEngine, check_vocabulary, gguf_of
 from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
 from fastdraft.runtimes.openai import OpenAIEngine
 from fastdraft.runtimes.openai_servers import Servers
 from fastdraft.runtimes.openvino import OpenVINOEngine, device_properties, require_openvino
-from fastdraft.runtimes.openvino_export import NOT_CONVERTED, export_openvino, unconverted_family
+from fastdraft.runtimes.openvino_export import NOT_CONVERTED, Weights, convert, export_openvino, unconverted_family
+from fastdraft.runtimes.openvino_reader import OpenVINOModel
 from fastdraft.target import Target
 
 # What `auto` runs for a `target.dtype`: a precision that the recipe names is kept.
@@ -165,12 +167,8 @@ def open_engine(
         )
     else:
         device_properties(settings.device, settings.precision)  # refuses before minutes of converting
-        exported = folder.path / "converted" / settings.weights
-        if not exported.is_dir():
-            console.say(f"converting the target for OpenVINO ({settings.weights})")
-            export_openvino(target, exported, settings.weights)
         engine = OpenVINOEngine(
-            exported,
+            converted(target, settings.weights, folder, console),
             target.vocabulary,
             target.context_length,
             batch_rows,
@@ -182,3 +180,24 @@ def open_engine(
         )
     scored = settings.logprobs == "target"
     return ScoringEngine(engine, target.model(pick_device(device))) if scored else engine
+
+
+def converted(target: Target, weights: Weights, folder: StageFolder, console: Console) -> Path:
+    """The target's export for OpenVINO in the folder of a stage, made if it is not there."""
+    exported = folder.path / "converted" / weights
+    if not exported.is_dir():
+        console.say(f"converting the target for OpenVINO ({weights})")
+        export_openvino(target, exported, weights)
+    return exported
+
+
+def exact_pair(
+    engine: OpenVINOEngineConfig, target: Target, draft: Target, folder: StageFolder, console: Console, threads: int
+) -> tuple[OpenVINOModel, OpenVINOModel]:
+    """The weights with which an engine writes as the target, and a draft, both in float32 arithmetic."""
+    exported, made = converted(target, engine.weights, folder, console), folder.path / "converted" / "draft"
+    if not made.is_dir():
+        console.say("converting the draft for OpenVINO (fp32)")
+        with atomic_folder(made) as temporary:
+            convert(draft, temporary, "fp32")
+    return OpenVINOModel(exported, "exact", threads), OpenVINOModel(made, "exact", threads)
