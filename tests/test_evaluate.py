@@ -15,6 +15,7 @@ import torch
 from conftest import TEXT, write_target
 from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow, unit_name, write_rows
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.errors import DataError, FastDraftError, Interrupted, TargetError
 from fastdraft.evaluation import work
@@ -249,7 +250,7 @@ def test_latency_is_measured_for_every_width_and_survives_json(tiny_target: Path
 
 def test_a_difference_in_greedy_text_is_found_with_its_gap(tiny_target: Path) -> None:
     target = load_draft(tiny_target)
-    found = compare_texts([5, 6], [7, 8, 9], [7, 10, 9], next_token_judge(target))
+    found = compare_texts([5, 6], [7, 8, 9], [7, 10, 9], next_token_judge(lambda: ReadableModel(target)))
     assert found is not None
     assert (found.place, found.is_near_tie("float32")) == (1, False)
     with torch.inference_mode():
@@ -334,6 +335,8 @@ def test_greedy_exact_text_is_held_against_the_models_own_where_an_engine_wrote(
     other = Target.at(write_target(tmp_path / "other", seed=9))  # as far from the target as rounding never is
     engine = HuggingFaceEngine(other.model(torch.device("cpu")), other.vocabulary)
     monkeypatch.setattr(evaluate, "open_engine", lambda *_, **__: engine)
+    pair = [ReadableModel(load_draft(folder)) for folder in (tiny_target, tiny_draft)]
+    monkeypatch.setattr(evaluate, "exact_pair", lambda *_: pair)  # of OpenVINO: tests/test_openvino.py
     config = settings(tmp_path, temperatures=[0])
     where = context(tmp_path / "run", tiny_target, config, {"pretrain": tiny_draft})
     results = run(config, with_engine(where, {"kind": "openvino"}))

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import write_target
 from fastdraft.commands import generate
-from fastdraft.commands.generate import find_pair
+from fastdraft.commands.generate import find_exports, find_pair
 from fastdraft.console import Console
 from fastdraft.decoding.token_stream import TokenStream, text_pieces
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
@@ -150,3 +150,29 @@ def test_a_run_gives_its_target_with_the_revision_and_precision_it_used(tmp_path
     assert (target.model, target.revision, target.dtype) == ("a/b", "v2", "bf16")
     assert draft == str(tmp_path / "design" / "draft")
     assert find_pair(str(tmp_path), "c/d", None)[0].revision is None
+
+
+def test_openvino_runs_what_is_exported_for_it_and_is_refused_where_nothing_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for role in ("target", "draft"):
+        folder = tmp_path / "run" / "export" / "openvino" / role
+        folder.mkdir(parents=True)
+        (folder / "openvino_model.xml").touch()
+    monkeypatch.setattr(generate, "import_genai", lambda: None)
+    monkeypatch.setattr(generate, "find_spec", lambda name: True)
+    run, exports = str(tmp_path / "run"), (folder.parent / "target", folder)
+    for runtime, target, device, expected in (
+        (None, None, "cpu", exports),
+        ("openvino", None, "auto", exports),
+        ("openvino", str(folder), "cpu", (folder, folder)),
+        ("transformers", None, "cpu", None),
+        (None, str(tmp_path), "cpu", None),
+    ):
+        assert find_exports(runtime, run, target, None, device) == expected  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="--device: cuda; with --runtime openvino it must be cpu"):
+        find_exports("openvino", run, None, None, "cuda")
+    with pytest.raises(FastDraftError, match=r"no openvino_model\.xml; --runtime openvino needs"):
+        find_exports("openvino", str(tmp_path), None, None, "cpu")
+    monkeypatch.setattr(generate, "find_spec", lambda name: None)
+    assert find_exports(None, run, None, None, "cpu") is None

@@ -5,7 +5,7 @@ What cannot be computed is null. Intervals are of a bootstrap over prompts, thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastdraft.console import Console
 from fastdraft.data.filters import is_looping
 from fastdraft.decoding.latency import Latency
+from fastdraft.decoding.reader import Readable
 from fastdraft.decoding.token_stream import text_pieces
 from fastdraft.evaluation.results import (
     AnswerPiece,
@@ -257,10 +258,10 @@ def faded_sentences(found: PositionResults) -> Iterator[str]:
 def greedy_check(work: EvaluationWork, exact: Mapping[Setting, ExactRuns]) -> GreedyCheck:
     """Compares every greedy exact text with the target's own, token by token."""
     names, texts, cases = {task.name: task.prompt_names for task in work.tasks}, 0, list[GreedyCase]()
+    judge = next_token_judge(lambda: work.pair[0])  # opened where a text differs
     for s, runs in exact.items():
         if s.temperature != 0:
             continue
-        judge = next_token_judge(lambda: work.pair[0])
         rows = work.texts[s.task, 0]
         own = runs.target_ids or [row.response_ids for row in rows]
         for name, row, alone, ids in zip(names[s.task], rows, own, runs.response_ids, strict=False):
@@ -272,21 +273,21 @@ def greedy_check(work: EvaluationWork, exact: Mapping[Setting, ExactRuns]) -> Gr
                     num_speculative_tokens=s.num_speculative_tokens,
                     token=found.place,
                     logprob_gap=None if found.gap is None else tidy(found.gap),
-                    near_tie=found.is_near_tie(precision),
+                    near_tie=found.is_near_tie(work.precision),
                 )
                 cases.append(case)
     near_ties = sum(case.near_tie for case in cases)
     return GreedyCheck(texts=texts, different=len(cases), near_ties=near_ties, cases=cases)
 
 
-def next_token_judge(target: PreTrainedModel) -> Judge:
+def next_token_judge(target: Callable[[], Readable]) -> Judge:
     """Asks the target again, in one pass, how far apart it finds two next tokens."""
 
     def judge(ids: list[int], first: int, second: int) -> float:
+        model = target()
         with torch.inference_mode():
-            inputs = torch.tensor([ids], device=target.device)
-            logits_V = target(input_ids=inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
-        logprobs_V = logits_V.float().log_softmax(-1)
+            logits_1V = model.reader(len(ids)).read(torch.tensor(ids, device=model.device))
+        logprobs_V = logits_1V[0].float().log_softmax(-1)
         return float(logprobs_V[first] - logprobs_V[second])
 
     return judge

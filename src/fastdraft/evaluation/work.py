@@ -15,24 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from fastdraft.console import Console, Progress
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.rows import SyntheticRow, read_rows, write_rows
-from fastdraft.decoding.autoregressive import generate_batch
-from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.latency import Latency, measure_latency
 from fastdraft.decoding.proposers import ProposerKind
+from fastdraft.decoding.reader import Readable
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder, SpeculativeResult
 from fastdraft.errors import DataError, TargetError
 from fastdraft.evaluation.results import nearest_k
 from fastdraft.evaluation.tasks import EncodedTask, add_turns, derive_seed, refuse_faults, write_turns
 from fastdraft.functional.acceptance import TOTALS, counts_table
-from fastdraft.functional.generation import Engine, Generation, Sampling
+from fastdraft.functional.generation import Engine, Sampling
 from fastdraft.functional.lookup import Lookups, look_up, lookup_counts
 from fastdraft.functional.positions import counts_by_bucket
 from fastdraft.modeling.vocabulary import Vocabulary
@@ -90,6 +88,9 @@ class EvaluationWork:
     target: PreTrainedModel | None  # None where nothing is decoded or timed here
     open_engine: Callable[[Callable[[int], None]], Engine]  # given what hears of finished answers
     given: Mapping[tuple[str, float], list[SyntheticRow]] | None = None  # texts that nobody has to write
+    # Opens target and draft for exact runs; None where nothing is decoded here.
+    open_pair: Callable[[], tuple[Readable, Readable]] | None = None
+    precision: str = "exact"  # in which they run: the name of a dtype, or exact
     by_engine: bool = False  # whether something else than `target` writes
     texts: dict[tuple[str, float], list[SyntheticRow]] = field(default_factory=dict)  # by task, temperature
     _shown: Progress | None = None
@@ -188,15 +189,19 @@ class EvaluationWork:
         ks, temperature = self.config.num_speculative_tokens, self.config.draft_temperature
         return replay_texts(draft(), rows, ks, self.vocabulary, temperature, self._advance)
 
-    def exact(
-        self, name: str, draft: LoadModel, proposer: ProposerKind = "draft"
-    ) -> dict[Setting, ExactRuns]:
+    @cached_property
+    def pair(self) -> tuple[Readable, Readable]:
+        """What decodes for real; asked for where something is missing or differs."""
+        assert self.open_pair is not None
+        return self.open_pair()
+
+    def exact(self, name: str, proposer: ProposerKind = "draft") -> dict[Setting, ExactRuns]:
         """Real speculative decoding of the first prompts of each task with one draft, lookup or both."""
         exact, jobs, places = self.config.exact, {}, []
-        wanted = exact.num_speculative_tokens if self.target is not None and exact.prompts else []
+        wanted = exact.num_speculative_tokens if self.open_pair is not None and exact.prompts else []
         for task, t, k in ((*setting, k) for setting in self.settings for k in wanted):
             prompts = task.prompt_ids[: exact.prompts]
-            make = partial(self._exact, task, prompts, t, k, draft, proposer)
+            make = partial(self._exact, task, prompts, t, k, proposer)
             kind = "" if proposer == "draft" else f"-{proposer}"
             jobs[f"exact/{task.name}-{t:g}-k{k}{kind}.json"] = len(prompts), make
             places.append(Setting(name, task.name, "exact", t, k))
@@ -205,26 +210,18 @@ class EvaluationWork:
         return dict(zip(places, found, strict=True))
 
     def _exact(
-        self,
-        task: EncodedTask,
-        prompts: list[list[int]],
-        temperature: float,
-        k: int,
-        draft: LoadModel,
-        proposer: ProposerKind,
+        self, task: EncodedTask, prompts: list[list[int]], temperature: float, k: int, proposer: ProposerKind
     ) -> dict[str, Any]:
-        assert self.target is not None
-        pair = ReadableModel(self.target), ReadableModel(draft())
         own = self.config.draft_temperature
-        decoder = SpeculativeDecoder(*pair, self.vocabulary, k, own, proposer=proposer)
+        decoder = SpeculativeDecoder(*self.pair, self.vocabulary, k, own, proposer=proposer)
         seed, sampling = derive_seed(self.seed, task.name, temperature, k), self.sampling(temperature)
         runs = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, self._advance)
-        alone: list[Generation] = []
+        alone: list[SpeculativeResult] = []
         if self.by_engine and temperature == 0:  # another runtime and precision breaks ties another way
-            ends, unused = frozenset(self.vocabulary.eos_token_ids), torch.Generator()
-            alone = generate_batch(self.target, prompts, sampling, task.max_new_tokens, ends, unused)
+            nothing = SpeculativeDecoder(self.pair[0], None, self.vocabulary, 0, proposer=None)
+            alone = exact_runs(nothing, prompts, sampling, task.max_new_tokens, seed)
         return {
-            "target_ids": [each.response_ids for each in alone],
+            "target_ids": [each.generation.response_ids for each in alone],
             "counts": counts_table([run.counts for run in runs]).tolist(),
             "response_ids": [run.generation.response_ids for run in runs],
             "accepted": [run.accepted for run in runs],

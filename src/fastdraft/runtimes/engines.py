@@ -31,7 +31,13 @@ from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
 from fastdraft.runtimes.openai import OpenAIEngine
 from fastdraft.runtimes.openai_servers import Servers
 from fastdraft.runtimes.openvino import OpenVINOEngine, device_properties, require_openvino
-from fastdraft.runtimes.openvino_export import NOT_CONVERTED, Weights, convert, export_openvino, unconverted_family
+from fastdraft.runtimes.openvino_export import (
+    NOT_CONVERTED,
+    Weights,
+    convert,
+    export_openvino,
+    unconverted_family,
+)
 from fastdraft.runtimes.openvino_reader import OpenVINOModel
 from fastdraft.target import Target
 
@@ -192,7 +198,12 @@ def converted(target: Target, weights: Weights, folder: StageFolder, console: Co
 
 
 def exact_pair(
-    engine: OpenVINOEngineConfig, target: Target, draft: Target, folder: StageFolder, console: Console, threads: int
+    engine: OpenVINOEngineConfig,
+    target: Target,
+    draft: Target,
+    folder: StageFolder,
+    console: Console,
+    threads: int,
 ) -> tuple[OpenVINOModel, OpenVINOModel]:
     """The weights with which an engine writes as the target, and a draft, both in float32 arithmetic."""
     exported, made = converted(target, engine.weights, folder, console), folder.path / "converted" / "draft"

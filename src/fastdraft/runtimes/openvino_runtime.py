@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.decoding.proposers import ProposerKind
+from fastdraft.functional.lookup import Lookups
 from fastdraft.runtimes.openvino import MODEL_FILE, describe_device
 from fastdraft.runtimes.openvino_export import check_pair, export_openvino
 from fastdraft.runtimes.openvino_latency import measure_passes
 from fastdraft.runtimes.openvino_speculative import LOOKUP_NGRAM, OpenVINOPair, OpenVINOSettings
-from fastdraft.runtimes.runtime import Proposer
+from fastdraft.runtimes.runtime import LoadedPair, Proposer
 from fastdraft.target import Target
 
 _DRAFT = """import openvino_genai
@@ -66,10 +67,12 @@ class OpenVINORuntime(OpenVINOSettings):
             return None  # tried on CPUs alone: elsewhere the clock stands without a prediction
         return measure_passes(target, draft, widths, prefix_tokens, self.precision, self.threads)
 
-    def look_up(self, prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int) -> None:
+    def look_up(
+        self, prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int
+    ) -> Lookups | None:
         """Its rule is not modelled here."""
 
-    def open(self, target: Path, draft: Path) -> OpenVINOPair:
+    def open(self, target: Path, draft: Path) -> LoadedPair:
         return OpenVINOPair(target, draft, self)
 
     def launch_line(self, target: str, draft: str, proposer: Proposer) -> str:

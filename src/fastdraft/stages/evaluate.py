@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fastdraft.data.contamination import search_training_text
 from fastdraft.data.logs import describe
 from fastdraft.data.rows import read_all
+from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import Halving
@@ -42,7 +43,7 @@ from fastdraft.recipe.evaluation import (
 from fastdraft.recipe.synthesize import ChosenEngine, LlamaCppEngineConfig, OpenVINOEngineConfig
 from fastdraft.reporting.tables import ladder
 from fastdraft.run_folder import StageFolder, write_json
-from fastdraft.runtimes.engines import choose_engine, describe_engine, open_engine, uses_weights
+from fastdraft.runtimes.engines import choose_engine, describe_engine, exact_pair, open_engine, uses_weights
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.stages.context import DRAFT_FOLDERS, StageContext
 from fastdraft.target import Target
@@ -103,21 +104,29 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     writer = _writer(config, context)
     opener = partial(_open_engine, writer, config.batch_rows, context, model)
     writing = target.vocabulary, model, opener, given.rows if given else None
-    work = EvaluationWork(
-        config, tasks, settings.seed, folder, console, *writing, by_engine=writer is not None
-    )
-    work.take_turns(context.chat, context_length)
-    work.write_texts()
     # Same device and precision for both: that is what is decoded with and what latency compares.
     dtype = torch.float32 if model is None else model.dtype
     loaders = {
         n: cache(partial(load_draft, Path(draft.location), device, dtype)) for n, draft in drafts.items()
     }
-    replayed, final = work.replay(loaders), drafts[names[-1]]
-    exact = work.exact(names[-1], loaders[names[-1]])
+    final, load_final = drafts[names[-1]], loaders[names[-1]]
+    decoding: dict[str, Any] = {}
+    if isinstance(writer, OpenVINOEngineConfig) and writer.device.startswith("CPU"):
+        # The very weights that wrote, which transformers cannot read.
+        how = (writer, target, final, folder, console, settings.threads)
+        decoding = {"open_pair": partial(exact_pair, *how)}
+    elif model is not None:
+        decoding = {"open_pair": lambda: (ReadableModel(model), ReadableModel(load_final()))}
+        decoding |= {"precision": str(dtype).removeprefix("torch.")}
+    work = EvaluationWork(
+        config, tasks, settings.seed, folder, console, *writing, by_engine=writer is not None, **decoding
+    )
+    work.take_turns(context.chat, context_length)
+    work.write_texts()
+    replayed, exact = work.replay(loaders), work.exact(names[-1])
     both: tuple[ProposerKind, ...] = ("lookup", "lookup_draft")
-    with_lookup = {kind: work.exact(names[-1], loaders[names[-1]], kind) for kind in both}
-    latency = work.latency(loaders[names[-1]])
+    with_lookup = {kind: work.exact(names[-1], kind) for kind in both}
+    latency = work.latency(load_final)
     costs = CostRatios(
         final.architecture.parameters / target.architecture.parameters,
         # At equal precision.

@@ -1,0 +1,166 @@
+"""Our decoder over OpenVINO's passes beside GenAI's own pipelines, on one pair of exports.
+
+    python benchmarks/decoder_openvino.py TARGET DRAFT --threads 16 --json decoder.json
+
+TARGET and DRAFT are folders of exported models. Every prompt is answered greedily by every way in turn, of
+which every turn begins with another one: GenAI alone, with the draft, with prompt lookup; ours alone, with
+the draft, with lookup, with lookup and the draft behind it. One turn of few tokens warms up. Rates are tokens
+per second of whole answers, the median over the turns. Of ours also: the share of time outside OpenVINO's
+passes, in milliseconds for each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
+
+from machine import Report, options, table, turns_of
+
+from fastdraft.data.chat import ChatTemplate
+from fastdraft.evaluation.tasks import load_task
+from fastdraft.functional.generation import Sampling
+from fastdraft.functional.same_text import compare_texts
+from fastdraft.modeling.drafts import set_threads
+from fastdraft.recipe.evaluation import ShippedTask
+from fastdraft.runtimes.openvino_decoder import DecoderPair, OpenVINODecoderRuntime
+from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
+from fastdraft.runtimes.runtime import Proposer, ProposerKind, TimedText
+from fastdraft.target import Target
+
+KINDS: tuple[ProposerKind | None, ...] = (None, "draft", "lookup", "lookup_draft")
+# Two ways and the least that the rate of the first should be of the second's.
+ASKED = [("ours alone", "genai alone", 0.95), ("ours draft", "genai draft", 0.95)]
+BOTH = "ours lookup_draft"
+Way = tuple[str, Proposer | None]
+
+
+class Ways:
+    """Both libraries with the pair, and who answers how."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        eos = Target.at(given.target).vocabulary.eos_token_ids
+        settings = {"threads": given.threads, "precision": given.precision, "eos_ids": eos}
+        folders = Path(given.target), Path(given.draft)
+        self.genai = OpenVINOPair(*folders, OpenVINOSettings(**settings))
+        self.ours = DecoderPair(folders, OpenVINODecoderRuntime(**settings))
+        named: list[Way] = [(kind or "alone", kind and Proposer(kind, given.k)) for kind in KINDS]
+        self.ways = {f"genai {name}": (self.genai, how) for name, how in named if name != "lookup_draft"}
+        self.ways |= {f"ours {name}": (self.ours, how) for name, how in named}
+
+    def answer(self, way: str, prompt: Sequence[int], tokens: int) -> tuple[TimedText, float]:
+        """A greedy answer, and the seconds of it inside OpenVINO's passes; of GenAI nobody tells: 0."""
+        pair, proposer = self.ways[way]
+        before = self.inside()
+        [text] = pair.write([prompt], Sampling(0.0), tokens, 0, proposer)
+        return text, self.inside() - before
+
+    def inside(self) -> float:
+        models = (vars(self.ours).get(name) for name in ("target", "draft"))  # those that are loaded
+        return sum(model.seconds for model in models if model)
+
+
+def measure(ways: Ways, task: str, prompts: Sequence[Sequence[int]], given: argparse.Namespace) -> Any:
+    """A result for every way: rates of every turn, and what is told of the last turn's texts."""
+    names = list(ways.ways)
+    seconds: dict[str, list[float]] = {name: [0.0] * given.turns for name in names}
+    inside = dict.fromkeys(names, 0.0)
+    texts: dict[str, list[TimedText]] = {}
+    for name in names:
+        ways.answer(name, prompts[0], 8)
+    for turn, order in enumerate(turns_of(names, given.turns)):
+        texts, inside = {name: [] for name in names}, dict.fromkeys(names, 0.0)
+        for prompt in prompts:
+            for name in order:
+                text, within = ways.answer(name, prompt, given.max_new_tokens)
+                seconds[name][turn] += text.seconds
+                inside[name] += within
+                texts[name].append(text)
+    for name in names:
+        tokens = sum(len(text.response_ids) for text in texts[name])
+        rates = [tokens / each for each in seconds[name]]
+        one: dict[str, Any] = {"task": task, "way": name, "tokens": tokens, "prompts": len(prompts)}
+        one |= {"tokens_per_second": statistics.median(rates), "turns": rates}
+        rounds = sum(len(text.rounds) or len(text.response_ids) for text in texts[name])
+        one |= {"tokens_per_pass": tokens / rounds, "differences": differences(ways, prompts, texts, name)}
+        outside = (seconds[name][-1] - inside[name]) / rounds
+        yield one | {"outside_ms_per_round": 1e3 * outside if name.startswith("ours") else None}
+
+
+def differences(
+    ways: Ways, prompts: Sequence[Sequence[int]], texts: dict[str, list[TimedText]], way: str
+) -> list[float | None]:
+    """Of every text that is not GenAI's alone, the gap in log-prob where they part; None: one ends there."""
+    own = texts["genai alone"]
+    found = [
+        compare_texts(prompt, a.response_ids, b.response_ids, ways.genai.gap)
+        for prompt, a, b in zip(prompts, own, texts[way], strict=True)
+    ]
+    return [each.gap for each in found if each is not None]
+
+
+def prompts_of(target: Target, task: str, count: int, room: int) -> list[list[int]]:
+    loaded = load_task(ShippedTask.model_validate({"kind": task, "prompts": 4 * count}))
+    chat = ChatTemplate(target.tokenizer)
+    encoded = (chat.prompt_ids(one.prompt, chat=loaded.chat) for one in loaded.prompts)
+    return [ids for ids in encoded if 0 < len(ids) <= room][:count]
+
+
+def show(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table, and the ratios that are asked for, by task."""
+    columns = ["task", "way", "tokens/s", "tokens/pass", "outside ms/round", "other texts"]
+    rows = []
+    for one in results:
+        outside = one["outside_ms_per_round"]
+        told = [f"{one['tokens_per_second']:.2f}", f"{one['tokens_per_pass']:.2f}"]
+        told.append("" if outside is None else f"{outside:.2f}")
+        rows.append([one["task"], one["way"], *told, str(len(one["differences"]))])
+    print(table(columns, rows))
+    ratios = []
+    for task in dict.fromkeys(one["task"] for one in results):
+        rates = {one["way"]: one["turns"] for one in results if one["task"] == task}
+        medians = {way: statistics.median(turns) for way, turns in rates.items()}
+        better = max(("ours lookup", "ours draft"), key=medians.__getitem__)
+        for way, other, least in [*ASKED, (BOTH, better, 1.0)]:
+            # Turn by turn, so that a slow spell of the machine hits both.
+            ratio = statistics.median(a / b for a, b in zip(rates[way], rates[other], strict=True))
+            ratios.append({"task": task, "way": way, "other": other, "ratio": ratio, "asked": least})
+            print(f"{task}: {way} / {other}: {ratio:.3f} (asked {least})")
+    return ratios
+
+
+def main() -> None:
+    parser = options(__doc__, "decoder_openvino", device=False)
+    add = parser.add_argument
+    add("target", help="folder of an exported target")
+    add("draft", help="folder of an exported draft with its vocabulary")
+    add("--tasks", nargs="+", default=["code", "instructions", "summarization"])
+    add("--prompts", type=int, default=8, help="of each task")
+    add("--max-new-tokens", type=int, default=128)
+    add("--num-speculative-tokens", "-k", dest="k", type=int, default=3)
+    add("--turns", type=int, default=5)
+    add("--precision", choices=["fast", "exact"], default="fast")
+    given = parser.parse_args()
+    if given.dry_run:
+        given.tasks, given.prompts, given.max_new_tokens, given.turns = ["code"], 1, 8, 1
+    set_threads(given.threads)
+    report, ways, target = (
+        Report(given.output, "decoder_openvino", "cpu", given),
+        Ways(given),
+        Target.at(given.target),
+    )
+    room = (
+        min(target.context_length, Target.at(given.draft).context_length) - given.max_new_tokens - given.k - 1
+    )
+    for task in given.tasks:
+        report.add(*measure(ways, task, prompts_of(target, task, given.prompts, room), given))
+    report.finish(ratios=show(report.results))
+
+
+if __name__ == "__main__":
+    main()
