@@ -116,6 +116,26 @@ def test_a_benchmark_leaves_rows_of_the_published_schema(finished: Path) -> None
     assert len(found.block["left_out"]) == 2
 
 
+def test_our_own_decoder_is_a_second_way_to_run_the_same_exports(finished: Path) -> None:
+    runs = finished.parent / "runs"
+    for stage in ("design", "export"):
+        shutil.copytree(runs / "tiny" / stage, runs / "own" / stage)
+    changes = ["run.name=own", "benchmark.runtimes=[fastdraft]", "benchmark.precision=exact"]
+    changes += ["benchmark.weights=[{target: int8, draft: int8}]", "benchmark.temperatures=[0, 0.6]"]
+    changes += ["benchmark.num_speculative_tokens=[2]", "benchmark.repeats=1"]
+    changes += ["benchmark.sweep={prompt_tokens: [], max_new_tokens: [], concurrency: []}"]
+    pipeline.run(load_recipe(str(finished), changes), only=["benchmark"])
+    found = results_of(runs / "own" / "benchmark")
+    assert {row.key for row in found.rows} == {("fastdraft", "int8", "int8")}
+    assert {row.proposer for row in found.rows} == {"draft", "lookup", "lookup_draft"}
+    assert all(row.lossless for row in found.rows), "sampled text too"
+    assert all(row.same_text == row.texts for row in found.rows if row.temperature == 0)
+    for row in found.rows:
+        if row.replayed_accepted_tokens is not None and row.temperature == 0:
+            assert row.num_accepted_tokens == pytest.approx(row.replayed_accepted_tokens, abs=1)
+    assert found.launch.startswith("fastdraft generate RUN --runtime openvino")
+
+
 def test_its_figures_hang_together(finished: Path) -> None:
     found = results_of(folder_of(finished.parent))
     for row in found.rows:

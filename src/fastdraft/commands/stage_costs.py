@@ -107,10 +107,12 @@ class StageCosts:
         runtimes = config.runtimes_of(
             self.recipe.export.formats if self.recipe.export else (), gguf=self.gguf
         )
-        pairs = len(config.weights) * ("openvino" in runtimes)
-        # Of llama.cpp one pair; lookup on the first pair alone, in llama.cpp also with the draft behind it.
+        pairs = len(config.weights) * (("openvino" in runtimes) + ("fastdraft" in runtimes))
+        # Of llama.cpp one pair; lookup on the first pair alone, but in OpenVINO's own pipelines also with the
+        # draft behind it.
         each, looked_up = 1 + len(config.num_speculative_tokens), len(config.lookup)
-        settings = pairs * each + looked_up * (pairs > 0) + (each + 2 * looked_up) * ("llamacpp" in runtimes)
+        ways = ("openvino" in runtimes) + 2 * ("fastdraft" in runtimes) + 2 * ("llamacpp" in runtimes)
+        settings = (pairs + ("llamacpp" in runtimes)) * each + ways * looked_up
         written = settings * len(config.temperatures) * config.prompts * sum(t.max_new_tokens for t in tasks)
         usual, at_once = min(task.max_new_tokens for task in tasks), max([0, *sweep.concurrency])
         swept = config.prompts * (len(sweep.prompt_tokens) * usual + sum(sweep.max_new_tokens))

@@ -205,6 +205,7 @@ class WeightsPair(Config):
 
 
 RuntimeName = Literal["openvino", "llamacpp"]
+BenchmarkRuntime = Literal[RuntimeName, "fastdraft"]
 _Lengths = Annotated[list[int], each_between(1, 2**20)]
 
 
@@ -235,9 +236,10 @@ class LlamaCppConfig(Config):
 class BenchmarkConfig(Config):
     """`benchmark:` — what is measured on this device, and how often."""
 
-    runtimes: Annotated[list[RuntimeName], EACH_ONCE] | None = Field(default=None, min_length=1)
+    runtimes: Annotated[list[BenchmarkRuntime], EACH_ONCE] | None = Field(default=None, min_length=1)
     """What runs the pair, one after the other; null: llamacpp for a GGUF target whose draft is a GGUF
-    file too, else openvino."""
+    file too, else openvino. fastdraft: this program's own decoder over the same exports as openvino, one
+    text at a time on a CPU."""
     llamacpp: LlamaCppConfig = LlamaCppConfig()
     """Used where llama.cpp runs."""
 
@@ -264,7 +266,7 @@ class BenchmarkConfig(Config):
     repeats: int = Field(default=3, ge=1, le=100)
     """Timed runs of everything, target alone and with the draft in turn; medians and ranges are over them."""
 
-    def runtimes_of(self, formats: Sequence[str], *, gguf: bool) -> list[RuntimeName]:
+    def runtimes_of(self, formats: Sequence[str], *, gguf: bool) -> list[BenchmarkRuntime]:
         """Those named, or what the target (a GGUF file or not) and `export.formats` allow."""
         if self.runtimes:
             return list(self.runtimes)

@@ -23,7 +23,7 @@ from fastdraft.reporting.definitions import (
     times,
 )
 
-RUNTIMES = {"openvino": "OpenVINO", "llamacpp": "llama.cpp"}
+RUNTIMES = {"openvino": "OpenVINO", "llamacpp": "llama.cpp", "fastdraft": "our decoder over OpenVINO"}
 SUBJECTS = {
     "lookup": "prompt lookup",
     "draft": "this draft",

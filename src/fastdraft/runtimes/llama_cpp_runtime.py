@@ -70,6 +70,7 @@ class LlamaCppRuntime(LlamaCppSettings):
     """The `Runtime` with these settings; an exported model is a GGUF file."""
 
     name: ClassVar[str] = "llamacpp"
+    exports: ClassVar[str] = "gguf"
     proposers: ClassVar[tuple[ProposerKind, ...]] = ("draft", "lookup", "lookup_draft")
     # What is drawn from the target is compared with the draft's likeliest token, and written either way.
     lossless_sampling: ClassVar[bool] = True

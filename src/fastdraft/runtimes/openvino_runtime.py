@@ -35,6 +35,7 @@ class OpenVINORuntime(OpenVINOSettings):
     """The `Runtime` with these settings."""
 
     name: ClassVar[str] = "openvino"
+    exports: ClassVar[str] = "openvino"
     proposers: ClassVar[tuple[ProposerKind, ...]] = ("draft", "lookup")
     # With a draft, release 2026.4.1 accepts a proposal by comparing the draft's probability of it with the
     # target's probability of another token: sampled text leans towards the draft, and the counted acceptance

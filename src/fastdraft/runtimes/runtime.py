@@ -87,6 +87,7 @@ class Runtime(Protocol):
     """How models run: the runtime and its settings."""
 
     name: ClassVar[str]
+    exports: ClassVar[str]  # the form of the models that it loads, which runtimes may share
     proposers: ClassVar[tuple[ProposerKind, ...]]  # what it can run
     lossless_sampling: ClassVar[bool]  # whether text sampled with a proposer follows the target alone
     greedy_proposals: ClassVar[bool]  # whether a draft proposes its likeliest token to sampled text too

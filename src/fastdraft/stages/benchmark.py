@@ -8,7 +8,7 @@ its best K; then time spent and memory. A killed benchmark goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from fastdraft.functional.acceptance import Floats
 from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.gguf_files import GGUFFile, read_gguf
 from fastdraft.provenance import describe_run
-from fastdraft.recipe.evaluation import BenchmarkConfig, RuntimeName
+from fastdraft.recipe.evaluation import BenchmarkConfig, BenchmarkRuntime
 from fastdraft.recipe.run import resolve_path
 from fastdraft.reporting import tables
 from fastdraft.reporting.verdict import measured_verdict
@@ -45,6 +45,7 @@ from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.llama_cpp_engine import check_vocabulary
 from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime, check_files, check_server, file_type
 from fastdraft.runtimes.openvino import device_properties, require_openvino
+from fastdraft.runtimes.openvino_decoder import OpenVINODecoderRuntime
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
 from fastdraft.runtimes.runtime import Proposer, Runtime
@@ -57,7 +58,7 @@ Opened = tuple[Runtime, list[WeightsOfPair], dict[tuple[str, str], Path]]
 _LISTS = ("latencies", "breakdown", "memory", "rows")
 
 
-def named_runtimes(config: BenchmarkConfig, context: StageContext) -> list[RuntimeName]:
+def named_runtimes(config: BenchmarkConfig, context: StageContext) -> list[BenchmarkRuntime]:
     """The runtimes that the recipe names, or its target and export allow."""
     return config.runtimes_of(context.section("export").formats, gguf=context.target.gguf_file is not None)
 
@@ -67,7 +68,7 @@ def check_installed(config: BenchmarkConfig, context: StageContext) -> None:
     if not context.has("export"):
         raise RecipeError("benchmark: no export section: what is exported is measured", "add `export:`")
     runtimes = named_runtimes(config, context)
-    if "openvino" in runtimes:
+    if not {"openvino", "fastdraft"}.isdisjoint(runtimes):
         require_openvino()
         for device in dict.fromkeys((config.device, config.draft_device or config.device)):
             device_properties(device, config.precision)
@@ -135,12 +136,16 @@ def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any
 
 def open_runtimes(config: BenchmarkConfig, context: StageContext) -> list[Opened]:
     """What is to be measured, with the weights of its pairs, the deployed one first."""
-    opening = {"openvino": _open_openvino, "llamacpp": _open_llama_cpp}
+    opening: dict[str, Callable[[BenchmarkConfig, StageContext], Opened]] = {
+        "openvino": partial(_open_openvino, kind=OpenVINORuntime),
+        "fastdraft": partial(_open_openvino, kind=OpenVINODecoderRuntime),
+        "llamacpp": _open_llama_cpp,
+    }
     return [opening[name](config, context) for name in named_runtimes(config, context)]
 
 
-def _open_openvino(config: BenchmarkConfig, context: StageContext) -> Opened:
-    runtime = OpenVINORuntime(
+def _open_openvino(config: BenchmarkConfig, context: StageContext, kind: type[OpenVINORuntime]) -> Opened:
+    runtime = kind(
         device=config.device,
         draft_device=config.draft_device,
         precision=config.precision,
@@ -149,9 +154,9 @@ def _open_openvino(config: BenchmarkConfig, context: StageContext) -> Opened:
         eos_ids=context.target.vocabulary.eos_token_ids,
     )
     export = context.require("export")
-    exported = export.manifest().get(runtime.name) or {}
+    exported = export.manifest().get("openvino") or {}
     files = {
-        (role, exported[role]): export.path / runtime.name / role
+        (role, exported[role]): export.path / "openvino" / role
         for role in ("target", "draft")
         if exported.get(role, "none") != "none"
     }
@@ -258,7 +263,7 @@ def _exported_pairs(
     def find(role: str, weights: str, with_target: Path | None = None) -> Path:
         if (role, weights) in files:
             return files[role, weights]
-        path = folder.path / "models" / f"{runtime.name}-{role}-{weights}"
+        path = folder.path / "models" / f"{runtime.exports}-{role}-{weights}"
         if not path.is_dir():
             console.stop.check(folder.path)
             console.say(f"converting the {role} ({weights})")
