@@ -170,9 +170,10 @@ def test_openvino_runs_what_is_exported_for_it_and_is_refused_where_nothing_is(
         (None, str(tmp_path), "cpu", None),
     ):
         assert find_exports(runtime, run, target, None, device) == expected  # type: ignore[arg-type]
+    assert find_exports(None, run, None, None, "cpu", "lookup") == (exports[0], None)
     with pytest.raises(RecipeError, match="--device: cuda; with --runtime openvino it must be cpu"):
         find_exports("openvino", run, None, None, "cuda")
-    with pytest.raises(FastDraftError, match=r"no openvino_model\.xml; --runtime openvino needs"):
+    with pytest.raises(FastDraftError, match=r"no openvino_model\.xml; --runtime openvino runs"):
         find_exports("openvino", str(tmp_path), None, None, "cpu")
     monkeypatch.setattr(generate, "find_spec", lambda name: None)
     assert find_exports(None, run, None, None, "cpu") is None

@@ -172,7 +172,13 @@ def test_generate_in_openvino_writes_the_same_text_to_stdout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(generate, "OpenVINOModel", partial(OpenVINOModel, precision="exact", threads=1))
-    how: Any = {"prompt": "Once upon a time", "chat": False, "num_speculative_tokens": 3, "temperature": 0.0}
+    how: Any = {
+        "prompt": "Once upon a time",
+        "chat": False,
+        "proposer": "both",
+        "num_speculative_tokens": 3,
+        "temperature": 0.0,
+    }
     how |= {"top_k": 0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0, "device": "cpu", "color": None}
     for exports in (None, (exported_target, exported_draft)):
         generate.run(

@@ -208,7 +208,7 @@ def _generate(
     generate.run(
         target=found_target,
         draft=found_draft,
-        exports=generate.find_exports(runtime, run, target, draft, device),
+        exports=generate.find_exports(runtime, run, target, draft, device, proposer),
         prompt=prompt,
         chat=chat,
         proposer=proposer,

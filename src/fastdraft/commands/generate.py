@@ -11,12 +11,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from fastdraft.console import Console
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.proposers import ProposerKind
+from fastdraft.decoding.reader import Readable
 from fastdraft.decoding.speculative import Round, SpeculativeDecoder, proposers
 from fastdraft.decoding.token_stream import TokenStream
 from fastdraft.errors import DataError, FastDraftError, RecipeError
@@ -27,6 +32,8 @@ from fastdraft.modeling.vocabulary import check_same
 from fastdraft.recipe.base import load_config
 from fastdraft.recipe.recipe import read_yaml
 from fastdraft.recipe.run import TargetConfig
+from fastdraft.runtimes.openvino import MODEL_FILE, import_genai
+from fastdraft.runtimes.openvino_reader import OpenVINOModel
 from fastdraft.stages.context import DRAFT_FOLDERS
 from fastdraft.target import Target
 
@@ -36,6 +43,7 @@ RESET = "\x1b[0m"
 # What --proposer may be; both: lookup, and the draft in rounds for which it finds nothing.
 PROPOSERS: dict[str, ProposerKind | None]
 PROPOSERS = {"draft": "draft", "lookup": "lookup", "both": "lookup_draft", "nothing": None}
+Exports = tuple[Path, Path | None]  # target and, where one is needed, draft as OpenVINO runs them
 # A run's best draft is its export, else the checkpoint of its latest finished training stage.
 _DRAFTS = ("export/huggingface", *(f"{stage}/{folder}" for stage, folder in reversed(DRAFT_FOLDERS.items())))
 
@@ -65,6 +73,36 @@ def find_pair(
     if draft is None and needed:
         raise FastDraftError(f"{run}: holds no draft yet", "run `fastdraft run RECIPE` first")
     return config, draft
+
+
+def find_exports(
+    runtime: Literal["openvino", "transformers"] | None,
+    run: str | None,
+    target: str | None,
+    draft: str | None,
+    device: str,
+    proposer: str = "draft",
+) -> Exports | None:
+    """The models for OpenVINO, of the run or given by name; None where transformers runs the pair.
+
+    Without a choice: OpenVINO where they are exported, it is installed, and `device` leaves the CPU to it.
+    """
+    exports = Path(run or "") / "export" / "openvino"
+    first, second = Path(target or exports / "target"), Path(draft or exports / "draft")
+    found = first, None if proposer in ("lookup", "nothing") else second
+    missing = next((path for path in found if path and not (path / MODEL_FILE).is_file()), None)
+    if runtime is None:
+        wanted = missing is None and pick_device(device).type == "cpu" and find_spec("openvino_genai")
+        return found if wanted else None
+    if runtime == "transformers":
+        return None
+    import_genai()
+    if missing:
+        fix = "add openvino to export.formats, or leave out --runtime openvino"
+        raise FastDraftError(f"{missing}: no {MODEL_FILE}; --runtime openvino runs exported models", fix)
+    if device not in ("auto", "cpu"):
+        raise RecipeError(f"--device: {device}; with --runtime openvino it must be cpu", "leave out --device")
+    return found
 
 
 @dataclass(frozen=True)
@@ -125,6 +163,7 @@ def run(
     *,
     target: str | TargetConfig,
     draft: str | None,
+    exports: Exports | None = None,
     prompt: str | None,
     chat: bool,
     proposer: str,
@@ -142,13 +181,10 @@ def run(
     """Writes one answer, to stdin without a `prompt`; or holds a conversation, on a terminal with `chat`."""
     opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
     where, kind = pick_device(device, "--device"), PROPOSERS[proposer]
-    vocabulary, drafting = opened.vocabulary, None
-    draft = draft if kind in ("draft", "lookup_draft") else None
+    vocabulary, draft = opened.vocabulary, draft if kind in ("draft", "lookup_draft") else None
     if draft:
         check_same(vocabulary, Target.at(draft).vocabulary, where=draft)
-    model = ReadableModel(opened.model(where))
-    if draft:
-        drafting = ReadableModel(load_draft(Path(draft), where, model.model.dtype))
+    model, drafting = _open_models(opened, draft, exports, where)
     decoder = SpeculativeDecoder(model, drafting, vocabulary, num_speculative_tokens, proposer=kind)
     alone = SpeculativeDecoder(model, None, vocabulary, num_speculative_tokens, proposer=None)
     template = ChatTemplate(opened.tokenizer, opened.chat_template_kwargs)
@@ -171,6 +207,17 @@ def run(
         answers = [writer.answer(ids)]
     if answers:
         _report(writer, answers, compare, console)
+
+
+def _open_models(
+    target: Target, draft: str | None, exports: Exports | None, device: torch.device
+) -> tuple[Readable, Readable | None]:
+    if exports:
+        target_folder, draft_folder = exports
+        return OpenVINOModel(target_folder), OpenVINOModel(draft_folder) if draft_folder else None
+    model = target.model(device)
+    drafting = ReadableModel(load_draft(Path(draft), device, model.dtype)) if draft else None
+    return ReadableModel(model), drafting
 
 
 def _read_prompt(console: Console) -> str:
