@@ -111,7 +111,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     }
     final, load_final = drafts[names[-1]], loaders[names[-1]]
     decoding: dict[str, Any] = {}
-    if isinstance(writer, OpenVINOEngineConfig) and writer.device.startswith("CPU"):
+    if model and isinstance(writer, OpenVINOEngineConfig) and writer.device.startswith("CPU"):
         # The very weights that wrote, which transformers cannot read.
         how = (writer, target, final, folder, console, settings.threads)
         decoding = {"open_pair": partial(exact_pair, *how)}
