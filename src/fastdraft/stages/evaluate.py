@@ -110,14 +110,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         n: cache(partial(load_draft, Path(draft.location), device, dtype)) for n, draft in drafts.items()
     }
     final, load_final = drafts[names[-1]], loaders[names[-1]]
-    decoding: dict[str, Any] = {}
-    if model and isinstance(writer, OpenVINOEngineConfig) and writer.device.startswith("CPU"):
-        # The very weights that wrote, which transformers cannot read.
-        how = (writer, target, final, folder, console, settings.threads)
-        decoding = {"open_pair": partial(exact_pair, *how)}
-    elif model is not None:
-        decoding = {"open_pair": lambda: (ReadableModel(model), ReadableModel(load_final()))}
-        decoding |= {"precision": str(dtype).removeprefix("torch.")}
+    decoding = _decoding(writer, model, final, load_final, context)
     work = EvaluationWork(
         config, tasks, settings.seed, folder, console, *writing, by_engine=writer is not None, **decoding
     )
@@ -162,6 +155,23 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         provenance=describe_run(),
     )
     folder.remove_scratch()
+
+
+def _decoding(
+    writer: ChosenEngine | None,
+    model: PreTrainedModel | None,
+    draft: Target,
+    load: Callable[[], PreTrainedModel],
+    context: StageContext,
+) -> dict[str, Any]:
+    """How exact runs are made: in OpenVINO over the very weights that wrote, else in transformers."""
+    if model is None:
+        return {}
+    if isinstance(writer, OpenVINOEngineConfig) and writer.device.startswith("CPU"):
+        how = context.folder("evaluate"), context.console, context.settings.threads
+        return {"open_pair": partial(exact_pair, writer, context.target, draft, *how)}
+    precision = str(model.dtype).removeprefix("torch.")
+    return {"open_pair": lambda: (ReadableModel(model), ReadableModel(load())), "precision": precision}
 
 
 def _given_texts(config: EvaluateConfig, context: StageContext, context_length: int) -> GivenTexts | None:
