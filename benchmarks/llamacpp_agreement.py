@@ -26,7 +26,7 @@ from machine import Report, options, table
 from openvino_agreement import figures, read_prompts
 
 from fastdraft.decoding.replay import replay
-from fastdraft.functional.acceptance import add_counts
+from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.same_text import compare_texts
 from fastdraft.modeling.drafts import set_threads
@@ -45,10 +45,12 @@ def compare(
     prompts: Prompts,
     temperature: float,
     given: argparse.Namespace,
-) -> dict[str, Any]:
-    """One temperature: equal texts, differences, and the counts of both."""
+    report: Report,
+) -> None:
+    """One temperature: equal texts, differences, and the counts of both, in the file after every prompt."""
     asked = Sampling(temperature), given.max_new_tokens
-    differences, rows, counts = list[dict[str, Any]](), list[Any](), []
+    known = replace(target.vocabulary, missing_ids=())  # llama.cpp masks none of the draft's ids
+    differences, counts, replayed = list[dict[str, Any]](), list[Counts](), list[Counts]()
     for seed, (name, prompt) in enumerate(prompts):
         [alone] = pair.write([prompt], *asked, seed)
         [text] = pair.write([prompt], *asked, seed, Proposer("draft", given.k), exact_counts=True)
@@ -56,27 +58,19 @@ def compare(
         parted = compare_texts(prompt, own, ids, pair.gap)
         if parted:
             gap, tie = parted.gap, parted.is_near_tie("fast") if temperature == 0 else None
-            differences.append(
-                {"prompt": name, "token": parted.place + 1, "logprob_gap": gap, "near_tie": tie}
-            )
+            one = {"prompt": name, "token": parted.place + 1, "logprob_gap": gap, "near_tie": tie}
+            differences.append(one)
         if text.rounds:  # else it ended at its first token
             sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
             response = {"response_ids": ids[1:], "logprobs": [0.0] * (len(ids) - 1)}
-            rows.append(SimpleNamespace(prompt_ids=[*prompt, ids[0]], **response, **sampling))
+            row: Any = SimpleNamespace(prompt_ids=[*prompt, ids[0]], **response, **sampling)
+            replayed.append(replay(draft, [row], [given.k], known, draft_temperature=0.0)[0][given.k])
             counts.append(text.counts)
-    known = replace(target.vocabulary, missing_ids=())  # llama.cpp masks none of the draft's ids
-    replayed = [each[given.k] for each in replay(draft, rows, [given.k], known, draft_temperature=0.0)]
-    equal = sum(figures(ours) == figures(theirs) for ours, theirs in zip(replayed, counts, strict=True))
-    return {
-        "temperature": temperature,
-        "texts": len(prompts),
-        "equal_texts": len(prompts) - len(differences),
-        "differences": differences,
-        "equal_counts": equal,
-        "counted_texts": len(counts),
-        "llamacpp": figures(add_counts(counts)),
-        "replay": figures(add_counts(replayed)),
-    }
+        equal = sum(figures(a) == figures(b) for a, b in zip(replayed, counts, strict=True))
+        found = {"temperature": temperature, "texts": seed + 1, "equal_texts": seed + 1 - len(differences)}
+        found |= {"differences": differences, "equal_counts": equal, "counted_texts": len(counts)}
+        found |= {"llamacpp": figures(add_counts(counts)), "replay": figures(add_counts(replayed))}
+        report.put(found, "temperature")
 
 
 def main() -> None:
@@ -99,8 +93,9 @@ def main() -> None:
     pair = LlamaCppRuntime(threads=given.threads, eos_ids=target.vocabulary.eos_token_ids).open(
         given.target, given.draft
     )
+    model = draft.model("cpu")
     for temperature in given.temperatures:
-        report.add(compare(pair, draft.model("cpu"), target, prompts, temperature, given))
+        compare(pair, model, target, prompts, temperature, given, report)
     pair.close()
     report.finish(xllamacpp=LlamaCppRuntime().describe()["version"])
     for one in report.results:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastdraft.recipe.recipe import load_recipe
+from fastdraft.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -134,6 +135,31 @@ def test_the_table_of_real_models_adds_tokens_passes_and_seconds(load: Any) -> N
         re.sub(" {3,}", "  ", ours)
         == "llamacpp: ours  2.00  2.5 s  2.00x  2.00  2.5 s  1.00x  2.00  5.0 s  1.50x"
     )
+
+
+def test_llama_cpp_and_a_replay_are_compared_text_by_text(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    from gguf_fixture import write_gguf  # needs the library gguf
+
+    monkeypatch.setenv("FASTDRAFT_CACHE", str(tmp_path / "cache"))
+    script, files = load("llamacpp_agreement"), [tmp_path / "t.gguf", tmp_path / "d.gguf"]
+    target, draft = (
+        Target.at(write_gguf(path, noise=noise)) for path, noise in zip(files, (0, 0.02), strict=True)
+    )
+    given = argparse.Namespace(k=2, max_new_tokens=12, dry_run=False)
+    report = load("machine").Report(tmp_path / "r.json", "x", "cpu", given)
+    runtime = script.LlamaCppRuntime(threads=1, eos_ids=target.vocabulary.eos_token_ids)
+    pair, prompts = runtime.open(*files), [("a", [70, 71, 72])]
+    for temperature in (0.0, 0.8):
+        script.compare(pair, draft.model("cpu"), target, prompts, temperature, given, report)
+    pair.close()
+    for found, temperature in zip(report.results, (0.0, 0.8), strict=True):
+        assert (found["temperature"], found["texts"], found["equal_texts"]) == (temperature, 1, 1)
+        assert (found["equal_counts"], found["differences"]) == (found["counted_texts"], [])
+        assert found["llamacpp"] == found["replay"]
+    assert sum(found["llamacpp"]["accepted"] for found in report.results)
 
 
 def test_losses_are_followed_step_by_step_and_stand_as_far_as_they_came(
