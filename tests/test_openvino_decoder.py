@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,9 @@ from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.vocabulary import Vocabulary
+from fastdraft.recipe.synthesize import OpenVINOEngineConfig
+from fastdraft.run_folder import StageFolder
+from fastdraft.runtimes import engines
 from fastdraft.runtimes.openvino_decoder import DecoderPair, OpenVINODecoderRuntime
 from fastdraft.runtimes.openvino_export import convert
 from fastdraft.runtimes.openvino_reader import OpenVINOModel
@@ -150,6 +154,25 @@ def test_the_runtime_writes_and_counts_as_genai_does(exported_target: Path, expo
     assert 0 < first.first_token_seconds <= first.seconds < last.first_token_seconds
     spent = own.time_spent(prompts()[2], 12, 3)
     assert 0 < spent.target_seconds + spent.draft_seconds < spent.total_seconds
+
+
+def test_exact_runs_of_evaluate_are_of_the_weights_that_wrote(
+    exported_target: Path, exported_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def copy(source: Target, folder: Path, weights: str) -> None:
+        made.append(weights)
+        shutil.copytree(exported_target if weights == "int8" else exported_draft, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(engines, "export_openvino", copy)
+    monkeypatch.setattr(engines, "convert", copy)
+    asked = (OpenVINOEngineConfig(kind="openvino", weights="int8"), Target.at(exported_target))
+    for _ in range(2):  # the second finds them
+        models = engines.exact_pair(*asked, Target.at(exported_draft), StageFolder(tmp_path), Console(), 1)
+    assert made == ["int8", "fp32"]
+    assert [model.folder.name for model in models] == ["int8", "draft"]
+    assert sorted(path.name for path in (tmp_path / "converted").iterdir()) == ["draft", "int8"]
 
 
 def test_a_text_of_one_token_has_no_round_to_count(exported_target: Path, exported_draft: Path) -> None:
