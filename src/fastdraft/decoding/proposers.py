@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdraft.decoding.reader import Reader
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.lookup import PromptLookup
-from fastdraft.functional.sampling import draw, mask_ids, probabilities
+from fastdraft.functional.sampling import draw, likeliest, mask_ids, probabilities
 
 # draft: a draft model; lookup: prompt lookup, which copies what stood behind the same last tokens before;
 # lookup_draft: lookup, and the draft model in a round for which it finds nothing.
@@ -78,7 +78,7 @@ class DraftProposals:
         for place in range(length, length + min(self.num_speculative_tokens, room)):
             logits_1V = mask_ids(reader.read(ids_T[reader.length : place]), self.missing)
             if sampling.temperature == 0:
-                ids_T[place] = logits_1V[0].argmax(-1)
+                ids_T[place] = likeliest(logits_1V)[0]
                 continue
             probs_1V = probabilities(logits_1V, sampling.temperature, sampling.top_k, sampling.top_p)
             ids_T[place] = draw(probs_1V, self.generator)[0]

@@ -26,7 +26,7 @@ from fastdraft.decoding.reader import Readable, Reader
 from fastdraft.errors import RecipeError
 from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Generation, Sampling, check_prompts
-from fastdraft.functional.sampling import precise, probabilities, token_at
+from fastdraft.functional.sampling import likeliest, precise, probabilities, token_at
 from fastdraft.functional.verification import verify, verify_certain
 from fastdraft.modeling.vocabulary import Vocabulary
 
@@ -208,7 +208,7 @@ class SpeculativeDecoder:
         if sampling.temperature > 0:
             target_probs_EV = probabilities(logits_EV, sampling.temperature, sampling.top_k, sampling.top_p)
         if target_probs_EV is None:
-            accepted_count, final_1 = verify_certain(logits_EV.argmax(-1), proposed_K)
+            accepted_count, final_1 = verify_certain(likeliest(logits_EV), proposed_K)
         elif draft_probs_KV is None:
             drawn_E = token_at(target_probs_EV, text.uniform[length : length + k + 1])
             accepted_count, final_1 = verify_certain(drawn_E, proposed_K)

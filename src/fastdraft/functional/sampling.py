@@ -35,6 +35,15 @@ def warp(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1
     return warped_BV
 
 
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """The id of the largest logit, [B] int64, the first of equal ones."""
+    # On one core and four rows of 152 k numpy takes 50 us and torch 1 ms; and its threads would spin beside
+    # those of a runtime.
+    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
+        return torch.as_tensor(logits_BV.numpy().argmax(-1))
+    return logits_BV.argmax(-1)
+
+
 def probabilities(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The distribution that the next token is drawn from, float32; one-hot for temperature 0."""
     if temperature == 0:
