@@ -15,7 +15,7 @@ from fastdraft.decoding.latency import Latency
 from fastdraft.json_rows import JsonRow, Number, called
 
 # In the order of training, as the paper calls them.
-CHECKPOINT_LABELS = {"design": "untrained", "pretrain": "PT", "continue_pretrain": "CP", "align": "FT"}
+CHECKPOINT_LABELS = {"design": "start", "pretrain": "PT", "continue_pretrain": "CP", "align": "FT"}
 TASK_ORDER = ("code", "summarization", "text", "instructions")
 # Kinds of speed-up that a row may hold, the paper's first, and how they are called.
 SPEEDUPS = {
