@@ -74,7 +74,7 @@ def test_recipes_are_listed_and_copied_but_never_over_a_file(
     [
         (["rn", "demo"], "Did you mean 'run'"),
         (["run"], "Missing argument 'RECIPE'; see fastdraft --help"),
-        (["run", "demo", "--redo", "algin"], "algin"),
+        (["run", "starter", "--redo", "algin"], "algin"),
         (["run", "demo", "--qiet"], "--quiet"),
         (["preview", "runs/x", "--count", "many"], "--count"),
         (["inspect", "x", "y=1"], "y=1"),
