@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -272,3 +273,16 @@ def _watch_forbidden(patch: pytest.MonkeyPatch) -> None:
             return real(*arguments, **named)  # type: ignore[operator]
 
         patch.setattr(owner, name, watched)
+
+
+@pytest.fixture(scope="module")
+def near(tiny_target: Path) -> Any:
+    """A draft that often agrees: the target with some noise in its head."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) * 0.25 * model.lm_head.weight.std())
+    return model

@@ -45,16 +45,6 @@ def target(tiny_target: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module")
-def near(tiny_target: Path) -> PreTrainedModel:
-    """A draft that often agrees: the target with some noise in its head."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) * 0.25 * model.lm_head.weight.std())
-    return model
-
-
 def decoder(kind: ProposerKind | None, k: int = 3, context: int = 10_000, **how: Any) -> SpeculativeDecoder:
     return SpeculativeDecoder(*tables(context), how.pop("vocabulary", TOY), k, proposer=kind, **how)
 

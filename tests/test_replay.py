@@ -34,16 +34,6 @@ def target(tiny_target: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module")
-def near(tiny_target: Path) -> PreTrainedModel:
-    """A draft that often agrees: the target with some noise in its head."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) * 0.25 * model.lm_head.weight.std())
-    return model
-
-
 def prompts(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(4, 300, (2 + i % 9,), generator=generator).tolist() for i in range(count)]
