@@ -11,7 +11,10 @@ from fastdraft import cli
 from fastdraft.console import Console
 from fastdraft.errors import FastDraftError, MissingExtra
 from fastdraft.pipeline import downstream, run
+from fastdraft.pipeline import order as pipeline_order
 from fastdraft.recipe.recipe import load_recipe
+from fastdraft.recipe.training import DesignConfig
+from fastdraft.reporting.page import read_run
 from fastdraft.stages import SUMMARIES
 from kill_and_resume import Kind, kill_and_resume
 
@@ -149,6 +152,27 @@ def test_a_report_can_be_made_at_any_time_and_is_made_anew(tmp_path: Path, tiny_
 def test_redoing_a_stage_redoes_what_builds_on_it() -> None:
     assert downstream(["synthesize"]) == {"synthesize", "align", "evaluate", "export", "benchmark", "report"}
     assert downstream(["design"]) >= {"prepare", "report"}
+
+
+def test_a_design_that_reads_rows_runs_behind_the_stages_that_write_them(
+    tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(DesignConfig, "reads", ("prepare", "synthesize"))
+    path, order = str(write_recipe(tmp_path, tiny_target)), ["prepare", "synthesize", "design", "pretrain"]
+    recipe = load_recipe(path)
+    with pytest.raises(FastDraftError, match="run `fastdraft prepare RECIPE` first"):
+        run(recipe, only=["design"])
+    assert cli.main(["check", path, "--json"]) == 0
+    assert [stage["stage"] for stage in json.loads(capsys.readouterr().out)["stages"]][:4] == order
+    folder = run(recipe, only=["design", "synthesize", "prepare"])
+    assert list(read_run(folder).manifests) == order[:3]
+    read = folder.folder("design").stored_fingerprint()["shape"]["reads"]
+    assert read == {name: folder.folder(name).digest() for name in order[:2]}
+    table = pipeline_order(recipe.sections())
+    assert "design" in downstream(["prepare"], table)
+    assert "prepare" not in downstream(["design"], table)
+    run(load_recipe(path, ["synthesize.tokens=700"]), only=order[1:3], redo=["synthesize"])
+    assert folder.folder("design").stored_fingerprint()["shape"]["reads"] != read
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(tmp_path: Path) -> None:

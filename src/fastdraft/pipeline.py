@@ -3,6 +3,8 @@
     design -> prepare -> pretrain -> continue_pretrain -> synthesize -> align -> evaluate -> export ->
     benchmark -> report
 
+A design that reads rows comes behind the stages that write them (`order`).
+
 Finished work is skipped and unfinished work goes on. A missing stage, or work done with other settings, is
 refused before anything runs. Under torchrun process 0 goes through the stages, and the others join it in
 those that train.
@@ -12,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,7 @@ from typing import Any
 
 from fastdraft.console import Console, format_seconds
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError, machine_errors
+from fastdraft.recipe.base import Config
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import FINGERPRINT, RunFolder, read_json, write_atomic, write_json
 from fastdraft.stages import (
@@ -73,7 +76,7 @@ class Stage:
 STAGES = (
     Stage("design", design),
     Stage("prepare", prepare, ("design",)),
-    Stage("pretrain", pretrain, ("prepare",), _TOKENS.format("pretrain"), trains=True),
+    Stage("pretrain", pretrain, ("design", "prepare"), _TOKENS.format("pretrain"), trains=True),
     Stage("continue_pretrain", pretrain, ("pretrain",), _TOKENS.format("continue_pretrain"), trains=True),
     Stage("synthesize", synthesize, ("prepare",), _ROWS.format("synthesize")),
     Stage("align", align, ("continue_pretrain", "synthesize"), _TOKENS.format("align"), trains=True),
@@ -88,13 +91,26 @@ def make_context(recipe: Recipe, console: Console) -> StageContext:
     """What every stage of this recipe is given."""
     folder = RunFolder(recipe.run.root)
     target = Target(recipe.target)
-    return StageContext(folder, recipe.run, target, recipe.sections(), console, recipe.folder)
+    found = recipe.sections()
+    sections = {stage.name: found[stage.name] for stage in order(found) if stage.name in found}
+    return StageContext(folder, recipe.run, target, sections, console, recipe.folder)
 
 
-def downstream(names: Iterable[str]) -> set[str]:
+def order(sections: Mapping[str, Config]) -> tuple[Stage, ...]:
+    """The table for these sections: design stands behind the stages that it reads, and builds on them."""
+    reads: tuple[str, ...] = getattr(sections.get("design"), "reads", ())
+    if not reads:
+        return STAGES
+    table = {stage.name: stage for stage in STAGES}
+    table["prepare"] = replace(table["prepare"], builds_on=())
+    table["design"] = replace(table["design"], builds_on=reads)
+    return tuple(sorted(table.values(), key=lambda stage: stage.name not in reads))
+
+
+def downstream(names: Iterable[str], table: Collection[Stage] = STAGES) -> set[str]:
     """The named stages and all that build on them."""
     found = set(names)
-    for stage in STAGES:  # in order, so one pass reaches all
+    for stage in table:  # in order, so one pass reaches all
         if found & set(stage.builds_on):
             found.add(stage.name)
     return found
@@ -119,7 +135,7 @@ def run(
         FastDraftError: in one line, whatever the user can mend. Nothing half-written stays behind.
     """
     context = make_context(recipe, console or Console(quiet=True))
-    wanted, redone = _wanted(context, only), downstream(map(_known, redo))
+    wanted, redone = _wanted(context, only), downstream(map(_known, redo), order(context.sections))
     start = time.monotonic()
     with machine_errors(context.run.root, _MEMORY), context.console.stop.listen():
         if distributed.process_rank() > 0:
@@ -159,7 +175,7 @@ def _wanted(context: StageContext, only: Iterable[str] | None) -> list[Stage]:
     names = set(context.sections) if only is None else set(map(_known, only))
     for name in sorted(names - set(context.sections)):
         raise RecipeError(f"{name}: missing: a stage runs only when its section is present", f"add `{name}:`")
-    return [stage for stage in STAGES if stage.name in names]
+    return [stage for stage in order(context.sections) if stage.name in names]
 
 
 def _known(name: str) -> str:
@@ -181,19 +197,20 @@ def _refuse_gaps(wanted: list[Stage], redone: Collection[str], context: StageCon
 
 
 def refuse_changes(
-    context: StageContext, redone: Collection[str] = (), wanted: Collection[Stage] = STAGES
+    context: StageContext, redone: Collection[str] = (), wanted: Collection[Stage] | None = None
 ) -> None:
-    """Refuses work that stands and was done with other settings; of stages not wanted, inputs may be
-    missing.
+    """Refuses work that stands and was done with other settings; of stages not wanted (None: all are), inputs
+    may be missing.
     """
-    for stage in STAGES:
+    for stage in order(context.sections):
         folder = context.folder(stage.name)
         begun = context.has(stage.name) and (folder.path / FINGERPRINT).exists()
         if not begun or stage.remade or stage.name in redone:
             continue
         if all(context.folder(name).is_complete() for name in stage.builds_on if context.has(name)):
             # A run that was moved to another machine may lack the inputs of its finished stages.
-            with contextlib.nullcontext() if stage in wanted else contextlib.suppress(DataError, TargetError):
+            told = () if wanted is None or stage in wanted else (DataError, TargetError)
+            with contextlib.suppress(*told):
                 folder.begin(stage.fingerprint(context))
 
 

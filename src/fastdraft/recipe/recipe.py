@@ -88,7 +88,7 @@ class Recipe(Config):
         return self
 
     def sections(self) -> dict[str, Config]:
-        """The stages' sections that are present, by stage name, in the order in which they run."""
+        """The stages' sections that are present, by stage name; pipeline.order says when they run."""
         stages = (name for name in Recipe.model_fields if name not in ("run", "target"))
         return {name: section for name in stages if (section := getattr(self, name)) is not None}
 

@@ -136,6 +136,11 @@ class DesignConfig(Config):
     initialization: Literal["random", "target_embeddings"] = "random"
     """target_embeddings projects the target's embedding and head to the draft's width."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The stages whose rows it reads, and behind which it therefore runs, in their order."""
+        return ()
+
     @model_validator(mode="after")
     def _from_has_weights(self) -> DesignConfig:
         if isinstance(self.draft, EarlierDraft) and self.initialization != "random":

@@ -58,6 +58,9 @@ def read_run(run: RunFolder) -> RunRecord:
         # The stage's own count spans restarts; the pipeline's knows of loading.
         known = [found for found in (manifest.get("seconds"), timings.get(stage)) if found is not None]
         manifest["seconds"] = max(known, default=None)
+    # A design that read rows stands behind the stages that wrote them.
+    first = manifests.get("design", {}).get("reads", ())
+    manifests = dict(sorted(manifests.items(), key=lambda item: item[0] not in first))
 
     def kept(stage: str, name: str, read: Callable[[Any], Any]) -> Any:
         return read(read_json(run.folder(stage).path / name)) if stage in manifests else None

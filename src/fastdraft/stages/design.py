@@ -97,21 +97,24 @@ def fingerprint(config: DesignConfig, context: StageContext) -> dict[str, Any]:
     """Shape, vocabulary, first weights, and what is copied from the target; its weights only if used."""
     target = context.target
     return {
-        "shape": _shape(config, plan(config, target), target, context.settings.seed),
+        "shape": _shape(config, plan(config, target), context),
         "target": target.architecture.as_dict(),
         "tokenizer_files": target.tokenizer_digest(),
         "eos_token_ids": list(target.vocabulary.eos_token_ids),
     }
 
 
-def _shape(config: DesignConfig, design: DraftDesign, target: Target, seed: int) -> dict[str, Any]:
+def _shape(config: DesignConfig, design: DraftDesign, context: StageContext) -> dict[str, Any]:
     """All that decides the draft's modules, its token ids and its first weights."""
+    target, seed = context.target, context.settings.seed
     names = ("size", "digest", "special_digest")
     shape: dict[str, Any] = {
         "vocabulary": {name: getattr(target.vocabulary, name) for name in names},
         "architecture": design.draft.as_dict(),
         "inherited": {key: getattr(design.draft_config, key, None) for key in _INHERITED},
     }
+    if read := {name: context.folder(name).digest() for name in config.reads if context.has(name)}:
+        shape["reads"] = read
     if design.source is not None:
         files = sorted(design.source.glob("*.safetensors")) or [design.source]
         return shape | {"from": digest([file_sha256(path) for path in files])}
@@ -152,7 +155,8 @@ def run(config: DesignConfig, context: StageContext) -> None:
         vocabulary=vocabulary.as_dict(),
         initialization="from" if design.source else config.initialization,
         source=config.draft.path if isinstance(config.draft, EarlierDraft) else None,
-        shape_digest=digest(_shape(config, design, target, seed)),
+        reads=list(config.reads),
+        shape_digest=digest(_shape(config, design, context)),
         provenance=describe_run(),
     )
     _show(design, target, context.console)
