@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 from fastdraft import forecast
 from fastdraft.commands.stage_costs import StageCosts
+from fastdraft.commands.verdicts import runtime_verdicts, verdict_table
 from fastdraft.console import TABLE_WIDTH, Console, format_count, format_seconds, format_table
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.modeling.drafts import pick_device
@@ -69,6 +70,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
     if needed > free:
         message = f"{root}: {_size(free)} free: the run needs about {_size(needed)}"
         raise FastDraftError(message, "free some space or set run.folder")
+    verdicts = runtime_verdicts(context.target, plan)
     if as_json:
         target, draft = plan.target, plan.draft
         value = {
@@ -78,10 +80,12 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
             "device": device,
             "free_bytes": free,
             "stages": [asdict(stage) for stage in stages],
+            "runtimes": [asdict(verdict) for verdict in verdicts],
         }
         print(json.dumps(value, indent=1))
     elif not console.quiet:
         _print(recipe, plan, device, stages, free)
+        print(f"\n{verdict_table(verdicts)}\n")
         _print_inputs(recipe, context, told)
 
 

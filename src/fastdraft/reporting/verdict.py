@@ -23,7 +23,12 @@ from fastdraft.reporting.definitions import (
     times,
 )
 
-RUNTIMES = {"openvino": "OpenVINO", "llamacpp": "llama.cpp", "fastdraft": "our decoder over OpenVINO"}
+RUNTIMES = {
+    "openvino": "OpenVINO",
+    "llamacpp": "llama.cpp",
+    "vllm": "vLLM",
+    "fastdraft": "our decoder over OpenVINO",
+}
 SUBJECTS = {
     "lookup": "prompt lookup",
     "draft": "this draft",

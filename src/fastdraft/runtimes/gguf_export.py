@@ -37,6 +37,18 @@ def require_writable(target: Target) -> None:
     tokenizer_fields(target)
 
 
+def check_config(config: PreTrainedConfig, where: str) -> None:
+    """Refuses a model of a family, or with windows, that a GGUF file of ours does not serve."""
+    if config.model_type not in _ARCHITECTURE:
+        rule = f"must be one of {', '.join(_ARCHITECTURE)}"
+        raise TargetError(f"{where}: family {config.model_type}: {rule}", "leave gguf out")
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
+    if window and window < config.max_position_embeddings and config.model_type != "phi3":
+        found = f"layers that see {window} tokens; llama.cpp lets this family see all of them"
+        raise TargetError(f"{where}: {found}", "leave gguf out")
+
+
 def export_gguf(source: Target, file: Path, weights: GGUFWeights, tokenizer: Target) -> None:
     """Writes one file, whole or not at all, with the tokenizer of `tokenizer`: of a draft its target's.
 
@@ -44,14 +56,7 @@ def export_gguf(source: Target, file: Path, weights: GGUFWeights, tokenizer: Tar
     llama.cpp could not run the model, or would leave this draft out beside that target.
     """
     gguf, config = require_gguf(), text_config(source.config)
-    if config.model_type not in _ARCHITECTURE:
-        rule = f"must be one of {', '.join(_ARCHITECTURE)}"
-        raise TargetError(f"{source.location}: family {config.model_type}: {rule}", "leave gguf out")
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
-    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
-    if window and window < config.max_position_embeddings and config.model_type != "phi3":
-        found = f"layers that see {window} tokens; llama.cpp lets this family see all of them"
-        raise TargetError(f"{source.location}: {found}", "leave gguf out")
+    check_config(config, source.location)
     architecture = _ARCHITECTURE[config.model_type]
     fields = tokenizer_fields(tokenizer)
     if len(fields[f"{PREFIX}ggml.tokens"].value) != config.vocab_size:

@@ -84,10 +84,16 @@ def check_pair(target: Target, draft: Target) -> None:
         if of_target != of_draft:
             found = f"{draft.location}: draft {of_draft}, target {of_target}: {name} must be equal"
             raise TargetError(found, "use a draft that was made for this target's tokenizer")
-    if draft.context_length < target.context_length:
-        lengths = f"draft {draft.context_length}, target {target.context_length}"
-        found = f"{draft.location}: {lengths}: the draft's context must not be shorter than the target's"
-        raise TargetError(found, "make the draft with the target's context length")
+    check_contexts(target.context_length, draft.context_length, draft.location)
+
+
+def check_contexts(target: int, draft: int, where: str) -> None:
+    """Refuses a draft whose context is shorter: longer texts would end in an error."""
+    if draft < target:
+        rule = "the draft's context must not be shorter than the target's"
+        raise TargetError(
+            f"{where}: draft {draft}, target {target}: {rule}", "make it with the target's context length"
+        )
 
 
 def export_openvino(
