@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from fastdraft.modeling.families import check_config, plain_values, special_id, 
 from fastdraft.modeling.gguf_target import GGUFModelFiles, as_directory, open_gguf
 from fastdraft.modeling.model_files import ModelFiles, one_line, quiet
 from fastdraft.modeling.tokenizer import load_tokenizer
+from fastdraft.modeling.trimmed_head import read_head_ids
 from fastdraft.modeling.vocabulary import Vocabulary, describe
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.run_folder import file_sha256
@@ -152,7 +154,9 @@ class Target:
     @cached_property
     def architecture(self) -> Architecture:
         with one_line(self.files.where):  # an activation, say, that transformers does not know
-            return read_architecture(self.config)
+            shape = read_architecture(self.config)
+        ids = read_head_ids(Path(self.location), shape.vocab_size)
+        return shape if ids is None else replace(shape, tied=False, head_size=len(ids))
 
     @property
     def context_length(self) -> int:

@@ -62,7 +62,12 @@ class StageCosts:
         disk = 2 * self.checkpoint + 2 * forecast.checkpoint_bytes(draft.parameters, resumable=True)
         usual = default_micro_batch_tokens(torch.device(self.device))
         micro_batch = max(prepare.row_length if prepare else 0, config.micro_batch_tokens or usual)
-        shape = (draft.vocab_size, draft.hidden_size, draft.intermediate_size, draft.num_layers)
+        shape = (
+            draft.head_size or draft.vocab_size,
+            draft.hidden_size,
+            draft.intermediate_size,
+            draft.num_layers,
+        )
         memory = forecast.training_memory_bytes(draft.parameters, *shape, micro_batch)
         if stage == "align" and config.objective.kind == "token_kd" and config.objective.source == "target":
             seconds += self._scoring(tokens)

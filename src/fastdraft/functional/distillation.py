@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastdraft.functional.losses import IGNORE_INDEX, chunked_loss, default_chunk
 
@@ -37,6 +38,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 LK_ETA = 3.0  # how fast lk_hybrid moves from KL to TVD as the overlap grows: the paper's best
 # About four times as many tensors of a chunk's size stand at once as in cross-entropy: a quarter of its rows.
 CHUNK_SHARE, CHUNK_ROWS = 4, 256  # at least so many
+NO_ROW = -1  # label of rows whose token is outside of a trimmed head: no cross-entropy
 LOG_FLOOR = -1e4  # stands for log 0 where a bucket is empty, so that 0 * log 0 is 0
 
 
@@ -66,13 +68,15 @@ def log_overlap(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
 
 def tvd(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
     """1/2 sum |t - d| = 1 - overlap; bounded gradients, which vanish for a draft that is far off."""
-    return 0.5 * (target_logp.exp() - draft_logp.exp()).abs().sum(-1)
+    return 1 - torch.minimum(target_logp, draft_logp).exp().sum(-1)
 
 
 def lk_hybrid(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
     """L KL(t|d) + (1-l) TVD, l = exp(-3 overlap) of each token by itself, without gradient."""
     weight = (-LK_ETA * log_overlap(target_logp, draft_logp).detach().exp()).exp()
-    return weight * forward_kl(target_logp, draft_logp) + (1 - weight) * tvd(target_logp, draft_logp)
+    # Of a target of which some mass is missed the KL is that of the rest, weighted by its mass.
+    kl: Tensor = forward_kl(target_logp, draft_logp) + torch.special.entr(target_logp.exp().sum(-1))
+    return weight * kl + (1 - weight) * tvd(target_logp, draft_logp)
 
 
 def lk_log(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
@@ -87,6 +91,9 @@ class TokenLoss:
     divergence: Divergence
     weight: float = 1.0
     ce_weight: float = 0.0
+    # Whether with a trimmed head the target is taken given that head's ids, weighted by their mass: KL to a
+    # draft that cannot say what the target says has no bound. Where the overlap counts, the rest is missed.
+    given_head: bool = True
 
 
 def token_loss(name: str, beta: float = 0.5) -> TokenLoss:
@@ -95,11 +102,11 @@ def token_loss(name: str, beta: float = 0.5) -> TokenLoss:
         "forward_kl": TokenLoss(forward_kl),
         "reverse_kl": TokenLoss(reverse_kl),
         "jsd": TokenLoss(partial(jsd, beta=beta)),
-        "tvd": TokenLoss(tvd),
+        "tvd": TokenLoss(tvd, given_head=False),
         "ce_kl": TokenLoss(forward_kl, 0.5, 0.5),
-        "ce_tvd": TokenLoss(tvd, 0.5, 0.5),
-        "lk_hybrid": TokenLoss(lk_hybrid),
-        "lk_log": TokenLoss(lk_log),
+        "ce_tvd": TokenLoss(tvd, 0.5, 0.5, given_head=False),
+        "lk_hybrid": TokenLoss(lk_hybrid, given_head=False),
+        "lk_log": TokenLoss(lk_log, given_head=False),
     }
     return losses[name]
 
@@ -109,6 +116,8 @@ class DenseTarget:
     """The target's distribution over all tokens, made when a chunk asks for it."""
 
     logits: Callable[[slice], Tensor]  # raw logits [C, V] of some rows
+    ids: Tensor | None = None  # [K] of the draft's trimmed head; None: it has all
+    vocab_size: int = 0  # V, where there are `ids`
 
 
 @dataclass(frozen=True)
@@ -117,10 +126,11 @@ class SparseTarget:
 
     ids: Tensor  # integers [N, K]; no id twice in a row
     logprobs: Tensor  # [N, K + 1], at temperature 1, the tail's mass last
+    trimmed: bool = False  # `ids` are rows of a trimmed head, and their number those that it lacks
 
     def normalized(self) -> SparseTarget:
         """The same with rows that add to 1 exactly: what was stored in 16 bits is a little off."""
-        return SparseTarget(self.ids, self.logprobs.log_softmax(-1))
+        return replace(self, logprobs=self.logprobs.log_softmax(-1))
 
 
 TargetDistribution = DenseTarget | SparseTarget
@@ -140,7 +150,8 @@ def _bucketed(logits_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor
     # A tail without tokens has no mass; a finite float keeps the subtraction below from being NaN.
     rest_N1 = rest_NV.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(rest_NV.dtype).min / 2)
     tail_N1 = (rest_N1 - lse_N1).clamp(min=LOG_FLOOR)
-    return torch.cat([logp_NV.gather(1, ids_NK), tail_N1], dim=1), logp_NV, rest_NV.sub_(rest_N1)
+    kept_NK = logp_NV.gather(1, ids_NK).clamp(min=LOG_FLOOR)
+    return torch.cat([kept_NK, tail_N1], dim=1), logp_NV, rest_NV.sub_(rest_N1)
 
 
 def chunked_distillation(
@@ -154,9 +165,11 @@ def chunked_distillation(
 ) -> Tensor:
     """Sum over tokens of `loss` between the target's distribution at these rows and softmax(hidden @ head^T).
 
-    Types, `IGNORE_INDEX` among `labels_N` and `chunk` are as in `chunked_cross_entropy`.
+    Types, `IGNORE_INDEX` among `labels_N` and `chunk` are as in `chunked_cross_entropy`; with a trimmed head
+    labels are its rows, or `NO_ROW`.
     """
-    chunk = chunk or max(CHUNK_ROWS, default_chunk(hidden_ND.device.type, head_VD.shape[0]) // CHUNK_SHARE)
+    widest = max(len(head_VD), target.vocab_size if isinstance(target, DenseTarget) else 0)
+    chunk = chunk or max(CHUNK_ROWS, default_chunk(hidden_ND.device.type, widest) // CHUNK_SHARE)
     return chunked_loss(hidden_ND, head_VD, partial(_chunk_loss, labels_N, target, loss), chunk)
 
 
@@ -168,18 +181,29 @@ def _chunk_loss(
     With h = d loss / d log-probs, the chain rule through the softmax gives h - d sum(h); a bucket's h goes to
     its tokens in proportion to their probability given the bucket.
     """
-    labels_C, wide = labels_N[rows], logits_CV.dtype
-    trained_C = labels_C != IGNORE_INDEX
-    safe_C1 = labels_C.where(trained_C, 0)[:, None]
+    labels_C, wide, size = labels_N[rows], logits_CV.dtype, logits_CV.shape[1]
+    labelled_C, weight_C = labels_C >= 0, loss.weight * (labels_C != IGNORE_INDEX).to(wide)
+    safe_C1 = labels_C.clamp(min=0)[:, None]
     if isinstance(target, SparseTarget):
         ids_CK, target_CB = target.ids[rows].long(), target.logprobs[rows].to(wide)
+        trimmed = target.trimmed
+        if (
+            trimmed
+        ):  # the ids that its head lacks are empty buckets in both; of the tail all counts as its own
+            logits_CV = functional.pad(logits_CV, (0, 1), value=-torch.inf)
+            target_CB = target_CB.masked_fill(functional.pad(ids_CK == size, (0, 1)), LOG_FLOOR)
         draft_CB, logp_CV, rest_CV = _bucketed(logits_CV, ids_CK)
     else:
-        target_CB = target.logits(rows).to(wide).log_softmax(-1)
+        target_CB, trimmed = target.logits(rows).to(wide).log_softmax(-1), target.ids is not None
+        if target.ids is not None:
+            target_CB = target_CB.index_select(1, target.ids)
         draft_CB = logp_CV = logits_CV.log_softmax(-1)
-    total, h_CB = _divergence(loss.divergence, target_CB, draft_CB, loss.weight * trained_C, grad)
-    ce_C = loss.ce_weight * trained_C.to(wide)
-    total = total - (ce_C * logp_CV.gather(1, safe_C1)[:, 0]).where(trained_C, 0).sum()
+    if trimmed and loss.given_head:
+        mass_C1 = target_CB.logsumexp(-1, keepdim=True)
+        target_CB, weight_C = target_CB - mass_C1, weight_C * mass_C1[:, 0].exp()
+    total, h_CB = _divergence(loss.divergence, target_CB, draft_CB, weight_C, grad)
+    ce_C = loss.ce_weight * labelled_C.to(wide)
+    total = total - (ce_C * logp_CV.gather(1, safe_C1)[:, 0]).where(labelled_C, 0).sum()
     if h_CB is None:
         return total, None
     grad_CV = logp_CV.exp().mul_((ce_C - h_CB.sum(-1))[:, None])
@@ -187,7 +211,7 @@ def _chunk_loss(
         grad_CV.addcmul_(rest_CV.exp_(), h_CB[:, -1:]).scatter_add_(1, ids_CK, h_CB[:, :-1])
     else:
         grad_CV += h_CB
-    return total, grad_CV.scatter_add_(1, safe_C1, -ce_C[:, None])
+    return total, grad_CV.scatter_add_(1, safe_C1, -ce_C[:, None])[:, :size]
 
 
 def _divergence(

@@ -56,6 +56,7 @@ class Architecture:
     mlp_bias: bool = False
     stored: int = 0  # parameters as counted on the modules, where the family has no formula here
     read: int = 0  # of these, the ones read for one token: of routed experts only those that it is sent to
+    head_size: int = 0  # rows of a trimmed head; 0: it has the whole vocabulary
 
     @property
     def layer_parameters(self) -> int:
@@ -69,25 +70,31 @@ class Architecture:
 
     @property
     def embedding_parameters(self) -> int:
-        """One vocabulary matrix: the input embedding, or the head."""
+        """The input embedding."""
         return self.vocab_size * self.hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        """The output head, also where it is the embedding."""
+        return (self.head_size or self.vocab_size) * self.hidden_size
 
     @property
     def body_parameters(self) -> int:
         """All layers and the last norm; of counted ones what a token reads."""
         if self.stored:
-            return self.read - self.embedding_parameters
+            return self.read - self.head_parameters
         return self.num_layers * self.layer_parameters + self.hidden_size
 
     @property
     def parameters(self) -> int:
         """All parameters; a tied matrix counts once."""
-        return self.stored or self.body_parameters + self.embedding_parameters * (1 if self.tied else 2)
+        head = 0 if self.tied else self.head_parameters
+        return self.stored or self.body_parameters + self.embedding_parameters + head
 
     @property
     def read_parameters(self) -> int:
         """Read for one token: the body and the head; of an untied input embedding only one row is read."""
-        return self.body_parameters + self.embedding_parameters
+        return self.body_parameters + self.head_parameters
 
     @property
     def flops_per_token(self) -> int:
@@ -101,7 +108,7 @@ class Architecture:
     def exported_bytes_per_token(self, weights: str) -> float:
         """The same of an export, scales left out; int4 ones keep embeddings and head in int8."""
         bits = WEIGHT_BITS[weights]
-        return (self.body_parameters * bits + self.embedding_parameters * max(bits, 8)) / 8
+        return (self.body_parameters * bits + self.head_parameters * max(bits, 8)) / 8
 
     @property
     def draft_base(self) -> Architecture:
@@ -114,7 +121,8 @@ class Architecture:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for manifests and fingerprints; counts only where they were made."""
-        return {key: value for key, value in asdict(self).items() if value or key not in ("stored", "read")}
+        sparse = ("stored", "read", "head_size")
+        return {key: value for key, value in asdict(self).items() if value or key not in sparse}
 
 
 def read_architecture(hf_config: PreTrainedConfig) -> Architecture:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.checkpoint import EMBEDDINGS, HEADS
 from fastdraft.modeling.model_files import quiet
+from fastdraft.modeling.trimmed_head import TrimmedHead, read_head_ids, trim, write_head_ids
 from fastdraft.run_folder import atomic_folder
 from fastdraft.target import Target
 
@@ -48,8 +49,10 @@ def set_threads(count: int) -> None:
 def load_draft(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A draft or checkpoint: eval mode, on `device`, every weight finite."""
+    """A draft or checkpoint: eval mode, on `device`, every weight finite, its head over the ids it is for."""
     model = Target.at(folder).model("cpu", dtype)
+    if (ids := read_head_ids(folder, model.config.vocab_size)) is not None:
+        trim(model, ids)
     # Else the row of the padding id, which often is also BOS or EOS, has no gradient.
     model.get_input_embeddings().padding_idx = None
     for name, parameter in model.named_parameters():
@@ -63,12 +66,17 @@ def load_draft(
 
 def save_draft(model: PreTrainedModel, folder: Path, tokenizer: Target) -> None:
     """Writes a Hugging Face directory, with the tokenizer files of `tokenizer`, whole or not at all."""
+    head, weights = model.get_output_embeddings(), dict[str, Tensor]()
+    if isinstance(head, TrimmedHead):
+        weights = model.state_dict() | {HEADS[0]: head.whole_weight()}
     with atomic_folder(folder) as temporary:
         with quiet():
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=weights or None)
+        if isinstance(head, TrimmedHead):
+            write_head_ids(temporary, head)
         # safetensors writes for the owner only; a server may be another user
-        for weights in temporary.glob("*.safetensors"):
-            shutil.copymode(temporary / "config.json", weights)
+        for path in temporary.glob("*.safetensors"):
+            shutil.copymode(temporary / "config.json", path)
         tokenizer.copy_tokenizer(temporary)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fastdraft.errors import TargetError
 from fastdraft.modeling.families import text_config
+from fastdraft.modeling.trimmed_head import TrimmedHead, widen
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,17 @@ class OutputHead:
     bias: Tensor | None = None  # [V]
     scale: float = 1.0
     softcap: float = 0.0
+    rows: Tensor | None = None  # [V] of a trimmed head, whose weight is [K, D]: the row of each id, else K
 
     @property
     def vocab_size(self) -> int:
         """V, padding rows included."""
-        return int(self.weight.shape[0])
+        return len(self.weight if self.rows is None else self.rows)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V]; the product in the model's own type, as the model does it, the result in fp32."""
-        return self.finish(hidden_ND @ self.weight.T).float()
+        logits = self.finish(hidden_ND @ self.weight.T)
+        return (logits if self.rows is None else widen(logits, self.rows)).float()
 
     def finish(self, product_NV: Tensor) -> Tensor:
         """Logits [N, V] from hidden states times weight, in the product's type."""
@@ -54,11 +57,14 @@ def output_head(model: PreTrainedModel) -> tuple[nn.Module, OutputHead]:
     multiplied, divided = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     scale = float(multiplied or 1.0) / float(divided or 1.0)
-    return model.get_decoder(), OutputHead(head.weight, getattr(head, "bias", None), scale, softcap)
+    rows = head.rows if isinstance(head, TrimmedHead) else None
+    return model.get_decoder(), OutputHead(head.weight, getattr(head, "bias", None), scale, softcap, rows)
 
 
 def split_head(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
-    """The decoder and the head's weight [V, D] of a draft, for losses that never hold all logits at once."""
+    """The decoder and the head's weight [V, D] (trimmed [K, D]) of a draft, for losses that never hold all
+    logits at once.
+    """
     decoder, head = output_head(model)
     # Those losses make no gradient through a bias, cap or scale, and no designed draft has one.
     if head.bias is not None or head.scale != 1.0 or head.softcap:

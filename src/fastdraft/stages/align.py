@@ -23,6 +23,7 @@ from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.functional.distillation import token_loss
 from fastdraft.modeling.drafts import load_draft, pick_device, save_draft, set_threads
 from fastdraft.modeling.heads import output_head
+from fastdraft.modeling.trimmed_head import TrimmedHead
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.training import AlignConfig, TokenKDConfig
 from fastdraft.stages.context import StageContext
@@ -85,7 +86,7 @@ def run(config: AlignConfig, context: StageContext) -> None:
         console.say(f"  {settings}, {source.steps} steps{defaults.COMPILED if compiled else ''}; {rows}")
         if not held_out and world.is_main:
             console.warn("align: no held-out responses: the last step's weights are kept instead of the best")
-        objective = _objective(config, context, int(model.config.vocab_size), device)
+        objective = _objective(config, context, model, device)
         step = defaults.build_step(model, settings, objective, compiled=compiled)
         k, vocabulary = _num_speculative_tokens(context), context.target.vocabulary
         measure = response_scores(step, model, held_out, k, vocabulary, settings.micro_batch_tokens)
@@ -163,7 +164,9 @@ def _settings_and_batches(
     return settings, batches, {"rows": len(samples), "rows_cut": num_cut, "rows_dropped": num_dropped}
 
 
-def _objective(config: AlignConfig, context: StageContext, vocab: int, device: torch.device) -> Objective:
+def _objective(
+    config: AlignConfig, context: StageContext, draft: PreTrainedModel, device: torch.device
+) -> Objective:
     """What the recipe's objective teaches, with the target loaded where it is asked at every step."""
     objective = config.objective
     if not isinstance(objective, TokenKDConfig):
@@ -171,8 +174,10 @@ def _objective(config: AlignConfig, context: StageContext, vocab: int, device: t
     loss = token_loss(objective.loss)
     if objective.source == "stored":
         return TokenDistillation(loss)
-    target = LoadedTarget(*output_head(context.target.model(device)))
-    if target.head.vocab_size != vocab:
+    head = draft.get_output_embeddings()
+    ids = head.ids if isinstance(head, TrimmedHead) else None
+    target = LoadedTarget(*output_head(context.target.model(device)), ids)
+    if target.head.vocab_size != (vocab := draft.config.vocab_size):
         rule = f"distributions over {target.head.vocab_size} ids; the draft's vocabulary has {vocab}"
         raise TargetError(f"target.model: {rule}", "redo the run from design on with this target")
     return TokenDistillation(loss, target)

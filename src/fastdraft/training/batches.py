@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdraft.functional.distillation import SparseTarget
+from fastdraft.functional.distillation import NO_ROW, SparseTarget
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,42 @@ class Batch:
             return self._each(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return self._each(lambda tensor: tensor.to(device))
 
+    def on_head(self, rows_V: Tensor, size: int, keep: bool) -> Batch:
+        """Labels and stored ids as rows of a trimmed head; `rows_V`: the row of each id, `size` for none.
+
+        A position whose label has none is left out, or with `keep` has no cross-entropy.
+        """
+        labels_N = rows_V[self.labels]
+        inside_N = labels_N < size
+        if keep:
+            stored = self.target and replace(self.target, ids=rows_V[self.target.ids.long()], trimmed=True)
+            return replace(self, labels=labels_N.where(inside_N, NO_ROW), target=stored)
+        kept_M = inside_N.nonzero()[:, 0]
+        index_M = kept_M if self.index is None else self.index[kept_M]
+        return replace(self, labels=labels_N[kept_M], index=index_M)
+
     def _each(self, work: Callable[[Tensor], Any]) -> Batch:
-        target = SparseTarget(work(self.target.ids), work(self.target.logprobs)) if self.target else None
+        stored = self.target
+        target = stored and replace(stored, ids=work(stored.ids), logprobs=work(stored.logprobs))
         found = {name: getattr(self, name) for name in ("input_ids", "labels", "index", "position_ids")}
         moved = {name: work(tensor) for name, tensor in found.items() if tensor is not None}
         return replace(self, target=target, **moved)
 
 
 def read_ahead(
-    source: BatchSource, device: torch.device, first: int, micro_batch_tokens: int
+    source: BatchSource,
+    device: torch.device,
+    first: int,
+    micro_batch_tokens: int,
+    fit: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Generator[list[Batch]]:
-    """Micro-batches from step `first` on; a thread reads the next step, and begins its copy to CUDA."""
+    """Micro-batches from step `first` on, each through `fit`; a thread reads the next step, and begins its
+    copy to CUDA.
+    """
     stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def read(step: int) -> list[Batch]:
-        batches = source.batches(step, micro_batch_tokens)
+        batches = [fit(batch) for batch in source.batches(step, micro_batch_tokens)]
         if stream is None:
             return batches
         with torch.cuda.stream(stream):
@@ -184,7 +205,8 @@ def padded_batch(samples: Sequence[Sample]) -> Batch:
     target = None
     if stored:
         columns = [np.concatenate([getattr(part, name) for part in stored]) for name in ("ids", "logprobs")]
-        target = SparseTarget(*map(torch.from_numpy, columns)).normalized()
+        ids, logprobs = map(torch.from_numpy, columns)
+        target = SparseTarget(ids, logprobs).normalized()
     labels_N, index_N = torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(index))
     num_tokens = sum(sample.num_tokens for sample in samples)
     return Batch(torch.from_numpy(inputs), labels_N, index_N, num_tokens, target)

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastdraft.console import format_count
-from fastdraft.modeling.heads import split_head
+from fastdraft.modeling.heads import output_head, split_head
 from fastdraft.recipe.run import Compile, Precision
 from fastdraft.recipe.training import AlignConfig, PretrainConfig, WSDConfig
 from fastdraft.training.fast_decoder import fast_decoder
@@ -134,7 +134,9 @@ def build_step(
     )
     runs, autocast = fast_decoder(decoder, model.device, compiled=compiled), torch.bfloat16 if low else None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return TrainStep(runs, head_VD, parameters, optimizers, objective, model.device, autocast)
+    rows = output_head(model)[1].rows
+    rows = None if rows is None else rows.cpu()
+    return TrainStep(runs, head_VD, parameters, optimizers, objective, model.device, autocast, rows=rows)
 
 
 def schedule_of(

@@ -21,6 +21,10 @@ class Objective(Protocol):
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor: ...
 
+    def labels_only(self, batch: Batch) -> bool:
+        """Whether the labels are all that it knows of what is wanted."""
+        ...
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
@@ -30,6 +34,9 @@ class CrossEntropy:
 
     def loss(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
         return chunked_cross_entropy(hidden_ND, head_VD, batch.labels, z_loss=self.z_loss)
+
+    def labels_only(self, batch: Batch) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,20 @@ class TokenDistillation:
             return CrossEntropy().loss(hidden_ND, head_VD, batch)
         return chunked_distillation(hidden_ND, head_VD, batch.labels, distribution, self.token_loss)
 
+    def labels_only(self, batch: Batch) -> bool:
+        return self.target is None and batch.target is None
+
 
 class LoadedTarget:
-    """The target beside the draft; it sees the draft's inputs and runs in the step's autocast."""
+    """The target beside the draft; it sees the draft's inputs and runs in the step's autocast.
 
-    def __init__(self, decoder: nn.Module, head: OutputHead) -> None:
+    `ids`: those of the draft's trimmed head; None: all.
+    """
+
+    def __init__(self, decoder: nn.Module, head: OutputHead, ids: Tensor | None = None) -> None:
         fast = flash_decoder(decoder) if head.weight.device.type != "cpu" else None
         self.decoder: Callable[..., Any] = fast or decoder
-        self.head = head
+        self.head, self.ids = head, ids
 
     @torch.no_grad()
     def distribution(self, batch: Batch) -> DenseTarget:
@@ -64,4 +77,5 @@ class LoadedTarget:
             hidden_NE = hidden_NE.index_select(0, batch.index)
         compute, wide = compute_dtypes(hidden_NE)
         low_NE, low_EV = hidden_NE.to(compute), self.head.weight.detach().to(compute).t()
-        return DenseTarget(lambda rows: self.head.finish(product(low_NE[rows], low_EV, wide)))
+        size = self.head.vocab_size
+        return DenseTarget(lambda rows: self.head.finish(product(low_NE[rows], low_EV, wide)), self.ids, size)

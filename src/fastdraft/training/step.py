@@ -44,7 +44,7 @@ class TrainStep:
     """The parts that one step needs."""
 
     decoder: nn.Module | Callable[..., Any]  # gives `.last_hidden_state` [B, T, D] for `input_ids`
-    head: Tensor  # weight of the output head [V, D]
+    head: Tensor  # weight of the output head [V, D], of a trimmed one [K, D]
     parameters: Sequence[nn.Parameter]
     optimizers: list[torch.optim.Optimizer]
     objective: Objective
@@ -52,6 +52,13 @@ class TrainStep:
     autocast: torch.dtype | None = None
     clip: float = 1.0  # largest norm of the whole gradient
     replicas: Replicas | None = None  # the other processes that work on the same step
+    rows: Tensor | None = None  # [V] of a trimmed head, on the CPU: the row of each id, K where it has none
+
+    def on_head(self, batch: Batch) -> Batch:
+        """What `gradients` and `loss_sum` take, from a batch as a source gives it."""
+        if self.rows is None:
+            return batch
+        return batch.on_head(self.rows, len(self.head), keep=not self.objective.labels_only(batch))
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """The objective summed over the batch's trained tokens."""

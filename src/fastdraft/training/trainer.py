@@ -80,7 +80,7 @@ class Trainer:
         if world.size > 1:
             step.replicas = Replicas(self.model, step.loss_sum)
         self.model.train()
-        ahead = read_ahead(source, step.device, state.step, schedule.micro_batch_tokens)
+        ahead = read_ahead(source, step.device, state.step, schedule.micro_batch_tokens, step.on_head)
         with (
             Metrics(self.folder, state.step, schedule.tensorboard, silent=not world.is_main) as metrics,
             self.console.progress(schedule.name, source.tokens, "tokens", completed=state.tokens) as progress,

@@ -1,6 +1,7 @@
 """What is measured between steps: the loss of each prepared corpus, block efficiency on held-out responses.
 
-Always the same first rows; losses are plain cross-entropy in nats per token, whatever the objective adds.
+Always the same first rows; losses are plain cross-entropy in nats per token, whatever the objective adds; of
+a trimmed head over the tokens that it has. In block efficiency others are never accepted.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def corpus_losses(
     for name, corpus in corpora.items():
         count = min(corpus.rows, max(1, VALIDATION_TOKENS // corpus.row_length))
         if count:
-            batches[name] = packed_batches(corpus.take(np.arange(count)), micro_batch_tokens, separator)
+            rows = packed_batches(corpus.take(np.arange(count)), micro_batch_tokens, separator)
+            batches[name] = [plain.on_head(batch) for batch in rows]
     return lambda: Validation({"validation_loss": {n: mean_loss(plain, held) for n, held in batches.items()}})
 
 
@@ -65,7 +67,7 @@ def response_scores(
     whole = [row for row in rows if len(row.prompt_ids) + len(row.response_ids) <= context_length]
     replayable = [row for row in whole if row.is_replayable]
     samples, _, _ = cut_to_context((Sample.of(row) for row in rows), context_length)
-    batches = [padded_batch(group) for group in micro_batches(samples, micro)]
+    batches = [plain.on_head(padded_batch(group)) for group in micro_batches(samples, micro)]
 
     def measure() -> Validation:
         losses = {"responses": mean_loss(plain, batches)} if batches else {}

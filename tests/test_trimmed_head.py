@@ -1,0 +1,237 @@
+"""A head over some ids: what it gives, how it is kept, and that training with it is training with -inf outside."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fastdraft.data.rows import SyntheticRow
+from fastdraft.decoding.replay import accept_probabilities
+from fastdraft.errors import TargetError
+from fastdraft.functional.distillation import DenseTarget, SparseTarget, token_loss, top_k_buckets
+from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.modeling.drafts import load_draft, save_draft
+from fastdraft.modeling.heads import output_head
+from fastdraft.modeling.trimmed_head import HEAD_IDS, TrimmedHead, trim
+from fastdraft.target import Target
+from fastdraft.training.batches import Batch, Sample, packed_batch, padded_batch
+from fastdraft.training.defaults import TrainingSettings, build_step
+from fastdraft.training.objective import CrossEntropy, Objective, TokenDistillation
+from fastdraft.training.step import TrainStep
+
+IDS = torch.tensor([0, 3, 5, 8, 40, 41, 42, 100, 250])
+VOCAB = 320
+SETTINGS = TrainingSettings("adamw", 1e-2, 1e-2, 0.0, 0.95, 64, 64, "fp32")
+LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd", "ce_kl", "ce_tvd", "lk_hybrid", "lk_log")
+
+
+def trimmed(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = load_draft(folder, dtype=dtype)
+    trim(model, IDS)
+    return model
+
+
+def outside() -> torch.Tensor:
+    return torch.ones(VOCAB, dtype=torch.bool).index_fill(0, IDS, False)
+
+
+def masked_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Those of a whole head with -inf at the ids that a trimmed one lacks."""
+    return model(input_ids=ids).logits.masked_fill(outside(), -torch.inf)
+
+
+def test_kept_ids_have_the_logits_of_the_whole_head_and_all_others_minus_infinity(tiny_draft: Path) -> None:
+    ids = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, wanted = (
+            trimmed(tiny_draft)(input_ids=ids).logits,
+            masked_logits(load_draft(tiny_draft), ids),
+        )
+        decoder, head = output_head(trimmed(tiny_draft))
+        by_head = head.logits(decoder(input_ids=ids).last_hidden_state.flatten(0, 1))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(by_head, wanted.flatten(0, 1))
+    assert head.vocab_size == VOCAB
+
+
+def test_a_saved_trimmed_draft_is_a_plain_directory_whose_other_rows_are_the_mean(
+    tiny_draft: Path, tmp_path: Path
+) -> None:
+    model = trimmed(tiny_draft)
+    save_draft(model, tmp_path / "draft", Target.at(tiny_draft))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    rows, kept = plain.lm_head.weight, model.lm_head.weight
+    assert rows.shape == (VOCAB, 16)
+    assert torch.equal(rows[IDS], kept)
+    assert torch.equal(rows[outside()], kept.mean(0).expand(VOCAB - len(IDS), -1))
+    again = load_draft(tmp_path / "draft")
+    assert torch.equal(again.lm_head.weight, kept)
+    assert torch.equal(again.lm_head.ids, IDS)
+    shape = Target.at(tmp_path / "draft").architecture
+    assert (shape.head_size, shape.tied) == (len(IDS), False)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.read_parameters == shape.parameters - VOCAB * 16
+
+
+def test_a_tied_draft_is_untied_by_trimming_and_greedy_text_of_the_whole_head_stays_inside(
+    tiny_draft: Path, tmp_path: Path
+) -> None:
+    model = load_draft(tiny_draft)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    embedding = model.get_input_embeddings().weight
+    trim(model, IDS)
+    assert torch.equal(model.lm_head.weight, embedding[IDS])
+    save_draft(model, tmp_path / "draft", Target.at(tiny_draft))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    assert torch.equal(plain.get_input_embeddings().weight, embedding)
+    with torch.no_grad():
+        ids = torch.randint(0, VOCAB, (8, 32), generator=torch.Generator().manual_seed(1))
+        assert not outside()[plain(input_ids=ids).logits.argmax(-1)].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "JSONDecodeError"),
+        ('{"ids": []}', "must rise"),
+        ('{"ids": [3, 2]}', "must rise"),
+        (json.dumps({"ids": [VOCAB]}), f"below {VOCAB}"),
+        ("[1]", "TypeError"),
+    ],
+)
+def test_ids_that_cannot_be_a_heads_are_refused_in_one_line(
+    tiny_draft: Path, tmp_path: Path, text: str, told: str
+) -> None:
+    folder = tmp_path / "draft"
+    save_draft(trimmed(tiny_draft), folder, Target.at(tiny_draft))
+    (folder / HEAD_IDS).write_text(text, encoding="utf-8")
+    with pytest.raises(TargetError, match=told) as found:
+        load_draft(folder)
+    assert str(found.value).startswith(f"{folder / HEAD_IDS}: ")
+    assert "\n" not in str(found.value)
+
+
+def test_a_token_outside_of_the_head_is_never_accepted(tiny_draft: Path) -> None:
+    ids = [3, 7, 41, 250, 11, 3]
+    sure = Generation([1, 2], ids, [-30.0] * len(ids), "length")  # whatever has a probability is accepted
+    row = SyntheticRow.of(sure, "own", Sampling(1.0))
+    [found] = accept_probabilities(trimmed(tiny_draft), [row], Target.at(tiny_draft).vocabulary)
+    assert found.tolist() == [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def batch_of(kind: str) -> Batch:
+    """Packed rows or padded samples, some labels of which the head lacks."""
+    generator, some = np.random.default_rng(0), [*IDS.tolist(), 7, 9]
+    if kind == "packed":
+        return packed_batch(generator.choice(some, (3, 9)))
+    return padded_batch([Sample(*np.split(generator.choice(some, n).astype(np.int32), [3])) for n in (9, 6)])
+
+
+class Example:
+    """Random hidden states of a batch, a whole head and a step with its trimmed one, in float64."""
+
+    def __init__(self, batch: Batch, objective: Objective) -> None:
+        generator, shape = torch.Generator().manual_seed(0), (*batch.input_ids.shape, 6)
+        self.hidden = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        self.head = torch.randn(VOCAB, 6, generator=generator, dtype=torch.float64).requires_grad_()
+        states, rows = (
+            SimpleNamespace(last_hidden_state=self.hidden),
+            TrimmedHead(self.head[IDS], IDS, VOCAB).rows,
+        )
+        device = torch.device("cpu")
+        self.step = TrainStep(lambda **_: states, self.head[IDS], [], [], objective, device, rows=rows)
+        self.fitted = self.step.on_head(batch)
+        logits = (self.hidden @ self.head.T).flatten(0, 1).masked_fill(outside(), -torch.inf)
+        self.logits = logits if batch.index is None else logits[batch.index]
+
+    def check(self, wanted: torch.Tensor) -> None:
+        """The step's loss and its gradients are those of a formula."""
+        loss, parts = self.step.loss_sum(self.fitted), (self.hidden, self.head)
+        torch.testing.assert_close(loss, wanted)
+        torch.testing.assert_close(torch.autograd.grad(loss, parts), torch.autograd.grad(wanted, parts))
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_cross_entropy_is_that_of_a_whole_head_with_minus_infinity_over_the_labels_it_has(kind: str) -> None:
+    batch = batch_of(kind)
+    example, inside = Example(batch, CrossEntropy(1e-3)), ~outside()[batch.labels]
+    logits = example.logits[inside]
+    wanted = functional.cross_entropy(logits, batch.labels[inside], reduction="sum")
+    example.check(wanted + 1e-3 * logits.logsumexp(-1).square().sum())
+    assert example.fitted.num_trained == int(inside.sum()) < batch.num_trained
+
+
+def formula(name: str, target: torch.Tensor, draft: torch.Tensor, ce: torch.Tensor) -> torch.Tensor:
+    """Losses of rows: `target` over buckets (not all of its mass, where the head lacks some), `draft` over
+    the same.
+    """
+
+    def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.where(a > 0, a * (a / b).log(), 0.0).sum(-1)
+
+    mass = target.sum(-1)
+    given = target / mass[:, None]
+    overlap = torch.minimum(target, draft).sum(-1)
+    middle, share = (given + draft) / 2, torch.exp(-3 * overlap).detach()
+    return {
+        "forward_kl": lambda: mass * kl(given, draft),
+        "reverse_kl": lambda: mass * kl(draft, given),
+        "jsd": lambda: mass * (kl(given, middle) + kl(draft, middle)) / 2,
+        "tvd": lambda: 1 - overlap,
+        "ce_kl": lambda: ce / 2 + mass * kl(given, draft) / 2,
+        "ce_tvd": lambda: ce / 2 + (1 - overlap) / 2,
+        "lk_hybrid": lambda: share * mass * kl(given, draft) + (1 - share) * (1 - overlap),
+        "lk_log": lambda: -overlap.log(),
+    }[name]()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_distillation_is_its_formula_over_the_heads_ids(name: str, sparse: bool) -> None:
+    batch, kept = batch_of("padded"), ~outside()
+    shape, generator = (batch.num_trained, VOCAB), torch.Generator().manual_seed(0)
+    target_logits = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    target_logits[:, IDS[2:6]] += 6  # of the stored ids some are in the head and some are not
+    stored = top_k_buckets(target_logits, 12)
+    teacher: Any = SimpleNamespace(distribution=lambda _: DenseTarget(target_logits.__getitem__, IDS, VOCAB))
+    objective = TokenDistillation(token_loss(name), None if sparse else teacher)
+    example = Example(replace(batch, target=stored if sparse else None), objective)
+    target, draft, inside = target_logits.softmax(-1), example.logits.softmax(-1), kept[batch.labels]
+    labels = batch.labels.where(inside, IDS[0])
+    ce = functional.cross_entropy(example.logits, labels, reduction="none").where(inside, 0.0)
+    if sparse:  # the ids of each row that are stored and in the head, in IDS' order, and the tail
+        own = torch.zeros(shape, dtype=torch.bool).scatter(1, stored.ids, True)
+        assert (own & kept).any()
+        assert (own & ~kept).any()
+        tails = [x.where(~own, 0.0).sum(1, keepdim=True) for x in (target, draft)]
+        target, draft = (
+            torch.cat([x.where(own & kept, 1e-300)[:, IDS], t], 1)
+            for x, t in zip((target, draft), tails, strict=False)
+        )
+    else:
+        target, draft = target[:, IDS], draft[:, IDS]
+    example.check(formula(name, target, draft, ce).sum())
+    assert example.fitted.num_trained == batch.num_trained
+
+
+def test_rows_without_a_stored_distribution_lose_the_labels_that_the_head_lacks(tiny_draft: Path) -> None:
+    batch, model = batch_of("padded"), trimmed(tiny_draft)
+    step = build_step(model, SETTINGS, TokenDistillation(token_loss("jsd")))
+    assert step.on_head(batch).num_trained < batch.num_trained
+    ids = torch.tensor([[0, 7, 250]], dtype=torch.int32).expand(batch.num_trained, -1)
+    stored = SparseTarget(ids, torch.full((batch.num_trained, 4), 0.25).log())
+    fitted = step.on_head(replace(batch, target=stored))
+    assert fitted.target is not None
+    assert fitted.target.ids[0].tolist() == [0, len(IDS), 8]
+    step.gradients([fitted])
+    assert model.lm_head.weight.grad.shape == (len(IDS), 16)
