@@ -174,7 +174,7 @@ def test_where_only_logs_are_taken_no_engine_is_named(recipe: Recipe, tmp_path: 
 
 
 @with_openvino
-def test_the_converted_target_is_kept_until_the_stage_is_complete(
+def test_the_converted_target_is_kept_until_the_last_stage_that_reads_it_is_complete(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Path] = []

@@ -169,10 +169,12 @@ def test_exact_runs_of_evaluate_are_of_the_weights_that_wrote(
     monkeypatch.setattr(engines, "convert", copy)
     asked = (OpenVINOEngineConfig(kind="openvino", weights="int8"), Target.at(exported_target))
     for _ in range(2):  # the second finds them
-        models = engines.exact_pair(*asked, Target.at(exported_draft), StageFolder(tmp_path), Console(), 1)
+        models = engines.exact_pair(
+            *asked, Target.at(exported_draft), StageFolder(tmp_path / "evaluate"), Console(), 1
+        )
     assert made == ["int8", "fp32"]
-    assert [model.folder.name for model in models] == ["int8", "draft"]
-    assert sorted(path.name for path in (tmp_path / "converted").iterdir()) == ["draft", "int8"]
+    target, draft = (model.folder.relative_to(tmp_path).as_posix() for model in models)
+    assert target.startswith("converted/int8-") and draft == "evaluate/converted/draft"
 
 
 def test_a_text_of_one_token_has_no_round_to_count(exported_target: Path, exported_draft: Path) -> None:

@@ -13,6 +13,7 @@ those that train.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from fastdraft.console import Console, format_seconds
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError, machine_errors
 from fastdraft.recipe.base import Config
 from fastdraft.recipe.recipe import Recipe
-from fastdraft.run_folder import FINGERPRINT, RunFolder, read_json, write_atomic, write_json
+from fastdraft.run_folder import CONVERTED, FINGERPRINT, RunFolder, read_json, write_atomic, write_json
 from fastdraft.stages import (
     SUMMARIES,
     align,
@@ -43,6 +44,7 @@ from fastdraft.stages.inputs import check_lengths, try_inputs
 from fastdraft.target import Target
 from fastdraft.training import distributed
 
+_CONVERTING = ("synthesize", "evaluate", "export")  # these share one conversion of the target
 _MEMORY = "close other programs, or use a machine with more memory"
 _ROWS = "lower {}.batch_rows, or set target.dtype=bf16"
 _TOKENS = "lower {}.micro_batch_tokens"
@@ -156,6 +158,8 @@ def run(
             write_atomic(context.run.root / "recipe.yaml", recipe.dump())
             context.run.keep_date()
             worked = sum([_run_stage(stage, context) for stage in wanted])
+            if all(context.folder(name).is_complete() for name in _CONVERTING if context.has(name)):
+                shutil.rmtree(context.run.root / CONVERTED, ignore_errors=True)
     if worked > 1:
         done = format_seconds(time.monotonic() - start)
         context.console.say(f"{recipe.run.name}: {worked} stages done in {done}")

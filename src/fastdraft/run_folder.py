@@ -26,7 +26,8 @@ MANIFEST, FINGERPRINT, BEGUN, SCHEMA = "manifest.json", "fingerprint.json", "beg
 # Of what stages keep in their folders; work of another release is refused.
 _LAYOUT = 2
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-_SCRATCH = ("steps", ".journal", "converted")  # of no use once a stage is complete
+CONVERTED = "converted"  # of the run: what several stages read; of a stage: what it alone reads
+_SCRATCH = ("steps", ".journal", CONVERTED)  # of no use once a stage is complete
 
 T = TypeVar("T")
 

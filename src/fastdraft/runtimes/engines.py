@@ -34,6 +34,7 @@ from fastdraft.runtimes.openvino import OpenVINOEngine, device_properties, requi
 from fastdraft.runtimes.openvino_export import (
     NOT_CONVERTED,
     Weights,
+    conversion,
     convert,
     export_openvino,
     unconverted_family,
@@ -147,7 +148,7 @@ def open_engine(
 ) -> Engine:
     """Loads the target where it writes.
 
-    `folder`, of the stage that asks, holds the target's export for OpenVINO, so that it is converted once.
+    `folder` is that of the stage that asks; the run's folder holds the target's export for OpenVINO.
     `device` is that of transformers, and of the weights that score another engine's text.
     """
     if isinstance(settings, HuggingFaceEngineConfig):
@@ -189,8 +190,8 @@ def open_engine(
 
 
 def converted(target: Target, weights: Weights, folder: StageFolder, console: Console) -> Path:
-    """The target's export for OpenVINO in the folder of a stage, made if it is not there."""
-    exported = folder.path / "converted" / weights
+    """The target's export for OpenVINO, made if no stage of this run made it: `folder` is a stage's."""
+    exported = conversion(folder.path.parent, target, weights)
     if not exported.is_dir():
         console.say(f"converting the target for OpenVINO ({weights})")
         export_openvino(target, exported, weights)

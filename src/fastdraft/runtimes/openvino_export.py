@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fastdraft.modeling.drafts import STD
 from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.text_part import as_text_model, text_family
 from fastdraft.modeling.tokenizer import plain_prompt_ids
-from fastdraft.run_folder import atomic_folder
+from fastdraft.run_folder import CONVERTED, atomic_folder, digest
 from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, core, require_openvino, short
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
 from fastdraft.runtimes.runtime import Proposer
@@ -96,10 +97,17 @@ def check_contexts(target: int, draft: int, where: str) -> None:
         )
 
 
+def conversion(run: Path, target: Target, weights: Weights) -> Path:
+    """Where the stages of a run share the target's conversion until the last of them is complete."""
+    return run / CONVERTED / f"{weights}-{digest(target.identity())[:8]}"
+
+
 def export_openvino(
-    source: Target, folder: Path, weights: Weights, *, pair: Path | None = None
+    source: Target, folder: Path, weights: Weights, *, pair: Path | None = None, made: Path | None = None
 ) -> ExportCheck:
     """Exports a model and tries it; `folder` is replaced, and stands whole and tried or not at all.
+
+    `made`: an export of the same weights; where it is there, its files are taken instead of converting.
 
     int8 and int4 are compressed without data: asymmetric; int4 in groups of 128, with embeddings and head in
     int8. `pair` is an exported target that this one must serve as a draft; None tries the model as its own
@@ -110,7 +118,10 @@ def export_openvino(
     if pair is not None:
         check_pair(Target.at(pair), source)
     with atomic_folder(folder) as temporary:
-        convert(source, temporary, weights)
+        if made and made.is_dir():
+            shutil.copytree(made, temporary, dirs_exist_ok=True)
+        else:
+            convert(source, temporary, weights)
         return check_export(pair or temporary, temporary)
 
 

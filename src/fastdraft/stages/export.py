@@ -34,7 +34,7 @@ from fastdraft.runtimes.huggingface_export import (
     write_huggingface,
 )
 from fastdraft.runtimes.openvino import MODEL_FILE, require_openvino
-from fastdraft.runtimes.openvino_export import Weights, check_pair, export_openvino
+from fastdraft.runtimes.openvino_export import Weights, check_pair, conversion, export_openvino
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
@@ -162,7 +162,8 @@ def _openvino(
     pair = None
     if settings.target != "none":
         pair = folder / "openvino" / "target"
-        found["target_alone"] = asdict(export_openvino(target, pair, settings.target))
+        made = conversion(folder.parent, target, settings.target)
+        found["target_alone"] = asdict(export_openvino(target, pair, settings.target, made=made))
         console.stop.check(folder)
     tried = export_openvino(draft, folder / "openvino" / "draft", settings.draft, pair=pair)
     found["pair" if pair else "draft_alone"] = asdict(tried)
