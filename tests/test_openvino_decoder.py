@@ -174,7 +174,8 @@ def test_exact_runs_of_evaluate_are_of_the_weights_that_wrote(
         )
     assert made == ["int8", "fp32"]
     target, draft = (model.folder.relative_to(tmp_path).as_posix() for model in models)
-    assert target.startswith("converted/int8-") and draft == "evaluate/converted/draft"
+    assert target.startswith("converted/int8-")
+    assert draft == "evaluate/converted/draft"
 
 
 def test_a_text_of_one_token_has_no_round_to_count(exported_target: Path, exported_draft: Path) -> None:
