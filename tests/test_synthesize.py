@@ -17,7 +17,7 @@ from fastdraft.console import Console
 from fastdraft.data.filters import RowCounts
 from fastdraft.data.rows import read_all, read_facts, read_rows, unit_paths
 from fastdraft.data.sparse_logits import read_with_logits
-from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
+from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError, TargetError
 from fastdraft.recipe.evaluation import FileTask
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.run_folder import StageFolder
@@ -247,3 +247,18 @@ def test_the_fingerprint_follows_what_the_text_depends_on_and_nothing_else(
 def test_a_missing_prompt_file_is_one_line(folder: Folder) -> None:
     with pytest.raises(FastDraftError, match=r"nowhere\.jsonl"):
         folder.run(folder.recipe(prompts=[instructions(folder, path="nowhere.jsonl")]))
+
+
+def test_a_writer_writes_what_it_would_write_as_the_target(folder: Folder, tiny_draft: Path) -> None:
+    written = folder.run(folder.recipe(writer=str(tiny_draft)))
+    recipe = folder.recipe()
+    own = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(tiny_draft)})})
+    alone = pipeline.run(own, only=["design", "prepare", "synthesize"]).folder("synthesize")
+    by_writer, by_target = (list(map(read_rows, unit_paths(stage))) for stage in (written, alone))
+    assert by_writer == by_target != []
+    assert written.manifest()["writer"] == str(tiny_draft)
+
+
+def test_a_writer_of_another_vocabulary_is_refused(folder: Folder) -> None:
+    with pytest.raises(TargetError, match=r"synthesize\.writer: draft 8192, target 320; vocab_size"):
+        folder.run(folder.recipe(writer="shipped:targets/starter"))

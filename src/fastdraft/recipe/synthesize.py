@@ -227,9 +227,15 @@ class SynthesizeConfig(Config):
     """Of an answer that runs into a loop: cut behind its second round, drop the row, or keep it going."""
     engine: EngineConfig = AutoEngineConfig()
     """What runs the target: auto, huggingface, openvino, llamacpp, or openai for a server."""
+    writer: str = ""
+    """A smaller model of the target's vocabulary that writes in its place, in a fraction of the time; the
+    draft then learns a text that is nearly the target's. `evaluate` always has the target's own."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> SynthesizeConfig:
+        if self.writer and self.engine.kind in ("openai", "llamacpp"):
+            rule = f"must be left out for engine.kind: {self.engine.kind}, which names its own model"
+            raise ValueError(f"writer: {self.writer}: {rule}")
         raw = self.engine.kind == "openai" and self.engine.logprobs == "raw" and self.asks
         truncated = self.top_k > 0 or self.top_p < 1
         if raw and any(t > 0 and (t != 1 or truncated) for t in self.temperatures):

@@ -91,8 +91,9 @@ def _reads_weights(name: str, context: StageContext) -> bool:
     """
     config: Any = context.sections[name]
     if name == "synthesize":
-        synthesize.require_weights(config, context.target)
-        return bool(config.needs_weights)
+        writer = synthesize.writer_of(config, context)
+        synthesize.require_weights(config, context.target, writer)
+        return bool(config.needs_weights and writer is context.target)
     if name == "align" and config.objective.kind == "token_kd" and config.objective.source == "target":
         rule, fix = "align.objective: source: target reads the target", "leave out align.objective"
     elif name == "evaluate" and evaluate.needs_weights(config, context.sections):

@@ -25,7 +25,9 @@ from fastdraft.evaluation.tasks import load_task
 from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.modeling.heads import output_head
+from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
+from fastdraft.recipe.run import TargetConfig
 from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, SynthesizeConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.engines import (
@@ -46,11 +48,11 @@ def check_installed(config: SynthesizeConfig) -> None:
     require_installed(config.engine)
 
 
-def require_weights(config: SynthesizeConfig, target: Target) -> None:
+def require_weights(config: SynthesizeConfig, target: Target, writer: Target) -> None:
     """Refuses work that needs the target's weights where they are not, before any of it is claimed."""
     try:
         if config.needs_weights:
-            target.files.check_weights()
+            (target if config.logits.kind == "top_k" else writer).files.check_weights()
     except TargetError as error:
         if config.asks and uses_weights(config.engine):
             raise
@@ -61,12 +63,15 @@ def require_weights(config: SynthesizeConfig, target: Target) -> None:
 
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
     """What the text depends on; of evaluation tasks only what they forbid; prepared corpora where used."""
-    require_weights(config, context.target)
+    writing = writer_of(config, context)
+    require_weights(config, context.target, writing)
     seed, engine = context.settings.seed, _engine(config, context)
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
-    settings = config.model_dump(mode="json", exclude={"prompts"})
+    settings = config.model_dump(mode="json", exclude={"prompts", "writer"})
+    written_by = {} if writing is context.target else {"writer": writing.identity()}
     return {
-        "target": context.target.identity(weights=config.needs_weights),
+        "target": context.target.identity(weights=config.needs_weights and not written_by),
+        **written_by,
         **context.template,
         "settings": settings | {"engine": describe_engine(engine.settings if engine else None)},
         "prompts": describe_sources(config.prompts, _evaluation_texts(context), seed),
@@ -75,9 +80,23 @@ def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, An
     }
 
 
+def writer_of(config: SynthesizeConfig, context: StageContext) -> Target:
+    """The model that writes: the target, or another one of its vocabulary."""
+    if not config.writer:
+        return context.target
+    writer = Target(TargetConfig(model=config.writer, dtype=context.target.dtype))
+    check_same(context.target.vocabulary, writer.vocabulary, special_tokens=False, where="synthesize.writer")
+    return writer
+
+
 def _engine(config: SynthesizeConfig, context: StageContext) -> EngineChoice | None:
     """None where every answer is there already."""
-    opened = (config.engine, context.target, context.settings.device, context.folder("synthesize"))
+    opened = (
+        config.engine,
+        writer_of(config, context),
+        context.settings.device,
+        context.folder("synthesize"),
+    )
     return choose_engine(*opened) if config.asks else None
 
 
@@ -104,7 +123,7 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         how: dict[str, Any] = settings.model_dump(include={"device", "threads"})
         how |= {"batch_rows": config.batch_rows}
         how |= {"end_loops": config.looping != "keep"}  # what would be cut off or dropped need not be written
-        engine = open_engine(choice.settings, target, folder, console, **how)
+        engine = open_engine(choice.settings, writer_of(config, context), folder, console, **how)
     writer, fresh = _writer(config, target, context.chat, engine, held_out), 0
     scorer = _scorer(config, target, engine, settings.device)
     with console.progress("synthesize", config.tokens, "tokens", 0) as progress:
@@ -138,6 +157,7 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         refused_prompts={plan.name: plan.refused for plan in account.plans if plan.refused},
         generated_tokens_per_second=speed,
         target=target.identity(weights=config.needs_weights),
+        writer=config.writer or None,
         logits=config.logits.model_dump(),
         sampling=config.model_dump(include={"temperatures", "samples", "top_k", "top_p", "max_new_tokens"}),
         engine=choice.settings.kind if choice else "none",
