@@ -14,14 +14,18 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from conftest import TEXT
+from fastdraft import pipeline
 from fastdraft.data.rows import SyntheticRow
+from fastdraft.data.token_counts import covered, most_written
 from fastdraft.decoding.replay import accept_probabilities
-from fastdraft.errors import TargetError
+from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import DenseTarget, SparseTarget, token_loss, top_k_buckets
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.drafts import load_draft, save_draft
 from fastdraft.modeling.heads import output_head
 from fastdraft.modeling.trimmed_head import HEAD_IDS, TrimmedHead, trim
+from fastdraft.recipe.recipe import load_recipe
 from fastdraft.target import Target
 from fastdraft.training.batches import Batch, Sample, packed_batch, padded_batch
 from fastdraft.training.defaults import TrainingSettings, build_step
@@ -235,3 +239,90 @@ def test_rows_without_a_stored_distribution_lose_the_labels_that_the_head_lacks(
     assert fitted.target.ids[0].tolist() == [0, len(IDS), 8]
     step.gradients([fitted])
     assert model.lm_head.weight.grad.shape == (len(IDS), 16)
+
+
+COUNTS = {"answers": np.array([0, 0, 60, 30, 10, 0, 0]), "corpora": np.array([0, 0, 0, 0, 0, 90, 10])}
+
+
+@pytest.mark.parametrize(
+    ("always", "never", "how", "kept"),
+    [
+        ([], [], {"size": 2}, [2, 3]),
+        ([0], [], {"size": 2}, [0, 2]),  # special ids before any that is written
+        ([], [], {"size": 4}, [2, 3, 4, 5]),  # answers are nine tenths of the weight
+        ([], [], {"size": 6}, [0, 2, 3, 4, 5, 6]),  # of equals the lower id
+        ([], [0, 1], {"size": 7}, [2, 3, 4, 5, 6]),  # an id without a token never
+        ([], [], {"coverage": 0.54}, [2]),
+        ([], [], {"coverage": 0.541}, [2, 3]),
+        ([0, 1], [], {"coverage": 1.0}, [0, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_ids_of_a_head_are_those_written_most(
+    always: list[int], never: list[int], how: dict[str, Any], kept: list[int]
+) -> None:
+    assert most_written(COUNTS, always, never, **how).tolist() == kept
+
+
+def test_coverage_is_the_share_of_each_kind_of_text() -> None:
+    assert covered(COUNTS, np.array([2, 5])) == {"answers": 0.6, "corpora": 0.9}
+
+
+RUN = """
+run: {name: own, folder: FOLDER/runs, threads: 1, device: cpu, precision: fp32}
+target: {model: TARGET}
+design: {draft: {kind: shape, hidden_size: 32, num_layers: 1, intermediate_size: 64, tied: true}, vocabulary: {size: 60}}
+prepare: {row_length: 32, validation: 0.2, corpora: [{name: text, kind: jsonl, path: FOLDER/text.jsonl, tokens: 4k}]}
+pretrain: {tokens: 512, batch_tokens: 256}
+export: {}
+"""
+
+
+def test_a_run_counts_then_designs_then_trains_and_exports_the_small_head(
+    tiny_target: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": f"{TEXT[i % 5]} Number {i}. " * 4} for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        RUN.replace("FOLDER", str(tmp_path)).replace("TARGET", str(tiny_target)), encoding="utf-8"
+    )
+    run = pipeline.run(load_recipe(str(path)))
+    manifest = run.folder("design").manifest()
+    assert manifest["head"]["size"] == manifest["architecture"]["head_size"] == 60
+    assert 0.5 < manifest["head"]["coverage"]["corpora"] < 1
+    assert manifest["parameters"] < 320 * 32 * 2  # the tied shape's matrix, a head of 60 rows, the body
+    exported = load_draft(run.folder("export").path / "huggingface")
+    assert exported.lm_head.weight.shape == (60, 32)
+    assert {0, 3} <= set(exported.lm_head.ids.tolist())  # BOS and EOS
+    trained, tokens = (run.folder("pretrain").manifest()[name] for name in ("trained_tokens", "tokens"))
+    assert 0.5 * tokens < trained < tokens
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "told"),
+    [
+        ("{size: 320}", "design.vocabulary.size: 320: must be below the 320 ids"),
+        (
+            "{size: 2}",
+            "design.vocabulary.size: 2: must be below the 320 ids of the target, and hold its 4 special ones",
+        ),
+        ("{size: 9, coverage: 0.5}", "either size or coverage"),
+        ("{kind: frequent}", "either size or coverage"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused_in_one_line(
+    tiny_target: Path, tmp_path: Path, vocabulary: str, told: str
+) -> None:
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT[0] * 9}) + "\n", encoding="utf-8")
+    text = RUN.replace("{size: 60}", vocabulary).replace("TARGET", str(tiny_target))
+    (tmp_path / "recipe.yaml").write_text(text.replace("FOLDER", str(tmp_path)), encoding="utf-8")
+    with pytest.raises((RecipeError, TargetError), match=told) as found:
+        pipeline.run(load_recipe(str(tmp_path / "recipe.yaml")))
+    assert "\n" not in str(found.value)
+
+
+def test_a_head_needs_rows_to_count(tiny_target: Path, tmp_path: Path) -> None:
+    text = "\n".join(line for line in RUN.splitlines() if not line.startswith(("prepare", "pretrain")))
+    (tmp_path / "recipe.yaml").write_text(text.replace("TARGET", str(tiny_target)), encoding="utf-8")
+    with pytest.raises(RecipeError, match="counts the rows of prepare or synthesize; there is neither"):
+        load_recipe(str(tmp_path / "recipe.yaml"))

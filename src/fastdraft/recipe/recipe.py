@@ -87,6 +87,16 @@ class Recipe(Config):
                 raise RecipeError(message, "name the engine in synthesize.engine, or set texts: target")
         return self
 
+    @model_validator(mode="after")
+    def _what_is_counted_is_there(self) -> Recipe:
+        counts = self.design and self.design.vocabulary.kind == "frequent"
+        if counts and not (self.prepare or self.synthesize):
+            message = (
+                "design.vocabulary: frequent: counts the rows of prepare or synthesize; there is neither"
+            )
+            raise RecipeError(message, "add one of these sections, or set vocabulary: {kind: full}")
+        return self
+
     def sections(self) -> dict[str, Config]:
         """The stages' sections that are present, by stage name; pipeline.order says when they run."""
         stages = (name for name in Recipe.model_fields if name not in ("run", "target"))

@@ -128,6 +128,34 @@ class EarlierDraft(Config):
 DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]
 
 
+class FullVocabulary(Config):
+    """The draft's head has every id."""
+
+    kind: Literal["full"] = "full"
+
+
+class FrequentVocabulary(Config):
+    """A head of its own over the ids that the target writes most, special and EOS ids always among them;
+    input embeddings stay whole. Counted over the answers of `synthesize` (nine tenths of the weight) and the
+    corpora of `prepare`, whichever the recipe has: design then runs behind them.
+    """
+
+    kind: Literal["frequent"] = "frequent"
+    size: Count | None = Field(default=None, gt=0)
+    """Ids of the head; 8k to 16k is usual."""
+    coverage: float | None = Field(default=None, gt=0, le=1)
+    """Instead: the share of the text that they must write, such as 0.98."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> FrequentVocabulary:
+        if (self.size is None) == (self.coverage is None):
+            raise ValueError("must have either size or coverage")
+        return self
+
+
+VocabularyConfig = Annotated[FullVocabulary | FrequentVocabulary, Field(discriminator="kind")]
+
+
 class DesignConfig(Config):
     """`design:` — the draft's shape and first weights."""
 
@@ -135,11 +163,14 @@ class DesignConfig(Config):
     """budget, shape, preset or from."""
     initialization: Literal["random", "target_embeddings"] = "random"
     """target_embeddings projects the target's embedding and head to the draft's width."""
+    vocabulary: Annotated[VocabularyConfig, BeforeValidator(kind_default("frequent"))] = FullVocabulary()
+    """full, or frequent: a head over the ids that matter, which makes training and drafting cheaper. The
+    budget of `draft` counts a whole head."""
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The stages whose rows it reads, and behind which it therefore runs, in their order."""
-        return ()
+        return ("prepare", "synthesize") if isinstance(self.vocabulary, FrequentVocabulary) else ()
 
     @model_validator(mode="after")
     def _from_has_weights(self) -> DesignConfig:

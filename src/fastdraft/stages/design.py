@@ -7,14 +7,19 @@ on: one pre-trained draft serves every fine-tune of a family. The stage's own fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedConfig
 
 from fastdraft.console import Console, format_count
-from fastdraft.errors import RecipeError
+from fastdraft.data.shards import SPLITS
+from fastdraft.data.token_counts import count_tokens, covered, most_written
+from fastdraft.errors import DataError, RecipeError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.modeling import shapes
 from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors, rope_switch
@@ -22,10 +27,11 @@ from fastdraft.modeling.drafts import build_draft, load_draft, save_draft, set_p
 from fastdraft.modeling.families import DRAFT_FAMILIES, special_id, why_draft_family
 from fastdraft.modeling.gguf_files import SUFFIX
 from fastdraft.modeling.traps import SWITCH
+from fastdraft.modeling.trimmed_head import trim
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.run import resolve_path
-from fastdraft.recipe.training import DesignConfig, EarlierDraft, PresetDraft, ShapeDraft
+from fastdraft.recipe.training import DesignConfig, EarlierDraft, FrequentVocabulary, PresetDraft, ShapeDraft
 from fastdraft.run_folder import digest, file_sha256
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
@@ -59,20 +65,42 @@ class DraftDesign:
 
 
 def plan(config: DesignConfig, target: Target) -> DraftDesign:
-    """Resolves the section against the target's config and tokenizer; reads no weights."""
+    """Resolves the section against the target's config and tokenizer; reads no weights.
+
+    A head that is to cover a share of the text counts whole until `run` has read the rows.
+    """
     shape, wanted = target.architecture, config.draft
     if isinstance(wanted, EarlierDraft):
         source = _earlier(wanted, target)
-        return DraftDesign(
-            shape, source.architecture, source.config, source.gguf_file or Path(source.location)
-        )
+        draft = _headed(config, source.architecture, target)
+        return DraftDesign(shape, draft, source.config, source.gguf_file or Path(source.location))
     if isinstance(wanted, PresetDraft):
         draft = shapes.preset(wanted.name, shape)
     elif isinstance(wanted, ShapeDraft):
         draft = shapes.explicit(shape, **wanted.model_dump(exclude={"kind"}))
     else:
         draft = shapes.search(shape, wanted.parameters, wanted.layers, has_rotary_factors(target.config))
+    draft = _headed(config, draft, target)
     return DraftDesign(shape, draft, draft_hf_config(target.config, draft))
+
+
+def _headed(config: DesignConfig, draft: Architecture, target: Target) -> Architecture:
+    """The shape with the head that `vocabulary` asks for: a trimmed one is never the embedding."""
+    if not isinstance(config.vocabulary, FrequentVocabulary):
+        return draft
+    size, least = config.vocabulary.size, len(_always(target))
+    if size is not None and not least <= size < draft.vocab_size:
+        rule = f"must be below the {draft.vocab_size} ids of the target, and hold its {least} special ones"
+        raise RecipeError(f"design.vocabulary.size: {size}: {rule}", "change it, or set kind: full")
+    return replace(draft, tied=False, head_size=size or 0)
+
+
+def _always(target: Target) -> set[int]:
+    """Ids that every head has: special tokens, and what begins and ends a text."""
+    vocabulary, added = target.vocabulary, target.tokenizer.added_tokens_decoder
+    special = {token_id for token_id, token in added.items() if token.special and token_id < vocabulary.size}
+    ends = {*vocabulary.eos_token_ids, vocabulary.bos_token_id, vocabulary.pad_token_id}
+    return special | {token_id for token_id in ends if token_id is not None}
 
 
 def _earlier(wanted: EarlierDraft, target: Target) -> Target:
@@ -113,6 +141,8 @@ def _shape(config: DesignConfig, design: DraftDesign, context: StageContext) -> 
         "architecture": design.draft.as_dict(),
         "inherited": {key: getattr(design.draft_config, key, None) for key in _INHERITED},
     }
+    if isinstance(config.vocabulary, FrequentVocabulary):
+        shape["head"] = config.vocabulary.model_dump()
     if read := {name: context.folder(name).digest() for name in config.reads if context.has(name)}:
         shape["reads"] = read
     if design.source is not None:
@@ -129,6 +159,11 @@ def run(config: DesignConfig, context: StageContext) -> None:
     model = load_draft(design.source) if design.source else build_draft(design.draft_config, seed)
     if config.initialization == "target_embeddings":
         set_projected_embeddings(model, target, seed)
+    head: dict[str, Any] = {}
+    if isinstance(config.vocabulary, FrequentVocabulary):
+        ids, head = _frequent_ids(config.vocabulary, context)
+        trim(model, torch.from_numpy(ids))
+        design = replace(design, draft=replace(design.draft, head_size=len(ids)))
     # The target's special ids, none of its sampling settings.
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, key, special_id(target.config, key))
@@ -153,13 +188,31 @@ def run(config: DesignConfig, context: StageContext) -> None:
         cost_ratio_parameters=ratios["parameters"],
         cost_ratio_bytes=ratios["bytes"],
         vocabulary=vocabulary.as_dict(),
+        **({"head": head} if head else {}),
         initialization="from" if design.source else config.initialization,
         source=config.draft.path if isinstance(config.draft, EarlierDraft) else None,
         reads=list(config.reads),
         shape_digest=digest(_shape(config, design, context)),
         provenance=describe_run(),
     )
-    _show(design, target, context.console)
+    _show(design, target, head, context.console)
+
+
+def _frequent_ids(
+    wanted: FrequentVocabulary, context: StageContext
+) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    """The ids of the head, and for the manifest how many and what they cover of the text; held out: of rows
+    that were not counted.
+    """
+    vocabulary = context.target.vocabulary
+    prepare, written = (context.require(n) if context.has(n) else None for n in ("prepare", "synthesize"))
+    counts, held_out = (count_tokens(prepare, written, vocabulary.size, split) for split in SPLITS)
+    if not counts:
+        raise DataError("design.vocabulary: 0 tokens to count in prepare and synthesize", "add some text")
+    always, never = _always(context.target), vocabulary.missing_ids
+    ids = most_written(counts, always, never, wanted.size, wanted.coverage)
+    about = {"size": len(ids), "coverage": covered(counts, ids), "held_out_coverage": covered(held_out, ids)}
+    return ids, about
 
 
 def cost_ratios(draft: Architecture, target: Architecture) -> dict[str, float]:
@@ -170,7 +223,7 @@ def cost_ratios(draft: Architecture, target: Architecture) -> dict[str, float]:
     }
 
 
-def _show(design: DraftDesign, of_target: Target, console: Console) -> None:
+def _show(design: DraftDesign, of_target: Target, head: dict[str, Any], console: Console) -> None:
     draft, target, ratios = design.draft, design.target, cost_ratios(design.draft, design.target)
     pair, by_bytes = (draft, target), ratios["bytes"]
     rows: list[list[object]] = [
@@ -181,6 +234,9 @@ def _show(design: DraftDesign, of_target: Target, console: Console) -> None:
         ["heads (key-value)", *(f"{a.num_heads} ({a.num_kv_heads})" for a in pair), ""],
     ]
     console.table(f"draft for {of_target.name} ({draft.family})", ["", "draft", "target", "cost ratio"], rows)
+    if head:
+        shares = (f"{share:.2%} of the {name}" for name, share in head["coverage"].items())
+        console.say(f"the head is over {head['size']} of {draft.vocab_size} ids: {', '.join(shares)}")
     if design.reason:
         console.say(f"the draft is of the family {draft.family}, not {target.family}: {design.reason}")
     if switch := rope_switch(of_target.config):

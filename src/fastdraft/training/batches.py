@@ -204,9 +204,8 @@ def padded_batch(samples: Sequence[Sample]) -> Batch:
             stored.append(sample.logits.read(max(1 - len(sample.prompt_ids), 0), len(sample.response_ids)))
     target = None
     if stored:
-        columns = [np.concatenate([getattr(part, name) for part in stored]) for name in ("ids", "logprobs")]
-        ids, logprobs = map(torch.from_numpy, columns)
-        target = SparseTarget(ids, logprobs).normalized()
+        ids, logprobs = (np.concatenate([getattr(s, name) for s in stored]) for name in ("ids", "logprobs"))
+        target = SparseTarget(torch.from_numpy(ids), torch.from_numpy(logprobs)).normalized()
     labels_N, index_N = torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(index))
     num_tokens = sum(sample.num_tokens for sample in samples)
     return Batch(torch.from_numpy(inputs), labels_N, index_N, num_tokens, target)
