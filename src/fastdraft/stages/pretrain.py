@@ -91,7 +91,7 @@ def run(config: PretrainConfig, context: StageContext, name: Name) -> None:
     )
     fields = {"train_loss": final_train_loss(records), "validation_loss": losses}
     about = {"settings": asdict(settings), "processes": world.size, "provenance": describe_run()}
-    folder.complete(**state.summary(), **fields, **about)
+    folder.complete(**state.summary(), trained_tokens=state.trained_tokens, **fields, **about)
     trainer.checkpoints.discard()
     words = ", ".join(f"{corpus} {loss:.3f}" for corpus, loss in losses.items()) or "no validation rows"
     console.say(f"  {format_count(state.tokens)} tokens, validation loss: {words}")
