@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import cached_property
@@ -162,6 +163,16 @@ class Target:
     def context_length(self) -> int:
         """Positions that the text part was made for."""
         return int(text_config(self.config).max_position_embeddings)
+
+    @property
+    def license(self) -> str:
+        """As a GGUF file or the head of a local model card names it; else `unknown`."""
+        if self.gguf:
+            return str(self.gguf.value("general.license", "unknown"))
+        card = Path(self.location) / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        found = re.match(r"---\n(?:.*\n)*?license: *[\"']?([\w.-]+)", text)
+        return found[1] if found else "unknown"
 
     @property
     def has_weights(self) -> bool:

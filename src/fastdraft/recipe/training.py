@@ -125,7 +125,21 @@ class EarlierDraft(Config):
     """A Hugging Face directory, a GGUF file, or a stage's folder such as `runs/NAME/pretrain[/undecayed]`."""
 
 
-DraftConfig = Annotated[BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft, Field(discriminator="kind")]
+class PrunedDraft(Config):
+    """Starts from a few layers of a trained model, fitted to stand in for the others: far ahead of random
+    weights. Measured on rows of `prepare`, behind which design then runs, or on shipped text.
+    """
+
+    kind: Literal["pruned"]
+    model: str | None = Field(default=None, min_length=1)
+    """A directory, hub id or GGUF file of the target's vocabulary, such as a sibling; null: the target."""
+    layers: Annotated[int, Field(ge=2)] | list[int] = 4
+    """How many (those between which the least is lost), or which ones, from 0."""
+
+
+DraftConfig = Annotated[
+    BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft | PrunedDraft, Field(discriminator="kind")
+]
 
 
 class FullVocabulary(Config):
@@ -160,7 +174,7 @@ class DesignConfig(Config):
     """`design:` — the draft's shape and first weights."""
 
     draft: DraftConfig
-    """budget, shape, preset or from."""
+    """budget, shape, preset, from or pruned."""
     initialization: Literal["random", "target_embeddings"] = "random"
     """target_embeddings projects the target's embedding and head to the draft's width."""
     vocabulary: Annotated[VocabularyConfig, BeforeValidator(kind_default("frequent"))] = FullVocabulary()
@@ -170,12 +184,17 @@ class DesignConfig(Config):
     @property
     def reads(self) -> tuple[str, ...]:
         """The stages whose rows it reads, and behind which it therefore runs, in their order."""
-        return ("prepare", "synthesize") if isinstance(self.vocabulary, FrequentVocabulary) else ()
+        if isinstance(self.vocabulary, FrequentVocabulary):
+            return ("prepare", "synthesize")
+        return ("prepare",) if isinstance(self.draft, PrunedDraft) else ()
 
     @model_validator(mode="after")
     def _from_has_weights(self) -> DesignConfig:
-        if isinstance(self.draft, EarlierDraft) and self.initialization != "random":
-            raise ValueError("initialization must be left out for kind: from, which brings its own weights")
+        if isinstance(self.draft, EarlierDraft | PrunedDraft) and self.initialization != "random":
+            kind = self.draft.kind
+            raise ValueError(
+                f"initialization must be left out for kind: {kind}, which brings its own weights"
+            )
         return self
 
 
