@@ -9,13 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from conftest import write_recipe, write_target
 from family_fixture import designed
 from fastdraft import cli
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.drafts import build_draft
+from fastdraft.modeling.narrowing import main_directions, narrow_layers, rotate
 from fastdraft.modeling.pruning import choose_layers, fit_vocabulary, mean_loss, prune, refit, residual_states
 from fastdraft.pipeline import run
 from fastdraft.recipe.recipe import load_recipe
@@ -110,6 +119,58 @@ def test_the_layers_that_turn_the_states_most_are_kept(turns: list[int], count: 
     assert choose_layers(states, count) == kept
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "changes"),
+    [
+        (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+        (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+        (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    ],
+)
+def test_a_rotation_of_the_whole_residual_stream_changes_no_logit(
+    config_class: Any, model_class: Any, changes: dict[str, Any]
+) -> None:
+    _, plain = small()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    shape = {name: getattr(plain, name) for name in keys} | {"num_hidden_layers": 3, **changes}
+    torch.manual_seed(0)
+    source = model_class(config_class(**shape, initializer_range=0.3)).eval()
+    for weight in source.parameters():
+        weight.add_(0.3 * torch.randn_like(weight))  # gains and biases too
+    config = config_class(**{**shape, "tie_word_embeddings": False})
+    weights, draft = source.state_dict(), build_draft(config, 0)
+    basis = main_directions(residual_states(source, some_rows()), 16)
+    assert torch.allclose(basis.T @ basis, torch.eye(16), atol=1e-5)
+    rotate(weights, 3, basis)
+    draft.load_state_dict(weights)
+    torch.testing.assert_close(draft(some_rows()).logits, source(some_rows()).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_heads_and_neurons_that_add_nothing_are_cut_first_and_change_no_logit() -> None:
+    source, _ = small(layers=2)
+    for layer in source.model.layers:
+        layer.self_attn.o_proj.weight[:, :8] = 0  # the first key-value head's two queries
+        layer.mlp.down_proj.weight[:, 3:9] = 0
+    config = LlamaConfig(**{**source.config.to_dict(), "intermediate_size": 18, "num_key_value_heads": 1})
+    config.num_attention_heads, config.head_dim = 2, 4
+    draft, _, _ = prune(source, config, [0, 1], some_rows())
+    torch.testing.assert_close(draft(some_rows()).logits, source(some_rows()).logits, atol=2e-2, rtol=2e-2)
+    contributions = [{"o_proj": torch.ones(16), "down_proj": torch.arange(24.0)}] * 2
+    weights = source.state_dict()
+    narrow_layers(weights, source.config, config, contributions)
+    kept = weights["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(kept, source.model.layers[0].mlp.up_proj.weight[6:])
+
+
+def test_a_main_direction_is_the_one_along_which_states_lie() -> None:
+    states = torch.randn(4, 10, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9.0, 0.1])
+    first = main_directions([states], 1)[:, 0]
+    assert first.abs().argmax() == 1
+    assert first.norm() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("size", [40, 50, 60])
 def test_padding_rows_are_cut_or_added_with_a_mean_logit(size: int) -> None:
     source, _ = small()
@@ -158,6 +219,17 @@ def test_a_sibling_with_fewer_padding_rows_gives_a_draft_of_the_targets_vocabula
     assert Target.at(folder).vocabulary.special_digest == Target.at(tiny_target).vocabulary.special_digest
 
 
+def test_a_narrower_draft_loads_in_transformers_and_has_the_parameters_that_were_planned(
+    deep: Path, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_heads": 2}
+    folder, manifest = designed(tmp_path / "run", deep, draft={**PRUNED, **sizes})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert (model.config.hidden_size, model.config.head_dim, model.config.num_key_value_heads) == (24, 8, 1)
+    assert sum(p.numel() for p in model.parameters()) == manifest["parameters"]
+    assert manifest["pruned"]["loss"] < 12
+
+
 def test_the_shape_digest_changes_with_the_sources_weights(deep: Path, tmp_path: Path) -> None:
     other = write_target(tmp_path / "other", layers=6, seed=5)
     found = [designed(tmp_path / f"r{n}", target, draft=PRUNED)[1] for n, target in enumerate((deep, other))]
@@ -171,6 +243,9 @@ def test_the_shape_digest_changes_with_the_sources_weights(deep: Path, tmp_path:
         ({"draft": {**PRUNED, "layers": [3, 1]}}, r"layers: \[3, 1\]: must be ascending"),
         ({"draft": {**PRUNED, "layers": [0, 6]}}, r"layers: \[0, 6\]: must be ascending"),
         ({"draft": {**PRUNED, "layers": []}}, r"layers: \[\]: must be ascending"),
+        ({"draft": {**PRUNED, "hidden_size": 64}}, "hidden_size: 64: must be at most that model's 32"),
+        ({"draft": {**PRUNED, "num_heads": 3}}, "num_heads: 3: must be a multiple of 2"),
+        ({"draft": {**PRUNED, "hidden_size": 30}}, "hidden_size: 30: must be a multiple of the 4 heads"),
         ({"draft": {**PRUNED, "layers": 1}}, "layers: 1: must be greater than or equal to 2"),
         ({"draft": PRUNED, "initialization": "target_embeddings"}, "kind: pruned, which brings its own"),
     ],

@@ -13,8 +13,8 @@ gap): 6.4 nats. Shapes: R rows, T tokens, D hidden, I feed-forward, N tokens of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastdraft.modeling.drafts import build_draft
 from fastdraft.modeling.heads import output_head
+from fastdraft.modeling.narrowing import is_cut, main_directions, narrow_layers, rotate
 
 _ROWS = 8  # in the model at once
 _COMPARED = 2048  # tokens
@@ -34,18 +35,26 @@ _PREFIX = "model.layers."
 def prune(
     source: PreTrainedModel, config: PreTrainedConfig, layers: int | Sequence[int], ids_RT: Tensor
 ) -> tuple[PreTrainedModel, list[int], list[float]]:
-    """A draft in fp32 on the CPU, of the source's width and rows, with so many or just these of its layers.
+    """A draft in fp32 on the CPU with so many or just these of the source's layers, as wide as `config`.
 
     Returns the draft, the layers kept, and for each of the source's the cosine similarity of the residual
-    stream before and behind it. With all layers kept the weights are the source's.
+    stream before and behind it. With all layers and the whole width kept the weights are the source's.
     """
     states = residual_states(source, ids_RT)
     kept = choose_layers(states, layers) if isinstance(layers, int) else list(layers)
     before, behind = _unit(states[:-1]), _unit(states[1:])
     similarities = [float((a * b).sum(-1).mean()) for a, b in zip(before, behind, strict=True)]
+    weights = _kept_weights(source.state_dict(), kept)
+    if narrower := is_cut(source.config, config):
+        weights = {name: weight.float() for name, weight in weights.items()}
+        narrow_layers(weights, source.config, config, [_contributions(source, i, states[i]) for i in kept])
+        if config.hidden_size != source.config.hidden_size:
+            basis_DW = main_directions(states, config.hidden_size)
+            rotate(weights, len(kept), basis_DW)
+            states = [(state.float() @ basis_DW).bfloat16() for state in states]
     draft = build_draft(config, 0)
-    draft.load_state_dict(_kept_weights(source.state_dict(), kept))
-    refit(draft.to(source.device), kept, states)
+    draft.load_state_dict(weights)
+    refit(draft.to(source.device), kept, states, everywhere=narrower)
     return draft.cpu(), kept, similarities
 
 
@@ -102,25 +111,49 @@ def _kept_weights(weights: dict[str, Tensor], kept: Sequence[int]) -> dict[str, 
     return found
 
 
+def _contributions(model: PreTrainedModel, layer: int, state: Tensor) -> dict[str, Tensor]:
+    """For each input of the two matrices that write into the stream: the mean square of what it adds."""
+    decoder, found = cast(Any, model.get_decoder()), dict[str, Tensor]()
+    block = decoder.layers[layer]
+    writers = {"o_proj": block.self_attn.o_proj, "down_proj": block.mlp.down_proj}
+    _, inputs = _run_alone(decoder, block, state[: _COMPARED // state.shape[1]].to(model.dtype), writers)
+    for name, writer in writers.items():
+        strength = writer.weight.float().square().sum(0)
+        found[name] = inputs[name].float().flatten(0, 1).square().mean(0) * strength
+    return found
+
+
 @torch.no_grad()
-def refit(draft: PreTrainedModel, kept: Sequence[int], states: Sequence[Tensor]) -> None:
-    """Fits the last matrix of every layer at or behind a gap to the source's states, front to back."""
+def refit(
+    draft: PreTrainedModel, kept: Sequence[int], states: Sequence[Tensor], *, everywhere: bool = False
+) -> None:
+    """Fits the last matrix of each layer at or behind a gap, or of all, to the source's states in turn."""
     decoder: Any = draft.get_decoder()
     state, ends = states[0].float(), [*kept[1:], len(states) - 1]
     for place, (layer, end) in enumerate(zip(list(decoder.layers), ends, strict=True)):
-        features: list[Tensor] = []
-        hook = layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))  # noqa: B023
-        with _alone(decoder, layer):
-            parts = [decoder(inputs_embeds=part, use_cache=False)[0] for part in torch.split(state, _ROWS)]
-        hook.remove()
-        state, inputs_RTI = torch.cat(parts), torch.cat(features)
-        if end != place + 1 or kept[place] != place:
+        down = layer.mlp.down_proj
+        state, inputs = _run_alone(decoder, layer, state, {"down": down})
+        if everywhere or end != place + 1 or kept[place] != place:
             wanted = states[end].float()
             # A layer begins by scaling each token to one length: all count alike.
             weights = wanted.square().mean(-1, keepdim=True).rsqrt()
-            change_ID = _ridge(inputs_RTI * weights, (wanted - state) * weights)
-            layer.mlp.down_proj.weight += change_ID.T
-            state = state + inputs_RTI @ change_ID
+            change_ID = _ridge(inputs["down"] * weights, (wanted - state) * weights)
+            down.weight += change_ID.T
+            state = state + inputs["down"] @ change_ID
+
+
+def _run_alone(
+    decoder: Any, layer: nn.Module, state_RTD: Tensor, watched: Mapping[str, nn.Module]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What this one layer makes of the states, and the inputs of the modules inside it that are watched."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in watched}
+    with contextlib.ExitStack() as stack:
+        for name, module in watched.items():
+            hook = module.register_forward_pre_hook(lambda _, given, name=name: inputs[name].append(given[0]))
+            stack.callback(hook.remove)
+        stack.enter_context(_alone(decoder, layer))
+        parts = [decoder(inputs_embeds=part, use_cache=False)[0] for part in torch.split(state_RTD, _ROWS)]
+    return torch.cat(parts), {name: torch.cat(found) for name, found in inputs.items()}
 
 
 @contextlib.contextmanager
@@ -142,14 +175,15 @@ def _ridge(features_RTI: Tensor, wanted_RTD: Tensor) -> Tensor:
     (x_NI, unseen_NI), (y_ND, unseen_ND) = (
         (each[~held].flatten(0, 1), each[held].flatten(0, 1)) for each in (features_RTI, wanted_RTD)
     )
-    gram_II, product_ID, best = x_NI.T @ x_NI, x_NI.T @ y_ND, (unseen_ND.square().sum(), 0 * x_NI.T @ y_ND)
-    scale = gram_II.diagonal().mean()
+    gram_II, product_ID = (x_NI.T @ x_NI).cpu(), (x_NI.T @ y_ND).cpu()  # not every device solves
+    best_ID, least = torch.zeros_like(product_ID), float(unseen_ND.square().sum())
     for ridge in _RIDGES:
-        added = torch.diag_embed((ridge * scale).expand(len(gram_II)))
+        added = torch.diag_embed((ridge * gram_II.diagonal().mean()).expand(len(gram_II)))
         change_ID = torch.linalg.solve(gram_II + added, product_ID)
-        error = (unseen_ND - unseen_NI @ change_ID).square().sum()
-        best = min(best, (error, change_ID), key=lambda pair: float(pair[0]))
-    return best[1]
+        error = float((unseen_ND - unseen_NI @ change_ID.to(unseen_NI.device)).square().sum())
+        if error < least:
+            best_ID, least = change_ID, error
+    return best_ID.to(x_NI.device)
 
 
 @torch.no_grad()

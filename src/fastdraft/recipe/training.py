@@ -135,6 +135,12 @@ class PrunedDraft(Config):
     """A directory, hub id or GGUF file of the target's vocabulary, such as a sibling; null: the target."""
     layers: Annotated[int, Field(ge=2)] | list[int] = 4
     """How many (those between which the least is lost), or which ones, from 0."""
+    hidden_size: int | None = Field(default=None, ge=2)
+    """null: the model's. Smaller: the main directions of its states; embedding and head are then two."""
+    intermediate_size: int | None = Field(default=None, ge=1)
+    """null: the model's. Smaller: the neurons that add most."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """null: the model's. Fewer: the heads that add most, in whole groups of one key-value head."""
 
 
 DraftConfig = Annotated[

@@ -14,27 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
 from fastdraft.console import Console, format_count
-from fastdraft.data.samples import prepared_sample, shipped_sample
 from fastdraft.data.shards import SPLITS
 from fastdraft.data.token_counts import count_tokens, covered, most_written
 from fastdraft.errors import DataError, RecipeError
 from fastdraft.forecast import PAPER_K, RATES, mbsu_at
 from fastdraft.modeling import shapes
 from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors, rope_switch
-from fastdraft.modeling.drafts import (
-    build_draft,
-    load_draft,
-    pick_device,
-    save_draft,
-    set_projected_embeddings,
-    set_threads,
-)
-from fastdraft.modeling.families import DRAFT_FAMILIES, special_id, why_draft_family
+from fastdraft.modeling.drafts import build_draft, load_draft, save_draft, set_projected_embeddings
+from fastdraft.modeling.families import special_id, why_draft_family
 from fastdraft.modeling.gguf_files import SUFFIX
-from fastdraft.modeling.pruning import fit_vocabulary, mean_loss, prune
 from fastdraft.modeling.traps import SWITCH
 from fastdraft.modeling.trimmed_head import trim
 from fastdraft.modeling.vocabulary import check_same
@@ -50,13 +41,11 @@ from fastdraft.recipe.training import (
 )
 from fastdraft.run_folder import digest, file_sha256
 from fastdraft.stages.context import StageContext
+from fastdraft.stages.trained_start import check_family, prune_model, pruned_shape, trained_model
 from fastdraft.target import Target
 
 NAME = "design"
 _TOO_LARGE = 0.35  # by bytes: above it even an acceptance rate of 0.6 gains less than 1.4 times at K = 3
-# Rows and ids of them on which a trained model's layers are chosen and fitted; rows on which losses are told.
-_FITTED, _MEASURED, _ROW = 80, 16, 128
-_IN_FP32 = 2_000_000_000  # parameters; larger ones are read in half precision
 _INHERITED = [
     "rope_parameters",
     "rms_norm_eps",
@@ -95,9 +84,8 @@ def plan(config: DesignConfig, target: Target) -> DraftDesign:
         draft = _headed(config, source.architecture, target)
         return DraftDesign(shape, draft, source.config, source.gguf_file or Path(source.location))
     if isinstance(wanted, PrunedDraft):
-        trained = _trained(wanted, target)
-        layers = wanted.layers if isinstance(wanted.layers, int) else len(wanted.layers)
-        draft = replace(trained.architecture, num_layers=layers, vocab_size=shape.vocab_size)
+        trained = trained_model(wanted, target)
+        draft = replace(pruned_shape(wanted, trained.architecture), vocab_size=shape.vocab_size)
         inherited = draft_hf_config(trained.config, draft)
         inherited.vocab_size = draft.vocab_size
         return DraftDesign(shape, _headed(config, draft, target), inherited, pruned=trained)
@@ -140,34 +128,10 @@ def _earlier(wanted: EarlierDraft, target: Target) -> Target:
         rule = "must be a directory with config.json, a GGUF file, or a stage's folder"
         raise RecipeError(f"{key}: {wanted.path}; {rule}", "correct the path")
     draft = Target.at(found)
-    _check_family(key, draft)
+    check_family(key, draft)
     draft.check_tensors()
     check_same(target.vocabulary, draft.vocabulary, special_tokens=False, where=key)
     return draft
-
-
-def _check_family(key: str, source: Target) -> None:
-    if source.config.model_type not in DRAFT_FAMILIES:
-        rule = f"a draft's family must be one of {', '.join(DRAFT_FAMILIES)}"
-        raise RecipeError(f"{key}: family {source.config.model_type}; {rule}", "design a new draft")
-
-
-def _trained(wanted: PrunedDraft, target: Target) -> Target:
-    """The model whose layers are taken; its vocabulary checked but for padding rows, and the layers."""
-    key, source = "design.draft.model", target
-    if wanted.model is not None:
-        source = Target.at(resolve_path(wanted.model, key).as_posix())
-        of_source = replace(source.vocabulary, size=target.vocabulary.size)
-        check_same(target.vocabulary, of_source, special_tokens=False, where=key)
-    _check_family(key, source)
-    source.files.check_weights()
-    source.check_tensors()
-    count, listed = source.architecture.num_layers, wanted.layers
-    layers = list(range(listed)) if isinstance(listed, int) else listed
-    if not layers or layers != sorted(set(layers) & set(range(count))):
-        rule = f"must be ascending numbers of the {count} layers of {source.name}, or how many of them"
-        raise RecipeError(f"design.draft.layers: {listed}: {rule}", "change it")
-    return source
 
 
 def fingerprint(config: DesignConfig, context: StageContext) -> dict[str, Any]:
@@ -209,7 +173,7 @@ def run(config: DesignConfig, context: StageContext) -> None:
     design, vocabulary = plan(config, target), target.vocabulary
     about: dict[str, Any] = {}
     if design.pruned and isinstance(config.draft, PrunedDraft):
-        model, about = _prune(design, config.draft, design.pruned, context)
+        model, about = prune_model(design.draft_config, config.draft, design.pruned, context)
     else:
         model = load_draft(design.source) if design.source else build_draft(design.draft_config, seed)
     if config.initialization == "target_embeddings":
@@ -252,32 +216,6 @@ def run(config: DesignConfig, context: StageContext) -> None:
         provenance=describe_run(),
     )
     _show(design, target, head, context.console)
-
-
-def _prune(
-    design: DraftDesign, wanted: PrunedDraft, source: Target, context: StageContext
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The draft, and for the manifest what was kept and what it cost."""
-    count = _FITTED + _MEASURED
-    if context.has("prepare"):
-        rows = torch.from_numpy(prepared_sample(context.require("prepare"), count, _ROW + 1))
-    else:
-        rows = torch.from_numpy(shipped_sample(context.target, count, _ROW + 1))
-    set_threads(context.settings.threads)
-    measured = max(1, len(rows) * _MEASURED // count)
-    # The losses are of rows to which nothing was fitted.
-    fitted, held_out = rows[:-measured], rows[-measured:]
-    wide = source.architecture.parameters <= _IN_FP32
-    model = source.model(pick_device(context.settings.device), torch.float32 if wide else torch.bfloat16)
-    fit_vocabulary(model, design.draft.vocab_size)
-    draft, kept, similarities = prune(model, design.draft_config, wanted.layers, fitted[:, :-1])
-    losses = {"loss_of_source": mean_loss(model, held_out), "loss": mean_loss(draft, held_out)}
-    about = {"source": source.name, "license": source.license, "layers": kept, "of": len(similarities)}
-    about |= {"similarities": similarities, "tokens": held_out[:, 1:].numel(), **losses}
-    numbers = ", ".join(map(str, kept))
-    context.console.say(f"layers {numbers} of {len(similarities)} of {source.name} ({source.license})")
-    context.console.say("nats per token: {loss_of_source:.3f} before, {loss:.3f} after".format(**losses))
-    return draft, about
 
 
 def _frequent_ids(
