@@ -225,10 +225,27 @@ def _generate(
     )
 
 
-@_verb("recipes", "List the shipped recipes, or copy one to edit.", "recipes --copy starter")
-def _recipes(copy: str | None = Option(None, metavar="NAME", help="Write NAME.yaml here, to edit.")) -> None:
+@_verb("recipes", "List shipped recipes, copy one, or write one for a target.", "recipes --for Qwen/Qwen3-8B")
+def _recipes(
+    copy: str | None = Option(None, metavar="NAME", help="Write NAME.yaml here, to edit."),
+    target: str | None = Option(
+        None, "--for", metavar="TARGET", help="Write a recipe for a model on this machine, speeds measured."
+    ),
+    hours: float = Option(1.5, min=0.1, max=1000, help="With --for: of writing and training together."),
+    writer: str = Option("", metavar="MODEL", help="With --for: a sibling that writes in TARGET's place."),
+    start: str = Option("", "--from", metavar="DRAFT", help="With --for: an earlier draft to re-align."),
+    data: str = Option("", metavar="PATH", help="With --for: your prompts, JSONL or Parquet, or a folder."),
+    called: str = Option("", "--name", help="With --for: of recipe and run; default: the target's."),
+    threads: int = Option(0, min=0, help="With --for: CPU threads; 0 takes all cores."),
+) -> None:
     from fastdraft.recipe.recipe import shipped_recipes
 
+    if target is not None:
+        from fastdraft.commands import recipe_for
+        from fastdraft.console import Console
+
+        recipe_for.run(recipe_for.Asked(target, hours, called, writer, start, data, threads), Console())
+        return
     shipped = shipped_recipes()
     if copy is None:
         for name, path in shipped.items():
