@@ -199,7 +199,7 @@ def test_a_pruned_draft_loads_in_transformers_and_its_manifest_says_what_it_cost
     shutil.copytree(deep, target)
     (target / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n", encoding="utf-8")
     folder, manifest = designed(tmp_path / "run", target, draft=PRUNED)
-    model, about = AutoModelForCausalLM.from_pretrained(folder), manifest["pruned"]
+    model, about = AutoModelForCausalLM.from_pretrained(folder), manifest["start"]
     assert len(model.model.layers) == model.config.num_hidden_layers == 2
     assert sum(p.numel() for p in model.parameters()) == manifest["parameters"]
     assert manifest["initialization"] == "pruned"
@@ -227,7 +227,7 @@ def test_a_narrower_draft_loads_in_transformers_and_has_the_parameters_that_were
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert (model.config.hidden_size, model.config.head_dim, model.config.num_key_value_heads) == (24, 8, 1)
     assert sum(p.numel() for p in model.parameters()) == manifest["parameters"]
-    assert manifest["pruned"]["loss"] < 12
+    assert manifest["start"]["loss"] < 12
 
 
 def test_the_shape_digest_changes_with_the_sources_weights(deep: Path, tmp_path: Path) -> None:
@@ -287,4 +287,4 @@ def test_a_recipe_prunes_on_its_prepared_rows(deep: Path, tmp_path: Path) -> Non
     folder = run(load_recipe(path), only=["prepare", "design"])
     prepared = folder.folder("prepare").digest()
     assert folder.folder("design").stored_fingerprint()["shape"]["reads"] == {"prepare": prepared}
-    assert folder.folder("design").manifest()["pruned"]["tokens"] > 0
+    assert folder.folder("design").manifest()["start"]["tokens"] > 0

@@ -107,6 +107,8 @@ def _print(
     if plan.reason:
         reason = f"of the family {draft.family}: {plan.reason}"
         print(textwrap.indent(textwrap.fill(reason, TABLE_WIDTH - 8, break_on_hyphens=False), " " * 8))
+    if plan.warning:
+        print(textwrap.indent(textwrap.fill(plan.warning, TABLE_WIDTH - 8), " " * 8))
     print(f"device  {device}; {_size(free)} free in {recipe.run.folder}\n")
     left = [stage for stage in stages if stage.state != "done"]
     seconds, disk = sum(s.seconds for s in left), sum(s.disk_bytes for s in left)

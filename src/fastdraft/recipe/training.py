@@ -125,16 +125,11 @@ class EarlierDraft(Config):
     """A Hugging Face directory, a GGUF file, or a stage's folder such as `runs/NAME/pretrain[/undecayed]`."""
 
 
-class PrunedDraft(Config):
-    """Starts from a few layers of a trained model, fitted to stand in for the others: far ahead of random
-    weights. Measured on rows of `prepare`, behind which design then runs, or on shipped text.
+class TrainedStart(Config):
+    """What is taken of a trained model: chosen and fitted on rows of `prepare`, behind which design then runs,
+    or on shipped text.
     """
 
-    kind: Literal["pruned"]
-    model: str | None = Field(default=None, min_length=1)
-    """A directory, hub id or GGUF file of the target's vocabulary, such as a sibling; null: the target."""
-    layers: Annotated[int, Field(ge=2)] | list[int] = 4
-    """How many (those between which the least is lost), or which ones, from 0."""
     hidden_size: int | None = Field(default=None, ge=2)
     """null: the model's. Smaller: the main directions of its states; embedding and head are then two."""
     intermediate_size: int | None = Field(default=None, ge=1)
@@ -143,8 +138,33 @@ class PrunedDraft(Config):
     """null: the model's. Fewer: the heads that add most, in whole groups of one key-value head."""
 
 
+class PrunedDraft(TrainedStart):
+    """Starts from a few layers of a trained model, fitted to stand in for the others: far ahead of random
+    weights.
+    """
+
+    kind: Literal["pruned"]
+    model: str | None = Field(default=None, min_length=1)
+    """A directory, hub id or GGUF file of the target's vocabulary, such as a sibling; null: the target."""
+    layers: Annotated[int, Field(ge=2)] | list[int] | None = 4
+    """How many (those between which the least is lost), or which ones, from 0; null: all."""
+
+
+class TransplantDraft(TrainedStart):
+    """Starts from a small trained model of another vocabulary: each token of the target has the rows of the
+    pieces that spell it.
+    """
+
+    kind: Literal["transplant"]
+    model: str = Field(min_length=1)
+    """A directory, hub id or GGUF file."""
+    layers: Annotated[int, Field(ge=2)] | list[int] | None = None
+    """As for pruned; null: all."""
+
+
 DraftConfig = Annotated[
-    BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft | PrunedDraft, Field(discriminator="kind")
+    BudgetDraft | ShapeDraft | PresetDraft | EarlierDraft | PrunedDraft | TransplantDraft,
+    Field(discriminator="kind"),
 ]
 
 
@@ -180,7 +200,7 @@ class DesignConfig(Config):
     """`design:` — the draft's shape and first weights."""
 
     draft: DraftConfig
-    """budget, shape, preset, from or pruned."""
+    """budget, shape, preset, from, pruned or transplant."""
     initialization: Literal["random", "target_embeddings"] = "random"
     """target_embeddings projects the target's embedding and head to the draft's width."""
     vocabulary: Annotated[VocabularyConfig, BeforeValidator(kind_default("frequent"))] = FullVocabulary()
@@ -192,11 +212,11 @@ class DesignConfig(Config):
         """The stages whose rows it reads, and behind which it therefore runs, in their order."""
         if isinstance(self.vocabulary, FrequentVocabulary):
             return ("prepare", "synthesize")
-        return ("prepare",) if isinstance(self.draft, PrunedDraft) else ()
+        return ("prepare",) if isinstance(self.draft, TrainedStart) else ()
 
     @model_validator(mode="after")
     def _from_has_weights(self) -> DesignConfig:
-        if isinstance(self.draft, EarlierDraft | PrunedDraft) and self.initialization != "random":
+        if isinstance(self.draft, EarlierDraft | TrainedStart) and self.initialization != "random":
             kind = self.draft.kind
             raise ValueError(
                 f"initialization must be left out for kind: {kind}, which brings its own weights"

@@ -36,12 +36,12 @@ from fastdraft.recipe.training import (
     EarlierDraft,
     FrequentVocabulary,
     PresetDraft,
-    PrunedDraft,
     ShapeDraft,
+    TrainedStart,
 )
 from fastdraft.run_folder import digest, file_sha256
 from fastdraft.stages.context import StageContext
-from fastdraft.stages.trained_start import check_family, prune_model, pruned_shape, trained_model
+from fastdraft.stages.trained_start import check_family, pruned_shape, start_from, trained_model
 from fastdraft.target import Target
 
 NAME = "design"
@@ -63,7 +63,7 @@ class DraftDesign:
     draft: Architecture
     draft_config: PreTrainedConfig
     source: Path | None = None  # an earlier draft's directory or GGUF file; None for new weights
-    pruned: Target | None = None  # the model whose layers are taken
+    trained: Target | None = None  # the model of which parts are taken
 
     @property
     def reason(self) -> str:
@@ -71,6 +71,14 @@ class DraftDesign:
         if self.draft.family == self.target.family:
             return ""
         return why_draft_family(self.target.family) or "the model that it begins from is one"
+
+    @property
+    def warning(self) -> str:
+        """What a user should know before anything is trained; empty where there is nothing."""
+        if self.draft.context_length >= self.target.context_length:
+            return ""
+        lengths = f"{self.draft.context_length} tokens, the target's {self.target.context_length}"
+        return f"the draft's context is {lengths}: keep prompt and answer within it"
 
 
 def plan(config: DesignConfig, target: Target) -> DraftDesign:
@@ -83,12 +91,12 @@ def plan(config: DesignConfig, target: Target) -> DraftDesign:
         source = _earlier(wanted, target)
         draft = _headed(config, source.architecture, target)
         return DraftDesign(shape, draft, source.config, source.gguf_file or Path(source.location))
-    if isinstance(wanted, PrunedDraft):
+    if isinstance(wanted, TrainedStart):
         trained = trained_model(wanted, target)
-        draft = replace(pruned_shape(wanted, trained.architecture), vocab_size=shape.vocab_size)
+        draft = pruned_shape(wanted, trained.architecture, shape)
         inherited = draft_hf_config(trained.config, draft)
-        inherited.vocab_size = draft.vocab_size
-        return DraftDesign(shape, _headed(config, draft, target), inherited, pruned=trained)
+        inherited.vocab_size, inherited.max_position_embeddings = draft.vocab_size, draft.context_length
+        return DraftDesign(shape, _headed(config, draft, target), inherited, trained=trained)
     if isinstance(wanted, PresetDraft):
         draft = shapes.preset(wanted.name, shape)
     elif isinstance(wanted, ShapeDraft):
@@ -161,8 +169,8 @@ def _shape(config: DesignConfig, design: DraftDesign, context: StageContext) -> 
     if design.source is not None:
         files = sorted(design.source.glob("*.safetensors")) or [design.source]
         return shape | {"from": digest([file_sha256(path) for path in files])}
-    if design.pruned is not None:
-        return shape | {"draft": config.draft.model_dump(), "from": design.pruned.identity()}
+    if design.trained is not None:
+        return shape | {"draft": config.draft.model_dump(), "from": design.trained.identity()}
     shape |= {"initialization": config.initialization, "seed": seed}
     return shape | ({"target": target.identity()} if config.initialization == "target_embeddings" else {})
 
@@ -172,8 +180,8 @@ def run(config: DesignConfig, context: StageContext) -> None:
     target, seed, folder = context.target, context.settings.seed, context.folder(NAME)
     design, vocabulary = plan(config, target), target.vocabulary
     about: dict[str, Any] = {}
-    if design.pruned and isinstance(config.draft, PrunedDraft):
-        model, about = prune_model(design.draft_config, config.draft, design.pruned, context)
+    if design.trained and isinstance(config.draft, TrainedStart):
+        model, about = start_from(design.draft_config, config.draft, design.trained, context)
     else:
         model = load_draft(design.source) if design.source else build_draft(design.draft_config, seed)
     if config.initialization == "target_embeddings":
@@ -208,9 +216,9 @@ def run(config: DesignConfig, context: StageContext) -> None:
         cost_ratio_bytes=ratios["bytes"],
         vocabulary=vocabulary.as_dict(),
         **({"head": head} if head else {}),
-        initialization=config.draft.kind if design.source or design.pruned else config.initialization,
+        initialization=config.draft.kind if design.source or design.trained else config.initialization,
         source=config.draft.path if isinstance(config.draft, EarlierDraft) else about.get("source"),
-        **({"pruned": about} if about else {}),
+        **({"start": about} if about else {}),
         reads=list(config.reads),
         shape_digest=digest(_shape(config, design, context)),
         provenance=describe_run(),
@@ -261,6 +269,8 @@ def _show(design: DraftDesign, of_target: Target, head: dict[str, Any], console:
         console.say(f"the draft is of the family {draft.family}, not {target.family}: {design.reason}")
     if switch := rope_switch(of_target.config):
         console.warn(SWITCH.format(switch))
+    if design.warning:
+        console.warn(design.warning)
     if by_bytes > _TOO_LARGE:
         console.warn(f"a draft token costs {by_bytes:.2f} of a target token: make the draft smaller")
     gains = ", ".join(f"{mbsu_at(rate, PAPER_K, by_bytes):.2f} at {rate}" for rate in RATES)

@@ -14,15 +14,17 @@ from fastdraft.modeling.architecture import Architecture
 from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.modeling.families import DRAFT_FAMILIES
 from fastdraft.modeling.pruning import fit_vocabulary, mean_loss, prune
+from fastdraft.modeling.transplant import spell, transplant
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.recipe.run import resolve_path
-from fastdraft.recipe.training import PrunedDraft
+from fastdraft.recipe.training import PrunedDraft, TransplantDraft
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
 # Rows and ids of them on which a trained model's layers are chosen and fitted; rows on which losses are told.
 _FITTED, _MEASURED, _ROW = 80, 16, 128
 _IN_FP32 = 2_000_000_000  # parameters; larger ones are read in half precision
+Start = PrunedDraft | TransplantDraft
 _WIDTHS = ("hidden_size", "intermediate_size", "num_heads")
 
 
@@ -33,22 +35,24 @@ def check_family(key: str, source: Target) -> None:
         raise RecipeError(f"{key}: family {source.config.model_type}; {rule}", "design a new draft")
 
 
-def trained_model(wanted: PrunedDraft, target: Target) -> Target:
-    """The model whose layers are taken; its vocabulary checked but for padding rows."""
+def trained_model(wanted: Start, target: Target) -> Target:
+    """The model whose layers are taken; the vocabulary of a pruned one checked but for padding rows."""
     key, source = "design.draft.model", target
     if wanted.model is not None:
         source = Target.at(resolve_path(wanted.model, key).as_posix())
-        of_source = replace(source.vocabulary, size=target.vocabulary.size)
-        check_same(target.vocabulary, of_source, special_tokens=False, where=key)
+        if isinstance(wanted, PrunedDraft):
+            of_source = replace(source.vocabulary, size=target.vocabulary.size)
+            check_same(target.vocabulary, of_source, special_tokens=False, where=key)
     check_family(key, source)
     source.files.check_weights()
     source.check_tensors()
     return source
 
 
-def pruned_shape(wanted: PrunedDraft, source: Architecture) -> Architecture:
-    """The source's shape with the sizes that are wanted."""
-    listed, count = wanted.layers, source.num_layers
+def pruned_shape(wanted: Start, source: Architecture, target: Architecture) -> Architecture:
+    """The source's shape with the sizes that are wanted, the target's vocabulary and at most its context."""
+    count = source.num_layers
+    listed = count if wanted.layers is None else wanted.layers
     layers = list(range(listed)) if isinstance(listed, int) else listed
     if not layers or layers != sorted(set(layers) & set(range(count))):
         rule = f"must be ascending numbers of the {count} layers of that model, or how many of them"
@@ -71,13 +75,15 @@ def pruned_shape(wanted: PrunedDraft, source: Architecture) -> Architecture:
         rule = f"with {heads} heads it must be {heads * source.head_dim}" if source.family == "qwen2" else ""
         rule = rule or f"must be a multiple of the {heads} heads"
         raise RecipeError(f"design.draft.hidden_size: {width}: {rule}", "change it or num_heads")
-    tied = source.tied and width == source.hidden_size
+    tied = source.tied and width == source.hidden_size and isinstance(wanted, PrunedDraft)
     kept: dict[str, Any] = {"num_layers": len(layers), "num_kv_heads": heads // group, "tied": tied}
+    kept |= {"vocab_size": target.vocab_size}
+    kept |= {"context_length": min(source.context_length, target.context_length)}
     return replace(source, **sizes, **kept)
 
 
-def prune_model(
-    config: PreTrainedConfig, wanted: PrunedDraft, source: Target, context: StageContext
+def start_from(
+    config: PreTrainedConfig, wanted: Start, source: Target, context: StageContext
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The draft, and for the manifest what was kept and what it cost."""
     count = _FITTED + _MEASURED
@@ -91,8 +97,13 @@ def prune_model(
     fitted, held_out = rows[:-measured], rows[-measured:]
     wide = source.architecture.parameters <= _IN_FP32
     model = source.model(pick_device(context.settings.device), torch.float32 if wide else torch.bfloat16)
-    fit_vocabulary(model, int(config.vocab_size))
-    draft, kept, similarities = prune(model, config, wanted.layers, fitted[:, :-1])
+    if isinstance(wanted, TransplantDraft):
+        spelled = spell(context.target, source)
+        transplant(model, spelled)
+    else:
+        fit_vocabulary(model, context.target.vocabulary.size)
+    layers = source.architecture.num_layers if wanted.layers is None else wanted.layers
+    draft, kept, similarities = prune(model, config, layers, fitted[:, :-1])
     losses = {"loss_of_source": mean_loss(model, held_out), "loss": mean_loss(draft, held_out)}
     about = {"source": source.name, "license": source.license, "layers": kept, "of": len(similarities)}
     about |= {"similarities": similarities, "tokens": held_out[:, 1:].numel(), **losses}
