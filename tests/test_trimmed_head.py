@@ -26,6 +26,9 @@ from fastdraft.modeling.drafts import load_draft, save_draft
 from fastdraft.modeling.heads import output_head
 from fastdraft.modeling.trimmed_head import HEAD_IDS, TrimmedHead, trim
 from fastdraft.recipe.recipe import load_recipe
+from fastdraft.runtimes.openvino import MODEL_FILE, core, output_matrix
+from fastdraft.runtimes.openvino_export import export_openvino
+from fastdraft.runtimes.openvino_reader import OpenVINOModel
 from fastdraft.target import Target
 from fastdraft.training.batches import Batch, Sample, packed_batch, padded_batch
 from fastdraft.training.defaults import TrainingSettings, build_step
@@ -326,3 +329,28 @@ def test_a_head_needs_rows_to_count(tiny_target: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text.replace("TARGET", str(tiny_target)), encoding="utf-8")
     with pytest.raises(RecipeError, match="counts the rows of prepare or synthesize; there is neither"):
         load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+def test_in_openvino_the_rows_are_cut_in_the_graph_and_a_pair_writes_the_targets_text(
+    near_draft: Path, exported_target: Path, tmp_path: Path
+) -> None:
+    save_draft(trimmed(near_draft), tmp_path / "draft", Target.at(near_draft))
+    folder = tmp_path / "openvino"
+    check = export_openvino(Target.at(tmp_path / "draft"), folder, "int8", pair=exported_target)
+    assert check.same_text
+    graph = core().read_model(folder / MODEL_FILE)
+    matrix = output_matrix(graph)
+    assert matrix.output(0).partial_shape[-1].get_length() == len(IDS)
+    # GenAI looks behind the first output for the matrix in front of which it chooses tokens.
+    assert graph.output(0).get_node().input(0).get_source_output().get_node().get_name() == matrix.get_name()
+    largest = max(
+        op.shape[0] for op in graph.get_ops() if op.get_type_name() == "Constant" and len(op.shape) == 2
+    )
+    assert largest == VOCAB  # the embedding
+    ids = torch.randint(4, 300, (40,), generator=torch.Generator().manual_seed(0))
+    reader = OpenVINOModel(folder, "exact", threads=1).reader(40)
+    found = reader.read(ids, keep=3)
+    with torch.no_grad():
+        wanted = trimmed(near_draft)(input_ids=ids[None]).logits[0, -3:]
+    assert torch.equal(found < -5e4, wanted == -torch.inf)
+    torch.testing.assert_close(found[:, IDS], wanted[:, IDS], atol=0.1, rtol=0.05)

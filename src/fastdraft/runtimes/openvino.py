@@ -59,6 +59,19 @@ def silence_telemetry() -> None:
 silence_telemetry()
 
 
+def output_matrix(model: Any) -> Any:
+    """The product of an IR that gives its logits; RuntimeError where there is none."""
+    place = (
+        model.output("logits").get_node().input(0)
+    )  # behind it there may be a scale, a cap, a choice of ids
+    while (node := place.get_source_output().get_node()).get_type_name() != "MatMul":
+        inputs = [each for each in node.inputs() if each.get_source_output().get_node().inputs()]
+        if not inputs:
+            raise RuntimeError("no output matrix")
+        place = inputs[0]
+    return node
+
+
 def require_openvino() -> None:
     """Looks whether everything that converting and running needs is installed, without importing it."""
     for module in ("openvino_genai", "openvino_tokenizers", "nncf"):

@@ -17,7 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -28,8 +30,16 @@ from fastdraft.modeling.drafts import STD
 from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.text_part import as_text_model, text_family
 from fastdraft.modeling.tokenizer import plain_prompt_ids
+from fastdraft.modeling.trimmed_head import read_head_ids
 from fastdraft.run_folder import CONVERTED, atomic_folder, digest
-from fastdraft.runtimes.openvino import INSTALL_CONVERTER, MODEL_FILE, core, require_openvino, short
+from fastdraft.runtimes.openvino import (
+    INSTALL_CONVERTER,
+    MODEL_FILE,
+    core,
+    output_matrix,
+    require_openvino,
+    short,
+)
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
 from fastdraft.runtimes.runtime import Proposer
 from fastdraft.target import Target
@@ -40,6 +50,7 @@ NOT_CONVERTED = {
     "gemma2": "OpenVINO's attention leaves out the cap on its scores: it would write another text"
 }
 _FILES = (MODEL_FILE, "openvino_tokenizer.xml", "openvino_detokenizer.xml", "config.json")
+_LACKING = -6e4  # logit of an id that a trimmed head lacks: infinity is not the same in every plugin
 _INT4_GROUP = 128  # weights that share a scale; rows that it does not divide keep int8
 _TRIED_TOKENS = 32
 _PAIR_SENTENCE = "Could you please tell me something about OpenVINO.GenAI?"
@@ -140,6 +151,8 @@ def convert(source: Target, folder: Path, weights: Weights) -> None:
                 revision=text.revision or "main",
                 ov_config=ov_config(dtype="fp16" if weights == "fp16" else "fp32"),
             )
+            if (ids_K := read_head_ids(Path(source.location), source.vocabulary.size)) is not None:
+                trim_output(folder / MODEL_FILE, ids_K.numpy())
             if weights in ("int8", "int4"):
                 compress(folder / MODEL_FILE, weights)
     except (RuntimeError, ValueError, OSError, KeyError, AttributeError, NotImplementedError) as error:
@@ -154,7 +167,6 @@ def convert(source: Target, folder: Path, weights: Weights) -> None:
 def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
     """Compresses the weights of an IR in place, without data."""
     import nncf
-    import openvino
 
     model = core().read_model(model_file)
     how: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
@@ -163,12 +175,46 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
         more = nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust)
         how = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": _INT4_GROUP, "ratio": 1.0}
         how["advanced_parameters"] = more
-    model = nncf.compress_weights(model, **how)
-    compressed = model_file.with_name("compressed.xml")
-    openvino.save_model(model, compressed, compress_to_fp16=False)
+    _save_over(model_file, nncf.compress_weights(model, **how))
+
+
+def trim_output(model_file: Path, ids_K: NDArray[np.int64]) -> None:
+    """Cuts the output matrix of an IR in place to the rows of these ids; the logits of all others are -6e4.
+
+    The logits of the rows stay the model's first output: GenAI looks for the matrix there, to put its choice
+    of tokens in front of it, and takes what it samples from by the name `logits`.
+    """
+    from openvino import opset13 as ops
+
+    model = core().read_model(model_file)
+    matrix, result = output_matrix(model), model.output("logits").get_node()
+    place = matrix.input(1)
+    while (weight := place.get_source_output().get_node()).get_type_name() != "Constant":
+        place = weight.input(0)
+    rows_V = np.full(weight.shape[0], len(ids_K), np.int32)
+    rows_V[ids_K] = np.arange(len(ids_K))
+    place.replace_source_output(ops.constant(weight.data[ids_K]).output(0))
+    last, padding = result.input(0).get_source_output(), np.zeros(3, np.int64)
+    lacking = ops.constant(np.array(_LACKING, np.float32))  # a column behind those of the rows
+    padded = ops.pad(last, padding, padding + np.array([0, 0, 1]), "constant", lacking)
+    wide = ops.gather(padded, ops.constant(rows_V), ops.constant(-1))
+    whole = ops.result(wide)
+    model.add_results([whole])
+    for name, each in (("head_logits", result), ("logits", whole)):
+        each.set_friendly_name(name)
+        each.output(0).get_tensor().set_names({name})
+    model.validate_nodes_and_infer_types()
+    _save_over(model_file, model)
+
+
+def _save_over(model_file: Path, model: Any) -> None:
+    import openvino
+
+    changed = model_file.with_name("changed.xml")
+    openvino.save_model(model, changed, compress_to_fp16=False)
     del model  # lets go of the file it was read from: on Windows an open file cannot be replaced
     for suffix in (".xml", ".bin"):
-        compressed.with_suffix(suffix).replace(model_file.with_suffix(suffix))
+        changed.with_suffix(suffix).replace(model_file.with_suffix(suffix))
 
 
 def check_export(target: Path, draft: Path) -> ExportCheck:

@@ -28,6 +28,7 @@ from fastdraft.runtimes.openvino import (
     core,
     device_properties,
     openvino_errors,
+    output_matrix,
     short,
 )
 from fastdraft.target import Target
@@ -222,12 +223,7 @@ def _choose_rows(model: Any) -> None:
     """
     from openvino import opset13 as ops
 
-    place = model.output("logits").get_node().input(0)  # behind the matrix there may be a scale or a cap
-    while (node := place.get_source_output().get_node()).get_type_name() != "MatMul":
-        inputs = [each for each in node.inputs() if each.get_source_output().get_node().inputs()]
-        if not inputs:
-            raise RuntimeError("no output matrix")
-        place = inputs[0]
+    node = output_matrix(model)
     rows = ops.parameter([-1], np.int64, name=_ROWS)
     rows.output(0).get_tensor().set_names({_ROWS})
     hidden = node.input(0)
