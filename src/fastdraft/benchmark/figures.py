@@ -57,10 +57,12 @@ def _row(
     middle = prompt_tokens + statistics.fmean(map(len, texts["response_ids"])) / 2
     near = min(passes, key=lambda each: abs(each.prefix_tokens - middle), default=None)
     # Whether lookup found anything in a round, and so what that round costs, no runtime tells.
-    predicted, bound = NAN, mbsu(tau, k, cost_ratio_bytes) if drafting else NAN
-    if drafting and near is not None and prompts.concurrency == 1 and k + 1 in near.target_seconds:
-        seconds = near.target_seconds
-        predicted = predicted_speedup(tau, k, near.draft_seconds, seconds[1], seconds[k + 1])
+    predicted, bound, at_once = NAN, mbsu(tau, k, cost_ratio_bytes) if drafting else NAN, prompts.concurrency
+    if drafting and near is not None and at_once * (k + 1) in near.target_seconds:
+        drafts, seconds = {1: near.draft_seconds, **near.draft_seconds_by_texts}, near.target_seconds
+        if at_once in drafts:
+            costs = drafts[at_once], seconds[at_once], seconds[at_once * (k + 1)]
+            predicted = predicted_speedup(tau, k, *costs)
     figures = times | {
         "prompt_tokens": prompt_tokens,
         "predicted_speedup": predicted,

@@ -133,6 +133,21 @@ class PassesRow(OfPair, JsonRow):
     device: str
     draft_device: str
     runtime: str = "openvino"
+    draft_seconds_by_texts: dict[int, float] = field(default_factory=dict)  # of a server: one token of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtATimeRow(OfPair, JsonRow):
+    """Up to how many texts at a time a draft pays (0: not even one), and the speed-ups by their number."""
+
+    target_weights: str
+    draft_weights: str
+    num_speculative_tokens: int
+    measured: int
+    predicted: int
+    measured_speedup: dict[int, float]
+    predicted_speedup: dict[int, float]
+    runtime: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +246,7 @@ class BenchmarkResults(JsonRow):
     runtimes: list[RuntimeUsed] = field(default_factory=list)
     # By runtime what a user types to run its deployed pair with its best proposer at its best K.
     launches: dict[str, str] = field(default_factory=dict)
+    at_a_time: list[AtATimeRow] = field(default_factory=list)  # of servers
 
     @cached_property
     def pairs(self) -> list[Pair]:

@@ -159,12 +159,13 @@ class PairRuns:
 
     def passes(self) -> list[PassesRow]:
         """Single passes behind the usual prefix; of the deployed pair also behind the swept ones."""
-        prefixes, widths = {_PREFIX_TOKENS}, sorted(k + 1 for k in self.plan.draft_ks)
+        prefixes, widths = {_PREFIX_TOKENS}, sorted({1, *(k + 1 for k in self.plan.draft_ks)})
+        texts = sorted({1, *(each.concurrency for each in self.plan.swept)}) if self.runtime.serves else [1]
         if self.weights == self.plan.weights[0]:
             prefixes |= {prompts.value for prompts in self.plan.swept if prompts.part == "prompt_tokens"}
 
         def make(prefix: int) -> dict[str, Any] | None:
-            found = self.runtime.measure_passes(self.target, self.draft, widths, prefix)
+            found = self.runtime.measure_passes(self.target, self.draft, widths, prefix, texts)
             if found is None:
                 return None
             return {
@@ -173,6 +174,7 @@ class PairRuns:
                 "target_seconds": found.target_seconds,
                 "device": self.runtime.device,
                 "draft_device": self.runtime.draft_device or self.runtime.device,
+                "draft_seconds_by_texts": found.draft_seconds_by_texts,
             }
 
         rows = [self._row("latency", f"{n}", PassesRow, partial(make, n)) for n in sorted(prefixes)]

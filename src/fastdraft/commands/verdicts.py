@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastdraft.console import TABLE_WIDTH, format_table
-from fastdraft.errors import FastDraftError, MissingExtra, TargetError
+from fastdraft.errors import FastDraftError, MissingExtra
 from fastdraft.modeling.gguf_fields import tokenizer_fields
 from fastdraft.modeling.gguf_files import require_gguf
 from fastdraft.reporting.verdict import RUNTIMES
@@ -17,7 +17,7 @@ from fastdraft.runtimes.huggingface_export import needs_positions
 from fastdraft.runtimes.llama_cpp_server import require_llama_cpp
 from fastdraft.runtimes.openvino import require_openvino
 from fastdraft.runtimes.openvino_export import check_contexts, require_convertible
-from fastdraft.runtimes.vllm_runtime import check_shapes
+from fastdraft.runtimes.vllm_runtime import check_shapes, check_target
 from fastdraft.stages.design import DraftDesign
 from fastdraft.target import Target
 
@@ -71,9 +71,7 @@ def _llama_cpp(target: Target, plan: DraftDesign) -> str:
 
 
 def _vllm(target: Target, plan: DraftDesign) -> str:
-    if target.gguf:
-        found = f"{target.gguf.path}: vLLM reads no GGUF file without a plugin"
-        raise TargetError(f"{found}; name the Hugging Face directory that it was made from")
+    check_target(target)
     check_shapes(plan.target, plan.draft, "design.draft")
     return "in an environment of its own: `pip install vllm` there"
 

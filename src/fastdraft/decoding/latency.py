@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +28,8 @@ class Latency(JsonRow):
     draft_dtype: str
     target_dtype: str
     draft_seconds_more: float = 0.0  # what each token more, read in the same pass of the draft, adds
+    # A server: a pass of the draft over the next token of so many texts.
+    draft_seconds_by_texts: dict[int, float] = field(default_factory=dict)
 
     @property
     def cost_ratio(self) -> float:

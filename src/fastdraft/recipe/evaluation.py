@@ -205,7 +205,7 @@ class WeightsPair(Config):
 
 
 RuntimeName = Literal["openvino", "llamacpp"]
-BenchmarkRuntime = Literal[RuntimeName, "fastdraft"]
+BenchmarkRuntime = Literal[RuntimeName, "fastdraft", "vllm"]
 _Lengths = Annotated[list[int], each_between(1, 2**20)]
 
 
@@ -233,15 +233,40 @@ class LlamaCppConfig(Config):
     """The draft's GGUF file; empty: the one that export made for its format gguf."""
 
 
+class VLLMConfig(Config):
+    """How vLLM runs the pair: one server without and one with each draft, started here or running already."""
+
+    server: str = ""
+    """Python of an environment that has vLLM, or its program `vllm`; empty: of this environment."""
+    arguments: str = ""
+    """Further arguments of every server that is started: `--dtype bfloat16 --tensor-parallel-size 2`."""
+    base_url: str = ""
+    """Instead: the address of a server that runs already, of the target alone."""
+    draft_base_url: str = ""
+    """And of one with the draft, whose K `num_speculative_tokens` names alone."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> VLLMConfig:
+        if bool(self.base_url) != bool(self.draft_base_url):
+            raise ValueError(
+                "base_url and draft_base_url go together: one server without and one with the draft"
+            )
+        if self.base_url and (self.server or self.arguments):
+            raise ValueError("a server that runs already (base_url) is not started: no server, no arguments")
+        return self
+
+
 class BenchmarkConfig(Config):
     """`benchmark:` — what is measured on this device, and how often."""
 
     runtimes: Annotated[list[BenchmarkRuntime], EACH_ONCE] | None = Field(default=None, min_length=1)
     """What runs the pair, one after the other; null: llamacpp for a GGUF target whose draft is a GGUF
     file too, else openvino. fastdraft: this program's own decoder over the same exports as openvino, one
-    text at a time on a CPU."""
+    text at a time on a CPU; vllm: as it is served."""
     llamacpp: LlamaCppConfig = LlamaCppConfig()
     """Used where llama.cpp runs."""
+    vllm: VLLMConfig = VLLMConfig()
+    """Used where vLLM runs."""
 
     device: str = Field(default="CPU", min_length=1)
     """OpenVINO's name of the device that runs the target: CPU, GPU, GPU.1."""

@@ -75,6 +75,7 @@ class LlamaCppRuntime(LlamaCppSettings):
     # What is drawn from the target is compared with the draft's likeliest token, and written either way.
     lossless_sampling: ClassVar[bool] = True
     greedy_proposals: ClassVar[bool] = True
+    serves: ClassVar[bool] = False
     device: ClassVar[str] = "CPU"
     draft_device: ClassVar[str] = ""
 
@@ -82,7 +83,7 @@ class LlamaCppRuntime(LlamaCppSettings):
         """The server's release, and the processor."""
         check_server(self.server)
         version = _version(self.server) if self.server else f"xllamacpp {metadata.version('xllamacpp')}"
-        named = {"name": self.name, "version": version, "device_name": _processor(), "device": self.device}
+        named = {"name": self.name, "version": version, "device_name": processor(), "device": self.device}
         return named | {"draft_device": self.device, "threads": self.threads, "precision": "fast"}
 
     def check_pair(self, target: Target, draft: Target) -> None:
@@ -103,7 +104,12 @@ class LlamaCppRuntime(LlamaCppSettings):
         return float(self.weights_bytes(exported) - unread)
 
     def measure_passes(
-        self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
+        self,
+        target: Path,
+        draft: Path,
+        widths: Sequence[int],
+        prefix_tokens: int,
+        texts: Sequence[int] = (1,),
     ) -> Latency | None:
         return measure_passes(target, draft, self, widths, prefix_tokens)
 
@@ -148,7 +154,7 @@ def _told(program: str, option: str) -> str:
     raise FastDraftError(f"server: {program}: {found}; {rule}", "correct the path")
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name as a user knows it."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []

@@ -42,6 +42,7 @@ class OpenVINORuntime(OpenVINOSettings):
     # is far too high (docs/runtimes.md has the measurement).
     lossless_sampling: ClassVar[bool] = False
     greedy_proposals: ClassVar[bool] = False
+    serves: ClassVar[bool] = False
 
     def describe(self) -> dict[str, Any]:
         draft_device = self.draft_device or self.device
@@ -62,7 +63,12 @@ class OpenVINORuntime(OpenVINOSettings):
         return model.architecture.exported_bytes_per_token(weights)
 
     def measure_passes(
-        self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
+        self,
+        target: Path,
+        draft: Path,
+        widths: Sequence[int],
+        prefix_tokens: int,
+        texts: Sequence[int] = (1,),
     ) -> Latency | None:
         if {self.device, self.draft_device or self.device} != {"CPU"}:
             return None  # tried on CPUs alone: elsewhere the clock stands without a prediction

@@ -91,6 +91,9 @@ class Runtime(Protocol):
     proposers: ClassVar[tuple[ProposerKind, ...]]  # what it can run
     lossless_sampling: ClassVar[bool]  # whether text sampled with a proposer follows the target alone
     greedy_proposals: ClassVar[bool]  # whether a draft proposes its likeliest token to sampled text too
+    serves: ClassVar[
+        bool
+    ]  # a server: texts share passes, and its memory is a setting rather than a measurement
 
     @property
     def device(self) -> str: ...
@@ -113,9 +116,12 @@ class Runtime(Protocol):
         """What an exported model reads of its weights for one token."""
 
     def measure_passes(
-        self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int
+        self, target: Path, draft: Path, widths: Sequence[int], prefix_tokens: int, texts: Sequence[int]
     ) -> Latency | None:
-        """Single passes of two exports behind a prefix; None where the runtime cannot be asked for one."""
+        """Single passes of two exports behind a prefix; None where the runtime cannot be asked for one.
+
+        `texts` are the numbers of texts at a time, [1] but for a server.
+        """
 
     def look_up(
         self, prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int

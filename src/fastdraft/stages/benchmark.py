@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastdraft.benchmark.at_a_time import at_a_time
 from fastdraft.benchmark.figures import rows_of
 from fastdraft.benchmark.plan import BenchmarkPlan, Measurement, WeightsOfPair, encode, make_plan
 from fastdraft.benchmark.rows import (
@@ -49,13 +50,14 @@ from fastdraft.runtimes.openvino_decoder import OpenVINODecoderRuntime
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.runtimes.openvino_runtime import OpenVINORuntime
 from fastdraft.runtimes.runtime import Proposer, Runtime
+from fastdraft.runtimes.vllm_runtime import check_served, open_served
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
 NAME = "benchmark"
 # A runtime, the weights of its pairs, and where exports stand already, by role and weights.
 Opened = tuple[Runtime, list[WeightsOfPair], dict[tuple[str, str], Path]]
-_LISTS = ("latencies", "breakdown", "memory", "rows")
+_LISTS = ("latencies", "breakdown", "memory", "rows", "at_a_time")
 
 
 def named_runtimes(config: BenchmarkConfig, context: StageContext) -> list[BenchmarkRuntime]:
@@ -82,6 +84,8 @@ def check_installed(config: BenchmarkConfig, context: StageContext) -> None:
             rule = "benchmark.runtimes: llamacpp runs the draft's GGUF file"
             fix = "add gguf to export.formats, or name a file in benchmark.llamacpp.draft"
             raise RecipeError(f"export.formats: no gguf; {rule}", fix)
+    if "vllm" in runtimes:
+        check_served(config, context.target)
 
 
 def _target_file(config: BenchmarkConfig, context: StageContext) -> GGUFFile:
@@ -121,9 +125,10 @@ def _draft_file(config: BenchmarkConfig, context: StageContext) -> GGUFFile:
 def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any]:
     """Settings, task files, the export, the target, threads and seed."""
     context.section("export")
-    files = (_target_file, _draft_file) if "llamacpp" in named_runtimes(config, context) else ()
+    runtimes = named_runtimes(config, context)
+    files = (_target_file, _draft_file) if "llamacpp" in runtimes else ()
     return {
-        **config.model_dump(),
+        **config.model_dump(exclude=set() if "vllm" in runtimes else {"vllm"}),
         **({"gguf": [find(config, context).digest for find in files]} if files else {}),
         "tasks": [describe_task(task) for task in config.tasks_of(context.sections)],
         "target": context.target.identity(),
@@ -140,6 +145,7 @@ def open_runtimes(config: BenchmarkConfig, context: StageContext) -> list[Opened
         "openvino": partial(_open_openvino, kind=OpenVINORuntime),
         "fastdraft": partial(_open_openvino, kind=OpenVINODecoderRuntime),
         "llamacpp": _open_llama_cpp,
+        "vllm": _open_vllm,
     }
     return [opening[name](config, context) for name in named_runtimes(config, context)]
 
@@ -175,6 +181,11 @@ def _open_llama_cpp(config: BenchmarkConfig, context: StageContext) -> Opened:
     )
     weights = file_type(target), file_type(draft)
     return runtime, [weights], {("target", weights[0]): target.path, ("draft", weights[1]): draft.path}
+
+
+def _open_vllm(config: BenchmarkConfig, context: StageContext) -> Opened:
+    draft = context.require("export").path / "huggingface"
+    return open_served(config.vllm, context.target, draft, context.settings.threads)
 
 
 def run(config: BenchmarkConfig, context: StageContext) -> None:
@@ -332,15 +343,17 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
                 swept = measured(pair, plan.of_sweeps(k))
             breakdown.append(pair.time_spent(k))
             pair.unload()  # before the memory of the next is taken
-    for pair in pairs:
+    for pair in pairs if not runtime.serves else ():
         console.stop.check(folder.path)
         memory.append(pair.peaks(k))
+    many = at_a_time(swept, passes[deployed])
     named = best_proposer(rows, key)  # as the verdict names it
     return {
         "latencies": [row for pair in pairs for row in passes[pair.weights]],
         "breakdown": [row for row in breakdown if row is not None],
         "memory": memory,
         "rows": rows + swept,
+        "at_a_time": [many] if many else [],
         "best": best,
         "launch": runtime.launch_line(*deployed, Proposer(*named)) if named else "",
     }

@@ -28,6 +28,7 @@ from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptLo
 from fastdraft.runtimes.gguf_export import require_writable
 from fastdraft.runtimes.llama_cpp_engine import check_vocabulary, gguf_of
 from fastdraft.runtimes.openvino_export import require_convertible
+from fastdraft.runtimes.vllm_runtime import check_shapes
 from fastdraft.stages import benchmark, design, evaluate, export, synthesize
 from fastdraft.stages.context import StageContext
 
@@ -74,6 +75,8 @@ def check_lengths(sections: Mapping[str, Any], plan: design.DraftDesign) -> None
     if logits and logits.kind == "top_k" and logits.k >= plan.target.vocab_size:
         rule = f"must be below the {plan.target.vocab_size} ids of the target's vocabulary"
         raise RecipeError(f"synthesize.logits.k: {logits.k}: {rule}", "lower it; 64 is usual")
+    if "benchmark" in sections and "vllm" in (sections["benchmark"].runtimes or ()):
+        check_shapes(plan.target, plan.draft, "design.draft")
     length = sections["prepare"].row_length if "prepare" in sections else 0
     if length > plan.draft.context_length:
         rule = f"must be at most the draft's context of {plan.draft.context_length}"
@@ -101,7 +104,7 @@ def _reads_weights(name: str, context: StageContext) -> bool:
         fix = "set evaluate.texts: {kind: engine}, or {kind: synthesize} for rows with their own log-probs"
     elif name == "export" and "openvino" in config.formats and config.openvino.target != "none":
         rule, fix = "export.formats: openvino converts the target too", "set export.openvino.target: none"
-    elif name == "benchmark" and "openvino" in benchmark.named_runtimes(config, context):
+    elif name == "benchmark" and {"openvino", "vllm"} & set(benchmark.named_runtimes(config, context)):
         rule, fix = "benchmark runs the target here", "leave out `benchmark`"
     else:
         return False
