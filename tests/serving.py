@@ -45,10 +45,13 @@ class Served:
         self.released = threading.Event()
         self.connections: set[socket.socket] = set()
         self._lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"of": self})
+        handler = type("Handler", (self.handles(),), {"of": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def handles(self) -> type[BaseHTTPRequestHandler]:
+        return Handler
 
     @contextmanager
     def running(self) -> Iterator[Served]:
@@ -131,7 +134,7 @@ class Talking(Served):
         return [replace(answer, logprobs=[0.0] * len(answer.response_ids)) for answer in written]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     of: Served
     protocol_version = "HTTP/1.1"
 

@@ -6,11 +6,13 @@ Proposals are greedy whatever the temperature of the text; rows of a runtime who
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastdraft.benchmark.plan import Measurement
 from fastdraft.data.rows import SyntheticRow
-from fastdraft.decoding.replay import counts_of_accepts
+from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
+from fastdraft.errors import TargetError
 from fastdraft.functional.acceptance import (
     TOTALS,
     Counts,
@@ -21,10 +23,21 @@ from fastdraft.functional.acceptance import (
 )
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.lookup import lookup_counts
+from fastdraft.modeling.drafts import load_draft
 from fastdraft.runtimes.runtime import Proposer, Runtime
+from fastdraft.target import Target
 
 # The chance of each response token to be accepted, of texts; None where the draft cannot be read here.
 Accepts = Callable[[Sequence[SyntheticRow]], list[Floats] | None]
+
+
+def draft_accepts(file: Path, exported: Target, rows: Sequence[SyntheticRow]) -> list[Floats] | None:
+    """Of greedy proposals of the draft, of a GGUF file itself, else of its export before conversion."""
+    try:
+        model = load_draft(file if file.is_file() else Path(exported.location))
+    except TargetError:  # a file named by the recipe that llama.cpp runs and we cannot read
+        return None
+    return accept_probabilities(model, rows, exported.vocabulary)
 
 
 def replayed_counts(

@@ -34,6 +34,7 @@ NGRAMS = (2, 3)  # the shortest and the longest run of last tokens that its look
 _MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 _PASSES = 12  # in which all texts have a part, for the cost of a pass
 _PREFILL = 512  # tokens of prompts that a pass reads at the least
+_TRIES = 4  # to be told every pass by itself
 _MOST_TEXTS = 256  # at a time, for the cost of a pass
 _PRIVATE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
@@ -102,18 +103,21 @@ class VLLMPair:
         further = k + 1 if exact_counts and proposer else 0
         begun, asked = time.perf_counter(), max_new_tokens + further
 
-        def ask(index: int) -> tuple[list[Pass], Counters | None]:
+        def ask(index: int) -> tuple[list[Pass], list[list[int]] | None]:
             question = prompts[index], sampling, asked, answer_seed(seed, index)
-            if further:
-                return server.write_counted(*question, stop_token_ids=ends)
-            return server.write(*question, begun=begun, stop_token_ids=ends), None
+            if not further:
+                return server.write(*question, begun=begun, stop_token_ids=ends), None
+            for _ in range(_TRIES):  # a busy machine hands on two passes as one
+                passes, counters = server.write_counted(*question, stop_token_ids=ends)
+                if counted := as_counted(passes, counters, k):
+                    break
+            return passes, counted
 
         # Where it counts one after the other, since the counters are of all texts together.
         with ThreadPoolExecutor(1 if further else len(prompts)) as pool:
             answers = list(pool.map(ask, range(len(prompts))))
         found = []
-        for passes, counters in answers:
-            counted = as_counted(passes, counters, k) if counters else None
+        for passes, counted in answers:
             written = counted or [each.tokens for each in passes]
             text, rounds = cut_rounds(written, max_new_tokens, ends, k)
             found.append(timed(passes, text, rounds if counted else []))

@@ -32,7 +32,8 @@ HOST = "127.0.0.1"
 _START_SECONDS = 1800
 _ANSWER_SECONDS = 7200  # of one text; on a CPU a long one takes many minutes
 _COUNTERS_SECONDS = 2  # within which /metrics knows of a text that has ended
-_COUNTER = re.compile(r"vllm:spec_decode_num_(\w+)_total\{([^}]*)\} (\S+)")
+_COUNTER = re.compile(r"vllm:(?:spec_decode_num_|request_)(\w+)_total\{([^}]*)\} (\S+)")
+_TOTALS = ("drafts", "draft_tokens", "accepted_tokens", "success")
 _POSITION = re.compile(r'position="(\d+)"')
 _AGAIN = "run the same command again: finished work is kept"
 
@@ -44,12 +45,12 @@ class Counters:
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    success: int = 0  # texts that have ended
     per_pos: tuple[int, ...] = ()  # as many as the server proposes in a round
 
     def since(self, before: Counters) -> Counters:
         """The difference."""
-        names = ("drafts", "draft_tokens", "accepted_tokens")
-        rest = {name: getattr(self, name) - getattr(before, name) for name in names}
+        rest = {name: getattr(self, name) - getattr(before, name) for name in _TOTALS}
         pairs = zip(self.per_pos, before.per_pos, strict=True)
         return Counters(**rest, per_pos=tuple(now - then for now, then in pairs))
 
@@ -85,7 +86,7 @@ class VLLMServer:
                 by_position[int(found[1])] = by_position.get(int(found[1]), 0) + int(float(value))
             else:
                 totals[name] = totals.get(name, 0) + int(float(value))
-        named = {name: totals.get(name, 0) for name in ("drafts", "draft_tokens", "accepted_tokens")}
+        named = {name: totals.get(name, 0) for name in _TOTALS}
         return Counters(**named, per_pos=tuple(value for _, value in sorted(by_position.items())))
 
     def write(
@@ -137,13 +138,11 @@ class VLLMServer:
 
     def write_counted(self, *question: Any, **more: Any) -> tuple[list[Pass], Counters]:
         """An answer, and what the server counted for it; none else may be asked meanwhile."""
-        before = self.counters()
-        passes, until = self.write(*question, **more), time.monotonic() + _COUNTERS_SECONDS
-        while (counted := self.counters().since(before)).drafts < len(
-            passes
-        ) - 1 and time.monotonic() < until:
-            time.sleep(0.02)
-        return passes, counted
+        before, passes = self.counters(), self.write(*question, **more)
+        until = time.monotonic() + _COUNTERS_SECONDS
+        while not (found := self.counters().since(before)).success and time.monotonic() < until:
+            time.sleep(0.02)  # the answer is there before it is counted
+        return passes, found
 
     def next_logprobs(self, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
         """Log-probs at temperature 1 of these next tokens: each is asked for as the prompt's own."""

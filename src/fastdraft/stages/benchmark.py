@@ -17,6 +17,7 @@ from typing import Any
 from fastdraft.benchmark.at_a_time import at_a_time
 from fastdraft.benchmark.figures import rows_of
 from fastdraft.benchmark.plan import BenchmarkPlan, Measurement, WeightsOfPair, encode, make_plan
+from fastdraft.benchmark.replayed import draft_accepts
 from fastdraft.benchmark.rows import (
     BenchmarkResults,
     BenchmarkRow,
@@ -28,14 +29,10 @@ from fastdraft.benchmark.rows import (
 )
 from fastdraft.benchmark.runs import PairRuns, unit_names
 from fastdraft.console import Console
-from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding.proposers import ProposerKind
-from fastdraft.decoding.replay import accept_probabilities
-from fastdraft.errors import FastDraftError, RecipeError, TargetError
+from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.evaluation.results import nearest_k
 from fastdraft.evaluation.tasks import describe_task
-from fastdraft.functional.acceptance import Floats
-from fastdraft.modeling.drafts import load_draft
 from fastdraft.modeling.gguf_files import GGUFFile, read_gguf
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import BenchmarkConfig, BenchmarkRuntime
@@ -220,7 +217,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
         plan = replace(shared, runtime=runtime.name, weights=weights, proposers=can)
         pairs = _exported_pairs(plan, runtime, target, draft, files, folder, console)
         for pair in pairs:
-            pair.accepts = partial(_accepts, pair.draft, draft)
+            pair.accepts = partial(draft_accepts, pair.draft, draft)
         models += _sizes(pairs)
         found.append(_measure(pairs, target, draft, console))
     launches = {each.name: one["launch"] for each, one in zip(used, found, strict=True)}
@@ -287,15 +284,6 @@ def _exported_pairs(
         path = find("target", weights[0])
         pairs.append(PairRuns(plan, weights, path, find("draft", weights[1], path), runtime, folder))
     return pairs
-
-
-def _accepts(file: Path, exported: Target, rows: Sequence[SyntheticRow]) -> list[Floats] | None:
-    """Of greedy proposals of the draft, of a GGUF file itself, else of its export before conversion."""
-    try:
-        model = load_draft(file if file.is_file() else Path(exported.location))
-    except TargetError:  # a file named by the recipe that llama.cpp runs and we cannot read
-        return None
-    return accept_probabilities(model, rows, exported.vocabulary)
 
 
 def _sizes(pairs: Sequence[PairRuns]) -> list[ModelSize]:
