@@ -126,8 +126,8 @@ class EarlierDraft(Config):
 
 
 class TrainedStart(Config):
-    """What is taken of a trained model: chosen and fitted on rows of `prepare`, behind which design then runs,
-    or on shipped text.
+    """What is taken of a trained model: chosen and fitted on rows of `prepare` (design then runs behind it)
+    or of shipped text.
     """
 
     hidden_size: int | None = Field(default=None, ge=2)
