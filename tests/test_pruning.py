@@ -281,9 +281,14 @@ def test_a_model_of_another_vocabulary_or_family_or_without_weights_is_refused(
         designed(tmp_path / "run", deep, draft={**PRUNED, "model": str(bare)})
 
 
-def test_a_recipe_prunes_on_its_prepared_rows(deep: Path, tmp_path: Path) -> None:
+def test_a_recipe_prunes_on_its_prepared_rows(
+    deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = str(write_recipe(tmp_path, deep, design={"draft": PRUNED}))
-    assert cli.main(["check", path, "--quiet"]) == 0
+    assert cli.main(["check", path, "--json"]) == 0
+    forecast = json.loads(capsys.readouterr().out)["stages"][:2]
+    assert [stage["stage"] for stage in forecast] == ["prepare", "design"]
+    assert forecast[1]["memory_bytes"] > 4 * Target.at(deep).architecture.parameters
     folder = run(load_recipe(path), only=["prepare", "design"])
     prepared = folder.folder("prepare").digest()
     assert folder.folder("design").stored_fingerprint()["shape"]["reads"] == {"prepare": prepared}

@@ -12,6 +12,7 @@ from fastdraft.recipe.evaluation import BenchmarkConfig, EvaluateConfig
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.recipe.synthesize import SynthesizeConfig
 from fastdraft.stages import align, design, evaluate
+from fastdraft.stages.trained_start import MEASURED_TOKENS, bytes_of_weights
 from fastdraft.training.step import default_micro_batch_tokens
 
 # Passes over a task's text: written by the target, replayed by each checkpoint, part of it decoded exactly.
@@ -32,6 +33,7 @@ class StageCosts:
         wide = recipe.target.dtype == "fp32" or (recipe.target.dtype == "auto" and device == "cpu")
         self.target_bytes = (4.0 if wide else 2.0) * plan.target.parameters
         self.has_weights, self.gguf = has_weights, gguf
+        self.trained = plan.trained.architecture if plan.trained else None
 
     def of(self, stage: str) -> Cost:
         """Tokens, seconds, bytes on disk and in memory."""
@@ -48,6 +50,10 @@ class StageCosts:
             return self._evaluation(config)
         if stage == "benchmark":
             return self._benchmark(config)
+        if stage == "design" and self.trained:
+            scored = (MEASURED_TOKENS, self.trained.read_parameters, self.device, self.threads)
+            memory = bytes_of_weights(self.trained) + self.checkpoint
+            return MEASURED_TOKENS, forecast.scoring_seconds(*scored), self.checkpoint, memory
         converted = self.target_bytes if stage == "export" and self.has_weights else 0.0
         return (
             (0, 0.0, 0.0, 0.0)

@@ -23,6 +23,7 @@ from fastdraft.target import Target
 
 # Rows and ids of them on which a trained model's layers are chosen and fitted; rows on which losses are told.
 _FITTED, _MEASURED, _ROW = 80, 16, 128
+MEASURED_TOKENS = (_FITTED + _MEASURED) * _ROW
 _IN_FP32 = 2_000_000_000  # parameters; larger ones are read in half precision
 Start = PrunedDraft | TransplantDraft
 _WIDTHS = ("hidden_size", "intermediate_size", "num_heads")
@@ -82,6 +83,11 @@ def pruned_shape(wanted: Start, source: Architecture, target: Architecture) -> A
     return replace(source, **sizes, **kept)
 
 
+def bytes_of_weights(source: Architecture) -> int:
+    """As it is read here."""
+    return (4 if source.parameters <= _IN_FP32 else 2) * source.parameters
+
+
 def start_from(
     config: PreTrainedConfig, wanted: Start, source: Target, context: StageContext
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -95,8 +101,8 @@ def start_from(
     measured = max(1, len(rows) * _MEASURED // count)
     # The losses are of rows to which nothing was fitted.
     fitted, held_out = rows[:-measured], rows[-measured:]
-    wide = source.architecture.parameters <= _IN_FP32
-    model = source.model(pick_device(context.settings.device), torch.float32 if wide else torch.bfloat16)
+    dtype = torch.float32 if source.architecture.parameters <= _IN_FP32 else torch.bfloat16
+    model = source.model(pick_device(context.settings.device), dtype)
     if isinstance(wanted, TransplantDraft):
         spelled = spell(context.target, source)
         transplant(model, spelled)
