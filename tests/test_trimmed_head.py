@@ -341,12 +341,6 @@ def test_in_openvino_the_rows_are_cut_in_the_graph_and_a_pair_writes_the_targets
     graph = core().read_model(folder / MODEL_FILE)
     matrix = output_matrix(graph)
     assert matrix.output(0).partial_shape[-1].get_length() == len(IDS)
-    # GenAI looks behind the first output for the matrix in front of which it chooses tokens.
-    assert graph.output(0).get_node().input(0).get_source_output().get_node().get_name() == matrix.get_name()
-    largest = max(
-        op.shape[0] for op in graph.get_ops() if op.get_type_name() == "Constant" and len(op.shape) == 2
-    )
-    assert largest == VOCAB  # the embedding
     ids = torch.randint(4, 300, (40,), generator=torch.Generator().manual_seed(0))
     reader = OpenVINOModel(folder, "exact", threads=1).reader(40)
     found = reader.read(ids, keep=3)

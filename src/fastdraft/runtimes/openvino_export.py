@@ -181,8 +181,8 @@ def compress(model_file: Path, weights: Literal["int8", "int4"]) -> None:
 def trim_output(model_file: Path, ids_K: NDArray[np.int64]) -> None:
     """Cuts the output matrix of an IR in place to the rows of these ids; the logits of all others are -6e4.
 
-    The logits of the rows stay the model's first output: GenAI looks for the matrix there, to put its choice
-    of tokens in front of it, and takes what it samples from by the name `logits`.
+    GenAI finds no matrix right before `logits` then, and does not choose tokens in front of it: a prompt that
+    the draft reads has the logits of all its tokens in memory for a moment, T x V floats.
     """
     from openvino import opset13 as ops
 
@@ -194,15 +194,13 @@ def trim_output(model_file: Path, ids_K: NDArray[np.int64]) -> None:
     rows_V = np.full(weight.shape[0], len(ids_K), np.int32)
     rows_V[ids_K] = np.arange(len(ids_K))
     place.replace_source_output(ops.constant(weight.data[ids_K]).output(0))
-    last, padding = result.input(0).get_source_output(), np.zeros(3, np.int64)
+    place, no_pads = result.input(0), np.zeros(3, np.int64)
     lacking = ops.constant(np.array(_LACKING, np.float32))  # a column behind those of the rows
-    padded = ops.pad(last, padding, padding + np.array([0, 0, 1]), "constant", lacking)
+    last_pads = no_pads + np.array([0, 0, 1])
+    padded = ops.pad(place.get_source_output(), no_pads, last_pads, "constant", lacking)
     wide = ops.gather(padded, ops.constant(rows_V), ops.constant(-1))
-    whole = ops.result(wide)
-    model.add_results([whole])
-    for name, each in (("head_logits", result), ("logits", whole)):
-        each.set_friendly_name(name)
-        each.output(0).get_tensor().set_names({name})
+    place.replace_source_output(wide.output(0))
+    result.output(0).get_tensor().set_names({"logits"})
     model.validate_nodes_and_infer_types()
     _save_over(model_file, model)
 
