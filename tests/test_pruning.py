@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,6 +26,7 @@ from family_fixture import designed
 from fastdraft import cli
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.modeling.drafts import build_draft
+from fastdraft.modeling.families import DRAFT_FAMILIES
 from fastdraft.modeling.narrowing import main_directions, narrow_layers, rotate
 from fastdraft.modeling.pruning import choose_layers, fit_vocabulary, mean_loss, prune, refit, residual_states
 from fastdraft.pipeline import run
@@ -62,6 +65,22 @@ def test_with_all_layers_kept_the_logits_are_the_sources_own(tied: bool) -> None
     assert (draft.get_input_embeddings().weight is draft.get_output_embeddings().weight) is tied
     with torch.no_grad():
         assert torch.equal(draft(some_rows()).logits, source(some_rows()).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", DRAFT_FAMILIES)
+def test_every_family_of_drafts_is_pruned(family: str) -> None:
+    _, plain = small()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    shape = {name: getattr(plain, name) for name in keys}
+    config = AutoConfig.for_model(family, **shape, num_hidden_layers=3, pad_token_id=0)
+    source, fewer = AutoModelForCausalLM.from_config(config).eval(), copy.deepcopy(config)
+    whole, _, _ = prune(source, config, 3, some_rows())
+    assert torch.equal(whole(some_rows()).logits, source(some_rows()).logits)
+    fewer.num_hidden_layers = 2
+    draft, kept, _ = prune(source, fewer, 2, some_rows())
+    assert kept == [0, 2]
+    assert draft(some_rows()).logits.isfinite().all()
 
 
 def test_first_layers_of_a_prefix_are_copied_and_only_the_one_at_the_gap_is_fitted() -> None:
