@@ -30,22 +30,22 @@ from fastdraft.functional.acceptance import Counts, add_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.same_text import compare_texts
 from fastdraft.modeling.drafts import set_threads
-from fastdraft.runtimes.llama_cpp import LlamaCppPair
 from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime
-from fastdraft.runtimes.runtime import Proposer
+from fastdraft.runtimes.runtime import LoadedPair, Proposer
 from fastdraft.target import Target
 
 Prompts = list[tuple[str, list[int]]]
 
 
 def compare(
-    pair: LlamaCppPair,
+    pair: LoadedPair,
     draft: Any,
     target: Target,
     prompts: Prompts,
     temperature: float,
     given: argparse.Namespace,
     report: Report,
+    runtime: str = "llamacpp",
 ) -> None:
     """One temperature: equal texts, differences, and the counts of both, in the file after every prompt."""
     asked = Sampling(temperature), given.max_new_tokens
@@ -69,8 +69,27 @@ def compare(
         equal = sum(figures(a) == figures(b) for a, b in zip(replayed, counts, strict=True))
         found = {"temperature": temperature, "texts": seed + 1, "equal_texts": seed + 1 - len(differences)}
         found |= {"differences": differences, "equal_counts": equal, "counted_texts": len(counts)}
-        found |= {"llamacpp": figures(add_counts(counts)), "replay": figures(add_counts(replayed))}
-        report.put(found, "temperature")
+        found |= {runtime: figures(add_counts(counts)), "replay": figures(add_counts(replayed))}
+        report.put({"k": given.k, **found}, "k", "temperature")
+
+
+def tell(report: Report, runtime: str) -> None:
+    """What was found, for a reader."""
+    for one in report.results:
+        print(
+            f"\nK = {one['k']}, at {one['temperature']:g}: {one['equal_texts']} of {one['texts']} texts equal; ",
+            end="",
+        )
+        print(f"counts of {one['equal_counts']} of {one['counted_texts']} texts equal a replay")
+        columns = ["prompt", "token", "logprob_gap", "near_tie"]
+        if one["differences"]:
+            print(table(columns, [[str(row[name])[:40] for name in columns] for row in one["differences"]]))
+        names = ("rounds", "accepted", "block_efficiency")
+        print(
+            table(
+                ["", *names], [[way, *(f"{one[way][n]:.6g}" for n in names)] for way in (runtime, "replay")]
+            )
+        )
 
 
 def main() -> None:
@@ -98,19 +117,7 @@ def main() -> None:
         compare(pair, model, target, prompts, temperature, given, report)
     pair.close()
     report.finish(xllamacpp=LlamaCppRuntime().describe()["version"])
-    for one in report.results:
-        print(f"\nat {one['temperature']:g}: {one['equal_texts']} of {one['texts']} texts equal; ", end="")
-        print(f"counts of {one['equal_counts']} of {one['counted_texts']} texts equal a replay")
-        columns = ["prompt", "token", "logprob_gap", "near_tie"]
-        if one["differences"]:
-            print(table(columns, [[str(row[name])[:40] for name in columns] for row in one["differences"]]))
-        names = ("rounds", "accepted", "block_efficiency")
-        print(
-            table(
-                ["", *names],
-                [[way, *(f"{one[way][n]:.6g}" for n in names)] for way in ("llamacpp", "replay")],
-            )
-        )
+    tell(report, "llamacpp")
 
 
 if __name__ == "__main__":

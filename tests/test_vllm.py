@@ -28,7 +28,7 @@ from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.runtimes import vllm as pairs
 from fastdraft.runtimes.runtime import Proposer
-from fastdraft.runtimes.vllm import VLLMPair, VLLMSettings, as_counted, measure_passes, start
+from fastdraft.runtimes.vllm import Room, VLLMPair, VLLMSettings, as_counted, measure_passes, start
 from fastdraft.runtimes.vllm_runtime import VLLMRuntime, earliest_ngram, precision
 from fastdraft.runtimes.vllm_server import Counters, StartedServer, VLLMServer
 from fastdraft.target import Target
@@ -155,7 +155,7 @@ def test_servers_that_run_already_are_held_against_the_recipe(pair: VLLMPair, se
     with pytest.raises(FastDraftError, match=r"proposes 2 tokens a round; must be none here"):
         wrong.write(PROMPTS[:1], Sampling(0.0), 4, 0)
     servers[0].room = 8
-    with pytest.raises(FastDraftError, match=r"max_model_len 8; must have room for 16 tokens"):
+    with pytest.raises(FastDraftError, match=r"max_model_len 8; must be 16 for prompt and answer"):
         pair.write(PROMPTS[:1], Sampling(0.0), 10, 0)
     assert VLLMRuntime(**urls).describe()["version"] == "0.32.0"
     assert measure_passes(pair.target, pair.draft, VLLMSettings(**urls), [1, 3], 8, [1]) is None
@@ -207,7 +207,7 @@ def gone(folder: Path) -> bool:
 
 def test_a_started_server_has_its_settings_and_leaves_no_process(program: Path, tiny_target: Path) -> None:
     settings = VLLMSettings(str(program), "--dtype float32", threads=2)
-    server = start(tiny_target, tiny_target, settings, DRAFT, 4, 256)
+    server = start(tiny_target, tiny_target, settings, DRAFT, Room(4, 800, 256))
     seen, threads = (program.parent / "seen").read_text(encoding="utf-8").split("|")
     assert seen.startswith(
         f"serve {tiny_target} --max-model-len 256 --max-num-seqs 4 --kv-cache-memory-bytes "

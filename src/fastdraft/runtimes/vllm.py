@@ -35,6 +35,8 @@ _MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 _PASSES = 12  # in which all texts have a part, for the cost of a pass
 _PREFILL = 512  # tokens of prompts that a pass reads at the least
 _TRIES = 4  # to be told every pass by itself
+_LONGEST = 2048  # tokens of a text for which there is room, so that few servers are started again
+_LEAST_CACHE = 2**24
 _MOST_TEXTS = 256  # at a time, for the cost of a pass
 _PRIVATE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
@@ -71,6 +73,15 @@ def speculation(proposer: Proposer, draft: str, **more: Any) -> dict[str, Any]:
     return {"method": "draft_model", "model": draft, **k, **more}
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a server holds at a time."""
+
+    texts: int
+    tokens: int  # of all texts together
+    longest: int  # of one text
+
+
 @dataclass
 class VLLMPair:
     """Weights of a target and its draft; a server for each proposer starts when it is first asked.
@@ -82,7 +93,7 @@ class VLLMPair:
     target: Path
     draft: Path
     settings: VLLMSettings
-    _servers: dict[Proposer | None, tuple[VLLMServer, int, int]] = field(default_factory=dict)
+    _servers: dict[Proposer | None, tuple[VLLMServer, Room]] = field(default_factory=dict)
 
     def write(
         self,
@@ -138,23 +149,28 @@ class VLLMPair:
 
     def _server(self, proposer: Proposer | None, texts: int, room: int) -> VLLMServer:
         """One with room for so many texts of so many tokens; ours are started again where they have less."""
-        running, *has = self._servers.get(proposer, (None, 0, 0))
-        if running and has[0] >= texts and has[1] >= room:
+        running, has = self._servers.get(proposer, (None, Room(0, 0, 0)))
+        if running and has.texts >= texts and has.tokens >= texts * room and has.longest >= room:
             return running
         if running:
             self._servers.pop(proposer)[0].close()
+        server: VLLMServer
         if url := self.settings.draft_base_url if proposer else self.settings.base_url:
-            server, has = VLLMServer(url), [2**31, int(VLLMServer(url).facts["max_model_len"])]
+            server = VLLMServer(url)
             check_address(server, proposer)
-            if has[1] < room:
-                rule = f"must have room for {room} tokens, prompt and answer"
-                raise FastDraftError(
-                    f"{url}: max_model_len {has[1]}; {rule}", "start it with more, or shorten both"
-                )
+            has = Room(2**31, 2**31, int(server.facts["max_model_len"]))
+            if has.longest < room:
+                found = f"{url}: max_model_len {has.longest}; must be {room} for prompt and answer"
+                raise FastDraftError(found, "start it with more, or shorten both")
         else:
-            has = [max(texts, has[0]), room_for(max(room, has[1]))]
-            server = start(self.target, self.draft, self.settings, proposer, *has)
-        self._servers[proposer] = server, has[0], has[1]
+            longest = min(
+                max(room, _LONGEST), *(Target.at(each).context_length for each in (self.target, self.draft))
+            )
+            has = Room(
+                max(texts, has.texts), max(texts * room_for(room), has.tokens), max(longest, has.longest)
+            )
+            server = start(self.target, self.draft, self.settings, proposer, has)
+        self._servers[proposer] = server, has
         return server
 
 
@@ -168,27 +184,15 @@ def check_address(server: VLLMServer, proposer: Proposer | None) -> None:
 
 
 def start(
-    target: Path,
-    draft: Path,
-    settings: VLLMSettings,
-    proposer: Proposer | None,
-    texts: int,
-    room: int,
-    **more: Any,
+    target: Path, draft: Path, settings: VLLMSettings, proposer: Proposer | None, room: Room, **more: Any
 ) -> StartedServer:
-    """A server for so many texts of so many tokens at a time, its cache as large as that needs.
-
-    `more` goes into the speculative config.
-    """
+    """A server whose cache is as large as that needs; `more` goes into the speculative config."""
     models = [target, draft] if proposer and proposer.kind == "draft" else [target]
     shapes = [Target.at(model).architecture for model in models]
     token = sum(8 * shape.num_layers * shape.num_kv_heads * shape.head_dim for shape in shapes)  # in float32
-    # A half more for blocks that are begun, and what few long layers of one model leave empty in the other.
-    sizes = {
-        "max-model-len": room,
-        "max-num-seqs": texts,
-        "kv-cache-memory-bytes": int(1.5 * token * texts * room),
-    }
+    # A half more for blocks that are begun, and what few layers of one model leave empty in the other's.
+    cache = int(1.5 * token * max(room.tokens, room.longest)) + _LEAST_CACHE
+    sizes = {"max-model-len": room.longest, "max-num-seqs": room.texts, "kv-cache-memory-bytes": cache}
     command = settings.command(str(target))
     command += [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
     if proposer:
@@ -230,8 +234,8 @@ def measure_passes(
     of_target = sorted({n * width for n in texts for width in widths if n * width <= _MOST_TEXTS} | {1})
     found = []
     for model, counts in ((draft, sorted({1, *texts})), (target, of_target)):
-        room = room_for(prefix_tokens + _asked(counts[-1], prefix_tokens) + 1)
-        server = start(model, model, settings, None, counts[-1], room)
+        room = prefix_tokens + _asked(counts[-1], prefix_tokens) + 1
+        server = start(model, model, settings, None, Room(counts[-1], counts[-1] * room, room))
         try:
             found.append({count: pass_seconds(server, count, prefix_tokens) for count in counts})
         finally:
