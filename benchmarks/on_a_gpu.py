@@ -40,6 +40,7 @@ JOBS = {  # what the project's goals ask for comes first
     "decoder_against_assisted": "decoder_against_assisted",
     "decoder_against_assisted_bf16": "decoder_against_assisted --dtype bf16",
     "replay_against_exact": "replay_against_exact",  # needs the package: pyarrow
+    "vllm_pair": "vllm_pair",  # needs the package and vLLM; without vLLM it says so and ends
 }
 
 

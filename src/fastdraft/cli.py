@@ -155,15 +155,22 @@ def _inspect(
     threads: int = Option(0, min=0, help="With --measure: CPU threads; 0 is the runtime's choice."),
     k: list[int] = Option([], "--num-speculative-tokens", "-k", min=1, help="With --measure: K; repeat."),
     prefix: int = Option(128, min=1, help="With --measure: tokens in the cache before each pass."),
-    runtime: Literal["openvino", "llamacpp"] = Option("openvino", help="With --measure: what runs them."),
-    server: str = Option("", help="With --runtime llamacpp: a llama-server of your own."),
+    runtime: Literal["openvino", "llamacpp", "vllm"] = Option(
+        "openvino", help="With --measure: what runs them."
+    ),
+    server: str = Option("", help="Of llamacpp: a llama-server; of vllm: Python of an environment with it."),
+    acceptance: float = Option(
+        0.45, min=0, max=1, help="With --runtime vllm: of an untrained draft, by chance."
+    ),
 ) -> None:
     from fastdraft.commands import inspect
     from fastdraft.commands.measure import MeasureSettings
     from fastdraft.console import Console
 
     ks = tuple(k) or (1, 2, 3, 4, 5)
-    settings = MeasureSettings(weights, draft_weights, tuple(draft), threads, ks, prefix, runtime, server)
+    settings = MeasureSettings(
+        weights, draft_weights, tuple(draft), threads, ks, prefix, runtime, server, acceptance
+    )
     measuring = settings if measure else None
     inspect.run(target, revision=revision, console=Console(), as_json=json, measuring=measuring)
 

@@ -19,9 +19,11 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig
 
+from fastdraft.commands.measure_served import measure_served
 from fastdraft.commands.measurement import MeasuredModel, MeasuredShapes
 from fastdraft.console import Console, format_count
 from fastdraft.errors import RecipeError, TargetError
+from fastdraft.forecast import RATES
 from fastdraft.modeling.architecture import Architecture, draft_hf_config, has_rotary_factors
 from fastdraft.modeling.drafts import build_draft, save_draft
 from fastdraft.modeling.gguf_files import read_gguf
@@ -36,6 +38,7 @@ from fastdraft.runtimes.llama_cpp_runtime import LlamaCppRuntime, check_files, f
 from fastdraft.runtimes.openvino import MODEL_FILE, describe_device
 from fastdraft.runtimes.openvino_export import Weights, check_pair, export_random
 from fastdraft.runtimes.openvino_latency import WARM_TURNS, LoadedModel, fitting_prefix, time_passes
+from fastdraft.runtimes.vllm_runtime import VLLMRuntime
 from fastdraft.target import Target
 
 REPEATS = 15  # turns whose medians are taken
@@ -68,7 +71,8 @@ class MeasureSettings:
     num_speculative_tokens: Sequence[int] = (1, 2, 3, 4, 5)
     prefix: int = 128
     runtime: RuntimeName = "openvino"
-    server: str = ""  # of llama.cpp, as benchmark.llamacpp.server
+    server: str = ""  # as benchmark.llamacpp.server or benchmark.vllm.server
+    acceptance: float = RATES[1]  # accepted / proposed at K = 3, at which vLLM runs an untrained draft
 
 
 class ByLayers:
@@ -99,6 +103,14 @@ def measure(
     """
     if settings.runtime == "llamacpp":
         return _measure_files(target, candidates, settings, console)
+    if settings.runtime == "vllm":
+        runtime = VLLMRuntime(settings.server, "--load-format dummy", threads=settings.threads)
+        drafts, ks = (
+            _drafts(target, candidates, settings, _directory),
+            sorted(set(settings.num_speculative_tokens)),
+        )
+        how = ks, settings.prefix, settings.acceptance, console
+        return measure_served(target, drafts, runtime, *how)
     described = describe_device("CPU")
     whole = Path(target.location) if (Path(target.location) / MODEL_FILE).is_file() else None
     config = text_only(target.config, target.architecture.tied)
@@ -110,6 +122,14 @@ def measure(
         # The drafts first: what fails, fails soon.
         folders = [_build(model, target, Path(temporary), console) for model in reversed(models)][::-1]
         return _time(models, folders, settings, described, console)
+
+
+def _directory(name: str) -> MeasuredModel:
+    """A draft's Hugging Face directory."""
+    draft = Target.at(user_path(name, "--draft"))
+    return MeasuredModel(
+        Path(draft.location).name, draft.architecture, "", draft.config, Path(draft.location)
+    )
 
 
 def _exported(target: Target, weights: str, name: str) -> MeasuredModel:

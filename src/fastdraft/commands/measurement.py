@@ -8,7 +8,7 @@ of acceptance for each further token.
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fastdraft.reporting.verdict import RUNTIMES
 _AROUND = {
     "openvino": "OpenVINO GenAI does around the passes",
     "llamacpp": "llama.cpp does around the passes, and its further pass of the draft in every round,",
+    "vllm": "vLLM does around the passes",
 }
 
 
@@ -50,6 +51,17 @@ class MeasuredModel:
 
 
 @dataclass(frozen=True)
+class SyntheticPair:
+    """A draft's shape beside the target in a server that accepts proposals by chance."""
+
+    draft: str
+    num_speculative_tokens: int
+    acceptance_rate: float  # accepted / proposed at K = 3
+    predicted_speedup: float
+    speedup: float
+
+
+@dataclass(frozen=True)
 class MeasuredShapes:
     """All that was measured, and what follows from it."""
 
@@ -60,6 +72,7 @@ class MeasuredShapes:
     target_seconds: dict[int, float]  # by the number of tokens read at once: 1, and K + 1 for every K
     drafts: list[MeasuredModel]
     num_speculative_tokens: tuple[int, ...]  # rising
+    synthetic: SyntheticPair | None = None
 
     def speedup(self, draft: MeasuredModel, rate: float, k: int) -> float:
         """Forecast at one K for an acceptance rate (accepted / proposed) known at K = 3."""
@@ -122,6 +135,7 @@ class MeasuredShapes:
             "drafts": drafts,
             "best": best,
             "sentence": self.sentence(),
+            **({"synthetic": asdict(self.synthetic)} if self.synthetic else {}),
         }
 
     def sentence(self) -> str:
@@ -133,6 +147,11 @@ class MeasuredShapes:
             forecast = f"{draft.name} at K = {k} is forecast to be {speedup:.2f} times as fast."
             parts.append(f"At an acceptance rate of {rate:g}, {advice}{forecast}")
         k = max(self.num_speculative_tokens, key=self.ceiling)
+        if one := self.synthetic:
+            parts.append(
+                f"Served with {one.draft} and an acceptance of {one.acceptance_rate:g} by chance, "
+                f"K = {one.num_speculative_tokens}: measured {one.speedup:.2f} times as fast."
+            )
         parts.append(f"A free draft that is always right would reach {self.ceiling(k):.2f} at K = {k}.")
         return " ".join(parts)
 

@@ -204,8 +204,8 @@ class WeightsPair(Config):
     """A small draft loses acceptance in int4 and gains little time."""
 
 
-RuntimeName = Literal["openvino", "llamacpp"]
-BenchmarkRuntime = Literal[RuntimeName, "fastdraft", "vllm"]
+RuntimeName = Literal["openvino", "llamacpp", "vllm"]
+BenchmarkRuntime = Literal[RuntimeName, "fastdraft"]
 _Lengths = Annotated[list[int], each_between(1, 2**20)]
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shlex
 import statistics
@@ -32,7 +31,7 @@ from fastdraft.target import Target
 
 NGRAMS = (2, 3)  # the shortest and the longest run of last tokens that its lookup looks for
 _MODULE = ("-m", "vllm.entrypoints.openai.api_server")
-_PASSES = 12  # in which all texts have a part, for the cost of a pass
+MEASURED_PASSES = 12  # in which all texts have a part, for the cost of a pass
 _PREFILL = 512  # tokens of prompts that a pass reads at the least
 _TRIES = 4  # to be told every pass by itself
 _LONGEST = 2048  # tokens of a text for which there is room, so that few servers are started again
@@ -232,35 +231,45 @@ def measure_passes(
     if settings.base_url:
         return None
     of_target = sorted({n * width for n in texts for width in widths if n * width <= _MOST_TEXTS} | {1})
-    found = []
-    for model, counts in ((draft, sorted({1, *texts})), (target, of_target)):
-        room = prefix_tokens + _asked(counts[-1], prefix_tokens) + 1
-        server = start(model, model, settings, None, Room(counts[-1], counts[-1] * room, room))
-        try:
-            found.append({count: pass_seconds(server, count, prefix_tokens) for count in counts})
-        finally:
-            server.close()
-    by_texts, by_tokens = found
+    by_texts = timed_passes(draft, settings, sorted({1, *texts}), prefix_tokens)
+    by_tokens = timed_passes(target, settings, of_target, prefix_tokens)
     return Latency(by_texts[1], by_tokens, prefix_tokens, "vllm", "", "", draft_seconds_by_texts=by_texts)
 
 
+def timed_passes(
+    model: Path, settings: VLLMSettings, texts: Sequence[int], prefix_tokens: int
+) -> dict[int, float]:
+    """What a pass over the next token of so many texts takes, in a server of that model alone."""
+    room = prefix_tokens + _asked(max(texts), prefix_tokens) + 1
+    server = start(model, model, settings, None, Room(max(texts), max(texts) * room, room))
+    try:
+        return {count: pass_seconds(server, count, prefix_tokens) for count in texts}
+    finally:
+        server.close()
+
+
 def _asked(texts: int, prefix_tokens: int) -> int:
-    return 2 + _PASSES + texts * prefix_tokens // _PREFILL  # others' prompts are read meanwhile
+    return 2 + MEASURED_PASSES + texts * prefix_tokens // _PREFILL  # others' prompts are read meanwhile
 
 
-def pass_seconds(server: VLLMServer, texts: int, prefix_tokens: int) -> float:
-    """The median time between two tokens of a text, over the passes in which all have a part."""
+def pass_seconds(server: VLLMServer, texts: int, prefix_tokens: int, tokens: int = 0) -> float:
+    """Seconds for the next token of each of so many texts, while all are being written; the median text's.
+
+    `tokens` are written of each, by default enough for some passes that all have a part in.
+    """
     prompts = [[ANY_ID + (text + place) % 16 for place in range(prefix_tokens)] for text in range(texts)]
-    asked, begun = _asked(texts, prefix_tokens), time.perf_counter()
+    asked, begun = tokens or _asked(texts, prefix_tokens), time.perf_counter()
     with ThreadPoolExecutor(texts) as pool:
         more = {"ignore_eos": True, "begun": begun}
         wait = [pool.submit(server.write, prompt, Sampling(0.0), asked, 0, **more) for prompt in prompts]
         answers = [each.result() for each in wait]
     first, last = max(each[0].seconds for each in answers), min(each[-1].seconds for each in answers)
-    pairs = [pair for each in answers for pair in itertools.pairwise(each)]
-    gaps = [
-        (b.seconds - a.seconds) / len(b.tokens) for a, b in pairs if first <= a.seconds < b.seconds <= last
-    ]
-    if not gaps:
+    rates = []
+    for each in answers:
+        inside = [one for one in each if first <= one.seconds <= last]
+        if len(inside) > 1:
+            written = sum(len(one.tokens) for one in inside[1:])
+            rates.append((inside[-1].seconds - inside[0].seconds) / written)
+    if not rates:
         raise FastDraftError(f"{server.url}: {texts} texts never wrote together", "lower sweep.concurrency")
-    return statistics.median(gaps)
+    return statistics.median(rates)

@@ -1,0 +1,87 @@
+"""`fastdraft inspect TARGET --measure --runtime vllm`: passes in vLLM, and a shape at a given acceptance.
+
+Only configs are needed: vLLM fills both models with random weights, and accepts proposals by chance at rates
+that it is told (`rejection_sample_method: synthetic`), so that a pair is on the clock before it is trained.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastdraft.commands.measurement import MeasuredModel, MeasuredShapes, SyntheticPair
+from fastdraft.console import Console
+from fastdraft.forecast import conditional_acceptance_rate
+from fastdraft.runtimes.runtime import Proposer
+from fastdraft.runtimes.vllm import MEASURED_PASSES, Room, pass_seconds, start, timed_passes
+from fastdraft.runtimes.vllm_runtime import VLLMRuntime, check_shapes, check_target, precision
+from fastdraft.target import Target
+
+_TOKENS = 96  # of the text that tells the speed with a draft
+
+
+def measure_served(
+    target: Target,
+    drafts: Sequence[MeasuredModel],
+    runtime: VLLMRuntime,
+    ks: Sequence[int],
+    prefix: int,
+    acceptance: float,
+    console: Console,
+) -> MeasuredShapes:
+    """Times each model alone in a server, then the best draft beside the target, accepted by chance."""
+    check_target(target)
+    for draft in drafts:
+        check_shapes(target.architecture, draft.architecture, draft.name)
+    described, own = runtime.describe(), precision(target, runtime.arguments)[0]
+    widths, location = [1, *(k + 1 for k in ks)], Path(target.location)
+    with (
+        console.stop.listen(),
+        tempfile.TemporaryDirectory(prefix="fastdraft-measure-") as temporary,
+        console.progress("measuring", len(drafts) + 2, "servers") as progress,
+    ):
+        folders = [_folder(draft, target, Path(temporary)) for draft in drafts]
+        timed = []
+        for draft, folder in zip(drafts, folders, strict=True):
+            [seconds] = timed_passes(folder, runtime, [1], prefix).values()
+            read = draft.architecture.bytes_per_token(16)
+            timed.append(replace(draft, weights=own, seconds=seconds, file_bytes=read))
+            console.stop.check("measuring")
+            progress.advance(1)
+        by_width = timed_passes(location, runtime, widths, prefix)
+        progress.advance(1)
+        shape = target.architecture
+        model = MeasuredModel(
+            "target", shape, own, target.config, None, by_width[1], shape.bytes_per_token(16)
+        )
+        found = MeasuredShapes(described, prefix, MEASURED_PASSES, model, by_width, timed, tuple(ks))
+        best, k, forecast = found.best(acceptance)
+        chance, room = conditional_acceptance_rate(acceptance), prefix + _TOKENS + 2 * k + 4
+        rates = [round(chance ** (place + 1), 6) for place in range(k)]
+        synthetic: dict[str, Any] = {
+            "rejection_sample_method": "synthetic",
+            "synthetic_acceptance_rates": rates,
+        }
+        pair = location, folders[timed.index(best)], runtime, Proposer("draft", k), Room(1, room, room)
+        server = start(*pair, **synthetic)
+        try:
+            pass_seconds(server, 1, prefix)  # warms up
+            served = pass_seconds(server, 1, prefix, _TOKENS)
+        finally:
+            server.close()
+        progress.advance(1)
+    speedup = by_width[1] / served
+    return replace(found, synthetic=SyntheticPair(best.name, k, acceptance, forecast, speedup))
+
+
+def _folder(draft: MeasuredModel, target: Target, temporary: Path) -> Path:
+    """What vLLM reads of a draft whose weights are random: its own directory, or config and tokenizer."""
+    if draft.export:
+        return draft.export
+    folder = temporary / draft.name.replace("/", "-")
+    draft.config.save_pretrained(folder)
+    target.copy_tokenizer(folder)
+    return folder
