@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import TEXT
 from fastdraft import pipeline
+from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.data.token_counts import covered, most_written
 from fastdraft.decoding.replay import accept_probabilities
@@ -25,10 +26,14 @@ from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.modeling.drafts import load_draft, save_draft
 from fastdraft.modeling.heads import output_head
 from fastdraft.modeling.trimmed_head import HEAD_IDS, TrimmedHead, trim
+from fastdraft.recipe.evaluation import ExportConfig
 from fastdraft.recipe.recipe import load_recipe
+from fastdraft.runtimes.gguf_export import as_stored
+from fastdraft.runtimes.huggingface_export import load_assistant, outside_head
 from fastdraft.runtimes.openvino import MODEL_FILE, core, output_matrix
 from fastdraft.runtimes.openvino_export import export_openvino
 from fastdraft.runtimes.openvino_reader import OpenVINOModel
+from fastdraft.stages.export import _check_head
 from fastdraft.target import Target
 from fastdraft.training.batches import Batch, Sample, packed_batch, padded_batch
 from fastdraft.training.defaults import TrainingSettings, build_step
@@ -70,7 +75,7 @@ def test_kept_ids_have_the_logits_of_the_whole_head_and_all_others_minus_infinit
     assert head.vocab_size == VOCAB
 
 
-def test_a_saved_trimmed_draft_is_a_plain_directory_whose_other_rows_are_the_mean(
+def test_a_saved_trimmed_draft_is_a_plain_directory_whose_other_rows_are_a_mean_of_kept_ones(
     tiny_draft: Path, tmp_path: Path
 ) -> None:
     model = trimmed(tiny_draft)
@@ -79,7 +84,8 @@ def test_a_saved_trimmed_draft_is_a_plain_directory_whose_other_rows_are_the_mea
     rows, kept = plain.lm_head.weight, model.lm_head.weight
     assert rows.shape == (VOCAB, 16)
     assert torch.equal(rows[IDS], kept)
-    assert torch.equal(rows[outside()], kept.mean(0).expand(VOCAB - len(IDS), -1))
+    rarest = kept[(kept @ kept.mean(0)).topk(2).indices].mean(0)
+    assert torch.equal(rows[outside()], rarest.expand(VOCAB - len(IDS), -1))
     again = load_draft(tmp_path / "draft")
     assert torch.equal(again.lm_head.weight, kept)
     assert torch.equal(again.lm_head.ids, IDS)
@@ -296,6 +302,12 @@ def test_a_run_counts_then_designs_then_trains_and_exports_the_small_head(
     exported = load_draft(run.folder("export").path / "huggingface")
     assert exported.lm_head.weight.shape == (60, 32)
     assert manifest["parameters"] == sum(p.numel() for p in exported.parameters())
+    checks = run.folder("export").manifest()["checks"]
+    assert checks["head_size"] == 60
+    assert checks["outside_mass_ok"] is (checks["outside_mass"]["huggingface"] < 0.01)
+    assert "over 60 ids" in (run.folder("export").path / "huggingface" / "README.md").read_text(
+        encoding="utf-8"
+    )
     assert {0, 3} <= set(exported.lm_head.ids.tolist())  # BOS and EOS
     trained, tokens = (run.folder("pretrain").manifest()[name] for name in ("trained_tokens", "tokens"))
     assert 0.5 * tokens < trained < tokens
@@ -329,6 +341,24 @@ def test_a_head_needs_rows_to_count(tiny_target: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text.replace("TARGET", str(tiny_target)), encoding="utf-8")
     with pytest.raises(RecipeError, match="counts the rows of prepare or synthesize; there is neither"):
         load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+def test_a_whole_head_whose_other_ids_would_be_proposed_is_refused(tiny_draft: Path, tmp_path: Path) -> None:
+    save_draft(trimmed(tiny_draft), tmp_path / "draft", Target.at(tiny_draft))
+    plain = load_assistant(tmp_path / "draft")
+    texts, head = [list(range(40)), list(range(9))], plain.lm_head.weight.detach()
+    with torch.no_grad():
+        probs = torch.cat([plain(input_ids=torch.tensor([ids])).logits[0].softmax(-1) for ids in texts])
+    proposed, mass = outside_head(plain, IDS, texts, head)
+    assert proposed == 0
+    assert mass == pytest.approx(float(probs[:, outside()].sum(-1).mean()), rel=1e-5)
+    rounded = as_stored(torch.cat([head, head], 1), "q8_0")  # rows of 32: one block
+    assert 0 < float((rounded[:, :16] - head).abs().max()) < float(head.abs().max()) / 100
+    config, console = ExportConfig(formats=["huggingface"]), Console(quiet=True)
+    assert _check_head(config, plain, IDS, texts, console)["outside_mass"] == {"huggingface": mass}
+    head[7] = 9 * head[IDS].mean(0)
+    with pytest.raises(TargetError, match=r"export.huggingface: \d+ times an id that the draft's head lacks"):
+        _check_head(config, plain, IDS, texts, console)
 
 
 def test_in_openvino_the_rows_are_cut_in_the_graph_and_a_pair_writes_the_targets_text(

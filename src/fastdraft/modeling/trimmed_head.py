@@ -1,7 +1,7 @@
 """An output head over the token ids that the target writes most: `trim(model, ids)`.
 
 In memory it is one small product. On disk the draft stays a plain Hugging Face directory: a whole head, in
-which every other id has the mean of the kept rows (a mean never exceeds the largest, so greedy drafting never
+which every other id has the mean of some kept rows (a mean never exceeds the largest: greedy drafting never
 proposes it), and the kept ids in `head_ids.json`. Shapes: D hidden, V vocabulary, K kept ids.
 """
 
@@ -20,6 +20,7 @@ from fastdraft.errors import TargetError
 
 # Not *.safetensors: vLLM reads every such file of a directory as weights.
 HEAD_IDS = "head_ids.json"
+_SHARE = 64  # of so many kept rows one stands for the ids without a row, and at least two
 
 
 class TrimmedHead(nn.Module):
@@ -41,7 +42,11 @@ class TrimmedHead(nn.Module):
     def whole_weight(self) -> Tensor:
         """The head [V, D] of a runtime that knows nothing of this."""
         weight_KD = self.weight.detach()
-        return weight_KD.mean(0).repeat(len(self.rows), 1).index_copy_(0, self.ids, weight_KD)
+        # Training pushes rows of ids that are hardly ever written to one place, whither the mean of all rows
+        # points too: with theirs, sampling gives least to ids that are never meant.
+        along_K = weight_KD @ weight_KD.mean(0)
+        rarest = along_K.topk(min(len(along_K), max(2, len(along_K) // _SHARE))).indices
+        return weight_KD[rarest].mean(0).repeat(len(self.rows), 1).index_copy_(0, self.ids, weight_KD)
 
 
 def widen(logits: Tensor, rows_V: Tensor) -> Tensor:

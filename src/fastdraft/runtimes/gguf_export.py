@@ -90,6 +90,15 @@ def export_gguf(source: Target, file: Path, weights: GGUFWeights, tokenizer: Tar
         writer.close()
 
 
+def as_stored(matrix: torch.Tensor, weights: GGUFWeights) -> torch.Tensor:
+    """A matrix as it comes back out of such a file, in fp32."""
+    gguf = require_gguf()
+    if weights == "q8_0" and matrix.shape[-1] % _BLOCK == 0:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        return torch.from_numpy(gguf.dequantize(gguf.quantize(matrix.numpy(), kind), kind))
+    return matrix if weights == "f32" else matrix.half().float()
+
+
 def _add_tensor(writer: Any, name: str, weight: torch.Tensor, weights: GGUFWeights) -> None:
     gguf, array = require_gguf(), weight.contiguous().numpy()
     if array.ndim == 1 or weights == "f32":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fastdraft.modeling.drafts import load_draft, save_draft
@@ -15,6 +16,7 @@ from fastdraft.modeling.model_files import quiet
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.target import Target
 
+OUTSIDE_MASS_LIMIT = 0.01  # mean probability on ids that a trimmed head lacks, in runtimes that load it whole
 PADDING_MASS_LIMIT = (
     1e-4  # mean probability on padding ids from which runtimes that do not mask them waste proposals
 )
@@ -96,3 +98,24 @@ def padding_mass(
         masses.append(probs_TV[:, missing].sum(-1).cpu().double())  # not every accelerator has float64
     mass = torch.cat(masses)
     return float(mass.mean()), float(mass.max())
+
+
+@torch.inference_mode()
+def outside_head(
+    draft: PreTrainedModel, ids_K: Tensor, texts: Sequence[Sequence[int]], head_VD: Tensor
+) -> tuple[int, float]:
+    """Of a draft with a trimmed head in a runtime that loads it whole: at how many tokens an id that it lacks
+    is the likeliest, and the mean probability of all these ids at temperature 1.
+
+    `head_VD`: the whole head as the runtime's file holds it.
+    """
+    outside_V = torch.ones(len(head_VD), dtype=torch.bool, device=draft.device)
+    outside_V[ids_K.to(draft.device)] = False
+    proposed, masses = 0, []
+    for ids in texts:
+        input_ids = torch.tensor([list(ids[:_PADDING_TOKENS])], device=draft.device)
+        hidden_TD = draft.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+        logits_TV = (hidden_TD @ head_VD.to(hidden_TD).T).float()
+        proposed += int(outside_V[logits_TV.argmax(-1)].sum())
+        masses.append(logits_TV.softmax(-1)[:, outside_V].sum(-1))
+    return proposed, float(torch.cat(masses).mean())

@@ -11,6 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from fastdraft.console import Console
 from fastdraft.data.shards import open_corpus
 from fastdraft.errors import RecipeError, TargetError
@@ -18,18 +21,21 @@ from fastdraft.modeling.architecture import auto_class
 from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.modeling.gguf_files import require_gguf
 from fastdraft.modeling.tokenizer import plain_prompt_ids
+from fastdraft.modeling.trimmed_head import read_head_ids
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.evaluation import ExportConfig, GGUFFormat, OpenVINOFormat
 from fastdraft.recipe.run import resolve_path, user_path
 from fastdraft.reporting.page import read_run, render
-from fastdraft.run_folder import StageFolder, file_sha256, write_atomic
-from fastdraft.runtimes.gguf_export import GGUF_FILE, export_gguf
+from fastdraft.run_folder import file_sha256, write_atomic
+from fastdraft.runtimes.gguf_export import GGUF_FILE, as_stored, export_gguf
 from fastdraft.runtimes.huggingface_export import (
+    OUTSIDE_MASS_LIMIT,
     PADDING_MASS_LIMIT,
     check_assisted,
     load_assistant,
     needs_positions,
+    outside_head,
     padding_mass,
     write_huggingface,
 )
@@ -81,7 +87,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
     folder = artifact.path / "huggingface"
     write_huggingface(checkpoint, folder, config.num_speculative_tokens)
     console.stop.check(artifact.path)
-    checks = _check(Target.at(folder), target, context.settings.device, context.folder("prepare"), console)
+    checks = _check(config, Target.at(folder), context)
     card = render("model_card.md.j2", read_run(context.run), k=config.num_speculative_tokens, checks=checks)
     write_atomic(folder / "README.md", card)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -112,11 +118,10 @@ def run(config: ExportConfig, context: StageContext) -> None:
     console.say(f"{folder}: {tried}; mean probability on padding ids {checks['padding_mass_mean']:.1e}")
 
 
-def _check(
-    draft: Target, target: Target, device: str, prepare: StageFolder, console: Console
-) -> dict[str, Any]:
-    """Assisted generation with the target, where its weights are, and the mass on padding ids."""
-    assistant = load_assistant(Path(draft.location), pick_device(device))
+def _check(config: ExportConfig, draft: Target, context: StageContext) -> dict[str, Any]:
+    """Assisted generation with the target, where its weights are, and the mass on ids never meant."""
+    target, prepare, console = context.target, context.folder("prepare"), context.console
+    assistant = load_assistant(Path(draft.location), pick_device(context.settings.device))
     prompt = plain_prompt_ids(draft.tokenizer, _PROMPT)
     checks: dict[str, Any] = {}
     texts = [prompt]
@@ -138,7 +143,10 @@ def _check(
     for corpus in (open_corpus(prepare, name, "validation") for name in corpora):
         texts += corpus.take(range(min(_ROWS_PER_CORPUS, corpus.rows))).tolist()
     mean, largest = padding_mass(assistant, target.vocabulary, texts)
-    if mean >= PADDING_MASS_LIMIT:
+    ids_K = read_head_ids(Path(draft.location), target.vocabulary.size)
+    if ids_K is not None:
+        checks |= _check_head(config, assistant, ids_K, texts, console)
+    elif mean >= PADDING_MASS_LIMIT:
         rule = f"of its probability to ids without a token (limit {PADDING_MASS_LIMIT:.0e})"
         console.warn(f"the draft gives {mean:.1e} {rule}: train it longer")
     return {
@@ -151,6 +159,30 @@ def _check(
         "padding_mass_limit": PADDING_MASS_LIMIT,
         "padding_mass_ok": mean < PADDING_MASS_LIMIT,
     }
+
+
+def _check_head(
+    config: ExportConfig, assistant: PreTrainedModel, ids_K: Tensor, texts: list[list[int]], console: Console
+) -> dict[str, Any]:
+    """Of a trimmed head, which these runtimes load whole: greedy drafting must stay inside of it; the
+    probability that sampling gives to other ids is told.
+    """
+    head_VD, masses = assistant.get_output_embeddings().weight.detach().cpu(), dict[str, float]()
+    heads = {"huggingface": head_VD}
+    if "gguf" in config.formats:
+        heads["gguf"] = as_stored(head_VD, config.gguf.draft)
+    for name, each in heads.items():
+        proposed, mass = outside_head(assistant, ids_K, texts, each)
+        if proposed:
+            found = f"export.{name}: {proposed} times an id that the draft's head lacks was the likeliest"
+            raise TargetError(f"{found}; it must never be", "train it longer, or store it in more bits")
+        masses[name] = mass
+    fine = masses["huggingface"] <= OUTSIDE_MASS_LIMIT  # llama.cpp proposes greedily
+    if not fine:
+        told = f"{masses['huggingface']:.1%} of the draft's proposals would be ids that its head lacks"
+        console.warn(f"not for sampling in transformers or vLLM: {told} (limit {OUTSIDE_MASS_LIMIT:.0%})")
+    about = {"outside_mass_limit": OUTSIDE_MASS_LIMIT, "outside_mass_ok": fine}
+    return {"head_size": len(ids_K), "outside_mass": masses, **about}
 
 
 def _openvino(
