@@ -5,8 +5,9 @@
 TARGET and DRAFT are folders of exported models. Every prompt is answered greedily by every way in turn, of
 which every turn begins with another one: GenAI alone, with the draft, with prompt lookup; ours alone, with
 the draft, with lookup, with lookup and the draft behind it. One turn of few tokens warms up. Rates are tokens
-per second of whole answers, the median over the turns. Of ours also: the share of time outside OpenVINO's
-passes, in milliseconds for each round.
+per second of whole answers, median and range over the turns. Of ours also: the time outside OpenVINO's passes,
+in milliseconds for each round. Tasks: HumanEval (`code`), instructions, a summary, code to rewrite
+(rewrite_task.py, in the chat template).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
 
+import rewrite_task
 from machine import Report, options, table, turns_of
 
 from fastdraft.data.chat import ChatTemplate
@@ -69,17 +71,17 @@ def measure(ways: Ways, task: str, prompts: Sequence[Sequence[int]], given: argp
     """A result for every way: rates of every turn, and what is told of the last turn's texts."""
     names = list(ways.ways)
     seconds: dict[str, list[float]] = {name: [0.0] * given.turns for name in names}
-    inside = dict.fromkeys(names, 0.0)
+    inside: dict[str, list[float]] = {name: [0.0] * given.turns for name in names}
     texts: dict[str, list[TimedText]] = {}
     for name in names:
         ways.answer(name, prompts[0], 8)
     for turn, order in enumerate(turns_of(names, given.turns)):
-        texts, inside = {name: [] for name in names}, dict.fromkeys(names, 0.0)
+        texts = {name: [] for name in names}
         for prompt in prompts:
             for name in order:
                 text, within = ways.answer(name, prompt, given.max_new_tokens)
                 seconds[name][turn] += text.seconds
-                inside[name] += within
+                inside[name][turn] += within
                 texts[name].append(text)
     for name in names:
         tokens = sum(len(text.response_ids) for text in texts[name])
@@ -88,8 +90,9 @@ def measure(ways: Ways, task: str, prompts: Sequence[Sequence[int]], given: argp
         one |= {"tokens_per_second": statistics.median(rates), "turns": rates}
         rounds = sum(len(text.rounds) or len(text.response_ids) for text in texts[name])
         one |= {"tokens_per_pass": tokens / rounds, "differences": differences(ways, prompts, texts, name)}
-        outside = (seconds[name][-1] - inside[name]) / rounds
-        yield one | {"outside_ms_per_round": 1e3 * outside if name.startswith("ours") else None}
+        # Of greedy text every turn has the same rounds.
+        outside = [1e3 * (a - b) / rounds for a, b in zip(seconds[name], inside[name], strict=True)]
+        yield one | {"outside_ms_per_round": outside if name.startswith("ours") else None}
 
 
 def differences(
@@ -105,9 +108,13 @@ def differences(
 
 
 def prompts_of(target: Target, task: str, count: int, room: int) -> list[list[int]]:
-    loaded = load_task(ShippedTask.model_validate({"kind": task, "prompts": 4 * count}))
-    chat = ChatTemplate(target.tokenizer)
-    encoded = (chat.prompt_ids(one.prompt, chat=loaded.chat) for one in loaded.prompts)
+    template = ChatTemplate(target.tokenizer)
+    if task == "rewrite":
+        asked = [(one["prompt"], True) for one in rewrite_task.prompts()]
+    else:
+        loaded = load_task(ShippedTask.model_validate({"kind": task, "prompts": 4 * count}))
+        asked = [(one.prompt, loaded.chat) for one in loaded.prompts]
+    encoded = (template.prompt_ids(text, chat=chat) for text, chat in asked)
     return [ids for ids in encoded if 0 < len(ids) <= room][:count]
 
 
@@ -117,8 +124,8 @@ def show(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for one in results:
         outside = one["outside_ms_per_round"]
-        told = [f"{one['tokens_per_second']:.2f}", f"{one['tokens_per_pass']:.2f}"]
-        told.append("" if outside is None else f"{outside:.2f}")
+        told = [ranged(one["turns"]), f"{one['tokens_per_pass']:.2f}"]
+        told.append("" if outside is None else ranged(outside))
         rows.append([one["task"], one["way"], *told, str(len(one["differences"]))])
     print(table(columns, rows))
     ratios = []
@@ -128,10 +135,15 @@ def show(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         better = max(("ours lookup", "ours draft"), key=medians.__getitem__)
         for way, other, least in [*ASKED, (BOTH, better, 1.0)]:
             # Turn by turn, so that a slow spell of the machine hits both.
-            ratio = statistics.median(a / b for a, b in zip(rates[way], rates[other], strict=True))
-            ratios.append({"task": task, "way": way, "other": other, "ratio": ratio, "asked": least})
-            print(f"{task}: {way} / {other}: {ratio:.3f} (asked {least})")
+            turns = [a / b for a, b in zip(rates[way], rates[other], strict=True)]
+            one = {"task": task, "way": way, "other": other, "ratio": statistics.median(turns)}
+            ratios.append(one | {"turns": turns, "asked": least})
+            print(f"{task}: {way} / {other}: {ranged(turns)} (asked {least})")
     return ratios
+
+
+def ranged(turns: Sequence[float]) -> str:
+    return f"{statistics.median(turns):.2f} [{min(turns):.2f}, {max(turns):.2f}]"
 
 
 def main() -> None:
@@ -139,7 +151,7 @@ def main() -> None:
     add = parser.add_argument
     add("target", help="folder of an exported target")
     add("draft", help="folder of an exported draft with its vocabulary")
-    add("--tasks", nargs="+", default=["code", "instructions", "summarization"])
+    add("--tasks", nargs="+", default=["code", "instructions", "summarization", "rewrite"])
     add("--prompts", type=int, default=8, help="of each task")
     add("--max-new-tokens", type=int, default=128)
     add("--num-speculative-tokens", "-k", dest="k", type=int, default=3)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import write_tokenizer
+from fastdraft.decoding import speculative
 from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.decoding.reader import Readable
 from fastdraft.decoding.speculative import SpeculativeDecoder
+from fastdraft.functional import verification
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Sampling
-from fastdraft.functional.sampling import probabilities
+from fastdraft.functional.sampling import draw, probabilities, token_at
+from fastdraft.functional.verification import verify_certain
 from fastdraft.modeling.vocabulary import Vocabulary
 
 SIZE, LENGTH = 5, 3  # ids of the toy; tokens whose joint distribution is tested
@@ -66,6 +74,58 @@ def tables(context_length: int = 10_000) -> tuple[Table, Table]:
     noise = [torch.randn(LENGTH, SIZE + 1, SIZE, SIZE, generator=generator) for _ in range(2)]
     logits = 0.5 * noise[0] + 3.0 * torch.eye(SIZE).roll(1, 1)
     return Table(logits, context_length), Table(logits + 0.8 * noise[1], context_length)
+
+
+TOY_SIZE, TOY_PROMPT = 6, [0, 1, 2, 3, 4, 0, 1]
+
+
+def write_toy(folder: Path, seed: int) -> None:
+    """A model of `TOY_SIZE` ids that mostly counts on; those of several seeds are like each other."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    sizes |= {"vocab_size": TOY_SIZE, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    torch.manual_seed(0)
+    model, each = LlamaForCausalLM(LlamaConfig(**sizes, **none)), torch.eye(TOY_SIZE, 16)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(each)
+        noise = torch.randn(TOY_SIZE, 16, generator=generator)
+        model.lm_head.weight.copy_(each.roll(1, 0) * 0.5 + 0.2 * noise)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def recover_from_the_targets_own(patch: pytest.MonkeyPatch) -> None:
+    """A wrong rule: what replaces a refused proposal is drawn from the target's probabilities as they are."""
+    seen: list[Tensor] = []
+
+    def remember(probs: Tensor, uniform: Tensor) -> Tensor:
+        seen[:] = [probs]
+        return token_at(probs, uniform)
+
+    def verify(drawn: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
+        accepted, _ = verify_certain(drawn, proposed)
+        return accepted, draw(seen[0][accepted][None])
+
+    patch.setattr(verification, "recovery", lambda target_probs, draft_probs: target_probs)
+    patch.setattr(speculative, "token_at", remember)
+    patch.setattr(speculative, "verify_certain", verify)
+
+
+def accept_always(patch: pytest.MonkeyPatch) -> None:
+    """Another wrong rule."""
+
+    def drawn(target_probs: Tensor, draft_probs: Tensor, proposed: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        return torch.tensor(len(proposed)), draw(target_probs[-1:])
+
+    def certain(own: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tensor(len(proposed)), own[-1:]
+
+    patch.setattr(speculative, "verify", drawn)
+    patch.setattr(speculative, "verify_certain", certain)
+
+
+WRONG_RULES: list[Callable[[pytest.MonkeyPatch], None]] = [recover_from_the_targets_own, accept_always]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,13 @@ def test_predicted_speedup_of_a_free_draft_is_the_block_efficiency() -> None:
     assert forecast.predicted_speedup(2.0, 4, 0.25, 1.0, 1.0) == pytest.approx(1.0)
 
 
+def test_lookup_pays_for_wide_passes_where_it_finds_something_and_its_draft_elsewhere() -> None:
+    seconds = {1: 1.0, 4: 1.4}
+    assert forecast.lookup_speedup(1.5, 3, 0.25, seconds) == pytest.approx(1.5 / (0.25 * 1.4 + 0.75 * 1.0))
+    both = forecast.lookup_speedup(2.0, 3, 0.25, seconds, 0.1, 0.05)
+    assert both == pytest.approx(2.0 / (1.4 + 0.75 * 3 * 0.1 + 0.05))
+
+
 def test_a_dearer_draft_wants_a_shorter_draft_length() -> None:
     def best(cost_ratio: float) -> int:
         return max(range(1, 9), key=lambda k: forecast.mbsu_at(0.3, k, cost_ratio))

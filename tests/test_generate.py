@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 
 from conftest import write_target
 from fastdraft.commands import generate
-from fastdraft.commands.generate import find_exports, find_pair
+from fastdraft.commands.generate import choose_lengths, find_exports, find_pair
 from fastdraft.console import Console
 from fastdraft.decoding.token_stream import TokenStream, text_pieces
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError
 from fastdraft.run_folder import write_json
 from fastdraft.target import Target
+from report_fixture import benchmark, results, timed_lookup, with_lookup
 
 
 def call(target: Path, draft: Path, **changes: Any) -> None:
@@ -31,6 +33,34 @@ def call(target: Path, draft: Path, **changes: Any) -> None:
     settings |= {"top_k": 0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0, "device": "cpu", "color": None}
     settings |= {"compare": False, "console": Console()}
     generate.run(target=str(target), draft=str(draft), **(settings | changes))
+
+
+def test_proposals_are_as_long_as_was_fastest_in_the_run_and_without_one_3_and_5(tmp_path: Path) -> None:
+    run, exports = str(tmp_path), (tmp_path, tmp_path)
+    for given in ((None, None), (run, None), (run, exports)):
+        assert choose_lengths(*given) == {"draft": 3, "lookup": 5}
+    counted, timed = with_lookup(results()), timed_lookup(benchmark())
+    best: Any = {"pretrain": 7, "align": 2, "lookup": 6, "lookup_draft": 1}  # by what the rows are of
+
+    def told(row: Any, speedup: str, name: str) -> Any:
+        return replace(row, **{speedup: 2.0 if row.num_speculative_tokens == best.get(name) else 1.0})
+
+    rows = [told(row, "predicted_speedup", row.checkpoint) for row in counted.rows]
+    lookup = [told(row, "predicted_speedup", row.proposer) for row in counted.lookup]
+    write_json(tmp_path / "evaluate" / "results.json", replace(counted, rows=rows, lookup=lookup).to_json())
+    assert choose_lengths(run, None) == {"draft": 2, "lookup": 6}
+    assert choose_lengths(run, exports) == {"draft": 3, "lookup": 5}  # other costs than those of transformers
+    best |= {"draft": 4, "lookup": 3}
+    clocked = replace(timed, rows=[told(row, "speedup", row.proposer) for row in timed.rows])
+    write_json(tmp_path / "benchmark" / "benchmark.json", clocked.to_json())
+    assert choose_lengths(run, exports) == {"draft": 4, "lookup": 3}
+
+
+def test_lookup_may_propose_more_than_the_draft(
+    tiny_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(tiny_target, tiny_target, num_speculative_tokens=1, num_lookup_tokens=4, max_new_tokens=40)
+    assert "a round at most 1 of draft, 4 of lookup" in capsys.readouterr().err
 
 
 def test_stdout_holds_the_targets_text_and_nothing_else(tiny_target: Path, tiny_draft: Path, capsys) -> None:

@@ -139,7 +139,8 @@ def test_the_gap_of_two_next_tokens_is_that_of_their_log_probs(pair: LlamaCppPai
 def test_passes_of_every_width_are_measured_or_none(target: Path, draft: Path) -> None:
     found = measure_passes(target, draft, SETTINGS, [2, 4], 64)
     assert found is None or (
-        set(found.target_seconds) == {1, 2, 4} and min(found.target_seconds.values()) > 0
+        set(found.target_seconds) == {1, 2, 4}
+        and min(found.target_seconds.values()) > 0 <= found.draft_seconds_more
     )
 
 

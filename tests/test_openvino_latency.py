@@ -92,6 +92,17 @@ def test_a_latency_names_weights_widths_and_a_prefix_that_fits_the_context(deep:
     assert min(latency.draft_seconds, *latency.target_seconds.values()) > 0
 
 
+def test_what_each_further_token_adds_to_a_pass_of_the_draft_is_told(
+    deep: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(self: LoadedModel, width: int, keep: int | None = None) -> float:
+        return 0.1 + 0.02 * width if self.weights == "fp16" else 1.0
+
+    monkeypatch.setattr(LoadedModel, "read", read)
+    found = measure_passes(deep, small, [2, 4], 20, threads=1, repeats=1)
+    assert (found.draft_seconds, found.draft_seconds_more) == pytest.approx((0.12, 0.02))
+
+
 class Scripted:
     """A model whose passes take 10, 20, ... times the width, and that remembers them."""
 

@@ -16,20 +16,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastdraft.data.rows import SyntheticRow
-from fastdraft.decoding import speculative
 from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import DataError, RecipeError
-from fastdraft.functional import verification
 from fastdraft.functional.acceptance import TOTALS, counts_from_array, counts_table
 from fastdraft.functional.generation import Sampling
 from fastdraft.functional.lookup import PromptLookup, look_up, lookup_counts
-from fastdraft.functional.sampling import draw, token_at
-from fastdraft.functional.verification import verify_certain
 from fastdraft.modeling.vocabulary import Vocabulary
-from lossless import PROMPT, SIZE, tables, written
+from lossless import PROMPT, SIZE, WRONG_RULES, tables, written
 
 KINDS: tuple[ProposerKind, ...] = ("draft", "lookup", "lookup_draft")
 GREEDY = Sampling(0.0)
@@ -71,36 +67,8 @@ def test_the_joint_distribution_of_three_tokens_is_the_targets(
     assert found.accepted_share > 0.3
 
 
-def recover_from_the_targets_own(patch: pytest.MonkeyPatch) -> None:
-    """What replaces a refused proposal is drawn from the target's probabilities as they are."""
-    seen: list[Tensor] = []
-
-    def remember(probs: Tensor, uniform: Tensor) -> Tensor:
-        seen[:] = [probs]
-        return token_at(probs, uniform)
-
-    def verify(drawn: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
-        accepted, _ = verify_certain(drawn, proposed)
-        return accepted, draw(seen[0][accepted][None])
-
-    patch.setattr(verification, "recovery", lambda target_probs, draft_probs: target_probs)
-    patch.setattr(speculative, "token_at", remember)
-    patch.setattr(speculative, "verify_certain", verify)
-
-
-def accept_always(patch: pytest.MonkeyPatch) -> None:
-    def drawn(target_probs: Tensor, draft_probs: Tensor, proposed: Tensor, _: Any) -> tuple[Tensor, Tensor]:
-        return torch.tensor(len(proposed)), draw(target_probs[-1:])
-
-    def certain(own: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.tensor(len(proposed)), own[-1:]
-
-    patch.setattr(speculative, "verify", drawn)
-    patch.setattr(speculative, "verify_certain", certain)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rule", [recover_from_the_targets_own, accept_always])
+@pytest.mark.parametrize("rule", WRONG_RULES)
 def test_wrong_rules_are_found_out_by_the_same_test(
     rule: Callable[[pytest.MonkeyPatch], None], kind: ProposerKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ Each proposal is taken to be accepted with one constant chance. Rates are orders
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 PAPER_K = 3  # the num_speculative_tokens at which the paper prints acceptance rates
 RATES = (0.3, 0.45, 0.6)  # acceptance rates at that K for which forecasts are shown: prose, between, code
@@ -57,6 +58,26 @@ def predicted_speedup(
 ) -> float:
     """Wall-clock speed-up from measured costs: a draft token, a target pass over 1 token, over K + 1."""
     return block_efficiency * target_seconds_1 / (num_speculative_tokens * draft_seconds + target_seconds_k1)
+
+
+def lookup_speedup(
+    block_efficiency: float,
+    num_speculative_tokens: int,
+    finds: float,
+    target_seconds: Mapping[int, float],
+    draft_seconds: float = 0.0,
+    caught_up_seconds: float = 0.0,
+) -> float:
+    """`predicted_speedup` of lookup alone, or with a draft in the rounds for which it finds nothing.
+
+    `finds`: the share of rounds with a find; `target_seconds` by the tokens of a pass; `draft_seconds` of a
+    draft's token, 0 without a draft; `caught_up_seconds` a round, for what the draft reads after lookup.
+    """
+    k, alone = num_speculative_tokens, target_seconds[1]
+    # Lookup alone reads a single token where it finds nothing; looking up costs nothing beside a pass.
+    plain = 0.0 if draft_seconds else (1 - finds) * (target_seconds[k + 1] - alone)
+    wide = target_seconds[k + 1] - plain + caught_up_seconds
+    return predicted_speedup(block_efficiency, k * (1 - finds), draft_seconds, alone, wide)
 
 
 def training_seconds(tokens: float, parameters: int, device: str = "cpu", threads: int = 0) -> float:

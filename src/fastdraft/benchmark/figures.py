@@ -18,8 +18,8 @@ from fastdraft.benchmark.rows import BenchmarkRow, PassesRow, TextDifference
 from fastdraft.benchmark.runs import Measured
 from fastdraft.data.filters import is_looping
 from fastdraft.evaluation.rows import count_fields
-from fastdraft.forecast import mbsu, predicted_speedup
-from fastdraft.functional.acceptance import Counts, counts_from_array, tidy, tidy_count
+from fastdraft.forecast import lookup_speedup, mbsu, predicted_speedup
+from fastdraft.functional.acceptance import TOTALS, Counts, counts_from_array, tidy, tidy_count
 from fastdraft.runtimes.runtime import Proposer
 
 NAN = float("nan")
@@ -56,13 +56,20 @@ def _row(
     # the texts.
     middle = prompt_tokens + statistics.fmean(map(len, texts["response_ids"])) / 2
     near = min(passes, key=lambda each: abs(each.prefix_tokens - middle), default=None)
-    # Whether lookup found anything in a round, and so what that round costs, no runtime tells.
     predicted, bound, at_once = NAN, mbsu(tau, k, cost_ratio_bytes) if drafting else NAN, prompts.concurrency
-    if drafting and near is not None and at_once * (k + 1) in near.target_seconds:
+    line = measured.replayed.get(label) or []
+    replayed = counts_from_array(np.array(line[: TOTALS + k])) if line else Counts()
+    late, lookups = line[TOTALS + k :] or (0.0, 0.0)
+    if near is not None and at_once * (k + 1) in near.target_seconds:
         drafts, seconds = {1: near.draft_seconds, **near.draft_seconds_by_texts}, near.target_seconds
-        if at_once in drafts:
+        if drafting and at_once in drafts:
             costs = drafts[at_once], seconds[at_once], seconds[at_once * (k + 1)]
             predicted = predicted_speedup(tau, k, *costs)
+        elif not drafting and at_once == 1 and replayed.num_drafts:
+            # In which rounds lookup found anything replay tells, no runtime does.
+            caught_up = late * near.draft_seconds_more / replayed.num_drafts
+            of_draft = (near.draft_seconds, caught_up) if proposer.kind == "lookup_draft" else (0.0, 0.0)
+            predicted = lookup_speedup(tau, k, lookups / replayed.num_drafts, seconds, *of_draft)
     figures = times | {
         "prompt_tokens": prompt_tokens,
         "predicted_speedup": predicted,
@@ -77,8 +84,6 @@ def _row(
     counted = count_fields(counts)
     if not drafting:
         counted |= dict.fromkeys(_OF_PROPOSALS)
-    line = measured.replayed.get(label)
-    replayed = counts_from_array(np.array(line)) if line else Counts()
     return BenchmarkRow(
         part=prompts.part,
         task=prompts.task,

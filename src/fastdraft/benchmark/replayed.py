@@ -13,14 +13,7 @@ from fastdraft.benchmark.plan import Measurement
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding.replay import accept_probabilities, counts_of_accepts
 from fastdraft.errors import TargetError
-from fastdraft.functional.acceptance import (
-    TOTALS,
-    Counts,
-    Floats,
-    add_counts,
-    counts_from_array,
-    counts_to_array,
-)
+from fastdraft.functional.acceptance import Floats, add_counts, counts_to_array
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.lookup import lookup_counts
 from fastdraft.modeling.drafts import load_draft
@@ -45,8 +38,9 @@ def replayed_counts(
 ) -> dict[str, list[float] | None]:
     """By label the counts (as `counts_to_array`) over the texts whose rounds the runtime told.
 
-    As the runtime's do, they begin behind the first token, which the prompt's pass wrote. None where nothing
-    is told, or replay cannot know what would have been proposed.
+    Of lookup the last two columns of `lookup_counts` follow. As the runtime's do, they begin behind the first
+    token, which the prompt's pass wrote. None where nothing is told, or replay cannot know what would have
+    been proposed.
     """
     rows: dict[str, list[SyntheticRow]] = {}
     for label in map(str, work.proposers):
@@ -64,20 +58,20 @@ def replayed_counts(
     for proposer in work.proposers:
         label = str(proposer)
         drafted = [by_text[row.row_id] for row in rows[label]] if by_text and label in drafting else None
-        counts = _counts(proposer, rows[label], runtime, drafted) if rows[label] else None
-        found[label] = None if counts is None else counts_to_array(counts).tolist()
+        found[label] = _counts(proposer, rows[label], runtime, drafted) if rows[label] else None
     return found
 
 
 def _counts(
     proposer: Proposer, rows: Sequence[SyntheticRow], runtime: Runtime, accepts: Sequence[Floats] | None
-) -> Counts | None:
+) -> list[float] | None:
     k = proposer.num_speculative_tokens
     if proposer.kind == "draft":
-        return add_counts(by_k[k] for by_k in counts_of_accepts(accepts, [k])) if accepts else None
+        counts = add_counts(by_k[k] for by_k in counts_of_accepts(accepts, [k])) if accepts else None
+        return None if counts is None else [float(value) for value in counts_to_array(counts)]
     finds = [runtime.look_up(row.prompt_ids, row.response_ids, k) for row in rows]
     lookups = [each for each in finds if each is not None]
     if len(lookups) < len(finds) or (proposer.kind == "lookup_draft" and accepts is None):
         return None
     table = lookup_counts(lookups, [k], accepts if proposer.kind == "lookup_draft" else None)
-    return counts_from_array(table[0, :, : TOTALS + k].sum(0))
+    return [float(value) for value in table[0].sum(0)]

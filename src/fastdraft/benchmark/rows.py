@@ -134,6 +134,7 @@ class PassesRow(OfPair, JsonRow):
     draft_device: str
     runtime: str = "openvino"
     draft_seconds_by_texts: dict[int, float] = field(default_factory=dict)  # of a server: one token of each
+    draft_seconds_more: float = 0.0  # what each token more, read in the same pass of the draft, adds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,8 @@ class PairRuns:
 
     def passes(self) -> list[PassesRow]:
         """Single passes behind the usual prefix; of the deployed pair also behind the swept ones."""
-        prefixes, widths = {_PREFIX_TOKENS}, sorted({1, *(k + 1 for k in self.plan.draft_ks)})
+        prefixes, ks = {_PREFIX_TOKENS}, {each.num_speculative_tokens for each in self.plan.proposers}
+        widths = sorted({1, *(k + 1 for k in ks)})
         texts = sorted({1, *(each.concurrency for each in self.plan.swept)}) if self.runtime.serves else [1]
         if self.weights == self.plan.weights[0]:
             prefixes |= {prompts.value for prompts in self.plan.swept if prompts.part == "prompt_tokens"}
@@ -171,6 +172,7 @@ class PairRuns:
             return {
                 "prefix_tokens": found.prefix_tokens,
                 "draft_seconds": found.draft_seconds,
+                "draft_seconds_more": found.draft_seconds_more,
                 "target_seconds": found.target_seconds,
                 "device": self.runtime.device,
                 "draft_device": self.runtime.draft_device or self.runtime.device,

@@ -6,9 +6,10 @@ Stdout gets the text alone, on a terminal coloured by what proposed each token; 
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from fastdraft.benchmark.rows import BenchmarkResults
 from fastdraft.console import Console
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.decoding.cache import ReadableModel
@@ -25,6 +27,7 @@ from fastdraft.decoding.reader import Readable
 from fastdraft.decoding.speculative import Round, SpeculativeDecoder, proposers
 from fastdraft.decoding.token_stream import TokenStream
 from fastdraft.errors import DataError, FastDraftError, RecipeError
+from fastdraft.evaluation.results import EvaluationResults
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Sampling
 from fastdraft.modeling.drafts import load_draft, pick_device
@@ -32,6 +35,7 @@ from fastdraft.modeling.vocabulary import check_same
 from fastdraft.recipe.base import load_config
 from fastdraft.recipe.recipe import read_yaml
 from fastdraft.recipe.run import TargetConfig
+from fastdraft.run_folder import read_json
 from fastdraft.runtimes.openvino import MODEL_FILE, import_genai
 from fastdraft.runtimes.openvino_reader import OpenVINOModel
 from fastdraft.stages.context import DRAFT_FOLDERS
@@ -105,6 +109,37 @@ def find_exports(
     return found
 
 
+def choose_lengths(run: str | None, exports: Exports | None) -> dict[str, int]:
+    """Most tokens of a round by proposer: the fastest in what the run measured, else 3 and 5.
+
+    In OpenVINO that is its benchmark, in transformers evaluate's counts with the costs of passes.
+    """
+    lengths, told = {"draft": 3, "lookup": 5}, defaultdict[tuple[str, int], list[float]](list)
+    path = Path(run or "") / ("benchmark/benchmark.json" if exports else "evaluate/results.json")
+    if run is None or not path.is_file():
+        return lengths
+    rows: list[tuple[str, int | None, float | None]] = []
+    if exports:
+        timed = BenchmarkResults.from_json(read_json(path))
+        # Our own decoder's rows where it was measured: its name comes first.
+        pair = min((pair for pair in timed.deployed if pair[0] in ("fastdraft", "openvino")), default=None)
+        judged = [row for kind in lengths for row in (timed.judged(pair, kind) if pair else [])]
+        rows += [(row.proposer, row.num_speculative_tokens, row.speedup) for row in judged]
+    else:
+        counted = EvaluationResults.from_json(read_json(path))
+        drafted = counted.select(checkpoint=counted.checkpoints[-1], method="replay")
+        looked = [row for row in counted.lookup if (row.proposer, row.method) == ("lookup", "replay")]
+        rows += [("draft", row.num_speculative_tokens, row.predicted_speedup) for row in drafted]
+        rows += [("lookup", row.num_speculative_tokens, row.predicted_speedup) for row in looked]
+    for kind, k, speedup in rows:
+        if k and speedup:
+            told[kind, k].append(speedup)
+    means = {place: statistics.geometric_mean(each) for place, each in told.items()}
+    for (kind, k), _ in sorted(means.items(), key=lambda each: (each[1], -each[0][1])):
+        lengths[kind] = k  # the last is the fastest
+    return lengths
+
+
 @dataclass(frozen=True)
 class _Answer:
     """One answer and how long it took."""
@@ -167,7 +202,7 @@ def run(
     prompt: str | None,
     chat: bool,
     proposer: str,
-    num_speculative_tokens: int,
+    num_speculative_tokens: int | None,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -177,16 +212,24 @@ def run(
     color: bool | None,
     compare: bool,
     console: Console,
+    num_lookup_tokens: int | None = None,
+    folder: str | None = None,
 ) -> None:
-    """Writes one answer, to stdin without a `prompt`; or holds a conversation, on a terminal with `chat`."""
+    """Writes one answer, to stdin without a `prompt`; or holds a conversation, on a terminal with `chat`.
+
+    Lengths of proposals that are not given are chosen by what the run in `folder` measured.
+    """
     opened = Target(target) if isinstance(target, TargetConfig) else Target.at(target)
     where, kind = pick_device(device, "--device"), PROPOSERS[proposer]
     vocabulary, draft = opened.vocabulary, draft if kind in ("draft", "lookup_draft") else None
     if draft:
         check_same(vocabulary, Target.at(draft).vocabulary, where=draft)
     model, drafting = _open_models(opened, draft, exports, where)
-    decoder = SpeculativeDecoder(model, drafting, vocabulary, num_speculative_tokens, proposer=kind)
-    alone = SpeculativeDecoder(model, None, vocabulary, num_speculative_tokens, proposer=None)
+    lengths = choose_lengths(folder, exports)
+    k = lengths["draft"] if num_speculative_tokens is None else num_speculative_tokens
+    n = lengths["lookup"] if num_lookup_tokens is None else num_lookup_tokens
+    decoder = SpeculativeDecoder(model, drafting, vocabulary, k, proposer=kind, num_lookup_tokens=n)
+    alone = SpeculativeDecoder(model, None, vocabulary, k, proposer=None)
     template = ChatTemplate(opened.tokenizer, opened.chat_template_kwargs)
     sampling = Sampling(temperature, top_k, top_p)
     if hasattr(sys.stdout, "reconfigure"):
@@ -252,12 +295,7 @@ def _converse(writer: _Writer, console: Console) -> list[_Answer]:
 def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool, console: Console) -> None:
     """Tokens per target pass of all answers, and who gave them; the measured speed-up on the last."""
     rounds = [r for answer in answers for r in answer.rounds]
-    counts, k, say, last = (
-        add_counts(r.counts for r in rounds),
-        writer.decoder.most_proposed,
-        console.say,
-        answers[-1],
-    )
+    counts, say, last = add_counts(r.counts for r in rounds), console.say, answers[-1]
     rate = counts.num_generated_tokens / max(sum(answer.seconds for answer in answers), 1e-9)
     passes = f"{counts.num_generated_tokens:.0f} tokens in {counts.num_drafts:.0f} target passes"
     say(f"{passes}: {counts.block_efficiency:.2f} tokens per pass, {rate:.0f} tokens/s")
@@ -268,7 +306,9 @@ def _report(writer: _Writer, answers: Sequence[_Answer], compare: bool, console:
     say(f"tokens: {', '.join([*shown, f'{by[str()]} of the target itself'])}")
     if counts.num_draft_tokens:
         proposals = f"{counts.num_accepted_tokens:.0f} of {counts.num_draft_tokens:.0f} proposals"
-        say(f"acceptance rate {counts.acceptance_rate:.3f} at K = {k} ({proposals})")
+        most = {"draft": writer.decoder.num_speculative_tokens, "lookup": writer.decoder.num_lookup_tokens}
+        shown = [f"{most[name]} of {name}" for name in kinds]
+        say(f"acceptance rate {counts.acceptance_rate:.3f} ({proposals}), a round at most {', '.join(shown)}")
     if not compare or not kinds:
         return
     alone_ids, alone_seconds = writer.write_alone(last.prompt_ids)

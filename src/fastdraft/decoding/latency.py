@@ -64,8 +64,13 @@ def measure_latency(
     draft_seconds, draft_wide, *by_width = map(statistics.median, zip(*seconds, strict=True))
     target_dtype, draft_dtype = (str(m.dtype).removeprefix("torch.") for m in (target, draft))
     target_seconds = dict(zip(widths, by_width, strict=True))
-    more = max(0.0, draft_wide - draft_seconds) / max(1, widths[-1] - 1)
+    more = seconds_more(draft_seconds, draft_wide, widths[-1])
     return Latency(draft_seconds, target_seconds, prefix, str(target.device), draft_dtype, target_dtype, more)
+
+
+def seconds_more(seconds_1: float, seconds_wide: float, width: int) -> float:
+    """What each token beyond the first adds to a pass, from passes over one and over `width` tokens."""
+    return max(0.0, seconds_wide - seconds_1) / max(1, width - 1)
 
 
 def _one_pass(reader: ModelReader, width: int, keep: int, prefix: int) -> float:

@@ -75,14 +75,17 @@ class DraftProposals:
 
     def propose(self, ids_T: Tensor, length: int, room: int) -> Proposal | None:
         reader, sampling, drawn_from = self.reader, self.sampling, list[Tensor]()
-        for place in range(length, length + min(self.num_speculative_tokens, room)):
-            logits_1V = mask_ids(reader.read(ids_T[reader.length : place]), self.missing)
+        unread_T = ids_T[reader.length : length]
+        # Each place as a view of its own, cut at once: behind a pass each tensor operation takes 50 us.
+        for place_1 in torch.split(ids_T[length : length + min(self.num_speculative_tokens, room)], 1):
+            logits_1V = mask_ids(reader.read(unread_T), self.missing)
             if sampling.temperature == 0:
-                ids_T[place] = likeliest(logits_1V)[0]
-                continue
-            probs_1V = probabilities(logits_1V, sampling.temperature, sampling.top_k, sampling.top_p)
-            ids_T[place] = draw(probs_1V, self.generator)[0]
-            drawn_from.append(probs_1V)
+                place_1.copy_(likeliest(logits_1V))
+            else:
+                probs_1V = probabilities(logits_1V, sampling.temperature, sampling.top_k, sampling.top_p)
+                place_1.copy_(draw(probs_1V, self.generator))
+                drawn_from.append(probs_1V)
+            unread_T = place_1
         return Proposal("draft", self.num_speculative_tokens, torch.cat(drawn_from) if drawn_from else None)
 
     def go_on(self, length: int, tokens: list[int]) -> None:

@@ -10,7 +10,7 @@ from fastdraft.decoding.proposers import ProposerKind
 from fastdraft.evaluation.results import LookupRow
 from fastdraft.evaluation.rows import CostRatios, count_fields, interval_fields, prompt_groups
 from fastdraft.evaluation.work import EvaluationWork, ExactRuns, Replayed, Setting, looked_up
-from fastdraft.forecast import mbsu, predicted_speedup
+from fastdraft.forecast import lookup_speedup, mbsu
 from fastdraft.functional import acceptance as columns
 from fastdraft.functional.acceptance import Floats, counts_from_array, tidy, tidy_count
 from fastdraft.functional.intervals import Groups, num_groups
@@ -60,11 +60,10 @@ def _row(place: _Place, table: Floats, costs: CostRatios, seed: int, groups: Gro
     drafted = 0.0 if checkpoint is None else k * (1 - finds)
     wall = None
     if latency and k + 1 in (seconds := latency.target_seconds):
-        # Lookup alone reads a single token where it finds nothing.
-        wide = seconds[k + 1] if checkpoint else float(np.interp(finds, (0, 1), (seconds[1], seconds[k + 1])))
         # The draft's first pass behind lookup reads more than one token, each at what a wider pass adds.
-        wide += caught_up / counts.num_drafts * latency.draft_seconds_more if counts.num_drafts else 0.0
-        wall = tidy(predicted_speedup(tau, drafted, latency.draft_seconds, seconds[1], wide))
+        late = caught_up / counts.num_drafts * latency.draft_seconds_more if counts.num_drafts else 0.0
+        of_draft = (latency.draft_seconds, late) if checkpoint else (0.0, 0.0)
+        wall = tidy(lookup_speedup(tau, k, finds, seconds, *of_draft))
     return LookupRow(
         proposer="lookup_draft" if checkpoint else "lookup",
         checkpoint=checkpoint,

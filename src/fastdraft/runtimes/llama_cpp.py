@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastdraft.decoding.latency import Latency
+from fastdraft.decoding.latency import Latency, seconds_more
 from fastdraft.functional.generation import Sampling, check_prompts
 from fastdraft.runtimes.llama_cpp_process import ServerSettings, room_for
 from fastdraft.runtimes.llama_cpp_server import ANY_ID, Answer, LlamaServer
@@ -161,17 +161,20 @@ def measure_passes(
     """Single passes behind a prefix as the server makes them, choosing of tokens included.
 
     Wider ones are rounds of lookup, which costs nothing beside the pass, over a text that repeats itself;
-    None where a model does not repeat it. A round of a draft has one pass of K + 1 of the draft beside its K
-    single ones, which is in no figure here.
+    None where the target does not repeat it. A round of a draft has one pass of K + 1 of the draft beside its
+    K single ones, which is in no figure here.
     """
     prefix = max(4 * _CYCLE, prefix_tokens)
-    jobs = [(draft, 1), *((target, width) for width in sorted({1, *widths}))]
+    widths = sorted({1, *widths})
+    jobs = [(draft, 1), *((target, width) for width in widths)]
     found = [pass_seconds(*job, settings, prefix) for job in jobs]
     if not all(found):
         return None
     of_draft, *of_target = map(statistics.median, found)
-    seconds = dict(zip(sorted({1, *widths}), of_target, strict=True))
-    return Latency(of_draft, seconds, prefix, "CPU", "gguf", "gguf")
+    # A draft that does not repeat the text cannot be asked for a wider pass: nothing is added for it.
+    wide = pass_seconds(draft, widths[-1], settings, prefix) or [of_draft]
+    more = seconds_more(of_draft, statistics.median(wide), widths[-1])
+    return Latency(of_draft, dict(zip(widths, of_target, strict=True)), prefix, "CPU", "gguf", "gguf", more)
 
 
 def pass_seconds(model: Path, width: int, settings: LlamaCppSettings, prefix_tokens: int) -> list[float]:

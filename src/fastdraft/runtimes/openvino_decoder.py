@@ -48,10 +48,10 @@ class OpenVINODecoderRuntime(OpenVINORuntime):
         return DecoderPair((target, draft), self)
 
     def launch_line(self, target: str, draft: str, proposer: Proposer) -> str:
-        how = proposer.kind.replace("lookup_draft", "both")
-        return (
-            f"fastdraft generate RUN --runtime openvino --proposer {how} -k {proposer.num_speculative_tokens}"
-        )
+        kind, k = proposer.kind, proposer.num_speculative_tokens
+        words = ["fastdraft generate RUN --runtime openvino --proposer", kind.replace("lookup_draft", "both")]
+        words += [f"-k {k}"] * ("draft" in kind) + [f"--num-lookup-tokens {k}"] * ("lookup" in kind)
+        return " ".join(words)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdraft.decoding.latency import Latency
+from fastdraft.decoding.latency import Latency, seconds_more
 from fastdraft.runtimes.openvino import Precision
 from fastdraft.runtimes.openvino_reader import OpenVINOModel
 from fastdraft.target import Target
@@ -56,10 +56,11 @@ class LoadedModel:
         self._reader = model.reader(prefix_tokens + room)
         self._reader.read(torch.from_numpy(any_ids(0, prefix_tokens, model.vocab_size)))
 
-    def read(self, width: int) -> float:
-        """Seconds of one pass over `width` tokens behind the prefix."""
+    def read(self, width: int, keep: int | None = None) -> float:
+        """Seconds of one pass over `width` tokens behind the prefix, with logits behind all or the last."""
         self._reader.take_back(self.prefix_tokens)
-        self._reader.prepare(any_ids(self.prefix_tokens, width, self._vocab_size), width)
+        ids = any_ids(self.prefix_tokens, width, self._vocab_size)
+        self._reader.prepare(ids, width if keep is None else keep)
         start = time.perf_counter()
         self._reader.run()
         return time.perf_counter() - start
@@ -83,7 +84,8 @@ def measure_passes(
     threads: int = 0,
     repeats: int = REPEATS,
 ) -> Latency:
-    """Times single passes: the target over 1 token and `widths` (K + 1 verifies K), the draft over one.
+    """Times single passes: the target over 1 token and `widths` (K + 1 verifies K), the draft over one and,
+    as it reads what lookup wrote, over the widest.
 
     The prefix in the caches is lowered to fit the shorter context.
     """
@@ -91,8 +93,12 @@ def measure_passes(
     prefix = fitting_prefix([target, draft], prefix_tokens, widths[-1])
     models = [LoadedModel(folder, prefix, widths[-1], precision, threads) for folder in (target, draft)]
     costs = time_passes(models[0], models[1:], widths, repeats)
-    weights = models[1].weights, models[0].weights
-    return Latency(costs.draft_seconds[0], costs.target_seconds, prefix, "CPU", *weights)
+    weights, drafting, widest = (models[1].weights, models[0].weights), models[1], widths[-1]
+    # In turn: both kinds of pass find the processor's caches alike, and their difference is what is asked.
+    turns = [_spell(lambda: (drafting.read(1), drafting.read(widest, keep=1))) for _ in range(repeats)]
+    narrow, wide = map(statistics.median, zip(*turns, strict=True))
+    more = seconds_more(narrow, wide, widest)
+    return Latency(costs.draft_seconds[0], costs.target_seconds, prefix, "CPU", *weights, more)
 
 
 def fitting_prefix(folders: Sequence[Path], prefix_tokens: int, room: int) -> int:

@@ -105,9 +105,9 @@ class OpenVINOReader:
             self.prepare(ids[:piece], 0)
             self.run()
             ids = ids[piece:]
-        logits_EV = self.prepare(ids, keep)
+        self.prepare(ids, keep)
         self.run()
-        return torch.from_numpy(logits_EV)
+        return self.request.logits(keep)
 
     def take_back(self, length: int) -> None:
         """Keeps the first `length` tokens only; nothing happens when fewer were read."""
@@ -120,10 +120,7 @@ class OpenVINOReader:
         if not count or end > self.capacity or keep > count:
             raise ValueError(f"{count} tokens behind {begin}, {keep} kept: there is room for {self.capacity}")
         blocks = -(-end // request.block_size)
-        request.tell("max_context_len", end)
-        request.tell("past_lens", begin)
-        request.tell("subsequence_begins", count)
-        request.tell("block_indices_begins", blocks)
+        request.tell(end, begin, count, blocks)
         request.show("block_indices", blocks)
         request.show("input_ids", count)[:] = ids_T
         request.show("position_ids", count)[:] = np.arange(begin, end)
@@ -158,15 +155,18 @@ class _Request:
         self._arrays: dict[str, NDArray[Any]] = {}
         self._tensors: dict[str, dict[int, Any]] = {}  # by name, and by how much of the array they are
         self._shown: dict[str, int] = {}  # what OpenVINO looks at now
+        self._logits: dict[int, Tensor] = {}  # by the tokens they are of
         self._place("logits", np.empty((0, vocab_size), np.float32))
-        self._told = {name: np.zeros(shape, np.int32) for name, shape in _SHAPES.items()}
-        for name, array in self._told.items():
+        self._last: list[NDArray[np.int32]] = []  # the places that `tell` writes
+        for name, shape in _SHAPES.items():
+            array = np.zeros(shape, np.int32)
             self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+            self._last.append(array.reshape(-1)[-1:])
 
     def infer(self) -> int:
         """One pass; how long the text is behind it."""
         self._request.infer(share_inputs=True, share_outputs=True)
-        return int(self._told["max_context_len"])
+        return int(self._last[0][0])
 
     def make_room(self, capacity: int) -> None:
         """Memory for a text of so many tokens, if it is not there."""
@@ -185,9 +185,17 @@ class _Request:
             self._place(name, np.zeros(capacity, np.int64))
         self._place("block_indices", np.arange(blocks, dtype=np.int32))
 
-    def tell(self, name: str, value: int) -> None:
-        """Writes an input of one value, or of a 0 and the value."""
-        self._told[name].flat[-1] = value
+    def tell(self, *values: int) -> None:
+        """Writes the inputs of one value, or of a 0 and the value, in the order of `_SHAPES`."""
+        for last, value in zip(self._last, values, strict=True):
+            last[0] = value
+
+    def logits(self, length: int) -> Tensor:
+        """Those of so many tokens, [length, V]."""
+        if length not in self._logits:
+            with torch.inference_mode(False):  # which the next to read may not be in
+                self._logits[length] = torch.from_numpy(self._arrays["logits"][:length])
+        return self._logits[length]
 
     def show(self, name: str, length: int) -> NDArray[Any]:
         """The first entries of an input, or the logits of so many tokens, as OpenVINO sees them."""
@@ -207,6 +215,8 @@ class _Request:
     def _place(self, name: str, array: NDArray[Any]) -> None:
         self._arrays[name], self._tensors[name] = array, {}
         self._shown.pop(name, None)
+        if name == "logits":
+            self._logits.clear()
 
 
 def weights_of(model: Any) -> str:
