@@ -300,6 +300,15 @@ def test_a_model_of_another_vocabulary_or_family_or_without_weights_is_refused(
         designed(tmp_path / "run", deep, draft={**PRUNED, "model": str(bare)})
 
 
+def test_a_model_whose_weights_are_not_finite_is_refused_in_one_line(deep: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(deep)
+    model.model.layers[3].mlp.up_proj.weight.data[0, 0] = float("nan")
+    shutil.copytree(deep, tmp_path / "broken")
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(TargetError, match="its loss on text is not finite"):
+        designed(tmp_path / "run", deep, draft={**PRUNED, "model": str(tmp_path / "broken")})
+
+
 def test_a_recipe_prunes_on_its_prepared_rows(
     deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,7 +136,8 @@ def refit(
         if everywhere or end != place + 1 or kept[place] != place:
             wanted = states[end].float()
             # A layer begins by scaling each token to one length: all count alike.
-            weights = wanted.square().mean(-1, keepdim=True).rsqrt()
+            lengths = wanted.square().mean(-1, keepdim=True)
+            weights = lengths.clamp_min(1e-6 * lengths.mean()).rsqrt()  # an unused token's may be zero
             change_ID = _ridge(inputs["down"] * weights, (wanted - state) * weights)
             down.weight += change_ID.T
             state = state + inputs["down"] @ change_ID
@@ -178,7 +179,8 @@ def _ridge(features_RTI: Tensor, wanted_RTD: Tensor) -> Tensor:
     gram_II, product_ID = (x_NI.T @ x_NI).cpu(), (x_NI.T @ y_ND).cpu()  # not every device solves
     best_ID, least = torch.zeros_like(product_ID), float(unseen_ND.square().sum())
     for ridge in _RIDGES:
-        added = torch.diag_embed((ridge * gram_II.diagonal().mean()).expand(len(gram_II)))
+        strength = (ridge * gram_II.diagonal().mean()).clamp_min(1e-20)
+        added = torch.diag_embed(strength.expand(len(gram_II)))
         change_ID = torch.cholesky_solve(product_ID, torch.linalg.cholesky(gram_II + added))
         error = float((unseen_ND - unseen_NI @ change_ID.to(unseen_NI.device)).square().sum())
         if error < least:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -108,9 +109,12 @@ def start_from(
         transplant(model, spelled)
     else:
         fit_vocabulary(model, context.target.vocabulary.size)
+    before = mean_loss(model, held_out)
+    if not math.isfinite(before):
+        raise source.files.wrong("its loss on text is not finite", "fetch the model again, or take another")
     layers = source.architecture.num_layers if wanted.layers is None else wanted.layers
     draft, kept, similarities = prune(model, config, layers, fitted[:, :-1])
-    losses = {"loss_of_source": mean_loss(model, held_out), "loss": mean_loss(draft, held_out)}
+    losses = {"loss_of_source": before, "loss": mean_loss(draft, held_out)}
     about = {"source": source.name, "license": source.license, "layers": kept, "of": len(similarities)}
     about |= {"similarities": similarities, "tokens": held_out[:, 1:].numel(), **losses}
     numbers = ", ".join(map(str, kept))
