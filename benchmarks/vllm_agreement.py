@@ -35,6 +35,7 @@ def main() -> None:
     add("--base-url", default="", help="of a server of the target alone that runs already")
     add("--draft-base-url", default="", help="of one with the draft")
     add("--prompts", type=int, default=20, help="spread evenly over the four tasks that ship")
+    add("--prompt-tokens", type=int, default=2000, help="longer prompts are passed over")
     add("--max-new-tokens", type=int, default=64)
     add("--num-speculative-tokens", dest="ks", type=int, nargs="+", default=[1, 3, 5])
     add("--temperatures", type=float, nargs="+", default=[0.0])
@@ -45,7 +46,7 @@ def main() -> None:
     report = Report(given.output, "vllm_agreement", "cpu", given)
     target, draft = Target.at(given.target), Target.at(given.draft)
     room = min(target.context_length, draft.context_length) - given.max_new_tokens - 2 * max(given.ks) - 2
-    prompts = read_prompts(target, given.prompts, min(room, 2000))
+    prompts = read_prompts(target, given.prompts, min(room, given.prompt_tokens))
     arguments = "" if given.base_url else given.arguments
     places = (given.server, arguments, given.base_url, given.draft_base_url, given.threads)
     runtime = VLLMRuntime(*places, eos_ids=target.vocabulary.eos_token_ids)

@@ -19,7 +19,7 @@ from conftest import write_recipe
 from fastdraft import cli, pipeline
 from fastdraft.benchmark.at_a_time import at_a_time, pays_until, seconds_of
 from fastdraft.benchmark.replayed import draft_accepts
-from fastdraft.benchmark.rows import BenchmarkResults, PassesRow
+from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, PassesRow
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding.replay import counts_of_accepts
 from fastdraft.errors import FastDraftError, RecipeError, TargetError
@@ -270,6 +270,31 @@ def test_up_to_how_many_texts_a_draft_pays_follows_from_the_costs_of_passes() ->
     assert [pays_until({1: 1.3, 4: 1.1, 16: 0.9, 64: 1.2}), pays_until({1: 0.9, 4: 2.0})] == [4, 0]
     assert [seconds_of({1: 1.0, 5: 2.0, 9: 6.0}, n) for n in (1, 3, 9, 11)] == [1.0, 1.5, 6.0, 8.0]
     assert at_a_time([], [row({1: 0.1, 4: 0.1}, {1: 1.0})]) is None
+
+
+def test_the_prediction_stands_at_every_number_of_texts(swept: Any) -> None:
+    found = at_a_time([swept(1, 1.3), swept(4, 0.9)], [row({1: 0.1, 4: 0.1}, {1: 1.0, 4: 1.0, 16: 4.0})])
+    assert found is not None
+    # 1 + 1.5 accepted of K = 3: at 4 texts 2.5 * 1 / (0.3 + 4); between, the pass over 8 tokens takes 2.
+    assert found.predicted_speedup[1] == pytest.approx(2.5 / 1.3, abs=1e-4)
+    assert found.predicted_speedup[2] == pytest.approx(2.5 / (0.3 + 2.0), abs=1e-4)
+    assert found.predicted_speedup[4] == pytest.approx(2.5 / (0.3 + 4.0), abs=1e-4)
+    assert (found.measured, found.predicted) == (1, 2)
+    told = "The draft pays up to 1 texts at a time (K = 3; predicted: 2, of at most 64)."
+    assert found.sentence == told
+
+
+@pytest.fixture
+def swept() -> Any:
+    def made(concurrency: int, speedup: float) -> BenchmarkRow:
+        return BenchmarkRow(
+            part="concurrency", task="own", target_weights="a", draft_weights="b", temperature=0.0,
+            num_speculative_tokens=3, concurrency=concurrency, max_new_tokens=8, num_prompts=4, repeats=1,
+            num_accepted_tokens_per_pos=[], num_tokens_alone=8, num_tokens_with_draft=8, texts=4, lossless=True,
+            runtime="vllm", block_efficiency=2.5, speedup=speedup,
+        )  # fmt: skip
+
+    return made
 
 
 def recipe_of(folder: Path, target: Path, servers: Any, **changes: Any) -> Any:

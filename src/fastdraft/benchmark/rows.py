@@ -150,6 +150,16 @@ class AtATimeRow(OfPair, JsonRow):
     predicted_speedup: dict[int, float]
     runtime: str
 
+    @property
+    def sentence(self) -> str:
+        """For example `The draft pays up to 4 texts at a time (K = 3; predicted: 16, of at most 64).`"""
+        most, curve = max(self.measured_speedup), max(self.predicted_speedup)
+        paper = f"K = {self.num_speculative_tokens}; predicted: {self.predicted}, of at most {curve}"
+        if not self.measured:
+            return f"The draft does not pay for one text at a time ({paper})."
+        beyond = " or more" if self.measured == most else ""
+        return f"The draft pays up to {self.measured}{beyond} texts at a time ({paper})."
+
 
 @dataclass(frozen=True, kw_only=True)
 class BreakdownRow(OfPair, JsonRow):

@@ -70,7 +70,7 @@ def measured_verdict(benchmark: BenchmarkResults) -> Verdict:
     """What the clock says about the deployed pair of weights."""
     pair, detail = (
         benchmark.pairs[0] if benchmark.pairs else None,
-        f"Whole answers, {measured_with(benchmark)}.",
+        " ".join([f"Whole answers, {measured_with(benchmark)}.", *(r.sentence for r in benchmark.at_a_time)]),
     )
     named = best_proposer(benchmark.rows, pair) if pair else None
     if named is None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -94,6 +95,10 @@ class VLLMPair:
     settings: VLLMSettings
     _servers: dict[Proposer | None, tuple[VLLMServer, Room]] = field(default_factory=dict)
 
+    @cached_property
+    def context_length(self) -> int:
+        return min(Target.at(model).context_length for model in (self.target, self.draft))
+
     def write(
         self,
         prompts: Sequence[Sequence[int]],
@@ -106,7 +111,7 @@ class VLLMPair:
     ) -> list[TimedText]:
         """A draft proposes its likeliest tokens, which are accepted such that the text follows the target."""
         k, ends = proposer.num_speculative_tokens if proposer else 0, list(self.settings.eos_ids)
-        check_prompts(prompts, max_new_tokens, 2**31)
+        check_prompts(prompts, max_new_tokens, self.context_length)
         room = max(map(len, prompts)) + max_new_tokens + 2 * k + 3
         server = self._server(proposer, len(prompts), room)
         # vLLM counts what is accepted beyond a text's limit: the text is written one round further, and cut.
@@ -148,6 +153,7 @@ class VLLMPair:
 
     def _server(self, proposer: Proposer | None, texts: int, room: int) -> VLLMServer:
         """One with room for so many texts of so many tokens; ours are started again where they have less."""
+        room = min(room, self.context_length)
         running, has = self._servers.get(proposer, (None, Room(0, 0, 0)))
         if running and has.texts >= texts and has.tokens >= texts * room and has.longest >= room:
             return running
@@ -162,12 +168,8 @@ class VLLMPair:
                 found = f"{url}: max_model_len {has.longest}; must be {room} for prompt and answer"
                 raise FastDraftError(found, "start it with more, or shorten both")
         else:
-            longest = min(
-                max(room, _LONGEST), *(Target.at(each).context_length for each in (self.target, self.draft))
-            )
-            has = Room(
-                max(texts, has.texts), max(texts * room_for(room), has.tokens), max(longest, has.longest)
-            )
+            longest = max(min(max(room, _LONGEST), self.context_length), has.longest)
+            has = Room(max(texts, has.texts), max(texts * room_for(room), longest, has.tokens), longest)
             server = start(self.target, self.draft, self.settings, proposer, has)
         self._servers[proposer] = server, has
         return server

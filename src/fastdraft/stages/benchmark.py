@@ -242,7 +242,7 @@ def run(config: BenchmarkConfig, context: StageContext) -> None:
         columns = ("Task", "Best K", "Tokens per target pass", "Measured", "Predicted")
         title = "Speed-up on the clock, {}, {} target, {} draft".format(used[0].device, *results.pairs[0][1:])
         console.table(title, *tables.measured(results).only(*columns).plain(details=True))
-    console.say(verdict.sentence)
+    console.say(" ".join([verdict.sentence, *(row.sentence for row in results.at_a_time)]))
     summary = {name: value[name] for name in ("runtime", "runtimes", "models", "best", "verdict")}
     folder.complete(**summary, seconds=round(time.monotonic() - start, 1), provenance=describe_run())
 
