@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from fastdraft.modeling.narrowing import main_directions, narrow_layers, rotate
 from fastdraft.modeling.pruning import choose_layers, fit_vocabulary, mean_loss, prune, refit, residual_states
 from fastdraft.pipeline import run
 from fastdraft.recipe.recipe import load_recipe
+from fastdraft.reporting.page import read_run, render
+from fastdraft.run_folder import RunFolder
 from fastdraft.target import Target
 
 PRUNED = {"kind": "pruned", "layers": 2}
@@ -226,6 +229,8 @@ def test_a_pruned_draft_loads_in_transformers_and_its_manifest_says_what_it_cost
     assert about["layers"] == [0, 5]
     assert len(about["similarities"]) == 6
     assert min(about["loss_of_source"], about["loss"]) > 0
+    card = render("model_card.md.j2", read_run(RunFolder(tmp_path / "run")), k=3, checks={})
+    assert re.search(r"first weights: .*target \(mit\)", card)
 
 
 def test_a_sibling_with_fewer_padding_rows_gives_a_draft_of_the_targets_vocabulary(
