@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conftest import TEXT
 from fastdraft import pipeline
 from fastdraft.console import Console
-from fastdraft.data.rows import SyntheticRow
-from fastdraft.data.token_counts import covered, most_written
+from fastdraft.data.rows import SyntheticRow, unit_name, write_rows
+from fastdraft.data.token_counts import count_tokens, covered, most_written
 from fastdraft.decoding.replay import accept_probabilities
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import DenseTarget, SparseTarget, token_loss, top_k_buckets
@@ -28,6 +28,7 @@ from fastdraft.modeling.heads import output_head
 from fastdraft.modeling.trimmed_head import HEAD_IDS, TrimmedHead, trim
 from fastdraft.recipe.evaluation import ExportConfig
 from fastdraft.recipe.recipe import load_recipe
+from fastdraft.run_folder import RunFolder
 from fastdraft.runtimes.gguf_export import as_stored
 from fastdraft.runtimes.huggingface_export import load_assistant, outside_head
 from fastdraft.runtimes.openvino import MODEL_FILE, core, output_matrix
@@ -270,6 +271,16 @@ def test_the_ids_of_a_head_are_those_written_most(
     always: list[int], never: list[int], how: dict[str, Any], kept: list[int]
 ) -> None:
     assert most_written(COUNTS, always, never, **how).tolist() == kept
+
+
+def test_answers_are_counted_in_the_split_that_is_trained_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path).folder("synthesize")
+    written = [Generation([1, i], [5, 5, 6 + i], [0.0] * 3, "length") for i in range(40)]
+    write_rows(folder.path / unit_name(0), [SyntheticRow.of(text, "own", Sampling(0.0)) for text in written])
+    train, held = (count_tokens(None, folder, 50, split) for split in ("train", "validation"))
+    assert list(train) == ["answers"]
+    assert (train["answers"] + held["answers"])[5:9].tolist() == [80, 1, 1, 1]
+    assert 0 < held["answers"][5] == 2 * held["answers"][6:].sum() < 40
 
 
 def test_coverage_is_the_share_of_each_kind_of_text() -> None:

@@ -36,7 +36,11 @@ def runtime_verdicts(target: Target, plan: DraftDesign) -> list[RuntimeVerdict]:
     found = []
     for name, attempt in _TRIED.items():
         try:
-            verdict = RuntimeVerdict(name, "works", attempt(target, plan))
+            # OpenVINO's export has the few rows alone.
+            whole = (
+                "; reads the whole head of the draft" if plan.draft.head_size and name != "openvino" else ""
+            )
+            verdict = RuntimeVerdict(name, "works", attempt(target, plan) + whole)
         except MissingExtra as error:
             verdict = RuntimeVerdict(name, "install", f"{error.fix} ({error.library} is not here)")
         except FastDraftError as error:

@@ -115,7 +115,7 @@ def _headed(config: DesignConfig, draft: Architecture, target: Target) -> Archit
     if size is not None and not least <= size < draft.vocab_size:
         rule = f"must be below the {draft.vocab_size} ids of the target, and hold its {least} special ones"
         raise RecipeError(f"design.vocabulary.size: {size}: {rule}", "change it, or set kind: full")
-    return replace(draft, tied=False, head_size=size or 0)
+    return replace(draft, tied=False, head_size=size or draft.vocab_size)
 
 
 def _always(target: Target) -> set[int]:
