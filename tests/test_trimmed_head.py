@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -363,6 +364,7 @@ def test_a_whole_head_whose_other_ids_would_be_proposed_is_refused(tiny_draft: P
     proposed, mass = outside_head(plain, IDS, texts, head)
     assert proposed == 0
     assert mass == pytest.approx(float(probs[:, outside()].sum(-1).mean()), rel=1e-5)
+    pytest.importorskip("gguf")
     rounded = as_stored(torch.cat([head, head], 1), "q8_0")  # rows of 32: one block
     assert 0 < float((rounded[:, :16] - head).abs().max()) < float(head.abs().max()) / 100
     config, console = ExportConfig(formats=["huggingface"]), Console(quiet=True)
@@ -372,6 +374,7 @@ def test_a_whole_head_whose_other_ids_would_be_proposed_is_refused(tiny_draft: P
         _check_head(config, plain, IDS, texts, console)
 
 
+@pytest.mark.skipif(not find_spec("openvino_genai") or not find_spec("nncf"), reason="needs OpenVINO")
 def test_in_openvino_the_rows_are_cut_in_the_graph_and_a_pair_writes_the_targets_text(
     near_draft: Path, exported_target: Path, tmp_path: Path
 ) -> None:
