@@ -35,7 +35,7 @@ from fastdraft.training.batches import packed_batch
 from fastdraft.training.defaults import build_step, resolve
 from fastdraft.training.objective import CrossEntropy
 
-_LAYERS, _HEAD = 3, 16_384
+_LAYERS, _HEAD, _WIDE = 3, 12_288, 2_048
 _TRIMMED_FROM = 32_768  # a smaller vocabulary keeps its head
 _WRITING = 0.4  # share of the hours in which text is written; in the others it is trained on
 _PASSES = 6  # over the written text, at most: more of them teach the rows, not the target
@@ -151,7 +151,8 @@ def sections(asked: Asked, name: str) -> dict[str, Any]:
     value["align"] = {
         "tokens": 400_000,
         "batch_tokens": 4096,
-        "optimizer": {"kind": "muon", "learning_rate": 2e-3, "embedding_learning_rate": 1e-3},
+        "pretraining_share": 0.1,
+        "optimizer": {"kind": "muon", "learning_rate": 1.5e-3, "embedding_learning_rate": 5e-4},
     }
     value["evaluate"] = {"tasks": tasks, "temperatures": [0, 0.6], "exact": {"prompts": 4}}
     weights = {"target": "int4" if _is_large(target) else "int8", "draft": "int8"}
@@ -171,9 +172,11 @@ def _draft(asked: Asked, small: Target) -> dict[str, Any]:
     if asked.start:
         return {"kind": "from", "path": asked.start}
     if small.config.model_type in DRAFT_FAMILIES:
-        return {"kind": "pruned", "layers": min(_LAYERS, small.architecture.num_layers)} | (
-            {"model": asked.writer} if asked.writer else {}
-        )
+        shape, own = small.architecture, {"model": asked.writer} if asked.writer else {}
+        start = {"kind": "pruned", **own, "layers": min(_LAYERS, shape.num_layers)}
+        # Half of a wide feed-forward part makes training half as dear; a fit takes over most of what is cut.
+        wide = shape.intermediate_size > _WIDE and shape.family != "phi3"
+        return start | ({"intermediate_size": shape.intermediate_size // 2} if wide else {})
     return {"kind": "budget", "parameters": _two_digits(small.architecture.parameters * 0.1)}
 
 
