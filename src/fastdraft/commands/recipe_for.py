@@ -192,12 +192,11 @@ def measure_speeds(
     target: Target, writer: Target, plan: design.DraftDesign, recipe: Recipe, console: Console
 ) -> Speeds:
     """Times the passes of writer and target in OpenVINO, and training steps of the draft's shape."""
-    assert recipe.export
-    assert recipe.synthesize
+    assert recipe.benchmark
     shape, threads = plan.draft, recipe.run.threads
     # A model of the head's ids alone costs what the trimmed draft does: of the embedding one row is read.
     shape = replace(shape, vocab_size=shape.head_size or shape.vocab_size, head_size=0, tied=False)
-    pair = recipe.export.openvino
+    pair = recipe.benchmark.weights[0]
     how = MeasureSettings(
         pair.target, pair.draft, threads=threads, num_speculative_tokens=(3, _ROWS - 1), prefix=64
     )
