@@ -117,7 +117,7 @@ def start_from(
     losses = {"loss_of_source": before, "loss": mean_loss(draft, held_out)}
     about = {"source": source.name, "license": source.license, "layers": kept, "of": len(similarities)}
     about |= {"similarities": similarities, "tokens": held_out[:, 1:].numel(), **losses}
-    numbers = ", ".join(map(str, kept))
-    context.console.say(f"layers {numbers} of {len(similarities)} of {source.name} ({source.license})")
+    numbers = ", ".join(map(str, kept)) if len(kept) < len(similarities) else "all"
+    context.console.say(f"layers: {numbers} of {len(similarities)} of {source.name} ({source.license})")
     context.console.say("nats per token: {loss_of_source:.3f} before, {loss:.3f} after".format(**losses))
     return draft, about
