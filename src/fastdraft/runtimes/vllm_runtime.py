@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from fastdraft.decoding.latency import Latency
 from fastdraft.decoding.proposers import ProposerKind
@@ -137,8 +138,6 @@ class VLLMRuntime(VLLMSettings):
             version, name = versions.pop(), "a running server"
         else:
             version, device = installed_version(self), pick_device("auto")
-            import torch
-
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         named = {"name": self.name, "version": version, "device_name": name, "device": self.device}
         return named | {"draft_device": self.device, "threads": self.threads, "precision": "fast"}
