@@ -85,7 +85,7 @@ class EvaluationWork:
     folder: StageFolder
     console: Console
     vocabulary: Vocabulary
-    target: PreTrainedModel | None  # None where nothing is decoded or timed here
+    target: LoadModel | None  # None where nothing is decoded or timed here
     open_engine: Callable[[Callable[[int], None]], Engine]  # given what hears of finished answers
     given: Mapping[tuple[str, float], list[SyntheticRow]] | None = None  # texts that nobody has to write
     # Opens target and draft for exact runs; None where nothing is decoded here.
@@ -234,7 +234,8 @@ class EvaluationWork:
         target, widths = self.target, [k + 1 for k in self.config.num_speculative_tokens]
         if target is None:
             return None
-        found = self.folder.keep("latency.json", lambda: measure_latency(target, draft(), widths).to_json())
+        self.__dict__.pop("pair", None)  # before another copy of the target is loaded
+        found = self.folder.keep("latency.json", lambda: measure_latency(target(), draft(), widths).to_json())
         return Latency.from_json(found)
 
 

@@ -95,7 +95,9 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     for draft in drafts.values():
         check_same(target.vocabulary, draft.vocabulary, where=draft.location)
     context_length = min(model.context_length for model in (target, *drafts.values()))
-    model = target.model(device) if isinstance(config.texts, AutoTexts | TargetTexts) else None
+    # Loaded when it is asked for: where OpenVINO writes and decodes, only its passes are timed, at the end.
+    reads = isinstance(config.texts, AutoTexts | TargetTexts)
+    model = cache(partial(target.model, device)) if reads else None
     given = _given_texts(config, context, context_length)
     if given:
         tasks = given.tasks()
@@ -105,10 +107,13 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     opener = partial(_open_engine, writer, config.batch_rows, context, model)
     writing = target.vocabulary, model, opener, given.rows if given else None
     # Same device and precision for both: that is what is decoded with and what latency compares.
-    dtype = torch.float32 if model is None else model.dtype
-    loaders = {
-        n: cache(partial(load_draft, Path(draft.location), device, dtype)) for n, draft in drafts.items()
-    }
+    plain = model is None or (device.type == "cpu" and target.dtype in ("auto", "fp32"))
+
+    def loaded(draft: Target) -> PreTrainedModel:
+        dtype = torch.float32 if plain or model is None else model().dtype
+        return load_draft(Path(draft.location), device, dtype)
+
+    loaders = {name: cache(partial(loaded, draft)) for name, draft in drafts.items()}
     final, load_final = drafts[names[-1]], loaders[names[-1]]
     decoding = _decoding(writer, model, final, load_final, context)
     work = EvaluationWork(
@@ -159,7 +164,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
 
 def _decoding(
     writer: ChosenEngine | None,
-    model: PreTrainedModel | None,
+    model: Callable[[], PreTrainedModel] | None,
     draft: Target,
     load: Callable[[], PreTrainedModel],
     context: StageContext,
@@ -170,8 +175,8 @@ def _decoding(
     if isinstance(writer, OpenVINOEngineConfig) and writer.device.startswith("CPU"):
         how = context.folder("evaluate"), context.console, context.settings.threads
         return {"open_pair": partial(exact_pair, writer, context.target, draft, *how)}
-    precision = str(model.dtype).removeprefix("torch.")
-    return {"open_pair": lambda: (ReadableModel(model), ReadableModel(load())), "precision": precision}
+    precision = str(model().dtype).removeprefix("torch.")
+    return {"open_pair": lambda: (ReadableModel(model()), ReadableModel(load())), "precision": precision}
 
 
 def _given_texts(config: EvaluateConfig, context: StageContext, context_length: int) -> GivenTexts | None:
@@ -202,7 +207,7 @@ def _open_engine(
     writer: ChosenEngine | None,
     batch_rows: int,
     context: StageContext,
-    model: PreTrainedModel | None,
+    model: Callable[[], PreTrainedModel] | None,
     on_batch: Callable[[int], None],
 ) -> Engine:
     """What writes the tasks' texts: the engine of synthesize, or the loaded target."""
@@ -210,7 +215,7 @@ def _open_engine(
     if writer is None:
         assert model is not None
         halving = Halving("evaluate.batch_rows", console.warn)
-        return HuggingFaceEngine(model, target.vocabulary, batch_rows, on_batch, halving=halving)
+        return HuggingFaceEngine(model(), target.vocabulary, batch_rows, on_batch, halving=halving)
     return open_engine(
         writer,
         target,
