@@ -15,26 +15,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "fastdraft"
-TEST_LINES = 17_850
-KEYS = 170  # 150, and 10 more for each of inputs and GGUF files with llama.cpp
+TEST_LINES = 19_600
+KEYS = 190  # 150, and 10 more for each of inputs, GGUF files with llama.cpp, starts, vLLM
 # Lines of each room: they may fall, not rise, but for a room of something new (GGUF and llama.cpp 1,500, decoder 700,
-# acceptance 1,200, many machines 600, vLLM 400). 16,000 in all are wanted.
+# acceptance 1,200, many machines 600, vLLM 400; starts and vLLM took 2,800). 16,000 in all are wanted.
 BUDGET = {
-    "": 1_650,
-    "recipe": 1_325,
-    "commands": 1_350,
-    "stages": 2_100,
-    "training": 1_990,
-    "functional": 1_150,
-    "decoding": 1_180,
+    "": 1_760,
+    "recipe": 1_450,
+    "commands": 1_870,
+    "stages": 2_390,
+    "training": 2_030,
+    "functional": 1_175,
+    "decoding": 1_185,
     "evaluation": 1_390,
-    "modeling": 2_690,
-    "data": 3_270,
-    "runtimes": 3_520,
-    "benchmark": 1_080,
-    "reporting": 1_265,
+    "modeling": 3_210,
+    "data": 3_390,
+    "runtimes": 4_440,
+    "benchmark": 1_190,
+    "reporting": 1_270,
 }
-TOTAL = 23_900
+TOTAL = 26_700
 # Libraries that only some users have or that only one verb needs: imported in the function that uses them.
 OPTIONAL = {
     "openvino",
