@@ -280,7 +280,7 @@ def test_the_prediction_stands_at_every_number_of_texts(swept: Any) -> None:
     assert found.predicted_speedup[2] == pytest.approx(2.5 / (0.3 + 2.0), abs=1e-4)
     assert found.predicted_speedup[4] == pytest.approx(2.5 / (0.3 + 4.0), abs=1e-4)
     assert (found.measured, found.predicted) == (1, 2)
-    told = "The draft pays up to 1 texts at a time (K = 3; predicted: 2, of at most 64)."
+    told = "The draft pays up to one text at a time (K = 3; predicted: 2, of at most 64)."
     assert found.sentence == told
 
 

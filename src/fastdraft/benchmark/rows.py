@@ -158,7 +158,8 @@ class AtATimeRow(OfPair, JsonRow):
         if not self.measured:
             return f"The draft does not pay for one text at a time ({paper})."
         beyond = " or more" if self.measured == most else ""
-        return f"The draft pays up to {self.measured}{beyond} texts at a time ({paper})."
+        texts = "one text" if self.measured == 1 else f"{self.measured} texts"
+        return f"The draft pays up to {texts}{beyond} at a time ({paper})."
 
 
 @dataclass(frozen=True, kw_only=True)
