@@ -6,11 +6,14 @@ that it is told (`rejection_sample_method: synthetic`), so that a pair is on the
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastdraft.commands.measurement import MeasuredModel, MeasuredShapes, SyntheticPair
 from fastdraft.console import Console
@@ -82,6 +85,8 @@ def _folder(draft: MeasuredModel, target: Target, temporary: Path) -> Path:
     if draft.export:
         return draft.export
     folder = temporary / draft.name.replace("/", "-")
-    draft.config.save_pretrained(folder)
+    config = copy.deepcopy(draft.config)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]  # by which vLLM knows it
+    config.save_pretrained(folder)
     target.copy_tokenizer(folder)
     return folder
