@@ -56,7 +56,7 @@ def test_an_override_may_open_a_section() -> None:
     assert value["export"] == {"formats": ["openvino"]}
 
 
-def test_no_section_has_more_than_thirteen_keys_and_every_key_is_documented() -> None:
+def test_no_section_has_more_than_fourteen_keys_and_every_key_is_documented() -> None:
     seen: set[type[Config]] = set()
     todo: list[type[Config]] = [Recipe]
     while todo:
@@ -64,7 +64,7 @@ def test_no_section_has_more_than_thirteen_keys_and_every_key_is_documented() ->
         if cls in seen:
             continue
         seen.add(cls)
-        assert len(cls.model_fields) <= 13, cls
+        assert len(cls.model_fields) <= 14, cls
         for name, field in cls.model_fields.items():
             assert field.description or name == "kind", f"{cls.__name__}.{name} has no docstring"
             todo.extend(model for model in models(field.annotation) if issubclass(model, Config))

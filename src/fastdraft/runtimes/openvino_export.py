@@ -151,7 +151,7 @@ def convert(source: Target, folder: Path, weights: Weights) -> None:
                 revision=text.revision or "main",
                 ov_config=ov_config(dtype="fp16" if weights == "fp16" else "fp32"),
             )
-            if (ids_K := read_head_ids(Path(source.location), source.vocabulary.size)) is not None:
+            if (ids_K := read_head_ids(Path(source.location), source.architecture.vocab_size)) is not None:
                 trim_output(folder / MODEL_FILE, ids_K.numpy())
             if weights in ("int8", "int4"):
                 compress(folder / MODEL_FILE, weights)
