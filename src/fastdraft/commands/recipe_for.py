@@ -160,8 +160,12 @@ def sections(asked: Asked, name: str) -> dict[str, Any]:
     value["export"] = {"formats": formats, "openvino": weights}
     value["benchmark"] = {
         "runtimes": ["fastdraft", "openvino", *(["llamacpp"] if target.gguf else [])],
-        "weights": [weights],
-        "num_speculative_tokens": [2, 3, 4],
+        "weights": [dict(weights)],
+        "prompts": 4,
+        "num_speculative_tokens": [2, 3],
+        "lookup": [3],
+        "sweep": {"prompt_tokens": [], "max_new_tokens": [], "concurrency": []},
+        "repeats": 2,
     }
     value["report"] = {}
     return value

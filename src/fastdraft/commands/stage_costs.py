@@ -13,6 +13,7 @@ from fastdraft.recipe.recipe import Recipe
 from fastdraft.recipe.synthesize import SynthesizeConfig
 from fastdraft.stages import align, design, evaluate
 from fastdraft.stages.trained_start import MEASURED_TOKENS, bytes_of_weights
+from fastdraft.target import Target
 from fastdraft.training.step import default_micro_batch_tokens
 
 # Passes over a task's text: written by the target, replayed by each checkpoint, part of it decoded exactly.
@@ -83,13 +84,19 @@ class StageCosts:
     def _scoring(self, tokens: int) -> float:
         return forecast.scoring_seconds(tokens, self.target.read_parameters, self.device, self.threads)
 
-    def _writing(self, tokens: int) -> float:
-        return forecast.writing_seconds(tokens, self.target.read_parameters, self.device, self.threads)
+    def _writing(self, tokens: int, writer: str = "") -> float:
+        shape, written = Target.at(writer).architecture if writer else self.target, self.recipe.synthesize
+        how: tuple[Any, ...] = tokens, shape.read_parameters, self.device, self.threads
+        if written and written.engine.kind == "openvino":
+            return forecast.writing_seconds(*how, share=forecast.OPENVINO_SHARE)
+        return forecast.writing_seconds(*how)
 
     def _synthesis(self, config: SynthesizeConfig) -> Cost:
         tokens, disk = config.tokens, forecast.synthetic_bytes(config.tokens)
         # How fast a server is cannot be told.
-        seconds = self._writing(tokens) if config.asks and config.engine.kind != "openai" else 0.0
+        seconds = (
+            self._writing(tokens, config.writer) if config.asks and config.engine.kind != "openai" else 0.0
+        )
         if config.logits.kind == "top_k":
             seconds += self._scoring(tokens)
             disk += tokens * (2 + 4 * config.logits.k)
