@@ -15,7 +15,7 @@ WORTH = 1.05  # measured speed-up from which on a second model in memory is wort
 # Floating-point operations a second that a training step reaches; for `cpu` of one core.
 _TRAINING_FLOPS = {"cpu": 5e10, "cuda": 1.5e14, "xpu": 2e13, "mps": 4e12}
 # Of the training rate: one token at a time, batched. OpenVINO's whole numbers reach 1 to 2 times it on a CPU.
-_WRITING_SHARE, OPENVINO_SHARE = 0.3, 1.0
+WRITING_SHARE, OPENVINO_SHARE = 0.3, 1.0
 _TOKENS_PER_CORE = 250_000  # tokenised and packed a second
 
 
@@ -94,7 +94,7 @@ def scoring_seconds(tokens: float, parameters: int, device: str = "cpu", threads
 
 
 def writing_seconds(
-    tokens: float, parameters: int, device: str = "cpu", threads: int = 0, share: float = _WRITING_SHARE
+    tokens: float, parameters: int, device: str = "cpu", threads: int = 0, share: float = WRITING_SHARE
 ) -> float:
     """For a model of so many parameters to write text in batches."""
     return scoring_seconds(tokens, parameters, device, threads) / share

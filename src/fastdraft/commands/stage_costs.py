@@ -86,10 +86,9 @@ class StageCosts:
 
     def _writing(self, tokens: int, writer: str = "") -> float:
         shape, written = Target.at(writer).architecture if writer else self.target, self.recipe.synthesize
-        how: tuple[Any, ...] = tokens, shape.read_parameters, self.device, self.threads
-        if written and written.engine.kind == "openvino":
-            return forecast.writing_seconds(*how, share=forecast.OPENVINO_SHARE)
-        return forecast.writing_seconds(*how)
+        fast = written is not None and written.engine.kind == "openvino"
+        share = forecast.OPENVINO_SHARE if fast else forecast.WRITING_SHARE
+        return forecast.writing_seconds(tokens, shape.read_parameters, self.device, self.threads, share)
 
     def _synthesis(self, config: SynthesizeConfig) -> Cost:
         tokens, disk = config.tokens, forecast.synthetic_bytes(config.tokens)
