@@ -1,7 +1,8 @@
 """`fastdraft recipes --for TARGET`: a recipe whose budgets fill so many hours of this machine.
 
 Measured in about a minute, with random weights: passes of writer, target and draft in OpenVINO, and a
-training step. Start, head and the split of the hours are those that did best in docs/results.md.
+training step. Start, head and the split of the hours are those of the draft for a target of 1.5 B in
+docs/results.md: one run that went well, not yet the best of several.
 """
 
 from __future__ import annotations
