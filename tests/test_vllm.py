@@ -168,15 +168,30 @@ def test_a_server_that_fails_is_named_in_one_line(pair: VLLMPair, servers: Any) 
     servers[0].faults.append("drop")
     with pytest.raises(FastDraftError, match=r"no answer .*run the same command again"):
         pair.write(PROMPTS[:1], Sampling(0.0), 4, 0)
-    with pytest.raises(FastDraftError, match="ftp://x: must be the address of a server"):
-        VLLMServer("ftp://x")
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [("", "wants a key; DRAFT_KEY is not set"), ("sk-secret", "the key in DRAFT_KEY is not accepted")],
+)
+def test_a_key_is_read_from_the_environment_and_never_told(
+    servers: Any, monkeypatch: pytest.MonkeyPatch, key: str, told: str
+) -> None:
+    monkeypatch.setattr(servers[0], "key", "sk-right")
+    monkeypatch.setenv("DRAFT_KEY", key)
+    address = f"{servers[0].url}/"
+    with pytest.raises(FastDraftError, match=f"HTTP 401; {told}") as caught:
+        VLLMServer(address, "DRAFT_KEY").write([5], Sampling(0.0), 2, 0)
+    assert "secret" not in f"{caught.value} {caught.value.fix}"
+    monkeypatch.setenv("DRAFT_KEY", "sk-right")
+    assert len(VLLMServer(address, "DRAFT_KEY").write([5], Sampling(0.0), 2, 0)) == 2
 
 
 STUB = """#!{python}
 import http.server, os, subprocess, sys, time
 if "--version" in sys.argv: sys.exit(print("0.32.0"))
 if "fail" in sys.argv: sys.exit("INFO: begin\\nValueError: Target and draft model should have the same vocabulary size.")
-open("{folder}/seen", "w").write(" ".join(sys.argv[1:]) + "|" + os.environ.get("OMP_NUM_THREADS", ""))
+open("{folder}/seen", "w").write(" ".join(sys.argv[1:]) + "|" + os.environ.get("OMP_NUM_THREADS", "") + os.environ.get("VLLM_API_KEY", ""))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open("{folder}/pids", "w").write(f"{{os.getpid()}} {{child.pid}}")
 class H(http.server.BaseHTTPRequestHandler):
@@ -205,7 +220,10 @@ def gone(folder: Path) -> bool:
     return time.monotonic() < until
 
 
-def test_a_started_server_has_its_settings_and_leaves_no_process(program: Path, tiny_target: Path) -> None:
+def test_a_started_server_has_its_settings_and_leaves_no_process(
+    program: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "another's")
     settings = VLLMSettings(str(program), "--dtype float32", threads=2)
     server = start(tiny_target, tiny_target, settings, DRAFT, Room(4, 800, 256))
     seen, threads = (program.parent / "seen").read_text(encoding="utf-8").split("|")
@@ -350,7 +368,10 @@ def test_what_does_not_fit_is_refused_before_any_stage(
     ):
         pipeline.run(recipe_of(tmp_path, tiny_target, servers, num_speculative_tokens=[2, 3]))
     with pytest.raises(RecipeError, match="base_url and draft_base_url go together"):
-        recipe_of(tmp_path, tiny_target, servers, vllm={"base_url": "x"})
+        recipe_of(tmp_path, tiny_target, servers, vllm={"base_url": "http://x"})
+    for address, rule in (("ftp://x", "such as http://"), ("http://u:k@x", "without a key")):
+        with pytest.raises(RecipeError, match=rf"benchmark\.vllm\.base_url.*must be addresses {rule}"):
+            recipe_of(tmp_path, tiny_target, servers, vllm={"base_url": address, "draft_base_url": address})
     recipe_of(tmp_path, tiny_target, servers, vllm={"server": "/no/python"})
     assert cli.main(["check", str(tmp_path / "recipe.yaml")]) == 2
     assert (

@@ -85,6 +85,8 @@ class _VLLM(Handler):
     of: ServedVLLM
 
     def do_GET(self) -> None:  # noqa: N802
+        if self.path.startswith("/v1") and not self._welcome():
+            return
         model = {"id": "target", "max_model_len": self.of.room}
         known: dict[str, Any] = {
             "/health": b"",

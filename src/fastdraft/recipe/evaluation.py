@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fastdraft.recipe.base import (
     EACH_ONCE,
@@ -19,7 +19,7 @@ from fastdraft.recipe.base import (
     Temperatures,
     each_between,
 )
-from fastdraft.recipe.synthesize import TranscriptLog, Weights
+from fastdraft.recipe.synthesize import TranscriptLog, Variable, Weights, server_address
 
 _Shipped = Literal["code", "instructions", "text", "summarization"]
 
@@ -233,6 +233,9 @@ class LlamaCppConfig(Config):
     """The draft's GGUF file; empty: the one that export made for its format gguf."""
 
 
+_AddressOrNone = Annotated[str, AfterValidator(lambda value: value and server_address(value))]
+
+
 class VLLMConfig(Config):
     """How vLLM runs the pair: one server without and one with each draft, started here or running already."""
 
@@ -240,10 +243,12 @@ class VLLMConfig(Config):
     """Python of an environment that has vLLM, or its program `vllm`; empty: of this environment."""
     arguments: str = ""
     """Further arguments of every server that is started: `--dtype bfloat16 --tensor-parallel-size 2`."""
-    base_url: str = ""
+    base_url: _AddressOrNone = ""
     """Instead: the address of a server that runs already, of the target alone."""
-    draft_base_url: str = ""
+    draft_base_url: _AddressOrNone = ""
     """And of one with the draft, whose K `num_speculative_tokens` names alone."""
+    api_key_env: Variable = "OPENAI_API_KEY"
+    """Environment variable that holds the key of servers that run already, if there is one."""
 
     @model_validator(mode="after")
     def _both_or_none(self) -> VLLMConfig:

@@ -144,7 +144,7 @@ class OpenVINOEngineConfig(Config):
     """engine: of the distribution drawn from; target: by a scoring pass in `target.dtype`."""
 
 
-def _address(value: str) -> str:
+def server_address(value: str) -> str:
     parts = urlsplit(value)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("must be addresses without a key: name its environment variable in api_key_env")
@@ -154,11 +154,14 @@ def _address(value: str) -> str:
     return value.rstrip("/")
 
 
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
 class OpenAIEngineConfig(Config):
     """Servers with an OpenAI-compatible API, such as vLLM; needs the extra `server`, no weights."""
 
     kind: Literal["openai"]
-    servers: Annotated[list[Annotated[str, AfterValidator(_address)]], EACH_ONCE] = Field(min_length=1)
+    servers: Annotated[list[Annotated[str, AfterValidator(server_address)]], EACH_ONCE] = Field(min_length=1)
     """Base addresses, such as http://127.0.0.1:8000/v1; several of one model share the work."""
     model: str = ""
     """The target's name at the servers; empty: the only one that they serve."""
@@ -174,7 +177,7 @@ class OpenAIEngineConfig(Config):
     """Seconds for one whole answer."""
     retries: int = Field(default=6, ge=0, le=100)
     """Times that a question is asked again, after longer pauses: 6 bear about 24 s."""
-    api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    api_key_env: Variable = "OPENAI_API_KEY"
     """Environment variable that holds the key, if there is one; its value is never written anywhere."""
 
 

@@ -93,13 +93,9 @@ class Servers:
             status, said = error.status_code, self._clean(error.body or error.message)
             if status >= 500 or status in (408, 409, 429):
                 raise self._away(url, f"HTTP {status} ({said})") from None
-            found, fix = f"{url}: HTTP {status} ({said})", "correct synthesize.engine, or see its log"
-            if status in (401, 403):
-                rule = (
-                    f"the key in {name} is not accepted" if self._key else f"wants a key; {name} is not set"
-                )
-                found, fix = f"{url}: HTTP {status}; {rule}", f"set the environment variable {name}"
-            refused = ServerRefused(found, fix)
+            told = f"HTTP {status} ({said})", "correct synthesize.engine, or see its log"
+            found, fix = no_key(status, name, self._key) or told
+            refused = ServerRefused(f"{url}: {found}", fix)
             refused.status = status
             raise refused from None
         except library.APITimeoutError:
@@ -118,8 +114,20 @@ class Servers:
         return TargetError(f"{url}: {found}; {tries}", fix)
 
     def _clean(self, told: Any) -> str:
-        """A server's words in one short line, without the key that some of them repeat."""
-        for key in ("error", "message", "detail"):
-            told = told.get(key, told) if isinstance(told, dict) else told
-        line = " ".join(str(told).split())
-        return (line.replace(self._key, "***") if self._key else line)[:200]
+        return words_of(told, self._key)
+
+
+def no_key(status: int, name: str, key: str) -> tuple[str, str] | None:
+    """What is wrong and what helps, where a server refused the key of that environment variable."""
+    if status not in (401, 403):
+        return None
+    rule = f"the key in {name} is not accepted" if key else f"wants a key; {name} is not set"
+    return f"HTTP {status}; {rule}", f"set the environment variable {name}"
+
+
+def words_of(told: Any, secret: str) -> str:
+    """A server's words in one short line, without the key that some of them repeat."""
+    for key in ("error", "message", "detail"):
+        told = told.get(key, told) if isinstance(told, dict) else told
+    line = " ".join(str(told).split())
+    return (line.replace(secret, "***") if secret else line)[:200]

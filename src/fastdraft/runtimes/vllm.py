@@ -49,6 +49,7 @@ class VLLMSettings:
     arguments: str = ""  # further ones of every server
     base_url: str = ""  # of a server of the target alone that runs already
     draft_base_url: str = ""  # of one with the draft
+    api_key_env: str = "OPENAI_API_KEY"  # variable of the environment with the key of both
     threads: int = 0  # of a CPU; 0: vLLM's own choice
     eos_ids: tuple[int, ...] = ()
 
@@ -161,7 +162,7 @@ class VLLMPair:
             self._servers.pop(proposer)[0].close()
         server: VLLMServer
         if url := self.settings.draft_base_url if proposer else self.settings.base_url:
-            server = VLLMServer(url)
+            server = VLLMServer(url, self.settings.api_key_env)
             check_address(server, proposer)
             has = Room(2**31, 2**31, int(server.facts["max_model_len"]))
             if has.longest < room:

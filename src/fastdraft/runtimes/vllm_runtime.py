@@ -131,7 +131,9 @@ class VLLMRuntime(VLLMSettings):
     def describe(self) -> dict[str, Any]:
         """The release, and what it runs on, as far as that is known here; asks servers that run already."""
         if self.base_url:
-            versions = {VLLMServer(url).version for url in (self.base_url, self.draft_base_url)}
+            versions = {
+                VLLMServer(url, self.api_key_env).version for url in (self.base_url, self.draft_base_url)
+            }
             if len(versions) > 1:
                 found = f"{self.base_url}, {self.draft_base_url}: releases {' and '.join(sorted(versions))}"
                 raise FastDraftError(f"{found}; must be one", "start both from one environment")

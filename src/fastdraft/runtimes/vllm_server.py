@@ -26,6 +26,7 @@ from uuid import uuid4
 from fastdraft.errors import FastDraftError
 from fastdraft.functional.generation import Sampling
 from fastdraft.runtimes import vllm_process
+from fastdraft.runtimes.openai_servers import no_key, words_of
 from fastdraft.runtimes.passes import Pass
 
 HOST = "127.0.0.1"
@@ -56,14 +57,12 @@ class Counters:
 
 
 class VLLMServer:
-    """A server at an address, whoever started it."""
+    """A server at an address, whoever started it, with the key that an environment variable may hold."""
 
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise FastDraftError(f"{url}: must be the address of a server, as http://127.0.0.1:8000")
-        self.url = f"{parts.scheme}://{parts.netloc}"
-        self._secure, self._place = parts.scheme == "https", parts.netloc
+    def __init__(self, url: str, api_key_env: str = "") -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._parts = urlsplit(self.url)
+        self._key_name, self._key = api_key_env, os.environ.get(api_key_env, "").strip()
 
     def close(self) -> None:
         """Nothing: whoever started it ends it."""
@@ -163,11 +162,14 @@ class VLLMServer:
 
     def _lines(self, route: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
         """The lines of an answer; every failure is one line that names the server."""
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._place, timeout=_ANSWER_SECONDS if body else 60)
+        secure, way = self._parts.scheme == "https", f"{self._parts.path}{route}"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(self._parts.netloc, timeout=_ANSWER_SECONDS if body else 60)
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         try:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST" if body else "GET", route, json.dumps(body) if body else None, headers)
+            connection.request("POST" if body else "GET", way, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
             if answer.status != 200:
                 raise self._refused(answer.read(), answer.status)
@@ -181,13 +183,12 @@ class VLLMServer:
         return FastDraftError(f"{self.url}: {found}", f"start the server, and {_AGAIN}")
 
     def _refused(self, told: bytes, status: int) -> FastDraftError:
-        text = told.decode(errors="replace")
-        with contextlib.suppress(ValueError, AttributeError):
-            error = json.loads(text).get("error", text)
-            text = error.get("message", text) if isinstance(error, dict) else error
-        return FastDraftError(
-            f"{self.url}: HTTP {status} ({' '.join(str(text).split())[:200]})", "see its log"
-        )
+        said: Any = told.decode(errors="replace")
+        with contextlib.suppress(ValueError):
+            said = json.loads(said)
+        refused = no_key(status, self._key_name, self._key)
+        found, fix = refused or (f"HTTP {status} ({words_of(said, self._key)})", "see its log")
+        return FastDraftError(f"{self.url}: {found}", fix)
 
 
 class StartedServer(VLLMServer):
@@ -199,8 +200,9 @@ class StartedServer(VLLMServer):
         super().__init__(f"http://{HOST}:{port}")
         self.name, self._log = name, tempfile.TemporaryFile("a+b")  # noqa: SIM115 (goes with this object)
         line = [sys.executable, "-I", vllm_process.__file__, *command, "--host", HOST, "--port", str(port)]
-        # Another environment's Python must not find the libraries of this one.
-        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        # Another environment's Python must not find the libraries of this one, and no key is asked for here.
+        kept_back = ("PYTHONPATH", "VLLM_API_KEY")
+        inherited = {key: value for key, value in os.environ.items() if key not in kept_back}
         self._process = subprocess.Popen(
             line,
             stdin=subprocess.PIPE,
@@ -226,7 +228,7 @@ class StartedServer(VLLMServer):
             if self._process.poll() is not None:
                 raise self._away("could not start")
             with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection(self._place, timeout=5)
+                connection = http.client.HTTPConnection(self._parts.netloc, timeout=5)
                 connection.request("GET", "/health")
                 if connection.getresponse().status == 200:
                     return

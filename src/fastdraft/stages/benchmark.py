@@ -125,7 +125,7 @@ def fingerprint(config: BenchmarkConfig, context: StageContext) -> dict[str, Any
     runtimes = named_runtimes(config, context)
     files = (_target_file, _draft_file) if "llamacpp" in runtimes else ()
     return {
-        **config.model_dump(exclude=set() if "vllm" in runtimes else {"vllm"}),
+        **config.model_dump(exclude={"vllm": {"api_key_env"} if "vllm" in runtimes else True}),
         **({"gguf": [find(config, context).digest for find in files]} if files else {}),
         "tasks": [describe_task(task) for task in config.tasks_of(context.sections)],
         "target": context.target.identity(),
