@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from fastdraft import cli
 from fastdraft.commands import recipe_for
+from fastdraft.commands.expected import expected
 from fastdraft.commands.recipe_for import Asked, Speeds, sections
 from fastdraft.console import Console
 from fastdraft.errors import RecipeError, TargetError
-from fastdraft.recipe.recipe import load_recipe
+from fastdraft.recipe.base import load_config
+from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.recipe.training import PrunedDraft
 from fastdraft.stages import design
 from fastdraft.target import Target
@@ -54,6 +57,85 @@ def test_the_recipe_that_is_written_loads_and_begins_from_layers_of_the_writer(
 def test_an_earlier_draft_is_re_aligned(here: Path, tiny_target: Path, tiny_draft: Path) -> None:
     value = sections(Asked(str(tiny_target), 0.5, start=str(tiny_draft)), "again")
     assert value["design"] == {"draft": {"kind": "from", "path": str(tiny_draft)}}
+
+
+def test_a_re_aligned_draft_is_evaluated_as_it_began_and_as_it_became(
+    here: Path, tiny_target: Path, tiny_draft: Path
+) -> None:
+    (here / "held_out.jsonl").write_text('{"prompt": "x"}\n')
+    (here / "mine.jsonl").write_text('{"prompt": "y"}\n')
+    own = {"data": "mine.jsonl", "tasks": "held_out.jsonl, chat"}
+    asked = Asked(str(tiny_target), 0.25, start=str(tiny_draft), **own)  # type: ignore[arg-type]
+    value = sections(asked, "again")
+    assert value["evaluate"]["checkpoints"] == ["design", "align"]
+    file = {"kind": "file", "path": "held_out.jsonl", "chat": True, "prompts": 32}
+    assert value["evaluate"]["tasks"] == [file, {"kind": "instructions", "prompts": 32}]
+    assert [source["name"] for source in value["synthesize"]["prompts"]] == ["own", "instructions"]
+    load_config(Recipe, value)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "evaluated", "asked"),
+    [
+        ("code", ["code"], ["code"]),
+        ("chat, summary", ["instructions", "summarization"], ["instructions"]),
+        ("text,code", ["text", "code"], ["text", "code"]),
+    ],
+)
+def test_tasks_choose_what_is_evaluated_and_what_the_target_is_asked(
+    tiny_target: Path, tasks: str, evaluated: list[str], asked: list[str]
+) -> None:
+    value = sections(Asked(str(tiny_target), 1.0, tasks=tasks), "mine")
+    assert [task["kind"] for task in value["evaluate"]["tasks"]] == evaluated
+    assert [source["name"] for source in value["synthesize"]["prompts"]] == asked
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("poetry", "--tasks: poetry; must be one of code, chat, text, summary, or a JSONL file"),
+        (" , ", "--tasks: ' , '; names no task"),
+        ("mine.jsonl", "--tasks: 'mine.jsonl'; no prompts for the text to align on"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused(here: Path, tiny_target: Path, tasks: str, message: str) -> None:
+    (here / "mine.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(RecipeError, match=message):
+        sections(Asked(str(tiny_target), 1.0, tasks=tasks), "mine")
+
+
+def test_minutes_are_hours_said_otherwise(
+    here: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["recipes", "--for", str(tiny_target), "--name", "mine", "--minutes", "15"]) == 0
+    recipe = load_recipe("mine.yaml")
+    assert recipe.synthesize
+    assert recipe.synthesize.tokens == SPEEDS.budgets(0.25)[0]
+    assert cli.main(["recipes", "--for", "x", "--minutes", "15", "--hours", "1"]) == 2
+    assert "--hours 1 and --minutes 15: one of the two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "range_"),
+    [
+        ([], (2.37, 3.05)),
+        (["align.tokens=1200k"], (2.37, 3.05)),
+        (["align.tokens=1100k"], None),
+        (["pretrain.tokens=100M"], None),
+        (["synthesize.tokens=100k"], None),
+        (["design.draft={kind: from, path: x}"], None),
+    ],
+)
+def test_acceptance_is_promised_only_within_four_times_of_an_experiment(
+    overrides: list[str], range_: tuple[float, float] | None
+) -> None:
+    recipe, toy = load_recipe("starter", overrides), load_recipe("starter")
+    assert toy.design
+    found = expected(recipe, design.plan(toy.design, Target(recipe.target)))
+    assert (found.low, found.high) == (range_ or (None, None))
+    told = "2.4 to 3.0 tokens per target pass" if range_ else "no experiment is near"
+    assert told in str(found)
+    assert ("recipe starter (docs/results.md)" in str(found)) is bool(range_)
 
 
 def test_own_prompts_come_first_and_must_be_there(here: Path, tiny_target: Path) -> None:

@@ -248,10 +248,14 @@ def _recipes(
     target: str | None = Option(
         None, "--for", metavar="TARGET", help="Write a recipe for a model on this machine, speeds measured."
     ),
-    hours: float = Option(1.5, min=0.1, max=1000, help="With --for: of writing and training together."),
+    hours: float | None = Option(None, min=0.05, max=1000, help="With --for: writing and training; 1.5."),
+    minutes: float | None = Option(None, min=3, max=60_000, help="With --for: the same, in minutes."),
     writer: str = Option("", metavar="MODEL", help="With --for: a sibling that writes in TARGET's place."),
     start: str = Option("", "--from", metavar="DRAFT", help="With --for: an earlier draft to re-align."),
     data: str = Option("", metavar="PATH", help="With --for: your prompts, JSONL or Parquet, or a folder."),
+    tasks: str = Option(
+        "code,chat,text", help="With --for: of these and summary, or files of prompts to evaluate on."
+    ),
     called: str = Option("", "--name", help="With --for: of recipe and run; default: the target's."),
     threads: int = Option(0, min=0, help="With --for: CPU threads; 0 takes all cores."),
 ) -> None:
@@ -261,7 +265,12 @@ def _recipes(
         from fastdraft.commands import recipe_for
         from fastdraft.console import Console
 
-        recipe_for.run(recipe_for.Asked(target, hours, called, writer, start, data, threads), Console())
+        if hours and minutes:
+            found = f"--hours {hours:g} and --minutes {minutes:g}: one of the two"
+            raise RecipeError(found, "leave one out")
+        time = hours or (minutes or 90) / 60
+        asked = recipe_for.Asked(target, time, called, writer, start, data, threads, tasks)
+        recipe_for.run(asked, Console())
         return
     shipped = shipped_recipes()
     if copy is None:

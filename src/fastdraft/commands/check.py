@@ -12,6 +12,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 
 from fastdraft import forecast
+from fastdraft.commands.expected import expected
 from fastdraft.commands.stage_costs import StageCosts
 from fastdraft.commands.verdicts import runtime_verdicts, verdict_table
 from fastdraft.console import TABLE_WIDTH, Console, format_count, format_seconds, format_table
@@ -77,6 +78,7 @@ def run(recipe: Recipe, console: Console, as_json: bool = False) -> None:
             "target": {"model": recipe.target.model, **target.as_dict(), "parameters": target.parameters},
             "draft": {**draft.as_dict(), "parameters": draft.parameters},
             "cost_ratios": design.cost_ratios(draft, target),
+            "acceptance": asdict(expected(recipe, plan)),
             "device": device,
             "free_bytes": free,
             "stages": [asdict(stage) for stage in stages],
@@ -118,6 +120,7 @@ def _print(
     k = forecast.PAPER_K
     gains = (f"{forecast.mbsu_at(rate, k, ratios['bytes']):.2f} at {rate}" for rate in forecast.RATES)
     print(f"\nmemory-bound speed-up (bytes read, K = {k}) by acceptance rate:\n  {', '.join(gains)}")
+    print(textwrap.fill(str(expected(recipe, plan)), TABLE_WIDTH, break_on_hyphens=False))
 
 
 def _row(stage: StageForecast) -> list[str]:

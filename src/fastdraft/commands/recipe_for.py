@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 
+from fastdraft.commands.expected import expected
 from fastdraft.commands.measure import MeasureSettings, measure
 from fastdraft.console import Console, format_count, format_seconds
 from fastdraft.errors import RecipeError
@@ -43,7 +44,17 @@ _PASSES = 6  # over the written text, at most: more of them teach the rows, not 
 _ROWS = 64  # answers that are written together
 _BATCHED = 0.6  # of the speed of one pass over 64 tokens: the last answers of a unit are written alone
 _STEP_ROWS, _STEP_LENGTH = 2, 512
-_SHIPPED = {"instructions": "shipped:data/prompts.jsonl.xz", "text": "shipped:data/prose.jsonl.xz"}
+_PROMPTS = 32  # of each task of the evaluation
+# What `--tasks` calls them: the shipped task that is evaluated, and what the text for alignment is asked for.
+_CHAT = {"kind": "jsonl", "name": "instructions", "path": "shipped:data/prompts.jsonl.xz", "share": 3}
+_CODE = {"kind": "corpus", "name": "code", "corpus": "code", "share": 2}
+_TEXT = {"kind": "corpus", "name": "text", "corpus": "text", "share": 1}
+_TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "code": ("code", _CODE),
+    "chat": ("instructions", _CHAT),
+    "text": ("text", _TEXT),
+    "summary": ("summarization", _CHAT),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Asked:
     start: str = ""  # a draft to begin from: re-alignment
     data: str = ""  # prompts or conversations of the user's own: JSONL, Parquet, or a folder of them
     threads: int = 0
+    tasks: str = "code,chat,text"  # names of `_TASKS`, or files of prompts to evaluate on
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,6 @@ def run(asked: Asked, console: Console) -> Path:
     speeds = measure_speeds(context.target, writer, plan, recipe, console)
     written, trained = speeds.budgets(asked.hours)
     value["synthesize"]["tokens"], value["align"]["tokens"] = written, trained
-    load_config(Recipe, value)
     told = [
         f"measured here: {format_count(int(speeds.writing))} tokens/s written, "
         f"{format_count(int(speeds.training))} trained; a token of the draft costs "
@@ -100,6 +111,7 @@ def run(asked: Asked, console: Console) -> Path:
         f"budgets for {format_seconds(asked.hours * 3600)}: {format_count(written)} tokens written in "
         f"{format_seconds(written / speeds.writing)}, {format_count(trained)} trained on in "
         f"{format_seconds(trained / speeds.training)}; evaluation, export and benchmark come on top",
+        str(expected(load_config(Recipe, value), plan)),
     ]
     header = [f"A draft for {asked.target}, made by `fastdraft recipes --for`.", *told]
     lines = [f"# {line}" for text in header for line in textwrap.wrap(text, 108)]
@@ -128,17 +140,7 @@ def sections(asked: Asked, name: str) -> dict[str, Any]:
         "validation": 0.01,
         "corpora": [books | {"license": public}, code | {"license": "PSF-2.0"}],
     }
-    prompts: list[dict[str, Any]] = [
-        {"kind": "jsonl", "name": "instructions", "path": "shipped:data/prompts.jsonl.xz", "share": 3},
-        {"kind": "corpus", "name": "code", "corpus": "code", "share": 2},
-        {"kind": "corpus", "name": "text", "corpus": "text", "share": 1},
-    ]
-    tasks: list[dict[str, Any]] = [{"kind": kind, "prompts": 32} for kind in ("code", "instructions", "text")]
-    if asked.data:
-        own = user_path(asked.data, "--data")
-        if not own.exists():
-            raise RecipeError(f"--data {own}: is not there; must be a file or a folder", "correct the path")
-        prompts.insert(0, {"kind": "jsonl", "name": "own", "path": str(own), "share": 6})
+    tasks, prompts = _tasks_and_prompts(asked)
     value["synthesize"] = {
         "tokens": 100_000,
         "temperatures": [0, 0.6],
@@ -156,6 +158,8 @@ def sections(asked: Asked, name: str) -> dict[str, Any]:
         "optimizer": {"kind": "muon", "learning_rate": 1.5e-3, "embedding_learning_rate": 5e-4},
     }
     value["evaluate"] = {"tasks": tasks, "temperatures": [0, 0.6], "exact": {"prompts": 4}}
+    if asked.start:  # what the draft has lost on this target, and what is regained
+        value["evaluate"]["checkpoints"] = ["design", "align"]
     weights = {"target": "int4" if _is_large(target) else "int8", "draft": "int8"}
     formats = ["huggingface", "openvino", *(["gguf"] if target.gguf else [])]
     value["export"] = {"formats": formats, "openvino": weights}
@@ -170,6 +174,30 @@ def sections(asked: Asked, name: str) -> dict[str, Any]:
     }
     value["report"] = {}
     return value
+
+
+def _tasks_and_prompts(asked: Asked) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`evaluate.tasks` and `synthesize.prompts`: the user's own prompts, and those of the tasks by name."""
+    tasks, prompts = list[dict[str, Any]](), list[dict[str, Any]]()
+    if asked.data:
+        own = user_path(asked.data, "--data")
+        if not own.exists():
+            raise RecipeError(f"--data {own}: is not there; must be a file or a folder", "correct the path")
+        prompts.append({"kind": "jsonl", "name": "own", "path": str(own), "share": 6})
+    for name in filter(None, map(str.strip, asked.tasks.split(","))):
+        if name in _TASKS:
+            kind, source = _TASKS[name]
+            tasks.append({"kind": kind, "prompts": _PROMPTS})
+            prompts += [source] if source not in prompts else []
+        elif (file := user_path(name, "--tasks")).is_file():
+            tasks.append({"kind": "file", "path": str(file), "chat": True, "prompts": _PROMPTS})
+        else:
+            rule = f"must be one of {', '.join(_TASKS)}, or a JSONL file of prompts"
+            raise RecipeError(f"--tasks: {name}; {rule}", "correct the name; several are apart by commas")
+    if not tasks or not prompts:
+        found = "no prompts for the text to align on" if tasks else "names no task"
+        raise RecipeError(f"--tasks: {asked.tasks!r}; {found}", "add chat, or --data with prompts")
+    return tasks, prompts
 
 
 def _draft(asked: Asked, small: Target) -> dict[str, Any]:
