@@ -1,4 +1,4 @@
-"""What acceptance a recipe may expect: the range of the measured experiments near it, or that none is near."""
+"""What acceptance a recipe may expect: the range of the experiments near it, or that none is near."""
 
 from __future__ import annotations
 
