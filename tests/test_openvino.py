@@ -17,6 +17,7 @@ pytest.importorskip("openvino_genai")
 pytest.importorskip("nncf")
 pytest.importorskip("optimum.exporters.openvino", exc_type=ImportError)
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from conftest import write_recipe
 from family_fixture import write_family
 from fastdraft import cli, pipeline
 from fastdraft.data.rows import read_all
+from fastdraft.data.sparse_logits import read_with_logits
 from fastdraft.decoding.autoregressive import generate_batch
 from fastdraft.decoding.scoring import score
 from fastdraft.errors import DataError, FastDraftError, MissingExtra, RecipeError, TargetError
@@ -42,6 +44,7 @@ from fastdraft.runtimes.openvino import (
 from fastdraft.runtimes.openvino_export import check_pair, export_openvino
 from fastdraft.runtimes.openvino_speculative import OpenVINOPair, OpenVINOSettings
 from fastdraft.runtimes.runtime import Proposer, TimedText
+from fastdraft.runtimes.synthesis import sparse_logits
 from fastdraft.target import Target
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 17, 30)]
@@ -247,6 +250,23 @@ def test_synthesize_writes_accounted_rows(tiny_target: Path, tmp_path: Path) -> 
     assert manifest["asked"] == manifest["written"] + sum(manifest["filtered"].values()) + manifest["failed"]
     assert len(rows) == len({row.row_id for row in rows}) == manifest["written"]
     assert all(value == 0 if row.temperature == 0 else value <= 0 for row in rows for value in row.logprobs)
+
+
+def test_logits_are_kept_of_the_export_that_writes_also_where_a_sibling_does(
+    tiny_target: Path, tiny_draft: Path, tmp_path: Path
+) -> None:
+    engine = "synthesize.engine={kind: openvino, weights: fp32, precision: exact}"
+    changes = [engine, "synthesize.tokens=400", f"synthesize.writer={tiny_draft}"]
+    recipe = load_recipe(
+        str(write_recipe(tmp_path, tiny_target)), [*changes, "synthesize.logits={kind: top_k, k: 16}"]
+    )
+    folder = pipeline.run(recipe, only=("design", "prepare", "synthesize")).folder("synthesize")
+    placed = list(read_with_logits(folder))
+    expected = sparse_logits(Target.at(tiny_draft).model("cpu"), [row for row, _ in placed], 16)
+    for (row, logits), whole in zip(placed, expected, strict=True):
+        found = logits.read(0, len(row.response_ids))
+        np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=2e-2)
+        assert (found.ids[:, 0] == whole.ids[:, 0]).all()
 
 
 @pytest.fixture

@@ -109,7 +109,9 @@ class NoLogitsConfig(Config):
 
 
 class TopKLogitsConfig(Config):
-    """The target's likeliest tokens at every response token, at temperature 1, by a pass of its weights."""
+    """The likeliest tokens at every response token, at temperature 1, by a pass of the model that writes
+    here, as it runs; of what a server or a log has, of the target's weights.
+    """
 
     kind: Literal["top_k"]
     k: int = Field(default=64, ge=1, le=1024)
@@ -225,7 +227,7 @@ class SynthesizeConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """1 keeps all."""
     logits: Annotated[NoLogitsConfig | TopKLogitsConfig, Field(discriminator="kind")] = NoLogitsConfig()
-    """none, or top_k: the target's distributions, for token-level distillation without the target."""
+    """none, or top_k: the writer's distributions, for token-level distillation without a model beside."""
     looping: Looping = "cut"
     """Of an answer that runs into a loop: cut behind its second round, drop the row, or keep it going."""
     engine: EngineConfig = AutoEngineConfig()

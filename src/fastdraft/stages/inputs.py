@@ -95,7 +95,7 @@ def _reads_weights(name: str, context: StageContext) -> bool:
     config: Any = context.sections[name]
     if name == "synthesize":
         writer = synthesize.writer_of(config, context)
-        synthesize.require_weights(config, context.target, writer)
+        synthesize.require_weights(config, writer)
         return bool(config.needs_weights and writer is context.target)
     if name == "align" and config.objective.kind == "token_kd" and config.objective.source == "target":
         rule, fix = "align.objective: source: target reads the target", "leave out align.objective"

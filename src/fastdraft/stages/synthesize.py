@@ -11,8 +11,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from fastdraft.console import Console, format_count
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.filters import RowCounts, RowFilter
@@ -24,21 +22,22 @@ from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device, set_threads
-from fastdraft.modeling.heads import output_head
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
 from fastdraft.recipe.run import TargetConfig
-from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, SynthesizeConfig
+from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, OpenVINOEngineConfig, SynthesizeConfig
 from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.engines import (
     EngineChoice,
     choose_engine,
+    converted,
     describe_engine,
     open_engine,
     require_installed,
     uses_weights,
 )
-from fastdraft.runtimes.synthesis import UnitWriter, unit_logits
+from fastdraft.runtimes.openvino_reader import OpenVINOModel
+from fastdraft.runtimes.synthesis import Scorer, UnitWriter, scored_ids, unit_logits
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
@@ -48,15 +47,15 @@ def check_installed(config: SynthesizeConfig) -> None:
     require_installed(config.engine)
 
 
-def require_weights(config: SynthesizeConfig, target: Target, writer: Target) -> None:
+def require_weights(config: SynthesizeConfig, writer: Target) -> None:
     """Refuses work that needs the target's weights where they are not, before any of it is claimed."""
     try:
         if config.needs_weights:
-            (target if config.logits.kind == "top_k" else writer).files.check_weights()
+            writer.files.check_weights()
     except TargetError as error:
         if config.asks and uses_weights(config.engine):
             raise
-        rule = "synthesize.logits: top_k scores all text with the target's weights, whoever wrote it"
+        rule = "synthesize.logits: top_k scores what a server or a log has with the target's weights"
         fix = "put them there, or set synthesize.logits: {kind: none}"
         raise TargetError(f"{error.message}; {rule}", fix) from None
 
@@ -64,7 +63,7 @@ def require_weights(config: SynthesizeConfig, target: Target, writer: Target) ->
 def fingerprint(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
     """What the text depends on; of evaluation tasks only what they forbid; prepared corpora where used."""
     writing = writer_of(config, context)
-    require_weights(config, context.target, writing)
+    require_weights(config, writing)
     seed, engine = context.settings.seed, _engine(config, context)
     uses_corpus = any(isinstance(source, CorpusPrompts) for source in config.prompts)
     settings = config.model_dump(mode="json", exclude={"prompts", "writer"})
@@ -125,7 +124,7 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         how |= {"end_loops": config.looping != "keep"}  # what would be cut off or dropped need not be written
         engine = open_engine(choice.settings, writer_of(config, context), folder, console, **how)
     writer, fresh = _writer(config, target, context.chat, engine, held_out), 0
-    scorer = _scorer(config, target, engine, settings.device)
+    scorer = _scorer(config, choice, engine, context)
     with console.progress("synthesize", config.tokens, "tokens", 0) as progress:
         while account.total.tokens < config.tokens and (plan := account.next_plan()):
             fresh += _take_unit(plan, account, writer, folder, settings.seed)
@@ -184,15 +183,18 @@ def _writer(
 
 
 def _scorer(
-    config: SynthesizeConfig, target: Target, engine: Engine | None, device: str
-) -> PreTrainedModel | None:
-    """The model whose distributions are kept: the engine's own, or the target loaded beside it."""
+    config: SynthesizeConfig, choice: EngineChoice | None, engine: Engine | None, context: StageContext
+) -> Scorer | None:
+    """The model whose distributions are kept: the one that writes here, else the target loaded beside it."""
     if config.logits.kind == "none":
         return None
-    model = getattr(engine, "model", None)
-    scorer = model if isinstance(model, PreTrainedModel) else target.model(pick_device(device))
-    size = output_head(scorer)[1].vocab_size
-    if config.logits.k >= size:
+    scorer = getattr(engine, "model", None)
+    if choice and isinstance(choice.settings, OpenVINOEngineConfig) and choice.settings.device == "CPU":
+        where = (context.folder("synthesize"), context.console)
+        export = converted(writer_of(config, context), choice.settings.weights, *where)
+        scorer = OpenVINOModel(export, choice.settings.precision, context.settings.threads)
+    scorer = scorer or writer_of(config, context).model(pick_device(context.settings.device))
+    if config.logits.k >= (size := scored_ids(scorer)):
         rule = f"must be below the {size} ids of the target's vocabulary"
         raise RecipeError(f"synthesize.logits.k: {config.logits.k}; {rule}", "lower it; 64 is usual")
     return scorer
@@ -219,9 +221,9 @@ def _take_unit(plan: SourcePlan, account: Account, writer: UnitWriter, folder: S
     return generated
 
 
-def _keep_logits(folder: StageFolder, index: int, model: PreTrainedModel, k: int) -> None:
+def _keep_logits(folder: StageFolder, index: int, model: Scorer, k: int) -> None:
     """The distributions over a unit that stands: a process may have ended between its rows and these."""
-    name, size = unit_name(index), output_head(model)[1].vocab_size
+    name, size = unit_name(index), scored_ids(model)
     folder.keep(
         logits_name(name),
         lambda: unit_logits(model, read_rows(folder.path / name), k),
