@@ -18,7 +18,7 @@ from typer import Argument, Exit, Option, Typer, TyperException
 
 from fastdraft import __version__
 from fastdraft.errors import FastDraftError, RecipeError, machine_errors
-from fastdraft.stages import SUMMARIES
+from fastdraft.stages import SPREAD, SUMMARIES
 
 _STOPPED = 130
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,6 +63,7 @@ Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_SET)
 Quiet = Annotated[bool, Option("--quiet", help="Print warnings and errors only.")]
 _REDO = "First throw away STAGE and what builds on it; may be repeated."
 Redo = Annotated[list[str] | None, Option(metavar="STAGE", help=_REDO)]
+Ray = Annotated[str, Option("--ray", metavar="ADDRESS", help="Use a Ray cluster: HOST:PORT, or auto.")]
 Json = Annotated[bool, Option("--json", help="Print JSON on stdout.")]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 
@@ -97,7 +98,13 @@ def _stage_verb(name: str | None) -> Callable[..., None]:
     def stage(recipe: Recipe, overrides: Overrides = None, redo: Redo = None, quiet: Quiet = False) -> None:
         _stages(recipe, overrides, redo, quiet, only=name)
 
-    return stage
+    def spread(
+        recipe: Recipe, overrides: Overrides = None, redo: Redo = None, quiet: Quiet = False, ray: Ray = ""
+    ) -> None:
+        cluster = ["run.cluster.kind=ray", f"run.cluster.address='{ray}'"] if ray else []
+        _stages(recipe, [*(overrides or ()), *cluster], redo, quiet, only=name)
+
+    return spread if name in (None, *SPREAD) else stage
 
 
 def _export(

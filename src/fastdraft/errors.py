@@ -61,6 +61,7 @@ class MissingExtra(FastDraftError):
         self.library = library
         message = f"{library} is not installed; this needs the extra '{extra}'"
         super().__init__(message, command or f"pip install 'fastdraft[{extra}]'")
+        self.args = (library, extra, command)  # what it is made of again on another machine
 
 
 class Interrupted(FastDraftError):

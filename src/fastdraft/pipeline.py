@@ -24,10 +24,12 @@ from typing import Any
 
 from fastdraft.console import Console, format_seconds
 from fastdraft.errors import DataError, FastDraftError, RecipeError, TargetError, machine_errors
+from fastdraft.ray_workers import connect
 from fastdraft.recipe.base import Config
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.run_folder import CONVERTED, FINGERPRINT, RunFolder, read_json, write_atomic, write_json
 from fastdraft.stages import (
+    SPREAD,
     SUMMARIES,
     align,
     benchmark,
@@ -173,6 +175,8 @@ def _try(wanted: list[Stage], redone: Collection[str], context: StageContext) ->
         check_lengths(context.sections, design.plan(context.section("design"), context.target))
     for line in try_inputs(unfinished, context):
         context.console.say(line)
+    if context.settings.cluster and not set(unfinished).isdisjoint(SPREAD):
+        connect(context.settings.cluster.address)
 
 
 def _wanted(context: StageContext, only: Iterable[str] | None) -> list[Stage]:

@@ -77,6 +77,16 @@ def _package_file(text: str, where: str) -> Path:
     return found
 
 
+class ClusterConfig(Config):
+    """Many machines that Ray has made one cluster of: prepare, synthesize and evaluate's texts use them."""
+
+    kind: Literal["ray"]
+    address: str = Field(default="auto", min_length=1)
+    """HOST:PORT of the cluster's head; auto: the cluster of this machine, else a new one of it alone."""
+    workers: int = Field(default=0, ge=0, le=100_000)
+    """How many work at a time; 0: one for each GPU, or for as many CPUs as each takes."""
+
+
 class RunConfig(Config):
     """`run:` — where results go, the seed, the device."""
 
@@ -96,6 +106,8 @@ class RunConfig(Config):
     """Whether training compiles the draft (torch.compile); auto: on CUDA, in runs long enough for it."""
     tensorboard: bool = False
     """Whether training writes TensorBoard files too (needs the extra `tensorboard`)."""
+    cluster: ClusterConfig | None = None
+    """Machines for prepare, synthesize and evaluate's texts (needs the extra `ray`); unset: this one."""
 
     @property
     def root(self) -> Path:

@@ -15,3 +15,5 @@ SUMMARIES = {
     "benchmark": "the exported pair on this device's clock, beside the prediction",
     "report": "everything on one page",
 }
+# Those whose work many machines share.
+SPREAD = ("prepare", "synthesize", "evaluate")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,11 @@ from fastdraft.console import Console
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.errors import FastDraftError, RecipeError
 from fastdraft.recipe.base import Config
+from fastdraft.ray_workers import Place, RayWorkers, connect
 from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, StageFolder
 from fastdraft.target import Target
+from fastdraft.workers import LocalWorkers, Workers
 
 # Where each stage keeps its draft, in the order of training.
 DRAFT_FOLDERS = {
@@ -23,6 +26,7 @@ DRAFT_FOLDERS = {
     "continue_pretrain": "checkpoint",
     "align": "checkpoint",
 }
+_PLACES = {"gpu": "a GPU", "node": "a machine's CPUs", "cpu": "a few CPUs", "none": "a server to ask"}
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,18 @@ class StageContext:
 
     def has(self, stage: str) -> bool:
         return stage in self.sections
+
+    @contextlib.contextmanager
+    def workers(self, stage: str, make: Callable[[], Any], place: Place, count: int = 0) -> Iterator[Workers]:
+        """Who does a stage's jobs: `make` makes one worker, here or on each machine of `run.cluster`."""
+        workers: Workers = LocalWorkers(make)
+        if cluster := self.settings.cluster:
+            connect(cluster.address)
+            stop, where = self.console.stop, self.folder(stage).path
+            told = {"check": lambda: stop.check(where), "say": self.console.say}
+            workers = RayWorkers(make, cluster.workers or count, place, self.settings.threads, **told)
+            self.console.say(f"{workers.count} workers of the Ray cluster, each with {_PLACES[place]}")
+        try:
+            yield workers
+        finally:
+            workers.close()

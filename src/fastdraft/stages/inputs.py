@@ -22,6 +22,7 @@ from fastdraft.data.prompts import usable_prompts
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.evaluation.tasks import load_task
 from fastdraft.modeling.tokenizer import UnknownId
+from fastdraft.ray_workers import require_ray
 from fastdraft.recipe.evaluation import BenchmarkConfig
 from fastdraft.recipe.prepare import FileSource, HubRows, SourceConfig
 from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptLog
@@ -29,7 +30,7 @@ from fastdraft.runtimes.gguf_export import require_writable
 from fastdraft.runtimes.llama_cpp_engine import check_vocabulary, gguf_of
 from fastdraft.runtimes.openvino_export import require_convertible
 from fastdraft.runtimes.vllm_runtime import check_shapes
-from fastdraft.stages import benchmark, design, evaluate, export, synthesize
+from fastdraft.stages import SPREAD, benchmark, design, evaluate, export, synthesize
 from fastdraft.stages.context import StageContext
 
 HUB_SECONDS = 10
@@ -44,6 +45,8 @@ _INSTALLED: dict[str, Callable[[Any], None]] = {
 def try_inputs(names: Collection[str], context: StageContext) -> list[str]:
     """Refuses what would stop one of these stages, all unfinished; lines of what the user should know."""
     sections: dict[str, Any] = {name: each for name, each in context.sections.items() if name in names}
+    if context.settings.cluster and not sections.keys().isdisjoint(SPREAD):
+        require_ray()
     for name, section in sections.items():
         _INSTALLED.get(name, lambda _: None)(section)
     if "benchmark" in sections:

@@ -1,0 +1,294 @@
+"""Workers on many machines: Ray places them, carries what they are asked and what they give, and tells which
+were lost.
+
+Here only an order is kept: which job is begun next, and which is begun once more because its worker was lost
+or is much slower than the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any, Literal
+
+from fastdraft import __version__
+from fastdraft.errors import FastDraftError, MissingExtra
+from fastdraft.workers import Job
+
+Place = Literal["gpu", "node", "cpu", "none"]
+"""What a worker has for itself: a GPU, a machine's CPUs, a few CPUs, or nothing (it asks a server)."""
+
+REACHED_SECONDS = 25.0
+FEW_CPUS = 4
+BEGUN_EACH = 2  # jobs that a worker has at a time: while one is done, the next already lies there
+WAITING_EACH = 4  # begun or done, and not taken yet
+SLOW = 3.0  # times the middle job's seconds: then an idle worker does it too
+LOST = 10  # workers that one job may cost
+TOLD_SECONDS = 30.0
+
+
+def require_ray() -> None:
+    """Looks whether Ray is installed, without loading it."""
+    if find_spec("ray") is None:
+        raise MissingExtra("ray", "ray")
+
+
+def connect(address: str) -> None:
+    """Joins the cluster; `auto` is the one that this machine belongs to, else a new one of it alone."""
+    require_ray()
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if named:
+        _reach(named)
+    before = signal.getsignal(signal.SIGTERM)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        ray.init(named or None, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise _unreachable(named or address, str(error)) from None
+    finally:
+        with contextlib.suppress(ValueError):  # not the main thread, which nobody stops by a signal
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler would end the run without a word
+
+
+def _reach(address: str) -> None:
+    """Tries the address in a process of its own: in this one Ray waits for minutes, then ends it."""
+    program = "import logging, sys, ray; ray.init(sys.argv[1], logging_level=logging.FATAL)"
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", program, address],
+            capture_output=True,
+            text=True,
+            timeout=REACHED_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _unreachable(address, f"no answer within {REACHED_SECONDS:.0f} s") from None
+    if found.returncode:
+        raise _unreachable(address, (found.stderr.strip().splitlines() or ["no answer"])[-1])
+
+
+def _unreachable(address: str, why: str) -> FastDraftError:
+    rule = "a Ray cluster of the same releases of Ray and Python must answer there"
+    return FastDraftError(f"run.cluster.address: {address}: {why[:160]}; {rule}", "look at `ray status`")
+
+
+class RayWorker:
+    """The actor: holds one worker, made at its first job so that what is wrong with it is that job's error."""
+
+    def __init__(self, make: Callable[[], Any], release: str) -> None:
+        self._make, self._release, self._worker = make, release, None
+        self._where = f"{socket.gethostname()}:{os.getpid()}"
+
+    def run(self, method: str, arguments: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+        """(who, each of what the method gives)."""
+        if self._release != __version__:
+            rule = f"all machines must have the release that was started, {self._release}"
+            raise FastDraftError(f"{self._where}: fastdraft {__version__}; {rule}", "install that one there")
+        if self._worker is None:
+            self._worker = self._make()
+        found = getattr(self._worker, method)(*arguments)
+        for each in found if isinstance(found, Iterator) else (found,):
+            yield self._where, each
+
+
+@dataclass
+class _Attempt:
+    """A job given to a worker."""
+
+    worker: Any
+    items: Any  # Ray's generator
+    ended: Any  # a reference that is there once all of them are
+
+
+@dataclass
+class _Begun:
+    job: Job
+    since: float = field(default_factory=time.monotonic)
+    attempts: list[_Attempt] = field(default_factory=list)
+    done: _Attempt | None = None  # the first that ended
+    lost: int = 0
+
+
+class RayWorkers:
+    """`count` actors, each with one worker; `check` is called while nothing is there yet."""
+
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        count: int,
+        place: Place,
+        cpus: int = 0,
+        check: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        import ray
+
+        self._ray, self._check, self._say, self.last = ray, check, say, ""
+        self._arguments = ray.put(make), __version__  # once, however many workers
+        own, self.count = _share(ray, place, cpus, count)
+        self._actor = ray.remote(RayWorker).options(scheduling_strategy="SPREAD", **own)
+        self._workers = [self._new() for _ in range(self.count)]
+        self._begun: dict[Hashable, _Begun] = {}
+        self._seconds: deque[float] = deque(maxlen=64)
+
+    def _new(self) -> Any:
+        return self._actor.remote(*self._arguments)
+
+    def take(self, job: Job, ahead: Iterable[Job] = ()) -> Any:
+        """The job's result; see `Workers`."""
+        begun = self._until(job, ahead, lambda begun: begun.done is not None)
+        assert begun.done
+        try:
+            self.last, found = self._get(next(begun.done.items))
+        except self._ray.exceptions.RayError as error:  # the machine that held it is gone
+            self._lose(begun, begun.done, error)
+            return self.take(job, ahead)
+        del self._begun[job.key]
+        return found
+
+    def stream(self, job: Job, ahead: Iterable[Job] = ()) -> Iterator[Any]:
+        """What the job yields; see `Workers`."""
+        given, wanted = 0, [job, *islice(ahead, WAITING_EACH * self.count)]
+        while True:
+            begun = self._until(job, wanted[1:], lambda begun: bool(begun.attempts))
+            attempt = begun.done or begun.attempts[0]
+            try:
+                for number, reference in enumerate(attempt.items):
+                    self._wait([reference], wanted)
+                    if number >= given:  # those before were given already, from a worker that was lost
+                        self.last, found = self._get(reference)
+                        given += 1
+                        yield found
+                break
+            except self._ray.exceptions.RayError as error:
+                self._lose(begun, attempt, error)
+        del self._begun[job.key]
+
+    def close(self) -> None:
+        """Ends the workers, whatever they do."""
+        for worker in self._workers:
+            self._ray.kill(worker)
+        self._workers, self._begun = [], {}
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+    def _until(self, job: Job, ahead: Iterable[Job], is_there: Callable[[_Begun], bool]) -> _Begun:
+        """Begins jobs and waits until the first is there."""
+        wanted, told = [job, *islice(ahead, WAITING_EACH * self.count)], time.monotonic()
+        while True:
+            self._settle()
+            self._begin(wanted)
+            begun = self._begun[job.key]
+            if is_there(begun):
+                return begun
+            self._help(begun)
+            self._wait([attempt.ended for attempt in self._running()], wanted)
+            if not self._seconds and time.monotonic() - told > TOLD_SECONDS:
+                told = time.monotonic()
+                self._say("waiting for the first worker: it loads a model, or the cluster has no room for it")
+
+    def _wait(self, references: list[Any], wanted: list[Job]) -> None:
+        """Until one of these is there, or for a moment; obeys a request to stop."""
+        self._check()
+        self._ray.wait(references, timeout=0.5, fetch_local=False)
+
+    def _running(self) -> list[_Attempt]:
+        return [attempt for begun in self._begun.values() if not begun.done for attempt in begun.attempts]
+
+    def _load(self, worker: Any) -> int:
+        return sum(attempt.worker is worker for attempt in self._running())
+
+    def _begin(self, wanted: list[Job]) -> None:
+        """Gives free workers what is wanted, the first job in any case."""
+        for number, job in enumerate(wanted):
+            begun = self._begun.get(job.key)
+            if begun and begun.attempts:
+                continue
+            free = min(self._workers, key=self._load)
+            full = self._load(free) >= BEGUN_EACH or len(self._begun) >= WAITING_EACH * self.count
+            if full and number:
+                return
+            self._attempt(self._begun.setdefault(job.key, _Begun(job)), free)
+
+    def _attempt(self, begun: _Begun, worker: Any) -> None:
+        arguments = begun.job.method, begun.job.arguments()
+        items = worker.run.options(num_returns="streaming").remote(*arguments)
+        begun.attempts.append(_Attempt(worker, items, items.completed()))
+
+    def _help(self, begun: _Begun) -> None:
+        """An idle worker does too what all others wait for, if that takes much longer than usual."""
+        usual = statistics.median(self._seconds) if self._seconds else float("inf")
+        late = time.monotonic() - begun.since > SLOW * usual * len(begun.attempts)
+        idle = [worker for worker in self._workers if not self._load(worker)]
+        if late and idle:
+            self._attempt(begun, idle[0])
+
+    def _settle(self) -> None:
+        """Notes which attempts have ended; the jobs of lost workers are to be begun again."""
+        running = self._running()
+        if not running:
+            return
+        ended, _ = self._ray.wait(
+            [a.ended for a in running], num_returns=len(running), timeout=0, fetch_local=False
+        )
+        found = set(ended)
+        for begun in self._begun.values():
+            for attempt in [a for a in begun.attempts if not begun.done and a.ended in found]:
+                try:
+                    self._ray.get(attempt.ended)
+                except self._ray.exceptions.RayTaskError:
+                    pass  # an error of the work: it is raised when the result is taken
+                except self._ray.exceptions.RayError as error:
+                    self._lose(begun, attempt, error)
+                    continue
+                begun.done = begun.done or attempt
+                self._seconds.append(time.monotonic() - begun.since)
+
+    def _lose(self, begun: _Begun, attempt: _Attempt, error: Exception) -> None:
+        """The job is to be begun again, and its worker, if that is dead, is replaced by a new one."""
+        begun.attempts.remove(attempt)
+        begun.done, begun.lost = None, begun.lost + 1
+        if begun.lost > LOST:
+            found = f"run.cluster: job {begun.job.key}: its worker was lost {begun.lost} times"
+            why = str(error).strip().splitlines()[:1]
+            raise FastDraftError(f"{found} ({' '.join(why)[:160]})", "look into Ray's logs of that worker")
+        gone = isinstance(
+            error, self._ray.exceptions.ActorDiedError | self._ray.exceptions.WorkerCrashedError
+        )
+        if gone and attempt.worker in self._workers:
+            self._workers[self._workers.index(attempt.worker)] = self._new()
+
+
+def _share(ray: Any, place: Place, cpus: int, count: int) -> tuple[dict[str, float], int]:
+    """What each worker is given, and how many there are: `count`, or as many as the cluster has room for."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    of_nodes = [int(node.get("CPU", 0)) for node in nodes]
+    if place == "gpu":
+        return {"num_gpus": 1, "num_cpus": 1}, count or max(1, int(sum(n.get("GPU", 0) for n in nodes)))
+    if place == "none":
+        return {"num_cpus": 0}, count or 1
+    least = min([each for each in of_nodes if each], default=1)
+    own = cpus or (least if place == "node" else min(FEW_CPUS, least))
+    own = min(own, least)  # more threads than CPUs are the recipe's wish; more CPUs than there are never come
+    return {"num_cpus": own}, count or max(1, sum(each // own for each in of_nodes))
