@@ -37,20 +37,18 @@ PAIRS: dict[str, tuple[tuple[int, ...], str]] = {
     "phi-3-mini-50m": ((3072, 32, 32, 32, 8192, 32064), "Phi-3-mini 50M"),
 }
 TINY = (256, 2, 4, 2, 512, 1024)
-PREFIX, TOKENS, K = 128, 96, 3
+PREFIX, K = 128, 3
 
 
 def measure(name: str, given: Any, folder: Path, report: Report) -> None:
     """One pair: a server of the target alone, one of the draft alone, one of both."""
     from transformers import LlamaConfig
 
-    from fastdraft.benchmark.at_a_time import seconds_of
     from fastdraft.forecast import block_efficiency, conditional_acceptance_rate, predicted_speedup
     from fastdraft.modeling import shapes
     from fastdraft.modeling.architecture import draft_hf_config, read_architecture
     from fastdraft.reporting.definitions import PAPER_RATES
-    from fastdraft.runtimes.runtime import Proposer
-    from fastdraft.runtimes.vllm import Room, pass_seconds, start, timed_passes
+    from fastdraft.runtimes.vllm import seconds_by_chance, timed_passes
     from fastdraft.runtimes.vllm_runtime import VLLMRuntime
 
     sizes, paper = PAIRS[name]
@@ -68,38 +66,18 @@ def measure(name: str, given: Any, folder: Path, report: Report) -> None:
         given.server, f"--load-format dummy --skip-tokenizer-init {given.arguments}", threads=given.threads
     )
     rate = statistics.fmean(rates[-1] for rates in PAPER_RATES[paper].values())
-    chance, most = conditional_acceptance_rate(rate, K), max(given.texts)
+    chance = conditional_acceptance_rate(rate, K)
     by_tokens = timed_passes(
         folder / "target", runtime, sorted({n * w for n in given.texts for w in (1, K + 1)}), PREFIX
     )
     by_texts = timed_passes(folder / "draft", runtime, given.texts, PREFIX)
-    room = PREFIX + TOKENS + most + 2 * K + 4
-    synthetic = {
-        "rejection_sample_method": "synthetic",
-        "synthetic_acceptance_rates": [chance**n for n in range(1, K + 1)],
-    }
-    proposer = Proposer("draft", K)
-    server = start(
-        folder / "target", folder / "draft", runtime, proposer, Room(most, most * room, room), **synthetic
-    )
-    try:
-        for n in given.texts:
-            pass_seconds(server, n, PREFIX)  # warms up
-            served = pass_seconds(server, n, PREFIX, TOKENS + n)
-            costs = by_texts[n], by_tokens[n], seconds_of(by_tokens, n * (K + 1))
-            predicted = predicted_speedup(block_efficiency(chance, K), K, *costs)
-            figures = {"seconds_per_token_alone": by_tokens[n], "seconds_per_token_with_draft": served}
-            report.add(
-                {
-                    "shape": name,
-                    "texts": n,
-                    **figures,
-                    "speedup": by_tokens[n] / served,
-                    "predicted": predicted,
-                }
-            )
-    finally:
-        server.close()
+    pair = folder / "target", folder / "draft", runtime
+    for n, served in seconds_by_chance(*pair, K, chance, given.texts, PREFIX).items():
+        costs = by_texts[n], by_tokens[n], by_tokens[n * (K + 1)]
+        predicted = predicted_speedup(block_efficiency(chance, K), K, *costs)
+        figures = {"seconds_per_token_alone": by_tokens[n], "seconds_per_token_with_draft": served}
+        gains = {"speedup": by_tokens[n] / served, "predicted": predicted}
+        report.add({"shape": name, "texts": n, **figures, **gains})
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from fastdraft import cli, pipeline
 from fastdraft.benchmark.at_a_time import at_a_time, pays_until, seconds_of
 from fastdraft.benchmark.replayed import draft_accepts
 from fastdraft.benchmark.rows import BenchmarkResults, BenchmarkRow, PassesRow
+from fastdraft.commands.measure import MeasureSettings, measure
+from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding.replay import counts_of_accepts
 from fastdraft.errors import FastDraftError, RecipeError, TargetError
@@ -275,6 +277,40 @@ def test_weights_are_called_by_the_precision_that_vllm_gives_them(tiny_target: P
     assert precision(target, "--dtype float32 -x") == ("fp32", "fp32")
     assert precision(target, "--dtype=bfloat16") == ("bf16", "bf16")
     assert precision(target, "") == ("auto", "auto"), "float32 weights are not kept"
+
+
+def test_an_untrained_shape_is_served_at_an_acceptance_by_chance(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    class Clock:
+        def __init__(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        def write(self, prompt: Any, sampling: Any, tokens: int, seed: int, **more: Any) -> list[pairs.Pass]:
+            return [pairs.Pass([7], self.seconds * (place + 1)) for place in range(tokens)]
+
+        def close(self) -> None:
+            begun.append(None)
+
+    def begin(target: Path, draft: Path, settings: Any, proposer: Any, room: Any, **more: Any) -> Clock:
+        begun.append((target.name, proposer, more, sorted(path.name for path in draft.iterdir())))
+        return Clock(0.05 if proposer else 0.1 if target == tiny_target else 0.01)
+
+    monkeypatch.setattr(pairs, "start", begin)
+    monkeypatch.setattr(VLLMRuntime, "describe", lambda self: {"name": "vllm"})
+    settings = MeasureSettings(runtime="vllm", draft=["32x1"], num_speculative_tokens=[3], acceptance=1.0)
+    found = measure(Target.at(tiny_target), [], settings, Console())
+    assert begun[1::2] == [None] * 3, "each server has ended before the next begins"
+    (draft, *_), _, (target, proposer, synthetic, files) = begun[::2]
+    assert (draft, target, proposer) == ("32x1", tiny_target.name, Proposer("draft", 3))
+    assert synthetic == {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [1.0] * 3}
+    assert "config.json" in files
+    assert not [name for name in files if name.endswith(".safetensors")]
+    one = found.synthetic
+    assert one is not None
+    assert (one.speedup, one.predicted_speedup) == (pytest.approx(2.0), pytest.approx(0.4 / 0.13))
 
 
 def row(texts: dict[int, float], tokens: dict[int, float]) -> PassesRow:

@@ -11,19 +11,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastdraft.commands.measurement import MeasuredModel, MeasuredShapes, SyntheticPair
 from fastdraft.console import Console
 from fastdraft.forecast import conditional_acceptance_rate
-from fastdraft.runtimes.runtime import Proposer
-from fastdraft.runtimes.vllm import MEASURED_PASSES, Room, pass_seconds, start, timed_passes
+from fastdraft.runtimes.vllm import MEASURED_PASSES, seconds_by_chance, timed_passes
 from fastdraft.runtimes.vllm_runtime import VLLMRuntime, check_shapes, check_target, precision
 from fastdraft.target import Target
-
-_TOKENS = 96  # of the text that tells the speed with a draft
 
 
 def measure_served(
@@ -62,19 +58,8 @@ def measure_served(
         )
         found = MeasuredShapes(described, prefix, MEASURED_PASSES, model, by_width, timed, tuple(ks))
         best, k, forecast = found.best(acceptance)
-        chance, room = conditional_acceptance_rate(acceptance), prefix + _TOKENS + 2 * k + 4
-        rates = [round(chance ** (place + 1), 6) for place in range(k)]
-        synthetic: dict[str, Any] = {
-            "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_rates": rates,
-        }
-        pair = location, folders[timed.index(best)], runtime, Proposer("draft", k), Room(1, room, room)
-        server = start(*pair, **synthetic)
-        try:
-            pass_seconds(server, 1, prefix)  # warms up
-            served = pass_seconds(server, 1, prefix, _TOKENS)
-        finally:
-            server.close()
+        chance, folder = conditional_acceptance_rate(acceptance), folders[timed.index(best)]
+        [served] = seconds_by_chance(location, folder, runtime, k, chance, [1], prefix).values()
         progress.advance(1)
     speedup = by_width[1] / served
     return replace(found, synthetic=SyntheticPair(best.name, k, acceptance, forecast, speedup))

@@ -147,6 +147,7 @@ class OpenVINOEngineConfig(Config):
 
 
 def server_address(value: str) -> str:
+    """Of a server, without a key in it."""
     parts = urlsplit(value)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("must be addresses without a key: name its environment variable in api_key_env")

@@ -33,6 +33,7 @@ from fastdraft.target import Target
 NGRAMS = (2, 3)  # the shortest and the longest run of last tokens that its lookup looks for
 _MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 MEASURED_PASSES = 12  # in which all texts have a part, for the cost of a pass
+_SYNTHETIC_TOKENS = 96  # of a text whose proposals are accepted by chance
 _PREFILL = 512  # tokens of prompts that a pass reads at the least
 _TRIES = 4  # to be told every pass by itself
 _LONGEST = 2048  # tokens of a text for which there is room, so that few servers are started again
@@ -247,6 +248,34 @@ def timed_passes(
     server = start(model, model, settings, None, Room(max(texts), max(texts) * room, room))
     try:
         return {count: pass_seconds(server, count, prefix_tokens) for count in texts}
+    finally:
+        server.close()
+
+
+def seconds_by_chance(
+    target: Path,
+    draft: Path,
+    settings: VLLMSettings,
+    k: int,
+    chance: float,
+    texts: Sequence[int],
+    prefix_tokens: int,
+) -> dict[int, float]:
+    """Seconds for a token of each of so many texts, served with a draft of whatever weights.
+
+    vLLM accepts each further proposal with that chance, whatever was proposed.
+    """
+    most, tokens = max(texts), _SYNTHETIC_TOKENS + max(texts)
+    room = prefix_tokens + tokens + 2 * k + 4
+    rates = [round(chance**place, 6) for place in range(1, k + 1)]
+    synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+    proposer, sizes = Proposer("draft", k), Room(most, most * room, room)
+    server, found = start(target, draft, settings, proposer, sizes, **synthetic), {}
+    try:
+        for count in texts:
+            pass_seconds(server, count, prefix_tokens)  # warms up
+            found[count] = pass_seconds(server, count, prefix_tokens, tokens)
+        return found
     finally:
         server.close()
 
