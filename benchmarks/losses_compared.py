@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -46,38 +47,53 @@ Tables = dict[Place, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Branch(RunFolder):
-    """A run that borrows every stage but align from the run in `source`, and writes nothing there."""
+    """A run that borrows all stages but its `own` from the run in `source`, and writes nothing there."""
 
     source: Path
+    own: tuple[str, ...] = ("align",)
 
     def folder(self, name: str) -> StageFolder:
-        return StageFolder((self.root if name == "align" else self.source) / name)
+        return StageFolder((self.root if name in self.own else self.source) / name)
 
 
-def main() -> None:
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every comparison is given."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
     add = parser.add_argument
     add("run", type=Path, help="folder of a finished run, only read")
     add("--out", type=Path, required=True, help="folder of the comparison")
-    add("--tokens", type=parse_count, default=400_000, help="of synthetic text for each loss (400k)")
-    add("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="default: all; ce always comes first")
-    add("--source", choices=("target", "stored"), default="target", help="of the target's distributions")
     add("--k", type=int, default=3, help="num_speculative_tokens of the replay")
     add("--prompts", type=int, default=0, help="of each task, from the front; 0: all")
     add("--threads", type=int, default=0, help="CPU threads; 0: the run's own")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe overrides")
-    given, console = parser.parse_args(), Console()
-    settings = {key: str(value) for key, value in vars(given).items() if key not in ("losses", "out")}
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe overrides, such as align's rates")
+    return parser
+
+
+def compare(given: argparse.Namespace, name: str, contenders: str, work: Callable[..., None]) -> None:
+    """`work(given, path, settings, console)` in OUT, which holds the comparison of these settings alone.
+
+    More `contenders` may come later. `work` writes the file anew after each, so that a killed comparison
+    shows what it has.
+    """
+    console, path = Console(), given.out / name
+    settings = {key: str(value) for key, value in vars(given).items() if key not in (contenders, "out")}
     with console.stop.listen(), RunFolder(given.out).lock():
-        path = given.out / "losses.json"
         if path.exists() and read_json(path)["settings"] != settings:
             raise SystemExit(f"{path}: holds a comparison with other settings; use another --out")
-        compare(given, path, settings, console)
+        work(given, path, settings, console)
 
 
-def compare(given: argparse.Namespace, path: Path, settings: dict[str, str], console: Console) -> None:
-    """All losses; the file is written anew after each, so that a killed comparison shows what it has."""
+def main() -> None:
+    parser = options(__doc__)
+    add = parser.add_argument
+    add("--tokens", type=parse_count, default=400_000, help="of synthetic text for each loss (400k)")
+    add("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="default: all; ce always comes first")
+    add("--source", choices=("target", "stored"), default="target", help="of the target's distributions")
+    compare(parser.parse_args(), "losses.json", "losses", compare_losses)
+
+
+def compare_losses(given: argparse.Namespace, path: Path, settings: dict[str, str], console: Console) -> None:
     texts = read_texts(given.run / "evaluate/generations", given.prompts or None)
     training: dict[str, dict[str, Any]] = {}
     found: dict[str, Tables] = {}

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from losses_compared import POOLED, Tables, read_texts, replay, row_of
+from losses_compared import POOLED, Branch, Tables, compare, options, read_texts, replay, row_of
 from machine import table
 
 from fastdraft.commands.recipe_for import training_speed
@@ -28,50 +27,24 @@ from fastdraft.console import Console
 from fastdraft.modeling.drafts import set_threads
 from fastdraft.pipeline import make_context
 from fastdraft.recipe.recipe import load_recipe
-from fastdraft.run_folder import RunFolder, StageFolder, read_json, write_json
+from fastdraft.run_folder import RunFolder, StageFolder, write_json
 from fastdraft.stages import align, design
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
 
-OWN, BASE = ("design", "align"), "run"
-
-
-@dataclass(frozen=True)
-class Branch(RunFolder):
-    """A run that borrows prepare and synthesize from the run in `source`, and writes nothing there."""
-
-    source: Path
-
-    def folder(self, name: str) -> StageFolder:
-        return StageFolder((self.root if name in OWN else self.source) / name)
+BASE = "run"
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = options(__doc__)
     add = parser.add_argument
-    add("run", type=Path, help="folder of a finished run, only read")
-    add("--out", type=Path, required=True, help="folder of the comparison")
     add("--minutes", type=float, default=10.0, help="of training, for each start (10)")
     add("--start", action="append", required=True, metavar="NAME=DESIGN", help="a section design, as YAML")
-    add("--k", type=int, default=3, help="num_speculative_tokens of the replay")
-    add("--prompts", type=int, default=0, help="of each task, from the front; 0: all")
-    add("--threads", type=int, default=0, help="CPU threads; 0: the run's own")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe overrides, such as align's rates")
-    given, console = parser.parse_args(), Console()
+    compare(parser.parse_args(), "starts.json", "start", compare_starts)
+
+
+def compare_starts(given: argparse.Namespace, path: Path, settings: dict[str, str], console: Console) -> None:
     starts = {name: yaml.safe_load(text) for name, _, text in (one.partition("=") for one in given.start)}
-    settings = {key: str(value) for key, value in vars(given).items() if key not in ("start", "out")}
-    with console.stop.listen(), RunFolder(given.out).lock():
-        path = given.out / "starts.json"
-        if path.exists() and read_json(path)["settings"] != settings:
-            raise SystemExit(f"{path}: holds a comparison with other settings; use another --out")
-        compare(given, starts, path, settings, console)
-
-
-def compare(
-    given: argparse.Namespace, starts: dict[str, Any], path: Path, settings: dict[str, str], console: Console
-) -> None:
-    """All starts; the file is written anew after each, so that a killed comparison shows what it has."""
     texts = read_texts(given.run / "evaluate/generations", given.prompts or None)
     facts: dict[str, dict[str, Any]] = {}
     found: dict[str, Tables] = {}
@@ -101,7 +74,11 @@ def train(given: argparse.Namespace, name: str, section: dict[str, Any], console
         recipe = load_recipe(str(given.run / "recipe.yaml"), [*base, *more])
         made = make_context(recipe, console)
         return StageContext(
-            Branch(given.out / name, given.run), recipe.run, made.target, made.sections, console
+            Branch(given.out / name, given.run, ("design", "align")),
+            recipe.run,
+            made.target,
+            made.sections,
+            console,
         )
 
     first = context()

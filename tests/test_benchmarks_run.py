@@ -96,7 +96,8 @@ def test_the_slow_scripts_of_a_bare_machine_lean_on_torch_and_transformers_alone
 
 def test_the_scripts_that_need_the_package_find_all_that_they_import(load: Any) -> None:
     names = ("prepare_throughput", "loader_throughput", "generate_throughput", "openvino_agreement")
-    names += ("losses_compared", "served_target", "llamacpp_agreement", "real_models")
+    names += ("losses_compared", "starts_compared", "fine_tune", "served_target", "llamacpp_agreement")
+    names += ("real_models",)
     for name in names:
         assert load(name).main
 
