@@ -19,7 +19,7 @@ from fastdraft.reporting import charts, proposers, tables
 from fastdraft.reporting.definitions import byte_size, duration
 from fastdraft.reporting.page import RunRecord, read_metrics, read_run, render
 from fastdraft.reporting.verdict import forecast_verdict, give_verdict, measured_verdict
-from fastdraft.run_folder import RunFolder
+from fastdraft.run_folder import RunFolder, read_json, write_json
 from fastdraft.stages import report
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
@@ -330,6 +330,28 @@ def test_all_proposers_stand_side_by_side_and_an_older_run_has_no_such_table(rec
     text = markdown(replace(record, results=results(), benchmark=benchmark()))
     assert "What a draft must beat" in markdown(record)
     assert "What a draft must beat" not in text
+
+
+@pytest.mark.parametrize(("place", "found"), [("align", True), ("align/checkpoint", True), ("../x/y", False)])
+def test_a_re_aligned_draft_is_shown_on_the_target_that_it_was_made_for_too(
+    tmp_path: Path, place: str, found: bool
+) -> None:
+    base, run = write_run(tmp_path / "base", name="base-model"), write_run(tmp_path / "again")
+    path = run.folder("design").path / "manifest.json"
+    begun = {"initialization": "from", "source": str(base.root / place)}
+    write_json(path, read_json(path) | begun)
+    record = read_run(run)
+    assert record.results
+    rows = [replace(row, checkpoint="design") for row in record.results.select(checkpoint="pretrain")]
+    rows += record.results.select(checkpoint="align")
+    record = replace(record, results=replace(record.results, rows=rows))
+    assert ("base-model, wrote other texts" in markdown(record)) is found
+    assert "has regained" not in markdown(read_run(base))
+    if record.results and record.earlier:
+        shown = tables.regained(record.results, record.earlier)
+        assert list(shown.columns) == ["Task", "T", "On its own target", "On this one", "FT"]
+        own, before, after = shown.rows[0][2:]
+        assert own == after != before
 
 
 def test_lossy_figures_carry_no_verdict(record: RunRecord) -> None:

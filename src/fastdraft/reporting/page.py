@@ -43,6 +43,7 @@ class RunRecord:
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     samples: list[AnswerSample] = field(default_factory=list)
     recipe: str = ""  # as it was resolved
+    earlier: EvaluationResults | None = None  # of the run that made the draft with which this one began
 
     @property
     def trained(self) -> list[dict[str, Any]]:
@@ -74,7 +75,16 @@ def read_run(run: RunFolder) -> RunRecord:
         {stage: read_metrics(run.folder(stage).path / "metrics.jsonl") for stage in trained},
         kept("evaluate", "samples.json", lambda found: list(map(AnswerSample.from_json, found))) or [],
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        _earlier(manifests.get("design", {})),
     )
+
+
+def _earlier(design: dict[str, Any]) -> EvaluationResults | None:
+    """Where the draft lies in the folder of a run that was evaluated: what it reached on its own target."""
+    source = Path(design.get("source") or "") if design.get("initialization") == "from" else Path()
+    files = [folder / "evaluate/results.json" for folder in source.parents[:2]]
+    found = next((file for file in files if file.is_file()), None)
+    return EvaluationResults.from_json(read_json(found)) if found else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

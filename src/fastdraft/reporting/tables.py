@@ -154,6 +154,16 @@ def ladder(results: EvaluationResults) -> Table:
     return by_setting(results, rates | tokens)
 
 
+def regained(results: EvaluationResults, earlier: EvaluationResults) -> Table:
+    """Acceptance rate of an earlier draft on its own target, on this one before training, and at the end."""
+
+    def shown(found: EvaluationResults, place: int) -> Callable[[str, float], Cell]:
+        return lambda task, t: rate(found.row(found.checkpoints[place], task, t), "acceptance_rate", ".3f")
+
+    columns = {"On its own target": shown(earlier, -1), "On this one": shown(results, 0)}
+    return by_setting(results, {**columns, label(results.checkpoints[-1]): shown(results, -1)})
+
+
 def paper_ladder() -> Table:
     """The paper's own acceptance rates, of other models on other test sets."""
     rates = [(pair, task, *by_task[task]) for pair, by_task in PAPER_RATES.items() for task in by_task]
