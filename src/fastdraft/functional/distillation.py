@@ -138,8 +138,13 @@ TargetDistribution = DenseTarget | SparseTarget
 
 def top_k_buckets(logits_NV: Tensor, k: int) -> SparseTarget:
     """The K most likely tokens, best first, with their log-probs and the log of the mass of all others."""
-    ids_NK = logits_NV.topk(k, dim=-1).indices
-    return SparseTarget(ids_NK, _bucketed(logits_NV, ids_NK)[0])
+    values_NK, ids_NK = logits_NV.topk(k, dim=-1)
+    # By hand and in place: over 152 k ids logsumexp and its copies took eight times as long as the choice.
+    best_N1 = values_NK[:, :1]
+    rest_NV = (logits_NV - best_N1).scatter_(1, ids_NK, -torch.inf).exp_()
+    rest_N1 = rest_NV.sum(-1, keepdim=True).log().clamp(min=LOG_FLOOR)
+    buckets = torch.cat([values_NK - best_N1, rest_N1], dim=1)
+    return SparseTarget(ids_NK, (buckets - buckets.logsumexp(-1, keepdim=True)).clamp(min=LOG_FLOOR))
 
 
 def _bucketed(logits_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
