@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import re
@@ -96,7 +97,14 @@ def test_the_slow_scripts_of_a_bare_machine_lean_on_torch_and_transformers_alone
 
 def test_the_scripts_that_need_the_package_find_all_that_they_import(load: Any) -> None:
     names = ("prepare_throughput", "loader_throughput", "generate_throughput", "openvino_agreement")
-    names += ("losses_compared", "starts_compared", "fine_tune", "served_target", "llamacpp_agreement")
+    names += (
+        "losses_compared",
+        "starts_compared",
+        "fine_tune",
+        "draft_temperature",
+        "served_target",
+        "llamacpp_agreement",
+    )
     names += ("real_models",)
     for name in names:
         assert load(name).main
@@ -107,6 +115,28 @@ def test_the_recipe_of_a_served_target_is_valid(load: Any, tmp_path: Path) -> No
     given = {"target": tmp_path / "target", "server": "http://x/v1", "logprobs": "raw"}
     load("served_target").Check(argparse.Namespace(**given, tokens=10, max_new_tokens=8), tmp_path)
     assert load_recipe(str(tmp_path / "recipe.yaml")).evaluate is not None
+
+
+def test_a_fine_tune_learns_signatures_with_docstrings_of_what_is_public(load: Any) -> None:
+    words = "What is done, in one sentence that is long enough."
+    long = f"{words}\n\n{'Left out. ' * 60}"
+    source = f"""
+def first(a, *, b=1):
+    {words!r}
+def _hidden():
+    {words!r}
+def short():
+    "Too short."
+class Thing(Base):
+    {words!r}
+    def part(self):
+        {long!r}
+"""
+    assert dict(load("fine_tune").documented(ast.parse(source), "m")) == {
+        "m.first": f"m.first(a, *, b=1)\n\n{words}",
+        "m.Thing": f"class m.Thing(Base)\n\n{words}",
+        "m.Thing.part": f"m.Thing.part(self)\n\n{words}",
+    }
 
 
 def test_the_functions_to_rewrite_are_whole_and_as_many_on_every_python(load: Any) -> None:
