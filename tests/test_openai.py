@@ -29,7 +29,7 @@ from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.runtimes.openai import OpenAIEngine
 from fastdraft.runtimes.openai_servers import Servers
 from fastdraft.runtimes.openvino import answer_seed
-from fastdraft.runtimes.synthesis import UnitWriter
+from fastdraft.runtimes.synthesis import UnitWriter, keep_rows
 from fastdraft.target import Target
 from serving import Served, Talking
 
@@ -264,8 +264,8 @@ def converse(folder: Path, engine: Engine) -> tuple[list[Any], Any]:
     chat = ChatTemplate(tokenizer)
     prompts = tuple(map(chat.prompt_ids, TALKS))
     row_filter = RowFilter(range(300, 320), lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
-    writer = UnitWriter(engine, engine, chat, row_filter, 40, 256)
-    return writer.write(Unit("talks", 0.0, prompts, conversations=TALKS), 5)
+    writer = UnitWriter(engine, engine, chat, range(300, 320), 40, 256)
+    return keep_rows(writer.write(Unit("talks", 0.0, prompts, conversations=TALKS), 5), row_filter)
 
 
 @pytest.mark.parametrize("takes_system", [True, False])

@@ -13,11 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, write_tokenizer
 from fastdraft.data.chat import ChatTemplate, Conversation
-from fastdraft.data.filters import RowFilter
+from fastdraft.data.filters import RowCounts, RowFilter
+from fastdraft.data.rows import SyntheticRow
 from fastdraft.data.synthesis_plan import Unit
 from fastdraft.errors import TargetError
 from fastdraft.functional.generation import Generation, Sampling
-from fastdraft.runtimes.synthesis import UnitWriter
+from fastdraft.runtimes.synthesis import Answers, UnitWriter, keep_rows
 
 WITH_SYSTEM = (
     "{% for m in messages %}<|{{ m['role'] if m['role'] != 'system' else 'user' }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -70,8 +71,8 @@ class Scripted:
         prompts = tuple(map(chat.prompt_ids, talks))
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         row_filter = RowFilter(range(300, 320), decode)
-        writer = UnitWriter(self, self, chat, row_filter, 40, context_length)
-        return writer.write(Unit("talks", 0.7, prompts, conversations=talks), 5)
+        writer = UnitWriter(self, self, chat, range(300, 320), 40, context_length)
+        return keep_rows(writer.write(Unit("talks", 0.7, prompts, conversations=talks), 5), row_filter)
 
 
 def test_every_turn_of_a_conversation_becomes_a_row_behind_the_targets_own_answers(tokenizer: Any) -> None:
@@ -206,10 +207,13 @@ class Script:
 
 
 def writer(tokenizer: Any, instructions: Any, answers: Any) -> UnitWriter:
+    return UnitWriter(answers, instructions, ChatTemplate(tokenizer), {310}, 8, 256, held_out={"the fox"})
+
+
+def kept(tokenizer: Any, *answers: Answers) -> list[tuple[list[SyntheticRow], RowCounts]]:
+    """The rows and counts of units, one after the other."""
     row_filter = RowFilter({310}, tokenizer.decode)
-    return UnitWriter(
-        answers, instructions, ChatTemplate(tokenizer), row_filter, 8, 256, held_out={"the fox"}
-    )
+    return [keep_rows(each, row_filter) for each in answers]
 
 
 def test_magpie_asks_what_the_target_invented_and_counts_what_is_no_use(tokenizer: Any) -> None:
@@ -220,7 +224,7 @@ def test_magpie_asks_what_the_target_invented_and_counts_what_is_no_use(tokenize
     bad = [said("The fox"), said("What is this?"), said("12 + 4"), *odd]
     instructions, answers = Script(said("What is this?"), *bad), Script(([50, 51, 3], "stop"))
     unit = Unit("magpie", 0.6, tuple(ChatTemplate(tokenizer).user_prefix_ids() for _ in range(8)), 60)
-    rows, counts = writer(tokenizer, instructions, answers).write(unit, seed=5)
+    ((rows, counts),) = kept(tokenizer, writer(tokenizer, instructions, answers).write(unit, seed=5))
     assert answers.asked == [ChatTemplate(tokenizer).prompt_ids("What is this?")]
     assert (instructions.sampling, answers.sampling) == ([Sampling(1.0)], [Sampling(0.6)])
     assert [row.response_ids for row in rows] == [[50, 51, 3]]
@@ -233,12 +237,15 @@ def test_an_instruction_of_an_earlier_unit_is_a_duplicate(tokenizer: Any) -> Non
     said = ([*tokenizer("Name a river").input_ids, 3], "stop")
     unit_writer = writer(tokenizer, Script(said), Script(([50, 3], "stop"), ([51, 3], "stop")))
     unit = Unit("magpie", 0.6, (ChatTemplate(tokenizer).user_prefix_ids(),), 60)
-    assert unit_writer.write(unit, 1)[1].written == 1
-    assert unit_writer.write(unit, 2)[1].filtered == {"instruction_duplicate": 1}
+    first, second = kept(tokenizer, unit_writer.write(unit, 1), unit_writer.write(unit, 2))
+    assert first[1].written == 1
+    assert second[1].filtered == {"instruction_duplicate": 1}
+    assert (second[1].balance(), second[1].generated) == (0, len(said[0]) + 2), "its answer was written too"
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_counted_and_not_asked(tokenizer: Any) -> None:
     answers = Script(([50, 3], "stop"))
-    rows, counts = writer(tokenizer, Script(), answers).write(Unit("p", 0.6, ([7] * 249, [8] * 248)), 1)
+    unit = Unit("p", 0.6, ([7] * 249, [8] * 248))
+    ((rows, counts),) = kept(tokenizer, writer(tokenizer, Script(), answers).write(unit, 1))
     assert (len(rows), counts.filtered, counts.balance()) == (1, {"prompt_too_long": 1}, 0)
     assert answers.asked == [[8] * 248]

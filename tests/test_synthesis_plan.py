@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +97,7 @@ def test_an_endless_source_always_has_a_unit(tmp_path: Path, monkeypatch: pytest
 
 
 def test_units_have_seeds_of_their_own() -> None:
-    seeds = {unit_seed(seed, index) for seed in range(20) for index in range(200)}
+    seeds = {unit_seed(seed, source, n) for seed in range(20) for source in "ab" for n in range(100)}
     assert len(seeds) == 4000
     assert all(0 <= seed < 2**62 for seed in seeds)
 
@@ -114,6 +115,18 @@ def test_the_source_furthest_behind_its_share_is_next_and_one_that_gives_nothing
     assert asked == ["a", "b", "a", *["a"] * DRY_UNITS]
     assert (account.is_dry("a"), account.units, account.total.tokens) == (True, len(asked), 30)
     assert account.by_temperature[0.5] == account.total
+
+
+def test_the_units_ahead_are_those_that_come_if_sources_go_on_as_they_began() -> None:
+    plans = [SourcePlan(name, share, 50, lambda n: Unit("", 0.0)) for name, share in (("a", 3.0), ("b", 1.0))]
+    account, guesses, came = Account(plans), list[list[tuple[str, int]]](), list[tuple[str, int]]()
+    while account.total.tokens < 400 and (chosen := account.next_plan()):
+        guesses.append([(plan.name, number) for plan, number in islice(account.ahead(400), 8)])
+        came.append((chosen.name, account.units_of[chosen.name]))
+        account.add(chosen.name, 0.0, RowCounts(written=1, tokens=10))
+    assert [guess[0] for guess in guesses] == came
+    assert all(guess == came[place : place + 8] for place, guess in enumerate(guesses) if place > 1)
+    assert len(guesses[-1]) == 1, "none beyond the budget"
 
 
 class Rows:

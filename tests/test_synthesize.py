@@ -21,6 +21,7 @@ from fastdraft.errors import DataError, FastDraftError, Interrupted, RecipeError
 from fastdraft.recipe.evaluation import FileTask
 from fastdraft.recipe.recipe import Recipe, load_recipe
 from fastdraft.run_folder import StageFolder
+from fastdraft.runtimes import synthesis
 from fastdraft.runtimes.synthesis import sparse_logits
 from fastdraft.stages import synthesize
 from fastdraft.target import Target
@@ -162,8 +163,8 @@ def test_a_killed_run_goes_on_to_the_very_files_of_an_undisturbed_one(
     new = ("provenance", "generated_tokens_per_second")
     assert {k: v for k, v in finished.manifest().items() if k not in new}.items() <= whole.manifest().items()
     (finished.path / "manifest.json").unlink()
-    for name in ("write_rows", "unit_logits"):
-        monkeypatch.setattr(synthesize, name, lambda *_: pytest.fail("done again"))
+    for owner, name in ((synthesize, "write_rows"), (synthesis, "unit_logits")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("done again"))
     assert contents(folder.run(recipe)) == contents(whole)
 
 
@@ -216,7 +217,8 @@ def test_a_target_that_writes_nothing_useful_is_refused(folder: Folder) -> None:
 
 
 def test_evaluation_prompts_among_the_prompts_are_counted(folder: Folder, tmp_path: Path) -> None:
-    path, texts = tmp_path / "prompts.jsonl", ("tell me ABOUT number 3 and the fox.", "Why?", "How?")
+    others = [f"How is {number}?" for number in range(24)]
+    path, texts = tmp_path / "prompts.jsonl", ("tell me ABOUT number 3 and the fox.", *others)
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
     artifact = folder.run(folder.recipe(prompts=[instructions(folder, path=str(path))]))
     refused = {"evaluation": 1, "empty": 0, "repeated": 0}

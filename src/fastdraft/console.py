@@ -116,6 +116,10 @@ class Console:
         self.live = not quiet and self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._bar: rich.live.Live | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On another machine nobody reads."""
+        return Console, (True,)
+
     def say(self, text: str, warning: bool = False) -> None:
         """Prints a line; on a terminal broken between words."""
         if not self.silent and (warning or not self.quiet):

@@ -27,8 +27,9 @@ from fastdraft import __version__
 from fastdraft.errors import FastDraftError, MissingExtra
 from fastdraft.workers import Job
 
-Place = Literal["gpu", "node", "cpu", "none"]
-"""What a worker has for itself: a GPU, a machine's CPUs, a few CPUs, or nothing (it asks a server)."""
+Place = Literal["device", "node", "cpu", "none"]
+"""What a worker has for itself: a GPU where the cluster has them, else a machine's CPUs; these in any case;
+a few CPUs; or nothing (it asks a server)."""
 
 REACHED_SECONDS = 25.0
 FEW_CPUS = 4
@@ -90,19 +91,25 @@ def _unreachable(address: str, why: str) -> FastDraftError:
 
 
 class RayWorker:
-    """The actor: holds one worker, made at its first job so that what is wrong with it is that job's error."""
+    """The actor: holds one worker, made behind its start, so that what is wrong is told as an error."""
 
-    def __init__(self, make: Callable[[], Any], release: str) -> None:
+    def __init__(self, make: Callable[[], Any], release: str, folder: str) -> None:
         self._make, self._release, self._worker = make, release, None
         self._where = f"{socket.gethostname()}:{os.getpid()}"
+        with contextlib.suppress(OSError):  # paths of a recipe are relative to where it was started
+            os.chdir(folder)
 
-    def run(self, method: str, arguments: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-        """(who, each of what the method gives)."""
+    def open(self) -> None:
+        """Makes what works, if that was not done."""
         if self._release != __version__:
             rule = f"all machines must have the release that was started, {self._release}"
             raise FastDraftError(f"{self._where}: fastdraft {__version__}; {rule}", "install that one there")
         if self._worker is None:
             self._worker = self._make()
+
+    def run(self, method: str, arguments: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+        """(who, each of what the method gives)."""
+        self.open()
         found = getattr(self._worker, method)(*arguments)
         for each in found if isinstance(found, Iterator) else (found,):
             yield self._where, each
@@ -141,15 +148,34 @@ class RayWorkers:
         import ray
 
         self._ray, self._check, self._say, self.last = ray, check, say, ""
-        self._arguments = ray.put(make), __version__  # once, however many workers
+        self._arguments = ray.put(make), __version__, os.getcwd()  # the first once, however many workers
         own, self.count = _share(ray, place, cpus, count)
+        self.share = ", ".join(f"{name.removeprefix('num_')} {each:g}" for name, each in own.items())
         self._actor = ray.remote(RayWorker).options(scheduling_strategy="SPREAD", **own)
-        self._workers = [self._new() for _ in range(self.count)]
+        self._workers = [self._actor.remote(*self._arguments) for _ in range(self.count)]
         self._begun: dict[Hashable, _Begun] = {}
         self._seconds: deque[float] = deque(maxlen=64)
 
-    def _new(self) -> Any:
-        return self._actor.remote(*self._arguments)
+    def open(self) -> None:
+        """Until one of them can work."""
+        opening = {worker.open.remote(): worker for worker in self._workers}
+        told, lost = time.monotonic(), 0
+        while True:
+            self._check()
+            ready, _ = self._ray.wait(list(opening), timeout=0.5, fetch_local=False)
+            try:
+                if ready:
+                    self._get(ready[0])
+                    return
+            except self._ray.exceptions.RayError as error:
+                lost += 1
+                if lost > LOST:
+                    raise self._given_up("no worker could start", error) from None
+                new = self._replace(opening.pop(ready[0]))
+                opening[new.open.remote()] = new
+            if time.monotonic() - told > TOLD_SECONDS:
+                told = time.monotonic()
+                self._say("waiting for the first worker: it loads a model, or the cluster has no room for it")
 
     def take(self, job: Job, ahead: Iterable[Job] = ()) -> Any:
         """The job's result; see `Workers`."""
@@ -195,7 +221,7 @@ class RayWorkers:
 
     def _until(self, job: Job, ahead: Iterable[Job], is_there: Callable[[_Begun], bool]) -> _Begun:
         """Begins jobs and waits until the first is there."""
-        wanted, told = [job, *islice(ahead, WAITING_EACH * self.count)], time.monotonic()
+        wanted = [job, *islice(ahead, WAITING_EACH * self.count)]
         while True:
             self._settle()
             self._begin(wanted)
@@ -204,9 +230,6 @@ class RayWorkers:
                 return begun
             self._help(begun)
             self._wait([attempt.ended for attempt in self._running()], wanted)
-            if not self._seconds and time.monotonic() - told > TOLD_SECONDS:
-                told = time.monotonic()
-                self._say("waiting for the first worker: it loads a model, or the cluster has no room for it")
 
     def _wait(self, references: list[Any], wanted: list[Job]) -> None:
         """Until one of these is there, or for a moment; obeys a request to stop."""
@@ -270,25 +293,32 @@ class RayWorkers:
         begun.attempts.remove(attempt)
         begun.done, begun.lost = None, begun.lost + 1
         if begun.lost > LOST:
-            found = f"run.cluster: job {begun.job.key}: its worker was lost {begun.lost} times"
-            why = str(error).strip().splitlines()[:1]
-            raise FastDraftError(f"{found} ({' '.join(why)[:160]})", "look into Ray's logs of that worker")
+            raise self._given_up(f"job {begun.job.key}: its worker was lost {begun.lost} times", error)
         gone = isinstance(
             error, self._ray.exceptions.ActorDiedError | self._ray.exceptions.WorkerCrashedError
         )
         if gone and attempt.worker in self._workers:
-            self._workers[self._workers.index(attempt.worker)] = self._new()
+            self._replace(attempt.worker)
+
+    def _replace(self, worker: Any) -> Any:
+        new = self._workers[self._workers.index(worker)] = self._actor.remote(*self._arguments)
+        return new
+
+    def _given_up(self, found: str, error: Exception) -> FastDraftError:
+        why = " ".join(str(error).split())[:200]
+        return FastDraftError(f"run.cluster: {found} ({why})", "look into Ray's logs of that worker")
 
 
 def _share(ray: Any, place: Place, cpus: int, count: int) -> tuple[dict[str, float], int]:
     """What each worker is given, and how many there are: `count`, or as many as the cluster has room for."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     of_nodes = [int(node.get("CPU", 0)) for node in nodes]
-    if place == "gpu":
-        return {"num_gpus": 1, "num_cpus": 1}, count or max(1, int(sum(n.get("GPU", 0) for n in nodes)))
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if place == "device" and gpus:
+        return {"num_gpus": 1, "num_cpus": 1}, count or gpus
     if place == "none":
         return {"num_cpus": 0}, count or 1
     least = min([each for each in of_nodes if each], default=1)
-    own = cpus or (least if place == "node" else min(FEW_CPUS, least))
+    own = cpus or (min(FEW_CPUS, least) if place == "cpu" else least)
     own = min(own, least)  # more threads than CPUs are the recipe's wish; more CPUs than there are never come
     return {"num_cpus": own}, count or max(1, sum(each // own for each in of_nodes))

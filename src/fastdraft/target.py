@@ -54,11 +54,16 @@ class Target:
     """The one door to a model's facts, each read once, when asked for; do not change what it gives."""
 
     def __init__(self, settings: TargetConfig) -> None:
+        self._settings = settings
         self.name, self.location, self.revision = settings.model, settings.location, settings.revision
         self.dtype, self.chat_template_kwargs = settings.dtype, settings.chat_template_kwargs
         self.gguf = open_gguf(settings.location, settings.revision)
         if self.gguf:
             self.location = str(as_directory(self.gguf))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads it anew."""
+        return Target, (self._settings,)
 
     @classmethod
     def at(cls, folder: Path | str, revision: str | None = None) -> Target:

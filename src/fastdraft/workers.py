@@ -30,6 +30,10 @@ class Workers(Protocol):
     last: str
     """Who did what was taken last; empty in this process."""
 
+    def open(self) -> None:
+        """Waits until one of them can work: it may have to load a model."""
+        ...
+
     def take(self, job: Job, ahead: Iterable[Job] = ()) -> Any:
         """What the job's method returns; free workers begin those that are likely to be asked for next."""
         ...
@@ -51,8 +55,11 @@ class LocalWorkers:
 
     @cached_property
     def worker(self) -> Any:
-        """Made at the first job: it may load a model."""
+        """Made when it is first asked for."""
         return self._make()
+
+    def open(self) -> None:
+        _ = self.worker
 
     def take(self, job: Job, ahead: Iterable[Job] = ()) -> Any:
         return getattr(self.worker, job.method)(*job.arguments())

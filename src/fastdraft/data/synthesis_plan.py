@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -95,6 +95,20 @@ class Account:
         """The source furthest behind its share that still has a unit; None when all are used up."""
         left = [p for p in self.plans if not self.is_dry(p.name) and self.units_of[p.name] < p.units]
         return min(left, key=lambda plan: self.by_source[plan.name].tokens / plan.share, default=None)
+
+    def ahead(self, tokens: int) -> Iterator[tuple[SourcePlan, int]]:
+        """The units up to `tokens` as they will probably come, each source going on as it began."""
+        coming, total = Account(self.plans), replace(self.total)
+        coming.by_source = {name: replace(counts) for name, counts in self.by_source.items()}
+        coming.units_of, coming._dry = dict(self.units_of), dict(self._dry)
+        usual = self.total.tokens / max(self.units, 1) or 1.0
+        while total.tokens < tokens and (plan := coming.next_plan()):
+            number = coming.units_of[plan.name]
+            yield plan, number
+            given = coming.by_source[plan.name].tokens / number if number else usual
+            counts = RowCounts(written=1, tokens=max(1, round(given)))
+            coming.add(plan.name, 0.0, counts)
+            total.add(counts if self.units else RowCounts())  # nothing is known before the first unit
 
 
 def describe_sources(sources: Iterable[PromptConfig], held_out: Collection[str], seed: int) -> dict[str, Any]:
@@ -224,9 +238,9 @@ class Planner:
         return SourcePlan(source.name, source.share, len(units), units.__getitem__, log.refused, log.note)
 
 
-def unit_seed(seed: int, index: int) -> int:
-    """The seed of unit `index`: far from those of its neighbours, below 2**62."""
-    return int(digest(["unit", seed, index])[:15], 16)
+def unit_seed(seed: int, source: str, number: int) -> int:
+    """The seed of a source's unit, whichever units come before it: far from its neighbours', below 2**62."""
+    return int(digest(["unit", seed, source, number])[:15], 16)
 
 
 class CorpusPrefixes:

@@ -1,13 +1,13 @@
 """One unit of prompts through an engine and the filters, with an account of every prompt.
 
-`UnitWriter(...).write(unit, seed)` gives the rows to keep; `unit_logits` scores them. Equal units, seeds and
-rows written before give equal rows.
+`UnitWriter(...).write(unit, seed)` gives the target's answers, equal for equal units and seeds wherever and
+whenever it is done; `keep_rows` judges them in the order of the units; `unit_logits` scores what is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -36,37 +36,52 @@ Scorer: TypeAlias = PreTrainedModel | OpenVINOModel
 Keyed = list[tuple[Generation, str]]
 
 
+@dataclass
+class Answers:
+    """What the target wrote to a unit, before anything is left out for what other units hold."""
+
+    source: str
+    sampling: Sampling
+    temperature: float  # the unit's
+    invented: bool  # whether the target wrote the prompts too
+    counts: RowCounts = field(default_factory=RowCounts)  # of what was asked, and of what got no answer
+    keyed: Keyed = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class UnitWriter:
-    """Everything that turns a planned unit into rows."""
+    """Everything that turns a planned unit into answers, and rows into the distributions over them."""
 
     engine: Engine | None  # None where every answer is there already
     instruction_engine: Engine | None  # ends a text at the end of the user's turn
     chat: ChatTemplate
-    row_filter: RowFilter
+    missing_ids: Collection[int]
     max_new_tokens: int
     context_length: int
     top_k: int = 0
     top_p: float = 1.0
     held_out: Collection[str] = ()  # normalised texts of evaluation prompts, which no instruction may be
+    scorer: Scorer | None = None
 
-    def write(self, unit: Unit, seed: int) -> tuple[list[SyntheticRow], RowCounts]:
-        """The rows to keep, and what became of the others."""
-        counts, warm = RowCounts(), unit.temperature > 0
-        sampling = Sampling(unit.temperature, self.top_k, self.top_p) if warm else Sampling(0.0)
+    def write(self, unit: Unit, seed: int) -> Answers:
+        """The answers, and what became of the prompts without one."""
+        sampling = (
+            Sampling(unit.temperature, self.top_k, self.top_p) if unit.temperature > 0 else Sampling(0.0)
+        )
+        sampling = unit.transcripts[0].sampling if unit.transcripts else sampling
+        found = Answers(unit.source, sampling, unit.temperature, bool(unit.instruction_tokens))
         if unit.transcripts:
-            sampling = unit.transcripts[0].sampling
-            answers = self._logged(unit, counts)
+            found.keyed = self._logged(unit, found.counts)
         elif unit.conversations:
-            answers = self._converse(unit, sampling, seed, counts)
+            found.keyed = self._converse(unit, sampling, seed, found.counts)
         else:
-            answers = self._ask(unit, sampling, seed, counts)
-        rows = []
-        for answer, key in answers:
-            if row := self.row_filter.judge(answer, unit.source, sampling, counts):
-                rows.append(replace(row, prompt_key=key) if key else row)
-        assert counts.balance() == 0, f"unaccounted rows: {counts}"
-        return rows, counts
+            found.keyed = self._ask(unit, sampling, seed, found.counts)
+        return found
+
+    def logits(self, rows: Sequence[SyntheticRow], k: int) -> tuple[SparseLogits, int]:
+        """The distributions over rows, and how many ids they are over."""
+        assert self.scorer
+        return unit_logits(self.scorer, rows, k), scored_ids(self.scorer)
 
     def _logged(self, unit: Unit, counts: RowCounts) -> Keyed:
         """Answers that stand already."""
@@ -101,7 +116,7 @@ class UnitWriter:
             unit.conversations,
             lambda number, prompts: engine.generate(prompts, sampling, self.max_new_tokens, seed + number),
             room=self.context_length - self.max_new_tokens,
-            missing_ids=self.row_filter.missing_ids,
+            missing_ids=frozenset(self.missing_ids),
         )
         counts.leave_out("prompt_too_long", found.too_long)
         counts.leave_out("conversation_ended", found.ended)
@@ -118,7 +133,7 @@ class UnitWriter:
             counts.generated += len(generation.response_ids)
             reason, text = self._read_instruction(generation)
             prompt = [] if reason else self.chat.prompt_ids(text)
-            if not reason and (prompt in prompts or self.row_filter.has_prompt(prompt)):
+            if not reason and prompt in prompts:
                 reason = "instruction_duplicate"
             if reason:
                 counts.leave_out(reason)
@@ -131,12 +146,25 @@ class UnitWriter:
         if generation.finish_reason == "length":
             looping = is_looping(generation.response_ids)
             return "instruction_looping" if looping else "instruction_too_long", ""
-        if not (special_ids(self.chat.tokenizer) | self.row_filter.missing_ids).isdisjoint(generation.body):
+        if not {*special_ids(self.chat.tokenizer), *self.missing_ids}.isdisjoint(generation.body):
             return "instruction_malformed", ""
         text = str(self.chat.tokenizer.decode(generation.body)).strip()
         if not any(character.isalpha() for character in text):
             return "instruction_empty", ""
         return ("instruction_evaluation" if normalised(text) in self.held_out else ""), text
+
+
+def keep_rows(answers: Answers, row_filter: RowFilter) -> tuple[list[SyntheticRow], RowCounts]:
+    """The rows to keep, and what became of all others, after the units before this one."""
+    counts, rows = replace(answers.counts, filtered=dict(answers.counts.filtered)), list[SyntheticRow]()
+    for answer, key in answers.keyed:
+        if answers.invented and row_filter.has_prompt(answer.prompt_ids):
+            counts.leave_out("instruction_duplicate")
+            counts.generated += len(answer.response_ids)
+        elif row := row_filter.judge(answer, answers.source, answers.sampling, counts):
+            rows.append(replace(row, prompt_key=key) if key else row)
+    assert counts.balance() == 0, f"unaccounted rows: {counts}"
+    return rows, counts
 
 
 @torch.inference_mode()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from fastdraft.console import Console
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.errors import FastDraftError, RecipeError
-from fastdraft.recipe.base import Config
 from fastdraft.ray_workers import Place, RayWorkers, connect
+from fastdraft.recipe.base import Config
 from fastdraft.recipe.run import RunConfig
 from fastdraft.run_folder import RunFolder, StageFolder
 from fastdraft.target import Target
@@ -26,7 +26,6 @@ DRAFT_FOLDERS = {
     "continue_pretrain": "checkpoint",
     "align": "checkpoint",
 }
-_PLACES = {"gpu": "a GPU", "node": "a machine's CPUs", "cpu": "a few CPUs", "none": "a server to ask"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class StageContext:
     console: Console
     recipe_folder: Path | None = None
     """Where the recipe's file lies, for errors alone."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a worker on another machine gets it: what was read here is read there."""
+        told = (self.run, self.settings, self.target, dict(self.sections), self.console, self.recipe_folder)
+        return StageContext, told
 
     @cached_property
     def chat(self) -> ChatTemplate:
@@ -82,9 +86,9 @@ class StageContext:
         if cluster := self.settings.cluster:
             connect(cluster.address)
             stop, where = self.console.stop, self.folder(stage).path
-            told = {"check": lambda: stop.check(where), "say": self.console.say}
-            workers = RayWorkers(make, cluster.workers or count, place, self.settings.threads, **told)
-            self.console.say(f"{workers.count} workers of the Ray cluster, each with {_PLACES[place]}")
+            told = partial(stop.check, where), self.console.say
+            workers = RayWorkers(make, cluster.workers or count, place, self.settings.threads, *told)
+            self.console.say(f"{workers.count} workers of the Ray cluster, each with {workers.share}")
         try:
             yield workers
         finally:

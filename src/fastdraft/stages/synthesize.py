@@ -6,17 +6,19 @@ as one file with its account inside, so that a killed run loses or doubles nothi
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict
+import datetime
+from collections import Counter, deque
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from fastdraft.console import Console, format_count
 from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.filters import RowCounts, RowFilter
 from fastdraft.data.prompts import normalised, tell_counts
 from fastdraft.data.rows import SyntheticRow, read_columns, read_facts, read_rows, unit_name, write_rows
-from fastdraft.data.sparse_logits import logits_name, read_sparse_logits, write_sparse_logits
+from fastdraft.data.sparse_logits import SparseLogits, logits_name, read_sparse_logits, write_sparse_logits
 from fastdraft.data.synthesis_plan import DRY_UNITS, Account, Planner, SourcePlan, describe_sources, unit_seed
 from fastdraft.errors import DataError, RecipeError, TargetError
 from fastdraft.evaluation.tasks import load_task
@@ -24,8 +26,16 @@ from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device, set_threads
 from fastdraft.modeling.vocabulary import check_same
 from fastdraft.provenance import describe_run
+from fastdraft.ray_workers import Place
 from fastdraft.recipe.run import TargetConfig
-from fastdraft.recipe.synthesize import CorpusPrompts, MagpiePrompts, OpenVINOEngineConfig, SynthesizeConfig
+from fastdraft.recipe.synthesize import (
+    CorpusPrompts,
+    LlamaCppEngineConfig,
+    MagpiePrompts,
+    OpenAIEngineConfig,
+    OpenVINOEngineConfig,
+    SynthesizeConfig,
+)
 from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.engines import (
     EngineChoice,
@@ -37,9 +47,10 @@ from fastdraft.runtimes.engines import (
     uses_weights,
 )
 from fastdraft.runtimes.openvino_reader import OpenVINOModel
-from fastdraft.runtimes.synthesis import Scorer, UnitWriter, scored_ids, unit_logits
+from fastdraft.runtimes.synthesis import Scorer, UnitWriter, keep_rows, scored_ids
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
+from fastdraft.workers import Job, Workers
 
 
 def check_installed(config: SynthesizeConfig) -> None:
@@ -116,27 +127,27 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
     for source in account.plans:
         if source.note:
             console.say(f"prompts '{source.name}': {source.note}")
-    engine = None
     if choice:
         console.say(f"engine {choice}")
-        how: dict[str, Any] = settings.model_dump(include={"device", "threads"})
-        how |= {"batch_rows": config.batch_rows}
-        how |= {"end_loops": config.looping != "keep"}  # what would be cut off or dropped need not be written
-        engine = open_engine(choice.settings, writer_of(config, context), folder, console, **how)
-    writer, fresh = _writer(config, target, context.chat, engine, held_out), 0
-    scorer = _scorer(config, choice, engine, context)
-    with console.progress("synthesize", config.tokens, "tokens", 0) as progress:
-        while account.total.tokens < config.tokens and (plan := account.next_plan()):
-            fresh += _take_unit(plan, account, writer, folder, settings.seed)
-            if scorer and config.logits.kind == "top_k":
-                _keep_logits(folder, account.units - 1, scorer, config.logits.k)
-            done = account.total
-            progress.update(done.tokens, f"{done.written} rows, {done.total_filtered} filtered")
-            if account.is_dry(plan.name):
-                gone = f"no row kept of its last {DRY_UNITS} units; going on without"
-                console.warn(f"prompts '{plan.name}': {gone}")
-            console.stop.check(folder.path)
-        speed = round(fresh / progress.seconds, 1) if fresh else None
+    make = partial(_open_writer, config, choice, held_out, context.run.date, context)
+    with context.workers("synthesize", make, *_place(choice, config)) as workers:
+        workers.open()
+        units = _Units(config, folder, account, workers, _row_filter(config, target), settings.seed)
+        with console.progress("synthesize", config.tokens, "tokens", 0) as progress:
+            while account.total.tokens < config.tokens and (plan := account.next_plan()):
+                units.keep(plan)
+                done = account.total
+                progress.update(done.tokens, f"{done.written} rows, {done.total_filtered} filtered")
+                if account.is_dry(plan.name):
+                    gone = f"no row kept of its last {DRY_UNITS} units; going on without"
+                    console.warn(f"prompts '{plan.name}': {gone}")
+                console.stop.check(folder.path)
+            units.keep_all_logits()
+            seconds, fresh = progress.seconds, units.fresh
+        speed = round(fresh.total() / seconds, 1) if fresh else None
+    if workers.count:
+        told = [f"{name} {format_count(count / seconds)}" for name, count in sorted(fresh.items())]
+        console.say(f"tokens/s by worker: {', '.join(told)}")
     if not account.total.written:
         found = f"{folder.path}: 0 of {account.total.asked} rows kept ({account.total.reasons})"
         fix = "check prompts and target, or change `looping`"
@@ -162,24 +173,40 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         engine=choice.settings.kind if choice else "none",
         provenance=describe_run(),
     )
-    del engine, writer, scorer  # lets go of the converted target: on Windows an open file cannot be removed
     folder.remove_scratch()
 
 
-def _writer(
+def _place(choice: EngineChoice | None, config: SynthesizeConfig) -> tuple[Place, int]:
+    """What each worker has for itself, and how many there are where the machines do not say so."""
+    settings = choice.settings if choice else None
+    if isinstance(settings, OpenAIEngineConfig) and not config.needs_weights:
+        return "none", len(settings.servers)
+    return ("node" if isinstance(settings, OpenVINOEngineConfig | LlamaCppEngineConfig) else "device"), 0
+
+
+def _open_writer(
     config: SynthesizeConfig,
-    target: Target,
-    chat: ChatTemplate,
-    engine: Engine | None,
+    choice: EngineChoice | None,
     held_out: Collection[str],
+    date: datetime.date,
+    context: StageContext,
 ) -> UnitWriter:
-    tokenizer, vocabulary, instructing = target.tokenizer, target.vocabulary, None
-    if engine and any(isinstance(source, MagpiePrompts) for source in config.prompts):
-        instructing = engine.with_ends([*vocabulary.eos_token_ids, *sorted(chat.end_of_turn_ids())])
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
-    row_filter = RowFilter(vocabulary.missing_ids, lambda ids: str(decode(ids)), config.looping)
+    """What writes and scores, with the target loaded: in this process or a worker's."""
+    settings, target, instructing, engine = context.settings, context.target, None, None
+    set_threads(settings.threads)
+    chat = ChatTemplate(target.tokenizer, target.chat_template_kwargs, date)
+    if choice:
+        how: dict[str, Any] = settings.model_dump(include={"device", "threads"})
+        how |= {"batch_rows": config.batch_rows}
+        how |= {"end_loops": config.looping != "keep"}  # what would be cut off or dropped need not be written
+        where = (context.folder("synthesize"), context.console)
+        engine = open_engine(choice.settings, writer_of(config, context), *where, **how)
+        if any(isinstance(source, MagpiePrompts) for source in config.prompts):
+            ends = [*target.vocabulary.eos_token_ids, *sorted(chat.end_of_turn_ids())]
+            instructing = engine.with_ends(ends)
+    missing, scorer = frozenset(target.vocabulary.missing_ids), _scorer(config, choice, engine, context)
     limits = (config.max_new_tokens, target.context_length, config.top_k, config.top_p)
-    return UnitWriter(engine, instructing, chat, row_filter, *limits, held_out)
+    return UnitWriter(engine, instructing, chat, missing, *limits, held_out, scorer)
 
 
 def _scorer(
@@ -200,36 +227,85 @@ def _scorer(
     return scorer
 
 
-def _take_unit(plan: SourcePlan, account: Account, writer: UnitWriter, folder: StageFolder, seed: int) -> int:
-    """Asks and keeps the source's next unit, or takes over a kept one; returns the tokens generated now."""
-    index, rows, generated = account.units, list[SyntheticRow](), 0
-
-    def ask() -> dict[str, Any]:
-        nonlocal generated
-        number = account.units_of[plan.name]
-        unit = plan.unit(number)
-        written, counts = writer.write(unit, unit_seed(seed, index))
-        rows.extend(written)
-        generated = counts.generated
-        facts = {"source": plan.name, "number": number, "temperature": unit.temperature}
-        return {**facts, "counts": asdict(counts)}
-
-    name = unit_name(index)
-    facts = folder.keep(name, ask, read=read_facts, write=lambda path, facts: write_rows(path, rows, facts))
-    writer.row_filter.remember(*read_columns(folder.path / name, ["row_id", "prompt_key"]).values())
-    account.add(plan.name, facts["temperature"], RowCounts(**facts["counts"]))
-    return generated
+def _row_filter(config: SynthesizeConfig, target: Target) -> RowFilter:
+    decode = partial(target.tokenizer.decode, skip_special_tokens=True)
+    return RowFilter(target.vocabulary.missing_ids, lambda ids: str(decode(ids)), config.looping)
 
 
-def _keep_logits(folder: StageFolder, index: int, model: Scorer, k: int) -> None:
-    """The distributions over a unit that stands: a process may have ended between its rows and these."""
-    name, size = unit_name(index), scored_ids(model)
-    folder.keep(
-        logits_name(name),
-        lambda: unit_logits(model, read_rows(folder.path / name), k),
-        read=partial(read_sparse_logits, start=0, stop=0),
-        write=lambda path, logits: write_sparse_logits(path, logits, size),
-    )
+@dataclass
+class _Units:
+    """Units in their order: asked of the workers, filtered by what stands before them, kept, then scored."""
+
+    config: SynthesizeConfig
+    folder: StageFolder
+    account: Account
+    workers: Workers
+    row_filter: RowFilter
+    seed: int
+    fresh: Counter[str] = field(default_factory=Counter)  # tokens generated now, by worker
+    _unscored: deque[int] = field(default_factory=deque)  # units that stand, whose logits may not
+
+    def keep(self, plan: SourcePlan) -> None:
+        """Asks and keeps the source's next unit, or takes over a kept one."""
+        name, rows = unit_name(self.account.units), list[SyntheticRow]()
+
+        def ask() -> dict[str, Any]:
+            number = self.account.units_of[plan.name]
+            answers = self.workers.take(self._asking(plan, number), self._ahead())
+            written, counts = keep_rows(answers, self.row_filter)
+            rows.extend(written)
+            self.fresh[self.workers.last] += counts.generated
+            facts = {"source": plan.name, "number": number, "temperature": answers.temperature}
+            return {**facts, "counts": asdict(counts)}
+
+        facts = self.folder.keep(
+            name, ask, read=read_facts, write=lambda path, it: write_rows(path, rows, it)
+        )
+        columns = read_columns(self.folder.path / name, ["row_id", "prompt_key"])
+        self.row_filter.remember(*columns.values())
+        if self.config.logits.kind == "top_k":
+            self._unscored.append(self.account.units)
+        self.account.add(plan.name, facts["temperature"], RowCounts(**facts["counts"]))
+        while len(self._unscored) > 2 * self.workers.count:  # where others work they need not be waited for
+            self._keep_logits()
+
+    def keep_all_logits(self) -> None:
+        """Waits for those of the last units too."""
+        while self._unscored:
+            self._keep_logits()
+
+    def _keep_logits(self) -> None:
+        """The distributions over a unit that stands: a process may have ended between its rows and these."""
+        index, sizes = self._unscored[0], list[int]()
+
+        def score() -> SparseLogits:
+            found, size = self.workers.take(self._scoring(index), self._ahead())
+            sizes.append(size)
+            return cast(SparseLogits, found)
+
+        self.folder.keep(
+            logits_name(unit_name(index)),
+            score,
+            read=partial(read_sparse_logits, start=0, stop=0),
+            write=lambda path, logits: write_sparse_logits(path, logits, sizes[0]),
+        )
+        self._unscored.popleft()
+
+    def _asking(self, plan: SourcePlan, number: int) -> Job:
+        seed = unit_seed(self.seed, plan.name, number)
+        return Job((plan.name, number), "write", lambda: (plan.unit(number), seed))
+
+    def _scoring(self, index: int) -> Job:
+        path, k = self.folder.path / unit_name(index), getattr(self.config.logits, "k", 0)
+        return Job(("logits", index), "logits", lambda: (read_rows(path), k))
+
+    def _ahead(self) -> Iterator[Job]:
+        """Scoring first: it holds up the least."""
+        for index in self._unscored:
+            if not self.folder.has(logits_name(unit_name(index))):
+                yield self._scoring(index)
+        for plan, number in self.account.ahead(self.config.tokens):
+            yield self._asking(plan, number)
 
 
 def _tell(config: SynthesizeConfig, account: Account, console: Console) -> None:
