@@ -192,7 +192,7 @@ def test_a_key_is_read_from_the_environment_and_never_told(
 STUB = """#!{python}
 import http.server, os, subprocess, sys, time
 if "--version" in sys.argv: sys.exit(print("0.32.0"))
-if "fail" in sys.argv: sys.exit("INFO: begin\\nValueError: Target and draft model should have the same vocabulary size.")
+if "fail" in sys.argv: sys.exit(sys.argv[-5])
 open("{folder}/seen", "w").write(" ".join(sys.argv[1:]) + "|" + os.environ.get("OMP_NUM_THREADS", "") + os.environ.get("VLLM_API_KEY", ""))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open("{folder}/pids", "w").write(f"{{os.getpid()}} {{child.pid}}")
@@ -247,11 +247,18 @@ def test_a_server_ends_with_a_process_that_is_killed(program: Path) -> None:
     assert gone(program.parent)
 
 
-def test_a_server_that_cannot_start_tells_its_error(program: Path) -> None:
-    with pytest.raises(
-        FastDraftError, match=r"server for x could not start: ValueError: Target and draft model"
-    ):
-        StartedServer([str(program), "fail"], "x", {})
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("(APIServer pid=7) WARNING 11-29 15:31:20 [a.py:2] errors like `OSError: [Errno 24] Too many`.", ""),
+        ("pydantic_core._pydantic_core.ValidationError: 1 validation error for SpeculativeConfig", ""),
+        ("  Value error, Target and draft model", "Value error, Target and draft model"),
+        ("(EngineCore pid=7) ERROR 11-29 15:31:20 [b.py:2] ValueError: no room", "ValueError: no room"),
+    ],
+)
+def test_a_server_that_cannot_start_tells_its_error(program: Path, said: str, told: str) -> None:
+    with pytest.raises(FastDraftError, match=f"server for x could not start: {told or 'the end'}; see"):
+        StartedServer([str(program), "fail", f"INFO 11-29 begin\n{said}\nthe end"], "x", {})
 
 
 def test_the_program_is_a_python_or_vllm_itself(program: Path) -> None:

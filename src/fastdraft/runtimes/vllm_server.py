@@ -36,6 +36,10 @@ _COUNTERS_SECONDS = 2  # within which /metrics knows of a text that has ended
 _COUNTER = re.compile(r"vllm:(?:spec_decode_num_|request_)(\w+)_total\{([^}]*)\} (\S+)")
 _TOTALS = ("drafts", "draft_tokens", "accepted_tokens", "success")
 _POSITION = re.compile(r'position="(\d+)"')
+# What its log says of an end: an exception, or what pydantic found; warnings name exceptions too.
+_ERROR = re.compile(
+    r"(?!.*\b(?:INFO|WARNING) \d|.*ValidationError:).*?((?<!\w)\w*(?:Error|Exception): \S.*|Value error, .*)"
+)
 _AGAIN = "run the same command again: finished work is kept"
 
 
@@ -237,13 +241,11 @@ class StartedServer(VLLMServer):
 
     def _away(self, found: str) -> FastDraftError:
         self._log.seek(0)
-        lines = [
-            line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()
-        ]
-        errors = (line for line in lines if re.search(r"(?<!\w)\w*(Error|Exception): \S", line))
-        why = next(errors, "") or (lines[-1] if lines else "its log is empty")
+        told = self._log.read().decode(errors="replace").split("\n")
+        lines = [line.strip() for line in told if line.strip()] or ["its log is empty"]
+        why = next((error[1] for line in lines if (error := _ERROR.match(line))), lines[-1])
         return FastDraftError(
-            f"vLLM's server for {self.name} {found}: {why[-300:]}", f"see the line, then {_AGAIN}"
+            f"vLLM's server for {self.name} {found}: {why[:300]}", f"see the line, then {_AGAIN}"
         )
 
 
