@@ -51,7 +51,9 @@ class Ways:
         folders = Path(given.target), Path(given.draft)
         self.genai = OpenVINOPair(*folders, OpenVINOSettings(**settings))
         self.ours = DecoderPair(folders, OpenVINODecoderRuntime(**settings))
-        named: list[Way] = [(kind or "alone", kind and Proposer(kind, given.k)) for kind in KINDS]
+        lengths: dict[ProposerKind, tuple[int, ...]] = {"draft": (given.k,), "lookup": (given.lookup,)}
+        lengths["lookup_draft"] = given.k, given.lookup
+        named: list[Way] = [(kind or "alone", kind and Proposer(kind, *lengths[kind])) for kind in KINDS]
         self.ways = {f"genai {name}": (self.genai, how) for name, how in named if name != "lookup_draft"}
         self.ways |= {f"ours {name}": (self.ours, how) for name, how in named}
 
@@ -155,9 +157,11 @@ def main() -> None:
     add("--prompts", type=int, default=8, help="of each task")
     add("--max-new-tokens", type=int, default=128)
     add("--num-speculative-tokens", "-k", dest="k", type=int, default=3)
+    add("--num-lookup-tokens", dest="lookup", type=int, help="lookup's, alone and before the draft; default: K")
     add("--turns", type=int, default=5)
     add("--precision", choices=["fast", "exact"], default="fast")
     given = parser.parse_args()
+    given.lookup = given.k if given.lookup is None else given.lookup
     if given.dry_run:
         given.tasks, given.prompts, given.max_new_tokens, given.turns = ["code"], 1, 8, 1
     set_threads(given.threads)
@@ -167,7 +171,10 @@ def main() -> None:
         Target.at(given.target),
     )
     room = (
-        min(target.context_length, Target.at(given.draft).context_length) - given.max_new_tokens - given.k - 1
+        min(target.context_length, Target.at(given.draft).context_length)
+        - given.max_new_tokens
+        - max(given.k, given.lookup)
+        - 1
     )
     for task in given.tasks:
         report.add(*measure(ways, task, prompts_of(target, task, given.prompts, room), given))

@@ -58,6 +58,7 @@ class Table:
     """
 
     device = torch.device("cpu")
+    columns: Tensor | None = None
 
     def __init__(self, logits: Tensor, context_length: int = 10_000) -> None:
         self.logits, self.context_length, self.num_read = logits, context_length, 0
@@ -105,7 +106,9 @@ def recover_from_the_targets_own(patch: pytest.MonkeyPatch) -> None:
 
     def verify(drawn: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
         accepted, _ = verify_certain(drawn, proposed)
-        return accepted, draw(seen[0][accepted][None])
+        written = torch.cat([proposed, drawn[-1:]])
+        written[accepted] = draw(seen[0][accepted][None])[0]
+        return accepted, written
 
     patch.setattr(verification, "recovery", lambda target_probs, draft_probs: target_probs)
     patch.setattr(speculative, "token_at", remember)
@@ -116,10 +119,10 @@ def accept_always(patch: pytest.MonkeyPatch) -> None:
     """Another wrong rule."""
 
     def drawn(target_probs: Tensor, draft_probs: Tensor, proposed: Tensor, _: Any) -> tuple[Tensor, Tensor]:
-        return torch.tensor(len(proposed)), draw(target_probs[-1:])
+        return torch.tensor(len(proposed)), torch.cat([proposed, draw(target_probs[-1:])])
 
     def certain(own: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.tensor(len(proposed)), own[-1:]
+        return torch.tensor(len(proposed)), torch.cat([proposed, own[-1:]])
 
     patch.setattr(speculative, "verify", drawn)
     patch.setattr(speculative, "verify_certain", certain)

@@ -166,6 +166,28 @@ def test_lookup_goes_before_the_draft_which_then_reads_what_it_missed() -> None:
     assert pair[1].num_read == before - kept + 3 * by.count("draft")
 
 
+@pytest.mark.parametrize("missing", [(), (2,)])
+@pytest.mark.parametrize("sampling", [GREEDY, COOL, WARM])
+def test_a_draft_with_logits_of_some_ids_alone_proposes_as_if_the_others_were_at_minus_infinity(
+    sampling: Sampling, missing: tuple[int, ...]
+) -> None:
+    columns, vocabulary, results = torch.tensor([0, 2, 3]), replace(TOY, missing_ids=missing), []
+    for narrow in (False, True):
+        target, draft = tables()
+        lacking = torch.full_like(draft.logits, -torch.inf)
+        kept = draft.logits[..., columns]
+        draft.logits = kept if narrow else lacking.index_copy_(-1, columns, kept)
+        draft.columns = columns if narrow else None
+        results.append(SpeculativeDecoder(target, draft, vocabulary, 3).generate(PROMPT, sampling, 60, 1))
+    wide, found = results
+    assert found.generation == wide.generation
+    assert [(r.num_accepted, r.num_examined) for r in found.rounds] == [
+        (r.num_accepted, r.num_examined) for r in wide.rounds
+    ]
+    assert found.counts.overlap == pytest.approx(wide.counts.overlap)
+    assert found.counts.num_accepted_tokens > 5
+
+
 def test_a_round_without_a_find_proposes_nothing_where_there_is_no_draft() -> None:
     result = decoder("lookup").generate([0, 2], WARM, 40, 0)
     first = result.rounds[0]

@@ -21,6 +21,7 @@ from fastdraft.console import Console
 from fastdraft.data.rows import SyntheticRow, unit_name, write_rows
 from fastdraft.data.token_counts import count_tokens, covered, most_written
 from fastdraft.decoding.replay import accept_probabilities
+from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.errors import RecipeError, TargetError
 from fastdraft.functional.distillation import DenseTarget, SparseTarget, token_loss, top_k_buckets
 from fastdraft.functional.generation import Generation, Sampling
@@ -391,4 +392,17 @@ def test_in_openvino_the_rows_are_cut_in_the_graph_and_a_pair_writes_the_targets
     with torch.no_grad():
         wanted = trimmed(near_draft)(input_ids=ids[None]).logits[0, -3:]
     assert torch.equal(found < -5e4, wanted == -torch.inf)
+    narrow = OpenVINOModel(folder, "exact", threads=1, narrow=True)
+    assert narrow.columns is not None
+    assert narrow.columns.tolist() == IDS.tolist()
+    assert narrow.vocab_size == 320
+    assert torch.equal(narrow.reader(40).read(ids, keep=3), found[:, IDS])
+    assert OpenVINOModel(exported_target, "exact", threads=1, narrow=True).columns is None
+    wide, vocabulary = OpenVINOModel(folder, "exact", threads=1), Target.at(near_draft).vocabulary
+    for sampling in (Sampling(0.0), Sampling(0.8)):
+        decoders = [SpeculativeDecoder(wide, draft, vocabulary, 3) for draft in (wide, narrow)]
+        runs = [each.generate([5, 6, 7], sampling, 24, 0) for each in decoders]
+        assert runs[0].generation.response_ids == runs[1].generation.response_ids
+        assert [r.num_accepted for r in runs[0].rounds] == [r.num_accepted for r in runs[1].rounds]
+        assert sum(r.num_accepted for r in runs[0].rounds) > 0
     torch.testing.assert_close(found[:, IDS], wanted[:, IDS], atol=0.1, rtol=0.05)

@@ -257,7 +257,8 @@ def _open_models(
 ) -> tuple[Readable, Readable | None]:
     if exports:
         target_folder, draft_folder = exports
-        return OpenVINOModel(target_folder), OpenVINOModel(draft_folder) if draft_folder else None
+        drafting_model = OpenVINOModel(draft_folder, narrow=True) if draft_folder else None
+        return OpenVINOModel(target_folder), drafting_model
     model = target.model(device)
     drafting = ReadableModel(load_draft(Path(draft), device, model.dtype)) if draft else None
     return ReadableModel(model), drafting

@@ -113,6 +113,7 @@ class ReadableModel:
     """A model of transformers, in evaluation mode, for decoding."""
 
     model: PreTrainedModel
+    columns = None  # a trimmed head gives -inf for the ids without a row
 
     @property
     def context_length(self) -> int:

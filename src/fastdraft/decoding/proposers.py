@@ -1,6 +1,6 @@
 """What proposes tokens while one text is written: prompt lookup, a draft model, or one behind the other.
 
-Shape suffixes: T tokens, K proposals, V vocabulary.
+Shape suffixes: T tokens, K proposals, V vocabulary, C the draft's columns of it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class LookupProposals:
 
 
 class DraftProposals:
-    """A draft model; what others wrote since its last round it reads in the first pass of its next one."""
+    """A draft model; what others wrote since its last round it reads in the first pass of its next one.
+
+    Of a draft that has logits of some ids alone (`columns`), only those are looked at.
+    """
 
     def __init__(
         self,
@@ -68,25 +71,39 @@ class DraftProposals:
         num_speculative_tokens: int,
         sampling: Sampling,
         generator: torch.Generator,
+        columns: Tensor | None,
         missing: Tensor | None,
+        vocab_size: int,
     ) -> None:
         self.reader, self.num_speculative_tokens = reader, num_speculative_tokens
-        self.sampling, self.generator, self.missing = sampling, generator, missing
+        self.sampling, self.generator, self.vocab_size = sampling, generator, vocab_size
+        self.columns, self.missing = columns, missing  # the second: columns that are never proposed
 
     def propose(self, ids_T: Tensor, length: int, room: int) -> Proposal | None:
-        reader, sampling, drawn_from = self.reader, self.sampling, list[Tensor]()
+        reader, sampling, columns, drawn_from = self.reader, self.sampling, self.columns, list[Tensor]()
         unread_T = ids_T[reader.length : length]
         # Each place as a view of its own, cut at once: behind a pass each tensor operation takes 50 us.
         for place_1 in torch.split(ids_T[length : length + min(self.num_speculative_tokens, room)], 1):
-            logits_1V = mask_ids(reader.read(unread_T), self.missing)
+            logits_1C = mask_ids(reader.read(unread_T), self.missing)
             if sampling.temperature == 0:
-                place_1.copy_(likeliest(logits_1V))
+                chosen_1 = likeliest(logits_1C)
             else:
-                probs_1V = probabilities(logits_1V, sampling.temperature, sampling.top_k, sampling.top_p)
-                place_1.copy_(draw(probs_1V, self.generator))
-                drawn_from.append(probs_1V)
+                probs_1C = probabilities(logits_1C, sampling.temperature, sampling.top_k, sampling.top_p)
+                chosen_1 = draw(probs_1C, self.generator)
+                drawn_from.append(probs_1C)
+            if columns is None:
+                place_1.copy_(chosen_1)
+            else:
+                torch.index_select(columns, 0, chosen_1, out=place_1)
             unread_T = place_1
-        return Proposal("draft", self.num_speculative_tokens, torch.cat(drawn_from) if drawn_from else None)
+        return Proposal("draft", self.num_speculative_tokens, self._widened(drawn_from))
+
+    def _widened(self, drawn_from: list[Tensor]) -> Tensor | None:
+        """[K, V]: what K proposals were drawn from, 0 where there is no column; None where they are certain."""
+        if not drawn_from or self.columns is None:
+            return torch.cat(drawn_from) if drawn_from else None
+        probs_KC = torch.cat(drawn_from)
+        return probs_KC.new_zeros(len(probs_KC), self.vocab_size).index_copy_(1, self.columns, probs_KC)
 
     def go_on(self, length: int, tokens: list[int]) -> None:
         # The last token is the target's. After K acceptances the draft has not read its own last proposal

@@ -37,6 +37,11 @@ class Readable(Protocol):
         """Where its readers take ids and give logits."""
         ...
 
+    @property
+    def columns(self) -> Tensor | None:
+        """The ids, rising, int64 on its device, whose logits its readers give; None: all, V is their number."""
+        ...
+
     def reader(self, capacity: int) -> Reader:
         """A reader before a text of at most `capacity` tokens; texts do not disturb each other."""
         ...

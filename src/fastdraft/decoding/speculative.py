@@ -145,8 +145,12 @@ class SpeculativeDecoder:
         self.num_speculative_tokens, self.draft_temperature = num_speculative_tokens, draft_temperature
         self.num_lookup_tokens = num_lookup_tokens
         self.most_proposed = max(self.drafts * num_speculative_tokens, self.looks_up * num_lookup_tokens)
-        self._eos, missing = frozenset(vocabulary.eos_token_ids), vocabulary.missing_ids
-        self._missing = torch.tensor(missing, dtype=torch.long, device=target.device) if missing else None
+        self._eos = frozenset(vocabulary.eos_token_ids)
+        self._columns = None if self.draft is None else self.draft.columns
+        missing = torch.tensor(vocabulary.missing_ids, dtype=torch.long, device=target.device)
+        if self._columns is not None:
+            missing = torch.isin(self._columns, missing).nonzero().squeeze(-1)
+        self._missing = missing if len(missing) else None
 
     @property
     def context_length(self) -> int:
@@ -192,7 +196,8 @@ class SpeculativeDecoder:
             if temperature is not None and sampling.temperature > 0:
                 drawing = replace(sampling, temperature=temperature)
             reader, k = self.draft.reader(capacity), self.num_speculative_tokens
-            proposers.append(DraftProposals(reader, k, drawing, generator, self._missing))
+            of_vocabulary = self._columns, self._missing, self.vocabulary.size
+            proposers.append(DraftProposals(reader, k, drawing, generator, *of_vocabulary))
         return _Text(self.target.reader(capacity), proposers, ids_T, sampling, generator, uniform_T)
 
     def _round(self, text: _Text, length: int, end: int) -> Round:
@@ -208,14 +213,13 @@ class SpeculativeDecoder:
         if sampling.temperature > 0:
             target_probs_EV = probabilities(logits_EV, sampling.temperature, sampling.top_k, sampling.top_p)
         if target_probs_EV is None:
-            accepted_count, final_1 = verify_certain(likeliest(logits_EV), proposed_K)
+            accepted_count, written_E = verify_certain(likeliest(logits_EV), proposed_K)
         elif draft_probs_KV is None:
             drawn_E = token_at(target_probs_EV, text.uniform[length : length + k + 1])
-            accepted_count, final_1 = verify_certain(drawn_E, proposed_K)
+            accepted_count, written_E = verify_certain(drawn_E, proposed_K)
         else:
-            accepted_count, final_1 = verify(target_probs_EV, draft_probs_KV, proposed_K, text.generator)
-        written_E = ids_T[length : length + k + 1]
-        written_E.scatter_(0, accepted_count[None], final_1)
+            accepted_count, written_E = verify(target_probs_EV, draft_probs_KV, proposed_K, text.generator)
+        ids_T[length : length + k + 1] = written_E
         fetched = _fetch(accepted_count, written_E, target_probs_EV, draft_probs_KV)
         num_accepted, ids, logprobs, overlaps = fetched
         tokens = ids[: min(num_accepted + 1, end - length)]

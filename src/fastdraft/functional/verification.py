@@ -19,7 +19,8 @@ def verify(
     proposed_K: Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """num_accepted in 0..K, int64 without axes, and the recovered or bonus token, [1], without a wait.
+    """num_accepted in 0..K, int64 without axes, and ids, [E], whose first num_accepted + 1 are written: those
+    proposals and the recovered or bonus token. Without a wait.
 
     The target's distributions stand at each proposal and after the last one; the draft's are those that the
     proposals, at least one, were drawn from. `generator` lives on the tensors' device.
@@ -33,7 +34,8 @@ def verify(
     target_1V = target_probs_EV.index_select(0, num_accepted[None])
     draft_1V = draft_probs_KV.index_select(0, num_accepted[None].clamp(max=num_proposed - 1))
     final_1V = torch.where(num_accepted < num_proposed, recovery(target_1V, draft_1V), target_1V)
-    return num_accepted, draw(final_1V, generator)
+    final_1 = draw(final_1V, generator)
+    return num_accepted, torch.cat([proposed_K, final_1]).scatter_(0, num_accepted[None], final_1)
 
 
 def verify_certain(target_ids_E: Tensor, proposed_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,8 +47,7 @@ def verify_certain(target_ids_E: Tensor, proposed_K: Tensor) -> tuple[Tensor, Te
     target_probs[x], and else for a token from the rest of target_probs, renormalised: just what drawing the
     target's token and comparing it with x does.
     """
-    num_accepted = leading(proposed_K == target_ids_E[:-1])
-    return num_accepted, target_ids_E.index_select(0, num_accepted[None])
+    return leading(proposed_K == target_ids_E[:-1]), target_ids_E
 
 
 def recovery(target_probs_V: Tensor, draft_probs_V: Tensor) -> Tensor:
@@ -62,4 +63,4 @@ def recovery(target_probs_V: Tensor, draft_probs_V: Tensor) -> Tensor:
 
 def leading(accepted_K: Tensor) -> Tensor:
     """How many entries are true before the first false one: int64, no axes."""
-    return accepted_K.long().cumprod(0).sum()
+    return accepted_K.cumprod(0).sum()

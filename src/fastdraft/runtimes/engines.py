@@ -212,4 +212,4 @@ def exact_pair(
         console.say("converting the draft for OpenVINO (fp32)")
         with atomic_folder(made) as temporary:
             convert(draft, temporary, "fp32")
-    return OpenVINOModel(exported, "exact", threads), OpenVINOModel(made, "exact", threads)
+    return OpenVINOModel(exported, "exact", threads), OpenVINOModel(made, "exact", threads, narrow=True)

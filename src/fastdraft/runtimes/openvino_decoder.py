@@ -34,6 +34,7 @@ class OpenVINODecoderRuntime(OpenVINORuntime):
     name: ClassVar[str] = "fastdraft"
     proposers: ClassVar[tuple[ProposerKind, ...]] = ("draft", "lookup", "lookup_draft")
     lossless_sampling: ClassVar[bool] = True
+    narrow: ClassVar[bool] = True
 
     def describe(self) -> dict[str, Any]:
         if {self.device, self.draft_device or self.device} != {"CPU"}:
@@ -50,7 +51,8 @@ class OpenVINODecoderRuntime(OpenVINORuntime):
     def launch_line(self, target: str, draft: str, proposer: Proposer) -> str:
         kind, k = proposer.kind, proposer.num_speculative_tokens
         words = ["fastdraft generate RUN --runtime openvino --proposer", kind.replace("lookup_draft", "both")]
-        words += [f"-k {k}"] * ("draft" in kind) + [f"--num-lookup-tokens {k}"] * ("lookup" in kind)
+        n = k if proposer.num_lookup_tokens is None else proposer.num_lookup_tokens
+        words += [f"-k {k}"] * ("draft" in kind) + [f"--num-lookup-tokens {n}"] * ("lookup" in kind)
         return " ".join(words)
 
 
@@ -67,7 +69,7 @@ class DecoderPair:
 
     @cached_property
     def draft(self) -> OpenVINOModel:
-        return OpenVINOModel(self.folders[1], self.settings.precision, self.settings.threads)
+        return OpenVINOModel(self.folders[1], self.settings.precision, self.settings.threads, narrow=True)
 
     @cached_property
     def judge(self) -> TieJudge:
@@ -85,8 +87,9 @@ class DecoderPair:
         if proposer is None:
             return SpeculativeDecoder(self.target, None, self.vocabulary, 0, proposer=None)
         draft = None if proposer.kind == "lookup" else self.draft
-        k = proposer.num_speculative_tokens
-        return SpeculativeDecoder(self.target, draft, self.vocabulary, k, proposer=proposer.kind)
+        kind, k, n = proposer.kind, proposer.num_speculative_tokens, proposer.num_lookup_tokens
+        pair = self.target, draft, self.vocabulary
+        return SpeculativeDecoder(*pair, k, proposer=kind, num_lookup_tokens=n)
 
     def write(
         self,

@@ -45,13 +45,21 @@ class LoadedModel:
 
     Attention is turned into paged attention, and the model compiled with `device_properties` and nothing
     else, so that arithmetic (on a CPU bfloat16 where it has it), dynamic quantisation and the KV cache are
-    the same. Every pass starts behind the same prefix. `room`: most tokens of a pass.
+    the same. Every pass starts behind the same prefix. `room`: most tokens of a pass; `narrow`: as our own
+    decoder reads a draft with a trimmed head.
     """
 
     def __init__(
-        self, folder: Path, prefix_tokens: int, room: int, precision: Precision = "fast", threads: int = 0
+        self,
+        folder: Path,
+        prefix_tokens: int,
+        room: int,
+        precision: Precision = "fast",
+        threads: int = 0,
+        *,
+        narrow: bool = False,
     ) -> None:
-        model = OpenVINOModel(folder, precision, threads)
+        model = OpenVINOModel(folder, precision, threads, narrow=narrow)
         self.prefix_tokens, self.weights, self._vocab_size = prefix_tokens, model.weights, model.vocab_size
         self._reader = model.reader(prefix_tokens + room)
         self._reader.read(torch.from_numpy(any_ids(0, prefix_tokens, model.vocab_size)))
@@ -83,15 +91,18 @@ def measure_passes(
     precision: Precision = "fast",
     threads: int = 0,
     repeats: int = REPEATS,
+    *,
+    narrow: bool = False,
 ) -> Latency:
-    """Times single passes: the target over 1 token and `widths` (K + 1 verifies K), the draft over one and,
-    as it reads what lookup wrote, over the widest.
+    """Times single passes: the target over 1 token and `widths` (K + 1 verifies K), the draft (`narrow`: with
+    the rows of a trimmed head alone) over one and, as it reads what lookup wrote, over the widest.
 
     The prefix in the caches is lowered to fit the shorter context.
     """
     widths = sorted({1, *widths})
     prefix = fitting_prefix([target, draft], prefix_tokens, widths[-1])
-    models = [LoadedModel(folder, prefix, widths[-1], precision, threads) for folder in (target, draft)]
+    loaded = prefix, widths[-1], precision, threads
+    models = [LoadedModel(target, *loaded), LoadedModel(draft, *loaded, narrow=narrow)]
     costs = time_passes(models[0], models[1:], widths, repeats)
     weights, drafting, widest = (models[1].weights, models[0].weights), models[1], widths[-1]
     # In turn: both kinds of pass find the processor's caches alike, and their difference is what is asked.

@@ -48,12 +48,15 @@ class OpenVINOModel:
     """The `Readable` over an export, compiled once.
 
     fast: as deployed, with arithmetic, dynamic quantisation and cache of OpenVINO's own choice; exact:
-    float32 throughout. Texts read one after another share the same memory.
+    float32 throughout. Texts read one after another share the same memory. `narrow`: of a trimmed head the
+    logits are those of its rows alone, and `columns` are their ids.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, folder: Path, precision: Precision = "fast", threads: int = 0) -> None:
+    def __init__(
+        self, folder: Path, precision: Precision = "fast", threads: int = 0, *, narrow: bool = False
+    ) -> None:
         from openvino._offline_transformations import paged_attention_transformation
 
         properties = device_properties("CPU", precision, threads)
@@ -63,10 +66,12 @@ class OpenVINOModel:
             model = core().read_model(folder / MODEL_FILE)
             self.weights = weights_of(model)
             paged_attention_transformation(model)
+            self.vocab_size = int(model.output("logits").partial_shape[-1].get_length())
+            self.columns = _leave_narrow(model) if narrow else None
             _choose_rows(model)
             _refuse_unknown(model, folder)
             self._compiled = core().compile_model(model, "CPU", properties)
-        self.vocab_size = int(self._compiled.output("logits").partial_shape[-1].get_length())
+        self._num_columns = self.vocab_size if self.columns is None else len(self.columns)
         self._idle: list[_Request] = []  # of texts that are done
         self.seconds = 0.0  # inside OpenVINO, of all passes
 
@@ -77,7 +82,7 @@ class OpenVINOModel:
 
     def reader(self, capacity: int) -> OpenVINOReader:
         """The model before a text of at most `capacity` tokens."""
-        request = self._idle.pop() if self._idle else _Request(self._compiled, self.vocab_size)
+        request = self._idle.pop() if self._idle else _Request(self._compiled, self._num_columns)
         request.make_room(capacity)
         reader = OpenVINOReader(self, request, capacity)
         weakref.finalize(reader, self._idle.append, request).atexit = False
@@ -95,7 +100,7 @@ class OpenVINOReader:
         self.model, self.request, self.capacity, self.length = model, request, capacity, 0
 
     def read(self, ids_T: Tensor, keep: int = 1) -> Tensor:
-        """Reads T more tokens; the logits after each of the last `keep`, [keep, V].
+        """Reads T more tokens; the logits after each of the last `keep`, [keep, V], V the `columns` if any.
 
         The next `read` writes over them.
         """
@@ -123,8 +128,8 @@ class OpenVINOReader:
         request.tell(end, begin, count, blocks)
         request.show("block_indices", blocks)
         request.show("input_ids", count)[:] = ids_T
-        request.show("position_ids", count)[:] = np.arange(begin, end)
-        request.show(_ROWS, keep)[:] = np.arange(count - keep, count)
+        request.show("position_ids", count)[:] = request.places[begin:end]
+        request.show(_ROWS, keep)[:] = request.places[count - keep : count]
         return request.show("logits", keep)
 
     def run(self) -> None:
@@ -145,7 +150,7 @@ class _Request:
     than the one before: behind a pass over a large model each such call takes tens of microseconds.
     """
 
-    def __init__(self, compiled: Any, vocab_size: int) -> None:
+    def __init__(self, compiled: Any, num_columns: int) -> None:
         import openvino
 
         self._request = compiled.create_infer_request()
@@ -154,9 +159,9 @@ class _Request:
         self._capacity = 0
         self._arrays: dict[str, NDArray[Any]] = {}
         self._tensors: dict[str, dict[int, Any]] = {}  # by name, and by how much of the array they are
-        self._shown: dict[str, int] = {}  # what OpenVINO looks at now
+        self._shown: dict[str, NDArray[Any]] = {}  # what OpenVINO looks at now
         self._logits: dict[int, Tensor] = {}  # by the tokens they are of
-        self._place("logits", np.empty((0, vocab_size), np.float32))
+        self._place("logits", np.empty((0, num_columns), np.float32))
         self._last: list[NDArray[np.int32]] = []  # the places that `tell` writes
         for name, shape in _SHAPES.items():
             array = np.zeros(shape, np.int32)
@@ -184,6 +189,7 @@ class _Request:
         for name in ("input_ids", "position_ids", _ROWS):
             self._place(name, np.zeros(capacity, np.int64))
         self._place("block_indices", np.arange(blocks, dtype=np.int32))
+        self.places: Ids = np.arange(capacity)
 
     def tell(self, *values: int) -> None:
         """Writes the inputs of one value, or of a 0 and the value, in the order of `_SHAPES`."""
@@ -199,17 +205,20 @@ class _Request:
 
     def show(self, name: str, length: int) -> NDArray[Any]:
         """The first entries of an input, or the logits of so many tokens, as OpenVINO sees them."""
+        shown = self._shown.get(name)
+        if shown is not None and len(shown) == length:
+            return shown
         import openvino
 
         if name == "logits" and length > len(self._arrays[name]):
             self._place(name, np.empty((length, self._arrays[name].shape[1]), np.float32))
         view, tensors = self._arrays[name][:length], self._tensors[name]
-        if self._shown.get(name) != length and (name in self._ports or name == "logits"):
+        if name in self._ports or name == "logits":
             if length not in tensors:
                 whole = view[:, None] if name == "logits" else view
                 tensors[length] = openvino.Tensor(whole, shared_memory=True)
             self._request.set_tensor(name, tensors[length])
-            self._shown[name] = length
+        self._shown[name] = view
         return view
 
     def _place(self, name: str, array: NDArray[Any]) -> None:
@@ -241,6 +250,24 @@ def _choose_rows(model: Any) -> None:
     hidden.replace_source_output(chosen.output(0))
     model.add_parameters([rows])
     model.validate_nodes_and_infer_types()
+
+
+def _leave_narrow(model: Any) -> Tensor | None:
+    """Takes away what widens the logits of a trimmed head (openvino_export.py), and gives the ids of its rows.
+
+    None where nothing does. Otherwise every pass would write a number for each id, and all would be looked at.
+    """
+    result = model.output("logits").get_node()
+    wide = result.input_value(0).get_node()
+    padded = wide.input_value(0).get_node() if wide.get_type_name() == "Gather" else wide
+    if wide is padded or padded.get_type_name() != "Pad":
+        return None
+    narrow, rows_V = padded.input_value(0), torch.from_numpy(wide.input_value(1).get_node().data.copy())
+    result.input(0).replace_source_output(narrow)
+    result.output(0).get_tensor().set_names({"logits"})
+    model.validate_nodes_and_infer_types()
+    # The rows stand in the order of their ids; every other id points behind the last.
+    return (rows_V < narrow.partial_shape[-1].get_length()).nonzero().squeeze(-1)
 
 
 def _refuse_unknown(model: Any, folder: Path) -> None:

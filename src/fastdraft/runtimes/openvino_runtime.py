@@ -43,6 +43,7 @@ class OpenVINORuntime(OpenVINOSettings):
     lossless_sampling: ClassVar[bool] = False
     greedy_proposals: ClassVar[bool] = False
     serves: ClassVar[bool] = False
+    narrow: ClassVar[bool] = False  # whether of a trimmed head only the rows are computed
 
     def describe(self) -> dict[str, Any]:
         draft_device = self.draft_device or self.device
@@ -72,7 +73,8 @@ class OpenVINORuntime(OpenVINOSettings):
     ) -> Latency | None:
         if {self.device, self.draft_device or self.device} != {"CPU"}:
             return None  # tried on CPUs alone: elsewhere the clock stands without a prediction
-        return measure_passes(target, draft, widths, prefix_tokens, self.precision, self.threads)
+        how = self.precision, self.threads
+        return measure_passes(target, draft, widths, prefix_tokens, *how, narrow=self.narrow)
 
     def look_up(
         self, prompt: Sequence[int], response: Sequence[int], num_speculative_tokens: int

@@ -26,9 +26,11 @@ class Proposer:
 
     kind: ProposerKind
     num_speculative_tokens: int
+    num_lookup_tokens: int | None = None  # of lookup with a draft behind it; None: as many
 
     def __str__(self) -> str:
-        return f"{self.kind}-k{self.num_speculative_tokens}"
+        looked_up = "" if self.num_lookup_tokens is None else f"-n{self.num_lookup_tokens}"
+        return f"{self.kind}-k{self.num_speculative_tokens}{looked_up}"
 
 
 @dataclass(frozen=True)
