@@ -157,7 +157,12 @@ def main() -> None:
     add("--prompts", type=int, default=8, help="of each task")
     add("--max-new-tokens", type=int, default=128)
     add("--num-speculative-tokens", "-k", dest="k", type=int, default=3)
-    add("--num-lookup-tokens", dest="lookup", type=int, help="lookup's, alone and before the draft; default: K")
+    add(
+        "--num-lookup-tokens",
+        dest="lookup",
+        type=int,
+        help="lookup's, alone and before the draft; default: K",
+    )
     add("--turns", type=int, default=5)
     add("--precision", choices=["fast", "exact"], default="fast")
     given = parser.parse_args()

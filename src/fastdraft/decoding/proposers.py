@@ -99,7 +99,7 @@ class DraftProposals:
         return Proposal("draft", self.num_speculative_tokens, self._widened(drawn_from))
 
     def _widened(self, drawn_from: list[Tensor]) -> Tensor | None:
-        """[K, V]: what K proposals were drawn from, 0 where there is no column; None where they are certain."""
+        """[K, V]: what K proposals were drawn from, 0 for ids without a column; None: they are certain."""
         if not drawn_from or self.columns is None:
             return torch.cat(drawn_from) if drawn_from else None
         probs_KC = torch.cat(drawn_from)

@@ -39,7 +39,7 @@ class Readable(Protocol):
 
     @property
     def columns(self) -> Tensor | None:
-        """The ids, rising, int64 on its device, whose logits its readers give; None: all, V is their number."""
+        """The ids, rising, int64 on its device, whose logits its readers give; None: those of all."""
         ...
 
     def reader(self, capacity: int) -> Reader:

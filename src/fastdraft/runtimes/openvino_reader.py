@@ -253,9 +253,9 @@ def _choose_rows(model: Any) -> None:
 
 
 def _leave_narrow(model: Any) -> Tensor | None:
-    """Takes away what widens the logits of a trimmed head (openvino_export.py), and gives the ids of its rows.
+    """Takes away what widens the logits of a trimmed head (openvino_export.py); the ids of its rows.
 
-    None where nothing does. Otherwise every pass would write a number for each id, and all would be looked at.
+    None where nothing does. Left there, every pass writes a number for each id, and all are looked at.
     """
     result = model.output("logits").get_node()
     wide = result.input_value(0).get_node()
