@@ -207,6 +207,15 @@ class RayWorkers:
                 self._lose(begun, attempt, error)
         del self._begun[job.key]
 
+    def drop(self) -> None:
+        """Forgets what was not taken; a worker that is still at it is replaced, for nothing else ends it."""
+        self._settle()
+        for attempt in self._running():
+            if attempt.worker in self._workers:
+                self._ray.kill(attempt.worker)
+                self._replace(attempt.worker)
+        self._begun = {}
+
     def close(self) -> None:
         """Ends the workers, whatever they do."""
         for worker in self._workers:

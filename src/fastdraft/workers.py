@@ -42,6 +42,10 @@ class Workers(Protocol):
         """What the job's method, a generator, yields."""
         ...
 
+    def drop(self) -> None:
+        """What was begun ahead and not taken is of no use any more."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -66,6 +70,9 @@ class LocalWorkers:
 
     def stream(self, job: Job, ahead: Iterable[Job] = ()) -> Iterator[Any]:
         yield from self.take(job)
+
+    def drop(self) -> None:
+        pass
 
     def close(self) -> None:
         self.__dict__.pop("worker", None)

@@ -1,6 +1,7 @@
 """A recipe's corpora as streams of documents: JSONL, Parquet, text, source code, data sets of the hub.
 
-`describe` is what of a source enters fingerprints; `blocks` gives its text in a seeded order.
+`describe` is what of a source enters fingerprints; `parts` cuts it into what is read by itself, on whatever
+machine; `blocks` gives a part's text in a seeded order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from fastdraft.data.files import (
     find_files,
     local_folder,
 )
-from fastdraft.data.readers import field_values, missing_field, read_text
+from fastdraft.data.readers import field_values, missing_field, read_text, unreadable
 from fastdraft.errors import DataError
 from fastdraft.recipe.prepare import FileSource, HubSource, RowsSource, SourceConfig
 
 # Text that is read and shuffled together: memory is a small multiple of it, a killed stage repeats one.
 BLOCK_CHARS = 16_000_000
+# Files are read together up to so many bytes on disk; of a larger Parquet file each part has about as many.
+PART_BYTES = 16_000_000
 # Longest piece of a document: about 5,000 tokens, so that one book cannot fill a small budget.
 PIECE_CHARS = 20_000
 ENDINGS = {"jsonl": JSONL, "parquet": (".parquet",), "text": TEXT, "source_code": (".py",)}
@@ -46,29 +49,90 @@ Position = tuple[int, int]
 class Block:
     """Text that was read together, in shuffled order."""
 
-    pieces: list[str]
+    pieces: list[str]  # none where others have encoded them
     digests: npt.NDArray[np.uint64]  # of each piece's text
     skipped: int  # files passed over on the way
     empty: int  # documents without text
     end: Position
+    # Where others have encoded them: the ids of all pieces, one behind the other, and where each ends.
+    ids: tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]] | None = None
+
+    def with_ids(self, encoded: npt.NDArray[np.int64], ids: list[npt.NDArray[np.uint32]]) -> Block:
+        """With the ids of these pieces instead of any text."""
+        lengths = np.zeros(len(self.digests), dtype=np.int64)
+        lengths[encoded] = [len(own) for own in ids]
+        flat = np.concatenate([np.zeros(0, np.uint32), *ids])
+        return replace(self, pieces=[], ids=(flat, np.cumsum(lengths)))
+
+    def ids_of(self, chosen: npt.NDArray[np.int64]) -> Iterator[list[npt.NDArray[np.uint32]]]:
+        """Those of these pieces, in order."""
+        assert self.ids
+        flat, ends = self.ids
+        starts = np.concatenate([[0], ends[:-1]])
+        for few in np.array_split(chosen, len(chosen) // 1000 + 1):
+            yield [flat[starts[i] : ends[i]] for i in few]
 
 
-def blocks(source: SourceConfig, seed: int, start: Position) -> Iterator[Block]:
-    """The text behind `start`, about BLOCK_CHARS at a time; the order depends on source and seed alone."""
-    pieces: list[str] = []
-    chars = skipped = empty = 0
-    end = start
-    for file, row, text in documents(source, seed, start):
-        if chars >= BLOCK_CHARS:
+@dataclass(frozen=True)
+class SourcePart:
+    """What of a source is read by itself; its blocks hold nothing of another part."""
+
+    first: int  # number of its first file in the seeded order
+    files: tuple[Path, ...] = ()  # none of a data set of the hub
+    share: tuple[int, int] = (0, 1)  # of that Parquet file or data set: number of this part, and of all
+
+
+def parts(source: SourceConfig, seed: int) -> list[SourcePart]:
+    """All parts in the seeded order, the same on every machine: by names and sizes alone."""
+    if isinstance(source, HubSource):
+        count = int(open_hub(source).num_shards)
+        order = list(range(count))
+        # A small budget would otherwise see only the first of a sorted data set.
+        random.Random(seed).shuffle(order)
+        return [SourcePart(number, share=(shard, count)) for number, shard in enumerate(order)]
+    files, found, together = source_files(source).files, list[SourcePart](), 0
+    # By the name within the source, so that the order is the same on every machine.
+    names = sorted(files, key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest())
+    for number, name in enumerate(names):
+        try:
+            size = files[name].stat().st_size
+        except OSError as error:
+            raise unreadable(files[name], error) from None
+        count = -(-size // PART_BYTES) if source.kind == "parquet" else 1
+        if count > 1:
+            found += [SourcePart(number, (files[name],), (share, count)) for share in range(count)]
+            together = PART_BYTES  # the next file begins a part of its own
+        elif found and together + size <= PART_BYTES:
+            found[-1] = replace(found[-1], files=(*found[-1].files, files[name]))
+            together += size
+        else:
+            found.append(SourcePart(number, (files[name],)))
+            together = size
+    return found
+
+
+def blocks(
+    source: SourceConfig, seed: int, start: Position = (0, 0), part: SourcePart | None = None
+) -> Iterator[Block]:
+    """The text behind `start` of a part, or of all; about BLOCK_CHARS at a time, never of two parts.
+
+    The order depends on source and seed alone.
+    """
+    for own in [part] if part else parts(source, seed):
+        pieces: list[str] = []
+        chars = skipped = empty = 0
+        end = start
+        for file, row, text in _documents(source, own, start):
+            if chars >= BLOCK_CHARS:
+                yield _block(pieces, seed, skipped, empty, end)
+                pieces, chars, skipped, empty = [], 0, 0, 0
+            end = (file, row)
+            skipped += text is None
+            empty += text is not None and (not text or text.isspace())
+            pieces += split_document(text or "")
+            chars += len(text or "")
+        if pieces or skipped or empty:
             yield _block(pieces, seed, skipped, empty, end)
-            pieces, chars, skipped, empty = [], 0, 0, 0
-        end = (file, row)
-        skipped += text is None
-        empty += text is not None and (not text or text.isspace())
-        pieces += split_document(text or "")
-        chars += len(text or "")
-    if pieces or skipped or empty:
-        yield _block(pieces, seed, skipped, empty, end)
 
 
 def _block(pieces: list[str], seed: int, skipped: int, empty: int, end: Position) -> Block:
@@ -82,25 +146,32 @@ def _block(pieces: list[str], seed: int, skipped: int, empty: int, end: Position
     return Block(pieces, digests, skipped, empty, end)
 
 
-def documents(
-    source: SourceConfig, seed: int, start: Position = (0, 0)
+def documents(source: SourceConfig, seed: int) -> Iterator[tuple[int, int, str | None]]:
+    """(file, row, text) of all documents, files in seeded order; no text: passed over."""
+    for part in parts(source, seed):
+        yield from _documents(source, part)
+
+
+def _documents(
+    source: SourceConfig, part: SourcePart, start: Position = (0, 0)
 ) -> Iterator[tuple[int, int, str | None]]:
-    """(file, row, text) of the documents behind `start`, files in seeded order; no text: passed over."""
+    """Of one part those behind `start`."""
     if isinstance(source, HubSource):
-        yield from _hub_documents(source, seed, start)
+        if part.first >= start[0]:
+            yield from _hub_documents(source, part, start[1] if part.first == start[0] else 0)
         return
-    files = source_files(source).files
-    # By the name within the source, so that the order is the same on every machine.
-    order = sorted(files, key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest())
-    for number in range(start[0], len(order)):
-        after = start[1] if number == start[0] else 0
-        for row, text in _file_documents(source, files[order[number]], after):
-            yield number, row, text
+    for number, path in enumerate(part.files, part.first):
+        if number >= start[0]:
+            after = start[1] if number == start[0] else 0
+            for row, text in _file_documents(source, path, after, part.share):
+                yield number, row, text
 
 
-def _file_documents(source: FileSource, path: Path, after: int) -> Iterator[tuple[int, str | None]]:
+def _file_documents(
+    source: FileSource, path: Path, after: int, share: tuple[int, int]
+) -> Iterator[tuple[int, str | None]]:
     if isinstance(source, RowsSource):
-        yield from _texts(field_values(path, source.field, after), source.field)
+        yield from _texts(field_values(path, source.field, after, share), source.field)
     elif not after:
         try:
             yield 1, read_text(path)
@@ -119,19 +190,13 @@ def _texts(values: Iterable[tuple[int, str, Any]], field: str) -> Iterator[tuple
         yield number, value or ""
 
 
-def _hub_documents(source: HubSource, seed: int, start: Position) -> Iterator[tuple[int, int, str]]:
-    """Files in seeded order: a small budget would otherwise see only the first of a sorted data set."""
-    data = open_hub(source)
-    count = int(data.num_shards)
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    for number in range(start[0], count):
-        after = start[1] if number == start[0] else 0
-        part = data.shard(num_shards=count, index=order[number])
-        name = f"data set {source.dataset}: file {order[number] + 1} of {count}"
-        values = hub_values(part.skip(after) if after else part, name, source.field, after)
-        for row, text in _texts(((n, f"{name}: row {n}", v) for n, v in values), source.field):
-            yield number, row, text
+def _hub_documents(source: HubSource, part: SourcePart, after: int) -> Iterator[tuple[int, int, str]]:
+    shard, count = part.share
+    data = open_hub(source).shard(num_shards=count, index=shard)
+    name = f"data set {source.dataset}: file {shard + 1} of {count}"
+    values = hub_values(data.skip(after) if after else data, name, source.field, after)
+    for row, text in _texts(((n, f"{name}: row {n}", v) for n, v in values), source.field):
+        yield part.first, row, text
 
 
 def open_hub(source: Any) -> Any:

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdraft.console import Console, format_count
-from fastdraft.data.corpora import Block, blocks, source_files
+from fastdraft.data.corpora import Block, blocks, parts, source_files
 from fastdraft.data.files import NAMED
 from fastdraft.data.shards import SPLITS, RowForm, RowWriter, Split
 from fastdraft.data.tokenize import DocumentEncoder
 from fastdraft.errors import DataError
 from fastdraft.recipe.prepare import HubSource, SourceConfig
 from fastdraft.run_folder import read_json, write_json
+from fastdraft.workers import Job, Workers
+
+T = TypeVar("T")
 
 BATCH_CHARS = 1_000_000
 # While the ids of one batch become an array under the interpreter's lock, the other has the cores.
@@ -38,6 +42,7 @@ class PackingProgress:
     """How far a corpus has come."""
 
     source: int = 0  # number of the source that is read
+    part: int = 0  # number of the part of it that is read
     position: tuple[int, int] = (0, 0)  # behind which reading it goes on
     source_tokens: int = 0
     skipped: int = 0  # files of this source that were passed over
@@ -48,6 +53,50 @@ class PackingProgress:
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     sources: list[dict[str, Any]] = field(default_factory=list)  # what each finished source gave
     writers: dict[str, Any] = field(default_factory=dict)
+
+
+def made_ahead(stream: Iterator[T], thread: Executor) -> Iterator[T]:
+    """The same, each made while the one before it is used."""
+    coming = thread.submit(next, stream, None)
+    try:
+        while (found := coming.result()) is not None:
+            coming = thread.submit(next, stream, None)
+            yield found
+    finally:
+        wait([coming])
+
+
+def encoded_batches(
+    block: Block, chosen: Sequence[int] | npt.NDArray[np.int64], encoder: DocumentEncoder, pool: Executor
+) -> Iterator[list[npt.NDArray[np.uint32]]]:
+    """The ids of these pieces in order, some batches being encoded at a time."""
+    texts = [block.pieces[i] for i in chosen]
+    ends = zip(texts, accumulate(map(len, texts)), strict=True)
+    groups = groupby(ends, lambda end: end[1] // BATCH_CHARS)
+    return pool.map(encoder.encode, [[text for text, _ in group] for _, group in groups])
+
+
+class TextReader:
+    """A worker of prepare: reads the parts of sources, and encodes them where whoever asks does not."""
+
+    def __init__(self, open_encoder: Callable[[], DocumentEncoder]) -> None:
+        self._open_encoder = open_encoder
+
+    @cached_property
+    def encoder(self) -> DocumentEncoder:
+        return self._open_encoder()
+
+    def read(self, *what: Any) -> Iterator[Block]:
+        """The blocks of a part; `what` as for `blocks`."""
+        return blocks(*what)
+
+    def encode(self, *what: Any) -> Iterator[Block]:
+        """The same with ids instead of text; of equal pieces of a block the first alone has some."""
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(ENCODERS) as pool:
+            for block in made_ahead(blocks(*what), reader):
+                first = np.sort(np.unique(block.digests, return_index=True)[1])
+                batches = encoded_batches(block, first, self.encoder, pool)
+                yield block.with_ids(first, [ids for batch in batches for ids in batch])
 
 
 class CorpusPacker:
@@ -66,21 +115,27 @@ class CorpusPacker:
         return sum(self.progress.tokens.values())
 
     def run(
-        self, sources: Sequence[SourceConfig], console: Console, advance: Callable[[float], None]
+        self,
+        sources: Sequence[SourceConfig],
+        workers: Workers,
+        console: Console,
+        advance: Callable[[float], None],
     ) -> dict[str, Any]:
         """Reads what is left, closes the shards, gives the manifest's part; `advance` hears of tokens."""
         # One thread reads: each thread that ever did would keep a block's memory for itself.
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(ENCODERS) as pool:
             for source in sources[self.progress.source :]:
-                stream = blocks(source, self._seed, self.progress.position)
+                stream = self._blocks(source, workers, self.progress.part, self.progress.position)
                 # The next block is read while this one is encoded.
-                coming = reader.submit(next, stream, None)
-                while not self._is_full(source) and (block := coming.result()):
-                    coming = reader.submit(next, stream, None)
+                for part, block in made_ahead(stream, reader):
+                    if self._is_full(source):
+                        break
                     for taken in self._pack(block, source, pool):
                         advance(taken)
                         console.stop.check(self._folder)
+                    self.progress.part = part
                     self._commit()
+                workers.drop()
                 self._finish(source, console)
         for split, writer in self._writers.items():
             writer.close_shard()
@@ -95,6 +150,22 @@ class CorpusPacker:
             result[split] = {**counts, "documents": self.progress.documents[split], "shards": writer.shards}
         return {**result, "duplicates": self.progress.duplicates, "sources": self.progress.sources}
 
+    def _blocks(
+        self, source: SourceConfig, workers: Workers, first: int, position: tuple[int, int]
+    ) -> Iterator[tuple[int, Block]]:
+        """(number of its part, block) of what is left of a source, in order, whoever reads it."""
+        cut, number = parts(source, self._seed), self.progress.source
+        # Where others read, they encode too: reading alone is little work.
+        method = "encode" if workers.count else "read"
+
+        def job(part: int) -> Job:
+            start = position if part == first else (0, 0)
+            return Job((self.name, number, part), method, lambda: (source, self._seed, start, cut[part]))
+
+        for part in range(first, len(cut)):
+            for block in workers.stream(job(part), map(job, range(part + 1, len(cut)))):
+                yield part, block
+
     def _is_full(self, source: SourceConfig) -> bool:
         return source.tokens is not None and self.progress.source_tokens >= source.tokens
 
@@ -102,11 +173,7 @@ class CorpusPacker:
         """Encodes what is new of a block and writes it, up to the source's budget; yields tokens taken."""
         progress, taken = self.progress, 0
         new = self._seen.first_seen(block.digests)
-        texts = [block.pieces[i] for i in new]
-        ends = zip(texts, accumulate(map(len, texts)), strict=True)
-        groups = groupby(ends, lambda end: end[1] // BATCH_CHARS)
-        batches = [[text for text, _ in group] for _, group in groups]
-        for encoded in pool.map(self._encoder.encode, batches):
+        for encoded in block.ids_of(new) if block.ids else encoded_batches(block, new, self._encoder, pool):
             routed: dict[Split, list[npt.NDArray[np.uint32]]] = {split: [] for split in SPLITS}
             before = self.tokens
             for ids in encoded:
@@ -124,7 +191,7 @@ class CorpusPacker:
             if self._is_full(source):
                 break
         self._seen.add(block.digests[new[:taken]])
-        progress.duplicates += (int(new[taken]) if taken < len(new) else len(block.pieces)) - taken
+        progress.duplicates += (int(new[taken]) if taken < len(new) else len(block.digests)) - taken
         progress.seen += taken
         progress.skipped += block.skipped
         progress.empty += block.empty
@@ -164,7 +231,8 @@ class CorpusPacker:
         counts = {"tokens": tokens, "files_skipped": skipped, "empty": progress.empty}
         progress.sources.append({**about, **counts})
         progress.source += 1
-        progress.position, progress.source_tokens, progress.skipped, progress.empty = (0, 0), 0, 0, 0
+        progress.part, progress.position = 0, (0, 0)
+        progress.source_tokens, progress.skipped, progress.empty = 0, 0, 0
         self._commit()
 
     def _commit(self) -> None:

@@ -106,20 +106,26 @@ def read_rows(path: Path, after: int = 0) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def numbered_rows(
-    path: Path, after: int = 0, columns: Sequence[str] | None = None
+    path: Path, after: int = 0, columns: Sequence[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """The same with the line's or row's number before it, and only these columns of a Parquet file."""
+    """The same with the line's or row's number before it; of a Parquet file only these columns, and the row
+    groups of one of so many shares (any other file is all in the first).
+    """
     form = _form(path)
-    if form == "lines":
+    if form == "parquet":
+        rows = _parquet(path, columns, share)
+        yield from ((n, f"{path}: row {n}", row) for n, row in rows if n > after)
+    elif not share[0] and form == "lines":
         yield from ((n, f"{path}: line {n}", row) for n, row in _lines_of_json(path, after))
-    else:
-        rows = _parquet(path, columns) if form == "parquet" else _objects(path)
-        yield from ((n, f"{path}: row {n}", row) for n, row in enumerate(rows, 1) if n > after)
+    elif not share[0]:
+        yield from ((n, f"{path}: row {n}", row) for n, row in enumerate(_objects(path), 1) if n > after)
 
 
-def field_values(path: Path, field: str, after: int = 0) -> Iterator[tuple[int, str, Any]]:
+def field_values(
+    path: Path, field: str, after: int = 0, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[int, str, Any]]:
     """(number, where, whatever stands under `field`) of each row behind row `after`."""
-    for number, where, row in numbered_rows(path, after, [field]):
+    for number, where, row in numbered_rows(path, after, [field], share):
         if field not in row:
             raise missing_field(where, field, row)
         yield number, where, row[field]
@@ -203,16 +209,20 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{found}; must be JSON objects, one a line or in an array", fix)
 
 
-def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+def _parquet(
+    path: Path, columns: Sequence[str] | None, share: tuple[int, int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
             if lacking := set(columns or ()).difference(file.schema_arrow.names):
                 raise missing_field(path, lacking.pop(), file.schema_arrow.names)
-            for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
+            first, stop = (file.num_row_groups * place // share[1] for place in (share[0], share[0] + 1))
+            number = sum(file.metadata.row_group(group).num_rows for group in range(first))
+            for batch in file.iter_batches(PARQUET_ROWS, range(first, stop), columns):
                 for row in batch.to_pylist():
                     number += 1
-                    yield row
+                    yield number, row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         message = f"{path}: row {number + 1}: damaged ({error}); must be a whole Parquet file"
         raise DataError(message, "download it again") from None

@@ -7,11 +7,12 @@ data/tokenize.py, data/pack.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastdraft.console import format_count
 from fastdraft.data.corpora import describe
-from fastdraft.data.pack import CorpusPacker
+from fastdraft.data.pack import CorpusPacker, TextReader
 from fastdraft.data.shards import RowForm, token_dtype
 from fastdraft.data.tokenize import DocumentEncoder, added_words, separator_id, set_tokenizer_threads
 from fastdraft.errors import DataError
@@ -57,6 +58,11 @@ def _described(config: PrepareConfig, folder: StageFolder) -> list[dict[str, Any
     return found
 
 
+def _open_encoder(context: StageContext) -> DocumentEncoder:
+    set_tokenizer_threads(context.settings.threads)
+    return DocumentEncoder(context.target.tokenizer, context.target.vocabulary.size)
+
+
 def run(config: PrepareConfig, context: StageContext) -> None:
     """Writes `CORPUS/SPLIT-NNNNN.bin` and the manifest; goes on from the last block that was finished."""
     folder, console = context.folder("prepare"), context.console
@@ -64,14 +70,17 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     separator = separator_id(vocabulary.bos_token_id, vocabulary.eos_token_ids)
     dtype, seed = token_dtype(vocabulary.size), context.settings.seed
     form = RowForm(config.row_length, separator, dtype, SHARD_TOKENS, config.validation)
-    encoder = DocumentEncoder(context.target.tokenizer, vocabulary.size)
+    encoder = _open_encoder(context)
     packers = {name: CorpusPacker(name, folder.path, form, encoder, seed) for name in config.sources}
     done = sum(packer.tokens for packer in packers.values())
-    set_tokenizer_threads(context.settings.threads)
-    with console.progress("prepare", config.budget, "tokens", completed=done) as bar:
+    with (
+        context.workers("prepare", partial(TextReader, partial(_open_encoder, context)), "cpu") as workers,
+        console.progress("prepare", config.budget, "tokens", completed=done) as bar,
+    ):
         try:
             corpora = {
-                name: one.run(config.sources[name], console, bar.advance) for name, one in packers.items()
+                name: one.run(config.sources[name], workers, console, bar.advance)
+                for name, one in packers.items()
             }
         except DataError:
             if sum(packer.tokens for packer in packers.values()) < KEPT_TOKENS:
