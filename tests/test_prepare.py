@@ -150,9 +150,9 @@ def test_a_signal_stops_the_work_and_what_was_finished_is_not_read_again(
         write_json(path, value)
         context.console.stop.requested = True
 
-    def noted(source: Any, seed: int, start: Any) -> Any:
+    def noted(source: Any, seed: int, start: Any, part: Any) -> Any:
         starts.append(start)
-        return corpora.blocks(source, seed, start)
+        return corpora.blocks(source, seed, start, part)
 
     monkeypatch.setattr(pack, "blocks", noted)
     with pytest.MonkeyPatch.context() as patch:

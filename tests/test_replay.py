@@ -12,19 +12,21 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastdraft.console import Console
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.rows import SyntheticRow
 from fastdraft.decoding import replay as module
 from fastdraft.decoding.cache import ReadableModel
 from fastdraft.decoding.replay import accept_probabilities, length_batches, replay
 from fastdraft.decoding.speculative import SpeculativeDecoder
 from fastdraft.evaluation.tasks import EncodedTask
-from fastdraft.evaluation.work import EvaluationWork, exact_runs
+from fastdraft.evaluation.work import EvaluationWork, TextWorker, exact_runs
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.functional.sampling import probabilities
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.evaluation import EvaluateConfig
 from fastdraft.run_folder import StageFolder
+from fastdraft.workers import LocalWorkers
 
 VOCABULARY = Vocabulary(320, 300, tuple(range(300, 320)), 0, (3,), 0, "")
 
@@ -165,11 +167,11 @@ def test_the_progress_of_given_texts_ends_at_their_number(
     every = [row for found in rows.values() for row in found]
     task = EncodedTask("log", [row.row_id for row in every], [row.prompt_ids for row in every], 4)
     config, folder = EvaluateConfig(texts="synthesize", num_speculative_tokens=[3]), StageFolder(tmp_path)
-    work = EvaluationWork(
-        config, [task], 0, folder, Console(), VOCABULARY, None, lambda _: pytest.fail("asked"), rows
-    )
+    work = EvaluationWork(config, [task], 0, folder, Console(), VOCABULARY, None, rows)
+    asked, chat, drafts = (lambda: pytest.fail("asked")), ChatTemplate(None), {"align": lambda: near}  # type: ignore[arg-type]
+    work.workers = LocalWorkers(lambda: TextWorker(asked, drafts, VOCABULARY, chat, work.advance))
     work.write_texts()
-    work.replay({"align": lambda: near})
+    work.replay(["align"])
     assert "5/5 texts" in capsys.readouterr().err
 
 

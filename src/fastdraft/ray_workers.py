@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -194,18 +194,25 @@ class RayWorkers:
         given, wanted = 0, [job, *islice(ahead, WAITING_EACH * self.count)]
         while True:
             begun = self._until(job, wanted[1:], lambda begun: bool(begun.attempts))
-            attempt = begun.done or begun.attempts[0]
+            attempt, number = begun.done or begun.attempts[0], 0
             try:
-                for number, reference in enumerate(attempt.items):
-                    self._wait([reference], wanted)
-                    if number >= given:  # those before were given already, from a worker that was lost
+                while True:
+                    while not self._wait([attempt.items]):
+                        self._begin(wanted)
+                        self._help(begun)
+                        if begun.done not in (None, attempt):  # another one was quicker
+                            attempt, number = begun.done, 0
+                    reference = next(attempt.items, None)
+                    if reference is None:
+                        del self._begun[job.key]
+                        return
+                    if number >= given:  # those before were given already, by a worker that was lost
                         self.last, found = self._get(reference)
                         given += 1
                         yield found
-                break
+                    number += 1
             except self._ray.exceptions.RayError as error:
                 self._lose(begun, attempt, error)
-        del self._begun[job.key]
 
     def drop(self) -> None:
         """Forgets what was not taken; a worker that is still at it is replaced, for nothing else ends it."""
@@ -238,30 +245,35 @@ class RayWorkers:
             if is_there(begun):
                 return begun
             self._help(begun)
-            self._wait([attempt.ended for attempt in self._running()], wanted)
+            self._wait([attempt.ended for attempt in self._running()])
 
-    def _wait(self, references: list[Any], wanted: list[Job]) -> None:
-        """Until one of these is there, or for a moment; obeys a request to stop."""
+    def _wait(self, references: list[Any]) -> list[Any]:
+        """Those that are there, for a moment's waiting; obeys a request to stop."""
         self._check()
-        self._ray.wait(references, timeout=0.5, fetch_local=False)
+        self._settle()
+        ready: list[Any] = self._ray.wait(references, timeout=0.5, fetch_local=False)[0]
+        return ready
 
     def _running(self) -> list[_Attempt]:
         return [attempt for begun in self._begun.values() if not begun.done for attempt in begun.attempts]
 
-    def _load(self, worker: Any) -> int:
-        return sum(attempt.worker is worker for attempt in self._running())
+    def _loads(self) -> Counter[int]:
+        """Jobs that lie with each worker, by its identity."""
+        return Counter(id(attempt.worker) for attempt in self._running())
 
     def _begin(self, wanted: list[Job]) -> None:
         """Gives free workers what is wanted, the first job in any case."""
+        loads = self._loads()
         for number, job in enumerate(wanted):
             begun = self._begun.get(job.key)
             if begun and begun.attempts:
                 continue
-            free = min(self._workers, key=self._load)
-            full = self._load(free) >= BEGUN_EACH or len(self._begun) >= WAITING_EACH * self.count
+            free = min(self._workers, key=lambda worker: loads[id(worker)])
+            full = loads[id(free)] >= BEGUN_EACH or len(self._begun) >= WAITING_EACH * self.count
             if full and number:
                 return
             self._attempt(self._begun.setdefault(job.key, _Begun(job)), free)
+            loads[id(free)] += 1
 
     def _attempt(self, begun: _Begun, worker: Any) -> None:
         arguments = begun.job.method, begun.job.arguments()
@@ -272,8 +284,8 @@ class RayWorkers:
         """An idle worker does too what all others wait for, if that takes much longer than usual."""
         usual = statistics.median(self._seconds) if self._seconds else float("inf")
         late = time.monotonic() - begun.since > SLOW * usual * len(begun.attempts)
-        idle = [worker for worker in self._workers if not self._load(worker)]
-        if late and idle:
+        loads = self._loads()
+        if late and (idle := [worker for worker in self._workers if not loads[id(worker)]]):
             self._attempt(begun, idle[0])
 
     def _settle(self) -> None:
@@ -299,6 +311,8 @@ class RayWorkers:
 
     def _lose(self, begun: _Begun, attempt: _Attempt, error: Exception) -> None:
         """The job is to be begun again, and its worker, if that is dead, is replaced by a new one."""
+        if attempt not in begun.attempts:
+            return  # it was noticed before
         begun.attempts.remove(attempt)
         begun.done, begun.lost = None, begun.lost + 1
         if begun.lost > LOST:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,12 +30,13 @@ from fastdraft.errors import DataError, TargetError
 from fastdraft.evaluation.results import nearest_k
 from fastdraft.evaluation.tasks import EncodedTask, add_turns, derive_seed, refuse_faults, write_turns
 from fastdraft.functional.acceptance import TOTALS, counts_table
-from fastdraft.functional.generation import Engine, Sampling
+from fastdraft.functional.generation import Engine, Generation, Sampling
 from fastdraft.functional.lookup import Lookups, look_up, lookup_counts
 from fastdraft.functional.positions import counts_by_bucket
 from fastdraft.modeling.vocabulary import Vocabulary
 from fastdraft.recipe.evaluation import EvaluateConfig
 from fastdraft.run_folder import StageFolder, read_json
+from fastdraft.workers import Job, Workers
 
 LoadModel = Callable[[], PreTrainedModel]
 
@@ -75,6 +76,41 @@ class ExactRuns:
     num_caught_up: list[int] = field(default_factory=list)
 
 
+class TextWorker:
+    """Writes the texts of tasks and replays them; opens engine and drafts when they are asked for."""
+
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        drafts: Mapping[str, LoadModel],
+        vocabulary: Vocabulary,
+        chat: ChatTemplate,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        self._open_engine, self._drafts, self._vocabulary = open_engine, drafts, vocabulary
+        self._chat, self._on_batch = chat, on_batch
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Opened at the first question: it may load a model or convert one."""
+        return self._open_engine()
+
+    def turns(self, task: EncodedTask, room: int, seed: int) -> dict[str, Any]:
+        """See `write_turns`."""
+        return write_turns(task, self._chat, lambda: self.engine, room, seed)
+
+    def write(self, *asked: Any) -> list[Generation]:
+        """As an engine's `generate`."""
+        return self.engine.generate(*asked)
+
+    def replay(
+        self, draft: str, rows: list[SyntheticRow], ks: Sequence[int], temperature: float | None
+    ) -> Replayed:
+        """Of one draft; the engine is let go before, with its model."""
+        self.__dict__.pop("engine", None)
+        return replay_texts(self._drafts[draft](), rows, ks, self._vocabulary, temperature, self._on_batch)
+
+
 @dataclass
 class EvaluationWork:
     """Does what is asked for and is not kept yet: `take_turns` and `write_texts` first, then the rest."""
@@ -86,13 +122,13 @@ class EvaluationWork:
     console: Console
     vocabulary: Vocabulary
     target: LoadModel | None  # None where nothing is decoded or timed here
-    open_engine: Callable[[Callable[[int], None]], Engine]  # given what hears of finished answers
     given: Mapping[tuple[str, float], list[SyntheticRow]] | None = None  # texts that nobody has to write
     # Opens target and draft for exact runs; None where nothing is decoded here.
     open_pair: Callable[[], tuple[Readable, Readable]] | None = None
     precision: str = "exact"  # in which they run: the name of a dtype, or exact
     by_engine: bool = False  # whether something else than `target` writes
     texts: dict[tuple[str, float], list[SyntheticRow]] = field(default_factory=dict)  # by task, temperature
+    workers: Workers = field(init=False)  # each with a `TextWorker`; given before anything is written
     _shown: Progress | None = None
 
     @property
@@ -103,15 +139,11 @@ class EvaluationWork:
         by_name = {task.name: task for task in self.tasks}
         return [(by_name[name], temperature) for name, temperature in self.given]
 
-    @cached_property
-    def engine(self) -> Engine:
-        """Opened at the first question: it may load a model or convert one."""
-        return self.open_engine(self._advance)
-
     def sampling(self, temperature: float) -> Sampling:
         return Sampling(temperature, self.config.top_k, self.config.top_p)
 
-    def _advance(self, count: int = 1) -> None:
+    def advance(self, count: int = 1) -> None:
+        """Hears of texts that are finished."""
         if self._shown:
             self._shown.advance(count)
         self.console.stop.check(self.folder.path)
@@ -126,7 +158,21 @@ class EvaluationWork:
         with following if done < total else contextlib.nullcontext() as self._shown:
             return [self.folder.keep(name, make, **form) for name, (_, make) in jobs.items()]
 
-    def take_turns(self, chat: ChatTemplate, context_length: int) -> None:
+    def _by_workers(self, asked: Mapping[str, tuple[int, Job]]) -> dict[str, tuple[int, Callable[[], Any]]]:
+        """Jobs for `_keep_all`; those of them that are missing are begun ahead."""
+
+        def make(name: str) -> Any:
+            size, job = asked[name]
+            found = self.workers.take(
+                job, (job for file, (_, job) in asked.items() if not self.folder.has(file))
+            )
+            if self.workers.count:  # who works elsewhere does not tell how far it is
+                self.advance(size)
+            return found
+
+        return {name: (size, partial(make, name)) for name, (size, _) in asked.items()}
+
+    def take_turns(self, context_length: int) -> None:
         """Makes prompts of every turn of the tasks' conversations; no task may be without a prompt."""
         jobs, talking = {}, [task for task in self.tasks if task.conversations]
         for task in talking:
@@ -134,11 +180,10 @@ class EvaluationWork:
                 context_length - task.max_new_tokens,
                 sum(len(t.users) - 1 for _, t in task.conversations),
             )
-            ask = partial(write_turns, task, chat, lambda: self.engine, room, self.seed)
-            jobs[f"conversations/{task.name}.json"] = size, ask
-        kept = dict(
-            zip((t.name for t in talking), self._keep_all("earlier turns", "answers", jobs), strict=True)
-        )
+            job = Job(("turns", task.name), "turns", partial(_these, task, room, self.seed))
+            jobs[f"conversations/{task.name}.json"] = size, job
+        found = self._keep_all("earlier turns", "answers", self._by_workers(jobs))
+        kept = dict(zip((t.name for t in talking), found, strict=True))
         self.tasks = [add_turns(t, kept[t.name], self.console) if t.name in kept else t for t in self.tasks]
         for task in self.tasks:
             if not task.prompt_ids:
@@ -147,20 +192,30 @@ class EvaluationWork:
                 raise DataError(message, "shorten the prompts or lower max_new_tokens")
 
     def write_texts(self) -> None:
-        """The target answers every prompt at every temperature; then the engine is let go, with its model."""
-        jobs = {}
-        for task, t in self.settings:
-            size = len(task.prompt_ids) if self.given is None else 0
-            jobs[f"generations/{task.name}-{t:g}.parquet"] = size, partial(self._write_texts, task, t)
+        """The target answers every prompt at every temperature."""
+        places = {f"generations/{task.name}-{t:g}.parquet": (task, t) for task, t in self.settings}
+        jobs: dict[str, tuple[int, Callable[[], Any]]]
+        if self.given is not None:
+            jobs = {name: (0, partial(self.given.get, (task.name, t))) for name, (task, t) in places.items()}
+        else:
+            asked = {n: (len(task.prompt_ids), self._writing(task, t)) for n, (task, t) in places.items()}
+            jobs = {
+                name: (size, partial(self._rows, *places[name], write))
+                for name, (size, write) in self._by_workers(asked).items()
+            }
         found = self._keep_all("target writes", "texts", jobs, read=read_rows, write=write_rows)
         self.texts = {(task.name, t): rows for (task, t), rows in zip(self.settings, found, strict=True)}
-        self.__dict__.pop("engine", None)
 
-    def _write_texts(self, task: EncodedTask, temperature: float) -> list[SyntheticRow]:
-        if self.given is not None:
-            return self.given[task.name, temperature]
-        sampling, seed = self.sampling(temperature), derive_seed(self.seed, task.name, temperature)
-        written = self.engine.generate(task.prompt_ids, sampling, task.max_new_tokens, seed)
+    def _writing(self, task: EncodedTask, temperature: float) -> Job:
+        seed, sampling = derive_seed(self.seed, task.name, temperature), self.sampling(temperature)
+        asked = partial(_these, task.prompt_ids, sampling, task.max_new_tokens, seed)
+        return Job(("write", task.name, temperature), "write", asked)
+
+    def _rows(
+        self, task: EncodedTask, temperature: float, write: Callable[[], list[Generation]]
+    ) -> list[SyntheticRow]:
+        """What was written, as rows that replay can use."""
+        written, sampling = write(), self.sampling(temperature)
         refuse_faults(task.name, written)
         unknown = sum(len(generation.logprobs) != len(generation.response_ids) for generation in written)
         if unknown and temperature > 0 and self.config.draft_temperature != 0:
@@ -175,19 +230,17 @@ class EvaluationWork:
             raise TargetError(found, "set target.dtype to bf16 or fp32")
         return [SyntheticRow.of(generation, task.name, sampling) for generation in written]
 
-    def replay(self, drafts: Mapping[str, LoadModel]) -> dict[tuple[str, str, float], Replayed]:
+    def replay(self, drafts: Iterable[str]) -> dict[tuple[str, str, float], Replayed]:
         """By draft, task and temperature; a draft is loaded only if something of it is missing."""
         places = [(name, *setting) for name in drafts for setting in self.texts]
-        jobs = {}
+        how, jobs = (self.config.num_speculative_tokens, self.config.draft_temperature), {}
         for name, task, t in places:
             rows = self.texts[task, t]
-            jobs[f"replay/{name}-{task}-{t:g}.npz"] = len(rows), partial(self._replay, drafts[name], rows)
-        found = self._keep_all("replay", "texts", jobs, read=_read_replayed, write=_write_replayed)
+            file = f"replay/{name}-{task}-{t:g}.npz"
+            jobs[file] = len(rows), Job(("replay", file), "replay", partial(_these, name, rows, *how))
+        read = self._by_workers(jobs)
+        found = self._keep_all("replay", "texts", read, read=_read_replayed, write=_write_replayed)
         return dict(zip(places, found, strict=True))
-
-    def _replay(self, draft: LoadModel, rows: list[SyntheticRow]) -> Replayed:
-        ks, temperature = self.config.num_speculative_tokens, self.config.draft_temperature
-        return replay_texts(draft(), rows, ks, self.vocabulary, temperature, self._advance)
 
     @cached_property
     def pair(self) -> tuple[Readable, Readable]:
@@ -215,7 +268,7 @@ class EvaluationWork:
         own = self.config.draft_temperature
         decoder = SpeculativeDecoder(*self.pair, self.vocabulary, k, own, proposer=proposer)
         seed, sampling = derive_seed(self.seed, task.name, temperature, k), self.sampling(temperature)
-        runs = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, self._advance)
+        runs = exact_runs(decoder, prompts, sampling, task.max_new_tokens, seed, self.advance)
         alone: list[SpeculativeResult] = []
         if self.by_engine and temperature == 0:  # another runtime and precision breaks ties another way
             nothing = SpeculativeDecoder(self.pair[0], None, self.vocabulary, 0, proposer=None)
@@ -237,6 +290,10 @@ class EvaluationWork:
         self.__dict__.pop("pair", None)  # before another copy of the target is loaded
         found = self.folder.keep("latency.json", lambda: measure_latency(target(), draft(), widths).to_json())
         return Latency.from_json(found)
+
+
+def _these(*arguments: Any) -> tuple[Any, ...]:
+    return arguments
 
 
 def replay_texts(

@@ -14,6 +14,7 @@ from fastdraft.decoding.scoring import ScoringEngine
 from fastdraft.errors import Halving, MissingExtra
 from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import pick_device
+from fastdraft.ray_workers import Place
 from fastdraft.recipe.synthesize import (
     TRANSPORT,
     AutoEngineConfig,
@@ -132,6 +133,11 @@ def choose_engine(settings: EngineConfig, target: Target, device: str, folder: S
         reason = f"{family} is not converted to OpenVINO: {NOT_CONVERTED[family]}"
         return EngineChoice(HuggingFaceEngineConfig(), reason)
     return EngineChoice(_OPENVINO_FOR[target.dtype], "the fastest on a CPU")
+
+
+def place_of(settings: ChosenEngine | None) -> Place:
+    """What of a cluster's machines each that runs the engine needs; None: the target in transformers."""
+    return "node" if isinstance(settings, OpenVINOEngineConfig | LlamaCppEngineConfig) else "device"
 
 
 def open_engine(

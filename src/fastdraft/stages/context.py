@@ -80,9 +80,18 @@ class StageContext:
         return stage in self.sections
 
     @contextlib.contextmanager
-    def workers(self, stage: str, make: Callable[[], Any], place: Place, count: int = 0) -> Iterator[Workers]:
-        """Who does a stage's jobs: `make` makes one worker, here or on each machine of `run.cluster`."""
-        workers: Workers = LocalWorkers(make)
+    def workers(
+        self,
+        stage: str,
+        make: Callable[[], Any],
+        place: Place,
+        count: int = 0,
+        here: Callable[[], Any] | None = None,
+    ) -> Iterator[Workers]:
+        """Who does a stage's jobs: `make` makes one worker, on each machine of `run.cluster`, or here (where
+        `here` may make use of what this process has).
+        """
+        workers: Workers = LocalWorkers(here or make)
         if cluster := self.settings.cluster:
             connect(cluster.address)
             stop, where = self.console.stop, self.folder(stage).path

@@ -6,15 +6,16 @@ real. Each step is kept (evaluation/work.py), so that a killed run goes on where
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from fastdraft.data.chat import ChatTemplate
 from fastdraft.data.contamination import search_training_text
 from fastdraft.data.logs import describe
 from fastdraft.data.rows import read_all
@@ -27,7 +28,7 @@ from fastdraft.evaluation.results import EvaluationResults, PromptOverlap, Repla
 from fastdraft.evaluation.rows import CostRatios, findings, samples, tell
 from fastdraft.evaluation.tasks import describe_task, encode_task, load_task
 from fastdraft.evaluation.texts import GivenTexts, logged_rows, trained_prompts
-from fastdraft.evaluation.work import EvaluationWork
+from fastdraft.evaluation.work import EvaluationWork, LoadModel, TextWorker
 from fastdraft.functional.generation import Engine
 from fastdraft.modeling.drafts import load_draft, pick_device, set_threads
 from fastdraft.modeling.vocabulary import check_same
@@ -43,7 +44,14 @@ from fastdraft.recipe.evaluation import (
 from fastdraft.recipe.synthesize import ChosenEngine, LlamaCppEngineConfig, OpenVINOEngineConfig
 from fastdraft.reporting.tables import ladder
 from fastdraft.run_folder import StageFolder, write_json
-from fastdraft.runtimes.engines import choose_engine, describe_engine, exact_pair, open_engine, uses_weights
+from fastdraft.runtimes.engines import (
+    choose_engine,
+    describe_engine,
+    exact_pair,
+    open_engine,
+    place_of,
+    uses_weights,
+)
 from fastdraft.runtimes.huggingface import HuggingFaceEngine
 from fastdraft.stages.context import DRAFT_FOLDERS, StageContext
 from fastdraft.target import Target
@@ -89,39 +97,32 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         context.settings,
     )
     set_threads(settings.threads)
-    device, target = pick_device(settings.device), context.target
+    target = context.target
     names = compared(config, context.sections)
     drafts = {name: Target.at(context.require(name).path / DRAFT_FOLDERS[name]) for name in names}
     for draft in drafts.values():
         check_same(target.vocabulary, draft.vocabulary, where=draft.location)
     context_length = min(model.context_length for model in (target, *drafts.values()))
-    # Loaded when it is asked for: where OpenVINO writes and decodes, only its passes are timed, at the end.
-    reads = isinstance(config.texts, AutoTexts | TargetTexts)
-    model = cache(partial(target.model, device)) if reads else None
+    models = model, loaders = _models(config, context)
     given = _given_texts(config, context, context_length)
     if given:
         tasks = given.tasks()
     else:
         tasks = [encode_task(task, context.chat, context_length, console) for task in config.tasks]
     writer = _writer(config, context)
-    opener = partial(_open_engine, writer, config.batch_rows, context, model)
-    writing = target.vocabulary, model, opener, given.rows if given else None
-    # Same device and precision for both: that is what is decoded with and what latency compares.
-    plain = model is None or (device.type == "cpu" and target.dtype in ("auto", "fp32"))
-
-    def loaded(draft: Target) -> PreTrainedModel:
-        dtype = torch.float32 if plain or model is None else model().dtype
-        return load_draft(Path(draft.location), device, dtype)
-
-    loaders = {name: cache(partial(loaded, draft)) for name, draft in drafts.items()}
     final, load_final = drafts[names[-1]], loaders[names[-1]]
+    writing = target.vocabulary, model, given.rows if given else None
     decoding = _decoding(writer, model, final, load_final, context)
     work = EvaluationWork(
         config, tasks, settings.seed, folder, console, *writing, by_engine=writer is not None, **decoding
     )
-    work.take_turns(context.chat, context_length)
-    work.write_texts()
-    replayed, exact = work.replay(loaders), work.exact(names[-1])
+    make = partial(_open_texts, config, writer, context.run.date, context)
+    here = partial(make, models, work.advance)
+    with context.workers("evaluate", make, place_of(writer), here=here) as work.workers:
+        work.take_turns(context_length)
+        work.write_texts()
+        replayed = work.replay(names)
+    exact = work.exact(names[-1])
     both: tuple[ProposerKind, ...] = ("lookup", "lookup_draft")
     with_lookup = {kind: work.exact(names[-1], kind) for kind in both}
     latency = work.latency(load_final)
@@ -160,6 +161,38 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         provenance=describe_run(),
     )
     folder.remove_scratch()
+
+
+def _models(config: EvaluateConfig, context: StageContext) -> tuple[LoadModel | None, dict[str, LoadModel]]:
+    """What loads the target, where it is read, and each draft; each is loaded once."""
+    device, target = pick_device(context.settings.device), context.target
+    # Loaded when it is asked for: where OpenVINO writes and decodes, only its passes are timed, at the end.
+    reads = isinstance(config.texts, AutoTexts | TargetTexts)
+    model = cache(partial(target.model, device)) if reads else None
+    # Same device and precision for both: that is what is decoded with and what latency compares.
+    plain = model is None or (device.type == "cpu" and target.dtype in ("auto", "fp32"))
+
+    def loaded(name: str) -> PreTrainedModel:
+        dtype = torch.float32 if plain or model is None else model().dtype
+        return load_draft(context.require(name).path / DRAFT_FOLDERS[name], device, dtype)
+
+    return model, {name: cache(partial(loaded, name)) for name in compared(config, context.sections)}
+
+
+def _open_texts(
+    config: EvaluateConfig,
+    writer: ChosenEngine | None,
+    date: datetime.date,
+    context: StageContext,
+    models: tuple[LoadModel | None, dict[str, LoadModel]] | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> TextWorker:
+    """What writes and replays texts, in this process with the models that it has."""
+    set_threads(context.settings.threads)
+    target, (model, drafts) = context.target, models or _models(config, context)
+    open_engine = partial(_open_engine, writer, config.batch_rows, context, model, on_batch)
+    chat = ChatTemplate(target.tokenizer, target.chat_template_kwargs, date)
+    return TextWorker(open_engine, drafts, target.vocabulary, chat, on_batch)
 
 
 def _decoding(

@@ -30,7 +30,6 @@ from fastdraft.ray_workers import Place
 from fastdraft.recipe.run import TargetConfig
 from fastdraft.recipe.synthesize import (
     CorpusPrompts,
-    LlamaCppEngineConfig,
     MagpiePrompts,
     OpenAIEngineConfig,
     OpenVINOEngineConfig,
@@ -43,6 +42,7 @@ from fastdraft.runtimes.engines import (
     converted,
     describe_engine,
     open_engine,
+    place_of,
     require_installed,
     uses_weights,
 )
@@ -181,7 +181,7 @@ def _place(choice: EngineChoice | None, config: SynthesizeConfig) -> tuple[Place
     settings = choice.settings if choice else None
     if isinstance(settings, OpenAIEngineConfig) and not config.needs_weights:
         return "none", len(settings.servers)
-    return ("node" if isinstance(settings, OpenVINOEngineConfig | LlamaCppEngineConfig) else "device"), 0
+    return place_of(settings), 0
 
 
 def _open_writer(
