@@ -122,12 +122,14 @@ def test_our_own_decoder_is_a_second_way_to_run_the_same_exports(finished: Path)
         shutil.copytree(runs / "tiny" / stage, runs / "own" / stage)
     changes = ["run.name=own", "benchmark.runtimes=[fastdraft]", "benchmark.precision=exact"]
     changes += ["benchmark.weights=[{target: int8, draft: int8}]", "benchmark.temperatures=[0, 0.6]"]
-    changes += ["benchmark.num_speculative_tokens=[2]", "benchmark.repeats=1"]
+    changes += ["benchmark.num_speculative_tokens=[2]", "benchmark.lookup=[3]", "benchmark.repeats=1"]
     changes += ["benchmark.sweep={prompt_tokens: [], max_new_tokens: [], concurrency: []}"]
     pipeline.run(load_recipe(str(finished), changes), only=["benchmark"])
     found = results_of(runs / "own" / "benchmark")
     assert {row.key for row in found.rows} == {("fastdraft", "int8", "int8")}
     assert {row.proposer for row in found.rows} == {"draft", "lookup", "lookup_draft"}
+    lengths = {(row.proposer, row.num_speculative_tokens, row.num_lookup_tokens) for row in found.rows}
+    assert lengths == {("draft", 2, None), ("lookup", 3, None), ("lookup_draft", 2, 3)}
     assert all(row.lossless for row in found.rows), "sampled text too"
     assert all(row.same_text == row.texts for row in found.rows if row.temperature == 0)
     for row in found.rows:

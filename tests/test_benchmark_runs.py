@@ -314,6 +314,14 @@ def test_a_plan_names_every_measurement_once_and_leaves_out_what_does_not_fit() 
     ]
     asked = [[str(proposer) for proposer in each.proposers] for each in everything[::4]]
     assert asked == [["draft-k1", "draft-k2", "lookup-k2"], ["draft-k1", "draft-k2"], ["draft-k2"]]
+    own = replace(plan, runtime="fastdraft", proposers=[*plan.proposers, Proposer("lookup_draft", 2)])
+    assert (plan.apart, own.apart) == ([], [2])
+    assert [str(each) for each in own.of_tasks(("int4", "int8"))[0].proposers] == asked[0]
+    assert [each.name for each in own.of_both(1, 2)][::3] == [
+        "fastdraft-tasks-code-int4-int8-t0-lookup_draft-k1-n2",
+        "fastdraft-tasks-text-int4-int8-t0.6-lookup_draft-k1-n2",
+    ]
+    assert len({each.name for each in own.everything(1, 2)}) == len(everything) + 4
     assert len(plan.left_out) == 2
     assert [list(map(len, each.batches)) for each in plan.of_sweeps(2)[2:]] == [[1, 1, 1, 1], [4]]
 

@@ -40,6 +40,8 @@ def test_lookup_pays_for_wide_passes_where_it_finds_something_and_its_draft_else
     assert forecast.lookup_speedup(1.5, 3, 0.25, seconds) == pytest.approx(1.5 / (0.25 * 1.4 + 0.75 * 1.0))
     both = forecast.lookup_speedup(2.0, 3, 0.25, seconds, 0.1, 0.05)
     assert both == pytest.approx(2.0 / (1.4 + 0.75 * 3 * 0.1 + 0.05))
+    apart = forecast.lookup_speedup(2.0, 1, 0.25, seconds | {2: 1.1}, 0.1, 0.05, 3)
+    assert apart == pytest.approx(2.0 / (0.25 * 1.4 + 0.75 * (1.1 + 0.1) + 0.05))
 
 
 def test_a_dearer_draft_wants_a_shorter_draft_length() -> None:

@@ -108,30 +108,33 @@ def test_where_proposals_are_certain_a_seed_gives_the_text_that_it_gives_alone(h
 
 
 @pytest.mark.parametrize(("sampling", "draft_temperature"), [(GREEDY, None), (Sampling(1.0, top_k=2), 0.0)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "n"), [*((kind, 3) for kind in KINDS), ("lookup_draft", 5), ("lookup_draft", 1)]
+)
 def test_replay_of_a_text_gives_the_very_counts_of_its_rounds(
     target: PreTrainedModel,
     near: PreTrainedModel,
     kind: ProposerKind,
+    n: int,
     sampling: Sampling,
     draft_temperature: float | None,
 ) -> None:
     pair, prompts = (ReadableModel(target), ReadableModel(near)), [[5, 6, 7], [9, 8] * 6, [*range(4, 24)] * 2]
-    found = SpeculativeDecoder(*pair, TINY, 3, draft_temperature, proposer=kind)
+    found = SpeculativeDecoder(*pair, TINY, 3, draft_temperature, proposer=kind, num_lookup_tokens=n)
     runs = [found.generate(prompt, sampling, 50, seed) for seed, prompt in enumerate(prompts)]
     rows = [SyntheticRow.of(run.generation, "", sampling) for run in runs]
     accepts = accept_probabilities(near, rows, TINY, draft_temperature)
     if kind == "draft":
         table = counts_table([by_k[3] for by_k in counts_of_accepts(accepts, [3])])
     else:
-        lookups = [look_up(row.prompt_ids, row.response_ids, 3) for row in rows]
-        table = lookup_counts(lookups, [3], accepts if kind == "lookup_draft" else None)[0]
+        lookups = [look_up(row.prompt_ids, row.response_ids, n) for row in rows]
+        table = lookup_counts(lookups, [3], accepts if kind == "lookup_draft" else None, n)[0]
         assert table[:, -1].tolist() == [sum(r.proposer == "lookup" for r in run.rounds) for run in runs]
         late = [run.num_caught_up if kind == "lookup_draft" else 0 for run in runs]
         assert table[:, -2].tolist() == late
     names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
     for line, run in zip(table, runs, strict=True):
-        replayed = counts_from_array(line[: TOTALS + 3])
+        replayed = counts_from_array(line[: TOTALS + (3 if kind == "draft" else max(3, n))])
         for name in (*names, "num_examined_tokens", "num_generated_tokens"):
             assert getattr(replayed, name) == getattr(run.counts, name), name
     assert sum(run.counts.num_draft_tokens for run in runs) > 0

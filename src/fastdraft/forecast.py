@@ -68,16 +68,19 @@ def lookup_speedup(
     target_seconds: Mapping[int, float],
     draft_seconds: float = 0.0,
     caught_up_seconds: float = 0.0,
+    num_lookup_tokens: int | None = None,
 ) -> float:
     """`predicted_speedup` of lookup alone, or with a draft in the rounds for which it finds nothing.
 
     `finds`: the share of rounds with a find; `target_seconds` by the tokens of a pass; `draft_seconds` of a
-    draft's token, 0 without a draft; `caught_up_seconds` a round, for what the draft reads after lookup.
+    draft's token, 0 without a draft; `caught_up_seconds` a round, for what the draft reads after lookup;
+    `num_lookup_tokens`, None for K, are those of a find.
     """
     k, alone = num_speculative_tokens, target_seconds[1]
+    found = target_seconds[(k if num_lookup_tokens is None else num_lookup_tokens) + 1]
     # Lookup alone reads a single token where it finds nothing; looking up costs nothing beside a pass.
-    plain = 0.0 if draft_seconds else (1 - finds) * (target_seconds[k + 1] - alone)
-    wide = target_seconds[k + 1] - plain + caught_up_seconds
+    rest = target_seconds[k + 1] if draft_seconds else alone
+    wide = finds * found + (1 - finds) * rest + caught_up_seconds
     return predicted_speedup(block_efficiency, k * (1 - finds), draft_seconds, alone, wide)
 
 

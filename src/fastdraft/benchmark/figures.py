@@ -58,9 +58,10 @@ def _row(
     near = min(passes, key=lambda each: abs(each.prefix_tokens - middle), default=None)
     predicted, bound, at_once = NAN, mbsu(tau, k, cost_ratio_bytes) if drafting else NAN, prompts.concurrency
     line = measured.replayed.get(label) or []
-    replayed = counts_from_array(np.array(line[: TOTALS + k])) if line else Counts()
-    late, lookups = line[TOTALS + k :] or (0.0, 0.0)
-    if near is not None and at_once * (k + 1) in near.target_seconds:
+    most, n = proposer.most, proposer.lookup_tokens
+    replayed = counts_from_array(np.array(line[: TOTALS + most])) if line else Counts()
+    late, lookups = line[TOTALS + most :] or (0.0, 0.0)
+    if near is not None and {at_once * (k + 1), at_once * (n + 1)} <= near.target_seconds.keys():
         drafts, seconds = {1: near.draft_seconds, **near.draft_seconds_by_texts}, near.target_seconds
         if drafting and at_once in drafts:
             costs = drafts[at_once], seconds[at_once], seconds[at_once * (k + 1)]
@@ -69,7 +70,7 @@ def _row(
             # In which rounds lookup found anything replay tells, no runtime does.
             caught_up = late * near.draft_seconds_more / replayed.num_drafts
             of_draft = (near.draft_seconds, caught_up) if proposer.kind == "lookup_draft" else (0.0, 0.0)
-            predicted = lookup_speedup(tau, k, lookups / replayed.num_drafts, seconds, *of_draft)
+            predicted = lookup_speedup(tau, k, lookups / replayed.num_drafts, seconds, *of_draft, n)
     figures = times | {
         "prompt_tokens": prompt_tokens,
         "predicted_speedup": predicted,
@@ -91,6 +92,7 @@ def _row(
         draft_weights=work.weights[1],
         temperature=work.temperature,
         num_speculative_tokens=k,
+        num_lookup_tokens=proposer.num_lookup_tokens,
         concurrency=prompts.concurrency,
         max_new_tokens=prompts.max_new_tokens,
         num_prompts=len(prompts.prompts),

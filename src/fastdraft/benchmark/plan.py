@@ -1,6 +1,7 @@
 """What a benchmark measures, before anything is loaded: its prompts, and every measurement by name.
 
-The tasks run with every proposer and K on every pair of weights (prompt lookup on the first alone). The
+The tasks run with every proposer and K on every pair of weights (prompt lookup on the first alone); where the
+lengths of lookup and of the draft behind it may differ, both together run once more, each at its best. The
 sweeps (prompt length, answer length, texts at a time) run one factor at a time, on the first pair, at the
 draft's best K alone, on one prompt of each task in turn.
 """
@@ -51,9 +52,9 @@ class Measurement:
     @property
     def name(self) -> str:
         """Of its files."""
-        p = self.prompts
-        swept = f"-{p.value}-{self.proposers[0]}" if p.value else ""
-        return f"{self.runtime}-{p.part}-{p.task}-{'-'.join(self.weights)}-t{self.temperature:g}{swept}"
+        p, first = self.prompts, self.proposers[0]
+        which = f"-{p.value}-{first}" if p.value else f"-{first}" * (first.num_lookup_tokens is not None)
+        return f"{self.runtime}-{p.part}-{p.task}-{'-'.join(self.weights)}-t{self.temperature:g}{which}"
 
     @property
     def labels(self) -> dict[str, Proposer | None]:
@@ -91,10 +92,18 @@ class BenchmarkPlan:
         """Every K at which the draft alone proposes."""
         return [each.num_speculative_tokens for each in self.proposers if each.kind == "draft"]
 
+    @property
+    def apart(self) -> list[int]:
+        """Every K of lookup, where its length and that of a draft behind it may differ."""
+        found = [each.num_speculative_tokens for each in self.proposers if each.kind == "lookup"]
+        return found if self.runtime == "fastdraft" else []
+
     def of_tasks(self, weights: WeightsOfPair) -> list[Measurement]:
         """Every task at every temperature on one pair; prompt lookup on the deployed one alone."""
         deployed = weights == self.weights[0]
-        chosen = [each for each in self.proposers if deployed or each.kind == "draft"]
+        left_out = {"lookup_draft"} if self.apart else set[str]()
+        left_out |= set() if deployed else {"lookup", "lookup_draft"}
+        chosen = [each for each in self.proposers if each.kind not in left_out]
         everything = product(self.tasks, self.temperatures)
         return [Measurement(p, self.runtime, weights, t, chosen, self.seed) for p, t in everything]
 
@@ -103,9 +112,15 @@ class BenchmarkPlan:
         rest = self.runtime, self.weights[0], min(self.temperatures), [Proposer("draft", k)], self.seed
         return [Measurement(prompts, *rest) for prompts in self.swept]
 
-    def everything(self, k: int) -> list[Measurement]:
-        """All, the sweeps at K."""
-        return [work for weights in self.weights for work in self.of_tasks(weights)] + self.of_sweeps(k)
+    def of_both(self, k: int, n: int) -> list[Measurement]:
+        """Every task on the deployed pair with lookup of `n` tokens, and the draft of K behind it."""
+        both, everything = [Proposer("lookup_draft", k, n)], product(self.tasks, self.temperatures)
+        return [Measurement(p, self.runtime, self.weights[0], t, both, self.seed) for p, t in everything]
+
+    def everything(self, k: int, n: int | None = None) -> list[Measurement]:
+        """All, the sweeps at K, with lookup of `n` tokens before the draft if it is given."""
+        of_tasks = [work for weights in self.weights for work in self.of_tasks(weights)]
+        return of_tasks + (self.of_both(k, n) if n else []) + self.of_sweeps(k)
 
 
 def make_plan(

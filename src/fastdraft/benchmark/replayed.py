@@ -69,9 +69,10 @@ def _counts(
     if proposer.kind == "draft":
         counts = add_counts(by_k[k] for by_k in counts_of_accepts(accepts, [k])) if accepts else None
         return None if counts is None else [float(value) for value in counts_to_array(counts)]
-    finds = [runtime.look_up(row.prompt_ids, row.response_ids, k) for row in rows]
+    n = proposer.lookup_tokens
+    finds = [runtime.look_up(row.prompt_ids, row.response_ids, n) for row in rows]
     lookups = [each for each in finds if each is not None]
     if len(lookups) < len(finds) or (proposer.kind == "lookup_draft" and accepts is None):
         return None
-    table = lookup_counts(lookups, [k], accepts if proposer.kind == "lookup_draft" else None)
+    table = lookup_counts(lookups, [k], accepts if proposer.kind == "lookup_draft" else None, n)
     return [float(value) for value in table[0].sum(0)]

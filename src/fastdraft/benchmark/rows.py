@@ -65,6 +65,7 @@ class BenchmarkRow(OfPair, JsonRow):
     draft_weights: str
     temperature: float
     num_speculative_tokens: int | None
+    num_lookup_tokens: int | None = None  # of lookup before a draft, where it is not K
     confidence_threshold: float = 0.0  # every round proposes K tokens
     concurrency: int = 1
     prompt_tokens: float | None = None

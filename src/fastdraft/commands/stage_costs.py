@@ -125,11 +125,12 @@ class StageCosts:
             self.recipe.export.formats if self.recipe.export else (), gguf=self.gguf
         )
         pairs = len(config.weights) * (("openvino" in runtimes) + ("fastdraft" in runtimes))
-        # Of llama.cpp one pair; lookup on the first pair alone, but in OpenVINO's own pipelines also with the
-        # draft behind it.
+        # Of llama.cpp one pair; lookup on the first pair alone, there also with the draft behind it; with our
+        # own decoder that once, in turn with the target.
         each, looked_up = 1 + len(config.num_speculative_tokens), len(config.lookup)
-        ways = ("openvino" in runtimes) + 2 * ("fastdraft" in runtimes) + 2 * ("llamacpp" in runtimes)
+        ways = ("openvino" in runtimes) + ("fastdraft" in runtimes) + 2 * ("llamacpp" in runtimes)
         settings = (pairs + ("llamacpp" in runtimes)) * each + ways * looked_up
+        settings += 2 * ("fastdraft" in runtimes and looked_up > 0)
         written = settings * len(config.temperatures) * config.prompts * sum(t.max_new_tokens for t in tasks)
         usual, at_once = min(task.max_new_tokens for task in tasks), max([0, *sweep.concurrency])
         swept = config.prompts * (len(sweep.prompt_tokens) * usual + sum(sweep.max_new_tokens))

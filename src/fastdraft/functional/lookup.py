@@ -74,14 +74,18 @@ def look_up(prompt: Sequence[int], response: Sequence[int], num_lookup_tokens: i
 
 
 def lookup_counts(
-    found: Sequence[Lookups], num_speculative_tokens: Sequence[int], accepts: Sequence[Floats] | None = None
+    found: Sequence[Lookups],
+    num_speculative_tokens: Sequence[int],
+    accepts: Sequence[Floats] | None = None,
+    num_lookup_tokens: int | None = None,
 ) -> Floats:
     """Counts of lookup alone, or, given a draft's `accepts`, of lookup and the draft where it finds nothing.
 
-    [K, texts, columns of `counts_to_array` at the largest K, then the tokens of lookup's rounds that a later
-    round of the draft has to read, and the rounds in which lookup proposes].
+    `num_lookup_tokens`: most of a find; None: K, as of the draft. [K, texts, columns of `counts_to_array` at
+    the largest of them, then the tokens of lookup's rounds that a later round of the draft has to read, and
+    the rounds in which lookup proposes].
     """
-    top = max(num_speculative_tokens)
+    top = max(*num_speculative_tokens, num_lookup_tokens or 0)
     counts = np.zeros((len(num_speculative_tokens), len(found), TOTALS + top + 2))
     for chosen in neighbours([len(each.right) for each in found], _TOGETHER):
         lengths = np.array([len(found[i].right) for i in chosen])
@@ -92,18 +96,20 @@ def lookup_counts(
         if accepts is not None:
             drafted_BTK = acceptance_runs(pad_accepts([accepts[i] for i in chosen], top), longest, top)
         for table, k in zip(counts, num_speculative_tokens, strict=True):
-            widths_BT = np.minimum(proposed_BT, k)
-            runs_BTK = (np.arange(k) < right_BT[:, :, None]).astype(np.float64)
+            n = k if num_lookup_tokens is None else num_lookup_tokens
+            most = max(k, n)
+            widths_BT, own_BT = np.minimum(proposed_BT, n), np.minimum(right_BT, n).astype(np.int64)
+            runs_BTK = (np.arange(most) < own_BT[:, :, None]).astype(np.float64)
             if accepts is not None:
                 widths_BT = np.where(finds_BT, widths_BT, k)
-                runs_BTK = np.where(finds_BT[:, :, None], runs_BTK, drafted_BTK[:, :, :k])
+                behind_BTK = drafted_BTK[:, :, :most] * (np.arange(most) < k)
+                runs_BTK = np.where(finds_BT[:, :, None], runs_BTK, behind_BTK)
             visit_BT = round_starts(runs_BTK, lengths)
-            table[chosen, : TOTALS + k] = rounds_table(runs_BTK, visit_BT, lengths, widths_BT)
+            table[chosen, : TOTALS + most] = rounds_table(runs_BTK, visit_BT, lengths, widths_BT)
             looked_BT = visit_BT * finds_BT
             table[chosen, -1] = looked_BT.sum(1)
             if accepts is not None:
-                written_BT = np.minimum(right_BT, k).astype(np.int64) + 1
-                table[chosen, -2] = (looked_BT * _read_later(finds_BT, written_BT, lengths)).sum(1)
+                table[chosen, -2] = (looked_BT * _read_later(finds_BT, own_BT + 1, lengths)).sum(1)
     return counts
 
 

@@ -288,7 +288,8 @@ class BenchmarkConfig(Config):
     num_speculative_tokens: Ks = Field(default=[1, 2, 3, 4, 5], min_length=1)
     """Every K that the draft is timed at; the best depends on acceptance and both models' costs here."""
     lookup: Ks = [3, 5]
-    """K of prompt lookup, which needs no draft: what a draft must beat; [] leaves it out."""
+    """K of prompt lookup, which needs no draft: what a draft must beat; [] leaves it out. The runtime
+    fastdraft runs both together at the fastest K of each."""
     temperatures: Temperatures = Field(default=[0.0], min_length=1)
     """Of the target; 0 is greedy. OpenVINO 2026.4 samples with losses: such rows give no verdict."""
     sweep: SweepConfig = SweepConfig()

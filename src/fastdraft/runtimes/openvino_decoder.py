@@ -51,7 +51,7 @@ class OpenVINODecoderRuntime(OpenVINORuntime):
     def launch_line(self, target: str, draft: str, proposer: Proposer) -> str:
         kind, k = proposer.kind, proposer.num_speculative_tokens
         words = ["fastdraft generate RUN --runtime openvino --proposer", kind.replace("lookup_draft", "both")]
-        n = k if proposer.num_lookup_tokens is None else proposer.num_lookup_tokens
+        n = proposer.lookup_tokens
         words += [f"-k {k}"] * ("draft" in kind) + [f"--num-lookup-tokens {n}"] * ("lookup" in kind)
         return " ".join(words)
 

@@ -262,12 +262,14 @@ def _leave_narrow(model: Any) -> Tensor | None:
     padded = wide.input_value(0).get_node() if wide.get_type_name() == "Gather" else wide
     if wide is padded or padded.get_type_name() != "Pad":
         return None
-    narrow, rows_V = padded.input_value(0), torch.from_numpy(wide.input_value(1).get_node().data.copy())
+    narrow = padded.input_value(0)
+    rows_V = torch.from_numpy(wide.input_value(1).get_node().data.copy())
     result.input(0).replace_source_output(narrow)
     result.output(0).get_tensor().set_names({"logits"})
     model.validate_nodes_and_infer_types()
     # The rows stand in the order of their ids; every other id points behind the last.
-    return (rows_V < narrow.partial_shape[-1].get_length()).nonzero().squeeze(-1)
+    has_row_V: Tensor = rows_V < narrow.partial_shape[-1].get_length()
+    return has_row_V.nonzero().squeeze(-1)
 
 
 def _refuse_unknown(model: Any, folder: Path) -> None:

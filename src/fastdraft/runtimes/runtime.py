@@ -32,6 +32,16 @@ class Proposer:
         looked_up = "" if self.num_lookup_tokens is None else f"-n{self.num_lookup_tokens}"
         return f"{self.kind}-k{self.num_speculative_tokens}{looked_up}"
 
+    @property
+    def lookup_tokens(self) -> int:
+        """The most of a round of lookup."""
+        return self.num_speculative_tokens if self.num_lookup_tokens is None else self.num_lookup_tokens
+
+    @property
+    def most(self) -> int:
+        """The most that any round proposes."""
+        return max(self.num_speculative_tokens, self.num_lookup_tokens or 0)
+
 
 @dataclass(frozen=True)
 class TimedText:

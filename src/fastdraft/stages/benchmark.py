@@ -279,11 +279,10 @@ def _exported_pairs(
             runtime.export(target if role == "target" else draft, path, weights, with_target)
         return path
 
-    pairs = []
-    for weights in plan.weights:
-        path = find("target", weights[0])
-        pairs.append(PairRuns(plan, weights, path, find("draft", weights[1], path), runtime, folder))
-    return pairs
+    return [
+        PairRuns(plan, each, path := find("target", each[0]), find("draft", each[1], path), runtime, folder)
+        for each in plan.weights
+    ]
 
 
 def _sizes(pairs: Sequence[PairRuns]) -> list[ModelSize]:
@@ -300,14 +299,14 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
     """What one runtime adds to `benchmark.json`: the lists of its rows, its best K and how to launch it."""
     plan, folder, runtime, deployed = pairs[0].plan, pairs[0].folder, pairs[0].runtime, pairs[0].weights
     key = (runtime.name, *deployed)
-    rows: list[BenchmarkRow] = []
-    swept: list[BenchmarkRow] = []
+    rows, swept = list[BenchmarkRow](), list[BenchmarkRow]()
     passes, breakdown, memory = {}, [], []
     for pair in pairs:
         console.stop.check(folder.path)
         passes[pair.weights] = pair.passes()
     # Which K the sweeps run at is known only behind the tasks; all K write as many tokens.
-    works = [plan.everything(k) for k in plan.draft_ks]
+    works = [plan.everything(k, n) for k in plan.draft_ks for n in plan.apart or [None]]
+    n: int | None = None
     planned = sum(work.planned_tokens * (1 + plan.repeats) for work in works[0])
     kept = {name: w.planned_tokens for each in works for w in each for name in unit_names(w, plan.repeats)}
     done = sum(tokens for name, tokens in kept.items() if (folder.path / name).is_file())
@@ -328,6 +327,9 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
             best = best_k(judged_rows(rows, key))
             k = best.num_speculative_tokens or nearest_k(plan.draft_ks)  # where no row tells the best
             if pair.weights == deployed:
+                if plan.apart:
+                    n = best_k(judged_rows(rows, key, "lookup")).num_speculative_tokens or plan.apart[0]
+                    rows += measured(pair, plan.of_both(k, n))
                 swept = measured(pair, plan.of_sweeps(k))
             breakdown.append(pair.time_spent(k))
             pair.unload()  # before the memory of the next is taken
@@ -336,6 +338,7 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
         memory.append(pair.peaks(k))
     many = at_a_time(swept, passes[deployed])
     named = best_proposer(rows, key)  # as the verdict names it
+    chosen = Proposer(*named, {"lookup_draft": n}.get(named[0])) if named else None
     return {
         "latencies": [row for pair in pairs for row in passes[pair.weights]],
         "breakdown": [row for row in breakdown if row is not None],
@@ -343,5 +346,5 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
         "rows": rows + swept,
         "at_a_time": [many] if many else [],
         "best": best,
-        "launch": runtime.launch_line(*deployed, Proposer(*named)) if named else "",
+        "launch": runtime.launch_line(*deployed, chosen) if chosen else "",
     }
