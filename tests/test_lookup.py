@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdraft.functional.acceptance import TOTALS, batched_expected_counts, counts_from_array
@@ -69,6 +69,7 @@ def test_what_stood_behind_the_same_tokens_is_proposed(
     assert (found.proposed.tolist(), found.right.tolist()) == (proposed, right)
 
 
+@settings(deadline=None)
 @given(IDS, IDS, st.integers(1, 5))
 def test_lookup_finds_what_a_search_from_scratch_finds(
     prompt: list[int], response: list[int], k: int
@@ -81,6 +82,7 @@ def test_lookup_finds_what_a_search_from_scratch_finds(
         assert (found.proposed[place], found.right[place]) == (len(proposal), right)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(IDS, IDS, st.lists(st.booleans(), min_size=24, max_size=24)), min_size=1, max_size=4)
 )
