@@ -117,8 +117,8 @@ class BenchmarkPlan:
         both, everything = [Proposer("lookup_draft", k, n)], product(self.tasks, self.temperatures)
         return [Measurement(p, self.runtime, self.weights[0], t, both, self.seed) for p, t in everything]
 
-    def everything(self, k: int, n: int | None = None) -> list[Measurement]:
-        """All, the sweeps at K, with lookup of `n` tokens before the draft if it is given."""
+    def everything(self, k: int, n: int = 0) -> list[Measurement]:
+        """All, the sweeps at K, both together with lookup of `n` tokens; 0: not apart from the others."""
         of_tasks = [work for weights in self.weights for work in self.of_tasks(weights)]
         return of_tasks + (self.of_both(k, n) if n else []) + self.of_sweeps(k)
 

@@ -305,7 +305,7 @@ def _measure(pairs: Sequence[PairRuns], target: Target, draft: Target, console: 
         console.stop.check(folder.path)
         passes[pair.weights] = pair.passes()
     # Which K the sweeps run at is known only behind the tasks; all K write as many tokens.
-    works = [plan.everything(k, n) for k in plan.draft_ks for n in plan.apart or [None]]
+    works = [plan.everything(k, n) for k in plan.draft_ks for n in plan.apart or [0]]
     n: int | None = None
     planned = sum(work.planned_tokens * (1 + plan.repeats) for work in works[0])
     kept = {name: w.planned_tokens for each in works for w in each for name in unit_names(w, plan.repeats)}
