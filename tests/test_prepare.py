@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow as pa
 import pytest
+import zstandard
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from fastdraft.console import Console
@@ -22,6 +27,7 @@ from fastdraft.run_folder import RunFolder, file_sha256, write_json
 from fastdraft.stages import prepare
 from fastdraft.stages.context import StageContext
 from fastdraft.target import Target
+from fastdraft.workers import LocalWorkers
 
 
 def context_of(root: Path, target: Path, seed: int = 0, threads: int = 0) -> StageContext:
@@ -289,3 +295,80 @@ def test_of_the_special_tokens_only_what_parts_documents_and_what_text_may_hold_
     assert not changed("special", {}, content="<|tool|>", special=True)
     assert not changed("control", {}, content="<|call|>", special=False)
     assert changed("word", {}, content="river", special=False) == {"added_words"}
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_corpora_are_read_from_and_shards_written_to_addresses_of_fsspec(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path
+) -> None:
+    here = execute(config_of(jsonl(small_corpus)), context_of(tmp_path / "here", tiny_target))
+    memory = fsspec.filesystem("memory")
+    texts = [json.loads(line) for line in small_corpus.read_text().splitlines()]
+    parquet.write_table(pa.Table.from_pylist(texts), tmp_path / "rows.parquet")
+    for name, content in {
+        "plain/.hidden.jsonl": b"no",
+        "plain/corpus.jsonl": small_corpus.read_bytes(),
+        "zst/corpus.jsonl.zst": zstandard.compress(small_corpus.read_bytes()),
+        "xz/corpus.jsonl": lzma.compress(small_corpus.read_bytes()),
+        "parquet/corpus.parquet": (tmp_path / "rows.parquet").read_bytes(),
+    }.items():
+        memory.pipe(f"/{tmp_path.name}/{name}", content)
+    root = f"memory://{tmp_path.name}"
+    for path in ("plain/corpus.jsonl", "plain", "zst/*.zst", "xz", "parquet"):
+        kind = "parquet" if path == "parquet" else "jsonl"
+        config = config_of(jsonl(f"{root}/{path}", kind=kind), store=f"{root}/to")  # type: ignore[arg-type]
+        context = context_of(tmp_path / path.replace("*", "x"), tiny_target)
+        there, folder = execute(config, context), context.folder("prepare")
+        for split in ("train", "validation"):
+            assert there["corpora"]["text"][split]["rows"] > 0
+            assert not list(folder.path.rglob("*.bin")), "they are in the store alone"
+            assert there["corpora"]["text"][split] == here["corpora"]["text"][split]
+        assert sorted(memory.ls(f"/{tmp_path.name}/to/text", detail=False))[0].endswith("train-00000.bin")
+        assert open_corpus(folder, "text", "train").take([0, 5]).shape == (2, 33)
+        fetched = shards_of(tmp_path / path.replace("*", "x"))
+        assert fetched.items() <= shards_of(tmp_path / "here").items()
+        memory.rm(f"/{tmp_path.name}/to", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("memory://nothing/there", "no file of a usual name there"), ("nostore://x", "Protocol not known")],
+)
+def test_an_address_of_no_use_is_one_line(path: str, said: str) -> None:
+    with pytest.raises(DataError, match=f"{path}: .*{said}"):
+        corpora.parts(config_of(jsonl(path)).corpora[0], 0)  # type: ignore[arg-type]
+
+
+def test_a_large_parquet_file_is_cut_at_its_row_groups_and_small_files_are_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pa.Table.from_pylist([{"text": f"document {i}"} for i in range(100)])
+    for name in ("a", "b"):
+        parquet.write_table(rows, tmp_path / f"{name}.parquet", row_group_size=16)
+    (source,) = config_of(jsonl(tmp_path, kind="parquet")).corpora
+    assert [len(part.files) for part in corpora.parts(source, 0)] == [2]
+    monkeypatch.setattr(corpora, "PART_BYTES", (tmp_path / "a.parquet").stat().st_size // 3)
+    cut = corpora.parts(source, 0)
+    assert {part.share for part in cut} == {(number, 4) for number in range(4)}
+    found = [
+        piece for part in cut for block in corpora.blocks(source, 0, (0, 0), part) for piece in block.pieces
+    ]
+    assert sorted(found) == sorted(2 * [f"document {i}" for i in range(100)])
+    assert [(file, row) for file, row, _ in corpora.documents(source, 0)] == [
+        (file, row) for file in (0, 1) for row in range(1, 101)
+    ]
+    behind = list(corpora.blocks(source, 0, (0, 40), cut[1]))
+    assert sum(len(block.pieces) for block in behind) == sum(
+        row > 40 for file, row, _ in corpora._documents(source, cut[1])
+    )
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_encoded_elsewhere_the_shards_are_the_same(
+    tmp_path: Path, tiny_target: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(jsonl(small_corpus, tokens=12000), jsonl(small_corpus, "more", tokens=4000))
+    whole = execute(config, context_of(tmp_path / "whole", tiny_target))
+    monkeypatch.setattr(LocalWorkers, "count", 1)
+    assert execute(config, context_of(tmp_path / "other", tiny_target))["corpora"] == whole["corpora"]
+    assert shards_of(tmp_path / "other") == shards_of(tmp_path / "whole")

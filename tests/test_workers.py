@@ -270,7 +270,7 @@ def test_an_error_of_the_work_is_raised_as_it_is_and_a_stop_is_obeyed(fake: Fake
 def test_what_is_not_wanted_any_more_is_ended_with_its_worker(fake: FakeRay) -> None:
     workers = RayWorkers(Squares, 2, "cpu")
     fake.slow = {1}
-    workers.take(job(0), map(job, range(1, 9)))
+    workers.take(job(0), [job(1)])
     workers.drop()
     assert fake.killed == [1]
     assert workers.take(job(1)) == 1

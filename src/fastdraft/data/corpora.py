@@ -30,6 +30,7 @@ from fastdraft.data.files import (
     local_folder,
 )
 from fastdraft.data.readers import field_values, missing_field, read_text, unreadable
+from fastdraft.data.remote import DataFile
 from fastdraft.errors import DataError
 from fastdraft.recipe.prepare import FileSource, HubSource, RowsSource, SourceConfig
 
@@ -78,7 +79,7 @@ class SourcePart:
     """What of a source is read by itself; its blocks hold nothing of another part."""
 
     first: int  # number of its first file in the seeded order
-    files: tuple[Path, ...] = ()  # none of a data set of the hub
+    files: tuple[DataFile, ...] = ()  # none of a data set of the hub
     share: tuple[int, int] = (0, 1)  # of that Parquet file or data set: number of this part, and of all
 
 
@@ -168,7 +169,7 @@ def _documents(
 
 
 def _file_documents(
-    source: FileSource, path: Path, after: int, share: tuple[int, int]
+    source: FileSource, path: DataFile, after: int, share: tuple[int, int]
 ) -> Iterator[tuple[int, str | None]]:
     if isinstance(source, RowsSource):
         yield from _texts(field_values(path, source.field, after, share), source.field)
@@ -218,7 +219,9 @@ def data_set_files(source: Any, folder: Path) -> FoundFiles:
     told = load_dataset_builder(str(folder), source.subset).config.data_files or {}
     read = {Path(name).resolve() for name in told.get(re.split(r"[\[+]", source.split)[0], ())}
     found = find_files(str(folder), ALL)
-    files = {name: path for name, path in found.files.items() if path.resolve() in read}
+    files = {
+        name: path for name, path in found.files.items() if isinstance(path, Path) and path.resolve() in read
+    }
     others = [name for name in found.files if name not in files] if files else []
     return FoundFiles(files, sorted(found.passed_over + others))
 

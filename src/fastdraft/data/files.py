@@ -11,12 +11,13 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastdraft.data.readers import unreadable
+from fastdraft.data.remote import DataFile, is_address, listed
 from fastdraft.errors import DataError
 from fastdraft.recipe.run import resolve_path, user_path
 
@@ -35,7 +36,7 @@ NAMED = 3
 class FoundFiles:
     """What a path names, sorted."""
 
-    files: dict[str, Path]  # by the name within the folder
+    files: dict[str, DataFile]  # by the name within the folder
     passed_over: list[str]  # files of other names; of what is hidden or excluded the folder
 
     @property
@@ -51,21 +52,30 @@ class FoundFiles:
 
 
 def find_files(text: str, endings: Sequence[str], exclude: Sequence[str] = ()) -> FoundFiles:
-    """What a `path` names: a file, a folder's files that end so, or a pattern's."""
-    base, wanted = text, list[str]()
-    if glob.has_magic(text) and not user_path(text).exists():
+    """What a `path` names: a file, a folder's files that end so, or a pattern's; also behind an address."""
+    base, wanted, remote = text, list[str](), is_address(text)
+    if glob.has_magic(text) and (remote or not user_path(text).exists()):
         # `data/**/*.txt` -> `data` and `**/*.txt`
         parts = text.split("/")
         first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
         base, wanted = "/".join(parts[:first]) or ("/" if first else "."), parts[first:]
-    root = resolve_path(base)
-    if root.is_file():
-        return FoundFiles({root.name: root}, [])
-    if not root.exists():
-        raise _nothing(text, "no such file or folder")
     excluded = re.compile("|".join(map(fnmatch.translate, exclude)) or "$.")
-    files, passed_over = dict[str, Path](), list[str]()
-    for name, path in _walk(root, "", len(wanted) if wanted and "**" not in wanted else 0, excluded, ()):
+    files, passed_over = dict[str, DataFile](), list[str]()
+    walked: Iterable[tuple[str, DataFile | None]]
+    if remote:
+        below = listed(base)
+        if [file.address for file in below.values()] == [base]:
+            return FoundFiles(dict(below), [])
+        hidden = {name for name in below if any(p[0] == "." or excluded.match(p) for p in name.split("/"))}
+        walked = [(name, None if name in hidden else file) for name, file in below.items()]
+    else:
+        root = resolve_path(base)
+        if root.is_file():
+            return FoundFiles({root.name: root}, [])
+        if not root.exists():
+            raise _nothing(text, "no such file or folder")
+        walked = _walk(root, "", len(wanted) if wanted and "**" not in wanted else 0, excluded, ())
+    for name, path in walked:
         last = name.lower().rpartition("/")[2]
         usual = _matches(name.split("/"), wanted) if wanted else last.endswith(tuple(endings))
         if path and usual and (wanted or last not in _ABOUT or endings is ALL):
@@ -126,7 +136,7 @@ def describe_data_set(dataset: str) -> dict[str, Any]:
     return describe_files(find_files(str(folder), ALL).files) if folder else {}
 
 
-def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
+def describe_files(files: Mapping[str, DataFile]) -> dict[str, Any]:
     """Number, size and a digest of names, sizes and samples."""
     listing, total = hashlib.sha256(), 0
     for name, path in files.items():
@@ -135,7 +145,7 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
             total += size
             listing.update(os.fsencode(f"{name}\t{size}\n"))
             if len(files) <= HASHED_FILES:
-                with open(path, "rb") as content:
+                with path.open("rb") as content:
                     listing.update(content.read(HASHED_BYTES))
                     content.seek(max(0, size - HASHED_BYTES))
                     listing.update(content.read(HASHED_BYTES))

@@ -241,6 +241,8 @@ class CorpusPacker:
         self._seen.sync()
         self.progress.writers = {split: writer.state() for split, writer in self._writers.items()}
         write_json(self._record, asdict(self.progress))
+        for writer in self._writers.values():
+            writer.forget()
 
 
 class SeenDigests:

@@ -15,13 +15,13 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow
 from pyarrow import parquet
 
+from fastdraft.data.remote import DataFile
 from fastdraft.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
@@ -32,14 +32,15 @@ DAMAGE = (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error)
 _GAPS = (" ", "\n", "\r", "\t", ",")
 
 
-def _open_zstd(path: Path) -> Any:
+def _open_zstd(path: Any) -> Any:
     # pyarrow's reader tells a truncated file from its end; zstandard's does not.
-    stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), "rb"), "zstd")
+    raw = pyarrow.OSFile(str(path), "rb") if isinstance(path, Path) else pyarrow.PythonFile(path, "r")
+    stream: Any = pyarrow.CompressedInputStream(raw, "zstd")
     return io.BufferedReader(stream, 1 << 20)
 
 
 # How a compressed file begins, and what opens it: names are not to be relied on.
-COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
+COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"\xfd7zXZ": lzma.open,
     b"BZh": bz2.open,
@@ -56,13 +57,13 @@ _FOREIGN = (
 )
 
 
-def open_binary(path: Path) -> IO[bytes]:
+def open_binary(path: DataFile) -> IO[bytes]:
     """A file's content, decompressed; what cannot be text in UTF-8 is refused by its first bytes."""
     try:
-        with open(path, "rb") as raw:
+        with path.open("rb") as raw:
             head = raw.read(8)
-        known = (how for magic, how in COMPRESSED.items() if head.startswith(magic))
-        file: Any = next(known, partial(open, mode="rb"))(path)
+        known = next((how for magic, how in COMPRESSED.items() if head.startswith(magic)), None)
+        file: Any = known(path if isinstance(path, Path) else path.open("rb")) if known else path.open("rb")
     except OSError as error:
         raise unreadable(path, error) from None
     head = b""
@@ -77,7 +78,7 @@ def open_binary(path: Path) -> IO[bytes]:
     return cast(IO[bytes], file)
 
 
-def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
+def read_lines(path: DataFile, after: int = 0) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end) behind line `after`; only a newline ends a line."""
     number = 0
     with open_binary(path) as file:
@@ -97,7 +98,7 @@ def read_lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
                     raise _not_utf8(path, number, error) from None
 
 
-def read_rows(path: Path, after: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: DataFile, after: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`FILE: line 3` or `FILE: row 3`, object) of each row behind line or row `after`.
 
     A file of JSON objects one a line, of one JSON array of objects, of objects broken into lines, or Parquet.
@@ -106,7 +107,7 @@ def read_rows(path: Path, after: int = 0) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def numbered_rows(
-    path: Path, after: int = 0, columns: Sequence[str] | None = None, share: tuple[int, int] = (0, 1)
+    path: DataFile, after: int = 0, columns: Sequence[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """The same with the line's or row's number before it; of a Parquet file only these columns, and the row
     groups of one of so many shares (any other file is all in the first).
@@ -122,7 +123,7 @@ def numbered_rows(
 
 
 def field_values(
-    path: Path, field: str, after: int = 0, share: tuple[int, int] = (0, 1)
+    path: DataFile, field: str, after: int = 0, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, str, Any]]:
     """(number, where, whatever stands under `field`) of each row behind row `after`."""
     for number, where, row in numbered_rows(path, after, [field], share):
@@ -131,10 +132,10 @@ def field_values(
         yield number, where, row[field]
 
 
-def _form(path: Path) -> str:
+def _form(path: DataFile) -> str:
     """parquet, lines or objects, by the file's beginning."""
     try:
-        with open(path, "rb") as raw:
+        with path.open("rb") as raw:
             if raw.read(4) == b"PAR1" or path.suffix.lower() == ".parquet":
                 return "parquet"
     except OSError as error:
@@ -153,7 +154,7 @@ def _form(path: Path) -> str:
     return "objects" if line[:1] == b"[" else "lines"
 
 
-def _lines_of_json(path: Path, after: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines_of_json(path: DataFile, after: int) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in read_lines(path, after):
         if not line or line.isspace():
             continue
@@ -169,7 +170,7 @@ def _lines_of_json(path: Path, after: int) -> Iterator[tuple[int, dict[str, Any]
         yield number, row
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
+def _objects(path: DataFile) -> Iterator[dict[str, Any]]:
     """The objects of a JSON array, or objects one behind the other, however they are broken into lines."""
     scan, decoder = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
     text, line, why, place, more = "", 1, "", 0, b"to come"
@@ -210,11 +211,11 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(
-    path: Path, columns: Sequence[str] | None, share: tuple[int, int]
+    path: DataFile, columns: Sequence[str] | None, share: tuple[int, int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path if isinstance(path, Path) else path.open("rb")) as file:
             if lacking := set(columns or ()).difference(file.schema_arrow.names):
                 raise missing_field(path, lacking.pop(), file.schema_arrow.names)
             first, stop = (file.num_row_groups * place // share[1] for place in (share[0], share[0] + 1))
@@ -228,7 +229,7 @@ def _parquet(
         raise DataError(message, "download it again") from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: DataFile) -> str:
     """A whole UTF-8 file, line ends made newlines, without a byte order mark."""
     with open_binary(path) as file:
         try:
@@ -247,7 +248,7 @@ def missing_field(where: object, field: str, found: Any) -> DataError:
     return DataError(f"{where}: no '{field}'; has {has}", "set `field` to the one that holds the text")
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def unreadable(path: DataFile, error: OSError) -> DataError:
     """For a file that cannot be opened."""
     message = f"{path}: {error.strerror or 'unreadable'}; the file must exist and be readable"
     return DataError(message, "correct the path or its rights")
@@ -257,7 +258,7 @@ def _damaged(where: object, error: Exception) -> DataError:
     return DataError(f"{where}: damaged ({error}); the file must be whole", "download it again")
 
 
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
+def _not_utf8(path: DataFile, line: int, error: UnicodeDecodeError) -> DataError:
     """`line` is that of the first byte which was to be decoded."""
     before = error.object[: error.start]
     place = f"line {line + before.count(10)}: byte {error.start - before.rfind(10) - 1}"

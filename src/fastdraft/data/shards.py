@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastdraft.data.remote import fetch, put
 from fastdraft.errors import DataError, FastDraftError
 from fastdraft.run_folder import StageFolder, file_sha256
 
@@ -37,6 +38,7 @@ class RowForm:
     dtype: str
     shard_tokens: int
     validation: float = 0.0  # share of the documents
+    store: str = ""  # an address behind which the shards go; empty: they stay where they are written
 
     @property
     def row_ids(self) -> int:
@@ -60,6 +62,7 @@ class RowWriter:
         state = state or {"shards": [], "open_rows": 0, "carry": []}
         self.folder, self.split, self.form = folder, split, form
         self.shards: list[dict[str, Any]] = list(state["shards"])
+        self._forgotten = 0
         self.open_rows: int = state["open_rows"]
         self._dtype = np.dtype(form.dtype).newbyteorder("<")
         self._carry = np.array(state["carry"], dtype=self._dtype)
@@ -96,8 +99,16 @@ class RowWriter:
         if self.open_rows:
             self.sync()
             shard = {"file": self._path.name, "rows": self.open_rows, "sha256": file_sha256(self._path)}
+            if self.form.store:
+                put(self._path, f"{self.form.store.rstrip('/')}/{self.folder.name}")
             self.shards.append(shard)
             self.open_rows = 0
+
+    def forget(self) -> None:
+        """Removes what is in the store; call it when `state()` is written down."""
+        for shard in self.shards[self._forgotten :] if self.form.store else ():
+            (self.folder / shard["file"]).unlink(missing_ok=True)
+        self._forgotten = len(self.shards)
 
     def sync(self) -> None:
         """Forces what was written to disk: call it before `state()` is written down."""
@@ -116,7 +127,10 @@ class RowWriter:
 class PackedCorpus:
     """Rows of one split of one corpus in the order on disk, read by memory map."""
 
-    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], row_length: int, dtype: str) -> None:
+    def __init__(
+        self, folder: Path, shards: Sequence[dict[str, Any]], row_length: int, dtype: str, store: str = ""
+    ) -> None:
+        self._store = store
         self.folder, self.row_length, self._dtype = folder, row_length, np.dtype(dtype).newbyteorder("<")
         self._files = [folder / shard["file"] for shard in shards]
         self._ends = np.cumsum([shard["rows"] for shard in shards], dtype=np.int64)
@@ -136,6 +150,8 @@ class PackedCorpus:
         counts = np.diff(self._ends, prepend=0).tolist()
         for path, rows in zip(self._files, counts, strict=True):
             wanted = rows * (self.row_length + 1) * self._dtype.itemsize
+            if self._store and not path.is_file():
+                fetch(f"{self._store.rstrip('/')}/{self.folder.name}", path)
             if not path.is_file() or path.stat().st_size != wanted:
                 raise FastDraftError(f"{path}: must have {wanted} bytes", "do it again with --redo prepare")
         return [
@@ -167,4 +183,5 @@ def open_corpus(prepare: StageFolder, corpus: str, split: Split) -> PackedCorpus
         message = f"corpus '{corpus}': not prepared; must be one of {', '.join(manifest['corpora'])}"
         raise DataError(message, "correct the name or add it to prepare.corpora")
     shards = manifest["corpora"][corpus][split]["shards"]
-    return PackedCorpus(prepare.path / corpus, shards, manifest["row_length"], manifest["dtype"])
+    form = manifest["row_length"], manifest["dtype"], manifest.get("store", "")
+    return PackedCorpus(prepare.path / corpus, shards, *form)

@@ -30,7 +30,7 @@ class FilesSource(Source):
 
     path: str = Field(min_length=1)
     """A file, a folder (files of usual endings, links followed, none hidden) or a pattern `src/**/*.c`, from
-    the working directory; `shipped:` and `python:` too."""
+    the working directory; `shipped:`, `python:` and addresses that fsspec opens (`s3://`, `gcs://`) too."""
 
 
 class RowsSource(FilesSource):
@@ -89,6 +89,8 @@ class PrepareConfig(Config):
     """Share of the documents kept for validation; small corpora keep a few rows anyway."""
     document_masking: bool = False
     """Texts that share a training row do not see each other, as if each stood alone from position 0."""
+    store: str = Field(default="", pattern="^$|://")
+    """Where the shards go, an address that fsspec opens (`s3://bucket/folder`); unset: the run's folder."""
     corpora: list[Annotated[SourceConfig, Field(discriminator="kind")]] = Field(min_length=1)
     """What to read; entries of one name make one corpus, in the shares of their `tokens`."""
 

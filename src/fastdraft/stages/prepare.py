@@ -69,7 +69,7 @@ def run(config: PrepareConfig, context: StageContext) -> None:
     vocabulary = context.target.vocabulary
     separator = separator_id(vocabulary.bos_token_id, vocabulary.eos_token_ids)
     dtype, seed = token_dtype(vocabulary.size), context.settings.seed
-    form = RowForm(config.row_length, separator, dtype, SHARD_TOKENS, config.validation)
+    form = RowForm(config.row_length, separator, dtype, SHARD_TOKENS, config.validation, config.store)
     encoder = _open_encoder(context)
     packers = {name: CorpusPacker(name, folder.path, form, encoder, seed) for name in config.sources}
     done = sum(packer.tokens for packer in packers.values())
@@ -92,6 +92,7 @@ def run(config: PrepareConfig, context: StageContext) -> None:
         dtype=dtype,
         corpora=corpora,
         document_masking=config.document_masking,
+        store=config.store,
         provenance=describe_run(),
     )
     folder.remove_scratch()
