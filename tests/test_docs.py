@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from pydantic import BaseModel
 
 from fastdraft.cli import app
@@ -163,3 +165,17 @@ def test_the_pages_do_give_commands() -> None:
     assert refuse(["fastdraft", "nothing"])
     assert is_key("synthesize.engine.servers")
     assert not is_key("synthesize.engine.no_such_key")
+
+
+def test_the_examples_can_be_read_by_those_they_are_for() -> None:
+    folder = ROOT / "examples"
+    script, task = (
+        folder / "many_machines.sbatch",
+        yaml.safe_load((folder / "many_machines.sky.yaml").read_text()),
+    )
+    assert set(task) <= {"name", "num_nodes", "resources", "envs", "file_mounts", "workdir", "setup", "run"}
+    for text in (script.read_text(encoding="utf-8"), task["setup"], task["run"]):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        lines = re.sub(r"\\\n\s*", "", text).replace('"$recipe"', "starter").replace('"$RECIPE"', "starter")
+        for words in re.findall(r"^\s*(?:on_head |srun --overlap )?(fastdraft .*)", lines, re.MULTILINE):
+            assert not (why := refuse(shlex.split(words))), f"{words}: {why}"

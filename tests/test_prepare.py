@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
 import zstandard
@@ -361,6 +362,26 @@ def test_a_large_parquet_file_is_cut_at_its_row_groups_and_small_files_are_read_
     assert sum(len(block.pieces) for block in behind) == sum(
         row > 40 for file, row, _ in corpora._documents(source, cut[1])
     )
+
+
+def test_of_equal_documents_the_first_is_found_however_many_came_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "LATEST_DIGESTS", 50)
+    draw, known = np.random.default_rng(0), set[int]()
+    seen = pack.SeenDigests(tmp_path / "seen", 0)
+    for _ in range(40):
+        digests = draw.integers(0, 400, 30).astype(np.uint64)
+        found, wanted = seen.first_seen(digests), list[int]()
+        for place, digest in enumerate(digests.tolist()):
+            if digest not in known:
+                wanted.append(place)
+                known.add(digest)
+        assert found.tolist() == wanted
+        seen.add(digests[found])
+    assert len(
+        pack.SeenDigests(tmp_path / "seen", len(known)).first_seen(np.arange(400, dtype=np.uint64))
+    ) == 400 - len(known)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -33,6 +33,7 @@ T = TypeVar("T")
 BATCH_CHARS = 1_000_000
 # While the ids of one batch become an array under the interpreter's lock, the other has the cores.
 ENCODERS = 2
+LATEST_DIGESTS = 1 << 20
 # Rows of validation that every corpus gets, however few of its documents are chosen by their hash.
 VALIDATION_ROWS = 8
 
@@ -253,23 +254,29 @@ class SeenDigests:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.truncate(path, 8 * count)
-        self._sorted = np.sort(np.fromfile(path, dtype="<u8"))
+        # Merging a block's into all of them would cost more than reading it: the latest wait apart.
+        self._sorted, self._latest = np.sort(np.fromfile(path, dtype="<u8")), np.empty(0, dtype="<u8")
 
     def first_seen(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """Indices into `digests` of those that were not met before, in order; of equal ones the first."""
         first: npt.NDArray[np.int64] = np.sort(np.unique(digests, return_index=True)[1])
-        if not len(self._sorted):
-            return first
-        nearest = self._sorted[np.searchsorted(self._sorted[:-1], digests[first])]
-        unseen: npt.NDArray[np.int64] = first[nearest != digests[first]]
-        return unseen
+        for known in (self._sorted, self._latest):
+            if len(known):
+                first = first[known[np.searchsorted(known[:-1], digests[first])] != digests[first]]
+        return first
 
     def add(self, digests: npt.NDArray[np.uint64]) -> None:
         with open(self._path, "ab") as file:
             file.write(digests.astype("<u8").tobytes())
-        added = np.sort(digests)
-        self._sorted = np.insert(self._sorted, np.searchsorted(self._sorted, added), added)
+        self._latest = _merged(self._latest, np.sort(digests))
+        if len(self._latest) > LATEST_DIGESTS:
+            self._sorted, self._latest = _merged(self._sorted, self._latest), self._latest[:0]
 
     def sync(self) -> None:
         with open(self._path, "rb+") as file:
             os.fsync(file.fileno())
+
+
+def _merged(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Two sorted arrays as one."""
+    return np.insert(one, np.searchsorted(one, other), other)

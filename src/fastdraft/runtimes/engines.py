@@ -135,6 +135,14 @@ def choose_engine(settings: EngineConfig, target: Target, device: str, folder: S
     return EngineChoice(_OPENVINO_FOR[target.dtype], "the fastest on a CPU")
 
 
+def convert_for_all(
+    settings: ChosenEngine | None, target: Target, folder: StageFolder, console: Console
+) -> None:
+    """Makes in the run's folder what many workers will look for there, so that they do not all make it."""
+    if isinstance(settings, OpenVINOEngineConfig):
+        converted(target, settings.weights, folder, console)
+
+
 def place_of(settings: ChosenEngine | None) -> Place:
     """What of a cluster's machines each that runs the engine needs; None: the target in transformers."""
     return "node" if isinstance(settings, OpenVINOEngineConfig | LlamaCppEngineConfig) else "device"

@@ -46,6 +46,7 @@ from fastdraft.reporting.tables import ladder
 from fastdraft.run_folder import StageFolder, write_json
 from fastdraft.runtimes.engines import (
     choose_engine,
+    convert_for_all,
     describe_engine,
     exact_pair,
     open_engine,
@@ -119,6 +120,8 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     make = partial(_open_texts, config, writer, context.run.date, context)
     here = partial(make, models, work.advance)
     with context.workers("evaluate", make, place_of(writer), here=here) as work.workers:
+        if work.workers.count:
+            convert_for_all(writer, target, folder, console)
         work.take_turns(context_length)
         work.write_texts()
         replayed = work.replay(names)

@@ -39,6 +39,7 @@ from fastdraft.run_folder import StageFolder
 from fastdraft.runtimes.engines import (
     EngineChoice,
     choose_engine,
+    convert_for_all,
     converted,
     describe_engine,
     open_engine,
@@ -131,6 +132,8 @@ def run(config: SynthesizeConfig, context: StageContext) -> None:
         console.say(f"engine {choice}")
     make = partial(_open_writer, config, choice, held_out, context.run.date, context)
     with context.workers("synthesize", make, *_place(choice, config)) as workers:
+        if workers.count and choice:
+            convert_for_all(choice.settings, writer_of(config, context), folder, console)
         workers.open()
         units = _Units(config, folder, account, workers, _row_filter(config, target), settings.seed)
         with console.progress("synthesize", config.tokens, "tokens", 0) as progress:
