@@ -41,7 +41,8 @@ def written_recipe(folder: Path) -> Path:
     recipe = write_recipe(folder, write_target(folder / "target"))
     value = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     value = {name: value[name] for name in ("run", "target", "design", "prepare", "synthesize", "evaluate")}
-    value["synthesize"] |= {"tokens": "12k", "logits": {"kind": "top_k", "k": 8}}
+    value["synthesize"] |= {"tokens": "6k", "samples": 8, "logits": {"kind": "top_k", "k": 8}}
+    value["synthesize"]["prompts"] = [p for p in value["synthesize"]["prompts"] if p["kind"] != "magpie"]
     recipe.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
     return recipe
 
@@ -76,8 +77,8 @@ class Killing:
 
         self.recipe, self.kills, self.draw, self.count = recipe, kills, random.Random(seed), count
         self.runs, self.done = recipe.parent / "runs", Counter(dict.fromkeys(KINDS, 0))
-        # Ray's workers are nice to others: on a busy machine they would hardly start.
-        os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        # Ray's workers are nice to others, and are killed when others need memory: here they stand for machines.
+        os.environ |= {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
         head = {"num_cpus": 0, "include_dashboard": False}
         self.cluster = again(lambda: Cluster(True, head_node_args=head))
         self.nodes = [self.new_node() for _ in range(3)]

@@ -315,10 +315,10 @@ def test_corpora_are_read_from_and_shards_written_to_addresses_of_fsspec(
     }.items():
         memory.pipe(f"/{tmp_path.name}/{name}", content)
     root = f"memory://{tmp_path.name}"
-    for path in ("plain/corpus.jsonl", "plain", "zst/*.zst", "xz", "parquet"):
+    for run, path in enumerate(("plain/corpus.jsonl", "plain", "zst/*.zst", "xz", "parquet")):
         kind = "parquet" if path == "parquet" else "jsonl"
         config = config_of(jsonl(f"{root}/{path}", kind=kind), store=f"{root}/to")  # type: ignore[arg-type]
-        context = context_of(tmp_path / path.replace("*", "x"), tiny_target)
+        context = context_of(tmp_path / str(run), tiny_target)
         there, folder = execute(config, context), context.folder("prepare")
         for split in ("train", "validation"):
             assert there["corpora"]["text"][split]["rows"] > 0
@@ -326,7 +326,7 @@ def test_corpora_are_read_from_and_shards_written_to_addresses_of_fsspec(
             assert there["corpora"]["text"][split] == here["corpora"]["text"][split]
         assert sorted(memory.ls(f"/{tmp_path.name}/to/text", detail=False))[0].endswith("train-00000.bin")
         assert open_corpus(folder, "text", "train").take([0, 5]).shape == (2, 33)
-        fetched = shards_of(tmp_path / path.replace("*", "x"))
+        fetched = shards_of(tmp_path / str(run))
         assert fetched.items() <= shards_of(tmp_path / "here").items()
         memory.rm(f"/{tmp_path.name}/to", recursive=True)
 
@@ -350,7 +350,7 @@ def test_a_large_parquet_file_is_cut_at_its_row_groups_and_small_files_are_read_
     assert [len(part.files) for part in corpora.parts(source, 0)] == [2]
     monkeypatch.setattr(corpora, "PART_BYTES", (tmp_path / "a.parquet").stat().st_size // 3)
     cut = corpora.parts(source, 0)
-    assert {part.share for part in cut} == {(number, 4) for number in range(4)}
+    assert {part.share for part in cut} == {(number, 3) for number in range(3)}
     found = [
         piece for part in cut for block in corpora.blocks(source, 0, (0, 0), part) for piece in block.pieces
     ]

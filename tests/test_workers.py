@@ -189,6 +189,7 @@ class Squares:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     found = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", found)
+    monkeypatch.setattr(ray_workers.time, "sleep", lambda seconds: None)
     return found
 
 

@@ -101,7 +101,7 @@ def _stage_verb(name: str | None) -> Callable[..., None]:
     def spread(
         recipe: Recipe, overrides: Overrides = None, redo: Redo = None, quiet: Quiet = False, ray: Ray = ""
     ) -> None:
-        cluster = ["run.cluster.kind=ray", f"run.cluster.address='{ray}'"] if ray else []
+        cluster = [f"run.cluster.address='{ray}'"] if ray else []
         _stages(recipe, [*(overrides or ()), *cluster], redo, quiet, only=name)
 
     return spread if name in (None, *SPREAD) else stage

@@ -317,6 +317,7 @@ class RayWorkers:
         begun.done, begun.lost = None, begun.lost + 1
         if begun.lost > LOST:
             raise self._given_up(f"job {begun.job.key}: its worker was lost {begun.lost} times", error)
+        time.sleep(begun.lost - 1)  # whatever ends one after the other may need a while to pass
         gone = isinstance(
             error, self._ray.exceptions.ActorDiedError | self._ray.exceptions.WorkerCrashedError
         )

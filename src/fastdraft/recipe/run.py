@@ -80,7 +80,7 @@ def _package_file(text: str, where: str) -> Path:
 class ClusterConfig(Config):
     """Many machines that Ray has made one cluster of: prepare, synthesize and evaluate's texts use them."""
 
-    kind: Literal["ray"]
+    kind: Literal["ray"] = "ray"
     address: str = Field(default="auto", min_length=1)
     """HOST:PORT of the cluster's head; auto: the cluster of this machine, else a new one of it alone."""
     workers: int = Field(default=0, ge=0, le=100_000)
