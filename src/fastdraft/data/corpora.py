@@ -217,11 +217,9 @@ def data_set_files(source: Any, folder: Path) -> FoundFiles:
     from datasets import load_dataset_builder
 
     told = load_dataset_builder(str(folder), source.subset).config.data_files or {}
-    read = {Path(name).resolve() for name in told.get(re.split(r"[\[+]", source.split)[0], ())}
+    read = {str(Path(name).resolve()) for name in told.get(re.split(r"[\[+]", source.split)[0], ())}
     found = find_files(str(folder), ALL)
-    files = {
-        name: path for name, path in found.files.items() if isinstance(path, Path) and path.resolve() in read
-    }
+    files = {name: path for name, path in found.files.items() if os.path.realpath(str(path)) in read}
     others = [name for name in found.files if name not in files] if files else []
     return FoundFiles(files, sorted(found.passed_over + others))
 
