@@ -68,7 +68,7 @@ def context_of(folder: Path, given: argparse.Namespace, ray: bool) -> StageConte
         "synthesize.batch_rows=16",
         "synthesize.max_new_tokens=64",
     ]
-    own += ["run.cluster={kind: ray, workers: 1}"] if ray else []
+    own += ["run.cluster={address: local, workers: 1}"] if ray else []
     return pipeline.make_context(load_recipe("starter", own), Console(quiet=True))
 
 

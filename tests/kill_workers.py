@@ -104,14 +104,18 @@ class Killing:
 
     def disturb(self, name: str) -> None:
         """Kills parts of a run until it is finished or all kills are done, then lets it finish."""
-        driver = self.start(name)
-        while driver.poll() is None and self.done.total() < self.kills:
+        driver, kind = self.start(name), ""
+        while self.done.total() < self.kills:
+            if driver.poll() is not None:
+                if driver.returncode == 0 or kind != "machine":
+                    break
+                driver, kind = self.start(name), ""  # it was at home on the machine that was killed
             if not workers():
                 time.sleep(0.1)
                 continue
             time.sleep(self.draw.uniform(0, SECONDS))
             if driver.poll() is not None:
-                break
+                continue
             kind = min(KINDS, key=lambda kind: (self.done[kind], self.draw.random()))
             if not self.kill(kind, driver):
                 continue
@@ -122,7 +126,7 @@ class Killing:
                 driver.wait()
                 assert not self.outlived(), "workers outlived their driver"
                 driver = self.start(name)
-        if driver.wait(STALLED):
+        if driver.wait(STALLED) and (kind != "machine" or self.start(name).wait(STALLED)):
             raise SystemExit(f"{name}: a run failed by itself")
 
     def kill(self, kind: str, driver: subprocess.Popen[bytes]) -> bool:

@@ -47,7 +47,7 @@ def require_ray() -> None:
 
 
 def connect(address: str) -> None:
-    """Joins the cluster; `auto` is the one that this machine belongs to, else a new one of it alone."""
+    """Joins the cluster; `auto` is the one of this machine, else `local`: a new one of it alone."""
     require_ray()
     import ray
 
@@ -55,7 +55,7 @@ def connect(address: str) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    if named:
+    if named not in ("", "local"):
         _reach(named)
     before = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

@@ -82,7 +82,7 @@ class ClusterConfig(Config):
 
     kind: Literal["ray"] = "ray"
     address: str = Field(default="auto", min_length=1)
-    """HOST:PORT of the cluster's head; auto: the cluster of this machine, else a new one of it alone."""
+    """HOST:PORT of its head; local: a new one of this machine alone; auto: the one it is in, else local."""
     workers: int = Field(default=0, ge=0, le=100_000)
     """How many work at a time; 0: one for each GPU, or for as many CPUs as each takes."""
 
