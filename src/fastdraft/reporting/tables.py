@@ -36,9 +36,7 @@ from fastdraft.reporting.definitions import (
 from fastdraft.reporting.verdict import worth
 
 TRAINING = ("pretrain", "continue_pretrain", "align")
-FEWEST_PROMPTS = (
-    8  # an interval over fewer knows only their own spread: too little to say that figures disagree
-)
+FEWEST_PROMPTS = 8  # an interval over fewer knows only their own spread: too little to call figures apart
 FORMS: dict[str, Callable[[Any], str]] = {
     "": str,
     "×": times,
@@ -142,26 +140,18 @@ def rate(row: ProposedRow | None, key: str, form: str = ".2f", after: str = "") 
     return Cell(format(value, form) + after, f"{around[0]:{form}} to {around[1]:{form}}" if around else "")
 
 
-def ladder(results: EvaluationResults) -> Table:
-    """Acceptance after each checkpoint, at the headline K, with 95 % intervals."""
+def ladder(results: EvaluationResults, earlier: EvaluationResults | None = None) -> Table:
+    """Acceptance after each checkpoint, at the headline K; `earlier`: of the draft on its own target."""
 
-    def shown(name: str, key: str, form: str) -> Callable[[str, float], Cell]:
-        return lambda task, t: rate(results.row(name, task, t), key, form)
+    def shown(found: EvaluationResults, name: str, key: str, form: str) -> Callable[[str, float], Cell]:
+        return lambda task, t: rate(found.row(name, task, t), key, form)
 
-    names = results.checkpoints
-    rates = {f"{label(name)} rate": shown(name, "acceptance_rate", ".3f") for name in names}
-    tokens = {f"{label(name)} tok/pass": shown(name, "block_efficiency", ".2f") for name in names}
+    places = {label(name): (results, name) for name in results.checkpoints}
+    if earlier:
+        places = {"own target": (earlier, earlier.checkpoints[-1])} | places
+    rates = {f"{name} rate": shown(*place, "acceptance_rate", ".3f") for name, place in places.items()}
+    tokens = {f"{name} tok/pass": shown(*place, "block_efficiency", ".2f") for name, place in places.items()}
     return by_setting(results, rates | tokens)
-
-
-def regained(results: EvaluationResults, earlier: EvaluationResults) -> Table:
-    """Acceptance rate of an earlier draft on its own target, on this one before training, and at the end."""
-
-    def shown(found: EvaluationResults, place: int) -> Callable[[str, float], Cell]:
-        return lambda task, t: rate(found.row(found.checkpoints[place], task, t), "acceptance_rate", ".3f")
-
-    columns = {"On its own target": shown(earlier, -1), "On this one": shown(results, 0)}
-    return by_setting(results, {**columns, label(results.checkpoints[-1]): shown(results, -1)})
 
 
 def paper_ladder() -> Table:
