@@ -27,11 +27,12 @@ from fastdraft.decoding.replay import counts_of_accepts
 from fastdraft.errors import FastDraftError, RecipeError, TargetError
 from fastdraft.functional.acceptance import add_counts
 from fastdraft.functional.generation import Generation, Sampling
+from fastdraft.recipe.evaluation import VLLMConfig
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.runtimes import vllm as pairs
 from fastdraft.runtimes.runtime import Proposer
 from fastdraft.runtimes.vllm import Room, VLLMPair, VLLMSettings, as_counted, measure_passes, start
-from fastdraft.runtimes.vllm_runtime import VLLMRuntime, earliest_ngram, precision
+from fastdraft.runtimes.vllm_runtime import VLLMRuntime, earliest_ngram, open_served, precision
 from fastdraft.runtimes.vllm_server import Counters, StartedServer, VLLMServer
 from fastdraft.target import Target
 from vllm_serving import ServedVLLM
@@ -194,10 +195,11 @@ import http.server, os, subprocess, sys, time
 if "--version" in sys.argv: sys.exit(print("0.32.0"))
 if "fail" in sys.argv: sys.exit(sys.argv[-5])
 open("{folder}/seen", "w").write(" ".join(sys.argv[1:]) + "|" + os.environ.get("OMP_NUM_THREADS", "") + os.environ.get("VLLM_API_KEY", ""))
+print("ERROR 11-29 15:31:20 [c.py:2] RuntimeError: heads of 20", flush=True)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open("{folder}/pids", "w").write(f"{{os.getpid()}} {{child.pid}}")
 class H(http.server.BaseHTTPRequestHandler):
-    def do_GET(self): self.send_response(200); self.end_headers()
+    def do_GET(self): self.send_response(500 if self.path == "/broken" else 200); self.end_headers()
     def log_message(self, *a): pass
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), H).serve_forever()
 """
@@ -235,6 +237,8 @@ def test_a_started_server_has_its_settings_and_leaves_no_process(
     config = json.dumps({"method": "draft_model", "model": str(tiny_target), "num_speculative_tokens": 2})
     assert f"--speculative-config {config} --dtype float32 --host 127.0.0.1 --port " in seen
     assert threads == "2"
+    with pytest.raises(FastDraftError, match=r"answered HTTP 500: RuntimeError: heads of 20"):
+        server.get("/broken")
     server.close()
     assert gone(program.parent)
 
@@ -284,6 +288,10 @@ def test_weights_are_called_by_the_precision_that_vllm_gives_them(tiny_target: P
     assert precision(target, "--dtype float32 -x") == ("fp32", "fp32")
     assert precision(target, "--dtype=bfloat16") == ("bf16", "bf16")
     assert precision(target, "") == ("auto", "auto"), "float32 weights are not kept"
+    target.config.dtype = "bfloat16"
+    running = VLLMConfig(base_url="http://a", draft_base_url="http://b")
+    named = [open_served(config, target, tiny_target, 1)[1] for config in (VLLMConfig(), running)]
+    assert named == [[("bf16", "bf16")], [("auto", "auto")]], "a running server does not tell"
 
 
 def test_an_untrained_shape_is_served_at_an_acceptance_by_chance(

@@ -73,7 +73,9 @@ def open_served(
 ) -> tuple[VLLMRuntime, list[tuple[str, str]], dict[tuple[str, str], Path]]:
     """The runtime, what the weights of its one pair are called, and where they lie."""
     kind = VLLMAddresses if config.base_url else VLLMRuntime
-    weights, eos_ids = precision(target, config.arguments), target.vocabulary.eos_token_ids
+    # Servers that run already do not tell their precision.
+    weights = ("auto", "auto") if config.base_url else precision(target, config.arguments)
+    eos_ids = target.vocabulary.eos_token_ids
     files = {("target", weights[0]): Path(target.location), ("draft", weights[1]): draft}
     return kind(**config.model_dump(), threads=threads, eos_ids=eos_ids), [weights], files
 

@@ -239,6 +239,9 @@ class StartedServer(VLLMServer):
             time.sleep(0.1)
         raise self._away(f"did not answer within {_START_SECONDS} s")
 
+    def _refused(self, told: bytes, status: int) -> FastDraftError:
+        return self._away(f"answered HTTP {status}") if status >= 500 else super()._refused(told, status)
+
     def _away(self, found: str) -> FastDraftError:
         self._log.seek(0)
         told = self._log.read().decode(errors="replace").split("\n")
