@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import write_recipe
 from fastdraft import cli, pipeline
@@ -30,9 +31,10 @@ from fastdraft.functional.generation import Generation, Sampling
 from fastdraft.recipe.evaluation import VLLMConfig
 from fastdraft.recipe.recipe import load_recipe
 from fastdraft.runtimes import vllm as pairs
+from fastdraft.runtimes import vllm_runtime as runtimes
 from fastdraft.runtimes.runtime import Proposer
 from fastdraft.runtimes.vllm import Room, VLLMPair, VLLMSettings, as_counted, measure_passes, start
-from fastdraft.runtimes.vllm_runtime import VLLMRuntime, earliest_ngram, open_served, precision
+from fastdraft.runtimes.vllm_runtime import VLLMRuntime, check_shapes, earliest_ngram, open_served, precision
 from fastdraft.runtimes.vllm_server import Counters, StartedServer, VLLMServer
 from fastdraft.target import Target
 from vllm_serving import ServedVLLM
@@ -315,6 +317,7 @@ def test_an_untrained_shape_is_served_at_an_acceptance_by_chance(
 
     monkeypatch.setattr(pairs, "start", begin)
     monkeypatch.setattr(VLLMRuntime, "describe", lambda self: {"name": "vllm"})
+    monkeypatch.setattr(VLLMRuntime, "device", "CUDA")  # where heads may be small
     settings = MeasureSettings(runtime="vllm", draft=["32x1"], num_speculative_tokens=[3], acceptance=1.0)
     found = measure(Target.at(tiny_target), [], settings, Console())
     assert begun[1::2] == [None] * 3, "each server has ended before the next begins"
@@ -326,6 +329,18 @@ def test_an_untrained_shape_is_served_at_an_acceptance_by_chance(
     one = found.synthetic
     assert one is not None
     assert (one.speedup, one.predicted_speedup) == (pytest.approx(2.0), pytest.approx(0.4 / 0.13))
+
+
+def test_a_cpu_serves_heads_of_some_sizes_and_samples_with_losses(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Target.at(tiny_target).architecture
+    monkeypatch.setattr(runtimes, "pick_device", lambda name: torch.device("cpu"))
+    assert (VLLMRuntime().device, VLLMRuntime().lossless_sampling) == ("CPU", False)
+    assert VLLMRuntime(base_url="http://a").lossless_sampling
+    check_shapes(shape, shape, "here", "CUDA")
+    with pytest.raises(TargetError, match=r"here: heads of 8 in the target; .* its CPU backend 32, 64"):
+        check_shapes(shape, shape, "here", VLLMRuntime().device)
 
 
 def row(texts: dict[int, float], tokens: dict[int, float]) -> PassesRow:
@@ -400,7 +415,12 @@ def test_a_benchmark_over_two_running_servers(
 
 
 def test_what_does_not_fit_is_refused_before_any_stage(
-    tmp_path: Path, tiny_target: Path, near_draft: Path, servers: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_target: Path,
+    near_draft: Path,
+    servers: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     short = tmp_path / "draft"
     short.mkdir()
@@ -423,7 +443,10 @@ def test_what_does_not_fit_is_refused_before_any_stage(
     for address, rule in (("ftp://x", "such as http://"), ("http://u:k@x", "without a key")):
         with pytest.raises(RecipeError, match=rf"benchmark\.vllm\.base_url.*must be addresses {rule}"):
             recipe_of(tmp_path, tiny_target, servers, vllm={"base_url": address, "draft_base_url": address})
-    recipe_of(tmp_path, tiny_target, servers, vllm={"server": "/no/python"})
+    monkeypatch.setattr(VLLMRuntime, "device", "CPU")
+    with pytest.raises(TargetError, match=r"design\.draft: heads of 8 in the target; vLLM's attention wants"):
+        pipeline.run(recipe_of(tmp_path, tiny_target, servers, vllm={"server": "/no/python"}))
+    monkeypatch.setattr(VLLMRuntime, "device", "CUDA")
     assert cli.main(["check", str(tmp_path / "recipe.yaml")]) == 2
     assert (
         "benchmark.vllm.server: /no/python; must be the Python of an environment" in capsys.readouterr().err

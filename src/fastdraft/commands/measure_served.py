@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastdraft.commands.measurement import MeasuredModel, MeasuredShapes, SyntheticPair
 from fastdraft.console import Console
+from fastdraft.errors import FastDraftError
 from fastdraft.forecast import conditional_acceptance_rate
 from fastdraft.runtimes.vllm import MEASURED_PASSES, seconds_by_chance, timed_passes
 from fastdraft.runtimes.vllm_runtime import VLLMRuntime, check_shapes, check_target, precision
@@ -34,7 +35,7 @@ def measure_served(
     """Times each model alone in a server, then the best draft beside the target, accepted by chance."""
     check_target(target)
     for draft in drafts:
-        check_shapes(target.architecture, draft.architecture, draft.name)
+        check_shapes(target.architecture, draft.architecture, draft.name, runtime.device)
     described, own = runtime.describe(), precision(target, runtime.arguments)[0]
     widths, location = [1, *(k + 1 for k in ks)], Path(target.location)
     with (
@@ -59,7 +60,15 @@ def measure_served(
         found = MeasuredShapes(described, prefix, MEASURED_PASSES, model, by_width, timed, tuple(ks))
         best, k, forecast = found.best(acceptance)
         chance, folder = conditional_acceptance_rate(acceptance), folders[timed.index(best)]
-        [served] = seconds_by_chance(location, folder, runtime, k, chance, [1], prefix).values()
+        try:
+            [served] = seconds_by_chance(location, folder, runtime, k, chance, [1], prefix).values()
+        except FastDraftError as error:
+            if "Synthetic acceptance not supported" not in error.message:  # vLLM 0.32 on a CPU
+                raise
+            console.warn(
+                "vLLM accepts nothing by chance on a CPU: no pair is served, all speed-ups are forecasts"
+            )
+            return found
         progress.advance(1)
     speedup = by_width[1] / served
     return replace(found, synthetic=SyntheticPair(best.name, k, acceptance, forecast, speedup))

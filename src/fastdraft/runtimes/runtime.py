@@ -101,11 +101,13 @@ class Runtime(Protocol):
     name: ClassVar[str]
     exports: ClassVar[str]  # the form of the models that it loads, which runtimes may share
     proposers: ClassVar[tuple[ProposerKind, ...]]  # what it can run
-    lossless_sampling: ClassVar[bool]  # whether text sampled with a proposer follows the target alone
     greedy_proposals: ClassVar[bool]  # whether a draft proposes its likeliest token to sampled text too
     serves: ClassVar[
         bool
     ]  # a server: texts share passes, and its memory is a setting rather than a measurement
+
+    @property
+    def lossless_sampling(self) -> bool: ...  # whether text sampled with a proposer follows the target alone
 
     @property
     def device(self) -> str: ...

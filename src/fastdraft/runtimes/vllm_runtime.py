@@ -32,8 +32,11 @@ _VERSION = (
     "import importlib.metadata as m; print([m.version(d.name) for d in m.distributions() if d.name in {}][0])"
 )
 
+# Sizes that v1/attention/backends/cpu_attn.py of 0.32 has.
+_HEADS_ON_A_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
-def check_shapes(target: Architecture, draft: Architecture, where: str) -> None:
+
+def check_shapes(target: Architecture, draft: Architecture, where: str, device: str = "") -> None:
     """Refuses a draft that vLLM would not run, or not always, beside this target; families may differ."""
     fix = "use a draft that was made for this target"
     if draft.vocab_size != target.vocab_size:
@@ -44,7 +47,7 @@ def check_shapes(target: Architecture, draft: Architecture, where: str) -> None:
         found = f"{where}: context of the draft {draft.context_length}, of the target {target.context_length}"
         raise TargetError(f"{found}; the draft's must not be shorter in vLLM", fix)
     for role, shape in (("target", target), ("draft", draft)):
-        if shape.head_dim % 8:
+        if shape.head_dim % 8 or (device == "CPU" and shape.head_dim not in _HEADS_ON_A_CPU):
             rule = "vLLM's attention wants a multiple of 8; its CPU backend 32, 64, 80, 96, 112, 128, ..."
             raise TargetError(
                 f"{where}: heads of {shape.head_dim} in the {role}; {rule}", "choose other heads"
@@ -120,11 +123,17 @@ class VLLMRuntime(VLLMSettings):
     name: ClassVar[str] = "vllm"
     exports: ClassVar[str] = "huggingface"
     proposers: ClassVar[tuple[ProposerKind, ...]] = ("draft", "lookup")
-    # The draft's likeliest token is taken with the target's probability of it, else another is drawn.
-    lossless_sampling: ClassVar[bool] = True
     greedy_proposals: ClassVar[bool] = True
     serves: ClassVar[bool] = True
     draft_device: ClassVar[str] = ""
+
+    @property
+    def lossless_sampling(self) -> bool:
+        """The draft's likeliest token is taken with the target's probability of it, else another is drawn.
+
+        vLLM 0.32's CPU backend judges proposals at a temperature that it never sets (`_expand_kernel_impl`).
+        """
+        return self.device != "CPU"
 
     @property
     def device(self) -> str:
@@ -148,7 +157,7 @@ class VLLMRuntime(VLLMSettings):
 
     def check_pair(self, target: Target, draft: Target) -> None:
         check_same(target.vocabulary, draft.vocabulary, where=draft.name)
-        check_shapes(target.architecture, draft.architecture, draft.name)
+        check_shapes(target.architecture, draft.architecture, draft.name, self.device)
 
     def export(self, source: Target, folder: Path, weights: str, target: Path | None = None) -> None:
         """The target is served as it is, and export always writes the draft's directory."""

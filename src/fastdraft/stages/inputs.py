@@ -29,7 +29,7 @@ from fastdraft.recipe.synthesize import JsonlPrompts, PromptConfig, TranscriptLo
 from fastdraft.runtimes.gguf_export import require_writable
 from fastdraft.runtimes.llama_cpp_engine import check_vocabulary, gguf_of
 from fastdraft.runtimes.openvino_export import require_convertible
-from fastdraft.runtimes.vllm_runtime import check_shapes
+from fastdraft.runtimes.vllm_runtime import VLLMRuntime, check_shapes
 from fastdraft.stages import SPREAD, benchmark, design, evaluate, export, synthesize
 from fastdraft.stages.context import StageContext
 
@@ -79,7 +79,8 @@ def check_lengths(sections: Mapping[str, Any], plan: design.DraftDesign) -> None
         rule = f"must be below the {plan.target.vocab_size} ids of the target's vocabulary"
         raise RecipeError(f"synthesize.logits.k: {logits.k}: {rule}", "lower it; 64 is usual")
     if "benchmark" in sections and "vllm" in (sections["benchmark"].runtimes or ()):
-        check_shapes(plan.target, plan.draft, "design.draft")
+        device = VLLMRuntime(**sections["benchmark"].vllm.model_dump()).device
+        check_shapes(plan.target, plan.draft, "design.draft", device)
     length = sections["prepare"].row_length if "prepare" in sections else 0
     if length > plan.draft.context_length:
         rule = f"must be at most the draft's context of {plan.draft.context_length}"
