@@ -39,7 +39,9 @@ from fastdraft.training.objective import CrossEntropy
 
 _LAYERS, _HEAD, _WIDE = 3, 12_288, 2_048
 _TRIMMED_FROM = 32_768  # a smaller vocabulary keeps its head
-_WRITING = 0.4  # share of the hours in which text is written; in the others it is trained on
+_WRITING = 0.5  # share of the hours in which text is written and scored; in the others it is trained on
+_SCORED = 0.5  # of the speed of writing, since the writer's distributions cost another pass over each token
+_KEPT = 32  # likeliest tokens of each distribution; with them a draft learns more from the same text
 _PASSES = 6  # over the written text, at most: more of them teach the rows, not the target
 _ROWS = 64  # answers that are written together
 _BATCHED = 0.6  # of the speed of one pass over 64 tokens: the last answers of a unit are written alone
@@ -75,7 +77,7 @@ class Asked:
 class Speeds:
     """What was measured here."""
 
-    writing: float  # tokens a second, 64 answers together
+    writing: float  # tokens a second, 64 answers together, their distributions included
     training: float  # tokens a second
     draft_share: float  # seconds of a draft's token / seconds of a target's
 
@@ -145,6 +147,7 @@ def sections(asked: Asked, name: str) -> dict[str, Any]:
         "tokens": 100_000,
         "temperatures": [0, 0.6],
         "max_new_tokens": 128,
+        "logits": {"kind": "top_k", "k": _KEPT},
         "prompts": prompts,
     }
     if asked.writer:
@@ -153,9 +156,10 @@ def sections(asked: Asked, name: str) -> dict[str, Any]:
     value["synthesize"]["engine"] = {"kind": "openvino", "weights": "int4" if _is_large(small) else "int8"}
     value["align"] = {
         "tokens": 400_000,
-        "batch_tokens": 4096,
-        "pretraining_share": 0.1,
-        "optimizer": {"kind": "muon", "learning_rate": 1.5e-3, "embedding_learning_rate": 5e-4},
+        "batch_tokens": 8192,
+        "pretraining_share": 0.03,
+        "objective": {"kind": "token_kd", "loss": "ce_kl", "source": "stored"},
+        "optimizer": {"kind": "muon", "learning_rate": 2e-3, "embedding_learning_rate": 7e-4},
     }
     value["evaluate"] = {"tasks": tasks, "temperatures": [0, 0.6], "exact": {"prompts": 4}}
     if asked.start:  # what the draft has lost on this target, and what is regained
@@ -167,7 +171,7 @@ def sections(asked: Asked, name: str) -> dict[str, Any]:
         "runtimes": ["fastdraft", "openvino", *(["llamacpp"] if target.gguf else [])],
         "weights": [dict(weights)],
         "prompts": 4,
-        "num_speculative_tokens": [2, 3],
+        "num_speculative_tokens": [1, 2, 3],
         "lookup": [3],
         "sweep": {"prompt_tokens": [], "max_new_tokens": [], "concurrency": []},
         "repeats": 2,
@@ -239,7 +243,7 @@ def measure_speeds(
     if writer is not target:
         many = measure(writer, [shape], replace(how, weights="int4"), console).target_seconds[_ROWS]
     draft_share = found.drafts[0].seconds / alone
-    return Speeds(_BATCHED * _ROWS / many, training_speed(plan, recipe.align or AlignConfig()), draft_share)
+    return Speeds(_SCORED * _BATCHED * _ROWS / many, training_speed(plan, recipe.align or AlignConfig()), draft_share)
 
 
 def training_speed(plan: design.DraftDesign, config: AlignConfig) -> float:
