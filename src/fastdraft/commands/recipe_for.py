@@ -243,7 +243,8 @@ def measure_speeds(
     if writer is not target:
         many = measure(writer, [shape], replace(how, weights="int4"), console).target_seconds[_ROWS]
     draft_share = found.drafts[0].seconds / alone
-    return Speeds(_SCORED * _BATCHED * _ROWS / many, training_speed(plan, recipe.align or AlignConfig()), draft_share)
+    trained = training_speed(plan, recipe.align or AlignConfig())
+    return Speeds(_SCORED * _BATCHED * _ROWS / many, trained, draft_share)
 
 
 def training_speed(plan: design.DraftDesign, config: AlignConfig) -> float:
