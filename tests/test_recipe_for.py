@@ -29,11 +29,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_hours_are_divided_between_writing_and_training() -> None:
-    assert SPEEDS.budgets(1.0) == (140_000, 650_000)
+    assert SPEEDS.budgets(1.0) == (180_000, 540_000)
 
 
 def test_training_stops_at_six_passes_over_what_was_written() -> None:
-    assert Speeds(10.0, 3000.0, 0.05).budgets(1.0) == (14_000, 86_000)
+    assert Speeds(10.0, 3000.0, 0.05).budgets(1.0) == (18_000, 110_000)
 
 
 def test_the_recipe_that_is_written_loads_and_begins_from_layers_of_the_writer(
@@ -47,7 +47,7 @@ def test_the_recipe_that_is_written_loads_and_begins_from_layers_of_the_writer(
     assert recipe.synthesize
     assert (recipe.run.name, recipe.synthesize.tokens, recipe.synthesize.writer) == (
         "mine",
-        290_000,
+        360_000,
         str(near_draft),
     )
     assert "100 tokens/s written, 300 trained" in path.read_text().replace("\n# ", " ")

@@ -176,7 +176,7 @@ def test_logits_of_a_servers_text_come_from_the_weights_and_teach_the_draft(run:
     with_logits = {**run.synthesize, "logits": {"kind": "top_k", "k": 16}}
     recipe = ready(run, run.recipe("taught", with_logits), "design", "prepare", "pretrain")
     asked = len(run.served.asked)
-    with pytest.raises(TargetError, match="top_k scores all text"):
+    with pytest.raises(TargetError, match="top_k scores what a server"):
         pipeline.run(recipe, only=["synthesize"])
     assert len(run.served.asked) == asked
     assert not (recipe.run.root / "synthesize").exists(), "nothing is claimed before the weights are there"

@@ -19,11 +19,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any, Literal
 
-from fastdraft import __version__
 from fastdraft.errors import FastDraftError, MissingExtra
 from fastdraft.workers import Job
 
@@ -101,9 +101,9 @@ class RayWorker:
 
     def open(self) -> None:
         """Makes what works, if that was not done."""
-        if self._release != __version__:
+        if self._release != (found := metadata.version("fastdraft")):
             rule = f"all machines must have the release that was started, {self._release}"
-            raise FastDraftError(f"{self._where}: fastdraft {__version__}; {rule}", "install that one there")
+            raise FastDraftError(f"{self._where}: fastdraft {found}; {rule}", "install that one there")
         if self._worker is None:
             self._worker = self._make()
 
@@ -148,7 +148,8 @@ class RayWorkers:
         import ray
 
         self._ray, self._check, self._say, self.last = ray, check, say, ""
-        self._arguments = ray.put(make), __version__, os.getcwd()  # the first once, however many workers
+        # The first once, however many workers.
+        self._arguments = ray.put(make), metadata.version("fastdraft"), os.getcwd()
         own, self.count = _share(ray, place, cpus, count)
         self.share = ", ".join(f"{name.removeprefix('num_')} {each:g}" for name, each in own.items())
         self._actor = ray.remote(RayWorker).options(scheduling_strategy="SPREAD", **own)

@@ -65,7 +65,6 @@ class BenchmarkRow(OfPair, JsonRow):
     draft_weights: str
     temperature: float
     num_speculative_tokens: int | None
-    num_lookup_tokens: int | None = None  # of lookup before a draft, where it is not K
     confidence_threshold: float = 0.0  # every round proposes K tokens
     concurrency: int = 1
     prompt_tokens: float | None = None
@@ -115,6 +114,7 @@ class BenchmarkRow(OfPair, JsonRow):
     # What replay of greedy proposals over these very texts predicts, to stand beside the counts.
     replayed_accepted_tokens: Number | None = None
     replayed_block_efficiency: float | None = None
+    num_lookup_tokens: int | None = None  # of lookup before a draft, where it is not K
 
     def interval(self, key: str) -> tuple[float, float] | None:
         """The range of a figure over the repeats."""
