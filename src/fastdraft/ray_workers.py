@@ -31,7 +31,7 @@ Place = Literal["device", "node", "cpu", "none"]
 """What a worker has for itself: a GPU where the cluster has them, else a machine's CPUs; these in any case;
 a few CPUs; or nothing (it asks a server)."""
 
-REACHED_SECONDS = 25.0
+REACHED_SECONDS = 18.0
 FEW_CPUS = 4
 BEGUN_EACH = 2  # jobs that a worker has at a time: while one is done, the next already lies there
 WAITING_EACH = 4  # begun or done, and not taken yet
