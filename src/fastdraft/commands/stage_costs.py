@@ -8,6 +8,7 @@ import torch
 
 from fastdraft import forecast
 from fastdraft.evaluation.tasks import load_task
+from fastdraft.modeling.architecture import Architecture
 from fastdraft.recipe.evaluation import BenchmarkConfig, EvaluateConfig
 from fastdraft.recipe.recipe import Recipe
 from fastdraft.recipe.synthesize import SynthesizeConfig
@@ -81,23 +82,23 @@ class StageCosts:
             memory += self.target_bytes
         return tokens, seconds, disk, memory
 
-    def _scoring(self, tokens: int) -> float:
-        return forecast.scoring_seconds(tokens, self.target.read_parameters, self.device, self.threads)
+    def _scoring(self, tokens: int, shape: Architecture | None = None) -> float:
+        read = (shape or self.target).read_parameters
+        return forecast.scoring_seconds(tokens, read, self.device, self.threads)
 
-    def _writing(self, tokens: int, writer: str = "") -> float:
-        shape, written = Target.at(writer).architecture if writer else self.target, self.recipe.synthesize
+    def _writing(self, tokens: int, shape: Architecture | None = None) -> float:
+        written, read = self.recipe.synthesize, (shape or self.target).read_parameters
         fast = written is not None and written.engine.kind == "openvino"
         share = forecast.OPENVINO_SHARE if fast else forecast.WRITING_SHARE
-        return forecast.writing_seconds(tokens, shape.read_parameters, self.device, self.threads, share)
+        return forecast.writing_seconds(tokens, read, self.device, self.threads, share)
 
     def _synthesis(self, config: SynthesizeConfig) -> Cost:
         tokens, disk = config.tokens, forecast.synthetic_bytes(config.tokens)
+        writer = Target.at(config.writer).architecture if config.writer else None
         # How fast a server is cannot be told.
-        seconds = (
-            self._writing(tokens, config.writer) if config.asks and config.engine.kind != "openai" else 0.0
-        )
+        seconds = self._writing(tokens, writer) if config.asks and config.engine.kind != "openai" else 0.0
         if config.logits.kind == "top_k":
-            seconds += self._scoring(tokens)
+            seconds += self._scoring(tokens, writer)
             disk += tokens * (2 + 4 * config.logits.k)
         return tokens, seconds, disk, self.target_bytes if config.needs_weights else 0.0
 

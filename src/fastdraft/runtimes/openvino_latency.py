@@ -107,8 +107,8 @@ def measure_passes(
     weights, drafting, widest = (models[1].weights, models[0].weights), models[1], widths[-1]
     # In turn: both kinds of pass find the processor's caches alike, and their difference is what is asked.
     turns = [_spell(lambda: (drafting.read(1), drafting.read(widest, keep=1))) for _ in range(repeats)]
-    narrow, wide = map(statistics.median, zip(*turns, strict=True))
-    more = seconds_more(narrow, wide, widest)
+    over_one, over_many = map(statistics.median, zip(*turns, strict=True))
+    more = seconds_more(over_one, over_many, widest)
     return Latency(costs.draft_seconds[0], costs.target_seconds, prefix, "CPU", *weights, more)
 
 
