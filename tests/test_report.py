@@ -200,7 +200,8 @@ def test_the_forecast_advises_against_a_draft_that_does_not_pay() -> None:
     poor = forecast_verdict(results(mbsu_parameters=0.7, predicted_speedup=0.8))
     assert poor.tone == "bad"
     assert poor.sentence.startswith("Do not use this draft at this cost ratio (0.187)")
-    assert "under 1 on every task: do not use a draft on that machine" in poor.detail
+    assert "In transformers (" in poor.detail
+    assert "under 1 on every task: do not use a draft there" in poor.detail
     rows = [replace(row, mbsu_parameters=1.4 if row.task == "code" else 0.9) for row in results().rows]
     mixed = forecast_verdict(replace(results(), rows=rows))
     assert mixed.tone == "mixed"

@@ -234,10 +234,12 @@ def _predicted(results: EvaluationResults) -> str:
     rows = best_rows(results, key)
     over = [f"{times(getattr(row, key))} on {row.task}" for row in rows if getattr(row, key) > 1]
     under = [row.task for row in rows if getattr(row, key) <= 1]
-    by = " With the times measured where this evaluation ran, the prediction is"
+    where = f" ({timed.device}, {timed.target_dtype})" if (timed := results.latency) else ""
+    # Not the runtime that serves: on one machine a draft may lose here and gain in OpenVINO.
+    by = f" In transformers{where}, whose passes the evaluation timed, the prediction is"
     if not over:
-        return f"{by} under 1 on every task: do not use a draft on that machine."
-    rest = f", and under 1 on {listing(under)}: do not use a draft there on that machine" if under else ""
+        return f"{by} under 1 on every task: do not use a draft there (`benchmark` times other runtimes)."
+    rest = f", and under 1 on {listing(under)}: do not use a draft there" if under else ""
     return f"{by} {listing(over)}{rest}."
 
 
